@@ -1,0 +1,1 @@
+"""LLM agents that learn multi-turn text tasks by reinforcement learning."""

@@ -1,0 +1,33 @@
+"""Named errors. Each message says where, what was found and what was wanted; the command line exits with 2 on any of them."""
+
+
+class AgentRLError(Exception):
+    """Base of every error that agentrl raises on purpose."""
+
+
+class ConfigError(AgentRLError, ValueError):
+    """A configuration, an override or an argument is wrong; the message lists every mistake with its path."""
+
+
+class EnvironmentContractError(AgentRLError):
+    """An environment broke the contract of `agentrl.env`."""
+
+
+class MissingDependencyError(AgentRLError, ImportError):
+    """An extra or a data package is absent; the message is the command that installs it."""
+
+
+class PanelError(AgentRLError, ValueError):
+    """A panel of tasks cannot be read, or its hash is not that of the tasks it names."""
+
+
+class CheckpointError(AgentRLError):
+    """A checkpoint, run folder or model folder is absent, corrupt or does not fit."""
+
+
+class RequirementError(AgentRLError, ValueError):
+    """An algorithm needs a tensor or a capability that this run does not provide."""
+
+
+class TooManyAborted(AgentRLError):
+    """The share of aborted episodes passed `rollout.max_aborted_share`; the message counts the reasons."""

@@ -1,0 +1,65 @@
+"""Engines: token ids in, sampled token ids with their logprobs and entropies out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How replies are drawn.
+
+    Args:
+        temperature: 0 takes the most likely token; logprobs and entropies are then those at temperature 1.
+        max_tokens: limit on a free-form reply; a constrained one ends where its choice ends.
+    """
+
+    temperature: float = 1.0
+    max_tokens: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """Continue a sequence.
+
+    Args:
+        sequence: names the token sequence (and its KV cache) that this extends; one request per sequence at a time.
+        prompt_ids: tokens to append before generating; the whole prompt when `fresh`.
+        fresh: forget what the sequence held.
+        choices: the admissible replies as token ids, each ending in a stop id; None generates freely.
+        seed: fixes the draw, whatever else is in the batch.
+        sampling: how to draw.
+    """
+
+    sequence: str
+    prompt_ids: tuple[int, ...]
+    fresh: bool
+    choices: tuple[tuple[int, ...], ...] | None
+    seed: int
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What was sampled. Per-token fields are those of `agentrl.data.Turn`; `error` set means that nothing was."""
+
+    sequence: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    entropies: tuple[float, ...] = ()
+    allowed: tuple[tuple[int, ...] | None, ...] | None = None
+    finish: str = "stop"  # stop | length
+    policy_version: int = 0
+    error: str | None = None
+
+
+class Engine(Protocol):
+    """Continuous batching: requests join at any time, `step` advances all of them and returns those that finished."""
+
+    max_context: int  # tokens a sequence may hold
+
+    def submit(self, request: GenerationRequest) -> None: ...
+
+    def step(self) -> Sequence[Generation]: ...
+
+    def release(self, sequence: str) -> None: ...
