@@ -1,1 +1,57 @@
-"""LLM agents that learn multi-turn text tasks by reinforcement learning."""
+"""LLM agents that learn multi-turn text tasks by reinforcement learning.
+
+    config = agentrl.load_config("configs/quickstart.yaml", "seed=1")
+    run = agentrl.train(config)
+    print(agentrl.evaluate(run))
+
+The names below are loaded when first used: importing this package loads neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agentrl.env.panel import Panel, load_panel, make_panel
+    from agentrl.env.registry import make
+    from agentrl.run.evaluate import evaluate
+    from agentrl.run.folder import Run, open_run
+    from agentrl.run.settings import RunConfig, load_config
+    from agentrl.run.trainer import resume, train
+
+_HOME = {
+    "Panel": "agentrl.env.panel",
+    "Run": "agentrl.run.folder",
+    "RunConfig": "agentrl.run.settings",
+    "evaluate": "agentrl.run.evaluate",
+    "load_config": "agentrl.run.settings",
+    "load_panel": "agentrl.env.panel",
+    "make": "agentrl.env.registry",
+    "make_panel": "agentrl.env.panel",
+    "open_run": "agentrl.run.folder",
+    "resume": "agentrl.run.trainer",
+    "train": "agentrl.run.trainer",
+}
+
+__all__ = [
+    "Panel",
+    "Run",
+    "RunConfig",
+    "evaluate",
+    "load_config",
+    "load_panel",
+    "make",
+    "make_panel",
+    "open_run",
+    "resume",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'agentrl' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

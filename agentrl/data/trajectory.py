@@ -1,4 +1,4 @@
-"""Frozen records of what happened. Token ids are the only truth of what the policy read and wrote; text is for people."""
+"""Frozen records of what happened. Token ids are what the policy read and wrote; text is for people."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -51,11 +51,12 @@ class Turn:
     """One observation and the reply to it.
 
     `prompt_ids` are the tokens fed since the previous reply. They extend the sequence of the turn before,
-    or begin a new one when `fresh` (always true for turn 0), so nothing is ever stored twice or encoded again.
-    `action_ids`, `logprobs`, `entropies` and `allowed` have one entry per reply token; `logprobs` and `entropies`
-    are nats under the sampling distribution (over the allowed ids where the reply was constrained).
+    or begin a new one when `fresh` (always true for turn 0), so nothing is ever stored twice or encoded
+    again. `action_ids`, `logprobs`, `entropies` and `allowed` have one entry per reply token; `logprobs` and
+    `entropies` are nats under the sampling distribution (over the allowed ids where the reply was
+    constrained).
 
-    Example: Turn("You see a mug 1.", "take mug 1", (5, 9), (7, 3), (-0.7, 0.0), (0.69, 0.0), ((7, 8), (3,)), reward=1.0)
+    Example: Turn("You see a mug 1.", "take mug 1", (5, 9), (7, 3), (-0.7, 0.0), (0.69, 0.0), ((7, 8), (3,)))
     has two reply tokens of which only the first was a decision.
     """
 
@@ -94,7 +95,8 @@ class Turn:
 class Episode:
     """A played task, from reset to its stop reason.
 
-    `turns[k].reward` answers `turns[k].action`. `final_observation` is what the environment said after the last reply.
+    `turns[k].reward` answers `turns[k].action`. `final_observation` is what the environment said after the
+    last reply.
     """
 
     id: str

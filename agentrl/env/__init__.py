@@ -1,0 +1,31 @@
+"""Environments: text in, text out. Nothing here knows tokens or policies."""
+
+from agentrl.env.answers import reset_answer, step_answer
+from agentrl.env.contract import Check, ContractReport, TextEnv, check_text_env, text_env
+from agentrl.env.names import unknown
+from agentrl.env.panel import Panel, load_panel, make_panel, verify
+from agentrl.env.registry import broken_plugins, env_ids, load_plugins, make, register
+from agentrl.env.spaces import TextSpace
+from agentrl.env.wrappers import OneStepEnv
+
+__all__ = [
+    "Check",
+    "ContractReport",
+    "OneStepEnv",
+    "Panel",
+    "TextEnv",
+    "TextSpace",
+    "broken_plugins",
+    "check_text_env",
+    "env_ids",
+    "load_panel",
+    "load_plugins",
+    "make",
+    "make_panel",
+    "register",
+    "reset_answer",
+    "step_answer",
+    "text_env",
+    "unknown",
+    "verify",
+]

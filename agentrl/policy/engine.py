@@ -23,7 +23,7 @@ class GenerationRequest:
     """Continue a sequence.
 
     Args:
-        sequence: names the token sequence (and its KV cache) that this extends; one request per sequence at a time.
+        sequence: names the token sequence (and its KV cache) to extend; one request per sequence at a time.
         prompt_ids: tokens to append before generating; the whole prompt when `fresh`.
         fresh: forget what the sequence held.
         choices: the admissible replies as token ids, each ending in a stop id; None generates freely.
@@ -41,7 +41,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What was sampled. Per-token fields are those of `agentrl.data.Turn`; `error` set means that nothing was."""
+    """What was sampled. Per-token fields are those of `agentrl.data.Turn`; with an `error` nothing was."""
 
     sequence: str
     token_ids: tuple[int, ...] = ()
@@ -54,7 +54,7 @@ class Generation:
 
 
 class Engine(Protocol):
-    """Continuous batching: requests join at any time, `step` advances all of them and returns those that finished."""
+    """Continuous batching: requests join at any time, `step` advances all and returns those that finished."""
 
     max_context: int  # tokens a sequence may hold
 

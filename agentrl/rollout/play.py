@@ -1,6 +1,7 @@
 """The one episode loop. It does no input or output: it yields what it needs and is sent the answer.
 
-Whoever drives it (one process, worker processes, Ray) decides where environments and models live; see `collector`.
+Whoever drives it (one process, worker processes, Ray) decides where environments and models live; see
+`collector`.
 """
 
 from collections.abc import Generator, Mapping
@@ -8,13 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentrl.data.trajectory import BranchPoint, Episode, StopReason, Turn
+from agentrl.seeds import derive_seed
 
-STORED_INFO = ("success", "score", "valid", "task_type", "state_key")
+STORED_INFO = ("success", "score", "valid", "task_type", "state_key", "other_success")
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeSpec:
-    """What is to be played."""
+    """What is to be played.
+
+    `seed` is the environment's; the player's draws follow from it and `id`. So the members of a group can
+    share a seed, and with it their first state, and still differ.
+    """
 
     id: str
     env: str
@@ -40,7 +46,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class ActionRequest:
-    """Ask the player for a reply. `info` is the environment's last, whole; `actions` its admissible ones, if it told."""
+    """Ask the player for a reply.
+
+    `info` is the environment's last, whole; `actions` its admissible ones, if it told; `seed` is that of the
+    episode's draws.
+    """
 
     episode_id: str
     turn: int
@@ -93,14 +103,16 @@ Answer = Transition | Reply | Stop
 def play(spec: EpisodeSpec, max_turns: int | None = None) -> Generator[Effect, Answer, Episode]:
     """Play one episode.
 
-    Yields `Reset` and `Step` (answered by `Transition`) and `ActionRequest` (answered by `Reply`); any of them may be
-    answered by `Stop`. Returns the episode, whatever happened: a failure is a value.
+    Yields `Reset` and `Step` (answered by `Transition`) and `ActionRequest` (answered by `Reply`); any of
+    them may be answered by `Stop`. Returns the episode, whatever happened: a failure is a value.
     """
     turns: list[Turn] = []
+    seed = derive_seed("player", spec.seed, spec.id)
+    before = Transition("")
     answer = yield Reset(spec.task, spec.seed)
     while True:
         if isinstance(answer, Stop):
-            return _episode(spec, turns, answer.reason, {}, "", answer.error)
+            return _episode(spec, turns, answer.reason, before.info, "", answer.error)
         assert isinstance(answer, Transition)
         before = answer
         if max_turns is not None and len(turns) >= max_turns:
@@ -112,7 +124,7 @@ def play(spec: EpisodeSpec, max_turns: int | None = None) -> Generator[Effect, A
             before.observation,
             None if actions is None else tuple(actions),
             before.info,
-            spec.seed,
+            seed,
         )
         if isinstance(reply, Stop):
             return _episode(spec, turns, reply.reason, before.info, before.observation, reply.error)

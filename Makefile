@@ -1,0 +1,46 @@
+# A thin front: a stamp for the virtual environment, then the commands that the README explains.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# An index for torch alone, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+SEED ?= 0
+
+.PHONY: help install quickstart quickstart-control test test-slow check clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PIP) -e .
+	$(PIP) --no-deps alfworld==0.4.2
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed  ## make the virtual environment and install agentrl into it
+
+quickstart: install  ## train an agent on household games, print and report what it learned
+	$(BIN)/agentrl train configs/quickstart.yaml seed=$(SEED)
+
+quickstart-control: install  ## clone for as many CPU seconds as the last quickstart took to clone and train
+	$(BIN)/python scripts/quickstart_control.py --seed $(SEED)
+
+test: $(VENV)/.installed-dev  ## the default test suite
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev  ## the minutes-long proofs
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.installed-dev  ## lint and type-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove the virtual environment and caches, never runs
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

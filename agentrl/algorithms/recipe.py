@@ -1,0 +1,126 @@
+"""Recipes: hyper-parameters by name. The dataclass is the schema of a configuration's `algorithm` block."""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from agentrl.config import build, suggestion
+from agentrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from agentrl.algorithms.algorithm import Algorithm
+
+ENTRY_POINTS = "agentrl.algorithms"
+
+_recipes: dict[str, type["Recipe"]] = {}
+_broken: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Base of every recipe: a frozen dataclass that builds an algorithm.
+
+    Contradictions between fields are refused in `__post_init__`, with a `ConfigError` that names them.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def build(self) -> "Algorithm":
+        """Put the algorithm together; cheap, and the same every time."""
+        raise NotImplementedError
+
+
+R = TypeVar("R", bound=type[Recipe])
+
+
+def recipe(name: str) -> Callable[[R], R]:
+    """Register a recipe class under the name that configurations use.
+
+    Raises:
+        ConfigError: when another class has the name.
+    """
+
+    def register(cls: R) -> R:
+        known = _recipes.get(name)
+        if known is not None and _place(known) != _place(cls):
+            raise ConfigError(f"two recipes are named {name!r}: {_place(known)} and {_place(cls)}")
+        if not is_dataclass(cls):
+            raise ConfigError(f"recipe {name!r} ({_place(cls)}) is not a dataclass")
+        cls.name = name
+        _recipes[name] = cls
+        return cls
+
+    return register
+
+
+def recipe_names() -> list[str]:
+    """Names of all recipes, those of installed plug-ins included."""
+    _load_plugins()
+    return sorted(_recipes)
+
+
+def recipe_class(name: str) -> type[Recipe]:
+    """Find a recipe by name.
+
+    Raises:
+        ConfigError: for an unknown name, with a suggestion; it also lists the plug-ins that failed to load.
+    """
+    _load_plugins()
+    if name not in _recipes:
+        broken = "".join(f"; plug-in {plugin} failed to load: {why}" for plugin, why in _broken.items())
+        raise ConfigError(
+            f"algorithm.name: unknown recipe (got {name!r}; {suggestion(name, _recipes)}){broken}"
+        )
+    return _recipes[name]
+
+
+def build_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Recipe:
+    """Make the recipe `name` from plain values, its defaults filling the rest.
+
+    Raises:
+        ConfigError: for an unknown name, and with one line per mistake in the settings.
+    """
+    return build(recipe_class(name), settings or {}, "algorithm")
+
+
+def describe_recipe(name: str) -> str:
+    """The first line of a recipe's docstring."""
+    return (recipe_class(name).__doc__ or "").strip().split("\n", 1)[0]
+
+
+def broken_plugins() -> dict[str, str]:
+    """Plug-ins that failed to load, with the reason."""
+    _load_plugins()
+    return dict(_broken)
+
+
+@cache
+def _load_plugins() -> None:
+    for point in entry_points(group=ENTRY_POINTS):
+        _load(point)
+
+
+def _load(point: EntryPoint) -> None:
+    """Import a plug-in; whatever it raises is its own failure, except two recipes of one name."""
+    before = dict(_recipes)
+    try:
+        point.load()
+    except Exception as error:
+        _recipes.clear()
+        _recipes.update(before)
+        if isinstance(error, ConfigError):
+            raise
+        _broken[point.name] = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"algorithm plug-in {point.name!r} ({point.value}) was left out: {_broken[point.name]}",
+            stacklevel=3,
+        )
+
+
+def _place(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,245 @@
+"""Episodes as tensors. Position t always describes token t: its logprob, entropy, reward and mask."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from agentrl.data.trajectory import Episode, Group, Turn
+
+Layout = Literal["trajectory", "turn"]
+
+
+@dataclass(frozen=True)
+class AllowedIds:
+    """The choices at constrained decisions: token (rows[m], positions[m]) was drawn among ids[m]."""
+
+    rows: Tensor  # [M] int64
+    positions: Tensor  # [M] int64
+    ids: Tensor  # [M, K] int64, padded with -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows of tokens and what is known about each token.
+
+    A row is a sequence that the policy saw: a trajectory, a part of one where its dialogue began anew, or one
+    turn with its history, as `collate` was told. E counts trajectories; one without any row still has a
+    return, and so a place in the baseline of its group.
+
+    Example: one trajectory [5, 9 | 7, 3] whose reply 7 was a decision and whose 3 was forced has
+    lengths [4], sampled [[F, F, T, F]], turns [[-1, -1, 0, 0]], trajectory [0].
+    """
+
+    tokens: Tensor  # [B, T] int64
+    lengths: Tensor  # [B] int64
+    sampled: Tensor  # [B, T] bool, decisions of the policy: the only tokens that are learned from
+    logprobs: Tensor  # [B, T] float32, nats under the sampling distribution, 0 where not sampled
+    entropies: Tensor  # [B, T] float32, nats, likewise
+    rewards: Tensor  # [B, T] float32, each turn's reward at its last reply token
+    turns: Tensor  # [B, T] int64, index of the turn at its reply tokens, else -1
+    trajectory: Tensor  # [B] int64, index into `episodes`
+    returns: Tensor  # [E] float64, sum of each trajectory's rewards
+    groups: Tensor  # [E] int64, equal for trajectories of one task
+    episodes: tuple[Episode, ...] = field(repr=False)  # E
+    allowed: AllowedIds | None = None
+    old_logprobs: Tensor | None = None  # [B, T] float32, the learner's own, before the first update
+    old_entropies: Tensor | None = None  # [B, T] float32
+    reference_logprobs: Tensor | None = None  # [B, T] float32, under the reference policy
+
+    def __post_init__(self) -> None:
+        rows, width = self.tokens.shape
+        by_row = dict.fromkeys(("lengths", "trajectory"), (rows,))
+        by_episode = dict.fromkeys(("returns", "groups"), (len(self.episodes),))
+        by_token = dict.fromkeys(_PER_TOKEN, (rows, width))
+        for name, wanted in {**by_row, **by_episode, **by_token}.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != wanted:
+                raise ValueError(f"Batch.{name} has shape {tuple(value.shape)}, wanted {wanted}")
+        if width and bool(self.sampled[:, 0].any()):
+            raise ValueError("Batch.sampled is set at position 0, wanted a prompt before the first decision")
+
+    @property
+    def group(self) -> Tensor:
+        """[B] int64, the group of each row."""
+        return self.groups[self.trajectory]
+
+    def select(self, rows: Tensor | Sequence[int]) -> "Batch":
+        """Keep the given rows, each at most once, in that order; the width shrinks to the longest of them."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.tokens.device)
+        lengths = self.lengths[index]
+        width = int(lengths.max()) if len(index) else 0
+        per_token = {
+            name: value[index, :width] for name in _PER_TOKEN if (value := getattr(self, name)) is not None
+        }
+        return replace(
+            self,
+            lengths=lengths,
+            trajectory=self.trajectory[index],
+            allowed=None if self.allowed is None else _select_allowed(self.allowed, index, len(self.tokens)),
+            **per_token,
+        )
+
+    def to(self, device: torch.device | str) -> "Batch":
+        moved: dict[str, Any] = {
+            item.name: value.to(device)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        if self.allowed is not None:
+            choices = self.allowed
+            moved["allowed"] = AllowedIds(
+                choices.rows.to(device), choices.positions.to(device), choices.ids.to(device)
+            )
+        return replace(self, **moved)
+
+
+_PER_TOKEN = (
+    "tokens",
+    "sampled",
+    "logprobs",
+    "entropies",
+    "rewards",
+    "turns",
+    "old_logprobs",
+    "old_entropies",
+    "reference_logprobs",
+)
+
+
+def collate(groups: Sequence[Group], *, layout: Layout = "trajectory") -> Batch:
+    """Turn finished episodes into one batch; aborted ones are left out altogether.
+
+    Args:
+        groups: episodes whose returns are compared with each other.
+        layout: `trajectory` merges turns into one row as long as prompts extend it (a `fresh` turn begins a
+            new row); `turn` gives every turn its own row, with all it saw before as context.
+
+    Raises:
+        ValueError: naming the episode and turn whose reply has no tokens, or a token outside its allowed ids.
+    """
+    episodes: list[Episode] = []
+    group_ids: list[int] = []
+    rows: list[_Row] = []
+    for number, group in enumerate(groups):
+        for episode in group.finished:
+            rows.extend(_rows(episode, len(episodes), layout))
+            episodes.append(episode)
+            group_ids.append(number)
+    lengths = torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64)
+    return Batch(
+        tokens=_pad([row.tokens for row in rows], lengths, torch.int64),
+        lengths=lengths,
+        sampled=_pad([row.sampled for row in rows], lengths, torch.bool),
+        logprobs=_pad([row.logprobs for row in rows], lengths, torch.float32),
+        entropies=_pad([row.entropies for row in rows], lengths, torch.float32),
+        rewards=_pad([row.rewards for row in rows], lengths, torch.float32),
+        turns=_pad([row.turns for row in rows], lengths, torch.int64, fill=-1),
+        trajectory=torch.tensor([row.trajectory for row in rows], dtype=torch.int64),
+        returns=torch.tensor([episode.episode_return for episode in episodes], dtype=torch.float64),
+        groups=torch.tensor(group_ids, dtype=torch.int64),
+        episodes=tuple(episodes),
+        allowed=_gather_allowed(rows),
+    )
+
+
+@dataclass(slots=True)
+class _Row:
+    trajectory: int
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    allowed: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # (position, ids)
+
+    def add_context(self, ids: Sequence[int]) -> None:
+        count = len(ids)
+        self.tokens.extend(ids)
+        self.sampled.extend([False] * count)
+        for values in (self.logprobs, self.entropies, self.rewards):
+            values.extend([0.0] * count)
+        self.turns.extend([-1] * count)
+
+    def add_reply(self, turn: Turn, index: int) -> None:
+        start, count, decided = len(self.tokens), len(turn.action_ids), turn.sampled
+        self.tokens.extend(turn.action_ids)
+        self.sampled.extend(decided)
+        self.logprobs.extend(_at_decisions(turn.logprobs, decided))
+        self.entropies.extend(_at_decisions(turn.entropies, decided))
+        self.rewards.extend([0.0] * (count - 1) + [turn.reward])
+        self.turns.extend([index] * count)
+        for position, ids in enumerate(turn.allowed or ()):
+            if ids is not None and decided[position]:
+                self.allowed.append((start + position, ids))
+
+
+def _rows(episode: Episode, trajectory: int, layout: Layout) -> Iterator[_Row]:
+    row = _Row(trajectory)
+    history: list[int] = []
+    for index, turn in enumerate(episode.turns):
+        _check(episode, index, turn)
+        if turn.fresh:
+            history = []
+        if layout == "turn" or turn.fresh:
+            if row.tokens:
+                yield row
+            row = _Row(trajectory)
+            row.add_context(history)
+        row.add_context(turn.prompt_ids)
+        row.add_reply(turn, index)
+        if layout == "turn":
+            history += [*turn.prompt_ids, *turn.action_ids]
+    if row.tokens:
+        yield row
+
+
+def _check(episode: Episode, index: int, turn: Turn) -> None:
+    place = f"episode {episode.id!r}, turn {index}"
+    if not turn.action_ids:
+        raise ValueError(f"{place}: the reply has no tokens, wanted an episode of a player with a tokenizer")
+    for name in ("logprobs", "entropies", "allowed"):
+        values = getattr(turn, name)
+        if values and len(values) != len(turn.action_ids):
+            raise ValueError(f"{place}: {len(values)} {name} for {len(turn.action_ids)} reply tokens")
+    for token, ids in zip(turn.action_ids, turn.allowed or (), strict=False):
+        if ids is not None and token not in ids:
+            raise ValueError(f"{place}: token {token} is not among the allowed {ids[:8]}")
+
+
+def _at_decisions(values: Sequence[float], decided: Sequence[bool]) -> list[float]:
+    if not values:
+        return [0.0] * len(decided)
+    return [value if kept else 0.0 for value, kept in zip(values, decided, strict=True)]
+
+
+def _pad(rows: Sequence[Sequence[Any]], lengths: Tensor, dtype: torch.dtype, fill: int = 0) -> Tensor:
+    width = int(lengths.max()) if len(rows) else 0
+    padded = torch.full((len(rows), width), fill, dtype=dtype)
+    filled = torch.arange(width) < lengths[:, None]
+    padded[filled] = torch.tensor([value for row in rows for value in row], dtype=dtype)
+    return padded
+
+
+def _gather_allowed(rows: Sequence[_Row]) -> AllowedIds | None:
+    entries = [(row, position, ids) for row, item in enumerate(rows) for position, ids in item.allowed]
+    if not entries:
+        return None
+    counts = torch.tensor([len(ids) for _, _, ids in entries])
+    return AllowedIds(
+        rows=torch.tensor([row for row, _, _ in entries]),
+        positions=torch.tensor([position for _, position, _ in entries]),
+        ids=_pad([ids for _, _, ids in entries], counts, torch.int64, fill=-1),
+    )
+
+
+def _select_allowed(allowed: AllowedIds, index: Tensor, rows: int) -> AllowedIds | None:
+    place = torch.full((rows,), -1, dtype=torch.int64, device=index.device)
+    place[index] = torch.arange(len(index), device=index.device)
+    kept = place[allowed.rows] >= 0
+    if not bool(kept.any()):
+        return None
+    return AllowedIds(place[allowed.rows[kept]], allowed.positions[kept], allowed.ids[kept])

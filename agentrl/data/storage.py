@@ -1,0 +1,144 @@
+"""Episodes on disk: Parquet, one row per turn, readable by anything that reads Parquet."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from agentrl.data.trajectory import BranchPoint, Episode, StopReason, Turn
+from agentrl.errors import CheckpointError
+
+VERSION = 1
+_VERSION_KEY = b"agentrl.episodes"
+
+_IDS = pa.list_(pa.int32())
+_EPISODE_COLUMNS = [
+    ("number", pa.int32()),  # position of the episode in the file: ids need not be unique
+    ("episode", pa.string()),
+    ("env", pa.string()),
+    ("task", pa.string()),
+    ("seed", pa.int64()),
+    ("stop", pa.string()),
+    ("success", pa.bool_()),
+    ("error", pa.string()),
+    ("task_type", pa.string()),
+    ("parent", pa.string()),
+    ("parent_turn", pa.int32()),
+    ("parent_token", pa.int32()),
+    ("final_observation", pa.string()),
+]
+_TURN_COLUMNS = [
+    ("turn", pa.int32()),  # null in the one row of an episode that ended before its first turn
+    ("observation", pa.string()),
+    ("action", pa.string()),
+    ("prompt_ids", _IDS),
+    ("action_ids", _IDS),
+    ("logprobs", pa.list_(pa.float64())),
+    ("entropies", pa.list_(pa.float64())),
+    ("allowed", pa.list_(_IDS)),
+    ("reward", pa.float64()),
+    ("fresh", pa.bool_()),
+    ("valid", pa.bool_()),
+    ("imitable", pa.bool_()),
+    ("finish", pa.string()),
+    ("policy_version", pa.int32()),
+    ("info", pa.string()),  # JSON
+]
+SCHEMA = pa.schema(_EPISODE_COLUMNS + _TURN_COLUMNS, metadata={_VERSION_KEY: str(VERSION).encode()})
+
+
+def write_episodes(path: str | Path, episodes: Sequence[Episode]) -> None:
+    """Write a file that appears whole or not at all; one that was there is replaced only on success.
+
+    Raises:
+        OSError: when the folder is missing or the disk is full.
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    rows = [row for number, episode in enumerate(episodes) for row in _rows(number, episode)]
+    try:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial, compression="zstd")
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_episodes(path: str | Path) -> list[Episode]:
+    """Read back what `write_episodes` wrote, equal in every field.
+
+    Raises:
+        CheckpointError: naming the file, when it is missing, damaged, or of another schema version.
+    """
+    try:
+        # Reading the file alone: a dataset would take columns from the names of the folders above it.
+        table = pq.ParquetFile(path).read()
+        version = (table.schema.metadata or {}).get(_VERSION_KEY)
+        if version != str(VERSION).encode():
+            found = "none" if version is None else version.decode(errors="replace")
+            raise CheckpointError(f"{path}: episode schema version {found}, wanted {VERSION}")
+        rows = table.to_pylist()
+        return [_episode(list(turns)) for _, turns in groupby(rows, key=lambda row: row["number"])]
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a readable file of episodes ({error})") from error
+
+
+def _rows(number: int, episode: Episode) -> Iterator[dict[str, Any]]:
+    head = {
+        "number": number,
+        "episode": episode.id,
+        "env": episode.env,
+        "task": episode.task,
+        "seed": episode.seed,
+        "stop": episode.stop.value,
+        "success": episode.success,
+        "error": episode.error,
+        "task_type": episode.task_type,
+        "final_observation": episode.final_observation,
+    }
+    if episode.parent is not None:
+        head |= {
+            "parent": episode.parent.parent,
+            "parent_turn": episode.parent.turn,
+            "parent_token": episode.parent.token,
+        }
+    if not episode.turns:
+        yield head
+    for index, turn in enumerate(episode.turns):
+        fields = {name: getattr(turn, name) for name, _ in _TURN_COLUMNS if name not in ("turn", "info")}
+        yield head | fields | {"turn": index, "info": json.dumps(dict(turn.info), ensure_ascii=False)}
+
+
+def _episode(rows: Sequence[Mapping[str, Any]]) -> Episode:
+    head = rows[0]
+    return Episode(
+        id=head["episode"],
+        env=head["env"],
+        task=head["task"],
+        seed=head["seed"],
+        turns=tuple(_turn(row) for row in rows if row["turn"] is not None),
+        stop=StopReason(head["stop"]),
+        success=head["success"],
+        error=head["error"],
+        task_type=head["task_type"],
+        parent=None
+        if head["parent"] is None
+        else BranchPoint(head["parent"], head["parent_turn"], head["parent_token"]),
+        final_observation=head["final_observation"],
+    )
+
+
+def _turn(row: Mapping[str, Any]) -> Turn:
+    fields = {name: row[name] for name, _ in _TURN_COLUMNS if name != "turn"}
+    for name in ("prompt_ids", "action_ids", "logprobs", "entropies"):
+        fields[name] = tuple(fields[name])
+    if fields["allowed"] is not None:
+        fields["allowed"] = tuple(None if ids is None else tuple(ids) for ids in fields["allowed"])
+    fields["info"] = json.loads(fields["info"])
+    return Turn(**fields)

@@ -1,0 +1,184 @@
+"""Environments by id, over Gymnasium's registry, which itself knows no plug-ins.
+
+A distribution offers environments with an entry point in the group `agentrl.envs`: a callable without
+arguments that calls `register` for each of its ids.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from threading import RLock
+from types import MappingProxyType
+from typing import Any, cast
+
+import gymnasium
+from gymnasium.envs.registration import load_env_creator
+
+from agentrl.env.names import unknown
+from agentrl.errors import AgentRLError, ConfigError, MissingDependencyError
+
+GROUP = "agentrl.envs"
+
+Creator = Callable[..., gymnasium.Env[str, str]]
+
+
+class _Plugins:
+    """What the plug-ins of this process registered."""
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+        self.loaded = False
+        self.loading: str | None = None  # the plug-in whose callable runs now
+        self.owners: dict[str, str] = {}  # environment id -> who registered it
+        self.broken: dict[str, str] = {}  # plug-in -> error
+        self.conflicts: list[str] = []
+
+
+_plugins = _Plugins()
+
+
+def register(id: str, entry_point: str | Creator, **kwargs: Any) -> None:
+    """Register an environment.
+
+    Args:
+        id: versioned, with a namespace, such as "agentrl/ALFWorld-v0".
+        entry_point: "module:Class", which is imported when the first one is made, or a callable.
+        kwargs: defaults for the constructor's arguments.
+
+    Raises:
+        ConfigError: the id is malformed, or somebody else has registered it.
+    """
+    owner = _plugins.loading or f"module {_calling_module()}"
+    previous = _plugins.owners.get(id) or _foreign_owner(id)
+    if previous not in (None, owner):
+        raise _DuplicateIdError(f"environment id {id!r} is registered twice: by {previous} and by {owner}")
+    gymnasium.registry.pop(id, None)
+    try:
+        gymnasium.register(id, entry_point, order_enforce=False, disable_env_checker=True, kwargs=kwargs)
+    except gymnasium.error.Error as error:
+        raise ConfigError(f"environment id {id!r} cannot be registered: {error}") from error
+    _plugins.owners[id] = owner
+
+
+class _DuplicateIdError(ConfigError):
+    pass
+
+
+def load_plugins() -> None:
+    """Load every entry point of the group `agentrl.envs`, once per process.
+
+    A plug-in that fails is skipped with a warning and listed by `broken_plugins`.
+
+    Raises:
+        ConfigError: two plug-ins register one id; raised again by every later call.
+    """
+    with _plugins.lock:
+        if _plugins.loading is not None:  # a plug-in asks for environments while it registers its own
+            return
+        if not _plugins.loaded:
+            _plugins.loaded = True
+            for entry in sorted(entry_points(group=GROUP), key=_origin):
+                _load(entry)
+            for plugin, error in _plugins.broken.items():
+                warnings.warn(f"{plugin} is broken and was skipped: {error}", RuntimeWarning, stacklevel=2)
+        if _plugins.conflicts:
+            raise ConfigError("; ".join(_plugins.conflicts))
+
+
+def _load(entry: EntryPoint) -> None:
+    _plugins.loading = _origin(entry)
+    try:
+        entry.load()()
+    except _DuplicateIdError as error:
+        _plugins.conflicts.append(str(error))
+    except (Exception, SystemExit) as error:  # a module that exits on import must not end the process
+        _plugins.broken[_plugins.loading] = f"{type(error).__name__}: {error}"
+    finally:
+        _plugins.loading = None
+
+
+def _origin(entry: EntryPoint) -> str:
+    distribution = f" of {entry.dist.name}" if entry.dist is not None else ""
+    return f"plug-in {entry.name!r}{distribution} ({entry.value})"
+
+
+def broken_plugins() -> Mapping[str, str]:
+    """Map each plug-in that failed to load to its error."""
+    load_plugins()
+    return MappingProxyType(_plugins.broken)
+
+
+def env_ids() -> list[str]:
+    """List the ids of all registered text environments, sorted."""
+    load_plugins()
+    return sorted(id for id in _plugins.owners if id in gymnasium.registry)
+
+
+def make(id: str, **kwargs: Any) -> gymnasium.Env[str, str]:
+    """Make an environment.
+
+    Args:
+        id: one of `env_ids()`, or any text environment that was registered with Gymnasium itself.
+        kwargs: for the environment's constructor.
+
+    Raises:
+        ConfigError: the id, an argument's name or its value is not accepted.
+        MissingDependencyError: the environment needs a module that is not installed.
+    """
+    load_plugins()
+    if id not in gymnasium.registry:
+        raise _unknown_id(id)
+    try:
+        creator = _creator(id)
+        _check_arguments(id, creator, kwargs)
+        env = gymnasium.make(id, disable_env_checker=True, **kwargs)
+    except AgentRLError:
+        raise
+    except ImportError as error:
+        raise MissingDependencyError(f"environment {id!r} cannot be imported: {error}") from error
+    except (TypeError, ValueError, gymnasium.error.Error) as error:
+        raise ConfigError(f"environment {id!r} refused its arguments {kwargs}: {error}") from error
+    missing = [name for name in ("tasks", "task_hash", "splits") if not hasattr(env.unwrapped, name)]
+    if missing:
+        env.close()
+        lacks = ", ".join(missing)
+        raise ConfigError(f"{id!r} is not a text environment: it has no {lacks}; see agentrl.env.TextEnv")
+    return env
+
+
+def _unknown_id(id: str) -> ConfigError:
+    error = unknown("environment", id, env_ids())
+    if not _plugins.broken:
+        return error
+    reasons = "; ".join(f"{plugin}: {reason}" for plugin, reason in _plugins.broken.items())
+    return ConfigError(f"{error}. Broken plug-ins: {reasons}")
+
+
+def _creator(id: str) -> Creator:
+    entry_point = gymnasium.registry[id].entry_point
+    if entry_point is None:
+        raise ConfigError(f"environment {id!r} has no entry point for a single environment")
+    return cast(Creator, load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point)
+
+
+def _check_arguments(id: str, creator: Creator, kwargs: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(creator).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for name in kwargs:
+            if name not in parameters:
+                raise unknown(f"argument of {id}", name, parameters)
+    splits = getattr(creator, "splits", None)
+    if "split" in kwargs and isinstance(splits, tuple) and kwargs["split"] not in splits:
+        raise unknown(f"split of {id}", kwargs["split"], splits)
+
+
+def _foreign_owner(id: str) -> str | None:
+    spec = gymnasium.registry.get(id)
+    return None if spec is None else f"Gymnasium ({spec.entry_point})"
+
+
+def _calling_module() -> str:
+    frame = inspect.currentframe()
+    caller = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
+    return caller.f_globals.get("__name__", "?") if caller is not None else "?"

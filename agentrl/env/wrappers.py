@@ -1,0 +1,143 @@
+"""Environments made of something simpler."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import gymnasium
+
+from agentrl.env.names import unknown
+from agentrl.env.spaces import TextSpace
+from agentrl.errors import ConfigError, EnvironmentContractError
+
+Problem = Mapping[str, Any]
+
+
+class OneStepEnv(gymnasium.Env[str, str]):
+    """A reasoning problem as an episode of one action: the prompt is observed, the reply is graded, the end.
+
+    A problem is a mapping of JSON values with at least `prompt`; `task_type`, where present, is passed on in
+    `info`. Its id is "split/index", its content hash covers all of it.
+
+    >>> problems = {"train": [{"prompt": "2 + 3 = ?", "answer": "5"}]}
+    >>> env = OneStepEnv(problems, lambda problem, reply: float(problem["answer"] in reply))
+    >>> env.reset(options={"task": "train/0"})[0]
+    '2 + 3 = ?'
+    >>> env.step("It is 5.")[1]
+    1.0
+
+    Args:
+        tasks: split -> its problems.
+        grade: (problem, reply) -> reward.
+        split: where `reset` without a task draws from; None takes the first.
+        success_at: a reward from which on the problem counts as solved.
+        max_steps: every episode has one step, so any positive limit is kept.
+        data: label shown with every score, such as "generated".
+    """
+
+    determinism: ClassVar[Literal["episode", "instance"]] = "episode"
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Sequence[Problem]],
+        grade: Callable[[Problem, str], float],
+        *,
+        split: str | None = None,
+        success_at: float = 1.0,
+        max_steps: int = 1,
+        data: str | None = None,
+    ) -> None:
+        if not tasks or not all(tasks.values()):
+            raise ConfigError("OneStepEnv: wanted at least one split, and in each at least one problem")
+        if max_steps < 1:
+            raise ConfigError(f"OneStepEnv: max_steps is {max_steps}, wanted at least 1")
+        self.splits: tuple[str, ...] = tuple(tasks)
+        self.observation_space = TextSpace()
+        self.action_space = TextSpace()
+        self.max_steps = 1
+        self.data = data
+        self._problems = tasks
+        self._grade = grade
+        self._split = self._known(split or self.splits[0])
+        self._success_at = success_at
+        self._problem: Problem | None = None
+
+    def tasks(self, split: str) -> Sequence[str]:
+        """Ids of the split's problems."""
+        return _Ids(self._known(split), len(self._problems[split]))
+
+    def task_hash(self, task: str) -> str:
+        """SHA-256 of the problem as canonical JSON."""
+        try:
+            text = json.dumps(self._find(task), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        except TypeError as error:
+            raise ConfigError(f"problem {task!r} does not consist of JSON values: {error}") from error
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        super().reset(seed=seed)
+        task = (options or {}).get("task")
+        if task is None:
+            task = self.tasks(self._split)[int(self.np_random.integers(len(self._problems[self._split])))]
+        self._problem = self._find(task)
+        return self._problem["prompt"], self._info(self._problem, 0.0) | {"success": False}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        if self._problem is None:
+            raise EnvironmentContractError("OneStepEnv: step() without a running episode; call reset() first")
+        problem, self._problem = self._problem, None
+        reward = float(self._grade(problem, action))
+        return "", reward, True, False, self._info(problem, reward)
+
+    def snapshot(self) -> Problem | None:
+        """The state of the episode; problems are never changed, so it is shared."""
+        return self._problem
+
+    def restore(self, snapshot: Problem | None) -> None:
+        self._problem = snapshot
+
+    def _info(self, problem: Problem, score: float) -> dict[str, Any]:
+        info: dict[str, Any] = {"success": score >= self._success_at, "score": score}
+        if "task_type" in problem:
+            info["task_type"] = problem["task_type"]
+        return info
+
+    def _known(self, split: str) -> str:
+        if split not in self._problems:
+            raise unknown("split", split, self._problems)
+        return split
+
+    def _find(self, task: object) -> Problem:
+        split, _, index = task.rpartition("/") if isinstance(task, str) else ("", "", "")
+        if split in self._problems and index.isascii() and index.isdigit():
+            problems = self._problems[split]
+            if int(index) < len(problems) and task == f"{split}/{int(index)}":
+                return problems[int(index)]
+        raise unknown("task", task, (f"{name}/0" for name in self.splits))
+
+
+class _Ids(Sequence[str]):
+    """Ids "split/0", "split/1", …, made when asked for."""
+
+    def __init__(self, split: str, count: int) -> None:
+        self._split, self._range = split, range(count)
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def __getitem__(self, index: Any) -> Any:
+        picked = self._range[index]
+        if isinstance(picked, range):
+            return [f"{self._split}/{i}" for i in picked]
+        return f"{self._split}/{picked}"
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{self._split}/{i}" for i in self._range)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Ids) and (self._split, self._range) == (other._split, other._range)
+
+    __hash__ = None  # type: ignore[assignment]

@@ -1,0 +1,96 @@
+"""From rows of a batch to what the policy says about their tokens. The only place where positions shift."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agentrl.algorithms.algorithm import Outputs
+from agentrl.data.batch import AllowedIds, Batch
+from agentrl.learn.fused import token_statistics
+from agentrl.policy import model
+
+HiddenStates = Callable[[Any, Tensor, Tensor], Tensor]
+OutputWeight = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """How to read a policy.
+
+    Args:
+        hidden_states: (policy, tokens [N], lengths [B]) -> [N, d]: rows one behind the other, none seeing
+            another.
+        output_weight: policy -> [V, d].
+    """
+
+    hidden_states: HiddenStates = model.hidden_states
+    output_weight: OutputWeight = model.output_weight
+
+    def describe(self, policy: nn.Module, batch: Batch, temperature: float = 1.0) -> Outputs:
+        """Logprob and entropy of every sampled token; [B, T], 0 elsewhere.
+
+        The state at position t - 1 predicts token t. Only states that predict a decision meet the output
+        embedding, and what follows a row's last decision is not computed at all.
+        """
+        lengths = needed_lengths(batch)
+        rows, positions = batch.sampled.nonzero(as_tuple=True)
+        if not len(rows):
+            nothing = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
+            return Outputs(nothing, nothing)
+        width = batch.tokens.shape[1]
+        kept = torch.arange(width, device=lengths.device) < lengths[:, None]
+        hidden = self.hidden_states(policy, batch.tokens[kept], lengths[lengths > 0])
+        starts = lengths.cumsum(0) - lengths
+        predicting = hidden.index_select(0, starts[rows] + positions - 1)
+        logprobs, entropies = self._statistics(
+            policy, predicting, batch.tokens[rows, positions], _allowed_at(batch, rows, positions)
+        )
+        return Outputs(
+            *(_scatter(values, rows, positions, batch.tokens.shape) for values in (logprobs, entropies))
+        )
+
+    def _statistics(
+        self, policy: nn.Module, hidden: Tensor, targets: Tensor, allowed: tuple[Tensor, AllowedIds] | None
+    ) -> tuple[Tensor, Tensor]:
+        weight = self.output_weight(policy)
+        if allowed is None:
+            return token_statistics(hidden, weight, targets, temperature=self.temperature)
+        order, choices = allowed
+        parts = [
+            token_statistics(hidden[order], weight, targets[order], choices.ids, temperature=self.temperature)
+        ]
+        if len(order) < len(hidden):
+            free = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+            free[order] = False
+            others = free.nonzero().squeeze(1)
+            order = torch.cat([order, others])
+            parts.append(
+                token_statistics(hidden[others], weight, targets[others], temperature=self.temperature)
+            )
+        back = order.argsort()
+        logprobs, entropies = (torch.cat(values)[back] for values in zip(*parts, strict=True))
+        return logprobs, entropies
+
+
+def needed_lengths(batch: Batch) -> Tensor:
+    """[B] int64, tokens of each row that come before its last decision: those that a forward pass needs."""
+    if not batch.tokens.numel():
+        return torch.zeros_like(batch.lengths)
+    positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    return torch.where(batch.sampled, positions, 0).amax(dim=1)
+
+
+def _allowed_at(batch: Batch, rows: Tensor, positions: Tensor) -> tuple[Tensor, AllowedIds] | None:
+    """For each constrained decision, its place in the list of decisions."""
+    if batch.allowed is None:
+        return None
+    place = torch.zeros(batch.tokens.shape, dtype=torch.int64, device=rows.device)
+    place[rows, positions] = torch.arange(len(rows), device=rows.device)
+    return place[batch.allowed.rows, batch.allowed.positions], batch.allowed
+
+
+def _scatter(values: Tensor, rows: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
+    return values.new_zeros(shape).index_put((rows, positions), values)

@@ -1,0 +1,113 @@
+"""The loss of one optimiser step: sum(weight * loss), the weights fixed over the whole mini-batch before."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import Algorithm, Bounds, Context, MiniBatch, Outputs, Term, Weights
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Everything about a mini-batch that may depend on all of it; what is left is a sum over its tokens.
+
+    Args:
+        algorithm: the surrogate and the losses of the terms.
+        context: for them.
+        mini: all rows of the mini-batch.
+        mask: [B, T] bool, tokens in the surrogate.
+        factors: [B, T], what their losses are multiplied by before they are added up.
+        bounds: of the ratio.
+        terms: each with its factors [B, T], coefficient not included.
+    """
+
+    algorithm: Algorithm
+    context: Context
+    mini: MiniBatch
+    mask: Tensor
+    factors: Tensor
+    bounds: Bounds | None
+    terms: tuple[tuple[Term, Tensor], ...]
+
+    def contribution(self, rows: Tensor, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """The part of the loss that belongs to `rows` (which `outputs` describes), and of the numbers to log.
+
+        Contributions of any partition of the rows add up to those of the mini-batch.
+        """
+        part = _with_ratio_base(self.mini.select(rows), outputs)
+        width = part.batch.tokens.shape[1]
+        mask = self.mask[rows, :width]
+        bounds = None if self.bounds is None else self.bounds.select(rows, width)
+        loss = _total(self.algorithm.surrogate(outputs, part, bounds), mask, self.factors[rows, :width])
+        logged = {"loss_policy": loss.detach()}
+        for term, factors in self.terms:
+            sampled = part.batch.sampled
+            value = _total(term.loss(outputs, part, self.context), sampled, factors[rows, :width])
+            loss = loss + term.scale(self.context) * value
+            logged[f"term/{term.name}"] = value.detach()
+        if bounds is not None:
+            logged |= self._ratio_numbers(outputs, part, mask, bounds)
+        return loss, logged | {"loss": loss.detach()}
+
+    def _ratio_numbers(
+        self, outputs: Outputs, part: MiniBatch, mask: Tensor, bounds: Bounds
+    ) -> dict[str, Tensor]:
+        old = part.batch.old_logprobs
+        if old is None:
+            return {}
+        logprobs = outputs.logprobs.detach()
+        ratio = functional.probability_ratio(logprobs, old)
+        held = functional.clipped(ratio, part.advantages, bounds.lower, bounds.upper)
+        tokens = self.mask.sum().clamp(min=1)
+        return {
+            "clip_share": (held & mask).sum() / tokens,
+            "approx_kl": torch.where(mask, old - logprobs, 0.0).sum() / tokens,
+        }
+
+
+def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> Objective:
+    """Fix masks, weights, bounds and denominators from the whole mini-batch.
+
+    Raises:
+        ValueError: when a hook returns another shape than [B, T], naming its slot.
+    """
+    batch = mini.batch
+    with torch.no_grad():
+        mask = batch.sampled
+        for hook in algorithm.masks:
+            mask = mask & _checked("masks", hook(mini, context), mask)
+        factors = _shares(algorithm.aggregation(mask, batch.turns, batch.trajectory))
+        for hook in algorithm.weights:
+            factors = factors * _checked("weights", hook(mini, context), mask)
+        terms = tuple((term, _term_factors(term, algorithm, mini)) for term in algorithm.terms)
+        bounds = None if algorithm.clip is None else algorithm.clip(mini, context)
+    return Objective(algorithm, context, mini, mask, factors, bounds, terms)
+
+
+def _term_factors(term: Term, algorithm: Algorithm, mini: MiniBatch) -> Tensor:
+    aggregation = term.aggregation or algorithm.aggregation
+    return _shares(aggregation(mini.batch.sampled, mini.batch.turns, mini.batch.trajectory))
+
+
+def _shares(weights: Weights) -> Tensor:
+    values, count = weights
+    return values / count.clamp(min=1)
+
+
+def _total(losses: Tensor, mask: Tensor, factors: Tensor) -> Tensor:
+    return torch.where(mask, losses * factors.to(losses.dtype), 0.0).sum()
+
+
+def _with_ratio_base(part: MiniBatch, outputs: Outputs) -> MiniBatch:
+    """Without a scoring pass the policy of now is the old one: ratios are 1, their gradients are not 0."""
+    if part.batch.old_logprobs is not None:
+        return part
+    return replace(part, batch=replace(part.batch, old_logprobs=outputs.logprobs.detach()))
+
+
+def _checked(slot: str, values: Tensor, like: Tensor) -> Tensor:
+    if values.shape != like.shape:
+        raise ValueError(f"algorithm.{slot} returned shape {tuple(values.shape)}, wanted {tuple(like.shape)}")
+    return values

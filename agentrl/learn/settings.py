@@ -1,0 +1,70 @@
+"""The `learner` block of a run's configuration."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from agentrl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """How the policy is updated.
+
+    Args:
+        optimizer: `muon` orthogonalises the updates of the hidden matrices and leaves the rest to AdamW.
+        learning_rate: of AdamW.
+        matrix_learning_rate: of Muon, scaled to the size of AdamW's updates; only read by `muon`.
+        beta1: decay of AdamW's mean gradient.
+        beta2: decay of AdamW's mean squared gradient.
+        momentum: of Muon.
+        weight_decay: of matrices and embeddings, per step relative to the learning rate; norms and biases
+            have none.
+        clip_gradient: the norm of the gradient is scaled down to this; null for no limit.
+        warmup_steps: optimiser steps over which the learning rate rises to its full value.
+        schedule: `cosine` falls to a tenth over the whole of training.
+        epochs: times that each rollout batch is gone through.
+        mini_batches: optimiser steps per epoch; trajectories are dealt out to them.
+        micro_batch_tokens: tokens in one forward pass; changes memory and speed, not the result.
+    """
+
+    optimizer: Literal["adamw", "muon"] = "muon"
+    learning_rate: float = 1e-3
+    matrix_learning_rate: float = 2e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    momentum: float = 0.95
+    weight_decay: float = 0.0
+    clip_gradient: float | None = 1.0
+    warmup_steps: int = 5
+    schedule: Literal["constant", "cosine"] = "constant"
+    epochs: int = 1
+    mini_batches: int = 1
+    micro_batch_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        mistakes = [f"{name} is {getattr(self, name)}, wanted {wish}" for name, wish in self._mistakes()]
+        if mistakes:
+            raise ConfigError("; ".join(mistakes))
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimiser steps per rollout batch."""
+        return self.epochs * self.mini_batches
+
+    def _mistakes(self) -> list[tuple[str, str]]:
+        at_least_one = ("epochs", "mini_batches", "micro_batch_tokens")
+        above_zero = ("learning_rate", "matrix_learning_rate", "clip_gradient")
+        wrong = [(name, "at least 1") for name in at_least_one if getattr(self, name) < 1]
+        for name in above_zero:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                wrong.append((name, "above 0"))
+        wrong += [
+            (name, "at least 0") for name in ("warmup_steps", "weight_decay") if getattr(self, name) < 0
+        ]
+        wrong += [
+            (name, "within [0, 1)")
+            for name in ("beta1", "beta2", "momentum")
+            if not 0 <= getattr(self, name) < 1
+        ]
+        return wrong

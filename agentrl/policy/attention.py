@@ -1,0 +1,354 @@
+"""Attention over ragged sequences that lie end to end, registered with transformers under `PACKED`.
+
+The linear layers of a model see tokens [1, N] without padding. Only here are queries, keys and values laid
+out per sequence; with a `KVCache` those of earlier calls are read from it. Calls without a layout are
+left to `sdpa`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from agentrl.errors import RequirementError
+
+PACKED = "agentrl_packed"
+DENSE_SPAN = 1.25
+ROW_COST = 12
+BLOCK_COST = 100
+Array = np.ndarray[Any, Any]
+
+
+class _Scatter(torch.autograd.Function):
+    """Rows [N, d] to places in a zeroed [size, d]; no two share a place, so both directions only copy."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return rows.new_zeros(size, rows.shape[1]).index_copy_(0, places, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return grads[0].index_select(0, places), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """The inverse of `_Scatter`; autograd's own backward of a gather adds row by row, which is slower."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = rows.shape[0]
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.size, grads[0].shape[1]).index_copy_(0, places, grads[0]), None
+
+
+_scatter = cast(Callable[[Tensor, Tensor, int], Tensor], _Scatter.apply)
+_gather = cast(Callable[[Tensor, Tensor], Tensor], _Gather.apply)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """Whole sequences: token n lies at `places[n]` of a [batch * longest] grid, causal within a row."""
+
+    batch: int
+    longest: int
+    positions: Tensor  # [N] int64, place of each token in its sequence
+    places: Tensor | None  # [N] int64; None where every sequence is equally long
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Causal attention per sequence: [1, H, N, D] in, [1, N, H, D] out."""
+        out = F.scaled_dot_product_attention(
+            self._spread(query),
+            self._spread(key),
+            self._spread(value),
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        rows = out.transpose(1, 2).reshape(self.batch * self.longest, -1)
+        if self.places is not None:
+            rows = _gather(rows, self.places)
+        return rows.view(1, rows.shape[0], query.shape[1], -1)
+
+    def _spread(self, states: Tensor) -> Tensor:
+        heads, width = states.shape[1], states.shape[3]
+        rows = states[0].transpose(0, 1).reshape(-1, heads * width)
+        if self.places is not None:
+            rows = _scatter(rows, self.places, self.batch * self.longest)
+        return rows.view(self.batch, self.longest, heads, width).transpose(1, 2)
+
+
+def packed_layout(lengths: Tensor, device: torch.device) -> PackedLayout:
+    """The layout of sequences of `lengths` [B] int64 that lie end to end."""
+    counts = lengths.cpu().numpy()
+    longest = int(counts.max(initial=0))
+    within = positions_within(counts)
+    places = None
+    if not (counts == longest).all():
+        places = torch.from_numpy(np.repeat(np.arange(len(counts)) * longest, counts) + within).to(device)
+    return PackedLayout(len(counts), longest, torch.from_numpy(within).to(device), places)
+
+
+def positions_within(counts: Array, starts: Array | int = 0) -> Array:
+    """Consecutive numbers for each of several runs: counts (2, 3), starts (5, 0) give 5 6 0 1 2."""
+    ends = np.cumsum(counts)
+    within: Array = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
+    return within
+
+
+class KVCache:
+    """Keys and values by slot: per layer [slots, length, kv heads, D], so that a write is one row copy.
+
+    Every entry is finite at all times: a masked place has weight 0, and 0 times inf would not be 0.
+    """
+
+    def __init__(self) -> None:
+        self.slots = 0
+        self.length = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Grow to hold at least `slots` sequences of `length` tokens; what is stored stays."""
+        if slots <= self.slots and length <= self.length:
+            return
+        self.slots, self.length = max(slots, self.slots), max(length, self.length)
+        for layer, pair in self._layers.items():
+            self._layers[layer] = (self._grown(pair[0]), self._grown(pair[1]))
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy a sequence of `length` tokens into another slot."""
+        for pair in self._layers.values():
+            for states in pair:
+                states[target, :length] = states[source, :length]
+
+    def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The storage of a layer, made at its first use in the shape of `key` and `value` [1, Hkv, N, D]."""
+        if layer not in self._layers:
+            self._layers[layer] = (self._empty(key), self._empty(value))
+        return self._layers[layer]
+
+    def _empty(self, like: Tensor) -> Tensor:
+        return like.new_zeros(self.slots, self.length, like.shape[1], like.shape[3])
+
+    def _grown(self, old: Tensor) -> Tensor:
+        new = old.new_zeros(self.slots, self.length, *old.shape[2:])
+        new[: old.shape[0], : old.shape[1]] = old
+        return new
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Some of the tokens as a grid [rows * chunk]; row b reads slot `slots[b]`, or slot b where None."""
+
+    rows: int
+    chunk: int
+    longest: int  # of its sequences, chunk included
+    tokens: (
+        Tensor | None
+    )  # [rows * chunk] int64, the token at each place, any at an empty one; None: all in order
+    slots: Tensor | None  # [rows] int64
+    mask: Tensor  # [rows, 1, chunk, longest] float, 0 or -inf
+
+
+@dataclass(frozen=True, slots=True)
+class CachedLayout:
+    """Chunks that extend cached sequences.
+
+    Chunks differ in length, and a grid as long as the longest is mostly padding. So the first few tokens of
+    every chunk are one block, and what is left of the longer chunks is another.
+    """
+
+    cache: KVCache
+    longest: int
+    positions: Tensor  # [N] int64
+    writes: Tensor  # [N] int64 into the [slots * length] cache
+    blocks: tuple[_Block, ...]
+    places: Tensor | None  # [N] int64 into the blocks end to end; None where the one block holds all in order
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Store the new keys and values, then attend: [1, H, N, D] in, [1, N, H, D] out."""
+        heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[3]
+        keys, values = self.cache.layer(layer, key, value)
+        keys.view(-1, kv_heads, width).index_copy_(0, self.writes, key[0].transpose(0, 1))
+        values.view(-1, kv_heads, value.shape[3]).index_copy_(0, self.writes, value[0].transpose(0, 1))
+        queries = query[0].transpose(0, 1).reshape(-1, kv_heads, heads // kv_heads, width)
+        parts = [_attend_block(block, queries, keys, values, scaling) for block in self.blocks]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.places is not None:
+            rows = rows.index_select(0, self.places)
+        return rows.view(1, rows.shape[0], heads, -1)
+
+
+def _attend_block(
+    block: _Block, queries: Tensor, keys: Tensor, values: Tensor, scaling: float | None
+) -> Tensor:
+    # queries [N, Hkv, G, D] -> [rows * chunk, H * D]. The query heads that share a key are laid along the
+    # query length: the cache is then read once, not once per head.
+    if block.tokens is not None:
+        queries = queries.index_select(0, block.tokens)
+    _, kv_heads, group, width = queries.shape
+    grid = queries.view(block.rows, block.chunk, kv_heads, group, width).permute(0, 2, 1, 3, 4)
+    mask = block.mask.to(queries.dtype)
+    out = F.scaled_dot_product_attention(
+        grid.reshape(block.rows, kv_heads, block.chunk * group, width),
+        _read(keys, block),
+        _read(values, block),
+        attn_mask=mask if group == 1 else mask.repeat_interleave(group, dim=2),
+        scale=scaling,
+    )
+    split = out.view(block.rows, kv_heads, block.chunk, group, -1)
+    return split.permute(0, 2, 1, 3, 4).reshape(block.rows * block.chunk, -1)
+
+
+def _read(storage: Tensor, block: _Block) -> Tensor:
+    used = storage[:, : block.longest]
+    rows = used[: block.rows] if block.slots is None else used.index_select(0, block.slots)
+    return rows.transpose(1, 2)
+
+
+def cached_layout(
+    cache: KVCache, slots: Array, past: Array, counts: Array, device: torch.device
+) -> CachedLayout:
+    """The layout of chunks of `counts` tokens after `past` tokens in `slots` of `cache`.
+
+    All are [R] int64, slots ascending.
+    """
+    starts = np.cumsum(counts) - counts
+    bounds = _cuts(counts)
+    blocks: list[_Block] = []
+    places = np.empty(int(counts.sum()), dtype=np.int64)
+    size = 0
+    for begin, end in pairwise(bounds):
+        rows = np.flatnonzero(counts > begin)
+        taken = np.minimum(counts[rows], end) - begin
+        block, tokens, at = _block(slots[rows], past[rows] + begin, taken, starts[rows] + begin, device)
+        blocks.append(block)
+        places[tokens] = at + size
+        size += block.rows * block.chunk
+    positions = positions_within(counts, past)
+    in_order = len(blocks) == 1 and blocks[0].tokens is None
+    return CachedLayout(
+        cache=cache,
+        longest=int((past + counts).max()),
+        positions=torch.from_numpy(positions).to(device),
+        writes=torch.from_numpy(positions + np.repeat(slots * cache.length, counts)).to(device),
+        blocks=tuple(blocks),
+        places=None if in_order else torch.from_numpy(places).to(device),
+    )
+
+
+def _block(
+    slots: Array, past: Array, counts: Array, starts: Array, device: torch.device
+) -> tuple[_Block, Array, Array]:
+    """A block of one row per chunk, and which token lies at which of its places.
+
+    Where the slots in use are nearly all of the first ones, the others ride along as empty rows, which costs
+    less than copying the keys and values of those in use.
+    """
+    span = int(slots[-1]) + 1
+    dense = span <= DENSE_SPAN * len(slots) + 1
+    size, rows = (span, slots) if dense else (len(slots), np.arange(len(slots)))
+    chunk, longest = int(counts.max()), int((past + counts).max())
+    tokens, places = positions_within(counts, starts), positions_within(counts, rows * chunk)
+    full = len(tokens) == size * chunk
+    at = None
+    if not full or tokens[0] != 0 or tokens[-1] != len(tokens) - 1:
+        grid = np.zeros(size * chunk, dtype=np.int64)
+        grid[places] = tokens
+        at = torch.from_numpy(grid).to(device)
+    first = np.zeros(size, dtype=np.int64)
+    first[rows] = past
+    block = _Block(
+        rows=size,
+        chunk=chunk,
+        longest=longest,
+        tokens=at,
+        slots=None if dense else torch.from_numpy(slots).to(device),
+        mask=_causal_mask(torch.from_numpy(first).to(device), chunk, longest),
+    )
+    return block, tokens, places
+
+
+def _cuts(counts: Array) -> list[int]:
+    """Where to cut chunks into blocks: [0, 3, 40] makes one of the first 3 tokens and one of the next 37.
+
+    A row of a block costs about as much as ROW_COST tokens, a block about as much as BLOCK_COST tokens; the
+    cheapest of the cuts at a few quantiles is found by dynamic programming.
+    """
+    ordered = np.sort(counts)
+    size = len(ordered)
+    ends = sorted({int(ordered[(size - 1) * k // 8]) for k in range(9)})
+    left = [
+        size,
+        *(size - np.searchsorted(ordered, ends, side="right")).tolist(),
+    ]  # rows with tokens after each end
+    ends.insert(0, 0)
+    best: list[tuple[float, list[int]]] = [(0.0, [0])]
+    for k in range(1, len(ends)):
+        best.append(
+            min(
+                (best[j][0] + left[j] * (ROW_COST + ends[k] - ends[j]) + BLOCK_COST, [*best[j][1], ends[k]])
+                for j in range(k)
+            )
+        )
+    return best[-1][1]
+
+
+def _causal_mask(first: Tensor, chunk: int, longest: int) -> Tensor:
+    # Queries past the end of a short chunk see stale entries; nobody reads what they yield.
+    place = torch.arange(max(chunk, longest), device=first.device)
+    last_seen = first[:, None] + place[:chunk]
+    hidden = place[:longest] > last_seen[:, :, None]
+    return torch.zeros(hidden.shape, device=first.device).masked_fill_(hidden, -torch.inf)[:, None]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    layout: PackedLayout | CachedLayout | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention that transformers calls; `layout` comes down through the model's keyword arguments."""
+    if layout is None:
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return out, None
+    if sliding_window is not None and layout.longest > sliding_window:
+        raise RequirementError(
+            f"a sequence of {layout.longest} tokens exceeds the model's sliding attention window; "
+            f"set policy.max_context to {sliding_window} or less"
+        )
+    extra = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if extra:
+        raise RequirementError(f"the model's attention uses {', '.join(extra)}, which packed attention lacks")
+    if module.training and kwargs.get("dropout", 0.0):
+        raise RequirementError(
+            f"attention dropout is {kwargs['dropout']} in the model's config.json, wanted 0: "
+            "sampled and trained logprobs would differ"
+        )
+    return layout.attend(int(module.layer_idx), query, key, value, scaling), None  # type: ignore[arg-type]
+
+
+ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, sdpa_mask)

@@ -1,0 +1,118 @@
+"""What a chat template writes around the turns of a dialogue, found by rendering placeholders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from jinja2 import TemplateError
+
+from agentrl.errors import ConfigError
+
+Message = dict[str, str]
+Render = Callable[[list[Message]], str]
+
+PROBED_TURNS = 4
+# Templates are known to treat reasoning in earlier replies apart, so one of the probes has some.
+PROBED_REPLIES = (
+    "Reply{}Placeholder",
+    "<think>Thought{0}Placeholder</think><action>Reply{0}Placeholder</action>",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPieces:
+    """The template's own text around the turns.
+
+    A dialogue: opening, observation, before_reply, REPLY, between, observation, before_reply, REPLY, between, …
+    `appends` is False where earlier turns are written differently once later ones follow; `between` then only
+    says how a reply ends.
+    """
+
+    opening: str
+    before_reply: str
+    between: str
+    appends: bool
+
+
+def slot(turn: int) -> str:
+    """The placeholder of an observation, whose text is put in after rendering: it is never read as markup."""
+    return f"Observation{turn}Placeholder"
+
+
+def split_slots(text: str) -> list[tuple[str, int | None]]:
+    """Rendered text as (template text, turn of the observation after it), the last with None.
+
+    >>> split_slots("<u>Observation0Placeholder</u>")
+    [('<u>', 0), ('</u>', None)]
+    """
+    parts = re.split(r"Observation(\d+)Placeholder", text)
+    turns = [int(turn) for turn in parts[1::2]]
+    return list(zip(parts[::2], [*turns, None], strict=True))
+
+
+def messages(observations: Sequence[str], replies: Sequence[str], instructions: str) -> list[Message]:
+    """A dialogue that waits for a reply; the instructions stand before the first observation."""
+    first = f"{instructions}\n\n{observations[0]}" if instructions else observations[0]
+    written = [{"role": "user", "content": first}]
+    for reply, observation in zip(replies, observations[1:], strict=True):
+        written += [{"role": "assistant", "content": reply}, {"role": "user", "content": observation}]
+    return written
+
+
+def probe_template(render: Render, instructions: str) -> ChatPieces:
+    """Find the fixed pieces around a turn, and whether a rendered dialogue begins with every earlier one.
+
+    Raises:
+        ConfigError: if the template fails, or does not write the latest observation as it is given.
+    """
+    probes = [_probe(render, reply, instructions) for reply in PROBED_REPLIES]
+    opening, before_reply = _around(probes[0][0], slot(0))
+    between = _between(probes[0][1])
+    expected = ChatPieces(opening, before_reply, between, appends=True)
+    if all(_extends(texts, reply, expected) for texts, reply in zip(probes, PROBED_REPLIES, strict=True)):
+        return expected
+    return ChatPieces(opening, before_reply, between, appends=False)
+
+
+def _probe(render: Render, reply: str, instructions: str) -> list[str]:
+    """The dialogue rendered after 1, 2, … turns."""
+    slots = [slot(turn) for turn in range(PROBED_TURNS)]
+    replies = [reply.format(turn) for turn in range(PROBED_TURNS)]
+    try:
+        texts = [render(messages(slots[: n + 1], replies[:n], instructions)) for n in range(PROBED_TURNS)]
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"the tokenizer's chat template cannot write a dialogue of user and assistant turns ({error}); "
+            "use a chat model, or give the tokenizer another chat_template"
+        ) from error
+    for turn, text in enumerate(texts):
+        _around(text, slot(turn))
+    return texts
+
+
+def _around(text: str, placeholder: str) -> tuple[str, str]:
+    parts = text.split(placeholder)
+    if len(parts) != 2:
+        raise ConfigError(
+            f"the tokenizer's chat template wrote the user's text {len(parts) - 1} times, wanted once and "
+            "unchanged; give the tokenizer another chat_template"
+        )
+    return parts[0], parts[1]
+
+
+def _between(two_turns: str) -> str:
+    """What follows the first reply, up to the second observation; empty where that reply was not written."""
+    _, _, after = two_turns.partition(PROBED_REPLIES[0].format(0))
+    return after.partition(slot(1))[0]
+
+
+def _extends(texts: list[str], reply: str, pieces: ChatPieces) -> bool:
+    if texts[0] != pieces.opening + slot(0) + pieces.before_reply:
+        return False
+    return all(
+        later == earlier + reply.format(turn) + pieces.between + slot(turn + 1) + pieces.before_reply
+        for turn, (earlier, later) in enumerate(pairwise(texts))
+    )

@@ -1,0 +1,325 @@
+"""The policy's network: a small decoder made from scratch or a Hugging Face folder, over packed sequences."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from agentrl.errors import CheckpointError, ConfigError, RequirementError
+from agentrl.policy.attention import PACKED, CachedLayout, KVCache, PackedLayout, cached_layout, packed_layout
+from agentrl.policy.settings import PolicyConfig
+
+__all__ = [
+    "PolicyConfig",
+    "build_model",
+    "check_packed_forward",
+    "context_limit",
+    "hidden_states",
+    "load_policy",
+    "output_weight",
+    "packed_forward",
+    "resolve_device",
+    "save_policy",
+]
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+PROBE_TOLERANCE = 1e-3  # of a logprob in float32; a wrong mask or position moves it by tenths
+
+
+def build_model(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """Make a small decoder with random weights (a Qwen2 with an MLP of width 3 d and tied embeddings).
+
+    The weights depend on `seed` alone; the global generators are left as they were.
+    """
+    if config.hidden_size % (2 * config.heads):
+        raise ConfigError(
+            f"policy.hidden_size is {config.hidden_size}, wanted an even multiple of "
+            f"policy.heads={config.heads}"
+        )
+    settings = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=3 * config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=config.max_context,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(settings)
+    model.set_attn_implementation(PACKED)
+    return _placed(model, resolve_device(config.device), getattr(torch, config.dtype))
+
+
+def _placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    return cast(nn.Module, model).to(device=device, dtype=dtype).eval()  # type: ignore[return-value]
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is cuda where there is one, else the cpu; an absent device is a ConfigError."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device("cuda" if available["cuda"] else "cpu")
+    if not available.get(name, False):
+        raise ConfigError(
+            f"policy.device is {name!r}, which this machine does not have; wanted auto or one of "
+            f"{', '.join(device for device, there in available.items() if there)}"
+        )
+    return torch.device(name)
+
+
+def hidden_states(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """The last hidden state of every token of sequences that lie end to end; differentiable.
+
+    Args:
+        model: from `build_model` or `load_policy`.
+        tokens: [N] int64, the sequences one after the other.
+        lengths: [B] int64, summing to N. Sequences do not see each other.
+
+    Returns:
+        [N, d], on which `output_weight` gives the logits of the token that follows.
+    """
+    if int(lengths.sum()) != tokens.shape[0]:
+        raise ValueError(
+            f"lengths sum to {int(lengths.sum())}, wanted {tokens.shape[0]}, the number of tokens"
+        )
+    return packed_forward(model, tokens, packed_layout(lengths, tokens.device))
+
+
+def packed_forward(model: PreTrainedModel, tokens: Tensor, layout: PackedLayout | CachedLayout) -> Tensor:
+    """Run the decoder without its head over tokens [N] in any layout; [N, d]."""
+    # A mask with four dimensions is taken as finished: transformers then builds none.
+    no_mask = tokens.new_empty(0, dtype=torch.bool).view(1, 1, 0, 0)
+    out = model.base_model(
+        input_ids=tokens.unsqueeze(0),
+        position_ids=layout.positions.unsqueeze(0),
+        attention_mask=no_mask,
+        use_cache=False,
+        layout=layout,
+    )
+    return cast(Tensor, out.last_hidden_state[0])
+
+
+def output_weight(model: PreTrainedModel) -> Tensor:
+    """The head [V, d]: logits are hidden @ weight.T, which `check_packed_forward` has made sure of."""
+    return cast(Tensor, _head(model).weight)
+
+
+def _head(model: PreTrainedModel) -> Any:
+    return cast(Any, model).get_output_embeddings()
+
+
+def context_limit(model: PreTrainedModel) -> int:
+    """Tokens that one sequence may hold: the model's positions, or its attention window where shorter."""
+    config = model.config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None)]
+    if getattr(config, "use_sliding_window", True):
+        limits.append(getattr(config, "sliding_window", None))
+    return min([limit for limit in limits if limit], default=2**31)
+
+
+def check_packed_forward(model: PreTrainedModel) -> float:
+    """Compare the packed and the cached forward with the model's own on two short sequences.
+
+    Returns:
+        The largest difference of a logprob, in nats.
+
+    Raises:
+        RequirementError: if they differ, as for architectures whose attention or head does more than ours.
+    """
+    head = _head(model)
+    if head is None or getattr(head, "bias", None) is not None:
+        raise RequirementError(f"{_name(model)} has no output layer without a bias, as wanted here")
+    vocabulary = head.weight.shape[0]
+    tokens = torch.arange(11, device=head.weight.device) * 7919 % vocabulary
+    lengths = torch.tensor([7, 4])
+    try:
+        with torch.inference_mode():
+            own = _own_logprobs(model, tokens, lengths)
+            packed = _logprobs(model, hidden_states(model, tokens, lengths))
+            cached = _logprobs(model, _in_two_chunks(model, tokens))
+    except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise RequirementError(f"{_name(model)} cannot run over packed sequences: {error}") from error
+    worst = max(float((own - packed).abs().max()), float((own - cached).abs().max()))
+    tolerance = PROBE_TOLERANCE if own.dtype == head.weight.dtype else 0.3
+    if not worst <= tolerance:
+        raise RequirementError(
+            f"{_name(model)} gives other logprobs over packed sequences than by itself (largest difference "
+            f"{worst:.3g} nats, wanted at most {tolerance}); use a model with plain causal attention and a "
+            "linear head, such as Qwen2, Qwen3 or Llama"
+        )
+    return worst
+
+
+def _name(model: PreTrainedModel) -> str:
+    return f"{type(model).__name__} ({model.name_or_path or 'not from a folder'})"
+
+
+def _own_logprobs(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Tensor:
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        rows = [
+            model(input_ids=row.unsqueeze(0), use_cache=False).logits[0]
+            for row in torch.split(tokens, lengths.tolist())
+        ]
+    finally:
+        model.set_attn_implementation(before)
+    return torch.cat(rows).float().log_softmax(-1)
+
+
+def _logprobs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    return (hidden @ output_weight(model).T).float().log_softmax(-1)
+
+
+def _in_two_chunks(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    # The sequences of 7 and 4 tokens as chunks of 4 + 3 and 2 + 2.
+    cache = KVCache()
+    cache.reserve(2, 7)
+    first, second = tokens[:7], tokens[7:]
+    slots = np.arange(2)
+    head = cached_layout(cache, slots, np.array([0, 0]), np.array([4, 2]), tokens.device)
+    tail = cached_layout(cache, slots, np.array([4, 2]), np.array([3, 2]), tokens.device)
+    early = packed_forward(model, torch.cat([first[:4], second[:2]]), head)
+    late = packed_forward(model, torch.cat([first[4:], second[2:]]), tail)
+    return torch.cat([early[:4], late[:3], early[4:], late[3:]])
+
+
+def load_policy(
+    path: str | Path, *, device: str = "auto", dtype: str = "float32"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer from a folder, and check its packed forward.
+
+    Raises:
+        CheckpointError: if a file is absent, corrupt or does not fit; the message has the remedy.
+        RequirementError: if the architecture cannot run over packed sequences.
+    """
+    folder = Path(path)
+    _check_files(folder)
+    tokenizer = _load_tokenizer(folder)
+    model = _load_model(folder, getattr(torch, dtype))
+    if len(tokenizer) > output_weight(model).shape[0]:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(tokenizer)} ids, the model {output_weight(model).shape[0]}; "
+            "use the tokenizer that was saved with the model"
+        )
+    model = _placed(model, resolve_device(device), getattr(torch, dtype))
+    check_packed_forward(model)
+    return model, tokenizer
+
+
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Write a Hugging Face folder (safetensors) beside `path` and rename it into place: all of it or nothing.
+
+    Raises:
+        CheckpointError: if it cannot be written, as on a full disk; what was at `path` is as before.
+    """
+    target = Path(path)
+    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
+    try:
+        fresh.mkdir(parents=True)
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        _swap(fresh, target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{target}: the policy could not be saved ({error}); make room or choose another folder. "
+            "What was there before is unharmed"
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _swap(fresh: Path, target: Path) -> None:
+    # A folder cannot replace one that holds files, so the old one steps aside for the moment in between.
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if not target.exists():
+        fresh.rename(target)
+        return
+    target.rename(old)
+    try:
+        fresh.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_files(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; wanted a Hugging Face model folder on this machine")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: config.json is missing; wanted a Hugging Face model folder")
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder}: no *.safetensors file; other formats can hold code and are not read. "
+            "Load the model where it came from and save it with save_pretrained(folder)"
+        )
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{folder}: no tokenizer (none of {', '.join(TOKENIZER_FILES)}); save it there with "
+            "tokenizer.save_pretrained(folder)"
+        )
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return cast(
+            PreTrainedTokenizerBase,
+            AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+        )
+    except Exception as error:  # the library raises whatever its parsers raise
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be read ({_first_line(error)}); save it again with "
+            "tokenizer.save_pretrained(folder)"
+        ) from error
+
+
+def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=PACKED,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # as above
+        raise CheckpointError(
+            f"{folder}: the model cannot be read ({_first_line(error)}); the folder is corrupt or not of a "
+            "causal language model: copy it again, or take an earlier checkpoint"
+        ) from error
+    wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: {len(wrong)} weights are absent or do not fit config.json, first {wrong[0]}; "
+            "copy the folder again, or take an earlier checkpoint"
+        )
+    return cast(PreTrainedModel, model)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0]}"

@@ -1,0 +1,384 @@
+"""`TorchEngine`: batched generation in this process that keeps keys and values between turns."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from random import Random
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from agentrl.policy.attention import KVCache, cached_layout
+from agentrl.policy.engine import Generation, GenerationRequest
+from agentrl.policy.model import context_limit, output_weight, packed_forward
+from agentrl.policy.sampling import Array, Draws, draw
+from agentrl.policy.trie import ChoiceError, Edge, Node, TokenTrie, token_trie
+
+SLOT_STEP = 16
+LENGTH_STEP = 64
+
+
+class _Sequence:
+    """The tokens of one sequence, how many of them the cache holds, and the request that is extending it."""
+
+    __slots__ = (
+        "allowed",
+        "cached",
+        "entropies",
+        "ids",
+        "limit",
+        "logprobs",
+        "name",
+        "node",
+        "random",
+        "request",
+        "slot",
+        "start",
+        "used",
+    )
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.ids: list[int] = []
+        self.cached = 0
+        self.slot = -1
+        self.used = 0  # step of its last request
+        self.request: GenerationRequest | None = None
+        self.start = 0  # where the reply begins in `ids`
+        self.limit = 0  # tokens that a free reply may have
+        self.node: Node | None = None  # the decision that comes next; None generates freely
+        self.random = Random()
+        self.logprobs: list[float] = []
+        self.entropies: list[float] = []
+        self.allowed: list[tuple[int, ...]] = []
+
+
+class TorchEngine:
+    """Continuous batching over a Hugging Face model that lives in this process.
+
+    A token is forwarded once: a turn feeds what was appended since the last one. Tokens with a single allowed
+    id are not sampled and wait for the next chunk. What a request draws depends on its seed and the weights,
+    on the rest of the batch only through rounding.
+
+    Args:
+        model: from `build_model` or `load_policy`; call `refresh` after its weights changed.
+        stop_ids: end a free reply; every choice ends in one of them.
+        max_context: tokens that a sequence may hold; None takes the model's own limit.
+        max_sequences: sequences whose keys and values are kept; further requests wait for a release.
+        max_step_tokens: tokens of one forward pass; longer prompts are fed over several steps.
+
+    Attributes:
+        tokens_forwarded: tokens that went through the model so far.
+        forwards: forward passes so far.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        stop_ids: Iterable[int],
+        max_context: int | None = None,
+        max_sequences: int = 256,
+        max_step_tokens: int = 16384,
+    ) -> None:
+        self.model = model
+        self.stop_ids = frozenset(stop_ids)
+        limit = context_limit(model)
+        self.max_context = limit if max_context is None else min(limit, max_context)
+        self.max_sequences = max_sequences
+        self.max_step_tokens = max_step_tokens
+        self.tokens_forwarded = 0
+        self.forwards = 0
+        self._version = 0
+        self._vocabulary = output_weight(model).shape[0]
+        self._device = output_weight(model).device
+        self._cache = KVCache()
+        self._sequences: dict[str, _Sequence] = {}
+        self._running: dict[str, _Sequence] = {}
+        self._waiting: deque[_Sequence] = deque()
+        self._slots: list[_Sequence | None] = []
+        self._finished: list[Generation] = []
+        self._steps = 0
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Take a request; one that cannot be served comes back from the next `step` with its error."""
+        sequence = self._sequences.get(request.sequence)
+        trie: TokenTrie | None = None
+        error: str | None = None
+        try:
+            trie = None if request.choices is None else token_trie(request.choices)
+        except ChoiceError as mistake:
+            error = str(mistake)
+        error = error or self._mistake(request, sequence, trie)
+        if error is not None:
+            self._finished.append(Generation(request.sequence, policy_version=self._version, error=error))
+            return
+        if sequence is None:
+            sequence = self._sequences[request.sequence] = _Sequence(request.sequence)
+        elif request.fresh:
+            sequence.ids.clear()
+            sequence.cached = 0
+        self._start(sequence, request, trie)
+
+    def step(self) -> Sequence[Generation]:
+        """Advance every request by one forward pass and one decision; return those that finished."""
+        self._steps += 1
+        self._admit()
+        if self._running:
+            self._advance(list(self._running.values()))
+        finished, self._finished = self._finished, []
+        return finished
+
+    def release(self, sequence: str) -> None:
+        """Forget a sequence and what is running for it; unknown names are fine."""
+        gone = self._sequences.pop(sequence, None)
+        if gone is None:
+            return
+        self._running.pop(sequence, None)
+        if gone in self._waiting:
+            self._waiting.remove(gone)
+        self._give_up_slot(gone)
+
+    def refresh(self, version: int) -> None:
+        """Note that the weights changed: what the old ones left in the cache is made anew when needed."""
+        self._version = version
+        for sequence in self._sequences.values():
+            sequence.cached = 0
+
+    def _mistake(
+        self, request: GenerationRequest, sequence: _Sequence | None, trie: TokenTrie | None
+    ) -> str | None:
+        """What is wrong with a request, before anything is done for it."""
+        held = 0 if sequence is None or request.fresh else len(sequence.ids)
+        prompt, choices = request.prompt_ids, request.choices
+        if sequence is not None and sequence.request is not None:
+            return f"sequence {request.sequence!r} has a request in flight; wait for its generation"
+        if sequence is None and not request.fresh:
+            return f"sequence {request.sequence!r} is unknown or released; its first request must be fresh"
+        if held + len(prompt) == 0:
+            return f"sequence {request.sequence!r} is empty; wanted at least one prompt token"
+        if prompt and not (min(prompt) >= 0 and max(prompt) < self._vocabulary):
+            return f"prompt_ids hold an id outside the model's vocabulary of {self._vocabulary}"
+        if choices is not None:
+            wrong = next((choice for choice in choices if choice[-1] not in self.stop_ids), None)
+            if wrong is not None:
+                return f"the choice {wrong} does not end in a stop id, wanted one of {sorted(self.stop_ids)}"
+            if max(map(max, choices)) >= self._vocabulary or min(map(min, choices)) < 0:
+                return f"choices hold an id outside the model's vocabulary of {self._vocabulary}"
+        elif request.sampling.max_tokens < 1:
+            return f"max_tokens is {request.sampling.max_tokens}, wanted at least 1"
+        if request.sampling.temperature < 0:
+            return f"temperature is {request.sampling.temperature}, wanted 0 or more"
+        room = self.max_context - held - len(prompt)
+        needed = 1 if trie is None else trie.longest
+        if room < needed:
+            return (
+                f"context overflow: {held + len(prompt)} tokens and a reply of {needed} exceed "
+                f"max_context={self.max_context}"
+            )
+        return None
+
+    def _start(self, sequence: _Sequence, request: GenerationRequest, trie: TokenTrie | None) -> None:
+        sequence.ids.extend(request.prompt_ids)
+        sequence.start = len(sequence.ids)
+        sequence.request = request
+        sequence.used = self._steps
+        sequence.logprobs, sequence.entropies, sequence.allowed = [], [], []
+        if trie is None:
+            sequence.limit = min(request.sampling.max_tokens, self.max_context - sequence.start)
+            sequence.node = None
+        else:
+            self._append_forced(sequence, trie.forced)
+            sequence.node = trie.root
+            if trie.root is None:
+                self._finish(sequence)
+                return
+        sequence.random = Random(request.seed)
+        if sequence.slot >= 0:
+            self._running[sequence.name] = sequence
+        else:
+            self._waiting.append(sequence)
+
+    def _append_forced(self, sequence: _Sequence, ids: tuple[int, ...]) -> None:
+        sequence.ids.extend(ids)
+        sequence.allowed.extend((token,) for token in ids)
+        sequence.logprobs.extend([0.0] * len(ids))
+        sequence.entropies.extend([0.0] * len(ids))
+
+    def _finish(self, sequence: _Sequence, finish: str = "stop", error: str | None = None) -> None:
+        request = sequence.request
+        assert request is not None
+        sequence.request = None
+        self._running.pop(sequence.name, None)
+        if error is not None:
+            self._finished.append(Generation(sequence.name, policy_version=self._version, error=error))
+            return
+        self._finished.append(
+            Generation(
+                sequence.name,
+                tuple(sequence.ids[sequence.start :]),
+                tuple(sequence.logprobs),
+                tuple(sequence.entropies),
+                None if request.choices is None else tuple(sequence.allowed),
+                finish,
+                self._version,
+            )
+        )
+
+    # Slots
+
+    def _admit(self) -> None:
+        while self._waiting:
+            slot = self._free_slot()
+            if slot is None:
+                return
+            sequence = self._waiting.popleft()
+            sequence.slot, self._slots[slot] = slot, sequence
+            self._running[sequence.name] = sequence
+
+    def _free_slot(self) -> int | None:
+        if None in self._slots:
+            return self._slots.index(None)
+        if len(self._slots) < self.max_sequences:
+            self._slots.append(None)
+            return len(self._slots) - 1
+        # Only when nothing else can move does a sequence between two turns lose its cache, to be fed again.
+        idle = [held for held in self._slots if held is not None and held.request is None]
+        if self._running or not idle:
+            return None
+        oldest = min(idle, key=lambda held: held.used)
+        slot = oldest.slot
+        self._give_up_slot(oldest)
+        return slot
+
+    def _give_up_slot(self, sequence: _Sequence) -> None:
+        if sequence.slot >= 0:
+            self._slots[sequence.slot] = None
+        sequence.slot, sequence.cached = -1, 0
+
+    def _close_gaps(self) -> None:
+        """Move the last sequences into free slots, so that those in use can be read in place."""
+        while self._slots and self._slots[-1] is None:
+            self._slots.pop()
+        free = self._slots.count(None)
+        if free * 4 < len(self._slots):
+            return
+        for target in range(len(self._slots)):
+            if self._slots[target] is None and target < len(self._slots):
+                moved = self._slots.pop()
+                assert moved is not None
+                self._cache.move(moved.slot, target, moved.cached)
+                moved.slot, self._slots[target] = target, moved
+                while self._slots and self._slots[-1] is None:
+                    self._slots.pop()
+            if target + 1 >= len(self._slots):
+                return
+
+    # One forward pass
+
+    @torch.inference_mode()
+    def _advance(self, rows: list[_Sequence]) -> None:
+        self._close_gaps()
+        rows.sort(key=lambda row: row.slot)
+        tokens: list[int] = []
+        counts, ready = [], []
+        for row in rows:
+            new = row.ids[row.cached :]
+            room = self.max_step_tokens - len(tokens)
+            ready.append(len(new) <= room)
+            tokens.extend(new if ready[-1] else new[:room])
+            counts.append(min(len(new), room))
+        if not all(ready):
+            rows, counts, ready = _without_empty(rows, counts, ready)
+        hidden = self._forward(rows, tokens, np.array(counts))
+        for row, count in zip(rows, counts, strict=True):
+            row.cached += count
+        ends = np.cumsum(counts) - 1
+        if not all(ready):
+            ends = ends[ready]
+            rows = [row for row, complete in zip(rows, ready, strict=True) if complete]
+        if rows:
+            self._decide(rows, hidden[torch.from_numpy(ends).to(self._device)])
+
+    def _forward(self, rows: list[_Sequence], tokens: list[int], counts: Array) -> torch.Tensor:
+        slots = np.array([row.slot for row in rows])
+        past = np.array([row.cached for row in rows])
+        longest = int((past + counts).max())
+        if longest > self._cache.length or len(self._slots) > self._cache.slots:
+            self._cache.reserve(
+                min(_rounded(len(self._slots), SLOT_STEP), self.max_sequences),
+                min(_rounded(longest * 5 // 4, LENGTH_STEP), self.max_context),
+            )
+        self.tokens_forwarded += len(tokens)
+        self.forwards += 1
+        layout = cached_layout(self._cache, slots, past, counts, self._device)
+        return packed_forward(self.model, torch.tensor(tokens, device=self._device), layout)
+
+    def _decide(self, rows: list[_Sequence], hidden: torch.Tensor) -> None:
+        constrained = [k for k, row in enumerate(rows) if row.node is not None]
+        free = [k for k, row in enumerate(rows) if row.node is None]
+        weight = output_weight(self.model)
+        for places, menu in ((constrained, True), (free, False)):
+            if not places:
+                continue
+            chosen = [rows[k] for k in places]
+            states = hidden if len(places) == len(rows) else hidden[torch.tensor(places, device=self._device)]
+            draws = draw(
+                states,
+                weight,
+                [row.node.ids for row in chosen if row.node is not None] if menu else None,
+                np.array([row.random.random() for row in chosen]),
+                np.array([row.request.sampling.temperature for row in chosen if row.request is not None]),
+            )
+            (self._take_edges if menu else self._take_tokens)(chosen, draws)
+
+    def _take_edges(self, rows: list[_Sequence], draws: Draws) -> None:
+        for row, place, logprob, entropy in zip(
+            rows, draws.chosen, draws.logprobs, draws.entropies, strict=True
+        ):
+            if entropy != entropy:
+                self._finish(row, error=NOT_FINITE)
+                continue
+            assert row.node is not None
+            edge: Edge = row.node.edges[place]
+            rest = [0.0] * (len(edge.ids) - 1)
+            row.ids.extend(edge.ids)
+            row.allowed.extend(edge.allowed)
+            row.logprobs.append(logprob)
+            row.logprobs.extend(rest)
+            row.entropies.append(entropy)
+            row.entropies.extend(rest)
+            row.node = edge.node
+            if row.node is None:
+                self._finish(row)
+
+    def _take_tokens(self, rows: list[_Sequence], draws: Draws) -> None:
+        for row, token, logprob, entropy in zip(
+            rows, draws.chosen, draws.logprobs, draws.entropies, strict=True
+        ):
+            if entropy != entropy:
+                self._finish(row, error=NOT_FINITE)
+                continue
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+            row.entropies.append(entropy)
+            if token in self.stop_ids:
+                self._finish(row)
+            elif len(row.logprobs) == row.limit:
+                self._finish(row, "length")
+
+
+NOT_FINITE = "the model's logits are not finite: its weights hold nan or inf"
+
+
+def _rounded(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _without_empty(
+    rows: list[_Sequence], counts: list[int], ready: list[bool]
+) -> tuple[list[_Sequence], list[int], list[bool]]:
+    kept = [k for k, count in enumerate(counts) if count]
+    return [rows[k] for k in kept], [counts[k] for k in kept], [ready[k] for k in kept]

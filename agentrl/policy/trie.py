@@ -1,0 +1,147 @@
+"""The admissible replies as a prefix tree over token ids; standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from itertools import groupby, pairwise
+from operator import itemgetter
+
+from agentrl.errors import AgentRLError
+
+Choices = tuple[tuple[int, ...], ...]
+
+
+class ChoiceError(AgentRLError, ValueError):
+    """The choices of a request cannot be decoded: none, an empty one, or one that begins another."""
+
+
+class Edge:
+    """A decision and the forced tokens after it, up to the next decision (`node`) or the end (None).
+
+    `ids[0]` is the decision, `allowed[0]` what it was taken from; every other token has one allowed id.
+    """
+
+    __slots__ = ("_branches", "_depth", "_node", "allowed", "ids")
+
+    def __init__(self, ids: tuple[int, ...], allowed: Choices, branches: Choices, depth: int) -> None:
+        self.ids = ids
+        self.allowed = allowed
+        self._branches = branches
+        self._depth = depth
+        self._node: Node | None = None
+
+    @property
+    def node(self) -> Node | None:
+        # Built when it is first reached: most of a menu is never visited.
+        if self._node is None and len(self._branches) > 1:
+            self._node = Node(self._branches, self._depth)
+        return self._node
+
+
+class Node:
+    """A place where more than one id may follow: `edges[k]` begins with `ids[k]`."""
+
+    __slots__ = ("edges", "ids")
+
+    def __init__(self, choices: Choices, depth: int) -> None:
+        groups = [tuple(group) for _, group in groupby(choices, key=itemgetter(depth))]
+        self.ids = tuple(group[0][depth] for group in groups)
+        self.edges = tuple(_edge(group, depth, self.ids) for group in groups)
+
+
+def _edge(choices: Choices, depth: int, allowed: tuple[int, ...]) -> Edge:
+    end = _common_length(choices, depth + 1)
+    ids = choices[0][depth:end]
+    return Edge(ids, (allowed, *((token,) for token in ids[1:])), choices, end)
+
+
+def _common_length(choices: Choices, start: int) -> int:
+    # In a sorted list, what the first and the last share is shared by all.
+    first, last = choices[0], choices[-1]
+    if first is last:
+        return len(first)
+    end = start
+    while first[end] == last[end]:
+        end += 1
+    return end
+
+
+class TokenTrie:
+    """Which ids may follow a prefix of a reply.
+
+    >>> trie = TokenTrie(((5, 7, 1), (5, 8, 1)))
+    >>> trie.forced, trie.allowed((5,)), trie.trace((5, 8, 1))
+    ((5,), (7, 8), ((5,), (7, 8), (1,)))
+
+    Args:
+        choices: the replies; none may be empty or begin another one. Repeated ones count once.
+
+    Raises:
+        ChoiceError: if there is no choice, an empty one, or one that is a prefix of another.
+    """
+
+    __slots__ = ("forced", "longest", "root")
+
+    def __init__(self, choices: Iterable[Sequence[int]]) -> None:
+        ordered = tuple(sorted({tuple(choice) for choice in choices}))
+        if not ordered:
+            raise ChoiceError("choices is empty; wanted at least one reply, or None for free generation")
+        _check_prefixes(ordered)
+        start = _common_length(ordered, 0)
+        self.forced = ordered[0][:start]  # the ids with which every choice begins
+        self.root = Node(ordered, start) if len(ordered) > 1 else None
+        self.longest = max(map(len, ordered))
+
+    def allowed(self, prefix: Sequence[int]) -> tuple[int, ...]:
+        """The ids that may follow `prefix`, in ascending order; empty after a complete reply."""
+        return self._walk(prefix)[1]
+
+    def run(self, prefix: Sequence[int]) -> tuple[int, ...]:
+        """The forced ids that follow `prefix`, up to the next decision or the end."""
+        forced: list[int] = []
+        while len(allowed := self.allowed((*prefix, *forced))) == 1:
+            forced.append(allowed[0])
+        return tuple(forced)
+
+    def trace(self, ids: Sequence[int]) -> Choices:
+        """The allowed ids at every token of the (possibly unfinished) reply `ids`."""
+        return self._walk(ids)[0]
+
+    def _walk(self, ids: Sequence[int]) -> tuple[Choices, tuple[int, ...]]:
+        run: tuple[int, ...] = self.forced
+        allowed: Choices = tuple((token,) for token in run)
+        node, done = self.root, 0
+        seen: list[tuple[int, ...]] = []
+        while True:
+            for token, options in zip(run, allowed, strict=True):
+                if done == len(ids):
+                    return tuple(seen), options
+                if ids[done] != token:
+                    raise ChoiceError(f"token {ids[done]} at place {done} of {tuple(ids)}: wanted {options}")
+                seen.append(options)
+                done += 1
+            if node is None or done == len(ids):
+                break
+            if ids[done] not in node.ids:
+                raise ChoiceError(f"token {ids[done]} at place {done} of {tuple(ids)}: wanted {node.ids}")
+            edge = node.edges[node.ids.index(ids[done])]
+            run, allowed, node = edge.ids, edge.allowed, edge.node
+        if done < len(ids):
+            raise ChoiceError(f"{tuple(ids)} goes on after the choice {tuple(ids[:done])}")
+        return tuple(seen), () if node is None else node.ids
+
+
+def _check_prefixes(ordered: Choices) -> None:
+    if not ordered[0]:
+        raise ChoiceError("one of the choices has no token; wanted replies that end in a stop id")
+    for first, second in pairwise(ordered):
+        # In sorted order, whatever lies between a prefix and what it begins, it begins too.
+        if second[: len(first)] == first:
+            raise ChoiceError(f"the choice {first} begins the choice {second}: it could never be told apart")
+
+
+@lru_cache(maxsize=8192)
+def token_trie(choices: Choices) -> TokenTrie:
+    """The trie of a tuple of choices; the same menu is built once."""
+    return TokenTrie(choices)

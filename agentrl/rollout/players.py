@@ -1,0 +1,290 @@
+"""Who replies: chance, an expert, a person, a language model, or an expert whose words are trained on."""
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from agentrl.data.trajectory import StopReason
+from agentrl.policy.engine import Engine, Generation, GenerationRequest, SamplingParams
+from agentrl.policy.trie import token_trie
+from agentrl.rollout.play import ActionRequest, Reply, Stop
+from agentrl.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from agentrl.policy.tokens import Dialogue
+
+Answered = tuple[str, Reply | Stop]
+
+
+class Player(Protocol):
+    """Replies to requests, several at a time, in whatever order they get done."""
+
+    def submit(self, request: ActionRequest) -> None:
+        """Take a request; there is at most one per episode at a time."""
+        ...
+
+    def poll(self) -> Sequence[Answered]:
+        """Do one unit of work and return the replies that are done, with their episodes' ids; may be none."""
+        ...
+
+    def close(self, episode_id: str) -> None:
+        """Forget an episode."""
+        ...
+
+
+class _Immediate(ABC):
+    """A player whose replies take no work to be shared."""
+
+    def __init__(self) -> None:
+        self._requests: list[ActionRequest] = []
+
+    def submit(self, request: ActionRequest) -> None:
+        self._requests.append(request)
+
+    def poll(self) -> Sequence[Answered]:
+        requests, self._requests = self._requests, []
+        return [(request.episode_id, self.reply(request)) for request in requests]
+
+    def close(self, episode_id: str) -> None:
+        self._requests = [request for request in self._requests if request.episode_id != episode_id]
+
+    @abstractmethod
+    def reply(self, request: ActionRequest) -> Reply | Stop: ...
+
+
+class RandomPlayer(_Immediate):
+    """Uniform over the admissible actions; the draw follows from (request.seed, turn) alone."""
+
+    def reply(self, request: ActionRequest) -> Reply | Stop:
+        if not request.actions:
+            return Stop(StopReason.ENGINE_ERROR, "a random player needs info['actions'], which is empty here")
+        draw = derive_seed("random", request.seed, request.turn)
+        return Reply(request.actions[draw % len(request.actions)])
+
+
+class ExpertPlayer(_Immediate):
+    """Plays what the environment says its expert would do."""
+
+    def reply(self, request: ActionRequest) -> Reply | Stop:
+        action = _expert_action(request)
+        return action if isinstance(action, Stop) else Reply(action)
+
+
+class HumanPlayer(_Immediate):
+    """Asks someone. `ask` is given the request and returns the reply."""
+
+    def __init__(self, ask: Callable[[ActionRequest], str]) -> None:
+        super().__init__()
+        self._ask = ask
+
+    def reply(self, request: ActionRequest) -> Reply | Stop:
+        return Reply(self._ask(request))
+
+
+@dataclass(slots=True)
+class _Conversation:
+    """What has been said in an episode, and how many tokens its current sequence holds."""
+
+    history: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    held: int = 0
+    submitted: bool = False  # whether the engine knows the sequence
+
+    def extend(self, observation: str, prompt: int, fresh: bool, action_ids: tuple[int, ...]) -> None:
+        self.history.append((observation, action_ids))
+        self.held = (0 if fresh else self.held) + prompt + len(action_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    request: ActionRequest
+    prompt_ids: tuple[int, ...]
+    fresh: bool
+    texts: dict[tuple[int, ...], str] | None  # the admissible replies, where the reply is one of them
+
+
+class LanguagePlayer:
+    """A language model: a dialogue makes tokens of the episode, an engine continues them.
+
+    Args:
+        dialogue: between texts and tokens.
+        engine: generates.
+        sampling: how replies are drawn.
+        choices: reply with one of the admissible actions where the environment names them; False generates
+            freely.
+    """
+
+    def __init__(
+        self, dialogue: "Dialogue", engine: Engine, sampling: SamplingParams, *, choices: bool = True
+    ) -> None:
+        self._dialogue = dialogue
+        self._engine = engine
+        self._sampling = sampling
+        self._choices = choices
+        self._conversations: dict[str, _Conversation] = {}
+        self._pending: dict[str, _Pending] = {}
+        self._stopped: list[Answered] = []
+
+    def submit(self, request: ActionRequest) -> None:
+        conversation = self._conversations.setdefault(request.episode_id, _Conversation())
+        prompt = self._dialogue.prompt(conversation.history, request.observation)
+        texts = None
+        if self._choices and request.actions:
+            texts = {self._dialogue.encode_reply(action): action for action in request.actions}
+        room = max(map(len, texts)) if texts else self._sampling.max_tokens
+        length = (0 if prompt.fresh else conversation.held) + len(prompt.ids) + room
+        if length > self._engine.max_context:
+            self._stopped.append((request.episode_id, _too_long(length, self._engine.max_context)))
+            return
+        self._pending[request.episode_id] = _Pending(request, tuple(prompt.ids), prompt.fresh, texts)
+        conversation.submitted = True
+        self._engine.submit(
+            GenerationRequest(
+                sequence=request.episode_id,
+                prompt_ids=tuple(prompt.ids),
+                fresh=prompt.fresh,
+                choices=tuple(texts) if texts else None,
+                seed=derive_seed(request.seed, "turn", request.turn),
+                sampling=self._sampling,
+            )
+        )
+
+    def poll(self) -> Sequence[Answered]:
+        if self._stopped:
+            stopped, self._stopped = self._stopped, []
+            return stopped
+        return [(generation.sequence, self._answer(generation)) for generation in self._engine.step()]
+
+    def close(self, episode_id: str) -> None:
+        self._pending.pop(episode_id, None)
+        self._stopped = [(name, stop) for name, stop in self._stopped if name != episode_id]
+        conversation = self._conversations.pop(episode_id, None)
+        if conversation is not None and conversation.submitted:
+            self._engine.release(episode_id)
+
+    def _answer(self, generation: Generation) -> Reply | Stop:
+        pending = self._pending.pop(generation.sequence)
+        if generation.error is not None:
+            return Stop(StopReason.ENGINE_ERROR, generation.error)
+        ids = generation.token_ids
+        self._conversations[generation.sequence].extend(
+            pending.request.observation, len(pending.prompt_ids), pending.fresh, ids
+        )
+        chosen = pending.texts.get(ids) if pending.texts else None
+        text, valid = (chosen, True) if chosen is not None else self._parse(ids)
+        return Reply(
+            text=text,
+            prompt_ids=pending.prompt_ids,
+            action_ids=ids,
+            logprobs=generation.logprobs,
+            entropies=generation.entropies,
+            allowed=generation.allowed,
+            fresh=pending.fresh,
+            valid=valid,
+            finish=generation.finish,
+            policy_version=generation.policy_version,
+        )
+
+    def _parse(self, ids: tuple[int, ...]) -> tuple[str, bool]:
+        # An unparsable reply goes to the environment as it is: the policy shall see what comes of it.
+        parsed = self._dialogue.parse(ids)
+        return parsed.text, parsed.valid
+
+
+class DemonstrationPlayer(_Immediate):
+    """The expert's replies as the policy would have written them, now and then disturbed by a random action.
+
+    A disturbance leads to states that the expert alone would not see; it is marked as not to be imitated.
+
+    Args:
+        dialogue: of the policy that shall learn.
+        noise: probability of a disturbance per turn.
+        seed: of the disturbances.
+        noise_prefers: how the actions begin that are taken in `prefer_share` of the disturbances, if there
+        are any. prefer_share: see `noise_prefers`.
+        choices: the policy will choose among the admissible actions: record what it may choose from.
+        max_context: tokens that a sequence of the policy holds; an episode that needs more ends.
+    """
+
+    def __init__(
+        self,
+        dialogue: "Dialogue",
+        noise: float = 0.0,
+        seed: int = 0,
+        *,
+        noise_prefers: str = "take ",
+        prefer_share: float = 0.6,
+        choices: bool = True,
+        max_context: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._dialogue = dialogue
+        self._noise = noise
+        self._seed = seed
+        self._noise_prefers = noise_prefers
+        self._prefer_share = prefer_share
+        self._choices = choices
+        self._max_context = max_context
+        self._conversations: dict[str, _Conversation] = {}
+
+    def reply(self, request: ActionRequest) -> Reply | Stop:
+        action = _expert_action(request)
+        if isinstance(action, Stop):
+            return action
+        disturbance = self._disturbance(request)
+        text = action if disturbance is None else disturbance
+        if request.actions and text not in request.actions:
+            return Stop(StopReason.CONTRACT, f"the expert's action {text!r} is not one of info['actions']")
+        conversation = self._conversations.setdefault(request.episode_id, _Conversation())
+        prompt = self._dialogue.prompt(conversation.history, request.observation)
+        action_ids = self._dialogue.encode_reply(text)
+        conversation.extend(request.observation, len(prompt.ids), prompt.fresh, action_ids)
+        if self._max_context is not None and conversation.held > self._max_context:
+            return _too_long(conversation.held, self._max_context)
+        zeros = (0.0,) * len(action_ids)
+        return Reply(
+            text=text,
+            prompt_ids=tuple(prompt.ids),
+            action_ids=action_ids,
+            logprobs=zeros,
+            entropies=zeros,
+            allowed=self._allowed(request, action_ids),
+            fresh=prompt.fresh,
+            imitable=disturbance is None,
+        )
+
+    def close(self, episode_id: str) -> None:
+        super().close(episode_id)
+        self._conversations.pop(episode_id, None)
+
+    def _disturbance(self, request: ActionRequest) -> str | None:
+        draw = random.Random(derive_seed(self._seed, request.seed, request.turn))
+        if not request.actions or draw.random() >= self._noise:
+            return None
+        preferred = [action for action in request.actions if action.startswith(self._noise_prefers)]
+        if preferred and draw.random() < self._prefer_share:
+            return draw.choice(preferred)
+        return draw.choice(request.actions)
+
+    def _allowed(
+        self, request: ActionRequest, action_ids: tuple[int, ...]
+    ) -> tuple[tuple[int, ...] | None, ...] | None:
+        if not self._choices or not request.actions:
+            return None
+        return token_trie(tuple(map(self._dialogue.encode_reply, request.actions))).trace(action_ids)
+
+
+def _too_long(length: int, limit: int) -> Stop:
+    return Stop(StopReason.CONTEXT_LIMIT, f"the next turn needs {length} tokens, the context holds {limit}")
+
+
+def _expert_action(request: ActionRequest) -> str | Stop:
+    if "expert" not in request.info:
+        reason = "an expert player needs info['expert']: construct the environment with expert=True"
+        return Stop(StopReason.ENGINE_ERROR, reason)
+    action = request.info["expert"]
+    if action is None:
+        # The expert's own failure, which counts: not an aborted episode.
+        return Stop(StopReason.TURN_LIMIT, "the expert knows no next action")
+    return str(action)

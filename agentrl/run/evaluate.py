@@ -1,0 +1,328 @@
+"""Measure a policy on a fixed panel of tasks, each played exactly K times."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from agentrl.data.trajectory import Episode
+from agentrl.env.panel import Panel, load_panel, make_panel, verify
+from agentrl.env.registry import make
+from agentrl.errors import ConfigError
+from agentrl.rollout.collector import EnvironmentPool, collect
+from agentrl.rollout.play import EpisodeSpec
+from agentrl.rollout.players import Player
+from agentrl.run.folder import Run
+from agentrl.run.settings import RunConfig
+from agentrl.run.statistics import Rate, success_rate
+from agentrl.seeds import derive_seed
+
+OnEpisode = Callable[[Episode], None]
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Mean entropies of a policy's decisions in nats; None for a policy that records none.
+
+    Args:
+        token: mean over all decided tokens.
+        turn: mean over turns of each turn's mean.
+        trajectory: mean over episodes of each episode's mean over turns.
+        by_turn: mean of the turns with that index, over the episodes that got there.
+    """
+
+    token: float | None = None
+    turn: float | None = None
+    trajectory: float | None = None
+    by_turn: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A policy's score on a panel. Aborted episodes are in no rate and no mean; their reasons are counted.
+
+    Args:
+        success: over all task types.
+        by_task_type: the same, per task type.
+        aborted: episodes that say nothing about the policy.
+        aborted_reasons: how often each stopped them.
+        mean_return: in the environment's reward units; None without a finished episode.
+        mean_turns: replies per episode.
+        stop_reasons: of all episodes, the aborted included.
+        entropy: of the policy's decisions.
+        panel_hash: of the panel's tasks and their content.
+        data: what the tasks are, as the environment labels them, e.g. `generated`.
+        repeats: plays of each task.
+    """
+
+    success: Rate
+    by_task_type: Mapping[str, Rate]
+    aborted: int
+    aborted_reasons: Mapping[str, int]
+    mean_return: float | None
+    mean_turns: float | None
+    stop_reasons: Mapping[str, int]
+    entropy: Entropy
+    panel_hash: str
+    data: str | None = None
+    repeats: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; the shape of one decoding of one policy in a run's summary.json."""
+        tree = asdict(self)
+        overall: dict[str, Any] = tree.pop("success")
+        return overall | tree
+
+
+@dataclass(frozen=True)
+class InstructionCheck:
+    """What a policy does when told another goal of the same room: whether it reads the instruction.
+
+    Args:
+        new_goal: how often the goal that it was told was reached.
+        old_goal: how often the goal of the panel's own task was, of which it was told nothing.
+        aborted: episodes in neither rate.
+    """
+
+    new_goal: Rate
+    old_goal: Rate
+    aborted: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    policy: Run | str | Path,
+    panel: Panel | str | Path | None = None,
+    *,
+    env: str | None = None,
+    split: str | None = None,
+    tasks: int | None = None,
+    repeats: int = 1,
+    seed: int = 0,
+    temperature: float = 1.0,
+    on_episode: OnEpisode | None = None,
+) -> Evaluation:
+    """Measure a policy.
+
+    Args:
+        policy: a `Run`, the folder or name of one, a Hugging Face folder, `random` or `expert`.
+        panel: a panel or its file; None takes the first `tasks` of `split` of `env`, which fall back on the
+            configuration of the run, or on the defaults.
+        env: id of an environment.
+        split: of its tasks.
+        tasks: how many of them.
+        repeats: plays of each task.
+        seed: of the environments and of the policy's draws.
+        temperature: of the policy's draws; 0 always takes its first choice.
+        on_episode: called with each episode as it ends.
+
+    Raises:
+        ConfigError: for contradicting or unknown arguments.
+        PanelError: when the panel's tasks are not what they were when it was made.
+        CheckpointError: when there is no such policy.
+    """
+    from agentrl.run.players import open_player  # it loads torch, which the records here do without
+
+    if repeats < 1:
+        raise ConfigError(f"repeats is {repeats}, wanted at least 1")
+    given = _given_panel(panel, env, split, tasks)
+    name = str(policy.folder) if isinstance(policy, Run) else str(policy)
+    player, config = open_player(name, temperature=temperature)
+    fixed = given or configured_panel(config, env, split, tasks)
+    with panel_environments(fixed, expert=name == "expert") as environments:
+        episodes = play_panel(
+            fixed,
+            player,
+            environments,
+            repeats=repeats,
+            seed=seed,
+            max_active=config.rollout.max_active,
+            max_turns=config.rollout.max_turns,
+            on_episode=on_episode,
+        )
+        return summarise(episodes, fixed, repeats, data=data_label(environments))
+
+
+def configured_panel(
+    config: RunConfig, env: str | None = None, split: str | None = None, tasks: int | None = None
+) -> Panel:
+    """The panel of a configuration, or with another environment, split or number of tasks in its place."""
+    block = config.evaluation
+    if block.panel is not None and (env, split, tasks) == (None, None, None):
+        return _verified(load_panel(Path(block.panel)))
+    kwargs = config.env.kwargs if env in (None, config.env.id) else {}
+    return make_panel(env or config.env.id, split or block.split, tasks or block.tasks, kwargs)
+
+
+def panel_environments(panel: Panel, *, expert: bool = False) -> EnvironmentPool:
+    """A pool of the panel's environments; with `expert`, they say what their expert would do next."""
+    kwargs = {**panel.env_kwargs, **({"expert": True} if expert else {})}
+    return EnvironmentPool(lambda: make(panel.env, split=panel.split, **kwargs))
+
+
+def data_label(environments: EnvironmentPool) -> str | None:
+    """What the tasks are, as their environment labels them, e.g. `generated`; None where it does not."""
+    with environments.borrow() as environment:
+        return getattr(environment.unwrapped, "data", None)
+
+
+def play_panel(
+    panel: Panel,
+    player: Player,
+    environments: EnvironmentPool,
+    *,
+    repeats: int = 1,
+    seed: int = 0,
+    max_active: int = 64,
+    max_turns: int | None = None,
+    on_episode: OnEpisode | None = None,
+) -> list[Episode]:
+    """Play each task of the panel exactly `repeats` times; every draw depends on (seed, task, repeat) alone.
+
+    Returns:
+        The episodes, task by task in the panel's order.
+    """
+    specs = _specs(panel.env, panel.tasks, repeats, seed)
+    played = collect(
+        specs, player, environments, max_active=max_active, max_turns=max_turns, on_episode=on_episode
+    )
+    return list(played.episodes)
+
+
+def summarise(
+    episodes: Sequence[Episode], panel: Panel, repeats: int = 1, *, data: str | None = None
+) -> Evaluation:
+    """Score episodes of a panel.
+
+    Raises:
+        ValueError: unless each of the panel's tasks was played `repeats` times, and nothing else.
+    """
+    plays = Counter(episode.task for episode in episodes)
+    if plays != dict.fromkeys(panel.tasks, repeats):
+        wrong = {task: plays[task] for task in {*plays, *panel.tasks} if plays[task] != repeats}
+        raise ValueError(
+            f"each of the panel's {len(panel.tasks)} tasks is played {repeats} times, not {wrong}"
+        )
+    finished = [episode for episode in episodes if not episode.stop.aborted]
+    aborted = [episode for episode in episodes if episode.stop.aborted]
+    types = sorted({episode.task_type for episode in finished if episode.task_type is not None})
+    return Evaluation(
+        success=_rate(finished),
+        by_task_type={name: _rate(e for e in finished if e.task_type == name) for name in types},
+        aborted=len(aborted),
+        aborted_reasons=dict(Counter(_reason(episode) for episode in aborted).most_common()),
+        mean_return=_mean(episode.episode_return for episode in finished),
+        mean_turns=_mean(len(episode.turns) for episode in finished),
+        stop_reasons=dict(Counter(episode.stop.value for episode in episodes).most_common()),
+        entropy=mean_entropy(finished),
+        panel_hash=panel.hash,
+        data=data,
+        repeats=repeats,
+    )
+
+
+def mean_entropy(episodes: Iterable[Episode]) -> Entropy:
+    """Entropies of episodes at each level; forced tokens and noise count in none of them."""
+    tokens: list[float] = []
+    trajectories: list[float] = []
+    by_turn: dict[int, list[float]] = defaultdict(list)
+    for episode in episodes:
+        for index, turn in enumerate(episode.turns):
+            if (value := turn.entropy) is not None:
+                by_turn[index].append(value)
+                tokens += [e for e, decided in zip(turn.entropies, turn.sampled, strict=False) if decided]
+        if (value := episode.entropy) is not None:
+            trajectories.append(value)
+    return Entropy(
+        token=_mean(tokens),
+        turn=_mean(value for values in by_turn.values() for value in values),
+        trajectory=_mean(trajectories),
+        by_turn=tuple(fmean(by_turn[index]) for index in sorted(by_turn)),
+    )
+
+
+def instruction_check(
+    panel: Panel,
+    player: Player,
+    environments: EnvironmentPool,
+    *,
+    seed: int = 0,
+    max_active: int = 64,
+    max_turns: int | None = None,
+    on_episode: OnEpisode | None = None,
+) -> InstructionCheck | None:
+    """Play, for each task of the panel, the task of the same room that asks for something else.
+
+    The environment names it (`unwrapped.other_goal(task)`, None where there is none) and says in
+    `info["other_success"]` whether the goal of the panel's own task was reached meanwhile.
+
+    Returns:
+        Both rates; None when the environment knows no other goals.
+    """
+    with environments.borrow() as environment:
+        other_goal = getattr(environment.unwrapped, "other_goal", lambda task: None)
+        others = [other for task in panel.tasks if (other := other_goal(task)) is not None]
+    if not others:
+        return None
+    # Two tasks of one room may name each other's goal, or the same third.
+    specs = _specs(panel.env, tuple(dict.fromkeys(others)), 1, derive_seed(seed, "instruction"))
+    played = collect(
+        specs, player, environments, max_active=max_active, max_turns=max_turns, on_episode=on_episode
+    )
+    finished = [episode for episode in played.episodes if not episode.stop.aborted]
+    return InstructionCheck(
+        new_goal=_rate(finished),
+        old_goal=success_rate([[_other_success(episode)] for episode in finished]),
+        aborted=len(played.episodes) - len(finished),
+    )
+
+
+def _given_panel(
+    panel: Panel | str | Path | None, env: str | None, split: str | None, tasks: int | None
+) -> Panel | None:
+    if tasks is not None and tasks < 1:
+        raise ConfigError(f"tasks is {tasks}, wanted at least 1")
+    if panel is None:
+        return None
+    if (env, split, tasks) != (None, None, None):
+        raise ConfigError("a panel names its own env, split and tasks: give the panel or those, not both")
+    return _verified(panel if isinstance(panel, Panel) else load_panel(Path(panel)))
+
+
+def _verified(panel: Panel) -> Panel:
+    verify(panel)
+    return panel
+
+
+def _specs(env: str, tasks: Sequence[str], repeats: int, seed: int) -> list[EpisodeSpec]:
+    return [
+        EpisodeSpec(
+            f"evaluation-{seed}-{task}-{repeat}", env, task, derive_seed(seed, "evaluation", task, repeat)
+        )
+        for task in tasks
+        for repeat in range(repeats)
+    ]
+
+
+def _rate(finished: Iterable[Episode]) -> Rate:
+    plays: dict[str, list[bool]] = defaultdict(list)
+    for episode in finished:
+        plays[episode.task].append(episode.success)
+    return success_rate(list(plays.values()))
+
+
+def _reason(episode: Episode) -> str:
+    return f"{episode.stop.value}: {episode.error}" if episode.error else episode.stop.value
+
+
+def _other_success(episode: Episode) -> bool:
+    return any(turn.info.get("other_success") is True for turn in episode.turns)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    listed = list(values)
+    return fmean(listed) if listed else None

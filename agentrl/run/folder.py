@@ -1,0 +1,155 @@
+"""A run's folder: where it is, what stands in it, and which part of a configuration it may be resumed with."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agentrl.config import merge, read_yaml, to_yaml
+from agentrl.errors import CheckpointError, ConfigError
+from agentrl.run.settings import RunConfig, config_from_tree, config_tree
+
+# Keys that change where or how often something is written, and nothing that is learned.
+_FREE = ("run.", "trainer.checkpoint_every", "trainer.save_episodes_every")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk: what `train` returns and `evaluate` takes."""
+
+    folder: Path
+    config: RunConfig
+
+    @property
+    def model(self) -> Path:
+        """The trained policy as a Hugging Face folder."""
+        return self.folder / "model"
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the run reached; empty until it has finished."""
+        path = self.folder / "summary.json"
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def create_run(config: RunConfig) -> Run:
+    """Make the folder and write the resolved configuration and the manifest into it.
+
+    Raises:
+        ConfigError: when `run.name` is taken.
+    """
+    parent = Path(config.run.folder)
+    name = config.run.name or _free_name(parent, config)
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ConfigError(f"run.name is {name!r}, wanted letters, digits, '-', '_' and '.' only")
+    folder = parent / name
+    try:
+        folder.mkdir(parents=True)
+        (folder / "episodes").mkdir()
+    except FileExistsError as error:
+        raise ConfigError(
+            f"run.name is {name!r}, but {folder} exists; resume it (agentrl train --resume {folder}) or choose another"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"run.folder is {config.run.folder!r}, which cannot hold runs ({error})") from error
+    write_atomic(folder / "config.yaml", to_yaml(config_tree(config)))
+    write_atomic(folder / "manifest.json", json.dumps(_manifest(config), indent=1))
+    return Run(folder, config)
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run by its folder, or by its name below `runs/`.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    for folder in (Path(path), Path(RunConfig().run.folder) / path):
+        if (folder / "config.yaml").is_file():
+            return Run(folder, config_from_tree(read_yaml(folder / "config.yaml")))
+    raise CheckpointError(f"{path}: not a run (a run's folder holds a config.yaml); list yours with: ls runs/")
+
+
+def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
+    """The run with changed keys, as long as they do not change what is learned.
+
+    Raises:
+        ConfigError: listing the keys that do.
+    """
+    before = config_tree(run.config)
+    config = config_from_tree(merge(before, overrides))
+    after = config_tree(config)
+    changed = [key for key in _changed(before, after) if not key.startswith(_FREE)]
+    if changed:
+        lines = "\n".join(f"{key}: {_at(before, key)!r} -> {_at(after, key)!r}" for key in changed)
+        raise ConfigError(f"{run.folder} cannot be resumed with other values; start a new run instead:\n{lines}")
+    return Run(run.folder, config)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a full disk, never leaves half of it."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _free_name(parent: Path, config: RunConfig) -> str:
+    stem = f"{config.env.id.rpartition('/')[2]}-{config.algorithm.name}-seed{config.seed}"
+    taken = {path.name for path in parent.glob(f"{stem}*")}
+    return next(name for count in range(1, 10**6) if (name := f"{stem}-{count}") not in taken)
+
+
+def _manifest(config: RunConfig) -> dict[str, Any]:
+    packages = ("agentrl", "torch", "transformers", "tokenizers", "gymnasium", "numpy", "alfworld")
+    return {
+        "versions": {name: version for name in packages if (version := _version(name))},
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "cores": os.cpu_count(),
+        "git": _git_revision(),
+        "seed": config.seed,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    here = Path(__file__).parent
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:
+    keys = []
+    for key in {**before, **after}:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            keys += _changed(old, new, f"{path}{key}.")
+        elif old != new:
+            keys.append(f"{path}{key}")
+    return keys
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree

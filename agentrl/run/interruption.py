@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM end a run between two updates, never inside one."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """The run was asked to stop and can be resumed; the message says how."""
+
+
+class Interruption:
+    """Turns SIGINT and SIGTERM into KeyboardInterrupt, held back while `shield` is open."""
+
+    def __init__(self) -> None:
+        self._shielded = False
+        self._pending = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle both signals; only a program's main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def shield(self) -> Iterator[None]:
+        """Finish what is inside first: a half-applied update cannot be resumed."""
+        self._shielded = True
+        try:
+            yield
+        finally:
+            self._shielded = False
+        if self._pending:
+            self._pending = False
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._shielded:
+            self._pending = True
+        else:
+            raise KeyboardInterrupt

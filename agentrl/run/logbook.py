@@ -1,0 +1,201 @@
+"""What a run says while it goes: `metrics.jsonl`, one row per step, and a line of progress for who waits."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
+
+Row = Mapping[str, Any]
+
+# Metric -> how the progress line names and prints it, in this order.
+_SHOWN = {
+    "success": "success {:.3f}",
+    "return": "return {:.3f}",
+    "loss": "loss {:.3f}",
+    "entropy/token": "entropy {:.3f}",
+    "aborted": "aborted {:.1%}",
+}
+
+
+class Logbook:
+    """Appends to `metrics.jsonl` and shows progress: live in a terminal, else a plain line every few seconds.
+
+    Args:
+        folder: of the run.
+        quiet: write the file and show nothing.
+        console: where to show; standard output unless told.
+        seconds_between_lines: least time between two plain lines of one stage.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+        seconds_between_lines: float = 5.0,
+    ) -> None:
+        self.path = Path(folder) / "metrics.jsonl"
+        self._console = console or Console(quiet=quiet)
+        self._pause = seconds_between_lines
+        self._file: TextIO | None = None
+        self._stage: _Stage | None = None
+
+    def __enter__(self) -> "Logbook":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def write(self, row: Row, *, seconds: float | None = None) -> None:
+        """Append a row and show it.
+
+        Args:
+            row: JSON values; `step` counts the stage's finished steps. What is not finite is written as null.
+            seconds: that the row's `reply_tokens` took; only shown, for a row must not depend on the clock.
+
+        Raises:
+            OSError: when the disk is full; the rows before stay readable.
+        """
+        if self._file is None:
+            self._file = self.path.open("a", encoding="utf-8")
+        finite = {key: None if _not_finite(value) else value for key, value in row.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._stage is not None:
+            self._stage.numbers = _numbers(finite, seconds)
+            self.advance(int(row.get("step", self._stage.done + 1)))
+
+    def truncate(self, stage: str, step: int) -> None:
+        """Forget what was logged after `step` of `stage`: a resumed run writes it again.
+
+        What stands before, of other stages too, stays. Without a row up to `step`, the file is cut where the
+        stage begins.
+        """
+        rows = read_metrics(self.path)
+        kept = [index for index, row in enumerate(rows) if row.get("stage") == stage and row["step"] <= step]
+        later = [index for index, row in enumerate(rows) if row.get("stage") == stage and row["step"] > step]
+        end = kept[-1] + 1 if kept else later[0] if later else len(rows)
+        partial = self.path.with_name(self.path.name + ".partial")
+        self.__exit__()
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows[:end]), encoding="utf-8")
+        os.replace(partial, self.path)
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> Iterator[None]:
+        """Show the progress of what happens inside; a stage within a stage is shown below it.
+
+        Args:
+            name: what is being done.
+            total: steps of the whole stage, if known.
+            done: steps that were finished before, in an interrupted run.
+        """
+        outer, live = self._stage, self._console.is_terminal
+        with nullcontext(outer.bar) if outer else self._new_bar() as bar:
+            stage = self._stage = _Stage(name, total, done, bar, began_with=done)
+            if not live:
+                self.say(stage.line())
+            try:
+                yield
+            finally:
+                if not live and stage.done != stage.printed:
+                    self.say(stage.line())
+                if outer:
+                    bar.remove_task(stage.task)
+                self._stage = outer
+
+    def _new_bar(self) -> Progress:
+        text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
+        return Progress(
+            BarColumn(bar_width=16), text, console=self._console, disable=not self._console.is_terminal
+        )
+
+    def advance(self, done: int) -> None:
+        """Show that so many steps of the current stage are finished."""
+        stage = self._stage
+        if stage is None:
+            return
+        stage.show(done)
+        if not self._console.is_terminal and time.monotonic() - stage.printed_at >= self._pause:
+            stage.printed, stage.printed_at = done, time.monotonic()
+            self.say(stage.line())
+
+    def say(self, text: str) -> None:
+        """Print a line of plain text."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, renderable: RenderableType) -> None:
+        """Print a table or the like."""
+        self._console.print(renderable)
+
+
+@dataclass
+class _Stage:
+    """The stage in progress; the clock is read for the display alone."""
+
+    name: str
+    total: int | None
+    done: int
+    bar: Progress
+    began_with: int
+    began: float = field(default_factory=time.monotonic)
+    printed: int = -1
+    printed_at: float = field(default_factory=time.monotonic)
+    numbers: str = ""
+
+    def __post_init__(self) -> None:
+        self.printed = self.done
+        self.task = self.bar.add_task(self.line(), total=self.total, completed=self.done)
+
+    def show(self, done: int) -> None:
+        self.done = done
+        self.bar.update(self.task, completed=done, description=self.line())
+
+    def line(self) -> str:
+        count = str(self.done) if self.total is None else f"{self.done}/{self.total}"
+        head = f"{self.name} {count}" if self.total is not None or self.done else self.name
+        return " · ".join(part for part in (head, self.numbers, self._time_left()) if part)
+
+    def _time_left(self) -> str:
+        fresh = self.done - self.began_with
+        if self.total is None or fresh <= 0 or self.done >= self.total:
+            return ""
+        left = (time.monotonic() - self.began) / fresh * (self.total - self.done)
+        return f"{int(left) // 60}:{int(left) % 60:02d} left"
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Read the rows of a `metrics.jsonl`; a line that an interruption left unfinished ends them."""
+    rows: list[dict[str, Any]] = []
+    if not Path(path).exists():
+        return rows
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        rows.append(row)
+    return rows
+
+
+def _numbers(row: Row, seconds: float | None) -> str:
+    shown = [key for key in _SHOWN if row.get(key) is not None and (row[key] or key != "aborted")]
+    parts = [_SHOWN[key].format(row[key]) for key in shown]
+    if seconds and row.get("reply_tokens"):
+        parts.append(f"{row['reply_tokens'] / seconds:,.0f} tokens/s")
+    return " · ".join(parts)
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,0 +1,50 @@
+"""What one step's episodes say: success, length, and entropy per token, turn, trajectory and task type."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from agentrl.data.trajectory import Episode, Outcome
+
+
+def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Means over the episodes that were not aborted; a mean over nothing is left out.
+
+    Entropies are in nats over decisions only: `entropy/token` weighs every decision alike, `entropy/turn` every turn,
+    `entropy/trajectory` every episode.
+    """
+    played = [episode for episode in episodes if episode.outcome is not Outcome.ABORTED]
+    turns = [turn for episode in played for turn in episode.turns]
+    decisions = [
+        entropy
+        for turn in turns
+        for entropy, decided in zip(turn.entropies, turn.sampled, strict=False)
+        if decided
+    ]
+    by_type: dict[str, list[Episode]] = defaultdict(list)
+    for episode in played:
+        if episode.task_type is not None:
+            by_type[episode.task_type].append(episode)
+    metrics = {
+        "success": _mean(episode.success for episode in played),
+        "return": _mean(episode.episode_return for episode in played),
+        "turns": _mean(len(episode.turns) for episode in played),
+        "invalid": _mean(not turn.valid for turn in turns),
+        "entropy/token": _mean(decisions),
+        "entropy/turn": _mean(turn.entropy for turn in turns),
+        "entropy/trajectory": _mean(episode.entropy for episode in played),
+    }
+    for name, members in sorted(by_type.items()):
+        metrics[f"success/{name}"] = _mean(episode.success for episode in members)
+        metrics[f"entropy/trajectory/{name}"] = _mean(episode.entropy for episode in members)
+    counts = {
+        "episodes": float(len(episodes)),
+        "aborted": 1 - len(played) / len(episodes) if episodes else 0.0,
+        "reply_tokens": float(sum(len(turn.action_ids) for turn in turns)),
+        "decisions": float(len(decisions)),
+    }
+    return counts | {key: value for key, value in metrics.items() if value is not None}
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [float(value) for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,117 @@
+"""From a name to someone who plays: a script, a run, or a Hugging Face folder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from agentrl.errors import AgentRLError, ConfigError
+from agentrl.policy.engine import SamplingParams
+from agentrl.policy.model import build_model, load_policy
+from agentrl.policy.settings import PolicyConfig
+from agentrl.policy.tokens import Dialogue, fit_tokenizer, make_dialogue
+from agentrl.policy.torch_engine import TorchEngine
+from agentrl.rollout.collector import EnvironmentPool
+from agentrl.rollout.players import ExpertPlayer, LanguagePlayer, Player, RandomPlayer
+from agentrl.run.folder import Run, open_run
+from agentrl.run.settings import RunConfig
+from agentrl.run.warm_start import environment_text
+from agentrl.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model with its way of reading and writing turns."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    dialogue: Dialogue
+
+    def engine(self, config: RunConfig) -> TorchEngine:
+        return TorchEngine(
+            self.model,
+            stop_ids=self.dialogue.stop_ids,
+            max_context=config.policy.max_context,
+            max_sequences=config.rollout.max_active,
+        )
+
+    def player(self, engine: TorchEngine, config: RunConfig, temperature: float) -> LanguagePlayer:
+        sampling = SamplingParams(temperature=temperature, max_tokens=config.engine.max_tokens)
+        return LanguagePlayer(self.dialogue, engine, sampling, choices=config.rollout.constrained)
+
+
+def fit_policy(
+    config: RunConfig, tasks: Sequence[str], environments: EnvironmentPool, tokenizer_folder: Path
+) -> Policy:
+    """The policy a run starts from: a given folder's, or random weights over a tokenizer of the training text.
+
+    A tokenizer is fitted once per run and kept in `tokenizer_folder`.
+    """
+    if config.policy.path is not None:
+        return load(config.policy.path, config.policy)
+    if tokenizer_folder.is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    else:
+        texts = environment_text(config, tasks, environments)
+        tokenizer = fit_tokenizer(texts, config.policy.vocab_size)
+        tokenizer.save_pretrained(tokenizer_folder)
+    model = build_model(config.policy, tokenizer, derive_seed(config.seed, "weights"))
+    return _policy(model, tokenizer, config.policy)
+
+
+def load(folder: str | Path, config: PolicyConfig) -> Policy:
+    """The policy in a Hugging Face folder."""
+    model, tokenizer = load_policy(folder, device=config.device, dtype=config.dtype)
+    return _policy(model, tokenizer, config)
+
+
+def scripted_player(name: str, seed: int = 0) -> Player:
+    """`random` or `expert`."""
+    if name == "random":
+        return RandomPlayer()
+    if name == "expert":
+        return ExpertPlayer()
+    raise ConfigError(f"policy is {name!r}, wanted random or expert")
+
+
+def open_player(policy: str, *, temperature: float = 1.0, config: RunConfig | None = None) -> tuple[Player, RunConfig]:
+    """Open whoever `policy` names.
+
+    Args:
+        policy: `random`, `expert`, a run's folder or name, or a Hugging Face folder.
+        temperature: 0 plays greedily.
+        config: how to play where `policy` is no run and so does not say it; None takes the defaults.
+
+    Returns:
+        The player, and the configuration it was opened with (a run's own).
+
+    Raises:
+        CheckpointError: when nothing of that name can be opened.
+    """
+    if policy in ("random", "expert"):
+        return scripted_player(policy), config or RunConfig()
+    opened = _run_or_none(policy)
+    if opened is not None:
+        config, folder = opened.config, opened.model
+    else:
+        config, folder = config or RunConfig(), Path(policy)
+    config = replace(config, policy=replace(config.policy, path=str(folder)))
+    loaded = load(folder, config.policy)
+    return loaded.player(loaded.engine(config), config, temperature), config
+
+
+def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PolicyConfig) -> Policy:
+    dialogue = make_dialogue(
+        tokenizer, reply=config.reply, max_observation_tokens=config.max_observation_tokens
+    )
+    return Policy(model, tokenizer, dialogue)
+
+
+def _run_or_none(policy: str) -> Run | None:
+    try:
+        return open_run(policy)
+    except AgentRLError:
+        if not Path(policy).is_dir():
+            raise
+        return None

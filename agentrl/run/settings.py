@@ -1,0 +1,238 @@
+"""The configuration of a run: every room's own block, composed, validated at once, printed and read back."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any, Literal
+
+from agentrl.algorithms.recipe import Recipe, build_recipe
+from agentrl.config import build, merge, read_yaml, to_tree
+from agentrl.env.settings import EnvConfig
+from agentrl.errors import ConfigError
+from agentrl.learn.settings import LearnerConfig
+from agentrl.policy.settings import EngineConfig, PolicyConfig
+from agentrl.rollout.settings import RolloutConfig
+
+
+def cloning_learner() -> LearnerConfig:
+    """Larger steps than reinforcement learning takes, decaying over the step budget."""
+    return LearnerConfig(
+        learning_rate=3e-3,
+        matrix_learning_rate=5e-3,
+        weight_decay=0.01,
+        warmup_steps=20,
+        schedule="cosine",
+    )
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Behaviour cloning of the environment's expert before reinforcement learning.
+
+    Args:
+        steps: optimiser steps; 0 starts from random weights (or from `policy.path`).
+        batch_size: demonstrations per step.
+        demonstrations: how many are played; they are reused when steps * batch_size is larger.
+        noise: share of random actions, which stay in the context and out of the loss.
+        noise_prefers: the prefix of actions that most of the noise takes when one is admissible.
+        learner: optimiser of this stage.
+    """
+
+    steps: int = 120
+    batch_size: int = 12
+    demonstrations: int = 1440
+    noise: float = 0.15
+    noise_prefers: str = "take "
+    learner: LearnerConfig = field(default_factory=cloning_learner)
+
+    def __post_init__(self) -> None:
+        if self.steps and self.demonstrations < self.batch_size:
+            raise ConfigError(
+                f"warm_start.demonstrations is {self.demonstrations}, wanted at least "
+                f"warm_start.batch_size ({self.batch_size})"
+            )
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The loop of reinforcement learning.
+
+    Args:
+        steps: iterations of rollout and update.
+        checkpoint_every: steps between checkpoints, in both training stages.
+        save_episodes_every: steps between stored rollouts; 0 stores none.
+        threads: of torch; None leaves torch's own choice.
+    """
+
+    steps: int = 180
+    checkpoint_every: int = 20
+    save_episodes_every: int = 20
+    threads: int | None = 1
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What every policy of a run is measured on.
+
+    Args:
+        split: the tasks that are held out.
+        tasks: how many of them, from the first.
+        panel: a panel file instead of `split` and `tasks`.
+        repeats: plays of each task.
+        every: steps between evaluations while training; 0 evaluates before and after only.
+        baselines: policies that are measured beside the trained one.
+        instruction_check: also tell the policy another goal of the same room, where the environment can.
+    """
+
+    split: str = "valid_unseen"
+    tasks: int = 240
+    panel: str | None = None
+    repeats: int = 1
+    every: int = 0
+    baselines: tuple[Literal["random", "expert", "untrained", "cloned"], ...] = (
+        "random",
+        "expert",
+        "untrained",
+        "cloned",
+    )
+    instruction_check: bool = True
+
+
+@dataclass(frozen=True)
+class RunFolderConfig:
+    """Where the run is kept.
+
+    Args:
+        name: of the folder; None counts up from the environment and algorithm names.
+        folder: that holds the runs.
+    """
+
+    name: str | None = None
+    folder: str = "runs"
+
+
+DEFAULT_RECIPE = "grpo"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run; each field is a top-level key of the file."""
+
+    env: EnvConfig = field(default_factory=EnvConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    algorithm: Any = field(default_factory=lambda: build_recipe(DEFAULT_RECIPE))  # a Recipe
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+    run: RunFolderConfig = field(default_factory=RunFolderConfig)
+
+
+# Keys of a block that a new value of its naming key makes meaningless.
+_NAMING_KEYS = {"algorithm": "name", "env": "id"}
+
+
+def load_config(path: str | Path | None = None, *overrides: str, warn: Any = None) -> RunConfig:
+    """Read a run's configuration.
+
+    Args:
+        path: a YAML file, looked for as given and then among the shipped configs; None takes the defaults.
+        overrides: `key=value` with dotted keys, e.g. `learner.learning_rate=3e-4`.
+        warn: called with one line for each key of the file that an override of a `name` dropped.
+
+    Raises:
+        ConfigError: listing every mistake with its path.
+    """
+    tree = {} if path is None else read_yaml(find_config(path))
+    tree, dropped = _apply(tree, overrides)
+    for key in dropped:
+        (warn or _print)(f"dropped {key}: it belongs to another {_NAMING_KEYS[key.split('.')[0]]}")
+    return config_from_tree(tree)
+
+
+def config_from_tree(tree: Mapping[str, Any]) -> RunConfig:
+    """Build and validate every block, reporting all mistakes at once."""
+    blocks = dict(tree)
+    algorithm = blocks.pop("algorithm", None)
+    if isinstance(blocks.get("env"), dict) and blocks["env"].get("id", EnvConfig.id) != EnvConfig.id:
+        blocks["env"] = {"kwargs": {}} | blocks["env"]
+    mistakes: list[str] = []
+    recipe: Recipe | None = None
+    try:
+        recipe = _recipe(algorithm)
+    except ConfigError as error:
+        mistakes.append(str(error))
+    config: RunConfig | None = None
+    try:
+        config = build(RunConfig, blocks)
+    except ConfigError as error:
+        mistakes.append(str(error))
+    if config is None or recipe is None:
+        raise ConfigError("\n".join(mistakes))
+    return replace(config, algorithm=recipe)
+
+
+def config_tree(config: RunConfig) -> dict[str, Any]:
+    """Plain values, ready for YAML; `config_from_tree` reads them back."""
+    tree = {item.name: to_tree(getattr(config, item.name)) for item in fields(config)}
+    tree["algorithm"] = {"name": config.algorithm.name} | to_tree(config.algorithm)
+    return tree
+
+
+def find_config(path: str | Path) -> Path:
+    """A config file as given, or the shipped one of that name."""
+    given = Path(path)
+    if given.exists():
+        return given
+    for candidate in (*_shipped(), *Path(__file__).parents[2].glob("configs/*.yaml")):
+        if candidate.name == given.name and candidate.exists():
+            return candidate
+    raise ConfigError(f"{path}: no such config file; shipped with agentrl: {', '.join(shipped_configs())}")
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configs that come with agentrl."""
+    found = {*_shipped(), *Path(__file__).parents[2].glob("configs/*.yaml")}
+    return sorted({candidate.name for candidate in found})
+
+
+def _shipped() -> list[Path]:
+    return [
+        Path(str(file.locate())).resolve()
+        for file in files("agentrl") or ()
+        if file.parent.as_posix().endswith("share/agentrl/configs")
+    ]
+
+
+def _recipe(block: Any) -> Recipe:
+    block = {} if block is None else block
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"algorithm: got {block!r}, wanted a block with a name")
+    return build_recipe(block.get("name", DEFAULT_RECIPE), {k: v for k, v in block.items() if k != "name"})
+
+
+def _apply(tree: dict[str, Any], overrides: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """Apply overrides; a new name empties its block first, whatever the order of the overrides."""
+    overrides = list(overrides)
+    dropped: list[str] = []
+    for block, key in _NAMING_KEYS.items():
+        given = tree.get(block)
+        if not isinstance(given, dict):
+            continue
+        for item in overrides:
+            name, _, value = item.partition("=")
+            if name == f"{block}.{key}" and value != str(given.get(key)):
+                kept = {"split"} if block == "env" else set()
+                dropped += [f"{block}.{old}" for old in given if old not in {key, *kept}]
+                tree = tree | {block: {old: given[old] for old in given if old in kept}}
+    return merge(tree, overrides), dropped
+
+
+def _print(line: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(line, markup=False)

@@ -1,0 +1,92 @@
+"""Success rates with the intervals that their design allows."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+Interval = tuple[float, float]
+
+_Z95 = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A share of successes with its 95 % interval; without any episode they are None and [0, 1].
+
+    Example: Rate(0.5, (0.299, 0.701), episodes=20).
+    """
+
+    success_rate: float | None
+    interval: Interval
+    episodes: int
+
+
+def wilson(rate: float, trials: float) -> Interval:
+    """Wilson's 95 % score interval of a share.
+
+        (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n),   z = 1.96
+
+    Args:
+        rate: observed share p in [0, 1].
+        trials: independent observations n; 0 knows nothing and yields [0, 1].
+
+    Source: Wilson 1927, Journal of the American Statistical Association 22, 209-212.
+    """
+    if trials == 0:
+        return 0.0, 1.0
+    z2 = _Z95**2 / trials
+    centre = (rate + z2 / 2) / (1 + z2)
+    spread = math.sqrt(z2 * rate * (1 - rate) + z2**2 / 4) / (1 + z2)
+    # Rounding must not exclude the rate itself, which lies on the border when it is 0 or 1.
+    return max(0.0, min(rate, centre - spread)), min(1.0, max(rate, centre + spread))
+
+
+def bootstrap_over_tasks(
+    plays: Sequence[Sequence[bool]], *, seed: int = 0, resamples: int = 10_000
+) -> Interval:
+    """95 % percentile interval of the pooled success rate when whole tasks are drawn again with replacement.
+
+    Plays of one task are not independent: K plays of N tasks say less than K·N tasks would.
+
+    Args:
+        plays: outcomes of each task; tasks without any are left out.
+        seed: of the resampling.
+        resamples: number of redrawn panels.
+
+    Returns:
+        The interval; Wilson's over the number of tasks where resampling cannot vary (one task, or all alike).
+    """
+    wins = np.array([sum(outcomes) for outcomes in plays if outcomes], dtype=float)
+    counts = np.array([len(outcomes) for outcomes in plays if outcomes], dtype=float)
+    if not len(wins):
+        return 0.0, 1.0
+    if len(wins) == 1 or np.ptp(wins / counts) == 0:
+        return wilson(float(wins.sum() / counts.sum()), len(wins))
+    draws = np.random.default_rng(seed)
+    # A panel drawn with replacement is how often it holds each task.
+    held = draws.multinomial(len(wins), np.full(len(wins), 1 / len(wins)), size=resamples)
+    low, high = np.quantile((held @ wins) / (held @ counts), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def success_rate(plays: Sequence[Sequence[bool]]) -> Rate:
+    """Pool the plays of all tasks; the interval is Wilson's when no task was played twice.
+
+    Args:
+        plays: outcomes of each task's plays, True for success; aborted plays are not in it.
+    """
+    outcomes = [outcome for task in plays for outcome in task]
+    if not outcomes:
+        return Rate(None, (0.0, 1.0), 0)
+    rate = sum(outcomes) / len(outcomes)
+    repeated = any(len(task) > 1 for task in plays)
+    interval = bootstrap_over_tasks(plays) if repeated else wilson(rate, len(outcomes))
+    return Rate(rate, interval, len(outcomes))
+
+
+def intervals_separate(a: Interval, b: Interval) -> bool:
+    """Whether one interval lies wholly above the other; touching ends do not."""
+    return a[0] > b[1] or b[0] > a[1]

@@ -1,0 +1,381 @@
+"""A run from start to finish: baselines, warm start, reinforcement learning, evaluation. Every stage can be resumed."""
+
+import copy
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agentrl.algorithms.algorithm import Context, check_requirements, prepare
+from agentrl.data.storage import write_episodes
+from agentrl.data.trajectory import Episode, Group
+from agentrl.env.registry import make
+from agentrl.errors import TooManyAborted
+from agentrl.learn.forward import Forward
+from agentrl.learn.learner import Learner
+from agentrl.policy.model import save_policy
+from agentrl.rollout.collector import EnvironmentPool, collect
+from agentrl.rollout.play import EpisodeSpec
+from agentrl.rollout.players import Player
+from agentrl.run.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from agentrl.run.evaluate import (
+    configured_panel,
+    data_label,
+    instruction_check,
+    panel_environments,
+    play_panel,
+    summarise,
+)
+from agentrl.run.folder import Run, create_run, open_run, with_overrides, write_atomic
+from agentrl.run.interruption import Interruption, RunInterrupted
+from agentrl.run.logbook import Logbook
+from agentrl.run.metrics import rollout_metrics
+from agentrl.run.players import fit_policy, scripted_player
+from agentrl.run.report import results_table, write_report
+from agentrl.run.settings import RunConfig
+from agentrl.run.warm_start import cloning, cloning_batches, demonstrations
+from agentrl.seeds import derive_seed
+
+
+def train(config: RunConfig, *, quiet: bool = False) -> Run:
+    """Train as `config` says, from baselines to report.
+
+    Args:
+        config: of the run.
+        quiet: show no progress.
+
+    Raises:
+        AgentRLError: for anything wrong with the configuration, the environment or the files; what was done is kept.
+        RunInterrupted: after Ctrl-C or SIGTERM; `resume(run.folder)` continues.
+    """
+    return Trainer(create_run(config), quiet=quiet).run()
+
+
+def resume(folder: str | Path, *overrides: str, quiet: bool = False) -> Run:
+    """Continue an interrupted run; the result equals that of a run that never stopped."""
+    return Trainer(with_overrides(open_run(folder), overrides), quiet=quiet).run()
+
+
+class TaskOrder:
+    """Every task once per epoch, in an order of the seed's, without a list of them."""
+
+    def __init__(self, tasks: Sequence[str], seed: int) -> None:
+        self._tasks, self._seed = tasks, seed
+
+    def __getitem__(self, cursor: int) -> str:
+        size = len(self._tasks)
+        epoch, place = divmod(cursor, size)
+        stride = derive_seed(self._seed, "stride", epoch) % size
+        while gcd(stride, size) != 1:
+            stride += 1
+        return self._tasks[(derive_seed(self._seed, "offset", epoch) + place * stride) % size]
+
+
+class Trainer:
+    """The stages of one run. What it must remember is in the run's folder."""
+
+    def __init__(self, active: Run, *, quiet: bool = False) -> None:
+        self.active = active
+        config = self.config = active.config
+        if config.trainer.threads is not None:
+            torch.set_num_threads(config.trainer.threads)
+        self.algorithm = config.algorithm.build()
+        self.environments = self._training_environments(expert=False)
+        with self.environments.borrow() as environment:
+            known: Any = environment.unwrapped
+            self.tasks: Sequence[str] = known.tasks(config.env.split)
+        self.panel = configured_panel(config)
+        self.policy = fit_policy(config, self.tasks, self.environments, active.folder / "tokenizer")
+        self.engine = self.policy.engine(config)
+        self.cloner = Learner(self.policy.model, config.warm_start.learner)
+        self.learner = self._learner()
+        self.logbook = Logbook(active.folder, quiet=quiet)
+        self.interruption = Interruption()
+        self.history: dict[str, list[float]] = {}
+        self.clocks: Counter[str] = Counter()
+        self.stage, self.step, self.saved = "warm_start", 0, -1
+
+    def run(self) -> Run:
+        """Do what is left of every stage."""
+        try:
+            with self.interruption.listening(), self.logbook:
+                self._restore()
+                for name in self.config.evaluation.baselines:
+                    if name != "cloned":
+                        self._evaluate(name)
+                self._warm_start()
+                if "cloned" in self.config.evaluation.baselines and self.config.warm_start.steps:
+                    self._evaluate("cloned")
+                self._train()
+                self._evaluate("trained")
+                self._finish()
+        except KeyboardInterrupt as interrupt:
+            self._save()
+            raise RunInterrupted(
+                f"stopped after {self.stage} step {self.step}; "
+                f"continue with: agentrl train --resume {self.active.folder}"
+            ) from interrupt
+        finally:
+            self.environments.close()
+        return self.active
+
+    # Stages: each looks at what the folder already holds, does the rest and leaves its result there.
+
+    def _warm_start(self) -> None:
+        steps = self.config.warm_start.steps
+        if self.stage == "train" or self.step >= steps:
+            return
+        with self._clock("demonstrations"), self.logbook.stage("demonstrations"):
+            with self._training_environments(expert=True) as environments:
+                episodes = demonstrations(self.config, self.tasks, environments, self.policy.dialogue)
+        algorithm = cloning()
+        with self.logbook.stage("cloning", total=steps, done=self.step):
+            for batch in cloning_batches(self.config, episodes, first=self.step):
+                with self.interruption.shield(), self._clock("cloning"):
+                    learned = self.cloner.update(batch, algorithm, Context(self.step, steps, {}))
+                    self.step += 1
+                    metrics = {f"learner/{key}": value for key, value in learned.items()}
+                    self.logbook.write({"stage": "warm_start", "step": self.step} | metrics)
+                self._save_now_and_then()
+        self._save()
+
+    def _train(self) -> None:
+        if self.stage != "train":
+            self.stage, self.step, self.saved = "train", 0, -1
+            self.learner = self._learner()  # its reference, if any, is the warm-started policy
+        order = TaskOrder(self.tasks, derive_seed(self.config.seed, "train"))
+        every = self.config.evaluation.every
+        with self.logbook.stage("training", total=self.config.trainer.steps, done=self.step):
+            while self.step < self.config.trainer.steps:
+                self._train_step(order)
+                self._save_now_and_then()
+                if every and self.step % every == 0 and self.step < self.config.trainer.steps:
+                    self._evaluate(f"step-{self.step:06d}")
+        self._save()
+
+    def _train_step(self, order: TaskOrder) -> None:
+        groups, seconds = self._rollout(order)
+        episodes = [episode for group in groups for episode in group.episodes]
+        self._refuse_too_many_aborted(episodes)
+        context = Context(self.step, self.config.trainer.steps, self.history)
+        batch = prepare(self.algorithm, groups, context)
+        metrics = rollout_metrics(episodes) | {"episodes_kept": len(batch.episodes) / len(episodes)}
+        with self.interruption.shield(), self._clock("learning"):
+            if len(batch.lengths):
+                learned = self.learner.update(batch, self.algorithm, context)
+                metrics |= {f"learner/{key}": value for key, value in learned.items()}
+            self.step += 1
+            for key, value in metrics.items():
+                self.history.setdefault(key, []).append(value)
+            self.logbook.write({"stage": "train", "step": self.step} | metrics, seconds=seconds)
+        if (every := self.config.trainer.save_episodes_every) and self.step % every == 0:
+            write_episodes(self.active.folder / "episodes" / f"train-{self.step:06d}.parquet", episodes)
+
+    def _rollout(self, order: TaskOrder) -> tuple[list[Group], float]:
+        """Play the step's groups; every draw follows from (seed, step, group, member)."""
+        block, step, size = self.config.rollout, self.step, self.config.rollout.group_size
+        tasks = [order[step * block.groups_per_step + index] for index in range(block.groups_per_step)]
+        specs = [
+            EpisodeSpec(
+                f"train-{step}-{index}-{member}",
+                self.config.env.id,
+                task,
+                derive_seed(self.config.seed, "rollout", step, index, member),
+            )
+            for index, task in enumerate(tasks)
+            for member in range(size)
+        ]
+        player, began = self._player(block.temperature), time.perf_counter()
+        played = collect(
+            specs, player, self.environments, max_active=block.max_active, max_turns=block.max_turns
+        )
+        self.clocks["environment.wall"] += played.environment_seconds
+        self.clocks["generation.wall"] += played.player_seconds
+        members = [played.episodes[start : start + size] for start in range(0, len(specs), size)]
+        groups = [Group(task, episodes) for task, episodes in zip(tasks, members, strict=True)]
+        return groups, time.perf_counter() - began
+
+    def _evaluate(self, name: str) -> None:
+        """Measure a policy on the panel, unless the folder says that it was."""
+        results = self._results()
+        decodings = {"random": ("sampled",), "expert": ("greedy",)}.get(name, ("greedy", "sampled"))
+        for decoding in decodings:
+            if decoding in results.get(name, {}):
+                continue
+            with (
+                self._clock("evaluation"),
+                self.logbook.stage(f"evaluating {name}, {decoding}", total=len(self.panel.tasks)),
+                panel_environments(self.panel, expert=name == "expert") as environments,
+            ):
+                player = (
+                    scripted_player(name)
+                    if name in ("random", "expert")
+                    else self._player(0.0 if decoding == "greedy" else 1.0)
+                )
+                finished: list[Episode] = []
+
+                def count(episode: Episode, finished: list[Episode] = finished) -> None:
+                    finished.append(episode)
+                    self.logbook.advance(len({episode.task for episode in finished}))
+
+                episodes = play_panel(
+                    self.panel,
+                    player,
+                    environments,
+                    repeats=self.config.evaluation.repeats,
+                    seed=self.config.seed,
+                    max_active=self.config.rollout.max_active,
+                    max_turns=self.config.rollout.max_turns,
+                    on_episode=count,
+                )
+                label = data_label(environments)
+            found = summarise(episodes, self.panel, self.config.evaluation.repeats, data=label)
+            write_episodes(self.active.folder / "episodes" / f"{name}-{decoding}.parquet", episodes)
+            results.setdefault(name, {})[decoding] = found.to_dict()
+            self._keep(results)
+
+    def _finish(self) -> None:
+        save_policy(self.policy.model, self.policy.tokenizer, self.active.model)
+        results = self._results()
+        if self.config.evaluation.instruction_check and "instruction_check" not in results:
+            with (
+                self._clock("evaluation"),
+                self.logbook.stage("instruction check"),
+                panel_environments(self.panel) as environments,
+            ):
+                for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+                    found = instruction_check(
+                        self.panel,
+                        self._player(temperature),
+                        environments,
+                        seed=self.config.seed,
+                        max_active=self.config.rollout.max_active,
+                        max_turns=self.config.rollout.max_turns,
+                    )
+                    if found is not None:
+                        results.setdefault("instruction_check", {})[decoding] = found.to_dict()
+            self._keep(results)
+        self._save_clocks()
+        summary = self._summary(results)
+        write_atomic(self.active.folder / "summary.json", json.dumps(summary, indent=1))
+        report = write_report(self.active.folder)
+        self.logbook.show(results_table(summary))
+        self.logbook.say(f"run: {self.active.folder}\nreport: {report}")
+
+    def _summary(self, results: dict[str, Any]) -> dict[str, Any]:
+        policies = {name: found for name, found in results.items() if name != "instruction_check"}
+        return {
+            "env": self.config.env.id,
+            "algorithm": self.config.algorithm.name,
+            "data": next((each["data"] for found in policies.values() for each in found.values()), None),
+            "policies": policies,
+            "instruction_check": results.get("instruction_check"),
+            "episodes_evaluated": len(self.panel.tasks) * self.config.evaluation.repeats,
+            "panel": {
+                "hash": self.panel.hash,
+                "split": self.panel.split,
+                "tasks": len(self.panel.tasks),
+                "repeats": self.config.evaluation.repeats,
+            },
+            "seeds": {"run": self.config.seed},
+            "steps": {"warm_start": self.config.warm_start.steps, "train": self.config.trainer.steps},
+            "times": {key: round(value, 2) for key, value in sorted(self.clocks.items())},
+        }
+
+    # What is shared by the stages.
+
+    def _player(self, temperature: float) -> Player:
+        self.engine.refresh(self.step)
+        return self.policy.player(self.engine, self.config, temperature)
+
+    def _learner(self) -> Learner:
+        needs_reference = "reference" in self.algorithm.requires
+        learner = Learner(
+            self.policy.model,
+            self.config.learner,
+            reference=copy.deepcopy(self.policy.model).requires_grad_(False) if needs_reference else None,
+            forward=Forward(temperature=self.config.rollout.temperature),
+        )
+        check_requirements(self.algorithm, learner.provides)
+        return learner
+
+    def _training_environments(self, *, expert: bool) -> EnvironmentPool:
+        block = self.config.env
+        kwargs = block.kwargs | ({"expert": True} if expert else {})
+        return EnvironmentPool(lambda: make(block.id, split=block.split, **kwargs))
+
+    def _refuse_too_many_aborted(self, episodes: Sequence[Episode]) -> None:
+        aborted = [episode for episode in episodes if episode.stop.aborted]
+        limit = self.config.rollout.max_aborted_share
+        if len(aborted) > limit * len(episodes):
+            self._save()
+            reasons = Counter(f"{episode.stop}: {episode.error}" for episode in aborted).most_common(5)
+            raise TooManyAborted(
+                f"{len(aborted)} of {len(episodes)} episodes of training step {self.step + 1} were aborted, more than "
+                f"rollout.max_aborted_share={limit} allows:\n"
+                + "\n".join(f"{count} x {reason}" for reason, count in reasons)
+                + f"\nmend the cause and continue with: agentrl train --resume {self.active.folder}"
+            )
+
+    def _results(self) -> dict[str, Any]:
+        path = self.active.folder / "evaluations.json"
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+
+    def _keep(self, results: dict[str, Any]) -> None:
+        with self.interruption.shield():
+            write_atomic(self.active.folder / "evaluations.json", json.dumps(results, indent=1))
+            self._save_clocks()
+
+    @contextmanager
+    def _clock(self, activity: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self.clocks[f"{activity}.wall"] += time.perf_counter() - wall
+            self.clocks[f"{activity}.cpu"] += time.process_time() - cpu
+
+    def _save_now_and_then(self) -> None:
+        if self.step % self.config.trainer.checkpoint_every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        if self.saved == self.step:
+            return
+        learner = self.learner if self.stage == "train" else self.cloner
+        recent = self.history.get("success", [])[-self.config.trainer.checkpoint_every :]
+        with self.interruption.shield():
+            save_checkpoint(
+                self.active.folder / "checkpoints",
+                Progress(self.stage, self.step, self.history),
+                self.policy.model,
+                learner.state_dict(),
+                score=sum(recent) / len(recent) if recent else None,
+            )
+            self._save_clocks()
+        self.saved = self.step
+
+    def _save_clocks(self) -> None:
+        write_atomic(self.active.folder / "clocks.json", json.dumps(self.clocks, indent=1))
+
+    def _restore(self) -> None:
+        """Take up the newest checkpoint, and forget what was logged after it."""
+        clocks = self.active.folder / "clocks.json"
+        if clocks.exists():
+            self.clocks.update(json.loads(clocks.read_text()))
+        path = latest_checkpoint(self.active.folder / "checkpoints")
+        if path is None:
+            self.logbook.truncate(self.stage, 0)
+            return
+        progress, state = load_checkpoint(path, self.policy.model)
+        self.stage, self.step, self.saved = progress.stage, progress.step, progress.step
+        self.history = {key: list(values) for key, values in progress.history.items()}
+        (self.learner if self.stage == "train" else self.cloner).load_state_dict(state)
+        self.logbook.truncate(self.stage, self.step)
+        self.logbook.say(f"continuing {self.active.folder} after {self.stage} step {self.step}")

@@ -1,0 +1,92 @@
+"""What happens before reinforcement learning: text to fit a tokenizer on, demonstrations, behaviour cloning."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.recipe import build_recipe
+from agentrl.data.batch import Batch, collate
+from agentrl.data.trajectory import Episode, Group
+from agentrl.errors import ConfigError
+from agentrl.policy.tokens import Dialogue
+from agentrl.rollout.collector import EnvironmentPool, collect
+from agentrl.rollout.play import EpisodeSpec
+from agentrl.rollout.players import DemonstrationPlayer, RandomPlayer
+from agentrl.run.settings import RunConfig
+from agentrl.seeds import derive_seed
+
+OnEpisode = Callable[[Episode], None]
+
+
+def environment_text(config: RunConfig, tasks: Sequence[str], environments: EnvironmentPool) -> list[str]:
+    """Observations and admissible actions of randomly played training tasks, for a tokenizer to be fitted on."""
+    texts: list[str] = []
+
+    def listen(episode: Episode) -> None:
+        texts.extend(turn.observation for turn in episode.turns)
+        texts.extend(turn.action for turn in episode.turns)
+
+    specs = list(_specs(config, "tokenizer", config.policy.tokenizer_episodes, tasks))
+    collect(specs, RandomPlayer(), environments, max_active=1, max_turns=None, on_episode=listen)
+    if not texts:
+        raise ConfigError(f"env: no text to fit a tokenizer on: every episode of {config.env.id} was aborted")
+    return texts
+
+
+def demonstrations(
+    config: RunConfig,
+    tasks: Sequence[str],
+    environments: EnvironmentPool,
+    dialogue: Dialogue,
+    on_episode: OnEpisode | None = None,
+) -> list[Episode]:
+    """Successful episodes of the environment's expert, in a fixed order.
+
+    Raises:
+        ConfigError: when the environment has no expert, or it solves too few of its tasks.
+    """
+    block = config.warm_start
+    player = DemonstrationPlayer(
+        dialogue,
+        noise=block.noise,
+        seed=derive_seed(config.seed, "noise"),
+        noise_prefers=block.noise_prefers,
+        choices=config.rollout.constrained,
+        max_context=config.policy.max_context,
+    )
+    specs = list(_specs(config, "demonstration", block.demonstrations, tasks))
+    played = collect(specs, player, environments, max_active=1, max_turns=None, on_episode=on_episode).episodes
+    solved = [episode for episode in played if episode.success]
+    if len(solved) < block.batch_size:
+        reasons = {episode.error for episode in played if episode.error} or "it did not solve them"
+        raise ConfigError(
+            f"warm_start.steps is {block.steps}, but the expert of {config.env.id} solved "
+            f"{len(solved)} of {len(played)} tasks ({reasons}); wanted at least {block.batch_size}"
+        )
+    return solved
+
+
+def cloning_batches(config: RunConfig, episodes: Sequence[Episode], first: int = 0) -> Iterator[Batch]:
+    """One batch for each step from `first` on; each epoch has an order that depends only on the seed."""
+    size = config.warm_start.batch_size
+    per_epoch = len(episodes) // size
+    order: list[int] = []
+    for step in range(first, config.warm_start.steps):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0 or not order:
+            order = list(range(len(episodes)))
+            random.Random(derive_seed(config.seed, "cloning", epoch)).shuffle(order)
+        chosen = [episodes[index] for index in order[place * size : (place + 1) * size]]
+        yield collate([Group(episode.task, (episode,)) for episode in chosen])
+
+
+def cloning() -> Algorithm:
+    """Behaviour cloning is an algorithm like any other."""
+    return build_recipe("behaviour_cloning").build()
+
+
+def _specs(config: RunConfig, use: str, count: int, tasks: Sequence[str]) -> Iterator[EpisodeSpec]:
+    draw = random.Random(derive_seed(config.seed, use))
+    for index in range(count):
+        task = tasks[draw.randrange(len(tasks))]
+        yield EpisodeSpec(f"{use}-{index}", config.env.id, task, derive_seed(config.seed, use, index))

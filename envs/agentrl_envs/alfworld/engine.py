@@ -1,0 +1,271 @@
+"""Play one game: `advance(snapshot, command)` is a pure function, so a snapshot is a free, immutable branch point."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from agentrl_envs.alfworld.joins import NEGATED, TYPE, Fact, Index, Tables
+from agentrl_envs.alfworld.pddl import GameFileError, Problem, parse_problem
+from agentrl_envs.alfworld.rules import rules_of
+from agentrl_envs.alfworld.text import (
+    Alternative,
+    Bound,
+    Grammar,
+    GrammarError,
+    Words,
+    link,
+    parse_grammar,
+)
+
+Operator = tuple[int, Fact]  # place of the action, and its arguments
+Menu = tuple[tuple[str, Operator], ...]  # the commands of one action
+NOTHING = "Nothing happens."
+
+
+class Snapshot(NamedTuple):
+    """A moment of a game. `advance` never changes it; it can be pickled and continued by an equal Game elsewhere.
+
+    `admissible` is sorted. `won` is about this moment: taking the object away again unmakes it.
+    """
+
+    observation: str
+    admissible: tuple[str, ...]
+    won: bool
+    moves: int
+    tables: Tables
+    commands: dict[str, Operator]
+    menus: tuple[Menu, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What an operator does: new rows in tables, which menus and whether the goal must be looked at again."""
+
+    updates: tuple[tuple[Index, Fact, bool], ...]
+    stale: tuple[int, ...]
+    goal_stale: bool
+
+
+class Game:
+    """One game file, ready to play; immutable, so any number of players and threads may share it.
+
+    Args:
+        domain: PDDL domain text.
+        problem: PDDL problem text.
+        grammar: `.twl2` text, with the goal sentence in it.
+        walkthrough: commands that win, when known.
+
+    Raises:
+        GameFileError: PddlError or GrammarError, when a text is malformed or uses something unsupported.
+    """
+
+    def __init__(self, domain: str, problem: str, grammar: str, walkthrough: Sequence[str] = ()) -> None:
+        self.walkthrough = tuple(walkthrough)
+        rules = rules_of(domain)
+        parsed = parse_problem(problem, rules.domain)
+        self.objects = tuple(sorted(parsed.objects))
+        self._number = {name: place for place, name in enumerate(self.objects)}
+        facts = {
+            predicate: [tuple([self._number[name] for name in row]) for row in rows]
+            for predicate, rows in parsed.facts.items()
+        }
+        untrusted = rules.untrusted(_mistyped(parsed, rules.domain.predicates, rules.domain.ancestors))
+        self._actions = rules.actions(untrusted)
+        self._goal, named = rules.goal(parsed.goal, untrusted)
+        self._goal_constants = tuple(self._number[name] for name in named)
+        self._constants = tuple(self._number.get(name, -1) for name in rules.constants)
+        self._types = tuple(parsed.objects[name] for name in self.objects)
+        self.words = _words(self.objects, self._types, {n for rows in facts.values() for row in rows for n in row})
+        self._link_texts(parse_grammar(grammar), rules.schema, untrusted, rules.fluents, rules.conditional)
+        self._indexes = rules.schema.snapshot()
+        self._operators: dict[Operator, _Step | None] = {}
+        self._entries: list[dict[Fact, tuple[str, Operator] | None]] = [{} for _ in self._actions]
+        self._stale: dict[frozenset[str], tuple[int, ...]] = {}
+        tables = self._build_tables(facts, rules.domain.ancestors, rules.schema.size)
+        self.start = self._first(tables)
+
+    def _link_texts(
+        self,
+        grammar: Grammar,
+        schema: Any,
+        untrusted: frozenset[str],
+        fluents: frozenset[str],
+        conditional: frozenset[str],
+    ) -> None:
+        texts = dict(grammar.rules)
+        commands, feedbacks = [], []
+        for action in self._actions:
+            if action.name not in grammar.actions:
+                raise GrammarError(f"the text grammar says nothing of the action '{action.name}'")
+            bound: Bound = tuple((name.strip("?"), kind) for name, kind in action.parameters)
+            text = grammar.actions[action.name]
+            for word, content, keys in (("command", text.command, commands), ("feedback", text.feedback, feedbacks)):
+                name = f"{word} of {action.name}"
+                texts[name] = (Alternative("", content),)
+                keys.append((name, bound))
+        texts["start of the game"] = (Alternative("", "#intro#"),)
+        whole = Grammar(grammar.actions, texts)
+        links, reads = link(schema, whole, commands, untrusted)
+        changing = reads & (fluents | {NEGATED + predicate for predicate in fluents})
+        if changing:
+            raise GrammarError(f"a command's text depends on '{min(changing)}', which changes: not supported")
+        self._links, reads = link(schema, whole, [*feedbacks, ("start of the game", ())], untrusted)
+        changing = reads & (conditional | {NEGATED + predicate for predicate in conditional})
+        if changing:
+            raise GrammarError(f"a text depends on '{min(changing)}', which changes conditionally: not supported")
+        self._links |= links
+        self._write_command = [links[key] for key in commands]
+        self._write_feedback = [self._links[key] for key in feedbacks]
+
+    def _build_tables(
+        self, facts: Mapping[str, list[Fact]], ancestors: Mapping[str, frozenset[str]], size: int
+    ) -> Tables:
+        members: dict[str, list[Fact]] = {}
+        for number, kind in enumerate(self._types):
+            for ancestor in ancestors[kind]:
+                members.setdefault(TYPE + ancestor, []).append((number,))
+        tables: list[Any] = [None] * size
+        for predicate, indexes in self._indexes.items():
+            rows = members.get(predicate, []) if predicate.startswith(TYPE) else facts.get(predicate, [])
+            for index in indexes:
+                tables[index.slot] = index.build(rows)
+        return tuple(tables)
+
+    def _first(self, tables: Tables) -> Snapshot:
+        menus = tuple(self._menu(place, tables) for place in range(len(self._actions)))
+        commands = self._commands(menus)
+        text = self._links["start of the game", ()](tables, self.words, self._links)
+        won = self._goal.holds(tables, self._goal_constants)
+        return Snapshot(text, tuple(sorted(commands)), won, 0, tables, commands, menus)
+
+    def advance(self, snapshot: Snapshot, command: str) -> Snapshot:
+        """Return the moment after `command`; text that is not admissible changes nothing but the observation."""
+        operator = snapshot.commands.get(command) or snapshot.commands.get(command.strip())
+        if operator is None:
+            return Snapshot(NOTHING, *snapshot[1:])
+        step = self._operators.get(operator) or self._step(operator, snapshot.tables)
+        changed = list(snapshot.tables)
+        for index, fact, present in step.updates:
+            changed[index.slot] = index.update(changed[index.slot], fact, present)
+        tables = tuple(changed)
+        place, arguments = operator
+        text = self._write_feedback[place](tables, self.words, self._links, *arguments)
+        won = self._goal.holds(tables, self._goal_constants) if step.goal_stale else snapshot.won
+        moves = snapshot.moves + 1
+        if not step.stale:
+            return Snapshot(text, snapshot.admissible, won, moves, tables, snapshot.commands, snapshot.menus)
+        renewed = list(snapshot.menus)
+        for stale in step.stale:
+            renewed[stale] = self._menu(stale, tables)
+        menus = tuple(renewed)
+        commands = self._commands(menus)
+        return Snapshot(text, tuple(sorted(commands)), won, moves, tables, commands, menus)
+
+    def _menu(self, place: int, tables: Tables) -> Menu:
+        entries = self._entries[place]
+        menu = []
+        for arguments in self._actions[place].applicable(tables, self._constants):
+            entry = entries[arguments] if arguments in entries else self._entry(place, arguments, tables)
+            if entry is not None:
+                menu.append(entry)
+        return tuple(menu)
+
+    def _entry(self, place: int, arguments: Fact, tables: Tables) -> tuple[str, Operator] | None:
+        entry = None
+        if not self._actions[place].is_void(arguments, self._constants):
+            entry = self._write_command[place](tables, self.words, self._links, *arguments), (place, arguments)
+        self._entries[place][arguments] = entry
+        return entry
+
+    def _commands(self, menus: tuple[Menu, ...]) -> dict[str, Operator]:
+        commands: dict[str, Operator] = {}
+        for menu in menus:
+            commands.update(menu)
+        if len(commands) != sum(map(len, menus)):
+            for menu in menus:
+                for command, operator in menu:
+                    commands[command] = min(commands[command], operator, key=self._operator_name)
+        return commands
+
+    def _operator_name(self, operator: Operator) -> tuple[str, ...]:
+        return (self._actions[operator[0]].name, *(self.objects[number] for number in operator[1]))
+
+    def _step(self, operator: Operator, tables: Tables) -> _Step:
+        """Work out what an operator does; kept for the next time unless that depends on the state."""
+        place, arguments = operator
+        action = self._actions[place]
+        changes = action.changes(tables, arguments, self._constants)
+        updates = []
+        for predicate, fact, present in changes:
+            for name, value in ((predicate, present), (NEGATED + predicate, not present)):
+                updates += [(index, fact, value) for index in self._indexes.get(name, ())]
+        touched = frozenset(predicate for predicate, _, _ in changes)
+        step = _Step(tuple(updates), self._readers(touched), not touched.isdisjoint(self._goal.reads))
+        if not action.depends_on_state:
+            self._operators[operator] = step
+        return step
+
+    def _readers(self, touched: frozenset[str]) -> tuple[int, ...]:
+        if touched not in self._stale:
+            self._stale[touched] = tuple(
+                place for place, action in enumerate(self._actions) if not touched.isdisjoint(action.reads)
+            )
+        return self._stale[touched]
+
+    def holds(self, snapshot: Snapshot, predicate: str, *names: str) -> bool:
+        """Say whether a fact is true, by object names as the PDDL writes them (lower case)."""
+        return tuple(names) in self.facts(snapshot, predicate)
+
+    def facts(self, snapshot: Snapshot, predicate: str) -> list[tuple[str, ...]]:
+        """List the true facts of a predicate that the game looks up anywhere, in the order of object names."""
+        for index in self._indexes.get(predicate, ()):
+            rows = index.rows(snapshot.tables[index.slot])
+            return [tuple(self.objects[number] for number in row) for row in sorted(rows)]
+        raise GameFileError(f"this game never looks up the predicate '{predicate}'")
+
+
+def _mistyped(
+    problem: Problem, predicates: Mapping[str, tuple[str, ...]], ancestors: Mapping[str, frozenset[str]]
+) -> frozenset[str]:
+    """Find predicates of which some initial fact holds an object of another type than declared."""
+    kinds = {name: ancestors[kind] for name, kind in problem.objects.items()}
+    return frozenset(
+        predicate
+        for predicate, rows in problem.facts.items()
+        for place, kind in enumerate(predicates[predicate])
+        if any(kind not in kinds[row[place]] for row in rows)
+    )
+
+
+def _words(objects: Sequence[str], types: Sequence[str], used: set[int]) -> Words:
+    """Say how texts speak of every object; classes count only objects that occur in a fact."""
+    spoken = dict(zip(sorted(used), display_names([objects[place] for place in sorted(used)]), strict=True))
+    names = tuple(spoken.get(place, name) for place, name in enumerate(objects))
+    count = len(objects)
+    return Words(tuple(objects), names, tuple(types), ("the",) * count, ("a",) * count)
+
+
+def display_names(ids: Sequence[str]) -> list[str]:
+    """Name objects as the player sees them: `Mug_bar_…` becomes "mug 2"; within a class, later ids get lower numbers."""
+    lowered = [name.lower() for name in ids]
+    left = Counter(kind for name in lowered if (kind := _class(name)))
+    names = dict.fromkeys(lowered, "")
+    for name in sorted(lowered):
+        kind = _class(name)
+        names[name] = f"{kind} {left[kind]}" if kind else f"{_spoken(name)} "
+        left[kind or ""] -= 1
+    return [names[name] for name in lowered]
+
+
+def _class(name: str) -> str | None:
+    head, bar, _ = name.partition("_bar_")
+    if not bar:
+        return None
+    return head + "basin" if "basin" in name else head
+
+
+def _spoken(name: str) -> str:
+    for code, sign in (("_bar_", "|"), ("_minus_", "-"), ("_plus_", "+"), ("_dot_", "."), ("_comma_", ",")):
+        name = name.replace(code, sign)
+    return name

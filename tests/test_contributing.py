@@ -1,0 +1,46 @@
+"""Both files that CONTRIBUTING.md shows do what it says they do."""
+
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+import agentrl
+from agentrl.algorithms.algorithm import Context, build_recipe
+from agentrl.data import Episode, Group, StopReason, Turn
+from agentrl.data.batch import collate
+from agentrl.env import check_text_env, make
+
+
+def test_the_example_environment_keeps_the_contract(examples: dict[str, ModuleType]) -> None:
+    report = check_text_env(examples["hotcold"].HotCold)
+    assert report.failed == ()
+    assert make("example/HotCold-v0").unwrapped.tasks("test") == [f"test/{n}" for n in (3, 6, 9, 12, 15)]
+
+
+def test_the_example_recipe_compares_with_the_others(examples: dict[str, ModuleType]) -> None:
+    def episode(name: str, reward: float) -> Episode:
+        turn = Turn("o", "a", prompt_ids=(1,), action_ids=(2,), logprobs=(-1.0,), entropies=(1.0,), reward=reward)
+        return Episode(name, "e", "t", 0, (turn,), StopReason.TERMINATED)
+
+    batch = collate([Group("t", tuple(episode(str(i), r) for i, r in enumerate((1.0, 0.0, 0.0, 1.0))))])
+    advantage = build_recipe("example_rloo").build().advantage(batch, Context())
+    torch.testing.assert_close(advantage[:, 1].double(), torch.tensor([2, -2, -2, 2], dtype=torch.float64) / 3)
+
+
+def test_the_examples_train_together(examples: dict[str, ModuleType], tmp_path: Path) -> None:
+    config = agentrl.load_config(
+        None,
+        "env.id=example/HotCold-v0",
+        "evaluation.split=test",
+        "evaluation.tasks=5",
+        "algorithm.name=example_rloo",
+        "warm_start.steps=2",
+        "warm_start.demonstrations=24",
+        "trainer.steps=2",
+        "policy.tokenizer_episodes=4",
+        f"run.folder={tmp_path}",
+    )
+    run = agentrl.train(config, quiet=True)
+    assert run.summary["policies"]["expert"]["greedy"]["success_rate"] == 1.0
+    assert run.summary["algorithm"] == "example_rloo"
