@@ -1,43 +1,41 @@
-"""The `agentrl` command. What is heavy is imported by the command that needs it, so that help and listings are instant."""
+"""The `agentrl` command. Each command imports what it needs, so that help and listings are instant."""
 
 import errno
 import os
-import sys
 import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
-from agentrl.errors import AgentRLError
+from agentrl.errors import AgentRLError, ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from agentrl.data.trajectory import Episode
-    from agentrl.rollout.play import ActionRequest, Reply, Stop
-    from agentrl.rollout.players import Player
 
 
 class _Commands(TyperGroup):
     """Ends every foreseen failure with one message and exit code 2."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except AgentRLError as error:
-            raise _failure(str(error)) from error
         except KeyboardInterrupt as interrupt:
             typer.echo(f"\n{str(interrupt) or 'interrupted'}", err=True)
-            raise typer.Exit(128 + 2) from interrupt  # as a shell reports SIGINT
+            raise typer.Exit(130) from interrupt  # as a shell reports it
         except BrokenPipeError:
             raise
-        except OSError as error:
-            raise _failure(_file_trouble(error)) from error
+        except (AgentRLError, OSError) as error:
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+            typer.echo(str(error) if isinstance(error, AgentRLError) else _file_trouble(error), err=True)
+            raise typer.Exit(2) from error
 
 
 app = typer.Typer(
@@ -51,14 +49,16 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file, then changes to it.", show_default=False),
+    typer.Argument(
+        metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file, then changes to it.", show_default=False
+    ),
 ]
 
 
 @app.callback()
 def agentrl(
     debug: Annotated[
-        bool, typer.Option("--debug", envvar="AGENTRL_DEBUG", help="Show the traceback of an error.")
+        bool, typer.Option("--debug", envvar="AGENTRL_DEBUG", help="Show an error's traceback.")
     ] = False,
 ) -> None:
     """LLM agents that learn multi-turn text tasks by reinforcement learning.
@@ -66,8 +66,7 @@ def agentrl(
     `agentrl train` trains the default agent on household games in a few minutes on a CPU.
     Each command explains itself: `agentrl train --help`.
     """
-    os.environ["AGENTRL_DEBUG"] = "1" if debug else ""
-    # OpenMP threads that wait in a spin loop take whole cores from the environments; read when torch is loaded.
+    # OpenMP threads that spin while they wait take whole cores from the environments; read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
@@ -93,7 +92,7 @@ def train(
 
     path, overrides = _split(arguments)
     if resume is not None and path is not None:
-        raise _failure(f"a resumed run has its own configuration: leave out {path}")
+        raise ConfigError(f"a resumed run has its own configuration: leave out {path}")
     run = resume_run(resume, *overrides) if resume is not None else train_run(load_config(path, *overrides))
     typer.echo(f"run:    {run.folder}")
     typer.echo(f"report: {run.folder / 'report.html'}")
@@ -102,21 +101,24 @@ def train(
 @app.command()
 def evaluate(
     policy: Annotated[
-        str, typer.Option(metavar="RUN|FOLDER|random|expert", help="A run, a Hugging Face folder, or a script.")
+        str,
+        typer.Option(metavar="RUN|FOLDER|random|expert", help="A run, a Hugging Face folder, or a script."),
     ],
     env: Annotated[str | None, typer.Option(metavar="ID", help="Environment; a run brings its own.")] = None,
-    panel: Annotated[Path | None, typer.Option(metavar="FILE", help="Panel of tasks, instead of the next two.")] = None,
+    panel: Annotated[Path | None, typer.Option(metavar="FILE", help="Panel, not a split.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to take tasks from.")] = None,
     tasks: Annotated[int | None, typer.Option(min=1, help="Number of tasks, from the first.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Plays of each task.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the environments and of the policy's draws.")] = 0,
-    greedy: Annotated[bool, typer.Option("--greedy/--sampled", help="Always take the first choice, or draw.")] = False,
+    greedy: Annotated[
+        bool, typer.Option("--greedy/--sampled", help="Take the first choice, or draw.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the scores as JSON too.")] = None,
 ) -> None:
     """Measure a policy on a fixed panel of tasks, with 95 % intervals.
 
     - `agentrl evaluate --policy runs/NAME --greedy`
-    - `agentrl evaluate --policy random --env agentrl/ALFWorld-v0 --split valid_unseen --tasks 100 --repeats 4`
+    - `agentrl evaluate --policy random --env agentrl/ALFWorld-v0 --split valid_seen --tasks 99 --repeats 4`
     """
     import json
 
@@ -155,7 +157,9 @@ def play(
     task: Annotated[str | None, typer.Option(metavar="ID", help="A task; else the seed takes one.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to take the task from.")] = None,
     seed: Annotated[int, typer.Option(help="Of the environment and of the policy's draws.")] = 0,
-    greedy: Annotated[bool, typer.Option("--greedy/--sampled", help="Always take the first choice, or draw.")] = False,
+    greedy: Annotated[
+        bool, typer.Option("--greedy/--sampled", help="Take the first choice, or draw.")
+    ] = False,
 ) -> None:
     """Play one episode yourself, or read one that a policy plays.
 
@@ -163,10 +167,137 @@ def play(
     - `agentrl play agentrl/ALFWorld-v0 --policy expert --seed 3 max_steps=30`
     - `agentrl play agentrl/ALFWorld-v0 --policy runs/NAME --greedy`
     """
-    from agentrl.rollout.play import EpisodeSpec
-    from agentrl.run.theatre import Theatre, perform
+    from agentrl.config import merge
+    from agentrl.run.watch import watch
 
-    theatre = Theatre(_console())
-    episode = perform(
-        theatre, env, policy, kwargs=_tree(arguments), task=task, split=split, seed=seed, temperature=0.0 if greedy else 1.0
+    episode = watch(
+        _console(),
+        env,
+        policy,
+        kwargs=merge({}, arguments or []),
+        task=task,
+        split=split,
+        seed=seed,
+        temperature=0.0 if greedy else 1.0,
     )
+    if episode.stop.aborted:
+        raise AgentRLError(f"the episode was aborted ({episode.stop.value}): {episode.error}")
+
+
+@app.command()
+def envs() -> None:
+    """List the environments that are installed."""
+    import gymnasium
+
+    from agentrl.env.registry import broken_plugins, env_ids
+
+    for name in env_ids():
+        typer.echo(f"{name}  ({gymnasium.spec(name).entry_point})")
+    for plugin, reason in broken_plugins().items():
+        typer.echo(f"{plugin} is broken: {reason}", err=True)
+
+
+@app.command()
+def algorithms() -> None:
+    """List the algorithms, the values of `algorithm.name`."""
+    from agentrl.algorithms.recipe import describe_recipe, recipe_names
+
+    names = recipe_names()
+    for name in names:
+        typer.echo(f"{name:{max(map(len, names))}}  {describe_recipe(name)}")
+
+
+@app.command()
+def config(arguments: Overrides = None) -> None:
+    """Print a configuration with every default filled in.
+
+    - `agentrl config configs/quickstart.yaml seed=1 > mine.yaml`
+    """
+    from agentrl.config import to_yaml
+    from agentrl.run.settings import config_tree, load_config
+
+    path, overrides = _split(arguments)
+    typer.echo(to_yaml(config_tree(load_config(path, *overrides))), nl=False)
+
+
+@app.command("check-env")
+def check_env(
+    env: Annotated[str, typer.Argument(metavar="ID", help="Environment to be checked.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="The environment's own arguments.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the episodes that are played.")] = 0,
+) -> None:
+    """Check an environment against the contract; exit code 1 when it breaks it.
+
+    - `agentrl check-env agentrl/ALFWorld-v0 max_steps=10`
+    """
+    from agentrl.config import merge
+    from agentrl.env.contract import check_text_env
+    from agentrl.env.registry import make
+
+    found = check_text_env(partial(make, env, **merge({}, arguments or [])), seed=seed)
+    typer.echo(str(found))
+    if found.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or name.")]) -> None:
+    """Write a run's report.html anew, also of a run that is not finished."""
+    from agentrl.run.folder import open_run
+    from agentrl.run.report import write_report
+
+    typer.echo(write_report(open_run(run).folder))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; `arguments` are those of the shell unless given. Ends in SystemExit."""
+    app(arguments, prog_name="agentrl")
+
+
+def _split(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
+    """CONFIG, if the first argument is one, and the overrides."""
+    given = list(arguments or ())
+    if given and "=" not in given[0]:
+        return given[0], given[1:]
+    return None, given
+
+
+def _file_trouble(error: OSError) -> str:
+    message = f"{error.filename or 'a file'}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"{message}. What was written before is whole: free some space, then agentrl train --resume RUN"
+        )
+    return message
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console()
+
+
+class _Count:
+    """Counts episodes on a terminal's last line while an evaluation plays."""
+
+    def __init__(self, what: str) -> None:
+        from rich.console import Console
+
+        self._what = what
+        self._status = Console(stderr=True).status(what)
+        self._episodes = self._successes = 0
+
+    def __enter__(self) -> "_Count":
+        self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+    def __call__(self, episode: "Episode") -> None:
+        self._episodes += 1
+        self._successes += episode.success
+        self._status.update(f"{self._what}: {self._episodes} episodes, {self._successes} successes")

@@ -364,7 +364,7 @@ def compute_advantages(algorithm: Algorithm, batch: Batch, context: Context) -> 
         advantages = _checked("advantage", algorithm.advantage(batch, context), batch)
         for transform in algorithm.transforms:
             advantages = _checked("transforms", transform(advantages, batch, context), batch)
-    return torch.where(batch.sampled, advantages, 0.0)
+    return torch.where(batch.sampled, advantages, 0.0).to(batch.logprobs.dtype)
 
 
 def _checked(slot: str, values: Tensor, batch: Batch) -> Tensor:

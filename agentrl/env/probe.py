@@ -43,7 +43,7 @@ class Walk:
     @property
     def solved(self) -> bool:
         info = self.answers[-1][-1]
-        return isinstance(info, Mapping) and info.get("success") is True
+        return isinstance(info, Mapping) and bool(info.get("success"))
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Probe:
     tasks_per_split: int
     steps: int
     blocked: str | None = None  # why no further check can look at anything
+    repeatable: bool = False  # whether whole episodes were the same on new environments
     _made: list[Gym] = field(default_factory=list)
     _tasks: list[str] | None = None
     _walks: list[Walk] | None = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from agentrl.algorithms.algorithm import Outputs
-from agentrl.data.batch import AllowedIds, Batch
+from agentrl.data.batch import Batch
 from agentrl.learn.fused import token_statistics
 from agentrl.policy import model
 
@@ -24,12 +24,14 @@ class Forward:
         hidden_states: (policy, tokens [N], lengths [B]) -> [N, d]: rows one behind the other, none seeing
             another.
         output_weight: policy -> [V, d].
+        temperature: that of sampling: what is improved is the distribution that replies are drawn from.
     """
 
     hidden_states: HiddenStates = model.hidden_states
     output_weight: OutputWeight = model.output_weight
+    temperature: float = 1.0
 
-    def describe(self, policy: nn.Module, batch: Batch, temperature: float = 1.0) -> Outputs:
+    def describe(self, policy: nn.Module, batch: Batch) -> Outputs:
         """Logprob and entropy of every sampled token; [B, T], 0 elsewhere.
 
         The state at position t - 1 predicts token t. Only states that predict a decision meet the output
@@ -44,35 +46,37 @@ class Forward:
         kept = torch.arange(width, device=lengths.device) < lengths[:, None]
         hidden = self.hidden_states(policy, batch.tokens[kept], lengths[lengths > 0])
         starts = lengths.cumsum(0) - lengths
-        predicting = hidden.index_select(0, starts[rows] + positions - 1)
-        logprobs, entropies = self._statistics(
-            policy, predicting, batch.tokens[rows, positions], _allowed_at(batch, rows, positions)
+        statistics = _statistics(
+            hidden.index_select(0, starts[rows] + positions - 1),
+            self.output_weight(policy),
+            batch.tokens[rows, positions],
+            _choices(batch, rows, positions),
+            self.temperature,
         )
-        return Outputs(
-            *(_scatter(values, rows, positions, batch.tokens.shape) for values in (logprobs, entropies))
-        )
+        return Outputs(*(_scatter(values, rows, positions, batch.tokens.shape) for values in statistics))
 
-    def _statistics(
-        self, policy: nn.Module, hidden: Tensor, targets: Tensor, allowed: tuple[Tensor, AllowedIds] | None
-    ) -> tuple[Tensor, Tensor]:
-        weight = self.output_weight(policy)
-        if allowed is None:
-            return token_statistics(hidden, weight, targets, temperature=self.temperature)
-        order, choices = allowed
-        parts = [
-            token_statistics(hidden[order], weight, targets[order], choices.ids, temperature=self.temperature)
-        ]
-        if len(order) < len(hidden):
-            free = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-            free[order] = False
-            others = free.nonzero().squeeze(1)
-            order = torch.cat([order, others])
-            parts.append(
-                token_statistics(hidden[others], weight, targets[others], temperature=self.temperature)
-            )
-        back = order.argsort()
-        logprobs, entropies = (torch.cat(values)[back] for values in zip(*parts, strict=True))
-        return logprobs, entropies
+
+def _statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    choices: tuple[Tensor, Tensor] | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Logprob and entropy of each decision, those with a choice of ids apart from those without."""
+    if choices is None:
+        return token_statistics(hidden, weight, targets, temperature=temperature)
+    order, ids = choices
+    parts = [token_statistics(hidden[order], weight, targets[order], ids, temperature)]
+    if len(order) < len(hidden):
+        free = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+        free[order] = False
+        others = free.nonzero().squeeze(1)
+        parts.append(token_statistics(hidden[others], weight, targets[others], temperature=temperature))
+        order = torch.cat([order, others])
+    back = order.argsort()
+    logprobs, entropies = (torch.cat(values)[back] for values in zip(*parts, strict=True))
+    return logprobs, entropies
 
 
 def needed_lengths(batch: Batch) -> Tensor:
@@ -83,13 +87,13 @@ def needed_lengths(batch: Batch) -> Tensor:
     return torch.where(batch.sampled, positions, 0).amax(dim=1)
 
 
-def _allowed_at(batch: Batch, rows: Tensor, positions: Tensor) -> tuple[Tensor, AllowedIds] | None:
-    """For each constrained decision, its place in the list of decisions."""
+def _choices(batch: Batch, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Which of the listed decisions were constrained ([M] places in the list), and to what ([M, K] ids)."""
     if batch.allowed is None:
         return None
     place = torch.zeros(batch.tokens.shape, dtype=torch.int64, device=rows.device)
     place[rows, positions] = torch.arange(len(rows), device=rows.device)
-    return place[batch.allowed.rows, batch.allowed.positions], batch.allowed
+    return place[batch.allowed.rows, batch.allowed.positions], batch.allowed.ids
 
 
 def _scatter(values: Tensor, rows: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:

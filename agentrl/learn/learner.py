@@ -34,7 +34,8 @@ class Learner:
         policy: its parameters are updated; those that do not require gradients stay.
         config: optimiser and batching.
         reference: a frozen policy of the same vocabulary, for algorithms that require `reference`.
-        forward: how to read hidden states, and the temperature of sampling.
+        forward: how to read hidden states, and the temperature of sampling; None reads a Hugging Face causal
+            language model at temperature 1.
     """
 
     def __init__(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +19,11 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.utils import logging as progress
 
 from agentrl.errors import CheckpointError, ConfigError, RequirementError
 from agentrl.policy.attention import PACKED, CachedLayout, KVCache, PackedLayout, cached_layout, packed_layout
@@ -38,6 +43,7 @@ __all__ = [
 ]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 PROBE_TOLERANCE = 1e-3  # of a logprob in float32; a wrong mask or position moves it by tenths
 
 
@@ -238,7 +244,8 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path
     fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
     try:
         fresh.mkdir(parents=True)
-        model.save_pretrained(fresh)
+        with _no_progress_bars():
+            model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
         _swap(fresh, target)
     except (OSError, SafetensorError) as error:
@@ -284,9 +291,11 @@ def _check_files(folder: Path) -> None:
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
+        # AutoTokenizer takes the class that is usual for the model type even where the folder says otherwise.
+        kind = AutoTokenizer if _tokenizer_class(folder) not in GENERIC_TOKENIZERS else PreTrainedTokenizerFast
         return cast(
             PreTrainedTokenizerBase,
-            AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+            cast(Any, kind).from_pretrained(folder, local_files_only=True, trust_remote_code=False),
         )
     except Exception as error:  # the library raises whatever its parsers raise
         raise CheckpointError(
@@ -295,6 +304,25 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def _tokenizer_class(folder: Path) -> str | None:
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file() or not (folder / "tokenizer.json").is_file():
+        return None
+    return cast(str | None, json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class"))
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    before = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            progress.enable_progress_bar()
+
+
+@_no_progress_bars()
 def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         model, report = cast(Any, AutoModelForCausalLM).from_pretrained(

@@ -158,6 +158,8 @@ class _Drive:
             answers = self.player.poll()
             self.player_seconds += perf_counter() - began
             for episode_id, answer in answers:
+                if episode_id not in self.active:
+                    raise ValueError(f"the player replied for {episode_id!r}, which is not being played")
                 self._advance(self.active[episode_id], answer)
         episodes = tuple(self.finished[spec.id] for spec in specs)
         return Collection(episodes, self.environment_seconds, self.player_seconds)

@@ -6,12 +6,13 @@ Whoever drives it (one process, worker processes, Ray) decides where environment
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from agentrl.data.trajectory import BranchPoint, Episode, StopReason, Turn
 from agentrl.seeds import derive_seed
 
-STORED_INFO = ("success", "score", "valid", "task_type", "state_key", "other_success")
+# Of `info` after a reply; `state_key` is of the state that was acted in.
+STORED_INFO = ("success", "score", "valid", "task_type", "other_success")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,7 @@ class Stop:
 
 Effect = Reset | Step | ActionRequest
 Answer = Transition | Reply | Stop
+Wanted = TypeVar("Wanted", Transition, Reply)
 
 
 def play(spec: EpisodeSpec, max_turns: int | None = None) -> Generator[Effect, Answer, Episode]:
@@ -108,37 +110,34 @@ def play(spec: EpisodeSpec, max_turns: int | None = None) -> Generator[Effect, A
     """
     turns: list[Turn] = []
     seed = derive_seed("player", spec.seed, spec.id)
-    before = Transition("")
+    before, task_type = Transition(""), None
     answer = yield Reset(spec.task, spec.seed)
     while True:
         if isinstance(answer, Stop):
-            return _episode(spec, turns, answer.reason, before.info, "", answer.error)
-        assert isinstance(answer, Transition)
-        before = answer
+            return _episode(spec, turns, answer.reason, before, task_type, answer.error)
+        before = _wanted(answer, Transition)
+        task_type = before.info.get("task_type") or task_type
+        if before.terminated or before.truncated:
+            # Where a wrapper sets both flags, the environment's own verdict counts.
+            reason = StopReason.TERMINATED if before.terminated else StopReason.TRUNCATED
+            return _episode(spec, turns, reason, before, task_type)
         if max_turns is not None and len(turns) >= max_turns:
-            return _episode(spec, turns, StopReason.TURN_LIMIT, before.info, before.observation)
+            return _episode(spec, turns, StopReason.TURN_LIMIT, before, task_type)
         actions = before.info.get("actions")
-        reply = yield ActionRequest(
-            spec.id,
-            len(turns),
-            before.observation,
-            None if actions is None else tuple(actions),
-            before.info,
-            seed,
-        )
+        actions = None if actions is None else tuple(actions)
+        reply = yield ActionRequest(spec.id, len(turns), before.observation, actions, before.info, seed)
         if isinstance(reply, Stop):
-            return _episode(spec, turns, reply.reason, before.info, before.observation, reply.error)
-        assert isinstance(reply, Reply)
+            return _episode(spec, turns, reply.reason, before, task_type, reply.error)
+        reply = _wanted(reply, Reply)
         answer = yield Step(reply.text)
         turns.append(_turn(before, reply, answer))
-        if isinstance(answer, Transition) and (answer.terminated or answer.truncated):
-            # Where a wrapper sets both flags, the environment's own verdict counts.
-            reason = StopReason.TERMINATED if answer.terminated else StopReason.TRUNCATED
-            return _episode(spec, turns, reason, answer.info, answer.observation)
 
 
 def _turn(before: Transition, reply: Reply, answer: Answer) -> Turn:
     after = answer if isinstance(answer, Transition) else Transition("")
+    info = {key: after.info[key] for key in STORED_INFO if key in after.info}
+    if "state_key" in before.info:
+        info["state_key"] = before.info["state_key"]
     return Turn(
         observation=before.observation,
         action=reply.text,
@@ -153,12 +152,7 @@ def _turn(before: Transition, reply: Reply, answer: Answer) -> Turn:
         imitable=reply.imitable,
         finish=reply.finish,
         policy_version=reply.policy_version,
-        # The anchor is of the state that was acted in; the rest describes what the action led to.
-        info={
-            key: (before if key == "state_key" else after).info[key]
-            for key in STORED_INFO
-            if key in (before if key == "state_key" else after).info
-        },
+        info=info,
     )
 
 
@@ -166,11 +160,11 @@ def _episode(
     spec: EpisodeSpec,
     turns: list[Turn],
     reason: StopReason,
-    info: Mapping[str, Any],
-    observation: str,
+    last: Transition,
+    task_type: str | None,
     error: str | None = None,
 ) -> Episode:
-    success = info.get("success")
+    success = last.info.get("success")
     if not reason.aborted and not isinstance(success, bool):
         reason, error = StopReason.CONTRACT, f"info['success'] is {success!r}, wanted a bool"
     return Episode(
@@ -182,11 +176,13 @@ def _episode(
         stop=reason,
         success=success is True and not reason.aborted,
         error=error,
-        task_type=info.get("task_type") or _last_task_type(turns),
+        task_type=task_type,
         parent=spec.parent,
-        final_observation=observation,
+        final_observation=last.observation,
     )
 
 
-def _last_task_type(turns: list[Turn]) -> str | None:
-    return next((turn.info["task_type"] for turn in reversed(turns) if "task_type" in turn.info), None)
+def _wanted(answer: Answer, kind: type[Wanted]) -> Wanted:
+    if not isinstance(answer, kind):
+        raise TypeError(f"play was sent a {type(answer).__name__}, wanted a {kind.__name__} or a Stop")
+    return answer

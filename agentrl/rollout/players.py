@@ -154,7 +154,11 @@ class LanguagePlayer:
         if self._stopped:
             stopped, self._stopped = self._stopped, []
             return stopped
-        return [(generation.sequence, self._answer(generation)) for generation in self._engine.step()]
+        return [
+            (generation.sequence, self._answer(generation))
+            for generation in self._engine.step()
+            if generation.sequence in self._pending  # else its episode was closed while it was generated
+        ]
 
     def close(self, episode_id: str) -> None:
         self._pending.pop(episode_id, None)
@@ -276,7 +280,10 @@ class DemonstrationPlayer(_Immediate):
 
 
 def _too_long(length: int, limit: int) -> Stop:
-    return Stop(StopReason.CONTEXT_LIMIT, f"the next turn needs {length} tokens, the context holds {limit}")
+    return Stop(
+        StopReason.CONTEXT_LIMIT,
+        f"the next turn needs {length} tokens with its reply, the context holds {limit}",
+    )
 
 
 def _expert_action(request: ActionRequest) -> str | Stop:

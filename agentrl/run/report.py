@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -30,23 +31,25 @@ def results_table(summary: Tree) -> Table:
     """
     policies = _final_policies(summary)
     types = _task_types(policies)
-    table = Table(title=_panel_line(summary), title_justify="left", caption=_instruction_line(summary))
-    table.caption_justify = "left"
-    table.add_column("policy")
-    table.add_column("decoding")
+    narrow = (
+        len(types) > 3
+    )  # so that six task types fit a terminal: intervals below, per type in whole per cent
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0) if narrow else (0, 1), pad_edge=False)
+    table.title, table.caption = _panel_line(summary), _instruction_line(summary)
+    table.title_justify = table.caption_justify = "left"
+    for name in ("policy", "decoding"):
+        table.add_column(name, no_wrap=True)
     for name in ("success %", *(kind.replace("_", " ") for kind in types), "turns"):
         table.add_column(name, justify="right")
-    separator = "\n" if len(types) > 3 else " "  # all six task types of a household fit a terminal
     for name, decodings in policies.items():
         for index, (decoding, score) in enumerate(decodings.items()):
-            scores = [score, *(score["by_task_type"].get(kind) for kind in types)]
-            table.add_row(
-                Text(name if index == 0 else ""),
-                Text(decoding),
-                *(Text(separator.join(part for part in _cell(cell) if part)) for cell in scores),
-                Text(_number(score.get("mean_turns"), 1)),
-                end_section=index == len(decodings) - 1,
-            )
+            cells = [_terminal_cell(score, narrow, digits=1)]
+            cells += [
+                _terminal_cell(score["by_task_type"].get(kind), narrow, digits=1 - narrow) for kind in types
+            ]
+            cells += [_number(score.get("mean_turns"), 1)]
+            last = index == len(decodings) - 1
+            table.add_row(*map(Text, (name if index == 0 else "", decoding, *cells)), end_section=last)
     return table
 
 
@@ -149,6 +152,14 @@ def _cell(score: Tree | None) -> tuple[str, str]:
         return "–", ""
     low, high = score["interval"]
     return _percent(score["success_rate"]), f"[{_percent(low)}, {_percent(high)}]"
+
+
+def _terminal_cell(score: Tree | None, narrow: bool, digits: int) -> str:
+    if score is None or score["success_rate"] is None:
+        return "–"
+    low, high = (f"{100 * bound:.{digits}f}" for bound in score["interval"])
+    rate = _percent(score["success_rate"])
+    return f"{rate}\n{low}–{high}" if narrow else f"{rate} [{low}, {high}]"
 
 
 def _rows(policies: Mapping[str, Mapping[str, Tree]]) -> Iterable[dict[str, Any]]:

@@ -106,6 +106,7 @@ class Trainer:
         try:
             with self.interruption.listening(), self.logbook:
                 self._restore()
+                self.logbook.say(self._arithmetic())
                 for name in self.config.evaluation.baselines:
                     if name != "cloned":
                         self._evaluate(name)
@@ -191,12 +192,17 @@ class Trainer:
             for index, task in enumerate(tasks)
             for member in range(size)
         ]
-        player, began = self._player(block.temperature), time.perf_counter()
-        played = collect(
-            specs, player, self.environments, max_active=block.max_active, max_turns=block.max_turns
-        )
-        self.clocks["environment.wall"] += played.environment_seconds
-        self.clocks["generation.wall"] += played.player_seconds
+        began = time.perf_counter()
+        with self._clock("rollout"):
+            played = collect(
+                specs,
+                self._player(block.temperature),
+                self.environments,
+                max_active=block.max_active,
+                max_turns=block.max_turns,
+            )
+        self.clocks["rollout.environment.wall"] += played.environment_seconds
+        self.clocks["rollout.generation.wall"] += played.player_seconds
         members = [played.episodes[start : start + size] for start in range(0, len(specs), size)]
         groups = [Group(task, episodes) for task, episodes in zip(tasks, members, strict=True)]
         return groups, time.perf_counter() - began
@@ -289,6 +295,22 @@ class Trainer:
         }
 
     # What is shared by the stages.
+
+    def _arithmetic(self) -> str:
+        rollout, steps = self.config.rollout, self.config.trainer.steps
+        warm, plays = self.config.warm_start, len(self.panel.tasks) * self.config.evaluation.repeats
+        per_step = rollout.groups_per_step * rollout.group_size
+        size = sum(parameter.numel() for parameter in self.policy.model.parameters())
+        updates = self.config.learner.updates_per_step
+        return (
+            f"{self.active.folder}: {self.config.env.id} with {self.config.algorithm.name}, "
+            f"{size:,} parameters on {self.policy.model.device}\n"
+            f"cloning: {warm.steps} steps x {warm.batch_size} demonstrations\n"
+            f"training: {steps} steps x ({rollout.groups_per_step} tasks x {rollout.group_size} episodes) = "
+            f"{steps * per_step:,} episodes, {steps * updates:,} updates\n"
+            f"evaluation: {plays} episodes of {self.panel.split} per policy and decoding, "
+            f"panel {self.panel.hash[:12]}"
+        )
 
     def _player(self, temperature: float) -> Player:
         self.engine.refresh(self.step)

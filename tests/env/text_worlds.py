@@ -20,7 +20,9 @@ class Corridor(gymnasium.Env[str, str]):
     determinism: ClassVar[str] = "episode"
     data: ClassVar[str] = "generated"
 
-    def __init__(self, split: str = "train", max_steps: int = 12, expert: bool = False, doors: int = DOORS) -> None:
+    def __init__(
+        self, split: str = "train", max_steps: int = 12, expert: bool = False, doors: int = DOORS
+    ) -> None:
         if split not in self.splits:
             raise unknown("split", split, self.splits)
         if max_steps < 1:
@@ -75,7 +77,13 @@ class Corridor(gymnasium.Env[str, str]):
         return info | ({"expert": self.expert()} if self.tells else {})
 
     def expert(self) -> str | None:
-        return f"open {self.at}" if self.at == self.target else "go right" if self.at < self.target else "go left"
+        return (
+            f"open {self.at}"
+            if self.at == self.target
+            else "go right"
+            if self.at < self.target
+            else "go left"
+        )
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if not self.running:

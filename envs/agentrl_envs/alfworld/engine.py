@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from agentrl_envs.alfworld.joins import NEGATED, TYPE, Fact, Index, Tables
-from agentrl_envs.alfworld.pddl import GameFileError, Problem, parse_problem
-from agentrl_envs.alfworld.rules import rules_of
+from agentrl_envs.alfworld.pddl import Formula, GameFileError, Problem, parse_goal, parse_problem
+from agentrl_envs.alfworld.rules import Goal, Rules, rules_of
 from agentrl_envs.alfworld.text import (
     Alternative,
     Bound,
@@ -26,13 +27,15 @@ NOTHING = "Nothing happens."
 class Snapshot(NamedTuple):
     """A moment of a game. `advance` never changes it; it can be pickled and continued by an equal Game elsewhere.
 
-    `admissible` is sorted. `won` is about this moment: taking the object away again unmakes it.
+    `admissible` is sorted. `won` is about this moment: taking the object away again unmakes it. `key` is equal for
+    equal states of one game, however they were reached.
     """
 
     observation: str
     admissible: tuple[str, ...]
     won: bool
     moves: int
+    key: int
     tables: Tables
     commands: dict[str, Operator]
     menus: tuple[Menu, ...]
@@ -43,6 +46,7 @@ class _Step:
     """What an operator does: new rows in tables, which menus and whether the goal must be looked at again."""
 
     updates: tuple[tuple[Index, Fact, bool], ...]
+    flips: tuple[tuple[Index, Fact, bool, int], ...]
     stale: tuple[int, ...]
     goal_stale: bool
 
@@ -55,12 +59,15 @@ class Game:
         problem: PDDL problem text.
         grammar: `.twl2` text, with the goal sentence in it.
         walkthrough: commands that win, when known.
+        other_goal: a second goal, as the tail of a PDDL problem, that `other_reached` looks at.
 
     Raises:
         GameFileError: PddlError or GrammarError, when a text is malformed or uses something unsupported.
     """
 
-    def __init__(self, domain: str, problem: str, grammar: str, walkthrough: Sequence[str] = ()) -> None:
+    def __init__(
+        self, domain: str, problem: str, grammar: str, walkthrough: Sequence[str] = (), other_goal: str = ""
+    ) -> None:
         self.walkthrough = tuple(walkthrough)
         rules = rules_of(domain)
         parsed = parse_problem(problem, rules.domain)
@@ -72,8 +79,11 @@ class Game:
         }
         untrusted = rules.untrusted(_mistyped(parsed, rules.domain.predicates, rules.domain.ancestors))
         self._actions = rules.actions(untrusted)
-        self._goal, named = rules.goal(parsed.goal, untrusted)
-        self._goal_constants = tuple(self._number[name] for name in named)
+        self._goal, self._goal_constants = self._compile_goal(rules, parsed.goal, untrusted)
+        self._other = None
+        if other_goal:
+            formula = parse_goal(other_goal, parsed.objects, rules.domain)
+            self._other = self._compile_goal(rules, formula, untrusted)
         self._constants = tuple(self._number.get(name, -1) for name in rules.constants)
         self._types = tuple(parsed.objects[name] for name in self.objects)
         self.words = _words(self.objects, self._types, {n for rows in facts.values() for row in rows for n in row})
@@ -84,6 +94,10 @@ class Game:
         self._stale: dict[frozenset[str], tuple[int, ...]] = {}
         tables = self._build_tables(facts, rules.domain.ancestors, rules.schema.size)
         self.start = self._first(tables)
+
+    def _compile_goal(self, rules: Rules, formula: Formula, untrusted: frozenset[str]) -> tuple[Goal, Fact]:
+        goal, named = rules.goal(formula, untrusted)
+        return goal, tuple(self._number[name] for name in named)
 
     def _link_texts(
         self,
@@ -137,7 +151,7 @@ class Game:
         commands = self._commands(menus)
         text = self._links["start of the game", ()](tables, self.words, self._links)
         won = self._goal.holds(tables, self._goal_constants)
-        return Snapshot(text, tuple(sorted(commands)), won, 0, tables, commands, menus)
+        return Snapshot(text, tuple(sorted(commands)), won, 0, 0, tables, commands, menus)
 
     def advance(self, snapshot: Snapshot, command: str) -> Snapshot:
         """Return the moment after `command`; text that is not admissible changes nothing but the observation."""
@@ -145,6 +159,10 @@ class Game:
         if operator is None:
             return Snapshot(NOTHING, *snapshot[1:])
         step = self._operators.get(operator) or self._step(operator, snapshot.tables)
+        key = snapshot.key
+        for index, fact, present, code in step.flips:
+            if index.contains(snapshot.tables[index.slot], fact) != present:
+                key ^= code
         changed = list(snapshot.tables)
         for index, fact, present in step.updates:
             changed[index.slot] = index.update(changed[index.slot], fact, present)
@@ -154,13 +172,13 @@ class Game:
         won = self._goal.holds(tables, self._goal_constants) if step.goal_stale else snapshot.won
         moves = snapshot.moves + 1
         if not step.stale:
-            return Snapshot(text, snapshot.admissible, won, moves, tables, snapshot.commands, snapshot.menus)
+            return Snapshot(text, snapshot.admissible, won, moves, key, tables, snapshot.commands, snapshot.menus)
         renewed = list(snapshot.menus)
         for stale in step.stale:
             renewed[stale] = self._menu(stale, tables)
         menus = tuple(renewed)
         commands = self._commands(menus)
-        return Snapshot(text, tuple(sorted(commands)), won, moves, tables, commands, menus)
+        return Snapshot(text, tuple(sorted(commands)), won, moves, key, tables, commands, menus)
 
     def _menu(self, place: int, tables: Tables) -> Menu:
         entries = self._entries[place]
@@ -196,15 +214,21 @@ class Game:
         place, arguments = operator
         action = self._actions[place]
         changes = action.changes(tables, arguments, self._constants)
-        updates = []
-        for predicate, fact, present in changes:
+        updates, flips = [], []
+        for predicate, fact, present in dict.fromkeys(changes):
+            if predicate in self._indexes:
+                flips.append((self._indexes[predicate][0], fact, present, self._fact_code(predicate, fact)))
             for name, value in ((predicate, present), (NEGATED + predicate, not present)):
                 updates += [(index, fact, value) for index in self._indexes.get(name, ())]
         touched = frozenset(predicate for predicate, _, _ in changes)
-        step = _Step(tuple(updates), self._readers(touched), not touched.isdisjoint(self._goal.reads))
+        step = _Step(tuple(updates), tuple(flips), self._readers(touched), not touched.isdisjoint(self._goal.reads))
         if not action.depends_on_state:
             self._operators[operator] = step
         return step
+
+    def _fact_code(self, predicate: str, fact: Fact) -> int:
+        name = " ".join((predicate, *(self.objects[number] for number in fact)))
+        return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
 
     def _readers(self, touched: frozenset[str]) -> tuple[int, ...]:
         if touched not in self._stale:
@@ -213,9 +237,9 @@ class Game:
             )
         return self._stale[touched]
 
-    def holds(self, snapshot: Snapshot, predicate: str, *names: str) -> bool:
-        """Say whether a fact is true, by object names as the PDDL writes them (lower case)."""
-        return tuple(names) in self.facts(snapshot, predicate)
+    def other_reached(self, snapshot: Snapshot) -> bool:
+        """Say whether the second goal holds at this moment; False when the game has none."""
+        return self._other is not None and self._other[0].holds(snapshot.tables, self._other[1])
 
     def facts(self, snapshot: Snapshot, predicate: str) -> list[tuple[str, ...]]:
         """List the true facts of a predicate that the game looks up anywhere, in the order of object names."""

@@ -55,6 +55,12 @@ class Index:
         table[key] = _changed(table.get(key, ()), rest, present)
         return table
 
+    def contains(self, table: Table, fact: Fact) -> bool:
+        """Say whether the table holds a fact."""
+        if self.bound is None:
+            return (fact[0] if fact else ()) in table
+        return self._rest(fact) in (table.get(self._key(fact), ()) if self.bound else table)
+
     def rows(self, table: Table) -> Iterator[Fact]:
         """List the facts that a table holds."""
         if self.bound is None:

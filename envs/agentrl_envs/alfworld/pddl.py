@@ -325,11 +325,23 @@ def parse_problem(text: str, domain: Domain) -> Problem:
             raise PddlError(f"the problem: section '{head}' is not supported")
     if goal is None:
         raise PddlError("the problem has no ':goal'")
+    return Problem(objects, facts, _read_goal(goal, objects, domain))
+
+
+def parse_goal(text: str, objects: Mapping[str, str], domain: Domain) -> Formula:
+    """Read the tail of a problem file, from `(:goal` to the parenthesis that closes the problem."""
+    for section in _sections(read_expression(f"(define {text}"), "goal"):
+        if section[0] == ":goal" and len(section) == 2:
+            return _read_goal(section[1], objects, domain)
+    raise PddlError("the goal must be '(:goal CONDITION)'")
+
+
+def _read_goal(goal: Expression, objects: Mapping[str, str], domain: Domain) -> Formula:
     formula = _Conditions(domain.predicates, "the goal").read(goal, {})
     for name in constants_of(formula):
         if name not in objects:
             raise PddlError(f"the goal: object '{name}' is not declared")
-    return Problem(objects, facts, formula)
+    return formula
 
 
 def _declare(items: list[tuple[str, str]], objects: dict[str, str], domain: Domain) -> None:
