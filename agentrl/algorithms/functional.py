@@ -112,7 +112,7 @@ def clipped_surrogate(
     """
     _same_shape("ratio", ratio, "advantages", advantages)
     advantages = advantages.detach()
-    clipped = torch.minimum(torch.maximum(ratio, torch.as_tensor(lower)), torch.as_tensor(upper))
+    clipped = ratio.clamp(min=lower).clamp(max=upper)
     loss = torch.maximum(-advantages * ratio, -advantages * clipped)
     if dual is None:
         return loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from jinja2 import TemplateError
@@ -26,13 +26,15 @@ PROBED_REPLIES = (
 class ChatPieces:
     """The template's own text around the turns.
 
-    A dialogue: opening, observation, before_reply, REPLY, between, observation, before_reply, REPLY, between, …
-    `appends` is False where earlier turns are written differently once later ones follow; `between` then only
-    says how a reply ends.
+    A dialogue is opening, observation, before_reply, reply, then between, observation, before_reply, reply
+    for every further turn. `lead` is white space that the template writes before a reply, as the model must.
+    Where `appends` is False, earlier turns are written differently once later ones follow; `between` then
+    only says how a reply ends.
     """
 
     opening: str
     before_reply: str
+    lead: str
     between: str
     appends: bool
 
@@ -70,11 +72,12 @@ def probe_template(render: Render, instructions: str) -> ChatPieces:
     """
     probes = [_probe(render, reply, instructions) for reply in PROBED_REPLIES]
     opening, before_reply = _around(probes[0][0], slot(0))
-    between = _between(probes[0][1])
-    expected = ChatPieces(opening, before_reply, between, appends=True)
-    if all(_extends(texts, reply, expected) for texts, reply in zip(probes, PROBED_REPLIES, strict=True)):
-        return expected
-    return ChatPieces(opening, before_reply, between, appends=False)
+    before, _, after = probes[0][1].partition(PROBED_REPLIES[0].format(0))
+    gap = before.removeprefix(probes[0][0])
+    lead = gap if gap.isspace() else ""
+    pieces = ChatPieces(opening, before_reply, lead, after.partition(slot(1))[0], appends=True)
+    appends = all(_extends(texts, reply, pieces) for texts, reply in zip(probes, PROBED_REPLIES, strict=True))
+    return pieces if appends else replace(pieces, appends=False)
 
 
 def _probe(render: Render, reply: str, instructions: str) -> list[str]:
@@ -103,16 +106,11 @@ def _around(text: str, placeholder: str) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def _between(two_turns: str) -> str:
-    """What follows the first reply, up to the second observation; empty where that reply was not written."""
-    _, _, after = two_turns.partition(PROBED_REPLIES[0].format(0))
-    return after.partition(slot(1))[0]
-
-
 def _extends(texts: list[str], reply: str, pieces: ChatPieces) -> bool:
     if texts[0] != pieces.opening + slot(0) + pieces.before_reply:
         return False
     return all(
-        later == earlier + reply.format(turn) + pieces.between + slot(turn + 1) + pieces.before_reply
+        later
+        == earlier + pieces.lead + reply.format(turn) + pieces.between + slot(turn + 1) + pieces.before_reply
         for turn, (earlier, later) in enumerate(pairwise(texts))
     )

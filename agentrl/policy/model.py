@@ -266,8 +266,9 @@ def _swap(fresh: Path, target: Path) -> None:
     target.rename(old)
     try:
         fresh.rename(target)
-    except OSError:
-        old.rename(target)
+    except BaseException:
+        if not target.exists():
+            old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -292,14 +293,16 @@ def _check_files(folder: Path) -> None:
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         # AutoTokenizer takes the class that is usual for the model type even where the folder says otherwise.
-        kind = AutoTokenizer if _tokenizer_class(folder) not in GENERIC_TOKENIZERS else PreTrainedTokenizerFast
+        kind = (
+            AutoTokenizer if _tokenizer_class(folder) not in GENERIC_TOKENIZERS else PreTrainedTokenizerFast
+        )
         return cast(
             PreTrainedTokenizerBase,
             cast(Any, kind).from_pretrained(folder, local_files_only=True, trust_remote_code=False),
         )
     except Exception as error:  # the library raises whatever its parsers raise
         raise CheckpointError(
-            f"{folder}: the tokenizer cannot be read ({_first_line(error)}); save it again with "
+            f"{folder}: the tokenizer cannot be read ({_brief(error)}); save it again with "
             "tokenizer.save_pretrained(folder)"
         ) from error
 
@@ -314,12 +317,12 @@ def _tokenizer_class(folder: Path) -> str | None:
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     before = progress.is_progress_bar_enabled()
-    progress.disable_progress_bar()
+    cast(Any, progress).disable_progress_bar()
     try:
         yield
     finally:
         if before:
-            progress.enable_progress_bar()
+            cast(Any, progress).enable_progress_bar()
 
 
 @_no_progress_bars()
@@ -336,7 +339,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         )
     except Exception as error:  # as above
         raise CheckpointError(
-            f"{folder}: the model cannot be read ({_first_line(error)}); the folder is corrupt or not of a "
+            f"{folder}: the model cannot be read ({_brief(error)}); the folder is corrupt or not of a "
             "causal language model: copy it again, or take an earlier checkpoint"
         ) from error
     wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
@@ -348,6 +351,5 @@ def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0]}"
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200] or 'no message'}"

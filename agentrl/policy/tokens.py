@@ -212,7 +212,7 @@ class ChatDialogue:
         pieces = probe_template(self._render, self._instructions)
         self.appends = pieces.appends
         self._opening, self._before_reply = self._markup(pieces.opening), self._markup(pieces.before_reply)
-        self._between = self._markup(pieces.between)
+        self._lead, self._between = pieces.lead, self._markup(pieces.between)
         self._end_of_turn, self._after_end = self._find_end()
         ends = {self._end_of_turn, tokenizer.eos_token_id} - {None}
         if not ends:
@@ -240,7 +240,7 @@ class ChatDialogue:
         return self._parsed(tuple(ids))
 
     def _reply(self, text: str) -> tuple[int, ...]:
-        return (*self._encode(self._format.wrap.format(text)), self._stop)
+        return (*self._encode(self._lead + self._format.wrap.format(text)), self._stop)
 
     def _parse(self, ids: tuple[int, ...]) -> ParsedReply:
         text = self._decode(ids)

@@ -114,7 +114,8 @@ def play(spec: EpisodeSpec, max_turns: int | None = None) -> Generator[Effect, A
     answer = yield Reset(spec.task, spec.seed)
     while True:
         if isinstance(answer, Stop):
-            return _episode(spec, turns, answer.reason, before, task_type, answer.error)
+            silent = Transition("", info=before.info)  # it said nothing after the last reply
+            return _episode(spec, turns, answer.reason, silent, task_type, answer.error)
         before = _wanted(answer, Transition)
         task_type = before.info.get("task_type") or task_type
         if before.terminated or before.truncated:

@@ -81,12 +81,13 @@ class Logbook:
         """Forget what was logged after `step` of `stage`: a resumed run writes it again.
 
         What stands before, of other stages too, stays. Without a row up to `step`, the file is cut where the
-        stage begins.
+        stage begins; `start` is before every stage.
         """
         rows = read_metrics(self.path)
-        kept = [index for index, row in enumerate(rows) if row.get("stage") == stage and row["step"] <= step]
-        later = [index for index, row in enumerate(rows) if row.get("stage") == stage and row["step"] > step]
-        end = kept[-1] + 1 if kept else later[0] if later else len(rows)
+        of_stage = [(index, row["step"]) for index, row in enumerate(rows) if row.get("stage") == stage]
+        before = [index + 1 for index, done in of_stage if done <= step]
+        after = [index for index, done in of_stage if done > step]
+        end = 0 if stage == "start" else before[-1] if before else after[0] if after else len(rows)
         partial = self.path.with_name(self.path.name + ".partial")
         self.__exit__()
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows[:end]), encoding="utf-8")

@@ -35,11 +35,12 @@ def results_table(summary: Tree) -> Table:
         len(types) > 3
     )  # so that six task types fit a terminal: intervals below, per type in whole per cent
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0) if narrow else (0, 1), pad_edge=False)
-    table.title, table.caption = _panel_line(summary), _instruction_line(summary)
+    table.title, table.caption = _panel_line(summary), _instruction_lines(summary)
     table.title_justify = table.caption_justify = "left"
     for name in ("policy", "decoding"):
         table.add_column(name, no_wrap=True)
-    for name in ("success %", *(kind.replace("_", " ") for kind in types), "turns"):
+    table.add_column("success %", justify="right", no_wrap=True)
+    for name in (*(kind.replace("_", " ") for kind in types), "turns"):
         table.add_column(name, justify="right")
     for name, decodings in policies.items():
         for index, (decoding, score) in enumerate(decodings.items()):
@@ -159,7 +160,7 @@ def _terminal_cell(score: Tree | None, narrow: bool, digits: int) -> str:
         return "–"
     low, high = (f"{100 * bound:.{digits}f}" for bound in score["interval"])
     rate = _percent(score["success_rate"])
-    return f"{rate}\n{low}–{high}" if narrow else f"{rate} [{low}, {high}]"
+    return f"{rate}\n{low}–{high.removesuffix('.0')}" if narrow else f"{rate} [{low}, {high}]"
 
 
 def _rows(policies: Mapping[str, Mapping[str, Tree]]) -> Iterable[dict[str, Any]]:
@@ -241,23 +242,22 @@ def _data_line(summary: Tree) -> str:
 
 
 def _instruction(summary: Tree) -> Iterable[dict[str, Any]]:
-    check = summary.get("instruction_check") or {}
-    for key, goal in (("new_goal", "the goal that it was told"), ("old_goal", "the panel's goal, not told")):
-        if key in check:
+    for decoding, check in (summary.get("instruction_check") or {}).items():
+        for key, goal in (
+            ("new_goal", "the goal that it was told"),
+            ("old_goal", "the panel's goal, not told"),
+        ):
             rate, interval = _cell(check[key])
-            yield {
-                "goal": goal,
-                "rate": f"{rate} %",
-                "interval": interval,
-                "episodes": check[key]["episodes"],
-            }
+            reached = {"rate": f"{rate} %", "interval": interval, "episodes": check[key]["episodes"]}
+            yield reached | {"decoding": decoding, "goal": goal}
 
 
-def _instruction_line(summary: Tree) -> str | None:
-    reached = [f"{line['rate']} {line['interval']}" for line in _instruction(summary)]
-    if len(reached) != 2:
-        return None
-    return f"told another goal of the same room: reached it in {reached[0]}, the untold one in {reached[1]}"
+def _instruction_lines(summary: Tree) -> str | None:
+    lines = [
+        f"{line['decoding']}: {line['goal']} {line['rate']} {line['interval']}"
+        for line in _instruction(summary)
+    ]
+    return "\n".join(["Reached when told another goal of the same room", *lines]) if lines else None
 
 
 def _evaluations(summary: Tree, training: Sequence[Tree]) -> dict[str, list[tuple[int, float, Any]]]:

@@ -270,9 +270,8 @@ class Trainer:
         self._save_clocks()
         summary = self._summary(results)
         write_atomic(self.active.folder / "summary.json", json.dumps(summary, indent=1))
-        report = write_report(self.active.folder)
+        write_report(self.active.folder)
         self.logbook.show(results_table(summary))
-        self.logbook.say(f"run: {self.active.folder}\nreport: {report}")
 
     def _summary(self, results: dict[str, Any]) -> dict[str, Any]:
         policies = {name: found for name, found in results.items() if name != "instruction_check"}

@@ -8,7 +8,12 @@ from agentrl.policy.model import build_model
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import fit_tokenizer
 
-TEXTS = ["You see a mug 1, a mug 2 and a desk 1.", "take mug 1 from desk 1", "go to shelf 1", "open fridge 1"] * 4
+TEXTS = [
+    "You see a mug 1, a mug 2 and a desk 1.",
+    "take mug 1 from desk 1",
+    "go to shelf 1",
+    "open fridge 1",
+] * 4
 
 
 @pytest.fixture(scope="session", autouse=True)

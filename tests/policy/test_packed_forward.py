@@ -95,9 +95,13 @@ def test_ragged_sequences_give_the_gradients_they_give_alone(config: PreTrainedC
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     model = _model(CONFIGS[0]).train()
     tokens, lengths = _batch()
-    plain = torch.autograd.grad(hidden_states(model, tokens, lengths).sin().sum(), model.base_model.layers[0].mlp.up_proj.weight)
+    plain = torch.autograd.grad(
+        hidden_states(model, tokens, lengths).sin().sum(), model.base_model.layers[0].mlp.up_proj.weight
+    )
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    again = torch.autograd.grad(hidden_states(model, tokens, lengths).sin().sum(), model.base_model.layers[0].mlp.up_proj.weight)
+    again = torch.autograd.grad(
+        hidden_states(model, tokens, lengths).sin().sum(), model.base_model.layers[0].mlp.up_proj.weight
+    )
     torch.testing.assert_close(plain, again)
 
 
@@ -152,12 +156,19 @@ def test_a_model_without_a_layout_behaves_as_the_library_meant_it() -> None:
     with torch.no_grad():
         ours = model(tokens, attention_mask=mask).logits[mask.bool()]
         model.set_attn_implementation("eager")
-        torch.testing.assert_close(ours, model(tokens, attention_mask=mask).logits[mask.bool()], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            ours, model(tokens, attention_mask=mask).logits[mask.bool()], atol=1e-5, rtol=0
+        )
 
 
 def test_the_check_passes_models_with_plain_attention() -> None:
     assert check_packed_forward(_model(CONFIGS[0])) < 1e-4
-    assert check_packed_forward(_model(GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}))) < 1e-4
+    assert (
+        check_packed_forward(
+            _model(GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}))
+        )
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,7 +178,9 @@ def test_the_check_passes_models_with_plain_attention() -> None:
         (GraniteConfig(**SIZES, logits_scaling=3.0), "other logprobs"),  # of its head
     ],
 )
-def test_the_check_refuses_models_whose_attention_or_head_does_more(config: PreTrainedConfig, words: str) -> None:
+def test_the_check_refuses_models_whose_attention_or_head_does_more(
+    config: PreTrainedConfig, words: str
+) -> None:
     with pytest.raises(RequirementError, match=words):
         check_packed_forward(_model(config))
 
@@ -197,7 +210,10 @@ def test_the_weights_depend_on_the_seed_alone(tokenizer) -> None:
     first = build_model(config, tokenizer, seed=3)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(6)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), build_model(config, tokenizer, seed=3).parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.parameters(), build_model(config, tokenizer, seed=3).parameters(), strict=True)
+    )
     assert not torch.equal(output_weight(first), output_weight(build_model(config, tokenizer, seed=4)))
 
 

@@ -78,7 +78,8 @@ def test_free_replies_carry_the_logprobs_and_entropies_of_a_plain_forward(
 ) -> None:
     prompts = {"a": (1, 9, 10), "b": (1, 11), "c": (1, 12, 13, 14, 15, 16)}
     done = _finish(
-        _engine(model), *(_request(name, ids, temperature=temperature, seed=3) for name, ids in prompts.items())
+        _engine(model),
+        *(_request(name, ids, temperature=temperature, seed=3) for name, ids in prompts.items()),
     )
     for name, ids in prompts.items():
         assert done[name].allowed is None
@@ -113,7 +114,9 @@ def test_a_single_choice_needs_no_forward_at_all(model: PreTrainedModel) -> None
     assert (done.token_ids, done.logprobs, engine.forwards) == ((20, 21, STOP), (0.0, 0.0, 0.0), 0)
 
 
-def _play(engine: TorchEngine, names: Sequence[str], turns: int) -> dict[str, list[tuple[list[int], Generation]]]:
+def _play(
+    engine: TorchEngine, names: Sequence[str], turns: int
+) -> dict[str, list[tuple[list[int], Generation]]]:
     """Per sequence and turn: the tokens before the reply, and the reply. Even names are constrained."""
     held: dict[str, list[int]] = {name: [] for name in names}
     log: dict[str, list[tuple[list[int], Generation]]] = {name: [] for name in names}
@@ -123,7 +126,9 @@ def _play(engine: TorchEngine, names: Sequence[str], turns: int) -> dict[str, li
             prompt = [2, *range(50, 50 + 1 + (int(name) * 7 + turn * 3) % 11), 3]
             menu = MENU if int(name) % 2 == 0 else None
             requests.append(
-                _request(name, prompt, fresh=turn == 0, choices=menu, seed=turn * 100 + int(name), max_tokens=5)
+                _request(
+                    name, prompt, fresh=turn == 0, choices=menu, seed=turn * 100 + int(name), max_tokens=5
+                )
             )
             held[name] += prompt
         for name, generation in _finish(engine, *requests).items():
@@ -162,7 +167,7 @@ def test_no_token_of_a_trajectory_is_forwarded_twice(model: PreTrainedModel) -> 
     engine = _engine(model)
     log = _play(engine, ["0", "1", "2"], 5)
     held = sum(len(turns[-1][0]) + len(turns[-1][1].token_ids) for turns in log.values())
-    # The end of the last reply waits for a next turn: one sampled token, or the forced ones after the last decision.
+    # The end of the last reply waits for a next turn: its last decision and the forced tokens after it.
     waiting = sum(_waiting(turns[-1][1]) for turns in log.values())
     assert engine.tokens_forwarded == held - waiting
 
@@ -170,7 +175,9 @@ def test_no_token_of_a_trajectory_is_forwarded_twice(model: PreTrainedModel) -> 
 def _waiting(generation: Generation) -> int:
     if generation.allowed is None:
         return 1
-    return len(generation.token_ids) - max(t for t, ids in enumerate(generation.allowed) if ids and len(ids) > 1)
+    return len(generation.token_ids) - max(
+        t for t, ids in enumerate(generation.allowed) if ids and len(ids) > 1
+    )
 
 
 def test_a_kept_sequence_draws_what_a_fresh_one_with_the_same_tokens_draws(model: PreTrainedModel) -> None:
@@ -197,7 +204,10 @@ def test_a_seed_fixes_the_draw_and_another_changes_it(model: PreTrainedModel) ->
 
 def test_draws_follow_the_distribution(model: PreTrainedModel) -> None:
     menu = ((20, STOP), (21, STOP), (22, STOP))
-    done = _finish(_engine(model, max_sequences=3000), *(_request(str(k), (1, 9), choices=menu, seed=k) for k in range(3000)))
+    done = _finish(
+        _engine(model, max_sequences=3000),
+        *(_request(str(k), (1, 9), choices=menu, seed=k) for k in range(3000)),
+    )
     share = sum(generation.token_ids[0] == 20 for generation in done.values()) / 3000
     expected = _logits(model, (1, 9, 20))[2][[20, 21, 22]].softmax(-1)[0].item()
     assert share == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 3000))
@@ -286,7 +296,14 @@ def test_released_slots_are_filled_and_moved_without_harm(model: PreTrainedModel
         for name in [*held, *new]:
             prompt = [draw.randint(5, 60) for _ in range(draw.randint(1, 8))]
             requests.append(
-                _request(name, prompt, fresh=name in new, seed=draw.randint(0, 999), choices=draw.choice((MENU, None)), max_tokens=4)
+                _request(
+                    name,
+                    prompt,
+                    fresh=name in new,
+                    seed=draw.randint(0, 999),
+                    choices=draw.choice((MENU, None)),
+                    max_tokens=4,
+                )
             )
             held.setdefault(name, []).extend(prompt)
         for name, generation in _finish(engine, *requests).items():

@@ -59,8 +59,19 @@ def same_results(one: Path, other: Path) -> None:
 
 def test_a_run_leaves_everything_in_its_folder(unbroken: agentrl.Run) -> None:
     names = {path.name for path in unbroken.folder.iterdir()}
-    assert names >= {"config.yaml", "summary.json", "manifest.json", "metrics.jsonl", "model", "report.html", "episodes"}
-    assert {path.name for path in (unbroken.folder / "checkpoints").iterdir()} >= {"train-000003", "train-000004"}
+    assert names >= {
+        "config.yaml",
+        "summary.json",
+        "manifest.json",
+        "metrics.jsonl",
+        "model",
+        "report.html",
+        "episodes",
+    }
+    assert {path.name for path in (unbroken.folder / "checkpoints").iterdir()} >= {
+        "train-000003",
+        "train-000004",
+    }
     assert [(row["stage"], row["step"]) for row in rows(unbroken.folder)] == [
         (stage, step) for stage in ("warm_start", "train") for step in (1, 2, 3, 4)
     ]
@@ -71,7 +82,9 @@ def test_a_run_leaves_everything_in_its_folder(unbroken: agentrl.Run) -> None:
     assert not [path for path in unbroken.folder.rglob("*") if ".partial" in path.name]
 
 
-def test_entropy_is_logged_at_every_level_and_stays_below_the_number_of_choices(unbroken: agentrl.Run) -> None:
+def test_entropy_is_logged_at_every_level_and_stays_below_the_number_of_choices(
+    unbroken: agentrl.Run,
+) -> None:
     for row in rows(unbroken.folder)[4:]:
         for level in ("token", "turn", "trajectory"):
             # 15 numbers are admissible, and a choice of several tokens is drawn token by token.

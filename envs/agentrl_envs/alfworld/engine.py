@@ -215,7 +215,7 @@ class Game:
         action = self._actions[place]
         changes = action.changes(tables, arguments, self._constants)
         updates, flips = [], []
-        for predicate, fact, present in dict.fromkeys(changes):
+        for predicate, fact, present in changes:
             if predicate in self._indexes:
                 flips.append((self._indexes[predicate][0], fact, present, self._fact_code(predicate, fact)))
             for name, value in ((predicate, present), (NEGATED + predicate, not present)):

@@ -59,17 +59,17 @@ class CompiledAction:
         return any(effect.condition is not None for effect in self.effects)
 
     def changes(self, tables: Tables, arguments: Fact, constants: Fact) -> list[Change]:
-        """List what becomes false and then what becomes true: adding beats deleting."""
-        false: list[Change] = []
-        true: list[Change] = []
+        """List what becomes false and what becomes true; adding a fact beats deleting it."""
+        false: dict[Change, None] = {}
+        true: dict[Change, None] = {}
         for effect in self.effects:
             rows: Sequence[Fact] = ((),) if effect.expand is None else effect.expand(tables, constants)
             for row in rows:
                 values = arguments + row
                 if effect.condition is None or effect.condition(tables, constants, *values):
                     fact = _ground(effect.arguments, values, constants)
-                    (true if effect.positive else false).append((effect.predicate, fact, effect.positive))
-        return false + true
+                    (true if effect.positive else false)[effect.predicate, fact, effect.positive] = None
+        return [*(c for c in false if (c[0], c[1], True) not in true), *true]
 
 
 def _ground(places: tuple[tuple[bool, int], ...], values: Fact, constants: Fact) -> Fact:

@@ -163,7 +163,9 @@ def _receptacle(key: str, point: list[float]) -> Receptacle:
     x, z, rotation, horizon = point
     head, *_, tail = key.split("|")
     location = (int(x * 4), int(z * 4), int(rotation) // 90, int(horizon))
-    return Receptacle(pddl_id(key), tail if tail.endswith("Basin") else head, location_id(*location))
+    # One plan calls a bathtub's basin a SinkBasin; its name in the game comes from the head.
+    kind = f"{head}Basin" if tail.endswith("Basin") else head
+    return Receptacle(pddl_id(key), kind, location_id(*location))
 
 
 def location_id(x: int, z: int, rotation: int, horizon: int) -> str:

@@ -1,0 +1,164 @@
+"""An expert that does not know where things are: it looks for them, from nothing but the texts it has read."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from agentrl_envs.alfworld.wording import Wanted, listed, room_of
+
+_CONTENT = re.compile(r"(?:On the ([\w ]+?)|The ([\w ]+?) is open\. In it), you see (.*?)\.")
+_CLOSED = re.compile(r"The ([\w ]+?) is closed\.")
+_TAKE = re.compile(r"take (.+) from (.+)")
+_PUT = re.compile(r"(?:move|put) (.+?) (?:to|into|in/on|in|on) (.+)")
+_TREAT = re.compile(r"(clean|heat|cool) (.+) with (.+)")
+_TOOLS = {
+    "pick_clean_then_place_in_recep": ("clean", "sinkbasin"),
+    "pick_heat_then_place_in_recep": ("heat", "microwave"),
+    "pick_cool_then_place_in_recep": ("cool", "fridge"),
+}
+_LAMP_STANDS = frozenset({"desk", "sidetable", "dresser", "shelf", "coffeetable", "diningtable", "armchair", "sofa"})
+
+
+def kind_of(name: str) -> str:
+    """Give the class of a display name: "mug" of "mug 2"."""
+    return name.rpartition(" ")[0]
+
+
+class SearchingExpert:
+    """Remembers what was seen and decides on the next command; any other command in between is taken in its stride.
+
+    Args:
+        wanted: the task.
+        opening: the first text of the game.
+        holds: which object classes fit into which receptacle class: common sense, not knowledge of this room.
+    """
+
+    def __init__(self, wanted: Wanted, opening: str, holds: Mapping[str, frozenset[str]]) -> None:
+        self.wanted = Wanted(wanted.task_type, wanted.object.lower(), wanted.place.lower())
+        self.room = room_of(opening)
+        classes = Counter(map(kind_of, self.room))
+        # Listed order, but a class with many members waits: 28 cabinets would use up an episode.
+        self.route = sorted(self.room, key=lambda receptacle: classes[kind_of(receptacle)])
+        self.holds = holds
+        self.contents: dict[str, list[str]] = {}  # receptacles whose inside was seen
+        self.closed: set[str] = set()
+        self.held: str | None = None
+        self.states: dict[str, set[str]] = {}  # object -> clean, heat, cool
+        self.lit: set[str] = set()
+        self.visited: set[str] = set()
+
+    def observe(self, command: str, text: str) -> None:
+        """Take in what a command, the expert's own or another's, led to."""
+        for match in _CONTENT.finditer(text):
+            receptacle = match[1] or match[2]
+            self.contents[receptacle] = listed(match[3])
+            self.closed.discard(receptacle)
+            self.visited.add(receptacle)
+        for match in _CLOSED.finditer(text):
+            self.closed.add(match[1])
+        if text.startswith("You close the "):
+            self.closed.add(command.removeprefix("close "))
+        elif text.startswith("You pick up") and (match := _TAKE.fullmatch(command)):
+            self.held = match[1]
+            self._forget(match[1])
+        elif text.startswith(("You move", "You put")) and (match := _PUT.fullmatch(command)):
+            self.held = None
+            self.contents.setdefault(match[2], []).append(match[1])
+        elif match := _TREAT.fullmatch(command):
+            if "using" in text:
+                state = self.states.setdefault(match[2], set())
+                state -= {"heat": {"cool"}, "cool": {"heat"}}.get(match[1], set())
+                state.add(match[1])
+        elif text.startswith("You turn on"):
+            self.lit.add(command.removeprefix("use "))
+
+    def _forget(self, item: str) -> None:
+        for items in self.contents.values():
+            if item in items:
+                items.remove(item)
+
+    def next(self, actions: Sequence[str]) -> str | None:
+        """Choose among the admissible commands."""
+        offered = frozenset(actions)
+        for command in self._ideas(offered):
+            if command in offered:
+                return command
+        return next((command for command in actions if command.startswith("go to ")), None)
+
+    def _ideas(self, offered: frozenset[str]) -> Iterable[str]:
+        """Yield what to do, best first; the first that is admissible is done."""
+        if self.held is not None and kind_of(self.held) != self.wanted.object:
+            yield from self._put_down(self.held, offered)
+        elif self.wanted.task_type == "look_at_obj_in_light":
+            yield from self._look(offered)
+        elif self.held is None:
+            yield from self._fetch(offered)
+        else:
+            yield from self._deliver(self.held, offered)
+
+    def _put_down(self, item: str, offered: frozenset[str]) -> Iterable[str]:
+        yield from self._puts(item, None, offered)
+        fitting = [r for r in self.room if kind_of(item) in self.holds.get(kind_of(r), ())]
+        for receptacle in sorted(fitting, key=lambda r: r in self.closed):
+            yield f"go to {receptacle}"
+            yield f"open {receptacle}"
+
+    def _look(self, offered: frozenset[str]) -> Iterable[str]:
+        stand = next((r for r in self.room if self._lamps(self.contents.get(r, ()))), None)
+        if self.held is None:
+            yield from self._fetch(offered)
+        elif stand is None:
+            yield from self._search(lambda kind: kind in _LAMP_STANDS, offered)
+        else:
+            yield f"go to {stand}"
+            yield from (f"use {lamp}" for lamp in self._lamps(self.contents[stand]))
+
+    def _lamps(self, items: Iterable[str]) -> list[str]:
+        return [item for item in items if kind_of(item) == self.wanted.place]
+
+    def _fetch(self, offered: frozenset[str]) -> Iterable[str]:
+        done = self._target() if self.wanted.task_type in ("pick_two_obj_and_place", "pick_and_place_simple") else None
+        for receptacle in self.room:
+            for item in self.contents.get(receptacle, ()):
+                if kind_of(item) == self.wanted.object and receptacle != done:
+                    yield f"take {item} from {receptacle}"
+                    yield f"go to {receptacle}"
+                    yield f"open {receptacle}"
+        yield from self._search(lambda kind: self.wanted.object in self.holds.get(kind, ()), offered)
+
+    def _deliver(self, item: str, offered: frozenset[str]) -> Iterable[str]:
+        verb, tool = _TOOLS.get(self.wanted.task_type, ("", ""))
+        if verb and verb not in self.states.get(item, ()):
+            for place in (r for r in self.room if kind_of(r) == tool):
+                yield f"{verb} {item} with {place}"
+                yield f"go to {place}"
+        else:
+            target = self._target()
+            yield from self._puts(item, target, offered)
+            yield f"go to {target}"
+            yield f"open {target}"
+
+    def _target(self) -> str | None:
+        """Choose the receptacle to fill: the one with most of the wanted objects, else the first listed."""
+        places = [r for r in self.room if kind_of(r) == self.wanted.place]
+        count = {r: sum(kind_of(i) == self.wanted.object for i in self.contents.get(r, ())) for r in places}
+        return max(places, key=lambda r: count[r], default=None)
+
+    def _puts(self, item: str, target: str | None, offered: frozenset[str]) -> Iterable[str]:
+        for command in sorted(offered):
+            match = _PUT.fullmatch(command)
+            if match and match[1] == item and target in (None, match[2]):
+                yield command
+
+    def _search(self, plausible: object, offered: frozenset[str]) -> Iterable[str]:
+        """Open what is closed here, then go on to the next receptacle not seen inside: plausible ones first."""
+        assert callable(plausible)
+        unseen = [r for r in self.route if r not in self.visited]
+        ordered = sorted(unseen or self.route, key=lambda r: not plausible(kind_of(r)))
+        for receptacle in ordered:
+            if f"open {receptacle}" in offered:
+                yield f"open {receptacle}"
+            yield f"go to {receptacle}"
+            yield f"examine {receptacle}"
+        # Only what shares this view point is unseen: step away, so that it can be gone to.
+        yield from (f"go to {receptacle}" for receptacle in self.room)

@@ -1,0 +1,79 @@
+"""TextWorld's PDDL engine behind the same interface, to compare ours with; slow, and one at a time per process."""
+
+import hashlib
+import json
+import os
+import tempfile
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from agentrl.errors import ConfigError, MissingDependencyError
+from agentrl_envs.alfworld.engine import Snapshot
+from agentrl_envs.alfworld.games import LoadedGame
+from agentrl_envs.alfworld.wheel import REMEDY
+
+_owner: "weakref.ref[ReferenceEngine] | None" = None
+
+
+class ReferenceEngine:
+    """Plays a `game.tw-pddl` with TextWorld, named by ALFWorld's own `Demangler`.
+
+    The library keeps global parsers and solver state: threads break it, so there is one engine per process, and a
+    moment cannot be gone back to.
+    """
+
+    def __init__(self) -> None:
+        global _owner
+        if _owner is not None and _owner() is not None:
+            raise ConfigError("engine: 'textworld' serves one environment per process; close and drop the other first")
+        # ALFWorld makes a folder in the home directory unless it is told another place.
+        os.environ.setdefault("ALFWORLD_DATA", tempfile.gettempdir())
+        try:
+            from alfworld.agents.utils.misc import Demangler
+            from textworld import EnvInfos
+            from textworld.envs.pddl import PddlEnv
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"engine 'textworld' is not installed ({error}); run: pip install 'agentrl[alfworld-reference]' "
+                f"and {REMEDY} (building it takes minutes and a C++ compiler)"
+            ) from error
+        self._demangler = Demangler
+        self._env = PddlEnv(EnvInfos(admissible_commands=True, won=True, moves=True, score=True, lost=True))
+        self._loaded: int | None = None
+        _owner = weakref.ref(self)
+
+    def load(self, file: Mapping[str, Any]) -> None:
+        """Load the content of a `game.tw-pddl`."""
+        self._env.load(dict(file))
+        infos = self._env._entity_infos
+        demangler = self._demangler(game_infos=infos)
+        for info in infos.values():
+            info.name = demangler.demangle_alfred_name(info.id)
+
+    def reset(self) -> Snapshot:
+        """Begin the loaded game anew."""
+        return _moment(self._env.reset())
+
+    def step(self, command: str) -> tuple[Snapshot, int, bool]:
+        """Return the next moment, the score and whether the engine calls the game done."""
+        state, score, done = self._env.step(command)
+        return _moment(state), score, done
+
+    def start(self, loaded: LoadedGame) -> Snapshot:
+        self.load(loaded.file)
+        return self.reset()
+
+    def advance(self, loaded: LoadedGame, moment: Snapshot, command: str) -> Snapshot:
+        return self.step(command)[0]
+
+    def other_reached(self, loaded: LoadedGame, moment: Snapshot) -> bool:
+        """Say no: TextWorld knows one goal per game."""
+        return False
+
+
+def _moment(state: Any) -> Snapshot:
+    shown = json.dumps([state.feedback, state["admissible_commands"]])
+    key = int.from_bytes(hashlib.blake2b(shown.encode(), digest_size=8).digest(), "big")
+    commands = tuple(state["admissible_commands"])
+    return Snapshot(state.feedback, commands, bool(state["won"]), state["moves"], key, (), {}, ())

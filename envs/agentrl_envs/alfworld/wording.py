@@ -1,0 +1,86 @@
+"""Short wording of the game's texts, for policies that read few tokens."""
+
+import re
+from typing import NamedTuple
+
+
+class Wanted(NamedTuple):
+    """What a task asks for: object type, and the receptacle type where it shall go (for look: the lamp type)."""
+
+    task_type: str
+    object: str
+    place: str
+
+
+_SENTENCES = {
+    "pick_and_place_simple": "put {object} in {place}",
+    "look_at_obj_in_light": "look at {object} under {place}",
+    "pick_clean_then_place_in_recep": "put clean {object} in {place}",
+    "pick_heat_then_place_in_recep": "put hot {object} in {place}",
+    "pick_cool_then_place_in_recep": "put cool {object} in {place}",
+    "pick_two_obj_and_place": "put two {object} in {place}",
+}
+
+_NAME = r"([\w ]+? ?\d*)"
+_SHORT = [
+    (re.compile(pattern, re.DOTALL), result)
+    for pattern, result in (
+        (rf"(?:You arrive at .*?\. )?(?:You open the .*?\. )?The {_NAME} is open\. In it, you see (.*)\.", r"\1: \2"),
+        (rf"(?:You arrive at .*?\. )?On the {_NAME}, you see (.*)\.", r"\1: \2"),
+        (r"(?:You arrive at .*?\. )?The .* is closed\.", "closed"),
+        (r"You close the .*\.", "closed"),
+        (rf"You pick up the {_NAME} from .*\.", r"holding \1"),
+        (r"You (?:move|put) the .*\.", "hands empty"),
+        (rf"You (heat|cool|clean) the {_NAME} using .*\.", r"\2: \1"),
+        (rf"You turn on the {_NAME}\.", r"\1: on"),
+        (rf"You sliced the {_NAME} with .*\.", r"\1: sliced"),
+        (r"You are carrying: (.*)\.", r"holding \1"),
+        (r"You are not carrying anything\.", "hands empty"),
+        (rf"You are facing the (.*)\. Next to it, you see .*\.", r"at \1"),
+        (r"You are in the middle of a room\. .*", "in the middle"),
+        (r"Nothing happens\.", "nothing happens"),
+    )
+]
+_STATE = {"heat": "hot", "cool": "cool", "clean": "clean"}
+_ARTICLES = re.compile(r"\b(?:a|the) ")
+_ROOM = re.compile(r"Looking quickly around you, you see (.*?)\.(?:\n|$)")
+_TASK = re.compile(r"Your task is to: (.*)\.", re.DOTALL)
+
+
+def listed(text: str) -> list[str]:
+    """Split "a mug 1, and a pen 2" into names; "nothing" into none."""
+    names = (piece.strip().removeprefix("and ").removeprefix("a ") for piece in text.split(", "))
+    return [name for name in names if name and name != "nothing"]
+
+
+def room_of(opening: str) -> list[str]:
+    """Name the receptacles that the first text of a game lists."""
+    found = _ROOM.search(opening)
+    return listed(found[1]) if found else []
+
+
+def compact_opening(opening: str, wanted: Wanted | None) -> str:
+    """Name the task in one short sentence, then the room's receptacles."""
+    if wanted is not None and wanted.task_type in _SENTENCES:
+        task = _SENTENCES[wanted.task_type].format(object=wanted.object.lower(), place=wanted.place.lower())
+    else:
+        found = _TASK.search(opening)
+        task = _ARTICLES.sub("", found[1] if found else opening)
+    return f"{task}: {' '.join(room_of(opening))}"
+
+
+def compact(text: str) -> str:
+    """Reword one observation: "toaster 1: bread 2 knife 1", "closed", "holding bread 2"."""
+    for pattern, result in _SHORT:
+        match = pattern.fullmatch(text)
+        if match:
+            short = match.expand(result)
+            head, colon, tail = short.partition(": ")
+            if colon and tail in _STATE:
+                return f"{head}: {_STATE[tail]}"
+            return f"{head}: {' '.join(listed(tail)) or 'nothing'}" if colon and "see" in text else _bare(short)
+    return _bare(text)
+
+
+def _bare(text: str) -> str:
+    return _ARTICLES.sub("", text.strip()).removesuffix(".")

@@ -1,0 +1,52 @@
+"""Compare the ALFWorld engine with TextWorld's on generated and on mutated games; exit 1 on any difference.
+
+Needs the extra `alfworld-reference`: python scripts/check_alfworld_engine.py --games 60 --mutated 30 --steps 40
+"""
+
+import argparse
+import sys
+import time
+
+from agentrl.errors import AgentRLError
+from agentrl_envs.alfworld.differential import Tally, run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--games", type=int, default=60, help="games as the generator makes them")
+    parser.add_argument("--mutated", type=int, default=30, help="games made odd on purpose")
+    parser.add_argument("--steps", type=int, default=40, help="mixed commands per game, before its walkthrough")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    try:
+        tallies = [
+            _report(name, count, arguments.steps, arguments.seed, mutate)
+            for name, count, mutate in (
+                ("generated", arguments.games, False),
+                ("mutated", arguments.mutated, True),
+            )
+            if count
+        ]
+    except AgentRLError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return int(any(tally.differences or not tally.comparisons for tally in tallies))
+
+
+def _report(name: str, count: int, steps: int, seed: int, mutate: bool) -> Tally:
+    started = time.process_time()
+    tally = run(count, steps=steps, seed=seed, mutate=mutate, report=lambda line: print(f"  {line}", flush=True))
+    for difference in tally.differences:
+        print(f"DIFFERENCE {difference}")
+    print(
+        f"{name}: {tally.games} games compared ({tally.refused_by_both} refused by both engines), "
+        f"{tally.steps} steps, {tally.comparisons} comparisons, {len(tally.differences)} differences, "
+        f"{time.process_time() - started:.0f} CPU s"
+    )
+    print(f"  task types: {dict(tally.task_types)}")
+    print(f"  commands: {dict(tally.verbs.most_common())}")
+    return tally
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+import torch
+from toy_policy import VOCABULARY, ToyPolicy, hidden_states, make_groups, toy_forward
+
+from agentrl.data.batch import collate
+from agentrl.learn.forward import Forward, needed_lengths
+from agentrl.policy.model import build_model
+from agentrl.policy.settings import PolicyConfig
+
+
+class Tokenizer:
+    pad_token_id, eos_token_id = 0, 1
+
+    def __len__(self) -> int:
+        return VOCABULARY
+
+
+def expected(logits_of, batch, temperature=1.0):
+    """Token t from the logits at t - 1, decision by decision."""
+    allowed = {}
+    if batch.allowed is not None:
+        for row, position, ids in zip(batch.allowed.rows, batch.allowed.positions, batch.allowed.ids, strict=True):
+            allowed[int(row), int(position)] = ids[ids >= 0]
+    logprobs = torch.zeros(batch.tokens.shape, dtype=torch.float64)
+    entropies = torch.zeros_like(logprobs)
+    for row, length in enumerate(batch.lengths.tolist()):
+        logits = logits_of(batch.tokens[row, :length]).double() / temperature
+        for t in batch.sampled[row].nonzero().flatten().tolist():
+            ids = allowed.get((row, t), torch.arange(VOCABULARY))
+            log_p = logits[t - 1, ids].log_softmax(-1)
+            logprobs[row, t] = log_p[ids == batch.tokens[row, t]]
+            entropies[row, t] = -(log_p.exp() * log_p).sum()
+    return logprobs, entropies
+
+
+def test_token_t_is_described_by_the_state_at_t_minus_1():
+    policy, batch = ToyPolicy(), collate(make_groups())
+    assert batch.allowed is not None
+    assert len(batch.allowed.rows) < int(batch.sampled.sum())  # constrained and free decisions are mixed
+    for temperature in (1.0, 0.6):
+        outputs = toy_forward(temperature).describe(policy, batch)
+
+        def logits_of(row):
+            return hidden_states(policy, row, torch.tensor([len(row)])) @ policy.embedding.weight.T
+
+        logprobs, entropies = expected(logits_of, batch, temperature)
+        torch.testing.assert_close(outputs.logprobs, logprobs, rtol=0, atol=1e-12)
+        torch.testing.assert_close(outputs.entropies, entropies, rtol=0, atol=1e-12)
+
+
+def test_a_decoder_read_in_packed_rows_says_what_it_says_row_by_row():
+    model = build_model(PolicyConfig(hidden_size=16, layers=2, heads=1), Tokenizer(), 0)
+    batch = collate(make_groups(), layout="turn")
+    with torch.no_grad():
+        outputs = Forward().describe(model, batch)
+        logprobs, entropies = expected(lambda row: model(input_ids=row[None]).logits[0], batch)
+    torch.testing.assert_close(outputs.logprobs.double(), logprobs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(outputs.entropies.double(), entropies, rtol=0, atol=1e-5)
+
+
+def test_nothing_after_the_last_decision_is_computed():
+    policy, batch = ToyPolicy(), collate(make_groups())
+    seen = []
+
+    def watched(policy, tokens, lengths):
+        seen.append((len(tokens), lengths.tolist()))
+        return hidden_states(policy, tokens, lengths)
+
+    Forward(watched, toy_forward().output_weight).describe(policy, batch)
+    last = [int(row.nonzero().max()) if row.any() else 0 for row in batch.sampled]
+    assert needed_lengths(batch).tolist() == last
+    assert seen == [(sum(last), [length for length in last if length])]
+
+
+def test_a_batch_without_decisions_is_described_by_zeros():
+    batch = collate(make_groups(groups=1, size=1))
+    silent = batch.select([0])
+    silent.sampled.zero_()
+    outputs = toy_forward().describe(ToyPolicy(), silent)
+    assert not outputs.logprobs.any()
+    assert toy_forward().describe(ToyPolicy(), collate([])).logprobs.shape == (0, 0)
