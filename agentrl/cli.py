@@ -126,6 +126,8 @@ def evaluate(
     from agentrl.run.folder import write_atomic
     from agentrl.run.report import results_table
 
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}")
     with _Count("evaluating") as count:
         result = measure(
             policy,
@@ -266,7 +268,8 @@ def _split(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
 
 
 def _file_trouble(error: OSError) -> str:
-    message = f"{error.filename or 'a file'}: {error.strerror or error}"
+    path = str(error.filename or "a file").removesuffix(".partial")
+    message = f"{path}: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"{message}. What was written before is whole: free some space, then agentrl train --resume RUN"

@@ -369,16 +369,20 @@ def snapshots(probe: Probe) -> str:
 
 
 def expert(probe: Probe) -> str:
-    """Following the expert solves tasks."""
+    """Following the expert solves tasks, and what it says is admissible."""
     solved, tasks = 0, probe.tasks()
     env = probe.with_expert()
     if env is None:
         raise SkipError("not declared")
     for task in tasks:
         walk = probe.walk(env, task, expert_of(env), LONGEST_EPISODE)
+        for turn, action in enumerate(walk.actions):
+            offered = admissible(walk.answers[turn][-1])
+            if offered and action not in offered:
+                _raise(f"the expert's {action!r} is not in info['actions']", walk, turn)
         solved += walk.solved
     if 2 * solved < len(tasks):
-        raise FaultError(f"expert() solved {solved} of {len(tasks)} tasks, wanted at least half")
+        raise FaultError(f"the expert solved {solved} of {len(tasks)} tasks, wanted at least half")
     return f"solved {solved} of {len(tasks)} tasks"
 
 

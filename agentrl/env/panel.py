@@ -109,7 +109,7 @@ def make_panel(env: str, split: str, tasks: int, env_kwargs: Mapping[str, Any] |
         available = known.tasks(split)
         if tasks > len(available):
             raise PanelError(
-                f"split {split!r} of {env} has {len(available)} tasks, a panel of {tasks} was asked for"
+                f"split {split!r} of {env} has {len(available)} tasks, wanted {tasks} for a panel"
             )
         chosen = tuple(islice(available, tasks))
         return Panel(env, split, chosen, tuple(map(known.task_hash, chosen)), dict(env_kwargs or {}))
@@ -124,7 +124,7 @@ def load_panel(path: str | Path) -> Panel:
         PanelError: the file cannot be read, is no panel, or was edited: its tasks no longer have its hash.
     """
     try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+        tree = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except OSError as error:
         raise PanelError(f"panel {path} cannot be read: {error}") from error
     except ValueError as error:
@@ -186,6 +186,14 @@ def _format_fault(tree: Any) -> str | None:
     if not all(isinstance(content, str) for content in tree["tasks"].values()):
         return "has a task whose hash is no str"
     return None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it names {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return tree
 
 
 def _canonical(value: Any) -> str:

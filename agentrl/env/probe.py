@@ -168,9 +168,15 @@ def idle(turn: int, info: Any) -> str:
 
 
 def expert_of(env: Gym) -> Choose:
-    """The environment's own expert."""
+    """The environment's own expert: what it tells in `info`, as players are told, or else when asked."""
     known: Any = env.unwrapped
-    return lambda turn, info: known.expert()
+
+    def choose(turn: int, info: Any) -> str | None:
+        told = isinstance(info, Mapping) and "expert" in info
+        action: str | None = info["expert"] if told else known.expert()
+        return action
+
+    return choose
 
 
 def unpack(call: str, answer: Any, parts: tuple[str, ...]) -> tuple[Any, ...]:

@@ -44,8 +44,9 @@ def mini_batches(batch: Batch, count: int, step: int, epoch: int) -> Iterator[Te
     present = sorted(set(batch.trajectory.tolist()))
     if count > 1:
         present.sort(key=lambda index: (derive_seed(batch.episodes[index].id, step, epoch), index))
+    owners = batch.trajectory.cpu()
     for part in _deal(present, count):
-        rows = torch.isin(batch.trajectory, torch.tensor(part)).nonzero().squeeze(1)
+        rows = torch.isin(owners, torch.tensor(part, dtype=torch.int64)).nonzero().squeeze(1)
         if len(rows):
             yield rows
 

@@ -36,6 +36,7 @@ __all__ = [
     "context_limit",
     "hidden_states",
     "load_policy",
+    "load_tokenizer",
     "output_weight",
     "packed_forward",
     "resolve_device",
@@ -222,7 +223,7 @@ def load_policy(
     """
     folder = Path(path)
     _check_files(folder)
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     model = _load_model(folder, getattr(torch, dtype))
     if len(tokenizer) > output_weight(model).shape[0]:
         raise CheckpointError(
@@ -290,7 +291,9 @@ def _check_files(folder: Path) -> None:
         )
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a folder, as the class that it was saved as."""
+    folder = Path(path)
     try:
         # AutoTokenizer takes the class that is usual for the model type even where the folder says otherwise.
         kind = (

@@ -152,7 +152,7 @@ class TorchEngine:
     ) -> str | None:
         """What is wrong with a request, before anything is done for it."""
         held = 0 if sequence is None or request.fresh else len(sequence.ids)
-        prompt, choices = request.prompt_ids, request.choices
+        prompt = request.prompt_ids
         if sequence is not None and sequence.request is not None:
             return f"sequence {request.sequence!r} has a request in flight; wait for its generation"
         if sequence is None and not request.fresh:
@@ -161,11 +161,13 @@ class TorchEngine:
             return f"sequence {request.sequence!r} is empty; wanted at least one prompt token"
         if prompt and not (min(prompt) >= 0 and max(prompt) < self._vocabulary):
             return f"prompt_ids hold an id outside the model's vocabulary of {self._vocabulary}"
-        if choices is not None:
-            wrong = next((choice for choice in choices if choice[-1] not in self.stop_ids), None)
-            if wrong is not None:
-                return f"the choice {wrong} does not end in a stop id, wanted one of {sorted(self.stop_ids)}"
-            if max(map(max, choices)) >= self._vocabulary or min(map(min, choices)) < 0:
+        if trie is not None:
+            if not trie.ends <= self.stop_ids:
+                return (
+                    f"a choice does not end in a stop id but in {min(trie.ends - self.stop_ids)}, "
+                    f"wanted one of {sorted(self.stop_ids)}"
+                )
+            if trie.smallest < 0 or trie.largest >= self._vocabulary:
                 return f"choices hold an id outside the model's vocabulary of {self._vocabulary}"
         elif request.sampling.max_tokens < 1:
             return f"max_tokens is {request.sampling.max_tokens}, wanted at least 1"

@@ -81,7 +81,7 @@ class TokenTrie:
         ChoiceError: if there is no choice, an empty one, or one that is a prefix of another.
     """
 
-    __slots__ = ("forced", "longest", "root")
+    __slots__ = ("ends", "forced", "largest", "longest", "root", "smallest")
 
     def __init__(self, choices: Iterable[Sequence[int]]) -> None:
         ordered = tuple(sorted({tuple(choice) for choice in choices}))
@@ -92,6 +92,8 @@ class TokenTrie:
         self.forced = ordered[0][:start]  # the ids with which every choice begins
         self.root = Node(ordered, start) if len(ordered) > 1 else None
         self.longest = max(map(len, ordered))
+        self.ends = frozenset(choice[-1] for choice in ordered)
+        self.smallest, self.largest = min(map(min, ordered)), max(map(max, ordered))
 
     def allowed(self, prefix: Sequence[int]) -> tuple[int, ...]:
         """The ids that may follow `prefix`, in ascending order; empty after a complete reply."""

@@ -54,9 +54,19 @@ class Logbook:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with self._naming_the_file():
+                file.close()
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """A disk that is full says so without saying where."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            raise
 
     def write(self, row: Row, *, seconds: float | None = None) -> None:
         """Append a row and show it.
@@ -68,11 +78,12 @@ class Logbook:
         Raises:
             OSError: when the disk is full; the rows before stay readable.
         """
-        if self._file is None:
-            self._file = self.path.open("a", encoding="utf-8")
         finite = {key: None if _not_finite(value) else value for key, value in row.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._naming_the_file():
+            if self._file is None:
+                self._file = self.path.open("a", encoding="utf-8")
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._file.flush()
         if self._stage is not None:
             self._stage.numbers = _numbers(finite, seconds)
             self.advance(int(row.get("step", self._stage.done + 1)))

@@ -160,7 +160,9 @@ def _terminal_cell(score: Tree | None, narrow: bool, digits: int) -> str:
         return "–"
     low, high = (f"{100 * bound:.{digits}f}" for bound in score["interval"])
     rate = _percent(score["success_rate"])
-    return f"{rate}\n{low}–{high.removesuffix('.0')}" if narrow else f"{rate} [{low}, {high}]"
+    return (
+        f"{rate}\n{low}–{high.removesuffix('.0')}" if narrow else f"{rate} [{low},\N{NO-BREAK SPACE}{high}]"
+    )
 
 
 def _rows(policies: Mapping[str, Mapping[str, Tree]]) -> Iterable[dict[str, Any]]:

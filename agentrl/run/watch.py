@@ -54,7 +54,8 @@ def watch(
                 task = str(tasks[seed % len(tasks)])
         spec = EpisodeSpec("watched", env, task, seed)
         (episode,) = collect([spec], _Narrator(player, console), environments, max_active=1).episodes
-    _curtain(console, episode)
+    if not episode.stop.aborted:
+        _curtain(console, episode)
     return episode
 
 

@@ -31,6 +31,8 @@ class Engine(Protocol):
 
     def other_reached(self, loaded: LoadedGame, moment: Snapshot) -> bool: ...
 
+    def close(self) -> None: ...
+
 
 class Saved(NamedTuple):
     """A point of an episode to come back to; immutable, made and restored in no time."""
@@ -216,6 +218,9 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             raise ResetNeeded("the episode has not begun: call reset first")
         return self._saved.loaded.game.walkthrough
 
+    def close(self) -> None:
+        self._engine.close()
+
     def snapshot(self) -> Saved:
         """Keep this point of the episode."""
         if self._saved is None:
@@ -239,6 +244,9 @@ class NativeEngine:
 
     def other_reached(self, loaded: LoadedGame, moment: Snapshot) -> bool:
         return loaded.game.other_reached(moment)
+
+    def close(self) -> None:
+        pass
 
 
 def _engine(name: str) -> Engine:

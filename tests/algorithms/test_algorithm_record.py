@@ -24,7 +24,9 @@ CONTEXT = Context()
 TURN = Turn("o", "a", prompt_ids=(1,), action_ids=(2,), fresh=True)
 
 
-def episode(reward: float, *, id: str = "e", stop: StopReason = StopReason.TERMINATED, valid: bool = True) -> Episode:
+def episode(
+    reward: float, *, id: str = "e", stop: StopReason = StopReason.TERMINATED, valid: bool = True
+) -> Episode:
     return Episode(id, "env", "t", 0, (replace(TURN, reward=reward, valid=valid),), stop)
 
 
@@ -104,7 +106,9 @@ def test_an_algorithm_requires_what_any_of_its_components_does():
 
 def test_a_missing_requirement_is_refused_with_the_slot_that_has_it():
     algorithm = Algorithm(transforms=(hungry,))
-    with pytest.raises(RequirementError, match=r"transforms requires topk:10; this run provides entropy, old_logprobs"):
+    with pytest.raises(
+        RequirementError, match=r"transforms requires topk:10; this run provides entropy, old_logprobs"
+    ):
         check_requirements(algorithm, {"entropy", "old_logprobs"})
     check_requirements(algorithm, {"entropy", "old_logprobs", "topk:10"})
 
@@ -116,6 +120,6 @@ def test_a_rollout_hook_that_nobody_would_call_is_refused():
 
 
 def test_reading_a_field_that_nothing_filled_is_refused():
-    with pytest.raises(RequirementError, match="Batch.old_entropies is empty"):
+    with pytest.raises(RequirementError, match=r"Batch\.old_entropies is empty"):
         given(None, "old_entropies")
     assert given(torch.ones(1), "old_entropies").item() == 1

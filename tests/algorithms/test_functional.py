@@ -47,7 +47,9 @@ def test_a_group_of_one_has_zero_advantage_even_when_counted_several_times():
 
 
 def test_group_ids_need_be_neither_sorted_nor_dense():
-    values = f.group_relative_advantage(tensor([1.0, 7.0, 0.0, 5.0]), tensor([9, -2, 9, -2]), divide_by_std=False)
+    values = f.group_relative_advantage(
+        tensor([1.0, 7.0, 0.0, 5.0]), tensor([9, -2, 9, -2]), divide_by_std=False
+    )
     close(values, [0.5, 1.0, -0.5, -1.0])
 
 
@@ -157,7 +159,9 @@ def test_a_sequence_without_tokens_that_count_is_not_counted():
 
 @pytest.mark.parametrize("kind", [f.token_weights, f.sequence_weights, f.trajectory_weights])
 def test_weights_of_an_empty_batch_are_empty(kind):
-    weights, count = kind(torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0, 0, dtype=torch.int64), tensor([]).long())
+    weights, count = kind(
+        torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0, 0, dtype=torch.int64), tensor([]).long()
+    )
     assert weights.shape == (0, 0)
     assert count == 0
 

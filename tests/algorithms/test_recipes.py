@@ -137,13 +137,19 @@ def test_the_invalid_penalty_counts_after_groups_were_dropped():
 
 def test_coefficients_add_terms_and_requirements():
     algorithm = GRPO(kl_coefficient=0.01, entropy_coefficient=0.02).build()
-    assert [(term.name, term.scale(CONTEXT)) for term in algorithm.terms] == [("kl", 0.01), ("entropy", -0.02)]
+    assert [(term.name, term.scale(CONTEXT)) for term in algorithm.terms] == [
+        ("kl", 0.01),
+        ("entropy", -0.02),
+    ]
     assert {"reference", "entropy:grad"} <= algorithm.requires
     assert GRPO().build().terms == ()
 
 
 def test_degenerate_groups_can_be_kept():
-    assert len(prepare(GRPO(drop_equal_groups=False).build(), [group((1, True), (1, True))], CONTEXT).episodes) == 2
+    assert (
+        len(prepare(GRPO(drop_equal_groups=False).build(), [group((1, True), (1, True))], CONTEXT).episodes)
+        == 2
+    )
 
 
 def test_cloning_keeps_every_demonstration_and_is_cross_entropy():

@@ -17,10 +17,14 @@ CHOICE = Turn(
     reward=0.25,
     fresh=True,
 )
-FREE = Turn("hall", "go", prompt_ids=(6,), action_ids=(1, 2), logprobs=(-1.0, -2.0), entropies=(0.5, 0.4), reward=1.0)
+FREE = Turn(
+    "hall", "go", prompt_ids=(6,), action_ids=(1, 2), logprobs=(-1.0, -2.0), entropies=(0.5, 0.4), reward=1.0
+)
 
 
-def episode(*turns: Turn, id: str = "e", task: str = "t", stop: StopReason = StopReason.TERMINATED) -> Episode:
+def episode(
+    *turns: Turn, id: str = "e", task: str = "t", stop: StopReason = StopReason.TERMINATED
+) -> Episode:
     return Episode(id, "env", task, 0, turns, stop, success=True)
 
 

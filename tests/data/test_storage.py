@@ -25,7 +25,13 @@ EPISODES = [
                 allowed=((7, 8), (3,), None),
                 reward=1 / 3,
                 fresh=True,
-                info={"score": 0.5, "valid": True, "task_type": "look", "state_key": None, "deep": {"a": [1, "ü"]}},
+                info={
+                    "score": 0.5,
+                    "valid": True,
+                    "task_type": "look",
+                    "state_key": None,
+                    "deep": {"a": [1, "ü"]},
+                },
             ),
             Turn("", "", action_ids=(1,), valid=False, imitable=False, finish="length", policy_version=7),
         ),
@@ -76,7 +82,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage):
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
-    with pytest.raises(CheckpointError, match="absent.parquet"):
+    with pytest.raises(CheckpointError, match=r"absent\.parquet"):
         read_episodes(tmp_path / "absent.parquet")
 
 

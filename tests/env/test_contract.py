@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from typing import Any, ClassVar
 
 import gymnasium
@@ -80,6 +81,8 @@ def test_an_interrupt_is_not_taken_for_a_fault() -> None:
 
 # One broken environment for each claim. Each fails that check and no other.
 
+EVER = count()  # never says the same again, in whichever environment
+
 
 class LacksHashes(Corridor):
     @property
@@ -119,7 +122,7 @@ class NoTestTasks(Corridor):
 class ShuffledTasks(Corridor):
     def tasks(self, split: str) -> list[str]:
         tasks = super().tasks(split)
-        return random.Random(id(self)).sample(tasks, len(tasks))
+        return random.Random(next(EVER)).sample(tasks, len(tasks))
 
 
 class ShrinkingTasks(Corridor):
@@ -251,7 +254,7 @@ class UnseededSteps(Corridor):
 
     def reset(self, **kwargs: Any) -> Any:
         answer = super().reset(**kwargs)
-        self.weather = random.Random()
+        self.weather = random.Random(next(EVER))
         return answer
 
 
@@ -274,7 +277,7 @@ class CountingResets(Corridor):
 class RandomDefaultTask(Corridor):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         if not options:
-            options = {"task": f"train-{id(self) // 64 % 20}"}
+            options = {"task": f"train-{next(EVER) % 20}"}
         return super().reset(seed=seed, options=options)
 
 
@@ -365,12 +368,28 @@ class SharedSnapshot(Corridor):
 
 class LostExpert(Corridor):
     def expert(self) -> str:
-        return "go left"
+        return "open 0"
 
 
 class SilentExpert(Corridor):
     def expert(self) -> None:
         return None
+
+
+class BoastingExpert(Corridor):
+    """Would win, by a command that the environment understands but does not offer."""
+
+    def actions(self) -> list[str]:
+        offered = super().actions()
+        return offered if self.hidden else [action for action in offered if action != f"open {self.target}"]
+
+    hidden = False
+
+    def step(self, action: str) -> Any:
+        self.hidden = True
+        *answer, info = super().step(action)
+        self.hidden = False
+        return *answer, info | {"actions": self.actions()}
 
 
 class BrokenClose(Corridor):
@@ -412,7 +431,7 @@ FAULTS: list[tuple[str, Callable[..., Any], str]] = [
     ("task hashes", ConstantHash, "the same for tasks that begin differently"),
     ("unknown names", AnySplit, r"tasks\(an unknown split\) raised nothing"),
     ("unknown names", RawKeyError, "raised KeyError, wanted an AgentRLError"),
-    ("seeds", UnseededSteps, "differs after 1 actions"),
+    ("seeds", UnseededSteps, r"differs after \d+ actions"),
     ("group resets", ContinuingGenerator, "played again on a used environment, differs"),
     ("group resets", CountingResets, "another first observation"),
     ("default task", RandomDefaultTask, "begins differently the second time"),
@@ -429,8 +448,9 @@ FAULTS: list[tuple[str, Callable[..., Any], str]] = [
     ("global randomness", SeedsNumpy, "global state of numpy.random;"),
     ("snapshots", ForgetsWhereItWas, "goes on differently"),
     ("snapshots", SharedSnapshot, "goes on differently"),
-    ("expert", LostExpert, "solved 0 of 4 tasks"),
-    ("expert", SilentExpert, "solved 0 of 4 tasks"),
+    ("expert", LostExpert, "the expert solved 0 of 4 tasks"),
+    ("expert", SilentExpert, "the expert solved 0 of 4 tasks"),
+    ("expert", BoastingExpert, r"the expert's 'open \d' is not in info\['actions'\]"),
     ("close", BrokenClose, "RuntimeError: closed twice"),
 ]
 

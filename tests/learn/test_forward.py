@@ -18,7 +18,9 @@ def expected(logits_of, batch, temperature=1.0):
     """Token t from the logits at t - 1, decision by decision."""
     allowed = {}
     if batch.allowed is not None:
-        for row, position, ids in zip(batch.allowed.rows, batch.allowed.positions, batch.allowed.ids, strict=True):
+        for row, position, ids in zip(
+            batch.allowed.rows, batch.allowed.positions, batch.allowed.ids, strict=True
+        ):
             allowed[int(row), int(position)] = ids[ids >= 0]
     logprobs = torch.zeros(batch.tokens.shape, dtype=torch.float64)
     entropies = torch.zeros_like(logprobs)

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Algorithm, Bounds, Context, MiniBatch, Outputs, Term, compute_advantages
+from agentrl.algorithms.algorithm import (
+    Algorithm,
+    Bounds,
+    Context,
+    MiniBatch,
+    Outputs,
+    Term,
+    compute_advantages,
+)
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate
 from agentrl.learn.objective import build_objective
@@ -41,7 +49,7 @@ PLAIN = Algorithm(advantage=centred)
 def test_the_default_loss_and_its_gradient_by_hand():
     said = outputs([[0, 0, math.log(1.1), math.log(1.3)], [0, 0, math.log(0.5), 0]])
     loss, numbers = build_objective(mini_batch(PLAIN), PLAIN, CONTEXT).contribution(ALL, said)
-    # Row 0: -.5 * 1.1 and -.5 * 1.2 (clipped), mean -.575. Row 1: .5 * max(.5, .8) = .4. Mean of the two: -.0875
+    # Row 0: -.5 * 1.1 and -.5 * 1.2 (clipped), mean -.575. Row 1: .5 * max(.5, .8) = .4. Mean: -.0875
     assert loss.item() == pytest.approx(-0.0875)
     assert numbers["clip_share"].item() == pytest.approx(2 / 3)
     approx_kl = -(math.log(1.1) + math.log(1.3) + math.log(0.5)) / 3
@@ -56,7 +64,7 @@ def test_the_default_loss_and_its_gradient_by_hand():
 def test_the_gradient_is_exactly_zero_where_nothing_was_sampled():
     said = outputs(-0.3, entropies=0.7)
     algorithm = replace(PLAIN, terms=(Term("entropy", lambda said, mini, context: said.entropies, -0.1),))
-    mini = mini_batch(algorithm)
+    mini = mini_batch(algorithm, old=-0.3)
     loss, _ = build_objective(mini, algorithm, CONTEXT).contribution(ALL, said)
     loss.backward()
     assert (said.logprobs.grad != 0).equal(mini.batch.sampled)

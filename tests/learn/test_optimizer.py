@@ -59,11 +59,13 @@ def test_rates_are_warmed_up_and_decayed_for_both_optimizers():
     optimizers = build_optimizers(ToyPolicy(), config)
     set_rates(optimizers, 0.5)
     set_rates(optimizers, 0.1)
-    assert [group["lr"] for item in optimizers for group in item.param_groups] == pytest.approx([1e-4, 1e-4, 4e-4])
+    assert [group["lr"] for item in optimizers for group in item.param_groups] == pytest.approx(
+        [1e-4, 1e-4, 4e-4]
+    )
 
 
 def test_a_muon_step_has_the_size_of_an_adamw_step():
-    # Orthogonal updates have singular values near 1, so a 64 x 64 one has rms 1/8; times .2 * sqrt(64) that is .2.
+    # Orthogonal updates have singular values near 1: a 64 x 64 one has rms 1/8, times .2 * sqrt(64) that is .2.
     policy = torch.nn.Module()
     policy.matrix = torch.nn.Parameter(torch.zeros(64, 64))
     (muon,) = build_optimizers(policy, LearnerConfig(matrix_learning_rate=1.0))

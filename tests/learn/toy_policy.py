@@ -13,7 +13,7 @@ WIDTH = 6
 
 
 class ToyPolicy(nn.Module):
-    """The state of a token is a layer over the running mean of the embeddings so far: causal, no attention."""
+    """The state of a token is a layer over the mean of the embeddings so far: causal, no attention."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def make_turn(draw: random.Random, *, constrained: bool, reward: float = 0.0, fr
 
 
 def make_groups(seed: int = 0, groups: int = 3, size: int = 4) -> list[Group]:
-    """Episodes of one to five turns, constrained or free, some with a dialogue that begins anew; mixed returns."""
+    """Episodes of one to five turns, constrained or free, some beginning anew; mixed returns."""
     draw = random.Random(seed)
     made = []
     for number in range(groups):

@@ -172,3 +172,11 @@ def test_text_from_elsewhere_is_not_markup(tmp_path: Path) -> None:
     book, shown = logbook(tmp_path)
     book.say("[bold]x[/bold] [/]")
     assert shown.getvalue() == "[bold]x[/bold] [/]\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_reported_with_the_path(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught, Logbook(tmp_path, quiet=True) as book:
+        book.write({"step": 1})
+    assert caught.value.filename == str(tmp_path / "metrics.jsonl")

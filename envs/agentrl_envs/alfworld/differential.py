@@ -101,7 +101,7 @@ def _moved_together(lines: list[str], rng: Random) -> list[str]:
         lines = [
             line.replace(row[2], point) if "AtLocation" in line and "agent1" not in line else line for line in lines
         ]
-    return list(dict.fromkeys(lines))
+    return lines
 
 
 def _states(lines: list[str], rng: Random) -> list[str]:
@@ -207,9 +207,13 @@ def run(count: int, *, steps: int, seed: int = 0, mutate: bool = False, report: 
     """Compare `count` games; `report` gets a line per game."""
     engine = ReferenceEngine()
     tally = Tally()
-    for name, task_type, file in files(count, seed, mutate):
-        before = tally.comparisons
-        compare_game(engine, name, file, tally, steps=steps, seed=seed)
-        tally.task_types[task_type] += tally.comparisons > before
-        report(f"{name} {task_type}: {tally.comparisons - before} comparisons, {len(tally.differences)} differences")
+    try:
+        for name, task_type, file in files(count, seed, mutate):
+            before = tally.comparisons
+            compare_game(engine, name, file, tally, steps=steps, seed=seed)
+            made = tally.comparisons - before
+            tally.task_types[task_type] += made > 0
+            report(f"{name} {task_type}: {made} comparisons, {len(tally.differences)} differences so far")
+    finally:
+        engine.close()
     return tally

@@ -1,9 +1,11 @@
 """Play one game: `advance(snapshot, command)` is a pure function, so a snapshot is a free, immutable branch point."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from agentrl_envs.alfworld.joins import NEGATED, TYPE, Fact, Index, Tables
@@ -15,12 +17,13 @@ from agentrl_envs.alfworld.text import (
     Grammar,
     GrammarError,
     Words,
+    compile_alternative,
     link,
     parse_grammar,
 )
 
 Operator = tuple[int, Fact]  # place of the action, and its arguments
-Menu = tuple[tuple[str, Operator], ...]  # the commands of one action
+Menu = list[tuple[str, Operator]]  # the commands of one action
 NOTHING = "Nothing happens."
 
 
@@ -90,7 +93,7 @@ class Game:
         self._link_texts(parse_grammar(grammar), rules.schema, untrusted, rules.fluents, rules.conditional)
         self._indexes = rules.schema.snapshot()
         self._operators: dict[Operator, _Step | None] = {}
-        self._entries: list[dict[Fact, tuple[str, Operator] | None]] = [{} for _ in self._actions]
+        self._command_texts: list[dict[Any, str]] = [{} for _ in self._actions]
         self._stale: dict[frozenset[str], tuple[int, ...]] = {}
         tables = self._build_tables(facts, rules.domain.ancestors, rules.schema.size)
         self.start = self._first(tables)
@@ -129,6 +132,10 @@ class Game:
         if changing:
             raise GrammarError(f"a text depends on '{min(changing)}', which changes conditionally: not supported")
         self._links |= links
+        self._command_uses = [
+            _getter(sorted(compile_alternative(schema, texts[name][0], bound, untrusted).uses))
+            for name, bound in commands
+        ]
         self._write_command = [links[key] for key in commands]
         self._write_feedback = [self._links[key] for key in feedbacks]
 
@@ -181,25 +188,21 @@ class Game:
         return Snapshot(text, tuple(sorted(commands)), won, moves, key, tables, commands, menus)
 
     def _menu(self, place: int, tables: Tables) -> Menu:
-        entries = self._entries[place]
-        menu = []
-        for arguments in self._actions[place].applicable(tables, self._constants):
-            entry = entries[arguments] if arguments in entries else self._entry(place, arguments, tables)
-            if entry is not None:
-                menu.append(entry)
-        return tuple(menu)
+        uses, texts = self._command_uses[place], self._command_texts[place]
+        applicable = self._actions[place].applicable(tables, self._constants)
+        return [
+            (texts.get(uses(arguments)) or self._command(place, arguments, tables), (place, arguments))
+            for arguments in applicable
+        ]
 
-    def _entry(self, place: int, arguments: Fact, tables: Tables) -> tuple[str, Operator] | None:
-        entry = None
-        if not self._actions[place].is_void(arguments, self._constants):
-            entry = self._write_command[place](tables, self.words, self._links, *arguments), (place, arguments)
-        self._entries[place][arguments] = entry
-        return entry
+    def _command(self, place: int, arguments: Fact, tables: Tables) -> str:
+        """Write the command of an operator; kept, since it depends only on what never changes."""
+        text = self._write_command[place](tables, self.words, self._links, *arguments)
+        self._command_texts[place][self._command_uses[place](arguments)] = text
+        return text
 
     def _commands(self, menus: tuple[Menu, ...]) -> dict[str, Operator]:
-        commands: dict[str, Operator] = {}
-        for menu in menus:
-            commands.update(menu)
+        commands = dict(chain.from_iterable(menus))
         if len(commands) != sum(map(len, menus)):
             for menu in menus:
                 for command, operator in menu:
@@ -247,6 +250,10 @@ class Game:
             rows = index.rows(snapshot.tables[index.slot])
             return [tuple(self.objects[number] for number in row) for row in sorted(rows)]
         raise GameFileError(f"this game never looks up the predicate '{predicate}'")
+
+
+def _getter(places: Sequence[int]) -> Callable[[Fact], Any]:
+    return itemgetter(*places) if places else lambda arguments: ()
 
 
 def _mistyped(

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-import weakref
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +13,7 @@ from agentrl_envs.alfworld.engine import Snapshot
 from agentrl_envs.alfworld.games import LoadedGame
 from agentrl_envs.alfworld.wheel import REMEDY
 
-_owner: "weakref.ref[ReferenceEngine] | None" = None
+_in_use = threading.Lock()
 
 
 class ReferenceEngine:
@@ -24,9 +24,6 @@ class ReferenceEngine:
     """
 
     def __init__(self) -> None:
-        global _owner
-        if _owner is not None and _owner() is not None:
-            raise ConfigError("engine: 'textworld' serves one environment per process; close and drop the other first")
         # ALFWorld makes a folder in the home directory unless it is told another place.
         os.environ.setdefault("ALFWORLD_DATA", tempfile.gettempdir())
         try:
@@ -38,10 +35,17 @@ class ReferenceEngine:
                 f"engine 'textworld' is not installed ({error}); run: pip install 'agentrl[alfworld-reference]' "
                 f"and {REMEDY} (building it takes minutes and a C++ compiler)"
             ) from error
+        if not _in_use.acquire(blocking=False):
+            raise ConfigError("engine: 'textworld' serves one environment per process; close the other one first")
+        self._open = True
         self._demangler = Demangler
         self._env = PddlEnv(EnvInfos(admissible_commands=True, won=True, moves=True, score=True, lost=True))
-        self._loaded: int | None = None
-        _owner = weakref.ref(self)
+
+    def close(self) -> None:
+        """Let another engine of this process begin."""
+        if self._open:
+            self._open = False
+            _in_use.release()
 
     def load(self, file: Mapping[str, Any]) -> None:
         """Load the content of a `game.tw-pddl`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from agentrl_envs.alfworld.joins import NEGATED, TYPE, Code, Fact, Schema, Tables
 from agentrl_envs.alfworld.pddl import (
+    TRUE,
     Action,
     Atom,
     Domain,
@@ -43,15 +44,6 @@ class CompiledAction:
     applicable: Callable[[Tables, Fact], Sequence[Fact]]
     reads: frozenset[str]
     effects: tuple[CompiledEffect, ...]
-    required: tuple[tuple[str, tuple[tuple[bool, int], ...], bool], ...]
-
-    def is_void(self, arguments: Fact, constants: Fact) -> bool:
-        """Say whether an operator only repeats its own precondition; such operators do not exist."""
-        held = {(name, _ground(places, arguments, constants), sign) for name, places, sign in self.required}
-        if any(effect.condition or effect.expand for effect in self.effects):
-            return False
-        changes = {(e.predicate, _ground(e.arguments, arguments, constants), e.positive) for e in self.effects}
-        return all(c in held or (not c[2] and (c[0], c[1], True) in changes) for c in changes)
 
     @property
     def depends_on_state(self) -> bool:
@@ -88,7 +80,7 @@ class Rules:
             effect.literal.predicate
             for action in domain.actions
             for effect in action.effects
-            if effect.condition != Junction("and", ())
+            if effect.condition != TRUE
         )
         named = {name: None for action in domain.actions for name in _action_constants(action)}
         self.constants = {name: place for place, name in enumerate(named)}
@@ -174,19 +166,43 @@ def _compile_action(rules: Rules, action: Action, untrusted: frozenset[str]) -> 
     for part in parts:
         code.names, code.depth = {}, 1
         code.join(part, dict(action.parameters), rules.fluents)
+        void = _void(code, action)
+        if void is not None:
+            code.open(f"if not ({void}):")
         values = "".join(f"{code.names[name]}, " for name, _ in action.parameters)
         code.write(f"found.append(({values}))" if once else f"found[({values})] = None")
     code.depth = 1
     code.write("return found" if once else "return list(found)")
-    places = {name: (True, place) for place, (name, _) in enumerate(action.parameters)}
-    required = tuple(
-        (atom.predicate, _places(atom, places, rules), atom.positive)
-        for atom in _parts(action.precondition)
-        if isinstance(atom, Atom) and atom.predicate != "=" and len(parts) == 1
-    )
     effects = tuple(_compile_effect(rules, action, effect, untrusted) for effect in action.effects)
     reads = frozenset(code.reads)
-    return CompiledAction(action.name, action.parameters, code.build(["S", "C"]), reads, effects, required)
+    return CompiledAction(action.name, action.parameters, code.build(["S", "C"]), reads, effects)
+
+
+def _void(code: Code, action: Action) -> str | None:
+    """Write when an operator only repeats its own precondition, such as going to where one is; None for never.
+
+    Such operators do not exist. Deleting a fact that is added as well is void, too.
+    """
+    required = [part for part in _parts(action.precondition) if isinstance(part, Atom)]
+    added = [effect.literal for effect in action.effects if effect.literal.positive]
+    tests = []
+    for effect in action.effects:
+        literal = effect.literal
+        if effect.variables or effect.condition != TRUE:
+            return None
+        same = [part for part in required if part.positive == literal.positive]
+        if not literal.positive:
+            same += added
+        ways = [_equal(code, literal, other) for other in same if other.predicate == literal.predicate]
+        if not ways:
+            return None
+        tests.append(f"({' or '.join(ways)})")
+    return " and ".join(tests)
+
+
+def _equal(code: Code, left: Atom, right: Atom) -> str:
+    pairs = [pair for pair in zip(left.arguments, right.arguments, strict=True) if pair[0] != pair[1]]
+    return " and ".join(f"{code.value(a)} == {code.value(b)}" for a, b in pairs) or "True"
 
 
 def _parts(formula: Formula) -> tuple[Formula, ...]:
@@ -203,7 +219,7 @@ def _compile_effect(
     variables = [name for name, _ in action.parameters + effect.variables]
     places = {name: (True, place) for place, name in enumerate(variables)}
     condition = expand = None
-    if effect.condition != Junction("and", ()):
+    if effect.condition != TRUE:
         code = Code(rules.schema, rules.constants, untrusted)
         code.names = {name: f"p{place}" for place, name in enumerate(variables)}
         code.write(f"return {code.expression(effect.condition)}")

@@ -47,7 +47,7 @@ class Grammar:
 
 
 _ITEM = re.compile(
-    r"""(?:\s|\#[^\n]*)*(?:
+    r"""(?:\s++|\#[^\n]*+)*+(?:
         action\s+(?P<action>[\w/-]+)\s*\{
         |grammar\s*::\s*\"\"\"(?P<grammar>.*?)\"\"\"\s*;
         |template\s*::\s*"(?P<template>[^"]*)"\s*;
@@ -204,11 +204,16 @@ Links = dict[tuple[str, Bound], Any]
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """An alternative as code; `links` are the rules it refers to, with what is bound there."""
+    """An alternative as code.
+
+    `links` are the rules it refers to, with what is bound there; `uses` are the places of the bound objects that it
+    or one of those rules may look at.
+    """
 
     write: Writer
     links: tuple[tuple[str, Bound], ...]
     reads: frozenset[str]
+    uses: frozenset[int]
 
 
 class _TextCode:
@@ -240,7 +245,9 @@ class _TextCode:
             code.depth = 1
         code.write("return ''.join(out)")
         function = code.build(["S", "W", "L", *self.arguments], self.scope)
-        return Compiled(function, tuple(self.links), frozenset(code.reads))
+        words = set(re.findall(r"\w+", "\n".join(code.lines)))
+        uses = frozenset(place for place, name in enumerate(self.arguments) if name in words)
+        return Compiled(function, tuple(self.links), frozenset(code.reads), uses)
 
     def _write(self, part: Part) -> None:
         code = self.code
@@ -338,7 +345,7 @@ def compile_alternative(
     parts = split_text(alternative.text)
     if not alternative.condition and all(part.kind == "literal" for part in parts):
         text = "".join(part.content for part in parts)
-        return Compiled(lambda *_: text, (), frozenset())
+        return Compiled(lambda *_: text, (), frozenset(), frozenset())
     return _compile(schema, alternative, bound, untrusted)
 
 

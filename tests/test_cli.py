@@ -1,0 +1,341 @@
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+import agentrl.run.report
+import agentrl.run.trainer
+from agentrl.cli import app
+from agentrl.config import read_yaml
+from agentrl.env import TextSpace, make_panel, register
+from agentrl.errors import CheckpointError
+from agentrl.run.interruption import RunInterrupted
+
+ENV = "agentrl-tests/Coin-v0"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Coin(gymnasium.Env[str, str]):
+    """Take the coin; `look` changes nothing."""
+
+    splits = ("train", "held_out")
+    data = "made up"
+    fails = False
+
+    def __init__(self, split: str = "train", max_steps: int = 3, expert: bool = False) -> None:
+        self.observation_space = self.action_space = TextSpace()
+        self._split, self._max_steps, self._expert, self._steps = split, max_steps, expert, 0
+
+    def tasks(self, split: str) -> Sequence[str]:
+        return [f"{split}-{index}" for index in range(4)]
+
+    def task_hash(self, task: str) -> str:
+        return hashlib.sha256(task.encode()).hexdigest()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        if self.fails:
+            raise RuntimeError("out of coins")
+        self._steps = 0
+        task = (options or {}).get("task") or f"{self._split}-0"
+        return f"A coin, \x1b[31m{task}.", self._info(False)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self._steps += 1
+        won = action == "take coin"
+        return f"You {action}.", float(won), won, not won and self._steps >= self._max_steps, self._info(won)
+
+    def _info(self, success: bool) -> dict[str, Any]:
+        info: dict[str, Any] = {"success": success, "actions": ["look", "take coin"]}
+        return info | ({"expert": "take coin"} if self._expert else {})
+
+
+register(ENV, Coin)
+
+
+def run(*arguments: str, **options: Any) -> Result:
+    return CliRunner().invoke(app, list(arguments), prog_name="agentrl", **options)
+
+
+def refused(*arguments: str) -> str:
+    """Run a command that must fail as a user's mistake; what it says."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert result.stderr.startswith("error: ")
+    return result.stderr
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Records what `train` and `resume` are called with instead of training."""
+    calls: list[Any] = []
+
+    def train(config: Any) -> Any:
+        calls.append(config)
+        return SimpleNamespace(folder=Path("runs/made"))
+
+    def resume(folder: str, *overrides: str) -> Any:
+        calls.append((folder, overrides))
+        return SimpleNamespace(folder=Path(folder))
+
+    monkeypatch.setattr(agentrl.run.trainer, "train", train)
+    monkeypatch.setattr(agentrl.run.trainer, "resume", resume)
+    return calls
+
+
+# Help and listings.
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["envs"]])
+def test_help_and_listings_load_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom agentrl.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("command", "example"),
+    [
+        ("train", "algorithm.name=dr_grpo"),
+        ("evaluate", "--policy random"),
+        ("play", "--policy expert"),
+        ("config", "seed=1"),
+        ("check-env", "max_steps=10"),
+    ],
+)
+def test_help_teaches_with_an_example(command: str, example: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert example in result.stdout
+
+
+def test_installed_environments_and_algorithms_are_listed() -> None:
+    assert ENV in run("envs").stdout
+    assert "grpo" in run("algorithms").stdout
+
+
+def test_config_prints_a_tree_that_is_read_back(tmp_path: Path) -> None:
+    printed = run("config", "quickstart.yaml", "seed=7", "learner.learning_rate=1e-5")
+    (tmp_path / "mine.yaml").write_text(printed.stdout)
+    tree = read_yaml(tmp_path / "mine.yaml")
+    assert (tree["seed"], tree["learner"]["learning_rate"]) == (7, 1e-5)
+    assert run("config", str(tmp_path / "mine.yaml")).stdout == printed.stdout
+    assert run("config").stdout == run("config", "quickstart.yaml").stdout
+
+
+# Bad input.
+
+
+def test_every_mistake_in_a_configuration_is_told_at_once() -> None:
+    message = refused("config", "sede=1", "trainer.steps=true", "algorithm.name=grop")
+    assert "sede: unknown key (got 1; did you mean seed?)" in message
+    assert "trainer.steps: wrong value (got true, wanted an integer)" in message
+    assert "did you mean grpo?" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("config", "nothing.yaml"), ("nothing.yaml", "quickstart.yaml")),
+        (("train", "seed="), ("'seed=' has no value",)),
+        (("train", "quickstart.yaml", "seed"), ("'seed' is not an override",)),
+        (("train", "--resume", "runs/none"), ("runs/none",)),
+        (("train", "x.yaml", "--resume", "runs/none"), ("leave out x.yaml",)),
+        (("evaluate", "--policy", "runs/none"), ("runs/none",)),
+        (("evaluate", "--policy", "random", "--env", "no/Such-v0"), ("no/Such-v0",)),
+        (("evaluate", "--policy", "random", "--env", ENV, "--split", "heldout"), ("heldout", "held_out")),
+        (("evaluate", "--policy", "random", "--panel", "none.json"), ("none.json",)),
+        (("evaluate", "--policy", "random", "--output", "none/x.json"), ("there is no folder none",)),
+        (("play", ENV, "max_step=3"), ("max_step", "max_steps")),
+        (("play", ENV, "--policy", "runs/none"), ("runs/none",)),
+        (("check-env", "no/Such-v0"), ("no/Such-v0",)),
+        (("report", "runs/none"), ("runs/none",)),
+    ],
+)
+def test_bad_input_ends_with_one_message_and_exit_code_2(
+    arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = refused(*arguments)
+    for word in words:
+        assert word in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["option", "environment"])
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(where: str) -> None:
+    result = (
+        run("--debug", "config", "none.yaml")
+        if where == "option"
+        else run("config", "none.yaml", env={"AGENTRL_DEBUG": "1"})
+    )
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert "error: none.yaml" in result.stderr
+
+
+def test_a_full_disk_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/summary.json.partial")
+
+    monkeypatch.setattr(agentrl.run.trainer, "train", full)
+    message = refused("train")
+    assert message.startswith("error: runs/x/summary.json: No space left on device")
+    assert "agentrl train --resume" in message
+
+
+def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: Any) -> None:
+        raise RunInterrupted("stopped; continue with: agentrl train --resume runs/x")
+
+    monkeypatch.setattr(agentrl.run.trainer, "train", interrupted)
+    result = run("train")
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "stopped; continue with: agentrl train --resume runs/x"
+
+
+def test_an_error_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Any) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr(agentrl.run.trainer, "train", broken)
+    assert isinstance(run("train").exception, KeyError)
+
+
+# Commands.
+
+
+def test_train_reads_a_configuration_and_its_overrides(trained: list[Any]) -> None:
+    result = run("train", "quickstart.yaml", "seed=3", "trainer.steps=2")
+    assert result.exit_code == 0, result.output
+    assert (trained[0].seed, trained[0].trainer.steps) == (3, 2)
+    assert "runs/made" in result.stdout
+    assert run("train", "seed=4").exit_code == 0
+    assert trained[1].seed == 4
+
+
+def test_resume_passes_the_run_and_the_changes(trained: list[Any]) -> None:
+    assert run("train", "--resume", "runs/old", "trainer.checkpoint_every=5").exit_code == 0
+    assert trained == [("runs/old", ("trainer.checkpoint_every=5",))]
+
+
+def test_evaluate_prints_a_table_and_writes_the_scores(tmp_path: Path) -> None:
+    output = tmp_path / "scores.json"
+    arguments = (
+        "--env",
+        ENV,
+        "--split",
+        "held_out",
+        "--tasks",
+        "3",
+        "--repeats",
+        "2",
+        "--output",
+        str(output),
+    )
+    result = run("evaluate", "--policy", "expert", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "100.0 [43.9" in result.stdout.replace("\n", " ")  # Wilson's over 3 tasks
+    assert "data: made up" in result.stdout
+    scores = json.loads(output.read_text())
+    assert (scores["policy"], scores["success_rate"], scores["episodes"]) == ("expert", 1.0, 6)
+
+
+def test_evaluate_takes_a_panel_file(tmp_path: Path) -> None:
+    panel = make_panel(ENV, "train", 2)
+    panel.save(tmp_path / "panel.json")
+    result = run("evaluate", "--policy", "random", "--panel", str(tmp_path / "panel.json"))
+    assert f"panel {panel.hash[:12]}" in result.stdout
+    assert "leave" not in result.output
+    assert "not both" in refused(
+        "evaluate", "--policy", "random", "--panel", str(tmp_path / "panel.json"), "--tasks", "2"
+    )
+
+
+def test_aborted_episodes_are_told_with_their_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Coin, "fails", True)
+    result = run("evaluate", "--policy", "random", "--env", ENV, "--split", "train", "--tasks", "2")
+    assert result.exit_code == 0
+    assert "aborted 2 x env_error: RuntimeError: out of coins" in result.stdout
+
+
+def test_an_episode_can_be_read() -> None:
+    result = run("play", ENV, "--policy", "expert", "--split", "held_out", "--seed", "6")
+    assert result.exit_code == 0, result.output
+    assert "held_out-2" in result.stdout
+    assert "> take coin" in result.stdout
+    assert "success after 1 turns (terminated), return 1" in result.stdout
+    assert "\x1b" not in result.stdout  # what an environment says does not steer the terminal
+
+
+def test_a_person_plays_by_number_or_by_text() -> None:
+    result = run("play", ENV, "--task", "train-1", "max_steps=9", input="1\n7\n\nsing\n2\n")
+    assert result.exit_code == 0, result.output
+    assert "1 look" in result.stdout
+    assert "there are 2 commands" in result.stdout
+    assert "You look." in result.stdout
+    assert "You sing." in result.stdout
+    assert "success after 3 turns" in result.stdout
+
+
+def test_a_person_may_leave() -> None:
+    result = run("play", ENV, input="1\n")
+    assert result.exit_code == 130
+    assert "left the game" in result.stderr
+
+
+def test_an_aborted_episode_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Coin, "fails", True)
+    assert "aborted (env_error): RuntimeError: out of coins" in refused("play", ENV, "--policy", "random")
+
+
+def test_check_env_ends_with_1_when_the_contract_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Coin, "fails", True)
+    result = run("check-env", ENV)
+    assert result.exit_code == 1
+    assert "failed" in result.stdout
+    assert "out of coins" in result.stdout
+
+
+def test_report_writes_the_page_of_a_run(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(run("config").stdout)
+    result = run("report", str(folder))
+    assert result.exit_code == 0, result.output
+    assert Path(result.stdout.replace("\n", "")) == folder / "report.html"
+    assert "mine" in (folder / "report.html").read_text()
+
+
+def test_a_report_of_a_damaged_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(_: Path) -> None:
+        raise CheckpointError("x: damaged")
+
+    monkeypatch.setattr(agentrl.run.report, "write_report", damaged)
+    (tmp_path / "config.yaml").write_text("{}")
+    assert "x: damaged" in refused("report", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "play", "report"])
+def test_a_script_is_the_command(name: str) -> None:
+    script = ROOT / "scripts" / f"{name}.py"
+    done = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert f"Usage: agentrl {name}" in done.stdout
