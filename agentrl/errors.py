@@ -1,4 +1,4 @@
-"""Named errors. Each message says where, what was found and what was wanted; the command line exits with 2 on any of them."""
+"""Named errors: each message says where, what was found and what was wanted; the command exits with 2 on any."""
 
 
 class AgentRLError(Exception):
@@ -29,5 +29,5 @@ class RequirementError(AgentRLError, ValueError):
     """An algorithm needs a tensor or a capability that this run does not provide."""
 
 
-class TooManyAborted(AgentRLError):
+class TooManyAbortedError(AgentRLError):
     """The share of aborted episodes passed `rollout.max_aborted_share`; the message counts the reasons."""

@@ -1,21 +1,25 @@
 """Compare the ALFWorld engine with TextWorld's on generated and on mutated games; exit 1 on any difference.
 
-Needs the extra `alfworld-reference`: python scripts/check_alfworld_engine.py --games 60 --mutated 30 --steps 40
+Needs the extra `alfworld-reference`:
+    python scripts/check_alfworld_engine.py --games 60 --mutated 60 --steps 50
 """
 
 import argparse
 import sys
 import time
 
-from agentrl.errors import AgentRLError
 from agentrl_envs.alfworld.differential import Tally, run
+
+from agentrl.errors import AgentRLError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--games", type=int, default=60, help="games as the generator makes them")
     parser.add_argument("--mutated", type=int, default=30, help="games made odd on purpose")
-    parser.add_argument("--steps", type=int, default=40, help="mixed commands per game, before its walkthrough")
+    parser.add_argument(
+        "--steps", type=int, default=40, help="mixed commands per game, before its walkthrough"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:
@@ -35,7 +39,9 @@ def main() -> int:
 
 def _report(name: str, count: int, steps: int, seed: int, mutate: bool) -> Tally:
     started = time.process_time()
-    tally = run(count, steps=steps, seed=seed, mutate=mutate, report=lambda line: print(f"  {line}", flush=True))
+    tally = run(
+        count, steps=steps, seed=seed, mutate=mutate, report=lambda line: print(f"  {line}", flush=True)
+    )
     for difference in tally.differences:
         print(f"DIFFERENCE {difference}")
     print(

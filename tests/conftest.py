@@ -40,7 +40,9 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModuleType]:
     """The files that CONTRIBUTING.md shows, imported; the environment and the recipe are registered."""
     folder = tmp_path_factory.mktemp("examples")
     modules = {}
-    for name, body in re.findall(r"```python\n# (\w+)\.py\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S):
+    for name, body in re.findall(
+        r"```python\n# (\w+)\.py\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S
+    ):
         (folder / f"{name}.py").write_text(body)
         spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
         assert spec is not None

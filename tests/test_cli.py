@@ -11,7 +11,6 @@ from typing import Any
 
 import gymnasium
 import pytest
-from click.testing import Result
 from typer.testing import CliRunner
 
 import agentrl.run.report
@@ -65,7 +64,7 @@ class Coin(gymnasium.Env[str, str]):
 register(ENV, Coin)
 
 
-def run(*arguments: str, **options: Any) -> Result:
+def run(*arguments: str, **options: Any) -> Any:
     return CliRunner().invoke(app, list(arguments), prog_name="agentrl", **options)
 
 

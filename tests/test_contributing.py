@@ -20,12 +20,16 @@ def test_the_example_environment_keeps_the_contract(examples: dict[str, ModuleTy
 
 def test_the_example_recipe_compares_with_the_others(examples: dict[str, ModuleType]) -> None:
     def episode(name: str, reward: float) -> Episode:
-        turn = Turn("o", "a", prompt_ids=(1,), action_ids=(2,), logprobs=(-1.0,), entropies=(1.0,), reward=reward)
+        turn = Turn(
+            "o", "a", prompt_ids=(1,), action_ids=(2,), logprobs=(-1.0,), entropies=(1.0,), reward=reward
+        )
         return Episode(name, "e", "t", 0, (turn,), StopReason.TERMINATED)
 
     batch = collate([Group("t", tuple(episode(str(i), r) for i, r in enumerate((1.0, 0.0, 0.0, 1.0))))])
     advantage = build_recipe("example_rloo").build().advantage(batch, Context())
-    torch.testing.assert_close(advantage[:, 1].double(), torch.tensor([2, -2, -2, 2], dtype=torch.float64) / 3)
+    torch.testing.assert_close(
+        advantage[:, 1].double(), torch.tensor([2, -2, -2, 2], dtype=torch.float64) / 3
+    )
 
 
 def test_the_examples_train_together(examples: dict[str, ModuleType], tmp_path: Path) -> None:

@@ -115,12 +115,15 @@ def check_text_env(
         steps: at most so many per walk.
 
     Returns:
-        A report; nothing that the environment does raises here, but for `KeyboardInterrupt` and its like.
+        A report; nothing that a made environment does raises here, but for `KeyboardInterrupt` and its like.
+
+    Raises:
+        AgentRLError: or whatever else `make` raises when it is called first.
     """
     probe = Probe(make, seed, tasks, steps)
+    env = probe.fresh()
     try:
         checks = tuple(_run(name, check, probe) for name, check in CHECKS)
-        env = probe.fresh()
         known: Any = env.unwrapped
         name = env.spec.id if env.spec is not None else type(known).__name__
         return ContractReport(name, str(determinism(env)), tuple(_declared(known)), checks)

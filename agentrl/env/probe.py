@@ -18,6 +18,7 @@ Choose = Callable[[int, Any], str | None]  # (turn, last info) -> action, or Non
 
 IDLE_ACTIONS = ("agentrl idles", "look", "wait", "help")
 LONGEST_EPISODE = 500
+COMPARED_INFO = ("success", "score", "valid", "task_type", "expert", "state_key", "actions")
 
 
 class FaultError(Exception):
@@ -206,3 +207,17 @@ def step_limit(env: Gym) -> int | None:
     if limit is None and env.spec is not None:
         limit = env.spec.kwargs.get("max_steps")
     return limit if isinstance(limit, int) else None
+
+
+def blame(fault: str | None, walk: Walk, turn: int) -> None:
+    """Raise a fault, if there is one, with its place: turn 0 is the reset."""
+    if fault is not None:
+        where = "reset" if turn == 0 else f"step {turn}"
+        raise FaultError(f"{where} of task {walk.task!r}: {fault}")
+
+
+def comparable(answer: tuple[Any, ...]) -> str:
+    """What of an answer must be the same again."""
+    info = answer[-1]
+    kept = {key: info[key] for key in COMPARED_INFO if key in info} if isinstance(info, Mapping) else info
+    return repr((answer[:-1], kept))  # as text: nan equals nan

@@ -19,6 +19,7 @@ from agentrl.env.names import unknown
 from agentrl.errors import AgentRLError, ConfigError, MissingDependencyError
 
 GROUP = "agentrl.envs"
+_PLUGIN = "plug-in"
 
 Creator = Callable[..., gymnasium.Env[str, str]]
 
@@ -51,14 +52,23 @@ def register(id: str, entry_point: str | Creator, **kwargs: Any) -> None:
     """
     owner = _plugins.loading or f"module {_calling_module()}"
     previous = _plugins.owners.get(id) or _foreign_owner(id)
-    if previous not in (None, owner):
+    if previous not in (None, owner) and not _repeats(id, entry_point, kwargs):
         raise _DuplicateIdError(f"environment id {id!r} is registered twice: by {previous} and by {owner}")
     gymnasium.registry.pop(id, None)
     try:
         gymnasium.register(id, entry_point, order_enforce=False, disable_env_checker=True, kwargs=kwargs)
     except gymnasium.error.Error as error:
         raise ConfigError(f"environment id {id!r} cannot be registered: {error}") from error
-    _plugins.owners[id] = owner
+    if not (previous or "").startswith(_PLUGIN):
+        _plugins.owners[id] = owner
+
+
+def _repeats(id: str, entry_point: str | Creator, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a script said before what a plug-in says now, or the other way round."""
+    if _plugins.loading is not None and _plugins.owners.get(id, "").startswith(_PLUGIN):
+        return False
+    spec = gymnasium.registry[id]
+    return spec.entry_point == entry_point and spec.kwargs == kwargs
 
 
 class _DuplicateIdError(ConfigError):
@@ -74,10 +84,8 @@ def load_plugins() -> None:
         ConfigError: two plug-ins register one id; raised again by every later call.
     """
     with _plugins.lock:
-        if _plugins.loading is not None:  # a plug-in asks for environments while it registers its own
-            return
         if not _plugins.loaded:
-            _plugins.loaded = True
+            _plugins.loaded = True  # first: a plug-in may ask for environments while it registers its own
             for entry in sorted(entry_points(group=GROUP), key=_origin):
                 _load(entry)
             for plugin, error in _plugins.broken.items():
@@ -100,7 +108,7 @@ def _load(entry: EntryPoint) -> None:
 
 def _origin(entry: EntryPoint) -> str:
     distribution = f" of {entry.dist.name}" if entry.dist is not None else ""
-    return f"plug-in {entry.name!r}{distribution} ({entry.value})"
+    return f"{_PLUGIN} {entry.name!r}{distribution} ({entry.value})"
 
 
 def broken_plugins() -> Mapping[str, str]:

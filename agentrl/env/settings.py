@@ -5,7 +5,7 @@ from typing import Any
 
 
 def quickstart_kwargs() -> dict[str, Any]:
-    """Small generated rooms, two task types, short text: what a tiny policy learns within minutes on a CPU."""
+    """Small generated rooms, two task types, short text: what a tiny policy learns in minutes on a CPU."""
     return {
         "task_types": ["pick_and_place_simple", "look_at_obj_in_light"],
         "max_receptacles": 6,

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 CHUNK_NUMBERS = 2**24  # numbers held at once: 64 MB in float32
 
 # Up to this many vocabulary rows per allowed id, a product with all rows beats fetching the allowed ones.
-_DENSE_RATIO = 64
+_DENSE_RATIO = 32
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -74,13 +74,15 @@ class _FullVocabulary(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         logits = _logits(hidden, weight, temperature)
-        log_total = logits.logsumexp(dim=-1)
+        highest = logits.amax(dim=-1)
+        logits -= highest[:, None]
         target = logits.gather(1, targets[:, None]).squeeze(1)
-        expected = (logits * (logits - log_total[:, None]).exp_()).sum(dim=-1)
-        entropies = log_total - expected
-        ctx.save_for_backward(hidden, weight, targets, log_total, entropies)
+        shares = logits.exp()
+        total = shares.sum(dim=-1)
+        entropies = total.log() - shares.mul_(logits).sum(dim=-1) / total
+        ctx.save_for_backward(hidden, weight, targets, highest + total.log(), entropies)
         ctx.temperature = temperature
-        return target - log_total, entropies
+        return target - total.log(), entropies
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:

@@ -7,7 +7,7 @@ left to `sdpa`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -131,11 +131,11 @@ class KVCache:
         for layer, pair in self._layers.items():
             self._layers[layer] = (self._grown(pair[0]), self._grown(pair[1]))
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy a sequence of `length` tokens into another slot."""
+    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Copy a sequence of `length` tokens into other slots."""
         for pair in self._layers.values():
             for states in pair:
-                states[target, :length] = states[source, :length]
+                states[targets, :length] = states[source, :length]
 
     def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The storage of a layer, made at its first use in the shape of `key` and `value` [1, Hkv, N, D]."""

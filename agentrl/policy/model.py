@@ -66,6 +66,7 @@ def build_model(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, seed: 
         num_attention_heads=config.heads,
         num_key_value_heads=config.heads,
         max_position_embeddings=config.max_context,
+        initializer_range=config.initial_std,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,

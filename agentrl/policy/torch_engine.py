@@ -58,9 +58,10 @@ class _Sequence:
 class TorchEngine:
     """Continuous batching over a Hugging Face model that lives in this process.
 
-    A token is forwarded once: a turn feeds what was appended since the last one. Tokens with a single allowed
-    id are not sampled and wait for the next chunk. What a request draws depends on its seed and the weights,
-    on the rest of the batch only through rounding.
+    A token is forwarded once: a turn feeds what was appended since the last one, and sequences that start
+    with the same prompt in the same step share its pass. Tokens with a single allowed id are not sampled and
+    wait for the next chunk. What a request draws depends on its seed and the weights; the rest of the batch
+    adds rounding only.
 
     Args:
         model: from `build_model` or `load_policy`; call `refresh` after its weights changed.
@@ -118,8 +119,9 @@ class TorchEngine:
         if sequence is None:
             sequence = self._sequences[request.sequence] = _Sequence(request.sequence)
         elif request.fresh:
+            # A prompt written anew often begins as the last one did.
+            sequence.cached = min(sequence.cached, _shared(sequence.ids, request.prompt_ids))
             sequence.ids.clear()
-            sequence.cached = 0
         self._start(sequence, request, trie)
 
     def step(self) -> Sequence[Generation]:
@@ -185,6 +187,7 @@ class TorchEngine:
     def _start(self, sequence: _Sequence, request: GenerationRequest, trie: TokenTrie | None) -> None:
         sequence.ids.extend(request.prompt_ids)
         sequence.start = len(sequence.ids)
+        sequence.cached = min(sequence.cached, sequence.start - 1)
         sequence.request = request
         sequence.used = self._steps
         sequence.logprobs, sequence.entropies, sequence.allowed = [], [], []
@@ -271,7 +274,7 @@ class TorchEngine:
             if self._slots[target] is None and target < len(self._slots):
                 moved = self._slots.pop()
                 assert moved is not None
-                self._cache.move(moved.slot, target, moved.cached)
+                self._cache.copy(moved.slot, [target], moved.cached)
                 moved.slot, self._slots[target] = target, moved
                 while self._slots and self._slots[-1] is None:
                     self._slots.pop()
@@ -283,7 +286,7 @@ class TorchEngine:
     @torch.inference_mode()
     def _advance(self, rows: list[_Sequence]) -> None:
         self._close_gaps()
-        rows.sort(key=lambda row: row.slot)
+        rows, twins = _without_twins(sorted(rows, key=lambda row: row.slot))
         tokens: list[int] = []
         counts, ready = [], []
         for row in rows:
@@ -295,14 +298,26 @@ class TorchEngine:
         if not all(ready):
             rows, counts, ready = _without_empty(rows, counts, ready)
         hidden = self._forward(rows, tokens, np.array(counts))
-        for row, count in zip(rows, counts, strict=True):
+        deciding: list[_Sequence] = []
+        ends: list[int] = []
+        end = -1
+        for row, count, complete in zip(rows, counts, ready, strict=True):
+            end += count
             row.cached += count
-        ends = np.cumsum(counts) - 1
-        if not all(ready):
-            ends = ends[ready]
-            rows = [row for row, complete in zip(rows, ready, strict=True) if complete]
-        if rows:
-            self._decide(rows, hidden[torch.from_numpy(ends).to(self._device)])
+            if complete:
+                alike = [row, *self._copied(row, twins.get(row.name, ()))]
+                deciding += alike
+                ends += [end] * len(alike)
+        if deciding:
+            self._decide(deciding, hidden[torch.tensor(ends, device=self._device)])
+
+    def _copied(self, row: _Sequence, twins: Sequence[_Sequence]) -> Sequence[_Sequence]:
+        """Give the cache of `row` to the sequences that hold the same tokens."""
+        if twins:
+            self._cache.copy(row.slot, [twin.slot for twin in twins], row.cached)
+            for twin in twins:
+                twin.cached = row.cached
+        return twins
 
     def _forward(self, rows: list[_Sequence], tokens: list[int], counts: Array) -> torch.Tensor:
         slots = np.array([row.slot for row in rows])
@@ -377,6 +392,30 @@ NOT_FINITE = "the model's logits are not finite: its weights hold nan or inf"
 
 def _rounded(count: int, step: int) -> int:
     return -(-count // step) * step
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences have in common from the start."""
+    pairs = zip(first, second, strict=False)
+    return next((k for k, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
+
+
+def _without_twins(rows: list[_Sequence]) -> tuple[list[_Sequence], dict[str, list[_Sequence]]]:
+    """Leave out new sequences that hold the same tokens as another, as the members of a group do at first.
+
+    Returns:
+        The rest, and by name of the one that stays those that wait for its result.
+    """
+    first: dict[tuple[int, ...], str] = {}
+    twins: dict[str, list[_Sequence]] = {}
+    kept = []
+    for row in rows:
+        name = row.name if row.cached else first.setdefault(tuple(row.ids), row.name)
+        if name == row.name:
+            kept.append(row)
+        else:
+            twins.setdefault(name, []).append(row)
+    return kept, twins
 
 
 def _without_empty(

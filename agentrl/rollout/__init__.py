@@ -1,0 +1,1 @@
+"""Episodes out: the loop, who drives it, and who replies."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -31,28 +32,35 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, progress: Progress, model: nn.Module, learner_state: dict[str, Any], score: float | None = None
+    folder: Path,
+    progress: Progress,
+    model: nn.Module,
+    learner_state: dict[str, Any],
+    score: float | None = None,
 ) -> Path:
     """Write `folder/STAGE-STEP`; an interrupted or failed write leaves what was there before.
 
     Keeps the last two and the one of the highest `score`.
 
     Raises:
-        OSError: when the disk is full; nothing that was already written is touched.
+        CheckpointError: when it cannot be written, as on a full disk; nothing that was already written is touched.
     """
     target = folder / f"{progress.stage}-{progress.step:06d}"
     partial = target.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         save_model(model, str(partial / "weights.safetensors"))
         torch.save(learner_state, partial / "learner.pt")
         (partial / "progress.json").write_text(json.dumps(asdict(progress) | {"score": score}))
         hashes = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
         (partial / "hashes.json").write_text(json.dumps(hashes, indent=1))
-    except BaseException:
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        raise CheckpointError(
+            f"{target}: the checkpoint could not be saved ({error}); make room and continue with --resume. "
+            "Those before it are unharmed"
+        ) from error
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     _rotate(folder)
@@ -92,8 +100,8 @@ def _order(path: Path) -> tuple[bool, int]:
 
 def _rotate(folder: Path) -> None:
     ordered = sorted(_checkpoints(folder), key=_order)
-    scores = {path: _score(path) for path in ordered}
-    best = max((path for path in ordered if scores[path] is not None), key=lambda path: scores[path], default=None)
+    scored = [(score, path) for path in ordered if (score := _score(path)) is not None]
+    best = max(scored)[1] if scored else None
     for path in ordered[:-2]:
         if path != best:
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""A run's folder: where it is, what stands in it, and which part of a configuration it may be resumed with."""
+"""A run's folder: where it is, what stands in it, and with which changes it may be resumed."""
 
 import importlib.metadata
 import json
@@ -54,7 +54,8 @@ def create_run(config: RunConfig) -> Run:
         (folder / "episodes").mkdir()
     except FileExistsError as error:
         raise ConfigError(
-            f"run.name is {name!r}, but {folder} exists; resume it (agentrl train --resume {folder}) or choose another"
+            f"run.name is {name!r}, but {folder} exists; "
+            f"resume it (agentrl train --resume {folder}) or choose another"
         ) from error
     except OSError as error:
         raise ConfigError(f"run.folder is {config.run.folder!r}, which cannot hold runs ({error})") from error
@@ -72,7 +73,9 @@ def open_run(path: str | Path) -> Run:
     for folder in (Path(path), Path(RunConfig().run.folder) / path):
         if (folder / "config.yaml").is_file():
             return Run(folder, config_from_tree(read_yaml(folder / "config.yaml")))
-    raise CheckpointError(f"{path}: not a run (a run's folder holds a config.yaml); list yours with: ls runs/")
+    raise CheckpointError(
+        f"{path}: not a run (a run's folder holds a config.yaml); list yours with: ls runs/"
+    )
 
 
 def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
@@ -87,7 +90,9 @@ def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
     changed = [key for key in _changed(before, after) if not key.startswith(_FREE)]
     if changed:
         lines = "\n".join(f"{key}: {_at(before, key)!r} -> {_at(after, key)!r}" for key in changed)
-        raise ConfigError(f"{run.folder} cannot be resumed with other values; start a new run instead:\n{lines}")
+        raise ConfigError(
+            f"{run.folder} cannot be resumed with other values; start a new run instead:\n{lines}"
+        )
     return Run(run.folder, config)
 
 
@@ -131,7 +136,12 @@ def _git_revision() -> str | None:
     here = Path(__file__).parent
     try:
         answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+            ["git", "describe", "--always", "--dirty"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

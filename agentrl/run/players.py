@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.engine import SamplingParams
-from agentrl.policy.model import build_model, load_policy
+from agentrl.policy.model import build_model, load_policy, load_tokenizer
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import Dialogue, fit_tokenizer, make_dialogue
 from agentrl.policy.torch_engine import TorchEngine
@@ -44,14 +44,14 @@ class Policy:
 def fit_policy(
     config: RunConfig, tasks: Sequence[str], environments: EnvironmentPool, tokenizer_folder: Path
 ) -> Policy:
-    """The policy a run starts from: a given folder's, or random weights over a tokenizer of the training text.
+    """The policy a run starts from: a given folder's, or random weights and a tokenizer of the training text.
 
     A tokenizer is fitted once per run and kept in `tokenizer_folder`.
     """
     if config.policy.path is not None:
         return load(config.policy.path, config.policy)
     if tokenizer_folder.is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        tokenizer = load_tokenizer(tokenizer_folder)
     else:
         texts = environment_text(config, tasks, environments)
         tokenizer = fit_tokenizer(texts, config.policy.vocab_size)
@@ -75,7 +75,9 @@ def scripted_player(name: str, seed: int = 0) -> Player:
     raise ConfigError(f"policy is {name!r}, wanted random or expert")
 
 
-def open_player(policy: str, *, temperature: float = 1.0, config: RunConfig | None = None) -> tuple[Player, RunConfig]:
+def open_player(
+    policy: str, *, temperature: float = 1.0, config: RunConfig | None = None
+) -> tuple[Player, RunConfig]:
     """Open whoever `policy` names.
 
     Args:

@@ -31,10 +31,8 @@ def results_table(summary: Tree) -> Table:
     """
     policies = _final_policies(summary)
     types = _task_types(policies)
-    narrow = (
-        len(types) > 3
-    )  # so that six task types fit a terminal: intervals below, per type in whole per cent
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0) if narrow else (0, 1), pad_edge=False)
+    narrow = len(types) > 3  # so that six of them fit a terminal, intervals stand below their rates
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0 if narrow else 1, 0, 0), pad_edge=False)
     table.title, table.caption = _panel_line(summary), _instruction_lines(summary)
     table.title_justify = table.caption_justify = "left"
     for name in ("policy", "decoding"):
@@ -45,9 +43,7 @@ def results_table(summary: Tree) -> Table:
     for name, decodings in policies.items():
         for index, (decoding, score) in enumerate(decodings.items()):
             cells = [_terminal_cell(score, narrow, digits=1)]
-            cells += [
-                _terminal_cell(score["by_task_type"].get(kind), narrow, digits=1 - narrow) for kind in types
-            ]
+            cells += [_terminal_cell(score["by_task_type"].get(kind), narrow, digits=0) for kind in types]
             cells += [_number(score.get("mean_turns"), 1)]
             last = index == len(decodings) - 1
             table.add_row(*map(Text, (name if index == 0 else "", decoding, *cells)), end_section=last)
@@ -158,11 +154,8 @@ def _cell(score: Tree | None) -> tuple[str, str]:
 def _terminal_cell(score: Tree | None, narrow: bool, digits: int) -> str:
     if score is None or score["success_rate"] is None:
         return "–"
-    low, high = (f"{100 * bound:.{digits}f}" for bound in score["interval"])
-    rate = _percent(score["success_rate"])
-    return (
-        f"{rate}\n{low}–{high.removesuffix('.0')}" if narrow else f"{rate} [{low},\N{NO-BREAK SPACE}{high}]"
-    )
+    rate, low, high = (f"{100 * share:.{digits}f}" for share in (score["success_rate"], *score["interval"]))
+    return f"{rate}\n{low}–{high.removesuffix('.0')}" if narrow else f"{rate} [{low}, {high}]"
 
 
 def _rows(policies: Mapping[str, Mapping[str, Tree]]) -> Iterable[dict[str, Any]]:
@@ -255,11 +248,11 @@ def _instruction(summary: Tree) -> Iterable[dict[str, Any]]:
 
 
 def _instruction_lines(summary: Tree) -> str | None:
-    lines = [
-        f"{line['decoding']}: {line['goal']} {line['rate']} {line['interval']}"
-        for line in _instruction(summary)
-    ]
-    return "\n".join(["Reached when told another goal of the same room", *lines]) if lines else None
+    lines = ["Told another goal of the same room, the trained policy reached"]
+    for decoding, check in (summary.get("instruction_check") or {}).items():
+        new, old = (" ".join(_cell(check[key])) for key in ("new_goal", "old_goal"))
+        lines.append(f"{decoding:8} that goal in {new} %, the panel's in {old} %")
+    return "\n".join(lines) if len(lines) > 1 else None
 
 
 def _evaluations(summary: Tree, training: Sequence[Tree]) -> dict[str, list[tuple[int, float, Any]]]:
@@ -333,7 +326,7 @@ def _facts(summary: Tree, manifest: Tree) -> Iterable[tuple[str, str]]:
     for tree in (summary, manifest):
         for key, value in tree.items():
             if key not in ("policies", "instruction_check"):
-                yield key.replace("_", " "), _flat(value)
+                yield "seconds" if key == "times" else key.replace("_", " "), _flat(value)
 
 
 def _flat(value: Any) -> str:

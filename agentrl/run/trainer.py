@@ -1,9 +1,9 @@
-"""A run from start to finish: baselines, warm start, reinforcement learning, evaluation. Every stage can be resumed."""
+"""A run from start to finish: baselines, warm start, reinforcement learning, evaluation; each can be resumed."""
 
 import copy
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import gcd
@@ -16,7 +16,7 @@ from agentrl.algorithms.algorithm import Context, check_requirements, prepare
 from agentrl.data.storage import write_episodes
 from agentrl.data.trajectory import Episode, Group
 from agentrl.env.registry import make
-from agentrl.errors import TooManyAborted
+from agentrl.errors import TooManyAbortedError
 from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner
 from agentrl.policy.model import save_policy
@@ -51,7 +51,7 @@ def train(config: RunConfig, *, quiet: bool = False) -> Run:
         quiet: show no progress.
 
     Raises:
-        AgentRLError: for anything wrong with the configuration, the environment or the files; what was done is kept.
+        AgentRLError: for anything wrong with the configuration, environment or files; what was done is kept.
         RunInterrupted: after Ctrl-C or SIGTERM; `resume(run.folder)` continues.
     """
     return Trainer(create_run(config), quiet=quiet).run()
@@ -98,7 +98,7 @@ class Trainer:
         self.logbook = Logbook(active.folder, quiet=quiet)
         self.interruption = Interruption()
         self.history: dict[str, list[float]] = {}
-        self.clocks: Counter[str] = Counter()
+        self.clocks: dict[str, float] = defaultdict(float)
         self.stage, self.step, self.saved = "warm_start", 0, -1
 
     def run(self) -> Run:
@@ -132,9 +132,12 @@ class Trainer:
         steps = self.config.warm_start.steps
         if self.stage == "train" or self.step >= steps:
             return
-        with self._clock("demonstrations"), self.logbook.stage("demonstrations"):
-            with self._training_environments(expert=True) as environments:
-                episodes = demonstrations(self.config, self.tasks, environments, self.policy.dialogue)
+        with (
+            self._clock("demonstrations"),
+            self.logbook.stage("demonstrations"),
+            self._training_environments(expert=True) as environments,
+        ):
+            episodes = demonstrations(self.config, self.tasks, environments, self.policy.dialogue)
         algorithm = cloning()
         with self.logbook.stage("cloning", total=steps, done=self.step):
             for batch in cloning_batches(self.config, episodes, first=self.step):
@@ -337,9 +340,9 @@ class Trainer:
         if len(aborted) > limit * len(episodes):
             self._save()
             reasons = Counter(f"{episode.stop}: {episode.error}" for episode in aborted).most_common(5)
-            raise TooManyAborted(
-                f"{len(aborted)} of {len(episodes)} episodes of training step {self.step + 1} were aborted, more than "
-                f"rollout.max_aborted_share={limit} allows:\n"
+            raise TooManyAbortedError(
+                f"{len(aborted)} of {len(episodes)} episodes of training step {self.step + 1} were aborted, more "
+                f"than rollout.max_aborted_share={limit} allows:\n"
                 + "\n".join(f"{count} x {reason}" for reason, count in reasons)
                 + f"\nmend the cause and continue with: agentrl train --resume {self.active.folder}"
             )

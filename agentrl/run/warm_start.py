@@ -1,4 +1,4 @@
-"""What happens before reinforcement learning: text to fit a tokenizer on, demonstrations, behaviour cloning."""
+"""What comes before reinforcement learning: text for a tokenizer, demonstrations, behaviour cloning."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ OnEpisode = Callable[[Episode], None]
 
 
 def environment_text(config: RunConfig, tasks: Sequence[str], environments: EnvironmentPool) -> list[str]:
-    """Observations and admissible actions of randomly played training tasks, for a tokenizer to be fitted on."""
+    """Observations and actions of randomly played training tasks, for a tokenizer to be fitted on."""
     texts: list[str] = []
 
     def listen(episode: Episode) -> None:
@@ -55,7 +55,9 @@ def demonstrations(
         max_context=config.policy.max_context,
     )
     specs = list(_specs(config, "demonstration", block.demonstrations, tasks))
-    played = collect(specs, player, environments, max_active=1, max_turns=None, on_episode=on_episode).episodes
+    played = collect(
+        specs, player, environments, max_active=1, max_turns=None, on_episode=on_episode
+    ).episodes
     solved = [episode for episode in played if episode.success]
     if len(solved) < block.batch_size:
         reasons = {episode.error for episode in played if episode.error} or "it did not solve them"

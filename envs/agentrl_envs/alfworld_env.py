@@ -6,7 +6,7 @@ Games are generated, unless `data` names a folder of official ones; a score on g
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import gymnasium
 from gymnasium.error import ResetNeeded
@@ -15,7 +15,7 @@ from agentrl.env import TextSpace, unknown
 from agentrl.errors import ConfigError
 from agentrl_envs.alfworld.engine import Snapshot
 from agentrl_envs.alfworld.expert import SearchingExpert
-from agentrl_envs.alfworld.games import GeneratedGames, LoadedGame, OfficialGames
+from agentrl_envs.alfworld.games import Games, GeneratedGames, LoadedGame, OfficialGames
 from agentrl_envs.alfworld.generate import SPLITS, TASK_TYPES, Options
 from agentrl_envs.alfworld.wording import compact, compact_opening
 
@@ -59,19 +59,18 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         max_receptacles: None for whole rooms; else one receptacle per type and at most so many.
         object_types: None for whole rooms; else how many types of objects lie about.
         text: "raw" is ALFWorld's wording, "compact" a short one.
-        menu: "full" lists every admissible command in `info["actions"]`, "task" leaves out look, inventory, examine,
-            slice and help, which no task needs.
+        menu: "full" lists every admissible command in `info["actions"]`, "task" leaves out look, inventory,
+            examine, slice and help, which no task needs.
         engine: "native", or "textworld" (extra `alfworld-reference`, one at a time per process, slow).
         expert: give `info["expert"]`, the next command of an expert that has to search as well.
         data: folder of official games (`json_2.1.1` or alike) instead of generated ones.
 
-    `info` holds success, actions, score (0 or 1), valid, task_type, state_key, other_success (whether the goal of
-    `other_goal(task)` has been reached so far), and expert when asked for.
+    `info` holds success, actions, score (0 or 1), valid, task_type, state_key, other_success (whether the
+    goal of `other_goal(task)` has been reached so far; never with TextWorld), and expert when asked for.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
-    splits: ClassVar[tuple[str, ...]] = tuple(SPLITS)
-    determinism: ClassVar[str] = "episode"
+    splits = tuple(SPLITS)
+    determinism = "episode"
 
     def __init__(
         self,
@@ -96,11 +95,16 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
                 raise unknown(name, value, choices)
         if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
             raise ConfigError(f"max_steps: {max_steps!r}, wanted a whole number of at least 1")
-        types = (task_types,) if isinstance(task_types, str) else tuple(task_types or TASK_TYPES)
-        options = Options(types, max_receptacles, object_types)
+        if isinstance(task_types, str):
+            task_types = (task_types,)
+        options = Options(
+            TASK_TYPES if task_types is None else tuple(task_types), max_receptacles, object_types
+        )
         if data is not None and (max_receptacles is not None or object_types is not None):
-            raise ConfigError("data: max_receptacles and object_types shape generated games, not those of a folder")
-        self._games = GeneratedGames(options) if data is None else OfficialGames(data, types)
+            raise ConfigError("data: max_receptacles and object_types shape only generated games")
+        self._games: Games = (
+            GeneratedGames(options) if data is None else OfficialGames(data, options.task_types)
+        )
         self.data = self._games.label
         self.split = split
         self.max_steps = max_steps
@@ -108,6 +112,8 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self._short_menu = menu == "task"
         self._with_expert = expert
         self._engine = _engine(engine)
+        if engine == "textworld":  # it cannot go back, so it does not claim to
+            vars(self).update(snapshot=None, restore=None)
         self._saved: Saved | None = None
         self._expert: tuple[SearchingExpert, tuple[tuple[str, str], ...]] | None = None
         self.observation_space = TextSpace()
@@ -147,7 +153,9 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         moment = self._engine.start(loaded)
         self._expert = None
         text = compact_opening(moment.observation, loaded.wanted) if self._compact else moment.observation
-        self._saved = Saved(task, loaded, moment, text, 0, False, self._engine.other_reached(loaded, moment), ())
+        self._saved = Saved(
+            task, loaded, moment, text, 0, False, self._engine.other_reached(loaded, moment), ()
+        )
         return text, self._info(self._saved, True)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -193,7 +201,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         return [command for command in moment.admissible if not command.startswith(LEFT_OUT)]
 
     def expert(self) -> str | None:
-        """Give the searching expert's next command, from what this episode has shown so far; None when it is over."""
+        """Give the searching expert's next command, from what this episode has shown; None after its end."""
         saved = self._saved
         if saved is None:
             raise ResetNeeded("the episode has not begun: call reset first")

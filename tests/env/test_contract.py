@@ -13,7 +13,7 @@ from text_worlds import Corridor
 
 from agentrl.env import ContractReport, check_text_env
 from agentrl.env.checks import CHECKS
-from agentrl.errors import EnvironmentContractError
+from agentrl.errors import ConfigError, EnvironmentContractError
 
 NAMES = [name for name, _ in CHECKS]
 
@@ -77,6 +77,11 @@ def test_an_interrupt_is_not_taken_for_a_fault() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         check_text_env(Interrupted)
+
+
+def test_an_environment_that_cannot_be_made_is_no_fault_of_its_contract() -> None:
+    with pytest.raises(ConfigError, match="max_steps is 0"):
+        check_text_env(lambda: Corridor(max_steps=0))
 
 
 # One broken environment for each claim. Each fails that check and no other.
@@ -366,6 +371,18 @@ class SharedSnapshot(Corridor):
         self.target, self.at, self.steps, self.won, self.running, self.weather = snapshot
 
 
+class SpentSnapshot(Corridor):
+    """Goes on with the generator inside the snapshot: the second time, it is no longer what it was."""
+
+    def snapshot(self) -> tuple[Any, ...]:
+        weather = random.Random()
+        weather.setstate(self.weather.getstate())
+        return self.target, self.at, self.steps, self.won, self.running, weather
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        self.target, self.at, self.steps, self.won, self.running, self.weather = snapshot
+
+
 class LostExpert(Corridor):
     def expert(self) -> str:
         return "open 0"
@@ -448,6 +465,7 @@ FAULTS: list[tuple[str, Callable[..., Any], str]] = [
     ("global randomness", SeedsNumpy, "global state of numpy.random;"),
     ("snapshots", ForgetsWhereItWas, "goes on differently"),
     ("snapshots", SharedSnapshot, "goes on differently"),
+    ("snapshots", SpentSnapshot, "goes on differently"),
     ("expert", LostExpert, "the expert solved 0 of 4 tasks"),
     ("expert", SilentExpert, "the expert solved 0 of 4 tasks"),
     ("expert", BoastingExpert, r"the expert's 'open \d' is not in info\['actions'\]"),

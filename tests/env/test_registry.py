@@ -147,6 +147,15 @@ def test_one_plugin_may_register_an_id_again(install: Any) -> None:
         assert env_ids() == ["test/Twice-v0"]
 
 
+def test_a_script_may_say_before_or_after_a_plugin_what_the_plugin_says(install: Any) -> None:
+    install("doors", plug("test/Doors-v0"))
+    register("test/Doors-v0", WORLDS)
+    assert env_ids() == ["test/Doors-v0"]
+    register("test/Doors-v0", WORLDS)
+    with pytest.raises(ConfigError, match=r"registered twice: by .* and by module test_registry"):
+        register("test/Doors-v0", WORLDS, max_steps=3)
+
+
 def test_an_id_that_gymnasium_knows_already_cannot_be_taken() -> None:
     with pytest.raises(
         ConfigError, match=r"'CartPole-v1' is registered twice: by Gymnasium .* and by module test_reg"

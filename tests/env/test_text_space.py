@@ -33,7 +33,9 @@ def test_samples_are_in_the_space_reproducible_and_of_many_lengths() -> None:
         samples = [space.sample() for _ in range(50)]
         assert all(sample in space for sample in samples)
         assert samples == [again.sample() for _ in range(50)]
-        assert len({len(sample) for sample in samples}) == 2 if limit == 1 else 4
+        lengths = {len(sample) for sample in samples}
+        assert lengths == {0, 1} if limit == 1 else len(lengths) > 3
+        assert max(lengths) <= 32
 
 
 def test_a_mask_fixes_length_and_letters() -> None:

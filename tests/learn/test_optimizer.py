@@ -65,7 +65,7 @@ def test_rates_are_warmed_up_and_decayed_for_both_optimizers():
 
 
 def test_a_muon_step_has_the_size_of_an_adamw_step():
-    # Orthogonal updates have singular values near 1: a 64 x 64 one has rms 1/8, times .2 * sqrt(64) that is .2.
+    # Orthogonal updates have singular values near 1: a 64 x 64 one has rms 1/8, and .2 * sqrt(64) / 8 = .2.
     policy = torch.nn.Module()
     policy.matrix = torch.nn.Parameter(torch.zeros(64, 64))
     (muon,) = build_optimizers(policy, LearnerConfig(matrix_learning_rate=1.0))

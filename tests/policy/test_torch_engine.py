@@ -180,6 +180,39 @@ def _waiting(generation: Generation) -> int:
     )
 
 
+@pytest.mark.parametrize("max_step_tokens", [1000, 8])
+def test_sequences_that_start_alike_share_the_pass_and_nothing_else(
+    model: PreTrainedModel, max_step_tokens: int
+) -> None:
+    prompt = (1, *range(9, 20))
+    engine = _engine(model, max_step_tokens=max_step_tokens)
+    requests = [_request(str(k), prompt, seed=k, choices=MENU) for k in range(6)]
+    done = _finish(engine, *requests)
+    for request in requests:
+        _check_against_plain_forward(model, prompt, done[request.sequence])
+        alone = _finish(_engine(model), request)[request.sequence]
+        assert done[request.sequence].token_ids == alone.token_ids
+    if max_step_tokens == 1000:
+        replies = sum(len(generation.token_ids) for generation in done.values())
+        assert engine.tokens_forwarded < len(prompt) + replies
+    again = _finish(engine, *(_request(str(k), (2, 12 + k, 3), fresh=False, seed=k) for k in range(6)))
+    for name, generation in again.items():
+        before = [*prompt, *done[name].token_ids, 2, 12 + int(name), 3]
+        _check_against_plain_forward(model, before, generation)
+
+
+def test_a_prompt_written_anew_is_read_from_where_it_differs(model: PreTrainedModel) -> None:
+    engine = _engine(model)
+    first = _finish(engine, _request("a", (1, 9, 10, 11, 12), seed=1, choices=MENU))["a"]
+    forwarded = engine.tokens_forwarded
+    prompt = (1, 9, 10, 40, 41, 42, 3)
+    second = _finish(engine, _request("a", prompt, seed=2, max_tokens=1))["a"]
+    assert first.error is None
+    assert engine.tokens_forwarded - forwarded == 4  # 40 41 42 3
+    _check_against_plain_forward(model, prompt, second)
+    _check_against_plain_forward(model, prompt[:3], _finish(engine, _request("a", prompt[:3]))["a"])
+
+
 def test_a_kept_sequence_draws_what_a_fresh_one_with_the_same_tokens_draws(model: PreTrainedModel) -> None:
     before, last = _play(_engine(model), ["1"], 4)["1"][-1]
     again = _finish(_engine(model), _request("x", before, seed=301, max_tokens=5))["x"]

@@ -244,6 +244,18 @@ def test_a_new_sequence_begins_with_an_empty_context() -> None:
     assert all(turn.fresh for turn in episode.turns)
 
 
+def test_a_sequence_that_began_anew_is_counted_from_there() -> None:
+    class Restarting(Letters):
+        def prompt(self, history: Any, observation: str) -> Any:
+            made = super().prompt(history, observation)
+            return type(made)(made.ids, fresh=len(history) % 2 == 0)
+
+    # Every second turn begins anew: a sequence holds 13 + 6 and 13 tokens, and a reply of up to 20.
+    engine = ScriptedEngine(["go on"] * 9, max_context=13 + 6 + 13 + 20)
+    (episode,) = play_all(LanguagePlayer(Restarting(), engine, SAMPLING, choices=False), [9])
+    assert (episode.outcome, len(episode.turns)) == (Outcome.SUCCESS, 9)
+
+
 def test_a_failed_generation_aborts_its_episode_and_no_other() -> None:
     engine = ScriptedEngine([Generation("e0", error="logits are not finite"), "go on", "go on"])
     episodes = play_all(LanguagePlayer(Letters(), engine, SAMPLING, choices=False), [2, 2])
@@ -343,11 +355,14 @@ def test_an_expert_that_says_what_is_not_admissible_is_a_breach_of_contract() ->
     assert (episode.stop, "'fly home'" in (episode.error or "")) == (StopReason.CONTRACT, True)
 
 
-def test_a_demonstration_that_outgrows_the_context_ends_before_the_turn_that_does() -> None:
+@pytest.mark.parametrize(("max_context", "turns"), [(15 + 19 + 18, 2), (15 + 19 + 19, 3)])
+def test_a_demonstration_that_outgrows_the_context_ends_before_the_turn_that_does(
+    max_context: int, turns: int
+) -> None:
     # Turn 0 holds 9 + 6 tokens, each further one 13 + 6.
-    player = DemonstrationPlayer(Letters(), max_context=15 + 19 + 18)
+    player = DemonstrationPlayer(Letters(), max_context=max_context)
     (episode,) = play_all(player, [9], expert=True)
-    assert (episode.stop, len(episode.turns)) == (StopReason.CONTEXT_LIMIT, 2)
+    assert (episode.stop, len(episode.turns)) == (StopReason.CONTEXT_LIMIT, turns)
 
 
 def test_demonstrations_need_an_expert() -> None:

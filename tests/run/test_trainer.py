@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 import agentrl
-from agentrl.errors import CheckpointError, ConfigError, TooManyAborted
+from agentrl.errors import CheckpointError, ConfigError, TooManyAbortedError
 from agentrl.rollout.players import LanguagePlayer
 from agentrl.run.evaluate import Evaluation
 from agentrl.run.interruption import RunInterrupted
@@ -226,7 +226,7 @@ def test_too_many_aborted_episodes_stop_the_run_and_lose_nothing(
         return step(self, action)
 
     monkeypatch.setattr(examples["hotcold"].HotCold, "step", breaking)
-    with pytest.raises(TooManyAborted, match=r"(?s)16 of 16 .*16 x env_error: OSError: the wire was cut"):
+    with pytest.raises(TooManyAbortedError, match=r"(?s)16 of 16 .*16 x env_error: OSError: the wire was cut"):
         agentrl.train(config(tmp_path), quiet=True)
     monkeypatch.undo()
     agentrl.resume(tmp_path / "tiny", quiet=True)
@@ -241,3 +241,33 @@ def test_every_task_comes_once_per_epoch_in_an_order_of_the_seed() -> None:
     assert first != second
     assert [TaskOrder(tasks, 4)[n] for n in range(12)] != first
     assert TaskOrder(["only"], 0)[5] == "only"
+
+
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, {folder!r})
+import agentrl.env, hotcold
+agentrl.env.load_plugins()
+hotcold.plug_in()
+from agentrl.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.argv = ["agentrl", "train", *{arguments!r}]
+main()
+"""
+
+
+def test_a_full_disk_ends_with_one_message_and_harms_nothing(
+    unbroken: agentrl.Run, examples: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    """A file may grow to 100 kB: everything fits but the weights."""
+    folder = str(Path(str(examples["hotcold"].__file__)).parent)
+    arguments = [*TINY, f"run.folder={tmp_path}", "run.name=tiny"]
+    code = FULL_DISK.format(folder=folder, limit=100_000, arguments=arguments)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 2
+    assert "warm_start-000003: the checkpoint could not be saved" in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert list((tmp_path / "tiny" / "checkpoints").iterdir()) == []
+    resumed = RESUME.format(folder=folder, run=str(tmp_path / "tiny"))
+    subprocess.run([sys.executable, "-c", resumed], check=True, timeout=120)
+    same_results(unbroken.folder, tmp_path / "tiny")

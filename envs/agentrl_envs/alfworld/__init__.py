@@ -1,1 +1,1 @@
-"""ALFWorld's rules and text in pure Python: game files, an engine for them, a generator of games, and experts."""
+"""ALFWorld in pure Python: an engine for its game files, a generator of games, and experts."""

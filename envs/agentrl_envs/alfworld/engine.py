@@ -1,26 +1,17 @@
-"""Play one game: `advance(snapshot, command)` is a pure function, so a snapshot is a free, immutable branch point."""
+"""Play one game: `advance(snapshot, command)` is a pure function, so every snapshot is a branch point."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
-from operator import itemgetter
 from typing import Any, NamedTuple
 
+from agentrl_envs.alfworld.grammar import parse_grammar
 from agentrl_envs.alfworld.joins import NEGATED, TYPE, Fact, Index, Tables
-from agentrl_envs.alfworld.pddl import Formula, GameFileError, Problem, parse_goal, parse_problem
-from agentrl_envs.alfworld.rules import Goal, Rules, rules_of
-from agentrl_envs.alfworld.text import (
-    Alternative,
-    Bound,
-    Grammar,
-    GrammarError,
-    Words,
-    compile_alternative,
-    link,
-    parse_grammar,
-)
+from agentrl_envs.alfworld.pddl import Domain, GameFileError, Problem, parse_goal, parse_problem
+from agentrl_envs.alfworld.rules import rules_of
+from agentrl_envs.alfworld.text import Words, action_texts, opening_writer
 
 Operator = tuple[int, Fact]  # place of the action, and its arguments
 Menu = list[tuple[str, Operator]]  # the commands of one action
@@ -28,10 +19,10 @@ NOTHING = "Nothing happens."
 
 
 class Snapshot(NamedTuple):
-    """A moment of a game. `advance` never changes it; it can be pickled and continued by an equal Game elsewhere.
+    """A moment of a game. It never changes; pickled, it is continued by an equal Game elsewhere.
 
-    `admissible` is sorted. `won` is about this moment: taking the object away again unmakes it. `key` is equal for
-    equal states of one game, however they were reached.
+    `admissible` is sorted. `won` is about this moment: taking the object away again unmakes it. `key` is
+    equal for equal states of one game, however they were reached.
     """
 
     observation: str
@@ -74,94 +65,45 @@ class Game:
         self.walkthrough = tuple(walkthrough)
         rules = rules_of(domain)
         parsed = parse_problem(problem, rules.domain)
-        self.objects = tuple(sorted(parsed.objects))
-        self._number = {name: place for place, name in enumerate(self.objects)}
-        facts = {
-            predicate: [tuple([self._number[name] for name in row]) for row in rows]
-            for predicate, rows in parsed.facts.items()
-        }
-        untrusted = rules.untrusted(_mistyped(parsed, rules.domain.predicates, rules.domain.ancestors))
+        self.objects = parsed.objects
+        untrusted = rules.untrusted(_mistyped(parsed, rules.domain))
         self._actions = rules.actions(untrusted)
-        self._goal, self._goal_constants = self._compile_goal(rules, parsed.goal, untrusted)
+        self._goal, self._goal_constants = rules.goal(parsed.goal, parsed.number, untrusted)
         self._other = None
         if other_goal:
-            formula = parse_goal(other_goal, parsed.objects, rules.domain)
-            self._other = self._compile_goal(rules, formula, untrusted)
-        self._constants = tuple(self._number.get(name, -1) for name in rules.constants)
-        self._types = tuple(parsed.objects[name] for name in self.objects)
-        self.words = _words(self.objects, self._types, {n for rows in facts.values() for row in rows for n in row})
-        self._link_texts(parse_grammar(grammar), rules.schema, untrusted, rules.fluents, rules.conditional)
+            formula = parse_goal(other_goal, parsed.number, rules.domain)
+            self._other = rules.goal(formula, parsed.number, untrusted)
+        self._constants = tuple(parsed.number.get(name, -1) for name in rules.constants)
+        self._words = _words(parsed)
+        texts = parse_grammar(grammar)
+        self._texts = action_texts(rules, self._actions, texts, untrusted)
+        opening = opening_writer(rules, texts, untrusted)
         self._indexes = rules.schema.snapshot()
-        self._operators: dict[Operator, _Step | None] = {}
-        self._command_texts: list[dict[Any, str]] = [{} for _ in self._actions]
-        self._stale: dict[frozenset[str], tuple[int, ...]] = {}
-        tables = self._build_tables(facts, rules.domain.ancestors, rules.schema.size)
-        self.start = self._first(tables)
+        self._operators: dict[Operator, _Step] = {}
+        self._commands: tuple[dict[Any, str], ...] = tuple({} for _ in self._actions)
+        self._readers: dict[frozenset[str], tuple[int, ...]] = {}
+        tables = self._build_tables(parsed, rules.domain.ancestors, rules.schema.size)
+        self.start = self._first(opening(tables, self._words), tables)
 
-    def _compile_goal(self, rules: Rules, formula: Formula, untrusted: frozenset[str]) -> tuple[Goal, Fact]:
-        goal, named = rules.goal(formula, untrusted)
-        return goal, tuple(self._number[name] for name in named)
-
-    def _link_texts(
-        self,
-        grammar: Grammar,
-        schema: Any,
-        untrusted: frozenset[str],
-        fluents: frozenset[str],
-        conditional: frozenset[str],
-    ) -> None:
-        texts = dict(grammar.rules)
-        commands, feedbacks = [], []
-        for action in self._actions:
-            if action.name not in grammar.actions:
-                raise GrammarError(f"the text grammar says nothing of the action '{action.name}'")
-            bound: Bound = tuple((name.strip("?"), kind) for name, kind in action.parameters)
-            text = grammar.actions[action.name]
-            for word, content, keys in (("command", text.command, commands), ("feedback", text.feedback, feedbacks)):
-                name = f"{word} of {action.name}"
-                texts[name] = (Alternative("", content),)
-                keys.append((name, bound))
-        texts["start of the game"] = (Alternative("", "#intro#"),)
-        whole = Grammar(grammar.actions, texts)
-        links, reads = link(schema, whole, commands, untrusted)
-        changing = reads & (fluents | {NEGATED + predicate for predicate in fluents})
-        if changing:
-            raise GrammarError(f"a command's text depends on '{min(changing)}', which changes: not supported")
-        self._links, reads = link(schema, whole, [*feedbacks, ("start of the game", ())], untrusted)
-        changing = reads & (conditional | {NEGATED + predicate for predicate in conditional})
-        if changing:
-            raise GrammarError(f"a text depends on '{min(changing)}', which changes conditionally: not supported")
-        self._links |= links
-        self._command_uses = [
-            _getter(sorted(compile_alternative(schema, texts[name][0], bound, untrusted).uses))
-            for name, bound in commands
-        ]
-        self._write_command = [links[key] for key in commands]
-        self._write_feedback = [self._links[key] for key in feedbacks]
-
-    def _build_tables(
-        self, facts: Mapping[str, list[Fact]], ancestors: Mapping[str, frozenset[str]], size: int
-    ) -> Tables:
-        members: dict[str, list[Fact]] = {}
-        for number, kind in enumerate(self._types):
+    def _build_tables(self, problem: Problem, ancestors: Mapping[str, frozenset[str]], size: int) -> Tables:
+        rows = dict(problem.facts)
+        for number, kind in enumerate(problem.types):
             for ancestor in ancestors[kind]:
-                members.setdefault(TYPE + ancestor, []).append((number,))
+                rows.setdefault(TYPE + ancestor, []).append((number,))
         tables: list[Any] = [None] * size
         for predicate, indexes in self._indexes.items():
-            rows = members.get(predicate, []) if predicate.startswith(TYPE) else facts.get(predicate, [])
             for index in indexes:
-                tables[index.slot] = index.build(rows)
+                tables[index.slot] = index.build(rows.get(predicate, ()))
         return tuple(tables)
 
-    def _first(self, tables: Tables) -> Snapshot:
+    def _first(self, text: str, tables: Tables) -> Snapshot:
         menus = tuple(self._menu(place, tables) for place in range(len(self._actions)))
-        commands = self._commands(menus)
-        text = self._links["start of the game", ()](tables, self.words, self._links)
+        commands = self._operators_of(menus)
         won = self._goal.holds(tables, self._goal_constants)
         return Snapshot(text, tuple(sorted(commands)), won, 0, 0, tables, commands, menus)
 
     def advance(self, snapshot: Snapshot, command: str) -> Snapshot:
-        """Return the moment after `command`; text that is not admissible changes nothing but the observation."""
+        """Return the moment after `command`; what is not admissible changes nothing but the observation."""
         operator = snapshot.commands.get(command) or snapshot.commands.get(command.strip())
         if operator is None:
             return Snapshot(NOTHING, *snapshot[1:])
@@ -175,20 +117,22 @@ class Game:
             changed[index.slot] = index.update(changed[index.slot], fact, present)
         tables = tuple(changed)
         place, arguments = operator
-        text = self._write_feedback[place](tables, self.words, self._links, *arguments)
+        text = self._texts.feedback[place](tables, self._words, self._texts.links, *arguments)
         won = self._goal.holds(tables, self._goal_constants) if step.goal_stale else snapshot.won
         moves = snapshot.moves + 1
         if not step.stale:
-            return Snapshot(text, snapshot.admissible, won, moves, key, tables, snapshot.commands, snapshot.menus)
+            return Snapshot(
+                text, snapshot.admissible, won, moves, key, tables, snapshot.commands, snapshot.menus
+            )
         renewed = list(snapshot.menus)
         for stale in step.stale:
             renewed[stale] = self._menu(stale, tables)
         menus = tuple(renewed)
-        commands = self._commands(menus)
+        commands = self._operators_of(menus)
         return Snapshot(text, tuple(sorted(commands)), won, moves, key, tables, commands, menus)
 
     def _menu(self, place: int, tables: Tables) -> Menu:
-        uses, texts = self._command_uses[place], self._command_texts[place]
+        uses, texts = self._texts.uses[place], self._commands[place]
         applicable = self._actions[place].applicable(tables, self._constants)
         return [
             (texts.get(uses(arguments)) or self._command(place, arguments, tables), (place, arguments))
@@ -197,11 +141,11 @@ class Game:
 
     def _command(self, place: int, arguments: Fact, tables: Tables) -> str:
         """Write the command of an operator; kept, since it depends only on what never changes."""
-        text = self._write_command[place](tables, self.words, self._links, *arguments)
-        self._command_texts[place][self._command_uses[place](arguments)] = text
+        text: str = self._texts.command[place](tables, self._words, self._texts.links, *arguments)
+        self._commands[place][self._texts.uses[place](arguments)] = text
         return text
 
-    def _commands(self, menus: tuple[Menu, ...]) -> dict[str, Operator]:
+    def _operators_of(self, menus: tuple[Menu, ...]) -> dict[str, Operator]:
         commands = dict(chain.from_iterable(menus))
         if len(commands) != sum(map(len, menus)):
             for menu in menus:
@@ -224,61 +168,59 @@ class Game:
             for name, value in ((predicate, present), (NEGATED + predicate, not present)):
                 updates += [(index, fact, value) for index in self._indexes.get(name, ())]
         touched = frozenset(predicate for predicate, _, _ in changes)
-        step = _Step(tuple(updates), tuple(flips), self._readers(touched), not touched.isdisjoint(self._goal.reads))
+        step = _Step(
+            tuple(updates), tuple(flips), self._stale(touched), not touched.isdisjoint(self._goal.reads)
+        )
         if not action.depends_on_state:
             self._operators[operator] = step
         return step
 
     def _fact_code(self, predicate: str, fact: Fact) -> int:
         name = " ".join((predicate, *(self.objects[number] for number in fact)))
-        return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
+        return int.from_bytes(blake2b(name.encode(), digest_size=7).digest(), "big")
 
-    def _readers(self, touched: frozenset[str]) -> tuple[int, ...]:
-        if touched not in self._stale:
-            self._stale[touched] = tuple(
+    def _stale(self, touched: frozenset[str]) -> tuple[int, ...]:
+        """List the actions whose menus depend on a predicate in `touched`."""
+        if touched not in self._readers:
+            self._readers[touched] = tuple(
                 place for place, action in enumerate(self._actions) if not touched.isdisjoint(action.reads)
             )
-        return self._stale[touched]
+        return self._readers[touched]
 
     def other_reached(self, snapshot: Snapshot) -> bool:
         """Say whether the second goal holds at this moment; False when the game has none."""
         return self._other is not None and self._other[0].holds(snapshot.tables, self._other[1])
 
     def facts(self, snapshot: Snapshot, predicate: str) -> list[tuple[str, ...]]:
-        """List the true facts of a predicate that the game looks up anywhere, in the order of object names."""
+        """List the true facts of a predicate that some rule looks up, in the order of object names."""
         for index in self._indexes.get(predicate, ()):
             rows = index.rows(snapshot.tables[index.slot])
             return [tuple(self.objects[number] for number in row) for row in sorted(rows)]
         raise GameFileError(f"this game never looks up the predicate '{predicate}'")
 
 
-def _getter(places: Sequence[int]) -> Callable[[Fact], Any]:
-    return itemgetter(*places) if places else lambda arguments: ()
-
-
-def _mistyped(
-    problem: Problem, predicates: Mapping[str, tuple[str, ...]], ancestors: Mapping[str, frozenset[str]]
-) -> frozenset[str]:
+def _mistyped(problem: Problem, domain: Domain) -> frozenset[str]:
     """Find predicates of which some initial fact holds an object of another type than declared."""
-    kinds = {name: ancestors[kind] for name, kind in problem.objects.items()}
     return frozenset(
         predicate
         for predicate, rows in problem.facts.items()
-        for place, kind in enumerate(predicates[predicate])
-        if any(kind not in kinds[row[place]] for row in rows)
+        for place, kind in enumerate(domain.predicates[predicate])
+        if any(not domain.is_a(problem.types[row[place]], kind) for row in rows)
     )
 
 
-def _words(objects: Sequence[str], types: Sequence[str], used: set[int]) -> Words:
+def _words(problem: Problem) -> Words:
     """Say how texts speak of every object; classes count only objects that occur in a fact."""
-    spoken = dict(zip(sorted(used), display_names([objects[place] for place in sorted(used)]), strict=True))
-    names = tuple(spoken.get(place, name) for place, name in enumerate(objects))
-    count = len(objects)
-    return Words(tuple(objects), names, tuple(types), ("the",) * count, ("a",) * count)
+    used = sorted({number for rows in problem.facts.values() for row in rows for number in row})
+    spoken = list(problem.objects)
+    for number, name in zip(used, display_names([problem.objects[n] for n in used]), strict=True):
+        spoken[number] = name
+    count = len(spoken)
+    return Words(problem.objects, tuple(spoken), problem.types, ("the",) * count, ("a",) * count)
 
 
 def display_names(ids: Sequence[str]) -> list[str]:
-    """Name objects as the player sees them: `Mug_bar_…` becomes "mug 2"; within a class, later ids get lower numbers."""
+    """Name objects as the player sees them, such as "mug 2"; within a class, later ids get lower numbers."""
     lowered = [name.lower() for name in ids]
     left = Counter(kind for name in lowered if (kind := _class(name)))
     names = dict.fromkeys(lowered, "")

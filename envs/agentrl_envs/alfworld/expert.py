@@ -1,8 +1,8 @@
-"""An expert that does not know where things are: it looks for them, from nothing but the texts it has read."""
+"""An expert that does not know where things are: it looks for them, and knows only the texts it has read."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from agentrl_envs.alfworld.wording import Wanted, listed, room_of
 
@@ -16,7 +16,9 @@ _TOOLS = {
     "pick_heat_then_place_in_recep": ("heat", "microwave"),
     "pick_cool_then_place_in_recep": ("cool", "fridge"),
 }
-_LAMP_STANDS = frozenset({"desk", "sidetable", "dresser", "shelf", "coffeetable", "diningtable", "armchair", "sofa"})
+_LAMP_STANDS = frozenset(
+    {"desk", "sidetable", "dresser", "shelf", "coffeetable", "diningtable", "armchair", "sofa"}
+)
 
 
 def kind_of(name: str) -> str:
@@ -25,7 +27,7 @@ def kind_of(name: str) -> str:
 
 
 class SearchingExpert:
-    """Remembers what was seen and decides on the next command; any other command in between is taken in its stride.
+    """Remembers what was seen and decides on the next command; it copes with others' commands in between.
 
     Args:
         wanted: the task.
@@ -44,7 +46,6 @@ class SearchingExpert:
         self.closed: set[str] = set()
         self.held: str | None = None
         self.states: dict[str, set[str]] = {}  # object -> clean, heat, cool
-        self.lit: set[str] = set()
         self.visited: set[str] = set()
 
     def observe(self, command: str, text: str) -> None:
@@ -58,21 +59,18 @@ class SearchingExpert:
             self.closed.add(match[1])
         if text.startswith("You close the "):
             self.closed.add(command.removeprefix("close "))
-        elif text.startswith("You pick up") and (match := _TAKE.fullmatch(command)):
-            self.held = match[1]
-            self._forget(match[1])
-        elif text.startswith(("You move", "You put")) and (match := _PUT.fullmatch(command)):
+        if text.startswith("You pick up") and (taken := _TAKE.fullmatch(command)):
+            self._take(taken[1])
+        if text.startswith(("You move", "You put")) and (put := _PUT.fullmatch(command)):
             self.held = None
-            self.contents.setdefault(match[2], []).append(match[1])
-        elif match := _TREAT.fullmatch(command):
-            if "using" in text:
-                state = self.states.setdefault(match[2], set())
-                state -= {"heat": {"cool"}, "cool": {"heat"}}.get(match[1], set())
-                state.add(match[1])
-        elif text.startswith("You turn on"):
-            self.lit.add(command.removeprefix("use "))
+            self.contents.setdefault(put[2], []).append(put[1])
+        if " using the " in text and (treated := _TREAT.fullmatch(command)):
+            state = self.states.setdefault(treated[2], set())
+            state -= {"heat": {"cool"}, "cool": {"heat"}}.get(treated[1], set())
+            state.add(treated[1])
 
-    def _forget(self, item: str) -> None:
+    def _take(self, item: str) -> None:
+        self.held = item
         for items in self.contents.values():
             if item in items:
                 items.remove(item)
@@ -108,7 +106,7 @@ class SearchingExpert:
         if self.held is None:
             yield from self._fetch(offered)
         elif stand is None:
-            yield from self._search(lambda kind: kind in _LAMP_STANDS, offered)
+            yield from self._search(_LAMP_STANDS.__contains__, offered)
         else:
             yield f"go to {stand}"
             yield from (f"use {lamp}" for lamp in self._lamps(self.contents[stand]))
@@ -117,7 +115,11 @@ class SearchingExpert:
         return [item for item in items if kind_of(item) == self.wanted.place]
 
     def _fetch(self, offered: frozenset[str]) -> Iterable[str]:
-        done = self._target() if self.wanted.task_type in ("pick_two_obj_and_place", "pick_and_place_simple") else None
+        done = (
+            self._target()
+            if self.wanted.task_type in ("pick_two_obj_and_place", "pick_and_place_simple")
+            else None
+        )
         for receptacle in self.room:
             for item in self.contents.get(receptacle, ()):
                 if kind_of(item) == self.wanted.object and receptacle != done:
@@ -150,9 +152,8 @@ class SearchingExpert:
             if match and match[1] == item and target in (None, match[2]):
                 yield command
 
-    def _search(self, plausible: object, offered: frozenset[str]) -> Iterable[str]:
-        """Open what is closed here, then go on to the next receptacle not seen inside: plausible ones first."""
-        assert callable(plausible)
+    def _search(self, plausible: Callable[[str], bool], offered: frozenset[str]) -> Iterable[str]:
+        """Open what is closed here, then go to the next receptacle not seen inside: plausible ones first."""
         unseen = [r for r in self.route if r not in self.visited]
         ordered = sorted(unseen or self.route, key=lambda r: not plausible(kind_of(r)))
         for receptacle in ordered:

@@ -25,7 +25,7 @@ OTHER = "#other"
 class LoadedGame:
     """A game and what is known of its task.
 
-    `file` is the content of its `game.tw-pddl`; `holds` says which object classes fit into which receptacle class.
+    `file` is the content of its `game.tw-pddl`; `holds` says which object classes fit where.
     """
 
     game: Game
@@ -71,7 +71,12 @@ class TaskIds(Sequence[str]):
 
     def __contains__(self, task: object) -> bool:
         split, _, number = task.partition("/") if isinstance(task, str) else ("", "", "")
-        return split == self.split and number.isdecimal() and f"{int(number)}" == number and int(number) in self.numbers
+        return (
+            split == self.split
+            and number.isdecimal()
+            and f"{int(number)}" == number
+            and int(number) in self.numbers
+        )
 
     def __repr__(self) -> str:
         return f"TaskIds({self.split!r}, {self.numbers!r})"
@@ -94,7 +99,9 @@ class GeneratedGames:
         plain = task.removesuffix(OTHER)
         split, _, index = plain.partition("/")
         if split not in SPLITS or plain not in self.tasks(split):
-            raise ConfigError(f"task {task!r} does not exist; ids are like 'train/0' and 'valid_unseen/17{OTHER}'")
+            raise ConfigError(
+                f"task {task!r} does not exist; ids are like 'train/0' and 'valid_unseen/17{OTHER}'"
+            )
         made = generate(split, int(index), self.options)
         return made if plain == task else made.swapped()
 
@@ -136,12 +143,12 @@ def game_file(made: GeneratedGame) -> dict[str, Any]:
 
 
 def _game(file: Mapping[str, Any], place: str, other_goal: str = "") -> Game:
-    texts = [file.get(key) for key in ("pddl_domain", "pddl_problem", "grammar")]
-    for key, text in zip(("pddl_domain", "pddl_problem", "grammar"), texts, strict=True):
-        if not isinstance(text, str):
-            raise GameFileError(f"{place}: '{key}' must be a text, found {type(text).__name__}")
+    for key in ("pddl_domain", "pddl_problem", "grammar"):
+        if not isinstance(file.get(key), str):
+            raise GameFileError(f"{place}: '{key}' must be a text, found {type(file.get(key)).__name__}")
+    domain, problem, grammar = (str(file[key]) for key in ("pddl_domain", "pddl_problem", "grammar"))
     try:
-        return Game(*map(str, texts), walkthrough=file.get("walkthrough") or (), other_goal=other_goal)
+        return Game(domain, problem, grammar, file.get("walkthrough") or (), other_goal)
     except GameFileError as error:
         raise type(error)(f"{place}: {error}") from error
 
@@ -231,7 +238,7 @@ def _shared(key: Any, load: Callable[[], LoadedGame]) -> LoadedGame:
 
 
 def write_games(folder: str | Path, made: Iterable[GeneratedGame]) -> list[Path]:
-    """Write generated games in ALFWorld's layout, for its own tools and for `data=FOLDER`; return their folders."""
+    """Write games in ALFWorld's layout, for its own tools and for `data=FOLDER`; return their folders."""
     written = []
     for game in made:
         split, _, index = game.task.partition("/")

@@ -41,9 +41,16 @@ _TOOLS = {
 _ABILITIES = ("Cleanable", "Heatable", "Coolable", "Sliceable")
 _LAMP_STANDS = {
     "DeskLamp": frozenset({"Desk", "SideTable", "Dresser", "Shelf", "CoffeeTable", "DiningTable", "TVStand"}),
-    "FloorLamp": frozenset({"SideTable", "Dresser", "ArmChair", "Sofa", "Desk", "TVStand", "CoffeeTable", "Bed"}),
+    "FloorLamp": frozenset(
+        {"SideTable", "Dresser", "ArmChair", "Sofa", "Desk", "TVStand", "CoffeeTable", "Bed"}
+    ),
 }
-_USUAL_COUNT = {"StoveBurner": 4, "Cabinet": 4, "Drawer": 4, "Shelf": 3}  # of furniture absent from the floor plan
+_USUAL_COUNT = {
+    "StoveBurner": 4,
+    "Cabinet": 4,
+    "Drawer": 4,
+    "Shelf": 3,
+}  # of furniture absent from the floor plan
 _RULES_NEED_OBJECT = ("ButterKnife", "Knife")
 _RULES_NEED_RECEPTACLE = ("Fridge", "Microwave", "SinkBasin")
 _INSTANCES = (1, 2, 3)
@@ -54,7 +61,7 @@ _INSTANCE_WEIGHTS = (9, 16, 20)  # cumulative: 45, 35 and 20 %
 class Options:
     """What kind of games: None means no restriction.
 
-    `max_receptacles` keeps one receptacle per type and then so many of these, the ones the goal needs among them;
+    `max_receptacles` keeps one receptacle per type, and so many of these, those the goal needs among them;
     `object_types` is how many types of movable objects lie in the room.
     """
 
@@ -139,7 +146,7 @@ class _Wish:
 
 @dataclass(frozen=True, slots=True)
 class _Scene:
-    """A floor plan with what can be asked for in it: per task type, object -> receptacle types (lamps for look)."""
+    """A floor plan and what can be asked for: task type -> object -> receptacle types (lamps for look)."""
 
     plan: FloorPlan
     furniture: tuple[str, ...]
@@ -172,9 +179,7 @@ def generate(split: str, index: int, options: Options) -> GeneratedGame:
     text = _room_text(wheel, f"{split}_{index}", room)
     template = rng.randrange(len(wheel.goals[task_type][1]))
     names = dict(zip(room.ids, display_names(room.ids), strict=True))
-    goals = [
-        _goal(wheel, room, names, wish, kind, template) for kind in (item, twin) if kind is not None
-    ]
+    goals = [_goal(wheel, room, names, wish, kind, template) for kind in (item, twin) if kind is not None]
     other = goals[1] if len(goals) > 1 else None
     shown = wish.lamp or wish.receptacle
     return GeneratedGame(f"{split}/{index}", task_type, scene.plan.number, shown, text, goals[0], other)
@@ -209,7 +214,9 @@ def _wishes(
 ) -> dict[str, tuple[str, ...]]:
     if task_type == "look_at_obj_in_light":
         lamps = tuple(
-            lamp for lamp, stands in _LAMP_STANDS.items() if lamp in plan.types and stands.intersection(furniture)
+            lamp
+            for lamp, stands in _LAMP_STANDS.items()
+            if lamp in plan.types and stands.intersection(furniture)
         )
         return dict.fromkeys(objects, lamps) if lamps else {}
     ability, tool, _ = _TOOLS.get(task_type, (None, None, None))
@@ -275,14 +282,16 @@ class _Room:
     def _somewhere(self, kind: str, used: set[str]) -> Receptacle:
         rng = self.rng
         while True:
-            location = location_id(rng.randint(-12, 12), rng.randint(-12, 12), rng.randrange(4), 30 * rng.randrange(3))
+            location = location_id(
+                rng.randint(-12, 12), rng.randint(-12, 12), rng.randrange(4), 30 * rng.randrange(3)
+            )
             if location not in used:
                 used.add(location)
                 return Receptacle(self._new_id(kind), kind, location)
 
     def _new_id(self, kind: str) -> str:
-        draw = self.rng.randrange
-        numbers = [f"{'+-'[draw(2)]}{draw(4):02d}.{draw(100):02d}" for _ in range(3)]
+        draw = self.rng.random
+        numbers = [f"{'+-'[draw() < 0.5]}{draw() * 4:05.2f}" for _ in range(3)]
         if kind.endswith("Basin"):
             return pddl_id("|".join([kind.removesuffix("Basin"), *numbers, kind]))
         return pddl_id("|".join([kind, *numbers]))

@@ -3,10 +3,10 @@
 The facts of a state are held in *tables*, one for each way in which some condition looks them up:
 
 * a frozenset, to test a fact of one argument (or none);
-* a dict from the bound arguments to the sorted tuple of the others, or a bare sorted tuple when nothing is bound.
+* a dict from the bound arguments to the sorted tuple of the others; the bare tuple when nothing is bound.
 
-An object is an int, numbered in the order of its name, so that sorted tables give results in name order. The generated code
-holds only names and numbers made here, never text of a game file.
+An object is an int, numbered in the order of its name, so that sorted tables give results in name order. The
+generated code holds only names and numbers made here, never text of a game file.
 """
 
 import threading
@@ -25,7 +25,7 @@ NEGATED = "not_"
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """One table: the facts of `predicate`, looked up by the arguments at `bound` (None: a set of whole facts)."""
+    """One table: a predicate's facts, looked up by the arguments at `bound` (None: a set of whole facts)."""
 
     slot: int
     bound: tuple[int, ...] | None
@@ -112,7 +112,7 @@ class Schema:
             return index.slot
 
     def types_of(self, predicate: str) -> tuple[str, ...]:
-        """Give the declared argument types of a predicate, of its negation, or of a type used as a predicate."""
+        """Give the declared argument types of a predicate, a negated one, or a type used as a predicate."""
         if predicate.startswith(TYPE):
             return (predicate.removeprefix(TYPE),)
         if predicate not in self.domain.predicates and predicate.startswith(NEGATED):
@@ -128,7 +128,7 @@ class Schema:
 
 
 class Code:
-    """Source text of one function; in it S are the tables of a state and C the objects that the rules name."""
+    """Source text of a function, where S are the tables of a state and C the objects that the rules name."""
 
     def __init__(
         self, schema: Schema, constants: Mapping[str, int], untrusted: frozenset[str] = frozenset()
@@ -251,7 +251,7 @@ class Code:
         self.bind(Atom(TYPE + kind, (variable,)), {variable: kind})
 
     def join(self, formula: Formula, kinds: dict[str, str], fluents: frozenset[str]) -> None:
-        """Open loops and tests that enumerate all values of the variables in `kinds` for which `formula` holds."""
+        """Open loops over the values of the variables in `kinds` (name to type) for which `formula` holds."""
         pending = _conjuncts(formula, kinds)
         while True:
             ready = [part for part in pending if all(self.is_bound(name) for name in free_variables(part))]

@@ -1,8 +1,8 @@
-"""Read the PDDL of a game: types, predicates, actions with conditions and effects, objects, initial facts and goal."""
+"""Read the PDDL of a game: its domain (types, predicates, actions) and its problem (objects, facts, goal)."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from agentrl.errors import AgentRLError
 
@@ -79,20 +79,23 @@ class Domain:
     actions: tuple[Action, ...]
 
     def is_a(self, kind: str, wanted: str) -> bool:
-        """Say whether every object of type `kind` is one of type `wanted`; a type nobody declared is empty."""
+        """Say whether every object of type `kind` is of type `wanted`; a type nobody declared is empty."""
         return kind not in self.ancestors or wanted in self.ancestors[kind]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One game's objects (name to type), true facts per predicate, and goal."""
+    """One game's objects, initial facts and goal.
 
-    objects: Mapping[str, str]
-    facts: Mapping[str, list[tuple[str, ...]]] = field(hash=False)
+    Objects are numbered in the order of their names; `types[n]` is the type of `objects[n]`, `number` the way
+    back. `facts` holds the rows of every predicate that is true of something, sorted.
+    """
+
+    objects: tuple[str, ...]
+    types: tuple[str, ...]
+    number: Mapping[str, int]
+    facts: Mapping[str, list[tuple[int, ...]]]
     goal: Formula
-
-
-_TOKEN = re.compile(r"[()]|[^\s()]+")
 
 
 def read_expression(text: str) -> list[Expression]:
@@ -101,7 +104,9 @@ def read_expression(text: str) -> list[Expression]:
         text = re.sub(r";[^\n]*", "", text)
     if not text.isascii():
         raise PddlError(f"PDDL holds a character outside ASCII: {next(c for c in text if ord(c) > 127)!r}")
-    tokens = _TOKEN.findall(text.lower().replace("?", " ?"))
+    for sign in "()":
+        text = text.replace(sign, f" {sign} ")
+    tokens = text.lower().replace("?", " ?").split()
     root: list[Expression] = []
     stack, current = [], root
     for token in tokens:
@@ -178,6 +183,13 @@ class _Conditions:
     def _quantified(
         self, head: str, variables: Expression, body: Expression, scope: Mapping[str, str], positive: bool
     ) -> Formula:
+        inner, renamed = self._renamed(head, variables, scope)
+        kind = head if positive else {"exists": "forall", "forall": "exists"}[head]
+        return Quantified(kind, renamed, self.read(body, inner, positive))
+
+    def _renamed(
+        self, head: str, variables: Expression, scope: Mapping[str, str]
+    ) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
         if not isinstance(variables, list):
             raise PddlError(f"{self.place}: '{head}' needs a list of variables, found {variables!r}")
         inner, renamed = dict(scope), []
@@ -185,8 +197,7 @@ class _Conditions:
             self.fresh += 1
             inner[name] = f"{name}'{self.fresh}"
             renamed.append((inner[name], kind))
-        kind = head if positive else {"exists": "forall", "forall": "exists"}[head]
-        return Quantified(kind, tuple(renamed), self.read(body, inner, positive))
+        return inner, tuple(renamed)
 
     def atom(self, source: Expression, scope: Mapping[str, str], positive: bool = True) -> Atom:
         if not isinstance(source, list) or not source or not all(isinstance(item, str) for item in source):
@@ -211,11 +222,9 @@ class _Conditions:
                 yield from self.effects(part, scope)
         elif head == "forall":
             _, variables, body = self._only(source, 3)
-            shell = self._quantified("forall", variables, [], scope, True)
-            assert isinstance(shell, Quantified)
-            inner = dict(scope) | {name.split("'")[0]: name for name, _ in shell.variables}
+            inner, renamed = self._renamed("forall", variables, scope)
             for effect in self.effects(body, inner):
-                yield Effect(shell.variables + effect.variables, effect.condition, effect.literal)
+                yield Effect(renamed + effect.variables, effect.condition, effect.literal)
         elif head == "when":
             _, condition, body = self._only(source, 3)
             guard = self.read(condition, scope)
@@ -291,7 +300,9 @@ def _read_action(rest: list[Expression], predicates: Mapping[str, tuple[str, ...
     parts = {str(key): value for key, value in zip(rest[1::2], rest[2::2], strict=False)}
     unknown = set(parts) - {":parameters", ":precondition", ":effect"}
     if unknown or ":effect" not in parts or len(rest) % 2 == 0:
-        raise PddlError(f"action {name}: wanted :parameters, :precondition and :effect, found {sorted(parts)}")
+        raise PddlError(
+            f"action {name}: wanted :parameters, :precondition and :effect, found {sorted(parts)}"
+        )
     listed = parts.get(":parameters", [])
     if not isinstance(listed, list):
         raise PddlError(f"action {name}: :parameters must be a list, found {listed!r}")
@@ -309,14 +320,14 @@ def parse_problem(text: str, domain: Domain) -> Problem:
         PddlError: for anything malformed, undeclared, missing, or of the wrong arity.
     """
     objects = dict(domain.constants)
-    facts: dict[str, list[tuple[str, ...]]] = {}
+    init: list[Expression] = []
     goal: Expression | None = None
     for section in _sections(read_expression(text), "problem"):
         head = section[0]
         if head == ":objects":
             _declare(typed_list(section[1:]), objects, domain)
         elif head == ":init":
-            facts = _read_facts(section, objects, domain)
+            init = section[1:]
         elif head == ":goal":
             if len(section) != 2:
                 raise PddlError(f"the problem: ':goal' takes one condition, found {len(section) - 1}")
@@ -325,21 +336,26 @@ def parse_problem(text: str, domain: Domain) -> Problem:
             raise PddlError(f"the problem: section '{head}' is not supported")
     if goal is None:
         raise PddlError("the problem has no ':goal'")
-    return Problem(objects, facts, _read_goal(goal, objects, domain))
+    names = tuple(sorted(objects))
+    number = {name: place for place, name in enumerate(names)}
+    facts = _read_facts(init, number, domain)
+    return Problem(
+        names, tuple(objects[name] for name in names), number, facts, _read_goal(goal, number, domain)
+    )
 
 
-def parse_goal(text: str, objects: Mapping[str, str], domain: Domain) -> Formula:
+def parse_goal(text: str, number: Mapping[str, int], domain: Domain) -> Formula:
     """Read the tail of a problem file, from `(:goal` to the parenthesis that closes the problem."""
     for section in _sections(read_expression(f"(define {text}"), "goal"):
         if section[0] == ":goal" and len(section) == 2:
-            return _read_goal(section[1], objects, domain)
+            return _read_goal(section[1], number, domain)
     raise PddlError("the goal must be '(:goal CONDITION)'")
 
 
-def _read_goal(goal: Expression, objects: Mapping[str, str], domain: Domain) -> Formula:
+def _read_goal(goal: Expression, number: Mapping[str, int], domain: Domain) -> Formula:
     formula = _Conditions(domain.predicates, "the goal").read(goal, {})
     for name in constants_of(formula):
-        if name not in objects:
+        if name not in number:
             raise PddlError(f"the goal: object '{name}' is not declared")
     return formula
 
@@ -354,27 +370,26 @@ def _declare(items: list[tuple[str, str]], objects: dict[str, str], domain: Doma
 
 
 def _read_facts(
-    section: list[Expression], objects: Mapping[str, str], domain: Domain
-) -> dict[str, list[tuple[str, ...]]]:
-    facts: dict[str, set[tuple[str, ...]]] = {}
-    known = objects.keys()
-    for item in section[1:]:
-        if not isinstance(item, list) or not item:
+    init: list[Expression], number: Mapping[str, int], domain: Domain
+) -> dict[str, list[tuple[int, ...]]]:
+    facts: dict[str, set[tuple[int, ...]]] = {}
+    for item in init:
+        predicate = item[0] if isinstance(item, list) and item else None
+        if not isinstance(predicate, str):
             raise PddlError(f"the problem: {item!r} in ':init' is not a fact")
-        predicate, *arguments = item
+        arguments = item[1:]
         if predicate in ("=", "not"):
             continue
-        declared = domain.predicates.get(str(predicate))
-        if declared is None:
+        if predicate not in domain.predicates:
             raise PddlError(f"the problem: predicate '{predicate}' is not declared")
-        if len(arguments) != len(declared):
-            raise PddlError(
-                f"the problem: '{predicate}' takes {len(declared)} arguments, found {len(arguments)}"
-            )
-        for name in arguments:
-            if not isinstance(name, str) or name not in known:
-                raise PddlError(f"the problem: object {name!r} in '{predicate}' is not declared")
-        facts.setdefault(str(predicate), set()).add(tuple(map(str, arguments)))
+        wanted = len(domain.predicates[predicate])
+        if len(arguments) != wanted:
+            raise PddlError(f"the problem: '{predicate}' takes {wanted} arguments, found {len(arguments)}")
+        try:
+            row = tuple([number[name] for name in arguments])  # type: ignore[index]
+        except (KeyError, TypeError) as error:
+            raise PddlError(f"the problem: {error} in '{predicate}' is not a declared object") from error
+        facts.setdefault(predicate, set()).add(row)
     return {predicate: sorted(found) for predicate, found in facts.items()}
 
 

@@ -1,4 +1,4 @@
-"""TextWorld's PDDL engine behind the same interface, to compare ours with; slow, and one at a time per process."""
+"""TextWorld's PDDL engine behind the interface of ours, to compare the two; slow, and one per process."""
 
 import hashlib
 import json
@@ -19,8 +19,8 @@ _in_use = threading.Lock()
 class ReferenceEngine:
     """Plays a `game.tw-pddl` with TextWorld, named by ALFWorld's own `Demangler`.
 
-    The library keeps global parsers and solver state: threads break it, so there is one engine per process, and a
-    moment cannot be gone back to.
+    The library keeps global parsers and solver state: threads break it, so there is one engine per process,
+    and a moment cannot be gone back to.
     """
 
     def __init__(self) -> None:
@@ -32,11 +32,13 @@ class ReferenceEngine:
             from textworld.envs.pddl import PddlEnv
         except ImportError as error:
             raise MissingDependencyError(
-                f"engine 'textworld' is not installed ({error}); run: pip install 'agentrl[alfworld-reference]' "
-                f"and {REMEDY} (building it takes minutes and a C++ compiler)"
+                f"engine 'textworld' is not installed ({error}); run: "
+                f"pip install 'agentrl[alfworld-reference]' && {REMEDY} (builds C++ for minutes)"
             ) from error
         if not _in_use.acquire(blocking=False):
-            raise ConfigError("engine: 'textworld' serves one environment per process; close the other one first")
+            raise ConfigError(
+                "engine: 'textworld' serves one environment per process; close the other one first"
+            )
         self._open = True
         self._demangler = Demangler
         self._env = PddlEnv(EnvInfos(admissible_commands=True, won=True, moves=True, score=True, lost=True))
@@ -47,13 +49,14 @@ class ReferenceEngine:
             self._open = False
             _in_use.release()
 
-    def load(self, file: Mapping[str, Any]) -> None:
-        """Load the content of a `game.tw-pddl`."""
+    def begin(self, file: Mapping[str, Any]) -> Snapshot:
+        """Load the content of a `game.tw-pddl` and begin it."""
         self._env.load(dict(file))
         infos = self._env._entity_infos
         demangler = self._demangler(game_infos=infos)
         for info in infos.values():
             info.name = demangler.demangle_alfred_name(info.id)
+        return self.reset()
 
     def reset(self) -> Snapshot:
         """Begin the loaded game anew."""
@@ -65,8 +68,7 @@ class ReferenceEngine:
         return _moment(state), score, done
 
     def start(self, loaded: LoadedGame) -> Snapshot:
-        self.load(loaded.file)
-        return self.reset()
+        return self.begin(loaded.file)
 
     def advance(self, loaded: LoadedGame, moment: Snapshot, command: str) -> Snapshot:
         return self.step(command)[0]
@@ -78,6 +80,6 @@ class ReferenceEngine:
 
 def _moment(state: Any) -> Snapshot:
     shown = json.dumps([state.feedback, state["admissible_commands"]])
-    key = int.from_bytes(hashlib.blake2b(shown.encode(), digest_size=8).digest(), "big")
+    key = int.from_bytes(hashlib.blake2b(shown.encode(), digest_size=7).digest(), "big")
     commands = tuple(state["admissible_commands"])
     return Snapshot(state.feedback, commands, bool(state["won"]), state["moves"], key, (), {}, ())

@@ -1,7 +1,7 @@
 """Compile a domain's actions and a game's goal."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,6 @@ from agentrl_envs.alfworld.pddl import (
     Formula,
     Junction,
     Quantified,
-    atoms_of,
     constants_of,
     parse_domain,
 )
@@ -26,7 +25,7 @@ Change = tuple[str, Fact, bool]
 
 @dataclass(frozen=True, slots=True)
 class CompiledEffect:
-    """A literal that an operator makes true; `condition` and `expand` are None where there is nothing to check."""
+    """A literal that an operator makes true, where `condition` holds, for all rows of `expand`, if any."""
 
     predicate: str
     arguments: tuple[tuple[bool, int], ...]
@@ -93,7 +92,7 @@ class Rules:
         """Find predicates that some action fills with objects of another type than declared."""
         for action in self.domain.actions:
             for effect in action.effects:
-                kinds = dict(action.parameters) | dict(effect.variables) | self.domain.constants
+                kinds = {**dict(action.parameters + effect.variables), **self.domain.constants}
                 declared = self.domain.predicates[effect.literal.predicate]
                 for argument, kind in zip(effect.literal.arguments, declared, strict=True):
                     if not self.domain.is_a(kinds.get(argument, kind), kind):
@@ -112,15 +111,21 @@ class Rules:
                 self._actions[untrusted] = tuple(compiled)
             return self._actions[untrusted]
 
-    def goal(self, formula: Formula, untrusted: frozenset[str]) -> tuple["Goal", tuple[str, ...]]:
-        """Compile a goal, sharing the code among goals that differ only in the objects they name."""
+    def goal(
+        self, formula: Formula, number: Mapping[str, int], untrusted: frozenset[str]
+    ) -> tuple["Goal", Fact]:
+        """Compile a goal, sharing the code among goals that differ only in the objects they name.
+
+        Returns:
+            The code, and the numbers of the objects to hand to it.
+        """
         named = tuple(constants_of(formula))
         pattern = _with_constants(formula, {name: f"constant{place}" for place, name in enumerate(named)})
         key = Junction("and", (pattern, Atom("=", tuple(sorted(untrusted)))))
         with self._lock:
             if key not in self._goals:
                 self._goals[key] = _compile_goal(self, pattern, len(named), untrusted)
-            return self._goals[key], named
+            return self._goals[key], tuple(number[name] for name in named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +184,7 @@ def _compile_action(rules: Rules, action: Action, untrusted: frozenset[str]) -> 
 
 
 def _void(code: Code, action: Action) -> str | None:
-    """Write when an operator only repeats its own precondition, such as going to where one is; None for never.
+    """Write when an operator only repeats its precondition, such as going to where one is; None for never.
 
     Such operators do not exist. Deleting a fact that is added as well is void, too.
     """

@@ -1,189 +1,28 @@
-"""Read a `.twl2` grammar: the command and the feedback of every action, and the rules that write them.
-
-A text is literal characters, `#rule#`, `{expression | query}` (one result after another) and `[{expression | query}]` (a list
-with commas). A query `p(x:type) & q(x:type, y:type)` is matched against the facts, left to right.
-"""
+"""Compile the texts of a game: functions that write its commands and its answers."""
 
 import ast
-import json
 import re
-import textwrap
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
-from agentrl_envs.alfworld.joins import Code, Schema, Tables
-from agentrl_envs.alfworld.pddl import Atom, GameFileError, PddlError
-
-Placeholder = tuple[str, str]  # name and type
-Bound = tuple[Placeholder, ...]
-
-
-class GrammarError(GameFileError):
-    """The text grammar of a game is malformed, or uses something that is not supported."""
-
-
-class Alternative(NamedTuple):
-    """One way to write a rule; used when its condition holds and no earlier one's did."""
-
-    condition: str
-    text: str
-
-
-class ActionText(NamedTuple):
-    """How an action is typed by the player, and what answers it."""
-
-    command: str
-    feedback: str
-
-
-@dataclass(frozen=True, slots=True)
-class Grammar:
-    """What a `.twl2` text declares."""
-
-    actions: dict[str, ActionText]
-    rules: dict[str, tuple[Alternative, ...]]
-
-
-_ITEM = re.compile(
-    r"""(?:\s++|\#[^\n]*+)*+(?:
-        action\s+(?P<action>[\w/-]+)\s*\{
-        |grammar\s*::\s*\"\"\"(?P<grammar>.*?)\"\"\"\s*;
-        |template\s*::\s*"(?P<template>[^"]*)"\s*;
-        |feedback\s*::\s*"(?P<feedback>[^"]*)"\s*;
-        |pddl\s*::\s*\"\"\".*?\"\"\"\s*;
-        |(?P<close>\})
-        |(?P<end>\Z))""",
-    re.VERBOSE | re.DOTALL,
+from agentrl_envs.alfworld.grammar import (
+    Alternative,
+    Bound,
+    Grammar,
+    GrammarError,
+    Part,
+    Placeholder,
+    parse_query,
+    split_text,
 )
-
-
-def parse_grammar(text: str) -> Grammar:
-    """Read a `.twl2` text.
-
-    Raises:
-        GrammarError: naming the line where the text stops making sense.
-    """
-    actions: dict[str, ActionText] = {}
-    rules: dict[str, tuple[Alternative, ...]] = {}
-    inside: dict[str, str] | None = None
-    place = 0
-    while True:
-        match = _ITEM.match(text, place)
-        kind = match.lastgroup if match else None
-        outside = kind in ("action", "end")
-        if match is None or (outside != (inside is None) and kind not in ("grammar", None)):
-            line = text.count("\n", 0, place) + 1
-            raise GrammarError(f"the text grammar makes no sense from line {line} on: {text[place:place + 60]!r}")
-        place = match.end()
-        if kind == "end":
-            return Grammar(actions, rules)
-        if kind == "action":
-            inside = {"name": match["action"].lower()}
-        elif kind == "grammar":
-            rules.update(_read_rules(match["grammar"], inside is not None))
-        elif kind == "close" and inside is not None:
-            if not {"template", "feedback"} <= inside.keys():
-                raise GrammarError(f"action {inside['name']} of the text grammar needs a template and a feedback")
-            actions[inside["name"]] = ActionText(inside["template"], inside["feedback"])
-            inside = None
-        elif kind is not None and inside is not None:
-            inside[kind] = match[kind]
-
-
-@lru_cache(maxsize=256)
-def _read_rules(block: str, in_action: bool) -> dict[str, tuple[Alternative, ...]]:
-    block = textwrap.dedent(block)
-    if in_action:
-        block = "\n".join(line for line in block.split("\n") if not line.lstrip().startswith("#"))
-    try:
-        data = json.loads(block)
-        return {
-            name: tuple(Alternative(item.get("condition", ""), item["rhs"]) for item in items)
-            for name, items in data.items()
-        }
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise GrammarError(f"a grammar block is not JSON of rules with 'rhs': {error!r}") from error
-
-
-class Part(NamedTuple):
-    """A piece of a text: kind is literal, rule, repeat or list; `query` selects what the last two run over."""
-
-    kind: str
-    content: str
-    is_rule: bool = False
-    query: str = ""
-
-
-_STATEMENT = r"[^|\[\]{}\n<>]+"
-_TAG = r"\#[\w()/!<>\-\s,.]+\#"
-_BRACES = rf"\{{\t*(?:(?P<tag>{_TAG})|(?P<code>{_STATEMENT}))\t*(?:\s*\|\s*(?P<query>[^;|{{}}\n\[\]\#]+))?\}}"
-_PART = re.compile(
-    rf"""\[\t*{_BRACES}\t*\]|{_BRACES.replace("?P<", "?P<bare_")}|(?P<rule>{_TAG})
-        |"(?P<quoted>[^;|"<>\[\]\#{{}}]*)"|(?P<literal>[^;|"<>\[\]\#{{}}]+)""",
-    re.VERBOSE,
-)
-_SKIPPED = re.compile(r"\t+|(?://.*|\s+)\n?")
-
-
-@lru_cache(maxsize=4096)
-def split_text(text: str) -> tuple[Part, ...]:
-    """Cut a text into its pieces; whatever follows the first character that fits nowhere is lost."""
-    parts: list[Part] = []
-    place = 0
-    while True:
-        place = _skip(text, place)
-        match = _PART.match(text, place)
-        if match is None or match.end() == place:
-            return tuple(parts)
-        place = match.end()
-        parts.append(_part(match))
-
-
-def _skip(text: str, place: int) -> int:
-    """Pass over tabs, and at the start of a line over blanks and `//` comments."""
-    while place < len(text):
-        at_start = place == 0 or text[place - 1] == "\n"
-        match = (_SKIPPED if at_start else _TABS).match(text, place)
-        if match is None:
-            break
-        place = match.end()
-    return place
-
-
-_TABS = re.compile(r"\t+")
-
-
-def _part(match: re.Match[str]) -> Part:
-    found = match.groupdict()
-    if found["rule"] is not None:
-        return Part("rule", found["rule"][1:-1])
-    if found["literal"] is not None or found["quoted"] is not None:
-        return Part("literal", found["literal"] if found["literal"] is not None else found["quoted"])
-    kind, prefix = ("list", "") if match[0].startswith("[") else ("repeat", "bare_")
-    tag, code, query = (found[prefix + name] for name in ("tag", "code", "query"))
-    return Part(kind, tag[1:-1] if tag else code, tag is not None, (query or "").strip())
-
-
-_QUERY_ATOM = re.compile(r"\s*([\w/!]+)\s*\(([^()]*)\)\s*")
-
-
-@lru_cache(maxsize=1024)
-def parse_query(text: str) -> tuple[tuple[str, Bound], ...]:
-    """Read `p(x:type) & q(..)` as ((p, ((x, type),)), …)."""
-    atoms = []
-    for piece in text.split("&"):
-        match = _QUERY_ATOM.fullmatch(piece)
-        if match is None:
-            raise GrammarError(f"{piece!r} is not an atom of a query, in {text!r}")
-        arguments = []
-        for item in filter(None, (item.strip() for item in match[2].split(","))):
-            name, _, kind = (part.strip() for part in item.partition(":"))
-            arguments.append((name, kind or name))
-        atoms.append((match[1], tuple(arguments)))
-    return tuple(atoms)
-
+from agentrl_envs.alfworld.joins import NEGATED, Code, Fact, Schema, Tables
+from agentrl_envs.alfworld.pddl import Atom, PddlError
+from agentrl_envs.alfworld.rules import CompiledAction, Rules
 
 _ATTRIBUTES = ("id", "name", "type", "definite", "indefinite")
 
@@ -206,8 +45,8 @@ Links = dict[tuple[str, Bound], Any]
 class Compiled:
     """An alternative as code.
 
-    `links` are the rules it refers to, with what is bound there; `uses` are the places of the bound objects that it
-    or one of those rules may look at.
+    `links` are the rules it refers to, with what is bound there; `uses` are the places of the bound objects
+    that it or one of those rules may look at.
     """
 
     write: Writer
@@ -269,7 +108,8 @@ class _TextCode:
 
     def _join_items(self) -> None:
         separators = {
-            name: self._call(name, self.bound) for name in ("list_empty", "list_separator", "list_last_separator")
+            name: self._call(name, self.bound)
+            for name in ("list_empty", "list_separator", "list_last_separator")
         }
         self.code.write("if len(items) > 1:")
         self.code.write(
@@ -288,8 +128,8 @@ class _TextCode:
             if len(declared) != len(placeholders):
                 raise GrammarError(f"'{name}' takes {len(declared)} arguments, in the query {query!r}")
             kinds = {_variable(placeholder): placeholder[1] for placeholder in placeholders}
-            self.code.bind(Atom(name, tuple(kinds) if len(kinds) == len(placeholders) else tuple(
-                _variable(placeholder) for placeholder in placeholders)), kinds, distinct=True)
+            atom = Atom(name, tuple(_variable(placeholder) for placeholder in placeholders))
+            self.code.bind(atom, kinds, distinct=True)
             bound += tuple(p for p in dict.fromkeys(placeholders) if p not in bound)
         return bound
 
@@ -331,7 +171,9 @@ class _TextCode:
         if isinstance(node, ast.BoolOp):
             word = " or " if isinstance(node.op, ast.Or) else " and "
             return f"({word.join(self._translate(value, source, variables) for value in node.values)})"
-        raise GrammarError(f"the expression {source!r} uses more than names, attributes, strings, '+', 'or', 'and'")
+        raise GrammarError(
+            f"the expression {source!r} uses more than names, attributes, strings, '+', 'or', 'and'"
+        )
 
 
 def _variable(placeholder: Placeholder) -> str:
@@ -354,7 +196,7 @@ def _compile(schema: Schema, alternative: Alternative, bound: Bound, untrusted: 
     return _TextCode(schema, bound, untrusted).compile(alternative)
 
 
-def rule_writer(name: str, alternatives: Sequence[Compiled]) -> Callable[..., str]:
+def _rule_writer(name: str, alternatives: Sequence[Compiled]) -> Callable[..., str]:
     """Make the function that writes a rule by its first alternative whose condition holds."""
     writers = [alternative.write for alternative in alternatives]
 
@@ -368,8 +210,11 @@ def rule_writer(name: str, alternatives: Sequence[Compiled]) -> Callable[..., st
     return write
 
 
-def link(
-    schema: Schema, grammar: Grammar, roots: Iterable[tuple[str, Bound]], untrusted: frozenset[str]
+Rulebook = dict[str, tuple[Alternative, ...]]
+
+
+def _link(
+    schema: Schema, rulebook: Rulebook, roots: Iterable[tuple[str, Bound]], untrusted: frozenset[str]
 ) -> tuple[Links, frozenset[str]]:
     """Compile every rule that `roots` reach; return the writers and the predicates they read."""
     links: Links = {}
@@ -380,9 +225,112 @@ def link(
         if key in links:
             continue
         name, bound = key
-        compiled = [compile_alternative(schema, item, bound, untrusted) for item in grammar.rules.get(name, ())]
-        links[key] = rule_writer(name, compiled)
+        compiled = [compile_alternative(schema, item, bound, untrusted) for item in rulebook.get(name, ())]
+        links[key] = _rule_writer(name, compiled)
         for item in compiled:
             waiting += item.links
             reads |= item.reads
     return links, frozenset(reads)
+
+
+class ActionTexts(NamedTuple):
+    """How the actions of a game are written; games share it, since they differ only in what opens them.
+
+    Per action: `command` and `feedback` write its texts from (tables, Words, links, *arguments); `uses` picks
+    the arguments that the command depends on.
+    """
+
+    links: Links
+    command: tuple[Callable[..., str], ...]
+    uses: tuple[Callable[[Fact], Any], ...]
+    feedback: tuple[Callable[..., str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """Compiled texts, and all that they were compiled from."""
+
+    rules: Rules
+    untrusted: frozenset[str]
+    rulebook: Rulebook
+    texts: ActionTexts
+
+    def fits(self, rules: Rules, untrusted: frozenset[str], rulebook: Rulebook) -> bool:
+        return (
+            self.rules is rules
+            and self.untrusted == untrusted
+            and all(rulebook.get(name, ()) == alternatives for name, alternatives in self.rulebook.items())
+        )
+
+
+_known: deque[_Known] = deque(maxlen=16)
+_known_lock = threading.Lock()
+
+
+def action_texts(
+    rules: Rules, actions: Sequence[CompiledAction], grammar: Grammar, untrusted: frozenset[str]
+) -> ActionTexts:
+    """Compile the texts of the actions, unless an earlier game had the same.
+
+    Raises:
+        GrammarError: when a text cannot be read, or depends on what this engine does not follow.
+    """
+    rulebook = dict(grammar.rules)
+    for action in actions:
+        if action.name not in grammar.actions:
+            raise GrammarError(f"the text grammar says nothing of the action '{action.name}'")
+        text = grammar.actions[action.name]
+        rulebook[f"command of {action.name}"] = (Alternative("", text.command),)
+        rulebook[f"feedback of {action.name}"] = (Alternative("", text.feedback),)
+    with _known_lock:
+        for known in _known:
+            if known.fits(rules, untrusted, rulebook):
+                return known.texts
+    texts = _compile_action_texts(rules, actions, rulebook, untrusted)
+    used = {name: rulebook.get(name, ()) for name, _ in texts.links}
+    with _known_lock:
+        _known.appendleft(_Known(rules, untrusted, used, texts))
+    return texts
+
+
+def _compile_action_texts(
+    rules: Rules, actions: Sequence[CompiledAction], rulebook: Rulebook, untrusted: frozenset[str]
+) -> ActionTexts:
+    bounds = [tuple((name.strip("?"), kind) for name, kind in action.parameters) for action in actions]
+    names = [action.name for action in actions]
+    commands = [(f"command of {name}", bound) for name, bound in zip(names, bounds, strict=True)]
+    feedbacks = [(f"feedback of {name}", bound) for name, bound in zip(names, bounds, strict=True)]
+    links, reads = _link(rules.schema, rulebook, commands, untrusted)
+    _refuse(reads, rules.fluents, "the command of an action depends on '{}', which changes")
+    more, reads = _link(rules.schema, rulebook, feedbacks, untrusted)
+    _refuse(reads, rules.conditional, "a text depends on '{}', which changes under conditions")
+    uses = []
+    for name, bound in commands:
+        places = compile_alternative(rules.schema, rulebook[name][0], bound, untrusted).uses
+        uses.append(itemgetter(*sorted(places)) if places else _nothing)
+    return ActionTexts(
+        links | more,
+        tuple(links[key] for key in commands),
+        tuple(uses),
+        tuple(more[key] for key in feedbacks),
+    )
+
+
+def _nothing(arguments: Fact) -> tuple[()]:
+    return ()
+
+
+def _refuse(reads: frozenset[str], changing: frozenset[str], reason: str) -> None:
+    found = reads & (changing | {NEGATED + predicate for predicate in changing})
+    if found:
+        raise GrammarError(f"{reason.format(min(found))}: not supported")
+
+
+def opening_writer(
+    rules: Rules, grammar: Grammar, untrusted: frozenset[str]
+) -> Callable[[Tables, Words], str]:
+    """Compile what a game says first: its rule `intro`, with nothing bound."""
+    links, reads = _link(rules.schema, grammar.rules, [("intro", ())], untrusted)
+    _refuse(reads, rules.conditional, "the opening depends on '{}', which changes under conditions")
+    write = links["intro", ()]
+    return lambda tables, words: write(tables, words, links)

@@ -24,7 +24,8 @@ SHA256 = {
     "gen/constants.py": "2bd365f5bbca9bfa53b590421af36a0c58a1e074d0582cbc5f174078f16b7377",
     "gen/goal_library.py": "132b9407facbde7f7fc0f31e913f4678cc95a19bfb5f282cb827197da7f02dbc",
 }
-LAYOUTS_SHA256 = "4f6cf0a16342ac88ccbde3842d66e21ec2fe6a10e4360e6736c0216ab51be1f8"  # of all layout JSON files: name, zero byte, content, by sorted name
+# Of all layout JSON files, sorted by name: name, zero byte, content.
+LAYOUTS_SHA256 = "4f6cf0a16342ac88ccbde3842d66e21ec2fe6a10e4360e6736c0216ab51be1f8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,9 @@ class FloorPlan:
 class Wheel:
     """Everything read from the wheel.
 
-    `holds` maps a receptacle type to the object types that fit there; `able` maps Heatable, Coolable, Cleanable,
-    Toggleable and Sliceable to object types; `goals` maps a task type to its goal's PDDL and its sentences.
+    `holds` maps a receptacle type to the object types that fit there; `able` maps Heatable, Coolable,
+    Cleanable, Toggleable and Sliceable to object types; `goals` maps a task type to its goal's PDDL and its
+    sentences.
     """
 
     domain: str

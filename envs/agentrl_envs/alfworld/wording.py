@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Wanted(NamedTuple):
-    """What a task asks for: object type, and the receptacle type where it shall go (for look: the lamp type)."""
+    """What a task asks for: an object type, and a receptacle type to put it in (for look: a lamp type)."""
 
     task_type: str
     object: str
@@ -25,7 +25,10 @@ _NAME = r"([\w ]+? ?\d*)"
 _SHORT = [
     (re.compile(pattern, re.DOTALL), result)
     for pattern, result in (
-        (rf"(?:You arrive at .*?\. )?(?:You open the .*?\. )?The {_NAME} is open\. In it, you see (.*)\.", r"\1: \2"),
+        (
+            rf"(?:You arrive at .*?\. )?(?:You open the .*?\. )?The {_NAME} is open\. In it, you see (.*)\.",
+            r"\1: \2",
+        ),
         (rf"(?:You arrive at .*?\. )?On the {_NAME}, you see (.*)\.", r"\1: \2"),
         (r"(?:You arrive at .*?\. )?The .* is closed\.", "closed"),
         (r"You close the .*\.", "closed"),
@@ -36,7 +39,7 @@ _SHORT = [
         (rf"You sliced the {_NAME} with .*\.", r"\1: sliced"),
         (r"You are carrying: (.*)\.", r"holding \1"),
         (r"You are not carrying anything\.", "hands empty"),
-        (rf"You are facing the (.*)\. Next to it, you see .*\.", r"at \1"),
+        (r"You are facing the (.*)\. Next to it, you see .*\.", r"at \1"),
         (r"You are in the middle of a room\. .*", "in the middle"),
         (r"Nothing happens\.", "nothing happens"),
     )
@@ -78,7 +81,9 @@ def compact(text: str) -> str:
             head, colon, tail = short.partition(": ")
             if colon and tail in _STATE:
                 return f"{head}: {_STATE[tail]}"
-            return f"{head}: {' '.join(listed(tail)) or 'nothing'}" if colon and "see" in text else _bare(short)
+            return (
+                f"{head}: {' '.join(listed(tail)) or 'nothing'}" if colon and "see" in text else _bare(short)
+            )
     return _bare(text)
 
 
