@@ -8,7 +8,7 @@ import argparse
 import sys
 import time
 
-from agentrl_envs.alfworld.differential import Tally, run
+from agentrl_envs.alfworld.differential import Tally, compare_texts, run
 
 from agentrl.errors import AgentRLError
 
@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument(
         "--steps", type=int, default=40, help="mixed commands per game, before its walkthrough"
     )
+    parser.add_argument("--texts", type=int, default=20_000, help="random texts cut into parts")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:
@@ -31,9 +32,12 @@ def main() -> int:
             )
             if count
         ]
+        texts = compare_texts(arguments.texts, arguments.seed)
     except AgentRLError as error:
         print(error, file=sys.stderr)
         return 2
+    print(f"texts: {texts.comparisons} compared, {len(texts.differences)} differences")
+    tallies.append(texts)
     return int(any(tally.differences or not tally.comparisons for tally in tallies))
 
 

@@ -18,7 +18,7 @@ def newest_quickstart(seed: int) -> agentrl.Run:
         if (folder / "summary.json").exists() and agentrl.open_run(folder).config == wanted:
             return agentrl.open_run(folder)
     raise SystemExit(
-        f"no finished quickstart of seed {seed} in {wanted.run.folder}/; make one: make quickstart SEED={seed}"
+        f"no finished quickstart of seed {seed} in {wanted.run.folder}/; make it: make quickstart SEED={seed}"
     )
 
 

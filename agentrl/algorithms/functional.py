@@ -53,8 +53,6 @@ def group_relative_advantage(
     # Taking the lowest return off first leaves equal returns at an exact 0, whatever their binary rounding.
     shifted = values - _lowest_by(member, values)[member]
     centred = shifted - (_sum_by(member, weight * shifted) / count)[member]
-    alone = _sum_by(member, torch.ones_like(values)) < 2
-    centred = torch.where(alone[member], 0.0, centred)
     if not divide_by_std:
         return centred
     variance = _sum_by(member, weight * centred.square()) / (count - 1).clamp(min=1)

@@ -56,7 +56,7 @@ def write_episodes(path: str | Path, episodes: Sequence[Episode]) -> None:
     """Write a file that appears whole or not at all; one that was there is replaced only on success.
 
     Raises:
-        OSError: when the folder is missing or the disk is full.
+        CheckpointError: naming the file, when the folder is missing or the disk is full.
     """
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
@@ -66,6 +66,11 @@ def write_episodes(path: str | Path, episodes: Sequence[Episode]) -> None:
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(partial, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: cannot be written ({error.strerror or error}); make room or choose another folder. "
+            "What was there before is unharmed"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -77,7 +77,7 @@ def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> 
     with torch.no_grad():
         mask = batch.sampled
         for hook in algorithm.masks:
-            _checked("masks", hook(mini, context), mask)
+            mask = mask & _checked("masks", hook(mini, context), mask)
         factors = _shares(algorithm.aggregation(mask, batch.turns, batch.trajectory))
         for hook in algorithm.weights:
             factors = factors * _checked("weights", hook(mini, context), mask)

@@ -43,7 +43,7 @@ def save_checkpoint(
     Keeps the last two and the one of the highest `score`.
 
     Raises:
-        CheckpointError: when it cannot be written, as on a full disk; nothing that was already written is touched.
+        CheckpointError: when it cannot be written, as on a full disk; what was there before is untouched.
     """
     target = folder / f"{progress.stage}-{progress.step:06d}"
     partial = target.with_suffix(".partial")

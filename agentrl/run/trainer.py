@@ -182,7 +182,7 @@ class Trainer:
             write_episodes(self.active.folder / "episodes" / f"train-{self.step:06d}.parquet", episodes)
 
     def _rollout(self, order: TaskOrder) -> tuple[list[Group], float]:
-        """Play the step's groups; every draw follows from (seed, step, group, member)."""
+        """Play the step's groups; environments draw from (seed, step, group), replies from the member's id too."""
         block, step, size = self.config.rollout, self.step, self.config.rollout.group_size
         tasks = [order[step * block.groups_per_step + index] for index in range(block.groups_per_step)]
         specs = [
@@ -190,7 +190,7 @@ class Trainer:
                 f"train-{step}-{index}-{member}",
                 self.config.env.id,
                 task,
-                derive_seed(self.config.seed, "rollout", step, index, member),
+                derive_seed(self.config.seed, "rollout", step, index),  # one start for the whole group
             )
             for index, task in enumerate(tasks)
             for member in range(size)

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -95,6 +96,21 @@ def test_another_schema_version_is_refused_with_both_versions(tmp_path: Path):
         read_episodes(path)
 
 
+def test_the_file_is_put_in_place_in_one_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "episodes.parquet"
+    write_episodes(path, EPISODES)
+
+    def interrupted(source, target):
+        assert len(read_episodes(source)) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_episodes(path, EPISODES[:1])
+    assert read_episodes(path) == EPISODES
+    assert [file.name for file in tmp_path.iterdir()] == ["episodes.parquet"]
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "episodes.parquet"
     write_episodes(path, EPISODES)
@@ -104,7 +120,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pq, "write_table", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match=r"episodes\.parquet: cannot be written \(No space left"):
         write_episodes(path, EPISODES[:1])
     assert [file.name for file in tmp_path.iterdir()] == ["episodes.parquet"]
     assert read_episodes(path) == EPISODES

@@ -118,6 +118,23 @@ def test_nan_at_any_position_that_was_not_sampled_changes_nothing():
     assert_same(gradients(batch, algorithm), gradients(poisoned, algorithm))
 
 
+def test_hooks_see_zeros_where_nothing_was_sampled():
+    seen = []
+
+    def watched(advantages, batch, context):
+        seen.extend([batch.logprobs, batch.entropies, batch.old_logprobs, batch.old_entropies])
+        return advantages
+
+    batch = scored(collate(make_groups()))
+    names = ("logprobs", "entropies", "old_logprobs", "old_entropies")
+    poisoned = replace(
+        batch, **{name: torch.where(batch.sampled, getattr(batch, name), math.nan) for name in names}
+    )
+    learner_of().update(poisoned, Algorithm(transforms=(watched,)), CONTEXT)
+    assert len(seen) == 4
+    assert all((values[~batch.sampled] == 0).all() for values in seen)
+
+
 @pytest.mark.parametrize("settings", AGGREGATIONS)
 def test_both_layouts_give_equal_losses_gradients_and_entropies(settings):
     algorithm = GRPO(entropy_coefficient=0.01, **settings).build()

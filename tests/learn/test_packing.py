@@ -35,8 +35,8 @@ def test_the_deal_depends_on_step_and_epoch_and_on_no_row_order():
     assert deal(batch, 0, 0) == deal(batch, 0, 0)
     assert deal(batch, 0, 0) != deal(batch, 0, 1)
     assert deal(batch, 0, 0) != deal(batch, 1, 0)
-    backwards = batch.select(list(range(len(batch.lengths)))[::-1])
-    assert deal(backwards, 0, 0) == deal(batch, 0, 0)
+    assert deal(batch.select(list(range(len(batch.lengths)))[::-1]), 0, 0) == deal(batch, 0, 0)
+    assert deal(collate(make_groups()[::-1]), 0, 0) == deal(batch, 0, 0)
 
 
 def test_more_mini_batches_than_trajectories_leave_none_empty():

@@ -142,14 +142,16 @@ class Part(NamedTuple):
 
 
 _STATEMENT = r"[^|\[\]{}\n<>]+"
-_TAG = r"\#[\w()/!<>\-\s,.]+\#"
-_BRACES = rf"\{{\t*(?:(?P<tag>{_TAG})|(?P<code>{_STATEMENT}))\t*(?:\s*\|\s*(?P<query>[^;|{{}}\n\[\]\#]+))?\}}"
+_TAG = r"\#\t*+[\w()/!<>\-\s,.]+\#"
+_BRACES = (
+    rf"\{{\t*+(?>(?P<tag>{_TAG})|(?P<code>{_STATEMENT}))\t*(?:\s*\|\s*(?P<query>[^;|{{}}\n\[\]\#]+))?\}}"
+)
 _PART = re.compile(
     rf"""\[\t*{_BRACES}\t*\]|{_BRACES.replace("?P<", "?P<bare_")}|(?P<rule>{_TAG})
         |"(?P<quoted>[^;|"<>\[\]\#{{}}]*)"|(?P<literal>[^;|"<>\[\]\#{{}}]+)""",
     re.VERBOSE,
 )
-_SKIPPED = re.compile(r"\t+|(?://.*|\s+)\n?")
+_SKIPPED = re.compile(r"(?://.*|\s+)\n?|\t+")
 
 
 @lru_cache(maxsize=4096)
@@ -183,12 +185,12 @@ _TABS = re.compile(r"\t+")
 def _part(match: re.Match[str]) -> Part:
     found = match.groupdict()
     if found["rule"] is not None:
-        return Part("rule", found["rule"][1:-1])
+        return Part("rule", found["rule"][1:-1].lstrip("\t"))
     if found["literal"] is not None or found["quoted"] is not None:
         return Part("literal", found["literal"] if found["literal"] is not None else found["quoted"])
     kind, prefix = ("list", "") if match[0].startswith("[") else ("repeat", "bare_")
     tag, code, query = (found[prefix + name] for name in ("tag", "code", "query"))
-    return Part(kind, tag[1:-1] if tag else code, tag is not None, (query or "").strip())
+    return Part(kind, tag[1:-1].lstrip("\t") if tag else code, tag is not None, (query or "").strip())
 
 
 _QUERY_ATOM = re.compile(r"\s*([\w/!]+)\s*\(([^()]*)\)\s*")
