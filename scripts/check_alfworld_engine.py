@@ -1,7 +1,7 @@
-"""Compare the ALFWorld engine with TextWorld's on generated and on mutated games; exit 1 on any difference.
+"""Compare the ALFWorld engine with TextWorld's on generated and on odd games; exit 1 on any difference.
 
 Needs the extra `alfworld-reference`:
-    python scripts/check_alfworld_engine.py --games 60 --mutated 60 --steps 50
+    python scripts/check_alfworld_engine.py --games 60 --odd 60 --steps 50
 """
 
 import argparse
@@ -16,19 +16,19 @@ from agentrl.errors import AgentRLError
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--games", type=int, default=60, help="games as the generator makes them")
-    parser.add_argument("--mutated", type=int, default=30, help="games made odd on purpose")
+    parser.add_argument("--odd", type=int, default=60, help="games made odd on purpose")
     parser.add_argument(
-        "--steps", type=int, default=40, help="mixed commands per game, before its walkthrough"
+        "--steps", type=int, default=50, help="mixed commands per game, before its walkthrough"
     )
     parser.add_argument("--texts", type=int, default=20_000, help="random texts cut into parts")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:
         tallies = [
-            _report(name, count, arguments.steps, arguments.seed, mutate)
-            for name, count, mutate in (
+            _report(name, count, arguments.steps, arguments.seed, odd)
+            for name, count, odd in (
                 ("generated", arguments.games, False),
-                ("mutated", arguments.mutated, True),
+                ("odd", arguments.odd, True),
             )
             if count
         ]
@@ -41,11 +41,9 @@ def main() -> int:
     return int(any(tally.differences or not tally.comparisons for tally in tallies))
 
 
-def _report(name: str, count: int, steps: int, seed: int, mutate: bool) -> Tally:
+def _report(name: str, count: int, steps: int, seed: int, odd: bool) -> Tally:
     started = time.process_time()
-    tally = run(
-        count, steps=steps, seed=seed, mutate=mutate, report=lambda line: print(f"  {line}", flush=True)
-    )
+    tally = run(count, steps=steps, seed=seed, odd=odd, report=lambda line: print(f"  {line}", flush=True))
     for difference in tally.differences:
         print(f"DIFFERENCE {difference}")
     print(

@@ -39,7 +39,7 @@ class LearnerConfig:
     schedule: Literal["constant", "cosine"] = "constant"
     epochs: int = 1
     mini_batches: int = 1
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 2048
 
     def __post_init__(self) -> None:
         mistakes = [f"{name} is {getattr(self, name)}, wanted {wish}" for name, wish in self._mistakes()]

@@ -115,7 +115,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         if engine == "textworld":  # it cannot go back, so it does not claim to
             vars(self).update(snapshot=None, restore=None)
         self._saved: Saved | None = None
-        self._expert: tuple[SearchingExpert, tuple[tuple[str, str], ...]] | None = None
+        self._expert: tuple[SearchingExpert, LoadedGame, tuple[tuple[str, str], ...]] | None = None
         self.observation_space = TextSpace()
         self.action_space = TextSpace()
 
@@ -210,13 +210,13 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         return self._expert_for(saved).next(self._menu(saved.moment))
 
     def _expert_for(self, saved: Saved) -> SearchingExpert:
-        expert, read = self._expert or (None, ())
-        if expert is None or saved.history[: len(read)] != read:
+        expert, loaded, read = self._expert or (None, None, ())
+        if expert is None or loaded is not saved.loaded or saved.history[: len(read)] != read:
             opening = saved.loaded.game.start.observation
             expert, read = SearchingExpert(saved.loaded.wanted, opening, saved.loaded.holds), ()
         for command, text in saved.history[len(read) :]:
             expert.observe(command, text)
-        self._expert = expert, saved.history
+        self._expert = expert, saved.loaded, saved.history
         return expert
 
     @property

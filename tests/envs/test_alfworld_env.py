@@ -105,7 +105,7 @@ def test_the_task_menu_leaves_out_what_no_task_needs() -> None:
         ("You are carrying: a egg 1.", "holding egg 1"),
         ("You are not carrying anything.", "hands empty"),
         ("You are facing the table 2, and table 1. Next to it, you see nothing.", "at table 2, and table 1"),
-        ("You are in the middle of a room. Looking quickly around you, you see nothing.", "in the middle"),
+        ("You are in the middle of a room. Looking quickly around you, you see nothing.", "in middle"),
         ("This is a hot and clean egg 1.", "This is hot and clean egg 1"),
         ("Nothing happens.", "nothing happens"),
     ],

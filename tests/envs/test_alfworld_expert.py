@@ -22,7 +22,7 @@ TINY: dict[str, Any] = {
 
 
 def play(count: int, noise: float = 0.0, first: int = 0, **settings: Any) -> tuple[Counter[str], list[int]]:
-    """Play the expert on games of the unseen scenes; return wins per task type, and turns of the won episodes."""
+    """Play the expert on games of the unseen scenes; return wins per task type, and turns of wins."""
     env = make(ID, split="valid_unseen", expert=True, **settings)
     rng, wins, turns = Random(0), Counter[str](), []
     for index in range(first, first + count):
@@ -64,7 +64,7 @@ def test_with_noise_it_still_wins_in_whole_rooms() -> None:
 
 
 HOLDS = {"desk": frozenset({"pen", "mug"}), "drawer": frozenset({"pen"}), "shelf": frozenset({"mug"})}
-OPENING = "You are in the middle of a room. Looking quickly around you, you see a desk 1, a drawer 1, and a shelf 1.\n\n"
+OPENING = "Looking quickly around you, you see a desk 1, a drawer 1, and a shelf 1.\n\n"
 
 
 @pytest.fixture

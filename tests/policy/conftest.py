@@ -29,7 +29,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Two layers of two heads, with weights large enough that positions and masks matter to the logits."""
-    model = build_model(PolicyConfig(device="cpu", max_context=256), tokenizer, seed=0)
+    model = build_model(PolicyConfig(device="cpu", max_context=256, initial_std=0.02), tokenizer, seed=0)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 2:

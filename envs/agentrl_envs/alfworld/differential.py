@@ -1,58 +1,21 @@
 """Play the same commands with our engine and with TextWorld's, and compare everything that either tells."""
 
-import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 from agentrl_envs.alfworld.engine import Game, Snapshot
-from agentrl_envs.alfworld.games import game_file
-from agentrl_envs.alfworld.generate import TASK_TYPES, Options, generate
+from agentrl_envs.alfworld.grammar import Part, split_text
+from agentrl_envs.alfworld.odd_games import files
 from agentrl_envs.alfworld.pddl import GameFileError
 from agentrl_envs.alfworld.reference import ReferenceEngine
 
 INVALID = (
-    *(
-        "",
-        " ",
-        "\n",
-        "LOOK",
-        "Look",
-        "look around",
-        '"look"',
-        "#look#",
-        "//look",
-        "{r}",
-        "[x]",
-        "quit",
-        "take",
-    ),
-    *("go to", "go to nowhere 1", "use knife 1", "take a mug 1 from the desk 1", "go to desk 1, and open it"),
-    *("examine agent1", "inventory; look", "put mug 1 in desk 1"),
-)
-ODD_SENTENCES = (
-    *(
-        "put a mug; then rest",
-        'find "the" mug',
-        'say "hi',
-        "// put it away",
-        "see [it]",
-        "tab\tbed",
-        "#intro",
-    ),
-    *(
-        "this | that",
-        "a < b",
-        "  put it away  ",
-        "back\\nslash",
-        "put it away.",
-        "put {it} away",
-        "",
-        "100 %",
-    ),
+    *("", " ", "\n", "LOOK", "Look", "look around", '"look"', "#look#", "//look", "{r}", "[x]", "quit"),
+    *("take", "go to", "go to nowhere 1", "use knife 1", "take a mug 1 from the desk 1", "examine agent1"),
+    *("go to desk 1, and open it", "inventory; look", "put mug 1 in desk 1"),
 )
 
 
@@ -74,87 +37,6 @@ class Tally:
         for name, left, right in zip(names, ours, theirs, strict=True):
             if left != right:
                 self.differences.append(f"{place}: {name}: ours {left!r}, TextWorld's {right!r}")
-
-
-def files(count: int, seed: int, mutate: bool) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Generate (name, task type, game file): task types in turn, all splits, whole and small rooms."""
-    rooms = (
-        Options(max_receptacles=6, object_types=8),
-        Options(),
-        Options(max_receptacles=8, object_types=12),
-    )
-    for number in range(count):
-        split = ("train", "valid_unseen", "valid_seen")[number // len(TASK_TYPES) % 3]
-        made = generate(split, (seed * 601 + number // 6) % 160 * 6 + number % 6, rooms[number // 2 % 3])
-        file = game_file(made)
-        rng = Random(f"mutate {seed} {number}")
-        yield made.task, made.task_type, mutated(file, rng) if mutate else file
-
-
-def mutated(file: Mapping[str, Any], rng: Random) -> dict[str, Any]:
-    """Make a game odd in some way that the generator never does."""
-    lines = file["pddl_problem"].split("\n")
-    changes = rng.sample([_start_at_receptacle, _opened, _moved_together, _states, _inside, _sentence], 2)
-    result = dict(file)
-    for change in changes:
-        if change is _sentence:
-            sentence = rng.choice(ODD_SENTENCES)
-            told = re.compile(r"(?<=Your task is to: )[^\n]*?(?=\.\")")
-            result["grammar"] = told.sub(
-                json.dumps(sentence)[1:-1].replace("\\", "\\\\"), result["grammar"], 1
-            )
-        else:
-            lines = change(lines, rng)
-    result["pddl_problem"] = "\n".join(lines)
-    return result
-
-
-def _facts(lines: list[str], predicate: str) -> list[list[str]]:
-    return [line.strip(" ()").split() for line in lines if line.startswith(f"  ({predicate} ")]
-
-
-def _start_at_receptacle(lines: list[str], rng: Random) -> list[str]:
-    location = rng.choice(_facts(lines, "receptacleAtLocation"))[2]
-    return [f"  (atLocation agent1 {location})" if "(atLocation" in line else line for line in lines]
-
-
-def _opened(lines: list[str], rng: Random) -> list[str]:
-    openable = _facts(lines, "openable")
-    extra = [f"  (opened {row[1]})" for row in openable if rng.random() < 0.6]
-    return _with_facts(lines, extra)
-
-
-def _moved_together(lines: list[str], rng: Random) -> list[str]:
-    places = _facts(lines, "receptacleAtLocation")
-    point = rng.choice(places)[2]
-    for row in rng.sample(places, min(3, len(places))):
-        lines = [
-            line.replace(row[2], point) if "AtLocation" in line and "agent1" not in line else line
-            for line in lines
-        ]
-    return lines
-
-
-def _states(lines: list[str], rng: Random) -> list[str]:
-    words = ("isHot", "isCool", "isClean", "isSliced", "isToggled", "isOn")
-    items = _facts(lines, "objectType")
-    return _with_facts(lines, [f"  ({rng.choice(words)} {row[1]})" for row in items if rng.random() < 0.5])
-
-
-def _inside(lines: list[str], rng: Random) -> list[str]:
-    items = [row[1] for row in _facts(lines, "pickupable")]
-    outer = rng.choice(items)
-    extra = [f"  (inReceptacleObject {item} {outer})" for item in rng.sample(items, min(2, len(items)))]
-    return _with_facts(lines, [*extra, f"  (isReceptacleObject {outer})"])
-
-
-def _sentence(lines: list[str], rng: Random) -> list[str]:
-    return lines
-
-
-def _with_facts(lines: list[str], extra: Iterable[str]) -> list[str]:
-    place = lines.index(" (:init") + 1
-    return [*lines[:place], *dict.fromkeys(extra), *lines[place:]]
 
 
 def compare_game(
@@ -234,14 +116,69 @@ def _mixed(rng: Random, moment: Snapshot, plan: tuple[str, ...]) -> str:
     return rng.choice(("help", "look", "inventory"))
 
 
+_PIECES = (
+    *("a", "b.", "...", "é", " ", "\n", ".\n", "\\n", "\t", "//", "/", '"', '"x y"', "'", ";", "|", "<", ">"),
+    *(
+        "[",
+        "]",
+        "{",
+        "}",
+        "#",
+        "#look#",
+        "#a(b)#",
+        "{ r }",
+        "{r.name}",
+        '{"x" + r.name}',
+        "[{o.id | p(o:x)}]",
+    ),
+    *("{#q(o)# | p(o:x)}", "{r.name |p(a:b) & q(c:d)}", " {r.name or r.id | p(r:x) }"),
+)
+
+
+def compare_texts(count: int, seed: int = 0) -> Tally:
+    """Cut random texts into their parts with both; TextWorld's parts are told as ours are."""
+    from textworld.envs.pddl import textgen
+
+    rng, tally = Random(seed), Tally()
+    for _ in range(count):
+        text = "".join(rng.choice(_PIECES) for _ in range(rng.randrange(8)))
+        parsed = textgen._parse_and_convert(text, rule_name="symbols")
+        theirs = _joined(_as_part(symbol) for symbol in parsed)
+        tally.comparisons += 1
+        if _joined(split_text(text)) != theirs:
+            tally.differences.append(f"{text!r}: ours {split_text(text)}, TextWorld's {theirs}")
+    return tally
+
+
+def _as_part(symbol: Any) -> Part:
+    kind = type(symbol).__name__
+    if kind in ("TerminalSymbol", "NonterminalSymbol"):
+        return Part("literal" if kind == "TerminalSymbol" else "rule", symbol.symbol)
+    inner = symbol.symbol if kind == "ListSymbol" else symbol
+    is_rule = type(inner.expression).__name__ == "NonterminalSymbol"
+    query = (inner.given or "").strip()
+    return Part("list" if kind == "ListSymbol" else "repeat", inner.expression.symbol, is_rule, query)
+
+
+def _joined(parts: Iterable[Part]) -> list[Part]:
+    """Join literals that follow each other; the two parsers cut them in different places."""
+    joined: list[Part] = []
+    for part in parts:
+        if part.kind == "literal" and joined and joined[-1].kind == "literal":
+            joined[-1] = Part("literal", joined[-1].content + part.content)
+        elif part != Part("literal", ""):
+            joined.append(part)
+    return joined
+
+
 def run(
-    count: int, *, steps: int, seed: int = 0, mutate: bool = False, report: Callable[[str], None] = print
+    count: int, *, steps: int, seed: int = 0, odd: bool = False, report: Callable[[str], None] = print
 ) -> Tally:
     """Compare `count` games; `report` gets a line per game."""
     engine = ReferenceEngine()
     tally = Tally()
     try:
-        for name, task_type, file in files(count, seed, mutate):
+        for name, task_type, file in files(count, seed, odd):
             before = tally.comparisons
             compare_game(engine, name, file, tally, steps=steps, seed=seed)
             made = tally.comparisons - before

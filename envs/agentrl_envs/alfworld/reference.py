@@ -6,6 +6,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from agentrl.errors import ConfigError, MissingDependencyError
@@ -27,6 +28,7 @@ class ReferenceEngine:
         # ALFWorld makes a folder in the home directory unless it is told another place.
         os.environ.setdefault("ALFWORLD_DATA", tempfile.gettempdir())
         try:
+            import_module("fast_downward")  # TextWorld itself notices only later that it is missing
             from alfworld.agents.utils.misc import Demangler
             from textworld import EnvInfos
             from textworld.envs.pddl import PddlEnv

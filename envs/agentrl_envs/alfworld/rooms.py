@@ -1,0 +1,246 @@
+"""Furnish one room for a goal, write it as PDDL, and write down how to reach the goal."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from random import Random
+
+from agentrl_envs.alfworld.wheel import FloorPlan, Receptacle, Wheel, location_id, pddl_id
+
+START = location_id(0, 0, 0, 0)
+
+TOOLS = {
+    "pick_clean_then_place_in_recep": ("Cleanable", "SinkBasin", "clean"),
+    "pick_heat_then_place_in_recep": ("Heatable", "Microwave", "heat"),
+    "pick_cool_then_place_in_recep": ("Coolable", "Fridge", "cool"),
+}
+_ABILITIES = ("Cleanable", "Heatable", "Coolable", "Sliceable")
+LAMP_STANDS = {
+    "DeskLamp": frozenset({"Desk", "SideTable", "Dresser", "Shelf", "CoffeeTable", "DiningTable", "TVStand"}),
+    "FloorLamp": frozenset(
+        {"SideTable", "Dresser", "ArmChair", "Sofa", "Desk", "TVStand", "CoffeeTable", "Bed"}
+    ),
+}
+_USUAL_COUNT = {
+    "StoveBurner": 4,
+    "Cabinet": 4,
+    "Drawer": 4,
+    "Shelf": 3,
+}  # of furniture absent from the floor plan
+_RULES_NEED_OBJECT = ("ButterKnife", "Knife")
+_RULES_NEED_RECEPTACLE = ("Fridge", "Microwave", "SinkBasin")
+_INSTANCES = (1, 2, 3)
+_INSTANCE_WEIGHTS = (9, 16, 20)  # cumulative: 45, 35 and 20 %
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """A movable object or a lamp, and where it lies."""
+
+    id: str
+    type: str
+    place: Receptacle
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A goal to make a room for."""
+
+    task_type: str
+    object: str
+    receptacle: str
+    lamp: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A floor plan and what can be asked for: task type -> object -> receptacle types (lamps for look)."""
+
+    plan: FloorPlan
+    furniture: tuple[str, ...]
+    objects: tuple[str, ...]
+    wishes: Mapping[str, Mapping[str, tuple[str, ...]]]
+
+
+def homes_of(wheel: Wheel, item: str, furniture: Iterable[str]) -> list[str]:
+    return [kind for kind in furniture if item in wheel.holds[kind]]
+
+
+class Room:
+    """Receptacles and objects of one game, drawn so that neither goal is reached at the start."""
+
+    def __init__(
+        self, rng: Random, wheel: Wheel, scene: Scene, wish: Wish, twin: str | None, options: Options
+    ) -> None:
+        self.rng = rng
+        self.wheel = wheel
+        # A goal object may lie anywhere but where it shall go; for look, where it lies does not matter.
+        self.forbidden = None if wish.lamp else wish.receptacle
+        self.wanted = (wish.object,) if twin is None else (wish.object, twin)
+        self.receptacles = self._furnish(scene, wish, options.max_receptacles)
+        self.lamps = self._light(scene, wish)
+        self.things = self._fill(scene, wish, options.object_types)
+        self.locations = sorted({START, *(receptacle.location for receptacle in self.receptacles)})
+        self.ids = [thing.id for thing in self.lamps + self.things]
+        self.ids += [receptacle.id for receptacle in self.receptacles]
+
+    def _furnish(self, scene: Scene, wish: Wish, limit: int | None) -> list[Receptacle]:
+        present = list(scene.plan.receptacles)
+        used = {receptacle.location for receptacle in present} | {START}
+        known = {receptacle.type for receptacle in present}
+        for kind in scene.furniture:
+            if kind not in known:
+                count = 1 if limit is not None else _USUAL_COUNT.get(kind, 1)
+                present += [self._somewhere(kind, used) for _ in range(count)]
+        if limit is None:
+            return present
+        by_type: dict[str, list[Receptacle]] = {}
+        for receptacle in present:
+            by_type.setdefault(receptacle.type, []).append(receptacle)
+        keep = self._required(scene, wish)
+        rest = sorted(by_type.keys() - keep)
+        self.rng.shuffle(rest)
+        chosen = sorted(keep) + rest[: max(0, limit - len(keep))]
+        return [self.rng.choice(by_type[kind]) for kind in chosen]
+
+    def _required(self, scene: Scene, wish: Wish) -> set[str]:
+        """Name receptacle types that both goals need: the target, the tool, and where the objects may lie."""
+        keep = {wish.receptacle}
+        if wish.task_type in TOOLS:
+            keep.add(TOOLS[wish.task_type][1])
+        for item in self.wanted:
+            homes = [kind for kind in homes_of(self.wheel, item, scene.furniture) if kind != self.forbidden]
+            if not keep.intersection(homes):
+                keep.add(self.rng.choice(homes))
+        return keep
+
+    def _somewhere(self, kind: str, used: set[str]) -> Receptacle:
+        rng = self.rng
+        while True:
+            location = location_id(
+                rng.randint(-12, 12), rng.randint(-12, 12), rng.randrange(4), 30 * rng.randrange(3)
+            )
+            if location not in used:
+                used.add(location)
+                return Receptacle(self._new_id(kind), kind, location)
+
+    def _new_id(self, kind: str) -> str:
+        draw = self.rng.random
+        numbers = [f"{'+-'[draw() < 0.5]}{draw() * 4:05.2f}" for _ in range(3)]
+        if kind.endswith("Basin"):
+            return pddl_id("|".join([kind.removesuffix("Basin"), *numbers, kind]))
+        return pddl_id("|".join([kind, *numbers]))
+
+    def _light(self, scene: Scene, wish: Wish) -> list[Thing]:
+        lamps = []
+        for lamp, stands in LAMP_STANDS.items():
+            if lamp not in scene.plan.types:
+                continue
+            places = [r for r in self.receptacles if r.type in stands]
+            if lamp == wish.lamp:
+                places = [r for r in places if r.type == wish.receptacle]
+            if places:
+                lamps.append(Thing(self._new_id(lamp), lamp, self.rng.choice(places)))
+        return lamps
+
+    def _fill(self, scene: Scene, wish: Wish, limit: int | None) -> list[Thing]:
+        places = {kind: self._places(kind) for kind in scene.objects}
+        possible = [kind for kind in scene.objects if places[kind] and kind not in self.wanted]
+        if limit is not None:
+            extra = max(0, limit - len(self.wanted))
+            possible = self.rng.sample(possible, min(extra, len(possible)))
+        things = []
+        for kind in sorted({*possible, *self.wanted}):
+            (count,) = self.rng.choices(_INSTANCES, cum_weights=_INSTANCE_WEIGHTS)
+            if kind in self.wanted and wish.task_type == "pick_two_obj_and_place":
+                count = max(2, count)
+            things += [Thing(self._new_id(kind), kind, self.rng.choice(places[kind])) for _ in range(count)]
+        return things
+
+    def _places(self, kind: str) -> list[Receptacle]:
+        avoided = self.forbidden if kind in self.wanted else None
+        holds = self.wheel.holds
+        return [r for r in self.receptacles if r.type != avoided and kind in holds[r.type]]
+
+
+def room_text(wheel: Wheel, name: str, room: Room) -> str:
+    """Write a PDDL problem up to its goal."""
+    things = room.lamps + room.things
+    object_types = sorted({thing.type for thing in things}.union(_RULES_NEED_OBJECT))
+    receptacle_types = sorted({r.type for r in room.receptacles}.union(_RULES_NEED_RECEPTACLE))
+    lines = [f"(define (problem agentrl_{name})", " (:domain alfred)", " (:objects", "  agent1 - agent"]
+    lines += [f"  {thing.id} - object" for thing in things]
+    lines += [f"  {kind}Type - otype" for kind in object_types]
+    lines += [f"  {kind}Type - rtype" for kind in receptacle_types]
+    lines += [f"  {location} - location" for location in room.locations]
+    lines += [f"  {receptacle.id} - receptacle" for receptacle in room.receptacles]
+    lines += [" )", " (:init", "  (= (total-cost) 0)", f"  (atLocation agent1 {START})"]
+    for receptacle in room.receptacles:
+        lines.append(f"  (receptacleType {receptacle.id} {receptacle.type}Type)")
+        lines.append(f"  (receptacleAtLocation {receptacle.id} {receptacle.location})")
+        if receptacle.type in wheel.openable:
+            lines.append(f"  (openable {receptacle.id})")
+    for kind in receptacle_types:
+        held = wheel.holds[kind]
+        lines += [f"  (canContain {kind}Type {item}Type)" for item in object_types if item in held]
+    for thing in things:
+        lines += _thing_facts(wheel, thing)
+    return "\n".join([*lines, " )"])
+
+
+def _thing_facts(wheel: Wheel, thing: Thing) -> list[str]:
+    facts = [
+        f"  (objectType {thing.id} {thing.type}Type)",
+        f"  (inReceptacle {thing.id} {thing.place.id})",
+        f"  (objectAtLocation {thing.id} {thing.place.location})",
+    ]
+    if thing.type in LAMP_STANDS:
+        return [*facts, f"  (toggleable {thing.id})"]
+    facts.append(f"  (pickupable {thing.id})")
+    return facts + [f"  ({verb.lower()} {thing.id})" for verb in _ABILITIES if thing.type in wheel.able[verb]]
+
+
+class Walk:
+    """Writes down the commands of someone who knows where everything is."""
+
+    def __init__(self, wheel: Wheel, room: Room, names: Mapping[str, str]) -> None:
+        self.openable = wheel.openable
+        self.room = room
+        self.names = names
+        self.commands: list[str] = []
+        self.location = START
+        self.opened: set[str] = set()
+
+    def plan(self, wish: Wish, item: str) -> tuple[str, ...]:
+        things = [thing for thing in self.room.things if thing.type == item]
+        if wish.lamp:
+            lamp = next(lamp for lamp in self.room.lamps if lamp.type == wish.lamp)
+            self._take(things[0])
+            self._go(lamp.place)
+            self.commands.append(f"use {self.names[lamp.id]}")
+            return tuple(self.commands)
+        target = next(r for r in self.room.receptacles if r.type == wish.receptacle)
+        for thing in things[: 2 if wish.task_type == "pick_two_obj_and_place" else 1]:
+            self._take(thing)
+            if wish.task_type in TOOLS:
+                self._treat(thing, *TOOLS[wish.task_type][1:])
+            self._go(target, open_it=True)
+            self.commands.append(f"move {self.names[thing.id]} to {self.names[target.id]}")
+        return tuple(self.commands)
+
+    def _go(self, place: Receptacle, open_it: bool = False) -> None:
+        # From one view point to itself there is no way to go.
+        if place.location != self.location:
+            self.commands.append(f"go to {self.names[place.id]}")
+            self.location = place.location
+        if open_it and place.type in self.openable and place.id not in self.opened:
+            self.commands.append(f"open {self.names[place.id]}")
+            self.opened.add(place.id)
+
+    def _take(self, thing: Thing) -> None:
+        self._go(thing.place, open_it=True)
+        self.commands.append(f"take {self.names[thing.id]} from {self.names[thing.place.id]}")
+
+    def _treat(self, thing: Thing, tool: str, verb: str) -> None:
+        place = next(r for r in self.room.receptacles if r.type == tool)
+        self._go(place)
+        self.commands.append(f"{verb} {self.names[thing.id]} with {self.names[place.id]}")
