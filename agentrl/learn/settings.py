@@ -29,14 +29,14 @@ class LearnerConfig:
 
     optimizer: Literal["adamw", "muon"] = "muon"
     learning_rate: float = 1e-3
-    matrix_learning_rate: float = 2e-3
+    matrix_learning_rate: float = 4e-3
     beta1: float = 0.9
     beta2: float = 0.95
     momentum: float = 0.95
     weight_decay: float = 0.0
     clip_gradient: float | None = 1.0
     warmup_steps: int = 5
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine"] = "cosine"
     epochs: int = 1
     mini_batches: int = 1
     micro_batch_tokens: int = 2048

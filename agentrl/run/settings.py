@@ -19,7 +19,7 @@ def cloning_learner() -> LearnerConfig:
     """Larger steps than reinforcement learning takes, decaying over the step budget."""
     return LearnerConfig(
         learning_rate=3e-3,
-        matrix_learning_rate=5e-3,
+        matrix_learning_rate=1e-2,
         weight_decay=0.01,
         warmup_steps=20,
         schedule="cosine",
@@ -39,9 +39,9 @@ class WarmStartConfig:
         learner: optimiser of this stage.
     """
 
-    steps: int = 120
+    steps: int = 100
     batch_size: int = 12
-    demonstrations: int = 1440
+    demonstrations: int = 1200
     noise: float = 0.15
     noise_prefers: str = "take "
     learner: LearnerConfig = field(default_factory=cloning_learner)
@@ -65,7 +65,7 @@ class TrainerConfig:
         threads: of torch; None leaves torch's own choice.
     """
 
-    steps: int = 180
+    steps: int = 240
     checkpoint_every: int = 20
     save_episodes_every: int = 20
     threads: int | None = 1

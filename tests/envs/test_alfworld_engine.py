@@ -184,6 +184,14 @@ def test_a_corrupt_problem_is_refused_by_name(kitchen_problem: str, old: str, ne
     assert message in str(caught.value)
 
 
+def test_a_fact_about_an_object_of_another_type_than_declared_offers_nothing(kitchen_problem: str) -> None:
+    odd = "(:init (receptacleAtLocation apple_bar_1 here) (opened apple_bar_1) (openable mug_bar_1)"
+    wheel = load_wheel()
+    game = Game(wheel.domain, kitchen_problem.replace("(:init", odd), wheel.grammar)
+    at_fridge = game.advance(game.start, "go to fridge 1")
+    assert not [command for command in (*game.start.admissible, *at_fridge.admissible) if "apple" in command]
+
+
 def test_derived_predicates_are_refused() -> None:
     domain = load_wheel().domain.rstrip()[:-1] + "(:derived (full ?r - receptacle) (openable ?r)))"
     with pytest.raises(GameFileError, match="':derived' is not supported"):

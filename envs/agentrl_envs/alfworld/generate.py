@@ -115,7 +115,7 @@ def generate(split: str, index: int, options: Options) -> GeneratedGame:
         wish = Wish(task_type, item, target, None)
     twins = [kind for kind, places in scene.wishes[task_type].items() if kind != item and target in places]
     twin = rng.choice(twins) if twins else None
-    room = Room(rng, wheel, scene, wish, twin, options)
+    room = Room(rng, wheel, scene, wish, twin, options.max_receptacles, options.object_types)
     text = room_text(wheel, f"{split}_{index}", room)
     template = rng.randrange(len(wheel.goals[task_type][1]))
     names = dict(zip(room.ids, display_names(room.ids), strict=True))

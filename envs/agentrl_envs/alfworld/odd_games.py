@@ -100,6 +100,12 @@ def put_inside(file: dict[str, Any], rng: Random) -> None:
     _add(file, [*(f"inReceptacleObject {item} {outer}" for item in inner), f"isReceptacleObject {outer}"])
 
 
+def mistype(file: dict[str, Any], rng: Random) -> None:
+    """Let an object be in an object as if that were a receptacle, against the declared types."""
+    items = [row[1] for row in _facts(file, "objectType")]
+    _add(file, [f"inReceptacle {rng.choice(items)} {rng.choice(items)}" for _ in range(3)])
+
+
 def say_oddly(file: dict[str, Any], rng: Random) -> None:
     """Tell the task in a sentence with characters that the text grammar reads."""
     sentence = json.dumps(rng.choice(SENTENCES))[1:-1]
@@ -128,6 +134,7 @@ CHANGES: tuple[Callable[[dict[str, Any], Random], None], ...] = (
     move_together,
     give_states,
     put_inside,
+    mistype,
     say_oddly,
     use_older_words,
 )

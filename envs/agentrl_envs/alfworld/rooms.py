@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
 
-from agentrl_envs.alfworld.wheel import FloorPlan, Receptacle, Wheel, location_id, pddl_id
+from agentrl_envs.alfworld.wheel import FloorPlan, Receptacle, Wheel, location_id
 
 START = location_id(0, 0, 0, 0)
 
@@ -20,12 +20,8 @@ LAMP_STANDS = {
         {"SideTable", "Dresser", "ArmChair", "Sofa", "Desk", "TVStand", "CoffeeTable", "Bed"}
     ),
 }
-_USUAL_COUNT = {
-    "StoveBurner": 4,
-    "Cabinet": 4,
-    "Drawer": 4,
-    "Shelf": 3,
-}  # of furniture absent from the floor plan
+# How many there are of furniture that is in a scene but has no position in its floor plan; else one.
+_USUAL_COUNT = {"StoveBurner": 4, "Cabinet": 4, "Drawer": 4, "Shelf": 3}
 _RULES_NEED_OBJECT = ("ButterKnife", "Knife")
 _RULES_NEED_RECEPTACLE = ("Fridge", "Microwave", "SinkBasin")
 _INSTANCES = (1, 2, 3)
@@ -62,6 +58,7 @@ class Scene:
 
 
 def homes_of(wheel: Wheel, item: str, furniture: Iterable[str]) -> list[str]:
+    """List the receptacle types that an object type fits into."""
     return [kind for kind in furniture if item in wheel.holds[kind]]
 
 
@@ -69,16 +66,23 @@ class Room:
     """Receptacles and objects of one game, drawn so that neither goal is reached at the start."""
 
     def __init__(
-        self, rng: Random, wheel: Wheel, scene: Scene, wish: Wish, twin: str | None, options: Options
+        self,
+        rng: Random,
+        wheel: Wheel,
+        scene: Scene,
+        wish: Wish,
+        twin: str | None,
+        max_receptacles: int | None,
+        object_types: int | None,
     ) -> None:
         self.rng = rng
         self.wheel = wheel
         # A goal object may lie anywhere but where it shall go; for look, where it lies does not matter.
         self.forbidden = None if wish.lamp else wish.receptacle
         self.wanted = (wish.object,) if twin is None else (wish.object, twin)
-        self.receptacles = self._furnish(scene, wish, options.max_receptacles)
+        self.receptacles = self._furnish(scene, wish, max_receptacles)
         self.lamps = self._light(scene, wish)
-        self.things = self._fill(scene, wish, options.object_types)
+        self.things = self._fill(scene, wish, object_types)
         self.locations = sorted({START, *(receptacle.location for receptacle in self.receptacles)})
         self.ids = [thing.id for thing in self.lamps + self.things]
         self.ids += [receptacle.id for receptacle in self.receptacles]
@@ -125,10 +129,9 @@ class Room:
 
     def _new_id(self, kind: str) -> str:
         draw = self.rng.random
-        numbers = [f"{'+-'[draw() < 0.5]}{draw() * 4:05.2f}" for _ in range(3)]
-        if kind.endswith("Basin"):
-            return pddl_id("|".join([kind.removesuffix("Basin"), *numbers, kind]))
-        return pddl_id("|".join([kind, *numbers]))
+        numbers = [f"{'_minus_' if draw() < 0.5 else '_plus_'}{draw() * 4:05.2f}" for _ in range(3)]
+        name = "_bar_".join([kind.removesuffix("Basin"), *numbers]).replace(".", "_dot_")
+        return f"{name}_bar_{kind}" if kind.endswith("Basin") else name
 
     def _light(self, scene: Scene, wish: Wish) -> list[Thing]:
         lamps = []
