@@ -39,9 +39,9 @@ class WarmStartConfig:
         learner: optimiser of this stage.
     """
 
-    steps: int = 100
+    steps: int = 110
     batch_size: int = 12
-    demonstrations: int = 1200
+    demonstrations: int = 1320
     noise: float = 0.15
     noise_prefers: str = "take "
     learner: LearnerConfig = field(default_factory=cloning_learner)
