@@ -159,9 +159,7 @@ class _Block:
     rows: int
     chunk: int
     longest: int  # of its sequences, chunk included
-    tokens: (
-        Tensor | None
-    )  # [rows * chunk] int64, the token at each place, any at an empty one; None: all in order
+    tokens: Tensor | None  # [rows * chunk] int64, the token at each place, any at an empty one; None: all, in order
     slots: Tensor | None  # [rows] int64
     mask: Tensor  # [rows, 1, chunk, longest] float, 0 or -inf
 
@@ -237,7 +235,9 @@ def cached_layout(
     for begin, end in pairwise(bounds):
         rows = np.flatnonzero(counts > begin)
         taken = np.minimum(counts[rows], end) - begin
-        block, tokens, at = _block(slots[rows], past[rows] + begin, taken, starts[rows] + begin, device)
+        block, tokens, at = _block(
+            slots[rows], past[rows] + begin, taken, starts[rows] + begin, len(places), device
+        )
         blocks.append(block)
         places[tokens] = at + size
         size += block.rows * block.chunk
@@ -254,9 +254,9 @@ def cached_layout(
 
 
 def _block(
-    slots: Array, past: Array, counts: Array, starts: Array, device: torch.device
+    slots: Array, past: Array, counts: Array, starts: Array, total: int, device: torch.device
 ) -> tuple[_Block, Array, Array]:
-    """A block of one row per chunk, and which token lies at which of its places.
+    """A block of one row per chunk, out of `total` tokens, and which of them lies at which of its places.
 
     Where the slots in use are nearly all of the first ones, the others ride along as empty rows, which costs
     less than copying the keys and values of those in use.
@@ -266,9 +266,8 @@ def _block(
     size, rows = (span, slots) if dense else (len(slots), np.arange(len(slots)))
     chunk, longest = int(counts.max()), int((past + counts).max())
     tokens, places = positions_within(counts, starts), positions_within(counts, rows * chunk)
-    full = len(tokens) == size * chunk
     at = None
-    if not full or tokens[0] != 0 or tokens[-1] != len(tokens) - 1:
+    if not len(tokens) == size * chunk == total:
         grid = np.zeros(size * chunk, dtype=np.int64)
         grid[places] = tokens
         at = torch.from_numpy(grid).to(device)

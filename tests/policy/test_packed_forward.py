@@ -137,6 +137,28 @@ def test_chunks_of_any_length_continue_their_cache(config: PreTrainedConfig, slo
         torch.testing.assert_close(logprobs, _own_logprobs(model, tokens), atol=1e-5, rtol=0)
 
 
+def test_any_mix_of_chunk_lengths_gives_the_states_of_whole_sequences() -> None:
+    """Drawn mixes, among them the last sequence alone being long, and one token in every other."""
+    model = _model(CONFIGS[0])
+    draw = np.random.default_rng(0)
+    mixes = [np.array([1, 1, 40]), np.array([40, 1, 1]), np.array([2] * 12 + [50])]
+    mixes += [draw.choice([1, 2, 3, 25, 60], size=draw.integers(1, 20)) for _ in range(40)]
+    for counts in mixes:
+        size = len(counts)
+        rows = [torch.from_numpy(draw.integers(61, size=count + 1)) for count in counts]
+        slots = np.sort(draw.choice(3 * size, size=size, replace=False))
+        cache = KVCache()
+        cache.reserve(3 * size, 64)
+        with torch.no_grad():
+            for past, part in ((0, [row[:1] for row in rows]), (1, [row[1:] for row in rows])):
+                lengths = np.array([len(piece) for piece in part])
+                layout = cached_layout(cache, slots, np.full(size, past), lengths, torch.device("cpu"))
+                out = packed_forward(model, torch.cat(part), layout)
+            whole = hidden_states(model, torch.cat(rows), torch.tensor(counts + 1))
+        wanted = torch.cat([states[1:] for states in whole.split((counts + 1).tolist())])
+        torch.testing.assert_close(out, wanted, atol=1e-5, rtol=0)
+
+
 def test_long_chunks_among_short_ones_are_cut_off_into_a_block_of_their_own() -> None:
     cache = KVCache()
     cache.reserve(32, 128)
