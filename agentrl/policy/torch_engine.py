@@ -129,9 +129,19 @@ class TorchEngine:
         self._steps += 1
         self._admit()
         if self._running:
-            self._advance(list(self._running.values()))
+            rows = list(self._running.values())
+            try:
+                self._advance(rows)
+            except Exception as error:  # out of memory, say: these replies fail, and the run decides what follows
+                self._fail(rows, f"{type(error).__name__}: {error}")
         finished, self._finished = self._finished, []
         return finished
+
+    def _fail(self, rows: Sequence[_Sequence], error: str) -> None:
+        for row in rows:
+            row.cached = 0  # whatever part of it was written cannot be trusted
+            if row.request is not None:
+                self._finish(row, error=error)
 
     def release(self, sequence: str) -> None:
         """Forget a sequence and what is running for it; unknown names are fine."""

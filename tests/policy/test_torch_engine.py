@@ -402,3 +402,23 @@ def test_a_released_sequence_stops_generating(model: PreTrainedModel) -> None:
     forwards = engine.forwards
     assert engine.step() == []
     assert engine.forwards == forwards
+
+
+def test_a_failing_forward_ends_its_replies_in_an_error_and_the_engine_goes_on(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, untouched = _engine(model), _engine(model)
+    request = _request("a", (5, 6, 7))
+    (expected,) = _finish(untouched, request).values()
+    forward = engine._forward
+
+    def out_of_memory(*args: object) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine, "_forward", out_of_memory)
+    failed = _finish(engine, request, _request("b", (5, 8)))
+    assert {name: done.error for name, done in failed.items()} == dict.fromkeys(
+        "ab", "RuntimeError: out of memory"
+    )
+    monkeypatch.setattr(engine, "_forward", forward)
+    assert _finish(engine, request)["a"].token_ids == expected.token_ids
