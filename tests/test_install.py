@@ -20,13 +20,16 @@ def test_a_plain_install_names_the_one_command_that_fetches_the_games(tmp_path: 
     agentrl = tmp_path / "venv" / "bin" / "agentrl"
     listed = subprocess.run([agentrl, "envs"], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert "agentrl/ALFWorld-v0" in listed.stdout
-    shipped = subprocess.run([agentrl, "config", "quickstart.yaml"], capture_output=True, text=True, cwd=tmp_path)
+    shipped = subprocess.run(
+        [agentrl, "config", "quickstart.yaml"], capture_output=True, text=True, cwd=tmp_path
+    )
     assert shipped.returncode == 0, shipped.stderr
     played = subprocess.run(
-        [agentrl, "play", "agentrl/ALFWorld-v0", "--policy", "random"], capture_output=True, text=True, cwd=tmp_path
+        [agentrl, "play", "agentrl/ALFWorld-v0", "--policy", "random"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert played.returncode == 2
     assert REMEDY in played.stderr
     assert "Traceback" not in played.stderr
-
-

@@ -1,4 +1,4 @@
-"""The quickstart's own claim, from the command line: reward alone lifts the policy, and the panel shows it."""
+"""The quickstart's claim: reward alone lifts the policy, and the panel shows it."""
 
 import json
 import subprocess

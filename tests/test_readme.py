@@ -86,6 +86,10 @@ def test_the_scripts_are_the_commands(name: str, small_run: agentrl.Run, tmp_pat
         "evaluate": ["--policy", str(small_run.folder), "--tasks", "2"],
     }[name]
     answer = subprocess.run(
-        [sys.executable, f"scripts/{name}.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, f"scripts/{name}.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert answer.returncode == 0, answer.stderr

@@ -159,7 +159,9 @@ class _Block:
     rows: int
     chunk: int
     longest: int  # of its sequences, chunk included
-    tokens: Tensor | None  # [rows * chunk] int64, the token at each place, any at an empty one; None: all, in order
+    tokens: (
+        Tensor | None
+    )  # [rows * chunk] int64, the token at each place, any at an empty one; None: all, in order
     slots: Tensor | None  # [rows] int64
     mask: Tensor  # [rows, 1, chunk, longest] float, 0 or -inf
 

@@ -132,7 +132,9 @@ class TorchEngine:
             rows = list(self._running.values())
             try:
                 self._advance(rows)
-            except Exception as error:  # out of memory, say: these replies fail, and the run decides what follows
+            except (
+                Exception
+            ) as error:  # out of memory, say: these replies fail, and the run decides what follows
                 self._fail(rows, f"{type(error).__name__}: {error}")
         finished, self._finished = self._finished, []
         return finished

@@ -1,4 +1,4 @@
-"""What one step's episodes say: success, length, and entropy per token, turn, trajectory and task type."""
+"""What one step's episodes say: success, length, and entropy per token, turn, trajectory, task type."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -9,8 +9,8 @@ from agentrl.data.trajectory import Episode, Outcome
 def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     """Means over the episodes that were not aborted; a mean over nothing is left out.
 
-    Entropies are in nats over decisions only: `entropy/token` weighs every decision alike, `entropy/turn` every
-    turn, `entropy/trajectory` every episode.
+    Entropies are in nats over decisions only: `entropy/token` weighs every decision alike,
+    `entropy/turn` every turn, `entropy/trajectory` every episode.
     """
     played = [episode for episode in episodes if episode.outcome is not Outcome.ABORTED]
     turns = [turn for episode in played for turn in episode.turns]

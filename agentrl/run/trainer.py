@@ -1,4 +1,4 @@
-"""A run from start to finish: baselines, warm start, reinforcement learning, evaluation; each can be resumed."""
+"""A run from start to finish: baselines, warm start, reinforcement learning, evaluation."""
 
 import copy
 import json
@@ -182,7 +182,7 @@ class Trainer:
             write_episodes(self.active.folder / "episodes" / f"train-{self.step:06d}.parquet", episodes)
 
     def _rollout(self, order: TaskOrder) -> tuple[list[Group], float]:
-        """Play the step's groups; environments draw from (seed, step, group), replies from the member's id too."""
+        """Play the step's groups; environments draw from (seed, step, group), replies also from the id."""
         block, step, size = self.config.rollout, self.step, self.config.rollout.group_size
         tasks = [order[step * block.groups_per_step + index] for index in range(block.groups_per_step)]
         specs = [
@@ -341,8 +341,8 @@ class Trainer:
             self._save()
             reasons = Counter(f"{episode.stop}: {episode.error}" for episode in aborted).most_common(5)
             raise TooManyAbortedError(
-                f"{len(aborted)} of {len(episodes)} episodes of training step {self.step + 1} were aborted, more "
-                f"than rollout.max_aborted_share={limit} allows:\n"
+                f"{len(aborted)} of {len(episodes)} episodes of training step {self.step + 1} were aborted, "
+                f"more than rollout.max_aborted_share={limit} allows:\n"
                 + "\n".join(f"{count} x {reason}" for reason, count in reasons)
                 + f"\nmend the cause and continue with: agentrl train --resume {self.active.folder}"
             )

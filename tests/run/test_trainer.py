@@ -226,7 +226,9 @@ def test_too_many_aborted_episodes_stop_the_run_and_lose_nothing(
         return step(self, action)
 
     monkeypatch.setattr(examples["hotcold"].HotCold, "step", breaking)
-    with pytest.raises(TooManyAbortedError, match=r"(?s)16 of 16 .*16 x env_error: OSError: the wire was cut"):
+    with pytest.raises(
+        TooManyAbortedError, match=r"(?s)16 of 16 .*16 x env_error: OSError: the wire was cut"
+    ):
         agentrl.train(config(tmp_path), quiet=True)
     monkeypatch.undo()
     agentrl.resume(tmp_path / "tiny", quiet=True)
