@@ -1,4 +1,4 @@
-"""Named errors: each message says where, what was found and what was wanted; the command exits with 2 on it."""
+"""Named errors: each message says where, what was found and what was wanted; the command exits with 2."""
 
 
 class AgentRLError(Exception):
