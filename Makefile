@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TORCH_INDEX ?=
 SEED ?= 0
 
-.PHONY: help install quickstart quickstart-control test test-slow check clean
+.PHONY: help install quickstart quickstart-control test test-slow check check-engine clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -41,6 +41,10 @@ check: $(VENV)/.installed-dev  ## lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check-engine: $(VENV)/.installed-dev  ## compare our ALFWorld engine with TextWorld's (compiles it first: minutes)
+	$(PIP) -e '.[alfworld-reference]'
+	$(BIN)/python scripts/check_alfworld_engine.py --games 60 --odd 60
 
 clean:  ## remove the virtual environment and caches, never runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
