@@ -9,13 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from random import Random
 
+from agentrl.env import make
+from agentrl.errors import AgentRLError
 from agentrl_envs.alfworld.engine import Game
 from agentrl_envs.alfworld.games import game_file
 from agentrl_envs.alfworld.generate import GeneratedGame, Options, generate
 from agentrl_envs.alfworld.reference import ReferenceEngine
-
-from agentrl.env import make
-from agentrl.errors import AgentRLError
 
 ROOMS = {"whole rooms": Options(), "small rooms (6 receptacles)": Options(max_receptacles=6, object_types=8)}
 

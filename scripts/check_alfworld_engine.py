@@ -8,9 +8,8 @@ import argparse
 import sys
 import time
 
-from agentrl_envs.alfworld.differential import Tally, compare_texts, run
-
 from agentrl.errors import AgentRLError
+from agentrl_envs.alfworld.differential import Tally, compare_texts, run
 
 
 def main() -> int:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agentrl_envs.alfworld.generate import Options, generate
-from agentrl_envs.alfworld_env import ALFWorldEnv
 
 import agentrl
+from agentrl_envs.alfworld.generate import Options, generate
+from agentrl_envs.alfworld_env import ALFWorldEnv
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,6 +1,7 @@
 """A kitchen small enough to know by heart, and games of the generator."""
 
 import pytest
+
 from agentrl_envs.alfworld.engine import Game
 from agentrl_envs.alfworld.wheel import load_wheel
 

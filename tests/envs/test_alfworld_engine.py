@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+
 from agentrl_envs.alfworld.engine import NOTHING, Game, Snapshot, display_names
 from agentrl_envs.alfworld.generate import Options, generate
 from agentrl_envs.alfworld.pddl import GameFileError, PddlError

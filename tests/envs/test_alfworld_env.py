@@ -9,12 +9,12 @@ from typing import Any
 
 import gymnasium
 import pytest
-from agentrl_envs.alfworld.wording import compact
-from agentrl_envs.alfworld_env import LEFT_OUT, ALFWorldEnv
 from gymnasium.error import ResetNeeded
 
 from agentrl.env import check_text_env, load_plugins, make, make_panel, verify
 from agentrl.errors import ConfigError, PanelError
+from agentrl_envs.alfworld.wording import compact
+from agentrl_envs.alfworld_env import LEFT_OUT, ALFWorldEnv
 
 ID = "agentrl/ALFWorld-v0"
 TINY: dict[str, Any] = {

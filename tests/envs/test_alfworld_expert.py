@@ -5,10 +5,10 @@ from random import Random
 from typing import Any
 
 import pytest
-from agentrl_envs.alfworld.expert import SearchingExpert
-from agentrl_envs.alfworld.wording import Wanted
 
 from agentrl.env import make
+from agentrl_envs.alfworld.expert import SearchingExpert
+from agentrl_envs.alfworld.wording import Wanted
 
 ID = "agentrl/ALFWorld-v0"
 TINY: dict[str, Any] = {

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from agentrl.errors import ConfigError
 from agentrl_envs.alfworld.games import OfficialGames, write_games
 from agentrl_envs.alfworld.generate import TASK_TYPES, Options, generate
 from agentrl_envs.alfworld.pddl import GameFileError
 from agentrl_envs.alfworld_env import ALFWorldEnv
-
-from agentrl.errors import ConfigError
 
 
 @pytest.fixture

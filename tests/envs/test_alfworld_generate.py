@@ -9,6 +9,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+
+from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl_envs.alfworld import wheel as wheel_module
 from agentrl_envs.alfworld.engine import Game
 from agentrl_envs.alfworld.games import GeneratedGames, TaskIds
@@ -22,8 +24,6 @@ from agentrl_envs.alfworld.generate import (
     scenes,
 )
 from agentrl_envs.alfworld.wheel import load_wheel
-
-from agentrl.errors import ConfigError, MissingDependencyError
 
 SMALL = Options(max_receptacles=6, object_types=8)
 ROOMS = {"whole": Options(), "small": SMALL, "smallest": Options(max_receptacles=4, object_types=2)}

@@ -4,12 +4,12 @@ import importlib.util
 from collections.abc import Iterator
 
 import pytest
+
+from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl_envs.alfworld import differential
 from agentrl_envs.alfworld.differential import Tally
 from agentrl_envs.alfworld.reference import ReferenceEngine
 from agentrl_envs.alfworld_env import ALFWorldEnv
-
-from agentrl.errors import ConfigError, MissingDependencyError
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("textworld", "fast_downward"))
 needs_textworld = pytest.mark.skipif(not INSTALLED, reason="the extra alfworld-reference is not installed")

@@ -1,6 +1,7 @@
 """The text grammar: what is read, what is written, and what is refused."""
 
 import pytest
+
 from agentrl_envs.alfworld.engine import Game
 from agentrl_envs.alfworld.grammar import GrammarError, Part, parse_grammar, parse_query, split_text
 from agentrl_envs.alfworld.wheel import load_wheel
