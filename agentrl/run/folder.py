@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,18 +50,20 @@ def create_run(config: RunConfig) -> Run:
     if not re.fullmatch(r"[\w.-]+", name):
         raise ConfigError(f"run.name is {name!r}, wanted letters, digits, '-', '_' and '.' only")
     folder = parent / name
-    try:
-        folder.mkdir(parents=True)
-        (folder / "episodes").mkdir()
-    except FileExistsError as error:
+    if folder.exists():
         raise ConfigError(
             f"run.name is {name!r}, but {folder} exists; "
             f"resume it (agentrl train --resume {folder}) or choose another"
-        ) from error
+        )
+    partial = parent / f".{name}.partial"  # a folder that is there can be resumed
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "episodes").mkdir(parents=True)
+        (partial / "config.yaml").write_text(to_yaml(config_tree(config)), encoding="utf-8")
+        (partial / "manifest.json").write_text(json.dumps(_manifest(config), indent=1), encoding="utf-8")
+        partial.rename(folder)
     except OSError as error:
         raise ConfigError(f"run.folder is {config.run.folder!r}, which cannot hold runs ({error})") from error
-    write_atomic(folder / "config.yaml", to_yaml(config_tree(config)))
-    write_atomic(folder / "manifest.json", json.dumps(_manifest(config), indent=1))
     return Run(folder, config)
 
 

@@ -19,14 +19,14 @@ class Interruption:
         self._pending = False
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Iterator["Interruption"]:
         """Handle both signals; only a program's main thread can."""
         if threading.current_thread() is not threading.main_thread():
-            yield
+            yield self
             return
         before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield
+            yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -44,18 +44,18 @@ class Policy:
 def fit_policy(
     config: RunConfig, tasks: Sequence[str], environments: EnvironmentPool, tokenizer_folder: Path
 ) -> Policy:
-    """The policy a run starts from: a given folder's, or random weights and a tokenizer of the training text.
+    """The policy a new run starts from: random weights and a tokenizer of the training text.
 
     A tokenizer is fitted once per run and kept in `tokenizer_folder`.
     """
-    if config.policy.path is not None:
-        return load(config.policy.path, config.policy)
     if tokenizer_folder.is_dir():
         tokenizer = load_tokenizer(tokenizer_folder)
     else:
         texts = environment_text(config, tasks, environments)
         tokenizer = fit_tokenizer(texts, config.policy.vocab_size)
-        tokenizer.save_pretrained(tokenizer_folder)
+        partial = tokenizer_folder.with_name(f".{tokenizer_folder.name}.partial")
+        tokenizer.save_pretrained(partial)
+        partial.rename(tokenizer_folder)
     model = build_model(config.policy, tokenizer, derive_seed(config.seed, "weights"))
     return _policy(model, tokenizer, config.policy)
 

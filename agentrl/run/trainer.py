@@ -16,7 +16,7 @@ from agentrl.algorithms.algorithm import Context, check_requirements, prepare
 from agentrl.data.storage import write_episodes
 from agentrl.data.trajectory import Episode, Group
 from agentrl.env.registry import make
-from agentrl.errors import TooManyAbortedError
+from agentrl.errors import ConfigError, TooManyAbortedError
 from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner
 from agentrl.policy.model import save_policy
@@ -36,7 +36,7 @@ from agentrl.run.folder import Run, create_run, open_run, with_overrides, write_
 from agentrl.run.interruption import Interruption, RunInterrupted
 from agentrl.run.logbook import Logbook
 from agentrl.run.metrics import rollout_metrics
-from agentrl.run.players import fit_policy, scripted_player
+from agentrl.run.players import fit_policy, load, scripted_player
 from agentrl.run.report import results_table, write_report
 from agentrl.run.settings import RunConfig
 from agentrl.run.warm_start import cloning, cloning_batches, demonstrations
@@ -54,12 +54,15 @@ def train(config: RunConfig, *, quiet: bool = False) -> Run:
         AgentRLError: for anything wrong with the configuration, environment or files; what was done is kept.
         RunInterrupted: after Ctrl-C or SIGTERM; `resume(run.folder)` continues.
     """
-    return Trainer(create_run(config), quiet=quiet).run()
+    with Interruption().listening() as interruption:
+        return Trainer(config, None, interruption, quiet=quiet).run()
 
 
 def resume(folder: str | Path, *overrides: str, quiet: bool = False) -> Run:
     """Continue an interrupted run; the result equals that of a run that never stopped."""
-    return Trainer(with_overrides(open_run(folder), overrides), quiet=quiet).run()
+    active = with_overrides(open_run(folder), overrides)
+    with Interruption().listening() as interruption:
+        return Trainer(active.config, active, interruption, quiet=quiet).run()
 
 
 class TaskOrder:
@@ -78,11 +81,19 @@ class TaskOrder:
 
 
 class Trainer:
-    """The stages of one run. What it must remember is in the run's folder."""
+    """The stages of one run. What it must remember is in the run's folder.
 
-    def __init__(self, active: Run, *, quiet: bool = False) -> None:
-        self.active = active
-        config = self.config = active.config
+    Args:
+        config: of the run; what is wrong with it is found before a folder is made.
+        active: the run to continue, None for a new one.
+        interruption: holds signals back where a stop would do harm.
+        quiet: show no progress.
+    """
+
+    def __init__(
+        self, config: RunConfig, active: Run | None, interruption: Interruption, *, quiet: bool = False
+    ) -> None:
+        self.config, self.interruption = config, interruption
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
         self.algorithm = config.algorithm.build()
@@ -91,12 +102,14 @@ class Trainer:
             known: Any = environment.unwrapped
             self.tasks: Sequence[str] = known.tasks(config.env.split)
         self.panel = configured_panel(config)
-        self.policy = fit_policy(config, self.tasks, self.environments, active.folder / "tokenizer")
+        self.has_expert = self._offers_expert()
+        given = None if config.policy.path is None else load(config.policy.path, config.policy)
+        self.active = active = active or create_run(config)
+        self.policy = given or fit_policy(config, self.tasks, self.environments, active.folder / "tokenizer")
         self.engine = self.policy.engine(config)
         self.cloner = Learner(self.policy.model, config.warm_start.learner)
         self.learner = self._learner()
         self.logbook = Logbook(active.folder, quiet=quiet)
-        self.interruption = Interruption()
         self.history: dict[str, list[float]] = {}
         self.clocks: dict[str, float] = defaultdict(float)
         self.stage, self.step, self.saved = "warm_start", 0, -1
@@ -104,11 +117,11 @@ class Trainer:
     def run(self) -> Run:
         """Do what is left of every stage."""
         try:
-            with self.interruption.listening(), self.logbook:
+            with self.logbook:
                 self._restore()
                 self.logbook.say(self._arithmetic())
                 for name in self.config.evaluation.baselines:
-                    if name != "cloned":
+                    if name != "cloned" and (name != "expert" or self.has_expert):
                         self._evaluate(name)
                 self._warm_start()
                 if "cloned" in self.config.evaluation.baselines and self.config.warm_start.steps:
@@ -317,6 +330,19 @@ class Trainer:
     def _player(self, temperature: float) -> Player:
         self.engine.refresh(self.step)
         return self.policy.player(self.engine, self.config, temperature)
+
+    def _offers_expert(self) -> bool:
+        block, steps = self.config.env, self.config.warm_start.steps
+        try:
+            make(block.id, split=block.split, **block.kwargs, expert=True).close()
+        except ConfigError as error:
+            if not steps:
+                return False
+            raise ConfigError(
+                f"warm_start.steps is {steps}, but {block.id} has no expert to clone ({error}); "
+                "set warm_start.steps=0, or let the environment take expert=True"
+            ) from error
+        return True
 
     def _learner(self) -> Learner:
         needs_reference = "reference" in self.algorithm.requires

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,9 @@ import pytest
 from safetensors.torch import load_file
 
 import agentrl
-from agentrl.errors import CheckpointError, ConfigError, TooManyAbortedError
-from agentrl.rollout.players import LanguagePlayer
+import agentrl.env
+from agentrl.errors import AgentRLError, CheckpointError, ConfigError, TooManyAbortedError
+from agentrl.rollout.players import LanguagePlayer, RandomPlayer
 from agentrl.run.evaluate import Evaluation
 from agentrl.run.interruption import RunInterrupted
 from agentrl.run.logbook import Logbook
@@ -119,6 +121,17 @@ def interrupt_rollout(stage: str, step: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(LanguagePlayer, "submit", interrupting)
 
 
+def interrupt_tokenizer(stage: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = RandomPlayer.reply
+
+    def interrupting(self: RandomPlayer, request: Any) -> Any:
+        if request.episode_id == f"tokenizer-{step}":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return reply(self, request)
+
+    monkeypatch.setattr(RandomPlayer, "reply", interrupting)
+
+
 RESUME = """
 import sys
 sys.path.insert(0, {folder!r})
@@ -132,6 +145,7 @@ agentrl.resume({run!r}, quiet=True)
 @pytest.mark.parametrize(
     ("interrupt", "stage", "step"),
     [
+        (interrupt_tokenizer, "start", 2),
         (interrupt_at, "warm_start", 2),
         (interrupt_at, "train", 2),
         (interrupt_rollout, "train", 3),
@@ -149,8 +163,11 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     interrupt(stage, step, monkeypatch)
-    with pytest.raises(RunInterrupted, match="--resume"):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         agentrl.train(config(tmp_path), quiet=True)
+    if stage != "start":
+        assert isinstance(stopped.value, RunInterrupted)
+        assert f"agentrl train --resume {tmp_path / 'tiny'}" in str(stopped.value)
     folder = str(Path(str(examples["hotcold"].__file__)).parent)
     code = RESUME.format(folder=folder, run=str(tmp_path / "tiny"))
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -207,6 +224,40 @@ def test_seeds_decide_everything(unbroken: agentrl.Run, tmp_path: Path) -> None:
     other = agentrl.train(config(tmp_path / "other", "seed=1"), quiet=True)
     one, two = (load_file(run.model / "model.safetensors") for run in (unbroken, other))
     assert not all(one[name].equal(two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("env.split=trian", "did you mean 'train'"),
+        ("env.id=example/HotCodl-v0", "did you mean 'example/HotCold-v0'"),
+        ("env.kwargs={max_stepz: 3}", "max_steps"),
+        ("evaluation.split=tset", "test"),
+        ("evaluation.tasks=500", "500"),
+        ("policy.path=/no/such/folder", "/no/such/folder"),
+    ],
+)
+def test_a_mistake_is_found_before_a_folder_is_made(
+    override: str, message: str, examples: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    with pytest.raises(AgentRLError, match=re.escape(message)):
+        agentrl.train(config(tmp_path, override), quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_environment_without_an_expert_trains_from_scratch_only(
+    examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lonely(examples["hotcold"].HotCold):  # type: ignore[misc, name-defined]
+        def __init__(self, split: str = "train", max_steps: int = 6) -> None:
+            super().__init__(split, max_steps)
+
+    agentrl.env.register("example/Lonely-v0", Lonely)
+    lonely = "env.id=example/Lonely-v0"
+    with pytest.raises(ConfigError, match=r"example/Lonely-v0 has no expert.*warm_start\.steps=0"):
+        agentrl.train(config(tmp_path, lonely), quiet=True)
+    run = agentrl.train(config(tmp_path, lonely, "warm_start.steps=0", "trainer.steps=1"), quiet=True)
+    assert set(run.summary["policies"]) == {"random", "untrained", "trained"}
 
 
 def test_a_taken_name_is_refused(unbroken: agentrl.Run) -> None:
