@@ -32,14 +32,13 @@ def main() -> None:
     run = agentrl.open_run(given.run) if given.run else newest_quickstart(given.seed)
     times, warm = run.summary["times"], run.config.warm_start
     budget = sum(times[f"{name}.cpu"] for name in ("demonstrations", "cloning", "rollout", "learning"))
+    demonstrations = 4 * warm.demonstrations
     per_demonstration = times["demonstrations.cpu"] / warm.demonstrations
-    per_step = times["cloning.cpu"] / warm.steps
-    # One pass over fresh demonstrations: nothing cheaper is known, and repeating them costs the playing only.
-    steps = int(budget / (per_step + per_demonstration * warm.batch_size))
+    steps = int((budget - demonstrations * per_demonstration) / (times["cloning.cpu"] / warm.steps))
     config = agentrl.load_config(
         run.folder / "config.yaml",
         f"warm_start.steps={steps}",
-        f"warm_start.demonstrations={steps * warm.batch_size}",
+        f"warm_start.demonstrations={demonstrations}",
         "trainer.steps=0",
         f"run.name={run.folder.name}-control",
     )
