@@ -45,7 +45,8 @@ def main() -> None:
     print(
         f"{run.folder} took {budget:.0f} CPU seconds to clone and train: {steps} steps of cloning in as many"
     )
-    agentrl.train(config)
+    spent = agentrl.train(config).summary["times"]
+    print(f"the control took {spent['demonstrations.cpu'] + spent['cloning.cpu']:.0f} CPU seconds to clone")
 
 
 if __name__ == "__main__":
