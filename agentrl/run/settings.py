@@ -188,20 +188,21 @@ def find_config(path: str | Path) -> Path:
     given = Path(path)
     if given.exists():
         return given
-    for candidate in (*_shipped(), *Path(__file__).parents[2].glob("configs/*.yaml")):
-        if candidate.name == given.name and candidate.exists():
+    for candidate in _shipped():
+        if candidate.name == given.name:
             return candidate
     raise ConfigError(f"{path}: no such config file; shipped with agentrl: {', '.join(shipped_configs())}")
 
 
 def shipped_configs() -> list[str]:
     """Names of the configs that come with agentrl."""
-    found = {*_shipped(), *Path(__file__).parents[2].glob("configs/*.yaml")}
-    return sorted({candidate.name for candidate in found})
+    return sorted({candidate.name for candidate in _shipped()})
 
 
 def _shipped() -> list[Path]:
-    return [
+    # An editable install copies the configs once; those beside the source are the ones being edited.
+    beside = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
+    return beside or [
         Path(str(file.locate())).resolve()
         for file in files("agentrl") or ()
         if file.parent.as_posix().endswith("share/agentrl/configs")

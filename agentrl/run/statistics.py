@@ -1,15 +1,12 @@
 """Success rates with the intervals that their design allows."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
+from scipy.stats import binomtest
 
 Interval = tuple[float, float]
-
-_Z95 = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,24 +21,15 @@ class Rate:
     episodes: int
 
 
-def wilson(rate: float, trials: float) -> Interval:
-    """Wilson's 95 % score interval of a share.
-
-        (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n),   z = 1.96
-
-    Args:
-        rate: observed share p in [0, 1].
-        trials: independent observations n; 0 knows nothing and yields [0, 1].
+def wilson(successes: int, trials: int) -> Interval:
+    """Wilson's 95 % score interval of a share; no trials know nothing and yield [0, 1].
 
     Source: Wilson 1927, Journal of the American Statistical Association 22, 209-212.
     """
     if trials == 0:
         return 0.0, 1.0
-    z2 = _Z95**2 / trials
-    centre = (rate + z2 / 2) / (1 + z2)
-    spread = math.sqrt(z2 * rate * (1 - rate) + z2**2 / 4) / (1 + z2)
-    # Rounding must not exclude the rate itself, which lies on the border when it is 0 or 1.
-    return max(0.0, min(rate, centre - spread)), min(1.0, max(rate, centre + spread))
+    interval = binomtest(successes, trials).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def bootstrap_over_tasks(
@@ -64,7 +52,7 @@ def bootstrap_over_tasks(
     if not len(wins):
         return 0.0, 1.0
     if len(wins) == 1 or np.ptp(wins / counts) == 0:
-        return wilson(float(wins.sum() / counts.sum()), len(wins))
+        return wilson(round(len(wins) * float(wins.sum() / counts.sum())), len(wins))
     draws = np.random.default_rng(seed)
     # A panel drawn with replacement is how often it holds each task.
     held = draws.multinomial(len(wins), np.full(len(wins), 1 / len(wins)), size=resamples)
@@ -83,7 +71,7 @@ def success_rate(plays: Sequence[Sequence[bool]]) -> Rate:
         return Rate(None, (0.0, 1.0), 0)
     rate = sum(outcomes) / len(outcomes)
     repeated = any(len(task) > 1 for task in plays)
-    interval = bootstrap_over_tasks(plays) if repeated else wilson(rate, len(outcomes))
+    interval = bootstrap_over_tasks(plays) if repeated else wilson(sum(outcomes), len(outcomes))
     return Rate(rate, interval, len(outcomes))
 
 

@@ -1,12 +1,12 @@
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import pytest
-from scipy.stats import binomtest
 
 from agentrl.data.trajectory import Episode, StopReason, Turn
 from agentrl.env import Panel, TextSpace, make_panel, register
@@ -94,32 +94,35 @@ def panel_of(*tasks: str) -> Panel:
 
 
 def test_wilson_is_the_textbook_interval() -> None:
-    assert wilson(22 / 62, 62) == pytest.approx((0.25, 0.48), abs=0.005)
+    """(p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n) with z = 1.959964."""
+    assert wilson(22, 62) == pytest.approx((0.25, 0.48), abs=0.005)
     for trials in (1, 7, 240):
         for wins in {0, 1, trials // 2, trials}:
-            exact = binomtest(wins, trials).proportion_ci(method="wilson")
-            assert wilson(wins / trials, trials) == pytest.approx((exact.low, exact.high), abs=1e-12)
+            rate, z2 = wins / trials, 1.959963984540054**2 / trials
+            spread = math.sqrt(z2 * rate * (1 - rate) + z2**2 / 4)
+            wanted = [(rate + z2 / 2 + sign * spread) / (1 + z2) for sign in (-1, 1)]
+            assert wilson(wins, trials) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_nothing_seen_means_nothing_known() -> None:
-    assert wilson(0.0, 0) == (0.0, 1.0)
+    assert wilson(0, 0) == (0.0, 1.0)
     rate = success_rate([])
     assert (rate.success_rate, rate.interval, rate.episodes) == (None, (0.0, 1.0), 0)
     assert bootstrap_over_tasks([[], []]) == (0.0, 1.0)
 
 
 def test_an_interval_holds_its_rate_at_the_borders() -> None:
-    assert wilson(0.0, 240)[0] == 0.0
-    assert wilson(1.0, 240)[1] == 1.0
+    assert wilson(0, 240)[0] == 0.0
+    assert wilson(240, 240)[1] == 1.0
 
 
 def test_repeats_that_always_agree_say_no_more_than_one_play() -> None:
     once = [[index < 30] for index in range(60)]
     repeated = [[index < 30] * 8 for index in range(60)]
     low, high = bootstrap_over_tasks(repeated)
-    independent_low, independent_high = wilson(0.5, 60)
+    independent_low, independent_high = wilson(30, 60)
     assert high - low == pytest.approx(independent_high - independent_low, rel=0.1)
-    assert success_rate(once).interval == wilson(0.5, 60)
+    assert success_rate(once).interval == wilson(30, 60)
     assert success_rate(repeated).interval == (low, high)
     assert success_rate(repeated).episodes == 480
 
@@ -133,9 +136,9 @@ def test_the_bootstrap_draws_tasks_and_not_plays() -> None:
 
 
 def test_where_resampling_cannot_vary_the_number_of_tasks_decides() -> None:
-    assert success_rate([[True, True]] * 20).interval == wilson(1.0, 20)
-    assert success_rate([[False, False]]).interval == wilson(0.0, 1)
-    assert success_rate([[True, False]] * 20).interval == wilson(0.5, 20)
+    assert success_rate([[True, True]] * 20).interval == wilson(20, 20)
+    assert success_rate([[False, False]]).interval == wilson(0, 1)
+    assert success_rate([[True, False]] * 20).interval == wilson(10, 20)
 
 
 def test_intervals_separate_only_without_a_common_point() -> None:
@@ -176,8 +179,8 @@ def test_the_summary_has_the_shape_of_summary_json() -> None:
         )
     )
     assert (tree["success_rate"], tree["episodes"], tree["aborted"]) == (0.5, 2, 0)
-    assert tree["interval"] == list(wilson(0.5, 2))
-    assert tree["by_task_type"]["x"] == {"success_rate": 1.0, "interval": list(wilson(1.0, 1)), "episodes": 1}
+    assert tree["interval"] == list(wilson(1, 2))
+    assert tree["by_task_type"]["x"] == {"success_rate": 1.0, "interval": list(wilson(1, 1)), "episodes": 1}
     assert (tree["panel_hash"], tree["data"], tree["repeats"]) == (panel.hash, "made up", 1)
     assert set(tree["entropy"]) == {"token", "turn", "trajectory", "by_turn"}
     assert {"mean_return", "mean_turns", "stop_reasons"} <= set(tree)
@@ -275,7 +278,7 @@ def test_the_instruction_check_tells_reading_from_habit(
         8,
     )
     assert (stubborn.new_goal.success_rate, stubborn.old_goal.success_rate) == (0.5, 0.5)
-    assert obedient.to_dict()["new_goal"]["interval"] == wilson(1.0, 8)
+    assert obedient.to_dict()["new_goal"]["interval"] == wilson(8, 8)
 
 
 def test_an_environment_without_other_goals_has_no_instruction_check(

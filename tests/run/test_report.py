@@ -21,7 +21,7 @@ EVIL = "<script>alert(1)</script> & $mug_1$ \x1b[31m"
 def rate(wins: int, episodes: int) -> dict[str, Any]:
     return {
         "success_rate": wins / episodes if episodes else None,
-        "interval": list(wilson(wins / episodes if episodes else 0.0, episodes)),
+        "interval": list(wilson(wins, episodes)),
         "episodes": episodes,
     }
 
