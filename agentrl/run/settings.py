@@ -201,8 +201,10 @@ def shipped_configs() -> list[str]:
 
 def _shipped() -> list[Path]:
     # An editable install copies the configs once; those beside the source are the ones being edited.
-    beside = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
-    return beside or [
+    source = Path(__file__).parents[2]
+    if (source / "pyproject.toml").is_file():
+        return sorted(source.glob("configs/*.yaml"))
+    return [
         Path(str(file.locate())).resolve()
         for file in files("agentrl") or ()
         if file.parent.as_posix().endswith("share/agentrl/configs")
