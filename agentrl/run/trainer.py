@@ -5,7 +5,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,7 @@ class Trainer:
             with self.logbook:
                 self._restore()
                 self.logbook.say(self._arithmetic())
+                self._warn_of_cut_openings()
                 for name in self.config.evaluation.baselines:
                     if name != "cloned" and (name != "expert" or self.has_expert):
                         self._evaluate(name)
@@ -326,6 +327,20 @@ class Trainer:
             f"evaluation: {plays} episodes of {self.panel.split} per policy and decoding, "
             f"panel {self.panel.hash[:12]}"
         )
+
+    def _warn_of_cut_openings(self) -> None:
+        """A task whose end the policy never reads cannot be learned, and nothing else would say so."""
+        limit, cut = self.config.policy.max_observation_tokens, 0
+        tasks = [self.tasks[index] for index in range(min(20, len(self.tasks)))]
+        for task in tasks:
+            with suppress(Exception), self.environments.borrow() as environment:  # its episode will record it
+                text, _ = environment.reset(seed=0, options={"task": task})
+                cut += len(self.policy.tokenizer.encode(text, add_special_tokens=False)) > limit
+        if cut:
+            self.logbook.say(
+                f"warning: policy.max_observation_tokens={limit} cuts the first observation of {cut} in "
+                f"{len(tasks)} training tasks; what stands behind the cut is never read"
+            )
 
     def _player(self, temperature: float) -> Player:
         self.engine.refresh(self.step)

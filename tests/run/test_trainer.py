@@ -260,6 +260,20 @@ def test_an_environment_without_an_expert_trains_from_scratch_only(
     assert set(run.summary["policies"]) == {"random", "untrained", "trained"}
 
 
+@pytest.mark.parametrize(("limit", "warned"), [(4, True), (96, False)])
+def test_a_cut_first_observation_is_told(
+    limit: int,
+    warned: bool,
+    examples: dict[str, ModuleType],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`guess a number from 1 to 15` has more than four tokens."""
+    short = ("trainer.steps=0", "warm_start.steps=0", "evaluation.baselines=[]")
+    agentrl.train(config(tmp_path, f"policy.max_observation_tokens={limit}", *short))
+    assert ("cuts the first observation of 10 in 10 training tasks" in capsys.readouterr().out) is warned
+
+
 def test_a_taken_name_is_refused(unbroken: agentrl.Run) -> None:
     with pytest.raises(ConfigError, match=r"run\.name is 'tiny'.*--resume"):
         agentrl.train(config(unbroken.folder.parent), quiet=True)
