@@ -28,7 +28,7 @@ install: $(VENV)/.installed  ## make the virtual environment and install agentrl
 quickstart: install  ## train an agent on household games, print and report what it learned
 	$(BIN)/agentrl train configs/quickstart.yaml seed=$(SEED)
 
-quickstart-control: install  ## clone for as many CPU seconds as the last quickstart took to clone and train
+quickstart-control: install  ## clone for about as many CPU seconds as the last quickstart took to clone and train
 	$(BIN)/python scripts/quickstart_control.py --seed $(SEED)
 
 test: $(VENV)/.installed-dev  ## the default test suite

@@ -1,4 +1,4 @@
-"""The quickstart's fair rival: clone for as many CPU seconds as cloning and reinforcement learning took.
+"""The quickstart's rival: clone for about as many CPU seconds as cloning and reinforcement learning took.
 
 python scripts/quickstart_control.py --seed 0        # against the newest finished quickstart of that seed
 python scripts/quickstart_control.py --run RUN

@@ -12,19 +12,13 @@ import pytest
 from gymnasium.error import ResetNeeded
 
 from agentrl.env import check_text_env, load_plugins, make, make_panel, verify
+from agentrl.env.settings import quickstart_kwargs
 from agentrl.errors import ConfigError, PanelError
 from agentrl_envs.alfworld.wording import compact
 from agentrl_envs.alfworld_env import LEFT_OUT, ALFWorldEnv
 
 ID = "agentrl/ALFWorld-v0"
-TINY: dict[str, Any] = {
-    "task_types": ["pick_and_place_simple", "look_at_obj_in_light"],
-    "max_receptacles": 6,
-    "object_types": 8,
-    "text": "compact",
-    "menu": "task",
-    "max_steps": 16,
-}
+TINY = quickstart_kwargs()
 
 
 def test_it_is_made_by_gymnasium_after_the_plugins_are_loaded() -> None:

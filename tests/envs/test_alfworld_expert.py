@@ -7,18 +7,12 @@ from typing import Any
 import pytest
 
 from agentrl.env import make
+from agentrl.env.settings import quickstart_kwargs
 from agentrl_envs.alfworld.expert import SearchingExpert
 from agentrl_envs.alfworld.wording import Wanted
 
 ID = "agentrl/ALFWorld-v0"
-TINY: dict[str, Any] = {
-    "task_types": ["pick_and_place_simple", "look_at_obj_in_light"],
-    "max_receptacles": 6,
-    "object_types": 8,
-    "text": "compact",
-    "menu": "task",
-    "max_steps": 16,
-}
+TINY = quickstart_kwargs()
 
 
 def play(count: int, noise: float = 0.0, first: int = 0, **settings: Any) -> tuple[Counter[str], list[int]]:
