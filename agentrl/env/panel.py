@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -86,7 +87,13 @@ class Panel:
         return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
 
-def make_panel(env: str, split: str, tasks: int, env_kwargs: Mapping[str, Any] | None = None) -> Panel:
+def make_panel(
+    env: str,
+    split: str,
+    tasks: int,
+    env_kwargs: Mapping[str, Any] | None = None,
+    environment: gymnasium.Env[str, str] | None = None,
+) -> Panel:
     """Fix the first `tasks` tasks of a split.
 
     Args:
@@ -94,6 +101,7 @@ def make_panel(env: str, split: str, tasks: int, env_kwargs: Mapping[str, Any] |
         split: one of the environment's splits.
         tasks: how many.
         env_kwargs: arguments that say what the tasks are; leave out what only concerns who plays them.
+        environment: one that was made with them; None makes one.
 
     Raises:
         ConfigError: the environment, the split or an argument is unknown.
@@ -101,20 +109,17 @@ def make_panel(env: str, split: str, tasks: int, env_kwargs: Mapping[str, Any] |
     """
     if tasks < 1:
         raise PanelError(f"a panel of {tasks} tasks was asked for, wanted at least 1")
-    environment = make(env, split=split, **(env_kwargs or {}))
-    try:
-        known: Any = environment.unwrapped
-        if split not in known.splits:
-            raise unknown(f"split of {env}", split, known.splits)
-        available = known.tasks(split)
-        if tasks > len(available):
-            raise PanelError(
-                f"split {split!r} of {env} has {len(available)} tasks, wanted {tasks} for a panel"
-            )
-        chosen = tuple(islice(available, tasks))
-        return Panel(env, split, chosen, tuple(map(known.task_hash, chosen)), dict(env_kwargs or {}))
-    finally:
-        environment.close()
+    if environment is None:
+        with closing(make(env, split=split, **(env_kwargs or {}))) as environment:
+            return make_panel(env, split, tasks, env_kwargs, environment)
+    known: Any = environment.unwrapped
+    if split not in known.splits:
+        raise unknown(f"split of {env}", split, known.splits)
+    available = known.tasks(split)
+    if tasks > len(available):
+        raise PanelError(f"split {split!r} of {env} has {len(available)} tasks, wanted {tasks} for a panel")
+    chosen = tuple(islice(available, tasks))
+    return Panel(env, split, chosen, tuple(map(known.task_hash, chosen)), dict(env_kwargs or {}))
 
 
 def load_panel(path: str | Path) -> Panel:

@@ -5,13 +5,16 @@ arguments that calls `register` for each of its ids.
 """
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Mapping
+from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points
 from threading import RLock
 from types import MappingProxyType
 from typing import Any, cast
 
+import cloudpickle
 import gymnasium
 from gymnasium.envs.registration import load_env_creator
 
@@ -134,9 +137,7 @@ def make(id: str, **kwargs: Any) -> gymnasium.Env[str, str]:
         ConfigError: the id, an argument's name or its value is not accepted.
         MissingDependencyError: the environment needs a module that is not installed.
     """
-    load_plugins()
-    if id not in gymnasium.registry:
-        raise _unknown_id(id)
+    check_id(id)
     try:
         creator = _creator(id)
         _check_arguments(id, creator, kwargs)
@@ -153,6 +154,57 @@ def make(id: str, **kwargs: Any) -> gymnasium.Env[str, str]:
         lacks = ", ".join(missing)
         raise ConfigError(f"{id!r} is not a text environment: it has no {lacks}; see agentrl.env.TextEnv")
     return env
+
+
+class Factory:
+    """Makes environments of one id, also when pickled (by cloudpickle) and sent to another process: what was registered by hand travels with it.
+
+    Args:
+        id: of the environment.
+        kwargs: for its constructor.
+    """
+
+    def __init__(self, id: str, **kwargs: Any) -> None:
+        self.id = id
+        self.kwargs = kwargs
+
+    def __call__(self) -> gymnasium.Env[str, str]:
+        return make(self.id, **self.kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        spec = gymnasium.registry.get(self.id)
+        by_plugin = _plugins.owners.get(self.id, "").startswith(_PLUGIN)
+        registration = None if spec is None or by_plugin else (spec.entry_point, spec.kwargs)
+        if registration is not None:
+            _let_travel(registration[0])
+        return _rebuilt, (self.id, self.kwargs, registration)
+
+
+def _let_travel(entry_point: Any) -> None:
+    """Have a class whose module no other process would find pickled by value."""
+    module = sys.modules.get(getattr(entry_point, "__module__", ""))
+    if module is not None and module.__name__ != "__main__":  # cloudpickle does so for that one by itself
+        top = module.__name__.partition(".")[0]
+        if top not in sys.builtin_module_names and PathFinder.find_spec(top) is None:
+            cloudpickle.register_pickle_by_value(module)
+
+
+def _rebuilt(id: str, kwargs: dict[str, Any], registration: tuple[Any, dict[str, Any]] | None) -> Factory:
+    load_plugins()
+    if registration is not None and id not in gymnasium.registry:
+        register(id, registration[0], **registration[1])
+    return Factory(id, **kwargs)
+
+
+def check_id(id: str) -> None:
+    """Refuse an id that nobody has registered.
+
+    Raises:
+        ConfigError: naming the nearest ones.
+    """
+    load_plugins()
+    if id not in gymnasium.registry:
+        raise _unknown_id(id)
 
 
 def _unknown_id(id: str) -> ConfigError:

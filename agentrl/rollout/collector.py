@@ -1,97 +1,71 @@
-"""Drives many episodes at once in this process: who has an answer goes on, who has ended costs nothing."""
+"""Drives many episodes at once: who has an answer goes on, who has ended costs nothing."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 
-import gymnasium
-
 from agentrl.data.trajectory import Episode, StopReason
-from agentrl.env.answers import reset_answer, step_answer
-from agentrl.errors import AgentRLError, EnvironmentContractError
-from agentrl.rollout.play import (
-    ActionRequest,
-    Answer,
-    Effect,
-    EpisodeSpec,
-    Reset,
-    Step,
-    Stop,
-    Transition,
-    play,
-)
+from agentrl.errors import TooManyAbortedError
+from agentrl.rollout.environments import Environments
+from agentrl.rollout.play import ActionRequest, Answer, Effect, EpisodeSpec, Stop, play
 from agentrl.rollout.players import Player
 
-TextGym = gymnasium.Env[str, str]
+_RETRIED = (StopReason.ENV_ERROR, StopReason.WORKER_ERROR)
+_MOST_ATTEMPTS = 10  # of an episode that only others' failures ended
 
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """Episodes in the order of their specs, and where the time went."""
+    """What was played, and where the time went.
+
+    Args:
+        episodes: in the order of their specs.
+        failures: attempts that were aborted and made again; each is of an id that `episodes` holds as well.
+        environment_seconds: that the collector spent in environments, or waiting for them.
+        player_seconds: the same of the player.
+    """
 
     episodes: tuple[Episode, ...]
+    failures: tuple[Episode, ...]
     environment_seconds: float
     player_seconds: float
 
 
-class EnvironmentPool:
-    """Environments to be used again; `make` is called when none is free.
+class Quarantine:
+    """Tasks that failed several times in a row, in whatever episode, and are not tried any more.
 
-    Used as a context manager, or closed, it closes those on loan as well; it makes new ones if asked again.
+    Args:
+        after: so many failures; None never.
     """
 
-    def __init__(self, make: Callable[[], TextGym]) -> None:
-        self._make = make
-        self._free: list[TextGym] = []
-        self._lent: dict[int, TextGym] = {}
+    def __init__(self, after: int | None = None) -> None:
+        self._after = after
+        self._failures: Counter[str] = Counter()
+        self.tasks: dict[str, str] = {}  # why
 
-    def take(self) -> TextGym:
-        env = self._free.pop() if self._free else self._make()
-        self._lent[id(env)] = env
-        return env
+    def add(self, task: str, reason: str) -> None:
+        """Count a failure."""
+        self._failures[task] += 1
+        if self._after is not None and self._failures[task] >= self._after:
+            self.tasks[task] = f"quarantined after {self._after} failures in a row, the last: {reason}"
 
-    def give_back(self, env: TextGym) -> None:
-        if self._lent.pop(id(env), None) is not None:
-            self._free.append(env)
-
-    def discard(self, env: TextGym) -> None:
-        """Close an environment that cannot be trusted any more."""
-        self._lent.pop(id(env), None)
-        with suppress(Exception):  # it is broken already, and nobody waits for it
-            env.close()
-
-    @contextmanager
-    def borrow(self) -> Iterator[TextGym]:
-        """An environment for the length of a `with` block."""
-        env = self.take()
-        try:
-            yield env
-        except BaseException:
-            self.discard(env)
-            raise
-        self.give_back(env)
-
-    def close(self) -> None:
-        while self._free:
-            self.discard(self._free.pop())
-        for env in list(self._lent.values()):
-            self.discard(env)
-
-    def __enter__(self) -> "EnvironmentPool":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def clear(self, task: str) -> None:
+        """The task was played to its end."""
+        self._failures.pop(task, None)
 
 
 def collect(
     specs: Sequence[EpisodeSpec],
     player: Player,
-    environments: EnvironmentPool,
+    environments: Environments,
     *,
     max_active: int,
     max_turns: int | None = None,
+    max_attempts: int = 1,
+    max_aborted_share: float = 1.0,
+    quarantine: Quarantine | None = None,
     on_episode: Callable[[Episode], None] | None = None,
 ) -> Collection:
     """Play episodes to their end, at most `max_active` at a time.
@@ -103,24 +77,38 @@ def collect(
         specs: what to play; ids must differ.
         player: who replies.
         environments: where. Each is used by one episode at a time, and thrown away after an error.
-        max_active: episodes, and so environments, at a time.
+        max_active: episodes at a time; `environments` may have fewer places.
         max_turns: limit on replies beside the environment's own.
-        on_episode: called with each episode as it ends.
+        max_attempts: plays of an episode in which the environment or its worker fails. A play that ended only
+            because another one took the worker down does not count.
+        max_aborted_share: of the episodes.
+        quarantine: tasks not to be tried, and where failures are counted; None starts with none, and puts no
+            task there.
+        on_episode: called with each episode as it ends for good.
 
     Returns:
-        The episodes in the order of `specs`.
+        The episodes in the order of `specs`, each once.
 
     Raises:
         AgentRLError: an environment could not be made, for a reason that its user can mend.
+        TooManyAbortedError: as soon as the share must come out larger than allowed.
         BaseException: what `player` and `on_episode` raise, and interrupts; environments are closed first.
     """
     if max_active < 1:
         raise ValueError(f"max_active is {max_active}, wanted at least 1")
     if len({spec.id for spec in specs}) != len(specs):
         raise ValueError("two of the episode specs have the same id")
-    drive = _Drive(player, environments, max_turns, on_episode)
+    drive = _Drive(
+        player,
+        environments,
+        max_turns,
+        max_attempts,
+        max_aborted_share * len(specs),
+        quarantine or Quarantine(),
+        on_episode,
+    )
     try:
-        return drive.run(specs, max_active)
+        return drive.run(specs, min(max_active, environments.places or max_active))
     except BaseException:
         environments.close()
         for episode_id in drive.active:
@@ -132,89 +120,138 @@ def collect(
 @dataclass(slots=True)
 class _Running:
     spec: EpisodeSpec
+    attempt: int
     loop: Generator[Effect, Answer, Episode]
-    env: TextGym | None = None
+    thinking: bool = False  # whether the player owes a reply
+    bystander: bool = False
 
 
 @dataclass(slots=True)
 class _Drive:
     player: Player
-    environments: EnvironmentPool
+    environments: Environments
     max_turns: int | None
+    max_attempts: int
+    max_aborted: float
+    quarantine: Quarantine
     on_episode: Callable[[Episode], None] | None
+    waiting: deque[tuple[EpisodeSpec, int]] = field(default_factory=deque)
     active: dict[str, _Running] = field(default_factory=dict)
     finished: dict[str, Episode] = field(default_factory=dict)
+    failures: list[Episode] = field(default_factory=list)
+    blameless: Counter[str] = field(default_factory=Counter)  # attempts that others ended
+    thinking: int = 0
     environment_seconds: float = 0.0
     player_seconds: float = 0.0
 
     def run(self, specs: Sequence[EpisodeSpec], max_active: int) -> Collection:
-        waiting = iter(specs)
+        self.waiting.extend((spec, 1) for spec in specs)
         while True:
-            while len(self.active) < max_active and (spec := next(waiting, None)) is not None:
-                self._start(spec)
+            while self.waiting and len(self.active) < max_active:
+                self._start(*self.waiting.popleft())
             if not self.active:
                 break
-            began = perf_counter()
-            answers = self.player.poll()
-            self.player_seconds += perf_counter() - began
-            for episode_id, answer in answers:
-                if episode_id not in self.active:
-                    raise ValueError(f"the player replied for {episode_id!r}, which is not being played")
-                self._advance(self.active[episode_id], answer)
-        episodes = tuple(self.finished[spec.id] for spec in specs)
-        return Collection(episodes, self.environment_seconds, self.player_seconds)
+            # Environments first: the more episodes want a reply, the better the player's batches.
+            if not self._environments_answer() and self.thinking:
+                self._player_answers()
+        return Collection(
+            tuple(self.finished[spec.id] for spec in specs),
+            tuple(self.failures),
+            self.environment_seconds,
+            self.player_seconds,
+        )
 
-    def _start(self, spec: EpisodeSpec) -> None:
-        running = self.active[spec.id] = _Running(spec, play(spec, self.max_turns))
-        self._handle(running, next(running.loop))
+    def _environments_answer(self) -> bool:
+        began = perf_counter()
+        answers = self.environments.poll(wait=not self.thinking)
+        self.environment_seconds += perf_counter() - began
+        for episode_id, answer in answers:
+            self.active[episode_id].bystander = isinstance(answer, Stop) and answer.bystander
+            self._advance(self.active[episode_id], answer)
+        return bool(answers)
+
+    def _player_answers(self) -> None:
+        began = perf_counter()
+        answers = self.player.poll()
+        self.player_seconds += perf_counter() - began
+        for episode_id, answer in answers:
+            if episode_id not in self.active or not self.active[episode_id].thinking:
+                raise ValueError(f"the player replied for {episode_id!r}, which did not ask")
+            self.active[episode_id].thinking = False
+            self.thinking -= 1
+            self._advance(self.active[episode_id], answer)
+
+    def _start(self, spec: EpisodeSpec, attempt: int) -> None:
+        running = self.active[spec.id] = _Running(spec, attempt, play(spec, self.max_turns))
+        effect = next(running.loop)
+        if spec.task in self.quarantine.tasks:
+            reason = self.quarantine.tasks[spec.task]
+            running.attempt = self.max_attempts
+            self._advance(running, Stop(StopReason.WORKER_ERROR, reason))
+        else:
+            self._handle(running, effect)
 
     def _advance(self, running: _Running, answer: Answer) -> None:
         try:
             effect = running.loop.send(answer)
         except StopIteration as end:
-            self._finish(running, end.value)
+            self._end(running, end.value)
         else:
             self._handle(running, effect)
 
     def _handle(self, running: _Running, effect: Effect) -> None:
-        """Answer all that the episode wants of its environment, until it wants a reply or has ended."""
         if isinstance(effect, ActionRequest):
             began = perf_counter()
             self.player.submit(effect)
             self.player_seconds += perf_counter() - began
+            running.thinking = True
+            self.thinking += 1
         else:
-            self._advance(running, self._ask(running, effect))
+            self.environments.submit(running.spec.id, effect)
 
-    def _ask(self, running: _Running, effect: Reset | Step) -> Transition | Stop:
-        began = perf_counter()
-        try:
-            if running.env is None:
-                running.env = self.environments.take()
-            return _transition(running.env, effect)
-        except Exception as error:
-            if running.env is None and isinstance(error, AgentRLError):
-                raise  # an argument or a package is wrong: every other episode would say the same
-            if isinstance(error, EnvironmentContractError):
-                return Stop(StopReason.CONTRACT, str(error))
-            return Stop(StopReason.ENV_ERROR, f"{type(error).__name__}: {error}")
-        finally:
-            self.environment_seconds += perf_counter() - began
-
-    def _finish(self, running: _Running, episode: Episode) -> None:
+    def _end(self, running: _Running, episode: Episode) -> None:
         del self.active[episode.id]
-        if running.env is not None:
-            if episode.stop.aborted:
-                self.environments.discard(running.env)
-            else:
-                self.environments.give_back(running.env)
+        self.environments.release(episode.id, broken=episode.stop.aborted)
         self.player.close(episode.id)
+        if episode.stop in _RETRIED and self._try_again(running, episode):
+            self.failures.append(episode)
+            return
+        if not episode.stop.aborted:
+            self.quarantine.clear(episode.task)
         self.finished[episode.id] = episode
         if self.on_episode is not None:
             self.on_episode(episode)
+        if episode.stop.aborted:
+            self._refuse_too_many()
+
+    def _try_again(self, running: _Running, episode: Episode) -> bool:
+        spec = running.spec
+        if running.bystander:
+            self.blameless[spec.id] += 1
+            again = running.attempt
+        elif spec.task in self.quarantine.tasks:
+            return False
+        else:
+            self.quarantine.add(spec.task, episode.error or "")
+            again = running.attempt + 1
+        if again > self.max_attempts or self.blameless[spec.id] >= _MOST_ATTEMPTS:
+            return False
+        self.waiting.append((spec, again))
+        return True
+
+    def _refuse_too_many(self) -> None:
+        aborted = [episode for episode in self.finished.values() if episode.stop.aborted]
+        if len(aborted) > self.max_aborted:
+            raise TooManyAbortedError(
+                f"{len(aborted)} episodes were aborted, more than {self.max_aborted:g} allowed:\n"
+                + "\n".join(f"{count} x {reason}" for reason, count in abort_reasons(aborted, 3))
+            )
 
 
-def _transition(env: TextGym, effect: Reset | Step) -> Transition:
-    if isinstance(effect, Step):
-        return Transition(*step_answer(env.step(effect.action)))
-    observation, info = reset_answer(env.reset(seed=effect.seed, options={"task": effect.task}))
-    return Transition(observation, info=info)
+def abort_reasons(episodes: Sequence[Episode], most: int | None = None) -> list[tuple[str, int]]:
+    """Why episodes were aborted and how often, the most frequent reason first."""
+    aborted = [episode for episode in episodes if episode.stop.aborted]
+    return Counter(
+        f"{episode.stop.value}: {episode.error}" if episode.error else episode.stop.value
+        for episode in aborted
+    ).most_common(most)

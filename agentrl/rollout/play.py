@@ -91,10 +91,14 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """An answer that ends the episode: a failure outside the policy, or a context that is full."""
+    """An answer that ends the episode: a failure outside the policy, or a context that is full.
+
+    `bystander` means that another episode's call brought it about.
+    """
 
     reason: StopReason
     error: str | None = None
+    bystander: bool = False
 
 
 Effect = Reset | Step | ActionRequest

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from agentrl.data.trajectory import StopReason
+from agentrl.env.spaces import TextSpace
 from agentrl.policy.engine import Engine, Generation, GenerationRequest, SamplingParams
 from agentrl.policy.trie import token_trie
 from agentrl.rollout.play import ActionRequest, Reply, Stop
@@ -55,12 +56,17 @@ class _Immediate(ABC):
 
 
 class RandomPlayer(_Immediate):
-    """Uniform over the admissible actions; the draw follows from (request.seed, turn) alone."""
+    """Uniform over the admissible actions, or random text where the environment names none.
+
+    The draw follows from (request.seed, turn) alone.
+    """
 
     def reply(self, request: ActionRequest) -> Reply | Stop:
-        if not request.actions:
-            return Stop(StopReason.ENGINE_ERROR, "a random player needs info['actions'], which is empty here")
         draw = derive_seed("random", request.seed, request.turn)
+        if request.actions is None:
+            return Reply(TextSpace(seed=draw % 2**32).sample())
+        if not request.actions:
+            return Stop(StopReason.ENGINE_ERROR, "a random player has no choice: info['actions'] is empty")
         return Reply(request.actions[draw % len(request.actions)])
 
 

@@ -1,9 +1,45 @@
 """The `rollout` block of a run's configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from agentrl.errors import ConfigError
+
+Placement = Literal["auto", "inline", "thread", "process"]
+
+
+@dataclass(frozen=True)
+class WorkersConfig:
+    """Processes that environments live in, and how long their calls may take.
+
+    Args:
+        count: processes; None for one per core.
+        environments: of each process; None for as many as `rollout.max_active` needs.
+        interpreter: another Python that they run in, with agentrl and the environment installed there.
+        construct_timeout: seconds for the process to start and the environment to be made.
+        reset_timeout: seconds for a reset.
+        step_timeout: seconds for a step.
+        recycle_episodes: a process is replaced after so many; None never.
+        recycle_megabytes: a process is replaced when it holds more, with its children; None never.
+    """
+
+    count: int | None = None
+    environments: int | None = None
+    interpreter: str | None = None
+    construct_timeout: float = 180.0
+    reset_timeout: float = 120.0
+    step_timeout: float = 60.0
+    recycle_episodes: int | None = 1000
+    recycle_megabytes: int | None = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("count", "environments", "recycle_episodes", "recycle_megabytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"rollout.workers.{name} is {value}, wanted at least 1, or null")
+        for name in ("construct_timeout", "reset_timeout", "step_timeout"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"rollout.workers.{name} is {getattr(self, name)}, wanted above 0 seconds")
 
 
 @dataclass(frozen=True)
@@ -12,31 +48,44 @@ class RolloutConfig:
 
     Args:
         backend: on whose machines environments run.
-        placement: where an environment lives; `inline` is the collector's own process.
+        placement: where an environment lives. `inline` is this process: the only one that repeats bit for
+            bit, and the only one that a hanging or crashing environment takes down. `thread` is for
+            environments that declare `thread_safe` and mostly wait. `process` is supervised. `auto` measures
+            a few steps and decides; a run's config.yaml holds what it decided.
+        workers: of the placement `process`; its timeouts hold for `thread` as well.
         groups_per_step: tasks played in one training step.
         group_size: episodes of each task, whose returns are compared.
         max_active: episodes in flight at once.
         max_turns: limit on turns beside the environment's own; None leaves it to the environment.
         temperature: of the policy's replies while training.
         constrained: choose among the admissible commands by a token trie; False generates freely and parses.
-        max_aborted_share: a step with a larger share of aborted episodes stops the run.
+        max_attempts: plays of an episode that an environment or worker failed in; a task with as many
+            failures in a row is not tried any more.
+        max_aborted_share: the run stops when a larger share of a step's episodes was aborted.
     """
 
     backend: Literal["local"] = "local"
-    placement: Literal["inline"] = "inline"
+    placement: Placement = "auto"
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
     groups_per_step: int = 8
     group_size: int = 8
     max_active: int = 64
     max_turns: int | None = None
     temperature: float = 1.0
     constrained: bool = True
+    max_attempts: int = 3
     max_aborted_share: float = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("groups_per_step", "group_size", "max_active"):
+        for name in ("groups_per_step", "group_size", "max_active", "max_attempts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"rollout.{name} is {getattr(self, name)}, wanted at least 1")
         if self.temperature <= 0:
             raise ConfigError(f"rollout.temperature is {self.temperature}, wanted above 0 to explore")
         if not 0 <= self.max_aborted_share <= 1:
             raise ConfigError(f"rollout.max_aborted_share is {self.max_aborted_share}, wanted within [0, 1]")
+        if self.workers.interpreter is not None and self.placement in ("inline", "thread"):
+            raise ConfigError(
+                f"rollout.workers.interpreter is set, but rollout.placement={self.placement} plays in this "
+                "process; wanted process or auto"
+            )

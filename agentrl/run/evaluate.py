@@ -1,19 +1,26 @@
 """Measure a policy on a fixed panel of tasks, each played exactly K times."""
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
+
+import gymnasium
 
 from agentrl.data.trajectory import Episode
 from agentrl.env.panel import Panel, load_panel, make_panel, verify
-from agentrl.env.registry import make
+from agentrl.env.registry import Factory, make
 from agentrl.errors import ConfigError
-from agentrl.rollout.collector import EnvironmentPool, collect
+from agentrl.rollout.collector import Collection, Quarantine, abort_reasons, collect
+from agentrl.rollout.environments import Environments
+from agentrl.rollout.placement import open_environments, settle
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import Player
+from agentrl.rollout.settings import RolloutConfig
 from agentrl.run.folder import Run
 from agentrl.run.settings import RunConfig
 from agentrl.run.statistics import Rate, success_rate
@@ -55,6 +62,8 @@ class Evaluation:
         panel_hash: of the panel's tasks and their content.
         data: what the tasks are, as the environment labels them, e.g. `generated`.
         repeats: plays of each task.
+        retried: attempts that were aborted and played again.
+        steps_per_second: of all episodes together, the policy's time included; None where nobody timed it.
     """
 
     success: Rate
@@ -68,6 +77,8 @@ class Evaluation:
     panel_hash: str
     data: str | None = None
     repeats: int = 1
+    retried: int = 0
+    steps_per_second: float | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; the shape of one decoding of one policy in a run's summary.json."""
@@ -101,9 +112,11 @@ def evaluate(
     env: str | None = None,
     split: str | None = None,
     tasks: int | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
     repeats: int = 1,
     seed: int = 0,
     temperature: float = 1.0,
+    rollout: RolloutConfig | None = None,
     on_episode: OnEpisode | None = None,
 ) -> Evaluation:
     """Measure a policy.
@@ -113,11 +126,13 @@ def evaluate(
         panel: a panel or its file; None takes the first `tasks` of `split` of `env`, which fall back on the
             configuration of the run, or on the defaults.
         env: id of an environment.
-        split: of its tasks.
+        split: of its tasks; the last where the environment has none of the configured name.
         tasks: how many of them.
+        env_kwargs: arguments of the environment, on top of those of a run that was trained on it.
         repeats: plays of each task.
         seed: of the environments and of the policy's draws.
         temperature: of the policy's draws; 0 always takes its first choice.
+        rollout: where and how many at a time; None takes a run's own, or the defaults.
         on_episode: called with each episode as it ends.
 
     Raises:
@@ -129,42 +144,75 @@ def evaluate(
 
     if repeats < 1:
         raise ConfigError(f"repeats is {repeats}, wanted at least 1")
-    given = _given_panel(panel, env, split, tasks)
+    given = _given_panel(panel, env, split, tasks, env_kwargs)
     name = str(policy.folder) if isinstance(policy, Run) else str(policy)
     player, config = open_player(name, temperature=temperature)
-    fixed = given or configured_panel(config, env, split, tasks)
-    with panel_environments(fixed, expert=name == "expert") as environments:
-        episodes = play_panel(
-            fixed,
-            player,
-            environments,
-            repeats=repeats,
-            seed=seed,
-            max_active=config.rollout.max_active,
-            max_turns=config.rollout.max_turns,
-            on_episode=on_episode,
+    if given is None and (env, split, tasks, env_kwargs) == (None, None, None, None):
+        given = _configured_file(config)
+    if given is None:
+        env = env or config.env.id
+        kwargs = {**(config.env.kwargs if env == config.env.id else {}), **(env_kwargs or {})}
+        split = split or _split(env, kwargs, config.evaluation.split)
+    else:
+        env, kwargs, split = given.env, dict(given.env_kwargs), given.split
+    if rollout is None:
+        rollout = config.rollout
+        if env != config.env.id:
+            rollout = replace(rollout, placement="auto")  # what suited the run's own says nothing of it
+    rollout, _ = settle(Factory(env, split=split, **kwargs), rollout, split, seed)
+    with open_panel_environments(env, split, kwargs, rollout, expert=name == "expert") as environments:
+        with environments.borrow() as environment:
+            if given is not None:
+                verify(given, environment)
+            fixed = given or make_panel(
+                env, split, tasks or _default_tasks(config, environment, split), kwargs, environment
+            )
+            label = getattr(environment.unwrapped, "data", None)
+        began = time.perf_counter()
+        played = play_panel(
+            fixed, player, environments, rollout, repeats=repeats, seed=seed, on_episode=on_episode
         )
-        return summarise(episodes, fixed, repeats, data=data_label(environments))
+        found = summarise(played.episodes, fixed, repeats, data=label)
+        seconds = time.perf_counter() - began
+    turns = sum(len(episode.turns) for episode in (*played.episodes, *played.failures))
+    return replace(found, retried=len(played.failures), steps_per_second=turns / seconds)
 
 
-def configured_panel(
-    config: RunConfig, env: str | None = None, split: str | None = None, tasks: int | None = None
-) -> Panel:
-    """The panel of a configuration, or with another environment, split or number of tasks in its place."""
+def configured_panel(config: RunConfig, environment: gymnasium.Env[str, str] | None = None) -> Panel:
+    """The panel of a configuration; `environment` is one made for it, None makes one."""
+    panel = _configured_file(config)
+    if panel is not None:
+        verify(panel)
+        return panel
     block = config.evaluation
-    if block.panel is not None and (env, split, tasks) == (None, None, None):
-        return _verified(load_panel(Path(block.panel)))
-    kwargs = config.env.kwargs if env in (None, config.env.id) else {}
-    return make_panel(env or config.env.id, split or block.split, tasks or block.tasks, kwargs)
+    return make_panel(config.env.id, block.split, block.tasks, config.env.kwargs, environment)
 
 
-def panel_environments(panel: Panel, *, expert: bool = False) -> EnvironmentPool:
-    """A pool of the panel's environments; with `expert`, they say what their expert would do next."""
-    kwargs = {**panel.env_kwargs, **({"expert": True} if expert else {})}
-    return EnvironmentPool(lambda: make(panel.env, split=panel.split, **kwargs))
+def open_panel_environments(
+    env: str, split: str, kwargs: Mapping[str, Any], rollout: RolloutConfig, *, expert: bool = False
+) -> Environments:
+    """Environments for a panel; with `expert`, they say what their expert would do next."""
+    told = {"expert": True} if expert else {}
+    return open_environments(Factory(env, split=split, **{**kwargs, **told}), rollout)
 
 
-def data_label(environments: EnvironmentPool) -> str | None:
+def _configured_file(config: RunConfig) -> Panel | None:
+    path = config.evaluation.panel
+    return None if path is None else load_panel(Path(path))
+
+
+def _split(env: str, kwargs: Mapping[str, Any], preferred: str) -> str:
+    """The preferred split where the environment has it, else its last, which is held out by convention."""
+    with closing(make(env, **kwargs)) as environment:
+        splits: tuple[str, ...] = cast(Any, environment.unwrapped).splits
+    return preferred if preferred in splits else splits[-1]
+
+
+def _default_tasks(config: RunConfig, environment: gymnasium.Env[str, str], split: str) -> int:
+    return min(config.evaluation.tasks, len(cast(Any, environment.unwrapped).tasks(split)))
+
+
+def data_label(environments: Environments) -> str | None:
     """What the tasks are, as their environment labels them, e.g. `generated`; None where it does not."""
     with environments.borrow() as environment:
         return getattr(environment.unwrapped, "data", None)
@@ -173,24 +221,48 @@ def data_label(environments: EnvironmentPool) -> str | None:
 def play_panel(
     panel: Panel,
     player: Player,
-    environments: EnvironmentPool,
+    environments: Environments,
+    rollout: RolloutConfig | None = None,
     *,
     repeats: int = 1,
     seed: int = 0,
-    max_active: int = 64,
-    max_turns: int | None = None,
     on_episode: OnEpisode | None = None,
-) -> list[Episode]:
+) -> Collection:
     """Play each task of the panel exactly `repeats` times; every draw depends on (seed, task, repeat) alone.
+
+    Args:
+        panel: of tasks.
+        player: who is measured.
+        environments: of the panel.
+        rollout: how many episodes at a time, limits and attempts; None takes the defaults.
+        repeats: plays of each task.
+        seed: of environments and player.
+        on_episode: called with each episode as it ends.
 
     Returns:
         The episodes, task by task in the panel's order.
     """
-    specs = _specs(panel.env, panel.tasks, repeats, seed)
-    played = collect(
-        specs, player, environments, max_active=max_active, max_turns=max_turns, on_episode=on_episode
+    return _play(_specs(panel.env, panel.tasks, repeats, seed), player, environments, rollout, on_episode)
+
+
+def _play(
+    specs: Sequence[EpisodeSpec],
+    player: Player,
+    environments: Environments,
+    rollout: RolloutConfig | None,
+    on_episode: OnEpisode | None,
+) -> Collection:
+    block = rollout or RolloutConfig()
+    return collect(
+        specs,
+        player,
+        environments,
+        max_active=block.max_active,
+        max_turns=block.max_turns,
+        max_attempts=block.max_attempts,
+        quarantine=Quarantine(block.max_attempts),
+        on_episode=on_episode,
     )
-    return list(played.episodes)
 
 
 def summarise(
@@ -214,7 +286,7 @@ def summarise(
         success=_rate(finished),
         by_task_type={name: _rate(e for e in finished if e.task_type == name) for name in types},
         aborted=len(aborted),
-        aborted_reasons=dict(Counter(_reason(episode) for episode in aborted).most_common()),
+        aborted_reasons=dict(abort_reasons(aborted)),
         mean_return=_mean(episode.episode_return for episode in finished),
         mean_turns=_mean(len(episode.turns) for episode in finished),
         stop_reasons=dict(Counter(episode.stop.value for episode in episodes).most_common()),
@@ -248,11 +320,10 @@ def mean_entropy(episodes: Iterable[Episode]) -> Entropy:
 def instruction_check(
     panel: Panel,
     player: Player,
-    environments: EnvironmentPool,
+    environments: Environments,
+    rollout: RolloutConfig | None = None,
     *,
     seed: int = 0,
-    max_active: int = 64,
-    max_turns: int | None = None,
     on_episode: OnEpisode | None = None,
 ) -> InstructionCheck | None:
     """Play, for each task of the panel, the task of the same room that asks for something else.
@@ -270,9 +341,7 @@ def instruction_check(
         return None
     # Two tasks of one room may name each other's goal, or the same third.
     specs = _specs(panel.env, tuple(dict.fromkeys(others)), 1, derive_seed(seed, "instruction"))
-    played = collect(
-        specs, player, environments, max_active=max_active, max_turns=max_turns, on_episode=on_episode
-    )
+    played = _play(specs, player, environments, rollout, on_episode)
     finished = [episode for episode in played.episodes if not episode.stop.aborted]
     return InstructionCheck(
         new_goal=_rate(finished),
@@ -282,20 +351,21 @@ def instruction_check(
 
 
 def _given_panel(
-    panel: Panel | str | Path | None, env: str | None, split: str | None, tasks: int | None
+    panel: Panel | str | Path | None,
+    env: str | None,
+    split: str | None,
+    tasks: int | None,
+    env_kwargs: Mapping[str, Any] | None,
 ) -> Panel | None:
     if tasks is not None and tasks < 1:
         raise ConfigError(f"tasks is {tasks}, wanted at least 1")
     if panel is None:
         return None
-    if (env, split, tasks) != (None, None, None):
-        raise ConfigError("a panel names its own env, split and tasks: give the panel or those, not both")
-    return _verified(panel if isinstance(panel, Panel) else load_panel(Path(panel)))
-
-
-def _verified(panel: Panel) -> Panel:
-    verify(panel)
-    return panel
+    if (env, split, tasks, env_kwargs) != (None, None, None, None):
+        raise ConfigError(
+            "a panel names its own env, arguments, split and tasks: give the panel or those, not both"
+        )
+    return panel if isinstance(panel, Panel) else load_panel(Path(panel))
 
 
 def _specs(env: str, tasks: Sequence[str], repeats: int, seed: int) -> list[EpisodeSpec]:
@@ -313,10 +383,6 @@ def _rate(finished: Iterable[Episode]) -> Rate:
     for episode in finished:
         plays[episode.task].append(episode.success)
     return success_rate(list(plays.values()))
-
-
-def _reason(episode: Episode) -> str:
-    return f"{episode.stop.value}: {episode.error}" if episode.error else episode.stop.value
 
 
 def _other_success(episode: Episode) -> bool:

@@ -39,8 +39,12 @@ class Run:
         return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def create_run(config: RunConfig) -> Run:
+def create_run(config: RunConfig, **measured: Any) -> Run:
     """Make the folder and write the resolved configuration and the manifest into it.
+
+    Args:
+        config: of the run.
+        measured: what else the manifest shall hold, JSON values.
 
     Raises:
         ConfigError: when `run.name` is taken.
@@ -55,12 +59,13 @@ def create_run(config: RunConfig) -> Run:
             f"run.name is {name!r}, but {folder} exists; "
             f"resume it (agentrl train --resume {folder}) or choose another"
         )
+    manifest = _manifest(config) | measured
     partial = parent / f".{name}.partial"  # a folder that is there can be resumed
     try:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "episodes").mkdir(parents=True)
         (partial / "config.yaml").write_text(to_yaml(config_tree(config)), encoding="utf-8")
-        (partial / "manifest.json").write_text(json.dumps(_manifest(config), indent=1), encoding="utf-8")
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         partial.rename(folder)
     except OSError as error:
         raise ConfigError(f"run.folder is {config.run.folder!r}, which cannot hold runs ({error})") from error

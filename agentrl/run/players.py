@@ -12,7 +12,7 @@ from agentrl.policy.model import build_model, load_policy, load_tokenizer
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import Dialogue, fit_tokenizer, make_dialogue
 from agentrl.policy.torch_engine import TorchEngine
-from agentrl.rollout.collector import EnvironmentPool
+from agentrl.rollout.environments import Environments
 from agentrl.rollout.players import ExpertPlayer, LanguagePlayer, Player, RandomPlayer
 from agentrl.run.folder import Run, open_run
 from agentrl.run.settings import RunConfig
@@ -42,7 +42,7 @@ class Policy:
 
 
 def fit_policy(
-    config: RunConfig, tasks: Sequence[str], environments: EnvironmentPool, tokenizer_folder: Path
+    config: RunConfig, tasks: Sequence[str], environments: Environments, tokenizer_folder: Path
 ) -> Policy:
     """The policy a new run starts from: random weights and a tokenizer of the training text.
 

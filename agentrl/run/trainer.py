@@ -3,9 +3,10 @@
 import copy
 import json
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import torch
 from agentrl.algorithms.algorithm import Context, check_requirements, prepare
 from agentrl.data.storage import write_episodes
 from agentrl.data.trajectory import Episode, Group
-from agentrl.env.registry import make
+from agentrl.env.registry import Factory, check_id
 from agentrl.errors import ConfigError, TooManyAbortedError
 from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner
 from agentrl.policy.model import save_policy
-from agentrl.rollout.collector import EnvironmentPool, collect
+from agentrl.rollout.collector import Collection, Quarantine, collect
+from agentrl.rollout.environments import Environments
+from agentrl.rollout.placement import open_environments, settle
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import Player
 from agentrl.run.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -28,7 +31,7 @@ from agentrl.run.evaluate import (
     configured_panel,
     data_label,
     instruction_check,
-    panel_environments,
+    open_panel_environments,
     play_panel,
     summarise,
 )
@@ -97,14 +100,19 @@ class Trainer:
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
         self.algorithm = config.algorithm.build()
+        if config.rollout.workers.interpreter is None:
+            check_id(config.env.id)
+        rollout, self.settled = settle(self._factory(), config.rollout, config.env.split, config.seed)
+        self.config = config = replace(config, rollout=rollout)
         self.environments = self._training_environments(expert=False)
+        self.quarantine = Quarantine(rollout.max_attempts)
         with self.environments.borrow() as environment:
             known: Any = environment.unwrapped
             self.tasks: Sequence[str] = known.tasks(config.env.split)
-        self.panel = configured_panel(config)
+            self.panel = configured_panel(config, environment)
         self.has_expert = self._offers_expert()
         given = None if config.policy.path is None else load(config.policy.path, config.policy)
-        self.active = active = active or create_run(config)
+        self.active = active = active or create_run(config, placement=self.settled)
         self.policy = given or fit_policy(config, self.tasks, self.environments, active.folder / "tokenizer")
         self.engine = self.policy.engine(config)
         self.cloner = Learner(self.policy.model, config.warm_start.learner)
@@ -120,6 +128,8 @@ class Trainer:
             with self.logbook:
                 self._restore()
                 self.logbook.say(self._arithmetic())
+                if self.settled is not None:
+                    self.logbook.say(self.settled)
                 self._warn_of_cut_openings()
                 for name in self.config.evaluation.baselines:
                     if name != "cloned" and (name != "expert" or self.has_expert):
@@ -178,12 +188,16 @@ class Trainer:
         self._save()
 
     def _train_step(self, order: TaskOrder) -> None:
-        groups, seconds = self._rollout(order)
+        groups, failures, seconds = self._rollout(order)
         episodes = [episode for group in groups for episode in group.episodes]
-        self._refuse_too_many_aborted(episodes)
         context = Context(self.step, self.config.trainer.steps, self.history)
         batch = prepare(self.algorithm, groups, context)
-        metrics = rollout_metrics(episodes) | {"episodes_kept": len(batch.episodes) / len(episodes)}
+        metrics = rollout_metrics(episodes) | {
+            "episodes_kept": len(batch.episodes) / len(episodes),
+            "retried": float(len(failures)),
+            "quarantined_tasks": float(len(self.quarantine.tasks)),
+            "worker_restarts": float(self.environments.restarts),
+        }
         with self.interruption.shield(), self._clock("learning"):
             if len(batch.lengths):
                 learned = self.learner.update(batch, self.algorithm, context)
@@ -195,8 +209,12 @@ class Trainer:
         if (every := self.config.trainer.save_episodes_every) and self.step % every == 0:
             write_episodes(self.active.folder / "episodes" / f"train-{self.step:06d}.parquet", episodes)
 
-    def _rollout(self, order: TaskOrder) -> tuple[list[Group], float]:
-        """Play the step's groups; environments draw from (seed, step, group), replies also from the id."""
+    def _rollout(self, order: TaskOrder) -> tuple[list[Group], Sequence[Episode], float]:
+        """Play the step's groups; environments draw from (seed, step, group), replies also from the id.
+
+        Returns:
+            The groups, the attempts that failed and were made again, and the seconds it took.
+        """
         block, step, size = self.config.rollout, self.step, self.config.rollout.group_size
         tasks = [order[step * block.groups_per_step + index] for index in range(block.groups_per_step)]
         specs = [
@@ -211,18 +229,33 @@ class Trainer:
         ]
         began = time.perf_counter()
         with self._clock("rollout"):
-            played = collect(
+            played = self._collected(specs)
+        self.clocks["rollout.environment.wall"] += played.environment_seconds
+        self.clocks["rollout.generation.wall"] += played.player_seconds
+        members = [played.episodes[start : start + size] for start in range(0, len(specs), size)]
+        groups = [Group(task, episodes) for task, episodes in zip(tasks, members, strict=True)]
+        return groups, played.failures, time.perf_counter() - began
+
+    def _collected(self, specs: Sequence[EpisodeSpec]) -> Collection:
+        block = self.config.rollout
+        try:
+            return collect(
                 specs,
                 self._player(block.temperature),
                 self.environments,
                 max_active=block.max_active,
                 max_turns=block.max_turns,
+                max_attempts=block.max_attempts,
+                max_aborted_share=block.max_aborted_share,
+                quarantine=self.quarantine,
             )
-        self.clocks["rollout.environment.wall"] += played.environment_seconds
-        self.clocks["rollout.generation.wall"] += played.player_seconds
-        members = [played.episodes[start : start + size] for start in range(0, len(specs), size)]
-        groups = [Group(task, episodes) for task, episodes in zip(tasks, members, strict=True)]
-        return groups, time.perf_counter() - began
+        except TooManyAbortedError as error:
+            self._save()
+            raise TooManyAbortedError(
+                f"training step {self.step + 1}, {len(specs)} episodes, "
+                f"rollout.max_aborted_share={block.max_aborted_share}: {error}\n"
+                f"mend the cause and continue with: agentrl train --resume {self.active.folder}"
+            ) from error
 
     def _evaluate(self, name: str) -> None:
         """Measure a policy on the panel, unless the folder says that it was."""
@@ -234,7 +267,7 @@ class Trainer:
             with (
                 self._clock("evaluation"),
                 self.logbook.stage(f"evaluating {name}, {decoding}", total=len(self.panel.tasks)),
-                panel_environments(self.panel, expert=name == "expert") as environments,
+                self._panel_environments(expert=name == "expert") as environments,
             ):
                 player = (
                     scripted_player(name)
@@ -247,18 +280,18 @@ class Trainer:
                     finished.append(episode)
                     self.logbook.advance(len({episode.task for episode in finished}))
 
-                episodes = play_panel(
+                played = play_panel(
                     self.panel,
                     player,
                     environments,
+                    self.config.rollout,
                     repeats=self.config.evaluation.repeats,
                     seed=self.config.seed,
-                    max_active=self.config.rollout.max_active,
-                    max_turns=self.config.rollout.max_turns,
                     on_episode=count,
                 )
-                label = data_label(environments)
+                label, episodes = data_label(environments), played.episodes
             found = summarise(episodes, self.panel, self.config.evaluation.repeats, data=label)
+            found = replace(found, retried=len(played.failures))
             write_episodes(self.active.folder / "episodes" / f"{name}-{decoding}.parquet", episodes)
             results.setdefault(name, {})[decoding] = found.to_dict()
             self._keep(results)
@@ -270,16 +303,15 @@ class Trainer:
             with (
                 self._clock("evaluation"),
                 self.logbook.stage("instruction check"),
-                panel_environments(self.panel) as environments,
+                self._panel_environments() as environments,
             ):
                 for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
                     found = instruction_check(
                         self.panel,
                         self._player(temperature),
                         environments,
+                        self.config.rollout,
                         seed=self.config.seed,
-                        max_active=self.config.rollout.max_active,
-                        max_turns=self.config.rollout.max_turns,
                     )
                     if found is not None:
                         results.setdefault("instruction_check", {})[decoding] = found.to_dict()
@@ -347,17 +379,17 @@ class Trainer:
         return self.policy.player(self.engine, self.config, temperature)
 
     def _offers_expert(self) -> bool:
-        block, steps = self.config.env, self.config.warm_start.steps
+        steps = self.config.warm_start.steps
         try:
-            make(block.id, split=block.split, **block.kwargs, expert=True).close()
+            with self._training_environments(expert=True) as environments, environments.borrow():
+                return True
         except ConfigError as error:
             if not steps:
                 return False
             raise ConfigError(
-                f"warm_start.steps is {steps}, but {block.id} has no expert to clone ({error}); "
+                f"warm_start.steps is {steps}, but {self.config.env.id} has no expert to clone ({error}); "
                 "set warm_start.steps=0, or let the environment take expert=True"
             ) from error
-        return True
 
     def _learner(self) -> Learner:
         needs_reference = "reference" in self.algorithm.requires
@@ -370,23 +402,18 @@ class Trainer:
         check_requirements(self.algorithm, learner.provides)
         return learner
 
-    def _training_environments(self, *, expert: bool) -> EnvironmentPool:
+    def _factory(self, **more: Any) -> Factory:
         block = self.config.env
-        kwargs = block.kwargs | ({"expert": True} if expert else {})
-        return EnvironmentPool(lambda: make(block.id, split=block.split, **kwargs))
+        return Factory(block.id, split=block.split, **{**block.kwargs, **more})
 
-    def _refuse_too_many_aborted(self, episodes: Sequence[Episode]) -> None:
-        aborted = [episode for episode in episodes if episode.stop.aborted]
-        limit = self.config.rollout.max_aborted_share
-        if len(aborted) > limit * len(episodes):
-            self._save()
-            reasons = Counter(f"{episode.stop}: {episode.error}" for episode in aborted).most_common(5)
-            raise TooManyAbortedError(
-                f"{len(aborted)} of {len(episodes)} episodes of training step {self.step + 1} were aborted, "
-                f"more than rollout.max_aborted_share={limit} allows:\n"
-                + "\n".join(f"{count} x {reason}" for reason, count in reasons)
-                + f"\nmend the cause and continue with: agentrl train --resume {self.active.folder}"
-            )
+    def _training_environments(self, *, expert: bool) -> Environments:
+        return open_environments(self._factory(**({"expert": True} if expert else {})), self.config.rollout)
+
+    def _panel_environments(self, *, expert: bool = False) -> Environments:
+        panel = self.panel
+        return open_panel_environments(
+            panel.env, panel.split, panel.env_kwargs, self.config.rollout, expert=expert
+        )
 
     def _results(self) -> dict[str, Any]:
         path = self.active.folder / "evaluations.json"

@@ -9,7 +9,8 @@ from agentrl.data.batch import Batch, collate
 from agentrl.data.trajectory import Episode, Group
 from agentrl.errors import ConfigError
 from agentrl.policy.tokens import Dialogue
-from agentrl.rollout.collector import EnvironmentPool, collect
+from agentrl.rollout.collector import Quarantine, collect
+from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import DemonstrationPlayer, RandomPlayer
 from agentrl.run.settings import RunConfig
@@ -18,7 +19,7 @@ from agentrl.seeds import derive_seed
 OnEpisode = Callable[[Episode], None]
 
 
-def environment_text(config: RunConfig, tasks: Sequence[str], environments: EnvironmentPool) -> list[str]:
+def environment_text(config: RunConfig, tasks: Sequence[str], environments: Environments) -> list[str]:
     """Observations and actions of randomly played training tasks, for a tokenizer to be fitted on."""
     texts: list[str] = []
 
@@ -27,7 +28,7 @@ def environment_text(config: RunConfig, tasks: Sequence[str], environments: Envi
         texts.extend(turn.action for turn in episode.turns)
 
     specs = list(_specs(config, "tokenizer", config.policy.tokenizer_episodes, tasks))
-    collect(specs, RandomPlayer(), environments, max_active=1, max_turns=None, on_episode=listen)
+    collect(specs, RandomPlayer(), environments, max_active=1, on_episode=listen)
     if not texts:
         raise ConfigError(f"env: no text to fit a tokenizer on: every episode of {config.env.id} was aborted")
     return texts
@@ -36,7 +37,7 @@ def environment_text(config: RunConfig, tasks: Sequence[str], environments: Envi
 def demonstrations(
     config: RunConfig,
     tasks: Sequence[str],
-    environments: EnvironmentPool,
+    environments: Environments,
     dialogue: Dialogue,
     on_episode: OnEpisode | None = None,
 ) -> list[Episode]:
@@ -56,7 +57,13 @@ def demonstrations(
     )
     specs = list(_specs(config, "demonstration", block.demonstrations, tasks))
     played = collect(
-        specs, player, environments, max_active=1, max_turns=None, on_episode=on_episode
+        specs,
+        player,
+        environments,
+        max_active=environments.places or 1,
+        max_attempts=config.rollout.max_attempts,
+        quarantine=Quarantine(config.rollout.max_attempts),
+        on_episode=on_episode,
     ).episodes
     solved = [episode for episode in played if episode.success]
     if len(solved) < block.batch_size:

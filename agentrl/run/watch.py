@@ -10,7 +10,8 @@ from rich.text import Text
 
 from agentrl.data.trajectory import Episode, Turn
 from agentrl.env.registry import make
-from agentrl.rollout.collector import EnvironmentPool, collect
+from agentrl.rollout.collector import collect
+from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.play import ActionRequest, EpisodeSpec, Reply, Stop
 from agentrl.rollout.players import HumanPlayer, Player
 

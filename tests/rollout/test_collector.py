@@ -11,7 +11,8 @@ from shelves import CountingPlayer, Shelves, by_id, specs
 
 from agentrl.data.trajectory import Episode, Outcome, StopReason
 from agentrl.errors import ConfigError
-from agentrl.rollout.collector import EnvironmentPool, collect
+from agentrl.rollout.collector import collect
+from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.play import ActionRequest, EpisodeSpec, Reply, Stop
 from agentrl.rollout.players import RandomPlayer
 

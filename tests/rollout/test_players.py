@@ -9,7 +9,8 @@ from shelves import Letters, ScriptedEngine, Shelves, specs
 
 from agentrl.data.trajectory import Episode, Outcome, StopReason
 from agentrl.policy.engine import Generation, SamplingParams
-from agentrl.rollout.collector import EnvironmentPool, collect
+from agentrl.rollout.collector import collect
+from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.play import ActionRequest, Reply, Stop
 from agentrl.rollout.players import (
     DemonstrationPlayer,
@@ -57,11 +58,17 @@ def test_random_replies_follow_from_seed_and_turn_and_are_uniform() -> None:
     assert all(abs(counts[action] - 1000) < 4 * 26 for action in "abc")
 
 
-def test_a_random_player_does_not_touch_what_it_cannot_draw_from() -> None:
-    for actions in (None, ()):
-        reply = only_reply(RandomPlayer(), request(actions=actions))
-        assert isinstance(reply, Stop)
-        assert (reply.reason, "info['actions']" in (reply.error or "")) == (StopReason.ENGINE_ERROR, True)
+def test_a_random_player_has_no_choice_among_no_actions() -> None:
+    reply = only_reply(RandomPlayer(), request(actions=()))
+    assert isinstance(reply, Stop)
+    assert (reply.reason, "info['actions']" in (reply.error or "")) == (StopReason.ENGINE_ERROR, True)
+
+
+def test_a_random_player_writes_random_text_where_no_actions_are_named() -> None:
+    one, again, other = (only_reply(RandomPlayer(), request(actions=None, seed=seed)) for seed in (1, 1, 2))
+    assert isinstance(one, Reply)
+    assert one == again != other
+    assert one.text.isprintable() or one.text.isascii()
 
 
 def test_the_expert_is_followed_word_for_word() -> None:

@@ -11,8 +11,9 @@ import pytest
 from agentrl.data.trajectory import Episode, StopReason, Turn
 from agentrl.env import Panel, TextSpace, make_panel, register
 from agentrl.errors import ConfigError, PanelError
-from agentrl.rollout.collector import EnvironmentPool
+from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.players import RandomPlayer
+from agentrl.rollout.settings import RolloutConfig
 from agentrl.run.evaluate import Evaluation, evaluate, instruction_check, mean_entropy, play_panel, summarise
 from agentrl.run.statistics import bootstrap_over_tasks, intervals_separate, success_rate, wilson
 
@@ -219,29 +220,31 @@ def test_entropy_is_averaged_at_each_level_over_decisions_only() -> None:
 
 def test_each_task_is_played_exactly_k_times_with_seeds_of_its_own(pool: EnvironmentPool) -> None:
     panel = make_panel(ENV, "held_out", 4)
-    played = play_panel(panel, RandomPlayer(), pool, repeats=3, seed=5)
+    played = play_panel(panel, RandomPlayer(), pool, repeats=3, seed=5).episodes
     assert [one.task for one in played] == [task for task in panel.tasks for _ in range(3)]
     assert len({one.seed for one in played}) == 12
-    other = play_panel(panel, RandomPlayer(), pool, repeats=3, seed=6)
+    other = play_panel(panel, RandomPlayer(), pool, repeats=3, seed=6).episodes
     assert not {one.seed for one in played} & {one.seed for one in other}
 
 
 def test_a_score_depends_on_neither_the_batch_nor_the_other_tasks(pool: EnvironmentPool) -> None:
     panel = make_panel(ENV, "held_out", 10)
 
-    def turns(episodes: list[Episode]) -> dict[tuple[str, int], Any]:
-        return {(one.task, one.seed): one.turns for one in episodes}
+    def turns(panel: Panel, max_active: int, repeats: int) -> dict[tuple[str, int], Any]:
+        played = play_panel(
+            panel, RandomPlayer(), pool, RolloutConfig(max_active=max_active), repeats=repeats
+        )
+        return {(one.task, one.seed): one.turns for one in played.episodes}
 
-    together = turns(play_panel(panel, RandomPlayer(), pool, repeats=2, max_active=8))
-    alone = turns(play_panel(panel, RandomPlayer(), pool, repeats=2, max_active=1))
-    few = turns(play_panel(panel.first(3), RandomPlayer(), pool, repeats=1))
+    together, alone = turns(panel, 8, 2), turns(panel, 1, 2)
+    few = turns(panel.first(3), 64, 1)
     assert together == alone
     assert few.items() <= together.items()
 
 
 def test_max_turns_limits_an_evaluation(pool: EnvironmentPool) -> None:
-    played = play_panel(make_panel(ENV, "train", 10), RandomPlayer(), pool, max_turns=1)
-    assert max(len(one.turns) for one in played) == 1
+    played = play_panel(make_panel(ENV, "train", 10), RandomPlayer(), pool, RolloutConfig(max_turns=1))
+    assert max(len(one.turns) for one in played.episodes) == 1
 
 
 class _Obedient(RandomPlayer):

@@ -1,0 +1,79 @@
+"""Choosing where environments live."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from agentrl.rollout.environments import EnvironmentPool, Environments, Make, ThreadedEnvironments
+from agentrl.rollout.settings import Placement, RolloutConfig, WorkersConfig
+from agentrl.rollout.worker import CallTimes
+from agentrl.rollout.workers import EnvironmentLostError, ProcessEnvironments
+
+# Below this many seconds a call, what a process costs is more than what it brings.
+CHEAP_CALL = 0.002
+
+
+def open_environments(make: Make, config: RolloutConfig) -> Environments:
+    """Environments as configured; see `settle` for `auto`."""
+    if config.placement == "inline":
+        return EnvironmentPool(make)
+    if config.placement == "thread":
+        return ThreadedEnvironments(make, config.max_active, config.workers)
+    return ProcessEnvironments(make, config.max_active, config.workers)
+
+
+def settle(make: Make, config: RolloutConfig, split: str, seed: int = 0) -> tuple[RolloutConfig, str | None]:
+    """Decide what the configuration leaves open: the placement, and how many environments a worker holds.
+
+    A few calls are timed, in a worker, so that nothing they do can hurt this process. Cheap calls then stay
+    in this process; dear ones that mostly wait get threads where the environment declares `thread_safe`, all
+    others processes. An environment that declares itself `heavy` is alone in its worker.
+
+    Args:
+        make: makes an environment.
+        config: of the rollouts.
+        split: whose first tasks are played.
+        seed: of the environment and the actions.
+
+    Returns:
+        The configuration without `auto`, and what was measured, in words; None where nothing was left open.
+    """
+    workers = config.workers
+    if config.placement in ("inline", "thread"):
+        return config, None
+    if config.placement == "process" and workers.environments is not None:
+        return config, None
+    try:
+        times = _timed(make, workers, split, seed)
+    except EnvironmentLostError as error:
+        return replace(config, placement="process"), f"placement process: not measured, {error}"
+    placement = config.placement if config.placement != "auto" else _placement(times, workers)
+    if placement == "process" and times.heavy and workers.environments is None:
+        workers = replace(workers, environments=1)
+    settled = replace(config, placement=placement, workers=workers)
+    return settled, f"placement {placement}: {_in_words(times)}"
+
+
+def _timed(make: Make, workers: WorkersConfig, split: str, seed: int) -> CallTimes:
+    with ProcessEnvironments(make, 1, replace(workers, count=1, environments=1)) as environments:
+        with environments.borrow() as environment:
+            known: Any = environment.unwrapped
+            tasks: Sequence[str] = known.tasks(split)[:3]
+        return environments.time_calls(tasks, seed)
+
+
+def _placement(times: CallTimes, workers: WorkersConfig) -> Placement:
+    if workers.interpreter is None:
+        if times.wall < CHEAP_CALL:
+            return "inline"
+        if times.thread_safe and times.cpu < times.wall / 2:
+            return "thread"
+    return "process"
+
+
+def _in_words(times: CallTimes) -> str:
+    safe = "thread-safe" if times.thread_safe else "not declared thread-safe"
+    return (
+        f"a call takes {times.wall * 1e3:.2f} ms, of which {times.cpu * 1e3:.2f} ms CPU in its process "
+        f"({times.calls} calls, {safe}{', heavy' if times.heavy else ''})"
+    )

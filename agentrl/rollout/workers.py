@@ -1,0 +1,490 @@
+"""Environments in processes of their own, supervised: what crashes, hangs or grows is replaced.
+
+An answer is owed for each request, and each has its deadline. A process that dies, or is killed for being
+late, takes its episodes with it; they end as aborted, and the collector plays them again.
+"""
+
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import IO, Any, cast
+
+import cloudpickle
+import psutil
+
+from agentrl.data.trajectory import StopReason
+from agentrl.errors import AgentRLError, ConfigError
+from agentrl.rollout.environments import Answered, Environments, Make, TextGym, overdue
+from agentrl.rollout.play import Reset, Step, Stop, Transition
+from agentrl.rollout.settings import WorkersConfig
+from agentrl.rollout.worker import Answer, CallTimes, Request, pack, unpack
+
+_LAST_WORDS = 600  # characters of a dead worker's output that go into the error
+_GRACE = 5  # seconds that workers have to close what they hold when this process has died
+_WEIGHED_EVERY = 1.0  # seconds
+_SEND_TIMEOUT = 30.0  # seconds; an idle worker reads at once
+
+
+class ProcessEnvironments(Environments):
+    """Environments in worker processes.
+
+    Args:
+        make: makes an environment; sent to the workers, so a function or class of an importable module, an
+            `agentrl.env.Factory`, or what cloudpickle can send by value.
+        places: episodes at a time.
+        config: number of workers, deadlines, recycling.
+    """
+
+    def __init__(self, make: Make, places: int, config: WorkersConfig | None = None) -> None:
+        self._config = config or WorkersConfig()
+        count = min(self._config.count or os.cpu_count() or 1, places)
+        each = self._config.environments or -(-places // count)
+        self.places = min(places, count * each)
+        self._count, self._each = count, each
+        self._make = cloudpickle.dumps(make)
+        self._selector = selectors.DefaultSelector()
+        self._workers: list[_Worker] = []
+        self._leaving: list[_Worker] = []
+        self._where: dict[str, _Place | None] = {}  # None: its worker is gone
+        self._backlog: deque[tuple[str, Reset]] = deque()
+        self._ready: deque[Answered] = deque()
+        self._shunned: dict[str, _Worker] = {}  # where an episode failed: it is tried elsewhere
+        self._told: dict[_Place, Answer] = {}  # answers to whoever borrowed the place
+        self._ever_started = False
+
+    # What the collector calls.
+
+    def submit(self, episode: str, effect: Reset | Step) -> None:
+        place = self._where.get(episode)
+        if place is not None:
+            self._request(place, effect)
+        elif episode in self._where:
+            lost = "its worker died while it was not being asked"
+            self._ready.append((episode, Stop(StopReason.WORKER_ERROR, lost, bystander=True)))
+        elif isinstance(effect, Reset):
+            self._backlog.append((episode, effect))
+        else:
+            raise ValueError(f"{episode!r} is not being played, so it cannot step")
+
+    def poll(self, *, wait: bool) -> Sequence[Answered]:
+        self._seat_waiting()
+        self._pump(0.0)
+        while wait and not self._ready and any(worker.owed for worker in self._workers):
+            self._pump(None)
+            self._seat_waiting()
+        answers = list(self._ready)
+        self._ready.clear()
+        return answers
+
+    def release(self, episode: str, *, broken: bool = False) -> None:
+        place = self._where.pop(episode, None)
+        if place is None:
+            return
+        worker = place.worker
+        worker.finished += 1
+        self._vacate(place, broken)
+        if broken:
+            self._shunned[episode] = worker
+        else:
+            self._shunned.pop(episode, None)
+        worker.retiring = worker.retiring or self._is_worn(worker)
+        if worker.retiring and not worker.busy:
+            self.recycled += 1
+            self._dismiss(worker)
+
+    def _vacate(self, place: "_Place", broken: bool) -> None:
+        place.episode = None
+        if broken and place.made:
+            place.made = False
+            self._request(place, "discard")
+
+    def _is_worn(self, worker: "_Worker") -> bool:
+        episodes, megabytes = self._config.recycle_episodes, self._config.recycle_megabytes
+        if episodes is not None and worker.finished >= episodes:
+            return True
+        return megabytes is not None and worker.megabytes() > megabytes
+
+    @contextmanager
+    def borrow(self) -> Iterator[TextGym]:
+        place = self._free_place(None)
+        if place is None:
+            raise RuntimeError("every place is being played in; borrow before or after a collection")
+        place.episode, place.borrowed = "", True
+        broken = True
+        try:
+            if not place.made:
+                self._ask(place, "construct", None)
+                place.made = True
+            yield cast(TextGym, RemoteEnv(self, place))
+            broken = False
+        finally:
+            if place.worker in self._workers:
+                place.borrowed = False
+                self._vacate(place, broken)
+
+    def time_calls(self, tasks: Sequence[str], seed: int) -> CallTimes:
+        """Time a few short episodes inside a worker."""
+        with self.borrow() as env:
+            place = cast(RemoteEnv, env).place
+            return CallTimes(*self._ask(place, "time", (list(tasks), seed)))
+
+    def close(self) -> None:
+        for worker in list(self._workers):
+            self._dismiss(worker)
+        self._where.clear()
+        self._backlog.clear()
+        self._ready.clear()
+        until = time.monotonic() + 10.0
+        while self._leaving:
+            self._bury(until)
+            if self._leaving:
+                time.sleep(0.01)
+
+    # Requests and answers.
+
+    def _request(self, place: "_Place", effect: Reset | Step | str, payload: Any = None) -> None:
+        if isinstance(effect, Reset):
+            kind, payload = "reset", (effect.task, effect.seed)
+        elif isinstance(effect, Step):
+            kind, payload = "step", effect.action
+        else:
+            kind = effect
+        worker = place.worker
+        worker.outbox.append((place.index, kind, payload))
+        worker.wants_sending = True
+
+    def _seat_waiting(self) -> None:
+        """Give places to the episodes that have none, starting workers while there are too few."""
+        while self._backlog:
+            episode, reset = self._backlog[0]
+            place = self._free_place(episode)
+            if place is None:
+                return
+            self._backlog.popleft()
+            place.episode = episode
+            self._where[episode] = place
+            if not place.made:
+                self._request(place, "construct")
+                place.made = True
+            self._request(place, reset)
+
+    def _free_place(self, episode: str | None) -> "_Place | None":
+        """A place on an idle worker, else on a new one, else on the least busy one."""
+        staying = [worker for worker in self._workers if not worker.retiring]
+        candidates = [worker for worker in staying if worker.free]
+        elsewhere = [worker for worker in candidates if worker is not self._shunned.get(episode or "")]
+        if len(staying) < self._count and all(worker.busy for worker in elsewhere):
+            return self._start().places[0]
+        if not candidates:
+            return None
+        worker = min(elsewhere or candidates, key=lambda worker: worker.busy)
+        return max(worker.free, key=lambda place: place.made)
+
+    def _start(self) -> "_Worker":
+        worker = _Worker.start(self._make, self._each, self._config.interpreter)
+        self._workers.append(worker)
+        self._selector.register(worker.socket, selectors.EVENT_READ, worker)
+        return worker
+
+    def _pump(self, timeout: float | None) -> None:
+        """Send what can be sent, take in what has come; wait for `timeout` or until the next deadline."""
+        for worker in [worker for worker in self._workers if worker.wants_sending]:
+            self._send(worker)
+        self._bury(time.monotonic() + 10.0)
+        now = time.monotonic()
+        patience = min((worker.deadline - now for worker in self._workers if worker.owed), default=0.0)
+        for key, _ in self._selector.select(max(0.0, patience if timeout is None else timeout)):
+            worker = key.data
+            if not self._receive(worker):
+                self._lose(worker, worker.last_words())
+        now = time.monotonic()
+        for worker in [worker for worker in self._workers if worker.owed and now >= worker.deadline]:
+            _, kind, limit = worker.owed[0]
+            self._lose(worker, overdue(kind, limit))
+
+    def _send(self, worker: "_Worker") -> None:
+        """Send a batch, unless the last one is still being answered: neither side ever waits for a reader."""
+        if worker.owed or not worker.outbox:
+            return
+        worker.wants_sending = False
+        batch, worker.outbox = worker.outbox, []
+        for index, kind, _ in batch:
+            worker.owed.append((worker.places[index], kind, self._limit(kind)))
+        worker.since = time.monotonic()
+        try:
+            worker.socket.sendall(pack(batch))
+        except OSError:
+            self._lose(worker, worker.last_words())
+
+    def _limit(self, kind: str) -> float:
+        config = self._config
+        if kind == "construct":
+            return config.construct_timeout
+        return config.step_timeout if kind == "step" else config.reset_timeout
+
+    def _receive(self, worker: "_Worker") -> bool:
+        """Take in what a worker sent; False when it has hung up."""
+        try:
+            data = worker.socket.recv(1 << 20)
+        except OSError:
+            return False
+        worker.buffer += data
+        for message in unpack(worker.buffer):
+            if message == "hello":
+                self._ever_started = True
+                continue
+            worker.since = time.monotonic()
+            self._take_in(worker, message)
+        if not worker.owed and worker.outbox:
+            self._send(worker)
+        return bool(data)
+
+    def _take_in(self, worker: "_Worker", answer: Answer) -> None:
+        place, kind, _ = worker.owed.popleft()
+        _, found, payload = answer
+        if kind == "discard" or found == "void":
+            return
+        if place.borrowed:
+            self._told[place] = answer
+        elif found == "refused":
+            raise payload
+        elif found == "transition":
+            self._ready.append((cast(str, place.episode), Transition(*payload)))
+        elif found == "stop":
+            reason, error, _ = payload
+            place.made = place.made and kind != "construct"
+            self._ready.append((cast(str, place.episode), Stop(StopReason(reason), error)))
+
+    def _ask(self, place: "_Place", kind: str, payload: Any) -> Any:
+        """Request, and wait for the answer."""
+        self._told.pop(place, None)
+        self._request(place, kind, payload)
+        while place not in self._told:
+            if place.worker not in self._workers:
+                raise EnvironmentLostError(f"{kind}: {place.worker.obituary}")
+            self._pump(None)
+        _, found, answer = self._told.pop(place)
+        if found in ("raised", "refused"):
+            raise answer
+        if found == "stop":
+            raise EnvironmentLostError(f"{kind}: {answer[1]}")
+        return ... if found == "callable" else answer
+
+    # The life of a worker.
+
+    def _lose(self, worker: "_Worker", reason: str) -> None:
+        """Bury a worker that died or has to; whoever it owed the next answer is held responsible."""
+        if worker not in self._workers:
+            return
+        self._forget(worker)
+        ended = worker.ending()
+        cannot_start = not self._ever_started and ended is not None and ended.si_code == os.CLD_EXITED
+        worker.kill()
+        worker.obituary = reason
+        self.restarts += 1
+        if cannot_start:
+            raise ConfigError(f"an environment worker cannot start: {reason}")
+        blamed = worker.owed[0][0] if worker.owed else None
+        waiting = {place.index for place, _, _ in worker.owed} | {index for index, _, _ in worker.outbox}
+        for place in worker.places:
+            if place.episode is None or place.borrowed:
+                continue
+            self._where[place.episode] = None
+            if place.index in waiting:
+                what = reason if place is blamed else f"its worker died: {reason}"
+                stop = Stop(StopReason.WORKER_ERROR, what, bystander=place is not blamed)
+                self._ready.append((place.episode, stop))
+
+    def _forget(self, worker: "_Worker") -> None:
+        self._workers.remove(worker)
+        self._selector.unregister(worker.socket)
+
+    def _dismiss(self, worker: "_Worker") -> None:
+        """Let a worker go: at once if it is at work on something, else after it has closed what it holds."""
+        self._forget(worker)
+        if worker.owed:
+            worker.kill()
+        else:
+            worker.hang_up()
+            self._leaving.append(worker)
+
+    def _bury(self, until: float) -> None:
+        """See off the workers that have gone; those that stay longer than a few seconds are killed."""
+        for worker in list(self._leaving):
+            if worker.ending() is not None or time.monotonic() > min(until, worker.since + 10.0):
+                worker.kill()
+                self._leaving.remove(worker)
+
+
+class EnvironmentLostError(AgentRLError):
+    """A worker that somebody waited for died, or was killed for being late."""
+
+
+class RemoteEnv:
+    """An environment in a worker, as if it were here; what it answers has to be picklable."""
+
+    def __init__(self, environments: ProcessEnvironments, place: "_Place") -> None:
+        self._environments = environments
+        self.place = place
+
+    @property
+    def unwrapped(self) -> "RemoteEnv":
+        return self
+
+    def reset(self, **kwargs: Any) -> Any:
+        return self._ask("reset", (), kwargs)
+
+    def step(self, action: str) -> Any:
+        return self._ask("step", (action,), {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        value = self._ask(name, None, {})
+        return (lambda *args, **kwargs: self._ask(name, args, kwargs)) if value is ... else value
+
+    def _ask(self, name: str, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any]) -> Any:
+        return self._environments._ask(self.place, "ask", (name, args, dict(kwargs)))
+
+
+@dataclass(eq=False)
+class _Place:
+    """Room for one environment in a worker."""
+
+    worker: "_Worker"
+    index: int
+    made: bool = False
+    episode: str | None = None
+    borrowed: bool = False
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One process, and what it owes."""
+
+    process: subprocess.Popen[bytes]
+    guard: subprocess.Popen[bytes]  # outlives this process for as long as it takes to end the worker
+    socket: socket.socket
+    log: IO[bytes]
+    places: list[_Place] = field(default_factory=list)
+    buffer: bytearray = field(default_factory=bytearray)
+    outbox: list[Request] = field(default_factory=list)
+    owed: deque[tuple[_Place, str, float]] = field(default_factory=deque)
+    since: float = field(default_factory=time.monotonic)
+    finished: int = 0
+    retiring: bool = False
+    wants_sending: bool = False
+    obituary: str = ""
+    weighed: float = 0.0
+
+    @classmethod
+    def start(cls, make: bytes, places: int, interpreter: str | None) -> "_Worker":
+        ours, theirs = socket.socketpair()
+        ours.settimeout(_SEND_TIMEOUT)
+        log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the worker
+        variables = {"OMP_NUM_THREADS": "1", **os.environ}
+        if interpreter is None:
+            # What this process can import, a script's own folder included, its workers can.
+            variables["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        command = [interpreter or sys.executable, "-P", "-m", "agentrl.rollout.worker"]
+        try:
+            process = subprocess.Popen(
+                [*command, str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=variables,
+                start_new_session=True,
+            )
+        except OSError as error:
+            ours.close()
+            log.close()
+            raise ConfigError(
+                f"rollout.workers.interpreter: {command[0]} does not run: {error.strerror}"
+            ) from error
+        finally:
+            theirs.close()
+        guard = subprocess.Popen(
+            ["/bin/sh", "-c", f"read _; sleep {_GRACE}; kill -s KILL -- -{process.pid}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        worker = cls(process, guard, ours, log)
+        worker.places = [_Place(worker, index) for index in range(places)]
+        with suppress(OSError):  # if it is dead already, the first answer that is missed tells
+            ours.sendall(pack(make))
+        return worker
+
+    @property
+    def deadline(self) -> float:
+        return self.since + self.owed[0][2]
+
+    @property
+    def free(self) -> list[_Place]:
+        return [place for place in self.places if place.episode is None]
+
+    @property
+    def busy(self) -> int:
+        return sum(place.episode is not None for place in self.places)
+
+    def megabytes(self) -> float:
+        """Resident memory of the process and its children, looked at now and then."""
+        now = time.monotonic()
+        if now - self.weighed < _WEIGHED_EVERY:
+            return 0.0
+        self.weighed = now
+        total = 0
+        with suppress(psutil.Error):
+            process = psutil.Process(self.process.pid)
+            for each in [process, *process.children(recursive=True)]:
+                with suppress(psutil.Error):
+                    total += each.memory_info().rss
+        return total / 2**20
+
+    def hang_up(self) -> None:
+        """Say that there is no more to do."""
+        self.since = time.monotonic()
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+
+    def ending(self) -> Any:
+        """How the process ended, or None; it is not reaped, so that its number stays its own until `kill`."""
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+
+    def kill(self) -> None:
+        """End the process and what it started, whatever they are doing."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self.guard.pid, signal.SIGKILL)
+        self.guard.communicate()
+        self.socket.close()
+        self.log.close()
+
+    def last_words(self) -> str:
+        """How the process ended, and what it printed last."""
+        until = time.monotonic() + 2.0
+        while (ended := self.ending()) is None and time.monotonic() < until:
+            time.sleep(0.005)
+        if ended is None:
+            how = "its worker hung up"
+        elif ended.si_code == os.CLD_EXITED:
+            how = f"its worker exited with {ended.si_status}"
+        else:
+            how = f"its worker was killed by {signal.Signals(ended.si_status).name}"
+        self.log.seek(max(0, self.log.seek(0, os.SEEK_END) - _LAST_WORDS))
+        printed = self.log.read().decode(errors="replace").strip()
+        return f"{how}; its last words: {printed}" if printed else how
