@@ -7,11 +7,12 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import gymnasium
 
 from agentrl.data.trajectory import Episode
+from agentrl.env.names import unknown
 from agentrl.env.panel import Panel, load_panel, make_panel, verify
 from agentrl.env.registry import Factory, make
 from agentrl.errors import ConfigError
@@ -20,7 +21,7 @@ from agentrl.rollout.environments import Environments
 from agentrl.rollout.placement import open_environments, settle
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import Player
-from agentrl.rollout.settings import RolloutConfig
+from agentrl.rollout.settings import Placement, RolloutConfig
 from agentrl.run.folder import Run
 from agentrl.run.settings import RunConfig
 from agentrl.run.statistics import Rate, success_rate
@@ -116,7 +117,7 @@ def evaluate(
     repeats: int = 1,
     seed: int = 0,
     temperature: float = 1.0,
-    rollout: RolloutConfig | None = None,
+    placement: Placement | None = None,
     on_episode: OnEpisode | None = None,
 ) -> Evaluation:
     """Measure a policy.
@@ -132,7 +133,7 @@ def evaluate(
         repeats: plays of each task.
         seed: of the environments and of the policy's draws.
         temperature: of the policy's draws; 0 always takes its first choice.
-        rollout: where and how many at a time; None takes a run's own, or the defaults.
+        placement: where environments live; None takes a run's own for its own environment, else `auto`.
         on_episode: called with each episode as it ends.
 
     Raises:
@@ -144,6 +145,8 @@ def evaluate(
 
     if repeats < 1:
         raise ConfigError(f"repeats is {repeats}, wanted at least 1")
+    if placement not in (None, *get_args(Placement)):
+        raise unknown("placement", placement, get_args(Placement))
     given = _given_panel(panel, env, split, tasks, env_kwargs)
     name = str(policy.folder) if isinstance(policy, Run) else str(policy)
     player, config = open_player(name, temperature=temperature)
@@ -155,10 +158,9 @@ def evaluate(
         split = split or _split(env, kwargs, config.evaluation.split)
     else:
         env, kwargs, split = given.env, dict(given.env_kwargs), given.split
-    if rollout is None:
-        rollout = config.rollout
-        if env != config.env.id:
-            rollout = replace(rollout, placement="auto")  # what suited the run's own says nothing of it
+    rollout = config.rollout
+    if placement is not None or env != config.env.id:  # what suited the run's own says nothing of another
+        rollout = replace(rollout, placement=placement or "auto")
     rollout, _ = settle(Factory(env, split=split, **kwargs), rollout, split, seed)
     with open_panel_environments(env, split, kwargs, rollout, expert=name == "expert") as environments:
         with environments.borrow() as environment:

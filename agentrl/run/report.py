@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -20,17 +21,39 @@ from agentrl.run.statistics import intervals_separate
 
 Tree = Mapping[str, Any]
 
+_MOST_COLUMNS = 6  # task types beside each other
 _LONGEST_TEXT = 4000  # characters of one observation or reply that are shown
 
 
-def results_table(summary: Tree) -> Table:
+def results_table(summary: Tree) -> RenderableType:
     """Success of each policy and decoding, overall and per task type, as percentages with 95 % intervals.
+
+    More task types than a terminal has room for stand in a table of their own, below each other.
 
     Args:
         summary: the content of a run's summary.json; of it only `policies` is needed.
     """
     policies = _final_policies(summary)
     types = _task_types(policies)
+    if len(types) > _MOST_COLUMNS:
+        return Group(_policies_table(summary, policies, []), _types_table(policies, types))
+    return _policies_table(summary, policies, types)
+
+
+def _types_table(policies: Mapping[str, Mapping[str, Tree]], types: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("success %", no_wrap=True)
+    scores = [score for decodings in policies.values() for score in decodings.values()]
+    for name, decodings in policies.items():
+        for decoding in decodings:
+            table.add_column(f"{name}\n{decoding}", justify="right")
+    for kind in types:
+        cells = [_terminal_cell(score["by_task_type"].get(kind), narrow=False, digits=0) for score in scores]
+        table.add_row(*map(Text, (kind.replace("_", " "), *cells)))
+    return table
+
+
+def _policies_table(summary: Tree, policies: Mapping[str, Mapping[str, Tree]], types: Sequence[str]) -> Table:
     narrow = len(types) > 3  # so that six of them fit a terminal, intervals stand below their rates
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0 if narrow else 1, 0, 0), pad_edge=False)
     table.title, table.caption = _panel_line(summary), _instruction_lines(summary)

@@ -1,0 +1,58 @@
+"""An aborted episode moves no other episode's advantage by one bit, whatever the recipe."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from agentrl.algorithms.algorithm import Context, compute_advantages, prepare
+from agentrl.algorithms.recipe import build_recipe, recipe_names
+from agentrl.data import Episode, Group, StopReason, Turn
+
+ABORTED = [reason for reason in StopReason if reason.aborted]
+
+
+def episode(draw: random.Random, name: str) -> Episode:
+    turns = tuple(
+        Turn(
+            "seen",
+            "done",
+            prompt_ids=(1, 2, 3)[: draw.randint(1, 3)],
+            action_ids=(4, 5),
+            logprobs=(-draw.random(), -draw.random()),
+            entropies=(draw.random(), draw.random()),
+            reward=draw.choice((0.0, 0.1, 1 / 3, 1.0)),
+            fresh=index == 0,
+        )
+        for index in range(draw.randint(1, 4))
+    )
+    return Episode(name, "env", "task", 0, turns, StopReason.TERMINATED)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("reason", ABORTED)
+def test_an_aborted_episode_moves_no_advantage_by_one_bit(name: str, reason: StopReason) -> None:
+    draw = random.Random(name)
+    algorithm, compared = build_recipe(name).build(), 0
+    for _ in range(20):
+        healthy = [Group(f"t{i}", tuple(episode(draw, f"e{i}.{j}") for j in range(4))) for i in range(3)]
+        broken = [
+            replace(
+                group,
+                episodes=(
+                    *group.episodes[:place],
+                    replace(episode(draw, "aborted"), stop=reason, error="crash"),
+                    *group.episodes[place:],
+                ),
+            )
+            for place, group in enumerate(healthy)
+        ]
+        batches = [prepare(algorithm, groups, Context()) for groups in (healthy, broken)]
+        ids = [[episode.id for episode in batch.episodes] for batch in batches]
+        assert ids[0] == ids[1]
+        one, other = (compute_advantages(algorithm, batch, Context()) for batch in batches)
+        assert one.numpy().tobytes() == other.numpy().tobytes()
+        assert torch.equal(batches[0].tokens, batches[1].tokens)
+        compared += int((one != 0).sum())
+    assert compared > 100
