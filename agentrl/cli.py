@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from agentrl.data.trajectory import Episode
+    from agentrl.rollout.settings import Placement
 
 
 class _Commands(TyperGroup):
@@ -104,6 +105,10 @@ def evaluate(
         str,
         typer.Option(metavar="RUN|FOLDER|random|expert", help="A run, a Hugging Face folder, or a script."),
     ],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="The environment's own arguments.", show_default=False),
+    ] = None,
     env: Annotated[str | None, typer.Option(metavar="ID", help="Environment; a run brings its own.")] = None,
     panel: Annotated[Path | None, typer.Option(metavar="FILE", help="Panel, not a split.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to take tasks from.")] = None,
@@ -113,15 +118,21 @@ def evaluate(
     greedy: Annotated[
         bool, typer.Option("--greedy/--sampled", help="Take the first choice, or draw.")
     ] = False,
+    placement: Annotated[
+        str | None,
+        typer.Option(metavar="auto|inline|thread|process", help="Where environments live; else as trained."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the scores as JSON too.")] = None,
 ) -> None:
     """Measure a policy on a fixed panel of tasks, with 95 % intervals.
 
     - `agentrl evaluate --policy runs/NAME --greedy`
     - `agentrl evaluate --policy random --env agentrl/ALFWorld-v0 --split valid_seen --tasks 99 --repeats 4`
+    - `agentrl evaluate --policy expert --env agentrl/MathTools-v0 level=2`
     """
     import json
 
+    from agentrl.config import merge
     from agentrl.run.evaluate import evaluate as measure
     from agentrl.run.folder import write_atomic
     from agentrl.run.report import results_table
@@ -135,15 +146,20 @@ def evaluate(
             env=env,
             split=split,
             tasks=tasks,
+            env_kwargs=merge({}, arguments) if arguments else None,
             repeats=repeats,
             seed=seed,
             temperature=0.0 if greedy else 1.0,
+            placement=cast("Placement | None", placement),
             on_episode=count,
         )
     summary = {"policies": {policy: {"greedy" if greedy else "sampled": result.to_dict()}}}
     _console().print(results_table(summary))
     for reason, times in result.aborted_reasons.items():
         typer.echo(f"aborted {times} x {reason}")
+    if result.retried:
+        typer.echo(f"played again after a failure: {result.retried}")
+    typer.echo(f"{result.steps_per_second:,.0f} steps/s")
     if output is not None:
         write_atomic(output, json.dumps(result.to_dict() | {"policy": policy, "seed": seed}, indent=1))
 
@@ -224,25 +240,62 @@ def config(arguments: Overrides = None) -> None:
 
 @app.command("check-env")
 def check_env(
-    env: Annotated[str, typer.Argument(metavar="ID", help="Environment to be checked.")],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="The environment's own arguments.", show_default=False),
+        typer.Argument(
+            metavar="[ID]... [KEY=VALUE]...",
+            help="Environments to be checked, and their own arguments.",
+            show_default=False,
+        ),
     ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Check all that are registered; skip those that lack an extra.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the episodes that are played.")] = 0,
 ) -> None:
-    """Check an environment against the contract; exit code 1 when it breaks it.
+    """Check environments against the contract; exit code 1 when one breaks it.
 
     - `agentrl check-env agentrl/ALFWorld-v0 max_steps=10`
+    - `agentrl check-env --all`
     """
     from agentrl.config import merge
-    from agentrl.env.contract import check_text_env
-    from agentrl.env.registry import make
+    from agentrl.env.registry import broken_plugins, env_ids
 
-    found = check_text_env(partial(make, env, **merge({}, arguments or [])), seed=seed)
-    typer.echo(str(found))
-    if found.failed:
+    ids = [argument for argument in arguments or () if "=" not in argument]
+    kwargs = merge({}, [argument for argument in arguments or () if "=" in argument])
+    if every == bool(ids) or (every and kwargs):
+        raise ConfigError("check-env wants either ids, with KEY=VALUE for their arguments, or --all alone")
+    outcomes = [_check_env(env, kwargs, seed, tolerant=every) for env in (env_ids() if every else ids)]
+    if every:
+        outcomes += [(f"{plugin} is broken: {why}", False) for plugin, why in broken_plugins().items()]
+    if every or len(outcomes) > 1:
+        for line, _ in outcomes:
+            typer.echo(line)
+    if not all(kept for _, kept in outcomes):
         raise typer.Exit(1)
+
+
+@app.command("new-env")
+def new_env(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Such as GuessNumber or my_lab/GuessNumber-v0.")
+    ],
+    folder: Annotated[Path, typer.Option(metavar="DIR", help="Where to; made if need be.")] = Path(),
+) -> None:
+    """Write an environment of your own: one short file that works, its test and its entry point.
+
+    - `agentrl new-env GuessNumber`
+    - `agentrl new-env my_lab/GuessNumber-v0 --folder guess_number`
+    """
+    from agentrl.env.new_env import write_new_env
+
+    made = write_new_env(name, folder)
+    for path, what in made.files.items():
+        typer.echo(f"{path}: {what}")
+    if made.to_add is not None:
+        typer.echo(f"{folder / 'pyproject.toml'} stays as it is; add to it:\n\n{made.to_add}")
+    typer.echo(f"\nNext:\n  python -m pip install -e {folder}\n  agentrl check-env {made.names.id}")
+    typer.echo(f"  agentrl train env.id={made.names.id} evaluation.split=test evaluation.tasks=30")
 
 
 @app.command()
@@ -257,6 +310,41 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folde
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; `arguments` are those of the shell unless given. Ends in SystemExit."""
     app(arguments, prog_name="agentrl")
+
+
+def _check_env(env: str, kwargs: dict[str, Any], seed: int, *, tolerant: bool) -> tuple[str, bool]:
+    """Print what was found of an environment; say in a line what came of it, and whether that is all right.
+
+    A tolerant check of one that cannot be made is told in the line; else it raises.
+    """
+    from time import perf_counter
+
+    from agentrl.env.contract import check_text_env
+    from agentrl.env.registry import make
+    from agentrl.errors import MissingDependencyError
+
+    begun = perf_counter()
+    try:
+        found = check_text_env(partial(make, env, **kwargs), seed=seed)
+    except AgentRLError as error:
+        if not tolerant:
+            raise
+        if isinstance(error, MissingDependencyError) and _lacks_another_package(error, env):
+            return f"{env} skipped: {error}", True
+        return f"{env} cannot be made: {error}", False
+    _console().print(found)
+    return f"{found.summary()} ({perf_counter() - begun:.1f} s)", found.passed
+
+
+def _lacks_another_package(error: ImportError, env: str) -> bool:
+    """Whether it is only not installed; else its own package, or what it takes from another, is broken."""
+    import gymnasium
+
+    cause = error.__cause__
+    if not isinstance(cause, ImportError):
+        return True
+    own = str(gymnasium.spec(env).entry_point).partition(":")[0].partition(".")[0]
+    return isinstance(cause, ModuleNotFoundError) and (cause.name or own).partition(".")[0] != own
 
 
 def _split(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:

@@ -5,6 +5,7 @@ python scripts/quickstart_control.py --run RUN
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import agentrl
@@ -15,8 +16,12 @@ def newest_quickstart(seed: int) -> agentrl.Run:
     for folder in sorted(
         Path(wanted.run.folder).glob("*"), key=lambda path: path.stat().st_mtime, reverse=True
     ):
-        if (folder / "summary.json").exists() and agentrl.open_run(folder).config == wanted:
-            return agentrl.open_run(folder)
+        if not (folder / "summary.json").exists():
+            continue
+        run = agentrl.open_run(folder)
+        # A run's own file holds the placement that it settled on.
+        if replace(wanted, rollout=run.config.rollout) == run.config:
+            return run
     raise SystemExit(
         f"no finished quickstart of seed {seed} in {wanted.run.folder}/; make it: make quickstart SEED={seed}"
     )

@@ -10,12 +10,24 @@ from agentrl.algorithms.algorithm import Context, build_recipe
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate
 from agentrl.env import check_text_env, make
+from agentrl.env.new_env import write_new_env
 
 
 def test_the_example_environment_keeps_the_contract(examples: dict[str, ModuleType]) -> None:
     report = check_text_env(examples["hotcold"].HotCold)
     assert report.failed == ()
-    assert make("example/HotCold-v0").unwrapped.tasks("test") == [f"test/{n}" for n in (3, 6, 9, 12, 15)]
+    env = make("example/HotCold-v0")
+    assert [len(env.unwrapped.tasks(split)) for split in ("train", "test")] == [120, 30]
+    assert env.reset(options={"task": "test/3"})[0] == "guess a number from 1 to 15"
+    assert [env.step(guess)[0] for guess in ("8", "1", "4")] == ["lower", "higher", "right"]
+
+
+def test_the_example_environment_is_what_new_env_writes(
+    examples: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    write_new_env("tryout/HotCold-v0", tmp_path)
+    written = (tmp_path / "hot_cold_env.py").read_text().replace("tryout/", "example/")
+    assert Path(str(examples["hotcold"].__file__)).read_text() == written
 
 
 def test_the_example_recipe_compares_with_the_others(examples: dict[str, ModuleType]) -> None:

@@ -2,15 +2,18 @@
 
 from agentrl.env.answers import reset_answer, step_answer
 from agentrl.env.contract import Check, ContractReport, TextEnv, check_text_env, text_env
+from agentrl.env.multi_turn import MultiTurnEnv
 from agentrl.env.names import unknown
 from agentrl.env.panel import Panel, load_panel, make_panel, verify
-from agentrl.env.registry import broken_plugins, env_ids, load_plugins, make, register
+from agentrl.env.registry import Factory, broken_plugins, env_ids, load_plugins, make, register
 from agentrl.env.spaces import TextSpace
 from agentrl.env.wrappers import OneStepEnv
 
 __all__ = [
     "Check",
     "ContractReport",
+    "Factory",
+    "MultiTurnEnv",
     "OneStepEnv",
     "Panel",
     "TextEnv",

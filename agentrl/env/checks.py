@@ -6,8 +6,10 @@ well.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
+from statistics import median
 from typing import Any
 
 from agentrl.env import trials
@@ -23,14 +25,13 @@ from agentrl.env.answers import (
 )
 from agentrl.env.probe import (
     COMPARED_INFO,
-    LONGEST_EPISODE,
     FaultError,
     Gym,
     Probe,
     Walk,
     blame,
-    comparable,
     expert_of,
+    oversize_fault,
     unpack,
 )
 from agentrl.errors import AgentRLError
@@ -41,7 +42,7 @@ LISTED_TASKS = 10_000
 
 def interface(probe: Probe) -> str:
     """It has what a text environment has: tasks, their hashes, splits, spaces that take any text."""
-    env = probe.fresh()
+    env = probe.twins()[0]
     known: Any = env.unwrapped
     missing = [name for name in ("tasks", "task_hash", "splits") if not hasattr(known, name)]
     if missing:
@@ -53,6 +54,8 @@ def interface(probe: Probe) -> str:
         raise FaultError(probe.blocked)
     if determinism(env) not in ("episode", "instance"):
         raise FaultError(f"determinism is {shown(determinism(env))}, wanted 'episode' or 'instance'")
+    if not isinstance(getattr(known, "thread_safe", False), bool):
+        raise FaultError(f"thread_safe is {shown(known.thread_safe)}, wanted a bool")
     for name in ("observation_space", "action_space"):
         space = getattr(env, name, None)
         if space is None or not all(space.contains(text) for text in ("", "ä 漢\n", "a" * 10_000)):
@@ -62,9 +65,7 @@ def interface(probe: Probe) -> str:
 
 def task_ids(probe: Probe) -> str:
     """The ids of every split can be listed, are unique, and are the same when asked again."""
-    first: Any = probe.fresh().unwrapped
-    second: Any = probe.fresh().unwrapped
-    counts = []
+    first, second = _twins(probe)
     for split in first.splits:
         tasks = first.tasks(split)
         if not isinstance(tasks, Sequence) or isinstance(tasks, str) or not len(tasks):
@@ -77,8 +78,8 @@ def task_ids(probe: Probe) -> str:
         for again in (first.tasks(split), second.tasks(split)):
             if (len(again), again[len(again) - 1]) != ends or list(islice(again, LISTED_TASKS)) != listed:
                 raise FaultError(f"tasks({split!r}) lists other ids when asked again")
-        counts.append(f"{len(tasks)} {split}")
-    return f"stable, unique: {', '.join(counts)}"
+        probe.splits[split] = len(tasks)
+    return f"stable, unique: {', '.join(f'{count} {split}' for split, count in probe.splits.items())}"
 
 
 def _listing_fault(tasks: Sequence[Any]) -> str | None:
@@ -107,11 +108,11 @@ def answers(probe: Probe) -> str:
 
 
 def observations(probe: Probe) -> str:
-    """Every observation is a str."""
+    """Every observation is a text of the observation space."""
     for walk in probe.walks():
         for turn, answer in enumerate(walk.answers):
-            blame(observation_fault(answer[0]), walk, turn)
-    return "every observation is a str"
+            blame(observation_fault(answer[0]) or oversize_fault(probe.twins()[0], answer[0]), walk, turn)
+    return "every observation is a str, and no longer than its space allows"
 
 
 def success(probe: Probe) -> str:
@@ -132,7 +133,9 @@ def optional_info(probe: Probe) -> str:
 
 def flags(probe: Probe) -> str:
     """`terminated` and `truncated` are bools, never both set: the last allowed step that solves included."""
-    walks = [*probe.walks(), *_solved_at_the_limit(probe)]
+    walks = list(probe.walks())
+    with suppress(Exception):  # the expert is a check of its own
+        walks += _solved_at_the_limit(probe)
     for walk in walks:
         for turn, (_, _, terminated, truncated, _) in enumerate(walk.answers[1:], start=1):
             blame(flag_fault("terminated", terminated) or flag_fault("truncated", truncated), walk, turn)
@@ -143,20 +146,17 @@ def flags(probe: Probe) -> str:
 
 def _solved_at_the_limit(probe: Probe) -> Iterator[Walk]:
     """Episodes whose last allowed step solves the task: the one place where both flags suggest themselves."""
-    for task in probe.tasks():
-        env = probe.with_expert()
-        if env is None:
-            return
-        solved = probe.walk(env, task, expert_of(env), LONGEST_EPISODE)
-        limited = probe.limited(len(solved.actions)) if solved.solved and solved.actions else None
-        if limited is not None:
-            yield probe.replay(limited, solved)
+    solved = [walk for walk in probe.expert_walks() or () if walk.solved and walk.actions]
+    steps = min((len(walk.actions) for walk in solved), default=0)
+    env = (probe.limited(steps, expert=True) or probe.limited(steps)) if solved else None
+    for walk in solved:
+        if env is not None and len(walk.actions) == steps:
+            yield probe.walk(env, walk.task, expert_of(env), steps)
 
 
 def hashes(probe: Probe) -> str:
     """Hashes of tasks are SHA-256, stable, and say something about the task."""
-    first: Any = probe.fresh().unwrapped
-    second: Any = probe.fresh().unwrapped
+    first, second = _twins(probe)
     found: set[str] = set()
     for walk in probe.walks():
         content = first.task_hash(walk.task)
@@ -195,31 +195,71 @@ def unknown_names(probe: Probe) -> str:
 
 
 def seeds(probe: Probe) -> str:
-    """Same task, seed and actions give the same episode on new environments."""
-    whole = determinism(probe.fresh()) == "episode"
-    for walk in probe.walks():
-        _same(walk, probe.replay(probe.fresh(), walk), "played again on a new environment", whole)
-    same = "episodes" if whole else "first observations"
-    probe.repeatable = whole
-    return f"{_count(probe.walks())} again on new environments: same {same}"
+    """Same task, seed and actions give what `determinism` declares on a new environment."""
+    env = probe.twins()[1]
+    return _repeated(
+        probe, "seeds", "on a new environment", ((w, probe.replay(env, w)) for w in probe.walks())
+    )
 
 
 def group_resets(probe: Probe) -> str:
-    """They do so on a used environment as well, so that a group starts from one state."""
-    env = probe.fresh()
-    for walk in probe.walks():
-        for _ in range(3):
-            _same(walk, probe.replay(env, walk), "played again on a used environment", probe.repeatable)
-    same = "episodes" if probe.repeatable else "first observations"
-    return f"{_count(probe.walks())}, three times on one environment: same {same}"
+    """They do so on a used environment, after an abandoned episode too: a group starts from one state."""
+
+    def again() -> Iterator[tuple[Walk, Walk]]:
+        env = probe.twins()[1]
+        for walk in reversed(probe.walks()):
+            begun = walk.begin(len(walk.actions) // 2)
+            yield begun, probe.replay(env, begun)  # reset in the middle of it
+            yield walk, probe.replay(env, walk)
+
+    return _repeated(probe, "group resets", "on a used environment", again())
+
+
+def _repeated(probe: Probe, check: str, where: str, pairs: Iterable[tuple[Walk, Walk]]) -> str:
+    """Compare episodes with their repetitions and note the first difference, which "instance" allows."""
+    declared = determinism(probe.twins()[0]) == "episode"
+    whole = declared and (check == "seeds" or "seeds" in probe.repeats)  # a fault is told once
+    first, count = None, 0
+    for walk, again in pairs:
+        how = f"played again {where}"
+        if walk.beginning != again.beginning:
+            raise FaultError(f"task {walk.task!r}, {how}, has another first observation or task_type")
+        difference = walk.difference(again)
+        if difference is not None and whole:
+            raise FaultError(f"task {walk.task!r}, {how}, {difference}")
+        first, count = first or (difference and f"{walk.task!r} {difference}"), count + 1
+    probe.repeats[check] = first
+    if whole:
+        return f"{count} episodes again {where}: the same"
+    details = f"after that not: {first}" if first else "and all else"
+    return f"{count} episodes again {where}: the same task and first observation, {details}"
 
 
 def default_task(probe: Probe) -> str:
     """`reset(seed=)` without a task draws one by the seed."""
-    first, second = (unpack("reset", probe.fresh().reset(seed=1), RESET_PARTS)[0] for _ in range(2))
+    first, second = (unpack("reset", env.reset(seed=1), RESET_PARTS)[0] for env in probe.twins())
     if repr(first) != repr(second):
         raise FaultError("reset(seed=1) without a task begins differently the second time")
     return "reset without options draws a task by its seed"
+
+
+def timing(probe: Probe) -> str:
+    """Wall-clock seconds of construct, reset and step."""
+    return "\n".join(
+        f"{what} {_duration(median(taken))} (worst {_duration(max(taken))})"
+        for what, taken in probe.seconds.items()
+    )
+
+
+def sizes(probe: Probe) -> str:
+    """How much an answer holds."""
+    answers = [answer for walk in probe.walks() for answer in walk.answers]
+    observed = [len(answer[0]) for answer in answers if isinstance(answer[0], str)] or [0]
+    info = [len(repr(answer[-1]).encode(errors="replace")) for answer in answers]
+    return (
+        f"observation {median(observed):,.0f} characters (largest {max(observed):,})\n"
+        f"info {median(info):,.0f} bytes (largest {max(info):,})"
+    )
 
 
 CHECKS: tuple[tuple[str, Callable[[Probe], str]], ...] = (
@@ -242,8 +282,13 @@ CHECKS: tuple[tuple[str, Callable[[Probe], str]], ...] = (
     ("global randomness", trials.global_randomness),
     ("snapshots", trials.snapshots),
     ("expert", trials.expert),
+    ("threads", trials.threads),
     ("close", trials.closing),
+    ("processes", trials.processes),
 )
+
+# What is looked at without a verdict.
+MEASUREMENTS: tuple[tuple[str, Callable[[Probe], str]], ...] = (("timing", timing), ("sizes", sizes))
 
 
 def determinism(env: Gym) -> Any:
@@ -258,17 +303,16 @@ def _infos(probe: Probe) -> Iterator[tuple[Walk, int, Mapping[str, Any]]]:
                 yield walk, turn, answer[-1]
 
 
-def _same(walk: Walk, again: Walk, how: str, whole: bool) -> None:
-    if repr(walk.answers[0][0]) != repr(again.answers[0][0]):
-        raise FaultError(f"task {walk.task!r}, {how}, has another first observation")
-    if not whole:
-        return
-    for turn, (one, other) in enumerate(zip(walk.answers, again.answers, strict=False)):
-        if comparable(one) != comparable(other):
-            raise FaultError(f"task {walk.task!r}, {how}, differs after {turn} actions")
-    if len(walk.answers) != len(again.answers):
-        lengths = f"{len(again.actions)} steps, at first {len(walk.actions)}"
-        raise FaultError(f"task {walk.task!r}, {how}, has {lengths}")
+def _twins(probe: Probe) -> tuple[Any, Any]:
+    first, second = probe.twins()
+    return first.unwrapped, second.unwrapped
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.{0 if seconds >= 10 * size else 1}f} {unit}"
+    return f"{seconds / 1e-6:.0f} µs"
 
 
 def _count(walks: Sequence[Walk]) -> str:

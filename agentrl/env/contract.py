@@ -1,19 +1,27 @@
 """What an environment is, and the proof that one keeps to it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from io import StringIO
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import gymnasium
 
 from agentrl.env.answers import reset_answer, step_answer
-from agentrl.env.checks import CHECKS, determinism
+from agentrl.env.checks import CHECKS, MEASUREMENTS, determinism
 from agentrl.env.probe import FaultError, Probe, SkipError
-from agentrl.errors import EnvironmentContractError
+from agentrl.errors import EnvironmentContractError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 __all__ = ["Check", "ContractReport", "TextEnv", "check_text_env", "reset_answer", "step_answer", "text_env"]
 
 Determinism = Literal["episode", "instance"]
+_STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim"}
+_PLAIN_WIDTH = 110
+_UNSEEN = "not looked at: "  # by the checks after one that could play nothing
 
 
 class TextEnv(Protocol):
@@ -30,16 +38,26 @@ class TextEnv(Protocol):
     - `state_key`: str or int, equal for equal states.
 
     `step` sets at most one of `terminated` (the task is over, good or bad) and `truncated` (the step limit),
-    and raises after either, and before the first `reset`. No global random number generator is touched.
-    Unknown splits and tasks are refused with an `AgentRLError`; `agentrl.env.unknown` makes one.
+    and raises after either, and before the first `reset`, which may come in the middle of an episode. No
+    global random number generator is touched. Unknown splits and tasks are refused with an `AgentRLError`;
+    `agentrl.env.unknown` makes one.
 
-    Optional, and declared by being there: `snapshot()` and `restore(snapshot)`; `expert() -> str | None`, the
-    expert's next action from the current state; `data: str`, a label shown with every score.
+    A process or server starts with the first `reset` that needs it: to construct an environment, list its
+    tasks and hash one starts none. `close` ends them all, may be called twice, and the next `reset` starts
+    them again. When one of them dies, `reset` and `step` raise: that is no fault of the policy's, and so no
+    observation and no reward.
+
+    Optional, and declared by being there: `snapshot()` and `restore(snapshot)`, which goes back to that point
+    as often as wanted, in this or another environment that was constructed alike; `expert() -> str | None`,
+    the expert's next action from the current state; `data: str`, a label shown with every score.
 
     Attributes:
         splits: names of the task sets.
         determinism: "episode" (the default): same task, seed and actions give the same episode;
-            "instance": they give the same task and first observation, details after that may differ.
+            "instance": they give the same task (`task_type`) and first observation, details after that may
+            differ.
+        thread_safe: True says that several environments may be used at once, each by a thread of its own;
+            False (the default) that they may not.
     """
 
     splits: tuple[str, ...]
@@ -73,11 +91,26 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class ContractReport:
-    """What was checked of an environment, and what it declares."""
+    """What was checked of an environment, and what it declares. Rich prints it as a table, and so does `str`.
+
+    Attributes:
+        env: its id, or its class.
+        determinism: what it declares.
+        proven: the determinism that was seen; None where it was less than may be declared.
+        thread_safe: whether it declares to be.
+        declares: optional capabilities: snapshot, expert, data.
+        splits: how many tasks each split has.
+        measured: what is no claim: timing and sizes, in words.
+        checks: the claims in the order in which they were checked.
+    """
 
     env: str
     determinism: str
-    declares: tuple[str, ...]  # optional capabilities: snapshot, expert, data
+    proven: str | None
+    thread_safe: bool
+    declares: tuple[str, ...]
+    splits: Mapping[str, int]
+    measured: Mapping[str, str]
     checks: tuple[Check, ...]
 
     @property
@@ -94,11 +127,47 @@ class ContractReport:
             faults = "; ".join(f"{check.name}: {check.detail}" for check in self.failed)
             raise EnvironmentContractError(f"{self.env} breaks the environment contract: {faults}")
 
+    def summary(self) -> str:
+        """Say in a line what came of it."""
+        counts = Counter(check.status for check in self.checks)
+        verdict = "breaks the contract" if self.failed else "keeps the contract"
+        told = ", ".join(f"{counts[s]} {s}" for s in ("passed", "failed", "skipped") if counts[s])
+        return f"{self.env} {verdict}: {told}"
+
+    def __rich__(self) -> "Group":
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        head = Table.grid(padding=(0, 2))
+        for name, value in self._head():
+            head.add_row(Text(name, style="bold"), Text(_printable(value)))
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        for column in ("claim", "", "what was seen"):
+            table.add_column(column, no_wrap=column != "what was seen", overflow="fold")
+        unseen = [check for check in self.checks if check.detail.startswith(_UNSEEN)]
+        for check in self.checks[: len(self.checks) - max(0, len(unseen) - 1)]:
+            name = f"{len(unseen)} others" if check in unseen else check.name
+            table.add_row(
+                name, Text(check.status, style=_STYLES[check.status]), Text(_printable(check.detail))
+            )
+        title = Text(self.summary(), style="bold red" if self.failed else "bold green")
+        return Group(title, head, "", table, "")
+
+    def _head(self) -> Iterator[tuple[str, str]]:
+        yield "determinism", f"{self.determinism} declared, {self.proven or 'nothing'} proven"
+        yield "thread safe", "declared" if self.thread_safe else "not declared"
+        yield "declares", ", ".join(self.declares) or "nothing optional"
+        yield "tasks", ", ".join(f"{count:,} {split}" for split, count in self.splits.items()) or "unknown"
+        yield from self.measured.items()
+
     def __str__(self) -> str:
-        width = max(len(check.name) for check in self.checks)
-        lines = [f"{check.status:8}{check.name:{width}}  {check.detail}" for check in self.checks]
-        declared = ", ".join(self.declares) or "nothing optional"
-        return "\n".join([f"{self.env}: determinism {self.determinism}; declares {declared}", *lines])
+        from rich.console import Console
+
+        text = StringIO()
+        Console(file=text, width=_PLAIN_WIDTH).print(self)
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def check_text_env(
@@ -115,33 +184,56 @@ def check_text_env(
         steps: at most so many per walk.
 
     Returns:
-        A report; nothing that a made environment does raises here, but for `KeyboardInterrupt` and its like.
+        A report; nothing else that a made environment does raises here, but for `KeyboardInterrupt` and its
+        like.
 
     Raises:
+        MissingDependencyError: something is not installed, which says nothing about the contract.
         AgentRLError: or whatever else `make` raises when it is called first.
     """
     probe = Probe(make, seed, tasks, steps)
-    env = probe.fresh()
     try:
-        checks = tuple(_run(name, check, probe) for name, check in CHECKS)
+        env = probe.twins()[0]
         known: Any = env.unwrapped
-        name = env.spec.id if env.spec is not None else type(known).__name__
-        return ContractReport(name, str(determinism(env)), tuple(_declared(known)), checks)
+        checks = tuple(_run(name, check, probe) for name, check in CHECKS)
+        measured = {} if probe.blocked else {n: _run(n, look, probe).detail for n, look in MEASUREMENTS}
+        return ContractReport(
+            env=env.spec.id if env.spec is not None else type(known).__name__,
+            determinism=str(determinism(env)),
+            proven=probe.proven,
+            thread_safe=getattr(known, "thread_safe", False) is True,
+            declares=tuple(_declared(known)),
+            splits=probe.splits,
+            measured=measured,
+            checks=checks,
+        )
     finally:
-        probe.close()
+        probe.tidy(failed=True)
 
 
 def _run(name: str, check: Callable[[Probe], str], probe: Probe) -> Check:
     if probe.blocked is not None:
-        return Check(name, "skipped", f"not looked at: {probe.blocked}")
+        return Check(name, "skipped", f"{_UNSEEN}{probe.blocked}")
+    result = _look(name, check, probe)
+    probe.tidy(failed=result.status == "failed")
+    return result
+
+
+def _look(name: str, check: Callable[[Probe], str], probe: Probe) -> Check:
     try:
         return Check(name, "passed", check(probe))
     except SkipError as reason:
         return Check(name, "skipped", str(reason))
     except FaultError as fault:
         return Check(name, "failed", str(fault))
+    except MissingDependencyError:
+        raise
     except Exception as error:
         return Check(name, "failed", f"raised {type(error).__name__}: {error}")
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
 
 
 def _declared(known: Any) -> Iterator[str]:

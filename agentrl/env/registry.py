@@ -157,7 +157,7 @@ def make(id: str, **kwargs: Any) -> gymnasium.Env[str, str]:
 
 
 class Factory:
-    """Makes environments of one id, also when pickled (by cloudpickle) and sent to another process: what was registered by hand travels with it.
+    """Makes environments of one id, in another process as well: what was registered by hand travels along.
 
     Args:
         id: of the environment.

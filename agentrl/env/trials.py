@@ -1,26 +1,32 @@
 """Claims of the environment contract about an environment that is driven to its limits; see `checks`."""
 
-import pickle
-import random
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from random import Random
+from threading import Barrier
+from time import monotonic, sleep
 from typing import Any
 
 import gymnasium
-import numpy as np
 
-from agentrl.env.answers import shown
+from agentrl.env.answers import observation_fault, shown
 from agentrl.env.probe import (
     LONGEST_EPISODE,
     FaultError,
     Gym,
     Probe,
     SkipError,
+    Walk,
     admissible,
     blame,
     comparable,
-    expert_of,
     follow,
     idle,
+    oversize_fault,
+    running_processes,
+    started_since,
     step_limit,
 )
 from agentrl.errors import AgentRLError
@@ -30,16 +36,18 @@ ODD_ACTIONS = (
     "a" * 100_000,
 )
 CLEAR_ERRORS = (AgentRLError, gymnasium.error.Error, RuntimeError)
-_UNLIKELY_SEED = 3_141_592_653
+SINGLES = 4  # admissible actions per task that are tried each on its own
+THREADS = 3
+PATIENCE = 10.0  # seconds for a closed environment's processes to end
 
 
 def max_steps(probe: Probe) -> str:
     """The step limit ends an episode, not earlier and not later."""
     reached = 0
-    env, limit = probe.limited(3), step_limit(probe.fresh())
+    env, limit = probe.limited(3), step_limit(probe.twins()[0])
     if env is not None:
         limit = 3
-    env = env or probe.fresh()
+    env = env or probe.twins()[0]
     if limit is None:
         raise SkipError("make takes no max_steps and env.unwrapped has none")
     if limit > LONGEST_EPISODE:
@@ -60,8 +68,8 @@ def max_steps(probe: Probe) -> str:
 
 def step_after_end(probe: Probe) -> str:
     """A step that no running episode can take raises a clear error."""
-    env = probe.limited(2) or probe.fresh()
-    _refuses_step(env, "before the first reset")
+    _refuses_step(probe.fresh(), "before the first reset")
+    env = probe.limited(2) or probe.twins()[0]
     for task in probe.tasks():
         if probe.walk(env, task, None, LONGEST_EPISODE).ended:
             _refuses_step(env, "after the end of an episode")
@@ -85,23 +93,27 @@ def _refuses_step(env: Gym, when: str) -> None:
 
 def odd_actions(probe: Probe) -> str:
     """Whatever a policy writes is accepted."""
-    env = probe.fresh()
+    env = probe.twins()[0]
     task = probe.tasks()[0]
     for action in ODD_ACTIONS:
         try:
-            probe.walk(env, task, follow((action,)), 1)
+            observation = probe.walk(env, task, follow((action,)), 1).answers[-1][0]
         except Exception as error:
             raise FaultError(f"the action {shown(action)} raised {type(error).__name__}: {error}") from error
+        fault = observation_fault(observation) or oversize_fault(env, observation)
+        if fault is not None and isinstance(observation, str):  # another type is what "observations" is about
+            raise FaultError(f"the action {shown(action)}: {fault}")
     return f"{len(ODD_ACTIONS)} accepted: empty, blank, control codes, Unicode, markup, 100,000 characters"
 
 
 def admissible_actions(probe: Probe) -> str:
     """Actions that are told to be admissible are valid."""
     tried, told = 0, False
-    env = probe.fresh()
+    env, draw = probe.twins()[0], Random(probe.seed)
     for walk in probe.walks():
         first = admissible(walk.answers[0][-1])
-        singles = [probe.walk(env, walk.task, follow((action,)), 1) for action in first[: probe.steps]]
+        some = draw.sample(first, min(SINGLES, len(first)))
+        singles = [probe.walk(env, walk.task, follow((action,)), 1) for action in some]
         for played in [walk, *singles]:
             for turn, action in enumerate(played.actions):
                 if action not in admissible(played.answers[turn][-1]):
@@ -117,80 +129,132 @@ def admissible_actions(probe: Probe) -> str:
 
 def global_randomness(probe: Probe) -> str:
     """The global random number generators are left alone."""
-    kept = random.getstate(), np.random.get_state()
-    # A state that no environment seeds by itself, or seeding it to what it is would not show.
-    random.seed(_UNLIKELY_SEED)
-    np.random.seed(_UNLIKELY_SEED)
-    before = _global_states()
-    try:
-        env = probe.fresh()
-        for task in probe.tasks():
-            probe.walk(env, task)
-        env.close()
-        touched = [name for name, state in _global_states().items() if state != before[name]]
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
-    if touched:
-        raise FaultError(
-            f"an episode changed the global state of {' and '.join(touched)}; use self.np_random"
-        )
+    probe.walks()
+    if probe.touched:
+        names = " and ".join(probe.touched)
+        raise FaultError(f"an episode changed the global state of {names}; use self.np_random")
     return "the global states of random and numpy.random are untouched"
 
 
-def _global_states() -> dict[str, object]:
-    return {
-        "random": random.getstate(),
-        "numpy.random": pickle.dumps(
-            np.random.get_state(legacy=False)
-        ),  # holds an array, which has no plain ==
-    }
-
-
 def snapshots(probe: Probe) -> str:
-    """A restored state goes on as it did."""
-    env = probe.fresh()
+    """A snapshot goes on as its original, which notices nothing of it: twice, and in another environment."""
+    env = probe.twins()[0]
     known: Any = env.unwrapped
     if not callable(getattr(known, "snapshot", None)) or not callable(getattr(known, "restore", None)):
         raise SkipError("not declared")
+    branch = probe.fresh()  # was never reset: the snapshot is all it knows
+    other: Any = branch.unwrapped
     for walk in probe.walks():
         half = max(0, min(len(walk.actions) - 1, len(walk.actions) // 2))
         begun = probe.walk(env, walk.task, follow(walk.actions[:half]), max(1, half))
+
+        def onwards(env: Gym, begun: Walk = begun, rest: tuple[str, ...] = walk.actions[half:]) -> list[str]:
+            return list(map(comparable, probe.go_on(env, begun.answers[-1], follow(rest), probe.steps)[1]))
+
         snapshot = known.snapshot()
-        first = probe.go_on(env, begun.answers[-1], follow(walk.actions[half:]), probe.steps)
-        for _ in range(2):
+        other.restore(snapshot)
+        branched = onwards(branch)
+        original = onwards(env)
+        if branched != original:
+            raise FaultError(
+                f"task {walk.task!r}: the {half}th state goes on differently in another environment"
+            )
+        for time in ("once", "twice"):
             known.restore(snapshot)
-            again = probe.go_on(env, begun.answers[-1], follow(walk.actions[half:]), probe.steps)
-            if list(map(comparable, again[1])) != list(map(comparable, first[1])):
-                raise FaultError(f"task {walk.task!r}: the {half}th state, restored, goes on differently")
-    return f"{len(probe.walks())} states, restored twice, went on as before"
+            if onwards(env) != original:
+                raise FaultError(
+                    f"task {walk.task!r}: the {half}th state, restored {time}, goes on differently"
+                )
+    return (
+        f"{len(probe.walks())} states went on alike: the original, restored twice, and in another environment"
+    )
 
 
 def expert(probe: Probe) -> str:
     """Following the expert solves tasks, and what it says is admissible."""
-    solved, tasks = 0, probe.tasks()
-    env = probe.with_expert()
-    if env is None:
+    walks = probe.expert_walks()
+    if walks is None:
         raise SkipError("not declared")
-    for task in tasks:
-        walk = probe.walk(env, task, expert_of(env), LONGEST_EPISODE)
+    for walk in walks:
         for turn, action in enumerate(walk.actions):
             offered = admissible(walk.answers[turn][-1])
             if offered and action not in offered:
                 blame(f"the expert's {action!r} is not in info['actions']", walk, turn)
-        solved += walk.solved
-    if 2 * solved < len(tasks):
-        raise FaultError(f"the expert solved {solved} of {len(tasks)} tasks, wanted at least half")
-    return f"solved {solved} of {len(tasks)} tasks"
+    steps = sorted(len(walk.actions) for walk in walks if walk.solved)
+    if 2 * len(steps) < len(walks):
+        raise FaultError(f"the expert solved {len(steps)} of {len(walks)} tasks, wanted at least half")
+    limit = step_limit(probe.twins()[0])
+    late = f"; max_steps={limit} is enough for {sum(count <= limit for count in steps)}" if limit else ""
+    return f"solved {len(steps)} of {len(walks)} tasks, in {steps[0]} to {steps[-1]} steps{late}"
+
+
+def threads(probe: Probe) -> str:
+    """Environments that are used from different threads at once do not get in each other's way."""
+    known: Any = probe.twins()[0].unwrapped
+    if not getattr(known, "thread_safe", False):
+        raise SkipError("not declared")
+    # What does not repeat itself alone need not do so in company.
+    whole = probe.proven == getattr(known, "determinism", "episode") == "episode"
+    walks, start = probe.walks(), Barrier(THREADS)
+
+    def play(index: int, env: Gym) -> list[tuple[Walk, Walk]]:
+        start.wait()
+        turn = index % len(walks)  # not the same task everywhere, or what is shared would agree by chance
+        return [(walk, probe.replay(env, walk)) for walk in (walks[turn:] + walks[:turn])[:2]]
+
+    envs = [probe.fresh() for _ in range(THREADS)]
+    with _eager_threads(), ThreadPoolExecutor(THREADS) as pool:
+        pairs = [pair for played in pool.map(play, range(THREADS), envs) for pair in played]
+    for walk, again in pairs:
+        how = f"task {walk.task!r}, played while other threads play"
+        if probe.proven and walk.beginning != again.beginning:
+            raise FaultError(f"{how}, has another first observation or task_type")
+        difference = walk.difference(again) if whole else None
+        if difference is not None:
+            raise FaultError(f"{how}, {difference}")
+    same = "the same as alone" if whole else "nothing raised"
+    return f"{len(pairs)} episodes on {THREADS} environments in {THREADS} threads: {same}"
+
+
+@contextmanager
+def _eager_threads() -> Iterator[None]:
+    """Let threads take turns far more often than usual, so that they meet within short episodes."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def processes(probe: Probe) -> str:
+    """No process starts before the first reset, and none is left after `close`."""
+    walk = probe.purposeful_walks()[0]
+    if probe.early:
+        raise FaultError(f"constructing it, listing tasks and hashing one started {', '.join(probe.early)}")
+    probe.tidy(failed=True)  # all: they may share what they start
+    before = running_processes()
+    env = probe.fresh()
+    probe.replay(env, walk.begin(5))
+    started = started_since(before)
+    env.close()
+    deadline = monotonic() + PATIENCE
+    while (left := started_since(probe.born)) and monotonic() < deadline:
+        sleep(0.05)
+    if left:
+        raise FaultError(f"{', '.join(left)} still running {PATIENCE:.0f} s after all were closed")
+    if not started:
+        return "none started"
+    return f"an episode starts {', '.join(started)}, nothing before; none left after close()"
 
 
 def closing(probe: Probe) -> str:
-    """`close` may be called twice."""
-    for env in (probe.fresh(), probe.fresh()):
+    """`close` may be called twice, at any time, and a reset opens the environment again."""
+    unused, used = probe.fresh(), probe.twins()[0]
+    for env in (unused, used):
         env.close()
         env.close()
-        env = probe.fresh()
-        probe.walk(env, probe.tasks()[0], None, 1)
-        env.close()
-        env.close()
-    return "close() twice, before and after an episode"
+    probe.walk(used, probe.tasks()[0], None, 1)
+    used.close()
+    used.close()
+    return "close() twice, before and after episodes; a reset opens it again"

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import gymnasium
 
 from agentrl.env.names import unknown
+from agentrl.env.problems import TaskIds, find_problem
 from agentrl.env.spaces import TextSpace
 from agentrl.errors import ConfigError, EnvironmentContractError
 
@@ -34,6 +35,8 @@ class OneStepEnv(gymnasium.Env[str, str]):
         success_at: a reward from which on the problem counts as solved.
         max_steps: every episode has one step, so any positive limit is kept.
         data: label shown with every score, such as "generated".
+        solve: problem -> a reply that solves it, or None; with it the environment declares an expert.
+        expert: tell in `info["expert"]` what `solve` says.
     """
 
     determinism: ClassVar[Literal["episode", "instance"]] = "episode"
@@ -47,11 +50,15 @@ class OneStepEnv(gymnasium.Env[str, str]):
         success_at: float = 1.0,
         max_steps: int = 1,
         data: str | None = None,
+        solve: Callable[[Problem], str | None] | None = None,
+        expert: bool = False,
     ) -> None:
         if not tasks or not all(tasks.values()):
             raise ConfigError("OneStepEnv: wanted at least one split, and in each at least one problem")
         if max_steps < 1:
             raise ConfigError(f"OneStepEnv: max_steps is {max_steps}, wanted at least 1")
+        if expert and solve is None:
+            raise ConfigError("OneStepEnv: expert is True, but nobody knows the answers to these problems")
         self.splits: tuple[str, ...] = tuple(tasks)
         self.observation_space = TextSpace()
         self.action_space = TextSpace()
@@ -62,10 +69,14 @@ class OneStepEnv(gymnasium.Env[str, str]):
         self._split = self._known(split or self.splits[0])
         self._success_at = success_at
         self._problem: Problem | None = None
+        self._solve = solve
+        self._tells_expert = expert
+        if solve is None:
+            vars(self)["expert"] = None  # not declared
 
     def tasks(self, split: str) -> Sequence[str]:
         """Ids of the split's problems."""
-        return _Ids(self._known(split), len(self._problems[split]))
+        return TaskIds(self._known(split), len(self._problems[split]))
 
     def task_hash(self, task: str) -> str:
         """SHA-256 of the problem as canonical JSON."""
@@ -83,7 +94,8 @@ class OneStepEnv(gymnasium.Env[str, str]):
         if task is None:
             task = self.tasks(self._split)[int(self.np_random.integers(len(self._problems[self._split])))]
         self._problem = self._find(task)
-        return self._problem["prompt"], self._info(self._problem, 0.0) | {"success": False}
+        info = self._info(self._problem, 0.0) | {"success": False}
+        return self._problem["prompt"], info | ({"expert": self.expert()} if self._tells_expert else {})
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         if self._problem is None:
@@ -91,6 +103,10 @@ class OneStepEnv(gymnasium.Env[str, str]):
         problem, self._problem = self._problem, None
         reward = float(self._grade(problem, action))
         return "", reward, True, False, self._info(problem, reward)
+
+    def expert(self) -> str | None:
+        """A reply that solves the running problem; None where none is known, and after the end."""
+        return None if self._problem is None or self._solve is None else self._solve(self._problem)
 
     def snapshot(self) -> Problem | None:
         """The state of the episode; problems are never changed, so it is shared."""
@@ -111,33 +127,5 @@ class OneStepEnv(gymnasium.Env[str, str]):
         return split
 
     def _find(self, task: object) -> Problem:
-        split, _, index = task.rpartition("/") if isinstance(task, str) else ("", "", "")
-        if split in self._problems and index.isascii() and index.isdigit():
-            problems = self._problems[split]
-            if int(index) < len(problems) and task == f"{split}/{int(index)}":
-                return problems[int(index)]
-        raise unknown("task", task, (f"{name}/0" for name in self.splits))
-
-
-class _Ids(Sequence[str]):
-    """Ids "split/0", "split/1", …, made when asked for."""
-
-    def __init__(self, split: str, count: int) -> None:
-        self._split, self._range = split, range(count)
-
-    def __len__(self) -> int:
-        return len(self._range)
-
-    def __getitem__(self, index: Any) -> Any:
-        picked = self._range[index]
-        if isinstance(picked, range):
-            return [f"{self._split}/{i}" for i in picked]
-        return f"{self._split}/{picked}"
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"{self._split}/{i}" for i in self._range)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Ids) and (self._split, self._range) == (other._split, other._range)
-
-    __hash__ = None  # type: ignore[assignment]
+        problem: Problem = find_problem(task, self.splits, self._problems.__getitem__)
+        return problem

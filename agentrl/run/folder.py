@@ -17,7 +17,16 @@ from agentrl.errors import CheckpointError, ConfigError
 from agentrl.run.settings import RunConfig, config_from_tree, config_tree
 
 # Keys that change where or how often something is written, and nothing that is learned.
-_FREE = ("run.", "trainer.checkpoint_every", "trainer.save_episodes_every")
+# What may change when a run is resumed: none of it says what is learned (but see `rollout.placement`).
+_FREE = (
+    "run.",
+    "trainer.checkpoint_every",
+    "trainer.save_episodes_every",
+    "rollout.placement",
+    "rollout.workers.",
+    "rollout.max_attempts",
+    "rollout.max_aborted_share",
+)
 
 
 @dataclass(frozen=True)

@@ -106,21 +106,31 @@ class Trainer:
         self.config = config = replace(config, rollout=rollout)
         self.environments = self._training_environments(expert=False)
         self.quarantine = Quarantine(rollout.max_attempts)
+        try:
+            self._get_ready(active)
+        except BaseException:
+            self.environments.close()
+            raise
+        self.engine = self.policy.engine(config)
+        self.cloner = Learner(self.policy.model, config.warm_start.learner)
+        self.learner = self._learner()
+        self.logbook = Logbook(self.active.folder, quiet=quiet)
+        self.history: dict[str, list[float]] = {}
+        self.clocks: dict[str, float] = defaultdict(float)
+        self.stage, self.step, self.saved = "warm_start", 0, -1
+
+    def _get_ready(self, active: Run | None) -> None:
+        """Ask the environment for its tasks, and have a folder and a policy."""
+        config = self.config
         with self.environments.borrow() as environment:
             known: Any = environment.unwrapped
             self.tasks: Sequence[str] = known.tasks(config.env.split)
             self.panel = configured_panel(config, environment)
         self.has_expert = self._offers_expert()
         given = None if config.policy.path is None else load(config.policy.path, config.policy)
-        self.active = active = active or create_run(config, placement=self.settled)
-        self.policy = given or fit_policy(config, self.tasks, self.environments, active.folder / "tokenizer")
-        self.engine = self.policy.engine(config)
-        self.cloner = Learner(self.policy.model, config.warm_start.learner)
-        self.learner = self._learner()
-        self.logbook = Logbook(active.folder, quiet=quiet)
-        self.history: dict[str, list[float]] = {}
-        self.clocks: dict[str, float] = defaultdict(float)
-        self.stage, self.step, self.saved = "warm_start", 0, -1
+        self.active = active or create_run(config, placement=self.settled)
+        tokenizer = self.active.folder / "tokenizer"
+        self.policy = given or fit_policy(config, self.tasks, self.environments, tokenizer)
 
     def run(self) -> Run:
         """Do what is left of every stage."""

@@ -1,7 +1,10 @@
 """`check_text_env` accepts a correct environment and pins every fault to the one claim that it breaks."""
 
 import random
-from collections.abc import Callable
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from typing import Any, ClassVar
@@ -11,9 +14,10 @@ import numpy as np
 import pytest
 from text_worlds import Corridor
 
-from agentrl.env import ContractReport, check_text_env
+from agentrl.env import ContractReport, check_text_env, trials
 from agentrl.env.checks import CHECKS
-from agentrl.errors import ConfigError, EnvironmentContractError
+from agentrl.env.probe import running_processes
+from agentrl.errors import ConfigError, EnvironmentContractError, MissingDependencyError
 
 NAMES = [name for name, _ in CHECKS]
 
@@ -26,17 +30,31 @@ def failed(report: ContractReport) -> list[str]:
     return [check.name for check in report.failed]
 
 
+@pytest.fixture(autouse=True)
+def no_process_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(trials, "PATIENCE", 0.1)
+    before = running_processes()
+    yield
+    for process in running_processes() - before:
+        process.kill()
+        process.wait()
+
+
 def test_a_correct_environment_passes_every_check() -> None:
     report = check_text_env(Corridor)
     assert statuses(report) == dict.fromkeys(NAMES, "passed"), str(report)
-    assert (report.passed, report.env, report.determinism) == (True, "Corridor", "episode")
+    assert (report.passed, report.env) == (True, "Corridor")
+    assert (report.determinism, report.proven, report.thread_safe) == ("episode", "episode", True)
     assert report.declares == ("snapshot", "expert", "data: generated")
+    assert report.splits == {"train": 20, "test": 6}
+    assert report.measured.keys() == {"timing", "sizes"}
     report.raise_if_failed()
 
 
 def test_what_an_environment_does_not_declare_is_skipped() -> None:
     class Bare(Corridor):
         snapshot = restore = expert = None  # type: ignore[assignment]
+        thread_safe = False
 
         def info(self) -> dict[str, Any]:
             return {"success": self.won}
@@ -46,6 +64,7 @@ def test_what_an_environment_does_not_declare_is_skipped() -> None:
         "admissible actions",
         "snapshots",
         "expert",
+        "threads",
     ]
     assert report.passed
 
@@ -62,8 +81,18 @@ def test_an_environment_behind_a_wrapper_and_the_registry_passes_under_its_id() 
 
 def test_the_report_reads_as_a_table_and_raises_with_every_fault() -> None:
     report = check_text_env(BrokenClose)
-    assert "failed  close" in str(report)
-    assert "passed  snapshots" in str(report)
+    lines = [" ".join(line.split()) for line in str(report).splitlines()]
+    assert lines[0] == "BrokenClose breaks the contract: 21 passed, 1 failed"
+    assert lines[1:5] == [
+        "determinism episode declared, episode proven",
+        "thread safe declared",
+        "declares snapshot, expert, data: generated",
+        "tasks 20 train, 6 test",
+    ]
+    begins = ("timing construct ", "reset ", "step ", "sizes observation ", "info ")
+    assert [line.startswith(begin) for line, begin in zip(lines[5:10], begins, strict=True)] == [True] * 5
+    assert "close failed raised RuntimeError: closed twice" in lines
+    assert "processes passed none started" in lines
     with pytest.raises(
         EnvironmentContractError, match=r"BrokenClose breaks .* close: raised RuntimeError: closed twice"
     ):
@@ -101,6 +130,10 @@ class StringSplits(Corridor):
 
 class StrangeDeterminism(Corridor):
     determinism = "mostly"
+
+
+class WordyThreadSafe(Corridor):
+    thread_safe = "yes"  # type: ignore[assignment]
 
 
 class StockSpace(Corridor):
@@ -187,6 +220,12 @@ class SurrogateObservation(Corridor):
     def reset(self, **kwargs: Any) -> Any:
         text, info = super().reset(**kwargs)
         return text + "\ud83c", info
+
+
+class EndlessObservation(Corridor):
+    def step(self, action: str) -> Any:
+        text, *rest = super().step(action)
+        return text * (70_000 if self.steps == 2 else 1), *rest
 
 
 class NoSuccessAtReset(Corridor):
@@ -279,6 +318,16 @@ class CountingResets(Corridor):
         return f"Episode {self.resets}. {text}", info
 
 
+class CarriesOver(Corridor):
+    """An abandoned episode leaves its weather to the next one."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        kept = self.weather if self.running else None
+        answer = super().reset(**kwargs)
+        self.weather = kept or self.weather
+        return answer
+
+
 class RandomDefaultTask(Corridor):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         if not options:
@@ -336,6 +385,12 @@ class FailsOnLength(Corridor):
         return super().step(action)
 
 
+class Echoes(Corridor):
+    def step(self, action: str) -> Any:
+        text, *rest = super().step(action)
+        return f"{action * 11} {text}", *rest
+
+
 class OffersTooMuch(Corridor):
     def info(self) -> dict[str, Any]:
         info = super().info()
@@ -383,6 +438,17 @@ class SpentSnapshot(Corridor):
         self.target, self.at, self.steps, self.won, self.running, self.weather = snapshot
 
 
+class BoundSnapshot(Corridor):
+    """Hands out the number of a state that only this environment has."""
+
+    def snapshot(self) -> Any:
+        vars(self).setdefault("kept", []).append(super().snapshot())
+        return len(self.kept) - 1
+
+    def restore(self, snapshot: Any) -> None:
+        super().restore(self.kept[snapshot])
+
+
 class LostExpert(Corridor):
     def expert(self) -> str:
         return "open 0"
@@ -409,6 +475,83 @@ class BoastingExpert(Corridor):
         return *answer, info | {"actions": self.actions()}
 
 
+class RaisingExpert(Corridor):
+    def expert(self) -> str:
+        raise KeyError("no idea")
+
+
+class OnePlace(Corridor):
+    """All environments stand at the same door."""
+
+    snapshot = restore = None  # type: ignore[assignment]
+
+    place: ClassVar[int] = 0
+
+    @property
+    def at(self) -> int:
+        return self.place
+
+    @at.setter
+    def at(self, door: int) -> None:
+        type(self).place = door
+
+    def step(self, action: str) -> Any:
+        time.sleep(0.0005)
+        return super().step(action)
+
+
+class Served(Corridor):
+    """Has a server, from the first reset until it is closed."""
+
+    server: Any = None
+
+    def start(self) -> None:
+        self.server = self.server or subprocess.Popen(["sleep", "60"])
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.start()
+        return super().reset(**kwargs)
+
+    def close(self) -> None:
+        if self.server is not None:
+            self.server.kill()
+            self.server.wait()
+        self.server = None
+
+
+class ServedEarly(Served):
+    def task_hash(self, task: str) -> str:
+        self.start()
+        return super().task_hash(task)
+
+
+class ServedForGood(Served):
+    def close(self) -> None:
+        self.server = None
+
+
+class SharedForGood(Served):
+    """One server for all of them, and nobody to end it."""
+
+    servers: ClassVar[list[Any]] = []
+
+    def start(self) -> None:
+        if not [server for server in self.servers if server.poll() is None]:
+            self.servers.append(subprocess.Popen(["sleep", "60"]))
+
+
+class ClosedForGood(Corridor):
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+    def reset(self, **kwargs: Any) -> Any:
+        if self.closed:
+            raise RuntimeError("it is closed")
+        return super().reset(**kwargs)
+
+
 class BrokenClose(Corridor):
     closed = False
 
@@ -422,6 +565,7 @@ FAULTS: list[tuple[str, Callable[..., Any], str]] = [
     ("interface", LacksHashes, "lacks task_hash"),
     ("interface", StringSplits, "splits is 'train'"),
     ("interface", StrangeDeterminism, "determinism is 'mostly'"),
+    ("interface", WordyThreadSafe, "thread_safe is 'yes'"),
     ("interface", StockSpace, "action_space refuses some texts"),
     ("task ids", RepeatedId, r"tasks\('train'\) lists an id twice"),
     ("task ids", NumberedTasks, r"holds 7 \(int\)"),
@@ -437,6 +581,7 @@ FAULTS: list[tuple[str, Callable[..., Any], str]] = [
     ("answers", RaisingStep, "raised KeyError: 'door'"),
     ("observations", BytesObservation, "step 1 of task 'train-0': the observation is b'"),
     ("observations", SurrogateObservation, "lone surrogate"),
+    ("observations", EndlessObservation, r"step 2 of .* characters, observation_space allows 1,000,000"),
     ("success", NoSuccessAtReset, r"reset of task 'train-0': info\['success'\] is missing"),
     ("success", NumpySuccess, "bool"),
     ("optional info", TextActions, r"info\['actions'\] is 'look' \(str\), wanted a list of str"),
@@ -450,6 +595,7 @@ FAULTS: list[tuple[str, Callable[..., Any], str]] = [
     ("unknown names", RawKeyError, "raised KeyError, wanted an AgentRLError"),
     ("seeds", UnseededSteps, r"differs after \d+ actions"),
     ("group resets", ContinuingGenerator, "played again on a used environment, differs"),
+    ("group resets", CarriesOver, "on a used environment, differs after 1 actions"),
     ("group resets", CountingResets, "another first observation"),
     ("default task", RandomDefaultTask, "begins differently the second time"),
     ("default task", NoDefaultTask, "raised AssertionError"),
@@ -460,15 +606,23 @@ FAULTS: list[tuple[str, Callable[..., Any], str]] = [
     ("odd actions", FailsOnUnicode, "UnicodeEncodeError"),
     ("odd actions", FailsOnEmpty, "the action '' .* raised IndexError"),
     ("odd actions", FailsOnLength, "OverflowError"),
+    ("odd actions", Echoes, "1,100,0.. characters, observation_space allows 1,000,000"),
     ("admissible actions", OffersTooMuch, "'go down' is in info"),
     ("global randomness", DrawsFromRandom, "global state of random;"),
     ("global randomness", SeedsNumpy, "global state of numpy.random;"),
     ("snapshots", ForgetsWhereItWas, "goes on differently"),
     ("snapshots", SharedSnapshot, "goes on differently"),
     ("snapshots", SpentSnapshot, "goes on differently"),
+    ("snapshots", BoundSnapshot, "raised AttributeError: .* 'kept'"),
     ("expert", LostExpert, "the expert solved 0 of 4 tasks"),
     ("expert", SilentExpert, "the expert solved 0 of 4 tasks"),
     ("expert", BoastingExpert, r"the expert's 'open \d' is not in info\['actions'\]"),
+    ("expert", RaisingExpert, "raised KeyError: 'no idea'"),
+    ("threads", OnePlace, "while other threads play, differs after"),
+    ("processes", ServedEarly, "hashing one started sleep"),
+    ("processes", ServedForGood, "sleep.* still running 0 s after all were closed"),
+    ("processes", SharedForGood, "sleep still running"),
+    ("close", ClosedForGood, "raised RuntimeError: it is closed"),
     ("close", BrokenClose, "RuntimeError: closed twice"),
 ]
 
@@ -499,7 +653,11 @@ def test_an_environment_of_instances_need_repeat_only_its_beginnings() -> None:
 
     report = check_text_env(Instances)
     assert report.passed, str(report)
-    assert report.determinism == "instance"
+    assert (report.determinism, report.proven) == ("instance", "instance")
+    seeds = report.checks[NAMES.index("seeds")]
+    assert re.search(
+        r"same task and first observation, after that not: 'train-0' differs after", seeds.detail
+    )
 
     class Restless(Instances):
         def reset(self, **kwargs: Any) -> Any:
@@ -508,27 +666,73 @@ def test_an_environment_of_instances_need_repeat_only_its_beginnings() -> None:
 
     assert failed(check_text_env(Restless))[0] == "seeds"
 
+    class OtherTasks(Instances):
+        def info(self) -> dict[str, Any]:
+            return super().info() | {"task_type": str(id(self))}
+
+    assert failed(check_text_env(OtherTasks))[0] == "seeds"
+
+
+def test_an_environment_that_repeats_more_than_it_declares_is_told() -> None:
+    class Modest(Corridor):
+        determinism: ClassVar[str] = "instance"
+
+    report = check_text_env(Modest)
+    assert report.passed
+    assert (report.determinism, report.proven) == ("instance", "episode")
+    assert report.checks[NAMES.index("group resets")].detail.endswith("first observation, and all else")
+
+
+def test_a_server_that_comes_with_the_first_reset_and_goes_with_close_is_fine() -> None:
+    report = check_text_env(Served)
+    assert report.passed, str(report)
+    assert report.checks[NAMES.index("processes")].detail == (
+        "an episode starts sleep, nothing before; none left after close()"
+    )
+
+
+def test_what_is_not_installed_is_no_fault_of_the_contract() -> None:
+    class Lacking(Served):
+        def reset(self, **kwargs: Any) -> Any:
+            self.start()
+            raise MissingDependencyError("pip install 'doors'")
+
+    before = running_processes()
+    with pytest.raises(MissingDependencyError, match="pip install 'doors'"):
+        check_text_env(Lacking)
+    assert running_processes() == before
+
 
 def test_what_cannot_be_played_is_reported_once_and_not_twenty_times() -> None:
     report = check_text_env(FourParts)
     after = NAMES[NAMES.index("answers") + 1 :]
     assert all(statuses(report)[name] == "skipped" for name in after)
     assert "step returned a tuple of 4" in report.checks[-1].detail
+    assert f"{len(after)} others" in str(report)
 
 
-def test_checking_leaves_no_environment_open() -> None:
-    open_now: set[int] = set()
+def test_few_environments_are_started_few_at_a_time_and_none_is_left_open() -> None:
+    started: list[object] = []
+    most = 0
 
     class Counted(Corridor):
-        def __init__(self, **kwargs: Any) -> None:
-            super().__init__(**kwargs)
-            open_now.add(id(self))
-            kept.append(self)
+        open = False
+
+        def reset(self, **kwargs: Any) -> Any:
+            nonlocal most
+            if not self.open:
+                self.open = True
+                started.append(self)
+                most = max(most, sum(env.open for env in started))
+            return super().reset(**kwargs)
 
         def close(self) -> None:
-            open_now.discard(id(self))
+            self.open = False
 
-    kept: list[Corridor] = []
-    check_text_env(Counted)
-    assert len(kept) > 20
-    assert not open_now
+    class Costly(Counted):
+        snapshot = restore = None  # type: ignore[assignment]
+        thread_safe = False
+
+    check_text_env(Costly)
+    assert (len(started), most) == (9, 3)
+    assert not any(env.open for env in started)

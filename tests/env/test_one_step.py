@@ -31,6 +31,7 @@ def test_it_keeps_the_contract() -> None:
     assert {check.name for check in report.checks if check.status == "skipped"} == {
         "admissible actions",
         "expert",
+        "threads",
     }
 
 

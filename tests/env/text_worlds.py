@@ -18,6 +18,7 @@ class Corridor(gymnasium.Env[str, str]):
 
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
     determinism: ClassVar[str] = "episode"
+    thread_safe: ClassVar[bool] = True
     data: ClassVar[str] = "generated"
 
     def __init__(
@@ -29,7 +30,7 @@ class Corridor(gymnasium.Env[str, str]):
             raise ConfigError(f"max_steps is {max_steps}, wanted at least 1")
         self.observation_space, self.action_space = TextSpace(), TextSpace()
         self.split, self.max_steps, self.tells, self.doors = split, max_steps, expert, doors
-        self.running = False
+        self.weather, self.at, self.running = random.Random(0), 0, False
         self.resets = 0
 
     def tasks(self, split: str) -> list[str]:

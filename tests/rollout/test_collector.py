@@ -1,6 +1,5 @@
 """Many episodes at once: nothing is asked for who has ended, and nobody suffers for another's fault."""
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -399,35 +398,3 @@ def test_borrowing_gives_back_and_throws_away_what_was_broken() -> None:
     assert made.envs[0].closed == 1
     with pool.borrow():
         assert len(made.envs) == 2
-
-
-# Cost.
-
-
-def test_driving_costs_less_than_thirty_microseconds_per_step() -> None:
-    class Still(Shelves):
-        answer = (
-            "You are in the middle of a room.",
-            0.0,
-            False,
-            False,
-            {"success": False, "actions": ["look"] * 30},
-        )
-
-        def step(self, action: str) -> Any:
-            self.steps += 1
-            return self.answer
-
-    class Instant(CountingPlayer):
-        reply = Reply("look")
-
-        def poll(self) -> Any:
-            done, self.waiting = self.waiting, []
-            return [(request.episode_id, self.reply) for request in done]
-
-    def microseconds() -> float:
-        began = time.process_time()
-        collect(specs([1] * 64), Instant(), EnvironmentPool(Still), max_active=64, max_turns=40)
-        return (time.process_time() - began) / (64 * 40) * 1e6
-
-    assert min(microseconds() for _ in range(3)) < 30

@@ -1,0 +1,162 @@
+"""A base for environments of several turns: the author writes how a task begins and what an action does."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import gymnasium
+from gymnasium.error import ResetNeeded
+
+from agentrl.env.names import unknown
+from agentrl.env.problems import TaskIds, content_hash, find_problem
+from agentrl.env.spaces import TextSpace
+from agentrl.errors import ConfigError
+
+_OUTSIDE_EPISODES = ("spec", "_problems")  # never part of a snapshot
+
+
+class MultiTurnEnv(gymnasium.Env[str, str], ABC):
+    """A text environment as its author thinks of it; the rest of the contract of `TextEnv` is kept here.
+
+    To be written: `problems(split)`, `start(problem)` and `act(action)`. May be written: `actions()`,
+    `info()`, `expert()`, and, as class attributes, `splits`, `max_steps`, `data`, `thread_safe`. What an
+    episode is made of belongs on `self`; chance comes from `self.np_random`.
+
+    >>> class Echo(MultiTurnEnv):
+    ...     def problems(self, split):
+    ...         return ["ping", "pong"] if split == "train" else ["peng"]
+    ...     def start(self, problem):
+    ...         self.word = problem
+    ...         return f"say {problem}"
+    ...     def act(self, action):
+    ...         return ("thanks", 1.0, True) if action == self.word else ("no", 0.0, False)
+    >>> env = Echo(max_steps=3)
+    >>> env.reset(options={"task": "train/1"})
+    ('say pong', {'success': False})
+    >>> env.step("pong")
+    ('thanks', 1.0, True, False, {'success': True})
+
+    Args:
+        split: where `reset` without a task draws from; None takes the first.
+        max_steps: steps after which an episode is truncated; None takes the class's own.
+        expert: tell in `info["expert"]` what the expert would do next.
+
+    Attributes:
+        task: id of the task that is played.
+        steps: taken in this episode.
+    """
+
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")
+    determinism: ClassVar[str] = "episode"
+    observation_space = action_space = TextSpace()
+    max_steps: int = 20
+
+    def __init__(self, split: str | None = None, max_steps: int | None = None, expert: bool = False) -> None:
+        if split is not None and split not in self.splits:
+            raise unknown("split", split, self.splits)
+        limit = self.max_steps if max_steps is None else max_steps
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise ConfigError(f"max_steps: {limit!r}, wanted a whole number of at least 1")
+        if expert and not callable(getattr(self, "expert", None)):
+            raise ConfigError(f"expert: {type(self).__name__} has no expert() to be asked")
+        self.split = self.splits[0] if split is None else split
+        self.max_steps = limit
+        self.task: str | None = None
+        self.steps = 0
+        self._tells_expert = expert
+        self._running = self._solved = False
+        self._problems: dict[str, Sequence[Any]] = {}
+
+    @abstractmethod
+    def problems(self, split: str) -> Sequence[Any]:
+        """The problems of one of the splits, in a fixed order.
+
+        Asked for once per environment and split. A problem is a JSON value that, with the class's name, says
+        all about the task: its hash covers nothing else. For generated tasks a `range` of seeds will do.
+        """
+
+    @abstractmethod
+    def start(self, problem: Any) -> str:
+        """Begin the task, and return what is observed first."""
+
+    @abstractmethod
+    def act(self, action: str) -> tuple[str, float, bool]:
+        """Answer any text with (observation, reward, whether the task is over).
+
+        A task that is over with a positive reward counts as solved, unless `info` holds another `success`.
+        """
+
+    def actions(self) -> Sequence[str] | None:
+        """The admissible actions of the current state; None where no list is offered."""
+        return None
+
+    def info(self) -> Mapping[str, Any]:
+        """What else `info` shall hold about the current state, such as score, task_type and state_key."""
+        return {}
+
+    def tasks(self, split: str) -> Sequence[str]:
+        """Ids of the split's problems: "test/0", "test/1", …."""
+        if split not in self.splits:
+            raise unknown("split", split, self.splits)
+        return TaskIds(split, len(self._of(split)))
+
+    def task_hash(self, task: str) -> str:
+        """SHA-256 of the class's name and the problem."""
+        return content_hash(task, type(self).__name__, find_problem(task, self.splits, self._of))
+
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        super().reset(seed=seed)
+        task = (options or {}).get("task")
+        if task is None:
+            task = f"{self.split}/{int(self.np_random.integers(len(self._of(self.split))))}"
+        problem = find_problem(task, self.splits, self._of)
+        self.task, self.steps, self._running, self._solved = task, 0, False, False
+        observation = self.start(problem)
+        self._running = True
+        return observation, self._info(valid=True)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        if not self._running:
+            raise ResetNeeded("the episode is over or has not begun: call reset first")
+        offered = self.actions()
+        observation, reward, done = self.act(action)
+        self.steps += 1
+        self._solved = bool(done) and reward > 0
+        truncated = not done and self.steps >= self.max_steps
+        self._running = not (done or truncated)
+        info = self._info(valid=offered is None or action in offered)
+        return observation, float(reward), bool(done), truncated, info
+
+    def _info(self, valid: bool) -> dict[str, Any]:
+        info: dict[str, Any] = {"success": self._solved}
+        offered = self.actions()
+        if offered is not None:
+            info |= {"actions": list(offered), "valid": valid}
+        if self._tells_expert:
+            expert = getattr(self, "expert")  # noqa: B009 - a subclass's, checked when constructed
+            info["expert"] = expert() if self._running else None
+        return info | dict(self.info())
+
+    def snapshot(self) -> dict[str, Any]:
+        """Copy this point of the episode, the random numbers included.
+
+        All attributes are copied; an environment that holds what cannot be, such as a process, sets
+        `snapshot = restore = None`.
+        """
+        if self.task is None:
+            raise ResetNeeded("the episode has not begun: call reset first")
+        return deepcopy({name: value for name, value in vars(self).items() if name not in _OUTSIDE_EPISODES})
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go back to a copied point, of this environment or of one that was constructed alike."""
+        kept = {name: vars(self)[name] for name in _OUTSIDE_EPISODES if name in vars(self)}
+        vars(self).clear()
+        vars(self).update(deepcopy(dict(snapshot)), **kept)
+
+    def _of(self, split: str) -> Sequence[Any]:
+        if split not in self._problems:
+            self._problems[split] = self.problems(split)
+        return self._problems[split]

@@ -1,0 +1,65 @@
+"""Problems that are numbered per split: "test/3" is the fourth problem of the split "test"."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from agentrl.env.names import unknown
+from agentrl.errors import ConfigError
+
+
+class TaskIds(Sequence[str]):
+    """Ids "split/0", "split/1", …, made when asked for."""
+
+    def __init__(self, split: str, count: int) -> None:
+        self._split, self._range = split, range(count)
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def __getitem__(self, index: Any) -> Any:
+        picked = self._range[index]
+        if isinstance(picked, range):
+            return [f"{self._split}/{number}" for number in picked]
+        return f"{self._split}/{picked}"
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{self._split}/{number}" for number in self._range)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TaskIds) and (self._split, self._range) == (other._split, other._range)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def find_problem(task: object, splits: Sequence[str], problems: Callable[[str], Sequence[Any]]) -> Any:
+    """Return the problem that an id names.
+
+    Args:
+        task: the id.
+        splits: names of the splits.
+        problems: split -> its problems.
+
+    Raises:
+        ConfigError: there is no such id.
+    """
+    split, _, number = task.rpartition("/") if isinstance(task, str) else ("", "", "")
+    if split in splits and number.isascii() and number.isdigit() and len(number) < 16:
+        of_split = problems(split)
+        if int(number) < len(of_split) and task == f"{split}/{int(number)}":
+            return of_split[int(number)]
+    raise unknown("task", task, (f"{name}/0" for name in splits))
+
+
+def content_hash(task: str, *content: Any) -> str:
+    """SHA-256 of JSON values in their canonical form, as 64 hex digits.
+
+    Raises:
+        ConfigError: something is no JSON value; the message names the task.
+    """
+    try:
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"problem {task!r} does not consist of JSON values: {error}") from error
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
