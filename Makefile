@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TORCH_INDEX ?=
 SEED ?= 0
 
-.PHONY: help install quickstart quickstart-control test test-slow check check-engine clean
+.PHONY: help install quickstart quickstart-control baselines test test-slow check check-envs check-engine clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev,math,reasoning-gym,scienceworld]'
 	touch $@
 
 install: $(VENV)/.installed  ## make the virtual environment and install agentrl into it
@@ -41,6 +41,12 @@ check: $(VENV)/.installed-dev  ## lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check-envs: $(VENV)/.installed-dev  ## prove that every built-in environment keeps the contract
+	$(BIN)/agentrl check-env --all
+
+baselines: $(VENV)/.installed-dev  ## random and expert on a panel of every environment: the README's table
+	$(BIN)/python scripts/baselines.py
 
 check-engine: $(VENV)/.installed-dev  ## compare our ALFWorld engine with TextWorld's (compiles it first: minutes)
 	$(PIP) -e '.[alfworld-reference]'
