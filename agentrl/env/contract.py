@@ -58,6 +58,8 @@ class TextEnv(Protocol):
             differ.
         thread_safe: True says that several environments may be used at once, each by a thread of its own;
             False (the default) that they may not.
+        heavy: True says that each environment has a process or hundreds of megabytes of its own, so that only
+            as many as there are cores are played in at a time, unless somebody asks for more.
     """
 
     splits: tuple[str, ...]

@@ -27,7 +27,7 @@ def settle(make: Make, config: RolloutConfig, split: str, seed: int = 0) -> tupl
 
     A few calls are timed, in a worker, so that nothing they do can hurt this process. Cheap calls then stay
     in this process; dear ones that mostly wait get threads where the environment declares `thread_safe`, all
-    others processes. An environment that declares itself `heavy` is alone in its worker.
+    others processes. An environment that declares itself `heavy` gets a worker to itself, one per core.
 
     Args:
         make: makes an environment.
@@ -66,7 +66,7 @@ def _placement(times: CallTimes, workers: WorkersConfig) -> Placement:
     if workers.interpreter is None:
         if times.wall < CHEAP_CALL:
             return "inline"
-        if times.thread_safe and times.cpu < times.wall / 2:
+        if times.thread_safe and not times.heavy and times.cpu < times.wall / 2:
             return "thread"
     return "process"
 

@@ -1,0 +1,249 @@
+"""Sessions in which model-written Python runs."""
+
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from types import TracebackType
+from typing import Any, Self
+
+from agentrl.env.names import unknown
+from agentrl.env.sandbox.process import LEVELS, ChildProcess, Execution, Limits, SandboxError, ServerProcess
+from agentrl.errors import ConfigError
+
+# What code for a mathematical problem asks for; already imported, so that an import costs a look-up.
+IMPORTS = (
+    "bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "enum", "fractions",
+    "functools", "heapq", "itertools", "json", "math", "numbers", "operator", "random", "re", "statistics",
+    "string", "sys", "time", "typing",
+)  # fmt: skip
+
+_CODE_BYTES = 1 << 20
+
+
+class Sandbox:
+    """Runs Python that a model wrote: not in this process, and not with its rights.
+
+    One warm fork server, started when it is first needed, forks a process for every session. Sessions can be
+    open side by side, in threads as well, and cannot reach each other. What a level takes away:
+
+    - "namespaces": no network, no other process in sight, no file but the standard library, shared libraries
+      and the imports, an empty folder of `limits.file_mb` to write to. A filter of system calls lets code
+      compute, use those files and start threads, but no process.
+    - "bubblewrap": much the same from `bwrap`, for where only that may make namespaces; no writing, no
+      threads.
+    - "seccomp": the filter alone. No file can be opened, so only `imports` can be imported.
+    - "none": limits and deadlines only. Never chosen by "auto"; for code that you would run yourself.
+
+    Args:
+        isolation: a level, or "auto": the first of them that works here.
+        require_isolation: refuse "none".
+        limits: of every execution and session.
+        imports: modules that are imported beforehand. Packages outside the standard library can be used only
+            when named here; their files are readable then.
+
+    Raises:
+        ConfigError: an argument is wrong; at the first session, when an import fails.
+    """
+
+    def __init__(
+        self,
+        *,
+        isolation: str = "auto",
+        require_isolation: bool = True,
+        limits: Limits = Limits(),  # noqa: B008
+        imports: Sequence[str] = IMPORTS,
+    ) -> None:
+        if isolation not in ("auto", *LEVELS, "none"):
+            raise unknown("isolation", isolation, ("auto", *LEVELS, "none"))
+        if isolation == "none" and require_isolation:
+            raise ConfigError("isolation is 'none' and require_isolation is True; one of them has to change")
+        if isinstance(imports, str):
+            raise ConfigError(f"imports is {imports!r}, not a list of names of modules")
+        self.limits = limits
+        self._levels = LEVELS if isolation == "auto" else (isolation,)
+        self._settings = _settings(imports, limits, isolation)
+        self._owner = os.getpid()
+        self._lock = threading.Lock()
+        self._server: ServerProcess | None = None
+        self._closer: weakref.finalize[[], Sandbox] | None = None
+
+    @property
+    def isolation(self) -> str:
+        """The level that is used; finding out starts the server.
+
+        Raises:
+            SandboxError: there is none; the message says why, level by level.
+        """
+        self._running()
+        return self._levels[0]
+
+    def session(self) -> "Session":
+        """A new process with no variables.
+
+        Raises:
+            SandboxError: the sandbox cannot start, or its server died twice.
+        """
+        return Session(self)
+
+    def close(self) -> None:
+        """End the server and all sessions. A later session starts it again."""
+        with self._lock:
+            if self._closer:
+                self._closer()
+            self._server = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _fork(self) -> ChildProcess:
+        server = self._running()
+        try:
+            return _child(server, self.limits)
+        except (SandboxError, OSError) as fault:
+            if server.alive:
+                raise SandboxError(f"the sandbox failed: {fault}") from fault
+        try:
+            return _child(self._running(), self.limits)
+        except OSError as fault:
+            raise SandboxError(f"the sandbox's server died twice: {fault}") from fault
+
+    def _running(self) -> ServerProcess:
+        if self._owner != os.getpid():  # a fork of the process that made this: its server is not ours
+            self._owner, self._lock, self._server = os.getpid(), threading.Lock(), None
+        with self._lock:
+            if self._server and not self._server.alive and self._closer:
+                self._closer()
+                self._server = None
+            if self._server is None:
+                self._server = self._start()
+                self._closer = weakref.finalize(self, self._server.close)
+            return self._server
+
+    def _start(self) -> ServerProcess:
+        reasons = []
+        for level in self._levels:
+            try:
+                server = _launch(level, self._settings, self.limits)
+            except (SandboxError, OSError) as fault:
+                reasons.append(f"{level}: {fault}")
+            else:
+                self._levels = (level,)
+                return server
+        if self._levels == ("none",):
+            raise SandboxError(f"the sandbox cannot start: {reasons[0]}")
+        raise SandboxError(
+            f"model-written code cannot be isolated here: {'; '.join(reasons)}. To run it with your own "
+            "rights all the same, say isolation='none' and require_isolation=False."
+        )
+
+
+class Session:
+    """A process and its variables, until `close`. To be used by one thread at a time."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+        self._child: ChildProcess | None = sandbox._fork()
+        self._closed = False
+
+    def run(self, code: str) -> Execution:
+        """Run code and wait for it, no longer than its limits.
+
+        Raises:
+            SandboxError: the sandbox's server died, or the session is closed.
+        """
+        if self._closed:
+            raise SandboxError("this session is closed")
+        data = code.encode("utf-8", "replace")
+        if len(data) > _CODE_BYTES:
+            return Execution("", f"the code is longer than {_CODE_BYTES} bytes", "error")
+        if self._child is None:
+            self._child = self._sandbox._fork()
+        kept = False
+        try:
+            execution = self._child.run(data)
+            kept = execution.ended in ("ok", "error")
+        finally:
+            if not kept:
+                self._drop()
+        return execution
+
+    def close(self) -> None:
+        """End the process and everything that it started. Can be called twice."""
+        self._closed = True
+        self._drop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _drop(self) -> None:
+        child, self._child = self._child, None
+        if child:
+            child.close()
+
+
+@cache
+def probe() -> dict[str, str | None]:
+    """Try every level of isolation; None where it works here, else the reason why it does not."""
+    found: dict[str, str | None] = {}
+    for level in LEVELS:
+        limits = Limits()
+        try:
+            _launch(level, _settings((), limits, level), limits).close()
+            found[level] = None
+        except (SandboxError, OSError) as fault:
+            found[level] = str(fault)
+    return found
+
+
+def _launch(level: str, settings: dict[str, Any], limits: Limits) -> ServerProcess:
+    """A server that has proven that it can shut a child in."""
+    server = ServerProcess(level, settings)
+    try:
+        child = _child(server, limits)
+        execution = child.run(b"40 + 2")
+        child.close()
+        if execution.output != "42\n":
+            raise SandboxError(f"the first execution failed: {execution.error}")
+    except BaseException:
+        server.close()
+        raise
+    return server
+
+
+def _child(server: ServerProcess, limits: Limits) -> ChildProcess:
+    child = ChildProcess(server, limits)
+    child.greet()
+    return child
+
+
+def _settings(imports: Sequence[str], limits: Limits, isolation: str) -> dict[str, Any]:
+    kernel = {
+        "AS": limits.memory_mb << 20,
+        "FSIZE": limits.file_mb << 20,
+        "NOFILE": limits.open_files,
+        "CPU": int(100 * limits.cpu_seconds) + 1,
+        "CORE": 0,
+    }
+    if isolation != "none":  # where the kernel would count all that the user runs
+        kernel["NPROC"] = limits.threads
+    return {
+        "imports": list(imports),
+        "path": [os.path.abspath(path) for path in sys.path if os.path.isdir(path or ".")],
+        "limits": kernel,
+        "file_mb": limits.file_mb,
+        "memory_mb": limits.memory_mb,
+        "filter": True,
+    }

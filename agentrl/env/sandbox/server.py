@@ -1,0 +1,322 @@
+"""The warm fork server and its children. Runs as a program of its own, never in the process that learns.
+
+Over the control socket come, once, the settings, and then for every session three descriptors: the channel
+and the output file, which become the child's, and the leash, which stays here. Anything on the leash, or its
+end, kills the child; how the child ended goes back over it. The server ends with the process that started it.
+"""
+
+import ast
+import builtins
+import errno
+import fcntl
+import gc
+import importlib
+import io
+import json
+import os
+import random
+import select
+import selectors
+import signal
+import site
+import socket
+import struct
+import sys
+import types
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from agentrl.env.sandbox.filter import Program, filter_program, install_filter
+from agentrl.env.sandbox.isolation import (
+    Files,
+    Namespaces,
+    die_with_parent,
+    drop_root,
+    give_up_rights,
+    limit_resources,
+)
+
+_CHANNEL = 3
+_SHARED_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
+_INSTALLED = ("site-packages", "dist-packages")
+_ERROR_CHARS = 1_000
+_OPENS = {"namespaces": "write", "bubblewrap": "read", "seccomp": "none"}
+
+
+def main(control_fd: int, parent_fd: int) -> None:
+    """Serve until the control socket closes or the process behind `parent_fd` (-1: unknown) ends."""
+    control = socket.socket(fileno=control_fd)
+    settings = json.loads(control.recv(1 << 20))
+    library = [path for path in sys.path if os.path.isdir(path)]
+    level, stage, program, namespaces = settings["isolation"], "start", None, None
+    try:
+        if level != "none" and settings["filter"]:
+            program = filter_program(files=_OPENS[level], threads=level == "namespaces")
+        if level == "namespaces":
+            namespaces = Namespaces()  # before anything is imported that could start threads
+        stage = "import"
+        sys.path += settings["path"]
+        for name in settings["imports"]:
+            importlib.import_module(name)
+        stage = "start"
+        files = _readable(library)
+        if namespaces:
+            namespaces.hide_files(files)
+        server = Server(control, parent_fd, settings, namespaces, program)
+    except BaseException as fault:
+        control.send(json.dumps({"error": _line(fault), "stage": stage}).encode())
+        return
+    control.send(json.dumps({"files": vars(files)}).encode())
+    server.serve()
+
+
+def _readable(library: list[str]) -> Files:
+    def within(path: str, folders: list[str]) -> bool:
+        return any(path.startswith(folder + os.sep) for folder in folders)
+
+    library = [*library, *filter(os.path.exists, _SHARED_LIBRARIES)]
+    possible = {*sys.path, *(f"{folder}/{name}" for folder in library for name in _INSTALLED)}
+    masked = [
+        path
+        for path in sorted(possible)
+        if path.endswith(_INSTALLED) and os.path.isdir(path) and within(path, library)
+    ]
+    packages = []
+    for name, module in list(sys.modules.items()):
+        # The bare folders that this program itself was imported from have no spec.
+        if "." in name or not getattr(module, "__spec__", None):
+            continue
+        for path in getattr(module, "__path__", None) or [getattr(module, "__file__", None)]:
+            if path and (within(path, masked) or not within(path, library)):
+                packages += [path, *filter(os.path.isdir, [path + ".libs"])]
+    return Files([path for path in library if not within(path, library)], masked, packages)
+
+
+class Server:
+    """Forks a child per session, kills it when told to, and says how it ended."""
+
+    def __init__(
+        self,
+        control: socket.socket,
+        parent_fd: int,
+        settings: dict[str, Any],
+        namespaces: Namespaces | None,
+        program: Program | None,
+    ) -> None:
+        self._control, self._parent_fd = control, parent_fd
+        self._namespaces, self._filter = namespaces, program
+        self._level: str = settings["isolation"]
+        self._limits: dict[str, int] = settings["limits"]
+        self._file_mb: int = settings["file_mb"]
+        self._memory_mb: int = settings["memory_mb"]
+        self._leashes: dict[int, socket.socket] = {}
+        self._life, self._alive = os.pipe()
+        self._ready = selectors.DefaultSelector()
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(0)
+        site.setquit()
+        gc.collect()
+        gc.freeze()
+
+    def serve(self) -> None:
+        wake, woken = socket.socketpair()
+        wake.setblocking(False)
+        woken.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
+        self._ready.register(self._control, selectors.EVENT_READ)
+        self._ready.register(wake, selectors.EVENT_READ)
+        if self._parent_fd >= 0:
+            self._ready.register(self._parent_fd, selectors.EVENT_READ)
+        serving = True
+        while serving:
+            for key, _ in self._ready.select():
+                if key.data is not None:
+                    self._ready.unregister(key.fileobj)
+                    self._kill(key.data)
+                elif key.fileobj is wake:
+                    wake.recv(4096)
+                elif key.fileobj is self._control:
+                    serving = self._open_session()
+                else:
+                    serving = False
+            self._reap()
+        for pid in self._leashes:
+            self._kill(pid)
+        for pid in self._leashes:
+            os.waitpid(pid, 0)
+
+    def _open_session(self) -> bool:
+        """Fork as asked; False when nobody can ask any more."""
+        try:
+            message, handed, _, _ = socket.recv_fds(self._control, 1, 3)
+        except ConnectionError:
+            return False
+        if not message:
+            return False
+        if len(handed) == 3:
+            channel, output, leash = handed[0], handed[1], socket.socket(fileno=handed[2])
+            try:
+                pid = self._namespaces.fork() if self._namespaces else os.fork()
+            except OSError as fault:
+                _tell(leash, {"error": _line(fault)})
+            else:
+                if pid == 0:
+                    self._become_child(channel, output)
+                self._leashes[pid] = leash
+                self._ready.register(leash, selectors.EVENT_READ, pid)
+        for end in handed[:2]:
+            os.close(end)
+        return True
+
+    @staticmethod
+    def _kill(pid: int) -> None:
+        for stop in (os.killpg, os.kill):
+            with suppress(OSError):
+                stop(pid, signal.SIGKILL)
+
+    def _reap(self) -> None:
+        for _ in range(len(self._leashes)):
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            with suppress(OSError):
+                os.killpg(pid, signal.SIGKILL)
+            leash = self._leashes.pop(pid, None)
+            if leash:
+                with suppress(KeyError):
+                    self._ready.unregister(leash)
+                _tell(leash, {"status": status})
+
+    def _become_child(self, channel: int, output: int) -> NoReturn:
+        """Shut this process in, say so on the channel, and run what comes through it."""
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            # What is said now, before any model code ran, is the only thing that is believed of a child.
+            try:
+                self._separate()
+                channel = _keep_only(channel, output)
+                self._restrict()
+            except BaseException as fault:
+                os.write(channel, _frame({"error": _line(fault)}))
+            else:
+                os.write(channel, _frame({}))
+                _work(self._memory_mb, self._file_mb)
+        finally:
+            os._exit(0)
+
+    def _separate(self) -> None:
+        os.setsid()
+        os.close(self._alive)
+        if self._namespaces:
+            self._namespaces.enclose(self._file_mb)
+        elif self._level == "seccomp":
+            drop_root()
+        if sys.platform == "linux":
+            die_with_parent()
+        if select.select([self._life], [], [], 0)[0]:
+            raise ProcessLookupError("the server is gone")
+
+    def _restrict(self) -> None:
+        limit_resources(self._limits)
+        if self._level != "none":
+            give_up_rights()
+        if self._filter:
+            install_filter(self._filter)
+
+
+def _keep_only(channel: int, output: int) -> int:
+    """Close everything but 0 (nothing), 1 and 2 (the output) and the channel, which gets a known number."""
+    channel, output = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (channel, output))
+    for end, number in ((output, 1), (output, 2), (channel, _CHANNEL)):
+        os.dup2(end, number, inheritable=False)
+    os.closerange(_CHANNEL + 1, 1 << 20)
+    return _CHANNEL
+
+
+def _tell(leash: socket.socket, message: dict[str, Any]) -> None:
+    with leash, suppress(OSError):
+        leash.send(json.dumps(message).encode(), socket.MSG_DONTWAIT)
+
+
+def _line(fault: BaseException) -> str:
+    return f"{type(fault).__name__}: {fault}"
+
+
+def _frame(message: dict[str, Any]) -> bytes:
+    body = json.dumps(message).encode()
+    return struct.pack(">I", len(body)) + body
+
+
+def _read(size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = os.read(_CHANNEL, size - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return data
+
+
+def _work(memory_mb: int, file_mb: int) -> None:
+    """Run every piece of code that comes over the channel, all in one namespace."""
+    module = types.ModuleType("__main__")
+    module.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"] = module
+    random.seed(0)  # in every session the same numbers; a fork would make them differ
+    number = 0
+    while True:
+        (size,) = struct.unpack(">I", _read(4))
+        code = _read(size).decode("utf-8", "replace")
+        number += 1
+        label = f"<code {number}>"
+        # New ones every time, for the last execution may have closed or replaced them.
+        stream = io.TextIOWrapper(
+            io.FileIO(1, "w", closefd=False), encoding="utf-8", errors="backslashreplace", line_buffering=True
+        )
+        sys.stdout = sys.stderr = stream
+        error = None
+        try:
+            _execute(code, module.__dict__, label)
+            stream.flush()
+        except MemoryError as fault:
+            error = f"needed more than {memory_mb} MB{_where(fault, label)}"
+        except BaseException as fault:
+            if isinstance(fault, OSError) and fault.errno in (errno.EFBIG, errno.ENOSPC):
+                error = f"printed or wrote more than {file_mb} MB{_where(fault, label)}"
+            elif not isinstance(fault, SystemExit) or fault.code not in (None, 0):
+                error = _describe(fault, label)
+        os.write(_CHANNEL, _frame({"number": number, "error": error}))
+
+
+def _execute(code: str, names: dict[str, Any], label: str) -> None:
+    """Like a cell of a notebook: a last line that is an expression is printed, unless it is None."""
+    tree = ast.parse(code, label)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, label, "exec", dont_inherit=True), names)
+    if isinstance(last, ast.Expr):
+        value = eval(compile(ast.Expression(last.value), label, "eval", dont_inherit=True), names)
+        if value is not None:
+            sys.stdout.write(f"{value!r}\n")
+
+
+def _describe(fault: BaseException, label: str) -> str:
+    """The last line of the traceback and the line of the code where it happened."""
+    try:
+        message = fault.msg if isinstance(fault, SyntaxError) else str(fault)
+    except BaseException:
+        message = "its message cannot be shown"
+    kind = type(fault).__name__
+    text = f"{kind}: {message[:_ERROR_CHARS]}" if message else kind
+    return text + _where(fault, label)
+
+
+def _where(fault: BaseException, label: str) -> str:
+    line = fault.lineno if isinstance(fault, SyntaxError) and fault.filename == label else None
+    trace = fault.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == label:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f" (line {line})" if line else ""
