@@ -45,7 +45,8 @@ def test_a_command_of_the_readme_runs(
     line: str, small_run: agentrl.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    words = shlex.split(line.replace("runs/NAME", str(small_run.folder)))[1:]
+    line = line.replace("runs/NAME", str(small_run.folder)).replace("guess_number", str(tmp_path / "mine"))
+    words = shlex.split(line)[1:]
     if words[0] == "train" and "--resume" not in words:
         words += [*SMALL, f"run.folder={tmp_path}"]
     answer = CliRunner().invoke(app, words)
@@ -55,7 +56,7 @@ def test_a_command_of_the_readme_runs(
 
 def test_the_tour_names_every_command() -> None:
     named = {line.split()[1] for line in AGENTRL}
-    assert named >= {"train", "evaluate", "play", "envs", "algorithms", "config", "check-env"}
+    assert named >= {"train", "evaluate", "play", "envs", "algorithms", "config", "check-env", "new-env"}
 
 
 def test_the_make_targets_of_the_documents_exist() -> None:

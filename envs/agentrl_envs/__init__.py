@@ -6,3 +6,7 @@ def register() -> None:
     from agentrl.env import register
 
     register("agentrl/ALFWorld-v0", "agentrl_envs.alfworld_env:ALFWorldEnv")
+    register("agentrl/MathTools-v0", "agentrl_envs.math_tools_env:MathToolsEnv")
+    register("agentrl/Reasoning-v0", "agentrl_envs.reasoning_env:ReasoningEnv")
+    register("agentrl/ReasoningGym-v0", "agentrl_envs.reasoning_gym_env:ReasoningGymEnv")
+    register("agentrl/ScienceWorld-v0", "agentrl_envs.scienceworld_env:ScienceWorldEnv")

@@ -1,0 +1,354 @@
+"""`agentrl/MathTools-v0`: a problem, a calculator, Python in a sandbox, and an answer."""
+
+import re
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import gymnasium
+from gymnasium.error import ResetNeeded
+
+from agentrl.env import TextSpace, unknown
+from agentrl.env.problems import TaskIds, content_hash, find_problem
+from agentrl.env.sandbox import Limits, Sandbox, Session
+from agentrl.errors import ConfigError
+from agentrl_envs import bounded
+from agentrl_envs.calculator import CalculatorError, calculate
+from agentrl_envs.math_answers import last_boxed
+from agentrl_envs.problem_files import choose_problems
+from agentrl_envs.problems import Check, Problem
+
+TAGS = {"calculator": "calc", "python": "python"}
+ANSWER = "answer"
+TEXTS = ("plain", "short")
+STATES = ("session", "call")
+
+_FENCE = re.compile(r"\s*```[a-z]*\n(.*?)\n?```\s*", re.DOTALL)
+
+
+class Call(NamedTuple):
+    """What a reply asks for: the tag and what stands in it."""
+
+    tool: str
+    text: str
+
+
+class Saved(NamedTuple):
+    """A point of an episode to come back to."""
+
+    task: str
+    problem: Problem
+    observation: str
+    steps: int = 0
+    finished: bool = False
+    success: bool = False
+    worked: int = 0  # steps of the problem's work that have been computed
+    call: Call | None = None
+    tool_error: bool = False
+    valid: bool = True
+
+
+class MathToolsEnv(gymnasium.Env[str, str]):
+    r"""Solve a problem with tools, then answer it.
+
+    A turn is one of <calc>expression</calc>, <python>code</python> and <answer>result</answer>; the first
+    complete one of a reply counts, and what follows it is not read. A reply without any answers with its last
+    \boxed{…}. The episode ends with an answer (reward 1 if it is right, else 0) or after `max_steps` turns.
+
+    Args:
+        split: the problems to draw from when `reset` is not told one.
+        max_steps: turns per episode, the answer's included.
+        tools: "calculator" and "python", or one of them, or none.
+        kinds: of generated problems, names or one name, None for all; see `problems.KINDS`.
+        level: of generated problems, 1 to 5, or the lowest and the highest; None is 2.
+        data: a file of problems instead of generated ones, or split -> file; see `problem_files`.
+        test_share: of a single file.
+        check: how a file's answers are judged, "number" or "mathematics" (extra `math`); None takes "number"
+            where all of them are plain numbers.
+        text: "plain" names the tools after the question, "short" is the bare question.
+        state: whether Python's variables are kept for the "session" of an episode or for one "call".
+        isolation: of the sandbox in which Python runs.
+        require_isolation: refuse to run Python where there is none.
+        limits: of the sandbox, by name; see `agentrl.env.sandbox.Limits`.
+        expert: give `info["expert"]`, the next turn of someone who knows the way.
+
+    `info` holds success, score (0 or 1), valid (whether the turn was a tool call or an answer), task_type,
+    tool ("calc", "python", "answer" or None), tool_error (whether the tool refused), and expert when asked
+    for.
+    """
+
+    thread_safe: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        split: str = "train",
+        max_steps: int = 8,
+        tools: str | Sequence[str] = ("calculator", "python"),
+        kinds: str | Sequence[str] | None = None,
+        level: int | Sequence[int] | None = None,
+        data: str | Path | Mapping[str, str] | None = None,
+        test_share: float = 0.1,
+        check: Check | None = None,
+        text: str = "plain",
+        state: str = "session",
+        isolation: str = "auto",
+        require_isolation: bool = True,
+        limits: Mapping[str, float] | None = None,
+        expert: bool = False,
+    ) -> None:
+        for name, value, choices in (("text", text, TEXTS), ("state", state, STATES)):
+            if value not in choices:
+                raise unknown(name, value, choices)
+        if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+            raise ConfigError(f"max_steps: {max_steps!r}, wanted a whole number of at least 1")
+        tools = (tools,) if isinstance(tools, str) else tuple(tools)
+        for tool in tools:
+            if tool not in TAGS:
+                raise unknown("tool", tool, TAGS)
+        self._problems, self.data = choose_problems(kinds, level, data, test_share, check)
+        self.splits = tuple(self._problems)
+        if split not in self.splits:
+            raise unknown("split", split, self.splits)
+        self.split = split
+        self.max_steps = max_steps
+        self._tags = tuple(tag for tool, tag in TAGS.items() if tool in tools)
+        self._plain = text == "plain"
+        self._python = _Python(state, isolation, require_isolation, limits) if "python" in tools else None
+        # What Python computes may depend on the clock, and its variables cannot be copied.
+        self.determinism: Literal["episode", "instance"] = "instance" if self._python else "episode"
+        if self._python is not None:
+            vars(self).update(snapshot=None, restore=None)
+        self._with_expert = expert
+        self._saved: Saved | None = None
+        self.observation_space = TextSpace()
+        self.action_space = TextSpace()
+
+    def tasks(self, split: str) -> Sequence[str]:
+        """List the ids of a split, such as "train/0"."""
+        if split not in self.splits:
+            raise unknown("split", split, self.splits)
+        return TaskIds(split, len(self._problems[split]))
+
+    def task_hash(self, task: str) -> str:
+        """Hash the problem, its answer, and how it is judged."""
+        return content_hash(task, self._find(task).content())
+
+    def _find(self, task: object) -> Problem:
+        problem: Problem = find_problem(task, self.splits, self._problems.__getitem__)
+        return problem
+
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        super().reset(seed=seed)
+        task = (options or {}).get("task")
+        if task is None:
+            task = f"{self.split}/{int(self.np_random.integers(len(self._problems[self.split])))}"
+        problem = self._find(task)
+        if self._python is not None:
+            self._python.end_session()
+        usage = f"\n{self._usage()}" if self._plain else ""
+        self._saved = Saved(task, problem, f"{problem.question}{usage}{self._hurry(0)}")
+        return self._saved.observation, self._info(self._saved)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        before = self._running()
+        if before.finished:
+            raise ResetNeeded("the episode is over: call reset first")
+        call, steps = self._read(action), before.steps + 1
+        last = steps >= self.max_steps
+        worked, success, tool_error = before.worked, False, False
+        if call is None:
+            observation = self._usage()
+        elif call.tool == ANSWER:
+            success = self._solved(before.problem, call.text)
+            observation, last = "Right." if success else "Wrong.", True
+        else:
+            output, tool_error = self._run(call)
+            observation = f"<output>{output}</output>"
+            work = before.problem.work[worked : worked + 1]
+            worked += bool(work) and call.text == self._written(work[0])
+        answered = call is not None and call.tool == ANSWER
+        if not answered:
+            observation += self._hurry(steps)
+        self._saved = before._replace(
+            observation=observation,
+            steps=steps,
+            finished=last,
+            success=success,
+            worked=worked,
+            call=call,
+            tool_error=tool_error,
+            valid=call is not None,
+        )
+        if last and self._python is not None:
+            self._python.end_session()
+        return observation, float(success), answered, last and not answered, self._info(self._saved)
+
+    def _read(self, reply: str) -> Call | None:
+        found = []
+        for tag in (*self._tags, ANSWER):
+            begin = reply.find(f"<{tag}>")
+            end = reply.find(f"</{tag}>", begin) if begin >= 0 else -1
+            if end >= 0:
+                found.append((begin, Call(tag, reply[begin + len(tag) + 2 : end].strip())))
+        if found:
+            return min(found)[1]
+        boxed = last_boxed(reply)
+        return None if boxed is None else Call(ANSWER, boxed)
+
+    def _run(self, call: Call) -> tuple[str, bool]:
+        if call.tool == TAGS["python"]:
+            assert self._python is not None
+            return self._python.run(call.text)
+        try:
+            return calculate(call.text), False
+        except CalculatorError as error:
+            return f"error: {error}", True
+
+    def _solved(self, problem: Problem, answer: str) -> bool:
+        if problem.check == "mathematics":
+            bounded.calls.join(self)
+        return problem.solved_by(f"<{ANSWER}>{answer}</{ANSWER}>")
+
+    def _usage(self) -> str:
+        shown = {"calc": "<calc>expression</calc>", "python": "<python>code</python>"}
+        tools = " or ".join(shown[tag] for tag in self._tags)
+        answer = "<answer>result</answer>"
+        return f"Write {tools} to compute something, {answer} to answer." if tools else f"Write {answer}."
+
+    def _hurry(self, steps: int) -> str:
+        return "\nThis is the last turn: answer now." if steps == self.max_steps - 1 else ""
+
+    def _running(self) -> Saved:
+        if self._saved is None:
+            raise ResetNeeded("the episode has not begun: call reset first")
+        return self._saved
+
+    def _info(self, saved: Saved) -> dict[str, Any]:
+        info: dict[str, Any] = {
+            "success": saved.success,
+            "score": float(saved.success),
+            "valid": saved.valid,
+            "task_type": saved.problem.task_type,
+            "tool": saved.call.tool if saved.call else None,
+            "tool_error": saved.tool_error,
+        }
+        if self._with_expert:
+            info["expert"] = self.expert()
+        return info
+
+    def expert(self) -> str | None:
+        """The next tool call that leads to the answer, or the answer; None after the end."""
+        saved = self._running()
+        if saved.finished:
+            return None
+        left = saved.problem.work[saved.worked :]
+        if not left or not self._tags or saved.steps == self.max_steps - 1:
+            return f"<{ANSWER}>{saved.problem.answer}</{ANSWER}>"
+        return f"<{self._tags[0]}>{self._written(left[0])}</{self._tags[0]}>"
+
+    def _written(self, expression: str) -> str:
+        """An expression of the calculator, for the tool that the expert uses."""
+        if not self._tags or self._tags[0] == TAGS["calculator"]:
+            return expression
+        if "gcd" in expression or "lcm" in expression:
+            return f"from math import gcd, lcm\nprint({expression})"
+        if "/" in expression.replace("//", ""):
+            exact = re.sub(r"\d+", r"F(\g<0>)", expression)
+            return f"from fractions import Fraction as F\nprint({exact})"
+        return f"print({expression})"
+
+    def close(self) -> None:
+        if self._python is not None:
+            self._python.close()
+        bounded.calls.leave(self)
+
+    def snapshot(self) -> Saved:
+        """Keep this point of the episode."""
+        return self._running()
+
+    def restore(self, snapshot: Saved) -> tuple[str, dict[str, Any]]:
+        """Go back to a kept point; return its observation and info."""
+        self._saved = snapshot
+        return snapshot.observation, self._info(snapshot)
+
+
+class _Python:
+    """The Python tool of one environment: a session of a sandbox that all with equal settings share."""
+
+    def __init__(
+        self, state: str, isolation: str, require_isolation: bool, limits: Mapping[str, float] | None
+    ) -> None:
+        self._keeps_state = state == "session"
+        self._settings = (isolation, require_isolation, _limits(limits or {}))
+        Sandbox(isolation=isolation, require_isolation=require_isolation)  # refuses what it cannot be
+        self._session: Session | None = None
+
+    def run(self, text: str) -> tuple[str, bool]:
+        """What code printed and its error, if any, for a policy to read; and whether there was one."""
+        fenced = _FENCE.fullmatch(text)
+        if self._session is None:
+            self._session = _sandbox(self, self._settings).session()
+        try:
+            execution = self._session.run(fenced[1] if fenced else text)
+        except BaseException:
+            self.end_session()
+            raise
+        if not self._keeps_state:
+            self.end_session()
+        told = [execution.output.strip("\n")] if execution.output.strip() else []
+        if execution.error is not None:
+            told.append(f"error: {execution.error}")
+        return "\n".join(told) or "no output", execution.error is not None
+
+    def end_session(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    def close(self) -> None:
+        self.end_session()
+        _leave_sandbox(self, self._settings)
+
+
+def _limits(given: Mapping[str, float]) -> Limits:
+    known = [item.name for item in fields(Limits)]
+    for name, value in given.items():
+        if name not in known:
+            raise unknown("limit of the sandbox", name, known)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"limits.{name}: {value!r}, wanted a number above 0")
+    return Limits(**given)  # type: ignore[arg-type]
+
+
+Settings = tuple[str, bool, Limits]
+
+_lock = threading.Lock()
+_sandboxes: dict[Settings, tuple[Sandbox, "weakref.WeakSet[_Python]"]] = {}
+
+
+def _sandbox(user: _Python, settings: Settings) -> Sandbox:
+    """The process's sandbox of these settings; its server starts with its first session."""
+    isolation, require_isolation, limits = settings
+    with _lock:
+        if settings not in _sandboxes:
+            sandbox = Sandbox(isolation=isolation, require_isolation=require_isolation, limits=limits)
+            _sandboxes[settings] = sandbox, weakref.WeakSet()
+        sandbox, users = _sandboxes[settings]
+        users.add(user)
+        return sandbox
+
+
+def _leave_sandbox(user: _Python, settings: Settings) -> None:
+    with _lock:
+        if settings in _sandboxes:
+            sandbox, users = _sandboxes[settings]
+            if user in users:
+                users.discard(user)
+                if not users:
+                    del _sandboxes[settings]
+                    sandbox.close()

@@ -1,0 +1,88 @@
+"""`agentrl/Reasoning-v0`: a problem is observed, the reply is its answer, and that is the episode."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from agentrl.env import OneStepEnv, unknown
+from agentrl_envs import bounded
+from agentrl_envs.problem_files import choose_problems
+from agentrl_envs.problems import Check, Problem
+
+TEXTS = ("plain", "short")
+INSTRUCTIONS = "Give the answer as <answer>...</answer>."
+
+
+class ReasoningEnv(OneStepEnv):
+    r"""Answer a problem. The last \boxed{…} of the reply counts, else its last <answer>…</answer>, else all.
+
+    The reward is 1 for the right answer and 0 for any other.
+
+    Args:
+        split: the problems to draw from when `reset` is not told one.
+        max_steps: every episode has one step.
+        kinds: of generated problems, names or one name, None for all; see `problems.KINDS`.
+        level: of generated problems, 1 to 5, or the lowest and the highest; None is 2.
+        data: a file of problems instead of generated ones, or split -> file; see `problem_files`.
+        test_share: of a single file.
+        check: how a file's answers are judged, "number" or "mathematics" (extra `math`); None takes "number"
+            where all of them are plain numbers.
+        text: "plain" says how to answer, "short" is the bare question.
+        expert: give `info["expert"]`, the right answer.
+    """
+
+    thread_safe: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        split: str = "train",
+        max_steps: int = 1,
+        kinds: str | Sequence[str] | None = None,
+        level: int | Sequence[int] | None = None,
+        data: str | Path | Mapping[str, str] | None = None,
+        test_share: float = 0.1,
+        check: Check | None = None,
+        text: str = "plain",
+        expert: bool = False,
+    ) -> None:
+        problems, label = choose_problems(kinds, level, data, test_share, check)
+        if text not in TEXTS:
+            raise unknown("text", text, TEXTS)
+        ending = f"\n{INSTRUCTIONS}" if text == "plain" else ""
+        wrap = "<answer>{}</answer>" if text == "plain" else "{}"
+        super().__init__(
+            {name: _Prompts(rows, ending) for name, rows in problems.items()},
+            self._score,
+            split=split,
+            max_steps=max_steps,
+            data=label,
+            solve=lambda task: wrap.format(task["problem"]["answer"]),
+            expert=expert,
+        )
+
+    def _score(self, task: Mapping[str, Any], reply: str) -> float:
+        problem = Problem(**task["problem"])
+        if problem.check == "mathematics":
+            bounded.calls.join(self)
+        return float(problem.solved_by(reply))
+
+    def close(self) -> None:
+        bounded.calls.leave(self)
+
+
+class _Prompts(Sequence[Mapping[str, Any]]):
+    """Problems as `OneStepEnv` takes them, made when asked for."""
+
+    def __init__(self, problems: Sequence[Problem], ending: str) -> None:
+        self._problems, self._ending = problems, ending
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def __getitem__(self, index: Any) -> Any:
+        problem = self._problems[index]
+        return {
+            "prompt": problem.question + self._ending,
+            "task_type": problem.task_type,
+            "problem": problem.content(),
+        }

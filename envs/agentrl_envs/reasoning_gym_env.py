@@ -1,0 +1,122 @@
+"""`agentrl/ReasoningGym-v0`: one-step reasoning on the datasets of reasoning-gym (extra `reasoning-gym`)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from agentrl.env import OneStepEnv, unknown
+from agentrl.errors import ConfigError
+from agentrl_envs import bounded
+from agentrl_envs.math_answers import last_tagged
+from agentrl_envs.reasoning_env import INSTRUCTIONS, TEXTS
+from agentrl_envs.reasoning_gym_data import Dataset, checked_dataset
+
+LARGEST = 1_000_000  # items of a split; the seeds of neighbouring splits are so far apart
+SPLITS = ("train", "test")
+
+
+class ReasoningGymEnv(OneStepEnv):
+    """Answer an item of a dataset. The reply's last <answer>…</answer> counts, else all of it.
+
+    The dataset's own scorer judges, in a process of its own with a hard limit; where the scorer fails, the
+    score is 0. A problem is solved by a score of exactly 1, and only then the reward is 1, unless `partial`.
+    Train and test items have different seeds; a dataset with few possible items has some of them in both.
+
+    Args:
+        split: the items to draw from when `reset` is not told one.
+        max_steps: every episode has one step.
+        dataset: name of the dataset.
+        level: of the dataset's curriculum, from 1; None takes its default configuration.
+        config: other fields of the dataset's configuration.
+        size: items per split.
+        seed: another one gives other items under the same ids.
+        text: "plain" says how to answer, "short" is the bare question.
+        partial: reward the score, as the dataset gives it, instead of 1 or 0.
+        expert: give `info["expert"]`, the item's own answer, where the scorer takes it.
+
+    Raises:
+        ConfigError: an argument is wrong, one fixed answer solves the dataset, or its items differ between
+            processes unless Python is started with PYTHONHASHSEED=0.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        max_steps: int = 1,
+        dataset: str = "chain_sum",
+        level: int | None = None,
+        config: Mapping[str, Any] | None = None,
+        size: int = 10_000,
+        seed: int = 0,
+        text: str = "plain",
+        partial: bool = False,
+        expert: bool = False,
+    ) -> None:
+        for name, value, least, most in (
+            ("size", size, 1, LARGEST),
+            ("seed", seed, 0, 1_000),
+            ("level", 1 if level is None else level, 1, 1_000),
+        ):
+            if type(value) is not int or not least <= value <= most:
+                raise ConfigError(f"{name}: {value!r}, wanted a whole number from {least} to {most}")
+        if text not in TEXTS:
+            raise unknown("text", text, TEXTS)
+        try:
+            settings = json.dumps(dict(config or {}), sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"config: {error}, wanted JSON values") from error
+        self._datasets = {
+            name: checked_dataset(dataset, level, settings, (len(SPLITS) * seed + place) * LARGEST, size)
+            for place, name in enumerate(SPLITS)
+        }
+        self._partial = partial
+        ending, wrap = (f"\n{INSTRUCTIONS}", "<answer>{}</answer>") if text == "plain" else ("", "{}")
+        solvable = self._datasets["train"].solution(0) is not None
+
+        def solve(task: Mapping[str, Any]) -> str | None:
+            answer = self._datasets[task["split"]].solution(task["index"])
+            return None if answer is None else wrap.format(answer)
+
+        super().__init__(
+            {name: _Items(name, opened, ending) for name, opened in self._datasets.items()},
+            self._score,
+            split=split,
+            max_steps=max_steps,
+            data=f"reasoning-gym {dataset}",
+            solve=solve if solvable else None,
+            expert=expert,
+        )
+
+    def _score(self, task: Mapping[str, Any], reply: str) -> float:
+        bounded.calls.join(self)
+        tagged = last_tagged(reply)
+        answer = reply.strip() if tagged is None else tagged
+        return self._datasets[task["split"]].score_reply(answer, task["index"])
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = super().step(action)
+        reward = reward if self._partial else float(info["success"])
+        return observation, reward, terminated, truncated, info
+
+    def close(self) -> None:
+        bounded.calls.leave(self)
+
+
+class _Items(Sequence[Mapping[str, Any]]):
+    """Items as `OneStepEnv` takes them, made when asked for."""
+
+    def __init__(self, split: str, dataset: Dataset, ending: str) -> None:
+        self._split, self._dataset, self._ending = split, dataset, ending
+
+    def __len__(self) -> int:
+        return self._dataset.size
+
+    def __getitem__(self, index: Any) -> Any:
+        item = self._dataset.item(index)
+        return {
+            "prompt": item["question"] + self._ending,
+            "answer": item["answer"],
+            "task_type": self._dataset.name,
+            "split": self._split,
+            "index": index,
+        }

@@ -1,0 +1,110 @@
+"""Which tasks and variations a version of ScienceWorld has: from a file, so that listing needs no JVM.
+
+`python -m agentrl_envs.scienceworld.listing` makes the file of the installed version anew and prints it.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from agentrl.errors import MissingDependencyError
+from agentrl_envs.scienceworld.simulator import INSTALL, Simulator
+
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The tasks of one version.
+
+    Attributes:
+        version: of ScienceWorld.
+        simplifications: their names, without "easy".
+        solutions: task -> how many actions the simulator's solution of its first training variation takes,
+            with the simplification "easy"; tasks with short ones come first.
+        variations: task -> split -> the numbers of its variations, in the same order.
+    """
+
+    version: str
+    simplifications: tuple[str, ...]
+    solutions: Mapping[str, int]
+    variations: Mapping[str, Mapping[str, tuple[int, ...]]]
+
+
+@cache
+def listing() -> Listing:
+    """The installed version's: shipped with us, or made once and kept in the user's cache folder.
+
+    Raises:
+        MissingDependencyError: ScienceWorld is not installed.
+    """
+    try:
+        installed = version("scienceworld")
+    except PackageNotFoundError as error:
+        raise MissingDependencyError(f"ScienceWorld is not installed: {INSTALL}") from error
+    name = f"listing-{installed}.json"
+    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "agentrl", "scienceworld", name)
+    for file in (Path(__file__).with_name(name), cached):
+        if file.is_file():
+            return _parsed(json.loads(file.read_text()))
+    tree = make_listing()
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as unfinished:
+        json.dump(tree, unfinished)
+    os.replace(unfinished.name, cached)
+    return _parsed(tree)
+
+
+def make_listing() -> dict[str, Any]:
+    """Ask the installed simulator; takes a minute.
+
+    Returns:
+        What the file holds; variations are written as runs [first, one past the last].
+    """
+    simulator = Simulator()
+    try:
+        tasks: dict[str, dict[str, Any]] = {}
+        for task in simulator.names("getTaskNames"):
+            simulator.load(task, 0, "")
+            runs = {split: _runs(simulator.numbers(f"getVariations{split.capitalize()}")) for split in SPLITS}
+            simulator.load(task, runs["train"][0][0], "easy", gold=True)
+            tasks[task] = {"solution": len(simulator.gold())} | runs
+        known = simulator.text("getPossibleSimplifications").split(", ")
+        ordered = dict(sorted(tasks.items(), key=lambda item: (item[1]["solution"], item[0])))
+        return {"version": version("scienceworld"), "simplifications": known, "tasks": ordered}
+    finally:
+        simulator.close()
+
+
+def _parsed(tree: Mapping[str, Any]) -> Listing:
+    variations = {
+        task: {split: tuple(n for run in facts[split] for n in range(*run)) for split in SPLITS}
+        for task, facts in tree["tasks"].items()
+    }
+    solutions = {task: facts["solution"] for task, facts in tree["tasks"].items()}
+    return Listing(tree["version"], tuple(tree["simplifications"]), solutions, variations)
+
+
+def _runs(numbers: list[int]) -> list[list[int]]:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number:
+            runs[-1][1] += 1
+        else:
+            runs.append([number, number + 1])
+    return runs
+
+
+if __name__ == "__main__":
+    made = make_listing()
+    tasks = made.pop("tasks")
+    lines = ",\n".join(f"    {json.dumps(task)}: {json.dumps(facts)}" for task, facts in tasks.items())
+    head = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in made.items())
+    sys.stdout.write(f'{{\n{head},\n  "tasks": {{\n{lines}\n  }}\n}}\n')

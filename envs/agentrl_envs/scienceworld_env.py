@@ -1,0 +1,319 @@
+"""`agentrl/ScienceWorld-v0`: thirty kinds of school science in text, on ScienceWorld's own simulator.
+
+Extra `scienceworld`, which brings a Java runtime for machines that have none. Each environment runs one JVM,
+from its first `reset` to `close`; listing and hashing tasks starts nothing.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any, ClassVar, Literal
+
+import gymnasium
+from gymnasium.error import ResetNeeded
+
+from agentrl.env import TextSpace, unknown
+from agentrl.errors import ConfigError
+from agentrl_envs.scienceworld.expert import GoldExpert
+from agentrl_envs.scienceworld.lexicon import Meaning, Reach, lexicon, numbers, same_action, valid_actions
+from agentrl_envs.scienceworld.listing import SPLITS, listing
+from agentrl_envs.scienceworld.simulator import HEAP, Reply, Simulator, check_heap, require
+
+ELECTRICAL = ("power-component", "conductivity")  # parts of the names of tasks that need electricity
+
+
+class ScienceWorldEnv(gymnasium.Env[str, str]):
+    """Carry out an experiment: boil water, grow a fruit, find out what conducts electricity.
+
+    The episode is terminated when the score reaches 100 or the agent focuses on the wrong thing (score -100),
+    and truncated after `max_steps` actions. Only a score of exactly 100 is a success.
+
+    Tasks are called "split/name/variation". The names take turns over the ids of a split, those with a short
+    solution first (`agentrl_envs.scienceworld.listing.listing().solutions` tells how long), so the first 30
+    ids hold every name. The two tasks of mendelian genetics need some 130 actions, and seconds to be solved;
+    those with an inclined plane need 50 to 750. To leave them out, name the others in `tasks`.
+
+    Episodes of one task begin with the same observation. The same actions then gave the same episode wherever
+    it was tried, but for the readings that the simulator draws while it works out a solution; as that is
+    nowhere promised, no more than the same task is declared.
+
+    Args:
+        split: "train", "dev" or "test", ScienceWorld's own: where `reset` without a task draws from.
+        max_steps: actions per episode; the simulator's own limit is not used.
+        tasks: names or one name, None for all thirty.
+        simplification: "easy", "" for none, or some of ScienceWorld's five, joined by commas.
+        reward: "gain" is the change of max(score, 0) / 100, so that the return of an episode is its progress,
+            and a failing focus takes back what was gained. "terminal" is max(score, 0) / 100 at the end.
+        actions: what `info["actions"]` offers. None offers nothing; "lexicon" a short list: the verbs that
+            tasks need, times the things within reach (at most 600; milliseconds); "valid" the simulator's
+            complete list (up to thousands; tens of milliseconds).
+        expert: give `info["expert"]`, the next action of the simulator's own solution, which is worked out at
+            the first reset to a task: that takes a tenth of a second to ten.
+        heap: limit of the JVM's heap; None leaves it to the JVM, which may then take gigabytes.
+        timeout: seconds that the simulator may take to answer, before it is killed and an error raised.
+
+    `info` holds success, score (0 to 1), valid (whether the simulator understood; it did not where it asks a
+    question back), task_type, raw_score, moves (the simulator's time, not steps), and where asked for actions
+    and expert. There is no state_key: what one step shows does not tell states apart.
+    """
+
+    splits = SPLITS
+    determinism: Literal["episode", "instance"] = "instance"
+    thread_safe: ClassVar[bool] = True
+    heavy: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        split: str = "train",
+        max_steps: int = 30,
+        tasks: str | Sequence[str] | None = None,
+        simplification: str = "easy",
+        reward: str = "gain",
+        actions: str | None = None,
+        expert: bool = False,
+        heap: str | None = HEAP,
+        timeout: float = 300.0,
+    ) -> None:
+        for name, value, choices in (
+            ("split", split, SPLITS),
+            ("reward", reward, ("gain", "terminal")),
+            ("actions", actions, (None, "lexicon", "valid")),
+        ):
+            if value not in choices:
+                raise unknown(name, value, map(str, choices))
+        if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+            raise ConfigError(f"max_steps: {max_steps!r}, wanted a whole number of at least 1")
+        if not timeout > 0:
+            raise ConfigError(f"timeout: {timeout!r}, wanted seconds above 0")
+        self._heap = check_heap(heap)
+        require()
+        self._listing = listing()
+        self._names = _chosen(tasks, tuple(self._listing.variations))
+        self._simplification = _simplification(simplification, self._listing.simplifications, self._names)
+        self.split = split
+        self.max_steps = max_steps
+        self._reward = reward
+        self._offer = actions
+        self._with_expert = expert
+        self._timeout = timeout
+        self._ids: dict[str, tuple[str, ...]] = {}
+        self._solutions: dict[str, list[str]] = {}
+        self._simulator: Simulator | None = None
+        self._reach: Reach | None = None
+        self._expert: GoldExpert | None = None
+        self._running = False
+        self._name = ""
+        self._steps = 0
+        self._reply = Reply("", 0, False, 0)
+        self._suggestion: str | None = None
+        self._warned = False
+        self.observation_space = TextSpace()
+        self.action_space = TextSpace()
+
+    def tasks(self, split: str) -> Sequence[str]:
+        """List the ids of a split, such as "train/boil/0"."""
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+        if split not in self._ids:
+            rows = [
+                [f"{split}/{name}/{variation}" for variation in self._listing.variations[name][split]]
+                for name in self._names
+            ]
+            self._ids[split] = tuple(id for round in zip_longest(*rows) for id in round if id is not None)
+        return self._ids[split]
+
+    def task_hash(self, task: str) -> str:
+        """Hash what fixes the task: ScienceWorld's version, the task, its variation, the simplification."""
+        name, variation = self._parsed(task)
+        content = ["scienceworld", self._listing.version, name, variation, self._simplification]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        super().reset(seed=seed)
+        task = (options or {}).get("task")
+        if task is None:
+            tasks = self.tasks(self.split)
+            task = tasks[int(self.np_random.integers(len(tasks)))]
+        self._name, variation = self._parsed(task)
+        self._running = False
+        try:
+            if self._simulator is None:
+                self._simulator = Simulator(self._heap, self._timeout)
+            return self._begin(self._simulator, task, variation)
+        except BaseException:
+            self.close()
+            raise
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        simulator = self._simulator
+        if simulator is None or not self._running:
+            raise ResetNeeded("the episode is over or has not begun: call reset first")
+        before = self._reply
+        action = action.strip()
+        try:
+            reply = self._reply = simulator.step(action)
+            self._steps += 1
+            terminated = reply.completed or reply.score < 0 or reply.score == 100
+            truncated = not terminated and self._steps >= self.max_steps
+            self._running = not (terminated or truncated)
+            if self._expert is not None:
+                self._expert.observe(action == self._suggestion, reply.observation, reply.asking)
+            info = self._info(simulator)
+        except BaseException:
+            self.close()  # whatever it was: an answer may still be on its way
+            raise
+        if self._reward == "gain":
+            reward = (max(reply.score, 0) - max(before.score, 0)) / 100
+        else:
+            reward = 0.0 if self._running else max(reply.score, 0) / 100
+        return reply.observation, reward, terminated, truncated, info
+
+    def expert(self) -> str | None:
+        """Give the expert's next action; None after the end of the episode.
+
+        Raises:
+            ConfigError: the environment was made without `expert=True`.
+        """
+        if not self._with_expert:
+            raise ConfigError("expert: the environment was made without expert=True")
+        if self._expert is None:
+            raise ResetNeeded("the episode has not begun: call reset first")
+        return self._suggestion
+
+    @property
+    def java_pid(self) -> int | None:
+        """Process id of the JVM, while there is one."""
+        return None if self._simulator is None else self._simulator.gateway.pid
+
+    def close(self) -> None:
+        """Kill the JVM; the next `reset` starts another."""
+        simulator, self._simulator = self._simulator, None
+        self._running = False
+        self._reach = self._expert = None
+        if simulator is not None:
+            simulator.close()
+
+    def _begin(self, simulator: Simulator, task: str, variation: int) -> tuple[str, dict[str, Any]]:
+        if self._reach is not None:
+            self._reach.release()
+            self._reach = None
+        unsolved = self._with_expert and task not in self._solutions
+        simulator.load(self._name, variation, self._simplification, gold=unsolved)
+        if unsolved:
+            self._solutions[task] = simulator.gold()
+        self._reply = simulator.step("look around")
+        self._steps = 0
+        self._running = True
+        if self._offer is not None:
+            self._reach = Reach(simulator, self._electrical)
+        if self._with_expert:
+            self._expert = self._follow(task)
+        return f"{simulator.describe()}\n\n{self._reply.observation}", self._info(simulator)
+
+    def _follow(self, task: str) -> GoldExpert:
+        room = self._reply.observation.partition("This room is called the ")[2].partition(".")[0]
+        expert = GoldExpert(self._solutions[task], room, self._has("teleportAction"))
+        if len(expert.plan) > self.max_steps and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the solution of {task} takes {len(expert.plan)} actions, max_steps is {self.max_steps}: "
+                "the expert cannot solve such tasks (this is said once)",
+                stacklevel=4,
+            )
+        return expert
+
+    def _info(self, simulator: Simulator) -> dict[str, Any]:
+        reply = self._reply
+        info: dict[str, Any] = {
+            "success": reply.score == 100,
+            "score": max(reply.score, 0) / 100,
+            "valid": reply.valid,
+            "task_type": self._name,
+            "raw_score": reply.score,
+            "moves": reply.moves,
+        }
+        offered = self._offered(simulator) if self._running else {}
+        if self._offer is not None:
+            info["actions"] = list(offered)
+        if self._expert is not None:
+            self._suggestion = self._suggested(self._expert, offered) if self._running else None
+            info["expert"] = self._suggestion
+        return info
+
+    def _offered(self, simulator: Simulator) -> dict[str, Meaning]:
+        if self._reach is None:
+            return {}
+        if self._reply.asking:
+            return numbers(self._reply.observation)
+        if self._offer == "lexicon":
+            teleports = self._has("teleportAction")
+            return lexicon(self._reach.things(), self._reach.room(), teleports, self._electrical)
+        if self._with_expert:
+            return valid_actions(simulator)
+        return dict.fromkeys(simulator.valid(), Meaning(""))
+
+    def _suggested(self, expert: GoldExpert, offered: Mapping[str, Meaning]) -> str:
+        wanted = expert.next()
+        if self._reach is None:
+            return wanted
+        # "wait1" is always offered, and moves the solution on past what cannot be said.
+        return same_action(wanted, offered, self._reach) or "wait1"
+
+    @property
+    def _electrical(self) -> bool:
+        return any(part in self._name for part in ELECTRICAL)
+
+    def _has(self, simplification: str) -> bool:
+        return simplification in self._simplification or self._simplification == "easy"
+
+    def _parsed(self, task: object) -> tuple[str, int]:
+        """The name and variation of an id, or the error for an unknown one."""
+        parts = task.split("/") if isinstance(task, str) else []
+        if len(parts) == 3 and parts[0] in SPLITS and parts[1] in self._names:
+            split, name, variation = parts
+            known = self._listing.variations[name][split]
+            if (
+                variation.isascii()
+                and variation.isdigit()
+                and int(variation) in known
+                and variation == str(int(variation))
+            ):
+                return name, int(variation)
+        raise unknown("task", task, self.tasks(self.split))
+
+
+def _chosen(tasks: str | Sequence[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    if tasks is None:
+        return known
+    chosen = dict.fromkeys((tasks,) if isinstance(tasks, str) else tasks)
+    for name in chosen:
+        if name not in known:
+            raise unknown("tasks", name, known)
+    if not chosen:
+        raise ConfigError("tasks: empty, wanted at least one name, or None for all")
+    return tuple(chosen)
+
+
+def _simplification(text: str, known: Sequence[str], tasks: Sequence[str]) -> str:
+    """The names in one order, as the simulator takes them."""
+    if not isinstance(text, str):
+        raise ConfigError(f"simplification: {text!r}, wanted names joined by commas")
+    chosen = [name for name in text.replace(" ", "").split(",") if name]
+    for name in chosen:
+        if name not in (*known, "easy"):
+            raise unknown("simplification", name, (*known, "easy"))
+    if "easy" in chosen and len(set(chosen)) > 1:
+        raise ConfigError(
+            f"simplification: {text!r}, wanted 'easy' alone: it stands for a choice of the others"
+        )
+    refusing = [task for task in tasks if any(part in task for part in ELECTRICAL)]
+    if "noElectricalAction" in chosen and refusing:
+        raise ConfigError(
+            f"simplification: noElectricalAction makes {', '.join(refusing)} impossible; leave it out, "
+            "or name other tasks"
+        )
+    return ",".join(sorted(set(chosen)))
