@@ -42,16 +42,20 @@ class Policy:
 
 
 def fit_policy(
-    config: RunConfig, tasks: Sequence[str], environments: Environments, tokenizer_folder: Path
+    config: RunConfig,
+    tasks: Sequence[str],
+    environments: Environments,
+    player: Player,
+    tokenizer_folder: Path,
 ) -> Policy:
-    """The policy a new run starts from: random weights and a tokenizer of the training text.
+    """The policy a new run starts from: random weights and a tokenizer of the text that `player` plays.
 
     A tokenizer is fitted once per run and kept in `tokenizer_folder`.
     """
     if tokenizer_folder.is_dir():
         tokenizer = load_tokenizer(tokenizer_folder)
     else:
-        texts = environment_text(config, tasks, environments)
+        texts = environment_text(config, tasks, environments, player)
         tokenizer = fit_tokenizer(texts, config.policy.vocab_size)
         partial = tokenizer_folder.with_name(f".{tokenizer_folder.name}.partial")
         tokenizer.save_pretrained(partial)

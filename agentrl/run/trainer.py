@@ -25,7 +25,7 @@ from agentrl.rollout.collector import Collection, Quarantine, collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.placement import open_environments, settle
 from agentrl.rollout.play import EpisodeSpec
-from agentrl.rollout.players import Player
+from agentrl.rollout.players import ExpertPlayer, Player, RandomPlayer
 from agentrl.run.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from agentrl.run.evaluate import (
     configured_panel,
@@ -39,10 +39,10 @@ from agentrl.run.folder import Run, create_run, open_run, with_overrides, write_
 from agentrl.run.interruption import Interruption, RunInterrupted
 from agentrl.run.logbook import Logbook
 from agentrl.run.metrics import rollout_metrics
-from agentrl.run.players import fit_policy, load, scripted_player
+from agentrl.run.players import Policy, fit_policy, load, scripted_player
 from agentrl.run.report import results_table, write_report
 from agentrl.run.settings import RunConfig
-from agentrl.run.warm_start import cloning, cloning_batches, demonstrations
+from agentrl.run.warm_start import cloning, cloning_batches, demonstrations, names_actions
 from agentrl.seeds import derive_seed
 
 
@@ -129,8 +129,14 @@ class Trainer:
         self.has_expert = self._offers_expert()
         given = None if config.policy.path is None else load(config.policy.path, config.policy)
         self.active = active or create_run(config, placement=self.settled)
-        tokenizer = self.active.folder / "tokenizer"
-        self.policy = given or fit_policy(config, self.tasks, self.environments, tokenizer)
+        self.policy = given or self._fitted_policy(self.active.folder / "tokenizer")
+
+    def _fitted_policy(self, tokenizer: Path) -> Policy:
+        """A policy whose tokenizer knows the replies as well: where they are free text, the expert's."""
+        if tokenizer.is_dir() or not self.has_expert or names_actions(self.tasks, self.environments):
+            return fit_policy(self.config, self.tasks, self.environments, RandomPlayer(), tokenizer)
+        with self._training_environments(expert=True) as environments:
+            return fit_policy(self.config, self.tasks, environments, ExpertPlayer(), tokenizer)
 
     def run(self) -> Run:
         """Do what is left of every stage."""

@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
 
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.recipe import build_recipe
@@ -12,15 +14,25 @@ from agentrl.policy.tokens import Dialogue
 from agentrl.rollout.collector import Quarantine, collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import EpisodeSpec
-from agentrl.rollout.players import DemonstrationPlayer, RandomPlayer
+from agentrl.rollout.players import DemonstrationPlayer, Player
 from agentrl.run.settings import RunConfig
 from agentrl.seeds import derive_seed
 
 OnEpisode = Callable[[Episode], None]
 
 
-def environment_text(config: RunConfig, tasks: Sequence[str], environments: Environments) -> list[str]:
-    """Observations and actions of randomly played training tasks, for a tokenizer to be fitted on."""
+def names_actions(tasks: Sequence[str], environments: Environments) -> bool:
+    """Whether the environment offers a list of actions to choose from; else replies are free text."""
+    info: Any = {}
+    with suppress(Exception), environments.borrow() as environment:  # its episodes will record it
+        _, info = environment.reset(seed=0, options={"task": tasks[0]})
+    return info.get("actions") is not None
+
+
+def environment_text(
+    config: RunConfig, tasks: Sequence[str], environments: Environments, player: Player
+) -> list[str]:
+    """Observations and actions of training tasks as `player` plays them, for a tokenizer to be fitted on."""
     texts: list[str] = []
 
     def listen(episode: Episode) -> None:
@@ -28,7 +40,7 @@ def environment_text(config: RunConfig, tasks: Sequence[str], environments: Envi
         texts.extend(turn.action for turn in episode.turns)
 
     specs = list(_specs(config, "tokenizer", config.policy.tokenizer_episodes, tasks))
-    collect(specs, RandomPlayer(), environments, max_active=1, on_episode=listen)
+    collect(specs, player, environments, max_active=1, on_episode=listen)
     if not texts:
         raise ConfigError(f"env: no text to fit a tokenizer on: every episode of {config.env.id} was aborted")
     return texts
