@@ -72,6 +72,7 @@ class BoundedCalls:
             JudgeError: a process cannot be started, or was lost to something else than its call.
         """
         question = base64.b64encode(pickle.dumps((module, function, arguments))).decode()
+        lost = 0
         with self._turns:
             for _ in range(2):  # a process can be lost to something else than its call
                 process = self._take()
@@ -81,11 +82,12 @@ class BoundedCalls:
                     if "broken" in answer:
                         raise JudgeError(f"{module}.{function}: {answer['broken']}")
                     return answer["result"]
-                if answer == -signal.SIGPROF:
+                lost = answer
+                if lost == -signal.SIGPROF:
                     raise OverLimitError
-            if answer > 0 or answer in _CRASHES:
-                raise OverLimitError
-            raise JudgeError(f"{module}.{function}: its process was lost twice, with exit code {answer}")
+        if lost > 0 or lost in _CRASHES:
+            raise OverLimitError
+        raise JudgeError(f"{module}.{function}: its process was lost twice, with exit code {lost}")
 
     def _take(self) -> "_Process":
         try:

@@ -120,7 +120,6 @@ def same_mathematics(gold: str, reply: str) -> bool:
             return True
         if left.denominator == right.denominator == 1:
             return False
-    require_math_verify()
     return _judged(gold, answer, given is None)
 
 
@@ -132,6 +131,7 @@ def require_math_verify() -> None:
 
 @lru_cache(maxsize=65_536)
 def _judged(gold: str, answer: str, prose: bool) -> bool:
+    require_math_verify()
     try:
         return bool(bounded.calls.call("agentrl_envs.math_judge", "judge", gold, answer, prose))
     except bounded.OverLimitError:

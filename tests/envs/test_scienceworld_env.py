@@ -40,7 +40,7 @@ def env() -> Any:
 @pytest.fixture(scope="module")
 def led() -> Any:
     """With an expert, choosing among the lexicon."""
-    made = make(ID, max_steps=60, expert=True, actions="lexicon")
+    made = make(ID, max_steps=70, expert=True, actions="lexicon")
     yield made
     close(made)
 
@@ -53,6 +53,7 @@ def follow(env: gymnasium.Env[str, str], task: str) -> list[tuple[Any, ...]]:
     return answers
 
 
+@pytest.mark.slow
 def test_it_keeps_the_environment_contract() -> None:
     settings = {"tasks": SHORT, "max_steps": 8, "actions": "lexicon"}
     report = check_text_env(partial(make, ID, **settings), tasks=1, steps=8)
@@ -137,7 +138,7 @@ def test_another_version_is_listed_once_and_kept_in_the_cache(monkeypatch: Any, 
     ("settings", "message"),
     [
         ({"split": "valid"}, "split 'valid' is unknown.*train, dev, test"),
-        ({"reward": "sparse"}, "reward 'sparse' is unknown.*gain, terminal"),
+        ({"reward": "sparse"}, "reward 'sparse' is unknown.*gain, terminal, success"),
         ({"actions": "all"}, "actions 'all' is unknown.*lexicon"),
         ({"max_steps": 0}, "max_steps: 0"),
         ({"max_steps": True}, "max_steps: True"),
@@ -230,7 +231,7 @@ def test_a_question_is_answered_by_its_number(led: Any) -> None:
     assert len(info["actions"]) > 2
 
 
-@pytest.mark.parametrize("reward", ["gain", "terminal"])
+@pytest.mark.parametrize("reward", ["gain", "terminal", "success"])
 def test_rewards_add_up_to_the_progress_of_the_episode(reward: str) -> None:
     env = make(ID, reward=reward, expert=True)
     answers = follow(env, "train/find-animal/0")
@@ -312,7 +313,7 @@ def test_every_action_of_the_lexicon_is_understood(led: Any) -> None:
     ):
         led.reset(options={"task": task})
         *_, info = led.step(f"teleport to {room}")
-        for action in rng.sample(info["actions"], 25):
+        for action in rng.sample(info["actions"], 12):
             led.reset(options={"task": task})
             led.step(f"teleport to {room}")
             observation, *_, info = led.step(action)
@@ -330,7 +331,7 @@ def test_the_complete_list_is_the_simulators() -> None:
 
 def test_the_same_actions_give_the_same_episode_in_another_jvm_and_after_other_games(env: Any) -> None:
     other = make(ID, max_steps=60)
-    for task in ("train/chemistry-mix/0", "train/use-thermometer/3", "train/find-plant/2"):
+    for task in ("train/chemistry-mix/0", "train/find-plant/2"):
         draw = Random(task)
         env.reset(options={"task": task})
         offered = [name for name in env.unwrapped._simulator.valid() if not name.startswith("focus")]

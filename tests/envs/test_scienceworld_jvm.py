@@ -26,16 +26,25 @@ TASK = {"task": "train/find-non-living-thing/0"}
 PATIENCE = 20.0  # seconds for something to be gone; it takes about one
 
 
+MARK = "AGENTRL_TEST_JVMS"
+
+
+@pytest.fixture(autouse=True)
+def marked(monkeypatch: Any) -> None:
+    """Whatever starts during a test inherits the mark, so that others' JVMs are told apart."""
+    monkeypatch.setenv(MARK, str(os.getpid()))
+
+
 def jvms() -> set[int]:
-    """Ids of the processes of this machine that run the simulator or guard it, zombies aside."""
+    """Ids of the processes that run the simulator or guard it and stem from these tests, zombies aside."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            command, state = (folder / "cmdline").read_bytes(), (folder / "stat").read_text()
+            command, inherited = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
         except OSError:
             continue
-        if b"scienceworld.jar" in command and ") Z" not in state:
-            found.add(int(folder.name))
+        if b"scienceworld.jar" in command and f"{MARK}={os.getpid()}\0".encode() in inherited:
+            found |= {int(folder.name)} if alive(int(folder.name)) else set()
     return found
 
 
@@ -156,8 +165,12 @@ def owner(ending: str) -> tuple["subprocess.Popen[str]", int, int]:
 
 @pytest.mark.parametrize(
     "ending",
-    ["pass", "raise RuntimeError", "os._exit(1)", "os.kill(os.getpid(), 15); time.sleep(60)"],
-    ids=["exit", "exception", "hard exit", "SIGTERM"],
+    [
+        pytest.param("pass", id="exit"),
+        pytest.param("raise RuntimeError", id="exception"),
+        pytest.param("os._exit(1)", id="hard exit", marks=pytest.mark.slow),
+        pytest.param("os.kill(os.getpid(), 15); time.sleep(60)", id="SIGTERM", marks=pytest.mark.slow),
+    ],
 )
 def test_an_interpreter_that_ends_leaves_no_jvm(ending: str) -> None:
     process, java_pid, guard = owner(ending)
@@ -166,14 +179,18 @@ def test_an_interpreter_that_ends_leaves_no_jvm(ending: str) -> None:
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "hung"])
-def test_an_owner_that_is_killed_leaves_no_jvm(stopped: bool) -> None:
+def test_an_owner_that_is_killed_leaves_no_jvm_and_no_folder(stopped: bool) -> None:
     process, java_pid, guard = owner("time.sleep(600)")
     assert {java_pid, guard} <= jvms()
+    folder = Path(f"/proc/{java_pid}/cwd").resolve()
+    assert folder.name.startswith("agentrl-scienceworld-")
+    assert (folder / "scienceworld" / "struct" / "EnvObject.class").is_file()
     if stopped:
         os.kill(java_pid, signal.SIGSTOP)
     process.kill()
     process.communicate()
     assert gone(java_pid, guard)
+    assert not folder.exists()
 
 
 def test_a_forked_child_neither_ends_nor_keeps_the_jvm() -> None:

@@ -6,7 +6,6 @@ Hashed by id, which counts anew in every game, they come in the same order every
 """
 
 import struct
-import tempfile
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -19,15 +18,13 @@ _SIZES |= dict.fromkeys((_LONG, _DOUBLE), 8)
 _PUBLIC = 1
 
 
-def patched_folder(jar: Path) -> tempfile.TemporaryDirectory[str]:
-    """A class path with the better class alone, to be put before the jar's; gone when closed."""
-    folder = tempfile.TemporaryDirectory(prefix="agentrl-scienceworld-")
+def write_patch(jar: Path, folder: Path) -> None:
+    """Write the better class alone to a folder, which is then to stand before the jar on the class path."""
     with ZipFile(jar) as archive:
         data = archive.read(CLASS)
-    file = Path(folder.name, CLASS)
+    file = folder / CLASS
     file.parent.mkdir(parents=True)
     file.write_bytes(with_hash_code(data))
-    return folder
 
 
 def with_hash_code(data: bytes) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, product
 from typing import NamedTuple
 
-from agentrl_envs.scienceworld.simulator import Reference, Simulator
+from agentrl_envs.scienceworld.simulator import OBJECT, Reference, Simulator
 
 ROOMS = (
     *("art studio", "bathroom", "bedroom", "foundry", "greenhouse", "hallway", "kitchen", "living room"),
@@ -19,7 +19,6 @@ ROOMS = (
 MOST = 600  # actions of a list
 
 _PARSER = "z:scienceworld.input.InputParser"
-_OBJECT = "scienceworld.struct.EnvObject"
 
 # Beginnings of class names.
 _SCENERY = ("agent.", "location.", "portal.", "substance.Air", "containers.Sewer")
@@ -86,7 +85,7 @@ class Reach:
         self._hidden = hidden
         interface = simulator.interface()
         self._agent, self._parser = self._gateway.calls((interface, "agent"), (interface, "inputParser"))
-        found = self._gateway.call("z:java.lang.Class", "forName", _OBJECT)
+        found = self._gateway.call("z:java.lang.Class", "forName", OBJECT)
         self._tag = self._gateway.call("z:scala.reflect.ClassTag", "apply", found)
         self._gateway.release(interface, found)
         self._kinds: dict[int, str] = {}

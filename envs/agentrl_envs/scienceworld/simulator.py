@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from agentrl.errors import ConfigError, MissingDependencyError
-from agentrl_envs.scienceworld.hashing import patched_folder
+from agentrl_envs.scienceworld.hashing import write_patch
 
 HEAP = "512m"
 INSTALL = "pip install 'agentrl[scienceworld]'"
+OBJECT = "scienceworld.struct.EnvObject"
 ASKING = "Ambiguous request"  # begins a reply that wants the number of what was meant
 NOT_UNDERSTOOD = ("No known action matches that input", "Unknown action", ASKING)
 
@@ -110,8 +111,10 @@ class Gateway:
     def __init__(self, heap: str | None = HEAP, timeout: float = 300.0) -> None:
         limit = () if heap is None else (f"-Xmx{heap}",)
         self._noise = tempfile.TemporaryFile()  # noqa: SIM115
-        self._patch = patched_folder(_jar())
-        class_path = os.pathsep.join((self._patch.name, _py4j_jar(), str(_jar())))
+        # The simulator writes a file to its working folder; the guard removes it when the JVM is gone.
+        self._folder = tempfile.mkdtemp(prefix="agentrl-scienceworld-")
+        write_patch(_jar(), Path(self._folder))
+        class_path = os.pathsep.join((self._folder, _py4j_jar(), str(_jar())))
         self._guard = subprocess.Popen(
             [
                 *(sys.executable, "-I", "-S", str(_GUARD), str(os.getpid())),
@@ -121,6 +124,7 @@ class Gateway:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._noise,
+            cwd=self._folder,
             start_new_session=True,  # Ctrl-C is for the owner, who may want to finish an episode
         )
         self._finalizer = weakref.finalize(self, _end, self._guard, os.getpid())
@@ -133,6 +137,7 @@ class Gateway:
             # Printing nowhere costs less than a reader at the other end, and full pipes cannot block.
             nowhere = self.construct("java.io.PrintStream", os.devnull)
             self.calls(("z:java.lang.System", "setOut", nowhere), ("z:java.lang.System", "setErr", nowhere))
+            self.release(nowhere)
         except BaseException:
             self.close()
             raise
@@ -172,11 +177,11 @@ class Gateway:
         """Kill the JVM, whatever it is doing; may be called twice."""
         if self._finalizer.detach() is not None:
             _end(self._guard, os.getpid())
+            shutil.rmtree(self._folder, ignore_errors=True)  # where the guard was killed
         if hasattr(self, "_answers"):
             self._answers.close()
             self._socket.close()
         self._noise.close()
-        self._patch.cleanup()
 
     def _exchange(self, commands: Sequence[str]) -> list[Any]:
         try:
@@ -227,9 +232,8 @@ class Gateway:
     def _dead(self, said: str = "") -> SimulatorError:
         with suppress(subprocess.TimeoutExpired):  # once the guard is gone, all that the JVM wrote is there
             self._guard.wait(_KILL_SECONDS)
-            said = (
-                f"{said} {self._guard.stdout.read().decode('utf-8', 'replace') if self._guard.stdout else ''}"
-            )
+            output: IO[bytes] | None = self._guard.stdout
+            said += "" if output is None else f" {output.read().decode('utf-8', 'replace')}"
         self._noise.seek(0, os.SEEK_END)
         self._noise.seek(max(0, self._noise.tell() - 500))
         said = f"{said} {self._noise.read().decode('utf-8', 'replace')}".strip()
@@ -326,7 +330,7 @@ def _jar() -> Path:
 
 
 def _py4j_jar() -> str:
-    from py4j.java_gateway import find_jar_path  # type: ignore[import-untyped]
+    from py4j.java_gateway import find_jar_path
 
     return str(find_jar_path())
 
