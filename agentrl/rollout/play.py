@@ -12,7 +12,7 @@ from agentrl.data.trajectory import BranchPoint, Episode, StopReason, Turn
 from agentrl.seeds import derive_seed
 
 # Of `info` after a reply; `state_key` is of the state that was acted in.
-STORED_INFO = ("success", "score", "valid", "task_type", "other_success")
+STORED_INFO = ("success", "score", "valid", "task_type", "tool", "tool_error", "other_success")
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,8 +47,8 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
         simplification: "easy", "" for none, or some of ScienceWorld's five, joined by commas.
         reward: "gain" is the change of max(score, 0) / 100, so that the return of an episode is its progress,
             and a failing focus takes back what was gained. "terminal" is max(score, 0) / 100 at the end.
-            Both teach a policy that is not sure of its answer to give none; "success" is 1 for solving the
-            task and nothing else.
+            With both, giving no answer is safer than a wrong one; "success" is 1 for solving the task and
+            nothing else.
         actions: what `info["actions"]` offers. None offers nothing; "lexicon" a short list: the verbs that
             tasks need, times the things within reach (at most 600; milliseconds); "valid" the simulator's
             complete list (up to thousands; tens of milliseconds).
@@ -57,9 +57,10 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
         heap: limit of the JVM's heap; None leaves it to the JVM, which may then take gigabytes.
         timeout: seconds that the simulator may take to answer, before it is killed and an error raised.
 
-    `info` holds success, score (0 to 1), valid (whether the simulator understood; it did not where it asks a
-    question back), task_type, raw_score, moves (the simulator's time, not steps), and where asked for actions
-    and expert. There is no state_key: what one step shows does not tell states apart.
+    `info` holds success, score (0 to 1), valid (whether the simulator understood, which it did not where it
+    asks a question back, or had offered the action), task_type, raw_score, moves (the simulator's time, not
+    steps), and where asked for actions and expert. There is no state_key: what one step shows does not tell
+    states apart.
     """
 
     splits = SPLITS
@@ -110,6 +111,7 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
         self._name = ""
         self._steps = 0
         self._reply = Reply("", 0, False, 0)
+        self._offered: Mapping[str, Meaning] = {}
         self._suggestion: str | None = None
         self._warned = False
         self.observation_space = TextSpace()
@@ -155,7 +157,7 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
         simulator = self._simulator
         if simulator is None or not self._running:
             raise ResetNeeded("the episode is over or has not begun: call reset first")
-        before = self._reply
+        before, offered = self._reply, self._offered
         action = action.strip()
         try:
             reply = self._reply = simulator.step(action)
@@ -166,6 +168,8 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
             if self._expert is not None:
                 self._expert.observe(action == self._suggestion, reply.observation, reply.asking)
             info = self._info(simulator)
+            # The simulator's list holds some that it asks about or does not know: no fault of the player's.
+            info["valid"] |= action in offered
         except BaseException:
             self.close()  # whatever it was: an answer may still be on its way
             raise
@@ -242,7 +246,7 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
             "raw_score": reply.score,
             "moves": reply.moves,
         }
-        offered = self._offered(simulator) if self._running else {}
+        offered = self._offered = self._admissible(simulator) if self._running else {}
         if self._offer is not None:
             info["actions"] = list(offered)
         if self._expert is not None:
@@ -250,7 +254,7 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
             info["expert"] = self._suggestion
         return info
 
-    def _offered(self, simulator: Simulator) -> dict[str, Meaning]:
+    def _admissible(self, simulator: Simulator) -> dict[str, Meaning]:
         if self._reach is None:
             return {}
         if self._reply.asking:

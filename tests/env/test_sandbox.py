@@ -415,22 +415,16 @@ assert probe()["namespaces"] is None, probe()
 with Sandbox(isolation="namespaces") as sandbox, sandbox.session() as session:
     print(session.run("import os\\nos.getuid(), os.getpid(), os.path.exists('/etc/passwd'), 6 * 7").output)
 """
-    python = Path(sys.executable).resolve()
+    python, root = Path(sys.executable).resolve(), Path(__file__).parents[2]
+    # Both the interpreter and the packages may lie in folders that are closed to others, as root's home is.
     script = (
-        'mount --bind "$1" /mnt && exec setpriv --reuid 65533 --regid 65533 --clear-groups "/mnt/$2" -c "$3"'
+        'mount --bind "$1" /mnt && mount --bind "$2" /opt && '
+        'exec setpriv --reuid 65533 --regid 65533 --clear-groups "/mnt/$3" -c "$4"'
     )
-    command = [
-        "unshare",
-        "-m",
-        "sh",
-        "-c",
-        script,
-        "sh",
-        sys.base_prefix,
-        str(python.relative_to(sys.base_prefix)),
-        code,
-    ]
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    inside = str(python.relative_to(sys.base_prefix))
+    command = ["unshare", "-m", "sh", "-c", script, "sh", sys.base_prefix, str(root), inside, code]
+    paths = [path.replace(str(root), "/opt", 1) for path in (str(root), *sys.path) if path]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True)
     assert done.stdout.strip() == "(65534, 1, False, 42)", done.stderr
 
