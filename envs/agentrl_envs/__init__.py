@@ -10,3 +10,4 @@ def register() -> None:
     register("agentrl/Reasoning-v0", "agentrl_envs.reasoning_env:ReasoningEnv")
     register("agentrl/ReasoningGym-v0", "agentrl_envs.reasoning_gym_env:ReasoningGymEnv")
     register("agentrl/ScienceWorld-v0", "agentrl_envs.scienceworld_env:ScienceWorldEnv")
+    register("agentrl/WebShop-v0", "agentrl_envs.webshop_env:WebShopEnv")

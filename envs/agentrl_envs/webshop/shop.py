@@ -1,0 +1,216 @@
+"""A shop with its customers: what all environments with the same settings share within a process."""
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+from agentrl.errors import ConfigError, MissingDependencyError
+from agentrl_envs.webshop.catalogue import Catalogue, Product, load_catalogue
+from agentrl_envs.webshop.goals import Goal, Goals
+from agentrl_envs.webshop.nouns import NounTagger
+from agentrl_envs.webshop.pages import Content, on_page, page
+from agentrl_envs.webshop.reward import Reward, reward
+from agentrl_envs.webshop.session import Node, State
+
+GENERATED = 1000  # products, and the seed that they are made from
+GENERATOR_SEED = 0
+FILES = {"products": "items_shuffle", "attributes": "items_ins_v2"}
+HUMAN = "items_human_ins.json"
+SHORT = "_1000"  # ends the names of the small set of official files
+ROLES = ("products", "attributes", "human")
+
+_lock = threading.RLock()
+
+
+class Search(Protocol):
+    """Ids of the best products for a query, best first."""
+
+    def __call__(self, query: str, /) -> Sequence[str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where products come from: three files, or the generator.
+
+    Attributes:
+        products: file of products; None for the generator.
+        limit: how many products; None for all, or as many as the generator makes unless told.
+        stamps: what tells a file from one that is put in its place.
+    """
+
+    products: Path | None = None
+    attributes: Path | None = None
+    human: Path | None = None
+    limit: int | None = None
+    stamps: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "generated" if self.products is None else self.products.name.removesuffix(".json")
+
+
+def source(data: str | Path | Mapping[str, str | Path] | None, limit: int | None, human: bool) -> Source:
+    """Find the files.
+
+    Args:
+        data: folder with files of the official names, or the paths as {"products", "attributes", "human"};
+            None for generated products. Of a folder with the small set as well as the whole, the whole.
+        limit: how many products.
+        human: whether goals by people are wanted.
+
+    Raises:
+        ConfigError: a file that is needed is not there; the message names it.
+    """
+    if data is None:
+        return Source(limit=limit)
+    if isinstance(data, Mapping):
+        wrong = sorted(set(data) - set(ROLES))
+        if wrong:
+            raise ConfigError(f"data: {wrong[0]!r} is unknown, wanted paths under {', '.join(ROLES)}")
+        paths = {role: Path(path) for role, path in data.items()}
+    elif Path(data).is_dir():
+        paths = _official(Path(data))
+    else:
+        raise ConfigError(
+            f"data: {str(data)!r} is no folder; single files are named one by one: "
+            f"{{{', '.join(f'{role}: path' for role in ROLES)}}}"
+        )
+    needed = ROLES if human else ROLES[:2]
+    for role in needed:
+        if role not in paths:
+            raise ConfigError(f"data: the {role} file is not named")
+        if not paths[role].is_file():
+            raise ConfigError(f"data: there is no {role} file {paths[role]}")
+    found = {role: paths[role].resolve() for role in needed}
+    stats = [path.stat() for path in found.values()]
+    stamps = tuple((stat.st_mtime_ns, stat.st_size) for stat in stats)
+    return Source(**found, limit=limit, stamps=stamps)
+
+
+def _official(folder: Path) -> dict[str, Path]:
+    ends = ("", SHORT)
+    end = next((end for end in ends if (folder / f"{FILES['products']}{end}.json").is_file()), "")
+    return {role: folder / f"{name}{end}.json" for role, name in FILES.items()} | {"human": folder / HUMAN}
+
+
+@dataclass(frozen=True, slots=True)
+class Shop:
+    """Read-only, and shared by threads.
+
+    Attributes:
+        search: finds products.
+        tagger: finds the nouns of titles.
+        reward: "original" or "fixed".
+        show_attributes: whether items have a page of their attributes.
+    """
+
+    catalogue: Catalogue
+    goals: Goals
+    splits: Mapping[str, Sequence[int]]
+    search: Search
+    tagger: NounTagger
+    reward: str
+    show_attributes: bool
+
+    def page(self, goal: Goal, state: State, score: float = 0.0) -> tuple[Node, ...]:
+        """What is shown."""
+        products: list[str] = []
+        found = 0
+        if state.page == "results":
+            hits = self.search(state.query)
+            found, products = len(hits), list(on_page(hits, state.number))
+        elif state.asin:
+            products = [state.asin]
+        shown = tuple(self.catalogue.by_asin[asin] for asin in products)
+        content = Content(goal.instruction, shown, found, self.show_attributes, score)
+        return page(state, content, str(goal.number))
+
+    def judge(self, goal: Goal, state: State) -> Reward:
+        """The reward for buying what is open."""
+        product, price = self.catalogue.by_asin[state.asin], self.goals.prices[state.asin]
+        return reward(product, dict(state.options), price, goal, self.reward, self.tagger)
+
+
+def open_shop(
+    where: Source,
+    goals: str,
+    price_seed: int,
+    split_rule: str,
+    tagger: NounTagger,
+    mode: str,
+    show_attributes: bool,
+    cache: Path | None,
+) -> Shop:
+    """Make a shop of what this process holds already, and load the rest."""
+    with _lock:
+        catalogue = _catalogue(where)
+        wanted, splits = _goals(catalogue, goals, price_seed, split_rule)
+    return Shop(catalogue, wanted, splits, _searcher(catalogue, cache), tagger, mode, show_attributes)
+
+
+@lru_cache(maxsize=4)
+def _catalogue(where: Source) -> Catalogue:
+    if where.products is not None and where.attributes is not None:
+        return load_catalogue(where.products, where.attributes, where.human, where.limit)
+    from agentrl_envs.webshop.generate import generate
+
+    made = generate(products=where.limit or GENERATED, seed=GENERATOR_SEED)
+    return Catalogue(made.products, made.attributes.items(), made.human.items())
+
+
+@lru_cache(maxsize=8)
+def _goals(
+    catalogue: Catalogue, kind: str, price_seed: int, split_rule: str
+) -> tuple[Goals, Mapping[str, Sequence[int]]]:
+    goals = Goals(catalogue, kind, price_seed)
+    if not goals:
+        raise ConfigError(
+            f"goals: none of the {len(catalogue)} products has a {kind} instruction with attributes; "
+            "are the files of one set?"
+        )
+    return goals, goals.split(split_rule)
+
+
+@lru_cache(maxsize=8)
+def _searcher(catalogue: Catalogue, cache: Path | None) -> Search:
+    """Opens the index at the first search: listing tasks needs none."""
+    opened: list[Search] = []
+
+    def search(query: str, /) -> Sequence[str]:
+        if not opened:
+            with _lock:
+                if not opened:
+                    opened.append(_index(catalogue, cache))
+        return opened[0](query)
+
+    return search
+
+
+def _index(catalogue: Catalogue, cache: Path | None) -> Search:
+    from agentrl_envs.webshop.search import document, open_index
+
+    def text(product: Product) -> str:
+        first = product.bullets[0] if product.bullets else ""
+        return document(product.title, product.description, first, product.options)
+
+    texts = map(text, catalogue.products)
+    return open_index(list(catalogue.by_asin), texts, catalogue.sold_hash, cache).search
+
+
+def cache_folder() -> Path:
+    """Where indexes of the user's own files are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "agentrl", "webshop")
+
+
+def require() -> None:
+    """Raise `MissingDependencyError` unless the extra is installed."""
+    missing = [name for name in ("nltk", "rapidfuzz", "regex") if find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"WebShop needs {', '.join(missing)}: run pip install 'agentrl[webshop]'"
+        )
