@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[dev,math,reasoning-gym,scienceworld]'
+	$(PIP) -e '.[dev,math,reasoning-gym,scienceworld,webshop]'
 	touch $@
 
 install: $(VENV)/.installed  ## make the virtual environment and install agentrl into it

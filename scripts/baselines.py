@@ -17,6 +17,7 @@ from agentrl.run.evaluate import Evaluation
 PANELS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("agentrl/ALFWorld-v0", "valid_unseen", {}),
     ("agentrl/ScienceWorld-v0", "test", {"actions": "lexicon", "max_steps": 150}),
+    ("agentrl/WebShop-v0", "test", {}),
     ("agentrl/MathTools-v0", "test", {}),
     ("agentrl/Reasoning-v0", "test", {}),
     ("agentrl/ReasoningGym-v0", "test", {"dataset": "chain_sum"}),

@@ -209,7 +209,7 @@ def cache_folder() -> Path:
 
 def require() -> None:
     """Raise `MissingDependencyError` unless the extra is installed."""
-    missing = [name for name in ("nltk", "rapidfuzz", "regex") if find_spec(name) is None]
+    missing = [name for name in ("filelock", "nltk", "rapidfuzz", "regex") if find_spec(name) is None]
     if missing:
         raise MissingDependencyError(
             f"WebShop needs {', '.join(missing)}: run pip install 'agentrl[webshop]'"
