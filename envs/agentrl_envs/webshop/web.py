@@ -1,0 +1,457 @@
+"""The shop for people: the pages that an agent reads, in a browser on this machine.
+
+    python -m agentrl_envs.webshop.web
+
+Every button sends an action, such as "click[buy now]", which does what it does for an agent.
+"""
+
+import argparse
+import errno
+import re
+import socket
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from random import Random
+from secrets import compare_digest, token_urlsafe
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
+
+from agentrl.errors import AgentRLError, ConfigError, MissingDependencyError
+from agentrl_envs.webshop.goals import SPLITS, Draw, Goal
+from agentrl_envs.webshop.oracle import playable
+from agentrl_envs.webshop.pages import as_text, clickable
+from agentrl_envs.webshop.reward import MODES, Reward
+from agentrl_envs.webshop.session import START, SUB_PAGES, Node, State, act
+from agentrl_envs.webshop.shop import Shop
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+FOLDER = Path(__file__).parent
+VISITS = 1000  # kept at a time
+LONGEST = 16_384  # bytes of a form
+HERE = ("127.0.0.1", "localhost")
+_NUMBER = re.compile(r"\d{1,15}", re.ASCII)
+
+
+class TroubleError(Exception):
+    """A request that cannot be answered with a page of the shop.
+
+    Args:
+        status: of the answer.
+        text: for the person.
+    """
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass(slots=True)
+class Visit:
+    """One customer in the shop.
+
+    Attributes:
+        state: what is open.
+        reward: of the purchase.
+        steps: how many actions were said, whether they did something or not.
+        note: why the last one did nothing.
+    """
+
+    goal: Goal
+    state: State = START
+    reward: Reward | None = None
+    steps: int = 0
+    note: str = ""
+
+
+@dataclass(slots=True)
+class Website:
+    """The shop with its visitors, as HTML. Not for several threads.
+
+    Args:
+        shop: what is sold, and to whom.
+        draw: gives the number of the next customer's goal.
+        about: one line on the shop's data and rules, for the first page.
+        pictures: show products' pictures, which the browser then fetches from whoever keeps them.
+        wanted: number of the goal that the first page proposes; None for one that is drawn.
+    """
+
+    shop: Shop
+    draw: Callable[[], int]
+    about: str = ""
+    pictures: bool = False
+    wanted: int | None = None
+    visits: OrderedDict[str, Visit] = field(default_factory=OrderedDict)
+    token: str = field(default_factory=token_urlsafe)
+    _templates: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+        self._templates = Environment(
+            loader=FileSystemLoader(FOLDER),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+
+    def first_page(self) -> bytes:
+        """Where visits begin."""
+        return self._render(
+            "start", about=self.about, goals=len(self.shop.goals), wanted=self.wanted, token=self.token
+        )
+
+    def trouble(self, text: str) -> bytes:
+        """Says why there is no page."""
+        return self._render("trouble", text=text)
+
+    def begin(self, form: Mapping[str, str]) -> str:
+        """Let a customer in; return the name of the visit, which nobody can guess.
+
+        Args:
+            form: "token", and as "goal" a number, or nothing for one that is drawn.
+        """
+        self._check(form)
+        number, last = form.get("goal", "").strip(), len(self.shop.goals) - 1
+        if number and not (_NUMBER.fullmatch(number) and int(number) <= last):
+            raise TroubleError(400, f"There is no goal {number[:40]!r}: they have numbers from 0 to {last}.")
+        visit = Visit(self.shop.goals[int(number) if number else self.draw()])
+        while len(self.visits) >= VISITS:
+            self.visits.popitem(last=False)
+        name = token_urlsafe()
+        self.visits[name] = visit
+        return name
+
+    def page(self, name: str) -> bytes:
+        """The page that is open in a visit."""
+        visit = self._visit(name)
+        nodes = self._nodes(visit)
+        return self._render(
+            "shop",
+            about=self.about,
+            visit=visit,
+            page=_Layout(visit.state.page, nodes),
+            text=as_text(nodes),
+            actions=[f"click[{click}]" for click in playable(clickable(nodes))],
+            product=self.shop.catalogue.by_asin.get(visit.state.asin),
+            picture=self._picture,
+            price=self.shop.goals.prices.get(visit.state.asin),
+            token=self.token,
+        )
+
+    def act(self, name: str, form: Mapping[str, str]) -> None:
+        """Carry out what a form of the open page says.
+
+        Args:
+            name: of the visit.
+            form: "token"; "step", the number of actions when the page was made; "action", or the words to
+                search for as "query".
+        """
+        self._check(form)
+        visit = self._visit(name)
+        if form.get("step") != str(visit.steps):  # sent twice, or from a page that the browser kept
+            visit.note = "That was an earlier page. This is the one that is open."
+            return
+        if visit.reward is not None:
+            visit.note = "The visit ended with the purchase."
+            return
+        action = f"search[{form['query']}]" if "query" in form else form.get("action", "")
+        visit.steps += 1
+        state = act(visit.state, action, clickable(self._nodes(visit)))
+        if state is None:
+            visit.note = f"{action[:200]} does nothing here, for an agent as for you."
+            return
+        visit.state, visit.note = state, ""
+        if state.page == "done":
+            visit.reward = self.shop.judge(visit.goal, state)
+        self.visits.move_to_end(name)
+
+    def _check(self, form: Mapping[str, str]) -> None:
+        if not compare_digest(form.get("token", "").encode(), self.token.encode()):
+            raise TroubleError(403, "That form was not made by this shop, or before it was started again.")
+
+    def _visit(self, name: str) -> Visit:
+        visit = self.visits.get(name)
+        if visit is None:
+            raise TroubleError(404, f"There is no such visit. The shop keeps the latest {VISITS}.")
+        return visit
+
+    def _nodes(self, visit: Visit) -> tuple[Node, ...]:
+        score = 0.0 if visit.reward is None else visit.reward.total
+        return self.shop.page(visit.goal, visit.state, score)
+
+    def _picture(self, asin: str) -> str:
+        image = self.shop.catalogue.by_asin[asin].image
+        return image if self.pictures and image.startswith("https://") else ""
+
+    def _render(self, name: str, **values: Any) -> bytes:
+        html: str = self._templates.get_template(f"{name}.html.j2").render(values)
+        return html.encode("utf-8", "replace")
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What stands where on a page."""
+
+    name: str
+    nodes: Sequence[Node]
+
+    @property
+    def title(self) -> str:
+        names = {"index": "Search", "results": "Results", "item": "Item", "done": "Thank you"}
+        return (names | SUB_PAGES)[self.name]
+
+    @property
+    def head(self) -> list[Node]:
+        """Ways back."""
+        return [node for node in self.nodes if node.kind == "button" and node.text in _HEAD]
+
+    @property
+    def ways(self) -> list[Node]:
+        """The other buttons."""
+        return [node for node in self.nodes if node.kind == "button" and node.text not in _HEAD]
+
+    @property
+    def texts(self) -> list[str]:
+        """All that is plain, below the instruction."""
+        return [node.text for node in self.nodes[2:] if node.kind == "plain"]
+
+    @property
+    def products(self) -> list[tuple[Node, str, str]]:
+        """Link, title and price."""
+        return [
+            (node, self.nodes[at + 1].text, self.nodes[at + 2].text)
+            for at, node in enumerate(self.nodes)
+            if node.kind == "link"
+        ]
+
+    @property
+    def options(self) -> list[tuple[str, list[Node]]]:
+        """Names with their values."""
+        values = [node for node in self.nodes if node.kind == "option"]
+        return [(name, [node for node in values if node.target == name]) for name in self.texts[:-3]]
+
+
+_HEAD = ("Back to Search", "< Prev", "Next >")
+
+
+def web_app(site: Website, hosts: Sequence[str] = HERE) -> "Starlette":
+    """Put a website behind HTTP.
+
+    Nothing is changed by GET. Forms carry a token, so other sites cannot send them; there are no cookies
+    and no scripts. Requests that name another host are refused, as a page of another site makes them
+    that had its name point here.
+
+    Args:
+        site: what to show.
+        hosts: the names by which browsers may call this machine.
+
+    Raises:
+        MissingDependencyError: the extra is not installed.
+    """
+    require_web()
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import FileResponse, HTMLResponse, RedirectResponse
+    from starlette.routing import Route
+
+    images = "data: https:" if site.pictures else "data:"
+    headers = {
+        "Content-Security-Policy": f"default-src 'none'; img-src {images}; style-src 'self'; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+    async def first_page(request: "Request") -> "Response":
+        return HTMLResponse(site.first_page())
+
+    async def begin(request: "Request") -> "Response":
+        return RedirectResponse(f"/visit/{site.begin(await _form(request))}", 303)
+
+    async def show(request: "Request") -> "Response":
+        return HTMLResponse(site.page(request.path_params["name"]))
+
+    async def carry_out(request: "Request") -> "Response":
+        name = request.path_params["name"]
+        site.act(name, await _form(request))
+        return RedirectResponse(f"/visit/{name}", 303)
+
+    async def style(request: "Request") -> "Response":
+        return FileResponse(FOLDER / "web.css")
+
+    async def trouble(request: "Request", error: Exception) -> "Response":
+        if isinstance(error, HTTPException):
+            return HTMLResponse(site.trouble(error.detail), error.status_code, error.headers)
+        return HTMLResponse(site.trouble(str(error)), getattr(error, "status", 500))
+
+    async def with_headers(request: "Request", call_next: RequestResponseEndpoint) -> "Response":
+        response = await call_next(request)
+        response.headers.update(headers)
+        response.headers.setdefault("Cache-Control", "no-store")
+        return response
+
+    return Starlette(
+        routes=[
+            Route("/", first_page),
+            Route("/", begin, methods=["POST"]),
+            Route("/visit/{name}", show),
+            Route("/visit/{name}", carry_out, methods=["POST"]),
+            Route("/web.css", style),
+        ],
+        middleware=[
+            Middleware(BaseHTTPMiddleware, dispatch=with_headers),
+            Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
+        ],
+        exception_handlers={TroubleError: trouble, HTTPException: trouble},
+    )
+
+
+async def _form(request: "Request") -> dict[str, str]:
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > LONGEST:
+            raise TroubleError(413, f"Forms of this shop are no longer than {LONGEST} bytes.")
+    try:
+        pairs = parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=10)
+    except ValueError as error:
+        raise TroubleError(400, "That is no form of this shop.") from error
+    return dict(pairs)
+
+
+def require_web() -> None:
+    """Raise `MissingDependencyError` unless the extra is installed."""
+    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"WebShop in a browser needs {', '.join(missing)}: run pip install 'agentrl[webshop]'"
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take a port, before anything is loaded.
+
+    Args:
+        host: address of this machine.
+        port: 0 for one that is free.
+
+    Raises:
+        ConfigError: the port is in use, or cannot be had.
+    """
+    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((host, port))
+        taken.listen()
+    except OSError as error:
+        taken.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} of {host} is in use: choose another, or --port 0 for one that is free"
+            ) from error
+        raise ConfigError(f"port {port} of {host}: {error.strerror or error}") from error
+    return taken
+
+
+def website(options: argparse.Namespace) -> Website:
+    """Make the website that a command line asks for."""
+    from agentrl_envs.webshop_env import WebShopEnv
+
+    env = WebShopEnv(
+        data=options.data,
+        products=options.products,
+        goals=options.goals,
+        split=options.split,
+        split_rule=options.split_rule,
+        reward=options.reward,
+        price_seed=options.price_seed,
+        show_attributes=options.attributes,
+        cache=options.cache,
+    )
+    shop, rng = env.shop, Random(options.seed)
+    if options.goal is not None and not 0 <= options.goal < len(shop.goals):
+        raise ConfigError(f"--goal: {options.goal}, wanted a number from 0 to {len(shop.goals) - 1}")
+    draw = Draw(shop.goals, shop.splits[options.split])
+    shop.search("lamp")  # opens the index: nobody shall wait for it on a page
+    return Website(shop, lambda: draw(rng.random()), env.data, options.pictures, options.goal)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command line may say."""
+    made = argparse.ArgumentParser(
+        prog="python -m agentrl_envs.webshop.web",
+        description="Shop in a browser as agents do in agentrl/WebShop-v0: the same pages, the same search, "
+        "the same score. Open the address that is printed; Ctrl+C ends it.",
+        epilog="Without --data the products are generated: nothing is downloaded. To use it from another "
+        "computer, forward the port: ssh -L 3000:127.0.0.1:3000 MACHINE",
+    )
+    serving = made.add_argument_group("where")
+    serving.add_argument("--port", type=int, default=3000, help="0 takes one that is free (default: 3000)")
+    serving.add_argument(
+        "--host",
+        default=HERE[0],
+        help="address to listen on; beyond 127.0.0.1 anybody who reaches it can shop. "
+        "Browsers may call it by that address, 127.0.0.1 or localhost, and by no other name",
+    )
+    shop = made.add_argument_group("the shop")
+    shop.add_argument(
+        "--data", metavar="FOLDER", help="with WebShop's files, such as items_shuffle_1000.json"
+    )
+    shop.add_argument("--products", type=int, metavar="N", help="only so many of them")
+    shop.add_argument("--goals", default="synthetic", help="synthetic (default) or human")
+    shop.add_argument("--split-rule", help="index (default with --data) or product")
+    shop.add_argument("--reward", default=MODES[0], help="original (default) or fixed")
+    shop.add_argument("--price-seed", type=int, default=0, metavar="N", help="draws prices and their limits")
+    shop.add_argument("--attributes", action="store_true", help="items have a page of their attributes")
+    shop.add_argument("--cache", metavar="FOLDER", help="for search indexes (default: the user's cache)")
+    shop.add_argument(
+        "--pictures", action="store_true", help="the browser loads them from where they are kept"
+    )
+    visits = made.add_argument_group("customers")
+    visits.add_argument("--goal", type=int, metavar="N", help="propose this goal; without it they are drawn")
+    visits.add_argument("--split", default=SPLITS[0], help="goals to draw from: train (default), dev or test")
+    visits.add_argument(
+        "--seed", type=int, metavar="N", help="of the draws; without it they differ every time"
+    )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until Ctrl+C; 2 where something is wrong with what was asked for."""
+    options = parser().parse_args(arguments)
+    try:
+        require_web()
+        if not 0 <= options.port <= 65535:
+            raise ConfigError(f"--port: {options.port}, wanted a number from 0 to 65535")
+        with listen(options.host, options.port) as taken:
+            app = web_app(website(options), (*HERE, options.host))
+            import uvicorn
+
+            host = f"[{options.host}]" if ":" in options.host else options.host
+            print(f"The shop is open at http://{host}:{taken.getsockname()[1]}/", flush=True)  # noqa: T201
+            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
+            server.run(sockets=[taken])
+    except KeyboardInterrupt:
+        return 0
+    except AgentRLError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
