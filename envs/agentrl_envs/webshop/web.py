@@ -438,10 +438,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not 0 <= options.port <= 65535:
             raise ConfigError(f"--port: {options.port}, wanted a number from 0 to 65535")
         with listen(options.host, options.port) as taken:
-            app = web_app(website(options), (*HERE, options.host))
+            host = f"[{options.host}]" if ":" in options.host else options.host
+            app = web_app(website(options), (*HERE, host))
             import uvicorn
 
-            host = f"[{options.host}]" if ":" in options.host else options.host
             print(f"The shop is open at http://{host}:{taken.getsockname()[1]}/", flush=True)  # noqa: T201
             server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
             server.run(sockets=[taken])
