@@ -323,11 +323,13 @@ def test_an_interrupt_closes_everything_and_the_same_environments_can_go_on() ->
                 raise KeyboardInterrupt
             return super().poll()
 
+    before = children()
     with ProcessEnvironments(Engine, 4, QUICK) as environments:
         player = Interrupted()
         with pytest.raises(KeyboardInterrupt):
             collect(specs(TASKS), player, environments, max_active=4)
-        assert not psutil.Process().children()
+        left = [(each.cmdline(), each.status()) for each in map(psutil.Process, children() - before)]
+        assert left == []
         player.waiting.clear()
         found = collect(specs(["2", "3"]), player, environments, max_active=4)
         assert [episode.outcome for episode in found.episodes] == [Outcome.SUCCESS] * 2
