@@ -94,8 +94,6 @@ class ProcessEnvironments(Environments):
         self._vacate(place, broken)
         if broken:
             self._shunned[episode] = worker
-        else:
-            self._shunned.pop(episode, None)
         worker.retiring = worker.retiring or self._is_worn(worker)
         if worker.retiring and not worker.busy:
             self.recycled += 1
@@ -142,6 +140,7 @@ class ProcessEnvironments(Environments):
             self._dismiss(worker)
         self._where.clear()
         self._backlog.clear()
+        self._shunned.clear()
         self._ready.clear()
         until = time.monotonic() + 10.0
         while self._leaving:
@@ -158,9 +157,7 @@ class ProcessEnvironments(Environments):
             kind, payload = "step", effect.action
         else:
             kind = effect
-        worker = place.worker
-        worker.outbox.append((place.index, kind, payload))
-        worker.wants_sending = True
+        place.worker.outbox.append((place.index, kind, payload))
 
     def _seat_waiting(self) -> None:
         """Give places to the episodes that have none, starting workers while there are too few."""
@@ -170,6 +167,7 @@ class ProcessEnvironments(Environments):
             if place is None:
                 return
             self._backlog.popleft()
+            self._shunned.pop(episode, None)
             place.episode = episode
             self._where[episode] = place
             if not place.made:
@@ -197,7 +195,7 @@ class ProcessEnvironments(Environments):
 
     def _pump(self, timeout: float | None) -> None:
         """Send what can be sent, take in what has come; wait for `timeout` or until the next deadline."""
-        for worker in [worker for worker in self._workers if worker.wants_sending]:
+        for worker in list(self._workers):
             self._send(worker)
         self._bury(time.monotonic() + 10.0)
         now = time.monotonic()
@@ -215,7 +213,6 @@ class ProcessEnvironments(Environments):
         """Send a batch, unless the last one is still being answered: neither side ever waits for a reader."""
         if worker.owed or not worker.outbox:
             return
-        worker.wants_sending = False
         batch, worker.outbox = worker.outbox, []
         for index, kind, _ in batch:
             worker.owed.append((worker.places[index], kind, self._limit(kind)))
@@ -244,8 +241,7 @@ class ProcessEnvironments(Environments):
                 continue
             worker.since = time.monotonic()
             self._take_in(worker, message)
-        if not worker.owed and worker.outbox:
-            self._send(worker)
+        self._send(worker)
         return bool(data)
 
     def _take_in(self, worker: "_Worker", answer: Answer) -> None:
@@ -382,7 +378,6 @@ class _Worker:
     since: float = field(default_factory=time.monotonic)
     finished: int = 0
     retiring: bool = False
-    wants_sending: bool = False
     obituary: str = ""
     weighed: float = 0.0
 
