@@ -172,7 +172,7 @@ def build(cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
 
 def _given_fields(cls: type, plain: Mapping[str, Any], made: Mapping[str, Any]) -> type:
     """The fields of `cls` to be checked, as a dataclass: those in `plain`, and those that must be there."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)  # a field may bring its own validator
     return dataclasses.make_dataclass(
         cls.__name__,
         [

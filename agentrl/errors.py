@@ -31,3 +31,7 @@ class RequirementError(AgentRLError, ValueError):
 
 class TooManyAbortedError(AgentRLError):
     """The share of aborted episodes passed `rollout.max_aborted_share`; the message counts the reasons."""
+
+
+class NonFiniteError(AgentRLError):
+    """Several optimiser steps in a row had a loss or gradient that is not finite; none was applied."""

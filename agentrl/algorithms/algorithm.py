@@ -4,9 +4,9 @@ A method sets the slots in which it differs:
 
     Algorithm(transforms=(modulate_by_turn_entropy,))
 
-Order of a training step: `select` and `shape_reward` (see `prepare`), one scoring pass, `advantage`,
-`transforms`; then per mini-batch `masks`, `weights`, `clip`; per micro-batch `surrogate` and `terms`;
-`diagnostics` last.
+Order of a training step: `rollout`, `select` and `shape_reward` (see `prepare`), one scoring pass,
+`advantage`, `transforms`; then per mini-batch `masks`, `weights`, `clip`; per micro-batch `ratio`,
+`surrogate` and `terms`; then `replay`; `diagnostics` last.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,13 +23,13 @@ from agentrl.algorithms.recipe import build_recipe as build_recipe
 from agentrl.algorithms.recipe import recipe as recipe
 from agentrl.algorithms.recipe import recipe_names as recipe_names
 from agentrl.data.batch import Batch, Layout, collate
-from agentrl.data.trajectory import Episode, Group
-from agentrl.errors import RequirementError
+from agentrl.data.trajectory import BranchPoint, Episode, Group, Turn
+from agentrl.errors import ConfigError, RequirementError
 
 F = TypeVar("F", bound=Callable[..., Any])
-_REQUIRES = "requires"
+_REQUIRES, _TRAITS, _EXCLUDES = "requires", "traits", "excludes"
 
-SCORED = frozenset({"old_logprobs", "entropy", "reference"})  # filled in by the scoring pass
+SCORED = frozenset({"old_logprobs", "entropy", "reference", "values"})  # filled in by the scoring pass
 EQUAL_RETURNS = 1e-9  # returns that differ by less are the same outcome
 
 
@@ -40,12 +40,19 @@ class Context:
     Args:
         step: of training, from 0.
         total_steps: how many there will be.
-        history: past per-step values of every logged scalar, oldest first.
+        history: past per-step values of every logged scalar, oldest first, by the name in the log (what a
+            diagnostic calls `x` is `learner/x`); a step that did not log it has no entry.
+        seed: of the run; a draw is `derive_seed(context.seed, ...)` of what it is for.
+        vocabulary: size of the policy's, for entropies in units of its logarithm.
+        tokenizer: fingerprint of the policy's; token ids mean something under this one only.
     """
 
     step: int = 0
     total_steps: int = 1
     history: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    seed: int = 0
+    vocabulary: int = 0
+    tokenizer: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,13 @@ class Outputs:
 
     logprobs: Tensor  # [B, T] float, nats
     entropies: Tensor  # [B, T] float, nats
+    values: Tensor | None = None  # [B, T] float, return expected before the token; with a value head
+    ratio: Tensor | None = None  # [B, T] float, of new to old probability, by `Algorithm.ratio`
+
+    def select(self, rows: Tensor, width: int) -> "Outputs":
+        """Keep the given rows, cut to a width."""
+        values, ratio = (None if kept is None else kept[rows, :width] for kept in (self.values, self.ratio))
+        return Outputs(self.logprobs[rows, :width], self.entropies[rows, :width], values, ratio)
 
 
 @dataclass(frozen=True)
@@ -74,9 +88,7 @@ class MiniBatch:
         """Keep the given rows in the given order."""
         batch = self.batch.select(rows)
         width = batch.tokens.shape[1]
-        current = self.current
-        if current is not None:
-            current = Outputs(current.logprobs[rows, :width], current.entropies[rows, :width])
+        current = None if self.current is None else self.current.select(rows, width)
         return MiniBatch(batch, self.advantages[rows, :width], current)
 
 
@@ -106,6 +118,7 @@ Advantage = Callable[[Batch, Context], Tensor]
 Transform = Callable[[Tensor, Batch, Context], Tensor]
 TokenHook = Callable[[MiniBatch, Context], Tensor]
 Clip = Callable[[MiniBatch, Context], Bounds]
+Ratio = Callable[[Outputs, MiniBatch], Tensor]
 Surrogate = Callable[[Outputs, MiniBatch, Bounds | None], Tensor]
 Aggregation = Callable[[Tensor, Tensor, Tensor], Weights]
 TermLoss = Callable[[Outputs, MiniBatch, Context], Tensor]
@@ -132,57 +145,130 @@ class Term:
         return self.coefficient(context) if callable(self.coefficient) else self.coefficient
 
 
+class Growth(Protocol):
+    """Which episodes one task gets, decided while they are played.
+
+    A start is None for an episode from the first observation, or the point of another episode at which the
+    new one leaves it: `BranchPoint(parent, turn, token)` begins in the state before that turn, with that many
+    tokens of the parent's reply. The rollout names the episodes, never starts more than the budget, and fills
+    up with episodes from the first observation when all have ended and some are left.
+    """
+
+    def begin(self) -> Sequence[BranchPoint | None]:
+        """What is started first."""
+        ...
+
+    def reached(
+        self, episode: str, parent: BranchPoint | None, turns: Sequence[Turn]
+    ) -> Sequence[BranchPoint | None]:
+        """What is started when the environment has answered the last of `turns` and the episode goes on.
+
+        `turns` are those since the first observation, the parent's included.
+        """
+        ...
+
+    def ended(self, episode: Episode) -> Sequence[BranchPoint | None]:
+        """What is started when an episode has ended, for good or aborted."""
+        ...
+
+
+Grow = Callable[[int, int, Context], Growth]
+
+
 @dataclass(frozen=True)
 class RolloutPlan:
-    """What an algorithm asks of the rollout; a collector that cannot do it refuses before the first episode.
+    """What an algorithm asks of the rollout.
 
     Args:
         temperature: of sampling, by step; None leaves it to the configuration.
-        allocate: (task, episodes so far, context) -> how many more episodes to play; requires `allocation`.
-        branch: (episode so far, context) -> whether to fork here; requires `branching`.
-        perturb: (observation, context) -> the observation shown instead; requires `perturbation`.
+        rounds: times that a step's tasks are drawn and played at most, until `select` has kept as many
+            groups as the configuration wants; the last round's groups all fill up what is missing.
+        episodes: of each task; None takes the configuration's group size.
+        grow: (episodes of the task, seed, context) -> which they are; None starts all from the first
+            observation.
     """
 
     temperature: Coefficient | None = None
-    allocate: Callable[[str, Sequence[Episode], Context], int] | None = None
-    branch: Callable[[Episode, Context], bool] | None = None
-    perturb: Callable[[str, Context], str] | None = None
+    rounds: int = 1
+    episodes: int | None = None
+    grow: Grow | None = None
 
-    @property
-    def requires(self) -> frozenset[str]:
-        named = {
-            "temperature schedule": self.temperature,
-            "allocation": self.allocate,
-            "branching": self.branch,
-            "perturbation": self.perturb,
-        }
-        return frozenset(name for name, hook in named.items() if hook is not None)
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What is learned from again.
+
+    Args:
+        batch: `old_logprobs` are those of its first time, so that ratios are to the policy that acted.
+        advantages: [B, T], final.
+        algorithm: of its loss: masks, weights, clip, ratio, surrogate, aggregation. The rest is not asked.
+        coefficient: of its loss, above 0.
+        mixed: a part of it in every optimiser step of the rollout batch; else in steps of its own, after
+            those.
+    """
+
+    batch: Batch
+    advantages: Tensor
+    algorithm: "Algorithm"
+    coefficient: float = 1.0
+    mixed: bool = False
 
 
 class Replay(Protocol):
-    """A memory of groups; its state is part of a checkpoint."""
+    """A memory of what was learned from; its state is part of a checkpoint."""
 
-    def keep(self, groups: Sequence[Group], context: Context) -> None:
-        """Look at a step's groups after its update."""
+    def recall(self, context: Context) -> Rehearsal | None:
+        """What to learn from in this step, beside the rollout batch."""
+        ...
 
-    def recall(self, context: Context) -> Sequence[Group]:
-        """Groups to learn from in addition; empty while there is nothing worth it."""
+    def keep(self, rollout: MiniBatch, context: Context) -> None:
+        """Look at a step's scored rollout batch and its advantages, after its updates."""
+        ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def numbers(self) -> Mapping[str, float]:
+        """What to log of the step, after `keep`."""
+        ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and text, in dicts and lists."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any], context: Context) -> None:
+        """Take up a state; `CheckpointError` when it does not fit, as with another tokenizer."""
+        ...
 
 
 def requires(*names: str) -> Callable[[F], F]:
     """Declare what a component reads: a function so marked runs only where all of it is provided.
 
     The learner provides `old_logprobs` and `entropy` ([B, T] of the scoring pass, without gradient),
-    `entropy:grad` (`Outputs.entropies` with gradient), `current`, and `reference` where it holds a reference
-    policy.
+    `entropy:grad` (`Outputs.entropies` with gradient), `current`, `reference` where it holds a reference
+    policy, `values` ([B, T] of the scoring pass) and `values:grad` where it holds a value head.
+    """
+    return _marked(_REQUIRES, names)
+
+
+def trait(*names: str) -> Callable[[F], F]:
+    """Say what a component is, for others to exclude: "token advantage", "sequence ratio", ..."""
+    return _marked(_TRAITS, names)
+
+
+def excludes(**reasons: str) -> Callable[[F], F]:
+    """Say which traits of other components make nonsense of this one, and why.
+
+    Names are those of `trait`, with an underscore for a space.
     """
 
     def mark(component: F) -> F:
-        setattr(component, _REQUIRES, frozenset(names))
+        setattr(component, _EXCLUDES, {name.replace("_", " "): why for name, why in reasons.items()})
+        return component
+
+    return mark
+
+
+def _marked(kind: str, names: Iterable[str]) -> Callable[[F], F]:
+    def mark(component: F) -> F:
+        setattr(component, kind, frozenset(names))
         return component
 
     return mark
@@ -190,21 +276,23 @@ def requires(*names: str) -> Callable[[F], F]:
 
 def requirements(component: object) -> frozenset[str]:
     """What a component declared, itself or through `functools.partial`."""
-    if isinstance(component, partial):
-        return requirements(component.func)
-    return frozenset(getattr(component, _REQUIRES, ()))
+    return frozenset(_declared(component, _REQUIRES))
+
+
+def _declared(component: object, kind: str) -> Any:
+    while isinstance(component, partial):
+        component = component.func
+    return getattr(component, kind, ())
 
 
 def given(values: Tensor | None, name: str) -> Tensor:
-    """Read an optional field of a batch.
+    """Read an optional field of a batch or of outputs.
 
     Raises:
         RequirementError: when nothing filled it.
     """
     if values is None:
-        raise RequirementError(
-            f"Batch.{name} is empty; a component that reads it is marked @requires({name!r})"
-        )
+        raise RequirementError(f"{name} is empty; a component that reads it is marked @requires({name!r})")
     return values
 
 
@@ -238,11 +326,15 @@ def symmetric_clip(mini: MiniBatch, context: Context) -> Bounds:
 
 def clipped_policy_loss(outputs: Outputs, mini: MiniBatch, bounds: Bounds | None) -> Tensor:
     """The clipped surrogate of the ratio to the scoring pass; [B, T]."""
-    old = given(mini.batch.old_logprobs, "old_logprobs")
-    ratio = functional.probability_ratio(outputs.logprobs, old)
+    ratio = given(outputs.ratio, "ratio")
     if bounds is None:
         return -mini.advantages * ratio
     return functional.clipped_surrogate(ratio, mini.advantages, bounds.lower, bounds.upper, bounds.dual)
+
+
+def token_ratio(outputs: Outputs, mini: MiniBatch) -> Tensor:
+    """New over old probability of each token; [B, T]."""
+    return functional.probability_ratio(outputs.logprobs, given(mini.batch.old_logprobs, "old_logprobs"))
 
 
 @requires("old_logprobs")
@@ -265,10 +357,12 @@ class Algorithm:
         rollout: what is asked of the rollout.
         shape_reward: (episode, context) -> reward per turn; each sees the episode as the one before left it.
         advantage: over the whole rollout batch. (batch, context) -> [B, T]
+        targets: what values are to become, likewise, into `Batch.targets`. (batch, context) -> [B, T]
         transforms: likewise. (advantages, batch, context) -> [B, T]
         masks: tokens that stay in the surrogate; they CHANGE its normaliser. (mini-batch, context) -> [B, T]
             bool
         weights: factors of the surrogate; they do NOT change its normaliser. (mini-batch, context) -> [B, T]
+        ratio: of new to old probability. (outputs, mini-batch) -> [B, T], with gradient
         clip: bounds of the ratio. (mini-batch, context) -> Bounds; None when `surrogate` takes no ratio.
         surrogate: the policy loss. (outputs, mini-batch, bounds) -> [B, T]
         aggregation: (mask, turns, trajectory) -> weights [B, T] and the count that divides their sum.
@@ -281,15 +375,28 @@ class Algorithm:
     rollout: RolloutPlan = RolloutPlan()
     shape_reward: tuple[ShapeReward, ...] = ()
     advantage: Advantage = group_advantage
+    targets: Advantage | None = None
     transforms: tuple[Transform, ...] = ()
     masks: tuple[TokenHook, ...] = ()
     weights: tuple[TokenHook, ...] = ()
+    ratio: Ratio = token_ratio
     clip: Clip | None = symmetric_clip
     surrogate: Surrogate = clipped_policy_loss
     aggregation: Aggregation = functional.sequence_weights
     terms: tuple[Term, ...] = ()
     replay: Replay | None = None
     diagnostics: tuple[Diagnostic, ...] = (rollout_gap,)
+
+    def __post_init__(self) -> None:
+        contradictions = [
+            f"{slot} does not go with {other_slot}: {why}"
+            for slot, component in self.components()
+            for name, why in dict(_declared(_hook(component), _EXCLUDES)).items()
+            for other_slot, other in self.components()
+            if name in _declared(_hook(other), _TRAITS)
+        ]
+        if contradictions:
+            raise ConfigError("; ".join(contradictions))
 
     @property
     def requires(self) -> frozenset[str]:
@@ -314,10 +421,12 @@ class Algorithm:
         for slot, component in self.components():
             if isinstance(component, Term):
                 yield f"{slot}/{component.name}", requirements(component.loss)
-            elif slot == "replay":
-                yield slot, requirements(component) | {"replay"}
             else:
                 yield slot, requirements(component)
+
+
+def _hook(component: object) -> object:
+    return component.loss if isinstance(component, Term) else component
 
 
 def check_requirements(algorithm: Algorithm, provided: Iterable[str]) -> None:
@@ -339,16 +448,21 @@ def check_requirements(algorithm: Algorithm, provided: Iterable[str]) -> None:
 
 
 def prepare(
-    algorithm: Algorithm, groups: Sequence[Group], context: Context, *, layout: Layout = "trajectory"
+    algorithm: Algorithm,
+    groups: Sequence[Group],
+    context: Context,
+    *,
+    layout: Layout = "trajectory",
+    selected: bool = False,
 ) -> Batch:
-    """Turn a step's groups into what is learned from: select, shape rewards, collate.
+    """Turn a step's groups into what is learned from: select (unless `selected`), shape rewards, collate.
 
     Selection sees the environment's rewards; the batch and its episodes hold the shaped ones.
     """
-    kept = algorithm.select(groups, context)
+    kept = groups if selected else algorithm.select(groups, context)
     for shape in algorithm.shape_reward:
         kept = [
-            replace(group, episodes=tuple(_shaped(episode, shape, context) for episode in group.episodes))
+            replace(group, episodes=tuple(shaped(episode, shape, context) for episode in group.episodes))
             for group in kept
         ]
     return collate(kept, layout=layout)
@@ -367,6 +481,15 @@ def compute_advantages(algorithm: Algorithm, batch: Batch, context: Context) -> 
     return torch.where(batch.sampled, advantages, 0.0).to(batch.logprobs.dtype)
 
 
+def with_targets(algorithm: Algorithm, batch: Batch, context: Context) -> Batch:
+    """Fill in what values are to become, if the algorithm says; over the whole rollout batch, no gradient."""
+    if algorithm.targets is None:
+        return batch
+    with torch.no_grad():
+        targets = _checked("targets", algorithm.targets(batch, context), batch)
+    return replace(batch, targets=torch.where(batch.sampled, targets, 0.0).to(batch.logprobs.dtype))
+
+
 def _checked(slot: str, values: Tensor, batch: Batch) -> Tensor:
     if values.shape != batch.tokens.shape:
         raise ValueError(
@@ -375,7 +498,12 @@ def _checked(slot: str, values: Tensor, batch: Batch) -> Tensor:
     return values
 
 
-def _shaped(episode: Episode, shape: ShapeReward, context: Context) -> Episode:
+def shaped(episode: Episode, shape: ShapeReward, context: Context) -> Episode:
+    """Give an episode's turns the rewards that `shape` says.
+
+    Raises:
+        ValueError: when they are not one per turn.
+    """
     rewards = shape(episode, context)
     if len(rewards) != len(episode.turns):
         raise ValueError(

@@ -1,10 +1,11 @@
-"""GRPO, and the corrected form that leaves out its two biases."""
+"""GRPO, the corrected form that leaves out its two biases, and what every recipe with a clipped ratio has."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
@@ -18,33 +19,33 @@ from agentrl.algorithms.algorithm import (
     Term,
     drop_equal_returns,
     given,
-    group_advantage,
     keep_all,
     requires,
 )
 from agentrl.algorithms.recipe import Recipe, recipe
+from agentrl.algorithms.steps import row_scores, turn_exists
+from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Episode
 from agentrl.errors import ConfigError
+
+Weighting = Literal["trajectory", "row"]
+Estimate = Callable[[Tensor, Tensor], Tensor]
 
 _KL = {"k1": functional.kl_k1, "k2": functional.kl_k2, "k3": functional.kl_k3}
 
 
-@recipe("grpo")
 @dataclass(frozen=True)
-class GRPO(Recipe):
-    """Group-relative policy optimisation: returns centred within the group, a clipped ratio, no critic.
+class ClippedRecipe(Recipe):
+    """What GRPO, PPO, RLOO, REINFORCE++ and GiGPO have in common: all but where the advantage comes from.
 
     Args:
         clip_low: the ratio is held above 1 - clip_low.
         clip_high: and below 1 + clip_high.
         dual_clip: where the advantage is negative, the loss is at most -advantage times this; None for no
             limit.
-        divide_by_std: divide centred returns by their standard deviation within the group.
-        weighting: `row` counts a trajectory once per turn in the group's mean and deviation, as verl-agent
-            does.
-        aggregation: how token losses become one number; `sequence` is the mean over the tokens of a sequence,
-            then over sequences, `trajectory` goes by tokens, turns and trajectories, `constant` divides by a
-            length.
+        aggregation: how token losses become one number; `token` is the mean over tokens, `sequence` over the
+            tokens of a sequence, then over sequences, `trajectory` goes by tokens, turns and trajectories,
+            `constant` divides by a length.
         sequence: what a sequence is, for `sequence` and `constant`.
         sequence_length: divisor of `constant`, in tokens that were decisions.
         kl_coefficient: of the divergence from the policy that training started from.
@@ -52,13 +53,19 @@ class GRPO(Recipe):
         entropy_coefficient: of the entropy bonus, in reward-free loss units per nat.
         invalid_penalty: taken off a turn's reward when its action was not understood.
         drop_equal_groups: leave out groups whose episodes all have the same return.
+        parity: `official` does what verl-agent does where that differs, by setting the fields that the recipe
+            names; all of them keep groups of equal returns, count every token the same and clip twice.
     """
+
+    OFFICIAL: ClassVar[Mapping[str, Any]] = {
+        "dual_clip": 3.0,
+        "aggregation": "token",
+        "drop_equal_groups": False,
+    }
 
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
-    divide_by_std: bool = True
-    weighting: Literal["trajectory", "row"] = "trajectory"
     aggregation: Literal["token", "sequence", "trajectory", "constant"] = "sequence"
     sequence: Literal["turn", "trajectory"] = "trajectory"
     sequence_length: int | None = None
@@ -67,9 +74,11 @@ class GRPO(Recipe):
     entropy_coefficient: float = 0.0
     invalid_penalty: float = 0.0
     drop_equal_groups: bool = True
+    parity: Literal["paper", "official"] = "paper"
 
     def __post_init__(self) -> None:
-        mistakes = [text for wrong, text in self._contradictions() if wrong]
+        overruled = self._become_official() if self.parity == "official" else []
+        mistakes = [*overruled, *(text for wrong, text in self._contradictions() if wrong)]
         if mistakes:
             raise ConfigError("; ".join(mistakes))
 
@@ -79,11 +88,21 @@ class GRPO(Recipe):
             shape_reward=(partial(penalise_invalid, penalty=self.invalid_penalty),)
             if self.invalid_penalty
             else (),
-            advantage=partial(group_advantage, divide_by_std=self.divide_by_std, weighting=self.weighting),
             clip=partial(fixed_clip, low=self.clip_low, high=self.clip_high, dual=self.dual_clip),
             aggregation=aggregation(self.aggregation, self.sequence, self.sequence_length),
             terms=tuple(self._terms()),
         )
+
+    def _become_official(self) -> Sequence[str]:
+        """Set what parity sets; a field that says something else on purpose is a mistake."""
+        defaults = {item.name: item.default for item in fields(self)}
+        mistakes = []
+        for name, value in self.OFFICIAL.items():
+            found = getattr(self, name)
+            if found not in (value, defaults[name]):
+                mistakes.append(f"{name} is {found!r}, and parity=official sets it to {value!r}")
+            object.__setattr__(self, name, value)
+        return mistakes
 
     def _terms(self) -> Sequence[Term]:
         terms = []
@@ -117,17 +136,86 @@ class GRPO(Recipe):
         ]
 
 
+@recipe("grpo")
+@dataclass(frozen=True)
+class GRPO(ClippedRecipe):
+    """Group-relative policy optimisation: returns centred within the group, a clipped ratio, no critic.
+
+    `parity: official` sets row weighting and raw singletons: a long trajectory moves the mean more.
+
+    Args:
+        divide_by_std: divide centred returns by their standard deviation within the group.
+        weighting: what is compared within a group: trajectories by their returns, or rows, every turn one,
+            each with the return of its episode, of which only its own invalid penalty is taken off.
+        singleton: advantage of the only member of a group; `raw` is its return.
+
+    The other fields are those of `ClippedRecipe`.
+
+    Source: Shao et al. 2024, arXiv:2402.03300.
+    """
+
+    OFFICIAL: ClassVar[Mapping[str, Any]] = {
+        **ClippedRecipe.OFFICIAL,
+        "weighting": "row",
+        "singleton": "raw",
+    }
+
+    divide_by_std: bool = True
+    weighting: Weighting = "trajectory"
+    singleton: functional.Singleton = "zero"
+
+    def build(self) -> Algorithm:
+        estimate = partial(
+            functional.group_relative_advantage,
+            divide_by_std=self.divide_by_std,
+            singleton=self.singleton,
+        )
+        advantage = partial(
+            compare_in_groups,
+            estimate=estimate,
+            weighting=self.weighting,
+            invalid_penalty=self.invalid_penalty,
+        )
+        return replace(super().build(), advantage=advantage)
+
+
 @recipe("dr_grpo")
 @dataclass(frozen=True)
 class DrGRPO(GRPO):
     """GRPO done right: no division by the deviation, and no discount for long trajectories.
 
-    The fields are those of `grpo`; two defaults differ.
+    The fields are those of `grpo`; two defaults differ, and `parity: official` leaves the aggregation alone.
+
+    Source: Liu et al. 2025, arXiv:2503.20783.
     """
+
+    OFFICIAL: ClassVar[Mapping[str, Any]] = {
+        name: value for name, value in GRPO.OFFICIAL.items() if name != "aggregation"
+    }
 
     divide_by_std: bool = False
     aggregation: Literal["token", "sequence", "trajectory", "constant"] = "constant"
     sequence_length: int | None = 32
+
+
+def compare_in_groups(
+    batch: Batch, context: Context, *, estimate: Estimate, weighting: Weighting, invalid_penalty: float
+) -> Tensor:
+    """Compare returns within their groups, and give every decision the result; [B, T] float64.
+
+    Args:
+        batch: whose returns.
+        context: not read.
+        estimate: (returns, groups) -> advantages, of as many as are compared.
+        weighting: `trajectory` compares trajectories by their returns, `row` turns by `row_scores`.
+        invalid_penalty: that the rewards of turns hold, for `row`.
+    """
+    if weighting == "trajectory":
+        return functional.spread(estimate(batch.returns, batch.groups), batch.trajectory, batch.sampled)
+    scores, exists = row_scores(batch, invalid_penalty), turn_exists(batch)
+    compared = torch.zeros_like(scores)
+    compared[exists] = estimate(scores[exists], batch.groups[:, None].expand_as(scores)[exists])
+    return functional.spread_steps(compared, batch.turns, batch.trajectory, batch.sampled)
 
 
 def aggregation(kind: str, sequence: functional.Unit, length: int | None) -> Aggregation:

@@ -3,12 +3,14 @@
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
-from agentrl.config import build, suggestion
+from pydantic import PlainValidator
+
+from agentrl.config import build, suggestion, to_tree
 from agentrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,8 +66,8 @@ def recipe_names() -> list[str]:
     return sorted(_recipes)
 
 
-def recipe_class(name: str) -> type[Recipe]:
-    """Find a recipe by name.
+def recipe_class(name: str, where: str = "algorithm") -> type[Recipe]:
+    """Find a recipe by name; `where` is the block that names it.
 
     Raises:
         ConfigError: for an unknown name, with a suggestion; it also lists the plug-ins that failed to load.
@@ -74,18 +76,50 @@ def recipe_class(name: str) -> type[Recipe]:
     if name not in _recipes:
         broken = "".join(f"; plug-in {plugin} failed to load: {why}" for plugin, why in _broken.items())
         raise ConfigError(
-            f"algorithm.name: unknown recipe (got {name!r}; {suggestion(name, _recipes)}){broken}"
+            f"{where}{'.' if where else ''}name: unknown recipe (got {name!r}; {suggestion(name, _recipes)}){broken}"
         )
     return _recipes[name]
 
 
-def build_recipe(name: str, settings: Mapping[str, Any] | None = None) -> Recipe:
+def build_recipe(name: str, settings: Mapping[str, Any] | None = None, where: str = "algorithm") -> Recipe:
     """Make the recipe `name` from plain values, its defaults filling the rest.
 
+    Args:
+        name: of the recipe.
+        settings: values of its fields.
+        where: dotted path of the block, for messages.
+
     Raises:
-        ConfigError: for an unknown name, and with one line per mistake in the settings.
+        ConfigError: for an unknown name, with one line per mistake in the settings, and where components
+            contradict each other.
     """
-    return build(recipe_class(name), settings or {}, "algorithm")
+    made = build(recipe_class(name, where), settings or {}, where)
+    try:
+        made.build()
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}" if where else str(error)) from error
+    return made
+
+
+def _nested(block: Any) -> Recipe:
+    if isinstance(block, Recipe):
+        return block
+    if not isinstance(block, Mapping) or not isinstance(block.get("name"), str):
+        raise ValueError("wanted a block with the name of a recipe, as in {name: grpo}")
+    return build_recipe(block["name"], {key: value for key, value in block.items() if key != "name"}, "")
+
+
+# The type of a field that holds another recipe, `{name: gigpo, ...}` in a configuration.
+Base = Annotated[Recipe, PlainValidator(_nested)]
+
+
+def recipe_tree(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain values with its name, those inside it as well; `build_recipe` reads them back."""
+    values = {item.name: getattr(recipe, item.name) for item in fields(recipe)}
+    return {"name": recipe.name} | {
+        name: recipe_tree(value) if isinstance(value, Recipe) else to_tree(value)
+        for name, value in values.items()
+    }
 
 
 def describe_recipe(name: str) -> str:

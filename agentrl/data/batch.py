@@ -48,11 +48,14 @@ class Batch:
     old_logprobs: Tensor | None = None  # [B, T] float32, the learner's own, before the first update
     old_entropies: Tensor | None = None  # [B, T] float32
     reference_logprobs: Tensor | None = None  # [B, T] float32, under the reference policy
+    values: Tensor | None = None  # [B, T] float32, return expected before a sampled token
+    targets: Tensor | None = None  # [B, T] float32, what `values` are to become
+    last_values: Tensor | None = None  # [E] float32, return expected after a trajectory's last token
 
     def __post_init__(self) -> None:
         rows, width = self.tokens.shape
         by_row = dict.fromkeys(("lengths", "trajectory"), (rows,))
-        by_episode = dict.fromkeys(("returns", "groups"), (len(self.episodes),))
+        by_episode = dict.fromkeys(("returns", "groups", "last_values"), (len(self.episodes),))
         by_token = dict.fromkeys(_PER_TOKEN, (rows, width))
         for name, wanted in {**by_row, **by_episode, **by_token}.items():
             value = getattr(self, name)
@@ -106,6 +109,8 @@ _PER_TOKEN = (
     "old_logprobs",
     "old_entropies",
     "reference_logprobs",
+    "values",
+    "targets",
 )
 
 

@@ -31,8 +31,8 @@ class Forward:
     output_weight: OutputWeight = model.output_weight
     temperature: float = 1.0
 
-    def describe(self, policy: nn.Module, batch: Batch) -> Outputs:
-        """Logprob and entropy of every sampled token; [B, T], 0 elsewhere.
+    def describe(self, policy: nn.Module, batch: Batch, value_head: nn.Module | None = None) -> Outputs:
+        """Logprob and entropy of every sampled token, and its value with a value head; [B, T], 0 elsewhere.
 
         The state at position t - 1 predicts token t. Only states that predict a decision meet the output
         embedding, and what follows a row's last decision is not computed at all.
@@ -41,19 +41,31 @@ class Forward:
         rows, positions = batch.sampled.nonzero(as_tuple=True)
         if not len(rows):
             nothing = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
-            return Outputs(nothing, nothing)
+            return Outputs(nothing, nothing, None if value_head is None else nothing)
         width = batch.tokens.shape[1]
         kept = torch.arange(width, device=lengths.device) < lengths[:, None]
         hidden = self.hidden_states(policy, batch.tokens[kept], lengths[lengths > 0])
         starts = lengths.cumsum(0) - lengths
-        statistics = _statistics(
-            hidden.index_select(0, starts[rows] + positions - 1),
-            self.output_weight(policy),
-            batch.tokens[rows, positions],
-            _choices(batch, rows, positions),
-            self.temperature,
-        )
-        return Outputs(*(_scatter(values, rows, positions, batch.tokens.shape) for values in statistics))
+        states = hidden.index_select(0, starts[rows] + positions - 1)
+        found = [
+            *_statistics(
+                states,
+                self.output_weight(policy),
+                batch.tokens[rows, positions],
+                _choices(batch, rows, positions),
+                self.temperature,
+            )
+        ]
+        if value_head is not None:
+            found.append(value_head(states).squeeze(-1).to(found[0].dtype))
+        return Outputs(*(_scatter(values, rows, positions, batch.tokens.shape) for values in found))
+
+    def last_values(self, policy: nn.Module, batch: Batch, value_head: nn.Module) -> Tensor:
+        """What a value head says after the last token of every row; [B]."""
+        kept = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < batch.lengths[:, None]
+        hidden = self.hidden_states(policy, batch.tokens[kept], batch.lengths)
+        values: Tensor = value_head(hidden.index_select(0, batch.lengths.cumsum(0) - 1))
+        return values.squeeze(-1)
 
 
 def _statistics(

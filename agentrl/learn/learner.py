@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,16 +15,31 @@ from agentrl.algorithms.algorithm import (
     Context,
     MiniBatch,
     Outputs,
+    Rehearsal,
     compute_advantages,
     given,
+    with_targets,
 )
 from agentrl.data.batch import Batch
-from agentrl.errors import CheckpointError, RequirementError
+from agentrl.data.trajectory import StopReason
+from agentrl.errors import CheckpointError, NonFiniteError, RequirementError
 from agentrl.learn.forward import Forward, needed_lengths
 from agentrl.learn.objective import build_objective
 from agentrl.learn.optimizer import build_optimizers, rate_factor, set_rates
 from agentrl.learn.packing import micro_batches, mini_batches
 from agentrl.learn.settings import LearnerConfig
+
+# Where a limit ended an episode that could have gone on, and so could have returned more.
+_CUT_SHORT = (StopReason.TRUNCATED, StopReason.TURN_LIMIT, StopReason.CONTEXT_LIMIT)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that an optimiser step learns from, in their own way."""
+
+    mini: MiniBatch
+    algorithm: Algorithm
+    coefficient: float = 1.0
 
 
 class Learner:
@@ -34,6 +49,8 @@ class Learner:
         policy: its parameters are updated; those that do not require gradients stay.
         config: optimiser and batching.
         reference: a frozen policy of the same vocabulary, for algorithms that require `reference`.
+        critic: have a value head on the policy's states, for algorithms that require `values`; it says 0 at
+            first, and its gradient reaches the policy's own parameters.
         forward: how to read hidden states, and the temperature of sampling; None reads a Hugging Face causal
             language model at temperature 1.
     """
@@ -44,21 +61,37 @@ class Learner:
         config: LearnerConfig,
         *,
         reference: nn.Module | None = None,
+        critic: bool = False,
         forward: Forward | None = None,
     ) -> None:
         self.policy = policy
         self.config = config
         self.reference = reference
         self.forward = forward or Forward()
+        self.value_head = self._new_value_head() if critic else None
         self.skipped_updates = 0
-        self._optimizers = build_optimizers(policy, config)
+        self._skipped_in_a_row = 0
+        self._optimizers = build_optimizers(policy, config, self.value_head)
         self._parameters = [value for value in policy.parameters() if value.requires_grad]
+        if self.value_head is not None:
+            self._parameters += self.value_head.parameters()
+
+    def _new_value_head(self) -> nn.Linear:
+        weight = self.forward.output_weight(self.policy)
+        head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        return head
 
     @property
     def provides(self) -> frozenset[str]:
         """What components of an algorithm may require of this learner."""
         own = {"old_logprobs", "entropy", "entropy:grad", "current"}
-        return frozenset(own | ({"reference"} if self.reference is not None else set()))
+        if self.reference is not None:
+            own.add("reference")
+        if self.value_head is not None:
+            own |= {"values", "values:grad"}
+        return frozenset(own)
 
     def score(self, batch: Batch, requires: Iterable[str] = ()) -> Batch:
         """Fill in what the policy says before it is updated, and the reference if required; no gradient.
@@ -68,7 +101,9 @@ class Learner:
         """
         batch = batch.to(self._device)
         own = self._read(self.policy, batch)
-        batch = replace(batch, old_logprobs=own.logprobs, old_entropies=own.entropies)
+        batch = replace(batch, old_logprobs=own.logprobs, old_entropies=own.entropies, values=own.values)
+        if self.value_head is not None:
+            batch = replace(batch, last_values=self._last_values(batch))
         if "reference" not in requires:
             return batch
         if self.reference is None:
@@ -86,29 +121,58 @@ class Learner:
             (entropy_token, entropy_turn, entropy_trajectory, ...). An optimiser step whose loss or gradient
             is not finite is not applied, and counted in `skipped_updates`.
         """
-        if batch.old_logprobs is None and (self.config.updates_per_step > 1 or algorithm.reads_scores):
+        scored = batch.old_logprobs is None and (self.config.updates_per_step > 1 or algorithm.reads_scores)
+        if scored:
             batch = self.score(batch, algorithm.requires)
-        batch = _without_unsampled(batch.to(self._device))
+        batch = with_targets(algorithm, _without_unsampled(batch.to(self._device)), context)
         rollout = MiniBatch(batch, compute_advantages(algorithm, batch, context))
+        rehearsal = None if algorithm.replay is None else algorithm.replay.recall(context)
         seen = _nothing(batch)
         steps: list[dict[str, float]] = []
         for epoch in range(self.config.epochs):
-            for rows in mini_batches(batch, self.config.mini_batches, context.step, epoch):
+            shares = self._shares(rehearsal, context, epoch) if rehearsal and rehearsal.mixed else []
+            for index, rows in enumerate(mini_batches(batch, self.config.mini_batches, context.step, epoch)):
                 rate = self._set_rate(context, len(steps))
-                numbers, outputs = self._step(rollout.select(rows), algorithm, context)
+                mini = rollout.select(rows)
+                if scored and not steps:  # nothing has changed since the scoring pass
+                    mini = replace(mini, current=_scores(mini.batch))
+                numbers, outputs = self._step(_Part(mini, algorithm), shares[index : index + 1], context)
                 _store(seen, rows, outputs)
                 steps.append(numbers | {"learning_rate": rate})
+        rehearsed = self._rehearse(rehearsal, context) if rehearsal and not rehearsal.mixed else []
         if batch.old_logprobs is None:
             batch = replace(batch, old_logprobs=seen.logprobs, old_entropies=seen.entropies)
-        skipped = sum("grad_norm" not in numbers for numbers in steps)
+        rollout = replace(rollout, batch=batch)
+        replayed: dict[str, float] = {}
+        if algorithm.replay is not None:
+            algorithm.replay.keep(rollout, context)
+            replayed = {**_means(rehearsed), **algorithm.replay.numbers()}
+        everything = steps + rehearsed
+        skipped = sum("grad_norm" not in numbers for numbers in everything)
         return (
             _means(steps)
-            | _batch_numbers(replace(rollout, batch=batch), algorithm, context)
+            | _batch_numbers(rollout, algorithm, context)
+            | {f"replay/{name}": value for name, value in replayed.items()}
             | {
-                "updates": float(len(steps) - skipped),
+                "updates": float(len(everything) - skipped),
                 "skipped_updates": float(skipped),
             }
         )
+
+    def _shares(self, rehearsal: Rehearsal, context: Context, epoch: int) -> list[_Part]:
+        """Deal what is rehearsed out to the optimiser steps of an epoch."""
+        batch = rehearsal.batch.to(self._device)
+        whole = MiniBatch(batch, rehearsal.advantages.to(self._device))
+        return [
+            _Part(whole.select(rows), rehearsal.algorithm, rehearsal.coefficient)
+            for rows in mini_batches(batch, self.config.mini_batches, context.step, epoch)
+        ]
+
+    def _rehearse(self, rehearsal: Rehearsal, context: Context) -> list[dict[str, float]]:
+        """Take optimiser steps on what is rehearsed alone, at the rate of the last one."""
+        return [
+            self._step(part, [], context)[0] for part in self._shares(rehearsal, context, self.config.epochs)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """All but the policy's weights: optimisers, counters, and the reference's weights."""
@@ -116,7 +180,9 @@ class Learner:
             "optimizer": self.config.optimizer,
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "skipped_updates": self.skipped_updates,
+            "skipped_in_a_row": self._skipped_in_a_row,
             "reference": None if self.reference is None else self.reference.state_dict(),
+            "value_head": None if self.value_head is None else self.value_head.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -125,11 +191,15 @@ class Learner:
         Raises:
             CheckpointError: when it does not fit.
         """
-        found = (state.get("optimizer"), state.get("reference") is not None)
-        wanted = (self.config.optimizer, self.reference is not None)
+        parts = (self.reference, self.value_head)
+        found = (
+            state.get("optimizer"),
+            *(state.get(name) is not None for name in ("reference", "value_head")),
+        )
+        wanted = (self.config.optimizer, *(part is not None for part in parts))
         if found != wanted:
             raise CheckpointError(
-                f"learner state: (optimizer, has a reference) is {found}, wanted {wanted}; "
+                f"learner state: (optimizer, has a reference, has a value head) is {found}, wanted {wanted}; "
                 "resume with the configuration that the run was started with"
             )
         try:
@@ -137,7 +207,10 @@ class Learner:
                 optimizer.load_state_dict(stored)
             if self.reference is not None:
                 self.reference.load_state_dict(state["reference"])
+            if self.value_head is not None:
+                self.value_head.load_state_dict(state["value_head"])
             self.skipped_updates = int(state["skipped_updates"])
+            self._skipped_in_a_row = int(state["skipped_in_a_row"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"learner state: does not fit this policy ({error})") from error
 
@@ -153,29 +226,62 @@ class Learner:
         return self.config.learning_rate * factor
 
     def _read(self, policy: nn.Module, batch: Batch) -> Outputs:
-        outputs = _nothing(batch)
+        head = self.value_head if policy is self.policy else None
+        outputs = replace(_nothing(batch), values=None if head is None else torch.zeros_like(batch.logprobs))
         with torch.no_grad():
             for rows in micro_batches(needed_lengths(batch), self.config.micro_batch_tokens):
-                _store(outputs, rows, self.forward.describe(policy, batch.select(rows)))
+                _store(outputs, rows, self.forward.describe(policy, batch.select(rows), head))
         return outputs
 
-    def _step(
-        self, mini: MiniBatch, algorithm: Algorithm, context: Context
-    ) -> tuple[dict[str, float], Outputs]:
-        """Take one optimiser step, whatever the number of forward passes it is made of."""
-        if "current" in algorithm.requires:
+    def _last_values(self, batch: Batch) -> Tensor:
+        """Value after the last reply of trajectories that a limit cut short, else 0; [E]."""
+        values = torch.zeros(len(batch.episodes), dtype=batch.logprobs.dtype, device=self._device)
+        latest = batch.turns.amax(dim=1) if batch.turns.numel() else batch.lengths
+        ends: dict[int, int] = {}
+        for row, owner in enumerate(batch.trajectory.tolist()):
+            cut_short = batch.episodes[owner].stop in _CUT_SHORT
+            if cut_short and (owner not in ends or latest[row] > latest[ends[owner]]):
+                ends[owner] = row
+        lengths = torch.zeros_like(batch.lengths)
+        lengths[list(ends.values())] = batch.lengths[list(ends.values())]
+        with torch.no_grad():
+            for rows in micro_batches(lengths, self.config.micro_batch_tokens):
+                part = batch.select(rows)
+                found = self.forward.last_values(self.policy, part, self._critic)
+                values[part.trajectory] = found.to(values)
+        return values
+
+    @property
+    def _critic(self) -> nn.Module:
+        assert self.value_head is not None
+        return self.value_head
+
+    def _step(self, part: _Part, more: Sequence[_Part], context: Context) -> tuple[dict[str, float], Outputs]:
+        """Take one optimiser step, whatever the number of forward passes it is made of.
+
+        Returns:
+            The numbers and outputs of `part`; those of `more` only add to the gradient.
+        """
+        sums, seen = self._accumulate(part, context)
+        loss = sums["loss"] + sum(self._accumulate(other, context)[0]["loss"] for other in more)
+        return sums | self._apply(loss), seen
+
+    def _accumulate(self, part: _Part, context: Context) -> tuple[dict[str, float], Outputs]:
+        """Add the gradient of a part's loss to what there is."""
+        mini = part.mini
+        if "current" in part.algorithm.requires and mini.current is None:
             mini = replace(mini, current=self._read(self.policy, mini.batch))
-        objective = build_objective(mini, algorithm, context)
+        objective = build_objective(mini, part.algorithm, context)
         seen = _nothing(mini.batch)
         sums: dict[str, float] = defaultdict(float)
         for rows in micro_batches(needed_lengths(mini.batch), self.config.micro_batch_tokens):
-            outputs = self.forward.describe(self.policy, mini.batch.select(rows))
+            outputs = self.forward.describe(self.policy, mini.batch.select(rows), self.value_head)
             loss, numbers = objective.contribution(rows, outputs)
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss * part.coefficient).backward()  # type: ignore[no-untyped-call]
             _store(seen, rows, outputs)
             for name, value in numbers.items():
                 sums[name] += float(value)
-        return dict(sums) | self._apply(sums["loss"]), seen
+        return dict(sums), seen
 
     def _apply(self, loss: float) -> dict[str, float]:
         """Step the optimisers and report the gradient's norm, unless something is not finite."""
@@ -185,9 +291,15 @@ class Learner:
         if finite:
             for optimizer in self._optimizers:
                 optimizer.step()
-        else:
-            self.skipped_updates += 1
-        self.policy.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        self.skipped_updates += not finite
+        if self._skipped_in_a_row >= self.config.max_skipped_updates:
+            raise NonFiniteError(
+                f"{self._skipped_in_a_row} optimiser steps in a row had a loss or gradient that is not "
+                f"finite (the last: loss {loss}, gradient norm {norm}); the weights are those before them"
+            )
         return {"grad_norm": norm} if finite else {}
 
 
@@ -195,15 +307,24 @@ def _nothing(batch: Batch) -> Outputs:
     return Outputs(torch.zeros_like(batch.logprobs), torch.zeros_like(batch.logprobs))
 
 
+def _scores(batch: Batch) -> Outputs:
+    """What the scoring pass said, as the outputs of the policy that is still the same."""
+    return Outputs(
+        given(batch.old_logprobs, "old_logprobs"), given(batch.old_entropies, "old_entropies"), batch.values
+    )
+
+
 def _store(target: Outputs, rows: Tensor, outputs: Outputs) -> None:
     width = outputs.logprobs.shape[1]
-    target.logprobs[rows, :width] = outputs.logprobs.detach().to(target.logprobs)
-    target.entropies[rows, :width] = outputs.entropies.detach().to(target.entropies)
+    for name in ("logprobs", "entropies", "values"):
+        kept, found = getattr(target, name), getattr(outputs, name)
+        if kept is not None and found is not None:
+            kept[rows, :width] = found.detach().to(kept)
 
 
 def _without_unsampled(batch: Batch) -> Batch:
     """Zero what must not matter, so that no NaN written there can."""
-    names = ("logprobs", "entropies", "old_logprobs", "old_entropies", "reference_logprobs")
+    names = ("logprobs", "entropies", "old_logprobs", "old_entropies", "reference_logprobs", "values")
     cleaned: dict[str, Any] = {
         name: torch.where(batch.sampled, values, 0.0)
         for name in names

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Algorithm, Bounds, Context, MiniBatch, Outputs, Term, Weights
+from agentrl.algorithms.algorithm import (
+    Algorithm,
+    Bounds,
+    Context,
+    MiniBatch,
+    Outputs,
+    Term,
+    Weights,
+    given,
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class Objective:
         width = part.batch.tokens.shape[1]
         mask = self.mask[rows, :width]
         bounds = None if self.bounds is None else self.bounds.select(rows, width)
+        outputs = replace(outputs, ratio=self.algorithm.ratio(outputs, part))
         loss = _total(self.algorithm.surrogate(outputs, part, bounds), mask, self.factors[rows, :width])
         logged = {"loss_policy": loss.detach()}
         for term, factors in self.terms:
@@ -54,16 +64,14 @@ class Objective:
     def _ratio_numbers(
         self, outputs: Outputs, part: MiniBatch, mask: Tensor, bounds: Bounds
     ) -> dict[str, Tensor]:
-        old = part.batch.old_logprobs
-        if old is None:
-            return {}
-        logprobs = outputs.logprobs.detach()
-        ratio = functional.probability_ratio(logprobs, old)
+        old = given(part.batch.old_logprobs, "old_logprobs")
+        ratio = given(outputs.ratio, "ratio").detach()
         held = functional.clipped(ratio, part.advantages, bounds.lower, bounds.upper)
         tokens = self.mask.sum().clamp(min=1)
         return {
             "clip_share": (held & mask).sum() / tokens,
-            "approx_kl": torch.where(mask, old - logprobs, 0.0).sum() / tokens,
+            "clip_share_high": (held & mask & (part.advantages > 0)).sum() / tokens,
+            "approx_kl": torch.where(mask, old - outputs.logprobs.detach(), 0.0).sum() / tokens,
         }
 
 

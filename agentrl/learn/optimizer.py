@@ -11,7 +11,9 @@ from agentrl.schedule import cosine, warmup
 _FULL_RATE = "full_rate"  # of a parameter group, before warm-up and decay
 
 
-def build_optimizers(policy: nn.Module, config: LearnerConfig) -> list[Optimizer]:
+def build_optimizers(
+    policy: nn.Module, config: LearnerConfig, value_head: nn.Module | None = None
+) -> list[Optimizer]:
     """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest.
 
     Embeddings and the output layer are tables of rows, not maps between directions: they stay with AdamW. So
@@ -32,6 +34,8 @@ def build_optimizers(policy: nn.Module, config: LearnerConfig) -> list[Optimizer
                 adjust_lr_fn="match_rms_adamw",
             )
         )
+    if value_head is not None:
+        optimizers.append(_adamw(list(value_head.parameters()), config))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group[_FULL_RATE] = group["lr"]

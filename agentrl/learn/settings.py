@@ -25,6 +25,8 @@ class LearnerConfig:
         epochs: times that each rollout batch is gone through.
         mini_batches: optimiser steps per epoch; trajectories are dealt out to them.
         micro_batch_tokens: tokens in one forward pass; changes memory and speed, not the result.
+        max_skipped_updates: an optimiser step whose loss or gradient is not finite is not applied; after so
+            many in a row the run stops.
     """
 
     optimizer: Literal["adamw", "muon"] = "muon"
@@ -40,6 +42,7 @@ class LearnerConfig:
     epochs: int = 1
     mini_batches: int = 1
     micro_batch_tokens: int = 2048
+    max_skipped_updates: int = 5
 
     def __post_init__(self) -> None:
         mistakes = [f"{name} is {getattr(self, name)}, wanted {wish}" for name, wish in self._mistakes()]
@@ -52,7 +55,7 @@ class LearnerConfig:
         return self.epochs * self.mini_batches
 
     def _mistakes(self) -> list[tuple[str, str]]:
-        at_least_one = ("epochs", "mini_batches", "micro_batch_tokens")
+        at_least_one = ("epochs", "mini_batches", "micro_batch_tokens", "max_skipped_updates")
         above_zero = ("learning_rate", "matrix_learning_rate", "clip_gradient")
         wrong = [(name, "at least 1") for name in at_least_one if getattr(self, name) < 1]
         for name in above_zero:

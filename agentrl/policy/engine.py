@@ -29,6 +29,8 @@ class GenerationRequest:
         choices: the admissible replies as token ids, each ending in a stop id; None generates freely.
         seed: fixes the draw, whatever else is in the batch.
         sampling: how to draw.
+        parent: a sequence that begins with the same tokens, for a new one: what is known of those is not
+            computed again. Changes nothing else, and may be unknown.
     """
 
     sequence: str
@@ -37,6 +39,7 @@ class GenerationRequest:
     choices: tuple[tuple[int, ...], ...] | None
     seed: int
     sampling: SamplingParams
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -279,6 +281,12 @@ class ChatDialogue:
             if self._decode((token,)):
                 break
         return None, self._between
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the vocabulary, as hex digits: token ids mean the same under equal ones."""
+    listed = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], tuple[int, ...]]:

@@ -58,8 +58,9 @@ class _Sequence:
 class TorchEngine:
     """Continuous batching over a Hugging Face model that lives in this process.
 
-    A token is forwarded once: a turn feeds what was appended since the last one, and sequences that start
-    with the same prompt in the same step share its pass. Tokens with a single allowed id are not sampled and
+    A token is forwarded once: a turn feeds what was appended since the last one, a sequence copies what its
+    parent's cache holds of its prompt, and sequences that start with the same prompt in the same step share
+    its pass. Tokens with a single allowed id are not sampled and
     wait for the next chunk. What a request draws depends on its seed and the weights; the rest of the batch
     adds rounding only.
 
@@ -118,6 +119,7 @@ class TorchEngine:
             return
         if sequence is None:
             sequence = self._sequences[request.sequence] = _Sequence(request.sequence)
+            self._inherit(sequence, request)
         elif request.fresh:
             # A prompt written anew often begins as the last one did.
             sequence.cached = min(sequence.cached, _shared(sequence.ids, request.prompt_ids))
@@ -218,6 +220,21 @@ class TorchEngine:
         else:
             self._waiting.append(sequence)
 
+    @torch.inference_mode()
+    def _inherit(self, sequence: _Sequence, request: GenerationRequest) -> None:
+        """Copy what the parent's cache holds of a prompt, as long as nobody has to make room for it."""
+        parent = None if request.parent is None else self._sequences.get(request.parent)
+        if parent is None:
+            return
+        common = min(parent.cached, _shared(parent.ids, request.prompt_ids))
+        slot = self._empty_slot() if common else None
+        if slot is None:
+            return
+        sequence.slot, self._slots[slot] = slot, sequence
+        self._reserve(self._cache.length)
+        self._cache.copy(parent.slot, [slot], common)
+        sequence.cached = common
+
     def _append_forced(self, sequence: _Sequence, ids: tuple[int, ...]) -> None:
         sequence.ids.extend(ids)
         sequence.allowed.extend((token,) for token in ids)
@@ -255,12 +272,18 @@ class TorchEngine:
             sequence.slot, self._slots[slot] = slot, sequence
             self._running[sequence.name] = sequence
 
-    def _free_slot(self) -> int | None:
+    def _empty_slot(self) -> int | None:
         if None in self._slots:
             return self._slots.index(None)
         if len(self._slots) < self.max_sequences:
             self._slots.append(None)
             return len(self._slots) - 1
+        return None
+
+    def _free_slot(self) -> int | None:
+        empty = self._empty_slot()
+        if empty is not None:
+            return empty
         # Only when nothing else can move does a sequence between two turns lose its cache, to be fed again.
         idle = [held for held in self._slots if held is not None and held.request is None]
         if self._running or not idle:
@@ -336,14 +359,14 @@ class TorchEngine:
         past = np.array([row.cached for row in rows])
         longest = int((past + counts).max())
         if longest > self._cache.length or len(self._slots) > self._cache.slots:
-            self._cache.reserve(
-                min(_rounded(len(self._slots), SLOT_STEP), self.max_sequences),
-                min(_rounded(longest * 5 // 4, LENGTH_STEP), self.max_context),
-            )
+            self._reserve(min(_rounded(longest * 5 // 4, LENGTH_STEP), self.max_context))
         self.tokens_forwarded += len(tokens)
         self.forwards += 1
         layout = cached_layout(self._cache, slots, past, counts, self._device)
         return packed_forward(self.model, torch.tensor(tokens, device=self._device), layout)
+
+    def _reserve(self, length: int) -> None:
+        self._cache.reserve(min(_rounded(len(self._slots), SLOT_STEP), self.max_sequences), length)
 
     def _decide(self, rows: list[_Sequence], hidden: torch.Tensor) -> None:
         constrained = [k for k, row in enumerate(rows) if row.node is not None]

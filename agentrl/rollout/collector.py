@@ -1,15 +1,16 @@
 """Drives many episodes at once: who has an answer goes on, who has ended costs nothing."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 
 from agentrl.data.trajectory import Episode, StopReason
 from agentrl.errors import TooManyAbortedError
+from agentrl.rollout.branching import Director, Start
 from agentrl.rollout.environments import Environments
-from agentrl.rollout.play import ActionRequest, Answer, Effect, EpisodeSpec, Stop, play
+from agentrl.rollout.play import ActionRequest, Answer, Effect, EpisodeSpec, Restore, Stop, play
 from agentrl.rollout.players import Player
 
 _RETRIED = (StopReason.ENV_ERROR, StopReason.WORKER_ERROR)
@@ -21,16 +22,19 @@ class Collection:
     """What was played, and where the time went.
 
     Args:
-        episodes: in the order of their specs.
+        episodes: in the order of their specs; those of a director by task, as they were started.
         failures: attempts that were aborted and made again; each is of an id that `episodes` holds as well.
         environment_seconds: that the collector spent in environments, or waiting for them.
         player_seconds: the same of the player.
+        branches: how many episodes came to where they left another one: "restored" from a snapshot, or
+            "replayed"; and how many "diverged" in the replay and were begun anew.
     """
 
     episodes: tuple[Episode, ...]
     failures: tuple[Episode, ...]
     environment_seconds: float
     player_seconds: float
+    branches: Mapping[str, int] = field(default_factory=dict)
 
 
 class Quarantine:
@@ -67,6 +71,7 @@ def collect(
     max_aborted_share: float = 1.0,
     quarantine: Quarantine | None = None,
     on_episode: Callable[[Episode], None] | None = None,
+    director: Director | None = None,
 ) -> Collection:
     """Play episodes to their end, at most `max_active` at a time.
 
@@ -85,9 +90,11 @@ def collect(
         quarantine: tasks not to be tried, and where failures are counted; None starts with none, and puts no
             task there.
         on_episode: called with each episode as it ends for good.
+        director: starts further episodes while these are played, some from the middle of others. An episode
+            that others have left is not played again when it fails: they hold what it had come to.
 
     Returns:
-        The episodes in the order of `specs`, each once.
+        The episodes in the order of `specs`, each once, and then the director's.
 
     Raises:
         AgentRLError: an environment could not be made, for a reason that its user can mend.
@@ -98,20 +105,22 @@ def collect(
         raise ValueError(f"max_active is {max_active}, wanted at least 1")
     if len({spec.id for spec in specs}) != len(specs):
         raise ValueError("two of the episode specs have the same id")
+    director = director or Director((), (), episodes=1)
     drive = _Drive(
         player,
         environments,
         max_turns,
         max_attempts,
-        max_aborted_share * len(specs),
+        max_aborted_share * (len(specs) + director.total),
         quarantine or Quarantine(),
         on_episode,
+        director,
     )
     try:
         return drive.run(specs, min(max_active, environments.places or max_active))
     except BaseException:
         environments.close()
-        for episode_id in drive.active:
+        for episode_id in [*drive.active, *drive.leaving]:
             with suppress(Exception):  # what is on its way up matters more
                 player.close(episode_id)
         raise
@@ -119,11 +128,16 @@ def collect(
 
 @dataclass(slots=True)
 class _Running:
-    spec: EpisodeSpec
+    start: Start
     attempt: int
     loop: Generator[Effect, Answer, Episode]
     thinking: bool = False  # whether the player owes a reply
     bystander: bool = False
+    restoring: bool = False
+
+    @property
+    def spec(self) -> EpisodeSpec:
+        return self.start.spec
 
 
 @dataclass(slots=True)
@@ -135,17 +149,22 @@ class _Drive:
     max_aborted: float
     quarantine: Quarantine
     on_episode: Callable[[Episode], None] | None
-    waiting: deque[tuple[EpisodeSpec, int]] = field(default_factory=deque)
+    director: Director
+    waiting: deque[tuple[Start, int]] = field(default_factory=deque)
     active: dict[str, _Running] = field(default_factory=dict)
     finished: dict[str, Episode] = field(default_factory=dict)
     failures: list[Episode] = field(default_factory=list)
     blameless: Counter[str] = field(default_factory=Counter)  # attempts that others ended
+    heirs: dict[str, str] = field(default_factory=dict)  # by who has yet to take over tokens: from whom
+    leaving: set[str] = field(default_factory=set)  # have ended, and the player knows them for their heirs
+    branches: Counter[str] = field(default_factory=Counter)
     thinking: int = 0
     environment_seconds: float = 0.0
     player_seconds: float = 0.0
 
     def run(self, specs: Sequence[EpisodeSpec], max_active: int) -> Collection:
-        self.waiting.extend((spec, 1) for spec in specs)
+        self.waiting.extend((Start(spec), 1) for spec in specs)
+        self._line_up(self.director.begin())
         while True:
             while self.waiting and len(self.active) < max_active:
                 self._start(*self.waiting.popleft())
@@ -154,11 +173,13 @@ class _Drive:
             # Environments first: the more episodes want a reply, the better the player's batches.
             if not self._environments_answer() and self.thinking:
                 self._player_answers()
+        ids = [*(spec.id for spec in specs), *self.director.ids]
         return Collection(
-            tuple(self.finished[spec.id] for spec in specs),
+            tuple(self.finished[name] for name in ids),
             tuple(self.failures),
             self.environment_seconds,
             self.player_seconds,
+            {name: self.branches[name] for name in ("restored", "replayed", "diverged")},
         )
 
     def _environments_answer(self) -> bool:
@@ -166,8 +187,11 @@ class _Drive:
         answers = self.environments.poll(wait=not self.thinking)
         self.environment_seconds += perf_counter() - began
         for episode_id, answer in answers:
-            self.active[episode_id].bystander = isinstance(answer, Stop) and answer.bystander
-            self._advance(self.active[episode_id], answer)
+            running = self.active[episode_id]
+            running.bystander = isinstance(answer, Stop) and answer.bystander
+            if running.restoring and isinstance(answer, Stop):
+                self.environments.release(episode_id, broken=True)  # its actions are played again elsewhere
+            self._advance(running, answer)
         return bool(answers)
 
     def _player_answers(self) -> None:
@@ -181,11 +205,20 @@ class _Drive:
             self.thinking -= 1
             self._advance(self.active[episode_id], answer)
 
-    def _start(self, spec: EpisodeSpec, attempt: int) -> None:
-        running = self.active[spec.id] = _Running(spec, attempt, play(spec, self.max_turns))
-        effect = next(running.loop)
-        if spec.task in self.quarantine.tasks:
-            reason = self.quarantine.tasks[spec.task]
+    def _line_up(self, starts: Sequence[Start]) -> None:
+        """Let episodes begin before those that wait already: what they take over is soon not needed."""
+        self.waiting.extendleft((start, 1) for start in reversed(starts))
+        for start in starts:
+            if start.fork is not None and start.spec.parent is not None:
+                self.heirs[start.spec.id] = start.spec.parent.parent
+
+    def _start(self, start: Start, attempt: int) -> None:
+        reason = self.quarantine.tasks.get(start.spec.task)
+        fork = start.fork if reason is None else None
+        loop = play(start.spec, self.max_turns, fork=fork, path=start.path)
+        running = self.active[start.spec.id] = _Running(start, attempt, loop)
+        effect = next(loop)
+        if reason is not None:
             running.attempt = self.max_attempts
             self._advance(running, Stop(StopReason.WORKER_ERROR, reason))
         else:
@@ -200,7 +233,9 @@ class _Drive:
             self._handle(running, effect)
 
     def _handle(self, running: _Running, effect: Effect) -> None:
+        running.restoring = isinstance(effect, Restore)
         if isinstance(effect, ActionRequest):
+            self._branch(running, effect.turn)
             began = perf_counter()
             self.player.submit(effect)
             self.player_seconds += perf_counter() - began
@@ -209,13 +244,36 @@ class _Drive:
         else:
             self.environments.submit(running.spec.id, effect)
 
+    def _branch(self, running: _Running, turn: int) -> None:
+        """Before a reply: let the episode take over what it inherits, and others leave it."""
+        name, fork, path = running.spec.id, running.start.fork, running.start.path
+        if turn > path.inherited:
+            self._line_up(self.director.reached(name))
+        elif fork is not None and path.parent is not None and path.branching != "diverged":
+            began = perf_counter()
+            self.player.fork(name, path.parent.parent, fork.turns, fork.prefix_ids)
+            self.player_seconds += perf_counter() - began
+        self._inherited(name)
+
+    def _inherited(self, name: str) -> None:
+        """An episode takes over nothing any more; who has ended and is left by nobody can be forgotten."""
+        self.heirs.pop(name, None)
+        for parent in sorted(self.leaving - set(self.heirs.values())):
+            self.leaving.remove(parent)
+            self.player.close(parent)
+
     def _end(self, running: _Running, episode: Episode) -> None:
         del self.active[episode.id]
         self.environments.release(episode.id, broken=episode.stop.aborted)
-        self.player.close(episode.id)
         if episode.stop in _RETRIED and self._try_again(running, episode):
+            self.player.close(episode.id)
             self.failures.append(episode)
             return
+        self._line_up(self.director.ended(episode))
+        self.leaving.add(episode.id)
+        self._inherited(episode.id)
+        if running.start.path.branching is not None:
+            self.branches[running.start.path.branching] += 1
         if not episode.stop.aborted:
             self.quarantine.clear(episode.task)
         self.finished[episode.id] = episode
@@ -236,7 +294,10 @@ class _Drive:
             again = running.attempt + 1
         if again > self.max_attempts or self.blameless[spec.id] >= _MOST_ATTEMPTS:
             return False
-        self.waiting.append((spec, again))
+        if self.director.branched(spec.id):
+            return False
+        running.start.path.begin(spec.parent)  # what failed is not there to be left
+        self.waiting.append((running.start, again))
         return True
 
     def _refuse_too_many(self) -> None:

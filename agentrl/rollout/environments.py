@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ import gymnasium
 from agentrl.data.trajectory import StopReason
 from agentrl.env.answers import reset_answer, step_answer
 from agentrl.errors import AgentRLError, EnvironmentContractError
-from agentrl.rollout.play import Reset, Step, Stop, Transition
+from agentrl.rollout.play import EnvironmentCall, Restore, Step, Stop, Transition
 from agentrl.rollout.settings import WorkersConfig
 
 TextGym = gymnasium.Env[str, str]
@@ -41,8 +41,8 @@ class Environments(ABC):
     recycled: int = 0
 
     @abstractmethod
-    def submit(self, episode: str, effect: Reset | Step) -> None:
-        """Take what an episode asks for: first a `Reset`, and one thing at a time."""
+    def submit(self, episode: str, effect: EnvironmentCall) -> None:
+        """Take what an episode asks for: first a `Reset` or `Restore`, and one thing at a time."""
 
     @abstractmethod
     def poll(self, *, wait: bool) -> Sequence[Answered]:
@@ -81,16 +81,16 @@ class EnvironmentPool(Environments):
         self._free: list[TextGym] = []
         self._lent: dict[int, TextGym] = {}
         self._playing: dict[str, TextGym] = {}
-        self._asked: list[tuple[str, Reset | Step]] = []
+        self._asked: list[tuple[str, EnvironmentCall]] = []
 
-    def submit(self, episode: str, effect: Reset | Step) -> None:
+    def submit(self, episode: str, effect: EnvironmentCall) -> None:
         self._asked.append((episode, effect))
 
     def poll(self, *, wait: bool) -> Sequence[Answered]:
         asked, self._asked = self._asked, []
         return [(episode, self._answer(episode, effect)) for episode, effect in asked]
 
-    def _answer(self, episode: str, effect: Reset | Step) -> Transition | Stop:
+    def _answer(self, episode: str, effect: EnvironmentCall) -> Transition | Stop:
         if episode not in self._playing:
             made = made_or_stop(self.take)
             if isinstance(made, Stop):
@@ -158,13 +158,13 @@ class ThreadedEnvironments(Environments):
         self._seats: dict[str, _Seat] = {}
         self._idle: list[_Seat] = []
 
-    def submit(self, episode: str, effect: Reset | Step) -> None:
+    def submit(self, episode: str, effect: EnvironmentCall) -> None:
         seat = self._seats.get(episode)
         if seat is None:
             seat = self._idle.pop() if self._idle else self._new_seat()
             self._seats[episode] = seat
         seat.limit = (
-            self._deadlines.reset_timeout if isinstance(effect, Reset) else self._deadlines.step_timeout
+            self._deadlines.step_timeout if isinstance(effect, Step) else self._deadlines.reset_timeout
         )
         seat.limit += 0 if seat.env is not None else self._deadlines.construct_timeout
         seat.what = type(effect).__name__.lower()
@@ -224,7 +224,7 @@ class ThreadedEnvironments(Environments):
                 answer = Stop(StopReason.ENV_ERROR, f"{type(error).__name__}: {error}")
             self._answers.put((seat, answer))
 
-    def _answer(self, seat: "_Seat", effect: Reset | Step) -> Transition | Stop:
+    def _answer(self, seat: "_Seat", effect: EnvironmentCall) -> Transition | Stop:
         if seat.env is None:
             with self._lock:
                 made = made_or_stop(self._pool.take)
@@ -248,24 +248,42 @@ class ThreadedEnvironments(Environments):
 class _Seat:
     """A thread's place and the environment it looks after."""
 
-    asked: SimpleQueue[Reset | Step | None] = field(default_factory=SimpleQueue)
+    asked: SimpleQueue[EnvironmentCall | None] = field(default_factory=SimpleQueue)
     env: TextGym | None = None
     deadline: float | None = None
     limit: float = 0.0
     what: str = ""
 
 
-def transition_or_stop(env: TextGym, effect: Reset | Step) -> Transition | Stop:
+def transition_or_stop(env: TextGym, effect: EnvironmentCall) -> Transition | Stop:
     """Ask an environment; what it does wrong is a value."""
     try:
+        if isinstance(effect, Restore):
+            _beneath(env).restore(effect.snapshot)
+            return Transition("")
         if isinstance(effect, Step):
-            return Transition(*step_answer(env.step(effect.action)))
-        observation, info = reset_answer(env.reset(seed=effect.seed, options={"task": effect.task}))
-        return Transition(observation, info=info)
+            answer = Transition(*step_answer(env.step(effect.action)))
+        else:
+            observation, info = reset_answer(env.reset(seed=effect.seed, options={"task": effect.task}))
+            answer = Transition(observation, info=info)
     except EnvironmentContractError as error:
         return Stop(StopReason.CONTRACT, str(error))
     except Exception as error:
         return Stop(StopReason.ENV_ERROR, f"{type(error).__name__}: {error}")
+    if effect.keep and not (answer.terminated or answer.truncated):
+        return replace(answer, snapshot=_snapshot(_beneath(env)))
+    return answer
+
+
+def _beneath(env: TextGym) -> Any:
+    return env.unwrapped
+
+
+def _snapshot(known: Any) -> Any:
+    if callable(getattr(known, "snapshot", None)) and callable(getattr(known, "restore", None)):
+        with suppress(Exception):  # the episode can do without
+            return known.snapshot()
+    return None
 
 
 def made_or_stop(take: Make) -> TextGym | Stop:

@@ -4,9 +4,9 @@ Whoever drives it (one process, worker processes, Ray) decides where environment
 `collector`.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from agentrl.data.trajectory import BranchPoint, Episode, StopReason, Turn
 from agentrl.seeds import derive_seed
@@ -32,17 +32,26 @@ class EpisodeSpec:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """Ask for the first observation of a task."""
+    """Ask for the first observation of a task; with `keep`, for a snapshot as well."""
 
     task: str
     seed: int
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Ask the environment for its answer to an action."""
+    """Ask the environment for its answer to an action; with `keep`, for a snapshot as well."""
 
     action: str
+    keep: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Ask to go on from a `Transition.snapshot`. What is observed there is known: the answer is empty."""
+
+    snapshot: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +72,18 @@ class ActionRequest:
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """The environment's answer to `Reset` (reward 0, no end) or `Step`."""
+    """The environment's answer to `Reset` (reward 0, no end) or `Step`.
+
+    `snapshot` goes back to this state when given to the environments that made it; None where it was not
+    asked for or cannot be had.
+    """
 
     observation: str
     reward: float = 0.0
     terminated: bool = False
     truncated: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
+    snapshot: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,41 +115,142 @@ class Stop:
     bystander: bool = False
 
 
-Effect = Reset | Step | ActionRequest
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Where an episode leaves another one, its parent: in the state before turn `len(turns)`.
+
+    Args:
+        turns: the parent's until there; they are the child's first.
+        transitions: the parent's first observation and the answer to each of `turns`.
+        prefix_ids: tokens with which the parent's next reply began, and the child's begins.
+    """
+
+    turns: tuple[Turn, ...]
+    transitions: tuple[Transition, ...]
+    prefix_ids: tuple[int, ...] = ()
+
+
+Branching = Literal["restored", "replayed", "diverged"]
+
+
+@dataclass(slots=True)
+class Path:
+    """How far an episode has come: `play` writes it, and others may leave the episode from any place on it.
+
+    Args:
+        keep: whether to ask for a snapshot of every state.
+        parent: where the episode left another one, as it turned out.
+        branching: how it came to that place; `diverged` if it did not, and was begun anew. None without one.
+        inherited: how many of `turns` are the parent's.
+        turns: so far.
+        transitions: the first observation, and the environment's answer to each of `turns`.
+    """
+
+    keep: bool = False
+    parent: BranchPoint | None = None
+    branching: Branching | None = None
+    inherited: int = 0
+    turns: list[Turn] = field(default_factory=list)
+    transitions: list[Transition] = field(default_factory=list)
+
+    def begin(self, parent: BranchPoint | None, branching: Branching | None = None) -> None:
+        """Go back to where nothing has been played."""
+        self.parent, self.branching, self.inherited = parent, branching, 0
+        self.turns.clear()
+        self.transitions.clear()
+
+    def inherit(self, turns: Sequence[Turn], transitions: Sequence[Transition], branching: Branching) -> None:
+        """Take over how a parent came to the place where it is left."""
+        self.branching, self.inherited = branching, len(turns)
+        self.turns[:], self.transitions[:] = turns, transitions
+
+
+EnvironmentCall = Reset | Step | Restore
+Effect = EnvironmentCall | ActionRequest
 Answer = Transition | Reply | Stop
 Wanted = TypeVar("Wanted", Transition, Reply)
 
 
-def play(spec: EpisodeSpec, max_turns: int | None = None) -> Generator[Effect, Answer, Episode]:
+def play(
+    spec: EpisodeSpec, max_turns: int | None = None, *, fork: Fork | None = None, path: Path | None = None
+) -> Generator[Effect, Answer, Episode]:
     """Play one episode.
 
-    Yields `Reset` and `Step` (answered by `Transition`) and `ActionRequest` (answered by `Reply`); any of
-    them may be answered by `Stop`. Returns the episode, whatever happened: a failure is a value.
+    Yields `Reset`, `Step` and `Restore` (answered by `Transition`) and `ActionRequest` (answered by `Reply`);
+    any of them may be answered by `Stop`. Returns the episode, whatever happened: a failure is a value.
+
+    Args:
+        spec: what is played.
+        max_turns: limit on replies beside the environment's own; those of a parent count.
+        fork: where the episode leaves its parent, `spec.parent`. A snapshot is restored if there is one, else
+            the parent's actions are played again; where the environment answers them otherwise, the episode
+            is begun anew and shares nothing with its parent but the start.
+        path: written while the episode is played.
     """
-    turns: list[Turn] = []
+    path = Path() if path is None else path
+    path.begin(spec.parent)
     seed = derive_seed("player", spec.seed, spec.id)
-    before, task_type = Transition(""), None
-    answer = yield Reset(spec.task, spec.seed)
+    answer = yield from _opening(spec, fork, path)
     while True:
         if isinstance(answer, Stop):
-            silent = Transition("", info=before.info)  # it said nothing after the last reply
-            return _episode(spec, turns, answer.reason, silent, task_type, answer.error)
+            known = path.transitions[-1].info if path.transitions else {}
+            silent = Transition("", info=known)  # it said nothing after the last reply
+            return _episode(spec, path, answer.reason, silent, answer.error)
         before = _wanted(answer, Transition)
-        task_type = before.info.get("task_type") or task_type
+        path.transitions.append(before)
         if before.terminated or before.truncated:
             # Where a wrapper sets both flags, the environment's own verdict counts.
             reason = StopReason.TERMINATED if before.terminated else StopReason.TRUNCATED
-            return _episode(spec, turns, reason, before, task_type)
-        if max_turns is not None and len(turns) >= max_turns:
-            return _episode(spec, turns, StopReason.TURN_LIMIT, before, task_type)
-        actions = before.info.get("actions")
-        actions = None if actions is None else tuple(actions)
-        reply = yield ActionRequest(spec.id, len(turns), before.observation, actions, before.info, seed)
+            return _episode(spec, path, reason, before)
+        if max_turns is not None and len(path.turns) >= max_turns:
+            return _episode(spec, path, StopReason.TURN_LIMIT, before)
+        turn, actions = len(path.turns), _actions(before)
+        reply = yield ActionRequest(spec.id, turn, before.observation, actions, before.info, seed)
         if isinstance(reply, Stop):
-            return _episode(spec, turns, reply.reason, before, task_type, reply.error)
+            return _episode(spec, path, reply.reason, before, reply.error)
         reply = _wanted(reply, Reply)
-        answer = yield Step(reply.text)
-        turns.append(_turn(before, reply, answer))
+        answer = yield Step(reply.text, path.keep)
+        path.turns.append(_turn(before, reply, answer))
+
+
+def _opening(spec: EpisodeSpec, fork: Fork | None, path: Path) -> Generator[Effect, Answer, Answer]:
+    """Come to the state of the first reply; returns what the environment answered there."""
+    if fork is None:
+        return (yield Reset(spec.task, spec.seed, path.keep))
+    *earlier, there = fork.transitions
+    if there.snapshot is not None:
+        answer = yield Restore(there.snapshot)
+        if not isinstance(answer, Stop):
+            path.inherit(fork.turns, earlier, "restored")
+            return there
+    answer = yield Reset(spec.task, spec.seed, path.keep)
+    for turn, recorded in zip(fork.turns, earlier, strict=True):
+        if not _repeats(answer, recorded):
+            break
+        path.transitions.append(_wanted(answer, Transition))
+        answer = yield Step(turn.action, path.keep)
+        path.turns.append(turn)
+    if isinstance(answer, Stop):
+        return answer
+    if len(path.turns) == len(fork.turns) and _repeats(answer, there):
+        path.inherit(fork.turns, list(path.transitions), "replayed")
+        return answer
+    path.begin(spec.parent and BranchPoint(spec.parent.parent, 0), "diverged")
+    return (yield Reset(spec.task, spec.seed, path.keep))
+
+
+def _repeats(answer: Answer, recorded: Transition) -> bool:
+    """Whether an environment says again what was recorded, as far as a policy can tell."""
+    return not isinstance(answer, Stop) and _told(_wanted(answer, Transition)) == _told(recorded)
+
+
+def _told(answer: Transition) -> tuple[object, ...]:
+    return answer.observation, answer.terminated, answer.truncated, _actions(answer)
+
+
+def _actions(answer: Transition) -> tuple[str, ...] | None:
+    actions = answer.info.get("actions")
+    return None if actions is None else tuple(actions)
 
 
 def _turn(before: Transition, reply: Reply, answer: Answer) -> Turn:
@@ -162,27 +277,23 @@ def _turn(before: Transition, reply: Reply, answer: Answer) -> Turn:
 
 
 def _episode(
-    spec: EpisodeSpec,
-    turns: list[Turn],
-    reason: StopReason,
-    last: Transition,
-    task_type: str | None,
-    error: str | None = None,
+    spec: EpisodeSpec, path: Path, reason: StopReason, last: Transition, error: str | None = None
 ) -> Episode:
     success = last.info.get("success")
     if not reason.aborted and not isinstance(success, bool):
         reason, error = StopReason.CONTRACT, f"info['success'] is {success!r}, wanted a bool"
+    named = (answer.info.get("task_type") for answer in reversed(path.transitions))
     return Episode(
         id=spec.id,
         env=spec.env,
         task=spec.task,
         seed=spec.seed,
-        turns=tuple(turns),
+        turns=tuple(path.turns),
         stop=reason,
         success=success is True and not reason.aborted,
         error=error,
-        task_type=task_type,
-        parent=spec.parent,
+        task_type=next(filter(None, named), None),
+        parent=path.parent,
         final_observation=last.observation,
     )
 

@@ -3,10 +3,10 @@
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-from agentrl.data.trajectory import StopReason
+from agentrl.data.trajectory import StopReason, Turn
 from agentrl.env.spaces import TextSpace
 from agentrl.policy.engine import Engine, Generation, GenerationRequest, SamplingParams
 from agentrl.policy.trie import token_trie
@@ -30,6 +30,15 @@ class Player(Protocol):
         """Do one unit of work and return the replies that are done, with their episodes' ids; may be none."""
         ...
 
+    def fork(
+        self, episode_id: str, parent: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...] = ()
+    ) -> None:
+        """Begin an episode that goes on where another one left `turns`, before its first request.
+
+        The first reply begins with `prefix_ids`. A player without tokens and memory has nothing to take over.
+        """
+        ...
+
     def close(self, episode_id: str) -> None:
         """Forget an episode."""
         ...
@@ -47,6 +56,11 @@ class _Immediate(ABC):
     def poll(self) -> Sequence[Answered]:
         requests, self._requests = self._requests, []
         return [(request.episode_id, self.reply(request)) for request in requests]
+
+    def fork(
+        self, episode_id: str, parent: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...] = ()
+    ) -> None:
+        return  # the reply to a request follows from it alone
 
     def close(self, episode_id: str) -> None:
         self._requests = [request for request in self._requests if request.episode_id != episode_id]
@@ -89,6 +103,15 @@ class HumanPlayer(_Immediate):
         return Reply(self._ask(request))
 
 
+@dataclass(frozen=True, slots=True)
+class _Inheritance:
+    """What the first request of an episode brings along that left another one, its parent."""
+
+    parent: str | None = None
+    ids: tuple[int, ...] = ()  # of the sequence that it goes on with
+    begun: tuple[int, ...] = ()  # of the parent's reply
+
+
 @dataclass(slots=True)
 class _Conversation:
     """What has been said in an episode, and how many tokens its current sequence holds."""
@@ -96,10 +119,19 @@ class _Conversation:
     history: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     held: int = 0
     submitted: bool = False  # whether the engine knows the sequence
+    inheritance: _Inheritance = _Inheritance()
 
     def extend(self, observation: str, prompt: int, fresh: bool, action_ids: tuple[int, ...]) -> None:
         self.history.append((observation, action_ids))
         self.held = (0 if fresh else self.held) + prompt + len(action_ids)
+
+    @classmethod
+    def of(cls, turns: Sequence[Turn]) -> "_Conversation":
+        """As it was after the turns."""
+        conversation = cls()
+        for turn in turns:
+            conversation.extend(turn.observation, len(turn.prompt_ids), turn.fresh, turn.action_ids)
+        return conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +140,7 @@ class _Pending:
     prompt_ids: tuple[int, ...]
     fresh: bool
     texts: dict[tuple[int, ...], str] | None  # the admissible replies, where the reply is one of them
+    given: tuple[int, ...] = ()  # what the engine was given of the reply
 
 
 class LanguagePlayer:
@@ -134,27 +167,55 @@ class LanguagePlayer:
 
     def submit(self, request: ActionRequest) -> None:
         conversation = self._conversations.setdefault(request.episode_id, _Conversation())
+        inherited, conversation.inheritance = conversation.inheritance, _Inheritance()
         prompt = self._dialogue.prompt(conversation.history, request.observation)
-        texts = None
-        if self._choices and request.actions:
-            texts = {self._dialogue.encode_reply(action): action for action in request.actions}
+        texts = self._texts(request, inherited.begun)
+        if texts is not None and not texts:
+            error = f"none of info['actions'] begins as the reply that was left: {inherited.begun}"
+            self._stopped.append((request.episode_id, Stop(StopReason.ENGINE_ERROR, error)))
+            return
         room = max(map(len, texts)) if texts else self._sampling.max_tokens
         length = (0 if prompt.fresh else conversation.held) + len(prompt.ids) + room
         if length > self._engine.max_context:
             self._stopped.append((request.episode_id, _too_long(length, self._engine.max_context)))
             return
-        self._pending[request.episode_id] = _Pending(request, tuple(prompt.ids), prompt.fresh, texts)
+        given = () if texts else inherited.begun  # choices lead there by themselves
+        pending = _Pending(request, tuple(prompt.ids), prompt.fresh, texts, given)
+        self._pending[request.episode_id] = pending
         conversation.submitted = True
         self._engine.submit(
             GenerationRequest(
                 sequence=request.episode_id,
-                prompt_ids=tuple(prompt.ids),
-                fresh=prompt.fresh,
+                prompt_ids=(*(() if prompt.fresh else inherited.ids), *prompt.ids, *given),
+                fresh=prompt.fresh or bool(inherited.ids),
                 choices=tuple(texts) if texts else None,
                 seed=derive_seed(request.seed, "turn", request.turn),
-                sampling=self._sampling,
+                sampling=self._shortened(len(given)),
+                parent=inherited.parent,
             )
         )
+
+    def _texts(self, request: ActionRequest, begun: tuple[int, ...]) -> dict[tuple[int, ...], str] | None:
+        """The admissible replies that begin so, by their tokens; None where any text is one."""
+        if not self._choices or not request.actions:
+            return None
+        texts = {self._dialogue.encode_reply(action): action for action in request.actions}
+        return {ids: text for ids, text in texts.items() if ids[: len(begun)] == begun}
+
+    def _shortened(self, tokens: int) -> SamplingParams:
+        sampling = self._sampling
+        return replace(sampling, max_tokens=sampling.max_tokens - tokens) if tokens else sampling
+
+    def fork(
+        self, episode_id: str, parent: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...] = ()
+    ) -> None:
+        conversation = self._conversations[episode_id] = _Conversation.of(turns)
+        ids: list[int] = []
+        for turn in turns:
+            if turn.fresh:
+                ids.clear()
+            ids += [*turn.prompt_ids, *turn.action_ids]
+        conversation.inheritance = _Inheritance(parent, tuple(ids), prefix_ids)
 
     def poll(self) -> Sequence[Answered]:
         if self._stopped:
@@ -177,7 +238,12 @@ class LanguagePlayer:
         pending = self._pending.pop(generation.sequence)
         if generation.error is not None:
             return Stop(StopReason.ENGINE_ERROR, generation.error)
-        ids = generation.token_ids
+        given = pending.given
+        ids, known = (*given, *generation.token_ids), (0.0,) * len(given)
+        allowed = generation.allowed
+        if given:
+            rest = allowed or (None,) * len(generation.token_ids)
+            allowed = (*((token,) for token in given), *rest)
         self._conversations[generation.sequence].extend(
             pending.request.observation, len(pending.prompt_ids), pending.fresh, ids
         )
@@ -187,9 +253,9 @@ class LanguagePlayer:
             text=text,
             prompt_ids=pending.prompt_ids,
             action_ids=ids,
-            logprobs=generation.logprobs,
-            entropies=generation.entropies,
-            allowed=generation.allowed,
+            logprobs=(*known, *generation.logprobs),
+            entropies=(*known, *generation.entropies),
+            allowed=allowed,
             fresh=pending.fresh,
             valid=valid,
             finish=generation.finish,
@@ -263,6 +329,13 @@ class DemonstrationPlayer(_Immediate):
             fresh=prompt.fresh,
             imitable=disturbance is None,
         )
+
+    def fork(
+        self, episode_id: str, parent: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...] = ()
+    ) -> None:
+        if prefix_ids:
+            raise ValueError(f"{episode_id!r} begins inside a reply, but an expert gives whole ones")
+        self._conversations[episode_id] = _Conversation.of(turns)
 
     def close(self, episode_id: str) -> None:
         super().close(episode_id)

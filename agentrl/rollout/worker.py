@@ -22,14 +22,15 @@ import cloudpickle
 from agentrl.data.trajectory import StopReason
 from agentrl.errors import AgentRLError
 from agentrl.rollout.environments import Make, TextGym, made_or_stop, transition_or_stop
-from agentrl.rollout.play import Reset, Step, Stop
+from agentrl.rollout.play import EnvironmentCall, Reset, Restore, Step, Stop
 
-# (place, kind, payload): construct | reset | step | discard | ask | time
+# (place, kind, payload): construct | reset | step | restore | discard | ask | time
 Request = tuple[int, str, Any]
 # (place, kind, payload): transition | stop | void | refused | value | callable | raised
 Answer = tuple[int, str, Any]
 
 _LENGTH = struct.Struct(">Q")
+_LARGEST_SNAPSHOT = 1 << 16  # bytes; to play the actions again costs less than to send more with every step
 
 
 def pack(message: object) -> bytes:
@@ -123,13 +124,16 @@ class Server:
         self._envs[place] = made
         return "value", None
 
-    def _reset(self, place: int, payload: tuple[str, int]) -> tuple[str, Any]:
+    def _reset(self, place: int, payload: tuple[str, int, bool]) -> tuple[str, Any]:
         return self._effect(place, Reset(*payload))
 
-    def _step(self, place: int, payload: str) -> tuple[str, Any]:
-        return self._effect(place, Step(payload))
+    def _step(self, place: int, payload: tuple[str, bool]) -> tuple[str, Any]:
+        return self._effect(place, Step(*payload))
 
-    def _effect(self, place: int, effect: Reset | Step) -> tuple[str, Any]:
+    def _restore(self, place: int, payload: tuple[bytes]) -> tuple[str, Any]:
+        return self._effect(place, Restore(pickle.loads(payload[0])))
+
+    def _effect(self, place: int, effect: EnvironmentCall) -> tuple[str, Any]:
         if place not in self._envs:
             return "void", None  # it could not be constructed, which has been said already
         answer = transition_or_stop(self._envs[place], effect)
@@ -141,6 +145,7 @@ class Server:
             answer.terminated,
             answer.truncated,
             dict(answer.info),
+            _portable(answer.snapshot),
         )
 
     def _discard(self, place: int, payload: None) -> tuple[str, Any]:
@@ -164,6 +169,17 @@ class Server:
 
     def _time(self, place: int, payload: tuple[Sequence[str], int]) -> tuple[str, Any]:
         return "value", astuple(time_calls(self._envs[place], *payload))
+
+
+def _portable(snapshot: Any) -> bytes | None:
+    """A snapshot as it travels, None for what cannot: only a worker need know what it is."""
+    if snapshot is None:
+        return None
+    try:
+        content = pickle.dumps(snapshot, protocol=5)
+    except Exception:
+        return None
+    return content if len(content) <= _LARGEST_SNAPSHOT else None
 
 
 def serve(connection: socket.socket) -> None:

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import IO, Any, cast
 
 import cloudpickle
@@ -24,7 +24,7 @@ import psutil
 from agentrl.data.trajectory import StopReason
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.rollout.environments import Answered, Environments, Make, TextGym, overdue
-from agentrl.rollout.play import Reset, Step, Stop, Transition
+from agentrl.rollout.play import EnvironmentCall, Step, Stop, Transition
 from agentrl.rollout.settings import WorkersConfig
 from agentrl.rollout.worker import Answer, CallTimes, Request, pack, unpack
 
@@ -55,7 +55,7 @@ class ProcessEnvironments(Environments):
         self._workers: list[_Worker] = []
         self._leaving: list[_Worker] = []
         self._where: dict[str, _Place | None] = {}  # None: its worker is gone
-        self._backlog: deque[tuple[str, Reset]] = deque()
+        self._backlog: deque[tuple[str, EnvironmentCall]] = deque()
         self._ready: deque[Answered] = deque()
         self._shunned: dict[str, _Worker] = {}  # where an episode failed: it is tried elsewhere
         self._told: dict[_Place, Answer] = {}  # answers to whoever borrowed the place
@@ -63,17 +63,17 @@ class ProcessEnvironments(Environments):
 
     # What the collector calls.
 
-    def submit(self, episode: str, effect: Reset | Step) -> None:
+    def submit(self, episode: str, effect: EnvironmentCall) -> None:
         place = self._where.get(episode)
         if place is not None:
-            self._request(place, effect)
+            self._call(place, effect)
         elif episode in self._where:
             lost = "its worker died while it was not being asked"
             self._ready.append((episode, Stop(StopReason.WORKER_ERROR, lost, bystander=True)))
-        elif isinstance(effect, Reset):
-            self._backlog.append((episode, effect))
-        else:
+        elif isinstance(effect, Step):
             raise ValueError(f"{episode!r} is not being played, so it cannot step")
+        else:
+            self._backlog.append((episode, effect))
 
     def poll(self, *, wait: bool) -> Sequence[Answered]:
         self._seat_waiting()
@@ -150,19 +150,16 @@ class ProcessEnvironments(Environments):
 
     # Requests and answers.
 
-    def _request(self, place: "_Place", effect: Reset | Step | str, payload: Any = None) -> None:
-        if isinstance(effect, Reset):
-            kind, payload = "reset", (effect.task, effect.seed)
-        elif isinstance(effect, Step):
-            kind, payload = "step", effect.action
-        else:
-            kind = effect
+    def _request(self, place: "_Place", kind: str, payload: Any = None) -> None:
         place.worker.outbox.append((place.index, kind, payload))
+
+    def _call(self, place: "_Place", call: EnvironmentCall) -> None:
+        self._request(place, type(call).__name__.lower(), astuple(call))
 
     def _seat_waiting(self) -> None:
         """Give places to the episodes that have none, starting workers while there are too few."""
         while self._backlog:
-            episode, reset = self._backlog[0]
+            episode, call = self._backlog[0]
             place = self._free_place(episode)
             if place is None:
                 return
@@ -173,7 +170,7 @@ class ProcessEnvironments(Environments):
             if not place.made:
                 self._request(place, "construct")
                 place.made = True
-            self._request(place, reset)
+            self._call(place, call)
 
     def _free_place(self, episode: str | None) -> "_Place | None":
         """A place on an idle worker, else on a new one, else on the least busy one."""

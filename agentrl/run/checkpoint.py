@@ -23,12 +23,14 @@ class Progress:
     Args:
         stage: `warm_start` or `train`.
         step: completed steps of that stage.
-        history: past means of each logged scalar, one per training step.
+        history: past values of each logged scalar, one per training step that logged it.
+        tasks_drawn: training tasks played so far.
     """
 
     stage: str
     step: int
     history: Mapping[str, list[float]] = field(default_factory=dict)
+    tasks_drawn: int = 0
 
 
 def save_checkpoint(

@@ -127,6 +127,35 @@ def draw_entropy_over_steps(rows: Sequence[Row]) -> str:
         return _uri(figure)
 
 
+def draw_signals(rows: Sequence[Row], most: int = 36) -> str | None:
+    """What else was logged while training, one small curve each: what a method says about itself.
+
+    Args:
+        rows: of the training stage.
+        most: curves; those that never change are left out.
+
+    Returns:
+        None where nothing is left.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row if _is_signal(name)))
+    curves = [(name, *_series(rows, name)) for name in names]
+    curves = [curve for curve in curves if len(set(curve[2])) > 1][:most]
+    if not curves:
+        return None
+    with mpl.rc_context(_STYLE | {"axes.titlesize": 7.5, "font.size": 6.5}):
+        lines = -(-len(curves) // 4)
+        figure = Figure(figsize=(7.6, 1.25 * lines), layout="constrained")
+        grid = figure.subplots(lines, 4, squeeze=False)
+        for axes in grid.flat[len(curves) :]:
+            axes.remove()
+        for axes, (name, steps, values) in zip(grid.flat, curves, strict=False):
+            axes.plot(steps, values, color=_GREY, alpha=0.5, linewidth=0.6)
+            axes.plot(steps, moving_mean(values, 9), color=_INK, linewidth=1.1)
+            axes.set_title(_plain(name.removeprefix("learner/")))
+            axes.grid(axis="y")
+        return _uri(figure)
+
+
 def draw_entropy_by_turn(by_turn: Mapping[str, Sequence[float]]) -> str:
     """Entropy of each turn of an episode, on the panel.
 
@@ -160,6 +189,11 @@ def moving_mean(values: Sequence[float], window: int) -> list[float]:
     half = window // 2
     around = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
     return [sum(near) / len(near) for near in around]
+
+
+def _is_signal(name: str) -> bool:
+    """Whether no other figure shows it."""
+    return name.startswith(("learner/", "branches/", "groups_kept", "rounds", "invalid", "turns"))
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:

@@ -118,6 +118,7 @@ def _content(folder: Path) -> dict[str, Any]:
         if training
         else "",
         "entropy_figures": entropy_figures,
+        "signals_figure": figures.draw_signals(training) if training else None,
         "episodes_source": source,
         "episodes": _shown_episodes(episodes),
         "facts": list(_facts(summary, manifest)),

@@ -6,7 +6,7 @@ from importlib.metadata import files
 from pathlib import Path
 from typing import Any, Literal
 
-from agentrl.algorithms.recipe import Recipe, build_recipe
+from agentrl.algorithms.recipe import Recipe, build_recipe, recipe_tree
 from agentrl.config import build, merge, read_yaml, to_tree
 from agentrl.env.settings import EnvConfig
 from agentrl.errors import ConfigError
@@ -179,7 +179,7 @@ def config_from_tree(tree: Mapping[str, Any]) -> RunConfig:
 def config_tree(config: RunConfig) -> dict[str, Any]:
     """Plain values, ready for YAML; `config_from_tree` reads them back."""
     tree = {item.name: to_tree(getattr(config, item.name)) for item in fields(config)}
-    tree["algorithm"] = {"name": config.algorithm.name} | to_tree(config.algorithm)
+    tree["algorithm"] = recipe_tree(config.algorithm)
     return tree
 
 

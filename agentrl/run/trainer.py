@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,15 @@ import torch
 
 from agentrl.algorithms.algorithm import Context, check_requirements, prepare
 from agentrl.data.storage import write_episodes
-from agentrl.data.trajectory import Episode, Group
+from agentrl.data.trajectory import Episode
 from agentrl.env.registry import Factory, check_id
-from agentrl.errors import ConfigError, TooManyAbortedError
+from agentrl.errors import ConfigError, NonFiniteError, TooManyAbortedError
 from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner
-from agentrl.policy.model import save_policy
-from agentrl.rollout.collector import Collection, Quarantine, collect
+from agentrl.policy.model import output_weight, save_policy
+from agentrl.policy.tokens import fingerprint
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.placement import open_environments, settle
-from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import ExpertPlayer, Player, RandomPlayer
 from agentrl.run.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from agentrl.run.evaluate import (
@@ -41,9 +39,9 @@ from agentrl.run.logbook import Logbook
 from agentrl.run.metrics import rollout_metrics
 from agentrl.run.players import Policy, fit_policy, load, scripted_player
 from agentrl.run.report import results_table, write_report
+from agentrl.run.rollouts import Played, Rollouts
 from agentrl.run.settings import RunConfig
 from agentrl.run.warm_start import cloning, cloning_batches, demonstrations, names_actions
-from agentrl.seeds import derive_seed
 
 
 def train(config: RunConfig, *, quiet: bool = False) -> Run:
@@ -68,21 +66,6 @@ def resume(folder: str | Path, *overrides: str, quiet: bool = False) -> Run:
         return Trainer(active.config, active, interruption, quiet=quiet).run()
 
 
-class TaskOrder:
-    """Every task once per epoch, in an order of the seed's, without a list of them."""
-
-    def __init__(self, tasks: Sequence[str], seed: int) -> None:
-        self._tasks, self._seed = tasks, seed
-
-    def __getitem__(self, cursor: int) -> str:
-        size = len(self._tasks)
-        epoch, place = divmod(cursor, size)
-        stride = derive_seed(self._seed, "stride", epoch) % size
-        while gcd(stride, size) != 1:
-            stride += 1
-        return self._tasks[(derive_seed(self._seed, "offset", epoch) + place * stride) % size]
-
-
 class Trainer:
     """The stages of one run. What it must remember is in the run's folder.
 
@@ -105,7 +88,6 @@ class Trainer:
         rollout, self.settled = settle(self._factory(), config.rollout, config.env.split, config.seed)
         self.config = config = replace(config, rollout=rollout)
         self.environments = self._training_environments(expert=False)
-        self.quarantine = Quarantine(rollout.max_attempts)
         try:
             self._get_ready(active)
         except BaseException:
@@ -114,10 +96,12 @@ class Trainer:
         self.engine = self.policy.engine(config)
         self.cloner = Learner(self.policy.model, config.warm_start.learner)
         self.learner = self._learner()
+        self.rollouts = Rollouts(config, self.algorithm, self.tasks, self.environments)
         self.logbook = Logbook(self.active.folder, quiet=quiet)
         self.history: dict[str, list[float]] = {}
         self.clocks: dict[str, float] = defaultdict(float)
         self.stage, self.step, self.saved = "warm_start", 0, -1
+        self.tasks_drawn = 0
 
     def _get_ready(self, active: Run | None) -> None:
         """Ask the environment for its tasks, and have a folder and a policy."""
@@ -162,6 +146,12 @@ class Trainer:
                 f"stopped after {self.stage} step {self.step}; "
                 f"continue with: agentrl train --resume {self.active.folder}"
             ) from interrupt
+        except NonFiniteError as error:
+            self._save()
+            raise NonFiniteError(
+                f"{self.stage} step {self.step + 1}: {error}\n"
+                f"the steps before it are kept; go on with: agentrl train --resume {self.active.folder}"
+            ) from error
         finally:
             self.environments.close()
         return self.active
@@ -193,85 +183,66 @@ class Trainer:
         if self.stage != "train":
             self.stage, self.step, self.saved = "train", 0, -1
             self.learner = self._learner()  # its reference, if any, is the warm-started policy
-        order = TaskOrder(self.tasks, derive_seed(self.config.seed, "train"))
         every = self.config.evaluation.every
         with self.logbook.stage("training", total=self.config.trainer.steps, done=self.step):
             while self.step < self.config.trainer.steps:
-                self._train_step(order)
+                self._train_step()
                 self._save_now_and_then()
                 if every and self.step % every == 0 and self.step < self.config.trainer.steps:
                     self._evaluate(f"step-{self.step:06d}")
         self._save()
 
-    def _train_step(self, order: TaskOrder) -> None:
-        groups, failures, seconds = self._rollout(order)
-        episodes = [episode for group in groups for episode in group.episodes]
-        context = Context(self.step, self.config.trainer.steps, self.history)
-        batch = prepare(self.algorithm, groups, context)
-        metrics = rollout_metrics(episodes) | {
-            "episodes_kept": len(batch.episodes) / len(episodes),
-            "retried": float(len(failures)),
-            "quarantined_tasks": float(len(self.quarantine.tasks)),
+    def _train_step(self) -> None:
+        context = self._context()
+        temperature = self.rollouts.temperature(context)
+        played, seconds = self._rollout(context, temperature)
+        batch = prepare(self.algorithm, played.kept, context, selected=True)
+        metrics = rollout_metrics(played.episodes) | {
+            "episodes_kept": len(batch.episodes) / len(played.episodes),
+            "quarantined_tasks": float(len(self.rollouts.quarantine.tasks)),
             "worker_restarts": float(self.environments.restarts),
+            **played.metrics(),
         }
         with self.interruption.shield(), self._clock("learning"):
             if len(batch.lengths):
+                self.learner.forward = replace(self.learner.forward, temperature=temperature)
                 learned = self.learner.update(batch, self.algorithm, context)
                 metrics |= {f"learner/{key}": value for key, value in learned.items()}
             self.step += 1
+            self.tasks_drawn += len(played.groups)
             for key, value in metrics.items():
                 self.history.setdefault(key, []).append(value)
             self.logbook.write({"stage": "train", "step": self.step} | metrics, seconds=seconds)
         if (every := self.config.trainer.save_episodes_every) and self.step % every == 0:
-            write_episodes(self.active.folder / "episodes" / f"train-{self.step:06d}.parquet", episodes)
+            path = self.active.folder / "episodes" / f"train-{self.step:06d}.parquet"
+            write_episodes(path, played.episodes)
 
-    def _rollout(self, order: TaskOrder) -> tuple[list[Group], Sequence[Episode], float]:
-        """Play the step's groups; environments draw from (seed, step, group), replies also from the id.
-
-        Returns:
-            The groups, the attempts that failed and were made again, and the seconds it took.
-        """
-        block, step, size = self.config.rollout, self.step, self.config.rollout.group_size
-        tasks = [order[step * block.groups_per_step + index] for index in range(block.groups_per_step)]
-        specs = [
-            EpisodeSpec(
-                f"train-{step}-{index}-{member}",
-                self.config.env.id,
-                task,
-                derive_seed(self.config.seed, "rollout", step, index),  # one start for the whole group
-            )
-            for index, task in enumerate(tasks)
-            for member in range(size)
-        ]
+    def _rollout(self, context: Context, temperature: float) -> tuple[Played, float]:
+        """Play the step's groups; also how many seconds it took."""
         began = time.perf_counter()
-        with self._clock("rollout"):
-            played = self._collected(specs)
-        self.clocks["rollout.environment.wall"] += played.environment_seconds
-        self.clocks["rollout.generation.wall"] += played.player_seconds
-        members = [played.episodes[start : start + size] for start in range(0, len(specs), size)]
-        groups = [Group(task, episodes) for task, episodes in zip(tasks, members, strict=True)]
-        return groups, played.failures, time.perf_counter() - began
-
-    def _collected(self, specs: Sequence[EpisodeSpec]) -> Collection:
-        block = self.config.rollout
         try:
-            return collect(
-                specs,
-                self._player(block.temperature),
-                self.environments,
-                max_active=block.max_active,
-                max_turns=block.max_turns,
-                max_attempts=block.max_attempts,
-                max_aborted_share=block.max_aborted_share,
-                quarantine=self.quarantine,
-            )
+            with self._clock("rollout"):
+                played = self.rollouts.play(self._player(temperature), self.tasks_drawn, context)
         except TooManyAbortedError as error:
             self._save()
             raise TooManyAbortedError(
-                f"training step {self.step + 1}, {len(specs)} episodes, "
-                f"rollout.max_aborted_share={block.max_aborted_share}: {error}\n"
+                f"training step {self.step + 1}, "
+                f"rollout.max_aborted_share={self.config.rollout.max_aborted_share}: {error}\n"
                 f"mend the cause and continue with: agentrl train --resume {self.active.folder}"
             ) from error
+        self.clocks["rollout.environment.wall"] += played.environment_seconds
+        self.clocks["rollout.generation.wall"] += played.player_seconds
+        return played, time.perf_counter() - began
+
+    def _context(self) -> Context:
+        return Context(
+            self.step,
+            self.config.trainer.steps,
+            self.history,
+            self.config.seed,
+            vocabulary=len(output_weight(self.policy.model)),
+            tokenizer=fingerprint(self.policy.tokenizer),
+        )
 
     def _evaluate(self, name: str) -> None:
         """Measure a policy on the panel, unless the folder says that it was."""
@@ -363,14 +334,15 @@ class Trainer:
     def _arithmetic(self) -> str:
         rollout, steps = self.config.rollout, self.config.trainer.steps
         warm, plays = self.config.warm_start, len(self.panel.tasks) * self.config.evaluation.repeats
-        per_step = rollout.groups_per_step * rollout.group_size
-        size = sum(parameter.numel() for parameter in self.policy.model.parameters())
+        size = self.rollouts.group_size
+        per_step = rollout.groups_per_step * size
+        parameters = sum(parameter.numel() for parameter in self.policy.model.parameters())
         updates = self.config.learner.updates_per_step
         return (
             f"{self.active.folder}: {self.config.env.id} with {self.config.algorithm.name}, "
-            f"{size:,} parameters on {self.policy.model.device}\n"
+            f"{parameters:,} parameters on {self.policy.model.device}\n"
             f"cloning: {warm.steps} steps x {warm.batch_size} demonstrations\n"
-            f"training: {steps} steps x ({rollout.groups_per_step} tasks x {rollout.group_size} episodes) = "
+            f"training: {steps} steps x ({rollout.groups_per_step} tasks x {size} episodes) = "
             f"{steps * per_step:,} episodes, {steps * updates:,} updates\n"
             f"evaluation: {plays} episodes of {self.panel.split} per policy and decoding, "
             f"panel {self.panel.hash[:12]}"
@@ -408,11 +380,13 @@ class Trainer:
             ) from error
 
     def _learner(self) -> Learner:
-        needs_reference = "reference" in self.algorithm.requires
+        wanted = self.algorithm.requires
+        reference = copy.deepcopy(self.policy.model) if "reference" in wanted else None
         learner = Learner(
             self.policy.model,
             self.config.learner,
-            reference=copy.deepcopy(self.policy.model).requires_grad_(False) if needs_reference else None,
+            reference=None if reference is None else reference.requires_grad_(False),
+            critic="values" in wanted,
             forward=Forward(temperature=self.config.rollout.temperature),
         )
         check_requirements(self.algorithm, learner.provides)
@@ -456,14 +430,16 @@ class Trainer:
     def _save(self) -> None:
         if self.saved == self.step:
             return
-        learner = self.learner if self.stage == "train" else self.cloner
+        state = (self.learner if self.stage == "train" else self.cloner).state_dict()
+        if self.stage == "train" and self.algorithm.replay is not None:
+            state["replay"] = self.algorithm.replay.state_dict()
         recent = self.history.get("success", [])[-self.config.trainer.checkpoint_every :]
         with self.interruption.shield():
             save_checkpoint(
                 self.active.folder / "checkpoints",
-                Progress(self.stage, self.step, self.history),
+                Progress(self.stage, self.step, self.history, self.tasks_drawn),
                 self.policy.model,
-                learner.state_dict(),
+                state,
                 score=sum(recent) / len(recent) if recent else None,
             )
             self._save_clocks()
@@ -484,6 +460,9 @@ class Trainer:
         progress, state = load_checkpoint(path, self.policy.model)
         self.stage, self.step, self.saved = progress.stage, progress.step, progress.step
         self.history = {key: list(values) for key, values in progress.history.items()}
+        self.tasks_drawn = progress.tasks_drawn
         (self.learner if self.stage == "train" else self.cloner).load_state_dict(state)
+        if self.stage == "train" and self.algorithm.replay is not None:
+            self.algorithm.replay.load_state_dict(state["replay"], self._context())
         self.logbook.truncate(self.stage, self.step)
         self.logbook.say(f"continuing {self.active.folder} after {self.stage} step {self.step}")

@@ -7,18 +7,19 @@ import torch
 from agentrl.algorithms.algorithm import (
     Algorithm,
     Context,
-    RolloutPlan,
     Term,
     check_requirements,
     compute_advantages,
     drop_equal_returns,
+    excludes,
     given,
     prepare,
     requirements,
     requires,
+    trait,
 )
 from agentrl.data import Episode, Group, StopReason, Turn
-from agentrl.errors import RequirementError
+from agentrl.errors import ConfigError, RequirementError
 
 CONTEXT = Context()
 TURN = Turn("o", "a", prompt_ids=(1,), action_ids=(2,), fresh=True)
@@ -113,13 +114,22 @@ def test_a_missing_requirement_is_refused_with_the_slot_that_has_it():
     check_requirements(algorithm, {"entropy", "old_logprobs", "topk:10"})
 
 
-def test_a_rollout_hook_that_nobody_would_call_is_refused():
-    algorithm = Algorithm(rollout=RolloutPlan(branch=lambda episode, context: True))
-    with pytest.raises(RequirementError, match="rollout requires branching"):
-        check_requirements(algorithm, {"old_logprobs"})
+def test_components_that_contradict_each_other_are_refused_with_the_reason():
+    @trait("sequence ratio")
+    def whole(outputs, mini):
+        return outputs.logprobs
+
+    @excludes(sequence_ratio="one bounds tokens, the other sequences")
+    def surrogate(outputs, mini, bounds, scale=1.0):
+        return outputs.logprobs
+
+    Algorithm(ratio=whole)
+    Algorithm(surrogate=surrogate)
+    with pytest.raises(ConfigError, match="surrogate does not go with ratio: one bounds tokens"):
+        Algorithm(ratio=whole, surrogate=partial(surrogate, scale=2.0))
 
 
 def test_reading_a_field_that_nothing_filled_is_refused():
-    with pytest.raises(RequirementError, match=r"Batch\.old_entropies is empty"):
+    with pytest.raises(RequirementError, match="old_entropies is empty"):
         given(None, "old_entropies")
     assert given(torch.ones(1), "old_entropies").item() == 1

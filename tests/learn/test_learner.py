@@ -468,7 +468,7 @@ def test_the_reference_is_part_of_the_state():
 
 def test_a_state_that_does_not_fit_is_refused():
     state = learner_of().state_dict()
-    with pytest.raises(CheckpointError, match=r"\('muon', False\), wanted \('adamw', False\)"):
+    with pytest.raises(CheckpointError, match=r"\('muon', False, False\), wanted \('adamw', False, False\)"):
         learner_of(optimizer="adamw").load_state_dict(state)
     with pytest.raises(CheckpointError, match="does not fit this policy"):
         learner_of().load_state_dict(state | {"optimizers": state["optimizers"][:1]})

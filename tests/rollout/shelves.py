@@ -1,12 +1,13 @@
 """A tiny environment, and players and engines that count what is asked of them."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 
-from agentrl.data.trajectory import Episode
+from agentrl.data.trajectory import Episode, Turn
 from agentrl.errors import ConfigError
 from agentrl.policy.engine import Generation, GenerationRequest
 from agentrl.rollout.play import ActionRequest, EpisodeSpec, Reply, Stop
@@ -47,6 +48,28 @@ class Shelves(gymnasium.Env[str, str]):
         self.closed += 1
 
 
+class Kept(Shelves):
+    """Declares snapshots; counts what is asked of it, by the name of the call."""
+
+    calls: ClassVar[Counter[str]] = Counter()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.calls["reset"] += 1
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: str) -> Any:
+        self.calls["step"] += 1
+        return super().step(action)
+
+    def snapshot(self) -> tuple[str, int, int]:
+        self.calls["snapshot"] += 1
+        return self.task, self.left, self.steps
+
+    def restore(self, snapshot: tuple[str, int, int]) -> None:
+        self.calls["restore"] += 1
+        self.task, self.left, self.steps = snapshot
+
+
 def specs(tasks: Sequence[int], seed: int = 0) -> list[EpisodeSpec]:
     return [EpisodeSpec(f"e{i}", "test/Shelves-v0", str(task), seed + i) for i, task in enumerate(tasks)]
 
@@ -59,8 +82,11 @@ class CountingPlayer:
     waiting: list[ActionRequest] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
     largest: int = 10**9  # replies per poll at most
+    forked: list[tuple[str, str, int]] = field(default_factory=list)  # child, parent, turns
+    known: set[str] = field(default_factory=set)
 
     def submit(self, request: ActionRequest) -> None:
+        self.known.add(request.episode_id)
         self.waiting.append(request)
 
     def poll(self) -> list[tuple[str, Reply | Stop]]:
@@ -68,7 +94,15 @@ class CountingPlayer:
         done, self.waiting = self.waiting[: self.largest], self.waiting[self.largest :]
         return [(request.episode_id, Reply(f"{request.seed % 1000}/{request.turn}")) for request in done]
 
+    def fork(
+        self, episode_id: str, parent: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...] = ()
+    ) -> None:
+        again = episode_id in [child for child, _, _ in self.forked]
+        assert again or parent in self.known, "a parent was closed before its child had left it"
+        self.forked.append((episode_id, parent, len(turns)))
+
     def close(self, episode_id: str) -> None:
+        self.known.discard(episode_id)
         self.closed.append(episode_id)
 
 

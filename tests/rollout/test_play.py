@@ -1,18 +1,22 @@
 """The episode loop, driven by hand: what it asks for, and what it makes of the answers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from agentrl.data.trajectory import BranchPoint, Episode, Outcome, StopReason
+from agentrl.data.trajectory import BranchPoint, Episode, Outcome, StopReason, Turn
 from agentrl.rollout.play import (
     ActionRequest,
     Answer,
     Effect,
     EpisodeSpec,
+    Fork,
+    Path,
     Reply,
     Reset,
+    Restore,
     Step,
     Stop,
     Transition,
@@ -27,9 +31,9 @@ def info(**more: Any) -> dict[str, Any]:
 
 
 def drive(
-    answers: Sequence[Answer], spec: EpisodeSpec = SPEC, max_turns: int | None = None
+    answers: Sequence[Answer], spec: EpisodeSpec = SPEC, max_turns: int | None = None, **more: Any
 ) -> tuple[list[Effect], Episode]:
-    loop = play(spec, max_turns)
+    loop = play(spec, max_turns, **more)
     effects = [next(loop)]
     for answer in answers:
         try:
@@ -196,3 +200,116 @@ def test_an_answer_of_the_wrong_kind_is_the_drivers_mistake() -> None:
     next(loop)
     with pytest.raises(TypeError, match="was sent a Reply, wanted a Transition or a Stop"):
         loop.send(Reply("x"))
+
+
+# Forks.
+
+CHILD = replace(SPEC, id="e2", parent=BranchPoint("e1", 2))
+TURNS = (Turn("a room", "look", reward=0.25), Turn("a lamp", "take lamp", reward=0.5))
+WAY = (
+    Transition("a room", info=info(actions=["look"])),
+    Transition("a lamp", 0.25, info=info(task_type="easy")),
+    Transition("it is heavy", 0.5, info=info(actions=["go", "win"], state_key="heavy")),
+)
+END: list[Answer] = [Reply("win"), Transition("you won", 1.0, terminated=True, info={"success": True})]
+
+
+def kept(snapshot: Any) -> Fork:
+    return Fork(TURNS, (*WAY[:2], replace(WAY[2], snapshot=snapshot)))
+
+
+def test_a_fork_with_a_snapshot_goes_on_from_there_with_its_parents_turns() -> None:
+    path = Path()
+    effects, episode = drive([Transition(""), *END], CHILD, fork=kept("a point"), path=path)
+    assert effects[0] == Restore("a point")
+    assert isinstance(effects[1], ActionRequest)
+    assert (effects[1].turn, effects[1].observation, effects[1].actions) == (2, "it is heavy", ("go", "win"))
+    assert effects[1].info["state_key"] == "heavy"
+    assert episode.turns[0] is TURNS[0]
+    assert episode.turns[1] is TURNS[1]
+    assert [turn.reward for turn in episode.turns] == [0.25, 0.5, 1.0]
+    assert (episode.parent, episode.task_type, episode.outcome) == (CHILD.parent, "easy", Outcome.SUCCESS)
+    assert (path.branching, path.inherited, len(path.transitions)) == ("restored", 2, 4)
+
+
+def test_a_fork_without_a_snapshot_plays_the_parents_actions_again() -> None:
+    path = Path()
+    again = [replace(answer, reward=9.0) for answer in WAY]
+    effects, episode = drive([*again, *END], CHILD, fork=Fork(TURNS, WAY), path=path)
+    assert effects[:3] == [Reset("train-3", 5), Step("look"), Step("take lamp")]
+    assert isinstance(effects[3], ActionRequest)
+    assert effects[3].turn == 2
+    # The rewards are those that the parent was given.
+    assert [turn.reward for turn in episode.turns] == [0.25, 0.5, 1.0]
+    assert episode.turns[:2] == TURNS
+    assert (path.branching, path.inherited, episode.parent) == ("replayed", 2, CHILD.parent)
+
+
+def test_where_a_snapshot_cannot_be_restored_the_actions_are_played_again() -> None:
+    path, no = Path(), Stop(StopReason.ENV_ERROR, "no")
+    effects, restored = drive([Transition(""), *END], CHILD, fork=kept("a point"))
+    effects, replayed = drive([no, *WAY, *END], CHILD, fork=kept("a point"), path=path)
+    assert effects[:4] == [Restore("a point"), Reset("train-3", 5), Step("look"), Step("take lamp")]
+    assert path.branching == "replayed"
+    assert replayed == restored
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"observation": "another room"},
+        {"terminated": True},
+        {"truncated": True},
+        {"info": info(actions=["go"])},
+        {"info": info(actions=["win", "go"])},
+    ],
+)
+def test_a_replay_that_is_answered_otherwise_begins_the_episode_anew(
+    place: int, other: dict[str, Any]
+) -> None:
+    path = Path()
+    answers: list[Answer] = [*WAY[:place], replace(WAY[place], **other), WAY[0], *END]
+    effects, episode = drive(answers, CHILD, fork=Fork(TURNS, WAY), path=path)
+    request = effects[place + 2]
+    played = [Reset("train-3", 5), Step("look"), Step("take lamp")][: place + 1]
+    assert effects[: place + 2] == [*played, Reset("train-3", 5)]
+    assert isinstance(request, ActionRequest)
+    assert request.turn == 0
+    assert [turn.action for turn in episode.turns] == ["win"]
+    assert (episode.parent, path.parent) == (BranchPoint("e1", 0), BranchPoint("e1", 0))
+    assert (path.branching, path.inherited) == ("diverged", 0)
+
+
+def test_a_failure_during_the_replay_aborts_the_episode() -> None:
+    path = Path()
+    _, episode = drive([WAY[0], Stop(StopReason.ENV_ERROR, "gone")], CHILD, fork=Fork(TURNS, WAY), path=path)
+    assert (episode.stop, episode.error, episode.turns) == (StopReason.ENV_ERROR, "gone", TURNS[:1])
+    assert path.branching is None
+
+
+def test_a_fork_of_the_first_turn_needs_no_step() -> None:
+    fork = Fork((), WAY[:1], prefix_ids=(7,))
+    effects, episode = drive([WAY[0], *END], replace(SPEC, parent=BranchPoint("e1", 0, 1)), fork=fork)
+    assert effects[0] == Reset("train-3", 5)
+    assert isinstance(effects[1], ActionRequest)
+    assert (effects[1].turn, len(episode.turns)) == (0, 1)
+
+
+def test_the_turns_of_the_parent_count_towards_the_limit() -> None:
+    answers: list[Answer] = [Transition(""), Reply("go"), WAY[0]]
+    _, episode = drive(answers, CHILD, max_turns=3, fork=kept("a point"))
+    assert (episode.stop, len(episode.turns)) == (StopReason.TURN_LIMIT, 3)
+
+
+def test_a_snapshot_is_asked_for_as_long_as_somebody_may_want_it() -> None:
+    path = Path(keep=True)
+    loop = play(SPEC, path=path)
+    assert next(loop) == Reset("train-3", 5, keep=True)
+    loop.send(replace(WAY[0], snapshot="here"))
+    assert path.transitions[0].snapshot == "here"
+    assert loop.send(Reply("look")) == Step("look", keep=True)
+    loop.send(WAY[1])
+    assert (len(path.turns), len(path.transitions)) == (1, 2)
+    path.keep = False
+    assert loop.send(Reply("look")) == Step("look")

@@ -105,6 +105,35 @@ class Engine(Corridor):
             self.child.communicate()
 
 
+class Kept(Corridor):
+    """Declares snapshots, each as large as `weight`. A note says of what a restored one was."""
+
+    weight = 10
+
+    def snapshot(self) -> Any:
+        return self.trouble, self.task, self.left, self.steps, b"x" * self.weight
+
+    def restore(self, snapshot: Any) -> None:
+        self.trouble, self.task, self.left, self.steps, _ = snapshot
+        if self.notes is not None:
+            (Path(self.notes) / f"restored-{self.steps}-{time.time_ns()}-{os.getpid()}").touch()
+        if self.trouble == "exit in restore":
+            os._exit(7)
+        if self.trouble == "hang in restore":
+            time.sleep(3600)
+
+
+class Heaped(Kept):
+    weight = 1 << 16
+
+
+class Stuck(Kept):
+    """Its snapshots hold what cannot leave the process."""
+
+    def snapshot(self) -> Any:
+        return *super().snapshot()[:4], lambda: None
+
+
 class Sleepy(Corridor):
     """Steps that wait."""
 

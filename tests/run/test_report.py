@@ -1,3 +1,4 @@
+import base64
 import io
 import json
 import re
@@ -11,7 +12,7 @@ from rich.console import Console
 from agentrl.data.storage import write_episodes
 from agentrl.data.trajectory import Episode, StopReason, Turn
 from agentrl.errors import CheckpointError
-from agentrl.run.figures import draw_success, moving_mean
+from agentrl.run.figures import draw_signals, draw_success, moving_mean
 from agentrl.run.report import results_table, write_report
 from agentrl.run.statistics import wilson
 
@@ -247,3 +248,26 @@ def test_names_with_mathematics_in_them_can_be_drawn() -> None:
 def test_a_moving_mean_is_centred_and_shorter_at_the_ends() -> None:
     assert moving_mean([0.0, 3.0, 6.0, 9.0], window=3) == [1.5, 3.0, 6.0, 7.5]
     assert moving_mean([], window=3) == []
+
+
+def drawn(uri: str) -> str:
+    return base64.b64decode(uri.split(",", 1)[1]).decode()
+
+
+def test_every_signal_that_moves_is_drawn_and_named() -> None:
+    rows = [
+        {
+            "step": step,
+            "success": 0.1,
+            "learner/clip_share": step / 10,
+            "learner/constant": 1.0,
+            "branches/restored": 3 - step,
+        }
+        for step in range(3)
+    ]
+    picture = draw_signals(rows)
+    assert picture is not None
+    assert "clip_share" in drawn(picture)
+    assert "branches/restored" in drawn(picture)
+    assert "constant" not in drawn(picture)
+    assert draw_signals([{"step": 1, "success": 0.1}]) is None

@@ -22,7 +22,7 @@ from agentrl.rollout.players import LanguagePlayer, RandomPlayer
 from agentrl.run.evaluate import Evaluation
 from agentrl.run.interruption import RunInterrupted
 from agentrl.run.logbook import Logbook
-from agentrl.run.trainer import TaskOrder
+from agentrl.run.rollouts import TaskOrder
 
 TINY = (
     "env.id=example/HotCold-v0",

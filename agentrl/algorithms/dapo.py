@@ -1,0 +1,101 @@
+"""DAPO: four changes to any recipe with a clipped ratio."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import (
+    Algorithm,
+    Bounds,
+    Clip,
+    Context,
+    MiniBatch,
+    Select,
+    drop_equal_returns,
+    excludes,
+)
+from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe
+from agentrl.data.trajectory import Episode, Group
+from agentrl.errors import ConfigError
+
+
+@recipe("dapo")
+@dataclass(frozen=True)
+class DAPO(Recipe):
+    """Decoupled clip and dynamic sampling: a wider upper bound, only groups that differ, the token mean.
+
+    Returns are compared before any penalty. With equal bounds it is its base with dynamic sampling and the
+    token mean.
+
+    Args:
+        base: whose advantage, rewards, terms and dual clip these are.
+        clip_low: the ratio is held above 1 - clip_low.
+        clip_high: and below 1 + clip_high.
+        max_rounds: times that tasks are played at most, until enough groups differ (10 in verl-agent).
+        overlong_limit: reply tokens of an episode from which on its last reward is less by 1; None for no
+            penalty.
+        overlong_cache: tokens before the limit, over which that penalty grows.
+
+    Source: Yu et al. 2025, arXiv:2503.14476.
+    """
+
+    base: Base = field(default_factory=lambda: build_recipe("grpo"))
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    max_rounds: int = 3
+    overlong_limit: int | None = None
+    overlong_cache: int = 0
+
+    def __post_init__(self) -> None:
+        checks = [
+            (not 0 <= self.clip_low <= 1, f"clip_low is {self.clip_low}, wanted within [0, 1]"),
+            (self.clip_high < 0, f"clip_high is {self.clip_high}, wanted at least 0"),
+            (self.max_rounds < 1, f"max_rounds is {self.max_rounds}, wanted at least 1"),
+            (
+                self.overlong_limit is not None and not 0 < self.overlong_cache <= self.overlong_limit,
+                f"overlong_cache is {self.overlong_cache}, wanted above 0, at most overlong_limit",
+            ),
+        ]
+        mistakes = [text for wrong, text in checks if wrong]
+        if mistakes:
+            raise ConfigError("; ".join(mistakes))
+
+    def build(self) -> Algorithm:
+        base = self.base.build()
+        if base.clip is None:
+            raise ConfigError(f"dapo: base {self.base.name!r} has no clipped ratio, wanted one that has")
+        shape_reward = base.shape_reward
+        if self.overlong_limit is not None:
+            penalty = partial(penalise_overlong, limit=self.overlong_limit, cache=self.overlong_cache)
+            shape_reward = (*shape_reward, penalty)
+        return replace(
+            base,
+            select=partial(drop_equal_then, select=base.select),
+            rollout=replace(base.rollout, rounds=self.max_rounds),
+            shape_reward=shape_reward,
+            clip=partial(clip_higher, low=self.clip_low, high=self.clip_high, base=base.clip),
+            aggregation=functional.token_weights,
+        )
+
+
+def drop_equal_then(groups: Sequence[Group], context: Context, *, select: Select) -> Sequence[Group]:
+    """What another selection keeps of the groups whose returns differ."""
+    return select(drop_equal_returns(groups, context), context)
+
+
+@excludes(sequence_ratio="its bounds are those of single tokens; gspo over dapo keeps the bounds of gspo")
+def clip_higher(mini: MiniBatch, context: Context, *, low: float, high: float, base: Clip) -> Bounds:
+    """Bounds [1 - low, 1 + high] for every token; the dual clip is that of the base."""
+    return replace(base(mini, context), lower=1 - low, upper=1 + high)
+
+
+def penalise_overlong(episode: Episode, context: Context, *, limit: int, cache: int) -> Sequence[float]:
+    """Take the overlong penalty of all its reply tokens off an episode's last reward."""
+    rewards = [turn.reward for turn in episode.turns]
+    length = torch.tensor(sum(len(turn.action_ids) for turn in episode.turns))
+    if rewards:
+        rewards[-1] += float(functional.overlong_penalty(length, limit, cache))
+    return rewards

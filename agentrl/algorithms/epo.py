@@ -1,0 +1,280 @@
+"""EPO: an entropy bonus, and a corridor around past entropy that keeps it from collapsing or exploding."""
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, Outputs, Term, given, requires
+from agentrl.algorithms.grpo import entropy_bonus
+from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe
+from agentrl.data.batch import Batch
+from agentrl.errors import ConfigError
+
+Schedule = Literal["constant", "exponential", "official_epoch", "ramp"]
+Smoothing = Literal["hinge", "indicator"]
+
+_RELEASED_EPOCHS = 150
+_TURN = "entropy/turn/{:02d}"
+_TRAJECTORY = "entropy/trajectory_mean"
+
+
+class _Published(NamedTuple):
+    """What a field means that is None, by `parity`."""
+
+    smoothing: Smoothing
+    penalty: float
+    window: int
+    min_history: int
+    schedule: Schedule
+
+
+_PUBLISHED = {
+    "paper": _Published("hinge", 2.0, 20, 5, "constant"),
+    "official": _Published("indicator", 0.1, 0, 1, "official_epoch"),
+}
+
+
+@recipe("epo")
+@dataclass(frozen=True)
+class EPO(Recipe):
+    """Entropy-regularised policy optimisation: any base, with an entropy bonus and entropy smoothing.
+
+        loss = base - entropy_coefficient * (H - beta * penalty * S)
+        S    = max(low * ref - H, 0) + max(H - high * ref, 0)      at every decision
+
+    H and S are averaged over the decisions of a turn, then over turns, then over trajectories. The reference
+    is the mean entropy of earlier steps, beta the schedule's weight in this one. Above the corridor entropy
+    is pulled down only where beta * penalty > 1.
+
+    `parity: official` is the released code. Its penalty is a constant for every decision outside the
+    corridor or on its bounds, so that it shows in the loss and moves no weight; H and the penalty are means
+    over tokens; the reference counts every step so far and the present one, as the rollout recorded it; beta
+    falls over 150 steps, however long the run is. Not reproduced, as they change the logged loss alone: the
+    gate that applies the penalty to micro-batches with a turn from the 25th on, and the padding of short
+    histories with zeros.
+
+    Args:
+        base: the recipe whose loss this adds to.
+        entropy_coefficient: of both, in loss units per nat.
+        low: lower bound of the corridor, as a multiple of the reference.
+        high: upper bound, likewise.
+        penalty: of a nat outside the corridor, relative to a nat of bonus; None is 2 (official: 0.1).
+        smoothing: `hinge` is S above; `indicator` is 1 outside the corridor, and has no gradient; None is
+            hinge (official: indicator).
+        reference: `turn` compares a decision with past turns of the same index, `scalar` with past
+            trajectories.
+        window: how many past steps the reference is the mean of, 0 for all; None is 20 (official: 0).
+        min_history: how many there must be before a penalty applies; None is 5 (official: 1).
+        schedule: of beta by step k: `exponential` is 1 + exp(-schedule_rate * k / mid), `ramp` is
+            min(1, k / mid), `official_epoch` falls from 1 to 0.04 in two pieces; None is constant (official:
+            official_epoch).
+        schedule_rate: see `schedule`.
+        schedule_midpoint: mid, as a share of all steps.
+        parity: what None means above, and the differences named there.
+
+    Source: Xu et al. 2025, arXiv:2509.22576.
+    """
+
+    base: Base = field(default_factory=lambda: build_recipe("grpo"))
+    entropy_coefficient: float = 0.001
+    low: float = 0.5
+    high: float = 1.5
+    penalty: float | None = None
+    smoothing: Smoothing | None = None
+    reference: Literal["turn", "scalar"] = "turn"
+    window: int | None = None
+    min_history: int | None = None
+    schedule: Schedule | None = None
+    schedule_rate: float = 1.0
+    schedule_midpoint: float = 0.6
+    parity: Literal["paper", "official"] = "paper"
+
+    def __post_init__(self) -> None:
+        if mistakes := self._mistakes():
+            raise ConfigError("; ".join(mistakes))
+        settled = self._settled
+        pull = settled.penalty * min(self._beta(step, _RELEASED_EPOCHS) for step in (0, _RELEASED_EPOCHS))
+        if settled.smoothing == "hinge" and pull <= 1:
+            warnings.warn(
+                f"epo: penalty times the schedule's lowest weight is {pull:.3g}, wanted above 1: "
+                "as it is, entropy above the corridor is not always pulled down",
+                stacklevel=3,
+            )
+
+    def build(self) -> Algorithm:
+        base = self.base.build()
+        weights = functional.token_weights if self.parity == "official" else functional.trajectory_weights
+        terms = (
+            Term("epo_entropy", entropy_bonus, -self.entropy_coefficient, weights),
+            Term("epo_smoothing", self.smoothing_loss, self.smoothing_coefficient, weights),
+        )
+        return replace(
+            base, terms=(*base.terms, *terms), diagnostics=(*base.diagnostics, entropy_levels, self.corridor)
+        )
+
+    def smoothing_coefficient(self, context: Context) -> float:
+        """Of the mean penalty in the loss."""
+        return self.entropy_coefficient * self.beta(context) * self._settled.penalty
+
+    def beta(self, context: Context) -> float:
+        """Weight of the penalty in this step, by the schedule."""
+        return self._beta(context.step, context.total_steps)
+
+    @requires("entropy:grad")
+    def smoothing_loss(self, outputs: Outputs, mini: MiniBatch, context: Context) -> Tensor:
+        """How far entropy is outside the corridor, 0 while there is none; [B, T] nats (indicator: 0 or 1)."""
+        reference = self.reference_entropies(mini.batch, context)
+        known = ~reference.isnan()
+        reference = torch.where(known, reference, 0.0)
+        if self._settled.smoothing == "hinge":
+            outside = functional.corridor_violation(outputs.entropies, reference, self.low, self.high)
+        else:
+            outside = functional.corridor_indicator(
+                outputs.entropies, reference, self.low, self.high, strict=self.parity == "official"
+            )
+        return torch.where(known, outside, 0.0)
+
+    def reference_entropies(self, batch: Batch, context: Context) -> Tensor:
+        """The middle of the corridor at every token; [B, T] float64 nats, NaN where it is not known yet."""
+        present = _recorded_levels(batch) if self.parity == "official" else {}
+        if self.reference == "scalar":
+            value = self._past_mean(_TRAJECTORY, present, context)
+            return torch.full_like(batch.turns, value, dtype=torch.float64)
+        count = int(batch.turns.max()) + 1 if batch.turns.numel() else 0
+        table = [self._past_mean(_TURN.format(turn), present, context) for turn in range(count)]
+        # The last entry is that of turn -1: no turn at all.
+        return torch.tensor([*table, math.nan], dtype=torch.float64, device=batch.turns.device)[batch.turns]
+
+    @requires("entropy")
+    def corridor(self, mini: MiniBatch, context: Context) -> Mapping[str, float]:
+        """Where the corridor was before the update, and how many decisions were outside it."""
+        entropies = given(mini.batch.old_entropies, "old_entropies")
+        reference = self.reference_entropies(mini.batch, context)
+        known = mini.batch.sampled & ~reference.isnan()
+        numbers = {
+            "corridor/beta": self.beta(context),
+            "corridor/active": float(functional.masked_mean(known.double(), mini.batch.sampled)),
+        }
+        if not bool(known.any()):
+            return numbers
+        means = {
+            "corridor/low": self.low * reference,
+            "corridor/high": self.high * reference,
+            "corridor/share_below": (entropies < self.low * reference).double(),
+            "corridor/share_above": (entropies > self.high * reference).double(),
+        }
+        return numbers | {
+            name: float(functional.masked_mean(values, known)) for name, values in means.items()
+        }
+
+    @property
+    def _settled(self) -> _Published:
+        published = _PUBLISHED[self.parity]
+        return published._replace(
+            **{name: value for name in published._fields if (value := getattr(self, name)) is not None}
+        )
+
+    def _past_mean(self, name: str, present: Mapping[str, float], context: Context) -> float:
+        """Mean of what was logged under a name in the window, NaN where that is too little."""
+        now = [present[name]] if name in present else []
+        values = [*context.history.get(f"learner/{name}", ()), *now][-self._settled.window :]
+        return fmean(values) if len(values) >= self._settled.min_history else math.nan
+
+    def _beta(self, step: int, total: int) -> float:
+        midpoint = self.schedule_midpoint * total
+        match self._settled.schedule:
+            case "exponential":
+                return 1 + math.exp(-self.schedule_rate * step / midpoint)
+            case "official_epoch":
+                return released_decay(step, _RELEASED_EPOCHS if self.parity == "official" else total)
+            case "ramp":
+                return min(1.0, step / midpoint)
+            case _:
+                return 1.0
+
+    def _mistakes(self) -> Sequence[str]:
+        settled = self._settled
+        at_least = {
+            "entropy_coefficient": (self.entropy_coefficient, 0),
+            "low": (self.low, 0),
+            "penalty": (settled.penalty, 0),
+            "window": (settled.window, 0),
+            "min_history": (settled.min_history, 1),
+            "schedule_rate": (self.schedule_rate, 0),
+        }
+        found = [
+            f"{name} is {value}, wanted at least {least}"
+            for name, (value, least) in at_least.items()
+            if value < least
+        ]
+        if self.low >= self.high:
+            found.append(f"low is {self.low}, wanted below high ({self.high})")
+        if 0 < settled.window < settled.min_history:
+            found.append(
+                f"min_history is {settled.min_history}, wanted at most the window ({settled.window})"
+            )
+        if self.schedule_midpoint <= 0:
+            found.append(f"schedule_midpoint is {self.schedule_midpoint}, wanted above 0")
+        return found
+
+
+def released_decay(step: int, total: int) -> float:
+    """Fall slowly in the first half, fast in the second, and stay from `total` on.
+
+        half = total // 2
+        1 - 0.2 (1 - exp(-2 step / half))                    up to half
+        0.8 exp(-3 (step - half) / (total - half))           after it
+
+    >>> [round(released_decay(step, 150), 6) for step in (0, 75, 76, 150)]
+    [1.0, 0.827067, 0.768632, 0.03983]
+    """
+    half = total // 2
+    if step == 0:
+        return 1.0
+    if step <= half:
+        return 1 - 0.2 * (1 - math.exp(-2 * step / half))
+    return 0.8 * math.exp(-3 * (min(step, total) - half) / (total - half))
+
+
+@requires("entropy")
+def entropy_levels(mini: MiniBatch, context: Context) -> Mapping[str, float]:
+    """Mean entropy of every turn over the trajectories that decided in it, and of trajectories; in nats.
+
+    Later steps have their reference from these numbers.
+    """
+    batch = mini.batch
+    entropies = given(batch.old_entropies, "old_entropies").double()
+    means, present = functional.step_means(
+        entropies, batch.sampled, batch.turns, batch.trajectory, len(batch.episodes)
+    )
+    return _levels(
+        [value if decided else None for value, decided in zip(*row, strict=True)]
+        for row in zip(means.tolist(), present.tolist(), strict=True)
+    )
+
+
+def _recorded_levels(batch: Batch) -> dict[str, float]:
+    """The same as the rollout recorded it, of the whole rollout batch even where `batch` is a part of it."""
+    return _levels([turn.entropy for turn in episode.turns] for episode in batch.episodes)
+
+
+def _levels(trajectories: Iterable[Sequence[float | None]]) -> dict[str, float]:
+    """Average turns, None for one without a decision, over trajectories and within them."""
+    by_turn: dict[int, list[float]] = defaultdict(list)
+    whole = []
+    for turns in trajectories:
+        decided = {turn: value for turn, value in enumerate(turns) if value is not None}
+        for turn, value in decided.items():
+            by_turn[turn].append(value)
+        if decided:
+            whole.append(fmean(decided.values()))
+    levels = {_TURN.format(turn): fmean(values) for turn, values in sorted(by_turn.items())}
+    return levels | ({_TRAJECTORY: fmean(whole)} if whole else {})

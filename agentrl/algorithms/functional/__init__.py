@@ -1,0 +1,83 @@
+"""The mathematics, as pure functions. Position t describes token t; no value at a masked position matters.
+
+Letters: B rows, T tokens per row, E trajectories, K turns of the longest of them, V size of the vocabulary.
+A decision is a token that the policy sampled; masks say which tokens count, mostly the decisions. Entropies
+and logprobs are in nats.
+"""
+
+from agentrl.algorithms.functional.advantage import (
+    Singleton,
+    entropy_modulated_advantage,
+    entropy_modulation,
+    entropy_scaled_advantage,
+    group_relative_advantage,
+    leave_one_out_advantage,
+    whiten,
+)
+from agentrl.algorithms.functional.aggregation import (
+    Unit,
+    constant_weights,
+    masked_mean,
+    sequence_weights,
+    token_weights,
+    trajectory_weights,
+)
+from agentrl.algorithms.functional.entropies import (
+    corridor_indicator,
+    corridor_violation,
+    entropy,
+    entropy_means,
+    top_k_entropy,
+)
+from agentrl.algorithms.functional.layout import spread, spread_steps, step_means, unroll
+from agentrl.algorithms.functional.returns import discounted_returns, gae, overlong_penalty
+from agentrl.algorithms.functional.surrogate import (
+    clipped,
+    clipped_surrogate,
+    covariance,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    probability_ratio,
+    sequence_ratio,
+    stop_gradient_clipped_surrogate,
+    value_loss,
+)
+
+__all__ = [
+    "Singleton",
+    "Unit",
+    "clipped",
+    "clipped_surrogate",
+    "constant_weights",
+    "corridor_indicator",
+    "corridor_violation",
+    "covariance",
+    "discounted_returns",
+    "entropy",
+    "entropy_means",
+    "entropy_modulated_advantage",
+    "entropy_modulation",
+    "entropy_scaled_advantage",
+    "gae",
+    "group_relative_advantage",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "leave_one_out_advantage",
+    "masked_mean",
+    "overlong_penalty",
+    "probability_ratio",
+    "sequence_ratio",
+    "sequence_weights",
+    "spread",
+    "spread_steps",
+    "step_means",
+    "stop_gradient_clipped_surrogate",
+    "token_weights",
+    "top_k_entropy",
+    "trajectory_weights",
+    "unroll",
+    "value_loss",
+    "whiten",
+]

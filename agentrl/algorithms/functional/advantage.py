@@ -1,0 +1,272 @@
+"""Credit by trajectory, and what is done to advantages over a whole batch."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from agentrl.algorithms.functional.shapes import same_shape
+
+Singleton = Literal["zero", "raw"]
+
+
+def group_relative_advantage(
+    returns: Tensor,
+    groups: Tensor,
+    *,
+    divide_by_std: bool = True,
+    copies: Tensor | None = None,
+    singleton: Singleton = "zero",
+    eps: float = 1e-6,
+) -> Tensor:
+    """Centre every trajectory's return within its group.
+
+        A[i] = (R[i] - mean R[g]) / (std R[g] + eps)
+
+    where std is the unbiased one (divisor n - 1). With `copies`, trajectory i counts copies[i] times in both.
+
+    Args:
+        returns: [E] float, reward units of the environment.
+        groups: [E] int64, equal for rollouts of one task.
+        divide_by_std: False gives the mean-only baseline of Dr. GRPO.
+        copies: [E] float or None for 1 each; the number of turns gives the per-row statistics of verl-agent.
+        singleton: advantage of a trajectory that is a group by itself, counted once: `zero`, or `raw` for
+            mean 0 and std 1, as in verl: R / (1 + eps), without the std R.
+        eps: keeps the quotient finite.
+
+    Returns:
+        [E] float, dimensionless (reward units when `divide_by_std` is False); no gradient. A group of equal
+        returns gets exactly 0.
+
+    Raises:
+        ValueError: if shapes disagree.
+
+    Source: Shao et al. 2024, arXiv:2402.03300; Liu et al. 2025, arXiv:2503.20783.
+    """
+    same_shape("groups", groups, "returns", returns)
+    if not len(returns):
+        return returns.clone()
+    values = returns.detach()
+    weight = torch.ones_like(values) if copies is None else copies.to(values)
+    centred, member, count = _centred(values, groups, weight)
+    lone = _lone(count[member], singleton)
+    if not divide_by_std:
+        return torch.where(lone, values, centred)
+    variance = _sum_by(member, weight * centred.square()) / (count - 1).clamp(min=1)
+    return torch.where(lone, values / (1 + eps), centred / (variance.sqrt()[member] + eps))
+
+
+def leave_one_out_advantage(returns: Tensor, groups: Tensor, *, singleton: Singleton = "zero") -> Tensor:
+    """Compare every trajectory's return with the mean of the others in its group.
+
+        A[i] = R[i] - mean_{j in g, j != i} R[j] = n / (n - 1) * (R[i] - mean R[g])
+
+    Args:
+        returns: [E] float, reward units of the environment.
+        groups: [E] int64, equal for rollouts of one task.
+        singleton: advantage of a trajectory without others: `zero`, or its `raw` return, as in verl.
+
+    Returns:
+        [E] float, reward units; no gradient. A group of equal returns gets exactly 0.
+
+    Raises:
+        ValueError: if shapes disagree.
+
+    Source: Ahmadian et al. 2024, arXiv:2402.14740.
+    """
+    same_shape("groups", groups, "returns", returns)
+    if not len(returns):
+        return returns.clone()
+    values = returns.detach()
+    centred, member, count = _centred(values, groups, torch.ones_like(values))
+    size = count[member]
+    return torch.where(_lone(size, singleton), values, centred * size / (size - 1).clamp(min=1))
+
+
+def whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """Give the tokens that count mean 0 and variance 1.
+
+        out = (x - mean x) / sqrt(var x + eps)
+
+    over all tokens of the mask, where var is the unbiased one; that of a single token is 0.
+
+    Args:
+        values: [B, T] float.
+        mask: [B, T] bool.
+        eps: keeps the quotient finite.
+
+    Returns:
+        [B, T] float, dimensionless, 0 where masked; no gradient. Equal values get exactly 0.
+
+    Raises:
+        ValueError: if shapes disagree.
+    """
+    centred, variance = _standardised(values, mask)
+    return centred / (variance + eps).sqrt()
+
+
+def entropy_modulation(
+    entropies: Tensor, present: Tensor, *, k: float, k_future: float, share: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rate the steps of a batch by how certain the policy was in them.
+
+        N = (H - min H) / (max H - min H + 1e-8)
+        g = exp(-k N) / (mean exp(-k N) + 1e-8),   f = exp(-k_future N)
+
+    Lowest, highest and mean are over all steps that are present, so that the mean of g is 1.
+
+    Args:
+        entropies: [E, K] float, nats, mean over the decisions of each turn under the policy that acted.
+        present: [E, K] bool, the turns that are steps.
+        k: how much a certain step is preferred.
+        k_future: how much a certain next step is.
+        share: [E, K] float, weight of each step in the mean, or None for 1 each; a step that n branches
+            share has 1 / n.
+
+    Returns:
+        g and f, [E, K] float each, dimensionless, 0 where not present; no gradient.
+
+    Raises:
+        ValueError: if shapes disagree.
+
+    Source: Wang et al. 2025, arXiv:2509.09265.
+    """
+    same_shape("present", present, "entropies", entropies)
+    if not bool(present.any()):
+        return torch.zeros_like(entropies), torch.zeros_like(entropies)
+    values = entropies.detach()
+    lowest, highest = values[present].min(), values[present].max()
+    level = (values - lowest) / (highest - lowest + 1e-8)
+    certainty = torch.where(present, (-k * level).exp(), 0.0)
+    scale = certainty / (_step_mean(certainty, present, share) + 1e-8)
+    return scale, torch.where(present, (-k_future * level).exp(), 0.0)
+
+
+def entropy_modulated_advantage(
+    advantages: Tensor,
+    entropies: Tensor,
+    present: Tensor,
+    *,
+    k: float,
+    k_future: float,
+    zeta: float,
+    share: Tensor | None = None,
+) -> Tensor:
+    """Strengthen the credit of certain steps, reward steps towards certain ones, and centre (EMPG).
+
+        A'[e, t] = A[e, t] g[e, t] + zeta f[e, next step after t],   no bonus at a trajectory's last step
+        out      = A' - mean A'
+
+    with g and f of `entropy_modulation`; the mean is over all steps that are present.
+
+    Args:
+        advantages: [E, K] float, of each step.
+        entropies: [E, K] float, nats.
+        present: [E, K] bool, the turns that are steps; others are passed over, also by "next".
+        k: see `entropy_modulation`.
+        k_future: likewise.
+        zeta: weight of the bonus, in units of the advantage.
+        share: [E, K] float or None, weight of each step in both means.
+
+    Returns:
+        [E, K] float, units of `advantages`, 0 where not present; no gradient.
+
+    Raises:
+        ValueError: if shapes disagree.
+
+    Source: Wang et al. 2025, arXiv:2509.09265.
+    """
+    same_shape("advantages", advantages, "entropies", entropies)
+    scale, clarity = entropy_modulation(entropies, present, k=k, k_future=k_future, share=share)
+    modulated = torch.where(present, advantages.detach(), 0.0) * scale + zeta * _following(clarity, present)
+    return torch.where(present, modulated - _step_mean(modulated, present, share), 0.0)
+
+
+def entropy_scaled_advantage(
+    advantages: Tensor,
+    entropies: Tensor,
+    mask: Tensor,
+    *,
+    scale: float,
+    limits: tuple[float, float] | None = (0.0, 2.0),
+) -> Tensor:
+    """Strengthen the credit of uncertain tokens, weaken that of certain ones (AEPO).
+
+        out = A * clip(1 + scale * (H - mean H) / std H, limits)
+
+    Mean and unbiased std are over the tokens of the mask; a std of 0 counts as 1.
+
+    Args:
+        advantages: [B, T] float.
+        entropies: [B, T] float, nats.
+        mask: [B, T] bool.
+        scale: change of the factor per standard deviation of entropy.
+        limits: of the factor; None lets it become negative, as the released code does.
+
+    Returns:
+        [B, T] float, units of `advantages`, 0 where masked; no gradient.
+
+    Raises:
+        ValueError: if shapes disagree.
+
+    Source: Dong et al. 2025, arXiv:2510.14545.
+    """
+    same_shape("advantages", advantages, "entropies", entropies)
+    centred, variance = _standardised(entropies, mask)
+    factor = 1 + scale * centred / torch.where(variance > 0, variance, 1.0).sqrt()
+    if limits is not None:
+        factor = factor.clamp(*limits)
+    return torch.where(mask, advantages.detach(), 0.0) * factor
+
+
+def _centred(values: Tensor, groups: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values less the mean of their group, the number of each one's group, and the weight of every group."""
+    _, member = groups.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    count = _sum_by(member, weight)
+    # Taking the lowest return off first leaves equal returns at an exact 0, whatever their binary rounding.
+    shifted = values - _lowest_by(member, values)[member]
+    return shifted - (_sum_by(member, weight * shifted) / count)[member], member, count
+
+
+def _lone(size: Tensor, singleton: Singleton) -> Tensor:
+    return (size == 1) & (singleton == "raw")
+
+
+def _standardised(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Values less their mean over the mask, 0 outside it, and their unbiased variance."""
+    same_shape("mask", mask, "values", values)
+    if not bool(mask.any()):
+        return torch.zeros_like(values), values.new_zeros(())
+    kept = values.detach()[mask]
+    # As above: equal values are to have a variance of exactly 0.
+    shifted = kept - kept.min()
+    centred = torch.zeros_like(values)
+    centred[mask] = shifted - shifted.mean()
+    return centred, centred.square().sum() / max(len(kept) - 1, 1)
+
+
+def _step_mean(values: Tensor, present: Tensor, share: Tensor | None) -> Tensor:
+    weight = present.to(values) if share is None else torch.where(present, share.to(values), 0.0)
+    total = weight.sum()
+    return (weight * values).sum() / torch.where(total > 0, total, 1.0)
+
+
+def _following(values: Tensor, present: Tensor) -> Tensor:
+    """The value of each one's next step that is present; [E, K], 0 where there is none."""
+    out = torch.zeros_like(values)
+    ahead = values.new_zeros(len(values))
+    for step in reversed(range(values.shape[1])):
+        out[:, step] = ahead
+        ahead = torch.where(present[:, step], values[:, step], ahead)
+    return out
+
+
+def _sum_by(member: Tensor, values: Tensor) -> Tensor:
+    return torch.zeros(int(member.max()) + 1, dtype=values.dtype, device=values.device).index_add_(
+        0, member, values
+    )
+
+
+def _lowest_by(member: Tensor, values: Tensor) -> Tensor:
+    lowest = torch.full((int(member.max()) + 1,), torch.inf, dtype=values.dtype, device=values.device)
+    return lowest.scatter_reduce_(0, member, values, "amin")

@@ -1,0 +1,108 @@
+"""Entropy of a distribution, its averages over a batch, and how far it is from where it should be."""
+
+import torch
+from torch import Tensor
+
+from agentrl.algorithms.functional.aggregation import sequence_weights, token_weights, trajectory_weights
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Exact entropy of softmax(logits).
+
+        H = -sum_v p_v log p_v,   dH/dlogits_v = -p_v (log p_v + H)
+
+    Args:
+        logits: [..., V] float, already divided by the temperature of sampling; -inf forbids a token.
+
+    Returns:
+        [...] float, nats, with gradient.
+    """
+    return top_k_entropy(logits.log_softmax(dim=-1))
+
+
+def top_k_entropy(logprobs: Tensor) -> Tensor:
+    """Part of the entropy that the given tokens make up: a lower bound of it.
+
+        H_k = -sum_v p_v log p_v   over the K tokens
+
+    Args:
+        logprobs: [..., K] float, nats, mostly of the K likeliest tokens; -inf stands for none.
+
+    Returns:
+        [...] float, nats, with gradient.
+    """
+    return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(dim=-1)
+
+
+def entropy_means(entropies: Tensor, mask: Tensor, turns: Tensor, trajectory: Tensor) -> dict[str, Tensor]:
+    """Average entropy at three levels; they differ when turns or trajectories differ in length.
+
+        token      = sum(H m) / sum(m)
+        turn       = mean over turns of the turn's token mean
+        trajectory = mean over trajectories of the mean over their turns
+
+    Args:
+        entropies: [B, T] float, nats.
+        mask: [B, T] bool, the decisions.
+        turns: [B, T] int64.
+        trajectory: [B] int64.
+
+    Returns:
+        0-dim tensors by level, in nats; 0 without any decision.
+    """
+    levels = {
+        "token": token_weights(mask, turns, trajectory),
+        "turn": sequence_weights(mask, turns, trajectory, sequence="turn"),
+        "trajectory": trajectory_weights(mask, turns, trajectory),
+    }
+    values = torch.where(mask, entropies, 0.0).double()
+    return {name: (weights * values).sum() / count.clamp(min=1) for name, (weights, count) in levels.items()}
+
+
+def corridor_violation(entropies: Tensor, reference: Tensor | float, low: float, high: float) -> Tensor:
+    """How far entropy is outside a corridor around its reference (EPO).
+
+        S = max(low * ref - H, 0) + max(H - high * ref, 0)
+
+    Args:
+        entropies: [B, T] float, nats.
+        reference: [B, T] float or a number, nats; no gradient flows to it.
+        low: lower bound of the corridor, as a multiple of the reference.
+        high: upper bound, likewise.
+
+    Returns:
+        [B, T] float, nats, with gradient.
+
+    Source: Xu et al. 2025, arXiv:2509.22576.
+    """
+    floor, ceiling = _corridor(entropies, reference, low, high)
+    return (floor - entropies).relu() + (entropies - ceiling).relu()
+
+
+def corridor_indicator(
+    entropies: Tensor, reference: Tensor | float, low: float, high: float, *, strict: bool = True
+) -> Tensor:
+    """Whether entropy is outside the corridor of `corridor_violation`; a constant, so nothing learns from it.
+
+    Args:
+        entropies: [B, T] float, nats.
+        reference: [B, T] float or a number, nats.
+        low: lower bound of the corridor, as a multiple of the reference.
+        high: upper bound, likewise.
+        strict: a value on a bound is outside.
+
+    Returns:
+        [B, T] float, 1 outside and 0 inside; no gradient.
+
+    Source: Xu et al. 2025, arXiv:2509.22576 (its released code).
+    """
+    floor, ceiling = _corridor(entropies, reference, low, high)
+    inside = (floor < entropies) & (entropies < ceiling)
+    if not strict:
+        inside |= (entropies == floor) | (entropies == ceiling)
+    return (~inside).to(entropies.dtype)
+
+
+def _corridor(entropies: Tensor, reference: Tensor | float, low: float, high: float) -> tuple[Tensor, Tensor]:
+    centre = torch.as_tensor(reference, dtype=entropies.dtype, device=entropies.device).detach()
+    return low * centre, high * centre

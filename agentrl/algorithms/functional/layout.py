@@ -1,0 +1,109 @@
+"""Between rows of tokens [B, T], trajectories [E, L] and their turns [E, K], whichever rows these are in."""
+
+import torch
+from torch import Tensor
+
+from agentrl.algorithms.functional.shapes import same_shape
+
+
+def spread(values: Tensor, trajectory: Tensor, sampled: Tensor) -> Tensor:
+    """Give every sampled token the value of its trajectory.
+
+        out[b, t] = values[trajectory[b]] where sampled, else 0
+
+    Args:
+        values: [E] float.
+        trajectory: [B] int64.
+        sampled: [B, T] bool.
+
+    Returns:
+        [B, T] float.
+    """
+    return torch.where(sampled, values[trajectory][:, None], 0.0)
+
+
+def unroll(mask: Tensor, turns: Tensor, trajectory: Tensor, episodes: int) -> tuple[Tensor, Tensor]:
+    """Find the decisions of every trajectory, in the order in which they were made.
+
+        x.flatten()[index] is x of trajectory e's l-th decision where valid
+
+    Args:
+        mask: [B, T] bool, the decisions.
+        turns: [B, T] int64, turn index of each decision.
+        trajectory: [B] int64, from 0 to `episodes` - 1.
+        episodes: number of trajectories, E.
+
+    Returns:
+        index: [E, L] int64 into the B * T flattened positions, by turn and then by position in the row; L is
+            the most decisions of one trajectory; 0 where not valid.
+        valid: [E, L] bool.
+
+    Raises:
+        ValueError: if shapes disagree.
+    """
+    same_shape("mask", mask, "turns", turns)
+    rows, positions = mask.nonzero(as_tuple=True)
+    owner = trajectory[rows]
+    stride = int(turns.max()) + 1 if turns.numel() else 1
+    order = ((owner * stride + turns[mask]) * mask.shape[1] + positions).argsort(stable=True)
+    counts = torch.bincount(owner, minlength=episodes)
+    longest = int(counts.max()) if episodes else 0
+    valid = torch.arange(longest, device=mask.device) < counts[:, None]
+    index = torch.zeros_like(valid, dtype=torch.int64)
+    index[valid] = (rows * mask.shape[1] + positions)[order]
+    return index, valid
+
+
+def step_means(
+    values: Tensor, mask: Tensor, turns: Tensor, trajectory: Tensor, episodes: int
+) -> tuple[Tensor, Tensor]:
+    """Average over the decisions of every turn.
+
+        means[e, k] = mean of values over the decisions of turn k of trajectory e
+
+    Args:
+        values: [B, T] float.
+        mask: [B, T] bool, the decisions.
+        turns: [B, T] int64, turn index of each decision, below 0 where there is no turn.
+        trajectory: [B] int64.
+        episodes: number of trajectories, E.
+
+    Returns:
+        means: [E, K] float, K being one above the highest turn index; 0 where not present.
+        present: [E, K] bool, the turns with a decision.
+
+    Raises:
+        ValueError: if shapes disagree.
+    """
+    same_shape("mask", mask, "values", values)
+    same_shape("turns", turns, "values", values)
+    width = int(turns.max()) + 1 if turns.numel() else 0
+    step = (trajectory[:, None] * width + turns)[mask]
+    total = torch.zeros(episodes * width, dtype=values.dtype, device=values.device)
+    total = total.index_add(0, step, values[mask])
+    counts = torch.bincount(step, minlength=episodes * width)
+    means = total / counts.clamp(min=1)
+    return means.reshape(episodes, width), (counts > 0).reshape(episodes, width)
+
+
+def spread_steps(table: Tensor, turns: Tensor, trajectory: Tensor, mask: Tensor) -> Tensor:
+    """Give every decision the value of its turn.
+
+        out[b, t] = table[trajectory[b], turns[b, t]] where mask, else 0
+
+    Args:
+        table: [E, K] float.
+        turns: [B, T] int64, below K at every decision.
+        trajectory: [B] int64.
+        mask: [B, T] bool, the decisions.
+
+    Returns:
+        [B, T] float.
+
+    Raises:
+        ValueError: if shapes disagree.
+    """
+    same_shape("mask", mask, "turns", turns)
+    out = torch.zeros(mask.shape, dtype=table.dtype, device=table.device)
+    out[mask] = table[trajectory[:, None].expand_as(turns)[mask], turns[mask]]
+    return out

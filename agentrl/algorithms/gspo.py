@@ -1,0 +1,58 @@
+"""GSPO: one ratio per turn instead of one per token."""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from torch import Tensor
+
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import Algorithm, MiniBatch, Outputs, given, trait
+from agentrl.algorithms.grpo import fixed_clip
+from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe
+from agentrl.errors import ConfigError
+
+
+@recipe("gspo")
+@dataclass(frozen=True)
+class GSPO(Recipe):
+    """Group sequence policy optimisation: a turn's tokens share one ratio, and are clipped all or none.
+
+    What a sequence is in a dialogue: one turn, in both layouts of a batch. The loss is the mean over the
+    decisions of a turn, then over turns; there is no dual clip.
+
+    Args:
+        base: whose advantage, selection, rewards and terms these are.
+        clip_low: the ratio of a turn, a geometric mean over its decisions, is held above 1 - clip_low.
+        clip_high: and below 1 + clip_high.
+
+    Source: Zheng et al. 2025, arXiv:2507.18071.
+    """
+
+    base: Base = field(default_factory=lambda: build_recipe("grpo"))
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
+            raise ConfigError(
+                f"clip_low, clip_high are {self.clip_low}, {self.clip_high}, wanted within [0, 1], at least 0"
+            )
+
+    def build(self) -> Algorithm:
+        base = self.base.build()
+        if base.clip is None:
+            raise ConfigError(f"gspo: base {self.base.name!r} has no clipped ratio, wanted one that has")
+        return replace(
+            base,
+            ratio=turn_ratio,
+            clip=partial(fixed_clip, low=self.clip_low, high=self.clip_high, dual=None),
+            aggregation=partial(functional.sequence_weights, sequence="turn"),
+        )
+
+
+@trait("sequence ratio")
+def turn_ratio(outputs: Outputs, mini: MiniBatch) -> Tensor:
+    """New over old probability of a turn, per decision; the same at all its tokens; [B, T]."""
+    batch = mini.batch
+    old = given(batch.old_logprobs, "old_logprobs")
+    return functional.sequence_ratio(outputs.logprobs, old, batch.sampled, batch.turns, batch.trajectory)

@@ -1,0 +1,124 @@
+"""REINFORCE++: discounted returns of every token, whitened over the batch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import Advantage, Algorithm, Context, given, requires
+from agentrl.algorithms.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups
+from agentrl.algorithms.recipe import recipe
+from agentrl.algorithms.steps import at_last_decisions, decision_rewards, decisions, row_scores
+from agentrl.data.batch import Batch
+
+
+@recipe("reinforce_pp")
+@dataclass(frozen=True)
+class ReinforcePlusPlus(ClippedRecipe):
+    """REINFORCE++: what is still to come at each token, made mean 0 and variance 1 over the batch.
+
+    With `baseline` it is REINFORCE++-baseline: the mean return of the group is taken off the return of the
+    trajectory, and all its tokens share the result. `parity: official` sets row weighting and raw singletons.
+
+    Args:
+        gamma: discount from one decision to the next.
+        baseline: compare returns within groups, instead of the returns of tokens over the batch.
+        weighting: `row` takes every turn for an episode of its own, that ends in the return of the whole.
+        singleton: as in `grpo`, for `baseline`.
+        reward_kl_coefficient: of the divergence from the policy that training started from, taken off the
+            rewards token by token; `kl_coefficient` makes it a loss instead.
+
+    The other fields are those of `ClippedRecipe`; two defaults differ.
+
+    Source: Hu et al. 2025, arXiv:2501.03262.
+    """
+
+    OFFICIAL: ClassVar[Mapping[str, Any]] = GRPO.OFFICIAL
+
+    aggregation: Literal["token", "sequence", "trajectory", "constant"] = "token"
+    drop_equal_groups: bool = False
+    gamma: float = 1.0
+    baseline: bool = False
+    weighting: Weighting = "trajectory"
+    singleton: functional.Singleton = "zero"
+    reward_kl_coefficient: float = 0.0
+
+    def build(self) -> Algorithm:
+        return replace(super().build(), advantage=self._advantage())
+
+    def _advantage(self) -> Advantage:
+        if self.baseline:
+            estimate = partial(
+                functional.group_relative_advantage, divide_by_std=False, singleton=self.singleton
+            )
+            return partial(
+                whitened_comparison,
+                estimate=estimate,
+                weighting=self.weighting,
+                invalid_penalty=self.invalid_penalty,
+            )
+        returns = partial(
+            whitened_returns,
+            gamma=self.gamma,
+            weighting=self.weighting,
+            invalid_penalty=self.invalid_penalty,
+        )
+        if self.reward_kl_coefficient:
+            return partial(charge_divergence, returns=returns, coefficient=self.reward_kl_coefficient)
+        return returns
+
+    def _contradictions(self) -> Sequence[tuple[bool, str]]:
+        return [
+            *super()._contradictions(),
+            (not 0 <= self.gamma <= 1, f"gamma is {self.gamma}, wanted within [0, 1]"),
+            (
+                self.reward_kl_coefficient < 0,
+                f"reward_kl_coefficient is {self.reward_kl_coefficient}, wanted at least 0",
+            ),
+            (
+                self.baseline and (self.gamma != 1 or self.reward_kl_coefficient != 0),
+                "baseline compares whole returns, wanted neither gamma nor reward_kl_coefficient with it",
+            ),
+        ]
+
+
+def whitened_comparison(batch: Batch, context: Context, **settings: Any) -> Tensor:
+    """`compare_in_groups`, whitened over all decisions; [B, T]."""
+    return functional.whiten(compare_in_groups(batch, context, **settings), batch.sampled)
+
+
+def whitened_returns(
+    batch: Batch,
+    context: Context,
+    *,
+    gamma: float,
+    weighting: Weighting,
+    invalid_penalty: float,
+    cost: Tensor | float = 0.0,
+) -> Tensor:
+    """The discounted return from each decision on, whitened over all decisions; [B, T].
+
+    `cost`, a number or [B, T], is taken off the reward of every decision.
+    """
+    made = decisions(batch)
+    if weighting == "row":
+        rewards, restart = at_last_decisions(row_scores(batch, invalid_penalty), made), made.last
+    else:
+        rewards, restart = decision_rewards(batch), None
+    returns = functional.discounted_returns(
+        made.read(rewards - cost), made.valid, gamma=gamma, restart=restart
+    )
+    return functional.whiten(made.write(returns), batch.sampled)
+
+
+@requires("old_logprobs", "reference")
+def charge_divergence(
+    batch: Batch, context: Context, *, returns: Callable[..., Tensor], coefficient: float
+) -> Tensor:
+    """Returns where drifting away from the reference policy costs reward, token by token; [B, T]."""
+    old = given(batch.old_logprobs, "old_logprobs")
+    divergence = functional.kl_k1(old, given(batch.reference_logprobs, "reference"))
+    return returns(batch, context, cost=coefficient * divergence)

@@ -1,0 +1,269 @@
+"""A memory of what went well, and what it is worth by the time it is recalled."""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from agentrl.algorithms.algorithm import (
+    EQUAL_RETURNS,
+    Algorithm,
+    Coefficient,
+    Context,
+    MiniBatch,
+    Rehearsal,
+    TokenHook,
+    given,
+)
+from agentrl.data.batch import AllowedIds, Batch
+from agentrl.data.trajectory import Episode, StopReason
+from agentrl.errors import CheckpointError
+from agentrl.seeds import derive_seed
+
+Revalue = Callable[[Tensor, float, float], Tensor]
+_PER_DECISION = ("logprobs", "entropies", "old_logprobs", "old_entropies")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the batch of an earlier step; only the decisions that went well count as sampled."""
+
+    episode: str
+    env: str
+    task: str
+    step: int
+    earned: float  # return of its trajectory, as shaped in that step
+    tokens: dict[str, Tensor]  # [T] each: advantages, and by their names what a batch knows of tokens
+    allowed: tuple[Tensor, Tensor] | None  # positions [M], ids [M, K]
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What no other row has: its first decision is in no other row of the episode."""
+        return self.episode, self.step, int(self.tokens["turns"][self.tokens["sampled"]][0])
+
+
+class ReplayBuffer:
+    """Keeps the rows of good decisions, and recalls some when enough of them are better than usual.
+
+    A row is kept if one of its decisions has a positive advantage; its other decisions no longer count. Its
+    baseline is the median of recent groups' mean returns. As soon as more than 1.5 * `size` rows have a
+    return above it, those whose advantage by `revalue` is still positive are drawn from, each with the same
+    chance: the largest power of two of them, at most `size`. So `size` bounds what is recalled; what is
+    remembered is bounded by `tolerance`.
+
+    Recalled in steps of its own, everything is forgotten at once, and gathered anew. Mixed into the steps of
+    the rollout batch, nothing is forgotten but by age: it goes on as long as there is enough.
+
+    Args:
+        algorithm: how recalled rows are learned from; see `Rehearsal`.
+        size: in rows.
+        baselines: mean returns that the median is taken of, the newest.
+        tolerance: age in steps up to which a row is recalled.
+        coefficient: of the recalled rows' loss, by step; while it is 0 nothing is recalled.
+        revalue: (advantages [T], return, baseline) -> advantages [T] of now.
+        masks: of the algorithm that learned from a row first: what they leave out is not kept.
+        admits: which episodes are kept at all; None for all.
+        mixed: see `Rehearsal`.
+        lenient: as released: an advantage of 0 will do, and rows expire after they could be recalled, by
+            their distance from the newest, so that ages go up to `tolerance` + 2.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        *,
+        size: int,
+        baselines: int,
+        tolerance: int,
+        coefficient: Coefficient,
+        revalue: Revalue,
+        masks: Sequence[TokenHook] = (),
+        admits: Callable[[Episode], bool] | None = None,
+        mixed: bool = False,
+        lenient: bool = False,
+    ) -> None:
+        self._algorithm, self._coefficient, self._revalue = algorithm, coefficient, revalue
+        self._size, self._tolerance = size, tolerance
+        self._masks, self._admits = masks, admits
+        self._mixed, self._lenient = mixed, lenient
+        self._rows: list[_Row] = []
+        self._baselines: deque[float] = deque(maxlen=baselines)
+        self._policy: tuple[str, int] | None = None  # tokenizer and vocabulary, once known
+        self._recalled: dict[str, float] = {}
+        self._kept = 0.0
+
+    def recall(self, context: Context) -> Rehearsal | None:
+        """What to learn from again in this step, if there is enough of it."""
+        if not self._lenient:
+            self._expire(context.step)
+        coefficient, baseline = self._coefficient(context), median(self._baselines or (0.0,))
+        usable = sum(row.earned - baseline > EQUAL_RETURNS for row in self._rows)
+        self._recalled = {
+            "coefficient": coefficient,
+            "baseline": baseline,
+            "usable": float(usable),
+            "recalled": 0.0,
+        }
+        if coefficient <= 0 or usable <= 1.5 * self._size:
+            return None
+        worth = [self._revalue(row.tokens["advantages"], row.earned, baseline) for row in self._rows]
+        good = [index for index, row in enumerate(self._rows) if self._good(worth[index], row)]
+        chosen = self._draw(good, context)
+        self._recalled["rejected_share"] = 1 - len(good) / len(self._rows)
+        if not chosen:
+            return None
+        rows = [self._rows[index] for index in chosen]
+        ages = [context.step - row.step for row in rows]
+        self._recalled |= {
+            "recalled": float(len(rows)),
+            "age_mean": sum(ages) / len(ages),
+            "age_max": float(max(ages)),
+        }
+        advantages = [torch.where(self._rows[i].tokens["sampled"], worth[i], 0.0) for i in chosen]
+        if not self._mixed:
+            self._rows = []
+        return Rehearsal(
+            _batch(rows),
+            pad_sequence(advantages, batch_first=True),
+            self._algorithm,
+            coefficient,
+            self._mixed,
+        )
+
+    def keep(self, rollout: MiniBatch, context: Context) -> None:
+        """Remember the rows of a step that went well, and what its groups earned."""
+        if self._lenient and self._rows:
+            self._expire(self._rows[-1].step)
+        self._policy = context.tokenizer, context.vocabulary
+        batch = rollout.batch
+        good = batch.sampled & (rollout.advantages > 0)
+        for mask in self._masks:
+            good &= mask(rollout, context)
+        moved = MiniBatch(batch.to("cpu"), rollout.advantages.cpu())
+        found = [
+            _row(moved.select(row), good[row].cpu(), context.step)
+            for row in good.any(dim=1).nonzero().cpu()
+            if self._admits is None or self._admits(batch.episodes[int(batch.trajectory[row])])
+        ]
+        self._rows += found
+        self._kept = len(found) / max(1, len(batch.lengths))
+        for group in batch.groups.unique():  # type: ignore[no-untyped-call]
+            self._baselines.append(float(batch.returns[batch.groups == group].mean()))
+
+    def numbers(self) -> Mapping[str, float]:
+        """Rows held, kept of the step's and recalled, the baseline (in reward units), and ages in steps."""
+        return {"size": float(len(self._rows)), "kept_share": self._kept, **self._recalled}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows and baselines, and the tokenizer under which the rows mean something."""
+        return {
+            "policy": self._policy,
+            "rows": [vars(row) for row in self._rows],
+            "baselines": list(self._baselines),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], context: Context) -> None:
+        """Take up a state.
+
+        Raises:
+            CheckpointError: when it is that of another tokenizer or vocabulary, or none.
+        """
+        try:
+            policy, rows, baselines = state["policy"], state["rows"], state["baselines"]
+            if policy is not None and tuple(policy) != (context.tokenizer, context.vocabulary):
+                raise CheckpointError(
+                    f"replay: (tokenizer, vocabulary) is {tuple(policy)}, wanted that of this policy, "
+                    f"{(context.tokenizer, context.vocabulary)}: its tokens mean nothing here"
+                )
+            self._rows = [_Row(**row) for row in rows]
+            self._baselines.clear()
+            self._baselines.extend(map(float, baselines))
+            self._policy = policy
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"replay: not the state of a replay buffer ({error!r})") from error
+
+    def _expire(self, step: int) -> None:
+        self._rows = [row for row in self._rows if step - row.step <= self._tolerance]
+
+    def _good(self, advantages: Tensor, row: _Row) -> bool:
+        values = advantages[row.tokens["sampled"]]
+        return bool((values >= 0).all() if self._lenient else (values > 0).all())
+
+    def _draw(self, good: Sequence[int], context: Context) -> Sequence[int]:
+        if not good:
+            return []
+        count = min(1 << (len(good).bit_length() - 1), self._size)
+
+        def draw(index: int) -> int:
+            return derive_seed("replay", context.seed, context.step, *self._rows[index].key)
+
+        return sorted(sorted(good, key=draw)[:count])
+
+
+def _row(mini: MiniBatch, good: Tensor, step: int) -> _Row:
+    """Make a record of a mini-batch of one row, of which `good` [1, T] are the decisions that count."""
+    batch = mini.batch
+    good = good[0, : batch.tokens.shape[1]].clone()  # a view would keep the whole batch alive
+    values = {name: given(getattr(batch, name), name)[0] for name in _PER_DECISION}
+    allowed = None
+    if batch.allowed is not None:
+        kept = good[batch.allowed.positions]
+        allowed = batch.allowed.positions[kept], batch.allowed.ids[kept]
+    episode = batch.episodes[int(batch.trajectory)]
+    return _Row(
+        episode=episode.id,
+        env=episode.env,
+        task=episode.task,
+        step=step,
+        earned=float(batch.returns[batch.trajectory]),
+        tokens={"tokens": batch.tokens[0], "turns": batch.turns[0], "sampled": good}
+        | {
+            name: torch.where(good, value, 0.0)
+            for name, value in (values | {"advantages": mini.advantages[0]}).items()
+        },
+        allowed=allowed,
+    )
+
+
+def _batch(rows: Sequence[_Row]) -> Batch:
+    """Collate rows; those of one episode and step are one trajectory, of which only the return is known."""
+    owners: dict[tuple[str, int], int] = {}
+    trajectory = [owners.setdefault((row.episode, row.step), len(owners)) for row in rows]
+    of = dict(zip(trajectory, rows, strict=True))
+    fills = {"tokens": 0, "turns": -1, "sampled": False} | dict.fromkeys(_PER_DECISION, 0.0)
+    padded = {
+        name: pad_sequence([row.tokens[name] for row in rows], batch_first=True, padding_value=fill)
+        for name, fill in fills.items()
+    }
+    return Batch(
+        lengths=torch.tensor([len(row.tokens["tokens"]) for row in rows]),
+        rewards=torch.zeros_like(padded["logprobs"]),
+        trajectory=torch.tensor(trajectory),
+        returns=torch.tensor([of[owner].earned for owner in range(len(of))], dtype=torch.float64),
+        groups=torch.arange(len(of)),
+        episodes=tuple(_episode(of[owner]) for owner in range(len(of))),
+        allowed=_allowed(rows),
+        **padded,
+    )
+
+
+def _episode(row: _Row) -> Episode:
+    # The step is in the id, for what is drawn by it: two steps may have episodes of one name.
+    return Episode(f"{row.episode}@{row.step}", row.env, row.task, 0, (), StopReason.TERMINATED)
+
+
+def _allowed(rows: Sequence[_Row]) -> AllowedIds | None:
+    parts = [(index, *row.allowed) for index, row in enumerate(rows) if row.allowed is not None]
+    ids = [choice for _, _, choices in parts for choice in choices]
+    if not ids:
+        return None
+    return AllowedIds(
+        rows=torch.cat([torch.full_like(positions, index) for index, positions, _ in parts]),
+        positions=torch.cat([positions for _, positions, _ in parts]),
+        ids=pad_sequence(ids, batch_first=True, padding_value=-1),
+    )

@@ -1,0 +1,188 @@
+"""What a batch says about the turns of its trajectories: rewards, anchor states, shared beginnings.
+
+Letters: E trajectories, K turns of the longest, L decisions of the longest; a turn that a trajectory does not
+have is 0.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+import torch
+from torch import Tensor
+
+from agentrl.algorithms import functional
+from agentrl.data.batch import Batch
+from agentrl.data.trajectory import Episode
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The decisions of every trajectory in the order in which they were made, whichever rows they are in."""
+
+    index: Tensor  # [E, L] int64, into the flattened tokens of the batch
+    valid: Tensor  # [E, L] bool
+    turns: Tensor  # [E, L] int64, -1 where not valid
+    shape: torch.Size  # of the batch: B, T
+
+    def read(self, values: Tensor) -> Tensor:
+        """Take the decisions out of [B, T]; [E, L], 0 where not valid."""
+        return torch.where(self.valid, values.flatten()[self.index], 0)
+
+    def write(self, values: Tensor) -> Tensor:
+        """Put [E, L] back to where the decisions are; [B, T], 0 elsewhere."""
+        flat = torch.zeros(self.shape.numel(), dtype=values.dtype, device=values.device)
+        flat[self.index[self.valid]] = values[self.valid]
+        return flat.view(self.shape)
+
+    @property
+    def first(self) -> Tensor:
+        """The first decision of each turn; [E, L] bool."""
+        before = torch.nn.functional.pad(self.turns[:, :-1], (1, 0), value=-1)
+        return self.valid & (self.turns != before)
+
+    @property
+    def last(self) -> Tensor:
+        """The last decision of each turn; [E, L] bool."""
+        after = torch.nn.functional.pad(self.turns[:, 1:], (0, 1), value=-1)
+        return self.valid & (self.turns != after)
+
+
+def decisions(batch: Batch) -> Decisions:
+    """Order the decisions of a batch by trajectory, turn and position."""
+    index, valid = functional.unroll(batch.sampled, batch.turns, batch.trajectory, len(batch.episodes))
+    turns = torch.where(valid, batch.turns.flatten()[index], -1)
+    return Decisions(index, valid, turns, batch.tokens.shape)
+
+
+def turn_rewards(batch: Batch) -> Tensor:
+    """The reward of every turn; [E, K] float64, in the environment's units."""
+    return _table(batch, [[turn.reward for turn in episode.turns] for episode in batch.episodes])
+
+
+def turn_exists(batch: Batch) -> Tensor:
+    """Whether a trajectory has a turn; [E, K] bool."""
+    return _table(batch, [[1.0] * len(episode.turns) for episode in batch.episodes]) > 0
+
+
+def row_scores(batch: Batch, invalid_penalty: float) -> Tensor:
+    """The return of the whole episode at each of its turns, as verl-agent scores its rows; [E, K] float64.
+
+    A turn answers for its own penalty only: those of the other turns, `invalid_penalty` each, are given back.
+    """
+    invalid = _table(batch, [[float(not turn.valid) for turn in episode.turns] for episode in batch.episodes])
+    others = invalid.sum(dim=1, keepdim=True) - invalid
+    return torch.where(turn_exists(batch), batch.returns[:, None] + invalid_penalty * others, 0.0)
+
+
+def step_rewards(batch: Batch) -> Tensor:
+    """The reward of every turn that holds a decision; [E, K] float64, in the environment's units.
+
+    That of a turn without one belongs to the last turn with one before; what comes before the first decision
+    of a trajectory is left out.
+    """
+    rewards, decided = turn_rewards(batch), has_decision(batch)
+    out = torch.zeros_like(rewards)
+    carried = rewards.new_zeros(len(rewards))
+    for turn in reversed(range(rewards.shape[1])):
+        carried = carried + rewards[:, turn]
+        out[:, turn] = torch.where(decided[:, turn], carried, 0.0)
+        carried = torch.where(decided[:, turn], 0.0, carried)
+    return out
+
+
+def has_decision(batch: Batch) -> Tensor:
+    """Whether a turn of a trajectory holds a decision; [E, K] bool."""
+    decided = torch.zeros_like(turn_exists(batch))
+    owners = batch.trajectory[:, None].expand_as(batch.turns)
+    decided[owners[batch.sampled], batch.turns[batch.sampled]] = True
+    return decided
+
+
+def decision_rewards(batch: Batch) -> Tensor:
+    """`step_rewards`, each at the last decision of its turn; [B, T] float64.
+
+    A reply may end in tokens that were forced.
+    """
+    return at_last_decisions(step_rewards(batch), decisions(batch))
+
+
+def at_last_decisions(table: Tensor, made: Decisions) -> Tensor:
+    """Put the value of every turn, [E, K], at the last decision of it; [B, T]."""
+    return made.write(torch.where(made.last, table.gather(1, made.turns.clamp(min=0)), 0.0))
+
+
+def anchor_states(batch: Batch, *, similarity: float = 1.0) -> Tensor:
+    """Number the states that turns acted in; [E, K] int64, -1 where there is no turn.
+
+    Two turns have the same number if their trajectories are of one group and their states are the same:
+    `info["state_key"]` where the environment names it, else the observation's text.
+
+    Args:
+        batch: whose turns.
+        similarity: below 1, states are the same if the ratio of `difflib` between an observation and that
+            of the state's first turn is at least this; state keys are not looked at.
+    """
+    known: dict[int, dict[object, int]] = {}
+    numbers = 0
+    rows = []
+    for group, episode in zip(batch.groups.tolist(), batch.episodes, strict=True):
+        states = known.setdefault(group, {})
+        row = []
+        for turn in episode.turns:
+            key = None if similarity < 1 else turn.info.get("state_key")
+            state = turn.observation if key is None else key
+            if state not in states:
+                alike = _alike(turn.observation, states, similarity) if similarity < 1 else None
+                states[state] = numbers if alike is None else alike
+                numbers += alike is None
+            row.append(float(states[state]))
+        rows.append(row)
+    return _table(batch, rows, fill=-1.0).long()
+
+
+def branch_shares(batch: Batch) -> Tensor:
+    """One over the number of trajectories of the batch that share a turn; [E, K] float64.
+
+    A trajectory that branched off another holds the other's turns up to there, though they were played once.
+    """
+    known = {episode.id: episode for episode in batch.episodes}
+    owners = [
+        [_owner(episode, turn, known) for turn in range(len(episode.turns))] for episode in batch.episodes
+    ]
+    counts = Counter((owner, turn) for row in owners for turn, owner in enumerate(row))
+    return _table(batch, [[1 / counts[owner, turn] for turn, owner in enumerate(row)] for row in owners])
+
+
+def _alike(observation: str, states: dict[object, int], similarity: float) -> int | None:
+    """The number of the first known state whose first observation is similar enough."""
+    matcher = SequenceMatcher(None, "", observation)
+    seen: set[int] = set()
+    for state, number in states.items():
+        if number in seen:
+            continue
+        seen.add(number)
+        matcher.set_seq1(str(state))
+        # The first two are cheap upper bounds of the third.
+        bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
+        if all(bound() >= similarity for bound in bounds):
+            return number
+    return None
+
+
+def _owner(episode: Episode, turn: int, known: dict[str, Episode]) -> str:
+    """The id of the episode that played a turn of this one's path."""
+    while episode.parent is not None and turn < episode.parent.turn:
+        parent = known.get(episode.parent.parent)
+        if parent is None:
+            return episode.parent.parent
+        episode = parent
+    return episode.id
+
+
+def _table(batch: Batch, rows: Sequence[Sequence[float]], fill: float = 0.0) -> Tensor:
+    width = max(map(len, rows), default=0)
+    padded = [[*row, *[fill] * (width - len(row))] for row in rows]
+    table = torch.tensor(padded, dtype=torch.float64).reshape(len(rows), width)
+    return table.to(batch.tokens.device)
