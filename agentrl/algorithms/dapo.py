@@ -35,9 +35,9 @@ class DAPO(Recipe):
         clip_low: the ratio is held above 1 - clip_low.
         clip_high: and below 1 + clip_high.
         max_rounds: times that tasks are played at most, until enough groups differ (10 in verl-agent).
-        overlong_limit: reply tokens of an episode from which on its last reward is less by 1; None for no
+        overlong_limit: an episode with more reply tokens than this loses 1 of its last reward; None for no
             penalty.
-        overlong_cache: tokens before the limit, over which that penalty grows.
+        overlong_cache: last tokens before the limit, over which that penalty grows.
 
     Source: Yu et al. 2025, arXiv:2503.14476.
     """

@@ -54,12 +54,15 @@ class EPO(Recipe):
     is the mean entropy of earlier steps, beta the schedule's weight in this one. Above the corridor entropy
     is pulled down only where beta * penalty > 1.
 
-    `parity: official` is the released code. Its penalty is a constant for every decision outside the
-    corridor or on its bounds, so that it shows in the loss and moves no weight; H and the penalty are means
-    over tokens; the reference counts every step so far and the present one, as the rollout recorded it; beta
-    falls over 150 steps, however long the run is. Not reproduced, as they change the logged loss alone: the
-    gate that applies the penalty to micro-batches with a turn from the 25th on, and the padding of short
-    histories with zeros.
+    `parity: official` does what the released code does (`base` has a parity of its own):
+    - the penalty is the same for every decision outside the corridor or on its bounds, so that it shows in
+      the loss and moves no weight;
+    - H and the penalty are means over the decisions of the batch;
+    - the reference counts every step so far and the present one, as the rollout recorded it;
+    - beta falls over 150 steps, however long the run is.
+
+    Not reproduced, as they change no more than the logged loss: penalties given to micro-batches with a turn
+    from the 25th on only, and short histories padded with zeros.
 
     Args:
         base: the recipe whose loss this adds to.

@@ -35,10 +35,10 @@ class Spear(Recipe):
         A = R - median of recent groups' mean returns
 
     and count only where that is positive too. R is the return of its trajectory as shaped then, tool reward
-    included; a turn-wise part of the base's advantage is not replayed, nor are its terms and weights. For
-    when and how many, see `ReplayBuffer`. The tool reward is paid to failures as well, and groups are
-    selected with it; it helped small models, and cost a 7B model on ALFWorld 5 points (90.6 % without it,
-    85.2 % with it).
+    included; a turn-wise part of the base's advantage is not replayed, nor are its terms and weights. Ratios
+    are to the policy of then: bounds as narrow as GSPO's leave nothing to learn. For when and how many rows,
+    see `ReplayBuffer`. The tool reward is paid to failures as well, and groups are selected with it; it
+    helped small models, and cost a 7B model on ALFWorld 5 points (90.6 % without it, 85.2 % with it).
 
     Args:
         base: what is learned from the rollout.

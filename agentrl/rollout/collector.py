@@ -241,6 +241,7 @@ class _Drive:
             self.player_seconds += perf_counter() - began
             running.thinking = True
             self.thinking += 1
+            self._inherited(running.spec.id)
         else:
             self.environments.submit(running.spec.id, effect)
 
@@ -253,7 +254,6 @@ class _Drive:
             began = perf_counter()
             self.player.fork(name, path.parent.parent, fork.turns, fork.prefix_ids)
             self.player_seconds += perf_counter() - began
-        self._inherited(name)
 
     def _inherited(self, name: str) -> None:
         """An episode takes over nothing any more; who has ended and is left by nobody can be forgotten."""

@@ -30,9 +30,7 @@ class Player(Protocol):
         """Do one unit of work and return the replies that are done, with their episodes' ids; may be none."""
         ...
 
-    def fork(
-        self, episode_id: str, parent: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...] = ()
-    ) -> None:
+    def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
         """Begin an episode that goes on where another one left `turns`, before its first request.
 
         The first reply begins with `prefix_ids`. A player without tokens and memory has nothing to take over.
@@ -57,9 +55,7 @@ class _Immediate(ABC):
         requests, self._requests = self._requests, []
         return [(request.episode_id, self.reply(request)) for request in requests]
 
-    def fork(
-        self, episode_id: str, parent: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...] = ()
-    ) -> None:
+    def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
         return  # the reply to a request follows from it alone
 
     def close(self, episode_id: str) -> None:
@@ -206,16 +202,14 @@ class LanguagePlayer:
         sampling = self._sampling
         return replace(sampling, max_tokens=sampling.max_tokens - tokens) if tokens else sampling
 
-    def fork(
-        self, episode_id: str, parent: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...] = ()
-    ) -> None:
-        conversation = self._conversations[episode_id] = _Conversation.of(turns)
+    def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
+        conversation = self._conversations[child_id] = _Conversation.of(turns)
         ids: list[int] = []
         for turn in turns:
             if turn.fresh:
                 ids.clear()
             ids += [*turn.prompt_ids, *turn.action_ids]
-        conversation.inheritance = _Inheritance(parent, tuple(ids), prefix_ids)
+        conversation.inheritance = _Inheritance(parent_id, tuple(ids), prefix_ids)
 
     def poll(self) -> Sequence[Answered]:
         if self._stopped:
@@ -330,12 +324,10 @@ class DemonstrationPlayer(_Immediate):
             imitable=disturbance is None,
         )
 
-    def fork(
-        self, episode_id: str, parent: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...] = ()
-    ) -> None:
+    def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
         if prefix_ids:
-            raise ValueError(f"{episode_id!r} begins inside a reply, but an expert gives whole ones")
-        self._conversations[episode_id] = _Conversation.of(turns)
+            raise ValueError(f"{child_id!r} begins inside a reply, but an expert gives whole ones")
+        self._conversations[child_id] = _Conversation.of(turns)
 
     def close(self, episode_id: str) -> None:
         super().close(episode_id)

@@ -27,7 +27,7 @@ DECODINGS = ("greedy", "sampled")
 CURVES = ("entropy/token", "entropy/trajectory", "success")
 RESAMPLES = 10_000
 _TRIMMED = 0.25  # share of the seeds that is cut at each end
-_POINTS = 60  # of a curve
+_POINTS = 40  # of a curve
 
 
 def compare(folders: Folders, methods: Sequence[str], baseline: str, clone: str) -> dict[str, Any]:
@@ -205,13 +205,15 @@ def _caption(panel: Tree | None, seeds: int) -> list[str]:
     cut = int(_TRIMMED * seeds)
     dropped = f"the {cut} lowest and the {cut} highest" if cut else "none, so that it is their mean"
     return [
-        f"success: interquartile mean over seeds of the success rate, scipy.stats.trim_mean(x, {_TRIMMED}); of "
-        f"{seeds} values it drops {dropped} (int({_TRIMMED} * {seeds}) = {cut} at each end).",
-        f"[ ]: 95 % percentile bootstrap. Each of {RESAMPLES:,} resamples draws the {panel['tasks']} tasks of "
-        f"panel {panel['hash'][:12]} ({panel['split']}) with replacement, one draw for all seeds and methods, since "
-        "all play the same tasks; the rates of the seeds and their interquartile mean follow from it. Seeds are "
-        "not drawn again: an interval says how far other tasks could move these runs, not how far other seeds "
-        "could. It is not widened for the number of methods. Where all plays ended alike, it is Wilson's.",
+        "success: interquartile mean over seeds of the success rate, "
+        f"scipy.stats.trim_mean(x, {_TRIMMED}); of {seeds} values it drops {dropped} "
+        f"(int({_TRIMMED} * {seeds}) = {cut} at each end).",
+        f"[ ]: 95 % percentile bootstrap. Each of {RESAMPLES:,} resamples draws the {panel['tasks']} tasks "
+        f"of panel {panel['hash'][:12]} ({panel['split']}) with replacement, one draw for all seeds and "
+        "methods, since all play the same tasks; rates and their interquartile mean follow from it. "
+        "Seeds are not drawn again: an interval says how far other tasks could move these runs, not how far "
+        "other seeds could. It is not widened for the number of methods. Where all plays ended alike, it is "
+        "Wilson's.",
         "difference: outcome less the baseline's on the same seed and task, where neither was aborted; "
         "percentage points.",
         "updates: optimiser steps on a step's own episodes; those on replayed ones stand beside them. CPU: "

@@ -98,12 +98,15 @@ def draw_methods(methods: Mapping[str, Sequence[Curves]], baseline: str) -> str:
                 axes.set_ylabel(label)
                 axes.grid(axis="y")
             grid[row, 2 * pair].set_title(name)
-        for axes in grid.flat[2 * len(methods) :]:
-            axes.set_axis_off()
-        for side, top in ((0, None), (1, 1.02)):
-            highest = top or max(axes.get_ylim()[1] for axes in grid[:, side::2].flat)
-            for axes in grid[:, side::2].flat:
-                axes.set_ylim(0, highest)
+        used = grid.flatten()[: 2 * len(methods)]
+        for axes in grid.flat[len(used) :]:
+            axes.remove()
+        for axes in used[-2 * pairs :]:
+            axes.tick_params(labelbottom=True)
+        highest = max(axes.get_ylim()[1] for axes in used[::2])
+        for entropy, success in zip(used[::2], used[1::2], strict=True):
+            entropy.set_ylim(0, highest)
+            success.set_ylim(-0.02, 1.02)
         figure.supxlabel(
             f"step of reinforcement learning; thin: each seed; dashed: mean of {baseline}", size=9
         )
@@ -120,7 +123,7 @@ def _mean_curve(curves: Sequence[Curve]) -> tuple[list[float], list[float]]:
 
 
 def _success_table(results: Tree) -> Rows:
-    head = ["method", *(f"{decoding}{what}" for decoding in DECODINGS for what in (" %", ", difference"))]
+    head = ["method", *(f"{decoding}{what}" for decoding in DECODINGS for what in (" %", "\ndifference"))]
     rows = [head]
     for name, found in results["methods"].items():
         cells = [_label(results, name)]
@@ -136,14 +139,14 @@ def _success_table(results: Tree) -> Rows:
 
 
 def _runs_table(results: Tree) -> Rows:
-    head = ["method", *(f"{decoding} % by seed" for decoding in DECODINGS)]
+    head = ["method", *(f"{decoding} %\nby seed" for decoding in DECODINGS)]
     rows = [[*head, "episodes", "updates", "replayed", "aborted", "CPU"]]
     for name, found in results["methods"].items():
         runs = found["runs"].values()
-        cells = [_label(results, name)]
+        cells = [name]
         for decoding in DECODINGS:
             rates = found[decoding]["by_seed"].values()
-            cells.append(" / ".join("–" if rate is None else f"{100 * rate:.1f}" for rate in rates))
+            cells.append("/".join("–" if rate is None else f"{100 * rate:.1f}" for rate in rates))
         cells += [between({run[key] for run in runs}) for key in ("episodes", "updates", "replay_updates")]
         cells.append(str(sum(sum(run["aborted"].values()) for run in runs)))
         cells.append(f"{fmean(run['cpu_seconds'] for run in runs):.0f}")
@@ -163,14 +166,14 @@ def _estimate(value: float | None, interval: Interval | None, middle: str, end: 
 
 
 def _markdown(rows: Rows) -> str:
-    head, *rest = rows
+    head, *rest = ([cell.replace("\n", " ") for cell in cells] for cells in rows)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rest))
 
 
 def _terminal(rows: Rows) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
     for cells in rows[1:]:
         table.add_row(*map(Text, cells))
     return table

@@ -109,7 +109,7 @@ class StudyRun:
 
     @property
     def log(self) -> Path:
-        """What it printed."""
+        """What it printed since it was last started."""
         return self.folder.with_name(f"{self.name}.log")
 
     @property
@@ -215,7 +215,7 @@ def run_study(
 
 def start(run: StudyRun, lock: int) -> "subprocess.Popen[bytes]":
     """Start a run as a process of its own, which holds the open file `lock` as long as it lives."""
-    with run.log.open("ab") as log:
+    with run.log.open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-P", "-c", "from agentrl.cli import main; main()", *run.arguments],
             stdin=subprocess.DEVNULL,
@@ -236,12 +236,13 @@ class _Children:
         self._interruption, self._console = interruption, console
         self._live: dict[StudyRun, subprocess.Popen[bytes]] = {}
         self._failed: dict[StudyRun, str] = {}
+        self._done = 0
 
     def finish(self) -> dict[str, str]:
         """Have every run finished that can be; those that failed, with the reason."""
         waiting = [run for run in self._runs if not run.finished]
-        done = len(self._runs) - len(waiting)
-        self._say(f"{len(self._runs)} runs, {done} of them finished before; {self._jobs} at a time")
+        self._done = len(self._runs) - len(waiting)
+        self._say(f"{len(self._runs)} runs, {self._done} of them finished before; {self._jobs} at a time")
         try:
             while waiting or self._live:
                 waiting = [run for run in waiting if not self._taken_up(run)]
@@ -250,9 +251,8 @@ class _Children:
                     self._end(run, self._live.pop(run).returncode)
         except KeyboardInterrupt as interrupt:
             self._stop()
-            done = sum(run.finished for run in self._runs)
             raise RunInterrupted(
-                f"stopped with {done} of {len(self._runs)} runs finished; the same command continues"
+                f"stopped with {self._done} of {len(self._runs)} runs finished; the same command continues"
             ) from interrupt
         finally:
             self._stop()
@@ -273,10 +273,10 @@ class _Children:
         if code or not run.finished:
             self._fail(run, f"exit code {code}: {_last_words(run.log)} (see {run.log})")
             return
-        done = sum(run.finished for run in self._runs)
+        self._done += 1
         trained = json.loads((run.folder / "summary.json").read_text())["policies"]["trained"]
         rates = ", ".join(f"{decoding} {_percent(score)}" for decoding, score in trained.items())
-        self._say(f"{done}/{len(self._runs)} {run.label}: success {rates}")
+        self._say(f"{self._done}/{len(self._runs)} {run.label}: success {rates}")
 
     def _fail(self, run: StudyRun, why: str) -> None:
         self._failed[run] = why
@@ -319,11 +319,8 @@ def _method(base: RunConfig, block: Mapping[str, Any]) -> RunConfig:
     config = config_from_tree(_laid_over(before, block))
     changed = [key for key in _differences(before, config_tree(config)) if key.startswith(_SHARED)]
     if changed:
-        raise ConfigError(
-            "\n".join(
-                f"{key}: must be the same for all methods; change it for all by overrides" for key in changed
-            )
-        )
+        wanted = "must be the same for all methods; change it for all by overrides"
+        raise ConfigError("\n".join(f"{key}: {wanted}" for key in changed))
     return config
 
 
@@ -332,10 +329,8 @@ def _laid_over(tree: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, A
     for key, value in block.items():
         old = result.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
-            renamed = value.get("name", old.get("name")) != old.get(
-                "name"
-            )  # its settings are another recipe's
-            value = value if renamed else _laid_over(old, value)
+            same_recipe = value.get("name", old.get("name")) == old.get("name")
+            value = _laid_over(old, value) if same_recipe else value
         result[key] = value
     return result
 
@@ -357,7 +352,7 @@ def _write_configurations(runs: Sequence[StudyRun]) -> None:
         if not run.folder.exists():
             continue
         try:
-            stored = config_tree(load_config(run.file))
+            stored = config_tree(config_from_tree(read_yaml(run.file)))
         except ConfigError as error:
             mistakes.append(f"{run.folder} was made with a configuration that cannot be read: {error}")
             continue
@@ -387,8 +382,8 @@ def _differences(one: Any, other: Any, path: str = "") -> list[str]:
 def _last_words(log: Path) -> str:
     """The error that ends a log, else its last line."""
     text = log.read_text(encoding="utf-8", errors="replace").strip()
-    words = text.rpartition("\nerror: ")[2] if "\nerror: " in f"\n{text}" else text.rpartition("\n")[2]
-    return words.removeprefix("error: ")
+    _, found, words = f"\n{text}".rpartition("\nerror: ")
+    return words if found else text.rpartition("\n")[2]
 
 
 def _percent(score: Mapping[str, Any]) -> str:

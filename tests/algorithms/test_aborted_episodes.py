@@ -9,6 +9,8 @@ import torch
 from agentrl.algorithms.algorithm import Context, compute_advantages, prepare
 from agentrl.algorithms.recipe import build_recipe, recipe_names
 from agentrl.data import Episode, Group, StopReason, Turn
+from agentrl.data.batch import Batch
+from agentrl.data.trajectory import BranchPoint
 
 ABORTED = [reason for reason in StopReason if reason.aborted]
 
@@ -27,7 +29,18 @@ def episode(draw: random.Random, name: str) -> Episode:
         )
         for index in range(draw.randint(1, 4))
     )
-    return Episode(name, "env", "task", 0, turns, StopReason.TERMINATED)
+    # All but the first of a group left it at the start, so that recipes that explore from it have work too.
+    first, parent = f"{name.split('.')[0]}.0", None
+    if name != first:
+        parent = BranchPoint(first, 0)
+    return Episode(name, "env", "task", 0, turns, StopReason.TERMINATED, parent=parent)
+
+
+def scored(batch: Batch) -> Batch:
+    """As a learner's scoring pass leaves it, that of a policy which has not changed."""
+    return replace(
+        batch, old_logprobs=batch.logprobs, old_entropies=batch.entropies, values=batch.logprobs.exp()
+    )
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -42,13 +55,13 @@ def test_an_aborted_episode_moves_no_advantage_by_one_bit(name: str, reason: Sto
                 group,
                 episodes=(
                     *group.episodes[:place],
-                    replace(episode(draw, "aborted"), stop=reason, error="crash"),
+                    replace(episode(draw, group.episodes[1].id + "x"), stop=reason, error="crash"),
                     *group.episodes[place:],
                 ),
             )
             for place, group in enumerate(healthy)
         ]
-        batches = [prepare(algorithm, groups, Context()) for groups in (healthy, broken)]
+        batches = [scored(prepare(algorithm, groups, Context())) for groups in (healthy, broken)]
         ids = [[episode.id for episode in batch.episodes] for batch in batches]
         assert ids[0] == ids[1]
         one, other = (compute_advantages(algorithm, batch, Context()) for batch in batches)

@@ -450,7 +450,7 @@ def test_without_step_weight_it_is_grpo(parity, divide_by_std):
 def ppo_estimates(recipe: PPO, groups: Sequence[Group], values: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Advantages before whitening and returns, at the decisions."""
     batch = scored(collate(groups), values)
-    advantages, returns = recipe._estimate()(batch)
+    advantages, returns = recipe.estimate()(batch)
     return advantages[batch.sampled], returns[batch.sampled]
 
 
@@ -484,7 +484,7 @@ def test_what_a_limit_cut_off_is_worth_its_last_value(scope, stop):
     batch = replace(scored(collate(groups), [0.2, 0.2]), last_values=torch.tensor([0.7, 0.7]))
     for bootstrap, wanted in ((True, [0.43, -0.2]), (False, [-0.2, -0.2])):
         recipe = PPO(gae_scope=scope, gamma_turn=0.9, bootstrap_truncated=bootstrap)
-        close(recipe._estimate()(batch)[0][batch.sampled], wanted, 1e-6)
+        close(recipe.estimate()(batch)[0][batch.sampled], wanted, 1e-6)
 
 
 def test_advantages_are_whitened_and_returns_are_not():
@@ -511,29 +511,29 @@ def test_turns_of_one_decision_make_both_scopes_the_same():
     groups = groups_of([episode("a", turn("df"), turn("d", 0.5), turn("fd", 1.0)), episode("b", turn("d"))])
     batch = scored(collate(groups))
     by_turn, by_token = (
-        PPO(gamma_turn=0.9, gae_scope=scope)._estimate()(batch) for scope in ("turn", "trajectory")
+        PPO(gamma_turn=0.9, gae_scope=scope).estimate()(batch) for scope in ("turn", "trajectory")
     )
     for one, other in zip(by_turn, by_token, strict=True):
         assert (one - other).abs().max() < 1e-12
 
 
 def test_the_value_loss_is_clipped_around_the_scored_values_and_adds_up_over_parts():
-    groups = outcomes([0.9, 0, 0.5])
-    algorithm = PPO(value_clip=0.2, value_coefficient=0.5, bootstrap_truncated=False).build()
-    batch = with_targets(algorithm, scored(collate(groups), [0.5, 0.5, 0.5]), CONTEXT)
+    groups = outcomes([0.9, 0, 0.5, 1])
+    algorithm = PPO(value_clip=0.2, value_coefficient=0.5).build()
+    batch = with_targets(algorithm, scored(collate(groups), [0.5] * 4), CONTEXT)
     mini = MiniBatch(batch, torch.zeros_like(batch.logprobs))
     objective = build_objective(mini, algorithm, CONTEXT)
-    values = torch.tensor([[0.0, 1.0], [0, 0.2], [0, 0.5]], requires_grad=True)
+    values = torch.tensor([[0.0, 1.0], [0, 0.2], [0, 0.5], [0, 0.6]], requires_grad=True)
     total = torch.zeros(())
-    for rows in (torch.tensor([2, 0]), torch.tensor([1])):
+    for rows in (torch.tensor([2, 0]), torch.tensor([1, 3])):
         old = torch.where(batch.sampled, batch.old_logprobs, 0.0)[rows]
         loss, _ = objective.contribution(rows, Outputs(old, torch.zeros_like(old), values=values[rows]))
         total = total + loss
-    # Squares .04 (held at .7), .09 (held at .3) and 0; halved, averaged, times the coefficient .5
-    assert total.item() == pytest.approx(0.5 * 0.0216666667, abs=1e-9)
+    # Squares .04 (held at .7), .09 (held at .3), 0 and .16; halved, averaged, times the coefficient .5
+    assert total.item() == pytest.approx(0.5 * 0.5 * 0.29 / 4)
     total.backward()
-    # The first two are held where they are further off, so that nothing pulls them.
-    assert values.grad[:, 1].tolist() == [0, 0, 0]
+    # Nothing pulls where the held value is further off; the last is pulled by .5 * (.6 - 1) / 4.
+    assert values.grad[:, 1].tolist() == pytest.approx([0, 0, 0, -0.05])
 
 
 def test_the_learner_must_hold_a_value_head():

@@ -124,9 +124,9 @@ def test_the_next_step_is_the_next_turn_with_a_decision():
     present = tensor([[True, False, True, False]])
     entropies = tensor([[0.0, NAN, 1.0, NAN]], dtype=DOUBLE)
     advantages = torch.zeros(1, 4, dtype=DOUBLE)
-    out = f.entropy_modulated_advantage(advantages, entropies, present, k=1.0, k_future=1.0, zeta=1.0)
-    # The bonus of step 0 is exp(-1), that of step 2 nothing; centred.
-    close(out, [[math.exp(-1) / 2, 0, -math.exp(-1) / 2, 0]], 1e-7)
+    out = f.entropy_modulated_advantage(advantages, entropies, present, k=1.0, k_future=2.0, zeta=3.0)
+    # The bonus of step 0 is 3 exp(-2), that of step 2 nothing; centred.
+    close(out, [[1.5 * math.exp(-2), 0, -1.5 * math.exp(-2), 0]], 1e-7)
 
 
 def test_a_step_that_branches_share_is_counted_once_in_the_means():

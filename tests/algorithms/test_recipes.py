@@ -7,8 +7,21 @@ import torch
 from agentrl.algorithms import recipe as registry
 from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, Outputs, prepare
 from agentrl.algorithms.cloning import BehaviourCloning
+from agentrl.algorithms.dapo import DAPO
+from agentrl.algorithms.gigpo import GiGPO
 from agentrl.algorithms.grpo import GRPO, DrGRPO
-from agentrl.algorithms.recipe import Recipe, build_recipe, describe_recipe, recipe, recipe_names
+from agentrl.algorithms.gspo import GSPO
+from agentrl.algorithms.ppo import PPO
+from agentrl.algorithms.recipe import (
+    Recipe,
+    build_recipe,
+    describe_recipe,
+    recipe,
+    recipe_names,
+    recipe_tree,
+)
+from agentrl.algorithms.reinforce_pp import ReinforcePlusPlus
+from agentrl.algorithms.rloo import RLOO
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.errors import ConfigError
 
@@ -47,6 +60,16 @@ def test_the_shipped_recipes_are_found_and_described():
     assert (GRPO.name, DrGRPO.name) == ("grpo", "dr_grpo")
 
 
+RECIPES = [GRPO, DrGRPO, PPO, RLOO, ReinforcePlusPlus, GiGPO, DAPO, GSPO]
+
+
+@pytest.mark.parametrize("recipe_class", RECIPES, ids=lambda cls: cls.name)
+def test_a_recipe_is_its_name_and_plain_values(recipe_class):
+    made = recipe_class()
+    tree = recipe_tree(made)
+    assert build_recipe(tree.pop("name"), tree) == made
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_builds_with_its_defaults(name):
     assert isinstance(build_recipe(name).build(), Algorithm)
@@ -58,8 +81,8 @@ def test_plain_values_become_a_recipe():
 
 
 def test_an_unknown_name_is_refused_with_a_suggestion():
-    with pytest.raises(ConfigError, match=r"got 'gpro'; did you mean grpo\?"):
-        build_recipe("gpro")
+    with pytest.raises(ConfigError, match=r"got 'dr_gpro'; did you mean dr_grpo\?"):
+        build_recipe("dr_gpro")
 
 
 def test_every_mistake_in_the_settings_is_named_at_once():
@@ -83,6 +106,62 @@ def test_every_mistake_in_the_settings_is_named_at_once():
 def test_contradictions_are_refused_with_the_reason(settings, reason):
     with pytest.raises(ConfigError, match=reason):
         build_recipe("grpo", settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("ppo", {"gamma_turn": 1.1}, r"gamma_turn is 1.1, wanted within \[0, 1\]"),
+        ("ppo", {"lam_turn": -0.1}, "lam_turn is -0.1"),
+        ("ppo", {"value_clip": 0}, "value_clip is 0.0, wanted above 0"),
+        ("ppo", {"value_coefficient": -1}, "value_coefficient is -1"),
+        ("reinforce_pp", {"gamma": 2}, "gamma is 2.0"),
+        ("reinforce_pp", {"reward_kl_coefficient": -1}, "reward_kl_coefficient is -1"),
+        ("reinforce_pp", {"baseline": True, "gamma": 0.9}, "wanted neither gamma nor"),
+        ("gigpo", {"similarity": 0}, "similarity is 0.0, wanted above 0"),
+        ("gigpo", {"step_weight": -1}, "step_weight is -1"),
+        ("gigpo", {"gamma": 2}, "gamma is 2.0"),
+        ("dapo", {"clip_low": 2}, "clip_low is 2.0"),
+        ("dapo", {"clip_high": -1}, "clip_high is -1"),
+        ("dapo", {"max_rounds": 0}, "max_rounds is 0, wanted at least 1"),
+        ("dapo", {"overlong_limit": 10}, "overlong_cache is 0, wanted above 0"),
+        ("dapo", {"overlong_limit": 10, "overlong_cache": 11}, "overlong_cache is 11"),
+        ("dapo", {"base": {"name": "behaviour_cloning"}}, "'behaviour_cloning' has no clipped ratio"),
+        ("gspo", {"base": {"name": "behaviour_cloning"}}, "'behaviour_cloning' has no clipped ratio"),
+        ("gspo", {"clip_low": 1.5}, "clip_low, clip_high are 1.5"),
+        ("gspo", {"base": {"name": "dapo", "base": {"name": "gspo"}}}, "those of single tokens"),
+    ],
+)
+def test_what_a_recipe_cannot_do_is_refused_with_the_reason(name, settings, reason):
+    with pytest.raises(ConfigError, match=reason):
+        build_recipe(name, settings)
+
+
+def test_parity_says_what_it_sets():
+    made = build_recipe("grpo", {"parity": "official", "clip_high": 0.28})
+    assert made == GRPO(
+        clip_high=0.28,
+        dual_clip=3.0,
+        aggregation="token",
+        weighting="row",
+        singleton="raw",
+        drop_equal_groups=False,
+        parity="official",
+    )
+    assert build_recipe("ppo", {"parity": "official"}).gae_scope == "row"
+    official = build_recipe("dr_grpo", {"parity": "official"})
+    assert (official.aggregation, official.weighting) == ("constant", "row")
+
+
+def test_parity_does_not_overrule_in_silence():
+    with pytest.raises(ConfigError, match=r"dual_clip is 10.0, and parity=official sets it to 3.0"):
+        build_recipe("grpo", {"parity": "official", "dual_clip": 10})
+
+
+def test_official_runs_keep_groups_that_all_did_the_same():
+    groups = [group((1, True), (1, True)), group((1, True))]
+    assert len(prepare(GRPO(parity="official").build(), groups, CONTEXT).episodes) == 3
+    assert len(prepare(GRPO().build(), groups, CONTEXT).episodes) == 0
 
 
 @pytest.mark.usefixtures("own_registry")

@@ -20,9 +20,7 @@ from agentrl.data import BranchPoint, Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate
 
 
-def turn(
-    decided: str, reward: float = 0.0, *, seen: str = "o", valid: bool = True, fresh=False, **info
-) -> Turn:
+def turn(decided: str, reward: float = 0.0, *, seen: str = "o", valid: bool = True, **info: object) -> Turn:
     """One letter per reply token: d for a decision, f for a forced token."""
     return Turn(
         seen,
@@ -32,7 +30,6 @@ def turn(
         allowed=tuple(None if letter == "d" else (5,) for letter in decided),
         reward=reward,
         valid=valid,
-        fresh=fresh,
         info=info,
     )
 
@@ -77,7 +74,7 @@ def test_a_table_holds_the_rewards_of_every_turn():
 @pytest.mark.parametrize("layout", ["trajectory", "turn"])
 def test_the_reward_of_a_turn_without_decisions_belongs_to_the_last_decision_before(layout):
     batch = batch_of(MIXED, layout=layout)
-    # The reward of 1 comes before the first decision of its trajectory; 2 + 4 after the third token of turn 1.
+    # The reward of 1 comes before the first decision of its trajectory; 2 and 4 after that of turn 1.
     assert step_rewards(batch).tolist() == [[0, 6, 0, 8], [16, 0, 0, 0]]
     assert decisions(batch).read(decision_rewards(batch)).tolist() == [[0, 6, 8], [0, 16, 0]]
     assert decision_rewards(batch).sum() == 30

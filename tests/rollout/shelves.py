@@ -94,12 +94,10 @@ class CountingPlayer:
         done, self.waiting = self.waiting[: self.largest], self.waiting[self.largest :]
         return [(request.episode_id, Reply(f"{request.seed % 1000}/{request.turn}")) for request in done]
 
-    def fork(
-        self, episode_id: str, parent: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...] = ()
-    ) -> None:
-        again = episode_id in [child for child, _, _ in self.forked]
-        assert again or parent in self.known, "a parent was closed before its child had left it"
-        self.forked.append((episode_id, parent, len(turns)))
+    def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
+        again = child_id in [child for child, _, _ in self.forked]
+        assert again or parent_id in self.known, "a parent was closed before its child had left it"
+        self.forked.append((child_id, parent_id, len(turns)))
 
     def close(self, episode_id: str) -> None:
         self.known.discard(episode_id)

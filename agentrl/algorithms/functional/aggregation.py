@@ -21,9 +21,9 @@ def token_weights(mask: Tensor, turns: Tensor, trajectory: Tensor) -> tuple[Tens
         trajectory: [B] int64.
 
     Returns:
-        w: [B, T] float64, and the count to divide by (0-dim): two numbers per part of a batch, so that parts
-            (ranks)
-        add up their counts and share one denominator.
+        w: [B, T] float64.
+        count: 0-dim, to divide by; kept apart so that parts of a batch (ranks) add up their counts and share
+            one denominator.
     """
     weights = mask.double()
     return weights, weights.sum()

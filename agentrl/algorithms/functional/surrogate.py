@@ -61,8 +61,8 @@ def clipped_surrogate(
 ) -> Tensor:
     """Penalise ratios that leave [lower, upper] in the direction that the advantage asks for.
 
-        L = max(-A * ratio, -A * clip(ratio, lower, upper));   where A < 0 and `dual` is set: min(L, -A *
-        dual)
+        L = max(-A * ratio, -A * clip(ratio, lower, upper))
+        min(L, -A * dual) where A < 0 and `dual` is set
 
     Its derivative by the logprob is -A * ratio, except 0 where (A > 0, ratio > upper), (A < 0, ratio < lower)
     or (A < 0, ratio > dual).
