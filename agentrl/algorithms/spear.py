@@ -43,7 +43,8 @@ class Spear(Recipe):
     Args:
         base: what is learned from the rollout.
         buffer_size: rows recalled at most; they are recalled when 1.5 times as many are good enough. Rows are
-            trajectories, as long as prompts extend each other. Published runs use 2048 turns.
+            trajectories, as long as prompts extend each other. Published runs use 2048 turns on text games
+            and 32 trajectories in maths.
         baseline_size: mean returns that the median is of.
         tolerate_steps: age up to which a row may be recalled.
         coefficient: of the replay loss; 0 keeps and recalls nothing.
@@ -72,7 +73,7 @@ class Spear(Recipe):
     """
 
     base: Base = field(default_factory=DrBot)
-    buffer_size: int = 64
+    buffer_size: int = 32
     baseline_size: int = 10240
     tolerate_steps: int = 5
     coefficient: float = 1.0

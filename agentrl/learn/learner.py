@@ -136,6 +136,8 @@ class Learner:
                 mini = rollout.select(rows)
                 if scored and not steps:  # nothing has changed since the scoring pass
                     mini = replace(mini, current=_scores(mini.batch))
+                if not bool(mini.batch.sampled.any()):
+                    continue  # nothing to learn from, and so no step
                 numbers, outputs = self._step(_Part(mini, algorithm), shares[index : index + 1], context)
                 _store(seen, rows, outputs)
                 steps.append(numbers | {"learning_rate": rate})
@@ -264,7 +266,7 @@ class Learner:
         """
         sums, seen = self._accumulate(part, context)
         loss = sums["loss"] + sum(self._accumulate(other, context)[0]["loss"] for other in more)
-        return sums | self._apply(loss), seen
+        return dict(sums) | self._apply(loss), seen
 
     def _accumulate(self, part: _Part, context: Context) -> tuple[dict[str, float], Outputs]:
         """Add the gradient of a part's loss to what there is."""
@@ -281,7 +283,7 @@ class Learner:
             _store(seen, rows, outputs)
             for name, value in numbers.items():
                 sums[name] += float(value)
-        return dict(sums), seen
+        return sums, seen
 
     def _apply(self, loss: float) -> dict[str, float]:
         """Step the optimisers and report the gradient's norm, unless something is not finite."""

@@ -236,8 +236,7 @@ class LanguagePlayer:
         ids, known = (*given, *generation.token_ids), (0.0,) * len(given)
         allowed = generation.allowed
         if given:
-            rest = allowed or (None,) * len(generation.token_ids)
-            allowed = (*((token,) for token in given), *rest)
+            allowed = (*((token,) for token in given), *(None,) * len(generation.token_ids))
         self._conversations[generation.sequence].extend(
             pending.request.observation, len(pending.prompt_ids), pending.fresh, ids
         )

@@ -7,10 +7,11 @@ from math import ceil
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import trim_mean
+from scipy.stats import bootstrap, trim_mean
 
 from agentrl.data.storage import read_episodes
 from agentrl.data.trajectory import Outcome
@@ -95,16 +96,30 @@ def interquartile_mean(
     Source: Agarwal et al. 2021, arXiv:2108.13264, for the mean; there, the runs are drawn and not the tasks.
     """
     known = ~np.isnan(outcomes)
-    outcomes, known = outcomes[known.any(axis=1)], known[known.any(axis=1)]
+    outcomes = outcomes[known.any(axis=1)]
     if not outcomes.size:
         return None
-    sums, tasks = np.nan_to_num(outcomes).T, outcomes.shape[1]
-    held = np.random.default_rng(seed).multinomial(tasks, np.full(tasks, 1 / tasks), size=resamples)
-    counts = held @ known.T
-    means = np.divide(held @ sums, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
-    low, high = np.nanquantile(trim_mean(means, _TRIMMED, axis=1), [0.025, 0.975])
-    value = trim_mean(sums.sum(axis=0) / known.sum(axis=1), _TRIMMED)
-    return float(value), (float(low), float(high))
+    value = float(_interquartile(*outcomes, axis=-1))
+    if outcomes.shape[1] < 2:  # one task drawn again is the same task
+        return value, (value, value)
+    with catch_warnings():
+        simplefilter("ignore", RuntimeWarning)  # a draw of aborted tasks alone says nothing, and is left out
+        drawn = bootstrap(
+            tuple(outcomes),
+            _interquartile,
+            paired=True,
+            n_resamples=resamples,
+            batch=max(1, 10**6 // outcomes.size),
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+    low, high = np.nanquantile(drawn.bootstrap_distribution, [0.025, 0.975])
+    return value, (float(low), float(high))
+
+
+def _interquartile(*outcomes: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    means: NDArray[np.float64] = trim_mean([np.nanmean(each, axis=axis) for each in outcomes], _TRIMMED)
+    return means
 
 
 def _measured(folder: Path) -> dict[str, Any]:

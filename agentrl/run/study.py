@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from agentrl.run.settings import (
 )
 
 CLONE = "clone"
-_KEYS = ("base", "overrides", "seeds", "baseline", "methods")
 _PAUSE = 0.1  # seconds between two looks at the children
 # What decides how a policy is measured, or where it starts: a method that changed it would not be compared.
 _SHARED = (
@@ -136,7 +135,8 @@ def load_study(path: str | Path, *overrides: str) -> StudyConfig:
     Raises:
         ConfigError: listing every mistake with its path.
     """
-    own = [item for item in overrides if re.split(r"[.=]", item, maxsplit=1)[0] in _KEYS]
+    keys = {item.name for item in fields(StudyConfig)}
+    own = [item for item in overrides if re.split(r"[.=]", item, maxsplit=1)[0] in keys]
     study = build(StudyConfig, merge(read_yaml(path), own))
     beside = Path(path).parent / study.base
     return replace(

@@ -125,6 +125,7 @@ def test_the_threshold_rule(change, streak, score, branches):
 def test_a_score_stays_within_0_and_1():
     assert branch_score(9.0, 0, offset=0.5, weight=0.2, penalty=0.05) == 1
     assert branch_score(-9.0, 0, offset=0.5, weight=0.2, penalty=0.05) == 0
+    assert branch_score(-9.0, 30, offset=0.5, weight=0.2, penalty=0.05) == 0
 
 
 @pytest.mark.vector("A-6")
@@ -228,14 +229,16 @@ def test_the_stochastic_rule_branches_when_its_draw_says_so(monkeypatch):
     for drawn, branches in ((0.45, True), (0.43, False)):  # with .2 * .3 more: .51 and .49
         monkeypatch.setattr(aepo, "derive_seed", lambda *parts, drawn=drawn: drawn * 2**31)
         assert made.reached(f"e{drawn}", None, turns) == [BranchPoint(f"e{drawn}", 2)] * branches
+    monkeypatch.setattr(aepo, "derive_seed", lambda *parts: 2**30)
+    assert made.reached("e", None, turns[:1]) == [BranchPoint("e", 1)]  # a half, which is enough
 
 
 def test_the_released_code_sums_entropies_compares_branches_with_themselves_and_counts_by_task():
     assert growth(12, parity="official").begin() == [None] * 6
-    made = growth(8, parity="official", initial_rollouts="measured", allocation_slope=0.5)
+    made = growth(8, parity="official", initial_rollouts="measured")
     assert made.begin() == [None]
-    # Sums 1.0 and .4: later ones, the first among them, average .7; sigmoid(.5 * .3) * 8 = 4.3, and 1 more.
-    assert made.ended(an_episode(a_turn(0.5, 0.5), a_turn(0.2, 0.2))) == [None] * 4
+    # Sums are 1 and .4, which with the first among them average .7: sigmoid(4 * .3) * 8 is 6.15, and 1 more.
+    assert made.ended(an_episode(a_turn(0.5, 0.5), a_turn(0.2, 0.2))) == [None] * 6
 
     made = threshold(parity="official")
     turns = [a_turn(0.3), a_turn(0.5)]

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -270,16 +270,33 @@ def test_official_group_statistics_count_every_turn():
     close(estimate(GRPO(parity="official"), LONG_AND_SHORT), [1.62018482] * 2 + [-0.54006161] * 6)
 
 
-def test_an_official_row_is_scored_with_its_own_invalid_action_only():
-    groups = groups_of([episode("a", turn("d", valid=False), turn("d", 1.0)), episode("b", turn("d"))])
-    settings = {"divide_by_std": False, "invalid_penalty": 0.1}
-    official = GRPO(parity="official", **settings).build()
+INVALID = groups_of([episode("a", turn("d", valid=False), turn("d", 1.0)), episode("b", turn("d"))])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "scale"),
+    [
+        (GRPO(divide_by_std=False, invalid_penalty=0.1, parity="official"), 1),
+        (RLOO(invalid_penalty=0.1, parity="official"), 3 / 2),
+        # Whitened: squares .64, 1.21 and 3.61 of ninths, by 2
+        (ReinforcePlusPlus(invalid_penalty=0.1, parity="official"), (5.46 / 18) ** -0.5),
+        (ReinforcePlusPlus(baseline=True, invalid_penalty=0.1, parity="official"), (5.46 / 18) ** -0.5),
+    ],
+    ids=["grpo", "rloo", "reinforce_pp", "reinforce_pp baseline"],
+)
+def test_an_official_row_is_scored_with_its_own_invalid_action_only(recipe, scale):
+    algorithm = recipe.build()
+    batch = prepare(algorithm, INVALID, CONTEXT)
     # Scores .9, 1 and 0, of mean 1.9 / 3
-    batch = prepare(official, groups, CONTEXT)
-    close(official.advantage(batch, CONTEXT)[batch.sampled], [0.8 / 3, 1.1 / 3, -1.9 / 3])
+    wanted = [scale * value / 3 for value in (0.8, 1.1, -1.9)]
+    close(algorithm.advantage(batch, CONTEXT)[batch.sampled], wanted, 1e-7)
+
+
+def test_a_trajectory_pays_for_all_its_invalid_actions():
+    algorithm = GRPO(divide_by_std=False, invalid_penalty=0.1).build()
+    batch = prepare(algorithm, INVALID, CONTEXT)
     # Returns .9 and 0
-    plain = GRPO(**settings).build()
-    close(plain.advantage(prepare(plain, groups, CONTEXT), CONTEXT)[batch.sampled], [0.45, 0.45, -0.45])
+    close(algorithm.advantage(batch, CONTEXT)[batch.sampled], [0.45, 0.45, -0.45])
 
 
 def test_leave_one_out_advantages():
@@ -319,6 +336,9 @@ def test_the_baseline_variant_whitens_the_centred_returns_over_tokens():
     groups = groups_of([episode("a", turn("ddd", 1.0)), episode("b", turn("dd")), episode("c", turn("d"))])
     wanted = [0.91287091] * 3 + [-0.91287091] * 3
     close(estimate(ReinforcePlusPlus(baseline=True), groups), wanted, 2e-8)
+    # A group that differs more has more to say: .5, -.5, 2, -2, of variance 8.5 / 3
+    wanted = [value / (8.5 / 3) ** 0.5 for value in (0.5, -0.5, 2, -2)]
+    close(estimate(ReinforcePlusPlus(baseline=True), outcomes([1, 0], [4, 0])), wanted, 1e-7)
 
 
 def test_divergence_from_the_reference_costs_reward():
@@ -475,6 +495,9 @@ def test_the_official_scope_is_the_return_of_the_episode_less_the_value():
     advantages, returns = ppo_estimates(PPO(parity="official"), groups, [0.2, 0.4, 1.0])
     close(advantages, [9.8, 9.6, 9.0], 1e-6)
     close(returns, [10, 10, 10])
+    penalised = PPO(parity="official", invalid_penalty=0.1)
+    batch = prepare(penalised.build(), INVALID, CONTEXT)
+    close(penalised.estimate()(scored(batch, [0.5] * 3))[1][batch.sampled], [0.9, 1, 0])
 
 
 @pytest.mark.parametrize("scope", ["trajectory", "turn"])
@@ -594,6 +617,18 @@ def test_dapo_compares_returns_before_any_penalty():
     assert len(prepare(algorithm, groups_of(equal), CONTEXT).episodes) == 0
     assert len(prepare(algorithm, [*groups_of(equal), *outcomes([1, 0])], CONTEXT).episodes) == 2
     assert algorithm.rollout.rounds == 3
+
+
+@dataclass(frozen=True)
+class FirstGroup(Recipe):
+    def build(self) -> Algorithm:
+        return Algorithm(select=lambda groups, context: groups[:1])
+
+
+def test_dapo_lets_its_base_choose_among_the_groups_that_differ():
+    equal, first, second = outcomes([1, 1], [1, 0], [2, 0])
+    kept = DAPO(base=FirstGroup()).build().select([equal, first, second], CONTEXT)
+    assert kept == [first]
 
 
 def test_dapo_takes_the_overlong_penalty_off_the_last_reward():

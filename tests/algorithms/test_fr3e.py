@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agentrl.algorithms.algorithm import Context, MiniBatch, Outputs, compute_advantages, prepare
+from agentrl.algorithms.algorithm import Bounds, Context, MiniBatch, Outputs, compute_advantages, prepare
 from agentrl.algorithms.fr3e import FR3E, anchor_points, state_modulation, state_values
 from agentrl.algorithms.recipe import build_recipe, recipe_tree
 from agentrl.data import BranchPoint, Episode, Group, StopReason, Turn
@@ -210,12 +210,14 @@ def test_a_state_is_compared_with_the_one_before_even_if_that_one_teaches_nothin
 
 
 def test_each_base_has_a_first_state_and_a_sum_of_its_own():
-    values = torch.tensor([0.5, 0.25, 1.0, 1.0], dtype=torch.float64)
-    bases = torch.tensor([0, 0, 1, 1])
-    differ = torch.ones(4, dtype=torch.bool)
-    assert state_modulation(values, bases, differ).tolist() == pytest.approx([1, math.exp(0.25), 1, 1])
+    values = torch.tensor([0.5, 0.25, 1.0, 0.5, 0.5], dtype=torch.float64)
+    bases = torch.tensor([0, 0, 1, 1, 2])
+    differ = torch.ones(5, dtype=torch.bool)
+    plain = state_modulation(values, bases, differ)
+    assert plain.tolist() == pytest.approx([1, math.exp(0.25), 1, math.exp(0.5), 1])
     sharpened = state_modulation(values, bases, differ, sharpen=True)
-    assert sharpened.tolist() == pytest.approx([1, math.e, 1, 1])  # the only change of its base, so -1
+    # The only change of a base is all of its sum, so -1; the last base has no change at all.
+    assert sharpened.tolist() == pytest.approx([1, math.e, 1, math.e, 1])
     assert state_modulation(values[:0], bases[:0], differ[:0]).tolist() == []
 
 
@@ -227,7 +229,8 @@ def tree(rewards: list[list[float]], name: str = "base", turns: int | None = Non
     episodes = [base]
     for turn, row in enumerate(rewards):
         for member, reward in enumerate(row):
-            own = (a_turn(0.3, fresh=turn == 0), a_turn(0.2, 0.1, 0.1, reward=reward))
+            end = a_turn(*[0.1] * (3 - member % 2), reward=reward)
+            own = (a_turn(0.3, fresh=turn == 0), end)
             path = (*base.turns[:turn], *own)
             point = BranchPoint(name, turn)
             episodes.append(an_episode(*path, id=f"{name}.{turn}.{member}", parent=point))
@@ -280,6 +283,15 @@ def test_centred_returns_can_be_divided_by_their_deviation():
     assert [found[f"base.3.{member}", 3] for member in range(4)] == printed([2.47307696, *[-0.82435899] * 3])
 
 
+@pytest.mark.vector("F-4")
+def test_the_released_code_compares_with_the_state_before_that_is_learned_from():
+    episodes = tree([[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
+    assert advantages_of(episodes)["base.2.0", 2] == pytest.approx(0.25 * 1.2840254167, abs=5e-11)
+    # Changes 1 - .25 and .75 - .25, sharpened: .64952 and .35355 over their sum.
+    scale = math.exp(-(0.5**1.5) / (0.75**1.5 + 0.5**1.5))
+    assert advantages_of(episodes, parity="official")["base.2.0", 2] == pytest.approx(0.25 * scale)
+
+
 def test_the_order_of_episodes_and_rows_plays_no_role():
     episodes = [*tree(F2), *tree([[1, 0, 0], [1, 1, 1], [1, 1, 0]], "b")]
     wanted = advantages_of(episodes)
@@ -312,16 +324,18 @@ def test_a_branch_that_went_astray_counts_for_the_beginning():
 def test_tokens_that_a_continuation_was_given_are_not_its_own():
     base = an_episode(a_turn(0.5, 0.9, 0.1, fresh=True))
     given = replace(a_turn(0.0, 0.4, 0.4, fresh=True), allowed=((2,), (2, 3), (2, 3)))
-    point = BranchPoint("base", 0, 1)
+    more = replace(given, allowed=((2,), (2,), (2, 3)))
     episodes = [base] + [
-        an_episode(replace(given, reward=reward), id=f"c{reward}", parent=point) for reward in (1.0, 0.0)
+        an_episode(replace(turn, reward=reward), id=f"{token}.{reward}", parent=BranchPoint("base", 0, token))
+        for token, turn, rewards in ((1, given, (1.0, 0.0)), (2, more, (1.0, 1.0)))
+        for reward in rewards
     ]
     algorithm = FR3E().build()
     batch = prepare(algorithm, [Group("t", tuple(episodes))], CONTEXT)
     advantages = compute_advantages(algorithm, batch, CONTEXT)
-    assert advantages.tolist() == [[0, 0, 0, 0], [0, 0, 0.5, 0.5], [0, 0, -0.5, -0.5]]
+    assert advantages.tolist() == [[0] * 4, [0, 0, 0.5, 0.5], [0, 0, -0.5, -0.5], [0] * 4, [0] * 4]
     mask = algorithm.masks[0](MiniBatch(batch, advantages), CONTEXT)
-    assert mask.tolist() == [[False] * 4, [False, False, True, True], [False, False, True, True]]
+    assert mask.tolist() == [[False] * 4, *[[False, False, True, True]] * 2, *[[False] * 4] * 2]
 
 
 @pytest.mark.vector("F-3")
@@ -331,7 +345,7 @@ def test_only_what_continuations_decided_where_they_differ_is_in_the_mean():
     batch = replace(batch, old_logprobs=batch.logprobs)
     mini = MiniBatch(batch, compute_advantages(algorithm, batch, CONTEXT))
     objective = build_objective(mini, algorithm, CONTEXT)
-    # Four decisions of its own in each of the four continuations of the first and the last state.
+    # Continuations of the first and the last state decide four and three times themselves.
     learned = {
         (batch.episodes[batch.trajectory[row]].id, int(batch.turns[row, column]))
         for row, column in objective.mask.nonzero().tolist()
@@ -339,8 +353,8 @@ def test_only_what_continuations_decided_where_they_differ_is_in_the_mean():
     assert learned == {
         (f"base.{turn}.{member}", turn + step) for turn in (0, 2) for member in (0, 1) for step in (0, 1)
     }
-    assert int(objective.mask.sum()) == 16
-    assert objective.factors[objective.mask].tolist() == pytest.approx([1 / 16] * 16)
+    assert objective.factors[objective.mask].tolist() == pytest.approx([1 / 14] * 14)
+    assert objective.bounds == Bounds(0.8, 1.28)
     said = Outputs(batch.logprobs.clone().requires_grad_(), batch.entropies)
     loss, _ = objective.contribution(torch.arange(len(batch.lengths)), said)
     loss.backward()
@@ -349,7 +363,12 @@ def test_only_what_continuations_decided_where_they_differ_is_in_the_mean():
 
 def test_groups_in_which_no_state_differs_are_left_out():
     useful, useless = tree([[1, 0], [1, 1]]), tree([[0, 0], [1, 1]])  # the second differ between states only
-    groups = [Group("a", tuple(useless)), Group("b", tuple(useful)), Group("c", tuple(useful[:2]))]
+    luckier = an_episode(a_turn(0.5, reward=1.0, fresh=True), id="another base")
+    groups = [
+        Group("a", (*useless, luckier)),
+        Group("b", tuple(useful)),
+        Group("c", tuple(useful[:2])),
+    ]
     assert list(FR3E().build().select(groups, CONTEXT)) == [groups[1]]
 
 

@@ -148,7 +148,8 @@ def test_parity_says_what_it_sets():
         drop_equal_groups=False,
         parity="official",
     )
-    assert build_recipe("ppo", {"parity": "official"}).gae_scope == "row"
+    critic = build_recipe("ppo", {"parity": "official"})
+    assert (critic.gae_scope, critic.bootstrap_truncated) == ("row", False)
     official = build_recipe("dr_grpo", {"parity": "official"})
     assert (official.aggregation, official.weighting) == ("constant", "row")
 

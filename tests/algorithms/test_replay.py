@@ -90,6 +90,15 @@ def test_one_and_a_half_times_the_size_is_not_enough(size, rows):
     assert memory.numbers()["usable"] == rows
 
 
+def test_rows_at_or_below_the_baseline_do_not_count_as_enough():
+    memory = buffer(1)
+    memory.keep(
+        rollout([[episode(str(i), r)] for i, r in enumerate((0.0, 0.5, 0.5, 1.0))], [0.5] * 4), context(0)
+    )
+    assert memory.recall(context(1)) is None
+    assert (memory.numbers()["size"], memory.numbers()["usable"]) == (4, 1)
+
+
 def five_groups() -> MiniBatch:
     """Group means .2, .5, .6, .8, .1."""
     returns = [[0.4, 0.0], [1.0, 0.0], [0.6, 0.6], [1.0, 0.6], [0.1, 0.1]]
@@ -240,12 +249,14 @@ def test_a_kept_row_holds_its_good_decisions_and_nothing_about_the_others(layout
 
 
 def test_rows_of_one_trajectory_stay_together_and_those_of_another_step_apart():
-    memory = buffer(4, mixed=True)
+    memory = buffer(5, mixed=True)
     for step in (0, 1):
         memory.keep(turns_of_two("turn"), context(step))
     rehearsal = memory.recall(context(2))
     batch = rehearsal.batch
-    assert len({episode.id for episode in batch.episodes}) == len(batch.episodes)
+    # Five of the eight rows: two of each of two trajectories of each of two steps.
+    assert len({episode.id for episode in batch.episodes}) == len(batch.episodes) >= 3
+    assert max(torch.bincount(batch.trajectory)) == 2
     parts = list(mini_batches(batch, 2, 2, 0))
     assert sorted(torch.cat(parts).tolist()) == list(range(len(batch.lengths)))
     owners = [set(batch.trajectory[part].tolist()) for part in parts]
@@ -286,6 +297,9 @@ def test_nothing_bad_now_or_then_and_nothing_too_old_is_ever_recalled(layout, mi
             batch, worth = rehearsal.batch, rehearsal.advantages
             assert (worth[batch.sampled] > 0).all()
             assert (worth[~batch.sampled] == 0).all()
+            beyond = torch.arange(worth.shape[1]) >= batch.lengths[:, None]
+            assert (batch.turns[beyond] == -1).all()
+            assert not batch.sampled[beyond].any()
             for row, position in batch.sampled.nonzero().tolist():
                 name, kept = batch.episodes[int(batch.trajectory[row])].id.split("@")
                 assert step - int(kept) <= 2

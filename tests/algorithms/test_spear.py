@@ -334,6 +334,23 @@ def test_the_draw_depends_on_the_seed_and_step_but_not_on_rows_or_padding():
         assert left_out(MiniBatch(more, advantages, current), context) == left_out(mini, context)
 
 
+def test_both_layouts_leave_out_the_same_decisions():
+    groups = [Group("t", tuple(episode(str(i), [0.0] * 3, 4) for i in range(4)))]
+    found = []
+    for layout in ("trajectory", "turn"):
+        batch = collate(groups, layout=layout)
+        rows, places = batch.sampled.nonzero(as_tuple=True)
+        said, advantages = torch.zeros(batch.tokens.shape), torch.zeros(batch.tokens.shape)
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+            owner = int(batch.trajectory[row])
+            said[row, place] = -random.Random(100 * owner + place).random()
+            advantages[row, place] = (-1.0) ** owner
+        mini = MiniBatch(replace(batch, old_logprobs=said), advantages, Outputs(said, said))
+        found.append([left_out(mini, Context(step), share=0.2) for step in range(5)])
+    assert found[0] == found[1]
+    assert len(set().union(*found[0])) > 9
+
+
 def test_what_the_ratio_clips_already_and_what_is_outside_the_band_is_no_candidate():
     mini, _ = hand_made([2.0, -1.0], LOGPROBS, RATIOS)
     assert left_out(mini, Context(), share=1.0) == {("0", 0, 1)}

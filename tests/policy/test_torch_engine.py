@@ -30,9 +30,10 @@ def _request(
     seed: int = 0,
     temperature: float = 1.0,
     max_tokens: int = 12,
+    parent: str | None = None,
 ) -> GenerationRequest:
     return GenerationRequest(
-        sequence, tuple(prompt), fresh, choices, seed, SamplingParams(temperature, max_tokens)
+        sequence, tuple(prompt), fresh, choices, seed, SamplingParams(temperature, max_tokens), parent
     )
 
 
@@ -278,6 +279,109 @@ def test_after_a_refresh_the_history_is_read_by_the_new_weights(model: PreTraine
     second = _finish(engine, _request("a", (2, 12, 3), fresh=False, seed=2, max_tokens=4))["a"]
     assert (first.policy_version, second.policy_version) == (0, 7)
     _check_against_plain_forward(model, [1, 9, 10, *first.token_ids, 2, 12, 3], second)
+
+
+def _parent(engine: TorchEngine) -> list[int]:
+    """Let sequence "a" have a turn; returns all its tokens, of which the last is not in the cache."""
+    prompt = (1, 9, 10, 11)
+    return [*prompt, *_finish(engine, _request("a", prompt, seed=1, max_tokens=4))["a"].token_ids]
+
+
+@pytest.mark.parametrize(
+    ("tail", "read"),
+    [
+        ((), 1),  # what the first new token follows from is read in any case
+        ((12, 13), 3),  # the end of the parent's reply waits to be read
+        ((12,) * 20, 21),
+    ],
+)
+def test_a_sequence_reads_what_its_parent_has_not_read(
+    model: PreTrainedModel, tail: tuple[int, ...], read: int
+) -> None:
+    engine = _engine(model)
+    prompt = (*_parent(engine), *tail)
+    before = engine.tokens_forwarded
+    child = _finish(engine, _request("b", prompt, seed=2, max_tokens=1, parent="a"))["b"]
+    assert engine.tokens_forwarded - before == read
+    _check_against_plain_forward(model, prompt, child)
+    # Both go on by themselves.
+    one, other = (
+        _finish(engine, _request(name, (14, 15), fresh=False, seed=3, max_tokens=3))[name] for name in "ab"
+    )
+    _check_against_plain_forward(model, (*prompt[: len(prompt) - len(tail)], 14, 15), one)
+    _check_against_plain_forward(model, (*prompt, *child.token_ids, 14, 15), other)
+
+
+def test_a_sequence_reads_from_where_it_differs_from_its_parent(model: PreTrainedModel) -> None:
+    engine = _engine(model)
+    first, *_ = _parent(engine)
+    for prompt, read in (((first, 9, 10, 50, 51), 2), ((50, 51, 52), 3)):
+        before = engine.tokens_forwarded
+        child = _finish(engine, _request(f"b{read}", prompt, max_tokens=1, parent="a"))[f"b{read}"]
+        assert engine.tokens_forwarded - before == read
+        _check_against_plain_forward(model, prompt, child)
+
+
+def test_a_sequence_can_have_a_parent_that_is_being_extended(model: PreTrainedModel) -> None:
+    engine = _engine(model)
+    held = _parent(engine)
+    engine.submit(_request("a", (20, 21), fresh=False, seed=4, max_tokens=6))
+    engine.step()
+    engine.step()
+    before = engine.tokens_forwarded
+    engine.submit(_request("b", (*held, 20, 22), seed=5, max_tokens=1, parent="a"))
+    done = {generation.sequence: generation for _ in range(9) for generation in engine.step()}
+    _check_against_plain_forward(model, (*held, 20, 21), done["a"])
+    _check_against_plain_forward(model, (*held, 20, 22), done["b"])
+    assert engine.tokens_forwarded - before == 1 + len(done["a"].token_ids) - 2  # 22, and the rest of "a"
+
+
+@pytest.mark.parametrize("why", ["unknown", "released", "refreshed", "full"])
+def test_without_a_parents_cache_a_sequence_reads_all(model: PreTrainedModel, why: str) -> None:
+    engine = _engine(model, max_sequences=1 if why == "full" else 8)
+    prompt = (*_parent(engine), 12)
+    if why == "released":
+        engine.release("a")
+    if why == "refreshed":
+        engine.refresh(1)
+    before = engine.tokens_forwarded
+    parent = "nobody" if why == "unknown" else "a"
+    child = _finish(engine, _request("b", prompt, seed=2, max_tokens=1, parent=parent))["b"]
+    assert engine.tokens_forwarded - before == len(prompt)
+    _check_against_plain_forward(model, prompt, child)
+
+
+def test_a_copy_takes_nobodys_place(model: PreTrainedModel) -> None:
+    engine = _engine(model, max_sequences=2)
+    prompt = (*_parent(engine), 12)
+    engine.submit(_request("busy", (1, 30), seed=3, max_tokens=5))
+    engine.step()
+    before = engine.tokens_forwarded
+    engine.submit(_request("b", prompt, seed=2, max_tokens=1, parent="a"))
+    done = {generation.sequence: generation for _ in range(9) for generation in engine.step()}
+    assert engine.tokens_forwarded - before == len(prompt) + len(done["busy"].token_ids) - 1
+    _check_against_plain_forward(model, prompt, done["b"])
+
+
+def test_copies_survive_growth_and_moves_of_the_cache(model: PreTrainedModel) -> None:
+    engine = _engine(model)
+    prompt = tuple(_parent(engine))
+    children = [f"b{k}" for k in range(40)]
+    for k, name in enumerate(children):
+        engine.submit(_request(name, (*prompt, 12 + k % 5), seed=k, max_tokens=2, parent="a"))
+    done = {generation.sequence: generation for _ in range(6) for generation in engine.step()}
+    engine.release("a")
+    for name in children[:30]:
+        engine.release(name)
+    before = engine.tokens_forwarded
+    again = _finish(
+        engine, *(_request(name, (14,), fresh=False, seed=7, max_tokens=1) for name in children[30:])
+    )
+    assert engine.tokens_forwarded - before == 2 * 10
+    for k, name in list(enumerate(children))[30:]:
+        held = (*prompt, 12 + k % 5)
+        _check_against_plain_forward(model, held, done[name])
+        _check_against_plain_forward(model, (*held, *done[name].token_ids, 14), again[name])
 
 
 def test_a_fresh_request_forgets_the_sequence(model: PreTrainedModel) -> None:

@@ -1,0 +1,117 @@
+"""A method whose own part is switched off is its base: same losses, same gradients, same weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from toy_policy import ToyPolicy, make_groups, toy_forward
+
+from agentrl.algorithms.algorithm import Algorithm, Context, compute_advantages, prepare
+from agentrl.algorithms.recipe import build_recipe
+from agentrl.data.batch import collate
+from agentrl.learn.learner import Learner
+from agentrl.learn.settings import LearnerConfig
+
+CONTEXT = Context(step=3, total_steps=10, history={"learner/entropy/turn/00": [0.1] * 6}, vocabulary=13)
+
+GRPO: dict[str, Any] = {"name": "grpo"}
+REDUCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "epo, no entropy": ({"name": "epo", "entropy_coefficient": 0.0}, GRPO),
+    "epo over gigpo": (
+        {"name": "epo", "entropy_coefficient": 0.0, "base": {"name": "gigpo"}},
+        {"name": "gigpo"},
+    ),
+    "gigpo, no step term": (
+        {"name": "gigpo", "step_weight": 0.0},
+        {"name": "grpo", "drop_equal_groups": False},
+    ),
+    "aepo, plain clip": (
+        {"name": "aepo", "entropy_advantage": 0.0, "stop_gradient_clip": False, "branch": False},
+        GRPO,
+    ),
+    "spear, no replay": (
+        {"name": "spear", "coefficient": 0.0, "covariance_share": 0.0, "tool_reward": 0.0, "base": GRPO},
+        GRPO,
+    ),
+    "spear over gigpo": (
+        {
+            "name": "spear",
+            "coefficient": 0.0,
+            "covariance_share": 0.0,
+            "tool_reward": 0.0,
+            "base": {"name": "gigpo"},
+        },
+        {"name": "gigpo"},
+    ),
+    "dapo, equal clips": (
+        {"name": "dapo", "clip_low": 0.2, "clip_high": 0.2},
+        {"name": "grpo", "aggregation": "token"},
+    ),
+}
+
+
+def built(block: dict[str, Any]) -> Algorithm:
+    return build_recipe(block["name"], {key: value for key, value in block.items() if key != "name"}).build()
+
+
+def trained(algorithm: Algorithm) -> tuple[list[dict[str, float]], torch.Tensor]:
+    """Two updates of two optimiser steps each, from the same policy, with ratios away from 1."""
+    config = LearnerConfig(
+        optimizer="adamw", learning_rate=0.3, warmup_steps=0, mini_batches=3, micro_batch_tokens=40
+    )
+    learner = Learner(ToyPolicy(), config, forward=toy_forward())
+    numbers = [
+        learner.update(prepare(algorithm, make_groups(seed), CONTEXT), algorithm, CONTEXT) for seed in (0, 1)
+    ]
+    return numbers, torch.cat([value.detach().flatten() for value in learner.policy.parameters()])
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_with_its_own_part_switched_off_a_method_is_its_base(name: str) -> None:
+    method, base = (built(block) for block in REDUCTIONS[name])
+    batch = collate(make_groups(0))
+    batch = Learner(ToyPolicy(), LearnerConfig(), forward=toy_forward()).score(batch)
+    one, other = (compute_advantages(algorithm, batch, CONTEXT) for algorithm in (method, base))
+    assert other.any()
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    (numbers, weights), (base_numbers, base_weights) = trained(method), trained(base)
+    torch.testing.assert_close(weights, base_weights, rtol=0, atol=1e-12)
+    for found, wanted in zip(numbers, base_numbers, strict=True):
+        assert wanted["clip_share"] > 0
+        for key in ("loss", "loss_policy", "grad_norm", "clip_share"):
+            assert found[key] == pytest.approx(wanted[key], abs=1e-12), key
+
+
+@pytest.mark.parametrize(
+    "switch_on",
+    [
+        {"name": "epo", "entropy_coefficient": 0.1},
+        {"name": "gigpo"},
+        {"name": "aepo", "stop_gradient_clip": False, "branch": False},
+        {"name": "aepo", "entropy_advantage": 0.0, "branch": False},
+        {"name": "spear", "coefficient": 0.0, "tool_reward": 0.0, "base": GRPO,
+         "covariance_share": 0.2, "covariance_band": [0.001, 9.0]},
+        {"name": "spear", "covariance_share": 0.0, "tool_reward": 0.0, "base": GRPO,
+         "buffer_size": 1, "warmup": 0},
+        {"name": "dapo"},
+    ],
+)  # fmt: skip
+def test_switched_on_it_is_not(switch_on: dict[str, Any]) -> None:
+    base = {"name": "grpo", "aggregation": "token"} if switch_on["name"] == "dapo" else GRPO
+    assert (trained(built(switch_on))[1] - trained(built(base))[1]).abs().max() > 1e-6
+
+
+def test_empg_without_modulation_is_its_base_less_the_mean_over_turns() -> None:
+    method = built({"name": "empg", "k": 0.0, "k_future": 0.0, "zeta": 0.0})
+    batch = Learner(ToyPolicy(), LearnerConfig(), forward=toy_forward()).score(collate(make_groups(0)))
+    one, other = (
+        compute_advantages(algorithm, batch, CONTEXT).double() for algorithm in (method, built(GRPO))
+    )
+    turns = {
+        (int(batch.trajectory[row]), int(batch.turns[row, place])): float(other[row, place])
+        for row, place in batch.sampled.nonzero().tolist()
+    }
+    mean = sum(turns.values()) / len(turns)
+    assert abs(mean) > 1e-3
+    expected = torch.where(batch.sampled, other - mean, 0.0)
+    torch.testing.assert_close(one, expected, rtol=0, atol=1e-7)
