@@ -13,13 +13,6 @@ def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     `entropy/turn` every turn, `entropy/trajectory` every episode.
     """
     played = [episode for episode in episodes if episode.outcome is not Outcome.ABORTED]
-    turns = [turn for episode in played for turn in episode.turns]
-    decisions = [
-        entropy
-        for turn in turns
-        for entropy, decided in zip(turn.entropies, turn.sampled, strict=False)
-        if decided
-    ]
     by_type: dict[str, list[Episode]] = defaultdict(list)
     for episode in played:
         if episode.task_type is not None:
@@ -28,21 +21,33 @@ def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
         "success": _mean(episode.success for episode in played),
         "return": _mean(episode.episode_return for episode in played),
         "turns": _mean(len(episode.turns) for episode in played),
-        "invalid": _mean(not turn.valid for turn in turns),
-        "entropy/token": _mean(decisions),
-        "entropy/turn": _mean(turn.entropy for turn in turns),
-        "entropy/trajectory": _mean(episode.entropy for episode in played),
+        "invalid": _mean(not turn.valid for episode in played for turn in episode.turns),
+        **_entropies(played),
     }
     for name, members in sorted(by_type.items()):
         metrics[f"success/{name}"] = _mean(episode.success for episode in members)
-        metrics[f"entropy/trajectory/{name}"] = _mean(episode.entropy for episode in members)
+        metrics |= {f"{level}/{name}": value for level, value in _entropies(members).items()}
     counts = {
         "episodes": float(len(episodes)),
         "aborted": 1 - len(played) / len(episodes) if episodes else 0.0,
-        "reply_tokens": float(sum(len(turn.action_ids) for turn in turns)),
-        "decisions": float(len(decisions)),
+        "reply_tokens": float(sum(len(turn.action_ids) for episode in played for turn in episode.turns)),
+        "decisions": float(sum(sum(turn.sampled) for episode in played for turn in episode.turns)),
     }
     return counts | {key: value for key, value in metrics.items() if value is not None}
+
+
+def _entropies(episodes: Sequence[Episode]) -> dict[str, float | None]:
+    turns = [turn for episode in episodes for turn in episode.turns]
+    return {
+        "entropy/token": _mean(
+            entropy
+            for turn in turns
+            for entropy, decided in zip(turn.entropies, turn.sampled, strict=False)
+            if decided
+        ),
+        "entropy/turn": _mean(turn.entropy for turn in turns),
+        "entropy/trajectory": _mean(episode.entropy for episode in episodes),
+    }
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -33,7 +33,7 @@ class Policy:
             self.model,
             stop_ids=self.dialogue.stop_ids,
             max_context=config.policy.max_context,
-            max_sequences=config.rollout.max_active,
+            max_sequences=2 * config.rollout.max_active,  # those that wait to be branched from as well
         )
 
     def player(self, engine: TorchEngine, config: RunConfig, temperature: float) -> LanguagePlayer:

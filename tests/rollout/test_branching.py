@@ -1,5 +1,6 @@
 """Episodes that leave others: how many there are, what they share, and what is recorded of it."""
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -269,6 +270,28 @@ def test_snapshots_are_taken_until_all_have_been_started_and_never_of_an_end() -
     assert Kept.calls["snapshot"] == 5
 
 
+def test_snapshots_are_given_up_with_the_last_start_that_could_need_them() -> None:
+    taken: list[weakref.ref[Any]] = []
+
+    class Point:
+        def __init__(self, kept: Any) -> None:
+            self.kept = kept
+            taken.append(weakref.ref(self))
+
+    class Noted(Kept):
+        def snapshot(self) -> Any:
+            return Point(super().snapshot())
+
+        def restore(self, snapshot: Any) -> None:
+            super().restore(snapshot.kept)
+
+    director = Director([EpisodeSpec("a", "e", "4", 0)], [Script({"a-0": [at("a-0", 2)]})], episodes=2)
+    found = collect((), CountingPlayer(), EnvironmentPool(Noted), max_active=2, director=director)
+    assert (len(taken), found.branches["restored"]) == (4, 1)
+    assert [snapshot for snapshot in taken if snapshot() is not None] == []
+    assert len(director.groups(found)[0].episodes) == 2
+
+
 def test_without_a_director_no_snapshot_is_taken() -> None:
     Kept.calls.clear()
     plain = collect(specs([3, 2]), CountingPlayer(), EnvironmentPool(Shelves), max_active=2)
@@ -313,7 +336,8 @@ def test_where_the_environment_plays_otherwise_the_second_time_the_episode_is_be
 
     script = Script({("a-0", 2): [at("a-0", 1), at("a-0", 2)], ("a-2", 1): [at("a-2", 1)]})
     director = Director([EpisodeSpec("a", "e", "4", 7)], [script], episodes=4)
-    found = collect((), CountingPlayer(), EnvironmentPool(Moody), max_active=4, director=director)
+    player = CountingPlayer()
+    found = collect((), player, EnvironmentPool(Moody), max_active=4, director=director)
     # Before turn 1 all is as it was; what turn 1 was answered with differs.
     assert found.branches == {"restored": 0, "replayed": 2, "diverged": 1}
     root, one, two, three = found.episodes
@@ -322,6 +346,7 @@ def test_where_the_environment_plays_otherwise_the_second_time_the_episode_is_be
     assert two.turns[0].action != root.turns[0].action
     assert (three.parent, three.turns[0]) == (at("a-2", 1), two.turns[0])
     assert script.parents["a-2"] == at("a-0", 0)
+    assert player.forked == [("a-1", "a-0", 1), ("a-3", "a-2", 1)]
 
 
 def test_the_player_takes_over_from_a_parent_that_it_still_knows() -> None:
