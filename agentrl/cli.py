@@ -238,6 +238,36 @@ def config(arguments: Overrides = None) -> None:
     typer.echo(to_yaml(config_tree(load_config(path, *overrides))), nl=False)
 
 
+@app.command()
+def plan(
+    arguments: Overrides = None,
+    processes: Annotated[int, typer.Option(min=1, help="That torchrun will start, on all machines.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines that it will start them on.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say what a run will take and what is missing, before anything starts; exit code 2 when something is.
+
+    - `agentrl plan configs/quickstart.yaml rollout.max_active=128`
+    - `agentrl plan configs/cluster.yaml --processes 16 --nodes 2 --json`
+    """
+    import json
+
+    from agentrl.run.plan import plan as find_out
+    from agentrl.run.plan import plan_table
+    from agentrl.run.settings import load_config
+
+    path, overrides = _split(arguments)
+    found = find_out(load_config(path, *overrides), processes=processes, nodes=nodes)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+    else:
+        _console().print(plan_table(found))
+        for line in found.missing or ("nothing is missing",):
+            typer.secho(f"missing: {line}" if found.missing else line, fg="red" if found.missing else "green")
+    if found.missing:
+        raise typer.Exit(2)
+
+
 @app.command("check-env")
 def check_env(
     arguments: Annotated[

@@ -4,6 +4,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +26,32 @@ from agentrl.data.batch import Batch
 from agentrl.data.trajectory import StopReason
 from agentrl.errors import CheckpointError, NonFiniteError, RequirementError
 from agentrl.learn.forward import Forward, needed_lengths
+from agentrl.learn.lora import add_adapters, plain_weights
 from agentrl.learn.objective import build_objective
 from agentrl.learn.optimizer import build_optimizers, rate_factor, set_rates
-from agentrl.learn.packing import micro_batches, mini_batches
+from agentrl.learn.packing import mini_batches, shares
+from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.learn.settings import LearnerConfig
+from agentrl.learn.sharding import (
+    Readable,
+    put_away,
+    read_shards,
+    recompute_activations,
+    shard,
+    whole,
+    write_shards,
+)
 
 # Where a limit ended an episode that could have gone on, and so could have returned more.
 _CUT_SHORT = (StopReason.TRUNCATED, StopReason.TURN_LIMIT, StopReason.CONTEXT_LIMIT)
+
+
+def provided(*, reference: bool, critic: bool) -> frozenset[str]:
+    """What components of an algorithm may require of a learner with these."""
+    own = {"old_logprobs", "entropy", "entropy:grad", "current"}
+    return frozenset(
+        own | ({"reference"} if reference else set()) | ({"values", "values:grad"} if critic else set())
+    )
 
 
 @dataclass(frozen=True)
@@ -45,14 +66,19 @@ class _Part:
 class Learner:
     """Improves a policy in place.
 
+    Several ranks hold the same batches and the same masks, weights and denominators; only the work of forward
+    and backward passes is dealt out, and what comes of it is summed.
+
     Args:
-        policy: its parameters are updated; those that do not require gradients stay.
+        policy: its parameters are updated; those that do not require gradients stay. Under `fsdp` they are
+            dealt out to the ranks, and with `lora` others are added: `export` gives them back as they were.
         config: optimiser and batching.
         reference: a frozen policy of the same vocabulary, for algorithms that require `reference`.
         critic: have a value head on the policy's states, for algorithms that require `values`; it says 0 at
             first, and its gradient reaches the policy's own parameters.
         forward: how to read hidden states, and the temperature of sampling; None reads a Hugging Face causal
             language model at temperature 1.
+        ranks: that learn together; more than one only under `fsdp`.
     """
 
     def __init__(
@@ -63,12 +89,24 @@ class Learner:
         reference: nn.Module | None = None,
         critic: bool = False,
         forward: Forward | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.policy = policy
         self.config = config
         self.reference = reference
         self.forward = forward or Forward()
+        self.ranks = ranks
         self.value_head = self._new_value_head() if critic else None
+        if config.lora is not None:
+            add_adapters(policy, config.lora)
+        self._readable = Readable(policy, self.value_head)
+        self._reference = None if reference is None else Readable(reference)
+        if config.recompute_activations:
+            recompute_activations(policy)
+        if config.backend == "fsdp":
+            for module in (self._readable, self._reference):
+                if module is not None:
+                    shard(module, config)
         self.skipped_updates = 0
         self._skipped_in_a_row = 0
         self._optimizers = build_optimizers(policy, config, self.value_head)
@@ -86,12 +124,7 @@ class Learner:
     @property
     def provides(self) -> frozenset[str]:
         """What components of an algorithm may require of this learner."""
-        own = {"old_logprobs", "entropy", "entropy:grad", "current"}
-        if self.reference is not None:
-            own.add("reference")
-        if self.value_head is not None:
-            own |= {"values", "values:grad"}
-        return frozenset(own)
+        return provided(reference=self.reference is not None, critic=self.value_head is not None)
 
     def score(self, batch: Batch, requires: Iterable[str] = ()) -> Batch:
         """Fill in what the policy says before it is updated, and the reference if required; no gradient.
@@ -100,15 +133,15 @@ class Learner:
             RequirementError: when `reference` is required and there is none.
         """
         batch = batch.to(self._device)
-        own = self._read(self.policy, batch)
+        own = self._read(self._readable, batch)
         batch = replace(batch, old_logprobs=own.logprobs, old_entropies=own.entropies, values=own.values)
         if self.value_head is not None:
             batch = replace(batch, last_values=self._last_values(batch))
         if "reference" not in requires:
             return batch
-        if self.reference is None:
+        if self._reference is None:
             raise RequirementError("algorithm: requires a reference policy, and the learner was given none")
-        return replace(batch, reference_logprobs=self._read(self.reference, batch).logprobs)
+        return replace(batch, reference_logprobs=self._read(self._reference, batch).logprobs)
 
     def update(self, batch: Batch, algorithm: Algorithm, context: Context) -> dict[str, float]:
         """Learn from a rollout batch; it is scored first, where that was not done and makes a difference.
@@ -130,7 +163,7 @@ class Learner:
         seen = _nothing(batch)
         steps: list[dict[str, float]] = []
         for epoch in range(self.config.epochs):
-            shares = self._shares(rehearsal, context, epoch) if rehearsal and rehearsal.mixed else []
+            more = self._parts(rehearsal, context, epoch) if rehearsal and rehearsal.mixed else []
             for index, rows in enumerate(mini_batches(batch, self.config.mini_batches, context.step, epoch)):
                 rate = self._set_rate(context, len(steps))
                 mini = rollout.select(rows)
@@ -138,7 +171,7 @@ class Learner:
                     mini = replace(mini, current=_scores(mini.batch))
                 if not bool(mini.batch.sampled.any()):
                     continue  # nothing to learn from, and so no step
-                numbers, outputs = self._step(_Part(mini, algorithm), shares[index : index + 1], context)
+                numbers, outputs = self._step(_Part(mini, algorithm), more[index : index + 1], context)
                 _store(seen, rows, outputs)
                 steps.append(numbers | {"learning_rate": rate})
         rehearsed = self._rehearse(rehearsal, context) if rehearsal and not rehearsal.mixed else []
@@ -161,7 +194,7 @@ class Learner:
             }
         )
 
-    def _shares(self, rehearsal: Rehearsal, context: Context, epoch: int) -> list[_Part]:
+    def _parts(self, rehearsal: Rehearsal, context: Context, epoch: int) -> list[_Part]:
         """Deal what is rehearsed out to the optimiser steps of an epoch."""
         batch = rehearsal.batch.to(self._device)
         whole = MiniBatch(batch, rehearsal.advantages.to(self._device))
@@ -173,18 +206,37 @@ class Learner:
     def _rehearse(self, rehearsal: Rehearsal, context: Context) -> list[dict[str, float]]:
         """Take optimiser steps on what is rehearsed alone, at the rate of the last one."""
         return [
-            self._step(part, [], context)[0] for part in self._shares(rehearsal, context, self.config.epochs)
+            self._step(part, [], context)[0] for part in self._parts(rehearsal, context, self.config.epochs)
         ]
 
+    def export(self, model: nn.Module) -> None:
+        """Copy the weights into a model of the policy's shape, one at a time; all ranks do it together.
+
+        Nothing is to be done where the model is the policy itself.
+        """
+        if model is self.policy:
+            return
+        targets = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, values in plain_weights(self.policy):
+                targets[name].copy_(values)
+
     def state_dict(self) -> dict[str, Any]:
-        """All but the policy's weights: optimisers, counters, and the reference's weights."""
+        """All but the policy's weights: optimisers, counters, reference and value head.
+
+        Under `fsdp` without what is dealt out to the ranks; `write_shards` writes that.
+        """
+        sharded = self.config.backend == "fsdp"
+        parts = {"reference": self.reference, "value_head": self.value_head}
         return {
             "optimizer": self.config.optimizer,
-            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "optimizers": [{} if sharded else optimizer.state_dict() for optimizer in self._optimizers],
+            "stepped": [bool(optimizer.state) for optimizer in self._optimizers],
             "skipped_updates": self.skipped_updates,
             "skipped_in_a_row": self._skipped_in_a_row,
-            "reference": None if self.reference is None else self.reference.state_dict(),
-            "value_head": None if self.value_head is None else self.value_head.state_dict(),
+        } | {
+            name: None if part is None else {} if sharded else part.state_dict()
+            for name, part in parts.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -205,16 +257,37 @@ class Learner:
                 "resume with the configuration that the run was started with"
             )
         try:
-            for optimizer, stored in zip(self._optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(stored)
-            if self.reference is not None:
-                self.reference.load_state_dict(state["reference"])
-            if self.value_head is not None:
-                self.value_head.load_state_dict(state["value_head"])
+            if self.config.backend == "single":
+                for optimizer, stored in zip(self._optimizers, state["optimizers"], strict=True):
+                    optimizer.load_state_dict(stored)
+                if self.reference is not None:
+                    self.reference.load_state_dict(state["reference"])
+                if self.value_head is not None:
+                    self.value_head.load_state_dict(state["value_head"])
             self.skipped_updates = int(state["skipped_updates"])
             self._skipped_in_a_row = int(state["skipped_in_a_row"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"learner state: does not fit this policy ({error})") from error
+
+    def write_shards(self, folder: Path) -> None:
+        """Write the weights and all else that is dealt out; every rank must. See `read_shards`."""
+        write_shards(folder, self._dealt(), [optimizer for optimizer in self._optimizers if optimizer.state])
+
+    def read_shards(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Take up what any number of ranks wrote, and the `state_dict` that goes with it.
+
+        Raises:
+            CheckpointError: when it does not fit.
+        """
+        self.load_state_dict(state)
+        stepped = [
+            optimizer for optimizer, had in zip(self._optimizers, state["stepped"], strict=True) if had
+        ]
+        read_shards(folder, self._dealt(), stepped)
+
+    def _dealt(self) -> dict[str, nn.Module]:
+        modules: dict[str, nn.Module] = {"learned": self._readable}
+        return modules if self._reference is None else modules | {"reference": self._reference}
 
     @property
     def _device(self) -> torch.device:
@@ -227,12 +300,31 @@ class Learner:
         set_rates(self._optimizers, factor)
         return self.config.learning_rate * factor
 
-    def _read(self, policy: nn.Module, batch: Batch) -> Outputs:
-        head = self.value_head if policy is self.policy else None
-        outputs = replace(_nothing(batch), values=None if head is None else torch.zeros_like(batch.logprobs))
+    def _read(self, module: Readable, batch: Batch) -> Outputs:
+        outputs = _nothing(batch, values=module.value_head is not None)
         with torch.no_grad():
-            for rows in micro_batches(needed_lengths(batch), self.config.micro_batch_tokens):
-                _store(outputs, rows, self.forward.describe(policy, batch.select(rows), head))
+            for rows, weight in self._shares(needed_lengths(batch)):
+                found = self._describe(module, batch.select(rows))
+                if weight:
+                    _store(outputs, rows, found)
+        put_away(module)
+        return self._combined(outputs)
+
+    def _describe(self, module: Readable, part: Batch) -> Outputs:
+        def read(policy: nn.Module, head: nn.Module | None) -> tuple[Tensor | None, ...]:
+            found = self.forward.describe(policy, part, head)
+            return found.logprobs, found.entropies, found.values
+
+        return Outputs(*module(read))
+
+    def _shares(self, lengths: Tensor) -> list[tuple[Tensor, float]]:
+        return shares(lengths, self.config.micro_batch_tokens, self.ranks)
+
+    def _combined(self, outputs: Outputs) -> Outputs:
+        """What the ranks read, each of its own rows and 0 elsewhere."""
+        for values in (outputs.logprobs, outputs.entropies, outputs.values):
+            if values is not None:
+                self.ranks.total(values)
         return outputs
 
     def _last_values(self, batch: Batch) -> Tensor:
@@ -247,16 +339,17 @@ class Learner:
         lengths = torch.zeros_like(batch.lengths)
         lengths[list(ends.values())] = batch.lengths[list(ends.values())]
         with torch.no_grad():
-            for rows in micro_batches(lengths, self.config.micro_batch_tokens):
+            for rows, weight in self._shares(lengths):
                 part = batch.select(rows)
-                found = self.forward.last_values(self.policy, part, self._critic)
-                values[part.trajectory] = found.to(values)
-        return values
+                found = self._readable(partial(self._last_values_of, part))
+                if weight:
+                    values[part.trajectory] = found.to(values)
+        put_away(self._readable)
+        return self.ranks.total(values)
 
-    @property
-    def _critic(self) -> nn.Module:
-        assert self.value_head is not None
-        return self.value_head
+    def _last_values_of(self, part: Batch, policy: nn.Module, head: nn.Module | None) -> Tensor:
+        assert head is not None
+        return self.forward.last_values(policy, part, head)
 
     def _step(self, part: _Part, more: Sequence[_Part], context: Context) -> tuple[dict[str, float], Outputs]:
         """Take one optimiser step, whatever the number of forward passes it is made of.
@@ -272,23 +365,25 @@ class Learner:
         """Add the gradient of a part's loss to what there is."""
         mini = part.mini
         if "current" in part.algorithm.requires and mini.current is None:
-            mini = replace(mini, current=self._read(self.policy, mini.batch))
+            mini = replace(mini, current=self._read(self._readable, mini.batch))
         objective = build_objective(mini, part.algorithm, context)
         seen = _nothing(mini.batch)
-        sums: dict[str, float] = defaultdict(float)
-        for rows in micro_batches(needed_lengths(mini.batch), self.config.micro_batch_tokens):
-            outputs = self.forward.describe(self.policy, mini.batch.select(rows), self.value_head)
+        sums = defaultdict[str, float](float, loss=0.0)
+        for rows, weight in self._shares(needed_lengths(mini.batch)):
+            outputs = self._describe(self._readable, mini.batch.select(rows))
             loss, numbers = objective.contribution(rows, outputs)
-            (loss * part.coefficient).backward()  # type: ignore[no-untyped-call]
-            _store(seen, rows, outputs)
+            (loss * (weight * part.coefficient)).backward()  # type: ignore[no-untyped-call]
+            if weight:
+                _store(seen, rows, outputs)
             for name, value in numbers.items():
-                sums[name] += float(value)
-        return sums, seen
+                sums[name] += weight * float(value)
+        return self.ranks.totals(sums), self._combined(seen)
 
     def _apply(self, loss: float) -> dict[str, float]:
         """Step the optimisers and report the gradient's norm, unless something is not finite."""
         limit = self.config.clip_gradient
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, math.inf if limit is None else limit))
+        clipped = nn.utils.clip_grad_norm_(self._parameters, math.inf if limit is None else limit)
+        norm = float(whole(clipped))
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             for optimizer in self._optimizers:
@@ -305,8 +400,9 @@ class Learner:
         return {"grad_norm": norm} if finite else {}
 
 
-def _nothing(batch: Batch) -> Outputs:
-    return Outputs(torch.zeros_like(batch.logprobs), torch.zeros_like(batch.logprobs))
+def _nothing(batch: Batch, *, values: bool = False) -> Outputs:
+    fields = [torch.zeros_like(batch.logprobs) for _ in range(3 if values else 2)]
+    return Outputs(*fields)
 
 
 def _scores(batch: Batch) -> Outputs:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from agentrl.learn.settings import LearnerConfig
+from agentrl.learn.sharding import orthogonalise_whole
 from agentrl.schedule import cosine, warmup
 
 _FULL_RATE = "full_rate"  # of a parameter group, before warm-up and decay
@@ -25,15 +26,15 @@ def build_optimizers(
     rest = [parameter for parameter in trained if id(parameter) not in hidden]
     optimizers: list[Optimizer] = [_adamw(rest, config)] if rest else []
     if matrices:
-        optimizers.append(
-            Muon(
-                matrices,
-                lr=config.matrix_learning_rate,
-                weight_decay=config.weight_decay,
-                momentum=config.momentum,
-                adjust_lr_fn="match_rms_adamw",
-            )
+        muon = Muon(
+            matrices,
+            lr=config.matrix_learning_rate,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            adjust_lr_fn="match_rms_adamw",
         )
+        orthogonalise_whole(muon)
+        optimizers.append(muon)
     if value_head is not None:
         optimizers.append(_adamw(list(value_head.parameters()), config))
     for optimizer in optimizers:

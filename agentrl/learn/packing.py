@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from agentrl.data.batch import Batch
+from agentrl.learn.ranks import Ranks
 from agentrl.seeds import derive_seed
 
 
@@ -30,6 +31,31 @@ def micro_batches(lengths: Tensor, budget: int) -> list[Tensor]:
         parts[-1].append(row)
         room -= sizes[row]
     return [torch.tensor(part) for part in parts]
+
+
+def shares(lengths: Tensor, budget: int, ranks: Ranks) -> list[tuple[Tensor, float]]:
+    """The micro-batches of this rank: as many as every other has, of about as many tokens.
+
+    Args:
+        lengths: as for `micro_batches`, equal on every rank.
+        budget: likewise.
+        ranks: that share the work.
+
+    Returns:
+        Row numbers with a weight: 1, or 0 for one that this rank goes through only to keep step with others.
+    """
+    sizes = lengths.tolist()
+    hands = [torch.zeros_like(lengths) for _ in range(ranks.count)]
+    loads = [0] * ranks.count
+    rows = sorted((row for row, size in enumerate(sizes) if size), key=lambda row: -sizes[row])
+    for row in rows:
+        least = loads.index(min(loads))
+        hands[least][row] = sizes[row]
+        loads[least] += sizes[row]
+    parts = [micro_batches(hand, budget) for hand in hands]
+    own = parts[ranks.index]
+    fillers = max(map(len, parts)) - len(own)
+    return [(part, 1.0) for part in own] + [(torch.tensor(rows[-1:]), 0.0)] * fillers
 
 
 def mini_batches(batch: Batch, count: int, step: int, epoch: int) -> Iterator[Tensor]:

@@ -7,11 +7,46 @@ from agentrl.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Matrices of low rank that are learned in place of the weights; needs peft.
+
+    Args:
+        rank: of each.
+        alpha: they are added to the weights times alpha / rank.
+        targets: names of the linear maps that get one.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"rank is {self.rank}, wanted at least 1")
+
+
+@dataclass(frozen=True)
 class LearnerConfig:
     """How the policy is updated.
 
     Args:
-        optimizer: `muon` orthogonalises the updates of the hidden matrices and leaves the rest to AdamW.
+        backend: `fsdp` deals the weights, gradients and optimiser states out to the processes that torchrun
+            started (each a part; FSDP2), `single` has all in one process.
+        compute_dtype: that layers are computed in, while weights, sums and optimiser states keep that of
+            the policy; null computes in the policy's own. Only under `fsdp`.
+        recompute_activations: keep only the input of each layer and compute the layer again on the way back:
+            less memory, a third more work.
+        lora: learn adapters and leave the weights as they are; null learns the weights.
+        optimizer: `muon` orthogonalises the updates of the hidden matrices and leaves the rest to AdamW; its
+            momentum is not dealt out under `fsdp`.
         learning_rate: of AdamW.
         matrix_learning_rate: of Muon, scaled to the size of AdamW's updates; only read by `muon`.
         beta1: decay of AdamW's mean gradient.
@@ -29,6 +64,10 @@ class LearnerConfig:
             many in a row the run stops.
     """
 
+    backend: Literal["single", "fsdp"] = "single"
+    compute_dtype: Literal["bfloat16"] | None = None
+    recompute_activations: bool = False
+    lora: LoraConfig | None = None
     optimizer: Literal["adamw", "muon"] = "muon"
     learning_rate: float = 1e-3
     matrix_learning_rate: float = 4e-3
@@ -70,4 +109,6 @@ class LearnerConfig:
             for name in ("beta1", "beta2", "momentum")
             if not 0 <= getattr(self, name) < 1
         ]
+        if self.compute_dtype is not None and self.backend == "single":
+            wrong.append(("compute_dtype", "null, or backend: fsdp, which one process can use as well"))
         return wrong

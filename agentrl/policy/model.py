@@ -34,6 +34,7 @@ __all__ = [
     "build_model",
     "check_packed_forward",
     "context_limit",
+    "decoder_settings",
     "hidden_states",
     "load_policy",
     "load_tokenizer",
@@ -49,17 +50,41 @@ PROBE_TOLERANCE = 1e-3  # of a logprob in float32; a wrong mask or position move
 
 
 def build_model(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """Make a small decoder with random weights (a Qwen2 with an MLP of width 3 d and tied embeddings).
+    """Make the small decoder of `decoder_settings` with random weights.
 
     The weights depend on `seed` alone; the global generators are left as they were.
+    """
+    settings = decoder_settings(
+        config, len(tokenizer), pad=tokenizer.pad_token_id, end=tokenizer.eos_token_id
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(settings)
+    model.set_attn_implementation(PACKED)
+    return _placed(model, resolve_device(config.device), getattr(torch, config.dtype))
+
+
+def decoder_settings(
+    config: PolicyConfig, vocabulary: int, *, pad: int | None = None, end: int | None = None
+) -> Qwen2Config:
+    """What `build_model` makes: a Qwen2 with an MLP of width 3 d and tied embeddings.
+
+    Args:
+        config: the sizes.
+        vocabulary: number of token ids.
+        pad: id of the token that pads.
+        end: id of the token that ends a text.
+
+    Raises:
+        ConfigError: when the heads do not divide the width.
     """
     if config.hidden_size % (2 * config.heads):
         raise ConfigError(
             f"policy.hidden_size is {config.hidden_size}, wanted an even multiple of "
             f"policy.heads={config.heads}"
         )
-    settings = Qwen2Config(
-        vocab_size=len(tokenizer),
+    return Qwen2Config(
+        vocab_size=vocabulary,
         hidden_size=config.hidden_size,
         intermediate_size=3 * config.hidden_size,
         num_hidden_layers=config.layers,
@@ -68,15 +93,10 @@ def build_model(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, seed: 
         max_position_embeddings=config.max_context,
         initializer_range=config.initial_std,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(settings)
-    model.set_attn_implementation(PACKED)
-    return _placed(model, resolve_device(config.device), getattr(torch, config.dtype))
 
 
 def _placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

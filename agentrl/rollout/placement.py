@@ -14,7 +14,7 @@ CHEAP_CALL = 0.002
 
 
 def open_environments(make: Make, config: RolloutConfig) -> Environments:
-    """Environments as configured; see `settle` for `auto`."""
+    """Environments of this machine as configured; see `settle` for `auto`."""
     if config.placement == "inline":
         return EnvironmentPool(make)
     if config.placement == "thread":
@@ -27,7 +27,8 @@ def settle(make: Make, config: RolloutConfig, split: str, seed: int = 0) -> tupl
 
     A few calls are timed, in a worker, so that nothing they do can hurt this process. Cheap calls then stay
     in this process; dear ones that mostly wait get threads where the environment declares `thread_safe`, all
-    others processes. An environment that declares itself `heavy` gets a worker to itself, one per core.
+    others processes. An environment that declares itself `heavy` gets a worker to itself, one per core. Where
+    only processes will do, as on a cluster's machines, that is all that is to be found out.
 
     Args:
         make: makes an environment.
@@ -47,7 +48,7 @@ def settle(make: Make, config: RolloutConfig, split: str, seed: int = 0) -> tupl
         times = _timed(make, workers, split, seed)
     except EnvironmentLostError as error:
         return replace(config, placement="process"), f"placement process: not measured, {error}"
-    placement = config.placement if config.placement != "auto" else _placement(times, workers)
+    placement = config.placement if config.placement != "auto" else _placement(times, config)
     if placement == "process" and times.heavy and workers.environments is None:
         workers = replace(workers, environments=1)
     settled = replace(config, placement=placement, workers=workers)
@@ -62,8 +63,8 @@ def _timed(make: Make, workers: WorkersConfig, split: str, seed: int) -> CallTim
         return environments.time_calls(tasks, seed)
 
 
-def _placement(times: CallTimes, workers: WorkersConfig) -> Placement:
-    if workers.interpreter is None:
+def _placement(times: CallTimes, config: RolloutConfig) -> Placement:
+    if config.workers.interpreter is None and config.backend == "local":
         if times.wall < CHEAP_CALL:
             return "inline"
         if times.thread_safe and not times.heavy and times.cpu < times.wall / 2:

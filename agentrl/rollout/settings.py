@@ -13,7 +13,7 @@ class WorkersConfig:
     """Processes that environments live in, and how long their calls may take.
 
     Args:
-        count: processes; None for one per core.
+        count: processes of a machine; None for one per core.
         environments: of each process; None for as many as `rollout.max_active` needs.
         interpreter: another Python that they run in, with agentrl and the environment installed there.
         construct_timeout: seconds for the process to start and the environment to be made.
@@ -43,16 +43,46 @@ class WorkersConfig:
 
 
 @dataclass(frozen=True)
+class RayConfig:
+    """Actors that `rollout.backend=ray` plays through; each has the processes of `rollout.workers`.
+
+    Args:
+        address: of a cluster, "host:port", or "auto" for the one that this machine is part of; None starts
+            Ray on this machine for as long as it is needed.
+        actors: how many; None for one on each machine.
+        cpus: that Ray sets aside for each actor and its processes.
+        max_restarts: lost actors that are replaced, in all; then those that are left go on alone.
+    """
+
+    address: str | None = None
+    actors: int | None = None
+    cpus: float = 0.0
+    max_restarts: int = 16
+
+    def __post_init__(self) -> None:
+        host, _, port = (self.address or "auto").rpartition(":")
+        if self.address not in (None, "auto") and not (host and "/" not in host and port.isdecimal()):
+            raise ConfigError(f'rollout.ray.address is {self.address!r}, wanted "host:port", "auto" or null')
+        if self.actors is not None and self.actors < 1:
+            raise ConfigError(f"rollout.ray.actors is {self.actors}, wanted at least 1, or null")
+        for name in ("cpus", "max_restarts"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"rollout.ray.{name} is {getattr(self, name)}, wanted at least 0")
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How episodes are collected.
 
     Args:
-        backend: on whose machines environments run.
+        backend: on whose machines environments run: `local` is this one, `ray` those of a cluster.
         placement: where an environment lives. `inline` is this process: the only one that repeats bit for
             bit, and the only one that a hanging or crashing environment takes down. `thread` is for
             environments that declare `thread_safe` and mostly wait. `process` is supervised. `auto` measures
-            a few steps and decides; a run's config.yaml holds what it decided.
+            a few steps and decides; a run's config.yaml holds what it decided. With the backend `ray` it is
+            always `process`.
         workers: of the placement `process`; its timeouts hold for `thread` as well.
+        ray: of the backend `ray`.
         groups_per_step: tasks played in one training step.
         group_size: episodes of each task, whose returns are compared.
         max_active: episodes in flight at once.
@@ -64,9 +94,10 @@ class RolloutConfig:
         max_aborted_share: the run stops when a larger share of a step's episodes was aborted.
     """
 
-    backend: Literal["local"] = "local"
+    backend: Literal["local", "ray"] = "local"
     placement: Placement = "auto"
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
     groups_per_step: int = 8
     group_size: int = 8
     max_active: int = 64
@@ -84,8 +115,13 @@ class RolloutConfig:
             raise ConfigError(f"rollout.temperature is {self.temperature}, wanted above 0 to explore")
         if not 0 <= self.max_aborted_share <= 1:
             raise ConfigError(f"rollout.max_aborted_share is {self.max_aborted_share}, wanted within [0, 1]")
-        if self.workers.interpreter is not None and self.placement in ("inline", "thread"):
-            raise ConfigError(
-                f"rollout.workers.interpreter is set, but rollout.placement={self.placement} plays in this "
-                "process; wanted process or auto"
-            )
+        elsewhere = {
+            "rollout.workers.interpreter is set": self.workers.interpreter is not None,
+            "rollout.backend is ray": self.backend == "ray",
+        }
+        for why in (why for why, holds in elsewhere.items() if holds):
+            if self.placement in ("inline", "thread"):
+                raise ConfigError(
+                    f"{why}, but rollout.placement={self.placement} plays in this process; "
+                    "wanted process or auto"
+                )

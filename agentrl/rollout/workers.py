@@ -4,6 +4,7 @@ An answer is owed for each request, and each has its deadline. A process that di
 late, takes its episodes with it; they end as aborted, and the collector plays them again.
 """
 
+import math
 import os
 import selectors
 import signal
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, field
 from typing import IO, Any, cast
@@ -75,11 +76,20 @@ class ProcessEnvironments(Environments):
         else:
             self._backlog.append((episode, effect))
 
-    def poll(self, *, wait: bool) -> Sequence[Answered]:
+    def poll(self, *, wait: bool, patience: float = math.inf) -> Sequence[Answered]:
+        """Return the answers that are there; with `wait`, at least one that is owed, if it comes in time.
+
+        Args:
+            wait: for an answer when there is none.
+            patience: seconds to wait at most.
+        """
+        until = time.monotonic() + patience
         self._seat_waiting()
         self._pump(0.0)
         while wait and not self._ready and any(worker.owed for worker in self._workers):
-            self._pump(None)
+            if (left := until - time.monotonic()) <= 0:
+                break
+            self._pump(left)
             self._seat_waiting()
         answers = list(self._ready)
         self._ready.clear()
@@ -113,6 +123,11 @@ class ProcessEnvironments(Environments):
 
     @contextmanager
     def borrow(self) -> Iterator[TextGym]:
+        with self._borrowed() as place:
+            yield cast(TextGym, RemoteEnv(lambda *asked: self._ask(place, "ask", asked)))
+
+    @contextmanager
+    def _borrowed(self) -> Iterator["_Place"]:
         place = self._free_place(None)
         if place is None:
             raise RuntimeError("every place is being played in; borrow before or after a collection")
@@ -122,7 +137,7 @@ class ProcessEnvironments(Environments):
             if not place.made:
                 self._ask(place, "construct", None)
                 place.made = True
-            yield cast(TextGym, RemoteEnv(self, place))
+            yield place
             broken = False
         finally:
             if place.worker in self._workers:
@@ -131,8 +146,7 @@ class ProcessEnvironments(Environments):
 
     def time_calls(self, tasks: Sequence[str], seed: int) -> CallTimes:
         """Time a few short episodes inside a worker."""
-        with self.borrow() as env:
-            place = cast(RemoteEnv, env).place
+        with self._borrowed() as place:
             return CallTimes(*self._ask(place, "time", (list(tasks), seed)))
 
     def close(self) -> None:
@@ -190,14 +204,14 @@ class ProcessEnvironments(Environments):
         self._selector.register(worker.socket, selectors.EVENT_READ, worker)
         return worker
 
-    def _pump(self, timeout: float | None) -> None:
-        """Send what can be sent, take in what has come; wait for `timeout` or until the next deadline."""
+    def _pump(self, timeout: float) -> None:
+        """Send what can be sent, take in what has come; wait for `timeout`, or until the next deadline."""
         for worker in list(self._workers):
             self._send(worker)
         self._bury(time.monotonic() + 10.0)
         now = time.monotonic()
         patience = min((worker.deadline - now for worker in self._workers if worker.owed), default=0.0)
-        for key, _ in self._selector.select(max(0.0, patience if timeout is None else timeout)):
+        for key, _ in self._selector.select(max(0.0, min(timeout, patience))):
             worker = key.data
             if not self._receive(worker):
                 self._lose(worker, worker.last_words())
@@ -264,7 +278,7 @@ class ProcessEnvironments(Environments):
         while place not in self._told:
             if place.worker not in self._workers:
                 raise EnvironmentLostError(f"{kind}: {place.worker.obituary}")
-            self._pump(None)
+            self._pump(math.inf)
         _, found, answer = self._told.pop(place)
         if found in ("raised", "refused"):
             raise answer
@@ -323,11 +337,15 @@ class EnvironmentLostError(AgentRLError):
 
 
 class RemoteEnv:
-    """An environment in a worker, as if it were here; what it answers has to be picklable."""
+    """An environment somewhere else, as if it were here; what it answers has to be picklable.
 
-    def __init__(self, environments: ProcessEnvironments, place: "_Place") -> None:
-        self._environments = environments
-        self.place = place
+    Args:
+        ask: is given the name of an attribute, and the arguments to call it with. Without arguments, None,
+            it returns what the attribute is, and the ellipsis for one that can be called.
+    """
+
+    def __init__(self, ask: Callable[[str, tuple[Any, ...] | None, Mapping[str, Any]], Any]) -> None:
+        self._ask = ask
 
     @property
     def unwrapped(self) -> "RemoteEnv":
@@ -344,9 +362,6 @@ class RemoteEnv:
             raise AttributeError(name)
         value = self._ask(name, None, {})
         return (lambda *args, **kwargs: self._ask(name, args, kwargs)) if value is ... else value
-
-    def _ask(self, name: str, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any]) -> Any:
-        return self._environments._ask(self.place, "ask", (name, args, dict(kwargs)))
 
 
 @dataclass(eq=False)

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
-from torch import nn
 
 from agentrl.errors import CheckpointError
+from agentrl.learn.learner import Learner
+from agentrl.learn.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -36,54 +38,97 @@ class Progress:
 def save_checkpoint(
     folder: Path,
     progress: Progress,
-    model: nn.Module,
-    learner_state: dict[str, Any],
+    learner: Learner,
+    memory: Mapping[str, Any] | None = None,
     score: float | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write `folder/STAGE-STEP`; an interrupted or failed write leaves what was there before.
 
-    Keeps the last two and the one of the highest `score`.
+    Keeps the last two and the one of the highest `score`. Of several ranks, which share the file system, each
+    writes what it holds of a learner that is dealt out, and the first all else.
+
+    Args:
+        folder: of the run's checkpoints.
+        progress: of the run.
+        learner: with its policy.
+        memory: of the algorithm's replay.
+        score: of the policy.
+        ranks: that call this together.
 
     Raises:
         CheckpointError: when it cannot be written, as on a full disk; what was there before is untouched.
     """
     target = folder / f"{progress.stage}-{progress.step:06d}"
     partial = target.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    sharded = learner.config.backend == "fsdp"
+
+    def begin() -> None:
+        with _saving(target, partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            if not sharded:
+                save_model(learner.policy, str(partial / "weights.safetensors"))
+            torch.save(learner.state_dict() | {"replay": memory}, partial / "learner.pt")
+            (partial / "progress.json").write_text(json.dumps(asdict(progress) | {"score": score}))
+
+    def finish() -> None:
+        with _saving(target, partial):
+            files = sorted(file for file in partial.rglob("*") if file.is_file())
+            hashes = {str(file.relative_to(partial)): _sha256(file) for file in files}
+            (partial / "hashes.json").write_text(json.dumps(hashes, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        _rotate(folder)
+
+    ranks.by_first(begin)
+    if sharded:
+        with _saving(target, partial):
+            learner.write_shards(partial / "shards")
+    ranks.by_first(finish)
+    return target
+
+
+@contextmanager
+def _saving(target: Path, partial: Path) -> Iterator[None]:
     try:
-        partial.mkdir(parents=True)
-        save_model(model, str(partial / "weights.safetensors"))
-        torch.save(learner_state, partial / "learner.pt")
-        (partial / "progress.json").write_text(json.dumps(asdict(progress) | {"score": score}))
-        hashes = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
-        (partial / "hashes.json").write_text(json.dumps(hashes, indent=1))
-    except (OSError, RuntimeError, SafetensorError) as error:
+        yield
+    except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{target}: the checkpoint could not be saved ({error}); make room and continue with --resume. "
             "Those before it are unharmed"
         ) from error
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    _rotate(folder)
-    return target
 
 
-def load_checkpoint(path: Path, model: nn.Module) -> tuple[Progress, dict[str, Any]]:
-    """Load weights into `model`; return the progress and the learner's state.
+def load_progress(path: Path, ranks: Ranks = ALONE) -> Progress:
+    """How far the run had come.
 
     Raises:
-        CheckpointError: when a file is missing or its content is not what was written.
+        CheckpointError: when a file of the checkpoint is missing or its content is not what was written.
     """
-    _verify(path)
-    try:
-        load_model(model, str(path / "weights.safetensors"))
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: its weights do not fit this policy ({error})") from error
+    ranks.by_first(lambda: _verify(path))
     stored = json.loads((path / "progress.json").read_text())
     stored.pop("score")
+    return Progress(**stored)
+
+
+def load_learner(path: Path, learner: Learner) -> Any:
+    """Give a learner its weights and state back, whatever the number of ranks; what its replay remembers.
+
+    Raises:
+        CheckpointError: when they do not fit.
+    """
     state = torch.load(path / "learner.pt", weights_only=True)
-    return Progress(**stored), state
+    if learner.config.backend == "fsdp":
+        learner.read_shards(path / "shards", state)
+    else:
+        try:
+            load_model(learner.policy, str(path / "weights.safetensors"))
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: its weights do not fit this policy ({error})") from error
+        learner.load_state_dict(state)
+    return state["replay"]
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

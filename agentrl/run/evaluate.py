@@ -18,11 +18,12 @@ from agentrl.env.registry import Factory, make
 from agentrl.errors import ConfigError
 from agentrl.rollout.collector import Collection, Quarantine, abort_reasons, collect
 from agentrl.rollout.environments import Environments
-from agentrl.rollout.placement import open_environments, settle
+from agentrl.rollout.placement import settle
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import Player
 from agentrl.rollout.settings import Placement, RolloutConfig
 from agentrl.run.folder import Run
+from agentrl.run.places import open_environments
 from agentrl.run.settings import RunConfig
 from agentrl.run.statistics import Rate, success_rate
 from agentrl.seeds import derive_seed
@@ -133,7 +134,8 @@ def evaluate(
         repeats: plays of each task.
         seed: of the environments and of the policy's draws.
         temperature: of the policy's draws; 0 always takes its first choice.
-        placement: where environments live; None takes a run's own for its own environment, else `auto`.
+        placement: where environments live, on this machine; None takes a run's own for its own environment,
+            else `auto`.
         on_episode: called with each episode as it ends.
 
     Raises:
@@ -160,7 +162,7 @@ def evaluate(
         env, kwargs, split = given.env, dict(given.env_kwargs), given.split
     rollout = config.rollout
     if placement is not None or env != config.env.id:  # what suited the run's own says nothing of another
-        rollout = replace(rollout, placement=placement or "auto")
+        rollout = replace(rollout, backend="local", placement=placement or "auto")
     rollout, _ = settle(Factory(env, split=split, **kwargs), rollout, split, seed)
     with open_panel_environments(env, split, kwargs, rollout, expert=name == "expert") as environments:
         with environments.borrow() as environment:

@@ -15,7 +15,7 @@ class Interruption:
     """Turns SIGINT and SIGTERM into KeyboardInterrupt, held back while `shield` is open."""
 
     def __init__(self) -> None:
-        self._shielded = False
+        self._shields = 0
         self._pending = False
 
     @contextmanager
@@ -34,17 +34,21 @@ class Interruption:
     @contextmanager
     def shield(self) -> Iterator[None]:
         """Finish what is inside first: a half-applied update cannot be resumed."""
-        self._shielded = True
+        self._shields += 1
         try:
             yield
         finally:
-            self._shielded = False
-        if self._pending:
-            self._pending = False
+            self._shields -= 1
+        if not self._shields and self.asked():
             raise KeyboardInterrupt
 
+    def asked(self) -> bool:
+        """Whether a stop was asked for behind the shield; it is told once."""
+        asked, self._pending = self._pending, False
+        return asked
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._shielded:
+        if self._shields:
             self._pending = True
         else:
             raise KeyboardInterrupt

@@ -7,6 +7,7 @@ from math import gcd
 
 from agentrl.algorithms.algorithm import Algorithm, Context
 from agentrl.data.trajectory import Episode, Group
+from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.rollout.branching import Director
 from agentrl.rollout.collector import Collection, Quarantine, collect
 from agentrl.rollout.environments import Environments
@@ -41,7 +42,7 @@ class Played:
         failures: attempts that were aborted and made again.
         rounds: times that tasks were drawn.
         branches: episodes that began in the middle of another, by how they got there.
-        environment_seconds: spent in environments, or waiting for them.
+        environment_seconds: spent in environments, or waiting for them; on this rank.
         player_seconds: the same of the player.
     """
 
@@ -74,12 +75,19 @@ class Rollouts:
         algorithm: its `rollout` plan and `select`.
         tasks: of training.
         environments: to play in.
+        ranks: that play a part of the groups each, and learn from all of them.
     """
 
     def __init__(
-        self, config: RunConfig, algorithm: Algorithm, tasks: Sequence[str], environments: Environments
+        self,
+        config: RunConfig,
+        algorithm: Algorithm,
+        tasks: Sequence[str],
+        environments: Environments,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._config, self._algorithm, self._environments = config, algorithm, environments
+        self._ranks = ranks
         self._order = TaskOrder(tasks, derive_seed(config.seed, "train"))
         self.quarantine = Quarantine(config.rollout.max_attempts)
 
@@ -125,23 +133,32 @@ class Rollouts:
             )
             for index in range(done, done + count)
         ]
+        own = self._ranks.deal(templates)
+        dealt, collection = self._ranks.agreed(lambda: self._groups(own, player, context))
+        groups = self._ranks.collect(dealt)
+        for failures, branches in self._ranks.gather((collection.failures, collection.branches)):
+            played.failures += failures
+            played.branches.update(branches if self._algorithm.rollout.grow is not None else {})
+        for shunned in self._ranks.gather(self.quarantine.tasks):
+            self.quarantine.tasks.update(shunned)
+        played.groups += groups
+        played.environment_seconds += collection.environment_seconds
+        played.player_seconds += collection.player_seconds
+        return groups
+
+    def _groups(
+        self, templates: Sequence[EpisodeSpec], player: Player, context: Context
+    ) -> tuple[list[Group], Collection]:
         grow, size = self._algorithm.rollout.grow, self.group_size
         if grow is None:
             specs = [replace(item, id=f"{item.id}-{member}") for item in templates for member in range(size)]
             collection = self._collect(specs, player)
             members = [collection.episodes[start : start + size] for start in range(0, len(specs), size)]
-            groups = [Group(item.task, each) for item, each in zip(templates, members, strict=True)]
-        else:
-            growths = [grow(size, item.seed, context) for item in templates]
-            director = Director(templates, growths, size)
-            collection = self._collect((), player, director)
-            groups = director.groups(collection)
-            played.branches.update(collection.branches)
-        played.groups += groups
-        played.failures += collection.failures
-        played.environment_seconds += collection.environment_seconds
-        played.player_seconds += collection.player_seconds
-        return groups
+            return [Group(item.task, each) for item, each in zip(templates, members, strict=True)], collection
+        growths = [grow(size, item.seed, context) for item in templates]
+        director = Director(templates, growths, size)
+        collection = self._collect((), player, director)
+        return director.groups(collection), collection
 
     def _collect(
         self, specs: Sequence[EpisodeSpec], player: Player, director: Director | None = None

@@ -5,8 +5,9 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,22 @@ from agentrl.data.trajectory import Episode
 from agentrl.env.registry import Factory, check_id
 from agentrl.errors import ConfigError, NonFiniteError, TooManyAbortedError
 from agentrl.learn.forward import Forward
-from agentrl.learn.learner import Learner
-from agentrl.policy.model import output_weight, save_policy
+from agentrl.learn.learner import Learner, provided
+from agentrl.learn.lora import check_adapters
+from agentrl.learn.ranks import ALONE, Ranks, joined
+from agentrl.policy.model import output_weight, resolve_device, save_policy
 from agentrl.policy.tokens import fingerprint
+from agentrl.rollout.collector import Collection
 from agentrl.rollout.environments import Environments
-from agentrl.rollout.placement import open_environments, settle
+from agentrl.rollout.placement import settle
 from agentrl.rollout.players import ExpertPlayer, Player, RandomPlayer
-from agentrl.run.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from agentrl.run.checkpoint import (
+    Progress,
+    latest_checkpoint,
+    load_learner,
+    load_progress,
+    save_checkpoint,
+)
 from agentrl.run.evaluate import (
     configured_panel,
     data_label,
@@ -35,8 +45,9 @@ from agentrl.run.evaluate import (
 )
 from agentrl.run.folder import Run, create_run, open_run, with_overrides, write_atomic
 from agentrl.run.interruption import Interruption, RunInterrupted
-from agentrl.run.logbook import Logbook
+from agentrl.run.logbook import Logbook, Row
 from agentrl.run.metrics import rollout_metrics
+from agentrl.run.places import open_environments
 from agentrl.run.players import Policy, fit_policy, load, scripted_player
 from agentrl.run.report import results_table, write_report
 from agentrl.run.rollouts import Played, Rollouts
@@ -55,37 +66,58 @@ def train(config: RunConfig, *, quiet: bool = False) -> Run:
         AgentRLError: for anything wrong with the configuration, environment or files; what was done is kept.
         RunInterrupted: after Ctrl-C or SIGTERM; `resume(run.folder)` continues.
     """
-    with Interruption().listening() as interruption:
-        return Trainer(config, None, interruption, quiet=quiet).run()
+    return _run(config, None, quiet)
 
 
 def resume(folder: str | Path, *overrides: str, quiet: bool = False) -> Run:
     """Continue an interrupted run; the result equals that of a run that never stopped."""
     active = with_overrides(open_run(folder), overrides)
-    with Interruption().listening() as interruption:
-        return Trainer(active.config, active, interruption, quiet=quiet).run()
+    return _run(active.config, active, quiet)
+
+
+def _run(config: RunConfig, active: Run | None, quiet: bool) -> Run:
+    device = resolve_device(config.policy.device)
+    with joined(device) as ranks, Interruption().listening() as interruption:
+        return Trainer(config, active, interruption, quiet=quiet, ranks=ranks).run()
 
 
 class Trainer:
     """The stages of one run. What it must remember is in the run's folder.
+
+    Several ranks go through the stages together, each with environments and an engine of its own: they share
+    the episodes to play and the work of learning, and the first one writes the folder, which all can read.
 
     Args:
         config: of the run; what is wrong with it is found before a folder is made.
         active: the run to continue, None for a new one.
         interruption: holds signals back where a stop would do harm.
         quiet: show no progress.
+        ranks: that do the run.
     """
 
     def __init__(
-        self, config: RunConfig, active: Run | None, interruption: Interruption, *, quiet: bool = False
+        self,
+        config: RunConfig,
+        active: Run | None,
+        interruption: Interruption,
+        *,
+        quiet: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.config, self.interruption = config, interruption
+        self.interruption, self.ranks = interruption, ranks
+        _check_shares(config, ranks)
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
         self.algorithm = config.algorithm.build()
+        wanted = self.algorithm.requires
+        check_requirements(
+            self.algorithm, provided(reference="reference" in wanted, critic="values" in wanted)
+        )
         if config.rollout.workers.interpreter is None:
             check_id(config.env.id)
-        rollout, self.settled = settle(self._factory(), config.rollout, config.env.split, config.seed)
+        rollout, self.settled = ranks.by_first(
+            lambda: settle(_factory(config), config.rollout, config.env.split, config.seed)
+        )
         self.config = config = replace(config, rollout=rollout)
         self.environments = self._training_environments(expert=False)
         try:
@@ -94,26 +126,45 @@ class Trainer:
             self.environments.close()
             raise
         self.engine = self.policy.engine(config)
-        self.cloner = Learner(self.policy.model, config.warm_start.learner)
-        self.learner = self._learner()
-        self.rollouts = Rollouts(config, self.algorithm, self.tasks, self.environments)
-        self.logbook = Logbook(self.active.folder, quiet=quiet)
+        self.rollouts = Rollouts(config, self.algorithm, self.tasks, self.environments, ranks)
+        self.logbook = (
+            Logbook(self.active.folder, quiet=quiet) if ranks.first else _NoBook(self.active.folder)
+        )
         self.history: dict[str, list[float]] = {}
         self.clocks: dict[str, float] = defaultdict(float)
-        self.stage, self.step, self.saved = "warm_start", 0, -1
+        self.stage, self.step, self.saved = "warm_start" if config.warm_start.steps else "train", 0, -1
+        self.learner = self._learner()
         self.tasks_drawn = 0
 
     def _get_ready(self, active: Run | None) -> None:
         """Ask the environment for its tasks, and have a folder and a policy."""
         config = self.config
+        given = self.ranks.agreed(self._look_around)
+        folder = self.ranks.by_first(lambda: (active or create_run(config, placement=self.settled)).folder)
+        self.active = Run(folder, config)
+        self.policy = given or self._own_policy(folder / "tokenizer")
+        for learner in (config.warm_start.learner, config.learner):
+            if learner.lora is not None:
+                check_adapters(self.policy.model, learner.lora)
+
+    def _look_around(self) -> Policy | None:
+        config = self.config
         with self.environments.borrow() as environment:
             known: Any = environment.unwrapped
             self.tasks: Sequence[str] = known.tasks(config.env.split)
             self.panel = configured_panel(config, environment)
+        if len(self.panel.tasks) < self.ranks.count:
+            raise ConfigError(
+                f"evaluation.tasks is {len(self.panel.tasks)}, fewer than the {self.ranks.count} processes "
+                "that share them"
+            )
         self.has_expert = self._offers_expert()
-        given = None if config.policy.path is None else load(config.policy.path, config.policy)
-        self.active = active or create_run(config, placement=self.settled)
-        self.policy = given or self._fitted_policy(self.active.folder / "tokenizer")
+        return None if config.policy.path is None else load(config.policy.path, config.policy)
+
+    def _own_policy(self, tokenizer: Path) -> Policy:
+        """A fitted policy; of several ranks the first fits the tokenizer, and the others read it."""
+        fitted = self.ranks.agreed(lambda: self._fitted_policy(tokenizer) if self.ranks.first else None)
+        return fitted or self._fitted_policy(tokenizer)
 
     def _fitted_policy(self, tokenizer: Path) -> Policy:
         """A policy whose tokenizer knows the replies as well: where they are free text, the expert's."""
@@ -125,7 +176,9 @@ class Trainer:
     def run(self) -> Run:
         """Do what is left of every stage."""
         try:
-            with self.logbook:
+            # Ranks stop together, between two steps; one that stopped alone would leave the others waiting.
+            held = self.interruption.shield() if self.ranks.count > 1 else nullcontext()
+            with held, self.logbook:
                 self._restore()
                 self.logbook.say(self._arithmetic())
                 if self.settled is not None:
@@ -139,7 +192,7 @@ class Trainer:
                     self._evaluate("cloned")
                 self._train()
                 self._evaluate("trained")
-                self._finish()
+                self.ranks.by_first(self._finish)
         except KeyboardInterrupt as interrupt:
             self._save()
             raise RunInterrupted(
@@ -167,25 +220,31 @@ class Trainer:
             self.logbook.stage("demonstrations"),
             self._training_environments(expert=True) as environments,
         ):
-            episodes = demonstrations(self.config, self.tasks, environments, self.policy.dialogue)
+            episodes = demonstrations(
+                self.config, self.tasks, environments, self.policy.dialogue, ranks=self.ranks
+            )
         algorithm = cloning()
         with self.logbook.stage("cloning", total=steps, done=self.step):
             for batch in cloning_batches(self.config, episodes, first=self.step):
+                self._heed()
                 with self.interruption.shield(), self._clock("cloning"):
-                    learned = self.cloner.update(batch, algorithm, Context(self.step, steps, {}))
+                    learned = self.learner.update(batch, algorithm, Context(self.step, steps, {}))
                     self.step += 1
                     metrics = {f"learner/{key}": value for key, value in learned.items()}
                     self.logbook.write({"stage": "warm_start", "step": self.step} | metrics)
                 self._save_now_and_then()
         self._save()
+        self.learner.export(self.policy.model)
 
     def _train(self) -> None:
         if self.stage != "train":
             self.stage, self.step, self.saved = "train", 0, -1
+            del self.learner  # a copy of the weights that may be as large as memory allows
             self.learner = self._learner()  # its reference, if any, is the warm-started policy
         every = self.config.evaluation.every
         with self.logbook.stage("training", total=self.config.trainer.steps, done=self.step):
             while self.step < self.config.trainer.steps:
+                self._heed()
                 self._train_step()
                 self._save_now_and_then()
                 if every and self.step % every == 0 and self.step < self.config.trainer.steps:
@@ -200,20 +259,22 @@ class Trainer:
         metrics = rollout_metrics(played.episodes) | {
             "episodes_kept": len(batch.episodes) / len(played.episodes),
             "quarantined_tasks": float(len(self.rollouts.quarantine.tasks)),
-            "worker_restarts": float(self.environments.restarts),
+            "worker_restarts": float(sum(self.ranks.gather(self.environments.restarts))),
             **played.metrics(),
         }
         with self.interruption.shield(), self._clock("learning"):
             if len(batch.lengths):
                 self.learner.forward = replace(self.learner.forward, temperature=temperature)
                 learned = self.learner.update(batch, self.algorithm, context)
+                self.learner.export(self.policy.model)
                 metrics |= {f"learner/{key}": value for key, value in learned.items()}
             self.step += 1
             self.tasks_drawn += len(played.groups)
             for key, value in metrics.items():
                 self.history.setdefault(key, []).append(value)
             self.logbook.write({"stage": "train", "step": self.step} | metrics, seconds=seconds)
-        if (every := self.config.trainer.save_episodes_every) and self.step % every == 0:
+        every = self.config.trainer.save_episodes_every
+        if self.ranks.first and every and self.step % every == 0:
             path = self.active.folder / "episodes" / f"train-{self.step:06d}.parquet"
             write_episodes(path, played.episodes)
 
@@ -246,42 +307,56 @@ class Trainer:
 
     def _evaluate(self, name: str) -> None:
         """Measure a policy on the panel, unless the folder says that it was."""
-        results = self._results()
+        results = self.ranks.by_first(self._results)
+        repeats = self.config.evaluation.repeats
         decodings = {"random": ("sampled",), "expert": ("greedy",)}.get(name, ("greedy", "sampled"))
         for decoding in decodings:
             if decoding in results.get(name, {}):
                 continue
-            with (
-                self._clock("evaluation"),
-                self.logbook.stage(f"evaluating {name}, {decoding}", total=len(self.panel.tasks)),
-                self._panel_environments(expert=name == "expert") as environments,
-            ):
-                player = (
-                    scripted_player(name)
-                    if name in ("random", "expert")
-                    else self._player(0.0 if decoding == "greedy" else 1.0)
-                )
-                finished: list[Episode] = []
+            self._heed()
+            with self._clock("evaluation"):
+                played, label = self.ranks.agreed(partial(self._play_panel, name, decoding))
+                of_task = [
+                    played.episodes[at : at + repeats] for at in range(0, len(played.episodes), repeats)
+                ]
+                episodes = [episode for plays in self.ranks.collect(of_task) for episode in plays]
+            found = summarise(episodes, self.panel, repeats, data=label)
+            found = replace(found, retried=sum(self.ranks.gather(len(played.failures))))
+            if self.ranks.first:
+                write_episodes(self.active.folder / "episodes" / f"{name}-{decoding}.parquet", episodes)
+                results.setdefault(name, {})[decoding] = found.to_dict()
+                self._keep(results)
 
-                def count(episode: Episode, finished: list[Episode] = finished) -> None:
-                    finished.append(episode)
-                    self.logbook.advance(len({episode.task for episode in finished}))
+    def _play_panel(self, name: str, decoding: str) -> tuple[Collection, str | None]:
+        """Play this rank's tasks of the panel; also what the tasks are, as their environment labels them."""
+        panel = self.panel
+        tasks, hashes = (tuple(self.ranks.deal(each)) for each in (panel.tasks, panel.hashes))
+        own = replace(panel, tasks=tasks, hashes=hashes)
+        with (
+            self.logbook.stage(f"evaluating {name}, {decoding}", total=len(own.tasks)),
+            self._panel_environments(expert=name == "expert") as environments,
+        ):
+            player = (
+                scripted_player(name)
+                if name in ("random", "expert")
+                else self._player(0.0 if decoding == "greedy" else 1.0)
+            )
+            finished: list[Episode] = []
 
-                played = play_panel(
-                    self.panel,
-                    player,
-                    environments,
-                    self.config.rollout,
-                    repeats=self.config.evaluation.repeats,
-                    seed=self.config.seed,
-                    on_episode=count,
-                )
-                label, episodes = data_label(environments), played.episodes
-            found = summarise(episodes, self.panel, self.config.evaluation.repeats, data=label)
-            found = replace(found, retried=len(played.failures))
-            write_episodes(self.active.folder / "episodes" / f"{name}-{decoding}.parquet", episodes)
-            results.setdefault(name, {})[decoding] = found.to_dict()
-            self._keep(results)
+            def count(episode: Episode) -> None:
+                finished.append(episode)
+                self.logbook.advance(len({episode.task for episode in finished}))
+
+            played = play_panel(
+                own,
+                player,
+                environments,
+                self.config.rollout,
+                repeats=self.config.evaluation.repeats,
+                seed=self.config.seed,
+                on_episode=count,
+            )
+            return played, data_label(environments)
 
     def _finish(self) -> None:
         save_policy(self.policy.model, self.policy.tokenizer, self.active.model)
@@ -340,7 +415,8 @@ class Trainer:
         updates = self.config.learner.updates_per_step
         return (
             f"{self.active.folder}: {self.config.env.id} with {self.config.algorithm.name}, "
-            f"{parameters:,} parameters on {self.policy.model.device}\n"
+            f"{parameters:,} parameters on {self.policy.model.device}"
+            f"{f' of {self.ranks.count} processes' if self.ranks.count > 1 else ''}\n"
             f"cloning: {warm.steps} steps x {warm.batch_size} demonstrations\n"
             f"training: {steps} steps x ({rollout.groups_per_step} tasks x {size} episodes) = "
             f"{steps * per_step:,} episodes, {steps * updates:,} updates\n"
@@ -362,6 +438,11 @@ class Trainer:
                 f"{len(tasks)} training tasks; what stands behind the cut is never read"
             )
 
+    def _heed(self) -> None:
+        """Stop here if any rank was told to."""
+        if self.ranks.count > 1 and any(self.ranks.gather(self.interruption.asked())):
+            raise KeyboardInterrupt
+
     def _player(self, temperature: float) -> Player:
         self.engine.refresh(self.step)
         return self.policy.player(self.engine, self.config, temperature)
@@ -380,24 +461,24 @@ class Trainer:
             ) from error
 
     def _learner(self) -> Learner:
-        wanted = self.algorithm.requires
-        reference = copy.deepcopy(self.policy.model) if "reference" in wanted else None
-        learner = Learner(
-            self.policy.model,
-            self.config.learner,
-            reference=None if reference is None else reference.requires_grad_(False),
+        """That of the stage, from the weights that the engine has."""
+        model = self.policy.model
+        cloning = self.stage == "warm_start"
+        config = self.config.warm_start.learner if cloning else self.config.learner
+        sharded = config.backend == "fsdp"
+        wanted = frozenset[str]() if cloning else self.algorithm.requires
+        return Learner(
+            copy.deepcopy(model) if sharded or config.lora is not None else model,
+            config,
+            reference=copy.deepcopy(model).requires_grad_(False) if "reference" in wanted else None,
             critic="values" in wanted,
-            forward=Forward(temperature=self.config.rollout.temperature),
+            forward=Forward(temperature=1.0 if cloning else self.config.rollout.temperature),
+            ranks=self.ranks if sharded else ALONE,
         )
-        check_requirements(self.algorithm, learner.provides)
-        return learner
-
-    def _factory(self, **more: Any) -> Factory:
-        block = self.config.env
-        return Factory(block.id, split=block.split, **{**block.kwargs, **more})
 
     def _training_environments(self, *, expert: bool) -> Environments:
-        return open_environments(self._factory(**({"expert": True} if expert else {})), self.config.rollout)
+        told = {"expert": True} if expert else {}
+        return open_environments(_factory(self.config, **told), self.config.rollout)
 
     def _panel_environments(self, *, expert: bool = False) -> Environments:
         panel = self.panel
@@ -430,39 +511,76 @@ class Trainer:
     def _save(self) -> None:
         if self.saved == self.step:
             return
-        state = (self.learner if self.stage == "train" else self.cloner).state_dict()
-        if self.stage == "train" and self.algorithm.replay is not None:
-            state["replay"] = self.algorithm.replay.state_dict()
+        replay = self.algorithm.replay if self.stage == "train" else None
         recent = self.history.get("success", [])[-self.config.trainer.checkpoint_every :]
         with self.interruption.shield():
             save_checkpoint(
                 self.active.folder / "checkpoints",
                 Progress(self.stage, self.step, self.history, self.tasks_drawn),
-                self.policy.model,
-                state,
+                self.learner,
+                None if replay is None else replay.state_dict(),
                 score=sum(recent) / len(recent) if recent else None,
+                ranks=self.ranks,
             )
             self._save_clocks()
         self.saved = self.step
 
     def _save_clocks(self) -> None:
-        write_atomic(self.active.folder / "clocks.json", json.dumps(self.clocks, indent=1))
+        if self.ranks.first:
+            write_atomic(self.active.folder / "clocks.json", json.dumps(self.clocks, indent=1))
 
     def _restore(self) -> None:
         """Take up the newest checkpoint, and forget what was logged after it."""
         clocks = self.active.folder / "clocks.json"
         if clocks.exists():
             self.clocks.update(json.loads(clocks.read_text()))
-        path = latest_checkpoint(self.active.folder / "checkpoints")
+        path = self.ranks.by_first(lambda: latest_checkpoint(self.active.folder / "checkpoints"))
         if path is None:
             self.logbook.truncate(self.stage, 0)
             return
-        progress, state = load_checkpoint(path, self.policy.model)
+        progress = load_progress(path, self.ranks)
+        another = progress.stage != self.stage
         self.stage, self.step, self.saved = progress.stage, progress.step, progress.step
         self.history = {key: list(values) for key, values in progress.history.items()}
         self.tasks_drawn = progress.tasks_drawn
-        (self.learner if self.stage == "train" else self.cloner).load_state_dict(state)
+        if another:
+            self.learner = self._learner()
+        memory = load_learner(path, self.learner)
+        self.learner.export(self.policy.model)
         if self.stage == "train" and self.algorithm.replay is not None:
-            self.algorithm.replay.load_state_dict(state["replay"], self._context())
+            self.algorithm.replay.load_state_dict(memory, self._context())
         self.logbook.truncate(self.stage, self.step)
         self.logbook.say(f"continuing {self.active.folder} after {self.stage} step {self.step}")
+
+
+class _NoBook(Logbook):
+    """What ranks have that are not the first: it writes and shows nothing."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder, quiet=True)
+
+    def write(self, row: Row, *, seconds: float | None = None) -> None:
+        pass
+
+    def truncate(self, stage: str, step: int) -> None:
+        pass
+
+
+def _check_shares(config: RunConfig, ranks: Ranks) -> None:
+    """Refuse what several processes cannot share."""
+    if ranks.count == 1:
+        return
+    if config.learner.backend != "fsdp":
+        raise ConfigError(
+            f"learner.backend is {config.learner.backend}, but torchrun started {ranks.count} processes; "
+            "set learner.backend=fsdp, or start one"
+        )
+    if config.rollout.groups_per_step % ranks.count:
+        raise ConfigError(
+            f"rollout.groups_per_step is {config.rollout.groups_per_step}, wanted a multiple of the "
+            f"{ranks.count} processes that torchrun started: each plays as many"
+        )
+
+
+def _factory(config: RunConfig, **more: Any) -> Factory:
+    return Factory(config.env.id, split=config.env.split, **{**config.env.kwargs, **more})

@@ -10,6 +10,7 @@ from agentrl.algorithms.recipe import build_recipe
 from agentrl.data.batch import Batch, collate
 from agentrl.data.trajectory import Episode, Group
 from agentrl.errors import ConfigError
+from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.policy.tokens import Dialogue
 from agentrl.rollout.collector import Quarantine, collect
 from agentrl.rollout.environments import Environments
@@ -52,8 +53,9 @@ def demonstrations(
     environments: Environments,
     dialogue: Dialogue,
     on_episode: OnEpisode | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Episode]:
-    """Successful episodes of the environment's expert, in a fixed order.
+    """Successful episodes of the environment's expert, in a fixed order; each rank plays its part of them.
 
     Raises:
         ConfigError: when the environment has no expert, or it solves too few of its tasks.
@@ -68,15 +70,20 @@ def demonstrations(
         max_context=config.policy.max_context,
     )
     specs = list(_specs(config, "demonstration", block.demonstrations, tasks))
-    played = collect(
-        specs,
-        player,
-        environments,
-        max_active=environments.places or 1,
-        max_attempts=config.rollout.max_attempts,
-        quarantine=Quarantine(config.rollout.max_attempts),
-        on_episode=on_episode,
-    ).episodes
+    own = ranks.agreed(
+        lambda: (
+            collect(
+                ranks.deal(specs),
+                player,
+                environments,
+                max_active=environments.places or 1,
+                max_attempts=config.rollout.max_attempts,
+                quarantine=Quarantine(config.rollout.max_attempts),
+                on_episode=on_episode,
+            ).episodes
+        )
+    )
+    played = ranks.collect(own)
     solved = [episode for episode in played if episode.success]
     if len(solved) < block.batch_size:
         reasons = {episode.error for episode in played if episode.error} or "it did not solve them"

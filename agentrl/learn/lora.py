@@ -1,0 +1,77 @@
+"""Adapters of low rank beside frozen weights (LoRA: Hu et al. 2021, arXiv:2106.09685), through peft."""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from agentrl.errors import ConfigError, MissingDependencyError
+from agentrl.learn.settings import LoraConfig
+from agentrl.learn.sharding import whole
+
+_ADAPTER = "default"  # peft's name for the only one
+
+
+def check_adapters(policy: nn.Module, config: LoraConfig) -> None:
+    """Refuse adapters that could not be added.
+
+    Raises:
+        MissingDependencyError: without peft.
+        ConfigError: when the policy has no map of one of the names.
+    """
+    try:
+        import peft  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("learner.lora needs peft: pip install 'agentrl[lora]'") from error
+    maps = {
+        name.rpartition(".")[2] for name, module in policy.named_modules() if isinstance(module, nn.Linear)
+    }
+    absent = [name for name in config.targets if name not in maps]
+    if absent or not config.targets:
+        raise ConfigError(
+            f"learner.lora.targets is {', '.join(config.targets) or 'empty'}, wanted some of the policy's "
+            f"linear maps: {', '.join(sorted(maps)) or 'it has none'}"
+        )
+
+
+def add_adapters(policy: nn.Module, config: LoraConfig) -> None:
+    """Freeze a policy's weights and let each named map learn a matrix of low rank to be added to its own.
+
+        W + (alpha / rank) B A,   B of [out, rank] is 0 to begin with, A of [rank, in] is random
+
+    A is the same in every run: the global generators are left as they were.
+
+    Raises:
+        MissingDependencyError, ConfigError: as `check_adapters`.
+    """
+    check_adapters(policy, config)
+    import peft
+
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=cast(int, config.alpha),
+        target_modules=list(config.targets),
+        lora_dropout=0.0,
+    )
+    policy.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        peft.inject_adapter_in_model(settings, policy)
+
+
+def plain_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight, whole and under the name that it has without adapters, these added in; one at a time."""
+    adapted = {name: module for name, module in policy.named_modules() if hasattr(module, "lora_A")}
+    for name, parameter in policy.named_parameters():
+        owner, _, own = name.partition(".base_layer.")
+        if owner in adapted:
+            added = _product(adapted[owner]) if own == "weight" else 0.0
+            yield f"{owner}.{own}", whole(parameter) + added
+        elif ".lora_" not in name:
+            yield name, whole(parameter)
+
+
+def _product(module: Any) -> Tensor:
+    down, up = (whole(part[_ADAPTER].weight) for part in (module.lora_A, module.lora_B))
+    return cast(Tensor, module.scaling[_ADAPTER] * (up @ down))

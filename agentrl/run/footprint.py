@@ -1,0 +1,207 @@
+"""What a policy and its learner hold in memory, counted before their weights exist.
+
+A model on torch's meta device has every shape and no content: it is built, run and optimised as the real one
+is, and what that would keep is added up.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Muon
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.errors import CheckpointError
+from agentrl.learn.fused import CHUNK_NUMBERS
+from agentrl.learn.optimizer import build_optimizers
+from agentrl.learn.settings import LearnerConfig
+from agentrl.learn.sharding import layers
+from agentrl.policy.attention import PACKED, packed_layout
+from agentrl.policy.model import context_limit, decoder_settings, output_weight, packed_forward
+from agentrl.policy.settings import PolicyConfig
+from agentrl.run.settings import RunConfig
+
+
+def skeleton(config: PolicyConfig) -> PreTrainedModel:
+    """The policy without its weights; of one that is made from scratch, with the vocabulary asked for.
+
+    Raises:
+        CheckpointError: when there is no model at `policy.path`.
+        ConfigError: when the sizes contradict each other.
+    """
+    if config.path is None:
+        return _on_meta(decoder_settings(config, config.vocab_size), config.dtype)
+    try:
+        if not (Path(config.path) / "config.json").is_file():
+            raise FileNotFoundError("no config.json is there")
+        settings = AutoConfig.from_pretrained(config.path, local_files_only=True, trust_remote_code=False)
+        return _on_meta(settings, config.dtype)
+    except Exception as error:  # the library raises whatever its parsers raise
+        raise CheckpointError(
+            f"policy.path is {config.path!r}, wanted the folder of a Hugging Face causal language model on "
+            f"this machine ({' '.join(str(error).split())[:160]})"
+        ) from error
+
+
+def _on_meta(settings: Any, dtype: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        model = cast(Any, AutoModelForCausalLM).from_config(settings, attn_implementation=PACKED)
+    return cast(PreTrainedModel, model.to(getattr(torch, dtype)))
+
+
+def held_bytes(
+    config: RunConfig, algorithm: Algorithm, learner: LearnerConfig, ranks: int = 1
+) -> Mapping[str, tuple[int, str]]:
+    """What one process holds on its device in a stage: bytes, and how they were found, by what they are of.
+
+    Args:
+        config: of the run.
+        algorithm: of the stage.
+        learner: of the stage.
+        ranks: processes that learn together.
+    """
+    block, wanted, sharded = config.policy, algorithm.requires, learner.backend == "fsdp"
+    model, computed = skeleton(block), skeleton(replace(block, dtype=learner.compute_dtype or block.dtype))
+    share = ranks if sharded else 1
+    dealt = f", dealt out to {share} processes" if share > 1 else ""
+    parameters = sum(each.numel() for each in model.parameters())
+    weights, (states, whole) = (
+        weight_bytes(model),
+        optimizer_bytes(model, learner, value_head(model, algorithm)),
+    )
+    context = context_length(config, model)
+    tokens = max(learner.micro_batch_tokens, context)
+    sequences = config.rollout.max_active * (1 if config.algorithm.build().rollout.grow is None else 2)
+    found = {
+        "weights": (weights // share, f"{parameters:,} parameters in {block.dtype}{dealt}"),
+        "gradients": (weight_bytes(model, trained=True) // share, f"as many{dealt}"),
+        "optimiser": (states // share + whole, f"{learner.optimizer}{dealt}"),
+        "reference": (weights // share * ("reference" in wanted), f"weights that do not change{dealt}"),
+        "keys and values": (
+            cache_bytes(model, sequences, context),
+            f"{sequences} sequences of {context:,} tokens",
+        ),
+        "activations": (
+            activation_bytes(computed, tokens, recomputed=learner.recompute_activations),
+            f"a pass of {tokens:,} tokens",
+        ),
+        "logits": (logits_bytes(computed, tokens), "a chunk of tokens, and their gradient"),
+        "weights that generate": (weights * sharded, "whole in every process"),
+        "weights of two layers": (layer_bytes(computed) * sharded, "whole while they are used"),
+    }
+    return {what: (size, how) for what, (size, how) in found.items() if size}
+
+
+def checkpoint_bytes(config: RunConfig, algorithm: Algorithm, learner: LearnerConfig) -> int:
+    """Of a checkpoint in a stage."""
+    model = skeleton(config.policy)
+    copies = 2 if "reference" in algorithm.requires else 1
+    return copies * weight_bytes(model) + sum(optimizer_bytes(model, learner, value_head(model, algorithm)))
+
+
+def context_length(config: RunConfig, model: PreTrainedModel) -> int:
+    """Tokens that one sequence may hold."""
+    return min(config.policy.max_context, context_limit(model))
+
+
+def value_head(model: PreTrainedModel, algorithm: Algorithm) -> nn.Module | None:
+    """The one that the learner adds, if the algorithm asks for values."""
+    if "values" not in algorithm.requires:
+        return None
+    return nn.Linear(output_weight(model).shape[1], 1, device="meta", dtype=output_weight(model).dtype)
+
+
+def weight_bytes(model: nn.Module, *, trained: bool = False) -> int:
+    """Of all parameters, or only of those that are trained and so have gradients; shared ones count once."""
+    return _bytes(value for value in model.parameters() if value.requires_grad or not trained)
+
+
+def optimizer_bytes(
+    model: nn.Module, config: LearnerConfig, value_head: nn.Module | None = None
+) -> tuple[int, int]:
+    """Of what the optimisers remember after their first step.
+
+    Returns:
+        Bytes that ranks can deal out among them, and bytes that each of them holds whole: those of Muon.
+    """
+    dealt = whole = 0
+    for optimizer in build_optimizers(model, config, value_head):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        states = optimizer.state.values()
+        size = _bytes(value for state in states for value in state.values() if isinstance(value, Tensor))
+        dealt, whole = (dealt, whole + size) if isinstance(optimizer, Muon) else (dealt + size, whole)
+    return dealt, whole
+
+
+def layer_bytes(model: nn.Module) -> int:
+    """Of what is whole at a time where the weights are dealt out: two layers, and all that is in none."""
+    sizes = [weight_bytes(layer) for layer in layers(model)]
+    return weight_bytes(model) - sum(sizes) + 2 * max(sizes, default=0)
+
+
+def cache_bytes(model: PreTrainedModel, sequences: int, length: int) -> int:
+    """Of the keys and values of `sequences` of `length` tokens."""
+    settings = model.config.get_text_config()
+    heads = settings.num_attention_heads
+    width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    stored = getattr(settings, "num_key_value_heads", None) or heads
+    numbers: int = 2 * settings.num_hidden_layers * stored * width * sequences * length
+    return numbers * output_weight(model).element_size()
+
+
+def activation_bytes(model: PreTrainedModel, tokens: int, *, recomputed: bool = False) -> int:
+    """Of what a forward pass of so many tokens keeps for the way back; up to a seventh too much.
+
+    The tokens are counted as sequences of one: attention then keeps what a fused kernel does, and nothing
+    that grows with the square of a length. Rows of unequal length are padded within attention, which is not
+    counted.
+
+    Args:
+        model: from `skeleton`.
+        tokens: of the pass.
+        recomputed: only the input of each layer is kept, and one layer at a time has the rest.
+    """
+    kept = _kept_bytes(model, tokens)
+    if not recomputed:
+        return kept
+    depth: int = model.config.get_text_config().num_hidden_layers
+    return (
+        depth * tokens * output_weight(model).shape[1] * output_weight(model).element_size() + kept // depth
+    )
+
+
+def _kept_bytes(model: PreTrainedModel, tokens: int) -> int:
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()._cdata
+        if storage not in own:
+            kept[storage] = value
+        return value
+
+    lengths = torch.ones(tokens, dtype=torch.int64)
+    device = output_weight(model).device
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        packed_forward(model, torch.empty_like(lengths, device=device), packed_layout(lengths, device))
+    return sum(value.untyped_storage().nbytes() for value in kept.values())
+
+
+def logits_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Of the logits of one chunk on the way back, and of the gradient that they give the output embedding."""
+    weight = output_weight(model)
+    chunk = min(tokens, max(1, CHUNK_NUMBERS // len(weight)))
+    narrow = weight.element_size() if weight.element_size() < 4 else 0
+    return chunk * len(weight) * (2 * 4 + narrow) + _bytes([weight])
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors)

@@ -1,0 +1,24 @@
+"""Environments on this machine or on a cluster's, as `rollout.backend` says."""
+
+from agentrl.errors import MissingDependencyError
+from agentrl.rollout import placement
+from agentrl.rollout.environments import Environments, Make
+from agentrl.rollout.settings import RolloutConfig
+
+
+def open_environments(make: Make, config: RolloutConfig) -> Environments:
+    """Environments as configured; see `placement.settle` for the placement `auto`.
+
+    Raises:
+        MissingDependencyError: for the backend `ray` without Ray.
+        ConfigError: there is no such cluster, or it is smaller than what is asked.
+    """
+    if config.backend == "local":
+        return placement.open_environments(make, config)
+    try:
+        from agentrl.scale.ray_environments import RayEnvironments
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise MissingDependencyError("rollout.backend=ray needs Ray: pip install 'agentrl[ray]'") from error
+    return RayEnvironments(make, config.max_active, config.workers, config.ray)

@@ -1,0 +1,1 @@
+"""The seams of the floors below, on many machines."""

@@ -1,0 +1,101 @@
+"""The connection to Ray: made for its first user, ended with its last where it was ours to make."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from agentrl.errors import ConfigError
+
+_KNOCK_TIMEOUT = 5.0  # seconds; Ray itself would try for minutes, and not be interrupted
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # with empty settings
+_SETTINGS = 4  # a frame's type, in its fourth byte
+_OBJECT_STORE = 100 << 20  # bytes; what we send is small and passes it by
+
+
+class _Connection:
+    """How many use it, and whether it ends with them."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.ours = False
+
+
+_connection = _Connection()
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Be connected to Ray for the length of a `with` block; these may overlap.
+
+    What a script has connected by itself is used, whatever the address, and left as it is.
+
+    Args:
+        address: of a cluster, "host:port", or "auto" for the one of this machine; None starts Ray on this
+            machine, and stops it afterwards.
+
+    Raises:
+        ConfigError: no cluster answers there, or Ray does not start here.
+    """
+    if not _connection.users:
+        _connection.ours = not ray.is_initialized()
+        if _connection.ours:
+            _connect(address)
+    _connection.users += 1
+    try:
+        yield
+    finally:
+        _connection.users -= 1
+        if not _connection.users and _connection.ours:
+            with _own_signals():
+                ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    options: dict[str, Any] = {"address": address}
+    if address is None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options = {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE}
+    elif address != "auto":
+        _knock(address)
+    try:
+        with _own_signals():
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        ray.shutdown()
+        where = "Ray does not start on this machine" if address is None else f"no Ray cluster at {address}"
+        raise ConfigError(f"rollout.ray.address: {where}: {type(error).__name__}: {error}") from error
+
+
+def _knock(address: str) -> None:
+    """Find out in a few seconds whether somebody listens who speaks HTTP/2, as Ray's head does."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _KNOCK_TIMEOUT) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "1":
+                return
+            connection.sendall(_GREETING)
+            answer = connection.recv(9)
+    except OSError as error:
+        raise ConfigError(f"rollout.ray.address: nothing answers at {address}: {error}") from error
+    if len(answer) < 4 or answer[3] != _SETTINGS:
+        raise ConfigError(f"rollout.ray.address: what answers at {address} is no Ray cluster")
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep the handlers of this process: Ray puts its own in their place."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)

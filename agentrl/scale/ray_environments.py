@@ -1,0 +1,334 @@
+"""Environments on the machines of a Ray cluster, through actors that are asked in batches.
+
+An actor holds processes of its machine as `rollout.workers` describes them, and what can go wrong in an
+environment is dealt with there. What can go wrong here, an actor or machine is lost, is no episode's fault.
+"""
+
+import math
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import cloudpickle
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from agentrl.data.trajectory import StopReason
+from agentrl.errors import ConfigError
+from agentrl.rollout.environments import Answered, Environments, Make, TextGym
+from agentrl.rollout.play import EnvironmentCall, Step, Stop
+from agentrl.rollout.settings import RayConfig, WorkersConfig
+from agentrl.rollout.workers import EnvironmentLostError, RemoteEnv
+from agentrl.scale.cluster import connected
+from agentrl.scale.environment_host import (
+    EnvironmentHost,
+    Message,
+    Release,
+    Report,
+    packed,
+    unpacked,
+    worthwhile,
+)
+
+_COMPANY = 16  # episodes that are worth a message
+_PATIENCE = 0.1  # seconds that one waits for company
+_LAST_WORDS = 200  # characters of what Ray says of a loss that go into the error
+_SILENCE = 60.0  # seconds beyond its own deadlines after which an actor is given up
+
+
+class RayEnvironments(Environments):
+    """Environments in worker processes of several machines.
+
+    The actors are there when this returns; one that is lost later is replaced while the others go on.
+
+    Args:
+        make: makes an environment; see `ProcessEnvironments`.
+        places: episodes at a time, on all machines together.
+        workers: of each actor.
+        config: the cluster, and the number of actors.
+
+    Attributes:
+        messages: sent to actors with what episodes ask for.
+
+    Raises:
+        ConfigError: there is no cluster, it is smaller than what is asked, or an actor cannot start.
+    """
+
+    places: int
+
+    def __init__(
+        self, make: Make, places: int, workers: WorkersConfig | None = None, config: RayConfig | None = None
+    ) -> None:
+        self._make, self._most = cloudpickle.dumps(make), places
+        self._workers, self._config = workers or WorkersConfig(), config or RayConfig()
+        self.messages = 0
+        self._replaced = 0
+        self._borrowings = 0
+        self._hosts: list[_Host] = []
+        self._where: dict[str, _Host | None] = {}  # None: its actor is gone
+        self._backlog: deque[tuple[str, EnvironmentCall]] = deque()
+        self._ready: deque[Answered] = deque()
+        self._connection = ExitStack()
+        self._open()
+
+    # What the collector calls.
+
+    def submit(self, episode: str, effect: EnvironmentCall) -> None:
+        host = self._where.get(episode)
+        if host is not None:
+            host.request(episode, effect)
+        elif episode in self._where:
+            lost = "its actor was lost while it was not being asked"
+            self._ready.append((episode, Stop(StopReason.WORKER_ERROR, lost, bystander=True)))
+        elif isinstance(effect, Step):
+            raise ValueError(f"{episode!r} is not being played, so it cannot step")
+        else:
+            self._backlog.append((episode, effect))
+
+    def poll(self, *, wait: bool) -> Sequence[Answered]:
+        self._open()
+        self._turn(0.0, hurry=wait)
+        while wait and not self._ready and self._owes():
+            self._turn(math.inf, hurry=True)
+        answers = list(self._ready)
+        self._ready.clear()
+        return answers
+
+    def release(self, episode: str, *, broken: bool = False) -> None:
+        host = self._where.pop(episode, None)
+        if host is not None:
+            del host.playing[episode]
+            host.outbox.append((episode, Release(broken)))
+
+    @contextmanager
+    def borrow(self) -> Iterator[TextGym]:
+        self._open()
+        host = self._free_host()
+        if host is None:
+            raise RuntimeError("every place is being played in; borrow before or after a collection")
+        self._borrowings += 1
+        number = self._borrowings
+        self._tell(host, "borrow", number)
+        host.lent += 1
+        broken = True
+        try:
+            yield cast(TextGym, RemoteEnv(lambda *asked: self._tell(host, "ask", number, *asked)))
+            broken = False
+        finally:
+            host.lent -= 1
+            if host in self._hosts:
+                self._tell(host, "give_back", number, broken)
+
+    def close(self) -> None:
+        goodbyes = [host.actor.call.remote(packed("close", ())) for host in self._hosts if host.places]
+        if goodbyes:
+            ray.wait(goodbyes, num_returns=len(goodbyes), timeout=_SILENCE)
+        while self._hosts:
+            self._hosts.pop().kill()
+        self._where.clear()
+        self._backlog.clear()
+        self._ready.clear()
+        self._connection.close()
+
+    # Requests and answers.
+
+    def _owes(self) -> bool:
+        """Whether an answer is owed, or will be as soon as an actor has started."""
+        waiting = bool(self._backlog)
+        return any(any(host.playing.values()) or (waiting and not host.places) for host in self._hosts)
+
+    def _turn(self, timeout: float, *, hurry: bool) -> None:
+        """Seat who waits, send what is to be sent, and take in what comes before `timeout` or a deadline."""
+        self._seat_waiting()
+        for host in self._hosts:
+            if host.call is None and host.is_due(hurry):
+                messages, host.outbox = host.outbox, []
+                host.begin(_SILENCE, "exchange", messages, _COMPANY, _PATIENCE)
+                self.messages += 1
+        calls = {host.call: host for host in self._hosts if host.call is not None}
+        if not calls:
+            return
+        patience = min(host.deadline for host in calls.values()) - time.monotonic()
+        if ray.wait(list(calls), timeout=max(0.0, min(timeout, patience)))[0]:
+            for call in ray.wait(list(calls), num_returns=len(calls), timeout=0)[0]:
+                self._take_in(calls[call])
+        now = time.monotonic()
+        for host in [host for host in calls.values() if host.call is not None and now >= host.deadline]:
+            self._lose(host, f"no answer in {host.limit:g} s")
+
+    def _seat_waiting(self) -> None:
+        while self._backlog and (host := self._free_host()) is not None:
+            episode, call = self._backlog.popleft()
+            self._where[episode] = host
+            host.request(episode, call)
+
+    def _free_host(self) -> "_Host | None":
+        """The actor with the smallest share of its places taken."""
+        free = [host for host in self._hosts if host.taken < host.places]
+        return min(free, key=lambda host: host.taken / host.places, default=None)
+
+    def _take_in(self, host: "_Host") -> None:
+        """Take in what an actor answered, or that it is no more."""
+        call, host.call, host.waiting = host.call, None, time.monotonic()
+        try:
+            outcome = unpacked(ray.get(call))
+        except RayError as error:
+            self._lose(host, _in_short(error))
+            return
+        if not host.places:
+            host.places = outcome
+            return
+        report = cast(Report, outcome)
+        host.playing.update((episode, False) for episode, _ in report.answers)
+        self._ready.extend(report.answers)
+        self.restarts += report.restarts - host.restarts
+        self.recycled += report.recycled - host.recycled
+        host.restarts, host.recycled = report.restarts, report.recycled
+
+    def _tell(self, host: "_Host", name: str, *arguments: Any) -> Any:
+        """Have an actor do something at once."""
+        if host in self._hosts:
+            config = self._workers
+            limit = _SILENCE + max(config.construct_timeout, config.reset_timeout, config.step_timeout)
+            try:
+                return unpacked(ray.get(host.actor.call.remote(packed(name, arguments)), timeout=limit))
+            except RayError as error:
+                self._lose(host, _in_short(error))
+        raise EnvironmentLostError(f"{name}: {host.obituary}")
+
+    # The life of an actor.
+
+    def _open(self) -> None:
+        """Start the actors, unless they are there."""
+        if self._hosts:
+            return
+        self.places = 0
+        self._connection.enter_context(connected(self._config.address))
+        try:
+            count = self._config.actors or len(self._machines())
+            self._share = -(-self._most // count)
+            self._check_size(count)
+            for _ in range(count):
+                self._start()
+            while any(not host.places for host in self._hosts):
+                self._turn(math.inf, hurry=False)
+        except BaseException:
+            self.close()
+            raise
+        self.places = min(self._most, sum(host.places for host in self._hosts))
+
+    def _machines(self) -> list[dict[str, Any]]:
+        """The machines that an actor can be on: `ray start --num-cpus=0` keeps one free of them."""
+        machines = [node for node in cast(Any, ray).nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        if not machines:
+            raise ConfigError("rollout.backend=ray: no machine of the cluster has a CPU to offer")
+        return machines
+
+    def _check_size(self, count: int) -> None:
+        if not (cpus := self._config.cpus):
+            return
+        offered = [node["Resources"]["CPU"] for node in self._machines()]
+        if (most := sum(int(each // cpus) for each in offered)) < count:
+            raise ConfigError(
+                f"rollout.ray.actors is {count}, each with rollout.ray.cpus={cpus:g}, wanted at most {most}: "
+                f"the cluster's machines have {', '.join(f'{each:g}' for each in offered)} CPUs"
+            )
+
+    def _start(self) -> None:
+        """Start an actor where there are fewest; nobody plays there before it has told its places."""
+        taken = Counter(host.machine for host in self._hosts)
+        node = min(self._machines(), key=lambda each: taken[each["NodeManagerAddress"]])
+        # Soft: a machine may be gone before Ray knows.
+        where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
+        actor = _Actor.options(num_cpus=self._config.cpus, scheduling_strategy=where).remote(
+            self._make, self._share, self._workers, sys.path
+        )
+        host = _Host(actor, node["NodeManagerAddress"])
+        host.begin(self._workers.construct_timeout, "places")
+        self._hosts.append(host)
+
+    def _lose(self, host: "_Host", reason: str) -> None:
+        """Give up an actor that died or has to; none of its episodes is to blame."""
+        if host not in self._hosts:
+            return
+        self._hosts.remove(host)
+        host.kill()
+        host.obituary = f"the actor on {host.machine} was lost: {reason}"
+        if not self.places:
+            raise ConfigError(f"an environment actor cannot start on {host.machine}: {reason}")
+        self.restarts += 1
+        for episode, owed in host.playing.items():
+            self._where[episode] = None
+            if owed:
+                self._ready.append((episode, Stop(StopReason.WORKER_ERROR, host.obituary, bystander=True)))
+        if self._replaced < self._config.max_restarts:
+            self._replaced += 1
+            self._start()
+        elif not self._hosts:
+            raise EnvironmentLostError(
+                f"{host.obituary}; it was the last one, and rollout.ray.max_restarts="
+                f"{self._config.max_restarts} have been replaced"
+            )
+
+
+_Actor = ray.remote(EnvironmentHost)
+
+
+@dataclass(eq=False)
+class _Host:
+    """An actor, and what it owes."""
+
+    actor: Any
+    machine: str  # its address
+    places: int = 0  # not known until it has started
+    playing: dict[str, bool] = field(default_factory=dict)  # by episode: whether an answer is owed
+    lent: int = 0
+    outbox: list[Message] = field(default_factory=list)
+    waiting: float = 0.0  # since when there is something to be sent or fetched
+    call: Any = None  # the one that is under way
+    since: float = 0.0
+    limit: float = 0.0
+    restarts: int = 0
+    recycled: int = 0
+    obituary: str = ""
+
+    @property
+    def deadline(self) -> float:
+        return self.since + self.limit
+
+    @property
+    def taken(self) -> int:
+        return len(self.playing) + self.lent
+
+    def request(self, episode: str, call: EnvironmentCall) -> None:
+        """Have it asked with the next message."""
+        if not any(self.playing.values()):
+            self.waiting = time.monotonic()
+        self.outbox.append((episode, call))
+        self.playing[episode] = True
+
+    def is_due(self, hurry: bool) -> bool:
+        """Whether to send a message now, with what is in the outbox and for the answers that are owed."""
+        owed = sum(self.playing.values())
+        waited = time.monotonic() - self.waiting >= _PATIENCE
+        return owed > 0 and (hurry or waited or owed >= worthwhile(_COMPANY, len(self.playing)))
+
+    def begin(self, limit: float, name: str, *arguments: Any) -> None:
+        """Call a method; `call` is its result to come, due within `limit` seconds."""
+        self.since, self.limit = time.monotonic(), limit
+        self.call = self.actor.call.remote(packed(name, arguments))
+
+    def kill(self) -> None:
+        """End the actor; its workers end by themselves when it is gone."""
+        with suppress(Exception):  # it may be dead, and its machine with it
+            ray.kill(self.actor)
+
+
+def _in_short(error: Exception) -> str:
+    """The cause, with which Ray ends what it has to say."""
+    return str(error).strip().splitlines()[-1][:_LAST_WORDS]

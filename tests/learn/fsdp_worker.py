@@ -1,0 +1,281 @@
+"""What two processes find out about an FSDP2 learner, each beside a learner of its own that is alone."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from agentrl.algorithms.algorithm import Algorithm, Context, prepare
+from agentrl.algorithms.recipe import build_recipe, recipe_names
+from agentrl.data import Group, StopReason
+from agentrl.data.batch import collate
+from agentrl.data.trajectory import BranchPoint
+from agentrl.errors import CheckpointError
+from agentrl.learn.forward import Forward
+from agentrl.learn.learner import Learner
+from agentrl.learn.ranks import ALONE, Ranks
+from agentrl.learn.settings import LearnerConfig, LoraConfig
+from agentrl.learn.sharding import whole
+from agentrl.policy.attention import PACKED
+
+Figures = dict[str, Any]
+CONTEXT = Context(total_steps=10, vocabulary=VOCABULARY, tokenizer="toy")
+
+
+def measured(folder: Path, *names: str) -> Figures:
+    """Run the named functions of this file on two ranks; what the first one returned, by name."""
+    (folder / "meet").unlink(missing_ok=True)
+    spawn(_rank, (str(folder), names), nprocs=2)
+    return dict(json.loads((folder / "figures.json").read_text()))
+
+
+def _rank(index: int, folder: str, names: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=2)
+    try:
+        here: Mapping[str, Callable[[Ranks, Path], Any]] = globals()
+        found = {name: here[name](Ranks(index, 2), Path(folder)) for name in names}
+        if index == 0:
+            (Path(folder) / "figures.json").write_text(json.dumps(found))
+    finally:
+        dist.destroy_process_group()
+
+
+def qwen(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.2, **shape
+    )
+    model = Qwen2ForCausalLM(config)
+    model.set_attn_implementation(PACKED)
+    return model.eval()
+
+
+def learner_of(
+    make: Callable[[int], nn.Module], algorithm: Algorithm, ranks: Ranks, backend: str, **settings: Any
+) -> Learner:
+    defaults = {"optimizer": "adamw", "warmup_steps": 0, "mini_batches": 2, "micro_batch_tokens": 60}
+    return Learner(
+        make(0),
+        LearnerConfig(**{"backend": backend, **defaults, **settings}),
+        reference=make(1).requires_grad_(False) if "reference" in algorithm.requires else None,
+        critic="values" in algorithm.requires,
+        forward=toy_forward() if make is ToyPolicy else Forward(),
+        ranks=ranks,
+    )
+
+
+def taught(learner: Learner, algorithm: Algorithm, steps: Iterable[int]) -> tuple[list[Tensor], Figures]:
+    """The gradients of the first optimiser step that had any, and what was logged."""
+    gradients: list[Tensor] = []
+    clip = nn.utils.clip_grad_norm_
+
+    def look(parameters: list[nn.Parameter], limit: float) -> Tensor:
+        if not any(value.any() for value in gradients):
+            gradients[:] = (
+                torch.zeros(value.shape) if value.grad is None else whole(value.grad).clone()
+                for value in parameters
+            )
+        return clip(parameters, limit)
+
+    history: dict[str, list[float]] = {}
+    with patch.object(nn.utils, "clip_grad_norm_", look):
+        for step in steps:
+            context = replace(CONTEXT, step=step, history=history)
+            batch = prepare(algorithm, played(algorithm, step), context, selected=True)
+            for name, value in learner.update(batch, algorithm, context).items():
+                history.setdefault(f"learner/{name}", []).append(value)
+    return gradients, history
+
+
+def played(algorithm: Algorithm, seed: int) -> list[Group]:
+    """One group was cut short by a limit; where an algorithm branches, its episodes have left their first."""
+    groups = make_groups(seed)
+    cut = tuple(replace(episode, stop=StopReason.CONTEXT_LIMIT) for episode in groups[0].episodes)
+    groups[0] = replace(groups[0], episodes=cut)
+    if algorithm.rollout.grow is None:
+        return groups
+    return [
+        Group(task, (first, *(replace(other, parent=BranchPoint(first.id, 0)) for other in others)))
+        for task, (first, *others) in ((group.task, group.episodes) for group in groups)
+    ]
+
+
+def weights(learner: Learner) -> list[Tensor]:
+    heads = [] if learner.value_head is None else list(learner.value_head.parameters())
+    return [whole(value.detach()).clone() for value in (*learner.policy.parameters(), *heads)]
+
+
+def distance(one: list[Tensor], other: list[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def relative(one: list[Tensor], other: list[Tensor]) -> float:
+    """Norm of the difference over that of `other`, all tensors together."""
+    flat = [torch.cat([value.double().flatten() for value in values]) for values in (one, other)]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def compared(make: Callable[[int], nn.Module], name: str, ranks: Ranks, **settings: Any) -> Figures:
+    """How far a learner on all ranks is from one that is alone."""
+    results = []
+    for backend, who in (("single", ALONE), ("fsdp", ranks)):
+        algorithm = build_recipe(name).build()
+        learner = learner_of(make, algorithm, who, backend, **settings)
+        before = weights(learner)
+        results.append((*taught(learner, algorithm, range(5)), weights(learner), before))
+    (own, own_log, own_weights, before), (shared, shared_log, shared_weights, _) = results
+    return {
+        "gradient": relative(shared, own),
+        "weights": distance(shared_weights, own_weights),
+        "moved": distance(own_weights, before),
+        "unequal numbers": [
+            key
+            for key in own_log.keys() | shared_log.keys()
+            if not torch.allclose(
+                torch.tensor(own_log.get(key, []), dtype=torch.float64),
+                torch.tensor(shared_log.get(key, []), dtype=torch.float64),
+                rtol=1e-3,
+                atol=1e-5,
+            )
+        ],
+    }
+
+
+def every_recipe(ranks: Ranks, folder: Path) -> Figures:
+    return {name: compared(ToyPolicy, name, ranks) for name in recipe_names()}
+
+
+def double_qwen(seed: int) -> nn.Module:
+    return qwen(seed).double()
+
+
+def a_transformer(ranks: Ranks, folder: Path) -> Figures:
+    return {name: compared(double_qwen, name, ranks) for name in ("grpo", "ppo", "epo")}
+
+
+def adapters(ranks: Ranks, folder: Path) -> Figures:
+    return compared(double_qwen, "grpo", ranks, lora=LoraConfig(rank=3, targets=("q_proj", "down_proj")))
+
+
+def muon(ranks: Ranks, folder: Path) -> Figures:
+    return compared(ToyPolicy, "grpo", ranks, optimizer="muon")
+
+
+def in_float32(ranks: Ranks, folder: Path) -> Figures:
+    """By optimiser; and how far one process is from itself with other micro-batches."""
+    return {name: _in_float32(name, ranks) for name in ("adamw", "muon")}
+
+
+def _in_float32(optimizer: str, ranks: Ranks) -> Figures:
+    ends = []
+    for tokens in (60, 40):
+        algorithm = build_recipe("grpo").build()
+        learner = learner_of(qwen, algorithm, ALONE, "single", optimizer=optimizer, micro_batch_tokens=tokens)
+        gradient, _ = taught(learner, algorithm, range(5))
+        ends.append((gradient, weights(learner)))
+    (one, one_weights), (other, other_weights) = ends
+    return compared(qwen, "grpo", ranks, optimizer=optimizer) | {
+        "gradient of one": relative(one, other),
+        "weights of one": distance(one_weights, other_weights),
+    }
+
+
+def recomputed(ranks: Ranks, folder: Path) -> Figures:
+    """With rows one by one, of which one rank often has one less than the other."""
+    return compared(double_qwen, "grpo", ranks, recompute_activations=True, micro_batch_tokens=1)
+
+
+def in_bfloat16(ranks: Ranks, folder: Path) -> Figures:
+    algorithm = build_recipe("grpo").build()
+    learner = learner_of(qwen, algorithm, ranks, "fsdp", compute_dtype="bfloat16")
+    single = learner_of(qwen, algorithm, ALONE, "single")
+    (rounded, log), (exact, exact_log) = taught(learner, algorithm, [0]), taught(single, algorithm, [0])
+    return {
+        "gradient": relative(rounded, exact),
+        "dtypes": sorted({str(value.dtype) for value in (*rounded, *weights(learner))}),
+        "entropy": abs(log["learner/entropy_token"][0] - exact_log["learner/entropy_token"][0]),
+    }
+
+
+# With a value head; with a reference: what a checkpoint holds beside the weights and two optimisers.
+KEPT: dict[str, tuple[str, Figures]] = {"values": ("ppo", {}), "reference": ("grpo", {"kl_coefficient": 0.1})}
+
+
+def learner_to_keep(kind: str, ranks: Ranks) -> tuple[Learner, Algorithm]:
+    name, options = KEPT[kind]
+    algorithm = build_recipe(name, options).build()
+    return learner_of(ToyPolicy, algorithm, ranks, "fsdp", optimizer="muon"), algorithm
+
+
+def kept(ranks: Ranks, folder: Path) -> Figures:
+    """Two updates, a checkpoint, and the sums of the weights after two more and one more."""
+    return {kind: _kept(kind, ranks, folder) for kind in KEPT}
+
+
+def _kept(kind: str, ranks: Ranks, folder: Path) -> list[float]:
+    learner, algorithm = learner_to_keep(kind, ranks)
+    taught(learner, algorithm, [0, 1])
+    keep(learner, folder / f"{kind}-two", ranks)
+    taught(learner, algorithm, [2, 3, 4])
+    return flat(learner)
+
+
+def keep(learner: Learner, folder: Path, ranks: Ranks) -> None:
+    learner.write_shards(folder)
+    if ranks.first:
+        torch.save(learner.state_dict(), folder / "state.pt")
+
+
+def take_up(kind: str, folder: Path, ranks: Ranks) -> tuple[Learner, Algorithm]:
+    learner, algorithm = learner_to_keep(kind, ranks)
+    learner.score(collate(make_groups()))  # whatever it has done before
+    learner.read_shards(folder, torch.load(folder / "state.pt"))
+    return learner, algorithm
+
+
+def taken_up(ranks: Ranks, folder: Path) -> Figures:
+    """The weights after the last two updates, from the checkpoint that one process left before them."""
+    ends = {}
+    for kind in KEPT:
+        learner, algorithm = take_up(kind, folder / f"{kind}-one", ranks)
+        taught(learner, algorithm, [3, 4])
+        ends[kind] = flat(learner)
+    return ends
+
+
+def flat(learner: Learner) -> list[float]:
+    return torch.cat([value.flatten() for value in weights(learner)]).tolist()
+
+
+def exported(ranks: Ranks, folder: Path) -> Figures:
+    """Whether a model that has its weights whole gets all of them, those of the first rank to begin with."""
+    algorithm = build_recipe("grpo").build()
+    model, other = qwen(), qwen(seed=2 + ranks.index)  # every rank begins elsewhere
+    learner = learner_of(lambda seed: other, algorithm, ranks, "fsdp")
+    learner.export(model)
+    return {"apart": distance(list(model.parameters()), list(qwen(seed=2).parameters()))}
+
+
+def an_error(ranks: Ranks, folder: Path) -> Figures:
+    """What every rank raises when only the last one fails."""
+
+    def work() -> None:
+        if not ranks.first:
+            raise CheckpointError("the disk of the last rank")
+
+    try:
+        ranks.agreed(work)
+    except CheckpointError as error:
+        told = str(error)
+    return {"told": ranks.gather(told), "dealt": ranks.collect(ranks.deal(range(5)))}

@@ -1,0 +1,130 @@
+"""A learner dealt out to two processes is the learner that is alone; one spawn serves all claims about it."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from fsdp_worker import KEPT, Figures, keep, measured, take_up, taught
+
+from agentrl.algorithms.recipe import recipe_names
+from agentrl.errors import ConfigError
+from agentrl.learn.packing import shares
+from agentrl.learn.ranks import ALONE, Ranks
+from agentrl.learn.settings import LearnerConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def figures(folder: Path) -> Figures:
+    optional = ("adapters",) if find_spec("peft") else ()
+    return measured(
+        folder,
+        *optional,
+        "every_recipe",
+        "a_transformer",
+        "muon",
+        "in_float32",
+        "recomputed",
+        "in_bfloat16",
+        "exported",
+        "an_error",
+        "kept",
+    )
+
+
+def assert_equal(found: Figures, gradient: float = 1e-6, weights: float = 1e-5) -> None:
+    """After five updates of two AdamW steps each."""
+    assert found["moved"] > 100 * weights
+    assert found["gradient"] < gradient
+    assert found["weights"] < weights
+    assert found["unequal numbers"] == []
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_learns_on_two_ranks_what_it_learns_alone(name: str, figures: Figures) -> None:
+    assert_equal(figures["every_recipe"][name], gradient=1e-12, weights=1e-12)
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo", "epo"])
+def test_so_does_a_transformer(name: str, figures: Figures) -> None:
+    assert_equal(figures["a_transformer"][name], gradient=1e-9, weights=1e-9)
+
+
+def test_so_does_one_whose_layers_are_computed_again_and_whose_rows_come_one_by_one(figures: Figures) -> None:
+    assert_equal(figures["recomputed"], gradient=1e-9, weights=1e-9)
+
+
+@pytest.mark.skipif(not find_spec("peft"), reason="needs the extra lora")
+def test_so_do_adapters(figures: Figures) -> None:
+    assert_equal(figures["adapters"], gradient=1e-9, weights=1e-9)
+
+
+def test_so_does_muon(figures: Figures) -> None:
+    assert_equal(figures["muon"], gradient=1e-12, weights=1e-9)
+
+
+def test_single_precision_rounds_two_ranks_as_it_rounds_other_micro_batches(figures: Figures) -> None:
+    found = figures["in_float32"]["adamw"]
+    assert found["gradient"] < max(1e-6, 4 * found["gradient of one"])
+    assert found["weights"] < 1e-5 < 0.01 * found["moved"]
+
+
+def test_muon_makes_more_of_that_rounding_than_adamw(figures: Figures) -> None:
+    """It orthogonalises in bfloat16: of gradients that differ in the seventh digit, the third differs."""
+    found = figures["in_float32"]["muon"]
+    assert found["weights"] < 4 * found["weights of one"]
+    assert found["weights"] < 0.1 * found["moved"]
+
+
+def test_in_bfloat16_weights_and_gradients_stay_in_single_precision(figures: Figures) -> None:
+    found = figures["in_bfloat16"]
+    assert found["dtypes"] == ["torch.float32"]
+    assert 1e-4 < found["gradient"] < 5e-2  # rounded, and close
+    assert found["entropy"] < 1e-3
+
+
+def test_the_weights_of_the_first_rank_are_those_of_all_and_can_be_copied_out(figures: Figures) -> None:
+    assert figures["exported"]["apart"] == 0.0
+
+
+def test_what_one_rank_raises_all_raise_and_what_is_dealt_comes_back_in_order(figures: Figures) -> None:
+    assert figures["an_error"] == {"told": ["the disk of the last rank"] * 2, "dealt": [0, 1, 2, 3, 4]}
+
+
+def test_a_checkpoint_goes_from_two_ranks_to_one_and_back(figures: Figures, folder: Path) -> None:
+    for kind in KEPT:
+        learner, algorithm = take_up(kind, folder / f"{kind}-two", ALONE)
+        taught(learner, algorithm, [2])
+        keep(learner, folder / f"{kind}-one", ALONE)
+    dist.destroy_process_group()  # that of one, which FSDP2 wanted
+    resumed = measured(folder, "taken_up")["taken_up"]
+    for kind in KEPT:
+        torch.testing.assert_close(resumed[kind], figures["kept"][kind], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("budget", [5, 20, 1000])
+def test_ranks_share_rows_evenly_and_keep_step(count: int, budget: int) -> None:
+    lengths = torch.tensor([9, 0, 4, 4, 7, 2, 0, 1])
+    hands = [shares(lengths, budget, Ranks(index, count)) for index in range(count)]
+    assert len({len(hand) for hand in hands}) == 1
+    real = [int(row) for hand in hands for rows, weight in hand for row in rows if weight]
+    assert sorted(real) == [0, 2, 3, 4, 5, 7]
+    loads = [sum(int(lengths[rows].sum()) for rows, weight in hand if weight) for hand in hands]
+    assert max(loads) == {1: 27, 2: 14, 3: 9, 7: 9}[count]  # of 9 + 7 + 4 + 4 + 2 + 1
+    assert all(rows.tolist() == [7] for hand in hands for rows, weight in hand if not weight)
+
+
+def test_nothing_to_do_is_shared_by_all() -> None:
+    assert shares(torch.tensor([0, 0]), 10, Ranks(0, 2)) == []
+
+
+def test_bfloat16_without_fsdp_is_refused() -> None:
+    with pytest.raises(ConfigError, match="compute_dtype is bfloat16, wanted null, or backend: fsdp"):
+        LearnerConfig(compute_dtype="bfloat16")
