@@ -86,6 +86,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert max(float((weights[name] - same_weights[name]).abs().max()) for name in weights) < 1e-4
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(alone: Path, together: Path) -> None:
     assert_same_run(together, alone)
     assert {path.name for path in (together / "episodes").iterdir()} == {
@@ -95,6 +96,7 @@ def test_two_processes_train_what_one_trains(alone: Path, together: Path) -> Non
     assert not [path for path in together.rglob("*") if ".partial" in path.name]
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_were_stopped(together: Path, tmp_path: Path) -> None:
     run = tmp_path / "tiny"
     shutil.copytree(together, run)

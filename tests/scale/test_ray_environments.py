@@ -100,7 +100,7 @@ def test_where_episodes_are_played_does_not_change_them() -> None:
 
 
 class Together:
-    """A language model that replies when all of four episodes have asked: so batches are the same anywhere."""
+    """A language model that replies when all of four episodes have asked: its batches are always the same."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
