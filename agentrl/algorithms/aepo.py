@@ -159,6 +159,7 @@ class AEPO(Recipe):
         ]
 
 
+@requires("rollout:entropy")
 @dataclass
 class EntropyBranching:
     """The rollouts of one task, as `AEPO` says; a `Growth`.

@@ -243,7 +243,8 @@ def requires(*names: str) -> Callable[[F], F]:
 
     The learner provides `old_logprobs` and `entropy` ([B, T] of the scoring pass, without gradient),
     `entropy:grad` (`Outputs.entropies` with gradient), `current`, `reference` where it holds a reference
-    policy, `values` ([B, T] of the scoring pass) and `values:grad` where it holds a value head.
+    policy, `values` ([B, T] of the scoring pass) and `values:grad` where it holds a value head. An engine
+    provides `rollout:entropy` where it records entropies, for a `Growth` that goes by them.
     """
     return _marked(_REQUIRES, names)
 
@@ -421,6 +422,8 @@ class Algorithm:
         for slot, component in self.components():
             if isinstance(component, Term):
                 yield f"{slot}/{component.name}", requirements(component.loss)
+            elif isinstance(component, RolloutPlan):
+                yield slot, requirements(component.grow)
             else:
                 yield slot, requirements(component)
 

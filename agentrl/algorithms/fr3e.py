@@ -18,6 +18,7 @@ from agentrl.algorithms.algorithm import (
     Context,
     MiniBatch,
     RolloutPlan,
+    requires,
     rollout_gap,
 )
 from agentrl.algorithms.grpo import fixed_clip
@@ -124,6 +125,7 @@ class FR3E(Recipe):
         return "surprisal" if self.parity == "official" else self.score
 
 
+@requires("rollout:entropy")
 @dataclass
 class Exploration:
     """The rollouts of one task, as `FR3E` says; a `Growth`.

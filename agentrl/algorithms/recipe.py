@@ -75,9 +75,8 @@ def recipe_class(name: str, where: str = "algorithm") -> type[Recipe]:
     _load_plugins()
     if name not in _recipes:
         broken = "".join(f"; plug-in {plugin} failed to load: {why}" for plugin, why in _broken.items())
-        raise ConfigError(
-            f"{where}{'.' if where else ''}name: unknown recipe (got {name!r}; {suggestion(name, _recipes)}){broken}"
-        )
+        place = f"{where}.name" if where else "name"
+        raise ConfigError(f"{place}: unknown recipe (got {name!r}; {suggestion(name, _recipes)}){broken}")
     return _recipes[name]
 
 

@@ -60,6 +60,7 @@ class Engine(Protocol):
     """Continuous batching: requests join at any time, `step` advances all and returns those that finished."""
 
     max_context: int  # tokens a sequence may hold
+    provides: frozenset[str]  # what components of an algorithm may require of it: `rollout:entropy`
 
     def submit(self, request: GenerationRequest) -> None: ...
 

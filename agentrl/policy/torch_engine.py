@@ -76,6 +76,8 @@ class TorchEngine:
         forwards: forward passes so far.
     """
 
+    provides = frozenset({"rollout:entropy"})
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -389,7 +389,7 @@ class Trainer:
             critic="values" in wanted,
             forward=Forward(temperature=self.config.rollout.temperature),
         )
-        check_requirements(self.algorithm, learner.provides)
+        check_requirements(self.algorithm, learner.provides | self.engine.provides)
         return learner
 
     def _factory(self, **more: Any) -> Factory:
