@@ -242,8 +242,8 @@ def requires(*names: str) -> Callable[[F], F]:
     """Declare what a component reads: a function so marked runs only where all of it is provided.
 
     The learner provides `old_logprobs` and `entropy` ([B, T] of the scoring pass, without gradient),
-    `entropy:grad` (`Outputs.entropies` with gradient), `current`, `reference` where it holds a reference
-    policy, `values` ([B, T] of the scoring pass) and `values:grad` where it holds a value head. An engine
+    `entropy:grad` (`Outputs.entropies` with gradient) and `current`; with a reference policy `reference`;
+    with a value head `values` ([B, T] of the scoring pass), `last_values` and `values:grad`. An engine
     provides `rollout:entropy` where it records entropies, for a `Growth` that goes by them.
     """
     return _marked(_REQUIRES, names)
@@ -281,7 +281,7 @@ def requirements(component: object) -> frozenset[str]:
 
 
 def _declared(component: object, kind: str) -> Any:
-    while isinstance(component, partial):
+    while isinstance(component, partial) and not hasattr(component, kind):
         component = component.func
     return getattr(component, kind, ())
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,11 +90,11 @@ class Learner:
         if self.reference is not None:
             own.add("reference")
         if self.value_head is not None:
-            own |= {"values", "values:grad"}
+            own |= {"values", "last_values", "values:grad"}
         return frozenset(own)
 
-    def score(self, batch: Batch, requires: Iterable[str] = ()) -> Batch:
-        """Fill in what the policy says before it is updated, and the reference if required; no gradient.
+    def score(self, batch: Batch, requires: Collection[str] = ()) -> Batch:
+        """Fill in what the policy says before it is updated, and what else is required; no gradient.
 
         Raises:
             RequirementError: when `reference` is required and there is none.
@@ -102,7 +102,7 @@ class Learner:
         batch = batch.to(self._device)
         own = self._read(self.policy, batch)
         batch = replace(batch, old_logprobs=own.logprobs, old_entropies=own.entropies, values=own.values)
-        if self.value_head is not None:
+        if "last_values" in requires:
             batch = replace(batch, last_values=self._last_values(batch))
         if "reference" not in requires:
             return batch
