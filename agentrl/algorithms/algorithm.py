@@ -307,16 +307,9 @@ def keep_all(groups: Sequence[Group], context: Context) -> Sequence[Group]:
     return groups
 
 
-def group_advantage(
-    batch: Batch, context: Context, *, divide_by_std: bool = True, weighting: str = "trajectory"
-) -> Tensor:
+def group_advantage(batch: Batch, context: Context) -> Tensor:
     """Each trajectory's return, centred within its group; [B, T]. See `group_relative_advantage`."""
-    copies = None
-    if weighting == "row":
-        copies = torch.tensor([len(episode.turns) for episode in batch.episodes], device=batch.tokens.device)
-    values = functional.group_relative_advantage(
-        batch.returns, batch.groups, divide_by_std=divide_by_std, copies=copies
-    )
+    values = functional.group_relative_advantage(batch.returns, batch.groups)
     return functional.spread(values.float(), batch.trajectory, batch.sampled)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import (
     Algorithm,
     Context,
@@ -602,11 +603,12 @@ def test_dapo_with_equal_bounds_is_its_base():
         assert slope.abs().max() > 0
 
 
-def test_dapo_raises_the_upper_bound_and_keeps_the_dual_clip():
+def test_dapo_raises_the_upper_bound_keeps_the_dual_clip_and_takes_the_token_mean():
     algorithm = DAPO(base=GRPO(dual_clip=3.0)).build()
     batch = scored(collate(outcomes([1, 0])))
     bounds = algorithm.clip(MiniBatch(batch, batch.logprobs), CONTEXT)
     assert (bounds.lower, bounds.upper, bounds.dual) == (0.8, 1.28, 3.0)
+    assert algorithm.aggregation is functional.token_weights
 
 
 def test_dapo_compares_returns_before_any_penalty():
@@ -632,8 +634,8 @@ def test_dapo_lets_its_base_choose_among_the_groups_that_differ():
 
 
 def test_dapo_takes_the_overlong_penalty_off_the_last_reward():
-    algorithm = DAPO(overlong_limit=6, overlong_cache=4).build()
-    long = episode("a", turn("dfd", 0.5), turn("dd", 1.0))
+    algorithm = DAPO(base=GRPO(invalid_penalty=0.5), overlong_limit=6, overlong_cache=4).build()
+    long = episode("a", turn("dfd", 1.0, valid=False), turn("dd", 1.0))
     batch = prepare(algorithm, groups_of([long, episode("b", turn("dd"))]), CONTEXT)
     # Five tokens are three into the last four of six; two tokens are none.
     assert [[turn.reward for turn in item.turns] for item in batch.episodes] == [[0.5, 0.25], [0]]
