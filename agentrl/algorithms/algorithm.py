@@ -383,7 +383,7 @@ class Algorithm:
 
     def __post_init__(self) -> None:
         contradictions = [
-            f"{slot} does not go with {other_slot}: {why}"
+            f"{slot} does not go with {other_slot}: {why} ({_called(component)}, {_called(other)})"
             for slot, component in self.components()
             for name, why in dict(_declared(_hook(component), _EXCLUDES)).items()
             for other_slot, other in self.components()
@@ -423,6 +423,13 @@ class Algorithm:
 
 def _hook(component: object) -> object:
     return component.loss if isinstance(component, Term) else component
+
+
+def _called(component: object) -> str:
+    function = _hook(component)
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def check_requirements(algorithm: Algorithm, provided: Iterable[str]) -> None:

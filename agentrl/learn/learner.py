@@ -130,17 +130,18 @@ class Learner:
         seen = _nothing(batch)
         steps: list[dict[str, float]] = []
         for epoch in range(self.config.epochs):
-            shares = self._shares(rehearsal, context, epoch) if rehearsal and rehearsal.mixed else []
-            for index, rows in enumerate(mini_batches(batch, self.config.mini_batches, context.step, epoch)):
+            parts = list(mini_batches(batch, self.config.mini_batches, context.step, epoch))
+            mixed = rehearsal is not None and rehearsal.mixed
+            shares = self._shares(rehearsal, len(parts), context, epoch) if rehearsal and mixed else []
+            for index, rows in enumerate(parts):
                 rate = self._set_rate(context, len(steps))
                 mini = rollout.select(rows)
                 if scored and not steps:  # nothing has changed since the scoring pass
                     mini = replace(mini, current=_scores(mini.batch))
-                if not bool(mini.batch.sampled.any()):
-                    continue  # nothing to learn from, and so no step
                 numbers, outputs = self._step(_Part(mini, algorithm), shares[index : index + 1], context)
                 _store(seen, rows, outputs)
-                steps.append(numbers | {"learning_rate": rate})
+                if numbers:
+                    steps.append(numbers | {"learning_rate": rate})
         rehearsed = self._rehearse(rehearsal, context) if rehearsal and not rehearsal.mixed else []
         if batch.old_logprobs is None:
             batch = replace(batch, old_logprobs=seen.logprobs, old_entropies=seen.entropies)
@@ -161,20 +162,20 @@ class Learner:
             }
         )
 
-    def _shares(self, rehearsal: Rehearsal, context: Context, epoch: int) -> list[_Part]:
-        """Deal what is rehearsed out to the optimiser steps of an epoch."""
+    def _shares(self, rehearsal: Rehearsal, count: int, context: Context, epoch: int) -> list[_Part]:
+        """Deal what is rehearsed out to so many optimiser steps."""
         batch = rehearsal.batch.to(self._device)
         whole = MiniBatch(batch, rehearsal.advantages.to(self._device))
         return [
             _Part(whole.select(rows), rehearsal.algorithm, rehearsal.coefficient)
-            for rows in mini_batches(batch, self.config.mini_batches, context.step, epoch)
+            for rows in mini_batches(batch, count, context.step, epoch)
         ]
 
     def _rehearse(self, rehearsal: Rehearsal, context: Context) -> list[dict[str, float]]:
         """Take optimiser steps on what is rehearsed alone, at the rate of the last one."""
-        return [
-            self._step(part, [], context)[0] for part in self._shares(rehearsal, context, self.config.epochs)
-        ]
+        shares = self._shares(rehearsal, self.config.mini_batches, context, self.config.epochs)
+        taken = [self._step(part, [], context)[0] for part in shares]
+        return [numbers for numbers in taken if numbers]
 
     def state_dict(self) -> dict[str, Any]:
         """All but the policy's weights: optimisers, counters, and the reference's weights."""
@@ -262,11 +263,13 @@ class Learner:
         """Take one optimiser step, whatever the number of forward passes it is made of.
 
         Returns:
-            The numbers and outputs of `part`; those of `more` only add to the gradient.
+            The numbers and outputs of `part`; those of `more` only add to the gradient. No numbers where
+            there was nothing to learn from, and so no step: momentum alone would move the weights.
         """
-        sums, seen = self._accumulate(part, context)
-        loss = sums["loss"] + sum(self._accumulate(other, context)[0]["loss"] for other in more)
-        return dict(sums) | self._apply(loss), seen
+        found = [self._accumulate(each, context) for each in (part, *more)]
+        losses = [sums["loss"] for sums, _ in found if sums]
+        numbers, seen = found[0]
+        return ({**numbers, **self._apply(sum(losses))} if losses else {}), seen
 
     def _accumulate(self, part: _Part, context: Context) -> tuple[dict[str, float], Outputs]:
         """Add the gradient of a part's loss to what there is."""
@@ -276,6 +279,8 @@ class Learner:
         objective = build_objective(mini, part.algorithm, context)
         seen = _nothing(mini.batch)
         sums: dict[str, float] = defaultdict(float)
+        if not objective.teaches:
+            return sums, self._read(self.policy, mini.batch) if mini.batch.old_logprobs is None else seen
         for rows in micro_batches(needed_lengths(mini.batch), self.config.micro_batch_tokens):
             outputs = self.forward.describe(self.policy, mini.batch.select(rows), self.value_head)
             loss, numbers = objective.contribution(rows, outputs)

@@ -21,7 +21,7 @@ from agentrl.algorithms.algorithm import (
 )
 from agentrl.algorithms.dapo import DAPO
 from agentrl.algorithms.empg import EMPG
-from agentrl.algorithms.gigpo import GiGPO
+from agentrl.algorithms.gigpo import GiGPO, step_advantage
 from agentrl.algorithms.grpo import GRPO, DrGRPO
 from agentrl.algorithms.gspo import GSPO
 from agentrl.algorithms.ppo import PPO, value_numbers
@@ -447,6 +447,20 @@ def test_a_turn_that_branches_share_counts_once():
     step = estimate(recipe, groups) - estimate(DrGRPO(), groups)
     # In the hall: returns 1 and 0 by one half each, and 1: mean .75
     close(step, [0.25, 0, -0.75, 0, 0.25])
+
+
+def test_a_state_visited_once_before_a_branch_gives_nothing():
+    shared = turn("d", seen="hall")
+    groups = groups_of(
+        [
+            episode("root", shared, turn("d", 1.0, seen="shed")),
+            episode("child", shared, turn("d", seen="barn"), parent=BranchPoint("root", 1)),
+        ]
+    )
+    batch = prepare(GiGPO().build(), groups, CONTEXT)
+    for divide_by_std in (True, False):
+        step = step_advantage(batch, CONTEXT, gamma=1.0, divide_by_std=divide_by_std, similarity=1.0)
+        assert not step.any()
 
 
 @pytest.mark.parametrize("parity", ["paper", "official"])

@@ -369,6 +369,20 @@ def test_what_the_ratio_clips_already_and_what_is_outside_the_band_is_no_candida
         clip_some(replace(mini, current=None), Context(), share=0.5)
 
 
+def test_a_reply_with_a_fault_is_no_decision_to_clipping_by_covariance():
+    mini, _ = hand_made([2.0, -1.0], LOGPROBS, [[1.0] * 3] * 2)
+    first, second = mini.batch.episodes
+    cut_off = replace(first, turns=tuple(replace(turn, finish="length") for turn in first.turns))
+    faulty = replace(mini, batch=replace(mini.batch, episodes=(cut_off, second)))
+    algorithm = Spear(covariance_band=(0.1, 40.0), covariance_share=1.0).build()
+    clip, numbers = algorithm.weights[-1], algorithm.diagnostics[-1]
+    # Of the six, three are above .1; what is left of the faulty batch has one advantage and no covariance.
+    assert (clip(mini, Context()) == 0).nonzero().tolist() == [[0, 1], [0, 3], [1, 2]]
+    assert clip(faulty, Context()).min() == 1
+    assert numbers(mini, Context())["covariance_clip_share"] == 0.5
+    assert set(numbers(faulty, Context()).values()) == {0.0}
+
+
 def test_the_log_says_what_clipping_by_covariance_found():
     mini, _ = hand_made([2.0, -1.0], LOGPROBS, [[1.0] * 3] * 2)
     numbers = covariance_numbers(mini, Context(), share=0.4, band=(1.2, 40.0))
