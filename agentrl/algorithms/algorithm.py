@@ -5,7 +5,7 @@ A method sets the slots in which it differs:
     Algorithm(transforms=(modulate_by_turn_entropy,))
 
 Order of a training step: `rollout`, `select` and `shape_reward` (see `prepare`), one scoring pass,
-`advantage`, `transforms`; then per mini-batch `masks`, `weights`, `clip`; per micro-batch `ratio`,
+`targets`, `advantage`, `transforms`; then per mini-batch `masks`, `weights`, `clip`; per micro-batch `ratio`,
 `surrogate` and `terms`; then `replay`; `diagnostics` last.
 """
 

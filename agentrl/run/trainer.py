@@ -43,6 +43,8 @@ from agentrl.run.rollouts import Played, Rollouts
 from agentrl.run.settings import RunConfig
 from agentrl.run.warm_start import cloning, cloning_batches, demonstrations, names_actions
 
+_IDLE_STEPS = 10  # without an update before it is said
+
 
 def train(config: RunConfig, *, quiet: bool = False) -> Run:
     """Train as `config` says, from baselines to report.
@@ -101,7 +103,7 @@ class Trainer:
         self.history: dict[str, list[float]] = {}
         self.clocks: dict[str, float] = defaultdict(float)
         self.stage, self.step, self.saved = "warm_start", 0, -1
-        self.tasks_drawn = 0
+        self.tasks_drawn, self.idle_steps = 0, 0
 
     def _get_ready(self, active: Run | None) -> None:
         """Ask the environment for its tasks, and have a folder and a policy."""
@@ -210,12 +212,22 @@ class Trainer:
                 metrics |= {f"learner/{key}": value for key, value in learned.items()}
             self.step += 1
             self.tasks_drawn += len(played.groups)
+            self._warn_of_idleness(learned=bool(len(batch.lengths)))
             for key, value in metrics.items():
                 self.history.setdefault(key, []).append(value)
             self.logbook.write({"stage": "train", "step": self.step} | metrics, seconds=seconds)
         if (every := self.config.trainer.save_episodes_every) and self.step % every == 0:
             path = self.active.folder / "episodes" / f"train-{self.step:06d}.parquet"
             write_episodes(path, played.episodes)
+
+    def _warn_of_idleness(self, *, learned: bool) -> None:
+        """Steps that teach nothing look like progress."""
+        self.idle_steps = 0 if learned else self.idle_steps + 1
+        if self.idle_steps == _IDLE_STEPS:
+            self.logbook.say(
+                f"warning: nothing was learned in {_IDLE_STEPS} steps: no group of "
+                f"{self.rollouts.group_size} had episodes of different returns"
+            )
 
     def _rollout(self, context: Context, temperature: float) -> tuple[Played, float]:
         """Play the step's groups; also how many seconds it took."""
