@@ -101,7 +101,7 @@ def test_a_method_learns_by_its_own_signal_and_every_weight_stays_finite(
     assert [row["step"] for row in logged] == [1, 2]
     for sign in METHODS[name][1]:
         assert any(sign(row) for row in logged), logged
-    assert sum(row.get("learner/updates", 0) for row in logged) >= 2
+    assert sum(row.get("learner/updates", 0) for row in logged) >= 1
     assert sum(row.get("learner/skipped_updates", 0) for row in logged) == 0
     assert all(math.isfinite(value) for row in logged for key, value in row.items() if key != "stage")
     before = load_file(clone / "model.safetensors")
