@@ -135,7 +135,7 @@ class KVCache:
         """Copy a sequence of `length` tokens into other slots."""
         for pair in self._layers.values():
             for states in pair:
-                states[targets, :length] = states[source, :length]
+                states[targets, :length] = states[source, :length].clone()  # torch refuses to copy in place
 
     def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The storage of a layer, made at its first use in the shape of `key` and `value` [1, Hkv, N, D]."""

@@ -309,9 +309,10 @@ class TorchEngine:
             return
         for target in range(len(self._slots)):
             if self._slots[target] is None and target < len(self._slots):
-                moved = self._slots.pop()
+                moved = self._slots[-1]
                 assert moved is not None
                 self._cache.copy(moved.slot, [target], moved.cached)
+                self._slots.pop()
                 moved.slot, self._slots[target] = target, moved
                 while self._slots and self._slots[-1] is None:
                     self._slots.pop()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from agentrl.policy.attention import PACKED
+from agentrl.policy.attention import PACKED, KVCache
 from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
 from agentrl.policy.torch_engine import TorchEngine
 
@@ -526,3 +526,15 @@ def test_a_failing_forward_ends_its_replies_in_an_error_and_the_engine_goes_on(
     )
     monkeypatch.setattr(engine, "_forward", forward)
     assert _finish(engine, request)["a"].token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("length", [3, 4])
+def test_a_sequence_is_copied_even_where_it_fills_the_cache(length: int) -> None:
+    cache = KVCache()
+    cache.reserve(3, 4)
+    for states in cache.layer(0, torch.zeros(1, 2, 1, 5), torch.zeros(1, 2, 1, 5)):
+        states[2] = 7.0
+    cache.copy(2, [0, 1], length)
+    for states in cache.layer(0, torch.zeros(1, 2, 1, 5), torch.zeros(1, 2, 1, 5)):
+        assert (states[:2, :length] == 7.0).all()
+        assert (states[:2, length:] == 0.0).all()
