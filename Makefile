@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TORCH_INDEX ?=
 SEED ?= 0
 
-.PHONY: help install quickstart quickstart-control baselines test test-slow check check-envs check-engine clean
+.PHONY: help install quickstart quickstart-control baselines study test test-slow check check-envs check-engine clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -47,6 +47,9 @@ check-envs: $(VENV)/.installed-dev  ## prove that every built-in environment kee
 
 baselines: $(VENV)/.installed-dev  ## random and expert on a panel of every environment: the README's table
 	$(BIN)/python scripts/baselines.py
+
+study: $(VENV)/.installed-dev  ## every method on the quickstart's games, three seeds each: an hour or two, resumable
+	$(BIN)/python scripts/study.py configs/studies/quickstart_methods.yaml --jobs 2
 
 check-engine: $(VENV)/.installed-dev  ## compare our ALFWorld engine with TextWorld's (compiles it first: minutes)
 	$(PIP) -e '.[alfworld-reference]'

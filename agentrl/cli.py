@@ -1,6 +1,7 @@
 """The `agentrl` command. Each command imports what it needs, so that help and listings are instant."""
 
 import errno
+import inspect
 import os
 import traceback
 from collections.abc import Sequence
@@ -216,13 +217,22 @@ def envs() -> None:
 
 
 @app.command()
-def algorithms() -> None:
-    """List the algorithms, the values of `algorithm.name`."""
-    from agentrl.algorithms.recipe import describe_recipe, recipe_names
+def algorithms(name: Annotated[str | None, typer.Argument(help="describe this one")] = None) -> None:
+    """List the algorithms, the values of `algorithm.name`, or describe one with its keys and defaults.
 
-    names = recipe_names()
-    for name in names:
-        typer.echo(f"{name:{max(map(len, names))}}  {describe_recipe(name)}")
+    - `agentrl algorithms epo`
+    """
+    from agentrl.algorithms import recipe
+    from agentrl.config import to_yaml
+
+    if name is not None:
+        typer.echo(inspect.getdoc(recipe.recipe_class(name)))
+        defaults = recipe.recipe_tree(recipe.build_recipe(name))
+        typer.echo(f"\nDefaults:\n\n{to_yaml({'algorithm': defaults})}")
+        return
+    names = recipe.recipe_names()
+    for known in names:
+        typer.echo(f"{known:{max(map(len, names))}}  {recipe.describe_recipe(known)}")
 
 
 @app.command()

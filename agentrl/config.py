@@ -160,7 +160,7 @@ def build(cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
         # As JSON, a list may fill a tuple and a text an enum or a path, while all else stays strict.
         content = to_json(plain, inf_nan_mode="constants", fallback=repr)
         given: Any = TypeAdapter(_given_fields(cls, plain, made)).validate_json(
-            content, strict=True, extra="forbid"
+            content, strict=True, extra="forbid", context=where
         )
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(error, cls, plain, where))) from error

@@ -129,6 +129,13 @@ def test_installed_environments_and_algorithms_are_listed() -> None:
     assert "grpo" in run("algorithms").stdout
 
 
+def test_an_algorithm_is_described_with_its_keys_and_defaults() -> None:
+    told = run("algorithms", "epo").stdout
+    assert "parity: official" in told
+    assert "entropy_coefficient: 0.001" in told
+    assert "did you mean epo?" in refused("algorithms", "epoo")
+
+
 def test_config_prints_a_tree_that_is_read_back(tmp_path: Path) -> None:
     printed = run("config", "quickstart.yaml", "seed=7", "learner.learning_rate=1e-5")
     (tmp_path / "mine.yaml").write_text(printed.stdout)

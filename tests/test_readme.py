@@ -1,5 +1,6 @@
 """Every command and snippet of README.md and CONTRIBUTING.md runs, on smaller numbers where it trains."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import agentrl
 from agentrl.cli import app
+from agentrl.run.study import load_study, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -78,6 +80,22 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     exec(snippet.replace("tasks=100", "tasks=3"), scope)
     assert scope["run"].config.seed == 1
     assert len(scope["panel"].tasks) == 3
+
+
+def test_the_study_of_the_readme_is_the_one_that_was_run() -> None:
+    folder = ROOT / "configs" / "studies" / "quickstart_methods"
+    table, _, rest = (folder / "table.md").read_text().partition("\n\n")
+    assert table in README
+    assert "fr3e" in rest
+    results = json.loads((folder / "results.json").read_text())
+    study = load_study(folder.with_suffix(".yaml"))
+    assert results["failed"] == {}
+    assert results["study"]["methods"] == study.methods
+    assert results["study"]["overrides"] == list(study.overrides)
+    runs = plan(study, "runs")
+    assert len(runs) == 3 * (1 + 13)
+    for name in study.methods:
+        assert set(results["methods"][name]["runs"]) == {"0", "1", "2"}
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])

@@ -24,7 +24,7 @@ from agentrl.algorithms.algorithm import (
     requires,
     trait,
 )
-from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe
+from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe, without_replay
 from agentrl.algorithms.steps import branch_shares
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import BranchPoint, Episode, Turn
@@ -49,8 +49,9 @@ class AEPO(Recipe):
     many more begin at the first observation; the rest of the group size is left for branches. A branch
     starts, in the state that the environment has just reached, where a turn was less certain than the first
     of its path; the more replies in a row have branched on a path, the less. What is left when all have ended
-    begins at the first observation. A turn's entropy is the mean over its first 20 decisions, in units of the
-    logarithm of the vocabulary; a turn without decisions starts no branch.
+    begins at the first observation, all at once, and so without branches of its own. A turn's entropy is the
+    mean over its first 20 decisions, in units of the logarithm of the vocabulary; a turn without decisions
+    starts no branch.
 
     `parity: official` does what the released code does, as far as it is to be had without lock step:
     - the released scripts leave the measured split off: half of the group begins at the first observation
@@ -106,7 +107,7 @@ class AEPO(Recipe):
             raise ConfigError("; ".join(mistakes))
 
     def build(self) -> Algorithm:
-        base = self.base.build()
+        base = without_replay(self.base)
         if self.stop_gradient_clip and base.surrogate is not clipped_policy_loss:
             raise ConfigError(
                 f"stop_gradient_clip is true, but base {self.base.name} has another loss than the clipped one"
@@ -159,6 +160,7 @@ class AEPO(Recipe):
         ]
 
 
+@requires("rollout:entropy")
 @dataclass
 class EntropyBranching:
     """The rollouts of one task, as `AEPO` says; a `Growth`.

@@ -5,7 +5,7 @@ A method sets the slots in which it differs:
     Algorithm(transforms=(modulate_by_turn_entropy,))
 
 Order of a training step: `rollout`, `select` and `shape_reward` (see `prepare`), one scoring pass,
-`advantage`, `transforms`; then per mini-batch `masks`, `weights`, `clip`; per micro-batch `ratio`,
+`targets`, `advantage`, `transforms`; then per mini-batch `masks`, `weights`, `clip`; per micro-batch `ratio`,
 `surrogate` and `terms`; then `replay`; `diagnostics` last.
 """
 
@@ -242,8 +242,9 @@ def requires(*names: str) -> Callable[[F], F]:
     """Declare what a component reads: a function so marked runs only where all of it is provided.
 
     The learner provides `old_logprobs` and `entropy` ([B, T] of the scoring pass, without gradient),
-    `entropy:grad` (`Outputs.entropies` with gradient), `current`, `reference` where it holds a reference
-    policy, `values` ([B, T] of the scoring pass) and `values:grad` where it holds a value head.
+    `entropy:grad` (`Outputs.entropies` with gradient) and `current`; with a reference policy `reference`;
+    with a value head `values` ([B, T] of the scoring pass), `last_values` and `values:grad`. An engine
+    provides `rollout:entropy` where it records entropies, for a `Growth` that goes by them.
     """
     return _marked(_REQUIRES, names)
 
@@ -280,7 +281,7 @@ def requirements(component: object) -> frozenset[str]:
 
 
 def _declared(component: object, kind: str) -> Any:
-    while isinstance(component, partial):
+    while isinstance(component, partial) and not hasattr(component, kind):
         component = component.func
     return getattr(component, kind, ())
 
@@ -306,16 +307,9 @@ def keep_all(groups: Sequence[Group], context: Context) -> Sequence[Group]:
     return groups
 
 
-def group_advantage(
-    batch: Batch, context: Context, *, divide_by_std: bool = True, weighting: str = "trajectory"
-) -> Tensor:
+def group_advantage(batch: Batch, context: Context) -> Tensor:
     """Each trajectory's return, centred within its group; [B, T]. See `group_relative_advantage`."""
-    copies = None
-    if weighting == "row":
-        copies = torch.tensor([len(episode.turns) for episode in batch.episodes], device=batch.tokens.device)
-    values = functional.group_relative_advantage(
-        batch.returns, batch.groups, divide_by_std=divide_by_std, copies=copies
-    )
+    values = functional.group_relative_advantage(batch.returns, batch.groups)
     return functional.spread(values.float(), batch.trajectory, batch.sampled)
 
 
@@ -389,7 +383,7 @@ class Algorithm:
 
     def __post_init__(self) -> None:
         contradictions = [
-            f"{slot} does not go with {other_slot}: {why}"
+            f"{slot} does not go with {other_slot}: {why} ({_called(component)}, {_called(other)})"
             for slot, component in self.components()
             for name, why in dict(_declared(_hook(component), _EXCLUDES)).items()
             for other_slot, other in self.components()
@@ -421,12 +415,21 @@ class Algorithm:
         for slot, component in self.components():
             if isinstance(component, Term):
                 yield f"{slot}/{component.name}", requirements(component.loss)
+            elif isinstance(component, RolloutPlan):
+                yield slot, requirements(component.grow)
             else:
                 yield slot, requirements(component)
 
 
 def _hook(component: object) -> object:
     return component.loss if isinstance(component, Term) else component
+
+
+def _called(component: object) -> str:
+    function = _hook(component)
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def check_requirements(algorithm: Algorithm, provided: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from agentrl.algorithms.algorithm import (
     drop_equal_returns,
     excludes,
 )
-from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe
+from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe, without_replay
 from agentrl.data.trajectory import Episode, Group
 from agentrl.errors import ConfigError
 
@@ -64,7 +64,7 @@ class DAPO(Recipe):
             raise ConfigError("; ".join(mistakes))
 
     def build(self) -> Algorithm:
-        base = self.base.build()
+        base = without_replay(self.base)
         if base.clip is None:
             raise ConfigError(f"dapo: base {self.base.name!r} has no clipped ratio, wanted one that has")
         shape_reward = base.shape_reward

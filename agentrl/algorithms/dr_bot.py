@@ -13,14 +13,16 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import (
     Algorithm,
+    Bounds,
     Context,
     MiniBatch,
     Select,
     ShapeReward,
+    excludes,
     shaped,
 )
-from agentrl.algorithms.grpo import GRPO, fixed_clip
-from agentrl.algorithms.recipe import Base, Recipe, recipe
+from agentrl.algorithms.grpo import GRPO
+from agentrl.algorithms.recipe import Base, Recipe, recipe, without_replay
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Group, Turn
 from agentrl.errors import ConfigError
@@ -65,7 +67,7 @@ class DrBot(Recipe):
             raise ConfigError("; ".join(mistakes))
 
     def build(self) -> Algorithm:
-        base = self.base.build()
+        base = without_replay(self.base)
         return replace(
             base,
             select=partial(
@@ -74,7 +76,7 @@ class DrBot(Recipe):
                 shapers=base.shape_reward,
             ),
             masks=(*base.masks, without_faults),
-            clip=partial(fixed_clip, low=self.clip_low, high=self.clip_high, dual=None),
+            clip=partial(token_clip, low=self.clip_low, high=self.clip_high),
             aggregation=partial(
                 functional.constant_weights, length=self.sequence_length, sequence=self.sequence
             ),
@@ -88,6 +90,12 @@ class DrBot(Recipe):
             (self.sequence_length < 1, f"sequence_length is {self.sequence_length}, wanted at least 1"),
             (not 0 < self.keep_groups <= 1, f"keep_groups is {self.keep_groups}, wanted within (0, 1]"),
         ]
+
+
+@excludes(sequence_ratio="its bounds are those of single tokens; gspo over dr_bot keeps the bounds of gspo")
+def token_clip(mini: MiniBatch, context: Context, *, low: float, high: float) -> Bounds:
+    """Bounds [1 - low, 1 + high] for every token, without a dual clip."""
+    return Bounds(1 - low, 1 + high)
 
 
 def select_shaped(

@@ -18,6 +18,7 @@ from agentrl.algorithms.algorithm import (
     Context,
     MiniBatch,
     RolloutPlan,
+    requires,
     rollout_gap,
 )
 from agentrl.algorithms.grpo import fixed_clip
@@ -44,7 +45,8 @@ class FR3E(Recipe):
     are played; their mean return is the state's value. A continuation is compared with the others of its
     state, and its advantage is multiplied by exp(-(V_j - V_{j-1})), V_{j-1} being the value of the state
     before on the same base. Continuations are learned from, without the part that they share with the base;
-    bases are not, nor are states whose continuations all have the same return. Where a base has fewer points
+    bases are not, nor are states whose continuations all have the same return. The factor is meant for
+    returns within [0, 1]: a fall of 5 multiplies by 148. Where a base has fewer points
     than K, or was aborted, more continuations begin at the first observation.
 
     With several bases, one that succeeded and one that did not are explored, drawn with the seed.
@@ -124,6 +126,7 @@ class FR3E(Recipe):
         return "surprisal" if self.parity == "official" else self.score
 
 
+@requires("rollout:entropy")
 @dataclass
 class Exploration:
     """The rollouts of one task, as `FR3E` says; a `Growth`.

@@ -8,7 +8,7 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, MiniBatch, Outputs, given, trait
 from agentrl.algorithms.grpo import fixed_clip
-from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe
+from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe, without_replay
 from agentrl.errors import ConfigError
 
 
@@ -39,7 +39,7 @@ class GSPO(Recipe):
             )
 
     def build(self) -> Algorithm:
-        base = self.base.build()
+        base = without_replay(self.base)
         if base.clip is None:
             raise ConfigError(f"gspo: base {self.base.name!r} has no clipped ratio, wanted one that has")
         return replace(

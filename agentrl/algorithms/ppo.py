@@ -46,7 +46,9 @@ class PPO(ClippedRecipe):
             advantage; `row` is the return of the whole episode less the value, at every decision.
         gamma_turn: discount from one turn to the next; not in `row`.
         lam_turn: trust in what followed a turn over the value function; not in `row`.
-        bootstrap_truncated: what a limit cut off is worth its last value instead of 0; not in `row`.
+        bootstrap_truncated: what a limit cut off is worth its last value instead of 0; not in `row`. It needs
+            gamma_turn below 1: else a policy whose episodes all reach the limit may be worth anything to
+            itself, and values drift.
         value_coefficient: of the loss of the values, half a square in reward units.
         value_clip: how far a value may move from that of the scoring pass, in reward units.
 
@@ -58,7 +60,6 @@ class PPO(ClippedRecipe):
     OFFICIAL: ClassVar[Mapping[str, Any]] = {
         **ClippedRecipe.OFFICIAL,
         "gae_scope": "row",
-        "bootstrap_truncated": False,
     }
 
     aggregation: Literal["token", "sequence", "trajectory", "constant"] = "token"
@@ -66,17 +67,18 @@ class PPO(ClippedRecipe):
     gae_scope: Literal["trajectory", "turn", "row"] = "trajectory"
     gamma_turn: float = 1.0
     lam_turn: float = 0.95
-    bootstrap_truncated: bool = True
+    bootstrap_truncated: bool = False
     value_coefficient: float = 0.5
     value_clip: float = 0.5
 
     def build(self) -> Algorithm:
         plain = super().build()
         estimate = self.estimate()
+        read = ("values", "last_values") if self.bootstrap_truncated else ("values",)
         value = Term("value", partial(value_error, clip=self.value_clip), self.value_coefficient)
         return replace(
             plain,
-            advantage=partial(gae_advantage, estimate=estimate),
+            advantage=requires(*read)(partial(gae_advantage, estimate=estimate)),
             targets=partial(gae_returns, estimate=estimate),
             terms=(*plain.terms, value),
             diagnostics=(*plain.diagnostics, value_numbers),
@@ -99,6 +101,11 @@ class PPO(ClippedRecipe):
             (not 0 <= self.gamma_turn <= 1, f"gamma_turn is {self.gamma_turn}, wanted within [0, 1]"),
             (not 0 <= self.lam_turn <= 1, f"lam_turn is {self.lam_turn}, wanted within [0, 1]"),
             (self.value_coefficient < 0, f"value_coefficient is {self.value_coefficient}, wanted at least 0"),
+            (
+                self.bootstrap_truncated and self.gamma_turn == 1 and self.gae_scope != "row",
+                "bootstrap_truncated is true with gamma_turn 1, wanted gamma_turn below 1: nothing would "
+                "hold the values of episodes that a limit ends",
+            ),
             (self.value_clip <= 0, f"value_clip is {self.value_clip}, wanted above 0"),
         ]
 
@@ -200,4 +207,4 @@ def _cut_off_values(batch: Batch) -> Tensor | None:
     cut = torch.tensor([episode.stop in _CUT_OFF for episode in batch.episodes], device=batch.tokens.device)
     if not bool(cut.any()):
         return None
-    return torch.where(cut, given(batch.last_values, "values"), 0.0)
+    return torch.where(cut, given(batch.last_values, "last_values"), 0.0)

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
-from pydantic import PlainValidator
+from pydantic import PlainValidator, ValidationInfo
 
 from agentrl.config import build, suggestion, to_tree
 from agentrl.errors import ConfigError
@@ -75,9 +75,8 @@ def recipe_class(name: str, where: str = "algorithm") -> type[Recipe]:
     _load_plugins()
     if name not in _recipes:
         broken = "".join(f"; plug-in {plugin} failed to load: {why}" for plugin, why in _broken.items())
-        raise ConfigError(
-            f"{where}{'.' if where else ''}name: unknown recipe (got {name!r}; {suggestion(name, _recipes)}){broken}"
-        )
+        place = f"{where}.name" if where else "name"
+        raise ConfigError(f"{place}: unknown recipe (got {name!r}; {suggestion(name, _recipes)}){broken}")
     return _recipes[name]
 
 
@@ -96,21 +95,44 @@ def build_recipe(name: str, settings: Mapping[str, Any] | None = None, where: st
     made = build(recipe_class(name, where), settings or {}, where)
     try:
         made.build()
+        if name in _names_inside(made):
+            raise ConfigError(f"{name} stands inside {name}, wanted each recipe once")
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}" if where else str(error)) from error
     return made
 
 
-def _nested(block: Any) -> Recipe:
+def _names_inside(recipe: Recipe) -> set[str]:
+    inner = [value for item in fields(recipe) if isinstance(value := getattr(recipe, item.name), Recipe)]
+    return {each.name for each in inner}.union(*map(_names_inside, inner))
+
+
+def _nested(block: Any, info: ValidationInfo) -> Recipe:
     if isinstance(block, Recipe):
         return block
     if not isinstance(block, Mapping) or not isinstance(block.get("name"), str):
-        raise ValueError("wanted a block with the name of a recipe, as in {name: grpo}")
-    return build_recipe(block["name"], {key: value for key, value in block.items() if key != "name"}, "")
+        raise ValueError(f"got {block!r}, wanted a block with the name of a recipe, as in {{name: grpo}}")
+    settings = {key: value for key, value in block.items() if key != "name"}
+    return build_recipe(block["name"], settings, ".".join(filter(None, (info.context, info.field_name))))
 
 
 # The type of a field that holds another recipe, `{name: gigpo, ...}` in a configuration.
 Base = Annotated[Recipe, PlainValidator(_nested)]
+
+
+def without_replay(base: Recipe) -> "Algorithm":
+    """Build the base of a recipe that changes the loss itself.
+
+    Raises:
+        ConfigError: when the base replays with a loss of its own, which would stay what it was.
+    """
+    built = base.build()
+    if built.replay is not None:
+        raise ConfigError(
+            f"base is {base.name!r}, whose replay would keep the loss that this recipe changes; wanted "
+            f"{base.name} outermost, with this recipe as its base"
+        )
+    return built
 
 
 def recipe_tree(recipe: Recipe) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Advantage, Algorithm, Context, given, requires
+from agentrl.algorithms.algorithm import Advantage, Algorithm, Context, given, requires, trait
 from agentrl.algorithms.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups
 from agentrl.algorithms.recipe import recipe
 from agentrl.algorithms.steps import at_last_decisions, decision_rewards, decisions, row_scores
@@ -68,7 +68,7 @@ class ReinforcePlusPlus(ClippedRecipe):
         )
         if self.reward_kl_coefficient:
             return partial(charge_divergence, returns=returns, coefficient=self.reward_kl_coefficient)
-        return returns
+        return returns if self.gamma == 1 else trait("advantage within a turn")(returns)
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
         return [
@@ -114,6 +114,7 @@ def whitened_returns(
     return functional.whiten(made.write(returns), batch.sampled)
 
 
+@trait("advantage within a turn")
 @requires("old_logprobs", "reference")
 def charge_divergence(
     batch: Batch, context: Context, *, returns: Callable[..., Tensor], coefficient: float

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,9 +49,11 @@ _CUT_SHORT = (StopReason.TRUNCATED, StopReason.TURN_LIMIT, StopReason.CONTEXT_LI
 def provided(*, reference: bool, critic: bool) -> frozenset[str]:
     """What components of an algorithm may require of a learner with these."""
     own = {"old_logprobs", "entropy", "entropy:grad", "current"}
-    return frozenset(
-        own | ({"reference"} if reference else set()) | ({"values", "values:grad"} if critic else set())
-    )
+    if reference:
+        own.add("reference")
+    if critic:
+        own |= {"values", "last_values", "values:grad"}
+    return frozenset(own)
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,8 @@ class Learner:
         """What components of an algorithm may require of this learner."""
         return provided(reference=self.reference is not None, critic=self.value_head is not None)
 
-    def score(self, batch: Batch, requires: Iterable[str] = ()) -> Batch:
-        """Fill in what the policy says before it is updated, and the reference if required; no gradient.
+    def score(self, batch: Batch, requires: Collection[str] = ()) -> Batch:
+        """Fill in what the policy says before it is updated, and what else is required; no gradient.
 
         Raises:
             RequirementError: when `reference` is required and there is none.
@@ -135,7 +137,7 @@ class Learner:
         batch = batch.to(self._device)
         own = self._read(self._readable, batch)
         batch = replace(batch, old_logprobs=own.logprobs, old_entropies=own.entropies, values=own.values)
-        if self.value_head is not None:
+        if "last_values" in requires:
             batch = replace(batch, last_values=self._last_values(batch))
         if "reference" not in requires:
             return batch
@@ -163,17 +165,18 @@ class Learner:
         seen = _nothing(batch)
         steps: list[dict[str, float]] = []
         for epoch in range(self.config.epochs):
-            more = self._parts(rehearsal, context, epoch) if rehearsal and rehearsal.mixed else []
-            for index, rows in enumerate(mini_batches(batch, self.config.mini_batches, context.step, epoch)):
+            parts = list(mini_batches(batch, self.config.mini_batches, context.step, epoch))
+            mixed = rehearsal is not None and rehearsal.mixed
+            more = self._deal_out(rehearsal, len(parts), context, epoch) if rehearsal and mixed else []
+            for index, rows in enumerate(parts):
                 rate = self._set_rate(context, len(steps))
                 mini = rollout.select(rows)
                 if scored and not steps:  # nothing has changed since the scoring pass
                     mini = replace(mini, current=_scores(mini.batch))
-                if not bool(mini.batch.sampled.any()):
-                    continue  # nothing to learn from, and so no step
                 numbers, outputs = self._step(_Part(mini, algorithm), more[index : index + 1], context)
                 _store(seen, rows, outputs)
-                steps.append(numbers | {"learning_rate": rate})
+                if numbers:
+                    steps.append(numbers | {"learning_rate": rate})
         rehearsed = self._rehearse(rehearsal, context) if rehearsal and not rehearsal.mixed else []
         if batch.old_logprobs is None:
             batch = replace(batch, old_logprobs=seen.logprobs, old_entropies=seen.entropies)
@@ -194,20 +197,20 @@ class Learner:
             }
         )
 
-    def _parts(self, rehearsal: Rehearsal, context: Context, epoch: int) -> list[_Part]:
-        """Deal what is rehearsed out to the optimiser steps of an epoch."""
+    def _deal_out(self, rehearsal: Rehearsal, count: int, context: Context, epoch: int) -> list[_Part]:
+        """Deal what is rehearsed out to so many optimiser steps."""
         batch = rehearsal.batch.to(self._device)
         whole = MiniBatch(batch, rehearsal.advantages.to(self._device))
         return [
             _Part(whole.select(rows), rehearsal.algorithm, rehearsal.coefficient)
-            for rows in mini_batches(batch, self.config.mini_batches, context.step, epoch)
+            for rows in mini_batches(batch, count, context.step, epoch)
         ]
 
     def _rehearse(self, rehearsal: Rehearsal, context: Context) -> list[dict[str, float]]:
         """Take optimiser steps on what is rehearsed alone, at the rate of the last one."""
-        return [
-            self._step(part, [], context)[0] for part in self._parts(rehearsal, context, self.config.epochs)
-        ]
+        parts = self._deal_out(rehearsal, self.config.mini_batches, context, self.config.epochs)
+        taken = [self._step(part, [], context)[0] for part in parts]
+        return [numbers for numbers in taken if numbers]
 
     def export(self, model: nn.Module) -> None:
         """Copy the weights into a model of the policy's shape, one at a time; all ranks do it together.
@@ -355,11 +358,13 @@ class Learner:
         """Take one optimiser step, whatever the number of forward passes it is made of.
 
         Returns:
-            The numbers and outputs of `part`; those of `more` only add to the gradient.
+            The numbers and outputs of `part`; those of `more` only add to the gradient. No numbers where
+            there was nothing to learn from, and so no step: momentum alone would move the weights.
         """
-        sums, seen = self._accumulate(part, context)
-        loss = sums["loss"] + sum(self._accumulate(other, context)[0]["loss"] for other in more)
-        return dict(sums) | self._apply(loss), seen
+        found = [self._accumulate(each, context) for each in (part, *more)]
+        losses = [sums["loss"] for sums, _ in found if sums]
+        numbers, seen = found[0]
+        return ({**numbers, **self._apply(sum(losses))} if losses else {}), seen
 
     def _accumulate(self, part: _Part, context: Context) -> tuple[dict[str, float], Outputs]:
         """Add the gradient of a part's loss to what there is."""
@@ -368,6 +373,9 @@ class Learner:
             mini = replace(mini, current=self._read(self._readable, mini.batch))
         objective = build_objective(mini, part.algorithm, context)
         seen = _nothing(mini.batch)
+        if not objective.teaches:
+            unread = mini.batch.old_logprobs is None
+            return {}, self._read(self._readable, mini.batch) if unread else seen
         sums = defaultdict[str, float](float, loss=0.0)
         for rows, weight in self._shares(needed_lengths(mini.batch)):
             outputs = self._describe(self._readable, mini.batch.select(rows))

@@ -40,6 +40,13 @@ class Objective:
     bounds: Bounds | None
     terms: tuple[tuple[Term, Tensor], ...]
 
+    @property
+    def teaches(self) -> bool:
+        """Whether a token counts in the surrogate, or in a term that is switched on."""
+        return bool(self.mask.any()) or any(
+            term.scale(self.context) and bool(factors.any()) for term, factors in self.terms
+        )
+
     def contribution(self, rows: Tensor, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         """The part of the loss that belongs to `rows` (which `outputs` describes), and of the numbers to log.
 

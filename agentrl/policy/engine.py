@@ -57,12 +57,21 @@ class Generation:
 
 
 class Engine(Protocol):
-    """Continuous batching: requests join at any time, `step` advances all and returns those that finished."""
+    """Continuous batching: requests join at any time, `step` advances all and returns those that finished.
+
+    An engine is made with the model whose weights it generates with; `refresh` takes up those of now, between
+    two steps, whether it reads them in place or holds a copy. Replies that are in flight go on with them.
+    """
 
     max_context: int  # tokens a sequence may hold
+    provides: frozenset[str]  # what components of an algorithm may require of it: `rollout:entropy`
 
     def submit(self, request: GenerationRequest) -> None: ...
 
     def step(self) -> Sequence[Generation]: ...
 
     def release(self, sequence: str) -> None: ...
+
+    def refresh(self, version: int) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,6 +1,6 @@
 """The `policy` block of a configuration; loads no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -41,13 +41,33 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class VllmConfig:
+    """Of the engine `vllm`.
+
+    Args:
+        url: of a server that is already running, "http://host:port"; None starts vLLM in this process.
+    """
+
+    url: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Who generates, the `engine` block of a configuration.
 
     Args:
-        name: torch keeps the model in this process and returns exact entropies.
+        name: torch keeps the model in this process and returns exact entropies; vllm needs the extra `vllm`.
         max_tokens: limit on a free-form reply.
+        actors: Ray actors that generate, each with a copy of the weights; None generates in this process.
+        vllm: of the engine `vllm`.
     """
 
-    name: Literal["torch"] = "torch"
+    name: Literal["torch", "vllm"] = "torch"
     max_tokens: int = 64
+    actors: int | None = None
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """What components of an algorithm may require of this engine."""
+        return frozenset({"rollout:entropy"})

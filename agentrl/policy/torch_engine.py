@@ -76,6 +76,8 @@ class TorchEngine:
         forwards: forward passes so far.
     """
 
+    provides = frozenset({"rollout:entropy"})
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -162,6 +164,9 @@ class TorchEngine:
         self._version = version
         for sequence in self._sequences.values():
             sequence.cached = 0
+
+    def close(self) -> None:
+        """Nothing to give back: the model is its owner's."""
 
     def _mistake(
         self, request: GenerationRequest, sequence: _Sequence | None, trie: TokenTrie | None

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -127,33 +128,52 @@ def draw_entropy_over_steps(rows: Sequence[Row]) -> str:
         return _uri(figure)
 
 
-def draw_signals(rows: Sequence[Row], most: int = 36) -> str | None:
-    """What else was logged while training, one small curve each: what a method says about itself.
+def draw_signals(rows: Sequence[Row]) -> str | None:
+    """What else was logged while training, in small panels: what a method says about itself.
+
+    Signals of one kind stand beside each other; turns by number, and task types, share a panel. What never
+    changes is left out.
 
     Args:
         rows: of the training stage.
-        most: curves; those that never change are left out.
 
     Returns:
         None where nothing is left.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row if _is_signal(name)))
-    curves = [(name, *_series(rows, name)) for name in names]
-    curves = [curve for curve in curves if len(set(curve[2])) > 1][:most]
-    if not curves:
+    kinds: dict[str, dict[str, list[str]]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row if _is_signal(name)):
+        if len(set(_series(rows, name)[1])) > 1:
+            panel = _panel(name)
+            kinds.setdefault(panel.rpartition("/")[0], {}).setdefault(panel, []).append(name)
+    panels = [panel for kind in kinds.values() for panel in kind.items()]
+    if not panels:
         return None
     with mpl.rc_context(_STYLE | {"axes.titlesize": 7.5, "font.size": 6.5}):
-        lines = -(-len(curves) // 4)
+        lines = -(-len(panels) // 4)
         figure = Figure(figsize=(7.6, 1.25 * lines), layout="constrained")
         grid = figure.subplots(lines, 4, squeeze=False)
-        for axes in grid.flat[len(curves) :]:
+        for axes in grid.flat[len(panels) :]:
             axes.remove()
-        for axes, (name, steps, values) in zip(grid.flat, curves, strict=False):
-            axes.plot(steps, values, color=_GREY, alpha=0.5, linewidth=0.6)
-            axes.plot(steps, moving_mean(values, 9), color=_INK, linewidth=1.1)
-            axes.set_title(_plain(name.removeprefix("learner/")))
-            axes.grid(axis="y")
+        for axes, (panel, names) in zip(grid.flat, panels, strict=False):
+            _draw_panel(axes, panel, {name: _series(rows, name) for name in names})
         return _uri(figure)
+
+
+def _draw_panel(axes: Axes, title: str, curves: Mapping[str, tuple[list[int], list[float]]]) -> None:
+    """One curve and its moving mean, or the moving means of several, from light to dark."""
+    last = len(curves) - 1
+    for index, (name, (steps, values)) in enumerate(sorted(curves.items())):
+        colour, label = _INK, None
+        if not last:
+            axes.plot(steps, values, color=_GREY, alpha=0.5, linewidth=0.6)
+        else:
+            colour = to_hex(mpl.colormaps["viridis_r"](0.1 + 0.9 * index / last))
+            label = _plain(name.rpartition("/")[2]) if index in (0, last) or last < 6 else None
+        axes.plot(steps, moving_mean(values, 9), color=colour, linewidth=1.1, label=label)
+    if last:
+        axes.legend(fontsize=5, handlelength=0.8, borderpad=0, labelspacing=0.1)
+    axes.set_title(_plain((title if last else next(iter(curves))).removeprefix("learner/")))
+    axes.grid(axis="y")
 
 
 def draw_entropy_by_turn(by_turn: Mapping[str, Sequence[float]]) -> str:
@@ -193,7 +213,20 @@ def moving_mean(values: Sequence[float], window: int) -> list[float]:
 
 def _is_signal(name: str) -> bool:
     """Whether no other figure shows it."""
-    return name.startswith(("learner/", "branches/", "groups_kept", "rounds", "invalid", "turns"))
+    return _by_type(name) or name.startswith(
+        ("learner/", "branches/", "groups_kept", "rounds", "invalid", "turns")
+    )
+
+
+def _by_type(name: str) -> bool:
+    """Whether it is a task type's, as in success/TYPE and entropy/turn/TYPE."""
+    return bool(re.match("(success|entropy/[a-z]+)/", name))
+
+
+def _panel(name: str) -> str:
+    """The panel that shows a signal: what is logged of every turn by number, or task type, shares one."""
+    head, _, last = name.rpartition("/")
+    return f"{head}/*" if last.isdigit() or _by_type(name) else name
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentrl.config import merge, read_yaml, to_yaml
+from agentrl.config import read_yaml, to_yaml
 from agentrl.errors import CheckpointError, ConfigError
-from agentrl.run.settings import RunConfig, config_from_tree, config_tree
+from agentrl.run.settings import RunConfig, config_from_tree, config_tree, with_names
 
-# Keys that change where or how often something is written, and nothing that is learned.
 # What may change when a run is resumed: none of it says what is learned (but see `rollout.placement`).
 _FREE = (
     "run.",
@@ -102,7 +101,7 @@ def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
         ConfigError: listing the keys that do.
     """
     before = config_tree(run.config)
-    config = config_from_tree(merge(before, overrides))
+    config = config_from_tree(with_names(before, overrides)[0])
     after = config_tree(config)
     changed = [key for key in _changed(before, after) if not key.startswith(_FREE)]
     if changed:

@@ -7,16 +7,16 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentrl.errors import AgentRLError, ConfigError
-from agentrl.policy.engine import SamplingParams
+from agentrl.policy.engine import Engine, SamplingParams
 from agentrl.policy.model import build_model, load_policy, load_tokenizer
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import Dialogue, fit_tokenizer, make_dialogue
-from agentrl.policy.torch_engine import TorchEngine
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.players import ExpertPlayer, LanguagePlayer, Player, RandomPlayer
 from agentrl.run.folder import Run, open_run
 from agentrl.run.settings import RunConfig
 from agentrl.run.warm_start import environment_text
+from agentrl.scale.engines import open_engine
 from agentrl.seeds import derive_seed
 
 
@@ -28,15 +28,16 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     dialogue: Dialogue
 
-    def engine(self, config: RunConfig) -> TorchEngine:
-        return TorchEngine(
+    def engine(self, config: RunConfig) -> Engine:
+        return open_engine(
             self.model,
+            config.engine,
             stop_ids=self.dialogue.stop_ids,
             max_context=config.policy.max_context,
             max_sequences=2 * config.rollout.max_active,  # those that wait to be branched from as well
         )
 
-    def player(self, engine: TorchEngine, config: RunConfig, temperature: float) -> LanguagePlayer:
+    def player(self, engine: Engine, config: RunConfig, temperature: float) -> LanguagePlayer:
         sampling = SamplingParams(temperature=temperature, max_tokens=config.engine.max_tokens)
         return LanguagePlayer(self.dialogue, engine, sampling, choices=config.rollout.constrained)
 

@@ -1,6 +1,7 @@
 """The configuration of a run: every room's own block, composed, validated at once, printed and read back."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import files
 from pathlib import Path
@@ -148,7 +149,7 @@ def load_config(path: str | Path | None = None, *overrides: str, warn: Any = Non
         ConfigError: listing every mistake with its path.
     """
     tree = {} if path is None else read_yaml(find_config(path))
-    tree, dropped = _apply(tree, overrides)
+    tree, dropped = with_names(tree, overrides)
     for key in dropped:
         (warn or _print)(f"dropped {key}: it belongs to another {_NAMING_KEYS[key.split('.')[0]]}")
     return config_from_tree(tree)
@@ -215,24 +216,41 @@ def _recipe(block: Any) -> Recipe:
     block = {} if block is None else block
     if not isinstance(block, Mapping):
         raise ConfigError(f"algorithm: got {block!r}, wanted a block with a name")
-    return build_recipe(block.get("name", DEFAULT_RECIPE), {k: v for k, v in block.items() if k != "name"})
+    name = block.get("name", DEFAULT_RECIPE)
+    if not isinstance(name, str):
+        raise ConfigError(f"algorithm.name: got {name!r}, wanted the name of a recipe")
+    return build_recipe(name, {k: v for k, v in block.items() if k != "name"})
 
 
-def _apply(tree: dict[str, Any], overrides: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """Apply overrides; a new name empties its block first, whatever the order of the overrides."""
-    overrides = list(overrides)
+def with_names(tree: dict[str, Any], overrides: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """Apply overrides; a new name empties its block first, whatever the order of the overrides.
+
+    Returns:
+        The tree, and the dotted keys that were dropped.
+    """
+    tree, overrides = deepcopy(tree), list(overrides)
     dropped: list[str] = []
-    for block, key in _NAMING_KEYS.items():
-        given = tree.get(block)
-        if not isinstance(given, dict):
+    for item in sorted(overrides, key=lambda text: text.partition("=")[0].count(".")):
+        name, _, value = item.partition("=")
+        *path, key = name.split(".")
+        block = _block(tree, path)
+        # An environment's arguments may be called anything; the blocks inside an algorithm are recipes.
+        naming = path == ["env"] or path[:1] == ["algorithm"]
+        if not naming or key != _NAMING_KEYS[path[0]] or value == str(block.get(key)):
             continue
-        for item in overrides:
-            name, _, value = item.partition("=")
-            if name == f"{block}.{key}" and value != str(given.get(key)):
-                kept = {"split"} if block == "env" else set()
-                dropped += [f"{block}.{old}" for old in given if old not in {key, *kept}]
-                tree = tree | {block: {old: given[old] for old in given if old in kept}}
+        kept = {"split"} if path == ["env"] else set()
+        dropped += [f"{'.'.join(path)}.{old}" for old in block if old not in {key, *kept}]
+        for old in set(block) - kept:
+            del block[old]
     return merge(tree, overrides), dropped
+
+
+def _block(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """The block at a path; an empty one of its own where there is none."""
+    found: Any = tree
+    for part in path:
+        found = found.get(part) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _print(line: str) -> None:

@@ -54,6 +54,8 @@ from agentrl.run.rollouts import Played, Rollouts
 from agentrl.run.settings import RunConfig
 from agentrl.run.warm_start import cloning, cloning_batches, demonstrations, names_actions
 
+_IDLE_STEPS = 10  # without an update before it is said
+
 
 def train(config: RunConfig, *, quiet: bool = False) -> Run:
     """Train as `config` says, from baselines to report.
@@ -111,7 +113,8 @@ class Trainer:
         self.algorithm = config.algorithm.build()
         wanted = self.algorithm.requires
         check_requirements(
-            self.algorithm, provided(reference="reference" in wanted, critic="values" in wanted)
+            self.algorithm,
+            provided(reference="reference" in wanted, critic="values" in wanted) | config.engine.provides,
         )
         if config.rollout.workers.interpreter is None:
             check_id(config.env.id)
@@ -134,7 +137,7 @@ class Trainer:
         self.clocks: dict[str, float] = defaultdict(float)
         self.stage, self.step, self.saved = "warm_start" if config.warm_start.steps else "train", 0, -1
         self.learner = self._learner()
-        self.tasks_drawn = 0
+        self.tasks_drawn, self.idle_steps = 0, 0
 
     def _get_ready(self, active: Run | None) -> None:
         """Ask the environment for its tasks, and have a folder and a policy."""
@@ -270,6 +273,7 @@ class Trainer:
                 metrics |= {f"learner/{key}": value for key, value in learned.items()}
             self.step += 1
             self.tasks_drawn += len(played.groups)
+            self._warn_of_idleness(learned=bool(len(batch.lengths)))
             for key, value in metrics.items():
                 self.history.setdefault(key, []).append(value)
             self.logbook.write({"stage": "train", "step": self.step} | metrics, seconds=seconds)
@@ -277,6 +281,15 @@ class Trainer:
         if self.ranks.first and every and self.step % every == 0:
             path = self.active.folder / "episodes" / f"train-{self.step:06d}.parquet"
             write_episodes(path, played.episodes)
+
+    def _warn_of_idleness(self, *, learned: bool) -> None:
+        """Steps that teach nothing look like progress."""
+        self.idle_steps = 0 if learned else self.idle_steps + 1
+        if self.idle_steps == _IDLE_STEPS:
+            self.logbook.say(
+                f"warning: nothing was learned in {_IDLE_STEPS} steps: no group of "
+                f"{self.rollouts.group_size} had episodes of different returns"
+            )
 
     def _rollout(self, context: Context, temperature: float) -> tuple[Played, float]:
         """Play the step's groups; also how many seconds it took."""

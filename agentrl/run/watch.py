@@ -121,9 +121,7 @@ class _Narrator:
                 )
         return answers
 
-    def fork(
-        self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]
-    ) -> None:
+    def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
         self._player.fork(child_id, parent_id, turns, prefix_ids)
 
     def close(self, episode_id: str) -> None:

@@ -8,6 +8,7 @@ from agentrl.algorithms.algorithm import (
     Algorithm,
     Context,
     Term,
+    build_recipe,
     check_requirements,
     compute_advantages,
     drop_equal_returns,
@@ -125,7 +126,9 @@ def test_components_that_contradict_each_other_are_refused_with_the_reason():
 
     Algorithm(ratio=whole)
     Algorithm(surrogate=surrogate)
-    with pytest.raises(ConfigError, match="surrogate does not go with ratio: one bounds tokens"):
+    with pytest.raises(
+        ConfigError, match=r"surrogate does not go with ratio: one bounds tokens.*surrogate, .*whole\)"
+    ):
         Algorithm(ratio=whole, surrogate=partial(surrogate, scale=2.0))
 
 
@@ -133,3 +136,11 @@ def test_reading_a_field_that_nothing_filled_is_refused():
     with pytest.raises(RequirementError, match="old_entropies is empty"):
         given(None, "old_entropies")
     assert given(torch.ones(1), "old_entropies").item() == 1
+
+
+@pytest.mark.parametrize("name", ["aepo", "fr3e"])
+def test_a_growth_that_goes_by_entropies_needs_an_engine_that_records_them(name):
+    algorithm = build_recipe(name).build()
+    with pytest.raises(RequirementError, match="rollout requires rollout:entropy"):
+        check_requirements(algorithm, {"old_logprobs", "entropy"})
+    check_requirements(algorithm, {"old_logprobs", "entropy", "rollout:entropy"})

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import (
     Algorithm,
     Context,
@@ -20,7 +21,7 @@ from agentrl.algorithms.algorithm import (
 )
 from agentrl.algorithms.dapo import DAPO
 from agentrl.algorithms.empg import EMPG
-from agentrl.algorithms.gigpo import GiGPO
+from agentrl.algorithms.gigpo import GiGPO, step_advantage
 from agentrl.algorithms.grpo import GRPO, DrGRPO
 from agentrl.algorithms.gspo import GSPO
 from agentrl.algorithms.ppo import PPO, value_numbers
@@ -448,6 +449,20 @@ def test_a_turn_that_branches_share_counts_once():
     close(step, [0.25, 0, -0.75, 0, 0.25])
 
 
+def test_a_state_visited_once_before_a_branch_gives_nothing():
+    shared = turn("d", seen="hall")
+    groups = groups_of(
+        [
+            episode("root", shared, turn("d", 1.0, seen="shed")),
+            episode("child", shared, turn("d", seen="barn"), parent=BranchPoint("root", 1)),
+        ]
+    )
+    batch = prepare(GiGPO().build(), groups, CONTEXT)
+    for divide_by_std in (True, False):
+        step = step_advantage(batch, CONTEXT, gamma=1.0, divide_by_std=divide_by_std, similarity=1.0)
+        assert not step.any()
+
+
 @pytest.mark.parametrize("parity", ["paper", "official"])
 @pytest.mark.parametrize("divide_by_std", [True, False])
 def test_without_step_weight_it_is_grpo(parity, divide_by_std):
@@ -602,11 +617,12 @@ def test_dapo_with_equal_bounds_is_its_base():
         assert slope.abs().max() > 0
 
 
-def test_dapo_raises_the_upper_bound_and_keeps_the_dual_clip():
+def test_dapo_raises_the_upper_bound_keeps_the_dual_clip_and_takes_the_token_mean():
     algorithm = DAPO(base=GRPO(dual_clip=3.0)).build()
     batch = scored(collate(outcomes([1, 0])))
     bounds = algorithm.clip(MiniBatch(batch, batch.logprobs), CONTEXT)
     assert (bounds.lower, bounds.upper, bounds.dual) == (0.8, 1.28, 3.0)
+    assert algorithm.aggregation is functional.token_weights
 
 
 def test_dapo_compares_returns_before_any_penalty():
@@ -632,8 +648,8 @@ def test_dapo_lets_its_base_choose_among_the_groups_that_differ():
 
 
 def test_dapo_takes_the_overlong_penalty_off_the_last_reward():
-    algorithm = DAPO(overlong_limit=6, overlong_cache=4).build()
-    long = episode("a", turn("dfd", 0.5), turn("dd", 1.0))
+    algorithm = DAPO(base=GRPO(invalid_penalty=0.5), overlong_limit=6, overlong_cache=4).build()
+    long = episode("a", turn("dfd", 1.0, valid=False), turn("dd", 1.0))
     batch = prepare(algorithm, groups_of([long, episode("b", turn("dd"))]), CONTEXT)
     # Five tokens are three into the last four of six; two tokens are none.
     assert [[turn.reward for turn in item.turns] for item in batch.episodes] == [[0.5, 0.25], [0]]

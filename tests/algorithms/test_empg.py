@@ -10,6 +10,7 @@ from agentrl.algorithms.empg import EMPG
 from agentrl.algorithms.epo import EPO
 from agentrl.algorithms.grpo import GRPO
 from agentrl.algorithms.recipe import Recipe, build_recipe, recipe_tree
+from agentrl.algorithms.reinforce_pp import ReinforcePlusPlus
 from agentrl.data import BranchPoint, Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate
 from agentrl.errors import ConfigError, RequirementError
@@ -273,6 +274,13 @@ def test_a_base_that_it_contradicts_is_refused(slot, name, why):
 
     with pytest.raises(ConfigError, match=f"transforms does not go with {slot}: .*{why}"):
         EMPG(Contradicting()).build()
+
+
+@pytest.mark.parametrize("settings", [{"gamma": 0.9}, {"reward_kl_coefficient": 0.1}])
+def test_returns_that_differ_between_the_tokens_of_a_turn_are_refused_as_a_base(settings):
+    with pytest.raises(ConfigError, match="the advantage of a turn must be one number"):
+        EMPG(ReinforcePlusPlus(**settings)).build()
+    EMPG(ReinforcePlusPlus()).build()
 
 
 def test_an_advantage_that_differs_within_a_turn_is_refused():

@@ -52,6 +52,15 @@ def test_only_what_is_counted_once_in_all_can_keep_its_raw_return(copies):
     close(raw, [3.0 if copies is None else 0.0, -0.5, 0.5])
 
 
+def test_branches_of_what_was_played_once_are_a_group_of_one():
+    returns, groups = tensor([1.0, 0.0, 5.0, 1.0, 0.0], dtype=DOUBLE), tensor([0, 0, 0, 1, 1])
+    shares = tensor([1 / 3] * 3 + [1.0] * 2, dtype=DOUBLE)
+    centred = f.group_relative_advantage(returns, groups, divide_by_std=False, copies=shares)
+    close(centred, [0.0, 0.0, 0.0, 0.5, -0.5])
+    raw = f.group_relative_advantage(returns, groups, copies=shares, singleton="raw", eps=0.0)
+    close(raw, [1.0, 0.0, 5.0, 0.5**0.5, -(0.5**0.5)])
+
+
 def test_leaving_one_out_compares_with_the_mean_of_the_others():
     returns, groups = tensor([4.0, 1.0, 0.0, 7.0], dtype=DOUBLE), tensor([5, 5, 5, 2])
     close(f.leave_one_out_advantage(returns, groups), [3.5, -1.0, -2.5, 0.0])

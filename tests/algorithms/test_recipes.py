@@ -130,6 +130,7 @@ def test_contradictions_are_refused_with_the_reason(settings, reason):
         ("gspo", {"base": {"name": "behaviour_cloning"}}, "'behaviour_cloning' has no clipped ratio"),
         ("gspo", {"clip_low": 1.5}, "clip_low, clip_high are 1.5"),
         ("gspo", {"base": {"name": "dapo", "base": {"name": "gspo"}}}, "those of single tokens"),
+        ("spear", {"base": {"name": "dr_bot", "base": {"name": "gspo"}}}, "gspo over dr_bot keeps"),
     ],
 )
 def test_what_a_recipe_cannot_do_is_refused_with_the_reason(name, settings, reason):
@@ -239,3 +240,10 @@ def test_cloning_keeps_every_demonstration_and_is_cross_entropy():
     loss = algorithm.surrogate(outputs([[0.0, -0.5, -1.5]]), MiniBatch(batch, advantages), None)
     assert advantages.tolist() == [[0, 1, 1]]
     assert loss.tolist() == [[0, 0.5, 1.5]]
+
+
+@pytest.mark.parametrize("name", ["gspo", "dapo", "dr_bot", "aepo"])
+def test_what_changes_the_loss_stands_inside_of_what_replays_with_it(name):
+    with pytest.raises(ConfigError, match="wanted spear outermost, with this recipe as its base"):
+        build_recipe(name, {"base": {"name": "spear", "base": {"name": "grpo"}}})
+    assert build_recipe("spear", {"base": {"name": name}}).build().replay is not None

@@ -139,6 +139,10 @@ def test_of_groups_that_vary_alike_the_earlier_ones_stay_and_the_count_is_rounde
     assert [item.task for item in keep_most_varied(groups, Context(), share=0.5)] == ["g0", "g1", "g2"]
     crashed = tuple(replace(item, stop=StopReason.ENV_ERROR) for item in groups[0].episodes)
     aborted = replace(groups[0], episodes=crashed)
+    odd = (*groups[0].episodes, replace(episode("odd", [9.0]), stop=StopReason.ENV_ERROR))
+    one_aborted = replace(groups[0], episodes=odd)
+    wider = group("wider", 0.0, 1.1)
+    assert keep_most_varied([one_aborted, wider], Context(), share=0.5) == [wider]
     assert [item.task for item in keep_most_varied([aborted, *groups[1:3]], Context(), share=0.5)] == ["g1"]
 
 
@@ -358,9 +362,25 @@ def test_what_the_ratio_clips_already_and_what_is_outside_the_band_is_no_candida
     assert left_out(unscored, Context(), share=1.0) == {("0", 0, 1), ("0", 0, 3), ("1", 0, 2)}
     narrow = covariance_clip(mini, Context(), share=1.0, band=(1.3, 40.0), ratio=token_ratio, clip=None)
     assert (narrow == 0).nonzero().tolist() == [[1, 2]]
+    low = covariance_clip(mini, Context(), share=1.0, band=(1.0, 1.3), ratio=token_ratio, clip=None)
+    assert (low == 0).nonzero().tolist() == [[0, 1], [0, 3]]
     assert clip_some(replace(mini, advantages=mini.advantages * 0), Context(), share=0.5).min() == 1
     with pytest.raises(RequirementError, match="current is empty"):
         clip_some(replace(mini, current=None), Context(), share=0.5)
+
+
+def test_a_reply_with_a_fault_is_no_decision_to_clipping_by_covariance():
+    mini, _ = hand_made([2.0, -1.0], LOGPROBS, [[1.0] * 3] * 2)
+    first, second = mini.batch.episodes
+    cut_off = replace(first, turns=tuple(replace(turn, finish="length") for turn in first.turns))
+    faulty = replace(mini, batch=replace(mini.batch, episodes=(cut_off, second)))
+    algorithm = Spear(covariance_band=(0.1, 40.0), covariance_share=1.0).build()
+    clip, numbers = algorithm.weights[-1], algorithm.diagnostics[-1]
+    # Of the six, three are above .1; what is left of the faulty batch has one advantage and no covariance.
+    assert (clip(mini, Context()) == 0).nonzero().tolist() == [[0, 1], [0, 3], [1, 2]]
+    assert clip(faulty, Context()).min() == 1
+    assert numbers(mini, Context())["covariance_clip_share"] == 0.5
+    assert set(numbers(faulty, Context()).values()) == {0.0}
 
 
 def test_the_log_says_what_clipping_by_covariance_found():
@@ -480,6 +500,27 @@ def test_recalled_rows_have_no_terms_but_the_entropy_bonus_as_released():
         found[parity] = [term.name for term in replay._algorithm.terms], replay._lenient
         assert "reference" not in replay._algorithm.requires
     assert found == {"paper": ([], False), "official": (["entropy"], True)}
+
+
+def test_replies_with_a_fault_are_not_remembered():
+    algorithm = Spear(buffer_size=1, warmup=0).build()
+    groups = [
+        Group(
+            f"t{i}",
+            (episode(f"good{i}", [1.0]), episode(f"bad{i}", [1.0], valid=False), episode(f"{i}", [0.0])),
+        )
+        for i in range(4)
+    ]
+    student, context = learner(), Context(0, tokenizer="abc", vocabulary=8)
+    student.update(prepare(algorithm, groups, context), algorithm, context)
+    kept = {row["episode"] for row in algorithm.replay.state_dict()["rows"]}
+    assert kept == {"good0", "good1", "good2"}
+
+
+def test_recalled_rows_are_learned_from_as_the_base_learns():
+    algorithm = Spear(base=GSPO(**WIDE), covariance_share=0.0, replay_covariance_share=0.0).build()
+    for slot in ("ratio", "clip", "surrogate", "aggregation"):
+        assert getattr(algorithm.replay._algorithm, slot) is getattr(algorithm, slot) is not None
 
 
 def test_recalled_rows_are_clipped_by_their_own_share_and_band():

@@ -120,7 +120,8 @@ def test_infinite_log_ratios_are_held_or_their_step_is_skipped(name: str, old: f
     spoiled = torch.where(batch.sampled, old, 0.0)
     numbers = learner.update(replace(batch, old_logprobs=spoiled), algorithm, CONTEXT)
     assert finite(learner)
-    assert numbers["updates"] + numbers["skipped_updates"] >= 2
+    # Without branches fr3e has nothing to learn from.
+    assert (numbers["updates"] + numbers["skipped_updates"] >= 2) is (name != "fr3e")
 
 
 @pytest.mark.parametrize("name", recipe_names())

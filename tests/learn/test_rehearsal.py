@@ -146,3 +146,31 @@ def test_steps_that_are_not_finite_are_skipped_and_stop_the_run_when_they_repeat
     assert torch.equal(weights(learner), before)
     learner.update(NEW, Algorithm(), CONTEXT)  # a good one in between starts the count anew
     assert learner.update(NEW, bad, CONTEXT)["skipped_updates"] == 1
+
+
+def test_nothing_left_in_the_loss_is_no_step_and_moves_no_weight_by_momentum():
+    def nothing(mini, context):
+        return torch.zeros_like(mini.batch.sampled)
+
+    learner = learner_of()
+    learner.update(NEW, Algorithm(), CONTEXT)  # gives the optimiser momentum
+    before = weights(learner)
+    numbers = learner.update(NEW, Algorithm(masks=(nothing,)), CONTEXT)
+    assert torch.equal(weights(learner), before)
+    assert (numbers["updates"], numbers["skipped_updates"]) == (0, 0)
+    assert numbers["logprob_gap_max"] > 0
+    assert numbers["entropy_token"] > 0.1
+
+
+def test_nothing_mixed_in_is_lost_where_the_rollout_batch_has_few_parts():
+    seen: list[int] = []
+
+    def counting(mini, context):
+        seen.append(len(mini.batch.lengths))
+        return torch.ones_like(mini.advantages)
+
+    old = rehearsal_of(5, mixed=True)
+    old = replace(old, algorithm=Algorithm(weights=(counting,)))
+    few = collate(make_groups(0, groups=1, size=2))
+    learner_of(mini_batches=4).update(few, Algorithm(replay=Memory(old)), CONTEXT)
+    assert sum(seen) == len(old.batch.lengths)

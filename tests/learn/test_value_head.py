@@ -8,9 +8,10 @@ import torch
 from toy_policy import WIDTH, ToyPolicy, hidden_states, make_groups, toy_forward
 
 from agentrl.algorithms.algorithm import Algorithm, Context, Term, check_requirements, given, requires
+from agentrl.algorithms.ppo import PPO
 from agentrl.data import StopReason
 from agentrl.data.batch import Batch, collate
-from agentrl.errors import CheckpointError, RequirementError
+from agentrl.errors import CheckpointError, ConfigError, RequirementError
 from agentrl.learn.learner import Learner
 from agentrl.learn.settings import LearnerConfig
 
@@ -63,7 +64,7 @@ def test_the_last_value_is_that_after_the_last_reply_of_an_episode_that_was_cut_
         replace(g, episodes=tuple(replace(e, stop=s) for e, s in zip(g.episodes, stops, strict=True)))
         for g in groups
     ]
-    batch = learner.score(collate(groups, layout=layout))
+    batch = learner.score(collate(groups, layout=layout), {"last_values"})
     whole = collate(groups, layout="turn")
     for owner, episode in enumerate(batch.episodes):
         if episode.stop is StopReason.TERMINATED:
@@ -121,3 +122,11 @@ def test_the_value_loss_does_not_depend_on_the_micro_batches():
     assert len({round(numbers["grad_norm"], 9) for numbers in found}) == 1
     assert math.isfinite(found[0]["grad_norm"])
     assert found[0]["grad_norm"] > 0
+
+
+def test_a_bootstrap_without_a_discount_is_refused():
+    """With it, values of a policy that always meets the limit rose from 0 to 4.9 where returns were 0."""
+    with pytest.raises(ConfigError, match="bootstrap_truncated is true with gamma_turn 1"):
+        PPO(bootstrap_truncated=True)
+    needed = PPO(bootstrap_truncated=True, gamma_turn=0.99).build().requires
+    assert needed - PPO().build().requires == {"last_values"}

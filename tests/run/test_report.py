@@ -271,3 +271,16 @@ def test_every_signal_that_moves_is_drawn_and_named() -> None:
     assert "branches/restored" in drawn(picture)
     assert "constant" not in drawn(picture)
     assert draw_signals([{"step": 1, "success": 0.1}]) is None
+
+
+def test_turns_and_task_types_share_a_panel_and_none_of_it_crowds_a_signal_out() -> None:
+    turns = {f"learner/entropy/turn/{turn:02d}": turn for turn in range(50)}
+    rows = [{"step": 1, **dict.fromkeys(turns, 0.5)}, {"step": 2, **turns}]
+    for step, row in enumerate(rows):
+        row |= {"success/heat": step, "success/cool": step, "learner/corridor/low": step}
+    titles = drawn(draw_signals(rows) or "")
+    assert "entropy/turn/*" in titles
+    assert "success/*" in titles
+    assert "corridor/low" in titles
+    assert "entropy/turn/07" not in titles
+    assert all(label in titles for label in ("heat", "cool", "00", "49"))

@@ -323,10 +323,11 @@ def test_an_interrupt_stops_every_process_and_keeps_what_they_did(
 
     methods = {"one": {"trainer": {"steps": 5000}}, "two": {"trainer": {"steps": 5000}}}
     path = written(tmp_path, methods=methods, baseline="one", seeds=[0])
+    before = psutil.Process().children()  # other tests' own
     threading.Thread(target=interrupt_when_both_train, daemon=True).start()
     with pytest.raises(RunInterrupted, match="stopped with 1 of 3 runs finished; the same command continues"):
         run_study(load_study(path), tmp_path / "study", jobs=2)
-    assert psutil.Process().children() == []
+    assert set(psutil.Process().children()) <= set(before)
     for run in runs:
         saved = latest_checkpoint(run / "checkpoints")
         assert saved is not None

@@ -340,3 +340,13 @@ def test_a_full_disk_ends_with_one_message_and_harms_nothing(
     resumed = RESUME.format(folder=folder, run=str(tmp_path / "tiny"))
     subprocess.run([sys.executable, "-c", resumed], check=True, timeout=120)
     same_results(unbroken.folder, tmp_path / "tiny")
+
+
+def test_steps_that_teach_nothing_are_told(examples: dict[str, ModuleType], tmp_path: Path) -> None:
+    said: list[str] = []
+    alone = config(tmp_path, "rollout.group_size=1", "rollout.groups_per_step=1", "trainer.steps=11")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Logbook, "say", lambda self, text: said.append(text))
+        agentrl.train(alone, quiet=True)
+    told = [text for text in said if "nothing was learned in 10 steps: no group of 1" in text]
+    assert len(told) == 1

@@ -29,9 +29,10 @@ def group_relative_advantage(
         returns: [E] float, reward units of the environment.
         groups: [E] int64, equal for rollouts of one task.
         divide_by_std: False gives the mean-only baseline of Dr. GRPO.
-        copies: [E] float or None for 1 each; the number of turns gives the per-row statistics of verl-agent.
-        singleton: advantage of a trajectory that is a group by itself, counted once: `zero`, or `raw` for
-            mean 0 and std 1, as in verl: R / (1 + eps), without the std R.
+        copies: [E] float or None for 1 each; the number of turns gives the per-row statistics of verl-agent,
+            1 / n for each of n branches those of what was played once.
+        singleton: advantage in a group that counts 1 in all: `zero`, or `raw` for mean 0 and std 1, as in
+            verl: R / (1 + eps), without the std R.
         eps: keeps the quotient finite.
 
     Returns:
@@ -49,11 +50,12 @@ def group_relative_advantage(
     values = returns.detach()
     weight = torch.ones_like(values) if copies is None else copies.to(values)
     centred, member, count = _centred(values, groups, weight)
-    lone = _lone(count[member], singleton)
+    lone = count[member] < 1.5  # 1 up to rounding, where copies are shares
+    alone = values if singleton == "raw" else torch.zeros_like(values)
     if not divide_by_std:
-        return torch.where(lone, values, centred)
+        return torch.where(lone, alone, centred)
     variance = _sum_by(member, weight * centred.square()) / (count - 1).clamp(min=1)
-    return torch.where(lone, values / (1 + eps), centred / (variance.sqrt()[member] + eps))
+    return torch.where(lone, alone / (1 + eps), centred / (variance.sqrt()[member] + eps))
 
 
 def leave_one_out_advantage(returns: Tensor, groups: Tensor, *, singleton: Singleton = "zero") -> Tensor:
@@ -80,7 +82,8 @@ def leave_one_out_advantage(returns: Tensor, groups: Tensor, *, singleton: Singl
     values = returns.detach()
     centred, member, count = _centred(values, groups, torch.ones_like(values))
     size = count[member]
-    return torch.where(_lone(size, singleton), values, centred * size / (size - 1).clamp(min=1))
+    raw = (size == 1) & (singleton == "raw")
+    return torch.where(raw, values, centred * size / (size - 1).clamp(min=1))
 
 
 def whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
@@ -226,10 +229,6 @@ def _centred(values: Tensor, groups: Tensor, weight: Tensor) -> tuple[Tensor, Te
     # Taking the lowest return off first leaves equal returns at an exact 0, whatever their binary rounding.
     shifted = values - _lowest_by(member, values)[member]
     return shifted - (_sum_by(member, weight * shifted) / count)[member], member, count
-
-
-def _lone(size: Tensor, singleton: Singleton) -> Tensor:
-    return (size == 1) & (singleton == "raw")
 
 
 def _standardised(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

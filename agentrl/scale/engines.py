@@ -1,0 +1,32 @@
+"""From a configuration to an engine, wherever it generates."""
+
+from collections.abc import Iterable
+
+from transformers import PreTrainedModel
+
+from agentrl.policy.engine import Engine
+from agentrl.policy.settings import EngineConfig
+from agentrl.policy.torch_engine import TorchEngine
+
+
+def open_engine(
+    model: PreTrainedModel,
+    config: EngineConfig,
+    *,
+    stop_ids: Iterable[int],
+    max_context: int,
+    max_sequences: int,
+) -> Engine:
+    """Have an engine for a model; its owner closes it.
+
+    Args:
+        model: whose weights it generates with, see `Engine`.
+        config: which engine.
+        stop_ids: end a free reply; every choice ends in one of them.
+        max_context: tokens that a sequence may hold.
+        max_sequences: in flight at once, or waiting between two turns.
+
+    Raises:
+        MissingExtraError: without the packages of the engine.
+    """
+    return TorchEngine(model, stop_ids=stop_ids, max_context=max_context, max_sequences=max_sequences)

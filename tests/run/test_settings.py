@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+
+from agentrl.config import to_yaml
+from agentrl.errors import ConfigError
+from agentrl.run.folder import Run, with_overrides
+from agentrl.run.settings import config_tree, load_config
+
+NESTED = """
+algorithm:
+  name: epo
+  low: 0.4
+  base: {name: dapo, clip_high: 0.3, base: {name: gigpo, gamma: 0.9}}
+"""
+
+
+@pytest.fixture
+def nested(tmp_path: Path) -> Path:
+    file = tmp_path / "nested.yaml"
+    file.write_text(NESTED)
+    return file
+
+
+def test_a_new_name_of_a_base_takes_its_defaults_and_says_what_it_dropped(nested: Path) -> None:
+    said: list[str] = []
+    recipe = load_config(nested, "algorithm.base.base.name=rloo", warn=said.append).algorithm
+    assert (recipe.low, recipe.base.clip_high, recipe.base.base.name) == (0.4, 0.3, "rloo")
+    assert said == ["dropped algorithm.base.base.gamma: it belongs to another name"]
+
+
+def test_the_same_name_again_drops_nothing(nested: Path) -> None:
+    said: list[str] = []
+    recipe = load_config(nested, "algorithm.base.base.name=gigpo", warn=said.append).algorithm
+    assert (recipe.base.base.gamma, said) == (0.9, [])
+
+
+def test_an_outer_name_drops_what_is_inside_whatever_the_order(nested: Path) -> None:
+    said: list[str] = []
+    overrides = ("algorithm.base.name=rloo", "algorithm.base.clip_high=0.25", "algorithm.name=empg")
+    recipe = load_config(nested, *overrides, warn=said.append).algorithm
+    assert (recipe.name, recipe.base.name, recipe.base.clip_high) == ("empg", "rloo", 0.25)
+    assert [line.split(":")[0] for line in said] == ["dropped algorithm.low", "dropped algorithm.base"]
+
+
+def test_an_argument_of_the_environment_called_id_drops_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "env.yaml"
+    file.write_text("env: {id: my/Game-v0, kwargs: {id: 1, size: 2}}")
+    assert load_config(file, "env.kwargs.id=3").env.kwargs == {"id": 3, "size": 2}
+
+
+def test_what_is_printed_of_recipes_inside_recipes_is_read_back(nested: Path, tmp_path: Path) -> None:
+    config = load_config(nested)
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(config_tree(config)))
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("algorithm.name=5", r"algorithm\.name: got 5, wanted the name of a recipe"),
+        ("algorithm.base=gigpo", r"algorithm\.base: got 'gigpo', wanted a block with the name of a recipe"),
+        ("algorithm.base.name=gigp", r"algorithm\.base\.name: unknown recipe \(got 'gigp'; did you mean"),
+        ("algorithm.base.base.gama=2", r"algorithm\.base\.base\.gama: unknown key"),
+        ("algorithm.base.base.gamma=2", r"algorithm\.base\.base: gamma is 2\.0, wanted within"),
+        ("algorithm.base.base.gamma=x", r"algorithm\.base\.base\.gamma: wrong value \(got 'x'"),
+        ("algorithm.base.base={name: epo}", r"algorithm: epo stands inside epo, wanted each recipe once"),
+    ],
+)
+def test_a_mistake_in_a_base_is_named_by_its_whole_path(nested: Path, override: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{reason}"):
+        load_config(nested, override)
+
+
+def test_every_mistake_of_a_base_has_its_path(nested: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(nested, "algorithm.base.base={name: gigpo, gama: 2, gamma: x}")
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
+        "algorithm.base.base.gama",
+        "algorithm.base.base.gamma",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("algorithm.low=0.3", r"algorithm\.low: 0\.4 -> 0\.3$"),
+        ("algorithm.base.base.gamma=0.8", r"algorithm\.base\.base\.gamma: 0\.9 -> 0\.8$"),
+        ("algorithm.base.base.name=rloo", r"algorithm\.base\.base\.name: 'gigpo' -> 'rloo'\n"),
+        ("algorithm.name=grpo", r"algorithm\.name: 'epo' -> 'grpo'\n"),
+    ],
+)
+def test_a_run_is_not_resumed_with_another_algorithm(nested: Path, override: str, changed: str) -> None:
+    run = Run(Path("runs/nested"), load_config(nested))
+    with pytest.raises(ConfigError, match=f"cannot be resumed with other values; [^:]*:\n{changed}"):
+        with_overrides(run, (override,))
+
+
+def test_a_run_is_resumed_with_the_algorithm_that_it_has(nested: Path) -> None:
+    run = Run(Path("runs/nested"), load_config(nested))
+    same = ("algorithm.name=epo", "algorithm.base.base.gamma=0.9", "trainer.checkpoint_every=1")
+    assert with_overrides(run, same).config.algorithm == run.config.algorithm
