@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from agentrl.data.trajectory import BranchPoint, Episode, StopReason, Turn
 from agentrl.errors import CheckpointError
 
-VERSION = 1
+VERSION = 2
+_READABLE = {b"1", b"2"}  # 1 has no policy_versions
 _VERSION_KEY = b"agentrl.episodes"
 
 _IDS = pa.list_(pa.int32())
@@ -47,6 +48,7 @@ _TURN_COLUMNS = [
     ("imitable", pa.bool_()),
     ("finish", pa.string()),
     ("policy_version", pa.int32()),
+    ("policy_versions", pa.list_(pa.int32())),
     ("info", pa.string()),  # JSON
 ]
 SCHEMA = pa.schema(_EPISODE_COLUMNS + _TURN_COLUMNS, metadata={_VERSION_KEY: str(VERSION).encode()})
@@ -85,7 +87,7 @@ def read_episodes(path: str | Path) -> list[Episode]:
         # Reading the file alone: a dataset would take columns from the names of the folders above it.
         table = pq.ParquetFile(path).read()
         version = (table.schema.metadata or {}).get(_VERSION_KEY)
-        if version != str(VERSION).encode():
+        if version not in _READABLE:
             found = "none" if version is None else version.decode(errors="replace")
             raise CheckpointError(f"{path}: episode schema version {found}, wanted {VERSION}")
         rows = table.to_pylist()
@@ -140,9 +142,9 @@ def _episode(rows: Sequence[Mapping[str, Any]]) -> Episode:
 
 
 def _turn(row: Mapping[str, Any]) -> Turn:
-    fields = {name: row[name] for name, _ in _TURN_COLUMNS if name != "turn"}
-    for name in ("prompt_ids", "action_ids", "logprobs", "entropies"):
-        fields[name] = tuple(fields[name])
+    fields: dict[str, Any] = {name: row.get(name) for name, _ in _TURN_COLUMNS if name != "turn"}
+    for name in ("prompt_ids", "action_ids", "logprobs", "entropies", "policy_versions"):
+        fields[name] = tuple(fields[name] or ())
     if fields["allowed"] is not None:
         fields["allowed"] = tuple(None if ids is None else tuple(ids) for ids in fields["allowed"])
     fields["info"] = json.loads(fields["info"])

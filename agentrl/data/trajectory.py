@@ -58,6 +58,9 @@ class Turn:
 
     Example: Turn("You see a mug 1.", "take mug 1", (5, 9), (7, 3), (-0.7, 0.0), (0.69, 0.0), ((7, 8), (3,)))
     has two reply tokens of which only the first was a decision.
+
+    `policy_version` is that of the weights that drew the reply; where they changed in its course, that of
+    its first token, and `policy_versions` has one entry per reply token.
     """
 
     observation: str
@@ -73,6 +76,7 @@ class Turn:
     imitable: bool = True  # False: written by noise or a tool; it stays in the context and out of every loss
     finish: str = "stop"  # stop | length
     policy_version: int = 0
+    policy_versions: tuple[int, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)  # score, task_type, state_key, …; JSON values
 
     @property

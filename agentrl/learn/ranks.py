@@ -3,9 +3,9 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,19 +26,25 @@ class Ranks:
     Args:
         index: of this process, from 0; the first writes what only one may write.
         count: of processes.
+        group: that they tell each other through; None is the one that all joined.
     """
 
     index: int = 0
     count: int = 1
+    group: Any = field(default=None, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
         return self.index == 0
 
+    def apart(self) -> "Ranks":
+        """The same processes with words of their own, so that a thread of each can speak beside the first."""
+        return self if self.count == 1 else replace(self, group=dist.new_group(backend="gloo"))
+
     def total(self, values: Tensor) -> Tensor:
         """Add up what the ranks hold, in place; every rank has the same sum."""
         if self.count > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
     def totals(self, numbers: Mapping[str, float]) -> dict[str, float]:
@@ -50,7 +56,7 @@ class Ranks:
         """What each rank holds, by rank; picklable."""
         found: list[T] = [value] * self.count
         if self.count > 1:
-            dist.all_gather_object(found, value)
+            dist.all_gather_object(found, value, group=self.group)
         return found
 
     def deal(self, items: Sequence[T]) -> Sequence[T]:

@@ -40,6 +40,9 @@ class LearnerConfig:
     Args:
         backend: `fsdp` deals the weights, gradients and optimiser states out to the processes that torchrun
             started (each a part; FSDP2), `single` has all in one process.
+        launcher: who starts the processes of `fsdp`: `torchrun` around the command, or `ray` from within it,
+            as actors of the cluster at `rollout.ray.address`.
+        processes: that `ray` starts, each with a GPU where the policy computes on one.
         compute_dtype: that layers are computed in, while weights, sums and optimiser states keep that of
             the policy; null computes in the policy's own. Only under `fsdp`.
         recompute_activations: keep only the input of each layer and compute the layer again on the way back:
@@ -65,6 +68,8 @@ class LearnerConfig:
     """
 
     backend: Literal["single", "fsdp"] = "single"
+    launcher: Literal["torchrun", "ray"] = "torchrun"
+    processes: int | None = None
     compute_dtype: Literal["bfloat16"] | None = None
     recompute_activations: bool = False
     lora: LoraConfig | None = None
@@ -109,6 +114,10 @@ class LearnerConfig:
             for name in ("beta1", "beta2", "momentum")
             if not 0 <= getattr(self, name) < 1
         ]
+        if (self.launcher == "ray") != (self.processes is not None and self.processes >= 1):
+            wrong.append(("processes", "at least 1 with launcher: ray, and null with torchrun"))
+        if self.launcher == "ray" and self.backend != "fsdp":
+            wrong.append(("launcher", "torchrun, or backend: fsdp"))
         if self.compute_dtype is not None and self.backend == "single":
             wrong.append(("compute_dtype", "null, or backend: fsdp, which one process can use as well"))
         return wrong

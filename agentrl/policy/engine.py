@@ -44,7 +44,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What was sampled. Per-token fields are those of `agentrl.data.Turn`; with an `error` nothing was."""
+    """What was sampled; with an `error` nothing was.
+
+    The fields of tokens and of versions are those of `agentrl.data.Turn`.
+    """
 
     sequence: str
     token_ids: tuple[int, ...] = ()
@@ -53,7 +56,25 @@ class Generation:
     allowed: tuple[tuple[int, ...] | None, ...] | None = None
     finish: str = "stop"  # stop | length
     policy_version: int = 0
+    policy_versions: tuple[int, ...] = ()
     error: str | None = None
+    lost: bool = False  # with an error: the engine failed, whatever the request was; it may be asked again
+
+
+def token_versions(changes: Sequence[tuple[int, int]], length: int) -> tuple[int, tuple[int, ...]]:
+    """Tell `Generation.policy_version` and `policy_versions` of a reply.
+
+    >>> token_versions([(0, 3)], 4), token_versions([(0, 3), (2, 4)], 4), token_versions([(0, 3), (0, 4)], 4)
+    ((3, ()), (3, (3, 3, 4, 4)), (4, ()))
+
+    Args:
+        changes: from which of its tokens on, which version; in order, the first from 0 on.
+        length: tokens of the reply.
+    """
+    versions = [changes[0][1]] * length or [changes[-1][1]]
+    for start, version in changes[1:]:
+        versions[start:] = [version] * (len(versions) - start)
+    return versions[0], tuple(versions) if len(set(versions)) > 1 else ()
 
 
 class Engine(Protocol):

@@ -1,7 +1,10 @@
 """The `policy` block of a configuration; loads no torch."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
+
+from agentrl.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 ReplyFormat = Literal["plain", "action_tags", "think_action"]
@@ -46,9 +49,39 @@ class VllmConfig:
 
     Args:
         url: of a server that is already running, "http://host:port"; None starts vLLM in this process.
+        weights_folder: with a `url`, a folder that this machine and the server's see under the same path, in
+            which new weights are handed over; None sends them from GPU to GPU by NCCL.
+        reply_timeout: with a `url`, seconds after which a reply or an answer of the server is given up.
+        gpu_memory_share: of the GPU's memory that vLLM takes for weights and cache; the learner needs some
+            too where it computes on the same one.
+        tensor_parallel_size: GPUs that share the weights of one copy.
+        cpu_cache_gib: memory of the cache on a machine without a GPU, in GiB.
+        eager: start fast and generate without compiled graphs; None does so on a CPU.
+        max_restarts: times that vLLM is started again after it failed.
     """
 
     url: str | None = None
+    weights_folder: str | None = None
+    reply_timeout: float = 600.0
+    gpu_memory_share: float = 0.4
+    tensor_parallel_size: int = 1
+    cpu_cache_gib: float = 1.0
+    eager: bool | None = None
+    max_restarts: int = 2
+
+    def __post_init__(self) -> None:
+        if self.url is not None and not re.fullmatch(r"https?://[^/\s]+:\d+/?", self.url):
+            raise ConfigError(f'engine.vllm.url is {self.url!r}, wanted "http://host:port", or null')
+        if not 0 < self.gpu_memory_share < 1:
+            raise ConfigError(
+                f"engine.vllm.gpu_memory_share is {self.gpu_memory_share}, wanted within (0, 1)"
+            )
+        for name in ("reply_timeout", "cpu_cache_gib"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"engine.vllm.{name} is {getattr(self, name)}, wanted above 0")
+        for name, least in (("tensor_parallel_size", 1), ("max_restarts", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"engine.vllm.{name} is {getattr(self, name)}, wanted at least {least}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +91,28 @@ class EngineConfig:
     Args:
         name: torch keeps the model in this process and returns exact entropies; vllm needs the extra `vllm`.
         max_tokens: limit on a free-form reply.
-        actors: Ray actors that generate, each with a copy of the weights; None generates in this process.
+        actors: Ray actors that generate, each with a copy of the weights, on the cluster at
+            `rollout.ray.address`; None generates in this process.
+        actor_cpus: that Ray sets aside for each actor, which computes on as many; below 2, on one.
+        actor_gpus: that Ray sets aside for each actor; with 0 it computes on the CPU.
+        actor_restarts: lost actors that are replaced, in all; then those that are left go on alone.
         vllm: of the engine `vllm`.
     """
 
     name: Literal["torch", "vllm"] = "torch"
     max_tokens: int = 64
     actors: int | None = None
+    actor_cpus: float = 0.0
+    actor_gpus: float = 0.0
+    actor_restarts: int = 16
     vllm: VllmConfig = field(default_factory=VllmConfig)
+
+    def __post_init__(self) -> None:
+        if self.actors is not None and self.actors < 1:
+            raise ConfigError(f"engine.actors is {self.actors}, wanted at least 1, or null")
+        for name in ("actor_cpus", "actor_gpus", "actor_restarts"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"engine.{name} is {getattr(self, name)}, wanted at least 0")
 
     @property
     def provides(self) -> frozenset[str]:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from agentrl.policy.attention import KVCache, cached_layout
-from agentrl.policy.engine import Generation, GenerationRequest
+from agentrl.policy.engine import Generation, GenerationRequest, token_versions
 from agentrl.policy.model import context_limit, output_weight, packed_forward
 from agentrl.policy.sampling import Array, Draws, draw
 from agentrl.policy.trie import ChoiceError, Edge, Node, TokenTrie, token_trie
@@ -37,6 +37,7 @@ class _Sequence:
         "slot",
         "start",
         "used",
+        "versions",
     )
 
     def __init__(self, name: str) -> None:
@@ -53,6 +54,7 @@ class _Sequence:
         self.logprobs: list[float] = []
         self.entropies: list[float] = []
         self.allowed: list[tuple[int, ...]] = []
+        self.versions: list[tuple[int, int]] = []  # from which reply token on, which version
 
 
 class TorchEngine:
@@ -164,6 +166,8 @@ class TorchEngine:
         self._version = version
         for sequence in self._sequences.values():
             sequence.cached = 0
+            if sequence.request is not None:
+                sequence.versions.append((len(sequence.logprobs), version))
 
     def close(self) -> None:
         """Nothing to give back: the model is its owner's."""
@@ -210,6 +214,7 @@ class TorchEngine:
         sequence.request = request
         sequence.used = self._steps
         sequence.logprobs, sequence.entropies, sequence.allowed = [], [], []
+        sequence.versions = [(0, self._version)]
         if trie is None:
             sequence.limit = min(request.sampling.max_tokens, self.max_context - sequence.start)
             sequence.node = None
@@ -262,7 +267,7 @@ class TorchEngine:
                 tuple(sequence.entropies),
                 None if request.choices is None else tuple(sequence.allowed),
                 finish,
-                self._version,
+                *token_versions(sequence.versions, len(sequence.logprobs)),
             )
         )
 

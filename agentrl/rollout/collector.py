@@ -203,6 +203,7 @@ class _Drive:
                 raise ValueError(f"the player replied for {episode_id!r}, which did not ask")
             self.active[episode_id].thinking = False
             self.thinking -= 1
+            self.active[episode_id].bystander = isinstance(answer, Stop) and answer.bystander
             self._advance(self.active[episode_id], answer)
 
     def _line_up(self, starts: Sequence[Start]) -> None:
@@ -265,7 +266,7 @@ class _Drive:
     def _end(self, running: _Running, episode: Episode) -> None:
         del self.active[episode.id]
         self.environments.release(episode.id, broken=episode.stop.aborted)
-        if episode.stop in _RETRIED and self._try_again(running, episode):
+        if (running.bystander or episode.stop in _RETRIED) and self._try_again(running, episode):
             self.player.close(episode.id)
             self.failures.append(episode)
             return

@@ -101,13 +101,14 @@ class Reply:
     imitable: bool = True
     finish: str = "stop"
     policy_version: int = 0
+    policy_versions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
     """An answer that ends the episode: a failure outside the policy, or a context that is full.
 
-    `bystander` means that another episode's call brought it about.
+    `bystander` means that the episode had no part in it, as when another one's call brought it about.
     """
 
     reason: StopReason
@@ -272,6 +273,7 @@ def _turn(before: Transition, reply: Reply, answer: Answer) -> Turn:
         imitable=reply.imitable,
         finish=reply.finish,
         policy_version=reply.policy_version,
+        policy_versions=reply.policy_versions,
         info=info,
     )
 

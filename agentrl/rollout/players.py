@@ -231,12 +231,15 @@ class LanguagePlayer:
     def _answer(self, generation: Generation) -> Reply | Stop:
         pending = self._pending.pop(generation.sequence)
         if generation.error is not None:
-            return Stop(StopReason.ENGINE_ERROR, generation.error)
+            return Stop(StopReason.ENGINE_ERROR, generation.error, bystander=generation.lost)
         given = pending.given
         ids, known = (*given, *generation.token_ids), (0.0,) * len(given)
         allowed = generation.allowed
         if given:
             allowed = (*((token,) for token in given), *(None,) * len(generation.token_ids))
+        versions = generation.policy_versions
+        if versions:
+            versions = (*versions[:1] * len(given), *versions)
         self._conversations[generation.sequence].extend(
             pending.request.observation, len(pending.prompt_ids), pending.fresh, ids
         )
@@ -253,6 +256,7 @@ class LanguagePlayer:
             valid=valid,
             finish=generation.finish,
             policy_version=generation.policy_version,
+            policy_versions=versions,
         )
 
     def _parse(self, ids: tuple[int, ...]) -> tuple[str, bool]:

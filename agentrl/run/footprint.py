@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.errors import CheckpointError
 from agentrl.learn.fused import CHUNK_NUMBERS
+from agentrl.learn.lora import add_adapters
 from agentrl.learn.optimizer import build_optimizers
 from agentrl.learn.settings import LearnerConfig
 from agentrl.learn.sharding import layers
@@ -56,7 +57,7 @@ def _on_meta(settings: Any, dtype: str) -> PreTrainedModel:
 def held_bytes(
     config: RunConfig, algorithm: Algorithm, learner: LearnerConfig, ranks: int = 1
 ) -> Mapping[str, tuple[int, str]]:
-    """What one process holds on its device in a stage: bytes, and how they were found, by what they are of.
+    """What one process holds on its device to learn in a stage: bytes, and how they were found, by what of.
 
     Args:
         config: of the run.
@@ -65,42 +66,73 @@ def held_bytes(
         ranks: processes that learn together.
     """
     block, wanted, sharded = config.policy, algorithm.requires, learner.backend == "fsdp"
-    model, computed = skeleton(block), skeleton(replace(block, dtype=learner.compute_dtype or block.dtype))
+    model = _learned(skeleton(block), learner)
+    computed = _learned(skeleton(replace(block, dtype=learner.compute_dtype or block.dtype)), learner)
     share = ranks if sharded else 1
     dealt = f", dealt out to {share} processes" if share > 1 else ""
-    parameters = sum(each.numel() for each in model.parameters())
-    weights, (states, whole) = (
-        weight_bytes(model),
-        optimizer_bytes(model, learner, value_head(model, algorithm)),
-    )
-    context = context_length(config, model)
-    tokens = max(learner.micro_batch_tokens, context)
-    sequences = config.rollout.max_active * (1 if config.algorithm.build().rollout.grow is None else 2)
+    parameters, trained = (_count(model, trained=only) for only in (False, True))
+    weights = weight_bytes(model)
+    states, whole = optimizer_bytes(model, learner, value_head(model, algorithm))
+    tokens = max(learner.micro_batch_tokens, context_length(config, model))
     found = {
         "weights": (weights // share, f"{parameters:,} parameters in {block.dtype}{dealt}"),
-        "gradients": (weight_bytes(model, trained=True) // share, f"as many{dealt}"),
+        "gradients": (weight_bytes(model, trained=True) // share, f"of {trained:,} parameters{dealt}"),
         "optimiser": (states // share + whole, f"{learner.optimizer}{dealt}"),
-        "reference": (weights // share * ("reference" in wanted), f"weights that do not change{dealt}"),
-        "keys and values": (
-            cache_bytes(model, sequences, context),
-            f"{sequences} sequences of {context:,} tokens",
+        "reference": (
+            weight_bytes(skeleton(block)) // share * ("reference" in wanted),
+            f"weights that do not change{dealt}",
         ),
         "activations": (
             activation_bytes(computed, tokens, recomputed=learner.recompute_activations),
             f"a pass of {tokens:,} tokens",
         ),
         "logits": (logits_bytes(computed, tokens), "a chunk of tokens, and their gradient"),
-        "weights that generate": (weights * sharded, "whole in every process"),
+        "weights that generate": (
+            weight_bytes(skeleton(block)) * learns_apart(config, learner),
+            "those that the engine reads, whole in every process",
+        ),
         "weights of two layers": (layer_bytes(computed) * sharded, "whole while they are used"),
     }
     return {what: (size, how) for what, (size, how) in found.items() if size}
 
 
+def learns_apart(config: RunConfig, learner: LearnerConfig) -> bool:
+    """Whether what is learned is a copy of the weights that generate."""
+    overlapping = config.trainer.mode == "async" and learner is not config.warm_start.learner
+    return learner.backend == "fsdp" or learner.lora is not None or overlapping
+
+
+def generation_bytes(config: RunConfig, sequences: int) -> tuple[int, str]:
+    """The cache of an engine `torch` with so many episodes in flight, and how it was found.
+
+    A pass gathers the keys and values of one layer once more. Where episodes branch, those that wait to be
+    branched from are kept as well.
+    """
+    model = skeleton(config.policy)
+    branching = config.algorithm.build().rollout.grow is not None
+    sequences, context = sequences * (2 if branching else 1), context_length(config, model)
+    whole = cache_bytes(model, sequences, context)
+    depth: int = model.config.get_text_config().num_hidden_layers
+    return whole + whole // depth, f"{sequences} sequences of {context:,} tokens, and a layer of them twice"
+
+
+def _learned(model: PreTrainedModel, learner: LearnerConfig) -> PreTrainedModel:
+    """A skeleton with what is learned beside its weights."""
+    if learner.lora is not None:
+        add_adapters(model, learner.lora)
+    return model
+
+
+def _count(model: nn.Module, *, trained: bool) -> int:
+    return sum(each.numel() for each in model.parameters() if each.requires_grad or not trained)
+
+
 def checkpoint_bytes(config: RunConfig, algorithm: Algorithm, learner: LearnerConfig) -> int:
     """Of a checkpoint in a stage."""
-    model = skeleton(config.policy)
-    copies = 2 if "reference" in algorithm.requires else 1
-    return copies * weight_bytes(model) + sum(optimizer_bytes(model, learner, value_head(model, algorithm)))
+    model = _learned(skeleton(config.policy), learner)
+    reference = weight_bytes(skeleton(config.policy)) * ("reference" in algorithm.requires)
+    states = sum(optimizer_bytes(model, learner, value_head(model, algorithm)))
+    return weight_bytes(model) + reference + states
 
 
 def context_length(config: RunConfig, model: PreTrainedModel) -> int:

@@ -36,6 +36,17 @@ def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     return counts | {key: value for key, value in metrics.items() if value is not None}
 
 
+def staleness(episodes: Sequence[Episode], version: int) -> dict[str, float]:
+    """How many updates lie between the weights that drew a reply token and those of `version`."""
+    updates = [
+        version - drawn
+        for episode in episodes
+        for turn in episode.turns
+        for drawn in turn.policy_versions or (turn.policy_version,) * len(turn.action_ids)
+    ]
+    return {"staleness/mean": sum(updates) / len(updates), "staleness/max": max(updates)} if updates else {}
+
+
 def _entropies(episodes: Sequence[Episode]) -> dict[str, float | None]:
     turns = [turn for episode in episodes for turn in episode.turns]
     return {

@@ -1,9 +1,9 @@
 """Environments on this machine or on a cluster's, as `rollout.backend` says."""
 
-from agentrl.errors import MissingDependencyError
 from agentrl.rollout import placement
 from agentrl.rollout.environments import Environments, Make
 from agentrl.rollout.settings import RolloutConfig
+from agentrl.scale.extras import check_ray
 
 
 def open_environments(make: Make, config: RolloutConfig) -> Environments:
@@ -15,10 +15,7 @@ def open_environments(make: Make, config: RolloutConfig) -> Environments:
     """
     if config.backend == "local":
         return placement.open_environments(make, config)
-    try:
-        from agentrl.scale.ray_environments import RayEnvironments
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise MissingDependencyError("rollout.backend=ray needs Ray: pip install 'agentrl[ray]'") from error
+    check_ray("rollout.backend=ray")
+    from agentrl.scale.ray_environments import RayEnvironments
+
     return RayEnvironments(make, config.max_active, config.workers, config.ray)

@@ -35,6 +35,7 @@ class Policy:
             stop_ids=self.dialogue.stop_ids,
             max_context=config.policy.max_context,
             max_sequences=2 * config.rollout.max_active,  # those that wait to be branched from as well
+            address=config.rollout.ray.address,
         )
 
     def player(self, engine: Engine, config: RunConfig, temperature: float) -> LanguagePlayer:

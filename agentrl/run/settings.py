@@ -55,6 +55,9 @@ class WarmStartConfig:
             )
 
 
+_STALE_CAP = 2.0
+
+
 @dataclass(frozen=True)
 class TrainerConfig:
     """The loop of reinforcement learning.
@@ -64,12 +67,34 @@ class TrainerConfig:
         checkpoint_every: steps between checkpoints, in both training stages.
         save_episodes_every: steps between stored rollouts; 0 stores none.
         threads: of torch; None leaves torch's own choice.
+        mode: async plays the next steps in a thread, from weights that are a few updates old, while the
+            learner learns from the last one; only sync repeats a run exactly.
+        max_staleness: of async: updates that may lie between the weights that a step is begun with and those
+            that learn from it. 0 gives what sync gives.
+        importance_cap: decisions that other weights or another engine drew are weighted by the ratio of the
+            learner's probability to that one, at most this (truncated importance sampling); None does so only
+            in async with a staleness above 0, at most 2.
     """
 
     steps: int = 240
     checkpoint_every: int = 20
     save_episodes_every: int = 20
     threads: int | None = 1
+    mode: Literal["sync", "async"] = "sync"
+    max_staleness: int = 1
+    importance_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_staleness < 0:
+            raise ConfigError(f"trainer.max_staleness is {self.max_staleness}, wanted at least 0")
+        if self.importance_cap is not None and self.importance_cap <= 0:
+            raise ConfigError(f"trainer.importance_cap is {self.importance_cap}, wanted above 0, or null")
+
+    @property
+    def correction(self) -> float | None:
+        """The cap of importance weights that holds; None weighs nothing."""
+        stale = self.mode == "async" and self.max_staleness > 0
+        return _STALE_CAP if self.importance_cap is None and stale else self.importance_cap
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -14,17 +12,17 @@ from typing import Any
 import torch
 
 from agentrl.algorithms.algorithm import Context, check_requirements, prepare
+from agentrl.algorithms.off_policy import with_drift
 from agentrl.data.storage import write_episodes
-from agentrl.data.trajectory import Episode
 from agentrl.env.registry import Factory, check_id
 from agentrl.errors import ConfigError, NonFiniteError, TooManyAbortedError
 from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner, provided
 from agentrl.learn.lora import check_adapters
 from agentrl.learn.ranks import ALONE, Ranks, joined
+from agentrl.policy.engine import Engine
 from agentrl.policy.model import output_weight, resolve_device, save_policy
 from agentrl.policy.tokens import fingerprint
-from agentrl.rollout.collector import Collection
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.placement import settle
 from agentrl.rollout.players import ExpertPlayer, Player, RandomPlayer
@@ -35,20 +33,16 @@ from agentrl.run.checkpoint import (
     load_progress,
     save_checkpoint,
 )
-from agentrl.run.evaluate import (
-    configured_panel,
-    data_label,
-    instruction_check,
-    open_panel_environments,
-    play_panel,
-    summarise,
-)
+from agentrl.run.clocks import Clocks
+from agentrl.run.evaluate import configured_panel
 from agentrl.run.folder import Run, create_run, open_run, with_overrides, write_atomic
 from agentrl.run.interruption import Interruption, RunInterrupted
 from agentrl.run.logbook import Logbook, Row
-from agentrl.run.metrics import rollout_metrics
+from agentrl.run.measurements import Measurements
+from agentrl.run.metrics import rollout_metrics, staleness
+from agentrl.run.pipeline import SharedEngine, SideBySide, TakingTurns
 from agentrl.run.places import open_environments
-from agentrl.run.players import Policy, fit_policy, load, scripted_player
+from agentrl.run.players import Policy, fit_policy, load
 from agentrl.run.report import results_table, write_report
 from agentrl.run.rollouts import Played, Rollouts
 from agentrl.run.settings import RunConfig
@@ -110,7 +104,7 @@ class Trainer:
         _check_shares(config, ranks)
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
-        self.algorithm = config.algorithm.build()
+        self.algorithm = with_drift(config.algorithm.build(), config.trainer.correction)
         wanted = self.algorithm.requires
         check_requirements(
             self.algorithm,
@@ -128,13 +122,23 @@ class Trainer:
         except BaseException:
             self.environments.close()
             raise
+        self.clocks = Clocks(self.active.folder / "clocks.json", writes=ranks.first)
         self.engine = self.policy.engine(config)
-        self.rollouts = Rollouts(config, self.algorithm, self.tasks, self.environments, ranks)
+        self.rollouts = Rollouts(config, self.algorithm, self.tasks, self.environments, ranks.apart())
         self.logbook = (
             Logbook(self.active.folder, quiet=quiet) if ranks.first else _NoBook(self.active.folder)
         )
+        self.measurements = Measurements(
+            self.active.folder,
+            config,
+            self.panel,
+            self._player,
+            self.logbook,
+            self.clocks,
+            ranks,
+            interruption,
+        )
         self.history: dict[str, list[float]] = {}
-        self.clocks: dict[str, float] = defaultdict(float)
         self.stage, self.step, self.saved = "warm_start" if config.warm_start.steps else "train", 0, -1
         self.learner = self._learner()
         self.tasks_drawn, self.idle_steps = 0, 0
@@ -187,6 +191,7 @@ class Trainer:
                 if self.settled is not None:
                     self.logbook.say(self.settled)
                 self._warn_of_cut_openings()
+                self._serve()
                 for name in self.config.evaluation.baselines:
                     if name != "cloned" and (name != "expert" or self.has_expert):
                         self._evaluate(name)
@@ -210,6 +215,7 @@ class Trainer:
             ) from error
         finally:
             self.environments.close()
+            self.engine.close()
         return self.active
 
     # Stages: each looks at what the folder already holds, does the rest and leaves its result there.
@@ -219,7 +225,7 @@ class Trainer:
         if self.stage == "train" or self.step >= steps:
             return
         with (
-            self._clock("demonstrations"),
+            self.clocks.running("demonstrations"),
             self.logbook.stage("demonstrations"),
             self._training_environments(expert=True) as environments,
         ):
@@ -230,7 +236,7 @@ class Trainer:
         with self.logbook.stage("cloning", total=steps, done=self.step):
             for batch in cloning_batches(self.config, episodes, first=self.step):
                 self._heed()
-                with self.interruption.shield(), self._clock("cloning"):
+                with self.interruption.shield(), self.clocks.running("cloning"):
                     learned = self.learner.update(batch, algorithm, Context(self.step, steps, {}))
                     self.step += 1
                     metrics = {f"learner/{key}": value for key, value in learned.items()}
@@ -238,26 +244,71 @@ class Trainer:
                 self._save_now_and_then()
         self._save()
         self.learner.export(self.policy.model)
+        self._serve()
 
     def _train(self) -> None:
         if self.stage != "train":
             self.stage, self.step, self.saved = "train", 0, -1
             del self.learner  # a copy of the weights that may be as large as memory allows
             self.learner = self._learner()  # its reference, if any, is the warm-started policy
+            self._serve()
         every = self.config.evaluation.every
-        with self.logbook.stage("training", total=self.config.trainer.steps, done=self.step):
+        with (
+            self.logbook.stage("training", total=self.config.trainer.steps, done=self.step),
+            self._steps() as steps,
+        ):
             while self.step < self.config.trainer.steps:
                 self._heed()
-                self._train_step()
+                self._train_step(steps)
                 self._save_now_and_then()
                 if every and self.step % every == 0 and self.step < self.config.trainer.steps:
-                    self._evaluate(f"step-{self.step:06d}")
+                    with steps.paused():
+                        self._evaluate(f"step-{self.step:06d}")
         self._save()
 
-    def _train_step(self) -> None:
+    @contextmanager
+    def _steps(self) -> Iterator[TakingTurns | SideBySide]:
+        """What is to be learned from, step by step."""
+        if self.config.trainer.mode == "sync":
+            yield TakingTurns(partial(self._play, self.engine), self.tasks_drawn)
+            return
+        shared = SharedEngine(self.engine)
+        steps = SideBySide(
+            partial(self._play, shared),
+            self.tasks_drawn,
+            shared,
+            self._context(copied=True),
+            self.config.trainer.max_staleness,
+        )
+        try:
+            yield steps
+        finally:
+            steps.close()
+            for who, seconds in zip(("learning", "rollout"), steps.waited, strict=True):
+                self.clocks.add(f"{who}.waited.wall", seconds)
+            self.clocks.save()
+
+    def _play(self, engine: Engine, cursor: int, context: Context) -> Played:
+        """Play a step's groups; of a run that is not alone in its process, in a thread of its own."""
+        player = self.policy.player(engine, self.config, self.rollouts.temperature(context))
+        with self.clocks.running("rollout"):
+            played = self.rollouts.play(player, cursor, context)
+        self.clocks.add("rollout.environment.wall", played.environment_seconds)
+        self.clocks.add("rollout.generation.wall", played.player_seconds)
+        return played
+
+    def _train_step(self, steps: TakingTurns | SideBySide) -> None:
         context = self._context()
-        temperature = self.rollouts.temperature(context)
-        played, seconds = self._rollout(context, temperature)
+        try:
+            step = steps.next(context)
+        except TooManyAbortedError as error:
+            self._save()
+            raise TooManyAbortedError(
+                f"training step {self.step + 1}, "
+                f"rollout.max_aborted_share={self.config.rollout.max_aborted_share}: {error}\n"
+                f"mend the cause and continue with: agentrl train --resume {self.active.folder}"
+            ) from error
+        played = step.played
         batch = prepare(self.algorithm, played.kept, context, selected=True)
         metrics = rollout_metrics(played.episodes) | {
             "episodes_kept": len(batch.episodes) / len(played.episodes),
@@ -265,18 +316,23 @@ class Trainer:
             "worker_restarts": float(sum(self.ranks.gather(self.environments.restarts))),
             **played.metrics(),
         }
-        with self.interruption.shield(), self._clock("learning"):
+        if self.config.trainer.mode == "async":
+            metrics |= staleness(played.episodes, self.step)
+        with self.interruption.shield(), self.clocks.running("learning"):
             if len(batch.lengths):
+                temperature = self.rollouts.temperature(step.context)
                 self.learner.forward = replace(self.learner.forward, temperature=temperature)
                 learned = self.learner.update(batch, self.algorithm, context)
-                self.learner.export(self.policy.model)
                 metrics |= {f"learner/{key}": value for key, value in learned.items()}
             self.step += 1
             self.tasks_drawn += len(played.groups)
             self._warn_of_idleness(learned=bool(len(batch.lengths)))
             for key, value in metrics.items():
                 self.history.setdefault(key, []).append(value)
-            self.logbook.write({"stage": "train", "step": self.step} | metrics, seconds=seconds)
+            with steps.new_weights(self._context(copied=self.config.trainer.mode == "async")):
+                self.learner.export(self.policy.model)
+                self._serve()
+            self.logbook.write({"stage": "train", "step": self.step} | metrics, seconds=step.seconds)
         every = self.config.trainer.save_episodes_every
         if self.ranks.first and every and self.step % every == 0:
             path = self.active.folder / "episodes" / f"train-{self.step:06d}.parquet"
@@ -291,28 +347,13 @@ class Trainer:
                 f"{self.rollouts.group_size} had episodes of different returns"
             )
 
-    def _rollout(self, context: Context, temperature: float) -> tuple[Played, float]:
-        """Play the step's groups; also how many seconds it took."""
-        began = time.perf_counter()
-        try:
-            with self._clock("rollout"):
-                played = self.rollouts.play(self._player(temperature), self.tasks_drawn, context)
-        except TooManyAbortedError as error:
-            self._save()
-            raise TooManyAbortedError(
-                f"training step {self.step + 1}, "
-                f"rollout.max_aborted_share={self.config.rollout.max_aborted_share}: {error}\n"
-                f"mend the cause and continue with: agentrl train --resume {self.active.folder}"
-            ) from error
-        self.clocks["rollout.environment.wall"] += played.environment_seconds
-        self.clocks["rollout.generation.wall"] += played.player_seconds
-        return played, time.perf_counter() - began
-
-    def _context(self) -> Context:
+    def _context(self, *, copied: bool = False) -> Context:
+        """That of the next step; `copied`, so that steps to come do not change its history."""
+        history = {name: list(values) for name, values in self.history.items()} if copied else self.history
         return Context(
             self.step,
             self.config.trainer.steps,
-            self.history,
+            history,
             self.config.seed,
             vocabulary=len(output_weight(self.policy.model)),
             tokenizer=fingerprint(self.policy.tokenizer),
@@ -320,102 +361,18 @@ class Trainer:
 
     def _evaluate(self, name: str) -> None:
         """Measure a policy on the panel, unless the folder says that it was."""
-        results = self.ranks.by_first(self._results)
-        repeats = self.config.evaluation.repeats
-        decodings = {"random": ("sampled",), "expert": ("greedy",)}.get(name, ("greedy", "sampled"))
-        for decoding in decodings:
-            if decoding in results.get(name, {}):
-                continue
+        for decoding in self.measurements.missing(name):
             self._heed()
-            with self._clock("evaluation"):
-                played, label = self.ranks.agreed(partial(self._play_panel, name, decoding))
-                of_task = [
-                    played.episodes[at : at + repeats] for at in range(0, len(played.episodes), repeats)
-                ]
-                episodes = [episode for plays in self.ranks.collect(of_task) for episode in plays]
-            found = summarise(episodes, self.panel, repeats, data=label)
-            found = replace(found, retried=sum(self.ranks.gather(len(played.failures))))
-            if self.ranks.first:
-                write_episodes(self.active.folder / "episodes" / f"{name}-{decoding}.parquet", episodes)
-                results.setdefault(name, {})[decoding] = found.to_dict()
-                self._keep(results)
-
-    def _play_panel(self, name: str, decoding: str) -> tuple[Collection, str | None]:
-        """Play this rank's tasks of the panel; also what the tasks are, as their environment labels them."""
-        panel = self.panel
-        tasks, hashes = (tuple(self.ranks.deal(each)) for each in (panel.tasks, panel.hashes))
-        own = replace(panel, tasks=tasks, hashes=hashes)
-        with (
-            self.logbook.stage(f"evaluating {name}, {decoding}", total=len(own.tasks)),
-            self._panel_environments(expert=name == "expert") as environments,
-        ):
-            player = (
-                scripted_player(name)
-                if name in ("random", "expert")
-                else self._player(0.0 if decoding == "greedy" else 1.0)
-            )
-            finished: list[Episode] = []
-
-            def count(episode: Episode) -> None:
-                finished.append(episode)
-                self.logbook.advance(len({episode.task for episode in finished}))
-
-            played = play_panel(
-                own,
-                player,
-                environments,
-                self.config.rollout,
-                repeats=self.config.evaluation.repeats,
-                seed=self.config.seed,
-                on_episode=count,
-            )
-            return played, data_label(environments)
+            self.measurements.measure(name, decoding)
 
     def _finish(self) -> None:
         save_policy(self.policy.model, self.policy.tokenizer, self.active.model)
-        results = self._results()
-        if self.config.evaluation.instruction_check and "instruction_check" not in results:
-            with (
-                self._clock("evaluation"),
-                self.logbook.stage("instruction check"),
-                self._panel_environments() as environments,
-            ):
-                for decoding, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-                    found = instruction_check(
-                        self.panel,
-                        self._player(temperature),
-                        environments,
-                        self.config.rollout,
-                        seed=self.config.seed,
-                    )
-                    if found is not None:
-                        results.setdefault("instruction_check", {})[decoding] = found.to_dict()
-            self._keep(results)
-        self._save_clocks()
-        summary = self._summary(results)
+        self.measurements.check_instructions()
+        self.clocks.save()
+        summary = self.measurements.summary()
         write_atomic(self.active.folder / "summary.json", json.dumps(summary, indent=1))
         write_report(self.active.folder)
         self.logbook.show(results_table(summary))
-
-    def _summary(self, results: dict[str, Any]) -> dict[str, Any]:
-        policies = {name: found for name, found in results.items() if name != "instruction_check"}
-        return {
-            "env": self.config.env.id,
-            "algorithm": self.config.algorithm.name,
-            "data": next((each["data"] for found in policies.values() for each in found.values()), None),
-            "policies": policies,
-            "instruction_check": results.get("instruction_check"),
-            "episodes_evaluated": len(self.panel.tasks) * self.config.evaluation.repeats,
-            "panel": {
-                "hash": self.panel.hash,
-                "split": self.panel.split,
-                "tasks": len(self.panel.tasks),
-                "repeats": self.config.evaluation.repeats,
-            },
-            "seeds": {"run": self.config.seed},
-            "steps": {"warm_start": self.config.warm_start.steps, "train": self.config.trainer.steps},
-            "times": {key: round(value, 2) for key, value in sorted(self.clocks.items())},
-        }
 
     # What is shared by the stages.
 
@@ -456,8 +413,11 @@ class Trainer:
         if self.ranks.count > 1 and any(self.ranks.gather(self.interruption.asked())):
             raise KeyboardInterrupt
 
-    def _player(self, temperature: float) -> Player:
+    def _serve(self) -> None:
+        """Have the engine take up the weights of now."""
         self.engine.refresh(self.step)
+
+    def _player(self, temperature: float) -> Player:
         return self.policy.player(self.engine, self.config, temperature)
 
     def _offers_expert(self) -> bool:
@@ -479,9 +439,11 @@ class Trainer:
         cloning = self.stage == "warm_start"
         config = self.config.warm_start.learner if cloning else self.config.learner
         sharded = config.backend == "fsdp"
+        # Where weights are dealt out, wrapped, or read while they change, the engine's are others.
+        apart = sharded or config.lora is not None or (self.config.trainer.mode == "async" and not cloning)
         wanted = frozenset[str]() if cloning else self.algorithm.requires
         return Learner(
-            copy.deepcopy(model) if sharded or config.lora is not None else model,
+            copy.deepcopy(model) if apart else model,
             config,
             reference=copy.deepcopy(model).requires_grad_(False) if "reference" in wanted else None,
             critic="values" in wanted,
@@ -492,30 +454,6 @@ class Trainer:
     def _training_environments(self, *, expert: bool) -> Environments:
         told = {"expert": True} if expert else {}
         return open_environments(_factory(self.config, **told), self.config.rollout)
-
-    def _panel_environments(self, *, expert: bool = False) -> Environments:
-        panel = self.panel
-        return open_panel_environments(
-            panel.env, panel.split, panel.env_kwargs, self.config.rollout, expert=expert
-        )
-
-    def _results(self) -> dict[str, Any]:
-        path = self.active.folder / "evaluations.json"
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-
-    def _keep(self, results: dict[str, Any]) -> None:
-        with self.interruption.shield():
-            write_atomic(self.active.folder / "evaluations.json", json.dumps(results, indent=1))
-            self._save_clocks()
-
-    @contextmanager
-    def _clock(self, activity: str) -> Iterator[None]:
-        wall, cpu = time.perf_counter(), time.process_time()
-        try:
-            yield
-        finally:
-            self.clocks[f"{activity}.wall"] += time.perf_counter() - wall
-            self.clocks[f"{activity}.cpu"] += time.process_time() - cpu
 
     def _save_now_and_then(self) -> None:
         if self.step % self.config.trainer.checkpoint_every == 0:
@@ -535,18 +473,11 @@ class Trainer:
                 score=sum(recent) / len(recent) if recent else None,
                 ranks=self.ranks,
             )
-            self._save_clocks()
+            self.clocks.save()
         self.saved = self.step
-
-    def _save_clocks(self) -> None:
-        if self.ranks.first:
-            write_atomic(self.active.folder / "clocks.json", json.dumps(self.clocks, indent=1))
 
     def _restore(self) -> None:
         """Take up the newest checkpoint, and forget what was logged after it."""
-        clocks = self.active.folder / "clocks.json"
-        if clocks.exists():
-            self.clocks.update(json.loads(clocks.read_text()))
         path = self.ranks.by_first(lambda: latest_checkpoint(self.active.folder / "checkpoints"))
         if path is None:
             self.logbook.truncate(self.stage, 0)

@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -16,7 +16,7 @@ from agentrl.errors import ConfigError
 _KNOCK_TIMEOUT = 5.0  # seconds; Ray itself would try for minutes, and not be interrupted
 _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # with empty settings
 _SETTINGS = 4  # a frame's type, in its fourth byte
-_OBJECT_STORE = 100 << 20  # bytes; what we send is small and passes it by
+_LAST_WORDS = 200  # characters of what Ray says of a loss that go into an error
 
 
 class _Connection:
@@ -57,11 +57,45 @@ def connected(address: str | None) -> Iterator[None]:
                 ray.shutdown()
 
 
+def machines() -> list[dict[str, Any]]:
+    """The machines of the cluster that can do work: `ray start --num-cpus=0` keeps one free of it."""
+    return [node for node in cast(Any, ray).nodes() if node["Alive"] and node["Resources"].get("CPU")]
+
+
+def check_room(key: str, count: int, *, cpus: float = 0.0, gpus: float = 0.0) -> None:
+    """Refuse more actors than the machines of the cluster hold.
+
+    Args:
+        key: of the configuration.
+        count: of actors.
+        cpus: of each.
+        gpus: of each.
+
+    Raises:
+        ConfigError: one line that says what there is.
+    """
+    offered = [node["Resources"] for node in machines()]
+    if not offered:
+        raise ConfigError(f"{key} is {count}, but no machine of the cluster has a CPU to offer")
+    for kind, each in (("CPU", cpus), ("GPU", gpus)):
+        there = [machine.get(kind, 0.0) for machine in offered]
+        if each and (most := sum(int(amount // each) for amount in there)) < count:
+            raise ConfigError(
+                f"{key} is {count}, each with {each:g} {kind}s, wanted at most {most}: the cluster's "
+                f"machines have {', '.join(f'{amount:g}' for amount in there)} {kind}s"
+            )
+
+
+def in_short(error: Exception) -> str:
+    """The cause of a loss, with which Ray ends what it has to say."""
+    return str(error).strip().splitlines()[-1][:_LAST_WORDS]
+
+
 def _connect(address: str | None) -> None:
     options: dict[str, Any] = {"address": address}
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        options = {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE}
+        options = {"address": "local", "include_dashboard": False}
     elif address != "auto":
         _knock(address)
     try:

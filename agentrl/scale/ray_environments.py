@@ -24,7 +24,7 @@ from agentrl.rollout.environments import Answered, Environments, Make, TextGym
 from agentrl.rollout.play import EnvironmentCall, Step, Stop
 from agentrl.rollout.settings import RayConfig, WorkersConfig
 from agentrl.rollout.workers import EnvironmentLostError, RemoteEnv
-from agentrl.scale.cluster import connected
+from agentrl.scale.cluster import check_room, connected, in_short, machines
 from agentrl.scale.environment_host import (
     EnvironmentHost,
     Message,
@@ -37,7 +37,6 @@ from agentrl.scale.environment_host import (
 
 _COMPANY = 16  # episodes that are worth a message
 _PATIENCE = 0.1  # seconds that one waits for company
-_LAST_WORDS = 200  # characters of what Ray says of a loss that go into the error
 _SILENCE = 60.0  # seconds beyond its own deadlines after which an actor is given up
 
 
@@ -178,7 +177,7 @@ class RayEnvironments(Environments):
         try:
             outcome = unpacked(ray.get(call))
         except RayError as error:
-            self._lose(host, _in_short(error))
+            self._lose(host, in_short(error))
             return
         if not host.places:
             host.places = outcome
@@ -198,7 +197,7 @@ class RayEnvironments(Environments):
             try:
                 return unpacked(ray.get(host.actor.call.remote(packed(name, arguments)), timeout=limit))
             except RayError as error:
-                self._lose(host, _in_short(error))
+                self._lose(host, in_short(error))
         raise EnvironmentLostError(f"{name}: {host.obituary}")
 
     # The life of an actor.
@@ -210,9 +209,9 @@ class RayEnvironments(Environments):
         self.places = 0
         self._connection.enter_context(connected(self._config.address))
         try:
-            count = self._config.actors or len(self._machines())
+            count = self._config.actors or max(1, len(machines()))
+            check_room("rollout.ray.actors", count, cpus=self._config.cpus)
             self._share = -(-self._most // count)
-            self._check_size(count)
             for _ in range(count):
                 self._start()
             while any(not host.places for host in self._hosts):
@@ -222,27 +221,10 @@ class RayEnvironments(Environments):
             raise
         self.places = min(self._most, sum(host.places for host in self._hosts))
 
-    def _machines(self) -> list[dict[str, Any]]:
-        """The machines that an actor can be on: `ray start --num-cpus=0` keeps one free of them."""
-        machines = [node for node in cast(Any, ray).nodes() if node["Alive"] and node["Resources"].get("CPU")]
-        if not machines:
-            raise ConfigError("rollout.backend=ray: no machine of the cluster has a CPU to offer")
-        return machines
-
-    def _check_size(self, count: int) -> None:
-        if not (cpus := self._config.cpus):
-            return
-        offered = [node["Resources"]["CPU"] for node in self._machines()]
-        if (most := sum(int(each // cpus) for each in offered)) < count:
-            raise ConfigError(
-                f"rollout.ray.actors is {count}, each with rollout.ray.cpus={cpus:g}, wanted at most {most}: "
-                f"the cluster's machines have {', '.join(f'{each:g}' for each in offered)} CPUs"
-            )
-
     def _start(self) -> None:
         """Start an actor where there are fewest; nobody plays there before it has told its places."""
         taken = Counter(host.machine for host in self._hosts)
-        node = min(self._machines(), key=lambda each: taken[each["NodeManagerAddress"]])
+        node = min(machines(), key=lambda each: taken[each["NodeManagerAddress"]])
         # Soft: a machine may be gone before Ray knows.
         where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
         actor = _Actor.options(num_cpus=self._config.cpus, scheduling_strategy=where).remote(
@@ -327,8 +309,3 @@ class _Host:
         """End the actor; its workers end by themselves when it is gone."""
         with suppress(Exception):  # it may be dead, and its machine with it
             ray.kill(self.actor)
-
-
-def _in_short(error: Exception) -> str:
-    """The cause, with which Ray ends what it has to say."""
-    return str(error).strip().splitlines()[-1][:_LAST_WORDS]

@@ -35,6 +35,7 @@ EPISODES = [
                 },
             ),
             Turn("", "", action_ids=(1,), valid=False, imitable=False, finish="length", policy_version=7),
+            Turn("", "", action_ids=(1, 2), policy_version=7, policy_versions=(7, 8)),
         ),
         stop=StopReason.TRUNCATED,
         success=True,
@@ -61,7 +62,7 @@ def test_no_episodes_come_back_as_none(tmp_path: Path):
 def test_the_file_has_one_row_per_turn_for_any_parquet_reader(tmp_path: Path):
     write_episodes(tmp_path / "episodes.parquet", EPISODES)
     table = pq.read_table(tmp_path / "episodes.parquet")
-    assert table.column("turn").to_pylist() == [0, 1, None, None, 0]
+    assert table.column("turn").to_pylist() == [0, 1, 2, None, None, 0]
     assert table.column("action_ids").to_pylist()[0] == [7, 3, 2]
     assert json.loads(table.column("info").to_pylist()[0])["score"] == 0.5
 
@@ -94,6 +95,14 @@ def test_another_schema_version_is_refused_with_both_versions(tmp_path: Path):
     pq.write_table(table.replace_schema_metadata({b"agentrl.episodes": b"99"}), path)
     with pytest.raises(CheckpointError, match=f"schema version 99, wanted {VERSION}"):
         read_episodes(path)
+
+
+def test_a_file_from_before_tokens_had_versions_is_read(tmp_path: Path):
+    path = tmp_path / "episodes.parquet"
+    write_episodes(path, EPISODES[1:])
+    table = pq.read_table(path).drop_columns(["policy_versions"])
+    pq.write_table(table.replace_schema_metadata({b"agentrl.episodes": b"1"}), path)
+    assert read_episodes(path) == EPISODES[1:]
 
 
 def test_the_file_is_put_in_place_in_one_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -281,6 +281,30 @@ def test_after_a_refresh_the_history_is_read_by_the_new_weights(model: PreTraine
     _check_against_plain_forward(model, [1, 9, 10, *first.token_ids, 2, 12, 3], second)
 
 
+def test_a_reply_goes_on_with_new_weights_and_says_which_token_is_whose(model: PreTrainedModel) -> None:
+    engine = _engine(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[STOP] = 0.0  # so that other ids are more likely
+    engine.submit(_request("a", (1, 9, 10), seed=1, max_tokens=6, temperature=0.0))
+    assert [list(engine.step()) for _ in range(2)] == [[], []]
+    early = _logits(model, [1, 9, 10, 0])[3].log_softmax(-1).max()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.05)
+    engine.refresh(4)
+    engine.refresh(5)
+    done: list[Generation] = []
+    while not done:
+        done += engine.step()
+    [reply] = done
+    assert (reply.policy_version, reply.policy_versions) == (0, (0, 0, 5, 5, 5, 5))
+    assert reply.logprobs[0] == pytest.approx(float(early), abs=1e-5)
+    late = _logits(model, [1, 9, 10, *reply.token_ids]).log_softmax(-1)[5:]
+    assert reply.logprobs[2:] == pytest.approx(
+        [float(row[token]) for row, token in zip(late, reply.token_ids[2:], strict=False)], abs=1e-5
+    )
+
+
 def _parent(engine: TorchEngine) -> list[int]:
     """Let sequence "a" have a turn; returns all its tokens, of which the last is not in the cache."""
     prompt = (1, 9, 10, 11)

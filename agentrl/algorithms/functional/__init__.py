@@ -41,6 +41,7 @@ from agentrl.algorithms.functional.surrogate import (
     probability_ratio,
     sequence_ratio,
     stop_gradient_clipped_surrogate,
+    truncated_importance,
     value_loss,
 )
 
@@ -77,6 +78,7 @@ __all__ = [
     "token_weights",
     "top_k_entropy",
     "trajectory_weights",
+    "truncated_importance",
     "unroll",
     "value_loss",
     "whiten",

@@ -162,6 +162,25 @@ def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     return (-k1).clamp(-_EXPONENT_LIMIT, _EXPONENT_LIMIT).exp() + k1 - 1
 
 
+def truncated_importance(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
+    """Weights for tokens that another policy drew than the one that learns (truncated importance sampling).
+
+        out = min( exp(old_logprobs - rollout_logprobs), cap )
+
+    Args:
+        old_logprobs: [B, T] nats, of the policy that learns, before its update.
+        rollout_logprobs: [B, T] nats, of the one that drew.
+        cap: above 0.
+
+    Returns:
+        [B, T], without a gradient.
+
+    Source: Espeholt et al. 2018, arXiv:1802.01561 (the truncation); Fu et al. 2025, arXiv:2505.24298 (AReaL:
+    as the weight of a clipped surrogate whose ratio is to `old_logprobs`).
+    """
+    return probability_ratio(old_logprobs.detach(), rollout_logprobs).clamp(max=cap)
+
+
 def covariance(advantages: Tensor, logprobs: Tensor, mask: Tensor) -> Tensor:
     """Each token's part in the covariance of advantage and logprob: where high, entropy is lost.
 

@@ -1,0 +1,46 @@
+"""Where a run's time goes, over all its sessions."""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from agentrl.run.folder import write_atomic
+
+
+class Clocks:
+    """Seconds per activity, kept in a file.
+
+    Args:
+        path: of the file; what it holds is where the clocks go on.
+        writes: whether this process is the one that writes it.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self._path, self._writes = path, writes
+        self._seconds = defaultdict[str, float](float)
+        if path.exists():
+            self._seconds.update(json.loads(path.read_text()))
+
+    @contextmanager
+    def running(self, activity: str) -> Iterator[None]:
+        """Measure the block: `ACTIVITY.wall`, and `ACTIVITY.cpu` of this process and all its threads."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self.add(f"{activity}.wall", time.perf_counter() - wall)
+            self.add(f"{activity}.cpu", time.process_time() - cpu)
+
+    def add(self, name: str, seconds: float) -> None:
+        self._seconds[name] += seconds
+
+    def save(self) -> None:
+        if self._writes:
+            write_atomic(self._path, json.dumps(self._seconds, indent=1))
+
+    def read(self) -> Mapping[str, float]:
+        """Seconds so far, by name, rounded to hundredths."""
+        return {name: round(value, 2) for name, value in sorted(self._seconds.items())}

@@ -1,0 +1,109 @@
+"""Requests and generations as they travel: the tokens of all of them in one array, not in a list for each."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
+
+Rows = tuple[NDArray[Any], NDArray[np.int64]]  # values end to end, and how many each row has; -1 for None
+Menus = tuple[Rows, NDArray[np.int64]]  # rows end to end, and how many belong together; -1 for None
+Requests = tuple[list[Any], Rows, Menus]
+Generations = tuple[list[Any], Rows, Rows, Rows, Menus, Rows]
+
+
+def packed_requests(requests: Sequence[tuple[int, GenerationRequest]]) -> Requests:
+    """Requests, each with the number that its generation will bear."""
+    heads = [
+        (number, each.sequence, each.fresh, each.seed, astuple(each.sampling), each.parent)
+        for number, each in requests
+    ]
+    asked = [each for _, each in requests]
+    return heads, _rows([each.prompt_ids for each in asked]), _menus([each.choices for each in asked])
+
+
+def unpacked_requests(message: Requests) -> list[tuple[int, GenerationRequest]]:
+    """What `packed_requests` was given."""
+    heads, prompts, choices = message
+    return [
+        (
+            number,
+            GenerationRequest(sequence, prompt, fresh, menu, seed, SamplingParams(*sampling), parent),
+        )
+        for (number, sequence, fresh, seed, sampling, parent), prompt, menu in zip(
+            heads, _tuples(prompts), _menu_tuples(choices), strict=True
+        )
+    ]
+
+
+def packed_generations(generations: Sequence[tuple[int, Generation]]) -> Generations:
+    """Generations, each with the number of its request."""
+    heads = [
+        (number, each.sequence, each.finish, each.policy_version, each.error, each.lost)
+        for number, each in generations
+    ]
+    found = [each for _, each in generations]
+    return (
+        heads,
+        _rows([each.token_ids for each in found]),
+        _rows([each.logprobs for each in found], np.float64),
+        _rows([each.entropies for each in found], np.float64),
+        _menus([each.allowed for each in found]),
+        _rows([each.policy_versions for each in found]),
+    )
+
+
+def unpacked_generations(message: Generations) -> list[tuple[int, Generation]]:
+    """What `packed_generations` was given."""
+    heads, tokens, logprobs, entropies, allowed, versions = message
+    return [
+        (
+            number,
+            Generation(
+                sequence, ids, of_tokens, spread, menus, finish, version, drawn_with, error=error, lost=lost
+            ),
+        )
+        for (
+            number,
+            sequence,
+            finish,
+            version,
+            error,
+            lost,
+        ), ids, of_tokens, spread, menus, drawn_with in zip(
+            heads,
+            _tuples(tokens),
+            _tuples(logprobs),
+            _tuples(entropies),
+            _menu_tuples(allowed),
+            _tuples(versions),
+            strict=True,
+        )
+    ]
+
+
+def _rows(rows: Sequence[Sequence[Any] | None], dtype: Any = np.int64) -> Rows:
+    lengths = np.array([-1 if row is None else len(row) for row in rows], np.int64)
+    values = np.fromiter(chain.from_iterable(row or () for row in rows), dtype)
+    return values, lengths
+
+
+def _tuples(rows: Rows) -> Iterator[Any]:
+    values, lengths = rows
+    left = iter(values.tolist())
+    return (None if length < 0 else tuple(islice(left, length)) for length in lengths.tolist())
+
+
+def _menus(menus: Sequence[Sequence[Sequence[int] | None] | None]) -> Menus:
+    counts = np.array([-1 if menu is None else len(menu) for menu in menus], np.int64)
+    return _rows(list(chain.from_iterable(menu or () for menu in menus))), counts
+
+
+def _menu_tuples(menus: Menus) -> Iterator[Any]:
+    rows, counts = menus
+    left = _tuples(rows)
+    return (None if count < 0 else tuple(islice(left, count)) for count in counts.tolist())

@@ -1,0 +1,255 @@
+"""Engines on a Ray cluster: actors that hold a copy of the weights each, and are asked in batches.
+
+A sequence stays with the actor that has its keys and values. An actor that is lost takes its sequences along;
+what is asked of them is answered as lost, which is no episode's fault, and another actor takes its place.
+"""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from transformers import PreTrainedModel
+
+from agentrl.errors import AgentRLError, ConfigError
+from agentrl.policy.engine import Generation, GenerationRequest
+from agentrl.policy.settings import EngineConfig
+from agentrl.scale.cluster import check_room, connected, in_short
+from agentrl.scale.engine_host import Blueprint, EngineHost, hollow, weights_of
+from agentrl.scale.messages import packed_requests, unpacked_generations
+
+_COMPANY = 16  # replies that are worth a message
+_PATIENCE = 0.05  # seconds that one waits for company, and a request for the actor to look up
+_START = 600.0  # seconds that an actor has to load its model
+_SILENCE = 600.0  # seconds beyond that without an answer after which it is given up
+
+
+class RayEngines:
+    """An `Engine` of several actors.
+
+    Args:
+        model: whose weights they generate with; `refresh` sends them, through the object store once for all.
+        config: the engine of each actor, and their number.
+        stop_ids: see `open_engine`, as the two below.
+        max_context: tokens that a sequence may hold.
+        max_sequences: of all actors together.
+        address: of the cluster; see `RayConfig`.
+
+    Attributes:
+        messages: sent to actors with requests.
+        restarts: actors that were lost and replaced.
+
+    Raises:
+        ConfigError: there is no cluster, it is smaller than what is asked, or an actor cannot start.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: EngineConfig,
+        *,
+        stop_ids: Iterable[int],
+        max_context: int,
+        max_sequences: int,
+        address: str | None = None,
+    ) -> None:
+        count = config.actors or 1
+        self.provides, self.messages, self.restarts = config.provides, 0, 0
+        self._model, self._config, self._version = model, config, 0
+        self._hosts: list[_Host] = []
+        self._where: dict[str, _Host | None] = {}  # None: its actor is gone
+        self._in_flight: dict[str, int] = {}  # the number of its request, by sequence
+        self._ready: deque[Generation] = deque()
+        self._numbers = 0
+        self._connection = ExitStack()
+        self._connection.enter_context(connected(address))
+        try:
+            check_room("engine.actors", count, cpus=config.actor_cpus, gpus=config.actor_gpus)
+            share = -(-max_sequences // count)
+            blueprint = Blueprint(hollow(model), config, tuple(stop_ids), max_context, share, sys.path)
+            self._blueprint, self._weights = ray.put(blueprint), ray.put(weights_of(model))
+            for _ in range(count):
+                self._start()
+            self.max_context = min(self._begun())
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, request: GenerationRequest) -> None:
+        sequence = request.sequence
+        if sequence in self._in_flight:
+            error = f"sequence {sequence!r} has a request in flight; wait for its generation"
+            self._ready.append(Generation(sequence, policy_version=self._version, error=error))
+            return
+        host = self._where.get(sequence)
+        if host is None and sequence in self._where and not request.fresh:
+            self._say_lost(sequence, "its actor was lost between two requests")
+            return
+        if host is None:
+            host = self._where[sequence] = self._where.get(request.parent or "") or self._idlest()
+            host.sequences.add(sequence)
+        self._numbers += 1
+        self._in_flight[sequence] = self._numbers
+        host.outbox[sequence] = self._numbers, request
+
+    def step(self) -> Sequence[Generation]:
+        """Send what waits to be sent, and return what has been generated since; waits a moment for some."""
+        for host in self._hosts:
+            if host.call is None and any(sequence in self._in_flight for sequence in host.sequences):
+                released, host.released = host.released, []
+                requests, host.outbox = list(host.outbox.values()), {}
+                host.begin("exchange", released, packed_requests(requests), _COMPANY, _PATIENCE)
+                self.messages += 1
+        calls = {host.call: host for host in self._hosts if host.call is not None}
+        if calls:
+            ray.wait(list(calls), timeout=0.0 if self._ready else _PATIENCE)
+            for call in ray.wait(list(calls), num_returns=len(calls), timeout=0)[0]:
+                self._take_in(calls[call])
+        for host in [host for host in self._hosts if host.is_late()]:
+            self._lose(host, f"no answer in {_SILENCE:g} s")
+        found = list(self._ready)
+        self._ready.clear()
+        return found
+
+    def release(self, sequence: str) -> None:
+        self._in_flight.pop(sequence, None)
+        host = self._where.pop(sequence, None)
+        if host is not None:
+            host.sequences.remove(sequence)
+            host.outbox.pop(sequence, None)
+            host.released.append(sequence)
+
+    def refresh(self, version: int) -> None:
+        self._version, self._weights = version, ray.put(weights_of(self._model))
+        calls = {
+            host.actor.refresh.remote(self._weights, version): host for host in self._hosts if host.begun
+        }
+        late = ray.wait(list(calls), num_returns=len(calls), timeout=_SILENCE)[1] if calls else []
+        for call, host in calls.items():
+            if call in late:
+                self._lose(host, f"it took no weights in {_SILENCE:g} s")
+                continue
+            try:
+                ray.get(call)
+            except RayError as error:
+                self._fail(host, error)
+        # One that is still starting began with the weights before; what is sent to it comes behind these.
+        for host in self._hosts:
+            if not host.begun:
+                host.actor.refresh.remote(self._weights, version)
+
+    def close(self) -> None:
+        while self._hosts:
+            self._hosts.pop().kill()
+        self._where.clear()
+        self._in_flight.clear()
+        self._ready.clear()
+        self._connection.close()
+
+    def _idlest(self) -> "_Host":
+        return min(self._hosts, key=lambda host: len(host.sequences))
+
+    def _take_in(self, host: "_Host") -> None:
+        """Take in what an actor answered, or that it is no more."""
+        call, host.call = host.call, None
+        try:
+            answer = ray.get(call)
+        except RayError as error:
+            self._fail(host, error)
+            return
+        host.begun = True
+        for number, generation in unpacked_generations(answer):
+            if self._in_flight.get(generation.sequence) == number:  # else it was released meanwhile
+                del self._in_flight[generation.sequence]
+                self._ready.append(generation)
+
+    # The life of an actor.
+
+    def _start(self) -> None:
+        actor = _Actor.options(num_cpus=self._config.actor_cpus, num_gpus=self._config.actor_gpus).remote(
+            self._blueprint, self._weights, self._version
+        )
+        self._hosts.append(_Host(actor))
+
+    def _begun(self) -> list[int]:
+        """Wait until every actor has its model; what each says of its context."""
+        try:
+            found = ray.get([host.actor.max_context.remote() for host in self._hosts], timeout=_START)
+        except GetTimeoutError:
+            raise ConfigError(
+                f"engine.actors={len(self._hosts)} did not start within {_START:g} s: are the CPUs and GPUs "
+                "that they ask for held by others?"
+            ) from None
+        except RayError as error:
+            raise _own(error) or ConfigError(f"an engine actor cannot start: {in_short(error)}") from None
+        for host in self._hosts:
+            host.begun = True
+        return cast(list[int], found)
+
+    def _fail(self, host: "_Host", error: RayError) -> None:
+        """An engine that raised is as lost as an actor that died, unless its user can mend the cause."""
+        if (own := _own(error)) is not None:
+            raise own
+        self._lose(host, in_short(error))
+
+    def _lose(self, host: "_Host", reason: str) -> None:
+        """Give up an actor; its sequences are gone, and no episode is to blame."""
+        self._hosts.remove(host)
+        host.kill()
+        for sequence in host.sequences:
+            self._where[sequence] = None
+            if self._in_flight.pop(sequence, None) is not None:
+                self._say_lost(sequence, f"its actor was lost: {reason}")
+        if self.restarts < self._config.actor_restarts:
+            self.restarts += 1
+            self._start()
+        elif not self._hosts:
+            raise AgentRLError(
+                f"an engine actor was lost: {reason}; it was the last one, and engine.actor_restarts="
+                f"{self._config.actor_restarts} have been replaced"
+            )
+
+    def _say_lost(self, sequence: str, why: str) -> None:
+        self._ready.append(Generation(sequence, policy_version=self._version, error=why, lost=True))
+
+
+_Actor = ray.remote(EngineHost)
+
+
+@dataclass(eq=False)
+class _Host:
+    """An actor, its sequences, and what waits to be sent to it."""
+
+    actor: Any
+    sequences: set[str] = field(default_factory=set)
+    outbox: dict[str, tuple[int, GenerationRequest]] = field(default_factory=dict)
+    released: list[str] = field(default_factory=list)
+    begun: bool = False
+    call: Any = None  # the one that is under way
+    since: float = 0.0
+
+    def begin(self, name: str, *arguments: Any) -> None:
+        """Call a method; `call` is its result to come."""
+        self.since = time.monotonic()
+        self.call = getattr(self.actor, name).remote(*arguments)
+
+    def is_late(self) -> bool:
+        """Whether to give it up."""
+        limit = _SILENCE if self.begun else _START + _SILENCE
+        return self.call is not None and time.monotonic() - self.since > limit
+
+    def kill(self) -> None:
+        """End the actor."""
+        with suppress(Exception):  # it may be dead, and its machine with it
+            ray.kill(self.actor)
+
+
+def _own(error: RayError) -> AgentRLError | None:
+    """What an actor raised that its user can mend."""
+    cause = error.cause if isinstance(error, RayTaskError) else None
+    return cause if isinstance(cause, AgentRLError) else None

@@ -1,0 +1,81 @@
+"""What runs inside vLLM's workers: the token trie's mask, and the entropies of what is sampled.
+
+In a server: `vllm serve FOLDER --logits-processors agentrl.scale.vllm_choices:TokenTrieProcessor
+--worker-extension-cls agentrl.scale.vllm_choices.PolicyWorker`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from agentrl.scale.vllm_decisions import Decisions, Row, row
+
+
+class TokenTrieProcessor(LogitsProcessor):  # type: ignore[misc]
+    """Lets requests of agentrl sample admissible ids only; others are left as they are."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self.decisions = Decisions()
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuse choices that cannot be told apart.
+
+        Raises:
+            ChoiceError: for such.
+        """
+        row(sampling_params.extra_args, sampling_params.temperature, ())
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self.decisions.rows, batch_update, _row)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.decisions.apply(logits)
+
+
+def _row(params: SamplingParams, _: list[int] | None, output_ids: list[int]) -> Row | None:
+    return row(params.extra_args, params.temperature, output_ids)
+
+
+class PolicyWorker:
+    """Methods that every worker of vLLM gets, to be called by `collective_rpc`."""
+
+    model_runner: Any
+    model_config: Any
+
+    def take_entropies(self) -> dict[str, list[tuple[int, float]]]:
+        """See `Decisions.take`; empty on workers that do not sample."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for processor in self.model_runner.input_batch.logitsprocs.all:
+            if isinstance(processor, TokenTrieProcessor):
+                found |= processor.decisions.take()
+        return found
+
+    def renew_head(self) -> None:
+        """Take up new weights where vLLM's `reload_weights` leaves old ones.
+
+        On a CPU, a head that is tied to the embedding computes with a packed copy of it, which is not made
+        anew: seen in vLLM 0.32.
+        """
+        for module in self.model_runner.get_model().modules():
+            if hasattr(module, "cpu_linear") and module.weight.numel():
+                module.quant_method.process_weights_after_loading(module)
+
+    def describe_policy(self) -> dict[str, Any]:
+        """The architecture that is served, and how logprobs are made."""
+        kinds = [type(processor).__name__ for processor in self.model_runner.input_batch.logitsprocs.all]
+        return {
+            "architecture": self.model_config.hf_text_config.to_dict(),
+            "logprobs_mode": self.model_config.logprobs_mode,
+            "max_context": self.model_config.max_model_len,
+            "masks": TokenTrieProcessor.__name__ in kinds,
+        }

@@ -1,0 +1,288 @@
+"""`VllmEngine`: vLLM in this process, driven step by step."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from agentrl.errors import AgentRLError, ConfigError
+from agentrl.policy.engine import Generation, GenerationRequest
+from agentrl.policy.model import context_limit, output_weight
+from agentrl.policy.settings import VllmConfig
+from agentrl.scale.vllm_decisions import REQUEST
+from agentrl.scale.vllm_replies import PendingReply, Sequences
+
+# Read by vLLM as it is imported; what the user has set stays.
+for _name, _value in {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its core shall run here, where a step is a call
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other one has another interface for logits processors
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: E402
+from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
+
+GIB = 1 << 30
+
+
+class VllmEngine:
+    """Continuous batching by vLLM, over a copy of a model's weights that `refresh` writes anew in place.
+
+    Token ids go in and out. vLLM's prefix cache holds what earlier turns and siblings have computed. Choices
+    are decoded by a token trie as in `TorchEngine`, and entropies are exact: a logits processor computes them
+    where vLLM samples. Replies in flight during a `refresh` keep their tokens and go on with the new
+    weights; `policy_version` is that of a reply's first drawn token. What a request draws depends on its
+    seed, but not on vLLM's version of torch's generators agreeing with `TorchEngine`.
+
+    When vLLM fails, what was in flight comes back as errors and vLLM is started again.
+
+    Args:
+        model: whose weights it copies, of an architecture that vLLM knows.
+        config: of vLLM; `url` is not looked at.
+        stop_ids: end a free reply; every choice ends in one of them.
+        max_context: tokens that a sequence may hold; None takes the model's own limit.
+        max_sequences: replies in flight at once; further ones wait.
+
+    Attributes:
+        restarts: how often vLLM was started again.
+
+    Raises:
+        ConfigError: vLLM does not start with this model or these settings.
+    """
+
+    provides = frozenset({"rollout:entropy"})
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: VllmConfig,
+        *,
+        stop_ids: Iterable[int],
+        max_context: int | None = None,
+        max_sequences: int = 256,
+    ) -> None:
+        self.model = model
+        limit = context_limit(model)
+        self.max_context = limit if max_context is None else min(limit, max_context)
+        self.max_sequences = max_sequences
+        self.restarts = 0
+        self._config = config
+        self._sequences = Sequences(
+            stop_ids=stop_ids, vocabulary=output_weight(model).shape[0], max_context=self.max_context
+        )
+        self._running: dict[str, PendingReply] = {}
+        self._finished: list[Generation] = []
+        self._version = 0
+        self._made_group = not dist.is_initialized()
+        self._folder = TemporaryDirectory(prefix="agentrl-vllm-")
+        write_architecture(model, Path(self._folder.name))
+        self._llm: Any = None
+        try:
+            self._start()
+        except Exception as error:
+            self.close()
+            raise ConfigError(
+                f"engine.name=vllm: vLLM does not start with {type(model).__name__} and {config}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Take a request; one that cannot be served comes back from the next `step` with its error."""
+        reply = self._sequences.begin(request)
+        if isinstance(reply, str):
+            self._finished.append(Generation(request.sequence, policy_version=self._version, error=reply))
+        elif reply.done:
+            self._finished.append(self._sequences.end(reply, self._version))
+        else:
+            self._running[reply.key] = reply
+            self._add(reply)
+
+    def step(self) -> Sequence[Generation]:
+        """Let vLLM advance every request; return those that finished.
+
+        Raises:
+            AgentRLError: vLLM failed more often than it may be started again.
+        """
+        if self._running:
+            try:
+                self._advance()
+            except Exception as error:
+                self._fail(error)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def release(self, sequence: str) -> None:
+        """Forget a sequence and what is running for it; unknown names are fine."""
+        reply = self._sequences.release(sequence)
+        if reply is not None and self._running.pop(reply.key, None) is not None:
+            self._llm.abort_request([reply.key])
+
+    def refresh(self, version: int) -> None:
+        """Write the model's weights of now into vLLM; what the old ones left in its cache is made anew.
+
+        Raises:
+            AgentRLError: vLLM failed more often than it may be started again.
+        """
+        self._version = version
+        try:
+            self._copy_weights()
+            self._llm.reset_prefix_cache(reset_running_requests=True)
+        except Exception as error:
+            self._fail(error)
+
+    def close(self) -> None:
+        """End vLLM and give back its memory."""
+        self._shut_down()
+        if self._made_group and dist.is_initialized():
+            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
+        self._folder.cleanup()
+
+    def _start(self) -> None:
+        cpu = output_weight(self.model).device.type == "cpu"
+        config = self._config
+        self._llm = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=self._folder.name,
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                generation_config="vllm",
+                dtype=str(output_weight(self.model).dtype).removeprefix("torch."),
+                max_model_len=self.max_context,
+                max_num_seqs=self.max_sequences,
+                tensor_parallel_size=config.tensor_parallel_size,
+                gpu_memory_utilization=config.gpu_memory_share,
+                kv_cache_memory_bytes=int(config.cpu_cache_gib * GIB) if cpu else None,
+                enforce_eager=cpu if config.eager is None else config.eager,
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",
+                logits_processors=["agentrl.scale.vllm_choices:TokenTrieProcessor"],
+                worker_extension_cls="agentrl.scale.vllm_choices.PolicyWorker",
+                async_scheduling=False,
+                disable_log_stats=True,
+            )
+        )
+        self._copy_weights()
+
+    def _copy_weights(self) -> None:
+        weights: Iterable[tuple[str, Tensor]] = named_weights(self.model)
+        if self._config.tensor_parallel_size > 1:
+            weights = [(name, weight.cpu()) for name, weight in weights]  # to be sent to other processes
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self._llm.collective_rpc("renew_head")
+
+    def _add(self, reply: PendingReply) -> None:
+        params = SamplingParams(**sampling_arguments(reply), output_kind=RequestOutputKind.DELTA)
+        params.skip_clone = True  # a menu is large, and nobody else holds these
+        try:
+            self._llm.add_request(reply.key, {"prompt_token_ids": reply.prompt}, params)
+        except Exception as error:
+            self._end(reply, f"vLLM refused the request: {type(error).__name__}: {error}")
+
+    def _advance(self) -> None:
+        outputs = self._llm.step()
+        found: dict[str, list[tuple[int, float]]] = {}
+        for each in self._llm.collective_rpc("take_entropies"):
+            found |= each
+        ended = []
+        for output in outputs:
+            reply = self._running.get(output.request_id)
+            if reply is None:
+                continue
+            sampled = output.outputs[0]
+            entropies = dict(found.get(reply.key, ()))
+            try:
+                for token, candidates in zip(sampled.token_ids, sampled.logprobs or (), strict=True):
+                    entropy = entropies[reply.received]
+                    reply.take(token, candidates[token].logprob, entropy, self._version)
+            except ValueError as mistake:
+                self._end(reply, str(mistake))
+                ended.append(reply.key)
+                continue
+            if reply.done:
+                self._end(reply)
+                ended.append(reply.key)
+            elif output.finished:
+                self._end(reply, f"vLLM ended the reply early: {sampled.finish_reason}")
+        # Those that vLLM would go on with, as after the last decision of a choice.
+        self._llm.abort_request(ended)
+
+    def _end(self, reply: PendingReply, error: str | None = None) -> None:
+        self._running.pop(reply.key, None)
+        self._finished.append(
+            self._sequences.end(reply, self._version)
+            if error is None
+            else self._sequences.fail(reply, error, self._version)
+        )
+
+    def _fail(self, error: Exception) -> None:
+        """Give up what is in flight and start vLLM again, as often as is allowed."""
+        why = f"{type(error).__name__}: {error}"
+        for reply in list(self._running.values()):
+            self._end(reply, f"vLLM failed: {why}")
+        while True:
+            if self.restarts >= self._config.max_restarts:
+                raise AgentRLError(
+                    f"vLLM failed {self.restarts + 1} times, more than engine.vllm.max_restarts="
+                    f"{self._config.max_restarts} allows; the last time: {why}"
+                ) from error
+            self.restarts += 1
+            self._shut_down()
+            try:
+                self._start()
+                return
+            except Exception as again:
+                why, error = f"{type(again).__name__}: {again}", again
+
+    def _shut_down(self) -> None:
+        llm, self._llm = self._llm, None
+        if llm is None:
+            return
+        llm.engine_core.shutdown()
+        del llm
+        gc.collect()  # its parts refer to each other, and hold the cache's memory
+
+
+def sampling_arguments(reply: PendingReply) -> dict[str, Any]:
+    """How vLLM shall sample a reply: its `SamplingParams`, as data."""
+    request = reply.request
+    own: dict[str, Any] = {"key": reply.key}
+    if request.choices is not None:
+        start = len(reply.prompt) - len(reply.context)  # what all begin with is in the prompt
+        own["choices"] = [choice[start:] for choice in request.choices]
+    return {
+        "temperature": request.sampling.temperature,
+        "max_tokens": reply.max_tokens,
+        "seed": request.seed,
+        "stop_token_ids": sorted(reply.stop_ids),
+        "ignore_eos": True,
+        "detokenize": False,
+        "logprobs": 0,
+        "extra_args": {REQUEST: own},
+    }
+
+
+def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The weights by the names that their files have; tied ones once."""
+    for name, weight in cast(torch.nn.Module, model).named_parameters():
+        yield name, weight.detach()
+
+
+def write_architecture(model: PreTrainedModel, folder: Path) -> None:
+    """Write the config.json that vLLM builds a model from."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)

@@ -1,0 +1,181 @@
+"""Replies in the making, from tokens that vLLM sampled: loads no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from agentrl.policy.engine import Generation, GenerationRequest
+from agentrl.policy.requests import request_mistake
+from agentrl.policy.trie import ChoiceError, Node, TokenTrie, token_trie
+
+NOT_FINITE = "the model's logits are not finite: its weights hold nan or inf"
+
+
+class PendingReply:
+    """What was sampled for a request, and the forced tokens that follow from it.
+
+    Args:
+        request: what is replied to.
+        context: the tokens of its sequence, with those of the request.
+        trie: of its choices.
+        limit: tokens that a free reply may have.
+        stop_ids: that end it.
+
+    Attributes:
+        key: names it to vLLM.
+        prompt: the tokens that vLLM continues: the context, and what every choice begins with.
+        max_tokens: that vLLM may add.
+        done: whether nothing is left to be drawn.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        key: str,
+        context: list[int],
+        trie: TokenTrie | None,
+        limit: int,
+        stop_ids: frozenset[int],
+    ) -> None:
+        self.request, self.key, self.context = request, key, context
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.entropies: list[float] = []
+        self.allowed: list[tuple[int, ...]] = []
+        self.version: int | None = None  # of the weights that the first token was drawn with
+        self.received = 0  # tokens from vLLM, which samples the forced ones as well
+        self.finish = "stop"
+        self.stop_ids = stop_ids
+        self._known = 0  # tokens to come from vLLM that are here already
+        self._node: Node | None = None
+        self.prompt, self.max_tokens, self.done = context, limit, False
+        if trie is not None:
+            self._append_forced(trie.forced)
+            self._node = trie.root
+            self.prompt = [*context, *trie.forced]
+            self.max_tokens = trie.longest - len(trie.forced)
+            self.done = trie.root is None
+
+    def take(self, token: int, logprob: float, entropy: float, version: int) -> None:
+        """Add a token as vLLM sampled it; what comes after the reply's end is left out.
+
+        Raises:
+            ValueError: for a token that was not allowed, or whose logits were not finite.
+        """
+        self.received += 1
+        if self.done:
+            return
+        if self._known:
+            self._known -= 1
+            return
+        if entropy != entropy:
+            raise ValueError(NOT_FINITE)
+        if self.version is None:
+            self.version = version
+        self.logprobs.append(logprob)
+        self.entropies.append(entropy)
+        if self._node is None:
+            self._take_free(token)
+        else:
+            self._take_edge(self._node, token)
+
+    def _take_free(self, token: int) -> None:
+        self.ids.append(token)
+        if token in self.stop_ids:
+            self.done = True
+        elif len(self.ids) == self.max_tokens:
+            self.done, self.finish = True, "length"
+
+    def _take_edge(self, node: Node, token: int) -> None:
+        if token not in node.ids:
+            raise ValueError(f"vLLM sampled {token}, wanted one of {node.ids}")
+        edge = node.edges[node.ids.index(token)]
+        self.ids.append(token)
+        self.allowed.append(edge.allowed[0])
+        self._append_forced(edge.ids[1:])
+        self._known = len(edge.ids) - 1
+        self._node = edge.node
+        self.done = edge.node is None
+
+    def _append_forced(self, ids: tuple[int, ...]) -> None:
+        self.ids.extend(ids)
+        self.allowed.extend((token,) for token in ids)
+        self.logprobs.extend([0.0] * len(ids))
+        self.entropies.extend([0.0] * len(ids))
+
+
+class Sequences:
+    """The tokens of every sequence and the reply that each waits for.
+
+    Args:
+        stop_ids: end a free reply; every choice ends in one of them.
+        vocabulary: number of ids of the model.
+        max_context: tokens that a sequence may hold.
+    """
+
+    def __init__(self, *, stop_ids: Iterable[int], vocabulary: int, max_context: int) -> None:
+        self.stop_ids = frozenset(stop_ids)
+        self._vocabulary, self._max_context = vocabulary, max_context
+        self._held: dict[str, list[int]] = {}
+        self._pending: dict[str, PendingReply] = {}
+        self._count = 0
+
+    def begin(self, request: GenerationRequest) -> PendingReply | str:
+        """Begin a reply; text says why it cannot be."""
+        held = self._held.get(request.sequence)
+        try:
+            trie = None if request.choices is None else token_trie(request.choices)
+        except ChoiceError as mistake:
+            return str(mistake)
+        mistake_found = request_mistake(
+            request,
+            trie,
+            held=None if held is None else len(held),
+            busy=request.sequence in self._pending,
+            stop_ids=self.stop_ids,
+            vocabulary=self._vocabulary,
+            max_context=self._max_context,
+        )
+        if mistake_found is not None:
+            return mistake_found
+        context = [*(() if held is None or request.fresh else held), *request.prompt_ids]
+        self._held[request.sequence] = context
+        limit = min(request.sampling.max_tokens, self._max_context - len(context))
+        self._count += 1
+        reply = PendingReply(request, f"agentrl-{self._count}", context, trie, limit, self.stop_ids)
+        self._pending[request.sequence] = reply
+        return reply
+
+    def end(self, reply: PendingReply, version: int) -> Generation:
+        """The finished reply, which its sequence holds from now on.
+
+        Args:
+            reply: that is done.
+            version: of the weights of now, for a reply of forced tokens only.
+        """
+        del self._pending[reply.request.sequence]
+        reply.context.extend(reply.ids)
+        return Generation(
+            reply.request.sequence,
+            tuple(reply.ids),
+            tuple(reply.logprobs),
+            tuple(reply.entropies),
+            None if reply.request.choices is None else tuple(reply.allowed),
+            reply.finish,
+            version if reply.version is None else reply.version,
+        )
+
+    def fail(self, reply: PendingReply, error: str, version: int) -> Generation:
+        """The reply that did not come about."""
+        del self._pending[reply.request.sequence]
+        return Generation(reply.request.sequence, policy_version=version, error=error)
+
+    def release(self, name: str) -> PendingReply | None:
+        """Forget a sequence; also the reply it was waiting for."""
+        self._held.pop(name, None)
+        return self._pending.pop(name, None)
+
+    @property
+    def pending(self) -> tuple[PendingReply, ...]:
+        """Every reply in the making."""
+        return tuple(self._pending.values())
