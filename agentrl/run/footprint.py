@@ -98,7 +98,7 @@ def held_bytes(
 
 def learns_apart(config: RunConfig, learner: LearnerConfig) -> bool:
     """Whether what is learned is a copy of the weights that generate."""
-    overlapping = config.trainer.mode == "async" and learner is not config.warm_start.learner
+    overlapping = config.trainer.mode == "async" and learner is config.learner  # cloning plays nothing
     return learner.backend == "fsdp" or learner.lora is not None or overlapping
 
 

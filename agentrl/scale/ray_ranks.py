@@ -102,8 +102,7 @@ class RankHost:
     ) -> tuple[Any, BaseException | None]:
         """Do the work; its result, or what it raised on purpose."""
         os.environ.update(variables)
-        out = open(os.devnull, "w") if screen is None else _Screen(screen)
-        with out, redirect_stdout(out):
+        with redirect_stdout(_Screen(screen)):
             try:
                 return cloudpickle.loads(work)(), None
             except (AgentRLError, KeyboardInterrupt) as error:  # Ray would end the process at an interrupt
@@ -207,11 +206,12 @@ def _show(screen: Queue) -> None:
 
 
 class _Screen(io.TextIOBase):
-    """Standard output whose reader is elsewhere."""
+    """Standard output whose reader is elsewhere, or nowhere."""
 
-    def __init__(self, screen: Queue) -> None:
+    def __init__(self, screen: Queue | None) -> None:
         self._screen = screen
 
     def write(self, text: str) -> int:
-        self._screen.put(text)
+        if self._screen is not None:
+            self._screen.put(text)
         return len(text)

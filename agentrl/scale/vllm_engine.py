@@ -44,10 +44,10 @@ class VllmEngine:
     Token ids go in and out. vLLM's prefix cache holds what earlier turns and siblings have computed. Choices
     are decoded by a token trie as in `TorchEngine`, and entropies are exact: a logits processor computes them
     where vLLM samples. Replies in flight during a `refresh` keep their tokens and go on with the new
-    weights; `policy_version` is that of a reply's first drawn token. What a request draws depends on its
-    seed, but not on vLLM's version of torch's generators agreeing with `TorchEngine`.
+    weights. A request draws the same again from the same seed and weights, but not what `TorchEngine` draws:
+    the generators differ.
 
-    When vLLM fails, what was in flight comes back as errors and vLLM is started again.
+    When vLLM fails, what was in flight comes back as lost and vLLM is started again.
 
     Args:
         model: whose weights it copies, of an architecture that vLLM knows.
@@ -101,11 +101,11 @@ class VllmEngine:
 
     def submit(self, request: GenerationRequest) -> None:
         """Take a request; one that cannot be served comes back from the next `step` with its error."""
-        reply = self._sequences.begin(request)
+        reply = self._sequences.begin(request, self._version)
         if isinstance(reply, str):
             self._finished.append(Generation(request.sequence, policy_version=self._version, error=reply))
         elif reply.done:
-            self._finished.append(self._sequences.end(reply, self._version))
+            self._finished.append(self._sequences.end(reply))
         else:
             self._running[reply.key] = reply
             self._add(reply)
@@ -221,19 +221,19 @@ class VllmEngine:
         # Those that vLLM would go on with, as after the last decision of a choice.
         self._llm.abort_request(ended)
 
-    def _end(self, reply: PendingReply, error: str | None = None) -> None:
+    def _end(self, reply: PendingReply, error: str | None = None, *, lost: bool = False) -> None:
         self._running.pop(reply.key, None)
         self._finished.append(
-            self._sequences.end(reply, self._version)
+            self._sequences.end(reply)
             if error is None
-            else self._sequences.fail(reply, error, self._version)
+            else self._sequences.fail(reply, error, lost=lost)
         )
 
     def _fail(self, error: Exception) -> None:
         """Give up what is in flight and start vLLM again, as often as is allowed."""
         why = f"{type(error).__name__}: {error}"
         for reply in list(self._running.values()):
-            self._end(reply, f"vLLM failed: {why}")
+            self._end(reply, f"vLLM failed: {why}", lost=True)
         while True:
             if self.restarts >= self._config.max_restarts:
                 raise AgentRLError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from uuid import uuid4
 
-from agentrl.policy.engine import Generation, GenerationRequest
+from agentrl.policy.engine import Generation, GenerationRequest, token_versions
 from agentrl.policy.requests import request_mistake
 from agentrl.policy.trie import ChoiceError, Node, TokenTrie, token_trie
 
@@ -20,6 +21,7 @@ class PendingReply:
         trie: of its choices.
         limit: tokens that a free reply may have.
         stop_ids: that end it.
+        version: of the weights when it began.
 
     Attributes:
         key: names it to vLLM.
@@ -36,13 +38,14 @@ class PendingReply:
         trie: TokenTrie | None,
         limit: int,
         stop_ids: frozenset[int],
+        version: int,
     ) -> None:
         self.request, self.key, self.context = request, key, context
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.entropies: list[float] = []
         self.allowed: list[tuple[int, ...]] = []
-        self.version: int | None = None  # of the weights that the first token was drawn with
+        self.versions = [(0, version)]  # from which of its tokens on, which version
         self.received = 0  # tokens from vLLM, which samples the forced ones as well
         self.finish = "stop"
         self.stop_ids = stop_ids
@@ -70,8 +73,8 @@ class PendingReply:
             return
         if entropy != entropy:
             raise ValueError(NOT_FINITE)
-        if self.version is None:
-            self.version = version
+        if version != self.versions[-1][1]:
+            self.versions.append((len(self.ids), version))
         self.logprobs.append(logprob)
         self.entropies.append(entropy)
         if self._node is None:
@@ -118,10 +121,10 @@ class Sequences:
         self._vocabulary, self._max_context = vocabulary, max_context
         self._held: dict[str, list[int]] = {}
         self._pending: dict[str, PendingReply] = {}
-        self._count = 0
+        self._prefix, self._count = f"agentrl-{uuid4().hex[:12]}", 0  # others may use the same server
 
-    def begin(self, request: GenerationRequest) -> PendingReply | str:
-        """Begin a reply; text says why it cannot be."""
+    def begin(self, request: GenerationRequest, version: int) -> PendingReply | str:
+        """Begin a reply with weights of a version; text says why it cannot be."""
         held = self._held.get(request.sequence)
         try:
             trie = None if request.choices is None else token_trie(request.choices)
@@ -142,17 +145,13 @@ class Sequences:
         self._held[request.sequence] = context
         limit = min(request.sampling.max_tokens, self._max_context - len(context))
         self._count += 1
-        reply = PendingReply(request, f"agentrl-{self._count}", context, trie, limit, self.stop_ids)
+        key = f"{self._prefix}-{self._count}"
+        reply = PendingReply(request, key, context, trie, limit, self.stop_ids, version)
         self._pending[request.sequence] = reply
         return reply
 
-    def end(self, reply: PendingReply, version: int) -> Generation:
-        """The finished reply, which its sequence holds from now on.
-
-        Args:
-            reply: that is done.
-            version: of the weights of now, for a reply of forced tokens only.
-        """
+    def end(self, reply: PendingReply) -> Generation:
+        """The finished reply, which its sequence holds from now on."""
         del self._pending[reply.request.sequence]
         reply.context.extend(reply.ids)
         return Generation(
@@ -162,20 +161,17 @@ class Sequences:
             tuple(reply.entropies),
             None if reply.request.choices is None else tuple(reply.allowed),
             reply.finish,
-            version if reply.version is None else reply.version,
+            *token_versions(reply.versions, len(reply.ids)),
         )
 
-    def fail(self, reply: PendingReply, error: str, version: int) -> Generation:
-        """The reply that did not come about."""
+    def fail(self, reply: PendingReply, error: str, *, lost: bool = False) -> Generation:
+        """The reply that did not come about; `lost` where the engine failed, whatever was asked."""
         del self._pending[reply.request.sequence]
-        return Generation(reply.request.sequence, policy_version=version, error=error)
+        return Generation(
+            reply.request.sequence, policy_version=reply.versions[-1][1], error=error, lost=lost
+        )
 
     def release(self, name: str) -> PendingReply | None:
         """Forget a sequence; also the reply it was waiting for."""
         self._held.pop(name, None)
         return self._pending.pop(name, None)
-
-    @property
-    def pending(self) -> tuple[PendingReply, ...]:
-        """Every reply in the making."""
-        return tuple(self._pending.values())

@@ -1,6 +1,34 @@
-"""The environments that the tests of `rollout` play in are played in here as well."""
+"""The environments that the tests of `rollout` play in are played in here as well; Ray is started once."""
 
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "rollout"))
+
+
+@pytest.fixture(scope="session")
+def ray_is_there() -> Iterator[None]:
+    """Ray on this machine; nothing of it is left at the end."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
+    from agentrl.scale.cluster import connected
+
+    before = children()
+    with connected(None):
+        yield
+    wait_for(lambda: children() <= before)
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not come to pass"
+        time.sleep(0.05)

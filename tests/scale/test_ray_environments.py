@@ -32,7 +32,6 @@ from agentrl.rollout.workers import EnvironmentLostError
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
 
 from agentrl.scale import ray_environments  # noqa: E402
-from agentrl.scale.cluster import connected  # noqa: E402
 from agentrl.scale.ray_environments import RayEnvironments  # noqa: E402
 
 ONE = WorkersConfig(count=1, construct_timeout=60, reset_timeout=30, step_timeout=30)
@@ -40,18 +39,13 @@ TWO = RayConfig(actors=2)
 TASKS = ["5", "1", "7", "3", "2", "6", "4", "8", "2", "3"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _ray_is_started_once() -> Iterator[None]:
-    before = children()
-    with connected(None):
-        yield
-    wait_for(lambda: children() <= before)
-
-
 @pytest.fixture(autouse=True)
-def _no_worker_is_left() -> Iterator[None]:
+def _no_worker_is_left(ray_is_there: None) -> Iterator[None]:
     yield
-    wait_for(lambda: not [pid for pid in children() if "agentrl.rollout.worker" in _command(pid)])
+    until = time.monotonic() + 60
+    while [pid for pid in children() if "agentrl.rollout.worker" in _command(pid)]:
+        assert time.monotonic() < until, "a worker outlives its actor"
+        time.sleep(0.05)
 
 
 def children() -> set[int]:
@@ -63,13 +57,6 @@ def _command(pid: int) -> list[str]:
         return psutil.Process(pid).cmdline()
     except psutil.Error:
         return []
-
-
-def wait_for(condition: Any, seconds: float = 60.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not come to pass"
-        time.sleep(0.05)
 
 
 def specs(tasks: Sequence[str]) -> list[EpisodeSpec]:
@@ -155,6 +142,7 @@ TROUBLES = [
 ]
 
 
+@pytest.mark.slow
 def test_troubles_abort_their_episodes_and_no_other() -> None:
     tasks = ["5", *(f"3 {trouble}" for trouble, _, _ in TROUBLES), "4", "2", "6"]
     quick = WorkersConfig(count=1, construct_timeout=60, reset_timeout=20, step_timeout=5)
@@ -170,11 +158,13 @@ def test_troubles_abort_their_episodes_and_no_other() -> None:
     assert environments.restarts == 5
 
 
+@pytest.mark.slow
 def test_an_environment_that_refuses_its_arguments_stops_the_run() -> None:
     with pytest.raises(ConfigError, match="'dors' is unknown"):
         played(["1"], RayEnvironments(partial(Unmakeable, "refuse"), 1, ONE, TWO))
 
 
+@pytest.mark.slow
 def test_workers_that_are_replaced_are_counted() -> None:
     config = WorkersConfig(count=1, recycle_episodes=1)
     environments = RayEnvironments(Corridor, 2, config, RayConfig(actors=1))
@@ -183,6 +173,7 @@ def test_workers_that_are_replaced_are_counted() -> None:
     assert environments.restarts == 0
 
 
+@pytest.mark.slow
 def test_snapshots_travel_and_are_restored() -> None:
     expected = grown(TREE, k=5, make=Shelves, player=RandomPlayer(), max_active=1)
     environments = RayEnvironments(Kept, 3, ONE, TWO)
@@ -191,6 +182,7 @@ def test_snapshots_travel_and_are_restored() -> None:
     assert found.branches["restored"] == 4
 
 
+@pytest.mark.slow
 def test_a_borrowed_environment_answers_as_if_it_were_here() -> None:
     with RayEnvironments(Corridor, 2, ONE, TWO) as environments:
         with environments.borrow() as env:
@@ -228,7 +220,7 @@ class Replying(CountingPlayer):
         return found
 
 
-@pytest.mark.parametrize("at_once", [32, 3, 1])
+@pytest.mark.parametrize("at_once", [32, *(pytest.param(few, marks=pytest.mark.slow) for few in (3, 1))])
 def test_32_episodes_need_one_message_for_ten_steps(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_environments, "_PATIENCE", math.inf)  # else it were a question of speed
     player = Replying(largest=at_once)
@@ -278,6 +270,7 @@ def test_episodes_of_an_actor_that_is_lost_are_played_again_and_nobody_is_blamed
     assert environments.restarts == 1
 
 
+@pytest.mark.slow
 def test_the_last_actor_is_replaced_as_often_as_was_allowed() -> None:
     environments = RayEnvironments(Corridor, 2, ONE, RayConfig(actors=1, max_restarts=1))
     lost = Killing(lambda: ray.kill(environments._hosts[0].actor))
@@ -291,6 +284,7 @@ def test_the_last_actor_is_replaced_as_often_as_was_allowed() -> None:
             collect(specs(["6"] * 2), lost, environments, max_active=2)
 
 
+@pytest.mark.slow
 def test_an_actor_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     environments = RayEnvironments(Corridor, 2, ONE, RayConfig(actors=1))
     monkeypatch.setattr(ray_environments, "_SILENCE", 2.0)
@@ -301,6 +295,7 @@ def test_an_actor_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch)
     assert {"no answer in 2 s" in str(failure.error) for failure in found.failures} == {True}
 
 
+@pytest.mark.slow
 def test_an_episode_learns_of_its_loss_when_it_asks_again() -> None:
     with RayEnvironments(Corridor, 2, ONE, RayConfig(actors=1)) as environments:
         environments.submit("e", Reset("5", 0))
@@ -319,9 +314,7 @@ def test_an_episode_learns_of_its_loss_when_it_asks_again() -> None:
 
 
 def test_more_than_the_cluster_has_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"actors is 2, each with rollout.ray.cpus=1000, wanted at most 0: the"
-    ):
+    with pytest.raises(ConfigError, match=r"actors is 2, each with 1000 CPUs, wanted at most 0: the cluster"):
         RayEnvironments(Corridor, 2, ONE, RayConfig(actors=2, cpus=1000))
 
 
@@ -335,6 +328,7 @@ class Absent:
         raise NotImplementedError
 
 
+@pytest.mark.slow
 def test_an_actor_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_environments, "_Actor", ray.remote(Absent))
     with pytest.raises(

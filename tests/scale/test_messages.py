@@ -1,0 +1,50 @@
+"""What is packed comes out as it went in, whatever of it is absent; tokens travel in arrays."""
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
+from agentrl.scale.messages import (
+    packed_generations,
+    packed_requests,
+    unpacked_generations,
+    unpacked_requests,
+)
+
+REQUESTS = [
+    GenerationRequest("a", (1, 2, 3), True, None, 2**60, SamplingParams(0.0, 7)),
+    GenerationRequest("b", (), False, ((4, 5), (6,)), 1, SamplingParams(), parent="a"),
+    GenerationRequest("c", (9,), False, (), 2, SamplingParams()),
+]
+GENERATIONS = [
+    Generation("a", (7, 8), (-0.1, -1e-9), (0.5, 0.25), ((7, 9), None), "length", 3, (2, 3)),
+    Generation("b", error="no room", policy_version=1),
+    Generation("c", (5,), (0.0,), (0.0,), None),
+    Generation("d", error="gone", lost=True),
+]
+
+
+def test_requests_come_out_as_they_went_in() -> None:
+    numbered = list(enumerate(REQUESTS, start=5))
+    assert unpacked_requests(packed_requests(numbered)) == numbered
+    assert unpacked_requests(packed_requests([])) == []
+
+
+def test_generations_come_out_as_they_went_in() -> None:
+    numbered = list(enumerate(GENERATIONS, start=5))
+    assert unpacked_generations(packed_generations(numbered)) == numbered
+
+
+@pytest.mark.parametrize(("kind", "sent"), [(GenerationRequest, REQUESTS), (Generation, GENERATIONS)])
+def test_every_field_is_among_what_is_sent(kind: Any, sent: Any) -> None:
+    for field in fields(kind):
+        assert any(getattr(each, field.name) != field.default for each in sent), field.name
+
+
+def test_tokens_of_all_lie_in_one_array() -> None:
+    _, (values, lengths), _ = packed_requests(list(enumerate(REQUESTS)))
+    assert isinstance(values, np.ndarray)
+    assert (values.tolist(), lengths.tolist()) == ([1, 2, 3, 9], [3, 0, 1])
