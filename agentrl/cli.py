@@ -255,10 +255,10 @@ def plan(
     nodes: Annotated[int, typer.Option(min=1, help="Machines that it will start them on.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Say what a run will take and what is missing, before anything starts; exit code 2 when something is.
+    """Say what a run will take and what is missing, before anything starts; exit code 1 when something is.
 
     - `agentrl plan configs/quickstart.yaml rollout.max_active=128`
-    - `agentrl plan configs/cluster.yaml --processes 16 --nodes 2 --json`
+    - `agentrl plan configs/cluster.yaml --nodes 2 --json`
     """
     import json
 
@@ -275,7 +275,7 @@ def plan(
         for line in found.missing or ("nothing is missing",):
             typer.secho(f"missing: {line}" if found.missing else line, fg="red" if found.missing else "green")
     if found.missing:
-        raise typer.Exit(2)
+        raise typer.Exit(1)
 
 
 @app.command("check-env")

@@ -1,8 +1,8 @@
 """What it costs to have environments behind Ray's actors, beside processes of this machine. It starts Ray.
 
 The first table is transport alone: environments that do nothing. The second shows what a second actor brings
-where a step waits 20 ms. With `--env`, random episodes of a real environment are played to their end in both
-places, by turns. CPU seconds are those of all processes, Ray's own included.
+where a step waits 20 ms. With `--env`, random episodes of a real environment are played to their end instead,
+in both places, by turns. CPU seconds are those of all processes, Ray's own included.
 """
 
 import argparse
@@ -138,9 +138,10 @@ def main() -> None:
     began = time.perf_counter()
     with connected(None):
         print(f"Ray has started in {time.perf_counter() - began:.1f} s")
-        transport(args.episodes, args.steps, args.pairs)
-        second_actor(args.pairs)
-        if args.env is not None:
+        if args.env is None:
+            transport(args.episodes, args.steps, args.pairs)
+            second_actor(args.pairs)
+        else:
             real(args.env, args.split, args.tasks, args.pairs)
 
 

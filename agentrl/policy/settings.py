@@ -72,6 +72,8 @@ class VllmConfig:
     def __post_init__(self) -> None:
         if self.url is not None and not re.fullmatch(r"https?://[^/\s]+:\d+/?", self.url):
             raise ConfigError(f'engine.vllm.url is {self.url!r}, wanted "http://host:port", or null')
+        if self.weights_folder is not None and self.url is None:
+            raise ConfigError("engine.vllm.weights_folder is for a server; wanted engine.vllm.url as well")
         if not 0 < self.gpu_memory_share < 1:
             raise ConfigError(
                 f"engine.vllm.gpu_memory_share is {self.gpu_memory_share}, wanted within (0, 1)"

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from agentrl.policy.attention import KVCache, cached_layout
 from agentrl.policy.engine import Generation, GenerationRequest, token_versions
 from agentrl.policy.model import context_limit, output_weight, packed_forward
+from agentrl.policy.requests import request_mistake
 from agentrl.policy.sampling import Array, Draws, draw
 from agentrl.policy.trie import ChoiceError, Edge, Node, TokenTrie, token_trie
 
@@ -117,7 +118,15 @@ class TorchEngine:
             trie = None if request.choices is None else token_trie(request.choices)
         except ChoiceError as mistake:
             error = str(mistake)
-        error = error or self._mistake(request, sequence, trie)
+        error = error or request_mistake(
+            request,
+            trie,
+            held=None if sequence is None else len(sequence.ids),
+            busy=sequence is not None and sequence.request is not None,
+            stop_ids=self.stop_ids,
+            vocabulary=self._vocabulary,
+            max_context=self.max_context,
+        )
         if error is not None:
             self._finished.append(Generation(request.sequence, policy_version=self._version, error=error))
             return
@@ -171,41 +180,6 @@ class TorchEngine:
 
     def close(self) -> None:
         """Nothing to give back: the model is its owner's."""
-
-    def _mistake(
-        self, request: GenerationRequest, sequence: _Sequence | None, trie: TokenTrie | None
-    ) -> str | None:
-        """What is wrong with a request, before anything is done for it."""
-        held = 0 if sequence is None or request.fresh else len(sequence.ids)
-        prompt = request.prompt_ids
-        if sequence is not None and sequence.request is not None:
-            return f"sequence {request.sequence!r} has a request in flight; wait for its generation"
-        if sequence is None and not request.fresh:
-            return f"sequence {request.sequence!r} is unknown or released; its first request must be fresh"
-        if held + len(prompt) == 0:
-            return f"sequence {request.sequence!r} is empty; wanted at least one prompt token"
-        if prompt and not (min(prompt) >= 0 and max(prompt) < self._vocabulary):
-            return f"prompt_ids hold an id outside the model's vocabulary of {self._vocabulary}"
-        if trie is not None:
-            if not trie.ends <= self.stop_ids:
-                return (
-                    f"a choice does not end in a stop id but in {min(trie.ends - self.stop_ids)}, "
-                    f"wanted one of {sorted(self.stop_ids)}"
-                )
-            if trie.smallest < 0 or trie.largest >= self._vocabulary:
-                return f"choices hold an id outside the model's vocabulary of {self._vocabulary}"
-        elif request.sampling.max_tokens < 1:
-            return f"max_tokens is {request.sampling.max_tokens}, wanted at least 1"
-        if request.sampling.temperature < 0:
-            return f"temperature is {request.sampling.temperature}, wanted 0 or more"
-        room = self.max_context - held - len(prompt)
-        needed = 1 if trie is None else trie.longest
-        if room < needed:
-            return (
-                f"context overflow: {held + len(prompt)} tokens and a reply of {needed} exceed "
-                f"max_context={self.max_context}"
-            )
-        return None
 
     def _start(self, sequence: _Sequence, request: GenerationRequest, trie: TokenTrie | None) -> None:
         sequence.ids.extend(request.prompt_ids)

@@ -1,13 +1,6 @@
 """What a run will take, and what it lacks on this machine, found out before anything of it is started."""
 
-import os
-import shutil
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -17,23 +10,41 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from agentrl.algorithms.algorithm import Algorithm, check_requirements
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.data.trajectory import Episode
 from agentrl.env.registry import check_id
-from agentrl.errors import AgentRLError, ConfigError
-from agentrl.learn.learner import provided
-from agentrl.policy.model import load_tokenizer, resolve_device
-from agentrl.policy.tokens import make_dialogue
+from agentrl.policy.model import resolve_device
 from agentrl.rollout.placement import settle
-from agentrl.run.footprint import checkpoint_bytes, context_length, held_bytes, skeleton, weight_bytes
+from agentrl.run import shortcomings
+from agentrl.run.footprint import (
+    checkpoint_bytes,
+    context_length,
+    generation_bytes,
+    held_bytes,
+    skeleton,
+    weight_bytes,
+)
 from agentrl.run.settings import RunConfig
-from agentrl.run.trial import EPISODES, LONGEST, Trial, check_expert, environment_factory, try_out
+from agentrl.run.shares import Shares
+from agentrl.run.trial import (
+    EPISODES,
+    LONGEST,
+    Trial,
+    as_tokens,
+    check_expert,
+    environment_factory,
+    stored_bytes,
+    try_out,
+)
 from agentrl.run.warm_start import cloning
+from agentrl.scale.engines import check_engine
 
-Section = Literal["processes", "memory", "GPU memory", "work", "disk", "time"]
+Section = Literal["processes", "work", "memory", "GPU memory", "GPU memory of an engine", "disk", "time"]
+SIZES: tuple[Section, ...] = ("memory", "GPU memory", "GPU memory of an engine", "disk")
 
 _CHECKPOINTS = 4  # the last two and the best, and the one that is being written
-_RENDEZVOUS = 29500  # torchrun's port unless told otherwise
-_KNOCK_TIMEOUT = 5.0  # seconds
+_RAY_BYTES = 400_000_000
+_ACTOR_BYTES = 55_000_000  # of one that holds environments, beside its workers
 
 
 @dataclass(frozen=True)
@@ -78,52 +89,55 @@ class Plan:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Ranks:
-    """The processes that learn: all of them, their machines, and those on one machine."""
-
-    all: int
-    nodes: int
-
-    @property
-    def here(self) -> int:
-        return self.all // self.nodes
-
-
 def plan(config: RunConfig, *, processes: int = 1, nodes: int = 1) -> Plan:
     """Find out what a run takes and lacks. One worker is started, played in, weighed and stopped.
 
+    A cluster whose address is given is asked what it has.
+
     Args:
         config: of the run.
-        processes: that learn, on all machines together, as torchrun starts them.
-        nodes: machines that they are on.
+        processes: that learn, on all machines together, as torchrun starts them; with `learner.launcher=ray`
+            the configuration says how many.
+        nodes: machines that they and all actors are dealt out to.
 
     Raises:
         ConfigError: when `processes` cannot be dealt out to `nodes`.
     """
-    if min(processes, nodes) < 1 or processes % nodes:
-        raise ConfigError(f"{processes} processes on {nodes} nodes: wanted as many on each, and at least one")
-    ranks = _Ranks(processes, nodes)
-    missing = [*_rank_mistakes(config, ranks), *_folder_mistakes(config), *_cluster_mistakes(config)]
-    algorithm, device = config.algorithm.build(), torch.device("cpu")
-    timed, trial = "not timed", None
-    with _noted(missing):
+    shares = Shares.of(config, processes, nodes)
+    missing = shortcomings.Missing()
+    missing.look(shortcomings.of_ranks(config, shares))
+    missing.look(shortcomings.of_folders(config))
+    missing.look(shortcomings.of_engine(config))
+    with missing.noted():
+        check_engine(config.engine, ranks=shares.ranks)
+    algorithm, timed, trial = config.algorithm.build(), "not timed", None
+    with missing.noted():
         config, timed = _settled(config)
         trial = try_out(config)
         check_expert(config)
-    with _noted(missing):
-        device = resolve_device(config.policy.device)
-    lines = [*_processes(config, ranks, timed), *_work(config, algorithm, trial)]
-    with _noted(missing):
-        lines += _policy_lines(config, algorithm, device, ranks)
-        _check_tokenizer(config)
-    with _noted(missing):
-        _check_algorithm(algorithm)
+    shares, device = replace(shares, config=config), _device(config, missing)
+    missing.look(shortcomings.of_cluster(config, shares, device))
+    with missing.noted():
+        shortcomings.check_algorithm(algorithm, config.engine)
+    lines = [*_processes(config, shares, timed), *_work(config, algorithm, trial)]
+    with missing.noted():
+        lines += _policy_lines(config, algorithm, device, shares)
+        lines += _engine_lines(config, device, shares)
     if trial is not None:
-        lines += _environment_lines(config, algorithm, trial, ranks)
+        lines += _environment_lines(config, shares, trial)
+        with missing.noted():
+            lines += _episode_lines(config, algorithm, trial)
+    if shares.ray:
+        lines.append(Line("memory", "Ray's own", _RAY_BYTES, "bytes", "as Ray 2.60 took when it was weighed"))
     lines.append(Line("time", "a step", None, "s", "unknown: replies and updates are timed as they happen"))
+    lines.sort(key=lambda line: _ORDER.index(line.section))
     found = Plan(tuple(lines))
-    return replace(found, missing=(*missing, *_shortages(found, config, device, ranks)))
+    totals = {str(section): int(found.total(section)) for section in SIZES}
+    missing.look(shortcomings.of_room(config, shares, device, totals))
+    return replace(found, missing=tuple(missing))
+
+
+_ORDER: tuple[Section, ...] = ("processes", "work", *SIZES, "time")
 
 
 def plan_table(found: Plan) -> Table:
@@ -133,7 +147,7 @@ def plan_table(found: Plan) -> Table:
     table.add_column(justify="right", no_wrap=True)
     table.add_column()
     for section in dict.fromkeys(line.section for line in found.lines):
-        total = decimal(int(found.total(section))) if section in ("memory", "GPU memory", "disk") else ""
+        total = decimal(int(found.total(section))) if section in SIZES else ""
         table.add_row(Text(section, style="bold"), Text(total, style="bold"), "in all" if total else "")
         for line in found.lines:
             if line.section == section:
@@ -148,105 +162,14 @@ def _shown(line: Line) -> str:
     return decimal(int(line.amount)) if line.unit == "bytes" else f"{line.amount:,.10g}"
 
 
-# What is there, and what is not.
-
-
-@contextmanager
-def _noted(missing: list[str]) -> Iterator[None]:
-    """What goes wrong in a foreseen way is one thing more that is missing."""
-    try:
-        yield
-    except (AgentRLError, OSError) as error:
-        missing.append(str(error))
-
-
-def _rank_mistakes(config: RunConfig, ranks: _Ranks) -> Iterator[str]:
-    if ranks.all == 1:
-        return
-    if config.learner.backend == "single":
-        yield f"learner.backend is single, wanted fsdp for {ranks.all} processes"
-    if config.rollout.groups_per_step % ranks.all:
-        yield (
-            f"rollout.groups_per_step is {config.rollout.groups_per_step}, wanted a multiple of the "
-            f"{ranks.all} processes"
-        )
-    port = int(os.environ.get("MASTER_PORT", _RENDEZVOUS))
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            yield f"torchrun --master-port: {port} cannot be had ({error.strerror}); choose another"
-
-
-def _folder_mistakes(config: RunConfig) -> Iterator[str]:
-    block = config.run
-    folder = Path(block.folder)
-    if block.name is not None and (folder / block.name).exists():
-        yield f"run.name is {block.name!r}, but {folder / block.name} exists; resume it or choose another"
-    there = _existing(folder)
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        yield f"run.folder is {block.folder!r}, which cannot hold runs: {there} is no folder to write to"
-
-
-def _cluster_mistakes(config: RunConfig) -> Iterator[str]:
-    if config.rollout.backend != "ray":
-        return
-    block = config.rollout.ray
-    if find_spec("ray") is None:
-        yield "rollout.backend=ray needs Ray: pip install 'agentrl[ray]'"
-    if block.address is None:
-        wanted, there = (block.actors or 1) * block.cpus, os.cpu_count() or 1
-        if wanted > there:
-            yield f"rollout.ray: actors x cpus is {wanted:g}, wanted at most the {there} of this machine"
-    elif block.address != "auto":
-        host, _, port = block.address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), _KNOCK_TIMEOUT).close()
-        except OSError as error:
-            yield f"rollout.ray.address: nothing answers at {block.address} ({error})"
-
-
-def _existing(folder: Path) -> Path:
-    """The folder itself, or the nearest above it that exists."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-
-
-def _check_tokenizer(config: RunConfig) -> None:
-    block = config.policy
-    if block.path is not None:
-        make_dialogue(
-            load_tokenizer(block.path), reply=block.reply, max_observation_tokens=block.max_observation_tokens
-        )
-
-
-def _check_algorithm(algorithm: Algorithm) -> None:
-    """Refuse one that requires what no learner provides."""
-    wanted = algorithm.requires
-    check_requirements(algorithm, provided(reference="reference" in wanted, critic="values" in wanted))
-
-
-def _shortages(found: Plan, config: RunConfig, device: torch.device, ranks: _Ranks) -> Iterator[str]:
-    """What there is too little of."""
-    if device.type == "cuda":
-        there = torch.cuda.device_count()
-        if ranks.here > there:
-            yield f"GPUs: {ranks.here} wanted on this machine, one for each process, and {there} found"
-        free = min(torch.cuda.mem_get_info(index)[0] for index in range(there))
-        yield from _shortage(found, "GPU memory", free, "lower learner.micro_batch_tokens")
-    memory = psutil.virtual_memory().available
-    yield from _shortage(found, "memory", memory, "lower rollout.max_active")
-    disk = shutil.disk_usage(_existing(Path(config.run.folder))).free
-    yield from _shortage(found, "disk", disk, "make room where run.folder is")
-
-
-def _shortage(found: Plan, section: Section, there: int, remedy: str) -> Iterator[str]:
-    wanted = int(found.total(section))
-    if wanted > there:
-        yield f"{section}: at most {decimal(wanted)} wanted, {decimal(there)} free; {remedy}"
-
-
-# What is taken.
+def _device(config: RunConfig, missing: shortcomings.Missing) -> torch.device:
+    """What the policy computes on; where this machine does not have it, what was asked for."""
+    name = config.policy.device
+    elsewhere = config.learner.launcher == "ray" and config.rollout.ray.address is not None
+    if not elsewhere or name == "auto":
+        with missing.noted():
+            return resolve_device(name)
+    return torch.device(name)
 
 
 def _settled(config: RunConfig) -> tuple[RunConfig, str]:
@@ -258,96 +181,56 @@ def _settled(config: RunConfig) -> tuple[RunConfig, str]:
     return replace(config, rollout=rollout), measured or given
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Where the environments on this machine are: in processes, those of Ray actors as well, or in none."""
-
-    actors: int
-    workers: int
-    environments: int
-
-
-def _places(config: RunConfig, ranks: _Ranks) -> _Places:
-    """Those of training and, beside them, those of the panel, of every process that learns."""
-    block, sets = config.rollout, 2 * ranks.here
-    if block.placement != "process":
-        return _Places(0, 0, sets * block.max_active)
-    share, actors = block.max_active, 0
-    if block.backend == "ray":
-        each = block.ray.actors or ranks.nodes
-        share, actors = -(-share // each), -(-2 * ranks.all * each // ranks.nodes)
-        sets = actors
-    workers = min(block.workers.count or os.cpu_count() or 1, share)
-    held = min(share, workers * (block.workers.environments or -(-share // workers)))
-    return _Places(actors, sets * workers, sets * held)
-
-
-def _processes(config: RunConfig, ranks: _Ranks, timed: str) -> list[Line]:
-    places = _places(config, ranks)
+def _processes(config: RunConfig, shares: Shares, timed: str) -> list[Line]:
     lines = [
-        Line("processes", "trainer", ranks.here, "processes", f"learner.backend={config.learner.backend}"),
-        Line("processes", "environment workers", places.workers, "processes", timed),
+        ("trainer", shares.trainers, f"learner.backend={config.learner.backend}, of {shares.ranks} in all"),
+        ("environment workers", shares.workers, timed),
+        ("environment actors", shares.environment_actors, "of all that learn, for training and the panel"),
+        ("engine actors", shares.engine_actors, "of all that learn"),
     ]
-    if config.rollout.backend == "ray":
-        lines += [
-            Line("processes", "Ray actors", places.actors, "processes", "of all that learn, dealt out"),
-            Line("processes", "Ray's own", None, "processes", "unknown: it starts about ten on a machine"),
-        ]
-    return lines
-
-
-def _environment_lines(config: RunConfig, algorithm: Algorithm, trial: Trial, ranks: _Ranks) -> list[Line]:
-    """What its environments hold, and what their episodes leave on disk."""
-    places = _places(config, ranks)
-    workers = places.workers or 2 * ranks.here
-    size = workers * trial.worker + (places.environments - workers) * trial.environment
-    stored = _stored_episodes(config, algorithm, trial)
-    weighed = (
-        f"measured: a worker with one {decimal(trial.worker)}, one more {decimal(trial.environment)}; "
-        f"{places.environments} of training and of the panel"
-    )
-    written = (
-        f"{stored:,} of {decimal(trial.stored)}, measured: the text of random play; "
-        "unknown: the tokens of a policy's replies"
-    )
-    return [
-        Line("memory", "environments", size, "bytes", weighed),
-        Line("disk", "episodes", stored * trial.stored, "bytes", written),
+    found = [
+        Line("processes", what, count, "processes", how)
+        for what, count, how in lines
+        if count or not what.endswith("actors")
     ]
+    if shares.ray:
+        found.append(Line("processes", "Ray's own", None, "processes", "unknown: about ten on a machine"))
+    return found
 
 
 def _work(config: RunConfig, algorithm: Algorithm, trial: Trial | None) -> list[Line]:
-    rollout, steps, warm = config.rollout, config.trainer.steps, config.warm_start
+    rollout, trainer, warm = config.rollout, config.trainer, config.warm_start
     per_step, rounds = _episodes_per_step(config, algorithm), algorithm.rollout.rounds
     often = f", at most {rounds} times" if rounds > 1 else ""
     each = f"{rollout.groups_per_step} tasks x {per_step // rollout.groups_per_step}{often}"
-    updates = config.learner.updates_per_step
+    steps, updates = trainer.steps, config.learner.updates_per_step
     lines = [
         Line("work", "episodes of a step", per_step, "episodes", each),
         Line("work", "episodes of training", steps * per_step, "episodes", f"{steps:,} steps{often}"),
         Line("work", "optimiser steps", steps * updates, "steps", f"{updates} in each step"),
-        Line("work", "cloning steps", warm.steps, "steps", f"{warm.batch_size} demonstrations in each"),
     ]
+    if trainer.mode == "async":
+        ahead = f"at most, of {trainer.max_staleness} steps: trainer.max_staleness"
+        lines.append(Line("work", "episodes ahead", trainer.max_staleness * per_step, "episodes", ahead))
+    if warm.steps:
+        lines.append(
+            Line("work", "cloning steps", warm.steps, "steps", f"{warm.batch_size} demonstrations in each")
+        )
     if trial is not None:
         plays, checks = _evaluation_episodes(config, trial)
         panel = f"{trial.panel} tasks x {config.evaluation.repeats} for each policy and decoding"
-        random = f"measured: {EPISODES} random episodes of at most {LONGEST} turns"
+        random = f"measured: {EPISODES} random episodes"
+        cut = f", of which some would go on after {LONGEST}" if trial.cut else ""
         lines += [
             Line("work", "episodes of evaluation", plays + checks, "episodes", panel),
             Line("work", "tasks to train on", trial.tasks, "tasks", f"env.split={config.env.split}"),
-            Line("work", "turns of an episode", trial.turns, "turns", random),
+            Line("work", "turns of an episode", trial.turns, "turns", random + cut),
         ]
     return lines
 
 
 def _episodes_per_step(config: RunConfig, algorithm: Algorithm) -> int:
     return config.rollout.groups_per_step * (algorithm.rollout.episodes or config.rollout.group_size)
-
-
-def _stored_episodes(config: RunConfig, algorithm: Algorithm, trial: Trial) -> int:
-    every = config.trainer.save_episodes_every
-    steps = config.trainer.steps // every if every else 0
-    return steps * _episodes_per_step(config, algorithm) + _evaluation_episodes(config, trial)[0]
 
 
 def _evaluation_episodes(config: RunConfig, trial: Trial) -> tuple[int, int]:
@@ -361,27 +244,120 @@ def _evaluation_episodes(config: RunConfig, trial: Trial) -> tuple[int, int]:
     return decodings * trial.panel * block.repeats, checks
 
 
-def _policy_lines(config: RunConfig, algorithm: Algorithm, device: torch.device, ranks: _Ranks) -> list[Line]:
-    """What the policy and its learner hold and leave on disk, and how many tokens they see."""
+def _policy_lines(
+    config: RunConfig, algorithm: Algorithm, device: torch.device, shares: Shares
+) -> list[Line]:
+    """What the policy and its learner hold and leave on disk."""
     stages = [(algorithm, config.learner)]
     if config.warm_start.steps:
         stages.append((cloning(), config.warm_start.learner))
     # One stage ends before the other begins.
     held = max(
-        (held_bytes(config, *stage, ranks.all) for stage in stages),
+        (held_bytes(config, *stage, shares.ranks) for stage in stages),
         key=lambda found: sum(size for size, _ in found.values()),
     )
-    here: Section = "GPU memory" if device.type == "cuda" else "memory"
-    copies = ranks.here if here == "memory" else 1
-    program = psutil.Process().memory_info().rss * ranks.here
+    here, copies = _device_section(device, shares)
+    program = _program_bytes() * shares.trainers
+    policy = weight_bytes(skeleton(config.policy))
     checkpoint = max(checkpoint_bytes(config, *stage) for stage in stages)
-    model = skeleton(config.policy)
-    context = context_length(config, model)
-    seen = _episodes_per_step(config, algorithm) * context
     return [
-        Line("work", "tokens of a step", seen, "tokens", f"at most: {context:,} of an episode"),
         Line("memory", "program", program, "bytes", "measured: this one, which has loaded the same"),
         *(Line(here, what, size * copies, "bytes", how) for what, (size, how) in held.items()),
         Line("disk", "checkpoints", _CHECKPOINTS * checkpoint, "bytes", f"{_CHECKPOINTS} at a time"),
-        Line("disk", "trained policy", weight_bytes(model), "bytes", "a Hugging Face folder"),
+        Line("disk", "trained policy", policy, "bytes", "a Hugging Face folder"),
     ]
+
+
+def _engine_lines(config: RunConfig, device: torch.device, shares: Shares) -> list[Line]:
+    """What generates holds beside the weights that it reads."""
+    engine, weights = config.engine, weight_bytes(skeleton(config.policy))
+    if engine.name == "vllm" and engine.vllm.url is not None:
+        return []  # the server's own affair
+    lines: list[Line] = []
+    here, copies = _device_section(device, shares)
+    if engine.actors is not None:
+        actors, program = shares.engine_actors, _program_bytes()
+        here, copies = ("GPU memory of an engine", 1) if engine.actor_gpus else ("memory", actors)
+        sent = "weights on their way, two versions of every process"
+        lines = [
+            Line("memory", "engine actors", program * actors, "bytes", f"{actors} like this program"),
+            Line("memory", "Ray's objects", 2 * weights * shares.ranks, "bytes", sent),
+        ]
+        # vLLM's own copy is made from one in the memory of its actor.
+        own = "a copy in each"
+        if engine.name == "vllm":
+            lines.append(Line("memory", "weights of actors", weights * actors, "bytes", own))
+        else:
+            lines.append(Line(here, "weights of actors", weights * copies, "bytes", own))
+    if engine.name == "vllm":
+        return [*lines, *_vllm_lines(config, here, copies, weights)]
+    active = -(-config.rollout.max_active // (engine.actors or 1))
+    size, how = generation_bytes(config, active)
+    return [*lines, Line(here, "keys and values", size * copies, "bytes", how)]
+
+
+def _vllm_lines(config: RunConfig, here: Section, copies: int, weights: int) -> list[Line]:
+    """Of vLLM: its copy of the weights, and its cache."""
+    block = config.engine.vllm
+    if here == "memory":
+        cache = int(block.cpu_cache_gib * 2**30)
+        how = f"engine.vllm.cpu_cache_gib={block.cpu_cache_gib:g}"
+        return [
+            Line(here, "weights in vLLM", weights * copies, "bytes", "a copy of its own"),
+            Line(here, "keys and values", cache * copies, "bytes", how),
+        ]
+    share, apart = block.gpu_memory_share, weights // block.tensor_parallel_size
+    how = f"engine.vllm.gpu_memory_share={share:g} of a GPU: {decimal(apart)} of weights, the rest is cache"
+    total = torch.cuda.mem_get_info(0)[1] if torch.cuda.is_available() else None
+    return [Line(here, "vLLM", None if total is None else share * total, "bytes", how)]
+
+
+def _program_bytes() -> int:
+    found: int = psutil.Process().memory_info().rss
+    return found
+
+
+def _device_section(device: torch.device, shares: Shares) -> tuple[Section, int]:
+    """Where a process that learns holds its tensors, and how many do in the same place."""
+    return ("GPU memory", 1) if device.type == "cuda" else ("memory", shares.trainers)
+
+
+def _environment_lines(config: RunConfig, shares: Shares, trial: Trial) -> list[Line]:
+    """What environments hold."""
+    holders = shares.workers or shares.trainers
+    size = holders * trial.worker + (shares.environments - holders) * trial.environment
+    weighed = (
+        f"measured: a worker with one {decimal(trial.worker)}, one more {decimal(trial.environment)}; "
+        f"{shares.environments} of training and of the panel"
+    )
+    lines = [Line("memory", "environments", size, "bytes", weighed)]
+    if count := shares.environment_actors:
+        how = f"{count} of {decimal(_ACTOR_BYTES)}, as they took when they were weighed"
+        lines.append(Line("memory", "environment actors", count * _ACTOR_BYTES, "bytes", how))
+    return lines
+
+
+def _episode_lines(config: RunConfig, algorithm: Algorithm, trial: Trial) -> list[Line]:
+    """The tokens of episodes, and what they leave on disk."""
+    context, per_step = context_length(config, skeleton(config.policy)), _episodes_per_step(config, algorithm)
+    played = as_tokens(config, trial.episodes, context)
+    tokens = _tokens(played)
+    replies = (
+        "" if config.rollout.constrained else f", replies of engine.max_tokens={config.engine.max_tokens}"
+    )
+    every = config.trainer.save_episodes_every
+    stored = (config.trainer.steps // every if every else 0) * per_step
+    stored += _evaluation_episodes(config, trial)[0]
+    size = stored_bytes(played)
+    seen = f"{tokens:,.0f} of an episode as random play has it{replies}; at most {per_step * context:,}"
+    written = f"{stored:,} of {decimal(size)}, measured: random play with made-up numbers of its tokens"
+    return [
+        Line("work", "tokens of a step", round(tokens * per_step), "tokens", seen),
+        Line("disk", "episodes", stored * size, "bytes", written),
+    ]
+
+
+def _tokens(episodes: list[Episode]) -> float:
+    """Of an episode, on average."""
+    lengths = [len(turn.prompt_ids) + len(turn.action_ids) for episode in episodes for turn in episode.turns]
+    return sum(lengths) / len(episodes)

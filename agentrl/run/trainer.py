@@ -36,6 +36,7 @@ from agentrl.run.checkpoint import (
 from agentrl.run.clocks import Clocks
 from agentrl.run.evaluate import configured_panel
 from agentrl.run.folder import Run, create_run, open_run, with_overrides, write_atomic
+from agentrl.run.footprint import skeleton
 from agentrl.run.interruption import Interruption, RunInterrupted
 from agentrl.run.logbook import Logbook, Row
 from agentrl.run.measurements import Measurements
@@ -147,12 +148,15 @@ class Trainer:
         """Ask the environment for its tasks, and have a folder and a policy."""
         config = self.config
         given = self.ranks.agreed(self._look_around)
+        self._check_adapters()
         folder = self.ranks.by_first(lambda: (active or create_run(config, placement=self.settled)).folder)
         self.active = Run(folder, config)
         self.policy = given or self._own_policy(folder / "tokenizer")
-        for learner in (config.warm_start.learner, config.learner):
+
+    def _check_adapters(self) -> None:
+        for learner in (self.config.warm_start.learner, self.config.learner):
             if learner.lora is not None:
-                check_adapters(self.policy.model, learner.lora)
+                check_adapters(skeleton(self.config.policy), learner.lora)
 
     def _look_around(self) -> Policy | None:
         config = self.config

@@ -140,7 +140,8 @@ def _in_tokens(
         if length > context:
             return
         history.append((turn.observation, reply))
-        numbers = tuple(draw.random() for _ in reply)
+        # Of a choice, all but the first token is often forced.
+        numbers = tuple(draw.random() if free or not place else 0.0 for place in range(len(reply)))
         yield replace(
             turn, prompt_ids=prompt.ids, action_ids=reply, logprobs=numbers, entropies=numbers[::-1]
         )

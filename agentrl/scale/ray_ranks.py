@@ -109,7 +109,13 @@ class RankHost:
                 return None, error
 
 
-_Rank = ray.remote(RankHost)
+def terminate(process: int) -> None:
+    """Ask a process of this machine to stop."""
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGTERM)
+
+
+_Rank, _terminate = ray.remote(RankHost), ray.remote(terminate)
 
 
 @dataclass(frozen=True)
@@ -125,13 +131,7 @@ class _Placed:
     def interrupt(self) -> None:
         """Ask it to stop. Ray's workers have SIGINT blocked."""
         there = NodeAffinitySchedulingStrategy(self.machine, soft=False)
-        _terminate.options(scheduling_strategy=there).remote(self.process)
-
-
-@ray.remote(num_cpus=0)
-def _terminate(process: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(process, signal.SIGTERM)
+        _terminate.options(num_cpus=0, scheduling_strategy=there).remote(self.process)
 
 
 def _placed(actors: Sequence[Any]) -> list[_Placed]:

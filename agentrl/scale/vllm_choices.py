@@ -15,6 +15,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from agentrl.scale.vllm_decisions import Decisions, Row, row
+from agentrl.scale.vllm_weights import shape_of
 
 
 class TokenTrieProcessor(LogitsProcessor):  # type: ignore[misc]
@@ -52,12 +53,11 @@ class PolicyWorker:
     model_runner: Any
     model_config: Any
 
-    def take_entropies(self) -> dict[str, list[tuple[int, float]]]:
+    def take_entropies(self, keys: list[str]) -> dict[str, list[tuple[int, float]]]:
         """See `Decisions.take`; empty on workers that do not sample."""
         found: dict[str, list[tuple[int, float]]] = {}
-        for processor in self.model_runner.input_batch.logitsprocs.all:
-            if isinstance(processor, TokenTrieProcessor):
-                found |= processor.decisions.take()
+        for processor in self._processors():
+            found |= processor.decisions.take(keys)
         return found
 
     def renew_head(self) -> None:
@@ -71,11 +71,15 @@ class PolicyWorker:
                 module.quant_method.process_weights_after_loading(module)
 
     def describe_policy(self) -> dict[str, Any]:
-        """The architecture that is served, and how logprobs are made."""
-        kinds = [type(processor).__name__ for processor in self.model_runner.input_batch.logitsprocs.all]
+        """What is served, and how its logprobs are made."""
         return {
-            "architecture": self.model_config.hf_text_config.to_dict(),
+            "shape": dict(shape_of(self.model_config.hf_text_config)),
+            "dtype": str(self.model_config.dtype).removeprefix("torch."),
             "logprobs_mode": self.model_config.logprobs_mode,
             "max_context": self.model_config.max_model_len,
-            "masks": TokenTrieProcessor.__name__ in kinds,
+            "masks": bool(self._processors()),
         }
+
+    def _processors(self) -> list[TokenTrieProcessor]:
+        found = self.model_runner.input_batch.logitsprocs.all
+        return [processor for processor in found if isinstance(processor, TokenTrieProcessor)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,8 @@ class Decisions:
 
     def __init__(self) -> None:
         self.rows: dict[int, Row] = {}
-        self._noted: list[tuple[list[tuple[str, int]], Tensor]] = []
+        self._noted: list[tuple[list[tuple[str, int]], Tensor]] = []  # not yet waited for
+        self._entropies: dict[str, list[tuple[int, float]]] = {}
 
     def apply(self, logits: Tensor) -> Tensor:
         """Mask what is not allowed in logits [R, V], in place, and note entropies under the sampling."""
@@ -82,14 +83,13 @@ class Decisions:
             self._mask(logits, menus)
         return logits
 
-    def take(self) -> dict[str, list[tuple[int, float]]]:
-        """Entropies in nats since the last call: by key, of the token at each place of the reply."""
-        found: dict[str, list[tuple[int, float]]] = {}
+    def take(self, keys: Collection[str]) -> dict[str, list[tuple[int, float]]]:
+        """What was noted for some keys since the last call: places in the reply, with entropies in nats."""
         for names, entropies in self._noted:
             for (key, place), entropy in zip(names, entropies.tolist(), strict=True):
-                found.setdefault(key, []).append((place, entropy))
+                self._entropies.setdefault(key, []).append((place, entropy))
         self._noted.clear()
-        return found
+        return {key: self._entropies.pop(key) for key in keys if key in self._entropies}
 
     def _mask(self, logits: Tensor, menus: Mapping[int, tuple[int, ...]]) -> None:
         width = max(map(len, menus.values()))

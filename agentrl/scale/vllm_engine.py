@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,8 +21,8 @@ from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.engine import Generation, GenerationRequest
 from agentrl.policy.model import context_limit, output_weight
 from agentrl.policy.settings import VllmConfig
-from agentrl.scale.vllm_decisions import REQUEST
-from agentrl.scale.vllm_replies import PendingReply, Sequences
+from agentrl.scale.vllm_replies import PendingReply, Sequences, sampling_arguments
+from agentrl.scale.vllm_weights import named_weights, write_architecture
 
 # Read by vLLM as it is imported; what the user has set stays.
 for _name, _value in {
@@ -32,6 +35,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
 from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 
@@ -84,6 +88,7 @@ class VllmEngine:
             stop_ids=stop_ids, vocabulary=output_weight(model).shape[0], max_context=self.max_context
         )
         self._running: dict[str, PendingReply] = {}
+        self._left: list[str] = []  # keys that entropies may be noted under for nobody
         self._finished: list[Generation] = []
         self._version = 0
         self._made_group = not dist.is_initialized()
@@ -91,7 +96,8 @@ class VllmEngine:
         write_architecture(model, Path(self._folder.name))
         self._llm: Any = None
         try:
-            self._start()
+            with _own_generators():
+                self._start()
         except Exception as error:
             self.close()
             raise ConfigError(
@@ -129,6 +135,7 @@ class VllmEngine:
         reply = self._sequences.release(sequence)
         if reply is not None and self._running.pop(reply.key, None) is not None:
             self._llm.abort_request([reply.key])
+            self._left.append(reply.key)
 
     def refresh(self, version: int) -> None:
         """Write the model's weights of now into vLLM; what the old ones left in its cache is made anew.
@@ -153,8 +160,7 @@ class VllmEngine:
         self._folder.cleanup()
 
     def _start(self) -> None:
-        cpu = output_weight(self.model).device.type == "cpu"
-        config = self._config
+        cpu, config = current_platform.is_cpu(), self._config
         self._llm = LLMEngine.from_engine_args(
             EngineArgs(
                 model=self._folder.name,
@@ -195,8 +201,10 @@ class VllmEngine:
 
     def _advance(self) -> None:
         outputs = self._llm.step()
+        keys = [*self._running, *self._left]
+        self._left.clear()
         found: dict[str, list[tuple[int, float]]] = {}
-        for each in self._llm.collective_rpc("take_entropies"):
+        for each in self._llm.collective_rpc("take_entropies", args=(keys,)):
             found |= each
         ended = []
         for output in outputs:
@@ -224,9 +232,7 @@ class VllmEngine:
     def _end(self, reply: PendingReply, error: str | None = None, *, lost: bool = False) -> None:
         self._running.pop(reply.key, None)
         self._finished.append(
-            self._sequences.end(reply)
-            if error is None
-            else self._sequences.fail(reply, error, lost=lost)
+            self._sequences.end(reply) if error is None else self._sequences.fail(reply, error, lost=lost)
         )
 
     def _fail(self, error: Exception) -> None:
@@ -243,7 +249,8 @@ class VllmEngine:
             self.restarts += 1
             self._shut_down()
             try:
-                self._start()
+                with _own_generators():
+                    self._start()
                 return
             except Exception as again:
                 why, error = f"{type(again).__name__}: {again}", again
@@ -257,32 +264,13 @@ class VllmEngine:
         gc.collect()  # its parts refer to each other, and hold the cache's memory
 
 
-def sampling_arguments(reply: PendingReply) -> dict[str, Any]:
-    """How vLLM shall sample a reply: its `SamplingParams`, as data."""
-    request = reply.request
-    own: dict[str, Any] = {"key": reply.key}
-    if request.choices is not None:
-        start = len(reply.prompt) - len(reply.context)  # what all begin with is in the prompt
-        own["choices"] = [choice[start:] for choice in request.choices]
-    return {
-        "temperature": request.sampling.temperature,
-        "max_tokens": reply.max_tokens,
-        "seed": request.seed,
-        "stop_token_ids": sorted(reply.stop_ids),
-        "ignore_eos": True,
-        "detokenize": False,
-        "logprobs": 0,
-        "extra_args": {REQUEST: own},
-    }
-
-
-def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The weights by the names that their files have; tied ones once."""
-    for name, weight in cast(torch.nn.Module, model).named_parameters():
-        yield name, weight.detach()
-
-
-def write_architecture(model: PreTrainedModel, folder: Path) -> None:
-    """Write the config.json that vLLM builds a model from."""
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
+@contextmanager
+def _own_generators() -> Iterator[None]:
+    """Keep the global generators as they are: vLLM seeds them all."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)

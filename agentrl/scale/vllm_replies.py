@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 from uuid import uuid4
 
 from agentrl.policy.engine import Generation, GenerationRequest, token_versions
 from agentrl.policy.requests import request_mistake
 from agentrl.policy.trie import ChoiceError, Node, TokenTrie, token_trie
+from agentrl.scale.vllm_decisions import REQUEST
 
 NOT_FINITE = "the model's logits are not finite: its weights hold nan or inf"
 
@@ -130,7 +132,7 @@ class Sequences:
             trie = None if request.choices is None else token_trie(request.choices)
         except ChoiceError as mistake:
             return str(mistake)
-        mistake_found = request_mistake(
+        wrong = request_mistake(
             request,
             trie,
             held=None if held is None else len(held),
@@ -139,8 +141,8 @@ class Sequences:
             vocabulary=self._vocabulary,
             max_context=self._max_context,
         )
-        if mistake_found is not None:
-            return mistake_found
+        if wrong is not None:
+            return wrong
         context = [*(() if held is None or request.fresh else held), *request.prompt_ids]
         self._held[request.sequence] = context
         limit = min(request.sampling.max_tokens, self._max_context - len(context))
@@ -175,3 +177,22 @@ class Sequences:
         """Forget a sequence; also the reply it was waiting for."""
         self._held.pop(name, None)
         return self._pending.pop(name, None)
+
+
+def sampling_arguments(reply: PendingReply) -> dict[str, Any]:
+    """How vLLM shall sample a reply: its `SamplingParams`, as data."""
+    request = reply.request
+    own: dict[str, Any] = {"key": reply.key}
+    if request.choices is not None:
+        start = len(reply.prompt) - len(reply.context)  # what all begin with is in the prompt
+        own["choices"] = [choice[start:] for choice in request.choices]
+    return {
+        "temperature": request.sampling.temperature,
+        "max_tokens": reply.max_tokens,
+        "seed": request.seed,
+        "stop_token_ids": sorted(reply.stop_ids),
+        "ignore_eos": True,
+        "detokenize": False,
+        "logprobs": 0,
+        "extra_args": {REQUEST: own},
+    }

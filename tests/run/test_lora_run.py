@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from test_fsdp_run import TINY
 
 import agentrl
+from agentrl.errors import ConfigError
 
 ADAPTED = ("learner.lora.rank=2", "learner.lora.targets=[q_proj]")
 
@@ -15,6 +16,13 @@ ADAPTED = ("learner.lora.rank=2", "learner.lora.targets=[q_proj]")
 def trained(folder: Path, *more: str) -> dict[str, object]:
     config = agentrl.load_config("quickstart.yaml", *TINY, f"run.folder={folder}", "run.name=tiny", *more)
     return load_file(agentrl.train(config, quiet=True).model / "model.safetensors")
+
+
+def test_a_target_that_the_policy_lacks_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    with pytest.raises(ConfigError, match="targets is qproj, wanted some of the policy's linear maps: down_"):
+        trained(tmp_path, "learner.lora.targets=[qproj]")
+    assert not list(tmp_path.iterdir())
 
 
 def test_training_changes_what_is_adapted_and_can_be_resumed(tmp_path: Path) -> None:

@@ -11,6 +11,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "rollout"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the tests that Ray is started for come last: others start their own, or want none."""
+    items.sort(key=lambda item: "ray_is_there" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def ray_is_there() -> Iterator[None]:
     """Ray on this machine; nothing of it is left at the end."""

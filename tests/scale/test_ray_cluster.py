@@ -17,20 +17,12 @@ import pytest
 
 from agentrl.errors import ConfigError
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
 
-from agentrl.scale import cluster  # noqa: E402
-from agentrl.scale.cluster import connected  # noqa: E402
-
-
-@pytest.fixture
-def unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever other tests are connected to."""
-    monkeypatch.setattr(cluster, "_connection", cluster._Connection())
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+from agentrl.scale.cluster import connected
 
 
-def test_an_address_where_nobody_listens_is_refused_at_once(unconnected: None) -> None:
+def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -38,7 +30,7 @@ def test_an_address_where_nobody_listens_is_refused_at_once(unconnected: None) -
             pass
 
 
-def test_an_address_where_somebody_else_listens_is_refused_at_once(unconnected: None) -> None:
+def test_an_address_where_somebody_else_listens_is_refused_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
 
@@ -55,17 +47,11 @@ def test_an_address_where_somebody_else_listens_is_refused_at_once(unconnected: 
             pass
 
 
-@pytest.mark.slow
-def test_auto_without_a_cluster_is_refused(tmp_path: Path) -> None:
-    code = "from agentrl.scale.cluster import connected\nwith connected('auto'): pass"
-    answer = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "RAY_TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert "ConfigError: rollout.ray.address: no Ray cluster at auto" in answer.stderr
+@pytest.mark.slow  # and fails where somebody else has started Ray
+def test_auto_without_a_cluster_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(ConfigError, match="no Ray cluster at auto"), connected("auto"):
+        pass
 
 
 OPENING = f"""
@@ -195,20 +181,20 @@ def test_a_machine_that_is_lost_takes_its_episodes_and_the_others_play_them_agai
 
     specs = [EpisodeSpec(f"e{number}", "test/Corridor-v0", "8", number) for number in range(24)]
     expected = by_id(collect(specs, CountingPlayer(), EnvironmentPool(Shelves), max_active=6).episodes)
-    machine_room = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
-        machines = [machine_room.add_node(num_cpus=2), machine_room.add_node(num_cpus=2)]
+        machines = [cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=2)]
 
         class Losing(CountingPlayer):
             def poll(self) -> Any:
                 if len(self.rounds) == 3:
                     actors = [each for each in psutil.process_iter() if "EnvironmentHost" in each.name()]
-                    machine_room.remove_node(machines.pop(), allow_graceful=False)
+                    cluster.remove_node(machines.pop(), allow_graceful=False)
                     while all(each.is_running() for each in actors):  # an actor outlives its machine's head
                         time.sleep(0.05)
                 return super().poll()
 
-        config = RayConfig(address=machine_room.address)
+        config = RayConfig(address=cluster.address)
         with RayEnvironments(Corridor, 6, WorkersConfig(count=1), config) as environments:
             assert len(environments._hosts) == 2  # none on the head, which has no CPU to offer
             found = collect(specs, Losing(), environments, max_active=6)
@@ -217,4 +203,4 @@ def test_a_machine_that_is_lost_takes_its_episodes_and_the_others_play_them_agai
         assert all("was lost" in str(failure.error) for failure in found.failures)
         assert environments.restarts >= 1
     finally:
-        machine_room.shutdown()
+        cluster.shutdown()

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -31,23 +32,28 @@ from agentrl.scale.ray_engines import RayEngines  # noqa: E402
 LIMITS: dict[str, Any] = {"max_context": 256, "max_sequences": 64}
 
 
+TEXTS = ["5 shelves", "go on: 4 left", "take mug: 3 left", "take pen: 2 left"]
+
+
+@cache
+def tokenizer() -> Any:
+    return fit_tokenizer(TEXTS * 4, 320)
+
+
 @pytest.fixture(scope="module")
 def dialogue() -> Dialogue:
-    texts = ["5 shelves", "go on: 4 left", "take mug: 3 left", "take pen: 2 left"]
-    return make_dialogue(fit_tokenizer(texts * 4, 320))
+    return make_dialogue(tokenizer())
 
 
-def policy(dialogue: Dialogue, seed: int = 0, dtype: Any = "float32") -> Any:
+def policy(seed: int = 0, dtype: Any = "float32") -> Any:
     config = PolicyConfig(device="cpu", max_context=256, initial_std=0.1, dtype=dtype)
-    return build_model(config, dialogue.tokenizer, seed)
+    return build_model(config, tokenizer(), seed)
 
 
 @pytest.fixture(scope="module")
 def engines(ray_is_there: None, dialogue: Dialogue) -> Iterator[RayEngines]:
     torch.set_num_threads(1)
-    engines = RayEngines(
-        policy(dialogue), EngineConfig(actors=2), stop_ids=dialogue.stop_ids, address=None, **LIMITS
-    )
+    engines = RayEngines(policy(), EngineConfig(actors=2), stop_ids=dialogue.stop_ids, address=None, **LIMITS)
     yield engines
     engines.close()
 
@@ -99,7 +105,7 @@ def test_replies_are_those_of_engines_here(engines: RayEngines, dialogue: Dialog
 
 
 def test_all_actors_take_up_new_weights(engines: RayEngines, dialogue: Dialogue) -> None:
-    own, other = engines._model, policy(dialogue, seed=1)
+    own, other = engines._model, policy(seed=1)
     before = weights_of(own)
     requests = [ask(name, [5, 6, 7]) for name in ("x", "y")]
     old = replies(engines, requests)
@@ -161,7 +167,7 @@ def test_32_sequences_need_one_message_for_ten_replies(
 def test_more_than_the_cluster_has_is_refused_in_one_line(ray_is_there: None, dialogue: Dialogue) -> None:
     config = EngineConfig(actors=2, actor_gpus=1000)
     with pytest.raises(ConfigError, match=r"^engine.actors is 2, each with 1000 GPUs, wanted at most 0: .*$"):
-        RayEngines(policy(dialogue), config, stop_ids=dialogue.stop_ids, **LIMITS)
+        RayEngines(policy(), config, stop_ids=dialogue.stop_ids, **LIMITS)
 
 
 def test_without_ray_the_command_that_installs_it_is_named(
@@ -169,7 +175,7 @@ def test_without_ray_the_command_that_installs_it_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingDependencyError, match=r"engine.actors=2 needs Ray: pip install 'agentrl\[ray"):
-        open_engine(policy(dialogue), EngineConfig(actors=2), stop_ids=dialogue.stop_ids, **LIMITS)
+        open_engine(policy(), EngineConfig(actors=2), stop_ids=dialogue.stop_ids, **LIMITS)
 
 
 @pytest.mark.parametrize("wrong", [{"actors": 0}, {"actor_cpus": -1}, {"actor_restarts": -1}])
@@ -179,8 +185,8 @@ def test_numbers_below_their_least_are_refused(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_travels_without_its_weights_and_gets_them_back(dialogue: Dialogue, dtype: str) -> None:
-    model = policy(dialogue, dtype=dtype)
+def test_a_model_travels_without_its_weights_and_gets_them_back(dtype: str) -> None:
+    model = policy(dtype=dtype)
     travelling = hollow(model)
     assert len(travelling) < 20_000 < sum(each.nbytes for each in weights_of(model).values())
     _, again = assembled(travelling, weights_of(model), torch.device("cpu"))
@@ -191,7 +197,7 @@ def test_a_model_travels_without_its_weights_and_gets_them_back(dialogue: Dialog
 
 
 def test_an_exchange_ends_with_enough_replies(dialogue: Dialogue) -> None:
-    model = policy(dialogue)
+    model = policy()
     blueprint = Blueprint(hollow(model), EngineConfig(), tuple(dialogue.stop_ids), 256, 8, [])
     host = EngineHost(blueprint, weights_of(model), 3)
     limits = [1, 1, 1, 6, 6]
@@ -223,7 +229,7 @@ def test_episodes_of_an_actor_that_is_lost_are_played_again_and_nobody_is_blamed
     ray_is_there: None, dialogue: Dialogue
 ) -> None:
     config = EngineConfig(actors=2, actor_restarts=1)
-    engines = RayEngines(policy(dialogue), config, stop_ids=dialogue.stop_ids, **LIMITS)
+    engines = RayEngines(policy(), config, stop_ids=dialogue.stop_ids, **LIMITS)
     player = Killing(dialogue, engines, SamplingParams(1.0, 8))
     specs = [EpisodeSpec(f"e{number}", "test/Shelves-v0", "6", number) for number in range(12)]
     found = collect(specs, player, EnvironmentPool(Shelves), max_active=6, max_attempts=1)
@@ -240,7 +246,7 @@ def test_a_sequence_learns_of_its_loss_and_the_last_actor_is_replaced_as_often_a
     ray_is_there: None, dialogue: Dialogue
 ) -> None:
     config = EngineConfig(actors=1, actor_restarts=1)
-    engines = RayEngines(policy(dialogue), config, stop_ids=dialogue.stop_ids, **LIMITS)
+    engines = RayEngines(policy(), config, stop_ids=dialogue.stop_ids, **LIMITS)
     replies(engines, [ask("a", [5, 6])])
     ray.kill(engines._hosts[0].actor)
     assert replies(engines, [ask("b", [5, 6])])["b"].lost

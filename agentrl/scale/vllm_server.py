@@ -1,0 +1,348 @@
+"""`VllmServerEngine`: a vLLM server that somebody has started, over HTTP."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx2
+import torch
+from transformers import PreTrainedModel
+
+from agentrl.errors import AgentRLError, ConfigError
+from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
+from agentrl.policy.model import context_limit, hidden_states, output_weight
+from agentrl.policy.settings import VllmConfig
+from agentrl.scale.vllm_replies import PendingReply, Sequences, sampling_arguments
+from agentrl.scale.vllm_weights import shape_of, write_weights
+
+SERVE = (
+    "VLLM_SERVER_DEV_MODE=1 VLLM_USE_V2_MODEL_RUNNER=0 vllm serve FOLDER --dtype DTYPE --enable-scale-out "
+    "--skip-tokenizer-init --logprobs-mode processed_logprobs "
+    "--logits-processors agentrl.scale.vllm_choices:TokenTrieProcessor "
+    "--worker-extension-cls agentrl.scale.vllm_choices.PolicyWorker"
+)
+_KNOCK_TIMEOUT = 5.0  # seconds
+_WAIT = 0.05  # seconds that a step waits for a reply before environments are looked after again
+_PROBE_TOKENS = 16
+
+
+class VllmServerEngine:
+    """Generates on a server; requests in flight are batched there.
+
+    The server is started by its user, in an environment that has agentrl, with `SERVE`: its workers mask
+    logits by the same token trie and compute exact entropies as `VllmEngine`'s do. `refresh` pauses it, hands
+    the weights over and lets replies in flight go on with them; every token's version is known. A reply that
+    fails comes back as lost, and nothing is started again from here.
+
+    Args:
+        model: whose weights the server shall have; it must serve a model of the same shape.
+        config: where it is, and how weights get there.
+        stop_ids: end a free reply; every choice ends in one of them.
+        max_context: tokens that a sequence may hold; None takes the model's own limit.
+        max_sequences: replies in flight at once; further ones wait.
+
+    Raises:
+        ConfigError: nobody answers at the url, it is not started as wanted, it serves another model, its
+            context is too short, or with our weights it does not give our logprobs.
+    """
+
+    provides = frozenset({"rollout:entropy"})
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: VllmConfig,
+        *,
+        stop_ids: Iterable[int],
+        max_context: int | None = None,
+        max_sequences: int = 256,
+    ) -> None:
+        if config.url is None:
+            raise ValueError("config.url is None, wanted that of a server")
+        self.model = model
+        limit = context_limit(model)
+        self.max_context = limit if max_context is None else min(limit, max_context)
+        self._url, self._config = config.url, config
+        self._sequences = Sequences(
+            stop_ids=stop_ids, vocabulary=output_weight(model).shape[0], max_context=self.max_context
+        )
+        self._client = httpx2.Client(
+            base_url=config.url,
+            timeout=httpx2.Timeout(config.reply_timeout, connect=_KNOCK_TIMEOUT),
+            limits=httpx2.Limits(max_connections=None),
+        )
+        self._threads = ThreadPoolExecutor(max_sequences, "vllm-server")
+        self._running: dict[Future[Mapping[str, Any]], PendingReply] = {}
+        self._left: list[str] = []  # keys that entropies may be noted under for nobody
+        self._finished: list[Generation] = []
+        self._version = 0
+        self._sender: Any = None
+        try:
+            self._check_server()
+            self.refresh(0)
+            self._check_logprobs()
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Take a request; one that cannot be served comes back from the next `step` with its error."""
+        reply = self._sequences.begin(request, self._version)
+        if isinstance(reply, str):
+            self._finished.append(Generation(request.sequence, policy_version=self._version, error=reply))
+        elif reply.done:
+            self._finished.append(self._sequences.end(reply))
+        else:
+            self._running[self._threads.submit(self._generate, reply)] = reply
+
+    def step(self) -> Sequence[Generation]:
+        """Return the replies that have come; wait a moment for the first where none has."""
+        if self._running and not self._finished:
+            wait(self._running, timeout=_WAIT, return_when=FIRST_COMPLETED)
+        come = {future: reply for future, reply in self._running.items() if future.done()}
+        if come:
+            self._take(come)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def release(self, sequence: str) -> None:
+        """Forget a sequence and what is running for it; unknown names are fine."""
+        reply = self._sequences.release(sequence)
+        for future, running in list(self._running.items()):
+            if running is reply:
+                del self._running[future]
+                self._left.append(running.key)
+                if not future.cancel():
+                    self._threads.submit(self._abort, [running.key])
+
+    def refresh(self, version: int) -> None:
+        """Hand the model's weights of now to the server; what the old ones left in its cache is made anew.
+
+        Raises:
+            ConfigError: the server cannot read the folder of the weights.
+            AgentRLError: it does not answer any more, or fails.
+        """
+        self._version = version
+        self._call("POST", "/pause", params={"mode": "keep"})
+        try:
+            if self._config.weights_folder is None:
+                self._send_weights()
+            else:
+                self._leave_weights(Path(self._config.weights_folder))
+            self._call("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"})
+            self._call("POST", "/update_weight_version", {"new_version": str(version)})
+        finally:
+            self._call("POST", "/resume")
+
+    def close(self) -> None:
+        """Leave the server, with the weights that it has."""
+        keys = [reply.key for reply in self._running.values()]
+        for future in self._running:
+            future.cancel()
+        self._running.clear()
+        if keys:
+            self._abort(keys)
+        self._threads.shutdown(cancel_futures=True)
+        self._client.close()
+
+    # Replies
+
+    def _generate(self, reply: PendingReply) -> Mapping[str, Any]:
+        body = {
+            "request_id": reply.key,
+            "token_ids": reply.prompt,
+            "sampling_params": sampling_arguments(reply),
+        }
+        answer: Mapping[str, Any] = self._call("POST", "/inference/v1/generate", body)["choices"][0]
+        return answer
+
+    def _take(self, come: Mapping[Future[Mapping[str, Any]], PendingReply]) -> None:
+        try:
+            entropies = self._entropies([*(reply.key for reply in come.values()), *self._left])
+        except AgentRLError as error:
+            for future, reply in come.items():
+                del self._running[future]
+                self._finished.append(self._sequences.fail(reply, str(error), lost=True))
+            return
+        self._left.clear()
+        for future, reply in come.items():
+            del self._running[future]
+            try:
+                self._fill(reply, future.result(), dict(entropies.get(reply.key, ())))
+            except ValueError as mistake:
+                self._finished.append(self._sequences.fail(reply, str(mistake)))
+            except (AgentRLError, KeyError, TypeError) as error:
+                self._finished.append(self._sequences.fail(reply, str(error), lost=True))
+            else:
+                self._finished.append(self._sequences.end(reply))
+
+    def _fill(self, reply: PendingReply, answer: Mapping[str, Any], entropies: Mapping[int, float]) -> None:
+        tokens, details = answer["token_ids"], answer["logprobs"]["content"]
+        versions = [self._version] * len(tokens)
+        for span in answer.get("weight_versions") or ():
+            versions[span["start"] : span["end"]] = [int(span["version"])] * (span["end"] - span["start"])
+        for place, token in enumerate(tokens):
+            if not reply.done:
+                reply.take(token, details[place]["logprob"], entropies[place], versions[place])
+        if not reply.done:
+            raise ValueError(f"the server ended the reply early: {answer.get('finish_reason')}")
+
+    def _entropies(self, keys: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+        found: dict[str, list[tuple[int, float]]] = {}
+        for each in self._rpc("take_entropies", keys=list(keys)):
+            found |= {key: [(place, value) for place, value in pairs] for key, pairs in each.items()}
+        return found
+
+    def _abort(self, keys: Sequence[str]) -> None:
+        names = [f"generate-tokens-{key}" for key in keys]  # as the server calls them
+        with suppress(AgentRLError):  # what does not answer computes nothing either
+            self._call("POST", "/abort_requests", {"request_ids": names})
+
+    # Weights
+
+    def _leave_weights(self, folder: Path) -> None:
+        place = folder.absolute() / f"agentrl-weights-{uuid4().hex[:12]}"
+        try:
+            try:
+                write_weights(self.model, place)
+            except OSError as error:
+                raise ConfigError(
+                    f"engine.vllm.weights_folder: {place} cannot be written: {error}"
+                ) from error
+            try:
+                self._rpc("reload_weights", weights_path=str(place))
+            except AgentRLError as error:
+                raise ConfigError(
+                    f"engine.vllm.weights_folder: the server at {self._url} cannot take the weights in "
+                    f"{place}, which it must see under this path: {error}"
+                ) from error
+            self._rpc("renew_head")
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _send_weights(self) -> None:
+        """Broadcast from GPU to GPU.
+
+        Written against vLLM 0.32's documented interface, and never run: it takes GPUs on both sides. The
+        server needs `--weight-transfer-config '{"backend": "nccl"}'` as well.
+        """
+        from vllm.distributed.weight_transfer import nccl_engine
+        from vllm.distributed.weight_transfer.base import ModuleSource
+        from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
+        from vllm.utils.network_utils import get_ip, get_open_port
+
+        if self._sender is None:
+            workers = int(self._call("GET", "/get_world_size")["world_size"])
+            self._sender = nccl_engine.NCCLTrainerWeightTransferEngine.trainer_init(
+                nccl_engine.NCCLTrainerInitInfo(
+                    master_address=get_ip(), master_port=get_open_port(), world_size=workers + 1, rank=0
+                ),
+                client=HTTPVLLMWeightSyncClient(self._url, self._config.reply_timeout),
+                source=ModuleSource(self.model),
+            )
+        self._sender.send_weights()
+
+    # The server
+
+    def _check_server(self) -> None:
+        try:
+            models = self._client.get("/v1/models", timeout=_KNOCK_TIMEOUT)
+            kind = models.json()["data"][0]["owned_by"]
+        except httpx2.HTTPError as error:
+            raise ConfigError(
+                f"engine.vllm.url: nobody answers at {self._url} ({error}); start a server there: {SERVE}"
+            ) from error
+        except (ValueError, LookupError, TypeError):
+            kind = None
+        if kind != "vllm":
+            raise ConfigError(
+                f"engine.vllm.url: what answers at {self._url} is no vLLM server; start one at a free port: "
+                f"{SERVE}"
+            )
+        try:
+            served = self._rpc("describe_policy")[0]
+        except AgentRLError as error:
+            raise ConfigError(
+                f"engine.vllm.url: the server at {self._url} is not started as wanted ({error}): {SERVE}"
+            ) from error
+        self._check_served(served)
+
+    def _check_served(self, served: Mapping[str, Any]) -> None:
+        self._dtype = str(served["dtype"])
+        ours = shape_of(self.model.config.get_text_config())
+        wrong = [
+            f"{name} is {served['shape'].get(name)}, wanted {value}"
+            for name, value in ours.items()
+            if served["shape"].get(name) != value
+        ]
+        if wrong:
+            raise ConfigError(
+                f"engine.vllm.url: the server at {self._url} serves another model: {'; '.join(wrong)}"
+            )
+        if served["max_context"] < self.max_context:
+            raise ConfigError(
+                f"engine.vllm.url: the server at {self._url} has max_model_len={served['max_context']}, "
+                f"wanted at least {self.max_context} (policy.max_context)"
+            )
+        if not served["masks"] or served["logprobs_mode"] != "processed_logprobs":
+            raise ConfigError(f"engine.vllm.url: the server at {self._url} is not started as wanted: {SERVE}")
+
+    def _check_logprobs(self) -> None:
+        """Let the server continue a few tokens, and compare its logprobs with the model's."""
+        vocabulary = output_weight(self.model).shape[0]
+        length = min(8, self.max_context - 1)
+        prompt = tuple(7919 * (place + 1) % vocabulary for place in range(length))
+        name = f"probe-{uuid4().hex[:12]}"
+        self.submit(GenerationRequest(name, prompt, True, None, 0, SamplingParams(1.0, _PROBE_TOKENS)))
+        replies: Sequence[Generation] = ()
+        while not replies:
+            replies = self.step()
+        self.release(name)
+        reply = replies[0]
+        if reply.error is not None:
+            raise ConfigError(f"engine.vllm.url: the server at {self._url} fails: {reply.error}: {SERVE}")
+        ids = torch.tensor([*prompt, *reply.token_ids], device=output_weight(self.model).device)
+        with torch.inference_mode():
+            hidden = hidden_states(self.model, ids, torch.tensor([len(ids)]))[length - 1 : -1]
+            logprobs = (hidden @ output_weight(self.model).T).float().log_softmax(-1)
+        ours = logprobs.gather(1, ids[length:].unsqueeze(1)).squeeze(1).tolist()
+        worst = max(abs(one - other) for one, other in zip(ours, reply.logprobs, strict=True))
+        exact = output_weight(self.model).dtype == torch.float32 and self._dtype == "float32"
+        tolerance = 1e-3 if exact else 0.1
+        if not worst <= tolerance:
+            raise ConfigError(
+                f"engine.vllm.url: with our weights the server at {self._url} gives other logprobs than the "
+                f"model (largest difference {worst:.3g} nats, wanted at most {tolerance}); it serves another "
+                f"architecture, in {self._dtype}"
+            )
+
+    def _rpc(self, method: str, **arguments: Any) -> list[Any]:
+        answer = self._call("POST", "/collective_rpc", {"method": method, "kwargs": arguments})
+        results: list[Any] = answer["results"]
+        return results
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        params: Mapping[str, str] | None = None,
+    ) -> Any:
+        try:
+            answer = self._client.request(method, path, json=body, params=params)
+        except httpx2.HTTPError as error:
+            raise AgentRLError(
+                f"the vLLM server at {self._url} does not answer: {type(error).__name__}: {error}"
+            ) from error
+        if answer.status_code != 200:
+            raise AgentRLError(
+                f"the vLLM server at {self._url} answers {path} with {answer.status_code}: "
+                f"{answer.text[:500]}"
+            )
+        return answer.json() if answer.content else None

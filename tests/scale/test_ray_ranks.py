@@ -1,0 +1,150 @@
+"""Ranks as Ray's actors do what torchrun's processes do; none is left when one fails or is interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import agentrl
+from agentrl.errors import AgentRLError, ConfigError
+from agentrl.learn.ranks import joined
+from agentrl.learn.settings import LearnerConfig
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
+
+from agentrl.scale.ray_ranks import run_on_ray
+
+TINY = (
+    "env.kwargs.max_steps=5",
+    "evaluation.tasks=4",
+    "evaluation.baselines=[]",
+    "warm_start.steps=0",
+    "learner.backend=fsdp",
+    "learner.optimizer=adamw",
+    "trainer.checkpoint_every=1",
+    "policy.tokenizer_episodes=4",
+    "policy.hidden_size=32",
+    "rollout.groups_per_step=4",
+    "rollout.group_size=4",
+    "rollout.placement=inline",
+    "algorithm.name=ppo",
+    "algorithm.entropy_coefficient=0.1",  # so that there is a gradient where no episode succeeds
+)
+
+
+def summed() -> tuple[int, float]:
+    with joined(torch.device("cpu")) as ranks:
+        print("rank", ranks.index, os.environ["LOCAL_RANK"])
+        return ranks.count, float(ranks.total(torch.tensor([ranks.index + 1.0])))
+
+
+def failing(deed: str) -> None:
+    with joined(torch.device("cpu")) as ranks:
+        if ranks.index == 1:
+            if deed == "die":
+                os._exit(3)
+            raise {"refuse": ConfigError("it is wrong"), "break": ValueError("no such shelf")}[deed]
+        ranks.total(torch.ones(1))
+
+
+@pytest.mark.slow
+def test_ranks_join_and_the_first_is_heard(ray_is_there: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_on_ray(summed, 2) == (2, 3.0)
+    assert capsys.readouterr().out == "rank 0 0\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("deed", "message"),
+    [
+        ("die", "rank 1 on .* was lost: .*; the run's folder keeps its last checkpoint: agentrl train --res"),
+        ("refuse", "^it is wrong$"),
+        ("break", "no such shelf|Connection"),  # whoever is heard first
+    ],
+)
+def test_one_that_fails_ends_all(ray_is_there: None, deed: str, message: str) -> None:
+    with pytest.raises(AgentRLError, match=message):
+        run_on_ray(partial(failing, deed), 2)
+
+
+@pytest.mark.slow
+def test_more_gpus_than_there_are_are_refused(ray_is_there: None) -> None:
+    with pytest.raises(ConfigError, match=r"^learner.processes is 999, each with 1 GPUs, wanted at most"):
+        run_on_ray(summed, 999, gpus=1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"launcher": "ray", "backend": "fsdp"}, "processes is None, wanted at least 1 with launcher: ray"),
+        ({"processes": 2, "backend": "fsdp"}, "processes is 2, wanted .* null with torchrun"),
+        ({"launcher": "ray", "processes": 2}, "launcher is ray, wanted torchrun, or backend: fsdp"),
+    ],
+)
+def test_who_starts_how_many_is_said_together(wrong: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LearnerConfig(**wrong)
+
+
+def config(folder: Path, *more: str) -> Any:
+    return agentrl.load_config(None, *TINY, f"run.folder={folder}", "run.name=tiny", *more)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_process_trains(ray_is_there: None, tmp_path: Path) -> None:
+    alone = agentrl.train(config(tmp_path / "alone", "learner.backend=single", "trainer.steps=2"), quiet=True)
+    work = partial(agentrl.train, config(tmp_path / "together", "trainer.steps=2"))
+    together = run_on_ray(work, 2)
+    one, other = (load_file(run.model / "model.safetensors") for run in (alone, together))
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
+    rows = [json.loads(line) for line in (together.folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["learner/grad_norm"] > 1e-3 for row in rows)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_ranks_after_a_step_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    script = tmp_path / "driver.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        from functools import partial
+        import agentrl
+        from agentrl.scale.ray_ranks import run_on_ray
+        config = agentrl.load_config(
+            None, *{TINY!r}, "run.folder={tmp_path}", "run.name=tiny", "trainer.steps=500"
+        )
+        run_on_ray(partial(agentrl.train, config), 2)
+        """)
+    )
+    driver = subprocess.Popen(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = tmp_path / "tiny" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.05)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
+    printed, complaint = driver.communicate(timeout=120)
+    assert driver.returncode != 0
+    assert "of 2 processes" in printed
+    assert "continue with: agentrl train --resume" in complaint
+    _, alive = psutil.wait_procs(family, timeout=120)
+    assert [process.cmdline() for process in alive] == []
+    done = len(metrics.read_text().splitlines())
+    assert (tmp_path / "tiny" / "checkpoints" / f"train-{done:06d}").is_dir()
