@@ -223,14 +223,14 @@ class RayEnvironments(Environments):
 
     def _start(self) -> None:
         """Start an actor where there are fewest; nobody plays there before it has told its places."""
-        taken = Counter(host.machine for host in self._hosts)
-        node = min(machines(), key=lambda each: taken[each["NodeManagerAddress"]])
+        taken = Counter(host.node for host in self._hosts)
+        node = min(machines(), key=lambda each: taken[each["NodeID"]])
         # Soft: a machine may be gone before Ray knows.
         where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
         actor = _Actor.options(num_cpus=self._config.cpus, scheduling_strategy=where).remote(
             self._make, self._share, self._workers, sys.path
         )
-        host = _Host(actor, node["NodeManagerAddress"])
+        host = _Host(actor, node["NodeID"], node["NodeManagerAddress"])
         host.begin(self._workers.construct_timeout, "places")
         self._hosts.append(host)
 
@@ -266,6 +266,7 @@ class _Host:
     """An actor, and what it owes."""
 
     actor: Any
+    node: str
     machine: str  # its address
     places: int = 0  # not known until it has started
     playing: dict[str, bool] = field(default_factory=dict)  # by episode: whether an answer is owed

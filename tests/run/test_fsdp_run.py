@@ -114,8 +114,24 @@ def test_one_process_goes_on_where_two_were_stopped(together: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_when_asked_to(together: Path, tmp_path: Path) -> None:
-    started = subprocess.Popen(torchrun(tmp_path, *SHARDED), stderr=subprocess.PIPE, text=True)
+def test_with_staleness_0_two_processes_that_play_beside_learning_train_the_same(
+    together: Path, tmp_path: Path
+) -> None:
+    beside = ("trainer.mode=async", "trainer.max_staleness=0")
+    subprocess.run(torchrun(tmp_path, *SHARDED, *beside), check=True, capture_output=True, timeout=280)
+    path = tmp_path / "tiny" / "metrics.jsonl"
+    found = [
+        {name: value for name, value in row.items() if "staleness" not in name} for row in rows(path.parent)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    assert_same_run(tmp_path / "tiny", together)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_two_processes_stop_together_when_asked_to(together: Path, tmp_path: Path, mode: str) -> None:
+    command = torchrun(tmp_path, *SHARDED, f"trainer.mode={mode}")
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "tiny" / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
         assert started.poll() is None
@@ -128,7 +144,9 @@ def test_two_processes_stop_together_when_asked_to(together: Path, tmp_path: Pat
     assert (tmp_path / "tiny" / "checkpoints" / f"train-{done - 4:06d}").is_dir()
     resumed = [*TORCHRUN, str(ROOT / "scripts" / "train.py"), "--resume", str(tmp_path / "tiny")]
     subprocess.run(resumed, check=True, capture_output=True, timeout=280)
-    assert_same_run(tmp_path / "tiny", together)
+    if mode == "sync":
+        assert_same_run(tmp_path / "tiny", together)
+    assert [row["step"] for row in rows(tmp_path / "tiny")] == [1, 2, 3, 4] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,140 @@
+"""What is refused before vLLM is started or a server is asked for anything."""
+
+import importlib.util
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm_cases import policy
+
+from agentrl.errors import ConfigError, MissingDependencyError
+from agentrl.policy.settings import EngineConfig, VllmConfig
+from agentrl.run.settings import load_config
+from agentrl.scale.engines import check_engine
+from agentrl.scale.vllm_server import VllmServerEngine
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("url=localhost", "engine.vllm.url is 'localhost', wanted \"http://host:port\""),
+        ("url=http://localhost", "engine.vllm.url"),
+        ("weights_folder=/tmp", "wanted engine.vllm.url as well"),
+        ("gpu_memory_share=1.5", r"engine.vllm.gpu_memory_share is 1.5, wanted within \(0, 1\)"),
+        ("cpu_cache_gib=0", "engine.vllm.cpu_cache_gib is 0.0, wanted above 0"),
+        ("reply_timeout=-1", "engine.vllm.reply_timeout"),
+        ("tensor_parallel_size=0", "engine.vllm.tensor_parallel_size is 0, wanted at least 1"),
+        ("max_restarts=-1", "engine.vllm.max_restarts"),
+    ],
+)
+def test_wrong_settings_are_named(given: str, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        load_config(None, f"engine.vllm.{given}")
+
+
+def test_every_engine_gives_exact_entropies() -> None:
+    assert EngineConfig(name="vllm").provides == VllmServerEngine.provides == {"rollout:entropy"}
+
+
+@pytest.fixture
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.fixture
+def absent(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Modules that cannot be found."""
+    names: set[str] = set()
+    find = importlib.util.find_spec
+
+    def found(name: str, *more: Any) -> Any:
+        return None if name in names else find(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    return names
+
+
+def test_without_vllm_the_command_that_installs_it_is_told(absent: set[str]) -> None:
+    absent.add("vllm")
+    with pytest.raises(
+        MissingDependencyError, match=r"pip install -c constraints-vllm.txt 'agentrl\[vllm\]'"
+    ):
+        check_engine(EngineConfig(name="vllm"))
+
+
+def test_a_server_needs_no_vllm_on_this_side(absent: set[str], tmp_path: Path) -> None:
+    absent.add("vllm")
+    check_engine(EngineConfig(name="vllm", vllm=VllmConfig("http://localhost:1", str(tmp_path))))
+    absent.add("httpx2")
+    with pytest.raises(MissingDependencyError, match="httpx2"):
+        check_engine(EngineConfig(name="vllm", vllm=VllmConfig("http://localhost:1", str(tmp_path))))
+
+
+@pytest.mark.usefixtures("_no_gpu")
+@pytest.mark.parametrize(
+    ("config", "ranks", "wanted"),
+    [
+        (EngineConfig("vllm", vllm=VllmConfig(tensor_parallel_size=2)), 1, "2, but this machine has 0 GPUs"),
+        (EngineConfig("vllm"), 2, "one of 2 ranks; set engine.actors"),
+        (EngineConfig("vllm", vllm=VllmConfig("http://a:1")), 1, "by NCCL, but this machine has no GPU"),
+        (EngineConfig("vllm", actors=2, vllm=VllmConfig("http://a:1", "/x")), 1, "wanted one of the two"),
+        (
+            EngineConfig("vllm", actors=2, actor_gpus=1, vllm=VllmConfig(tensor_parallel_size=2)),
+            1,
+            "engine.actor_gpus is 1, wanted at least engine.vllm.tensor_parallel_size=2",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_had_together_are_refused(
+    config: EngineConfig, ranks: int, wanted: str
+) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        check_engine(config, ranks=ranks)
+
+
+def test_the_engine_of_this_process_is_never_refused() -> None:
+    check_engine(EngineConfig(vllm=VllmConfig(tensor_parallel_size=8)), ranks=8)
+
+
+def _connect(port: int) -> None:
+    VllmServerEngine(policy(), VllmConfig(f"http://127.0.0.1:{port}", "/nowhere"), stop_ids=[4])
+
+
+def test_nobody_at_the_url_is_one_error_with_the_command_that_starts_a_server() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        with pytest.raises(ConfigError, match=r"(?s)nobody answers at http://127.0.0.1:\d+.*vllm serve"):
+            _connect(free.getsockname()[1])
+
+
+class _Someone(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = b'{"data": [{"id": "gpt", "owned_by": "somebody"}]}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def someone() -> Iterator[int]:
+    """The port of a server of something else."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Someone) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def test_a_port_that_something_else_uses_is_one_error(someone: int) -> None:
+    with pytest.raises(ConfigError, match=r"what answers at http://127.0.0.1:\d+ is no vLLM server"):
+        _connect(someone)

@@ -1,0 +1,124 @@
+"""Models, requests and the plain forward that the tests of vLLM compare with."""
+
+import importlib.util
+from collections.abc import Sequence
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from agentrl.policy.engine import Engine, Generation, GenerationRequest, SamplingParams
+from agentrl.policy.model import build_model, hidden_states, output_weight
+from agentrl.policy.settings import Device, PolicyConfig
+from agentrl.policy.tokens import fit_tokenizer
+
+STOP = 4
+MENU = (
+    (20, 21, 22, STOP),
+    (20, 21, 23, 24, STOP),
+    (20, 30, STOP),
+    (20, 41, 42, 43, STOP),
+    (20, 41, 42, 44, STOP),
+)
+CONTEXT = 256
+DEVICE: Device = "cpu"
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM has an environment of its own: make test-vllm"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    texts = ["You see a mug 1, a mug 2 and a desk 1.", "take mug 1 from desk 1", "go to shelf 1"] * 4
+    return fit_tokenizer(texts, 320)
+
+
+def policy(seed: int = 0, *, dtype: str = "float32", hidden_size: int = 64) -> PreTrainedModel:
+    """Two layers of two heads that are sure enough of their tokens for a mistake to show."""
+    config = PolicyConfig(
+        device=DEVICE,
+        max_context=CONTEXT,
+        initial_std=0.15,
+        hidden_size=hidden_size,
+        dtype=dtype,  # type: ignore[arg-type]
+    )
+    return build_model(config, tokenizer(), seed)
+
+
+def request(
+    sequence: str,
+    prompt: Sequence[int],
+    *,
+    fresh: bool = True,
+    choices: tuple[tuple[int, ...], ...] | None = None,
+    seed: int = 0,
+    temperature: float = 1.0,
+    max_tokens: int = 12,
+) -> GenerationRequest:
+    return GenerationRequest(
+        sequence, tuple(prompt), fresh, choices, seed, SamplingParams(temperature, max_tokens)
+    )
+
+
+def finish(engine: Engine, *requests: GenerationRequest) -> dict[str, Generation]:
+    for each in requests:
+        engine.submit(each)
+    done: dict[str, Generation] = {}
+    for _ in range(3000):
+        done.update((generation.sequence, generation) for generation in engine.step())
+        if len(done) == len(requests):
+            return done
+    raise AssertionError(f"only {sorted(done)} finished")
+
+
+def several(
+    prefix: str, choices: tuple[tuple[int, ...], ...] | None, temperature: float
+) -> list[GenerationRequest]:
+    """Prompts of several lengths, some over a block of vLLM's cache."""
+    return [
+        request(
+            f"{prefix}{seed}",
+            [5 + (7 * place) % 280 for place in range(3 + 29 * seed)],
+            seed=seed,
+            choices=choices,
+            temperature=temperature,
+            max_tokens=24,
+        )
+        for seed in range(8)
+    ]
+
+
+@torch.inference_mode()
+def plain(
+    model: PreTrainedModel, before: Sequence[int], reply: Generation, temperature: float = 1.0
+) -> tuple[list[float], list[float]]:
+    """Logprobs and entropies of a reply's tokens by one forward over all of it."""
+    ids = [*before, *reply.token_ids]
+    hidden = hidden_states(model, torch.tensor(ids), torch.tensor([len(ids)]))
+    logits = (hidden @ output_weight(model).T)[len(before) - 1 : -1].double() / temperature
+    logprobs, entropies = [], []
+    for place, token in enumerate(reply.token_ids):
+        allowed = range(logits.shape[1]) if reply.allowed is None else reply.allowed[place]
+        assert allowed is not None
+        row = logits[place][list(allowed)].log_softmax(-1)
+        logprobs.append(row[list(allowed).index(token)].item())
+        entropies.append(-(row.exp() * row).sum().item())
+    return logprobs, entropies
+
+
+def furthest(
+    model: PreTrainedModel,
+    requests: Sequence[GenerationRequest],
+    replies: dict[str, Generation],
+    temperature: float = 1.0,
+) -> tuple[float, float]:
+    """The largest differences from the plain forward, of a logprob and of an entropy."""
+    worst = [0.0, 0.0]
+    for each in requests:
+        reply = replies[each.sequence]
+        assert reply.error is None
+        found = plain(model, each.prompt_ids, reply, temperature)
+        for kind, (ours, theirs) in enumerate(zip(found, (reply.logprobs, reply.entropies), strict=True)):
+            assert len(theirs) == len(reply.token_ids)
+            worst[kind] = max([worst[kind], *map(lambda a, b: abs(a - b), ours, theirs)])
+    return worst[0], worst[1]
