@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # An index for torch alone, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 SEED ?= 0
+JOBS ?= 2
 
 .PHONY: help install quickstart quickstart-control baselines study test test-slow check check-envs check-engine clean
 
@@ -20,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[dev,math,reasoning-gym,scienceworld,webshop]'
+	$(PIP) -e '.[dev,lora,math,ray,reasoning-gym,scienceworld,webshop]'
 	touch $@
 
 install: $(VENV)/.installed  ## make the virtual environment and install agentrl into it
@@ -32,7 +33,7 @@ quickstart-control: install  ## clone for about as many CPU seconds as the last 
 	$(BIN)/python scripts/quickstart_control.py --seed $(SEED)
 
 test: $(VENV)/.installed-dev  ## the default test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/.installed-dev  ## the minutes-long proofs
 	$(BIN)/python -m pytest -m slow

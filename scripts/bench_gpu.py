@@ -1,10 +1,10 @@
-"""How fast a 0.5B-shaped policy learns on this machine: forward and backward, beside plain full logits.
+"""How fast policies learn on this machine's GPU, beside plain full logits: the quickstart's and a 0.5B-shaped one.
 
 Needs torch and transformers alone, and no weights: PYTHONPATH=. python scripts/bench_gpu.py
 
 Both contenders compute the log-probability and entropy of every token of the same sequences with the same
-random weights, and the gradient of a loss of both; the optimiser is left out. Ours is what the learner calls:
-a packed forward pass, then logits of a chunk of tokens at a time. The rival is what one would write: the
+random weights in bfloat16, the gradient of a loss of both, and an optimiser step. Ours is what the learner
+calls: a packed forward pass, then logits of a chunk of tokens at a time. The rival is what one would write: the
 model's own forward pass with all logits at once. The sequences are equally long, which suits the rival: it
 has no padding. They take turns, and the median of the pairs counts.
 
@@ -15,19 +15,32 @@ their utilisation is the share of the device's dense bfloat16 peak, and is left 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import transformers
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from agentrl.learn.fused import token_statistics
+from agentrl.learn.optimizer import build_optimizers
+from agentrl.learn.settings import LearnerConfig
 from agentrl.policy.attention import PACKED
 from agentrl.policy.model import hidden_states, output_weight
 
 SHAPES = {
+    "quickstart": Qwen2Config(
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+    ),
     "0.5B": Qwen2Config(
         vocab_size=151936,
         hidden_size=896,
@@ -38,16 +51,11 @@ SHAPES = {
         max_position_embeddings=32768,
         tie_word_embeddings=True,
     ),
-    "tiny": Qwen2Config(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-    ),
+}
+# The steps are small: the weights shall stay as they are.
+LEARNERS = {
+    "quickstart": LearnerConfig(optimizer="muon", learning_rate=1e-6, matrix_learning_rate=1e-6),
+    "0.5B": LearnerConfig(optimizer="adamw", learning_rate=1e-6),
 }
 
 # Dense bfloat16, as the vendor's data sheets say, by the name that torch gives the device.
@@ -69,7 +77,7 @@ Contender = Callable[[PreTrainedModel, Tensor], Statistics]
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward and backward pass: seconds, and bytes at the highest point where the device counts them."""
+    """One optimiser step: seconds, and bytes at the highest point where the device counts them."""
 
     seconds: float
     peak: int | None
@@ -116,8 +124,10 @@ def training_flops(config: Qwen2Config, tokens: int, context: float) -> float:
     return 3 * tokens * (layers + 2 * config.vocab_size * config.hidden_size)
 
 
-def timed(contender: Contender, model: PreTrainedModel, tokens: Tensor) -> Pass | None:
-    """One pass; None when the device has not enough memory for it."""
+def timed(
+    contender: Contender, model: PreTrainedModel, tokens: Tensor, optimizers: Sequence[Optimizer]
+) -> Pass | None:
+    """One optimiser step; None when the device has not enough memory for it."""
     cuda = tokens.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
@@ -125,6 +135,8 @@ def timed(contender: Contender, model: PreTrainedModel, tokens: Tensor) -> Pass 
     began = time.perf_counter()
     try:
         step(contender, model, tokens)
+        for optimizer in optimizers:
+            optimizer.step()
     except torch.OutOfMemoryError:
         return None
     finally:
@@ -152,33 +164,48 @@ def built(shape: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def main() -> None:
-    """Print a table."""
+    """Print a table for each shape."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=list(SHAPES), default="0.5B")
-    parser.add_argument("--sequences", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=2048, help="of each sequence")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--shape", choices=list(SHAPES), help="this one alone")
+    parser.add_argument("--sequences", type=int, help="4 unless told, 2 with --cpu")
+    parser.add_argument("--tokens", type=int, help="of each sequence; 2048 unless told, 128 with --cpu")
+    parser.add_argument("--pairs", type=int, help="5 unless told, 2 with --cpu")
+    parser.add_argument("--cpu", action="store_true", help="only try it out: the quickstart's shape, small")
     args = parser.parse_args()
-    model = built(args.shape, args.device, getattr(torch, args.dtype))
-    tokens = torch.randint(model.config.vocab_size, (args.sequences, args.tokens), device=args.device)
+    if not args.cpu and not torch.cuda.is_available():
+        parser.exit(
+            1, "no GPU: torch finds none on this machine, so nothing was measured; --cpu tries it out\n"
+        )
+    device = "cpu" if args.cpu else "cuda"
+    sequences, tokens, pairs = (2, 128, 2) if args.cpu else (4, 2048, 5)
+    name = "cpu" if args.cpu else torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
+    every = ["quickstart"] if args.cpu else list(SHAPES)
+    for shape in [args.shape] if args.shape else every:
+        compare(shape, device, args.sequences or sequences, args.tokens or tokens, args.pairs or pairs)
+    if name not in PEAK_FLOPS:
+        print(f"no utilisation: the dense bfloat16 peak of {name} is not in the table")
+
+
+def compare(shape: str, device: str, sequences: int, length: int, pairs: int) -> None:
+    """Print the table of a shape."""
+    model = built(shape, device, torch.bfloat16)
+    tokens = torch.randint(model.config.vocab_size, (sequences, length), device=device)
+    optimizers = build_optimizers(model, LEARNERS[shape])
     contenders: dict[str, Contender] = {"agentrl": ours, "full logits": rival}
     for contender in contenders.values():
-        timed(contender, model, tokens)  # warms up
+        timed(contender, model, tokens, optimizers)  # warms up
     found: dict[str, list[Pass | None]] = {name: [] for name in contenders}
-    for _ in range(args.pairs):
+    for _ in range(pairs):
         for name, contender in contenders.items():
-            found[name].append(timed(contender, model, tokens))
-    device = torch.cuda.get_device_name() if tokens.device.type == "cuda" else args.device
-    peak = PEAK_FLOPS.get(device) if args.dtype == "bfloat16" else None
-    flops = training_flops(model.config, tokens.numel(), (args.tokens + 1) / 2)
-    print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}")
+            found[name].append(timed(contender, model, tokens, optimizers))
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name()) if device == "cuda" else None
+    flops = training_flops(model.config, tokens.numel(), (length + 1) / 2)
     print(
-        f"{args.shape} ({model.num_parameters():,} parameters, {args.dtype}), {args.sequences} sequences of "
-        f"{args.tokens} tokens, {flops / 1e12:.3g} model TFLOP a pass, median of {args.pairs} pairs"
+        f"{shape} ({model.num_parameters():,} parameters, bfloat16), {sequences} sequences of {length} tokens, "
+        f"{LEARNERS[shape].optimizer}, {flops / 1e12:.3g} model TFLOP a step, median of {pairs} pairs"
     )
     print(f"{'':16}{'tokens/s':>12}{'peak GB':>10}{'model FLOPs utilisation':>26}")
     for name, passes in found.items():
@@ -186,10 +213,6 @@ def main() -> None:
     print(ratios(found))
     logprobs, entropies = largest_difference(model, tokens)
     print(f"largest difference of a logprob {logprobs:.2g} nats, of an entropy {entropies:.2g} nats")
-    if peak is None:
-        print(
-            f"no utilisation: the dense bfloat16 peak of {device} is not in the table, or not what was used"
-        )
 
 
 def described(passes: list[Pass | None], tokens: int, flops: float, peak: float | None) -> str:

@@ -13,6 +13,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from agentrl.policy.model import decoder_settings
+from agentrl.policy.settings import PolicyConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "bench_gpu.py"
 
@@ -28,8 +31,8 @@ def bench() -> ModuleType:
 
 
 def gradients(bench: ModuleType, contender: Any) -> list[torch.Tensor]:
-    model = bench.built("tiny", "cpu", torch.float32)
-    tokens = torch.randint(512, (3, 20), generator=torch.Generator().manual_seed(0))
+    model = bench.built("quickstart", "cpu", torch.float32)
+    tokens = torch.randint(1024, (3, 20), generator=torch.Generator().manual_seed(0))
     bench.step(contender, model, tokens)
     return [value.grad for value in model.parameters()]
 
@@ -41,7 +44,7 @@ def test_both_contenders_leave_the_same_gradients(bench: ModuleType) -> None:
 
 
 def test_model_flops_are_those_that_torch_counts_without_recomputation(bench: ModuleType) -> None:
-    model = bench.built("tiny", "cpu", torch.float32)
+    model = bench.built("quickstart", "cpu", torch.float32)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         logits = model(input_ids=torch.zeros(2, 16, dtype=torch.int64), use_cache=False).logits
         logits.sum().backward()
@@ -66,11 +69,44 @@ def test_medians_and_ratios_are_of_pairs(bench: ModuleType) -> None:
     assert bench.described([None], 30, 9e12, 1e13).strip() == "out of memory"
 
 
+def test_a_shape_of_ours_is_that_of_the_quickstart(bench: ModuleType) -> None:
+    ours, theirs = bench.SHAPES["quickstart"].to_dict(), decoder_settings(PolicyConfig(), 1024).to_dict()
+    named = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    assert {name: ours[name] for name in named} == {name: theirs[name] for name in named}
+
+
+def test_without_a_gpu_it_says_so_and_measures_nothing(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py"])
+    with pytest.raises(SystemExit) as exit_:
+        bench.main()
+    assert exit_.value.code == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("no GPU: torch finds none on this machine, so nothing was measured")
+
+
+def test_it_is_tried_out_on_a_cpu_where_that_is_asked_for(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["bench_gpu.py", "--cpu", "--sequences", "2", "--tokens", "16", "--pairs", "2"]
+    )
+    bench.main()
+    said = capsys.readouterr().out
+    assert "quickstart (172,736 parameters, bfloat16), 2 sequences of 16 tokens, muon" in said
+    assert "no utilisation: the dense bfloat16 peak of cpu is not in the table" in said
+    assert "0.5B" not in said
+
+
+@pytest.mark.slow
 def test_it_is_one_command_with_torch_and_transformers_alone() -> None:
-    absent = ("gymnasium", "pyarrow", "pydantic", "matplotlib", "scipy", "psutil", "cloudpickle")
+    absent = ("gymnasium", "pyarrow", "pydantic", "matplotlib", "scipy", "psutil", "cloudpickle", "rich")
     code = (
         f"import runpy, sys\nsys.modules.update(dict.fromkeys({absent!r}))\n"
-        f"sys.argv[1:] = '--shape tiny --sequences 2 --tokens 16 --pairs 2 --device cpu'.split()\n"
+        f"sys.argv[1:] = '--cpu --tokens 16'.split()\n"
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     )
     answer = subprocess.run(
@@ -81,5 +117,4 @@ def test_it_is_one_command_with_torch_and_transformers_alone() -> None:
         timeout=280,
     )
     assert answer.returncode == 0, answer.stderr
-    assert "tiny (131,648 parameters, bfloat16), 2 sequences of 16 tokens" in answer.stdout
-    assert "no utilisation: the dense bfloat16 peak of cpu is not in the table" in answer.stdout
+    assert "speed " in answer.stdout

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,19 +183,20 @@ def test_a_machine_that_is_lost_takes_its_episodes_and_the_others_play_them_agai
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         machines = [cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=2)]
+        heads = {machine.all_processes["raylet"][0].process.pid: machine for machine in machines}
 
         class Losing(CountingPlayer):
             def poll(self) -> Any:
                 if len(self.rounds) == 3:
-                    actors = [each for each in psutil.process_iter() if "EnvironmentHost" in each.name()]
-                    cluster.remove_node(machines.pop(), allow_graceful=False)
-                    while all(each.is_running() for each in actors):  # an actor outlives its machine's head
-                        time.sleep(0.05)
+                    family = psutil.Process().children(recursive=True)
+                    actor = next(each for each in family if "EnvironmentHost" in each.name())
+                    cluster.remove_node(heads[actor.ppid()], allow_graceful=False)
+                    actor.wait(60)  # it outlives its machine's head
                 return super().poll()
 
-        config = RayConfig(address=cluster.address)
+        config = RayConfig(address=cluster.address, cpus=1)  # none fits where there is no CPU
         with RayEnvironments(Corridor, 6, WorkersConfig(count=1), config) as environments:
-            assert len(environments._hosts) == 2  # none on the head, which has no CPU to offer
+            assert len(environments._hosts) == 2
             found = collect(specs, Losing(), environments, max_active=6)
         assert by_id(found.episodes) == expected
         assert 1 <= len(found.failures) <= 6

@@ -33,12 +33,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fit_tokenizer(texts, 320)
 
 
-def policy(seed: int = 0, *, dtype: str = "float32", hidden_size: int = 64) -> PreTrainedModel:
+def policy(
+    seed: int = 0, *, dtype: str = "float32", hidden_size: int = 64, initial_std: float = 0.15
+) -> PreTrainedModel:
     """Two layers of two heads that are sure enough of their tokens for a mistake to show."""
     config = PolicyConfig(
         device=DEVICE,
         max_context=CONTEXT,
-        initial_std=0.15,
+        initial_std=initial_std,
         hidden_size=hidden_size,
         dtype=dtype,  # type: ignore[arg-type]
     )
