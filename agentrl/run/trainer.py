@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -48,6 +49,8 @@ from agentrl.run.report import results_table, write_report
 from agentrl.run.rollouts import Played, Rollouts
 from agentrl.run.settings import RunConfig
 from agentrl.run.warm_start import cloning, cloning_batches, demonstrations, names_actions
+from agentrl.scale.engines import check_engine
+from agentrl.scale.extras import check_ray
 
 _IDLE_STEPS = 10  # without an update before it is said
 
@@ -73,9 +76,32 @@ def resume(folder: str | Path, *overrides: str, quiet: bool = False) -> Run:
 
 
 def _run(config: RunConfig, active: Run | None, quiet: bool) -> Run:
+    if config.learner.launcher == "ray" and "RANK" not in os.environ:
+        return _run_on_ray(config, active, quiet)
     device = resolve_device(config.policy.device)
     with joined(device) as ranks, Interruption().listening() as interruption:
         return Trainer(config, active, interruption, quiet=quiet, ranks=ranks).run()
+
+
+def _run_on_ray(config: RunConfig, active: Run | None, quiet: bool) -> Run:
+    check_ray("learner.launcher=ray")
+    from agentrl.scale.ray_ranks import run_on_ray
+
+    device, count = config.policy.device, config.learner.processes
+    on_gpus = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    assert count is not None
+    with Interruption().listening():
+        folder = run_on_ray(
+            partial(_one_rank, config, active, quiet),
+            count,
+            address=config.rollout.ray.address,
+            gpus=float(on_gpus),
+        )
+    return Run(folder, config)
+
+
+def _one_rank(config: RunConfig, active: Run | None, quiet: bool) -> Path:
+    return _run(config, active, quiet).folder
 
 
 class Trainer:
@@ -103,6 +129,7 @@ class Trainer:
     ) -> None:
         self.interruption, self.ranks = interruption, ranks
         _check_shares(config, ranks)
+        check_engine(config.engine, ranks=ranks.count)
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
         self.algorithm = with_drift(config.algorithm.build(), config.trainer.correction)

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
-from vllm_cases import CONTEXT, MENU, STOP, finish, furthest, needs_vllm, plain, policy, request, several
+from vllm_cases import (
+    CONTEXT,
+    MENU,
+    STOP,
+    collected,
+    finish,
+    furthest,
+    needs_vllm,
+    plain,
+    policy,
+    request,
+    several,
+)
 
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.settings import EngineConfig, VllmConfig
@@ -86,8 +98,8 @@ def test_where_bfloat16_rounds_more_vllm_is_no_further_from_float32_than_our_own
         ours = 0.0
         for each in asked:
             reply = replies[each.sequence]
-            pairs = zip(*(plain(model, each.prompt_ids, reply)[0] for model in (exact, brief_engine.model)))
-            ours = max([ours, *(abs(one - other) for one, other in pairs)])
+            known, own = (plain(model, each.prompt_ids, reply)[0] for model in (exact, brief_engine.model))
+            ours = max([ours, *(abs(one - other) for one, other in zip(known, own, strict=True))])
         print(f"from float32, in bfloat16: vLLM {theirs:.2g}, our own forward {ours:.2g} nats")
         assert theirs < 1.5 * ours
     finally:
@@ -167,9 +179,8 @@ def test_new_weights_are_written_in_place_and_replies_in_flight_go_on_with_them(
     try:
         engine.model.load_state_dict(new.state_dict())
         engine.refresh(5)
-        replies = {reply.sequence: reply for reply in early} | finish(engine)
-        while len(replies) < len(asked):
-            replies |= {reply.sequence: reply for reply in engine.step()}
+        rest = collected(engine, len(asked) - len(early))
+        replies = {reply.sequence: reply for reply in early} | rest
         crossed = [each for each in asked if replies[each.sequence].policy_versions]
         assert len(crossed) > 4
         for each in crossed:

@@ -65,12 +65,17 @@ def request(
 def finish(engine: Engine, *requests: GenerationRequest) -> dict[str, Generation]:
     for each in requests:
         engine.submit(each)
+    return collected(engine, len(requests))
+
+
+def collected(engine: Engine, count: int) -> dict[str, Generation]:
+    """The next replies that finish."""
     done: dict[str, Generation] = {}
     for _ in range(3000):
         done.update((generation.sequence, generation) for generation in engine.step())
-        if len(done) == len(requests):
+        if len(done) == count:
             return done
-    raise AssertionError(f"only {sorted(done)} finished")
+    raise AssertionError(f"only {sorted(done)} finished, wanted {count}")
 
 
 def several(
