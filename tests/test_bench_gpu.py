@@ -85,18 +85,17 @@ def test_without_a_gpu_it_says_so_and_measures_nothing(
     assert exit_.value.code == 1
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("no GPU: torch finds none on this machine, so nothing was measured")
+    assert said.err.startswith("no GPU: torch finds none here, so nothing was measured")
 
 
 def test_it_is_tried_out_on_a_cpu_where_that_is_asked_for(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        sys, "argv", ["bench_gpu.py", "--cpu", "--sequences", "2", "--tokens", "16", "--pairs", "2"]
-    )
+    arguments = ["--cpu", "--sequences", "2", "--tokens", "16", "--pairs", "2"]
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *arguments])
     bench.main()
     said = capsys.readouterr().out
-    assert "quickstart (172,736 parameters, bfloat16), 2 sequences of 16 tokens, muon" in said
+    assert "quickstart (172,736 parameters, bfloat16, muon), 2 sequences of 16 tokens" in said
     assert "no utilisation: the dense bfloat16 peak of cpu is not in the table" in said
     assert "0.5B" not in said
 

@@ -48,7 +48,8 @@ class RayConfig:
 
     Args:
         address: of a cluster, "host:port", or "auto" for the one that this machine is part of; None starts
-            Ray on this machine for as long as it is needed.
+            Ray on this machine for as long as it is needed. `engine.actors` and the learner's `launcher: ray`
+            are on the same one.
         actors: how many; None for one on each machine.
         cpus: that Ray sets aside for each actor and its processes.
         max_restarts: lost actors that are replaced, in all; then those that are left go on alone.

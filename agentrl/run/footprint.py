@@ -162,14 +162,16 @@ def optimizer_bytes(
     """
     dealt = whole = 0
     for optimizer in build_optimizers(model, config, value_head):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.empty_like(parameter)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if isinstance(optimizer, Muon):  # a momentum; to step would orthogonalise what is not there
+            whole += _bytes(parameters)
+            continue
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
         states = optimizer.state.values()
-        size = _bytes(value for state in states for value in state.values() if isinstance(value, Tensor))
-        dealt, whole = (dealt, whole + size) if isinstance(optimizer, Muon) else (dealt + size, whole)
+        dealt += _bytes(value for state in states for value in state.values() if isinstance(value, Tensor))
     return dealt, whole
 
 

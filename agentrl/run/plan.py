@@ -70,15 +70,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes of one machine.
+    """What a run takes.
 
     Args:
-        lines: what is known of it.
+        lines: what is known of it: work and disk of all of it, processes and memory of one machine.
         missing: why it cannot start here; empty when it can.
+        nodes: machines that it is dealt out to.
     """
 
     lines: tuple[Line, ...]
     missing: tuple[str, ...] = ()
+    nodes: int = 1
 
     def total(self, section: Section) -> float:
         """Sum of the amounts of a section."""
@@ -131,7 +133,7 @@ def plan(config: RunConfig, *, processes: int = 1, nodes: int = 1) -> Plan:
         lines.append(Line("memory", "Ray's own", _RAY_BYTES, "bytes", "as Ray 2.60 took when it was weighed"))
     lines.append(Line("time", "a step", None, "s", "unknown: replies and updates are timed as they happen"))
     lines.sort(key=lambda line: _ORDER.index(line.section))
-    found = Plan(tuple(lines))
+    found = Plan(tuple(lines), nodes=nodes)
     totals = {str(section): int(found.total(section)) for section in SIZES}
     missing.look(shortcomings.of_room(config, shares, device, totals))
     return replace(found, missing=tuple(missing))
@@ -147,8 +149,10 @@ def plan_table(found: Plan) -> Table:
     table.add_column(justify="right", no_wrap=True)
     table.add_column()
     for section in dict.fromkeys(line.section for line in found.lines):
-        total = decimal(int(found.total(section))) if section in SIZES else ""
-        table.add_row(Text(section, style="bold"), Text(total, style="bold"), "in all" if total else "")
+        total = decimal(int(found.total(section))) if found.total(section) and section in SIZES else ""
+        spread = found.nodes > 1 and section in ("processes", "memory")
+        told = f"on each of {found.nodes} machines" if spread else "in all" if total else ""
+        table.add_row(Text(section, style="bold"), Text(total, style="bold"), told)
         for line in found.lines:
             if line.section == section:
                 table.add_row(Text(f"  {line.what}"), _shown(line), Text(line.how, style="dim"))
@@ -183,6 +187,7 @@ def _settled(config: RunConfig) -> tuple[RunConfig, str]:
 
 def _processes(config: RunConfig, shares: Shares, timed: str) -> list[Line]:
     lines = [
+        ("driver", shares.drivers, "learner.launcher=ray: it waits for those that learn"),
         ("trainer", shares.trainers, f"learner.backend={config.learner.backend}, of {shares.ranks} in all"),
         ("environment workers", shares.workers, timed),
         ("environment actors", shares.environment_actors, "of all that learn, for training and the panel"),
@@ -191,7 +196,7 @@ def _processes(config: RunConfig, shares: Shares, timed: str) -> list[Line]:
     found = [
         Line("processes", what, count, "processes", how)
         for what, count, how in lines
-        if count or not what.endswith("actors")
+        if count or what == "environment workers"
     ]
     if shares.ray:
         found.append(Line("processes", "Ray's own", None, "processes", "unknown: about ten on a machine"))
@@ -257,7 +262,7 @@ def _policy_lines(
         key=lambda found: sum(size for size, _ in found.values()),
     )
     here, copies = _device_section(device, shares)
-    program = _program_bytes() * shares.trainers
+    program = _program_bytes() * (shares.trainers + shares.drivers)
     policy = weight_bytes(skeleton(config.policy))
     checkpoint = max(checkpoint_bytes(config, *stage) for stage in stages)
     return [

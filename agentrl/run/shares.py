@@ -44,6 +44,11 @@ class Shares:
         )
 
     @property
+    def drivers(self) -> int:
+        """Processes that only wait for those that learn."""
+        return int(self.config.learner.launcher == "ray")
+
+    @property
     def trainers(self) -> int:
         """Processes that learn."""
         return self.ranks // self.nodes
@@ -51,14 +56,14 @@ class Shares:
     @property
     def engine_actors(self) -> int:
         """Those of every process that learns, dealt out."""
-        return -(-self.ranks * (self.config.engine.actors or 0) // self.nodes)
+        return self.trainers * (self.config.engine.actors or 0)
 
     @property
     def environment_actors(self) -> int:
         """Those of training and, beside them, those of the panel, of every process that learns, dealt out."""
         if self.config.rollout.backend == "local":
             return 0
-        return -(-2 * self.ranks * self._actors_each // self.nodes)
+        return 2 * self.trainers * self._actors_each
 
     @property
     def workers(self) -> int:

@@ -60,6 +60,11 @@ def of_ranks(config: RunConfig, shares: Shares) -> Iterator[str]:
             f"rollout.groups_per_step is {config.rollout.groups_per_step}, wanted a multiple of the "
             f"{shares.ranks} processes"
         )
+    if config.evaluation.panel is None and config.evaluation.tasks < shares.ranks:
+        yield (
+            f"evaluation.tasks is {config.evaluation.tasks}, wanted at least one for each of the "
+            f"{shares.ranks} processes"
+        )
     if config.learner.launcher == "ray":
         return
     port = int(os.environ.get("MASTER_PORT", _RENDEZVOUS))
@@ -153,12 +158,12 @@ def of_room(
             yield f"GPUs: {shares.trainers} wanted on this machine, one for each process, and {there} found"
         free = min(torch.cuda.mem_get_info(index)[0] for index in range(there))
         yield from _shortage("GPU memory", wanted["GPU memory"], free, "lower learner.micro_batch_tokens")
-    if there:
-        yield from _of_cache(config, torch.cuda.mem_get_info(0)[1])
     memory = psutil.virtual_memory().available
     yield from _shortage("memory", wanted["memory"], memory, "lower rollout.max_active")
     disk = shutil.disk_usage(_existing(Path(config.run.folder))).free
     yield from _shortage("disk", wanted["disk"], disk, "make room where run.folder is")
+    if there:
+        yield from _of_cache(config, torch.cuda.mem_get_info(0)[1])
 
 
 def _shortage(what: str, wanted: int, there: int, remedy: str) -> Iterator[str]:

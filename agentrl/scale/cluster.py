@@ -5,13 +5,15 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import ray
+import torch
 
 from agentrl.errors import ConfigError
+from agentrl.policy.settings import EngineConfig
 
 _KNOCK_TIMEOUT = 5.0  # seconds; Ray itself would try for minutes, and not be interrupted
 _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # with empty settings
@@ -57,12 +59,36 @@ def connected(address: str | None) -> Iterator[None]:
                 ray.shutdown()
 
 
+def check_actors(config: EngineConfig, address: str | None) -> None:
+    """Refuse more engine actors than there is room for, before anything is made for them.
+
+    Args:
+        config: of the engines.
+        address: of the cluster; without one, Ray is not started to ask what this machine has.
+    """
+    if config.actors is None:
+        return
+    here = None
+    if address is None and not ray.is_initialized():
+        here = [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}]
+    with connected(address) if here is None else nullcontext():
+        cpus, gpus = config.actor_cpus, config.actor_gpus
+        check_room("engine.actors", config.actors, cpus=cpus, gpus=gpus, offered=here)
+
+
 def machines() -> list[dict[str, Any]]:
     """The machines of the cluster that can do work: `ray start --num-cpus=0` keeps one free of it."""
     return [node for node in cast(Any, ray).nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
-def check_room(key: str, count: int, *, cpus: float = 0.0, gpus: float = 0.0) -> None:
+def check_room(
+    key: str,
+    count: int,
+    *,
+    cpus: float = 0.0,
+    gpus: float = 0.0,
+    offered: Sequence[Mapping[str, float]] | None = None,
+) -> None:
     """Refuse more actors than the machines of the cluster hold.
 
     Args:
@@ -70,11 +96,13 @@ def check_room(key: str, count: int, *, cpus: float = 0.0, gpus: float = 0.0) ->
         count: of actors.
         cpus: of each.
         gpus: of each.
+        offered: what each machine has; None asks the cluster.
 
     Raises:
         ConfigError: one line that says what there is.
     """
-    offered = [node["Resources"] for node in machines()]
+    if offered is None:
+        offered = [node["Resources"] for node in machines()]
     if not offered:
         raise ConfigError(f"{key} is {count}, but no machine of the cluster has a CPU to offer")
     for kind, each in (("CPU", cpus), ("GPU", gpus)):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from agentrl.policy.engine import Generation
 from agentrl.policy.settings import EngineConfig
 from agentrl.scale.engines import open_engine
-from agentrl.scale.messages import Generations, Requests, packed_generations, unpacked_requests
+from agentrl.scale.messages import Generations, Requests, packed_generations, unpacked_requests, worthwhile
 
 Weights = Mapping[str, NDArray[np.uint8]]
 
@@ -89,7 +89,7 @@ class EngineHost:
         for number, request in unpacked_requests(requests):
             self._numbers[request.sequence] = number
             self._engine.submit(request)
-        wanted = max(1, min(company, len(self._numbers) * 3 // 4))
+        wanted = worthwhile(company, len(self._numbers))
         done: list[tuple[int, Generation]] = []
         until = time.monotonic() + patience
         while self._numbers and len(done) < wanted:
@@ -104,6 +104,10 @@ class EngineHost:
         """Take up weights."""
         fill(self._tensors, weights)
         self._engine.refresh(version)
+
+    def close(self) -> None:
+        """End what the engine has started."""
+        self._engine.close()
 
 
 def hollow(model: PreTrainedModel) -> bytes:

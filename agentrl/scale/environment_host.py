@@ -14,6 +14,7 @@ from agentrl.rollout.environments import Answered, TextGym
 from agentrl.rollout.play import EnvironmentCall
 from agentrl.rollout.settings import WorkersConfig
 from agentrl.rollout.workers import EnvironmentLostError, ProcessEnvironments
+from agentrl.scale.messages import worthwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +112,6 @@ class EnvironmentHost:
     def close(self) -> None:
         """End every process."""
         self._environments.close()
-
-
-def worthwhile(company: int, playing: int) -> int:
-    """How many episodes make a message worth while, where so many are being played."""
-    return max(1, min(company, playing * 3 // 4))
 
 
 def packed(name: str, arguments: tuple[Any, ...]) -> bytes:

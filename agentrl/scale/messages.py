@@ -1,4 +1,4 @@
-"""Requests and generations as they travel: the tokens of all of them in one array, not in a list for each."""
+"""What travels between a driver and its actors: the tokens of many replies in one array, not a list each."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple
@@ -14,6 +14,11 @@ Rows = tuple[NDArray[Any], NDArray[np.int64]]  # values end to end, and how many
 Menus = tuple[Rows, NDArray[np.int64]]  # rows end to end, and how many belong together; -1 for None
 Requests = tuple[list[Any], Rows, Menus]
 Generations = tuple[list[Any], Rows, Rows, Rows, Menus, Rows]
+
+
+def worthwhile(company: int, owed: int) -> int:
+    """How many answers make a message worth while, where so many are owed."""
+    return max(1, min(company, owed * 3 // 4))
 
 
 def packed_requests(requests: Sequence[tuple[int, GenerationRequest]]) -> Requests:

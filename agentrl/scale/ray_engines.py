@@ -26,6 +26,7 @@ from agentrl.scale.messages import packed_requests, unpacked_generations
 _COMPANY = 16  # replies that are worth a message
 _PATIENCE = 0.05  # seconds that one waits for company, and a request for the actor to look up
 _START = 600.0  # seconds that an actor has to load its model
+_GOODBYE = 30.0  # seconds that one has to end what it has started
 _SILENCE = 600.0  # seconds beyond that without an answer after which it is given up
 
 
@@ -144,6 +145,8 @@ class RayEngines:
                 host.actor.refresh.remote(self._weights, version)
 
     def close(self) -> None:
+        if goodbyes := [host.actor.close.remote() for host in self._hosts if host.begun]:
+            ray.wait(goodbyes, num_returns=len(goodbyes), timeout=_GOODBYE)
         while self._hosts:
             self._hosts.pop().kill()
         self._where.clear()

@@ -32,8 +32,8 @@ from agentrl.scale.environment_host import (
     Report,
     packed,
     unpacked,
-    worthwhile,
 )
+from agentrl.scale.messages import worthwhile
 
 _COMPANY = 16  # episodes that are worth a message
 _PATIENCE = 0.1  # seconds that one waits for company

@@ -192,7 +192,7 @@ def _results(calls: dict[Any, int], ranks: Sequence[_Placed], screen: Queue) -> 
         if raised or died or failed:
             until = min(until, time.monotonic() + _GRACE)
     _show(screen)
-    for errors in (raised, died, failed):  # whoever lost touch with one that died fails as well
+    for errors in (died, raised, failed):  # whoever loses touch with one that died fails as well
         if errors:
             raise errors[min(errors)]
     return results

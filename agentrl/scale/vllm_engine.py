@@ -34,12 +34,14 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 
 GIB = 1 << 30
+CPU_STEP_TOKENS = 4096
 
 
 class VllmEngine:
@@ -64,7 +66,8 @@ class VllmEngine:
         restarts: how often vLLM was started again.
 
     Raises:
-        ConfigError: vLLM does not start with this model or these settings.
+        ConfigError: vLLM does not start with this model or these settings, or shares this process with
+            another one.
     """
 
     provides = frozenset({"rollout:entropy"})
@@ -78,6 +81,12 @@ class VllmEngine:
         max_context: int | None = None,
         max_sequences: int = 256,
     ) -> None:
+        if dist.is_initialized():
+            # vLLM makes groups of its own, and on its end destroys all that there are.
+            raise ConfigError(
+                "engine.name=vllm: this process is in a torch.distributed group already, of torchrun or of "
+                "another vLLM; wanted a process of its own, as engine.actors gives it one"
+            )
         self.model = model
         limit = context_limit(model)
         self.max_context = limit if max_context is None else min(limit, max_context)
@@ -91,7 +100,6 @@ class VllmEngine:
         self._left: list[str] = []  # keys that entropies may be noted under for nobody
         self._finished: list[Generation] = []
         self._version = 0
-        self._made_group = not dist.is_initialized()
         self._folder = TemporaryDirectory(prefix="agentrl-vllm-")
         write_architecture(model, Path(self._folder.name))
         self._llm: Any = None
@@ -153,10 +161,6 @@ class VllmEngine:
     def close(self) -> None:
         """End vLLM and give back its memory."""
         self._shut_down()
-        if self._made_group and dist.is_initialized():
-            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-            cleanup_dist_env_and_memory()
         self._folder.cleanup()
 
     def _start(self) -> None:
@@ -175,6 +179,9 @@ class VllmEngine:
                 kv_cache_memory_bytes=int(config.cpu_cache_gib * GIB) if cpu else None,
                 enforce_eager=cpu if config.eager is None else config.eager,
                 enable_prefix_caching=True,
+                # A prompt in parts needs an offset in its generator, which torch has on GPUs only.
+                enable_chunked_prefill=False if cpu else None,
+                max_num_batched_tokens=max(self.max_context, CPU_STEP_TOKENS) if cpu else None,
                 logprobs_mode="processed_logprobs",
                 logits_processors=["agentrl.scale.vllm_choices:TokenTrieProcessor"],
                 worker_extension_cls="agentrl.scale.vllm_choices.PolicyWorker",
@@ -257,10 +264,11 @@ class VllmEngine:
 
     def _shut_down(self) -> None:
         llm, self._llm = self._llm, None
-        if llm is None:
-            return
-        llm.engine_core.shutdown()
+        if llm is not None:
+            llm.engine_core.shutdown()
         del llm
+        if dist.is_initialized():  # a start that failed leaves what it had made
+            cleanup_dist_env_and_memory()
         gc.collect()  # its parts refer to each other, and hold the cache's memory
 
 

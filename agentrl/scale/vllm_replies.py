@@ -183,14 +183,17 @@ def sampling_arguments(reply: PendingReply) -> dict[str, Any]:
     """How vLLM shall sample a reply: its `SamplingParams`, as data."""
     request = reply.request
     own: dict[str, Any] = {"key": reply.key}
+    stops = reply.stop_ids
     if request.choices is not None:
         start = len(reply.prompt) - len(reply.context)  # what all begin with is in the prompt
         own["choices"] = [choice[start:] for choice in request.choices]
+        # One that stands inside a choice as well must not end it; `PendingReply` knows where the end is.
+        stops = stops - {token for choice in request.choices for token in choice[:-1]}
     return {
         "temperature": request.sampling.temperature,
         "max_tokens": reply.max_tokens,
         "seed": request.seed,
-        "stop_token_ids": sorted(reply.stop_ids),
+        "stop_token_ids": sorted(stops),
         "ignore_eos": True,
         "detokenize": False,
         "logprobs": 0,

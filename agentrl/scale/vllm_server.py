@@ -25,9 +25,10 @@ SERVE = (
     "VLLM_SERVER_DEV_MODE=1 VLLM_USE_V2_MODEL_RUNNER=0 vllm serve FOLDER --dtype DTYPE --enable-scale-out "
     "--skip-tokenizer-init --logprobs-mode processed_logprobs "
     "--logits-processors agentrl.scale.vllm_choices:TokenTrieProcessor "
-    "--worker-extension-cls agentrl.scale.vllm_choices.PolicyWorker"
+    "--worker-extension-cls agentrl.scale.vllm_choices.PolicyWorker "
+    "(on a CPU also --no-enable-chunked-prefill --max-num-batched-tokens N, of at least max_model_len)"
 )
-_KNOCK_TIMEOUT = 5.0  # seconds
+_KNOCK_TIMEOUT = 10.0  # seconds
 _WAIT = 0.05  # seconds that a step waits for a reply before environments are looked after again
 _PROBE_TOKENS = 16
 
@@ -177,7 +178,7 @@ class VllmServerEngine:
                 self._fill(reply, future.result(), dict(entropies.get(reply.key, ())))
             except ValueError as mistake:
                 self._finished.append(self._sequences.fail(reply, str(mistake)))
-            except (AgentRLError, KeyError, TypeError) as error:
+            except (AgentRLError, LookupError, TypeError) as error:
                 self._finished.append(self._sequences.fail(reply, str(error), lost=True))
             else:
                 self._finished.append(self._sequences.end(reply))

@@ -11,7 +11,7 @@ import agentrl
 from agentrl.algorithms.recipe import build_recipe
 from agentrl.errors import CheckpointError
 from agentrl.learn.optimizer import build_optimizers
-from agentrl.learn.settings import LearnerConfig
+from agentrl.learn.settings import LearnerConfig, LoraConfig
 from agentrl.policy.attention import KVCache, cached_layout
 from agentrl.policy.model import build_model, hidden_states, packed_forward
 from agentrl.policy.settings import PolicyConfig
@@ -19,6 +19,7 @@ from agentrl.policy.tokens import fit_tokenizer
 from agentrl.run.footprint import (
     activation_bytes,
     cache_bytes,
+    generation_bytes,
     held_bytes,
     layer_bytes,
     logits_bytes,
@@ -128,6 +129,27 @@ def test_processes_that_share_weights_hold_a_part_and_what_must_be_whole() -> No
     # Embedding and last norm, and both of the two layers: nothing is left out.
     assert layer_bytes(skeleton(PolicyConfig())) == weight_bytes(skeleton(PolicyConfig()))
     assert shared["weights of two layers"][0] == alone["weights"][0]
+
+
+def test_adapters_alone_have_gradients_and_what_generates_is_a_copy() -> None:
+    pytest.importorskip("peft", reason="peft is not installed: pip install 'agentrl[lora]'")
+    recipe = build_recipe("grpo").build()
+    plain = held_bytes(SETTINGS, recipe, LearnerConfig(optimizer="adamw"))
+    adapted = held_bytes(SETTINGS, recipe, LearnerConfig(optimizer="adamw", lora=LoraConfig(rank=2)))
+    # Two layers of matrices 4 times 64 x 64 and 3 times 64 x 192, at rank 2, in float32.
+    adapters = 4 * 2 * 2 * (4 * (64 + 64) + 3 * (64 + 192))
+    assert adapted["gradients"][0] == adapters
+    assert adapted["weights"][0] == plain["weights"][0] + adapters
+    assert adapted["weights that generate"][0] == plain["weights"][0]
+    # Two moments of each adapter, and a counter of steps for each of its 28 matrices.
+    assert adapted["optimiser"][0] == 2 * adapters + 28 * 4
+
+
+def test_a_pass_of_generation_gathers_one_layer_of_the_cache_again() -> None:
+    whole = cache_bytes(skeleton(SETTINGS.policy), 8, SETTINGS.policy.max_context)
+    assert generation_bytes(SETTINGS, 8)[0] == whole + whole // 2
+    branching = agentrl.load_config(None, "algorithm.name=aepo")
+    assert generation_bytes(branching, 8)[0] == 2 * (whole + whole // 2)
 
 
 def test_a_reference_and_a_value_head_are_counted_where_the_algorithm_asks_for_them() -> None:

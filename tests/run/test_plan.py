@@ -213,7 +213,7 @@ def test_actors_of_all_processes_are_dealt_out_to_the_machines(
     assert found.missing == ()
     launched = ("learner.launcher=ray", "learner.processes=4")
     again = plan(config(tmp_path, *CLUSTER, *launched, "engine.actors=3"), nodes=2)
-    assert amounts(again, "processes") == counted
+    assert amounts(again, "processes") == counted | {"driver": 1}
 
 
 def test_an_asynchronous_run_has_weights_of_its_own_to_learn_and_episodes_ahead(
@@ -293,9 +293,13 @@ def test_everything_that_is_missing_is_told_at_once(
         assert re.search(pattern, line), (pattern, line)
 
 
-def test_a_missing_extra_and_a_silent_cluster_are_named(
-    tried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fewer_tasks_to_measure_on_than_processes_are_named(tried: None, tmp_path: Path) -> None:
+    more = ("learner.backend=fsdp", "evaluation.tasks=1")
+    (line,) = plan(config(tmp_path, *more), processes=2).missing
+    assert line == "evaluation.tasks is 1, wanted at least one for each of the 2 processes"
+
+
+def test_a_missing_extra_is_named(tried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agentrl.scale.engines.importlib.util.find_spec", lambda name: None)
     (line,) = plan(config(tmp_path, "engine.name=vllm")).missing
     assert re.search(r"needs vLLM.*pip install -c constraints-vllm\.txt 'agentrl\[vllm\]'", line)

@@ -14,7 +14,8 @@ from agentrl.rollout.environments import Answered
 from agentrl.rollout.play import Reset, Step, Stop, Transition
 from agentrl.rollout.settings import WorkersConfig
 from agentrl.rollout.workers import EnvironmentLostError
-from agentrl.scale.environment_host import EnvironmentHost, Release, Report, packed, unpacked, worthwhile
+from agentrl.scale.environment_host import EnvironmentHost, Release, Report, packed, unpacked
+from agentrl.scale.messages import worthwhile
 
 ONE = WorkersConfig(count=1)
 

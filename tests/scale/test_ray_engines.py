@@ -26,7 +26,7 @@ from agentrl.scale.messages import packed_requests, unpacked_generations
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
 
-from agentrl.scale import ray_engines  # noqa: E402
+from agentrl.scale import cluster, ray_engines  # noqa: E402
 from agentrl.scale.ray_engines import RayEngines  # noqa: E402
 
 LIMITS: dict[str, Any] = {"max_context": 256, "max_sequences": 64}
@@ -135,8 +135,9 @@ def test_what_is_wrong_with_a_request_comes_back(engines: RayEngines) -> None:
 def test_nothing_is_returned_of_what_was_released(engines: RayEngines) -> None:
     expected = replies(engines, [ask("q", [9, 8])])["q"]
     engines.release("q")
-    engines.submit(ask("q", [5, 6, 7]))
-    engines.step()
+    for _ in range(2):
+        engines.submit(ask("q", [5, 6, 7]))
+    assert [generation.error is None for generation in engines.step()] == [False]  # the reply is on its way
     engines.release("q")
     found = replies(engines, [ask("q", [9, 8]), ask("r", [9])])
     assert_same(found["q"], expected)
@@ -168,6 +169,18 @@ def test_more_than_the_cluster_has_is_refused_in_one_line(ray_is_there: None, di
     config = EngineConfig(actors=2, actor_gpus=1000)
     with pytest.raises(ConfigError, match=r"^engine.actors is 2, each with 1000 GPUs, wanted at most 0: .*$"):
         RayEngines(policy(), config, stop_ids=dialogue.stop_ids, **LIMITS)
+
+
+@pytest.mark.parametrize("asked", [{"actor_gpus": 1000}, {"actor_cpus": 1000}])
+def test_more_than_this_machine_has_is_refused_without_starting_ray(
+    asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster, "connected", None)
+    with pytest.raises(ConfigError, match=r"^engine.actors is 2, each with 1000 .PUs, wanted at most 0: .*$"):
+        cluster.check_actors(EngineConfig(actors=2, **asked), None)
+    cluster.check_actors(EngineConfig(), None)
+    cluster.check_actors(EngineConfig(actors=64), None)
 
 
 def test_without_ray_the_command_that_installs_it_is_named(

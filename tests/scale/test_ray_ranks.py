@@ -2,16 +2,10 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -110,41 +104,3 @@ def test_two_ranks_train_what_one_process_trains(ray_is_there: None, tmp_path: P
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
     rows = [json.loads(line) for line in (together.folder / "metrics.jsonl").read_text().splitlines()]
     assert all(row["learner/grad_norm"] > 1e-3 for row in rows)
-
-
-@pytest.mark.slow
-def test_ctrl_c_stops_the_ranks_after_a_step_and_the_run_goes_on_later(tmp_path: Path) -> None:
-    script = tmp_path / "driver.py"
-    script.write_text(
-        textwrap.dedent(f"""
-        from functools import partial
-        import agentrl
-        from agentrl.scale.ray_ranks import run_on_ray
-        config = agentrl.load_config(
-            None, *{TINY!r}, "run.folder={tmp_path}", "run.name=tiny", "trainer.steps=500"
-        )
-        run_on_ray(partial(agentrl.train, config), 2)
-        """)
-    )
-    driver = subprocess.Popen(
-        [sys.executable, script],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    metrics = tmp_path / "tiny" / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
-        assert driver.poll() is None, driver.communicate()
-        time.sleep(0.05)
-    family = psutil.Process(driver.pid).children(recursive=True)
-    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
-    printed, complaint = driver.communicate(timeout=120)
-    assert driver.returncode != 0
-    assert "of 2 processes" in printed
-    assert "continue with: agentrl train --resume" in complaint
-    _, alive = psutil.wait_procs(family, timeout=120)
-    assert [process.cmdline() for process in alive] == []
-    done = len(metrics.read_text().splitlines())
-    assert (tmp_path / "tiny" / "checkpoints" / f"train-{done:06d}").is_dir()

@@ -123,3 +123,12 @@ def test_vllm_is_told_the_rest_of_the_choices_and_never_to_stop_at_its_own_end_o
     assert told["extra_args"]["agentrl"]["choices"] == [(3, 9), (4, 5, 6, 9), (4, 5, 7, 9)]
     assert told["ignore_eos"]
     assert (told["seed"], told["stop_token_ids"], told["max_tokens"]) == (5, [9], 4)
+
+
+def test_a_stop_id_inside_a_choice_does_not_end_it() -> None:
+    held = Sequences(stop_ids=[9, 8], vocabulary=20, max_context=12)
+    reply = begun(held, asked(choices=((2, 9, 3, 8), (2, 4, 9))))
+    assert sampling_arguments(reply)["stop_token_ids"] == [8]
+    for token in (9, 3, 8):
+        reply.take(token, -0.1, 0.1, 0)
+    assert held.end(reply).token_ids == (2, 9, 3, 8)

@@ -79,7 +79,11 @@ def test_a_server_needs_no_vllm_on_this_side(absent: set[str], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("config", "ranks", "wanted"),
     [
-        (EngineConfig("vllm", vllm=VllmConfig(tensor_parallel_size=2)), 1, "2, but this machine has 0 GPUs"),
+        (
+            EngineConfig("vllm", vllm=VllmConfig(tensor_parallel_size=2)),
+            1,
+            "2, but this machine has 0 GPUs",
+        ),
         (EngineConfig("vllm"), 2, "one of 2 ranks; set engine.actors"),
         (EngineConfig("vllm", vllm=VllmConfig("http://a:1")), 1, "by NCCL, but this machine has no GPU"),
         (EngineConfig("vllm", actors=2, vllm=VllmConfig("http://a:1", "/x")), 1, "wanted one of the two"),

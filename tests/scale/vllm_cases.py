@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -129,3 +130,16 @@ def furthest(
             assert len(theirs) == len(reply.token_ids)
             worst[kind] = max([worst[kind], *map(lambda a, b: abs(a - b), ours, theirs)])
     return worst[0], worst[1]
+
+
+def apart(
+    engine: Engine, model: PreTrainedModel, kind: str, choices: Any, temperature: float
+) -> tuple[float, float]:
+    """`furthest` of several requests, printed."""
+    asked = several(kind, choices, temperature)
+    found = furthest(model, asked, finish(engine, *asked), temperature)
+    dtype = next(model.parameters()).dtype
+    print(f"vLLM and a plain forward, {kind}, {dtype}: {found[0]:.2g} (logprobs), {found[1]:.2g} (entropies)")
+    for each in asked:
+        engine.release(each.sequence)
+    return found
