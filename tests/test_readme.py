@@ -58,7 +58,17 @@ def test_a_command_of_the_readme_runs(
 
 def test_the_tour_names_every_command() -> None:
     named = {line.split()[1] for line in AGENTRL}
-    assert named >= {"train", "evaluate", "play", "envs", "algorithms", "config", "check-env", "new-env"}
+    wanted = {"train", "evaluate", "play", "envs", "algorithms", "config", "plan", "check-env", "new-env"}
+    assert named >= wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [line for line in commands(README) if line.startswith("torchrun ")])
+def test_what_torchrun_starts_in_the_readme_trains(line: str, tmp_path: Path) -> None:
+    words = [*shlex.split(line), *SMALL, f"run.folder={tmp_path}", "run.name=tiny"]
+    command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=280)
+    assert (tmp_path / "tiny" / "report.html").is_file()
 
 
 def test_the_make_targets_of_the_documents_exist() -> None:
