@@ -96,6 +96,11 @@ def check_engine(config: EngineConfig, *, ranks: int = 1) -> None:
                 "engine.vllm.weights_folder is null, which sends weights by NCCL, but this machine has no "
                 "GPU; wanted a folder that the server sees as well"
             )
+        if vllm.weights_folder is None and ranks > 1:
+            raise ConfigError(
+                f"engine.vllm.weights_folder is null, which sends weights by NCCL from one process, but "
+                f"{ranks} share the run; wanted a folder that the server sees as well"
+            )
         if importlib.util.find_spec("httpx2") is None:
             raise MissingDependencyError("engine.vllm.url needs httpx2: pip install httpx2")
         return

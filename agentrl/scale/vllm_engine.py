@@ -199,9 +199,9 @@ class VllmEngine:
         self._llm.collective_rpc("renew_head")
 
     def _add(self, reply: PendingReply) -> None:
-        params = SamplingParams(**sampling_arguments(reply), output_kind=RequestOutputKind.DELTA)
-        params.skip_clone = True  # a menu is large, and nobody else holds these
         try:
+            params = SamplingParams(**sampling_arguments(reply), output_kind=RequestOutputKind.DELTA)
+            params.skip_clone = True  # a menu is large, and nobody else holds these
             self._llm.add_request(reply.key, {"prompt_token_ids": reply.prompt}, params)
         except Exception as error:
             self._end(reply, f"vLLM refused the request: {type(error).__name__}: {error}")

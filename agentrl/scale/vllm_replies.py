@@ -11,6 +11,7 @@ from agentrl.policy.requests import request_mistake
 from agentrl.policy.trie import ChoiceError, Node, TokenTrie, token_trie
 from agentrl.scale.vllm_decisions import REQUEST
 
+TEMPERATURES = (0.01, 2.0)  # beside 0; vLLM would raise lower ones in silence
 NOT_FINITE = "the model's logits are not finite: its weights hold nan or inf"
 
 
@@ -143,6 +144,12 @@ class Sequences:
         )
         if wrong is not None:
             return wrong
+        low, high = TEMPERATURES
+        if request.sampling.temperature and not low <= request.sampling.temperature <= high:
+            return (
+                f"temperature is {request.sampling.temperature}, wanted 0 or within [{low}, {high}], as of "
+                "vLLM"
+            )
         context = [*(() if held is None or request.fresh else held), *request.prompt_ids]
         self._held[request.sequence] = context
         limit = min(request.sampling.max_tokens, self._max_context - len(context))

@@ -94,6 +94,8 @@ def test_every_token_has_the_version_of_the_weights_that_drew_it() -> None:
         (asked(prompt=(1,) * 8, choices=MENU), "a reply of 5 exceed"),
         (asked(sampling=SamplingParams(1.0, 0)), "max_tokens is 0"),
         (asked(sampling=SamplingParams(-1.0)), "temperature is -1.0"),
+        (asked(sampling=SamplingParams(0.001)), r"temperature is 0.001, wanted 0 or within [0.01, 2.0]"),
+        (asked(sampling=SamplingParams(3.0)), r"temperature is 3.0, wanted 0 or within [0.01, 2.0]"),
     ],
 )
 def test_requests_that_cannot_be_served_say_why(request_: GenerationRequest, wanted: str) -> None:

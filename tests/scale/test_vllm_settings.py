@@ -142,3 +142,11 @@ def someone() -> Iterator[int]:
 def test_a_port_that_something_else_uses_is_one_error(someone: int) -> None:
     with pytest.raises(ConfigError, match=r"what answers at http://127.0.0.1:\d+ is no vLLM server"):
         _connect(someone)
+
+
+def test_weights_go_by_nccl_from_one_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = EngineConfig("vllm", vllm=VllmConfig("http://a:1"))
+    check_engine(config)
+    with pytest.raises(ConfigError, match="from one process, but 2 share the run"):
+        check_engine(config, ranks=2)
