@@ -157,6 +157,24 @@ class RunConfig:
     seed: int = 0
     run: RunFolderConfig = field(default_factory=RunFolderConfig)
 
+    def __post_init__(self) -> None:
+        if self.engine.name != "vllm":
+            return
+        temperature = self.rollout.temperature
+        if not _VLLM_TEMPERATURES[0] <= temperature <= _VLLM_TEMPERATURES[1]:
+            raise ConfigError(
+                f"rollout.temperature is {temperature}, wanted within {list(_VLLM_TEMPERATURES)}: "
+                "engine.name=vllm draws at no other"
+            )
+        inside = self.engine.actors is None and self.engine.vllm.url is None
+        if inside and "fsdp" in (self.learner.backend, self.warm_start.learner.backend):
+            raise ConfigError(
+                "engine.name=vllm: in this process it would end the process group of learner.backend=fsdp "
+                "with its own; wanted engine.actors, or engine.vllm.url of a server"
+            )
+
+
+_VLLM_TEMPERATURES = (0.01, 2.0)
 
 # Keys of a block that a new value of its naming key makes meaningless.
 _NAMING_KEYS = {"algorithm": "name", "env": "id"}

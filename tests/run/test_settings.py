@@ -101,3 +101,20 @@ def test_a_run_is_resumed_with_the_algorithm_that_it_has(nested: Path) -> None:
     run = Run(Path("runs/nested"), load_config(nested))
     same = ("algorithm.name=epo", "algorithm.base.base.gamma=0.9", "trainer.checkpoint_every=1")
     assert with_overrides(run, same).config.algorithm == run.config.algorithm
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("rollout.temperature=2.5",), r"rollout\.temperature is 2\.5, wanted within \[0\.01, 2\.0\]"),
+        (("learner.backend=fsdp",), r"wanted engine\.actors, or engine\.vllm\.url"),
+        (("warm_start.learner.backend=fsdp",), r"wanted engine\.actors, or engine\.vllm\.url"),
+    ],
+)
+def test_what_vllm_cannot_do_beside_it_is_refused_when_it_is_read(
+    overrides: tuple[str, ...], message: str
+) -> None:
+    load_config("quickstart.yaml", *overrides)
+    load_config("quickstart.yaml", "learner.backend=fsdp", "engine.name=vllm", "engine.actors=1")
+    with pytest.raises(ConfigError, match=message):
+        load_config("quickstart.yaml", "engine.name=vllm", *overrides)
