@@ -84,7 +84,7 @@ def scripted_player(name: str, seed: int = 0) -> Player:
 def open_player(
     policy: str, *, temperature: float = 1.0, config: RunConfig | None = None
 ) -> tuple[Player, RunConfig]:
-    """Open whoever `policy` names.
+    """Open whoever `policy` names, in this process: whatever a run generated with, `torch` reads its weights.
 
     Args:
         policy: `random`, `expert`, a run's folder or name, or a Hugging Face folder.
@@ -104,7 +104,8 @@ def open_player(
         config, folder = opened.config, opened.model
     else:
         config, folder = config or RunConfig(), Path(policy)
-    config = replace(config, policy=replace(config.policy, path=str(folder)))
+    engine = replace(config.engine, name="torch", actors=None)
+    config = replace(config, engine=engine, policy=replace(config.policy, path=str(folder)))
     loaded = load(folder, config.policy)
     return loaded.player(loaded.engine(config), config, temperature), config
 

@@ -49,7 +49,7 @@ from agentrl.run.report import results_table, write_report
 from agentrl.run.rollouts import Played, Rollouts
 from agentrl.run.settings import RunConfig
 from agentrl.run.warm_start import cloning, cloning_batches, demonstrations, names_actions
-from agentrl.scale.engines import check_engine
+from agentrl.scale.engines import check_actors, check_engine
 from agentrl.scale.extras import check_ray
 
 _IDLE_STEPS = 10  # without an update before it is said
@@ -130,6 +130,7 @@ class Trainer:
         self.interruption, self.ranks = interruption, ranks
         _check_shares(config, ranks)
         check_engine(config.engine, ranks=ranks.count)
+        check_actors(config.engine, config.rollout.ray.address)
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
         self.algorithm = with_drift(config.algorithm.build(), config.trainer.correction)

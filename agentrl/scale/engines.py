@@ -71,6 +71,24 @@ def open_engine(
     return TorchEngine(model, stop_ids=stop_ids, max_context=max_context, max_sequences=max_sequences)
 
 
+def check_actors(config: EngineConfig, address: str | None) -> None:
+    """Refuse engine actors that the cluster has no room for, before anything is made for them.
+
+    Args:
+        config: which engine.
+        address: of the cluster; see `RayConfig`.
+
+    Raises:
+        MissingDependencyError: without Ray.
+        ConfigError: there is no cluster, or it is smaller than what is asked.
+    """
+    if config.actors is not None:
+        check_ray(f"engine.actors={config.actors}")
+        from agentrl.scale import cluster
+
+        cluster.check_actors(config, address)
+
+
 def check_engine(config: EngineConfig, *, ranks: int = 1) -> None:
     """Refuse an engine that cannot be had here, before anything is made for it.
 
