@@ -16,29 +16,32 @@ from agentrl import load_config, train
 from agentrl.env import register
 from agentrl_envs.alfworld_env import ALFWorldEnv
 
-DELAY = 0.02
-
 
 class Waiting(ALFWorldEnv):
-    """Answers a step as a remote environment would."""
+    """Answers a step as a remote environment would, after `delay` seconds."""
 
     thread_safe = True
 
+    def __init__(self, delay: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._delay = delay
+
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        sleep(DELAY)
+        sleep(self._delay)
         return super().step(action)
 
 
-def run(folder: Path, mode: str, steps: int, seed: int) -> dict[str, float]:
+def run(folder: Path, mode: str, options: argparse.Namespace, seed: int) -> dict[str, float]:
     """Train; returns seconds of the whole stage and of who waited."""
     config = load_config(
         None,
         "env.id=bench/Waiting-v0",
         "env.kwargs={task_types: [pick_and_place_simple, look_at_obj_in_light], max_receptacles: 6, "
-        "object_types: 8, text: compact, menu: task, max_steps: 16}",
+        f"object_types: 8, text: compact, menu: task, max_steps: 16, delay: {options.delay}}}",
         "rollout.placement=thread",
         f"trainer.mode={mode}",
-        f"trainer.steps={steps}",
+        f"trainer.steps={options.steps}",
+        f"learner.epochs={options.epochs}",
         "trainer.save_episodes_every=0",
         "policy.tokenizer_episodes=10",
         "warm_start.steps=0",
@@ -63,7 +66,9 @@ def run(folder: Path, mode: str, steps: int, seed: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--delay", type=float, default=0.1, help="seconds that an environment's step takes")
+    parser.add_argument("--epochs", type=int, default=8, help="updates of a step")
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
     register("bench/Waiting-v0", lambda **kwargs: Waiting(**kwargs))
@@ -71,10 +76,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(options.pairs):
             for mode, each in found.items():
-                each.append(run(Path(folder), mode, options.steps, seed))
+                each.append(run(Path(folder), mode, options, seed))
     print(
-        f"{options.steps} steps of 64 episodes, {DELAY * 1000:g} ms a step, median of {options.pairs} pairs"
+        f"{options.steps} steps x 64 episodes, {1000 * options.delay:g} ms a turn, {options.epochs} updates"
     )
+    print(f"median of {options.pairs} pairs")
     print(f"{'':8}{'seconds':>10}{'learner waits':>16}{'player waits':>16}")
     for mode, each in found.items():
         seconds, learner, player = (
