@@ -39,7 +39,9 @@ class Ranks:
 
     def apart(self) -> "Ranks":
         """The same processes with words of their own, so that a thread of each can speak beside the first."""
-        return self if self.count == 1 else replace(self, group=dist.new_group(backend="gloo"))
+        if self.count == 1:
+            return self
+        return replace(self, group=dist.new_group(timeout=_PATIENCE, backend="gloo"))
 
     def total(self, values: Tensor) -> Tensor:
         """Add up what the ranks hold, in place; every rank has the same sum."""

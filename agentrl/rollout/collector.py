@@ -99,6 +99,7 @@ def collect(
     Raises:
         AgentRLError: an environment could not be made, for a reason that its user can mend.
         TooManyAbortedError: as soon as the share must come out larger than allowed.
+        RuntimeError: someone else closed the environments.
         BaseException: what `player` and `on_episode` raise, and interrupts; environments are closed first.
     """
     if max_active < 1:
@@ -171,8 +172,11 @@ class _Drive:
             if not self.active:
                 break
             # Environments first: the more episodes want a reply, the better the player's batches.
-            if not self._environments_answer() and self.thinking:
-                self._player_answers()
+            if self._environments_answer():
+                continue
+            if not self.thinking:
+                raise RuntimeError("the environments were closed while episodes were played in them")
+            self._player_answers()
         ids = [*(spec.id for spec in specs), *self.director.ids]
         return Collection(
             tuple(self.finished[name] for name in ids),

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,6 +56,7 @@ class ProcessEnvironments(Environments):
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
         self._leaving: list[_Worker] = []
+        self._closing = threading.RLock()  # who plays in a thread may close at the same time as its owner
         self._where: dict[str, _Place | None] = {}  # None: its worker is gone
         self._backlog: deque[tuple[str, EnvironmentCall]] = deque()
         self._ready: deque[Answered] = deque()
@@ -150,17 +152,18 @@ class ProcessEnvironments(Environments):
             return CallTimes(*self._ask(place, "time", (list(tasks), seed)))
 
     def close(self) -> None:
-        for worker in list(self._workers):
-            self._dismiss(worker)
-        self._where.clear()
-        self._backlog.clear()
-        self._shunned.clear()
-        self._ready.clear()
-        until = time.monotonic() + 10.0
-        while self._leaving:
-            self._bury(until)
-            if self._leaving:
-                time.sleep(0.01)
+        with self._closing:
+            for worker in list(self._workers):
+                self._dismiss(worker)
+            self._where.clear()
+            self._backlog.clear()
+            self._shunned.clear()
+            self._ready.clear()
+            until = time.monotonic() + 10.0
+            while self._leaving:
+                self._bury(until)
+                if self._leaving:
+                    time.sleep(0.01)
 
     # Requests and answers.
 
@@ -326,10 +329,11 @@ class ProcessEnvironments(Environments):
 
     def _bury(self, until: float) -> None:
         """See off the workers that have gone; those that stay longer than a few seconds are killed."""
-        for worker in list(self._leaving):
-            if worker.ending() is not None or time.monotonic() > min(until, worker.since + 10.0):
-                worker.kill()
-                self._leaving.remove(worker)
+        with self._closing:
+            for worker in list(self._leaving):
+                if worker.ending() is not None or time.monotonic() > min(until, worker.since + 10.0):
+                    worker.kill()
+                    self._leaving.remove(worker)
 
 
 class EnvironmentLostError(AgentRLError):

@@ -214,7 +214,7 @@ def moving_mean(values: Sequence[float], window: int) -> list[float]:
 def _is_signal(name: str) -> bool:
     """Whether no other figure shows it."""
     return _by_type(name) or name.startswith(
-        ("learner/", "branches/", "groups_kept", "rounds", "invalid", "turns")
+        ("learner/", "branches/", "staleness/", "groups_kept", "rounds", "invalid", "turns")
     )
 
 

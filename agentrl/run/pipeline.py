@@ -17,6 +17,7 @@ from agentrl.policy.engine import Engine, Generation, GenerationRequest
 from agentrl.run.rollouts import Played
 
 Play = Callable[[int, Context], Played]  # from how many tasks were drawn before, in the context of its step
+Agree = Callable[[Context | None], Context | None]
 _LAST_PASS = 5.0  # seconds for the thread to notice that it is over
 
 
@@ -73,20 +74,34 @@ class SideBySide:
         context: of the next step, with a history that does not change.
         max_staleness: how many updates may lie between the weights that a step is begun with and those that
             learn from it; 0 is taking turns.
+        furthest: of ranks that play together, told how many steps this one has begun, says how many the
+            furthest has; all call it at the same pause.
+        agree: of ranks that play together, told in what context this one begins its next step, None when it
+            is over, says in which they all do; all call it before each step. Who begins a step alone would
+            wait in it for the others.
 
     Attributes:
         waited: seconds that the learner waited for a step, and the player to begin one.
     """
 
     def __init__(
-        self, play: Play, cursor: int, engine: "SharedEngine", context: Context, max_staleness: int
+        self,
+        play: Play,
+        cursor: int,
+        engine: "SharedEngine",
+        context: Context,
+        max_staleness: int,
+        furthest: Callable[[int], int] = int,
+        agree: Agree = lambda own: own,
     ) -> None:
         self._play, self._cursor, self._engine, self._most = play, cursor, engine, max_staleness
+        self._furthest, self._agree = furthest, agree
         self._latest = context
         self._next = context.step  # to be played
         self._ready: deque[PlayedStep] = deque()
         self._error: BaseException | None = None
-        self._playing = self._held = self._over = False
+        self._until: int | None = None  # no step from this one on is begun
+        self._playing = self._over = False
         self._changed = threading.Condition()
         self._player_waited = self._learner_waited = 0.0
         self._thread = threading.Thread(target=self._work, name="rollout", daemon=True)
@@ -126,15 +141,20 @@ class SideBySide:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Use the engine for something else in this block, after the step that is being played."""
+        """Use the engine for something else in this block, after the steps that were begun."""
         with self._changed:
-            self._held = True
-            self._changed.wait_for(lambda: not self._playing)
+            self._until = begun = self._next + self._playing
+        # A rank that did not begin what another has would leave it waiting for its part.
+        until = self._furthest(begun)
+        with self._changed:
+            self._until = until
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._next >= until or self._error is not None)
         try:
             yield
         finally:
             with self._changed:
-                self._held = False
+                self._until = None
                 self._changed.notify_all()
 
     def close(self) -> None:
@@ -165,14 +185,17 @@ class SideBySide:
         """Wait until the next step may be played; None when it is over."""
         began = time.perf_counter()
         with self._changed:
-            self._changed.wait_for(lambda: self._over or (not self._held and self._may_begin()))
+            self._changed.wait_for(lambda: self._over or self._may_begin())
             self._player_waited += time.perf_counter() - began
-            if self._over or self._next >= self._latest.total_steps:
+            if self._next >= self._latest.total_steps:
                 return None
             self._playing = True
-            return replace(self._latest, step=self._next)
+            own = None if self._over else replace(self._latest, step=self._next)
+        return self._agree(own)
 
     def _may_begin(self) -> bool:
+        if self._until is not None and self._next >= self._until:
+            return False
         return self._next <= self._latest.step + self._most or self._next >= self._latest.total_steps
 
 

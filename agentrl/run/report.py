@@ -119,6 +119,7 @@ def _content(folder: Path) -> dict[str, Any]:
         else "",
         "entropy_figures": entropy_figures,
         "signals_figure": figures.draw_signals(training) if training else None,
+        "waiting": _waiting(summary.get("times", {})),
         "episodes_source": source,
         "episodes": _shown_episodes(episodes),
         "facts": list(_facts(summary, manifest)),
@@ -351,6 +352,16 @@ def _facts(summary: Tree, manifest: Tree) -> Iterable[tuple[str, str]]:
         for key, value in tree.items():
             if key not in ("policies", "instruction_check"):
                 yield "seconds" if key == "times" else key.replace("_", " "), _flat(value)
+
+
+def _waiting(times: Mapping[str, float]) -> str:
+    """Who held up whom where playing and learning went on side by side."""
+    if "learning.waited.wall" not in times:
+        return ""
+    return (
+        f"Playing beside learning, the learner waited {times['learning.waited.wall']:,.0f} s for episodes, "
+        f"and the player {times['rollout.waited.wall']:,.0f} s for newer weights."
+    )
 
 
 def _flat(value: Any) -> str:

@@ -66,6 +66,11 @@ def of_ranks(config: RunConfig, shares: Shares) -> Iterator[str]:
             f"{shares.ranks} processes"
         )
     if config.learner.launcher == "ray":
+        if shares.nodes > 1 and config.rollout.ray.address is None:
+            yield (
+                "rollout.ray.address is null, which starts Ray on this machine alone, wanted that of a "
+                f"cluster of {shares.nodes}"
+            )
         return
     port = int(os.environ.get("MASTER_PORT", _RENDEZVOUS))
     with socket.socket() as probe:

@@ -49,7 +49,7 @@ from agentrl.run.report import results_table, write_report
 from agentrl.run.rollouts import Played, Rollouts
 from agentrl.run.settings import RunConfig
 from agentrl.run.warm_start import cloning, cloning_batches, demonstrations, names_actions
-from agentrl.scale.engines import check_actors, check_engine
+from agentrl.scale.engines import check_actors, check_engine, check_server
 from agentrl.scale.extras import check_ray
 
 _IDLE_STEPS = 10  # without an update before it is said
@@ -131,6 +131,7 @@ class Trainer:
         _check_shares(config, ranks)
         check_engine(config.engine, ranks=ranks.count)
         check_actors(config.engine, config.rollout.ray.address)
+        check_server(config.engine)
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
         self.algorithm = with_drift(config.algorithm.build(), config.trainer.correction)
@@ -153,7 +154,8 @@ class Trainer:
             raise
         self.clocks = Clocks(self.active.folder / "clocks.json", writes=ranks.first)
         self.engine = self.policy.engine(config)
-        self.rollouts = Rollouts(config, self.algorithm, self.tasks, self.environments, ranks.apart())
+        self.beside = ranks.apart()
+        self.rollouts = Rollouts(config, self.algorithm, self.tasks, self.environments, self.beside)
         self.logbook = (
             Logbook(self.active.folder, quiet=quiet) if ranks.first else _NoBook(self.active.folder)
         )
@@ -280,9 +282,10 @@ class Trainer:
 
     def _train(self) -> None:
         if self.stage != "train":
-            self.stage, self.step, self.saved = "train", 0, -1
-            del self.learner  # a copy of the weights that may be as large as memory allows
-            self.learner = self._learner()  # its reference, if any, is the warm-started policy
+            with self.interruption.shield():  # a stop saves the learner of its stage
+                self.stage, self.step, self.saved = "train", 0, -1
+                del self.learner  # a copy of the weights that may be as large as memory allows
+                self.learner = self._learner()  # its reference, if any, is the warm-started policy
             self._serve()
         every = self.config.evaluation.every
         with (
@@ -311,6 +314,8 @@ class Trainer:
             shared,
             self._context(copied=True),
             self.config.trainer.max_staleness,
+            furthest=lambda begun: max(self.ranks.gather(begun)),
+            agree=self._context_of_all,
         )
         try:
             yield steps
@@ -319,6 +324,11 @@ class Trainer:
             for who, seconds in zip(("learning", "rollout"), steps.waited, strict=True):
                 self.clocks.add(f"{who}.waited.wall", seconds)
             self.clocks.save()
+
+    def _context_of_all(self, own: Context | None) -> Context | None:
+        """That of the first rank, for histories may be a step apart; None if any rank is over."""
+        answers = self.beside.gather((own is None, own if self.beside.first else None))
+        return None if any(over for over, _ in answers) else answers[0][1]
 
     def _play(self, engine: Engine, cursor: int, context: Context) -> Played:
         """Play a step's groups; of a run that is not alone in its process, in a thread of its own."""
@@ -520,6 +530,7 @@ class Trainer:
         self.history = {key: list(values) for key, values in progress.history.items()}
         self.tasks_drawn = progress.tasks_drawn
         if another:
+            del self.learner  # as in `_train`
             self.learner = self._learner()
         memory = load_learner(path, self.learner)
         self.learner.export(self.policy.model)
@@ -543,7 +554,13 @@ class _NoBook(Logbook):
 
 
 def _check_shares(config: RunConfig, ranks: Ranks) -> None:
-    """Refuse what several processes cannot share."""
+    """Refuse what several processes cannot share, and others than were asked for."""
+    wanted = config.learner.processes
+    if wanted not in (None, ranks.count):
+        raise ConfigError(
+            f"learner.processes is {wanted}, but {ranks.count} were started; learner.launcher=ray starts "
+            "them by itself, without torchrun"
+        )
     if ranks.count == 1:
         return
     if config.learner.backend != "fsdp":

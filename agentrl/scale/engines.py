@@ -89,6 +89,18 @@ def check_actors(config: EngineConfig, address: str | None) -> None:
         cluster.check_actors(config, address)
 
 
+def check_server(config: EngineConfig) -> None:
+    """Refuse the address of a server that does not answer, before anything is made for it.
+
+    Raises:
+        ConfigError: with the command that starts one.
+    """
+    if config.name == "vllm" and config.vllm.url is not None:
+        from agentrl.scale.vllm_server import check_answers
+
+        check_answers(config.vllm.url)
+
+
 def check_engine(config: EngineConfig, *, ranks: int = 1) -> None:
     """Refuse an engine that cannot be had here, before anything is made for it.
 

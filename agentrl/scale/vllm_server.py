@@ -33,6 +33,27 @@ _WAIT = 0.05  # seconds that a step waits for a reply before environments are lo
 _PROBE_TOKENS = 16
 
 
+def check_answers(url: str) -> None:
+    """Refuse an address where no vLLM server answers.
+
+    Raises:
+        ConfigError: with the command that starts one.
+    """
+    try:
+        models = httpx2.get(f"{url.rstrip('/')}/v1/models", timeout=_KNOCK_TIMEOUT)
+        kind = models.json()["data"][0]["owned_by"]
+    except httpx2.HTTPError as error:
+        raise ConfigError(
+            f"engine.vllm.url: nobody answers at {url} ({error}); start a server there: {SERVE}"
+        ) from error
+    except (ValueError, LookupError, TypeError):
+        kind = None
+    if kind != "vllm":
+        raise ConfigError(
+            f"engine.vllm.url: what answers at {url} is no vLLM server; start one at a free port: {SERVE}"
+        )
+
+
 class VllmServerEngine:
     """Generates on a server; requests in flight are batched there.
 
@@ -252,20 +273,7 @@ class VllmServerEngine:
     # The server
 
     def _check_server(self) -> None:
-        try:
-            models = self._client.get("/v1/models", timeout=_KNOCK_TIMEOUT)
-            kind = models.json()["data"][0]["owned_by"]
-        except httpx2.HTTPError as error:
-            raise ConfigError(
-                f"engine.vllm.url: nobody answers at {self._url} ({error}); start a server there: {SERVE}"
-            ) from error
-        except (ValueError, LookupError, TypeError):
-            kind = None
-        if kind != "vllm":
-            raise ConfigError(
-                f"engine.vllm.url: what answers at {self._url} is no vLLM server; start one at a free port: "
-                f"{SERVE}"
-            )
+        check_answers(self._url)
         try:
             served = self._rpc("describe_policy")[0]
         except AgentRLError as error:

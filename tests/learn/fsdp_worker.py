@@ -15,6 +15,7 @@ from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from agentrl.algorithms.algorithm import Algorithm, Context, prepare
+from agentrl.algorithms.off_policy import with_drift
 from agentrl.algorithms.recipe import build_recipe, recipe_names
 from agentrl.data import Group, StopReason
 from agentrl.data.batch import collate
@@ -126,11 +127,14 @@ def relative(one: list[Tensor], other: list[Tensor]) -> float:
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
 
-def compared(make: Callable[[int], nn.Module], name: str, ranks: Ranks, **settings: Any) -> Figures:
+def compared(
+    make: Callable[[int], nn.Module], name: str, ranks: Ranks, cap: float | None = None, **settings: Any
+) -> Figures:
     """How far a learner on all ranks is from one that is alone."""
     results = []
     for backend, who in (("single", ALONE), ("fsdp", ranks)):
         algorithm = build_recipe(name).build()
+        algorithm = algorithm if cap is None else with_drift(algorithm, cap)
         learner = learner_of(make, algorithm, who, backend, **settings)
         before = weights(learner)
         results.append((*taught(learner, algorithm, range(5)), weights(learner), before))
@@ -154,6 +158,10 @@ def compared(make: Callable[[int], nn.Module], name: str, ranks: Ranks, **settin
 
 def every_recipe(ranks: Ranks, folder: Path) -> Figures:
     return {name: compared(ToyPolicy, name, ranks) for name in recipe_names()}
+
+
+def off_policy(ranks: Ranks, folder: Path) -> Figures:
+    return {name: compared(ToyPolicy, name, ranks, cap=1.5, epochs=2) for name in ("ppo", "gspo", "spear")}
 
 
 def double_qwen(seed: int) -> nn.Module:

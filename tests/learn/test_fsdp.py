@@ -27,6 +27,7 @@ def figures(folder: Path) -> Figures:
         folder,
         *optional,
         "every_recipe",
+        "off_policy",
         "a_transformer",
         "muon",
         "in_float32",
@@ -49,6 +50,11 @@ def assert_equal(found: Figures, gradient: float = 1e-6, weights: float = 1e-5) 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_learns_on_two_ranks_what_it_learns_alone(name: str, figures: Figures) -> None:
     assert_equal(figures["every_recipe"][name], gradient=1e-12, weights=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ppo", "gspo", "spear"])
+def test_so_do_those_that_weigh_what_others_drew(name: str, figures: Figures) -> None:
+    assert_equal(figures["off_policy"][name], gradient=1e-12, weights=1e-12)
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo", "epo"])

@@ -366,6 +366,16 @@ def test_a_players_own_fault_is_not_an_aborted_episode() -> None:
 # Misuse.
 
 
+def test_environments_that_someone_else_closes_end_the_collection() -> None:
+    class Closed(EnvironmentPool):
+        def poll(self, *, wait: bool) -> Any:
+            self.close()
+            return super().poll(wait=wait)
+
+    with pytest.raises(RuntimeError, match="closed while episodes were played"):
+        collect(specs([3]), RandomPlayer(), Closed(Shelves), max_active=1)
+
+
 def test_two_specs_of_one_id_are_refused() -> None:
     twice = [EpisodeSpec("e", "test/Shelves-v0", "1", 0)] * 2
     with pytest.raises(ValueError, match="same id"):

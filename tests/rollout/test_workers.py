@@ -22,6 +22,7 @@ from worker_worlds import (
     Engine,
     Growing,
     Heavy,
+    Lingering,
     Sleepy,
     SleepyAndSafe,
     Unmakeable,
@@ -333,6 +334,25 @@ def test_an_interrupt_closes_everything_and_the_same_environments_can_go_on() ->
         player.waiting.clear()
         found = collect(specs(["2", "3"]), player, environments, max_active=4)
         assert [episode.outcome for episode in found.episodes] == [Outcome.SUCCESS] * 2
+
+
+def test_two_threads_can_close_at_the_same_time() -> None:
+    environments = ProcessEnvironments(partial(Lingering, 0.3), 4, QUICK)
+    collect(specs(["2"] * 4), RandomPlayer(), environments, max_active=4)
+    raised: list[BaseException] = []
+
+    def close() -> None:
+        try:
+            environments.close()
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=close) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert raised == []
 
 
 @pytest.mark.parametrize("trouble", ["", "hang without yielding"])

@@ -144,6 +144,18 @@ class Sleepy(Corridor):
         return super().step(action)
 
 
+class Lingering(Corridor):
+    """Takes so many seconds to close."""
+
+    def __init__(self, seconds: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.seconds = seconds
+
+    def close(self) -> None:
+        time.sleep(self.seconds)
+        super().close()
+
+
 class SleepyAndSafe(Sleepy):
     thread_safe = True
 

@@ -153,6 +153,10 @@ def test_two_processes_stop_together_when_asked_to(together: Path, tmp_path: Pat
     ("override", "message"),
     [
         ("learner.backend=single", "learner.backend is single, but torchrun started 2 processes"),
+        (
+            "learner={backend: fsdp, launcher: ray, processes: 4}",
+            "learner.processes is 4, but 2 were started",
+        ),
         ("rollout.groups_per_step=3", "rollout.groups_per_step is 3, wanted a multiple of the 2 processes"),
     ],
 )

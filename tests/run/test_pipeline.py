@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -140,6 +141,78 @@ def test_a_pause_waits_for_the_step_that_is_played_and_no_further_one_begins(pla
         assert begun(play, 6)
     finally:
         steps.close()
+
+
+def test_ranks_pause_after_the_same_step_whoever_is_ahead() -> None:
+    together, meeting = threading.Barrier(2), threading.Barrier(2)
+    told: list[int] = []
+    begun: tuple[list[int], list[int]] = ([], [])
+
+    def furthest(begun: int) -> int:
+        told.append(begun)
+        meeting.wait(10)
+        return max(told)
+
+    def plays(rank: int, cursor: int, context: Context) -> Played:
+        begun[rank].append(context.step)
+        together.wait(10)  # what one has begun ends when the other has begun it as well
+        return Played(groups=[Group("task", ())], rounds=1)
+
+    def pause(rank: int) -> None:
+        with ranks[rank].paused():
+            paused.append(rank)
+            meeting.wait(10)
+
+    late = context(0)
+    ranks = [
+        SideBySide(partial(plays, rank), 0, SharedEngine(Passes()), late, 0, furthest) for rank in range(2)
+    ]
+    for rank in ranks:
+        assert rank.next(late).context.step == 0
+    paused: list[int] = []
+    with ranks[0].new_weights(context(1)):
+        pass  # the first begins step 1 before it pauses
+    while len(begun[0]) < 2:
+        threading.Event().wait(0.01)
+    pausing = [threading.Thread(target=pause, args=(rank,), daemon=True) for rank in (1, 0)]
+    pausing[0].start()
+    while not told:
+        threading.Event().wait(0.01)
+    with ranks[1].new_weights(context(1)):
+        pass  # the second may begin it only when it has paused
+    pausing[1].start()
+    for thread in pausing:
+        thread.join(10)
+    for steps in ranks:
+        steps.close()
+    assert sorted(paused) == [0, 1]
+    assert begun == ([0, 1], [0, 1])
+
+
+def test_ranks_begin_a_step_together_or_not_at_all(play: Steps) -> None:
+    meeting = threading.Barrier(2)
+    said: tuple[list[Context | None], list[Context | None]] = ([], [])
+
+    def agrees(rank: int, own: Context | None) -> Context | None:
+        said[rank].append(own)
+        meeting.wait(10)
+        return None if None in (said[0][-1], said[1][-1]) else said[0][-1]
+
+    play.may_end.release(100)
+    ranks = [
+        SideBySide(play, 0, SharedEngine(Passes()), context(0), 0, agree=partial(agrees, rank))
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        assert rank.next(context(0)).context.step == 0
+    with ranks[0].new_weights(context(1)):
+        pass
+    while len(said[0]) < 2:
+        threading.Event().wait(0.01)
+    ranks[1].close()  # it has not begun what the first one has
+    ranks[0].close()
+    assert play.begun == [(0, 0), (0, 0)]
+    assert not [thread for thread in threading.enumerate() if thread.name == "rollout"]
 
 
 def test_new_weights_come_between_two_passes_of_the_engine() -> None:

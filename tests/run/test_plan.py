@@ -214,6 +214,8 @@ def test_actors_of_all_processes_are_dealt_out_to_the_machines(
     launched = ("learner.launcher=ray", "learner.processes=4")
     again = plan(config(tmp_path, *CLUSTER, *launched, "engine.actors=3"), nodes=2)
     assert amounts(again, "processes") == counted | {"driver": 1}
+    (lacking,) = again.missing
+    assert lacking.startswith("rollout.ray.address is null")
 
 
 def test_an_asynchronous_run_has_weights_of_its_own_to_learn_and_episodes_ahead(

@@ -262,6 +262,7 @@ def test_every_signal_that_moves_is_drawn_and_named() -> None:
             "learner/clip_share": step / 10,
             "learner/constant": 1.0,
             "branches/restored": 3 - step,
+            "staleness/mean": step / 2,
         }
         for step in range(3)
     ]
@@ -269,8 +270,20 @@ def test_every_signal_that_moves_is_drawn_and_named() -> None:
     assert picture is not None
     assert "clip_share" in drawn(picture)
     assert "branches/restored" in drawn(picture)
+    assert "staleness/mean" in drawn(picture)
     assert "constant" not in drawn(picture)
     assert draw_signals([{"step": 1, "success": 0.1}]) is None
+
+
+def test_who_waited_for_whom_is_told_where_both_went_on_side_by_side(run: Path) -> None:
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({"stage": "train", "step": step, "turns": step}) + "\n" for step in (1, 2))
+    )
+    assert "the learner waited" not in write_report(run).read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    summary["times"] = {"learning.waited.wall": 12.3, "rollout.waited.wall": 4.5}
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert "the learner waited 12 s for episodes" in write_report(run).read_text()
 
 
 def test_turns_and_task_types_share_a_panel_and_none_of_it_crowds_a_signal_out() -> None:

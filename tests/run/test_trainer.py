@@ -20,9 +20,11 @@ import agentrl.env
 from agentrl.errors import AgentRLError, CheckpointError, ConfigError, TooManyAbortedError
 from agentrl.rollout.players import LanguagePlayer, RandomPlayer
 from agentrl.run.evaluate import Evaluation
+from agentrl.run.folder import with_overrides
 from agentrl.run.interruption import RunInterrupted
 from agentrl.run.logbook import Logbook
 from agentrl.run.rollouts import TaskOrder
+from agentrl.run.trainer import Trainer
 
 TINY = (
     "env.id=example/HotCold-v0",
@@ -133,6 +135,17 @@ def interrupt_tokenizer(stage: str, step: int, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(RandomPlayer, "reply", interrupting)
 
 
+def interrupt_learner(stage: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Trainer._learner
+
+    def interrupting(self: Trainer) -> Any:
+        if (self.stage, self.step) == (stage, step):
+            os.kill(os.getpid(), signal.SIGINT)
+        return made(self)
+
+    monkeypatch.setattr(Trainer, "_learner", interrupting)
+
+
 RESUME = """
 import sys
 sys.path.insert(0, {folder!r})
@@ -148,6 +161,7 @@ agentrl.resume({run!r}, quiet=True)
     [
         (interrupt_tokenizer, "start", 2),
         (interrupt_at, "warm_start", 2),
+        pytest.param(interrupt_learner, "train", 0, marks=pytest.mark.slow),
         (interrupt_at, "train", 2),
         (interrupt_rollout, "train", 3),
         (interrupt_rollout, "train", 1),
@@ -195,6 +209,22 @@ def test_resuming_with_a_key_that_matters_is_refused_and_lists_it(unbroken: agen
     assert "learner.learning_rate: 0.001 -> 0.5" in str(error.value)
     assert "rollout.group_size: 4 -> 2" in str(error.value)
     agentrl.resume(unbroken.folder, "trainer.checkpoint_every=50", quiet=True)
+
+
+def test_a_run_may_go_on_at_other_addresses(tmp_path: Path) -> None:
+    there = ("engine.vllm.url=http://a:8000", "engine.vllm.weights_folder=/a")
+    before = agentrl.Run(tmp_path, config(tmp_path, "engine.name=vllm", *there))
+    here = ("engine.vllm.url=http://b:8000", "engine.vllm.weights_folder=/b", "rollout.ray.address=b:6379")
+    moved = with_overrides(before, here).config
+    assert moved.engine.vllm.url == "http://b:8000"
+    assert moved.engine.vllm.weights_folder == "/b"
+    assert moved.rollout.ray.address == "b:6379"
+
+
+def test_a_run_may_go_on_with_fewer_processes(tmp_path: Path) -> None:
+    dealt = "learner={backend: fsdp, launcher: ray, processes: 4}"
+    moved = with_overrides(agentrl.Run(tmp_path, config(tmp_path, dealt)), ("learner.processes=2",))
+    assert moved.config.learner.processes == 2
 
 
 def test_a_corrupt_checkpoint_is_refused_by_name(unbroken: agentrl.Run, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from vllm_cases import policy
 from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl.policy.settings import EngineConfig, VllmConfig
 from agentrl.run.settings import load_config
+from agentrl.run.trainer import train
 from agentrl.scale.engines import check_engine
 from agentrl.scale.vllm_server import VllmServerEngine
 
@@ -114,6 +115,18 @@ def test_nobody_at_the_url_is_one_error_with_the_command_that_starts_a_server() 
         free.bind(("127.0.0.1", 0))
         with pytest.raises(ConfigError, match=r"(?s)nobody answers at http://127.0.0.1:\d+.*vllm serve"):
             _connect(free.getsockname()[1])
+
+
+def test_a_server_that_does_not_answer_is_found_before_a_folder_is_made(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"engine.vllm.url=http://127.0.0.1:{free.getsockname()[1]}"
+        server = ("engine.name=vllm", url, f"engine.vllm.weights_folder={tmp_path}")
+        runs = tmp_path / "runs"
+        config = load_config(None, *server, f"run.folder={runs}")
+        with pytest.raises(ConfigError, match="nobody answers"):
+            train(config, quiet=True)
+    assert not runs.exists()
 
 
 class _Someone(BaseHTTPRequestHandler):
