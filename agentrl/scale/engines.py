@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -90,11 +91,14 @@ def check_actors(config: EngineConfig, address: str | None) -> None:
 
 
 def check_server(config: EngineConfig) -> None:
-    """Refuse the address of a server that does not answer, before anything is made for it.
+    """Refuse a server that does not answer, or a folder that is not there, before anything is made for it.
 
     Raises:
         ConfigError: with the command that starts one.
     """
+    folder = config.vllm.weights_folder
+    if config.name == "vllm" and folder is not None and not Path(folder).is_dir():
+        raise ConfigError(f"engine.vllm.weights_folder: {folder} is no folder on this machine")
     if config.name == "vllm" and config.vllm.url is not None:
         from agentrl.scale.vllm_server import check_answers
 

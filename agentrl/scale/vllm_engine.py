@@ -106,6 +106,7 @@ class VllmEngine:
         try:
             with _own_generators():
                 self._start()
+                self._try_out()
         except Exception as error:
             self.close()
             raise ConfigError(
@@ -190,6 +191,13 @@ class VllmEngine:
             )
         )
         self._copy_weights()
+
+    def _try_out(self) -> None:
+        """Generate a token: what vLLM cannot compute it says here first."""
+        params = SamplingParams(max_tokens=1, detokenize=False)
+        self._llm.add_request("try-out", {"prompt_token_ids": [0]}, params)
+        while self._llm.has_unfinished_requests():
+            self._llm.step()
 
     def _copy_weights(self) -> None:
         weights: Iterable[tuple[str, Tensor]] = named_weights(self.model)

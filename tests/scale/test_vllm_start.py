@@ -38,6 +38,13 @@ def test_vllm_that_cannot_start_is_one_error() -> None:
         _open(cpu_cache_gib=1e6)
 
 
+def test_what_vllm_cannot_compute_it_says_when_it_starts() -> None:
+    config = EngineConfig("vllm", vllm=VllmConfig(cpu_cache_gib=0.25))
+    with pytest.raises(ConfigError, match="(?s)vLLM does not start with Qwen2.*head_dim=16"):
+        open_engine(policy(hidden_size=32), config, stop_ids=[STOP], max_context=CONTEXT, max_sequences=16)
+    assert not dist.is_initialized()
+
+
 def test_a_second_vllm_in_this_process_is_refused_until_the_first_is_closed() -> None:
     first = _open()
     try:
