@@ -40,7 +40,7 @@ def test_vllm_that_cannot_start_is_one_error() -> None:
 
 def test_what_vllm_cannot_compute_it_says_when_it_starts() -> None:
     config = EngineConfig("vllm", vllm=VllmConfig(cpu_cache_gib=0.25))
-    with pytest.raises(ConfigError, match="(?s)vLLM does not start with Qwen2.*head_dim=16"):
+    with pytest.raises(ConfigError, match=r"(?s)vLLM does not start with Qwen2.*head_dim=16"):
         open_engine(policy(hidden_size=32), config, stop_ids=[STOP], max_context=CONTEXT, max_sequences=16)
     assert not dist.is_initialized()
 
