@@ -125,7 +125,7 @@ def _connect(address: str | None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options = {"address": "local", "include_dashboard": False}
     elif address != "auto":
-        _knock(address)
+        knock(address)
     try:
         with _own_signals():
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
@@ -135,8 +135,12 @@ def _connect(address: str | None) -> None:
         raise ConfigError(f"rollout.ray.address: {where}: {type(error).__name__}: {error}") from error
 
 
-def _knock(address: str) -> None:
-    """Find out in a few seconds whether somebody listens who speaks HTTP/2, as Ray's head does."""
+def knock(address: str) -> None:
+    """Find out in a few seconds whether somebody listens who speaks HTTP/2, as Ray's head does.
+
+    Raises:
+        ConfigError: nobody does.
+    """
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), _KNOCK_TIMEOUT) as connection:

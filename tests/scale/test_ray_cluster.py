@@ -18,15 +18,15 @@ from agentrl.errors import ConfigError
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
 
-from agentrl.scale.cluster import connected
+from agentrl.scale.cluster import connected, knock
 
 
 def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(ConfigError, match=f"nothing answers at {address}: .*refused"), connected(address):
-            pass
+        with pytest.raises(ConfigError, match=f"nothing answers at {address}: .*refused"):
+            knock(address)
 
 
 def test_an_address_where_somebody_else_listens_is_refused_at_once() -> None:
@@ -39,11 +39,8 @@ def test_an_address_where_somebody_else_listens_is_refused_at_once() -> None:
             connection.close()
 
         threading.Thread(target=answer, daemon=True).start()
-        with (
-            pytest.raises(ConfigError, match=f"what answers at {address} is no Ray cluster"),
-            connected(address),
-        ):
-            pass
+        with pytest.raises(ConfigError, match=f"what answers at {address} is no Ray cluster"):
+            knock(address)
 
 
 @pytest.mark.slow
@@ -64,7 +61,7 @@ OPENING = f"""
     from agentrl.rollout.play import EpisodeSpec, Reply
     from agentrl.rollout.players import RandomPlayer
     from agentrl.rollout.settings import RayConfig, WorkersConfig
-    from agentrl.scale.cluster import connected
+    from agentrl.scale.cluster import connected, knock
     from agentrl.scale.ray_environments import RayEnvironments
 
     class Mine(gymnasium.Env):
