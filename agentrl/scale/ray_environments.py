@@ -137,9 +137,12 @@ class RayEnvironments(Environments):
     # Requests and answers.
 
     def _owes(self) -> bool:
-        """Whether an answer is owed, or will be as soon as an actor has started."""
+        """Whether an answer is owed, or will be as soon as an actor has started or who waits is seated."""
         waiting = bool(self._backlog)
-        return any(any(host.playing.values()) or (waiting and not host.places) for host in self._hosts)
+        return any(
+            any(host.playing.values()) or (waiting and (not host.places or host.taken < host.places))
+            for host in self._hosts
+        )
 
     def _turn(self, timeout: float, *, hurry: bool) -> None:
         """Seat who waits, send what is to be sent, and take in what comes before `timeout` or a deadline."""
