@@ -27,22 +27,26 @@ TINY = (
     "engine.name=vllm",
     "engine.vllm.cpu_cache_gib=0.25",
 )
+# Free text scores nothing yet, and of equal returns only an algorithm with values learns.
+FREE = (
+    "rollout.constrained=false",
+    "env.kwargs.max_steps=4",
+    "engine.max_tokens=8",
+    "algorithm.name=ppo",
+)
 
 
 @pytest.mark.parametrize("constrained", [True, False])
 def test_two_steps_of_the_quickstart_learn_from_what_vllm_drew(tmp_path: Path, constrained: bool) -> None:
-    free = (
-        () if constrained else ("rollout.constrained=false", "env.kwargs.max_steps=4", "engine.max_tokens=8")
-    )
+    free = () if constrained else FREE
     overrides = (*TINY, *free, f"run.folder={tmp_path}", "run.name=tiny")
     run = agentrl.train(agentrl.load_config("configs/quickstart.yaml", *overrides), quiet=True)
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if row["stage"] == "train"]
     assert [row["step"] for row in trained] == [1, 2]
-    drifts = [row["learner/drift_max"] for row in trained if "learner/drift_max" in row]
+    drifts = [row["learner/drift_max"] for row in trained]
     print(f"largest drift between vLLM and the learner, per step: {drifts}")
-    assert constrained <= bool(drifts)  # free text scores nothing yet, and equal returns teach nothing
-    assert all(drift < 1e-3 for drift in drifts)
+    assert max(drifts) < 1e-3
     for step in (1, 2):
         episodes = read_episodes(run.folder / f"episodes/train-{step:06d}.parquet")
         turns = [turn for episode in episodes for turn in episode.turns]
