@@ -139,6 +139,23 @@ def real(env: str, split: str, episodes: int, pairs: int, each: int | None, by_p
         print(f"{name:32}{wall:10.2f} s wall{cpu:10.2f} s CPU{played / wall:10.1f} steps/s")
     slower = found["an actor"][0] / found["processes"][0] - 1
     print(f"an actor is {100 * slower:.0f} % slower; messages per step: {messages / sum(steps[1::2]):.3f}")
+    two_real_actors(make, specs, pairs)
+
+
+def two_real_actors(make: Factory, specs: list[EpisodeSpec], pairs: int) -> None:
+    """What a second actor brings; each has one process with one environment, and chance plays."""
+    workers = WorkersConfig(count=1, environments=1)
+
+    def collection(environments: Environments, places: int) -> None:
+        collect(specs, RandomPlayer(), environments, max_active=places, max_turns=30)
+
+    with (
+        RayEnvironments(make, 1, workers, RayConfig(actors=1)) as one,
+        RayEnvironments(make, 2, workers, RayConfig(actors=2)) as two,
+    ):
+        found = in_turns({"1": lambda: collection(one, 1), "2": lambda: collection(two, 2)}, pairs)
+    (single, _), (double, _) = found["1"], found["2"]
+    print(f"1 actor {single:.2f} s, 2 actors {double:.2f} s, ratio {single / double:.2f}")
 
 
 def main() -> None:
