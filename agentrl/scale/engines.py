@@ -157,5 +157,5 @@ def check_engine(config: EngineConfig, *, ranks: int = 1) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError(
             "engine.name=vllm needs vLLM, in an environment of its own: "
-            "pip install -c constraints-vllm.txt 'agentrl[vllm]'"
+            "pip install -c constraints-vllm.txt -e '.[vllm]'"
         )
