@@ -62,9 +62,7 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 def test_without_vllm_the_command_that_installs_it_is_told(absent: set[str]) -> None:
     absent.add("vllm")
-    with pytest.raises(
-        MissingDependencyError, match=r"pip install -c constraints-vllm.txt -e '\.\[vllm\]'"
-    ):
+    with pytest.raises(MissingDependencyError, match=r"pip install -c constraints-vllm.txt -e '\.\[vllm\]'"):
         check_engine(EngineConfig(name="vllm"))
 
 
