@@ -304,7 +304,7 @@ def test_fewer_tasks_to_measure_on_than_processes_are_named(tried: None, tmp_pat
 def test_a_missing_extra_is_named(tried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agentrl.scale.engines.importlib.util.find_spec", lambda name: None)
     (line,) = plan(config(tmp_path, "engine.name=vllm")).missing
-    assert re.search(r"needs vLLM.*pip install -c constraints-vllm\.txt 'agentrl\[vllm\]'", line)
+    assert re.search(r"needs vLLM.*pip install -c constraints-vllm\.txt -e '\.\[vllm\]'", line)
 
 
 def test_a_silent_cluster_is_named(tried: None, tmp_path: Path) -> None:
