@@ -38,8 +38,6 @@ class TakingTurns:
         cursor: tasks drawn so far.
     """
 
-    waited = (0.0, 0.0)
-
     def __init__(self, play: Play, cursor: int) -> None:
         self._play, self._cursor = play, cursor
 

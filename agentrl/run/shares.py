@@ -1,6 +1,7 @@
 """How a run's processes and actors are dealt out to machines."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from agentrl.errors import ConfigError
@@ -101,3 +102,21 @@ class Shares:
     def _workers_each(self) -> int:
         count = self.config.rollout.workers.count or os.cpu_count() or 1
         return min(count, self._episodes_each)
+
+
+def rank_mistakes(config: RunConfig, ranks: int) -> Iterator[str]:
+    """What so many processes that learn together could not share."""
+    if ranks == 1:
+        return
+    if config.learner.backend == "single":
+        yield f"learner.backend is single, wanted fsdp for {ranks} processes"
+    if config.rollout.groups_per_step % ranks:
+        yield (
+            f"rollout.groups_per_step is {config.rollout.groups_per_step}, wanted a multiple of the "
+            f"{ranks} processes"
+        )
+    if config.evaluation.panel is None and config.evaluation.tasks < ranks:
+        yield (
+            f"evaluation.tasks is {config.evaluation.tasks}, wanted at least one for each of the "
+            f"{ranks} processes"
+        )

@@ -19,7 +19,7 @@ from agentrl.learn.learner import provided
 from agentrl.policy.settings import EngineConfig
 from agentrl.run.footprint import cache_bytes, context_length, skeleton, weight_bytes
 from agentrl.run.settings import RunConfig
-from agentrl.run.shares import Shares
+from agentrl.run.shares import Shares, rank_mistakes
 from agentrl.scale.extras import check_ray
 
 _RENDEZVOUS = 29500  # torchrun's port unless told otherwise
@@ -53,18 +53,7 @@ def of_ranks(config: RunConfig, shares: Shares) -> Iterator[str]:
     """What several processes could not share, and the port that torchrun meets at."""
     if shares.ranks == 1:
         return
-    if config.learner.backend == "single":
-        yield f"learner.backend is single, wanted fsdp for {shares.ranks} processes"
-    if config.rollout.groups_per_step % shares.ranks:
-        yield (
-            f"rollout.groups_per_step is {config.rollout.groups_per_step}, wanted a multiple of the "
-            f"{shares.ranks} processes"
-        )
-    if config.evaluation.panel is None and config.evaluation.tasks < shares.ranks:
-        yield (
-            f"evaluation.tasks is {config.evaluation.tasks}, wanted at least one for each of the "
-            f"{shares.ranks} processes"
-        )
+    yield from rank_mistakes(config, shares.ranks)
     if config.learner.launcher == "ray":
         if shares.nodes > 1 and config.rollout.ray.address is None:
             yield (

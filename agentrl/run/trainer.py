@@ -48,6 +48,7 @@ from agentrl.run.players import Policy, fit_policy, load
 from agentrl.run.report import results_table, write_report
 from agentrl.run.rollouts import Played, Rollouts
 from agentrl.run.settings import RunConfig
+from agentrl.run.shares import rank_mistakes
 from agentrl.run.warm_start import cloning, cloning_batches, demonstrations, names_actions
 from agentrl.scale.engines import check_actors, check_engine, check_server
 from agentrl.scale.extras import check_ray
@@ -561,18 +562,8 @@ def _check_shares(config: RunConfig, ranks: Ranks) -> None:
             f"learner.processes is {wanted}, but {ranks.count} were started; learner.launcher=ray starts "
             "them by itself, without torchrun"
         )
-    if ranks.count == 1:
-        return
-    if config.learner.backend != "fsdp":
-        raise ConfigError(
-            f"learner.backend is {config.learner.backend}, but torchrun started {ranks.count} processes; "
-            "set learner.backend=fsdp, or start one"
-        )
-    if config.rollout.groups_per_step % ranks.count:
-        raise ConfigError(
-            f"rollout.groups_per_step is {config.rollout.groups_per_step}, wanted a multiple of the "
-            f"{ranks.count} processes that torchrun started: each plays as many"
-        )
+    if mistakes := list(rank_mistakes(config, ranks.count)):
+        raise ConfigError("\n".join(mistakes))
 
 
 def _factory(config: RunConfig, **more: Any) -> Factory:

@@ -152,7 +152,7 @@ def test_two_processes_stop_together_when_asked_to(together: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("learner.backend=single", "learner.backend is single, but torchrun started 2 processes"),
+        ("learner.backend=single", "learner.backend is single, wanted fsdp for 2 processes"),
         (
             "learner={backend: fsdp, launcher: ray, processes: 4}",
             "learner.processes is 4, but 2 were started",
