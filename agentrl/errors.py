@@ -34,4 +34,4 @@ class TooManyAbortedError(AgentRLError):
 
 
 class NonFiniteError(AgentRLError):
-    """Several optimiser steps in a row had a loss or gradient that is not finite; none was applied."""
+    """Losses, gradients or weights are not finite; what is not is neither applied twice nor kept."""

@@ -68,6 +68,21 @@ class Forward:
         return values.squeeze(-1)
 
 
+def in_bfloat16(hidden_states: HiddenStates) -> HiddenStates:
+    """Have a policy's layers computed in bfloat16, over weights that stay as they are (autocast).
+
+    Products and attention are rounded; sums along the layers, norms, and all that is made of the states that
+    come out, which are float32, are not.
+    """
+
+    def rounded(policy: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
+        with torch.autocast(tokens.device.type, torch.bfloat16):
+            hidden = hidden_states(policy, tokens, lengths)
+        return hidden.float()
+
+    return rounded
+
+
 def _statistics(
     hidden: Tensor,
     weight: Tensor,

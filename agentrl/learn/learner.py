@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from agentrl.algorithms.algorithm import (
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import StopReason
 from agentrl.errors import CheckpointError, NonFiniteError, RequirementError
-from agentrl.learn.forward import Forward, needed_lengths
+from agentrl.learn.forward import Forward, in_bfloat16, needed_lengths
 from agentrl.learn.lora import add_adapters, plain_weights
 from agentrl.learn.objective import build_objective
 from agentrl.learn.optimizer import build_optimizers, rate_factor, set_rates
@@ -34,6 +34,7 @@ from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.learn.settings import LearnerConfig
 from agentrl.learn.sharding import (
     Readable,
+    own_part,
     put_away,
     read_shards,
     recompute_activations,
@@ -41,9 +42,13 @@ from agentrl.learn.sharding import (
     whole,
     write_shards,
 )
+from agentrl.policy.precision import named_in_short, non_finite
 
 # Where a limit ended an episode that could have gone on, and so could have returned more.
 _CUT_SHORT = (StopReason.TRUNCATED, StopReason.TURN_LIMIT, StopReason.CONTEXT_LIMIT)
+
+_SQUARABLE = torch.finfo(torch.float32).max ** 0.5  # AdamW remembers the squares of gradients
+_WATCHED = 4096  # weights of each parameter that are looked at to see whether they move
 
 
 def provided(*, reference: bool, critic: bool) -> frozenset[str]:
@@ -97,6 +102,8 @@ class Learner:
         self.config = config
         self.reference = reference
         self.forward = forward or Forward()
+        if config.backend == "single" and config.compute_dtype == "bfloat16":
+            self.forward = replace(self.forward, hidden_states=in_bfloat16(self.forward.hidden_states))
         self.ranks = ranks
         self.value_head = self._new_value_head() if critic else None
         if config.lora is not None:
@@ -154,7 +161,12 @@ class Learner:
         Returns:
             What to log: means over the optimiser steps (loss, grad_norm, clip_share, ...) and over the batch
             (entropy_token, entropy_turn, entropy_trajectory, ...). An optimiser step whose loss or gradient
-            is not finite is not applied, and counted in `skipped_updates`.
+            is not finite is not applied, and counted in `skipped_updates`. `weights_moved` is the share of
+            the weights with a gradient that an optimiser step changed: the rest of it was rounded away.
+
+        Raises:
+            NonFiniteError: after `max_skipped_updates` of those in a row, or when an optimiser step left
+                weights or states that are not finite; `non_finite` then names them.
         """
         scored = batch.old_logprobs is None and (self.config.updates_per_step > 1 or algorithm.reads_scores)
         if scored:
@@ -212,10 +224,15 @@ class Learner:
         taken = [self._step(part, [], context)[0] for part in parts]
         return [numbers for numbers in taken if numbers]
 
+    def non_finite(self) -> list[str]:
+        """Return the names of weights and states that hold nan or inf; all ranks ask together."""
+        found = self.ranks.gather(non_finite(self._own_parts()))
+        return list(dict.fromkeys(name for names in found for name in names))
+
     def export(self, model: nn.Module) -> None:
         """Copy the weights into a model of the policy's shape, one at a time; all ranks do it together.
 
-        Nothing is to be done where the model is the policy itself.
+        They are rounded to the numbers of that model. Nothing is to be done where it is the policy itself.
         """
         if model is self.policy:
             return
@@ -389,13 +406,10 @@ class Learner:
 
     def _apply(self, loss: float) -> dict[str, float]:
         """Step the optimisers and report the gradient's norm, unless something is not finite."""
-        limit = self.config.clip_gradient
-        clipped = nn.utils.clip_grad_norm_(self._parameters, math.inf if limit is None else limit)
-        norm = float(whole(clipped))
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            for optimizer in self._optimizers:
-                optimizer.step()
+        limit = math.inf if self.config.clip_gradient is None else self.config.clip_gradient
+        norm = float(whole(nn.utils.clip_grad_norm_(self._parameters, limit)))
+        finite = math.isfinite(loss) and math.isfinite(norm) and min(norm, limit) < _SQUARABLE
+        numbers = {"grad_norm": norm, **self._take_step()} if finite else {}
         for parameter in self._parameters:
             parameter.grad = None
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
@@ -405,7 +419,55 @@ class Learner:
                 f"{self._skipped_in_a_row} optimiser steps in a row had a loss or gradient that is not "
                 f"finite (the last: loss {loss}, gradient norm {norm}); the weights are those before them"
             )
-        return {"grad_norm": norm} if finite else {}
+        return numbers
+
+    def _take_step(self) -> dict[str, float]:
+        """Step the optimisers, and look at what came of it: at all of it for nan and inf, else at a sample."""
+        watched = [(value, *_sample(value)) for value in self._parameters if value.grad is not None]
+        for optimizer in self._optimizers:
+            optimizer.step()
+        moving = sum(int(pushed.sum()) * step for _, step, _, pushed in watched)
+        moved = sum(
+            int((pushed & (before != _every(value, step))).sum()) * step
+            for value, step, before, pushed in watched
+        )
+        lost = bool(non_finite(self._own_parts(changed=True)))
+        sums = self.ranks.totals({"lost": float(lost), "moving": float(moving), "moved": float(moved)})
+        if sums["lost"]:
+            rates = {group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups}
+            raise NonFiniteError(
+                "an optimiser step whose loss and gradient were finite left nan or inf in "
+                f"{named_in_short(self.non_finite())} at a learning rate of "
+                f"{' and '.join(f'{rate:.3g}' for rate in sorted(rates))}; these weights are not kept"
+            )
+        return {"weights_moved": sums["moved"] / sums["moving"]} if sums["moving"] else {}
+
+    def _own_parts(self, *, changed: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """What this rank holds, by name; `changed` leaves out what no optimiser step changes."""
+        head, reference = self.value_head, self.reference
+        names: dict[Tensor, str] = {value: name for name, value in self.policy.named_parameters()}
+        if head is not None:
+            names |= {value: f"value_head.{name}" for name, value in head.named_parameters()}
+        if reference is not None and not changed:
+            names |= {value: f"reference.{name}" for name, value in reference.named_parameters()}
+        for value, name in names.items():
+            if value.requires_grad or not changed:
+                yield name, own_part(value.detach())
+        for optimizer in self._optimizers:
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    if isinstance(value, Tensor):
+                        yield f"{key} of {names[parameter]}", own_part(value)
+
+
+def _sample(parameter: nn.Parameter) -> tuple[int, Tensor, Tensor]:
+    """Take every so many weights of a parameter: how many, the weights, and which of them have a gradient."""
+    step = max(1, own_part(parameter).numel() // _WATCHED)
+    return step, _every(parameter, step).clone(), _every(given(parameter.grad, "grad"), step) != 0
+
+
+def _every(values: Tensor, step: int) -> Tensor:
+    return own_part(values.detach()).reshape(-1)[::step]
 
 
 def _nothing(batch: Batch, *, values: bool = False) -> Outputs:

@@ -1,6 +1,7 @@
 """The `learner` block of a run's configuration."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from agentrl.errors import ConfigError
@@ -31,11 +32,16 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ConfigError(f"rank is {self.rank}, wanted at least 1")
+        if not math.isfinite(self.alpha):
+            raise ConfigError(f"alpha is {self.alpha}, wanted a finite number")
 
 
 @dataclass(frozen=True)
 class LearnerConfig:
     """How the policy is updated.
+
+    Weights, gradients and optimiser states are float32 whatever the engine generates in: what an update adds
+    to a bfloat16 weight at the learning rate of a pretrained policy is rounded away.
 
     Args:
         backend: `fsdp` deals the weights, gradients and optimiser states out to the processes that torchrun
@@ -43,8 +49,10 @@ class LearnerConfig:
         launcher: who starts the processes of `fsdp`: `torchrun` around the command, or `ray` from within it,
             as actors of the cluster at `rollout.ray.address`.
         processes: that `ray` starts, each with a GPU where the policy computes on one.
-        compute_dtype: that layers are computed in, while weights, sums and optimiser states keep that of
-            the policy; null computes in the policy's own. Only under `fsdp`.
+        compute_dtype: that layers are computed in, `float32` or `bfloat16`; null takes bfloat16 where
+            `policy.dtype` is, so that the learner reads a reply much as the engine wrote it, and float32
+            where it is float32 or float16. Losses and updates are float32 in any case, and with `single` so
+            are the logits.
         recompute_activations: keep only the input of each layer and compute the layer again on the way back:
             less memory, a third more work.
         lora: learn adapters and leave the weights as they are; null learns the weights.
@@ -63,14 +71,15 @@ class LearnerConfig:
         epochs: times that each rollout batch is gone through.
         mini_batches: optimiser steps per epoch; trajectories are dealt out to them.
         micro_batch_tokens: tokens in one forward pass; changes memory and speed, not the result.
-        max_skipped_updates: an optimiser step whose loss or gradient is not finite is not applied; after so
-            many in a row the run stops.
+        max_skipped_updates: an optimiser step whose loss or gradient is not finite, or too large to be
+            squared, is not applied; after so many in a row the run stops. One that leaves weights or
+            optimiser states that are not finite stops it at once, and no checkpoint holds them.
     """
 
     backend: Literal["single", "fsdp"] = "single"
     launcher: Literal["torchrun", "ray"] = "torchrun"
     processes: int | None = None
-    compute_dtype: Literal["bfloat16"] | None = None
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
     recompute_activations: bool = False
     lora: LoraConfig | None = None
     optimizer: Literal["adamw", "muon"] = "muon"
@@ -98,16 +107,23 @@ class LearnerConfig:
         """Optimiser steps per rollout batch."""
         return self.epochs * self.mini_batches
 
+    def beside(self, engine_dtype: str) -> "LearnerConfig":
+        """Return this with a `compute_dtype`, beside an engine that generates in a dtype."""
+        chosen = self.compute_dtype or ("bfloat16" if engine_dtype == "bfloat16" else "float32")
+        return replace(self, compute_dtype=chosen)
+
     def _mistakes(self) -> list[tuple[str, str]]:
         at_least_one = ("epochs", "mini_batches", "micro_batch_tokens", "max_skipped_updates")
         above_zero = ("learning_rate", "matrix_learning_rate", "clip_gradient")
         wrong = [(name, "at least 1") for name in at_least_one if getattr(self, name) < 1]
         for name in above_zero:
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                wrong.append((name, "above 0"))
+            if value is not None and not 0 < value < math.inf:
+                wrong.append((name, "above 0 and finite" if value == math.inf else "above 0"))
         wrong += [
-            (name, "at least 0") for name in ("warmup_steps", "weight_decay") if getattr(self, name) < 0
+            (name, "at least 0")
+            for name in ("warmup_steps", "weight_decay")
+            if not 0 <= getattr(self, name) < math.inf
         ]
         wrong += [
             (name, "within [0, 1)")
@@ -118,6 +134,4 @@ class LearnerConfig:
             wrong.append(("processes", "at least 1 with launcher: ray, and null with torchrun"))
         if self.launcher == "ray" and self.backend != "fsdp":
             wrong.append(("launcher", "torchrun, or backend: fsdp"))
-        if self.compute_dtype is not None and self.backend == "single":
-            wrong.append(("compute_dtype", "null, or backend: fsdp, which one process can use as well"))
         return wrong

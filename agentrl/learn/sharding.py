@@ -61,9 +61,9 @@ def shard(module: Readable, config: LearnerConfig) -> None:
 
 
 def _precision(config: LearnerConfig) -> MixedPrecisionPolicy:
-    if config.compute_dtype is None:
+    if config.compute_dtype != "bfloat16":
         return MixedPrecisionPolicy()
-    return MixedPrecisionPolicy(getattr(torch, config.compute_dtype), reduce_dtype=torch.float32)
+    return MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def layers(policy: nn.Module) -> Iterator[nn.Module]:
@@ -130,6 +130,11 @@ def put_away(module: nn.Module) -> None:
 def whole(values: Tensor) -> Tensor:
     """All of a tensor, on every rank."""
     return values.full_tensor() if isinstance(values, DTensor) else values
+
+
+def own_part(values: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return values.to_local() if isinstance(values, DTensor) else values
 
 
 def orthogonalise_whole(optimizer: Optimizer) -> None:

@@ -1,0 +1,43 @@
+"""The numbers that weights are made of: in how many bits, and whether all of them are numbers."""
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def engine_copy(model: Model, dtype: torch.dtype) -> Model:
+    """Return a copy of a model with weights of another dtype; the model itself where they have it already.
+
+    Buffers keep theirs: rotary frequencies that are rounded to bfloat16 turn far positions into other ones.
+    """
+    weights = list(model.parameters())
+    if all(weight.dtype == dtype for weight in weights):
+        return model
+    rounded = {
+        id(weight): nn.Parameter(weight.detach().to(dtype), requires_grad=weight.requires_grad)
+        for weight in weights
+    }
+    return copy.deepcopy(model, dict(rounded))  # which takes what is there as copied already
+
+
+def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Return the names of tensors that hold nan or inf; one pass over all of them where none does."""
+    named = [(name, values) for name, values in tensors if values.numel() and values.is_floating_point()]
+    if not named or math.isfinite(nn.utils.get_total_norm([values for _, values in named], math.inf)):
+        return []
+    return [name for name, values in named if not bool(values.isfinite().all())]
+
+
+def named_in_short(names: Sequence[str]) -> str:
+    """Return a sentence's mention of some tensors: the first by name, and how many more there are.
+
+    >>> named_in_short(["norm.weight"]), named_in_short(["norm.weight", "head.weight", "head.bias"])
+    ('norm.weight', 'norm.weight and 2 more')
+    """
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
