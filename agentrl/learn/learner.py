@@ -422,17 +422,17 @@ class Learner:
         return numbers
 
     def _take_step(self) -> dict[str, float]:
-        """Step the optimisers, and look at what came of it: at all of it for nan and inf, else at a sample."""
+        """Step the optimisers and look at what came of it: all of it for nan and inf, a sample for moves."""
         watched = [(value, *_sample(value)) for value in self._parameters if value.grad is not None]
         for optimizer in self._optimizers:
             optimizer.step()
-        moving = sum(int(pushed.sum()) * step for _, step, _, pushed in watched)
-        moved = sum(
-            int((pushed & (before != _every(value, step))).sum()) * step
+        counts = [
+            step * torch.stack((pushed.sum(), (pushed & (before != _every(value, step))).sum()))
             for value, step, before, pushed in watched
-        )
+        ]
+        pushed, moved = torch.stack(counts).sum(0).tolist() if counts else (0, 0)
         lost = bool(non_finite(self._own_parts(changed=True)))
-        sums = self.ranks.totals({"lost": float(lost), "moving": float(moving), "moved": float(moved)})
+        sums = self.ranks.totals({"lost": float(lost), "pushed": float(pushed), "moved": float(moved)})
         if sums["lost"]:
             rates = {group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups}
             raise NonFiniteError(
@@ -440,7 +440,7 @@ class Learner:
                 f"{named_in_short(self.non_finite())} at a learning rate of "
                 f"{' and '.join(f'{rate:.3g}' for rate in sorted(rates))}; these weights are not kept"
             )
-        return {"weights_moved": sums["moved"] / sums["moving"]} if sums["moving"] else {}
+        return {"weights_moved": sums["moved"] / sums["pushed"]} if sums["pushed"] else {}
 
     def _own_parts(self, *, changed: bool = False) -> Iterator[tuple[str, Tensor]]:
         """What this rank holds, by name; `changed` leaves out what no optimiser step changes."""

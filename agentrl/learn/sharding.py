@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -105,6 +107,16 @@ def read_shards(folder: Path, modules: Mapping[str, nn.Module], optimizers: Sequ
         raise CheckpointError(f"{folder}: does not fit this policy ({error})") from error
     if optimizers:
         set_optimizer_state_dict(_first(modules), list(optimizers), state["optimizers"])
+
+
+def stored_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Read the tensors that ranks wrote, whole and one at a time; any process may, alone."""
+    reader = FileSystemReader(folder)
+    for name, stored in reader.read_metadata().state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata):
+            tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+            load({name: tensor}, storage_reader=reader, no_dist=True)
+            yield name, tensor
 
 
 def _tensors(modules: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> dict[str, Any]:

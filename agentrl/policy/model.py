@@ -25,8 +25,9 @@ from transformers import (
 )
 from transformers.utils import logging as progress
 
-from agentrl.errors import CheckpointError, ConfigError, RequirementError
+from agentrl.errors import CheckpointError, ConfigError, NonFiniteError, RequirementError
 from agentrl.policy.attention import PACKED, CachedLayout, KVCache, PackedLayout, cached_layout, packed_layout
+from agentrl.policy.precision import named_in_short, non_finite
 from agentrl.policy.settings import PolicyConfig
 
 __all__ = [
@@ -259,10 +260,15 @@ def load_policy(
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
     """Write a Hugging Face folder (safetensors) beside `path` and rename it into place: all of it or nothing.
 
+    The weights are written as they are; `from_pretrained(path, dtype=...)` rounds them as it reads them.
+
     Raises:
+        NonFiniteError: if weights are not finite; what was at `path` is as before.
         CheckpointError: if it cannot be written, as on a full disk; what was at `path` is as before.
     """
     target = Path(path)
+    if lost := non_finite(cast(nn.Module, model).named_parameters()):
+        raise NonFiniteError(f"{target}: not saved, for {named_in_short(lost)} hold nan or inf")
     fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
     try:
         fresh.mkdir(parents=True)

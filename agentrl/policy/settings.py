@@ -23,7 +23,8 @@ class PolicyConfig:
         vocab_size: asked of the tokenizer that is fitted on environment text; a small corpus yields fewer.
         max_context: tokens that one sequence may hold.
         device: auto takes cuda where there is one, else the cpu.
-        dtype: of the weights.
+        dtype: that the engine generates in, and sends and holds its weights in. What is learned is float32
+            whatever it is, and so is what a run saves; see `learner.compute_dtype` for the learner's layers.
         reply: what a reply looks like; a format with tags needs a tokenizer with a chat template.
         max_observation_tokens: an observation is cut after so many tokens.
         tokenizer_episodes: random episodes of training tasks whose text a new tokenizer is fitted on.

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.engine import Engine, SamplingParams
 from agentrl.policy.model import build_model, load_policy, load_tokenizer
+from agentrl.policy.precision import engine_copy
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import Dialogue, fit_tokenizer, make_dialogue
 from agentrl.rollout.environments import Environments
@@ -22,15 +24,24 @@ from agentrl.seeds import derive_seed
 
 @dataclass(frozen=True)
 class Policy:
-    """A model with its way of reading and writing turns."""
+    """A model with its way of reading and writing turns.
+
+    Args:
+        model: what is learned, in float32.
+        served: what generates: the model itself, or a copy of it in another `policy.dtype`, whose weights are
+            rounded from those that are learned whenever these have changed.
+        tokenizer: of both.
+        dialogue: how turns are read and written.
+    """
 
     model: PreTrainedModel
+    served: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     dialogue: Dialogue
 
     def engine(self, config: RunConfig) -> Engine:
         return open_engine(
-            self.model,
+            self.served,
             config.engine,
             stop_ids=self.dialogue.stop_ids,
             max_context=config.policy.max_context,
@@ -62,13 +73,14 @@ def fit_policy(
         partial = tokenizer_folder.with_name(f".{tokenizer_folder.name}.partial")
         tokenizer.save_pretrained(partial)
         partial.rename(tokenizer_folder)
-    model = build_model(config.policy, tokenizer, derive_seed(config.seed, "weights"))
+    block = replace(config.policy, dtype="float32")
+    model = build_model(block, tokenizer, derive_seed(config.seed, "weights"))
     return _policy(model, tokenizer, config.policy)
 
 
 def load(folder: str | Path, config: PolicyConfig) -> Policy:
     """The policy in a Hugging Face folder."""
-    model, tokenizer = load_policy(folder, device=config.device, dtype=config.dtype)
+    model, tokenizer = load_policy(folder, device=config.device)
     return _policy(model, tokenizer, config)
 
 
@@ -114,7 +126,7 @@ def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: 
     dialogue = make_dialogue(
         tokenizer, reply=config.reply, max_observation_tokens=config.max_observation_tokens
     )
-    return Policy(model, tokenizer, dialogue)
+    return Policy(model, engine_copy(model, getattr(torch, config.dtype)), tokenizer, dialogue)
 
 
 def _run_or_none(policy: str) -> Run | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from agentrl.algorithms.algorithm import Context, check_requirements, prepare
 from agentrl.algorithms.off_policy import with_drift
@@ -23,6 +24,7 @@ from agentrl.learn.lora import check_adapters
 from agentrl.learn.ranks import ALONE, Ranks, joined
 from agentrl.policy.engine import Engine
 from agentrl.policy.model import output_weight, resolve_device, save_policy
+from agentrl.policy.precision import engine_copy, named_in_short, non_finite
 from agentrl.policy.tokens import fingerprint
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.placement import settle
@@ -30,6 +32,7 @@ from agentrl.rollout.players import ExpertPlayer, Player, RandomPlayer
 from agentrl.run.checkpoint import (
     Progress,
     latest_checkpoint,
+    latest_finite,
     load_learner,
     load_progress,
     save_checkpoint,
@@ -54,6 +57,7 @@ from agentrl.scale.engines import check_actors, check_engine, check_server
 from agentrl.scale.extras import check_ray
 
 _IDLE_STEPS = 10  # without an update before it is said
+_ROUNDED_AWAY = 0.2  # of the weights with a gradient: if fewer move, it is said
 
 
 def train(config: RunConfig, *, quiet: bool = False) -> Run:
@@ -173,7 +177,7 @@ class Trainer:
         self.history: dict[str, list[float]] = {}
         self.stage, self.step, self.saved = "warm_start" if config.warm_start.steps else "train", 0, -1
         self.learner = self._learner()
-        self.tasks_drawn, self.idle_steps = 0, 0
+        self.tasks_drawn, self.idle_steps, self.warned_of_rounding = 0, 0, False
 
     def _get_ready(self, active: Run | None) -> None:
         """Ask the environment for its tasks, and have a folder and a policy."""
@@ -235,19 +239,13 @@ class Trainer:
                     self._evaluate("cloned")
                 self._train()
                 self._evaluate("trained")
-                self.ranks.by_first(self._finish)
+                self.ranks.by_first(partial(self._finish, self._learned_model()))
         except KeyboardInterrupt as interrupt:
-            self._save()
             raise RunInterrupted(
-                f"stopped after {self.stage} step {self.step}; "
-                f"continue with: agentrl train --resume {self.active.folder}"
+                f"stopped after {self.stage} step {self.step}; {self._kept()}"
             ) from interrupt
         except NonFiniteError as error:
-            self._save()
-            raise NonFiniteError(
-                f"{self.stage} step {self.step + 1}: {error}\n"
-                f"the steps before it are kept; go on with: agentrl train --resume {self.active.folder}"
-            ) from error
+            raise NonFiniteError(f"{self.stage} step {self.step + 1}: {error}\n{self._kept()}") from error
         finally:
             self.environments.close()
             self.engine.close()
@@ -276,17 +274,16 @@ class Trainer:
                     self.step += 1
                     metrics = {f"learner/{key}": value for key, value in learned.items()}
                     self.logbook.write({"stage": "warm_start", "step": self.step} | metrics)
+                    self._warn_of_rounding(metrics)
                 self._save_now_and_then()
         self._save()
-        self.learner.export(self.policy.model)
         self._serve()
 
     def _train(self) -> None:
         if self.stage != "train":
             with self.interruption.shield():  # a stop saves the learner of its stage
                 self.stage, self.step, self.saved = "train", 0, -1
-                del self.learner  # a copy of the weights that may be as large as memory allows
-                self.learner = self._learner()  # its reference, if any, is the warm-started policy
+                self._change_learner()  # its reference, if any, is the warm-started policy
             self._serve()
         every = self.config.evaluation.every
         with (
@@ -373,9 +370,9 @@ class Trainer:
             for key, value in metrics.items():
                 self.history.setdefault(key, []).append(value)
             with steps.new_weights(self._context(copied=self.config.trainer.mode == "async")):
-                self.learner.export(self.policy.model)
                 self._serve()
             self.logbook.write({"stage": "train", "step": self.step} | metrics, seconds=step.seconds)
+            self._warn_of_rounding(metrics)
         every = self.config.trainer.save_episodes_every
         if self.ranks.first and every and self.step % every == 0:
             path = self.active.folder / "episodes" / f"train-{self.step:06d}.parquet"
@@ -390,6 +387,20 @@ class Trainer:
                 f"{self.rollouts.group_size} had episodes of different returns"
             )
 
+    def _warn_of_rounding(self, metrics: Row) -> None:
+        """Updates that are smaller than the last digit of a weight look like progress, too."""
+        moved = metrics.get("learner/weights_moved", 1.0)
+        if self.warned_of_rounding or moved >= _ROUNDED_AWAY:
+            return
+        self.warned_of_rounding = True
+        block = "warm_start.learner" if self.stage == "warm_start" else "learner"
+        matrices = " and .matrix_learning_rate" if self.learner.config.optimizer == "muon" else ""
+        self.logbook.say(
+            f"warning: {self.stage} step {self.step} moved {moved:.1%} of the weights that had a gradient, at a "
+            f"learning rate of {metrics['learner/learning_rate']:.3g}: the rest of the update was smaller than "
+            f"the last digit of a float32; raise {block}.learning_rate{matrices}"
+        )
+
     def _context(self, *, copied: bool = False) -> Context:
         """That of the next step; `copied`, so that steps to come do not change its history."""
         history = {name: list(values) for name, values in self.history.items()} if copied else self.history
@@ -398,7 +409,7 @@ class Trainer:
             self.config.trainer.steps,
             history,
             self.config.seed,
-            vocabulary=len(output_weight(self.policy.model)),
+            vocabulary=len(output_weight(self.policy.served)),
             tokenizer=fingerprint(self.policy.tokenizer),
         )
 
@@ -408,8 +419,8 @@ class Trainer:
             self._heed()
             self.measurements.measure(name, decoding)
 
-    def _finish(self) -> None:
-        save_policy(self.policy.model, self.policy.tokenizer, self.active.model)
+    def _finish(self, learned: PreTrainedModel) -> None:
+        save_policy(learned, self.policy.tokenizer, self.active.model)
         self.measurements.check_instructions()
         self.clocks.save()
         summary = self.measurements.summary()
@@ -424,11 +435,11 @@ class Trainer:
         warm, plays = self.config.warm_start, len(self.panel.tasks) * self.config.evaluation.repeats
         size = self.rollouts.group_size
         per_step = rollout.groups_per_step * size
-        parameters = sum(parameter.numel() for parameter in self.policy.model.parameters())
+        parameters = sum(parameter.numel() for parameter in self.policy.served.parameters())
         updates = self.config.learner.updates_per_step
         return (
             f"{self.active.folder}: {self.config.env.id} with {self.config.algorithm.name}, "
-            f"{parameters:,} parameters on {self.policy.model.device}"
+            f"{parameters:,} parameters on {self.policy.served.device}"
             f"{f' of {self.ranks.count} processes' if self.ranks.count > 1 else ''}\n"
             f"cloning: {warm.steps} steps x {warm.batch_size} demonstrations\n"
             f"training: {steps} steps x ({rollout.groups_per_step} tasks x {size} episodes) = "
@@ -457,8 +468,28 @@ class Trainer:
             raise KeyboardInterrupt
 
     def _serve(self) -> None:
-        """Have the engine take up the weights of now."""
+        """Have the engine take up the weights of now, rounded to what it generates in."""
+        served = self.policy.served
+        self.learner.export(served)
+        if served is not self.policy.model and (lost := non_finite(served.named_parameters())):
+            dtype = self.config.policy.dtype
+            raise NonFiniteError(
+                f"policy.dtype={dtype} cannot hold {named_in_short(lost)}: weights that are finite in float32 "
+                f"are beyond {torch.finfo(getattr(torch, dtype)).max:.3g}; set policy.dtype=float32"
+            )
         self.engine.refresh(self.step)
+
+    def _learned_model(self) -> PreTrainedModel:
+        """A plain model in float32 with the weights of now; all ranks ask together."""
+        model = engine_copy(self.policy.served, torch.float32)
+        self.learner.export(model)
+        return model
+
+    def _change_learner(self) -> None:
+        """Have that of another stage, from the weights of now."""
+        self.policy = replace(self.policy, model=self._learned_model())
+        del self.learner  # its states may be as large as memory allows
+        self.learner = self._learner()
 
     def _player(self, temperature: float) -> Player:
         return self.policy.player(self.engine, self.config, temperature)
@@ -477,16 +508,17 @@ class Trainer:
             ) from error
 
     def _learner(self) -> Learner:
-        """That of the stage, from the weights that the engine has."""
-        model = self.policy.model
+        """That of the stage, from the policy's weights."""
+        model, shared = self.policy.model, self.policy.model is self.policy.served
         cloning = self.stage == "warm_start"
         config = self.config.warm_start.learner if cloning else self.config.learner
+        config = config.beside(self.config.policy.dtype)
         sharded = config.backend == "fsdp"
         # Where weights are dealt out, wrapped, or read while they change, the engine's are others.
         apart = sharded or config.lora is not None or (self.config.trainer.mode == "async" and not cloning)
         wanted = frozenset[str]() if cloning else self.algorithm.requires
         return Learner(
-            copy.deepcopy(model) if apart else model,
+            copy.deepcopy(model) if apart and shared else model,
             config,
             reference=copy.deepcopy(model).requires_grad_(False) if "reference" in wanted else None,
             critic="values" in wanted,
@@ -519,6 +551,19 @@ class Trainer:
             self.clocks.save()
         self.saved = self.step
 
+    def _kept(self) -> str:
+        """Save what there is, if it is finite, and say where a resumed run goes on."""
+        folder = self.active.folder
+        resumed = f"continue with: agentrl train --resume {folder}"
+        try:
+            self._save()
+        except NonFiniteError:
+            good = self.ranks.by_first(lambda: latest_finite(folder / "checkpoints"))
+            if good is None:
+                return f"{folder} has no checkpoint that is finite; start anew, at a lower learning rate"
+            return f"{resumed}, from {good.name}, the newest checkpoint that is finite"
+        return resumed
+
     def _restore(self) -> None:
         """Take up the newest checkpoint, and forget what was logged after it."""
         path = self.ranks.by_first(lambda: latest_checkpoint(self.active.folder / "checkpoints"))
@@ -531,10 +576,8 @@ class Trainer:
         self.history = {key: list(values) for key, values in progress.history.items()}
         self.tasks_drawn = progress.tasks_drawn
         if another:
-            del self.learner  # as in `_train`
-            self.learner = self._learner()
+            self._change_learner()
         memory = load_learner(path, self.learner)
-        self.learner.export(self.policy.model)
         if self.stage == "train" and self.algorithm.replay is not None:
             self.algorithm.replay.load_state_dict(memory, self._context())
         self.logbook.truncate(self.stage, self.step)
