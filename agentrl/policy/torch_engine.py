@@ -407,7 +407,7 @@ class TorchEngine:
                 self._finish(row, "length")
 
 
-NOT_FINITE = "the model's logits are not finite: its weights hold nan or inf"
+NOT_FINITE = "the model's logits are not finite: its weights hold nan or inf, or it overflows policy.dtype"
 
 
 def _rounded(count: int, step: int) -> int:

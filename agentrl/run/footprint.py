@@ -5,13 +5,16 @@ is, and what that would keep is added up.
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Muon
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from agentrl.algorithms.algorithm import Algorithm
@@ -28,7 +31,7 @@ from agentrl.run.settings import RunConfig
 
 
 def skeleton(config: PolicyConfig) -> PreTrainedModel:
-    """The policy without its weights; of one that is made from scratch, with the vocabulary asked for.
+    """The policy that generates, without its weights; made from scratch, it has the vocabulary asked for.
 
     Raises:
         CheckpointError: when there is no model at `policy.path`.
@@ -46,6 +49,11 @@ def skeleton(config: PolicyConfig) -> PreTrainedModel:
             f"policy.path is {config.path!r}, wanted the folder of a Hugging Face causal language model on "
             f"this machine ({' '.join(str(error).split())[:160]})"
         ) from error
+
+
+def learned_skeleton(config: PolicyConfig) -> PreTrainedModel:
+    """The policy that is learned, in float32 whatever the engine generates in; as `skeleton`."""
+    return skeleton(replace(config, dtype="float32"))
 
 
 def _on_meta(settings: Any, dtype: str) -> PreTrainedModel:
@@ -66,8 +74,11 @@ def held_bytes(
         ranks: processes that learn together.
     """
     block, wanted, sharded = config.policy, algorithm.requires, learner.backend == "fsdp"
-    model = _learned(skeleton(block), learner)
-    computed = _learned(skeleton(replace(block, dtype=learner.compute_dtype or block.dtype)), learner)
+    model = _learned(learned_skeleton(block), learner)
+    rounded = learner.beside(block.dtype).compute_dtype == "bfloat16"
+    # Dealt out, the weights are rounded as they come together; else each product rounds what it multiplies.
+    narrow = replace(block, dtype="bfloat16")
+    computed = _learned(skeleton(narrow), learner) if rounded and sharded else model
     share = ranks if sharded else 1
     dealt = f", dealt out to {share} processes" if share > 1 else ""
     parameters, trained = (_count(model, trained=only) for only in (False, True))
@@ -75,21 +86,26 @@ def held_bytes(
     states, whole = optimizer_bytes(model, learner, value_head(model, algorithm))
     tokens = max(learner.micro_batch_tokens, context_length(config, model))
     found = {
-        "weights": (weights // share, f"{parameters:,} parameters in {block.dtype}{dealt}"),
+        "weights": (weights // share, f"{parameters:,} parameters in float32{dealt}"),
         "gradients": (weight_bytes(model, trained=True) // share, f"of {trained:,} parameters{dealt}"),
         "optimiser": (states // share + whole, f"{learner.optimizer}{dealt}"),
         "reference": (
-            weight_bytes(skeleton(block)) // share * ("reference" in wanted),
+            weight_bytes(learned_skeleton(block)) // share * ("reference" in wanted),
             f"weights that do not change{dealt}",
         ),
         "activations": (
-            activation_bytes(computed, tokens, recomputed=learner.recompute_activations),
+            activation_bytes(
+                computed,
+                tokens,
+                recomputed=learner.recompute_activations,
+                rounded=rounded and not sharded,
+            ),
             f"a pass of {tokens:,} tokens",
         ),
         "logits": (logits_bytes(computed, tokens), "a chunk of tokens, and their gradient"),
         "weights that generate": (
             weight_bytes(skeleton(block)) * learns_apart(config, learner),
-            "those that the engine reads, whole in every process",
+            f"those that the engine reads, in {block.dtype}, whole in every process",
         ),
         "weights of two layers": (layer_bytes(computed) * sharded, "whole while they are used"),
     }
@@ -99,7 +115,8 @@ def held_bytes(
 def learns_apart(config: RunConfig, learner: LearnerConfig) -> bool:
     """Whether what is learned is a copy of the weights that generate."""
     overlapping = config.trainer.mode == "async" and learner is config.learner  # cloning plays nothing
-    return learner.backend == "fsdp" or learner.lora is not None or overlapping
+    rounded = config.policy.dtype != "float32"
+    return learner.backend == "fsdp" or learner.lora is not None or overlapping or rounded
 
 
 def generation_bytes(config: RunConfig, sequences: int) -> tuple[int, str]:
@@ -129,8 +146,8 @@ def _count(model: nn.Module, *, trained: bool) -> int:
 
 def checkpoint_bytes(config: RunConfig, algorithm: Algorithm, learner: LearnerConfig) -> int:
     """Of a checkpoint in a stage."""
-    model = _learned(skeleton(config.policy), learner)
-    reference = weight_bytes(skeleton(config.policy)) * ("reference" in algorithm.requires)
+    model = _learned(learned_skeleton(config.policy), learner)
+    reference = weight_bytes(learned_skeleton(config.policy)) * ("reference" in algorithm.requires)
     states = sum(optimizer_bytes(model, learner, value_head(model, algorithm)))
     return weight_bytes(model) + reference + states
 
@@ -191,7 +208,9 @@ def cache_bytes(model: PreTrainedModel, sequences: int, length: int) -> int:
     return numbers * output_weight(model).element_size()
 
 
-def activation_bytes(model: PreTrainedModel, tokens: int, *, recomputed: bool = False) -> int:
+def activation_bytes(
+    model: PreTrainedModel, tokens: int, *, recomputed: bool = False, rounded: bool = False
+) -> int:
     """Of what a forward pass of so many tokens keeps for the way back; up to a seventh too much.
 
     The tokens are counted as sequences of one: attention then keeps what a fused kernel does, and nothing
@@ -202,14 +221,25 @@ def activation_bytes(model: PreTrainedModel, tokens: int, *, recomputed: bool = 
         model: from `skeleton`.
         tokens: of the pass.
         recomputed: only the input of each layer is kept, and one layer at a time has the rest.
+        rounded: products and attention are computed in bfloat16, from copies of weights in float32.
     """
-    kept = _kept_bytes(model, tokens)
+    with _Bfloat16Products() if rounded else nullcontext():
+        kept = _kept_bytes(model, tokens)
     if not recomputed:
         return kept
     depth: int = model.config.get_text_config().num_hidden_layers
     return (
         depth * tokens * output_weight(model).shape[1] * output_weight(model).element_size() + kept // depth
     )
+
+
+class _Bfloat16Products(TorchFunctionMode):
+    """Rounds what autocast would, which torch does not offer for tensors without content."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.linear, F.scaled_dot_product_attention):
+            args = [value.bfloat16() if isinstance(value, Tensor) else value for value in args]
+        return func(*args, **(kwargs or {}))
 
 
 def _kept_bytes(model: PreTrainedModel, tokens: int) -> int:

@@ -21,6 +21,7 @@ from agentrl.run.footprint import (
     context_length,
     generation_bytes,
     held_bytes,
+    learned_skeleton,
     skeleton,
     weight_bytes,
 )
@@ -263,7 +264,7 @@ def _policy_lines(
     )
     here, copies = _device_section(device, shares)
     program = _program_bytes() * (shares.trainers + shares.drivers)
-    policy = weight_bytes(skeleton(config.policy))
+    policy = weight_bytes(learned_skeleton(config.policy))
     checkpoint = max(checkpoint_bytes(config, *stage) for stage in stages)
     return [
         Line("memory", "program", program, "bytes", "measured: this one, which has loaded the same"),

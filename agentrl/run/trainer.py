@@ -396,9 +396,9 @@ class Trainer:
         block = "warm_start.learner" if self.stage == "warm_start" else "learner"
         matrices = " and .matrix_learning_rate" if self.learner.config.optimizer == "muon" else ""
         self.logbook.say(
-            f"warning: {self.stage} step {self.step} moved {moved:.1%} of the weights that had a gradient, at a "
-            f"learning rate of {metrics['learner/learning_rate']:.3g}: the rest of the update was smaller than "
-            f"the last digit of a float32; raise {block}.learning_rate{matrices}"
+            f"warning: {self.stage} step {self.step} moved {moved:.1%} of the weights that had a gradient, "
+            f"at a learning rate of {metrics['learner/learning_rate']:.3g}: the rest of the update was "
+            f"smaller than the last digit of a float32; raise {block}.learning_rate{matrices}"
         )
 
     def _context(self, *, copied: bool = False) -> Context:
@@ -474,8 +474,8 @@ class Trainer:
         if served is not self.policy.model and (lost := non_finite(served.named_parameters())):
             dtype = self.config.policy.dtype
             raise NonFiniteError(
-                f"policy.dtype={dtype} cannot hold {named_in_short(lost)}: weights that are finite in float32 "
-                f"are beyond {torch.finfo(getattr(torch, dtype)).max:.3g}; set policy.dtype=float32"
+                f"policy.dtype={dtype} cannot hold {named_in_short(lost)}: weights that are finite in "
+                f"float32 are beyond {torch.finfo(getattr(torch, dtype)).max:.3g}; set policy.dtype=float32"
             )
         self.engine.refresh(self.step)
 
