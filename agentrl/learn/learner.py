@@ -47,7 +47,6 @@ from agentrl.policy.precision import named_in_short, non_finite
 # Where a limit ended an episode that could have gone on, and so could have returned more.
 _CUT_SHORT = (StopReason.TRUNCATED, StopReason.TURN_LIMIT, StopReason.CONTEXT_LIMIT)
 
-_SQUARABLE = torch.finfo(torch.float32).max ** 0.5  # AdamW remembers the squares of gradients
 _WATCHED = 4096  # weights of each parameter that are looked at to see whether they move
 
 
@@ -408,7 +407,7 @@ class Learner:
         """Step the optimisers and report the gradient's norm, unless something is not finite."""
         limit = math.inf if self.config.clip_gradient is None else self.config.clip_gradient
         norm = float(whole(nn.utils.clip_grad_norm_(self._parameters, limit)))
-        finite = math.isfinite(loss) and math.isfinite(norm) and min(norm, limit) < _SQUARABLE
+        finite = math.isfinite(loss) and math.isfinite(norm)
         numbers = {"grad_norm": norm, **self._take_step()} if finite else {}
         for parameter in self._parameters:
             parameter.grad = None

@@ -6,6 +6,8 @@ from typing import Literal
 
 from agentrl.errors import ConfigError
 
+_LARGEST = 1e15  # the product of two rates, and what corrects it, still fits into a float32
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -71,9 +73,9 @@ class LearnerConfig:
         epochs: times that each rollout batch is gone through.
         mini_batches: optimiser steps per epoch; trajectories are dealt out to them.
         micro_batch_tokens: tokens in one forward pass; changes memory and speed, not the result.
-        max_skipped_updates: an optimiser step whose loss or gradient is not finite, or too large to be
-            squared, is not applied; after so many in a row the run stops. One that leaves weights or
-            optimiser states that are not finite stops it at once, and no checkpoint holds them.
+        max_skipped_updates: an optimiser step whose loss or gradient is not finite is not applied; after so
+            many in a row the run stops. One that leaves weights or optimiser states that are not finite stops
+            it at once, and no checkpoint holds them.
     """
 
     backend: Literal["single", "fsdp"] = "single"
@@ -118,12 +120,14 @@ class LearnerConfig:
         wrong = [(name, "at least 1") for name in at_least_one if getattr(self, name) < 1]
         for name in above_zero:
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                wrong.append((name, "above 0 and finite" if value == math.inf else "above 0"))
+            if value is not None and not value > 0:
+                wrong.append((name, "above 0"))
+            elif value is not None and value > _LARGEST:
+                wrong.append((name, f"at most {_LARGEST:g}"))
         wrong += [
-            (name, "at least 0")
+            (name, f"within [0, {_LARGEST:g}]" if getattr(self, name) > 0 else "at least 0")
             for name in ("warmup_steps", "weight_decay")
-            if not 0 <= getattr(self, name) < math.inf
+            if not 0 <= getattr(self, name) <= _LARGEST
         ]
         wrong += [
             (name, "within [0, 1)")

@@ -20,13 +20,14 @@ from agentrl.algorithms.recipe import build_recipe, recipe_names
 from agentrl.data import Group, StopReason
 from agentrl.data.batch import collate
 from agentrl.data.trajectory import BranchPoint
-from agentrl.errors import CheckpointError
+from agentrl.errors import CheckpointError, NonFiniteError
 from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.learn.settings import LearnerConfig, LoraConfig
-from agentrl.learn.sharding import whole
+from agentrl.learn.sharding import own_part, stored_shards, whole
 from agentrl.policy.attention import PACKED
+from agentrl.policy.precision import non_finite
 
 Figures = dict[str, Any]
 CONTEXT = Context(total_steps=10, vocabulary=VOCABULARY, tokenizer="toy")
@@ -273,6 +274,46 @@ def exported(ranks: Ranks, folder: Path) -> Figures:
     learner = learner_of(lambda seed: other, algorithm, ranks, "fsdp")
     learner.export(model)
     return {"apart": distance(list(model.parameters()), list(qwen(seed=2).parameters()))}
+
+
+def lost_numbers(ranks: Ranks, folder: Path) -> Figures:
+    """What all ranks know of a number that one of them lost, in a part that only it holds."""
+    algorithm = build_recipe("grpo").build()
+    learner = learner_of(qwen, algorithm, ranks, "fsdp")
+    taught(learner, algorithm, [0])
+    found = {"before": learner.non_finite()}
+    norm = dict(learner.policy.named_parameters())["model.norm.weight"]
+
+    def spoil(*_: object) -> None:
+        if not ranks.first:
+            own_part(norm.detach())[0] = torch.inf
+
+    learner._optimizers[0].register_step_post_hook(spoil)
+    try:
+        taught(learner, algorithm, [1])
+    except NonFiniteError as error:
+        found["told"] = ranks.gather(str(error))
+    found["after"] = ranks.gather(learner.non_finite())
+    learner.write_shards(folder / "lost")  # as no checkpoint is written
+    ranks.agreed(lambda: None)
+    found["stored"] = [name for tensor in stored_shards(folder / "lost") for name in non_finite([tensor])]
+    return found
+
+
+def widened(ranks: Ranks, folder: Path) -> Figures:
+    """Weights that two ranks dealt out and wrote in bfloat16, taken up by learners of float32."""
+    algorithm = build_recipe("grpo").build()
+    old = learner_of(lambda seed: qwen(seed).bfloat16(), algorithm, ranks, "fsdp")
+    taught(old, algorithm, [0])
+    old.write_shards(folder / "old")
+    learner = learner_of(lambda seed: qwen(5), algorithm, ranks, "fsdp", compute_dtype="bfloat16")
+    learner.read_shards(folder / "old", old.state_dict())
+    found = {
+        "apart": distance([value.float() for value in weights(old)], weights(learner)),
+        "dtypes": sorted({str(value.dtype) for _, value in learner._own_parts()}),
+    }
+    _, log = taught(learner, algorithm, [1])
+    return found | {"moved": log["learner/weights_moved"][0]}
 
 
 def an_error(ranks: Ranks, folder: Path) -> Figures:

@@ -9,10 +9,8 @@ import torch.distributed as dist
 from fsdp_worker import KEPT, Figures, keep, measured, take_up, taught
 
 from agentrl.algorithms.recipe import recipe_names
-from agentrl.errors import ConfigError
 from agentrl.learn.packing import shares
 from agentrl.learn.ranks import ALONE, Ranks
-from agentrl.learn.settings import LearnerConfig
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +32,8 @@ def figures(folder: Path) -> Figures:
         "recomputed",
         "in_bfloat16",
         "exported",
+        "lost_numbers",
+        "widened",
         "an_error",
         "kept",
     )
@@ -95,6 +95,22 @@ def test_in_bfloat16_weights_and_gradients_stay_in_single_precision(figures: Fig
     assert found["entropy"] < 1e-3
 
 
+def test_a_number_that_one_rank_lost_stops_all_and_is_named(figures: Figures) -> None:
+    found = figures["lost_numbers"]
+    assert found["before"] == []
+    assert found["after"] == [["model.norm.weight"]] * 2
+    assert all("left nan or inf in model.norm.weight" in told for told in found["told"])
+    assert len(found["told"]) == 2
+    assert found["stored"] == ["learned.policy.model.norm.weight"]
+
+
+def test_shards_in_bfloat16_are_taken_up_in_single_precision(figures: Figures) -> None:
+    found = figures["widened"]
+    assert found["apart"] == 0.0
+    assert found["dtypes"] == ["torch.float32"]
+    assert found["moved"] > 0.9
+
+
 def test_the_weights_of_the_first_rank_are_those_of_all_and_can_be_copied_out(figures: Figures) -> None:
     assert figures["exported"]["apart"] == 0.0
 
@@ -129,8 +145,3 @@ def test_ranks_share_rows_evenly_and_keep_step(count: int, budget: int) -> None:
 
 def test_nothing_to_do_is_shared_by_all() -> None:
     assert shares(torch.tensor([0, 0]), 10, Ranks(0, 2)) == []
-
-
-def test_bfloat16_without_fsdp_is_refused() -> None:
-    with pytest.raises(ConfigError, match="compute_dtype is bfloat16, wanted null, or backend: fsdp"):
-        LearnerConfig(compute_dtype="bfloat16")
