@@ -54,8 +54,8 @@ class ClippedRecipe(Recipe):
         entropy_coefficient: of the entropy bonus, in reward-free loss units per nat.
         invalid_penalty: taken off a turn's reward when its action was not understood.
         drop_equal_groups: leave out groups whose episodes all have the same return.
-        parity: `official` is the preset `released` for what the table of the recipe says and for what no field
-            says (the divergence k3 held within +-10), and refuses other values; `paper` says nothing.
+        parity: `official` is the preset `released`, in what the recipe's table says and in what no field says
+            (the divergence k3 held within +-10), and refuses other values; `paper` says nothing.
     """
 
     PRESETS: ClassVar[Presets] = {
