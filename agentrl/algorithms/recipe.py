@@ -99,9 +99,11 @@ def kept_from_preset(recipe: Recipe, where: str = "algorithm") -> list[str]:
     )
     for item in fields(recipe):
         value, path = getattr(recipe, item.name), f"{where}.{item.name}"
-        if item.name in wanted and value != _made(wanted[item.name]):
-            shown = recipe_tree(value) if isinstance(value, Recipe) else value
-            lines.append(f"{path} stays {shown!r}; preset={recipe.preset} has {wanted[item.name]!r}")
+        if item.name in wanted and value == _made(wanted[item.name]):
+            continue
+        if item.name in wanted:
+            shown = "as given" if isinstance(value, Recipe) else repr(value)
+            lines.append(f"{path} stays {shown}; preset={recipe.preset} has {wanted[item.name]!r}")
         if isinstance(value, Recipe):
             lines += kept_from_preset(value, path)
     return lines

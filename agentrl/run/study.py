@@ -332,7 +332,7 @@ def _laid_over(tree: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, A
             # A preset fills in what a block leaves open, and nothing is open in the base's.
             names = {name: old[name] for name in ("name", "preset") if name in old}
             same_recipe = names == names | {name: value[name] for name in names if name in value}
-            value = _laid_over(old, value) if same_recipe else {"name": old.get("name")} | value
+            value = _laid_over(old, value) if same_recipe else {"name": old.get("name"), **value}
         result[key] = value
     return result
 
