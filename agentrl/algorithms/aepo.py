@@ -1,10 +1,10 @@
 """AEPO: entropy decides where rollouts branch, how much credit a token gets, and which gradients are kept."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from agentrl.algorithms.algorithm import (
     requires,
     trait,
 )
-from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe, without_replay
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
 from agentrl.algorithms.steps import branch_shares
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import BranchPoint, Episode, Turn
@@ -42,8 +42,7 @@ class AEPO(Recipe):
     """Agentic entropy-balanced policy optimisation: branches, credit and clipping that follow entropy.
 
     This is the AEPO of arXiv 2510.14545; arbitrary entropy policy optimisation (arXiv 2510.08141) and the
-    adaptive one of ARES, other methods, are called so as well. The paper's base is
-    `{name: grpo, aggregation: token, dual_clip: 3}`.
+    adaptive one of ARES, other methods, are called so as well.
 
     A task's first rollout is played alone. The entropies of its first turn and of the later ones decide how
     many more begin at the first observation; the rest of the group size is left for branches. A branch
@@ -53,7 +52,7 @@ class AEPO(Recipe):
     mean over its first 20 decisions, in units of the logarithm of the vocabulary; a turn without decisions
     starts no branch.
 
-    `parity: official` does what the released code does, as far as it is to be had without lock step:
+    The preset `released` does what the released code does, as far as it is to be had without lock step:
     - the released scripts leave the measured split off: half of the group begins at the first observation
       (`initial_rollouts: measured` brings the split back);
     - the measured split is rounded down and 1 is added, and the first turn counts among the later ones;
@@ -63,6 +62,20 @@ class AEPO(Recipe):
     - replies in a row are counted over all paths of the task;
     - the entropy advantage is left out: the released scripts never compute the entropies that it needs.
 
+        field             | paper     | released   | ours
+        base.name         | grpo      | grpo       | grpo
+        base.preset       | ours      | released   | ours
+        base.dual_clip    | 3.0       | 3.0        | null
+        base.aggregation  | token     | token      | sequence
+        entropy_advantage | 0.2       | 0.0        | 0.2
+        advantage_limits  | null      | null       | [0.0, 2.0]
+        initial_rollouts  | measured  | half       | measured
+        allocation_slope  | 4.0       | 0.5        | 4.0
+        branch_rule       | threshold | stochastic | stochastic
+
+    The paper's slope, offset, weight and threshold of branching are not known to us, and ours. The scripts
+    ran groups of 16, 8 of them at the first observation.
+
     Args:
         base: what is modified.
         entropy_advantage: change of an advantage's factor per standard deviation of the token's entropy, over
@@ -70,8 +83,8 @@ class AEPO(Recipe):
         advantage_limits: of that factor; null lets advantages change sign.
         stop_gradient_clip: keep the gradient of ratios above the upper bound, at the bound's size.
         branch: whether rollouts branch at all.
-        initial_rollouts: that begin at the first observation; `measured` by the first of them; null is
-            `measured`, half of the group under `parity: official`.
+        initial_rollouts: that begin at the first observation; `measured` by the first of them; `half` of the
+            group; null is what the preset has.
         allocation_slope: of the measured split (the released code has 0.5, which hardly moves it).
         branch_rule: `stochastic` draws a number in [0, 1) for every attempt, `threshold` takes
             `branch_offset` instead.
@@ -82,15 +95,33 @@ class AEPO(Recipe):
         beam: paths that one may become at a reply.
         prefix_weight: of turns that branches share: `full` trains them once per branch with the advantage of
             each, as released; `shared` divides the weight by the number of branches.
-        parity: `paper`, or `official` for the released code where it differs.
+        parity: `official` is the preset `released`, but of the table it takes entropy_advantage, which it
+            allows no other value, and initial_rollouts, unless given; `paper` says nothing.
     """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {
+            "base": {"name": "grpo", "aggregation": "token", "dual_clip": 3.0},
+            "advantage_limits": None,
+            "branch_rule": "threshold",
+        },
+        "released": {
+            "base": {"name": "grpo", "preset": "released"},
+            "entropy_advantage": 0.0,
+            "advantage_limits": None,
+            "initial_rollouts": "half",
+            "allocation_slope": 0.5,
+        },
+    }
+    OFFICIAL: ClassVar[Collection[str]] = ("entropy_advantage",)
+    OPEN: ClassVar[Collection[str]] = ("initial_rollouts",)
 
     base: Base = field(default_factory=lambda: build_recipe("grpo"))
     entropy_advantage: float = 0.2
     advantage_limits: Limits | None = (0.0, 2.0)
     stop_gradient_clip: bool = True
     branch: bool = True
-    initial_rollouts: int | Literal["measured"] | None = None
+    initial_rollouts: int | Literal["measured", "half"] = "measured"
     allocation_slope: float = 4.0
     branch_rule: Literal["stochastic", "threshold"] = "stochastic"
     branch_probability: float = 0.5
@@ -125,18 +156,14 @@ class AEPO(Recipe):
         )
 
     def _transforms(self) -> Sequence[Transform]:
-        if not self._scales_advantages:
+        if not self.entropy_advantage:
             return ()
         return (partial(scale_by_entropy, scale=self.entropy_advantage, limits=self.advantage_limits),)
 
     def _diagnostics(self) -> Sequence[Diagnostic]:
-        if not self._scales_advantages:
+        if not self.entropy_advantage:
             return ()
         return (partial(entropy_factors, scale=self.entropy_advantage, limits=self.advantage_limits),)
-
-    @property
-    def _scales_advantages(self) -> bool:
-        return self.entropy_advantage != 0 and self.parity == "paper"
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
         initial, limits = self.initial_rollouts, self.advantage_limits
@@ -182,10 +209,10 @@ class EntropyBranching:
 
     def begin(self) -> Sequence[BranchPoint | None]:
         initial = self.settings.initial_rollouts
-        if initial is None:
-            initial = max(self.budget // 2, 1) if self._official else "measured"
         self._measuring = initial == "measured"
-        return [None] if initial == "measured" else [None] * min(initial, self.budget)
+        if initial == "measured":
+            return [None]
+        return [None] * (max(self.budget // 2, 1) if initial == "half" else min(initial, self.budget))
 
     def reached(
         self, episode: str, parent: BranchPoint | None, turns: Sequence[Turn]
@@ -213,7 +240,7 @@ class EntropyBranching:
 
     @property
     def _official(self) -> bool:
-        return self.settings.parity == "official"
+        return self.settings.preset == "released"
 
     def _entropy(self, turn: Turn) -> float | None:
         return opening_entropy(turn, self.context.vocabulary, total=self._official)

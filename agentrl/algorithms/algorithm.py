@@ -5,8 +5,10 @@ A method sets the slots in which it differs:
     Algorithm(transforms=(modulate_by_turn_entropy,))
 
 Order of a training step: `rollout`, `select` and `shape_reward` (see `prepare`), one scoring pass,
-`targets`, `advantage`, `transforms`; then per mini-batch `masks`, `weights`, `clip`; per micro-batch `ratio`,
-`surrogate` and `terms`; then `replay`; `diagnostics` last.
+`targets`, `advantage`, `transforms`; then per mini-batch `masks`, `ratio` (of what the policy says now),
+`clip`, `aggregation`, `weights`; per micro-batch `ratio`, `surrogate` and `terms`; then `replay`;
+`diagnostics` last. A mini-batch carries what came of the slots before (`mask`, `current.ratio`, `bounds`): a
+hook reads it there, and never keeps a slot of the recipe that it was built over, which may be replaced.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,22 +76,39 @@ class Outputs:
 class MiniBatch:
     """The rows of one optimiser step, or of a part of it.
 
+    The objective fills in `mask`, `current.ratio` and `bounds` in this order, each before the next slot is
+    asked. Diagnostics and `Replay.keep` see the mask of the whole rollout batch.
+
     Args:
         batch: the rows.
         advantages: [B, T], final: transformed, without gradient, 0 where not sampled.
         current: what the policy says now, without gradient; only if a component requires `current`.
+        mask: [B, T] bool, the decisions that `Algorithm.masks` leave in the surrogate; None before.
+        bounds: of the ratio, by `Algorithm.clip`; None before, and where nothing is clipped.
     """
 
     batch: Batch
     advantages: Tensor
     current: Outputs | None = None
+    mask: Tensor | None = None
+    bounds: "Bounds | None" = None
+
+    @property
+    def counted(self) -> Tensor:
+        """The mask; all decisions where nothing has filled it."""
+        return self.batch.sampled if self.mask is None else self.mask
 
     def select(self, rows: Tensor) -> "MiniBatch":
         """Keep the given rows in the given order."""
         batch = self.batch.select(rows)
         width = batch.tokens.shape[1]
-        current = None if self.current is None else self.current.select(rows, width)
-        return MiniBatch(batch, self.advantages[rows, :width], current)
+        return MiniBatch(
+            batch,
+            self.advantages[rows, :width],
+            None if self.current is None else self.current.select(rows, width),
+            None if self.mask is None else self.mask[rows, :width],
+            None if self.bounds is None else self.bounds.select(rows, width),
+        )
 
 
 @dataclass(frozen=True)
@@ -280,6 +299,11 @@ def requirements(component: object) -> frozenset[str]:
     return frozenset(_declared(component, _REQUIRES))
 
 
+def traits(component: object) -> frozenset[str]:
+    """What a component said that it is, itself or through `functools.partial`."""
+    return frozenset(_declared(component, _TRAITS))
+
+
 def _declared(component: object, kind: str) -> Any:
     while isinstance(component, partial) and not hasattr(component, kind):
         component = component.func
@@ -329,6 +353,14 @@ def clipped_policy_loss(outputs: Outputs, mini: MiniBatch, bounds: Bounds | None
 def token_ratio(outputs: Outputs, mini: MiniBatch) -> Tensor:
     """New over old probability of each token; [B, T]."""
     return functional.probability_ratio(outputs.logprobs, given(mini.batch.old_logprobs, "old_logprobs"))
+
+
+def held_back(mini: MiniBatch, outputs: Outputs) -> Tensor:
+    """Where the bounds of a mini-batch stop a ratio, the dual clip not counted; [B, T] bool."""
+    if mini.bounds is None:
+        return torch.zeros_like(mini.batch.sampled)
+    ratio = given(outputs.ratio, "ratio").detach()
+    return functional.clipped(ratio, mini.advantages, mini.bounds.lower, mini.bounds.upper)
 
 
 @requires("old_logprobs")
@@ -491,6 +523,19 @@ def with_targets(algorithm: Algorithm, batch: Batch, context: Context) -> Batch:
     with torch.no_grad():
         targets = _checked("targets", algorithm.targets(batch, context), batch)
     return replace(batch, targets=torch.where(batch.sampled, targets, 0.0).to(batch.logprobs.dtype))
+
+
+def with_mask(algorithm: Algorithm, mini: MiniBatch, context: Context) -> MiniBatch:
+    """Fill in which decisions are in the surrogate.
+
+    Raises:
+        ValueError: when a hook returns another shape, naming it.
+    """
+    with torch.no_grad():
+        mask = mini.batch.sampled
+        for hook in algorithm.masks:
+            mask = mask & _checked("masks", hook(mini, context), mini.batch)
+    return replace(mini, mask=mask)
 
 
 def _checked(slot: str, values: Tensor, batch: Batch) -> Tensor:

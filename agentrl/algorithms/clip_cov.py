@@ -1,6 +1,6 @@
 """Covariance clipping: a few of the decisions that cost the policy most of its entropy are left out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from heapq import nsmallest
@@ -15,9 +15,8 @@ from agentrl.algorithms.algorithm import (
     Clip,
     Context,
     MiniBatch,
-    Ratio,
-    TokenHook,
     given,
+    held_back,
     requires,
 )
 from agentrl.errors import RequirementError
@@ -30,53 +29,38 @@ def with_covariance_clip(algorithm: Algorithm, share: float, band: Band) -> Algo
     """Have an algorithm's surrogate clip by covariance, which takes the place of its dual clip.
 
     Args:
-        algorithm: of which the ratio and its bounds say what is clipped already, and the masks what counts.
+        algorithm: any; what counts and what is clipped already is read from the mini-batch, so that it is
+            that of the loss in the end.
         share: of the decisions, see `covariance_clip`; 0 gives the algorithm itself.
         band: likewise.
     """
     if not share:
         return algorithm
-    clip = None if algorithm.clip is None else partial(without_dual, clip=algorithm.clip)
-    masks = algorithm.masks
-    chosen = partial(covariance_clip, share=share, band=band, ratio=algorithm.ratio, clip=clip, masks=masks)
-    numbers = partial(covariance_numbers, share=share, band=band, masks=masks)
     return replace(
         algorithm,
-        clip=clip,
-        weights=(*algorithm.weights, chosen),
-        diagnostics=(*algorithm.diagnostics, numbers),
+        clip=None if algorithm.clip is None else partial(without_dual, clip=algorithm.clip),
+        weights=(*algorithm.weights, partial(covariance_clip, share=share, band=band)),
+        diagnostics=(*algorithm.diagnostics, partial(covariance_numbers, share=share, band=band)),
     )
 
 
 @requires("current")
-def covariance_clip(
-    mini: MiniBatch,
-    context: Context,
-    *,
-    share: float,
-    band: Band,
-    ratio: Ratio,
-    clip: Clip | None,
-    masks: Sequence[TokenHook] = (),
-) -> Tensor:
+def covariance_clip(mini: MiniBatch, context: Context, *, share: float, band: Band) -> Tensor:
     """Weigh a few decisions with 0 and all others with 1.
 
         cov = (A - mean A) * (logprob - mean logprob),   means over the decisions of the mini-batch
 
-    The decisions are those that `masks` leave in the loss. Among those with band[0] < cov < band[1] that
-    `clip` does not hold back, max(1, floor(share * decisions)) are drawn, each with the same chance, or all
-    if they are fewer. The draw depends on the seed, the step, and the decision's episode, turn and position
-    in its sequence.
+    The decisions are those in the mask of the mini-batch. Among those with band[0] < cov < band[1] that its
+    bounds do not hold back, max(1, floor(share * decisions)) are drawn, each with the same chance, or all if
+    they are fewer. The draw depends on the seed, the step, and the decision's episode, turn and position in
+    its sequence.
 
     Args:
-        mini: with what the policy says now.
+        mini: with what the policy says now, its ratio, the mask and the bounds.
         context: for the seed and the step.
         share: of the decisions, within (0, 1].
         band: in nats times the unit of the advantages, which is that of rewards unless they are divided by a
             deviation.
-        ratio: that of the loss.
-        clip: that of the loss; None if nothing is clipped.
-        masks: those of the loss.
 
     Returns:
         [B, T] float. The normaliser of the loss is not touched: a weight of 0 leaves a gap.
@@ -89,12 +73,9 @@ def covariance_clip(
     current, batch = mini.current, mini.batch
     if current is None:
         raise RequirementError("MiniBatch.current is empty; covariance clipping reads it")
-    counted = _counted(mini, context, masks)
+    counted = mini.counted
     covariance = functional.covariance(mini.advantages, current.logprobs, counted)
-    candidates = counted & (band[0] < covariance) & (covariance < band[1])
-    if clip is not None and batch.old_logprobs is not None:
-        bounds = clip(mini, context)
-        candidates &= ~functional.clipped(ratio(current, mini), mini.advantages, bounds.lower, bounds.upper)
+    candidates = counted & (band[0] < covariance) & (covariance < band[1]) & ~held_back(mini, current)
     rows, positions = candidates.nonzero(as_tuple=True)
     turns = batch.turns[rows, positions].tolist()
     names = [batch.episodes[owner].id for owner in batch.trajectory[rows].tolist()]
@@ -112,13 +93,13 @@ def covariance_clip(
 
 @requires("old_logprobs")
 def covariance_numbers(
-    rollout: MiniBatch, context: Context, *, share: float, band: Band, masks: Sequence[TokenHook] = ()
+    rollout: MiniBatch, context: Context, *, share: float, band: Band
 ) -> Mapping[str, float]:
     """Covariance of advantage and logprob over a rollout batch, and the share of decisions clipped for it.
 
     The share is that of one optimiser step on the whole batch.
     """
-    counted = _counted(rollout, context, masks)
+    counted = rollout.counted
     logprobs = given(rollout.batch.old_logprobs, "old_logprobs")
     values = functional.covariance(rollout.advantages, logprobs, counted)[counted]
     if not len(values):
@@ -136,13 +117,6 @@ def without_dual(mini: MiniBatch, context: Context, *, clip: Clip) -> Bounds:
     return replace(clip(mini, context), dual=None)
 
 
-def _counted(mini: MiniBatch, context: Context, masks: Sequence[TokenHook]) -> Tensor:
-    """The decisions that are in the loss; [B, T] bool."""
-    counted = mini.batch.sampled
-    for mask in masks:
-        counted = counted & mask(mini, context)
-    return counted
-
-
 def _count(share: float, counted: Tensor) -> int:
-    return max(1, int(share * int(counted.sum())))
+    # Rounded, so that .29 of 100 are 29 whatever the binary form of the share.
+    return max(1, int(round(share * int(counted.sum()), 9)))

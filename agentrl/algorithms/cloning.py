@@ -16,6 +16,12 @@ from agentrl.data.batch import Batch
 class BehaviourCloning(Recipe):
     """Imitation of demonstrations: cross-entropy at their decisions, whatever their return.
 
+        field       | paper      | released   | ours
+        aggregation | token      | token      | token
+        sequence    | trajectory | trajectory | trajectory
+
+    It has neither paper nor released code: the presets are all ours.
+
     Args:
         aggregation: as in `grpo`; `token` lets every decision count the same.
         sequence: what a sequence is, for `sequence`.

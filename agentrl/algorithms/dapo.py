@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 
@@ -16,8 +17,10 @@ from agentrl.algorithms.algorithm import (
     Select,
     drop_equal_returns,
     excludes,
+    traits,
 )
-from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe, without_replay
+from agentrl.algorithms.dr_bot import SHAPED, by_shaped_returns
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
 from agentrl.data.trajectory import Episode, Group
 from agentrl.errors import ConfigError
 
@@ -27,8 +30,19 @@ from agentrl.errors import ConfigError
 class DAPO(Recipe):
     """Decoupled clip and dynamic sampling: a wider upper bound, only groups that differ, the token mean.
 
-    Returns are compared before any penalty. With equal bounds it is its base with dynamic sampling and the
-    token mean.
+    Returns are compared before any penalty; a base that selects by shaped returns then sees the penalties.
+    With equal bounds it is its base with dynamic sampling and the token mean.
+
+        field               | paper | released | ours
+        base.name           | grpo  | grpo     | grpo
+        base.preset         | paper | released | ours
+        base.kl_coefficient | 0.0   | 0.0      | 0.0
+        max_rounds          | 10    | 10       | 3
+        overlong_limit      | 20480 | null     | null
+        overlong_cache      | 4096  | 0        | 0
+
+    The paper draws tasks until the batch is full, for which 10 rounds stand; its lengths are those of long
+    mathematics, its groups of 16. Released is verl-agent, without the overlong penalty.
 
     Args:
         base: whose advantage, rewards, terms and dual clip these are.
@@ -41,6 +55,16 @@ class DAPO(Recipe):
 
     Source: Yu et al. 2025, arXiv:2503.14476.
     """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {
+            "base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0},
+            "max_rounds": 10,
+            "overlong_limit": 20480,
+            "overlong_cache": 4096,
+        },
+        "released": {"base": {"name": "grpo", "preset": "released"}, "max_rounds": 10},
+    }
 
     base: Base = field(default_factory=lambda: build_recipe("grpo"))
     clip_low: float = 0.2
@@ -67,13 +91,15 @@ class DAPO(Recipe):
         base = without_replay(self.base)
         if base.clip is None:
             raise ConfigError(f"dapo: base {self.base.name!r} has no clipped ratio, wanted one that has")
-        shape_reward = base.shape_reward
+        select, shape_reward = base.select, base.shape_reward
         if self.overlong_limit is not None:
             penalty = partial(penalise_overlong, limit=self.overlong_limit, cache=self.overlong_cache)
             shape_reward = (*shape_reward, penalty)
+            if SHAPED in traits(select):
+                select = by_shaped_returns(select, (penalty,))
         return replace(
             base,
-            select=partial(drop_equal_then, select=base.select),
+            select=partial(drop_equal_then, select=select),
             rollout=replace(base.rollout, rounds=self.max_rounds),
             shape_reward=shape_reward,
             clip=partial(clip_higher, low=self.clip_low, high=self.clip_high, base=base.clip),

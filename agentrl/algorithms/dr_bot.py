@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import pstdev
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,14 +21,16 @@ from agentrl.algorithms.algorithm import (
     ShapeReward,
     excludes,
     shaped,
+    trait,
 )
 from agentrl.algorithms.grpo import GRPO
-from agentrl.algorithms.recipe import Base, Recipe, recipe, without_replay
+from agentrl.algorithms.recipe import Base, Presets, Recipe, recipe, without_replay
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Group, Turn
 from agentrl.errors import ConfigError
 
 NGRAM, REPEATS = 20, 10  # a reply in which so many tokens occur so often is going round in circles
+SHAPED = "selection by shaped returns"
 FAULTS = ("overlong", "incomplete", "repetitive", "unreadable")
 
 
@@ -43,6 +46,16 @@ class DrBot(Recipe):
     whose action has characters that are none (unreadable). Which groups vary most is decided by shaped
     returns.
 
+        field              | paper | released | ours
+        base.name          | grpo  | grpo     | grpo
+        base.preset        | ours  | released | ours
+        base.divide_by_std | false | false    | false
+        sequence           | turn  | turn     | trajectory
+        sequence_length    | 512   | 512      | 32
+
+    512 is the most tokens of a reply in the published runs on text games (4096 in mathematics); 32 suits
+    short commands. Released divides by the width of the padding instead, which is not reproduced.
+
     Args:
         base: whose advantage is used.
         clip_low: the ratio is held above 1 - clip_low.
@@ -53,6 +66,15 @@ class DrBot(Recipe):
 
     Source: Qin et al. 2025, arXiv:2509.22601.
     """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"sequence": "turn", "sequence_length": 512},
+        "released": {
+            "base": {"name": "grpo", "preset": "released", "divide_by_std": False},
+            "sequence": "turn",
+            "sequence_length": 512,
+        },
+    }
 
     base: Base = field(default_factory=lambda: GRPO(divide_by_std=False))
     clip_low: float = 0.2
@@ -70,11 +92,7 @@ class DrBot(Recipe):
         base = without_replay(self.base)
         return replace(
             base,
-            select=partial(
-                select_shaped,
-                select=partial(keep_most_varied, share=self.keep_groups),
-                shapers=base.shape_reward,
-            ),
+            select=by_shaped_returns(partial(keep_most_varied, share=self.keep_groups), base.shape_reward),
             masks=(*base.masks, without_faults),
             clip=partial(token_clip, low=self.clip_low, high=self.clip_high),
             aggregation=partial(
@@ -96,6 +114,11 @@ class DrBot(Recipe):
 def token_clip(mini: MiniBatch, context: Context, *, low: float, high: float) -> Bounds:
     """Bounds [1 - low, 1 + high] for every token, without a dual clip."""
     return Bounds(1 - low, 1 + high)
+
+
+def by_shaped_returns(select: Select, shapers: Sequence[ShapeReward]) -> Select:
+    """Have a selection see the returns that shaping gives; what shapes rewards later is to be added to it."""
+    return trait(SHAPED)(partial(select_shaped, select=select, shapers=shapers))
 
 
 def select_shaped(

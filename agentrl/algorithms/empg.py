@@ -42,6 +42,14 @@ class EMPG(Recipe):
     The authors released no code, so there is no `parity`. Of the two public re-implementations the later has
     zeta 0.05; the earlier has 0.1, and multiplies the whole batch by the g of every turn in it.
 
+        field    | paper | released | ours
+        k        | 1.0   | 1.0      | 1.0
+        k_future | 1.0   | 1.0      | 1.0
+        zeta     | 0.05  | 0.05     | 0.05
+
+    The paper's k and zeta by environment are not known to us, and there is no released code: the presets are
+    all ours, with the values of the later re-implementation below.
+
     Args:
         base: the recipe whose advantage is modulated; it must be one number per turn.
         k: how much more a certain turn counts; 0 for all the same.

@@ -3,10 +3,10 @@
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, Outputs, Term, given, requires
 from agentrl.algorithms.grpo import entropy_bonus
-from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.data.batch import Batch
 from agentrl.errors import ConfigError
 
@@ -24,22 +24,6 @@ Smoothing = Literal["hinge", "indicator"]
 _RELEASED_EPOCHS = 150
 _TURN = "entropy/turn/{:02d}"
 _TRAJECTORY = "entropy/trajectory_mean"
-
-
-class _Published(NamedTuple):
-    """What a field means that is None, by `parity`."""
-
-    smoothing: Smoothing
-    penalty: float
-    window: int
-    min_history: int
-    schedule: Schedule
-
-
-_PUBLISHED = {
-    "paper": _Published("hinge", 2.0, 20, 5, "constant"),
-    "official": _Published("indicator", 0.1, 0, 1, "official_epoch"),
-}
 
 
 @recipe("epo")
@@ -54,7 +38,8 @@ class EPO(Recipe):
     is the mean entropy of earlier steps, beta the schedule's weight in this one. Above the corridor entropy
     is pulled down only where beta * penalty > 1.
 
-    `parity: official` does what the released code does (`base` has a parity of its own):
+    The preset `released` does what the released code does, and so does `parity: official`, which leaves the
+    base as it is and takes of the table what is open below (a `base` has a preset of its own):
     - the penalty is the same for every decision outside the corridor or on its bounds, so that it shows in
       the loss and moves no weight;
     - H and the penalty are means over the decisions of the batch;
@@ -64,38 +49,75 @@ class EPO(Recipe):
     Not reproduced, as they change no more than the logged loss: penalties given to micro-batches with a turn
     from the 25th on only, and short histories padded with zeros.
 
+        field               | paper       | released       | ours
+        base.name           | grpo        | grpo           | grpo
+        base.preset         | ours        | released       | ours
+        base.kl_coefficient | 0.0         | 0.01           | 0.0
+        low                 | 0.0         | 0.5            | 0.5
+        high                | 2.0         | 1.5            | 1.5
+        penalty             | 0.1         | 0.1            | 2.0
+        smoothing           | hinge       | indicator      | hinge
+        reference           | scalar      | turn           | turn
+        window              | 0           | 0              | 20
+        min_history         | 1           | 1              | 5
+        schedule            | exponential | official_epoch | constant
+
+    The paper's corridor is that of its reported runs, and its `smoothing` that of its later version, before
+    which it was `indicator`. Its formula for beta is known from a summary only. At its penalty entropy above
+    the corridor is not pulled down, of which the recipe warns.
+
     Args:
         base: the recipe whose loss this adds to.
         entropy_coefficient: of both, in loss units per nat.
         low: lower bound of the corridor, as a multiple of the reference.
         high: upper bound, likewise.
-        penalty: of a nat outside the corridor, relative to a nat of bonus; None is 2 (official: 0.1).
-        smoothing: `hinge` is S above; `indicator` is 1 outside the corridor, and has no gradient; None is
-            hinge (official: indicator).
+        penalty: of a nat outside the corridor, relative to a nat of bonus.
+        smoothing: `hinge` is S above; `indicator` is 1 outside the corridor, and has no gradient.
         reference: `turn` compares a decision with past turns of the same index, `scalar` with past
             trajectories.
-        window: how many past steps the reference is the mean of, 0 for all; None is 20 (official: 0).
-        min_history: how many there must be before a penalty applies; None is 5 (official: 1).
+        window: how many past steps the reference is the mean of, 0 for all.
+        min_history: how many there must be before a penalty applies.
         schedule: of beta by step k: `exponential` is 1 + exp(-schedule_rate * k / mid), `ramp` is
-            min(1, k / mid), `official_epoch` falls from 1 to 0.04 in two pieces; None is constant (official:
-            official_epoch).
+            min(1, k / mid), `official_epoch` falls from 1 to 0.04 in two pieces.
         schedule_rate: see `schedule`.
         schedule_midpoint: mid, as a share of all steps.
-        parity: what None means above, and the differences named there.
+        parity: see above; `paper` says nothing. Null in penalty, smoothing, window, min_history and schedule
+            is what the preset has.
 
     Source: Xu et al. 2025, arXiv:2509.22576.
     """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {
+            "low": 0.0,
+            "high": 2.0,
+            "penalty": 0.1,
+            "reference": "scalar",
+            "window": 0,
+            "min_history": 1,
+            "schedule": "exponential",
+        },
+        "released": {
+            "base": {"name": "grpo", "preset": "released", "kl_coefficient": 0.01},
+            "penalty": 0.1,
+            "smoothing": "indicator",
+            "window": 0,
+            "min_history": 1,
+            "schedule": "official_epoch",
+        },
+    }
+    OPEN: ClassVar[Collection[str]] = ("penalty", "smoothing", "window", "min_history", "schedule")
 
     base: Base = field(default_factory=lambda: build_recipe("grpo"))
     entropy_coefficient: float = 0.001
     low: float = 0.5
     high: float = 1.5
-    penalty: float | None = None
-    smoothing: Smoothing | None = None
+    penalty: float = 2.0
+    smoothing: Smoothing = "hinge"
     reference: Literal["turn", "scalar"] = "turn"
-    window: int | None = None
-    min_history: int | None = None
-    schedule: Schedule | None = None
+    window: int = 20
+    min_history: int = 5
+    schedule: Schedule = "constant"
     schedule_rate: float = 1.0
     schedule_midpoint: float = 0.6
     parity: Literal["paper", "official"] = "paper"
@@ -103,18 +125,17 @@ class EPO(Recipe):
     def __post_init__(self) -> None:
         if mistakes := self._mistakes():
             raise ConfigError("; ".join(mistakes))
-        settled = self._settled
-        pull = settled.penalty * min(self._beta(step, _RELEASED_EPOCHS) for step in (0, _RELEASED_EPOCHS))
-        if settled.smoothing == "hinge" and pull <= 1:
+        pull = self.penalty * min(self._beta(step, _RELEASED_EPOCHS) for step in (0, _RELEASED_EPOCHS))
+        if self.smoothing == "hinge" and pull <= 1:
             warnings.warn(
                 f"epo: penalty times the schedule's lowest weight is {pull:.3g}, wanted above 1: "
                 "as it is, entropy above the corridor is not always pulled down",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def build(self) -> Algorithm:
         base = self.base.build()
-        weights = functional.token_weights if self.parity == "official" else functional.trajectory_weights
+        weights = functional.token_weights if self.preset == "released" else functional.trajectory_weights
         terms = (
             Term("epo_entropy", entropy_bonus, -self.entropy_coefficient, weights),
             Term("epo_smoothing", self.smoothing_loss, self.smoothing_coefficient, weights),
@@ -125,7 +146,7 @@ class EPO(Recipe):
 
     def smoothing_coefficient(self, context: Context) -> float:
         """Of the mean penalty in the loss."""
-        return self.entropy_coefficient * self.beta(context) * self._settled.penalty
+        return self.entropy_coefficient * self.beta(context) * self.penalty
 
     def beta(self, context: Context) -> float:
         """Weight of the penalty in this step, by the schedule."""
@@ -137,17 +158,17 @@ class EPO(Recipe):
         reference = self.reference_entropies(mini.batch, context)
         known = ~reference.isnan()
         reference = torch.where(known, reference, 0.0)
-        if self._settled.smoothing == "hinge":
+        if self.smoothing == "hinge":
             outside = functional.corridor_violation(outputs.entropies, reference, self.low, self.high)
         else:
             outside = functional.corridor_indicator(
-                outputs.entropies, reference, self.low, self.high, strict=self.parity == "official"
+                outputs.entropies, reference, self.low, self.high, strict=self.preset == "released"
             )
         return torch.where(known, outside, 0.0)
 
     def reference_entropies(self, batch: Batch, context: Context) -> Tensor:
         """The middle of the corridor at every token; [B, T] float64 nats, NaN where it is not known yet."""
-        present = _recorded_levels(batch) if self.parity == "official" else {}
+        present = _recorded_levels(batch) if self.preset == "released" else {}
         if self.reference == "scalar":
             value = self._past_mean(_TRAJECTORY, present, context)
             return torch.full_like(batch.turns, value, dtype=torch.float64)
@@ -178,39 +199,31 @@ class EPO(Recipe):
             name: float(functional.masked_mean(values, known)) for name, values in means.items()
         }
 
-    @property
-    def _settled(self) -> _Published:
-        published = _PUBLISHED[self.parity]
-        return published._replace(
-            **{name: value for name in published._fields if (value := getattr(self, name)) is not None}
-        )
-
     def _past_mean(self, name: str, present: Mapping[str, float], context: Context) -> float:
         """Mean of what was logged under a name in the window, NaN where that is too little."""
         now = [present[name]] if name in present else []
-        values = [*context.history.get(f"learner/{name}", ()), *now][-self._settled.window :]
-        return fmean(values) if len(values) >= self._settled.min_history else math.nan
+        values = [*context.history.get(f"learner/{name}", ()), *now][-self.window :]
+        return fmean(values) if len(values) >= self.min_history else math.nan
 
     def _beta(self, step: int, total: int) -> float:
         midpoint = self.schedule_midpoint * total
-        match self._settled.schedule:
+        match self.schedule:
             case "exponential":
                 return 1 + math.exp(-self.schedule_rate * step / midpoint)
             case "official_epoch":
-                return released_decay(step, _RELEASED_EPOCHS if self.parity == "official" else total)
+                return released_decay(step, _RELEASED_EPOCHS if self.preset == "released" else total)
             case "ramp":
                 return min(1.0, step / midpoint)
             case _:
                 return 1.0
 
     def _mistakes(self) -> Sequence[str]:
-        settled = self._settled
         at_least = {
             "entropy_coefficient": (self.entropy_coefficient, 0),
             "low": (self.low, 0),
-            "penalty": (settled.penalty, 0),
-            "window": (settled.window, 0),
-            "min_history": (settled.min_history, 1),
+            "penalty": (self.penalty, 0),
+            "window": (self.window, 0),
+            "min_history": (self.min_history, 1),
             "schedule_rate": (self.schedule_rate, 0),
         }
         found = [
@@ -220,10 +233,8 @@ class EPO(Recipe):
         ]
         if self.low >= self.high:
             found.append(f"low is {self.low}, wanted below high ({self.high})")
-        if 0 < settled.window < settled.min_history:
-            found.append(
-                f"min_history is {settled.min_history}, wanted at most the window ({settled.window})"
-            )
+        if 0 < self.window < self.min_history:
+            found.append(f"min_history is {self.min_history}, wanted at most the window ({self.window})")
         if self.schedule_midpoint <= 0:
             found.append(f"schedule_midpoint is {self.schedule_midpoint}, wanted above 0")
         return found

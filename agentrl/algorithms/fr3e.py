@@ -1,12 +1,12 @@
 """FR3E: go back to where the first return was least certain, and explore from there."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from statistics import fmean, quantiles
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from agentrl.algorithms.algorithm import (
     rollout_gap,
 )
 from agentrl.algorithms.grpo import fixed_clip
-from agentrl.algorithms.recipe import Recipe, recipe
+from agentrl.algorithms.recipe import Presets, Recipe, recipe
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import BranchPoint, Episode, Group, Turn
 from agentrl.errors import ConfigError
@@ -51,13 +51,25 @@ class FR3E(Recipe):
 
     With several bases, one that succeeded and one that did not are explored, drawn with the seed.
 
-    `parity: official` does what the released code does:
+    The preset `released` does what the released code does:
     - anchors are the sampled tokens of the lowest probability;
     - the first state's advantages are multiplied by exp(-(1 - V_0)), which shrinks them;
     - changes of value are sharpened, sign(d) |d|^1.5 / sum |d|^1.5 over the states of a base;
     - the state before is the one before among those that are learned from.
-    Its mix of states after reordering by length is not reproduced. It was run with bases 4, anchors 4,
-    continuations 16 and clip_high 0.3.
+    Its mix of states after reordering by length is not reproduced.
+
+        field         | paper   | released  | ours
+        bases         | 1       | 4         | 1
+        anchors       | 2       | 4         | 2
+        continuations | 4       | 16        | 4
+        score         | entropy | surprisal | entropy
+        clip_low      | 0.22    | 0.2       | 0.2
+        clip_high     | 0.28    | 0.3       | 0.28
+        sharpen       | false   | true      | false
+        alpha_root    | one     | released  | one
+
+    The paper's numbers of bases, anchors and continuations are not known to us, and ours. Its temperature is
+    1.
 
     Args:
         bases: first returns of a task.
@@ -73,8 +85,23 @@ class FR3E(Recipe):
         divide_by_std: divide centred returns by their standard deviation within the state.
         sharpen: sharpen changes of value, as above.
         alpha_root: factor of the first state: `one`, or exp(-(1 - V_0)) as `released`.
-        parity: `paper`, or `official` for the released code where it differs.
+        parity: `official` is the preset `released`, but of the table it takes score, sharpen and alpha_root
+            alone; `paper` says nothing.
     """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"clip_low": 0.22},
+        "released": {
+            "bases": 4,
+            "anchors": 4,
+            "continuations": 16,
+            "score": "surprisal",
+            "clip_high": 0.3,
+            "sharpen": True,
+            "alpha_root": "released",
+        },
+    }
+    OFFICIAL: ClassVar[Collection[str]] = ("sharpen", "alpha_root")
 
     bases: int = 1
     anchors: int = 2
@@ -96,19 +123,20 @@ class FR3E(Recipe):
         ]
         if not 0 <= self.clip_low <= 1:
             mistakes.append(f"clip_low is {self.clip_low}, wanted within [0, 1]")
-        if self.parity == "official" and self.score == "quantile":
-            mistakes.append("score is 'quantile', but parity=official chooses anchors by surprisal")
+        if self.parity == "official":
+            if self.score == "quantile":
+                mistakes.append("score is 'quantile', but parity=official chooses anchors by surprisal")
+            object.__setattr__(self, "score", "surprisal")
         if mistakes:
             raise ConfigError("; ".join(mistakes))
 
     def build(self) -> Algorithm:
-        official = self.parity == "official"
         episodes = self.bases + min(self.bases, 2) * (self.anchors + 1) * self.continuations
         modulate = partial(
             state_modulation,
-            first="released" if official else self.alpha_root,
-            sharpen=official or self.sharpen,
-            skip_equal=official,
+            first=self.alpha_root,
+            sharpen=self.sharpen,
+            skip_equal=self.preset == "released",
         )
         return Algorithm(
             select=keep_instructive,
@@ -119,11 +147,6 @@ class FR3E(Recipe):
             aggregation=functional.token_weights,
             diagnostics=(rollout_gap, partial(exploration_numbers, modulate=modulate, unit=self.anchor)),
         )
-
-    @property
-    def anchor_score(self) -> Score:
-        """The score in force."""
-        return "surprisal" if self.parity == "official" else self.score
 
 
 @requires("rollout:entropy")
@@ -170,7 +193,7 @@ class Exploration:
             for point in (
                 BranchPoint(base.id, 0),
                 *anchor_points(
-                    base, self.settings.anchors, unit=self.settings.anchor, score=self.settings.anchor_score
+                    base, self.settings.anchors, unit=self.settings.anchor, score=self.settings.score
                 ),
             )
         ]

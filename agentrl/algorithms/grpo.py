@@ -1,9 +1,9 @@
 """GRPO, the corrected form that leaves out its two biases, and what every recipe with a clipped ratio has."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from agentrl.algorithms.algorithm import (
     keep_all,
     requires,
 )
-from agentrl.algorithms.recipe import Recipe, recipe
+from agentrl.algorithms.recipe import Presets, Recipe, recipe
 from agentrl.algorithms.steps import row_scores, turn_exists
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Episode
@@ -31,6 +31,7 @@ from agentrl.errors import ConfigError
 Weighting = Literal["trajectory", "row"]
 Estimate = Callable[[Tensor, Tensor], Tensor]
 
+K3_LIMIT = 10.0  # of the released code, nats
 _KL = {"k1": functional.kl_k1, "k2": functional.kl_k2, "k3": functional.kl_k3}
 
 
@@ -53,15 +54,15 @@ class ClippedRecipe(Recipe):
         entropy_coefficient: of the entropy bonus, in reward-free loss units per nat.
         invalid_penalty: taken off a turn's reward when its action was not understood.
         drop_equal_groups: leave out groups whose episodes all have the same return.
-        parity: `official` does what verl-agent does where that differs, by setting the fields that the recipe
-            names; all of them keep groups of equal returns, count every token the same and clip twice.
+        parity: `official` is the preset `released`, in what the recipe's table says and in what no field says
+            (the divergence k3 held within +-10), and refuses other values; `paper` says nothing.
     """
 
-    OFFICIAL: ClassVar[Mapping[str, Any]] = {
-        "dual_clip": 3.0,
-        "aggregation": "token",
-        "drop_equal_groups": False,
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"drop_equal_groups": False},
+        "released": {"dual_clip": 3.0, "aggregation": "token", "drop_equal_groups": False},
     }
+    OFFICIAL: ClassVar[Collection[str]] = ("dual_clip", "aggregation", "drop_equal_groups")
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -77,8 +78,7 @@ class ClippedRecipe(Recipe):
     parity: Literal["paper", "official"] = "paper"
 
     def __post_init__(self) -> None:
-        overruled = self._become_official() if self.parity == "official" else []
-        mistakes = [*overruled, *(text for wrong, text in self._contradictions() if wrong)]
+        mistakes = [text for wrong, text in self._contradictions() if wrong]
         if mistakes:
             raise ConfigError("; ".join(mistakes))
 
@@ -93,23 +93,12 @@ class ClippedRecipe(Recipe):
             terms=tuple(self._terms()),
         )
 
-    def _become_official(self) -> Sequence[str]:
-        """Set what parity sets; a field that says something else on purpose is a mistake."""
-        defaults = {item.name: item.default for item in fields(self)}
-        mistakes = []
-        for name, value in self.OFFICIAL.items():
-            found = getattr(self, name)
-            if found not in (value, defaults[name]):
-                mistakes.append(f"{name} is {found!r}, and parity=official sets it to {value!r}")
-            object.__setattr__(self, name, value)
-        return mistakes
-
     def _terms(self) -> Sequence[Term]:
         terms = []
         if self.kl_coefficient:
-            terms.append(
-                Term("kl", partial(kl_to_reference, estimator=self.kl_estimator), self.kl_coefficient)
-            )
+            limit = K3_LIMIT if self.preset == "released" and self.kl_estimator == "k3" else None
+            divergence = partial(kl_to_reference, estimator=self.kl_estimator, limit=limit)
+            terms.append(Term("kl", divergence, self.kl_coefficient))
         if self.entropy_coefficient:
             terms.append(Term("entropy", entropy_bonus, -self.entropy_coefficient))
         return terms
@@ -141,7 +130,19 @@ class ClippedRecipe(Recipe):
 class GRPO(ClippedRecipe):
     """Group-relative policy optimisation: returns centred within the group, a clipped ratio, no critic.
 
-    `parity: official` sets row weighting and raw singletons: a long trajectory moves the mean more.
+    Released, rows are weighted: a long trajectory moves the mean more; and the divergence k3 is held within
+    +-10.
+
+        field             | paper      | released | ours
+        dual_clip         | null       | 3.0      | null
+        aggregation       | sequence   | token    | sequence
+        kl_coefficient    | 0.04       | 0.0      | 0.0
+        drop_equal_groups | false      | false    | true
+        weighting         | trajectory | row      | trajectory
+        singleton         | zero       | raw      | zero
+
+    The published runs had groups of 64, a learning rate of 1e-6 and one update per batch. Released is
+    verl-agent, whose scripts for text games add kl_coefficient 0.01 and invalid_penalty 0.1.
 
     Args:
         divide_by_std: divide centred returns by their standard deviation within the group.
@@ -154,11 +155,11 @@ class GRPO(ClippedRecipe):
     Source: Shao et al. 2024, arXiv:2402.03300.
     """
 
-    OFFICIAL: ClassVar[Mapping[str, Any]] = {
-        **ClippedRecipe.OFFICIAL,
-        "weighting": "row",
-        "singleton": "raw",
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"kl_coefficient": 0.04},
+        "released": {"weighting": "row", "singleton": "raw"},
     }
+    OFFICIAL: ClassVar[Collection[str]] = (*ClippedRecipe.OFFICIAL, "weighting", "singleton")
 
     divide_by_std: bool = True
     weighting: Weighting = "trajectory"
@@ -184,14 +185,29 @@ class GRPO(ClippedRecipe):
 class DrGRPO(GRPO):
     """GRPO done right: no division by the deviation, and no discount for long trajectories.
 
-    The fields are those of `grpo`; two defaults differ, and `parity: official` leaves the aggregation alone.
+    The fields are those of `grpo`; two defaults differ.
+
+        field             | paper      | released | ours
+        dual_clip         | null       | 3.0      | null
+        aggregation       | constant   | constant | constant
+        sequence_length   | 3000       | 32       | 32
+        kl_coefficient    | 0.0        | 0.0      | 0.0
+        drop_equal_groups | false      | false    | true
+        weighting         | trajectory | row      | trajectory
+        singleton         | zero       | raw      | zero
+
+    The paper divides by the reply tokens that there may be, 3000 in its runs (groups of 8, learning rate
+    1e-6); `sequence_length` 32 suits short commands. Released is verl-agent, which divides by the width of
+    the padding: not reproduced, and no number of its own.
 
     Source: Liu et al. 2025, arXiv:2503.20783.
     """
 
-    OFFICIAL: ClassVar[Mapping[str, Any]] = {
-        name: value for name, value in GRPO.OFFICIAL.items() if name != "aggregation"
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"kl_coefficient": 0.0, "sequence_length": 3000},
+        "released": {"aggregation": "constant"},
     }
+    OFFICIAL: ClassVar[Collection[str]] = tuple(name for name in GRPO.OFFICIAL if name != "aggregation")
 
     divide_by_std: bool = False
     aggregation: Literal["token", "sequence", "trajectory", "constant"] = "constant"
@@ -238,9 +254,12 @@ def penalise_invalid(episode: Episode, context: Context, *, penalty: float) -> S
 
 
 @requires("reference")
-def kl_to_reference(outputs: Outputs, mini: MiniBatch, context: Context, *, estimator: str = "k3") -> Tensor:
-    """Divergence from the reference policy at the sampled tokens; [B, T] nats."""
-    return _KL[estimator](outputs.logprobs, given(mini.batch.reference_logprobs, "reference_logprobs"))
+def kl_to_reference(
+    outputs: Outputs, mini: MiniBatch, context: Context, *, estimator: str = "k3", limit: float | None = None
+) -> Tensor:
+    """Divergence from the reference policy at the sampled tokens, within +-limit if any; [B, T] nats."""
+    found = _KL[estimator](outputs.logprobs, given(mini.batch.reference_logprobs, "reference_logprobs"))
+    return found if limit is None else found.clamp(-limit, limit)
 
 
 @requires("entropy:grad")

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, MiniBatch, Outputs, given, trait
 from agentrl.algorithms.grpo import fixed_clip
-from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe, without_replay
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
 from agentrl.errors import ConfigError
 
 
@@ -20,6 +21,13 @@ class GSPO(Recipe):
     What a sequence is in a dialogue: one turn, in both layouts of a batch. The loss is the mean over the
     decisions of a turn, then over turns; there is no dual clip.
 
+        field               | paper | released | ours
+        base.name           | grpo  | grpo     | grpo
+        base.preset         | paper | released | ours
+        base.kl_coefficient | 0.0   | 0.0      | 0.0
+
+    All bounds are the published ones; for short replies ARL-Arena has 0.03 and 0.04. Released is verl-agent.
+
     Args:
         base: whose advantage, selection, rewards and terms these are.
         clip_low: the ratio of a turn, a geometric mean over its decisions, is held above 1 - clip_low.
@@ -27,6 +35,11 @@ class GSPO(Recipe):
 
     Source: Zheng et al. 2025, arXiv:2507.18071.
     """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0}},
+        "released": {"base": {"name": "grpo", "preset": "released"}},
+    }
 
     base: Base = field(default_factory=lambda: build_recipe("grpo"))
     clip_low: float = 3e-4

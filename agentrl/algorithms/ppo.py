@@ -1,9 +1,9 @@
 """PPO with a value function: what an action did beyond what was expected."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from agentrl.algorithms.algorithm import (
     trait,
 )
 from agentrl.algorithms.grpo import ClippedRecipe
-from agentrl.algorithms.recipe import recipe
+from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.algorithms.steps import decision_rewards, decisions, has_decision, row_scores, step_rewards
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import StopReason
@@ -37,8 +37,19 @@ class PPO(ClippedRecipe):
 
     Advantages are made mean 0 and variance 1 over the decisions of the batch. Values and returns are in the
     reward units of the environment; `value_clip` 0.5 suits returns within [0, 1], 5.0 those within [0, 10].
-    `parity: official` sets `gae_scope` row, where every turn is an episode of its own that ends in the return
-    of the whole, no bootstrap, and the rest as verl-agent does.
+    Released, `gae_scope` is row, where every turn is an episode of its own that ends in the return of the
+    whole, without a bootstrap.
+
+        field               | paper      | released | ours
+        dual_clip           | null       | 3.0      | null
+        aggregation         | token      | token    | token
+        drop_equal_groups   | false      | false    | false
+        gae_scope           | trajectory | row      | trajectory
+        gamma_turn          | 0.99       | 1.0      | 1.0
+        bootstrap_truncated | true       | false    | false
+
+    The paper is about control, with an action per step: its discounts are those between turns here. It has no
+    `value_clip`, which is that of its released code. Released is verl-agent, with a learning rate of 1e-6.
 
     Args:
         gae_scope: `trajectory` estimates at every decision, with the discounts between turns only; `turn`
@@ -57,10 +68,11 @@ class PPO(ClippedRecipe):
     Source: Schulman et al. 2017, arXiv:1707.06347.
     """
 
-    OFFICIAL: ClassVar[Mapping[str, Any]] = {
-        **ClippedRecipe.OFFICIAL,
-        "gae_scope": "row",
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"gamma_turn": 0.99, "bootstrap_truncated": True},
+        "released": {"gae_scope": "row"},
     }
+    OFFICIAL: ClassVar[Collection[str]] = (*ClippedRecipe.OFFICIAL, "gae_scope")
 
     aggregation: Literal["token", "sequence", "trajectory", "constant"] = "token"
     drop_equal_groups: bool = False

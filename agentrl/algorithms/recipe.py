@@ -2,11 +2,11 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache, wraps
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import PlainValidator, ValidationInfo
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "agentrl.algorithms"
 
+Preset = Literal["paper", "released", "ours"]
+Presets = Mapping[str, Mapping[str, Any]]
+
 _recipes: dict[str, type["Recipe"]] = {}
 _broken: dict[str, str] = {}
 
@@ -27,9 +30,22 @@ class Recipe:
     """Base of every recipe: a frozen dataclass that builds an algorithm.
 
     Contradictions between fields are refused in `__post_init__`, with a `ConfigError` that names them.
+
+    PRESETS says, by preset, the values that differ from the defaults, on top of those of the base classes. A
+    field that is given wins over its preset; a `base` that is given has a preset of its own. A preset cannot
+    set what stands in other blocks, such as group size, learning rate and temperature.
+
+    Args:
+        preset: `paper`, `released` (the code published with the paper, also in what no field says), or
+            `ours`, the defaults. What a paper or its code does not state is ours.
     """
 
     name: ClassVar[str]
+    PRESETS: ClassVar[Presets] = {}
+    OFFICIAL: ClassVar[Collection[str]] = ()  # fields that `parity: official` sets, refusing other values
+    OPEN: ClassVar[Collection[str]] = ()  # fields in which null stands for the preset's value
+
+    preset: Preset = field(default="ours", kw_only=True)
 
     @abstractmethod
     def build(self) -> "Algorithm":
@@ -54,10 +70,99 @@ def recipe(name: str) -> Callable[[R], R]:
         if not is_dataclass(cls):
             raise ConfigError(f"recipe {name!r} ({_place(cls)}) is not a dataclass")
         cls.name = name
+        cls.__init__ = _with_preset(cls)  # type: ignore[method-assign]
         _recipes[name] = cls
         return cls
 
     return register
+
+
+def preset_values(cls: type[Recipe], preset: str) -> dict[str, Any]:
+    """What a preset sets, recipes inside it as blocks; nothing for `ours`.
+
+    Raises:
+        ConfigError: for an unknown preset.
+    """
+    if preset not in get_args(Preset):
+        raise ConfigError(f"preset is {preset!r}, wanted one of {', '.join(get_args(Preset))}")
+    values: dict[str, Any] = {}
+    for each in reversed(cls.__mro__):
+        values |= vars(each).get("PRESETS", {}).get(preset, {})
+    return values
+
+
+def kept_from_preset(recipe: Recipe, where: str = "algorithm") -> list[str]:
+    """Tell each field, also of recipes inside, in which a given value stands in the place of the preset's."""
+    lines = []
+    wanted = (
+        {} if getattr(recipe, "parity", None) == "official" else preset_values(type(recipe), recipe.preset)
+    )
+    for item in fields(recipe):
+        value, path = getattr(recipe, item.name), f"{where}.{item.name}"
+        if item.name in wanted and value == _made(wanted[item.name]):
+            continue
+        if item.name in wanted:
+            shown = "as given" if isinstance(value, Recipe) else repr(value)
+            lines.append(f"{path} stays {shown}; preset={recipe.preset} has {wanted[item.name]!r}")
+        if isinstance(value, Recipe):
+            lines += kept_from_preset(value, path)
+    return lines
+
+
+def _with_preset(cls: type[Recipe]) -> Callable[..., None]:
+    """The constructor of a recipe, its preset filling in what is not given."""
+    plain = cls.__init__
+    order = [item.name for item in fields(cls) if item.init and not item.kw_only]
+
+    @wraps(plain)
+    def filled(self: Recipe, *args: Any, **given: Any) -> None:
+        named = dict(zip(order, args, strict=False))
+        if len(args) > len(order) or named.keys() & given.keys():
+            plain(self, *args, **given)  # which is a TypeError
+        plain(self, **_settled(cls, named | given))
+
+    return filled
+
+
+def _settled(cls: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, with what the preset and `parity: official` say of the rest.
+
+    Raises:
+        ConfigError: when parity contradicts what is given.
+    """
+    stated = _stated(cls, given)
+    preset = stated.get("preset", "ours")
+    if stated.get("parity") != "official":
+        return {name: _made(value) for name, value in preset_values(cls, preset).items()} | stated
+    if preset == "paper":
+        raise ConfigError("preset is 'paper', and parity=official is the preset 'released'")
+    released = preset_values(cls, "released")
+    defaults = {item.name: item.default for item in fields(cls) if item.default is not MISSING}
+    overruled = [
+        f"{name} is {stated[name]!r}, and parity=official sets it to {released[name]!r}"
+        for name in cls.OFFICIAL
+        if name in stated and stated[name] not in (released[name], defaults[name])
+    ]
+    if overruled:
+        raise ConfigError("; ".join(overruled))
+    filled = {name: released[name] for name in (released if preset == "released" else cls.OPEN)}
+    return (
+        {name: _made(value) for name, value in filled.items()}
+        | stated
+        | {name: released[name] for name in cls.OFFICIAL}
+        | {"preset": "released"}
+    )
+
+
+def _stated(cls: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None or name not in cls.OPEN}
+
+
+def _made(value: Any) -> Any:
+    """The recipe of a block; any other value as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    return build_recipe(value["name"], {name: item for name, item in value.items() if name != "name"})
 
 
 def recipe_names() -> list[str]:
@@ -92,7 +197,8 @@ def build_recipe(name: str, settings: Mapping[str, Any] | None = None, where: st
         ConfigError: for an unknown name, with one line per mistake in the settings, and where components
             contradict each other.
     """
-    made = build(recipe_class(name, where), settings or {}, where)
+    cls = recipe_class(name, where)
+    made = build(cls, _stated(cls, settings or {}), where)
     try:
         made.build()
         if name in _names_inside(made):

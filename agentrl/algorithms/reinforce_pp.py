@@ -1,6 +1,6 @@
 """REINFORCE++: discounted returns of every token, whitened over the batch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -10,7 +10,7 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Advantage, Algorithm, Context, given, requires, trait
 from agentrl.algorithms.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups
-from agentrl.algorithms.recipe import recipe
+from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.algorithms.steps import at_last_decisions, decision_rewards, decisions, row_scores
 from agentrl.data.batch import Batch
 
@@ -21,7 +21,17 @@ class ReinforcePlusPlus(ClippedRecipe):
     """REINFORCE++: what is still to come at each token, made mean 0 and variance 1 over the batch.
 
     With `baseline` it is REINFORCE++-baseline: the mean return of the group is taken off the return of the
-    trajectory, and all its tokens share the result. `parity: official` sets row weighting and raw singletons.
+    trajectory, and all its tokens share the result.
+
+        field             | paper      | released | ours
+        dual_clip         | null       | 3.0      | null
+        aggregation       | token      | token    | token
+        drop_equal_groups | false      | false    | false
+        weighting         | trajectory | row      | trajectory
+        singleton         | zero       | raw      | zero
+
+    The paper's divergence penalty differs between its experiments; the default has none. Released is
+    verl-agent.
 
     Args:
         gamma: discount from one decision to the next.
@@ -36,7 +46,8 @@ class ReinforcePlusPlus(ClippedRecipe):
     Source: Hu et al. 2025, arXiv:2501.03262.
     """
 
-    OFFICIAL: ClassVar[Mapping[str, Any]] = GRPO.OFFICIAL
+    PRESETS: ClassVar[Presets] = {"released": {"weighting": "row", "singleton": "raw"}}
+    OFFICIAL: ClassVar[Collection[str]] = GRPO.OFFICIAL
 
     aggregation: Literal["token", "sequence", "trajectory", "constant"] = "token"
     drop_equal_groups: bool = False

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from statistics import median
 from typing import Any
 
@@ -17,13 +18,14 @@ from agentrl.algorithms.algorithm import (
     Context,
     MiniBatch,
     Rehearsal,
-    TokenHook,
     given,
 )
 from agentrl.data.batch import AllowedIds, Batch
 from agentrl.data.trajectory import Episode, StopReason
 from agentrl.errors import CheckpointError
 from agentrl.seeds import derive_seed
+
+RELEASED_TOLERANCE = 10  # steps, the most of the released code
 
 Revalue = Callable[[Tensor, float, float], Tensor]
 _PER_DECISION = ("logprobs", "entropies", "old_logprobs", "old_entropies")
@@ -50,11 +52,11 @@ class _Row:
 class ReplayBuffer:
     """Keeps the rows of good decisions, and recalls some when enough of them are better than usual.
 
-    A row is kept if one of its decisions has a positive advantage; its other decisions no longer count. Its
-    baseline is the median of recent groups' mean returns. As soon as more than 1.5 * `size` rows have a
-    return above it, those whose advantage by `revalue` is still positive are drawn from, each with the same
-    chance: the largest power of two of them, at most `size`. So `size` bounds what is recalled; what is
-    remembered is bounded by `tolerance`.
+    A row is kept if one of its decisions that are in the loss has a positive advantage; its other decisions
+    no longer count. Its baseline is the median of recent groups' mean returns. As soon as more than 1.5 *
+    `size` rows have a return above it, those whose advantage by `revalue` is still positive are drawn from,
+    each with the same chance: the largest power of two of them, at most `size`. So `size` bounds what is
+    recalled; what is remembered is bounded by `tolerance`.
 
     Recalled in steps of its own, everything is forgotten at once, and gathered anew. Mixed into the steps of
     the rollout batch, nothing is forgotten but by age: it goes on as long as there is enough.
@@ -66,11 +68,12 @@ class ReplayBuffer:
         tolerance: age in steps up to which a row is recalled.
         coefficient: of the recalled rows' loss, by step; while it is 0 nothing is recalled.
         revalue: (advantages [T], return, baseline) -> advantages [T] of now.
-        masks: of the algorithm that learned from a row first: what they leave out is not kept.
         admits: which episodes are kept at all; None for all.
         mixed: see `Rehearsal`.
         lenient: as released: an advantage of 0 will do, and rows expire after they could be recalled, by
-            their distance from the newest, so that ages go up to `tolerance` + 2.
+            their distance from the newest, so that ages go up to `tolerance` + 2, but the tolerance to
+            RELEASED_TOLERANCE only; baselines are forgotten by whole steps, the newest step never.
+        count_all: every row counts as enough, whatever its return.
     """
 
     def __init__(
@@ -82,17 +85,18 @@ class ReplayBuffer:
         tolerance: int,
         coefficient: Coefficient,
         revalue: Revalue,
-        masks: Sequence[TokenHook] = (),
         admits: Callable[[Episode], bool] | None = None,
         mixed: bool = False,
         lenient: bool = False,
+        count_all: bool = False,
     ) -> None:
         self._algorithm, self._coefficient, self._revalue = algorithm, coefficient, revalue
-        self._size, self._tolerance = size, tolerance
-        self._masks, self._admits = masks, admits
-        self._mixed, self._lenient = mixed, lenient
+        self._size, self._most_baselines = size, baselines
+        self._tolerance = min(tolerance, RELEASED_TOLERANCE) if lenient else tolerance
+        self._admits, self._mixed = admits, mixed
+        self._lenient, self._count_all = lenient, count_all
         self._rows: list[_Row] = []
-        self._baselines: deque[float] = deque(maxlen=baselines)
+        self._baselines: deque[list[float]] = deque()  # by step
         self._policy: tuple[str, int] | None = None  # tokenizer and vocabulary, once known
         self._recalled: dict[str, float] = {}
         self._kept = 0.0
@@ -101,8 +105,9 @@ class ReplayBuffer:
         """What to learn from again in this step, if there is enough of it."""
         if not self._lenient:
             self._expire(context.step)
-        coefficient, baseline = self._coefficient(context), median(self._baselines or (0.0,))
-        usable = sum(row.earned - baseline > EQUAL_RETURNS for row in self._rows)
+        coefficient = self._coefficient(context)
+        baseline = median([mean for means in self._baselines for mean in means] or (0.0,))
+        usable = sum(self._count_all or row.earned - baseline > EQUAL_RETURNS for row in self._rows)
         self._recalled = {
             "coefficient": coefficient,
             "baseline": baseline,
@@ -141,9 +146,7 @@ class ReplayBuffer:
             self._expire(self._rows[-1].step)
         self._policy = context.tokenizer, context.vocabulary
         batch = rollout.batch
-        good = batch.sampled & (rollout.advantages > 0)
-        for mask in self._masks:
-            good &= mask(rollout, context)
+        good = rollout.counted & (rollout.advantages > 0)
         moved = MiniBatch(batch.to("cpu"), rollout.advantages.cpu())
         found = [
             _row(moved.select(row), good[row].cpu(), context.step)
@@ -152,8 +155,8 @@ class ReplayBuffer:
         ]
         self._rows += found
         self._kept = len(found) / max(1, len(batch.lengths))
-        for group in batch.groups.unique():  # type: ignore[no-untyped-call]
-            self._baselines.append(float(batch.returns[batch.groups == group].mean()))
+        groups = batch.groups.unique()  # type: ignore[no-untyped-call]
+        self._remember([float(batch.returns[batch.groups == group].mean()) for group in groups])
 
     def numbers(self) -> Mapping[str, float]:
         """Rows held, kept of the step's and recalled, the baseline (in reward units), and ages in steps."""
@@ -164,7 +167,8 @@ class ReplayBuffer:
         return {
             "policy": self._policy,
             "rows": [vars(row) for row in self._rows],
-            "baselines": list(self._baselines),
+            "baselines": [mean for means in self._baselines for mean in means],
+            "baseline_steps": [len(means) for means in self._baselines],
         }
 
     def load_state_dict(self, state: Mapping[str, Any], context: Context) -> None:
@@ -181,11 +185,24 @@ class ReplayBuffer:
                     f"{(context.tokenizer, context.vocabulary)}: its tokens mean nothing here"
                 )
             self._rows = [_Row(**row) for row in rows]
-            self._baselines.clear()
-            self._baselines.extend(map(float, baselines))
+            means = iter(map(float, baselines))
+            counts = state.get("baseline_steps", [1] * len(baselines))  # older states do not know the steps
+            self._baselines = deque(list(islice(means, count)) for count in counts)
             self._policy = policy
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"replay: not the state of a replay buffer ({error!r})") from error
+
+    def _remember(self, means: list[float]) -> None:
+        """Note a step's baselines, and forget the oldest beyond as many as are wanted."""
+        if means:
+            self._baselines.append(means)
+        while (excess := sum(map(len, self._baselines)) - self._most_baselines) > 0:
+            if not self._lenient:
+                del self._baselines[0][:excess]
+            elif len(self._baselines) == 1:
+                return
+            if self._lenient or not self._baselines[0]:
+                self._baselines.popleft()
 
     def _expire(self, step: int) -> None:
         self._rows = [row for row in self._rows if step - row.step <= self._tolerance]
@@ -236,7 +253,7 @@ def _batch(rows: Sequence[_Row]) -> Batch:
     trajectory = [owners.setdefault((row.episode, row.step), len(owners)) for row in rows]
     of = dict(zip(trajectory, rows, strict=True))
     fills = {"tokens": 0, "turns": -1, "sampled": False} | dict.fromkeys(_PER_DECISION, 0.0)
-    padded = {
+    padded: dict[str, Any] = {
         name: pad_sequence([row.tokens[name] for row in rows], batch_first=True, padding_value=fill)
         for name, fill in fills.items()
     }

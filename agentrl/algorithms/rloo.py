@@ -1,14 +1,14 @@
 """RLOO: the mean return of the others in the group is the baseline."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups
-from agentrl.algorithms.recipe import recipe
+from agentrl.algorithms.recipe import Presets, recipe
 
 
 @recipe("rloo")
@@ -16,7 +16,17 @@ from agentrl.algorithms.recipe import recipe
 class RLOO(ClippedRecipe):
     """REINFORCE with a leave-one-out baseline: each return is compared with the mean of the others.
 
-    `parity: official` sets row weighting and raw singletons, as in `grpo`.
+        field             | paper      | released   | ours
+        dual_clip         | null       | 3.0        | null
+        aggregation       | constant   | token      | sequence
+        sequence          | turn       | trajectory | trajectory
+        sequence_length   | 1          | null       | null
+        drop_equal_groups | false      | false      | true
+        weighting         | trajectory | row        | trajectory
+        singleton         | zero       | raw        | zero
+
+    The paper takes a whole reply for one action, and so sums over the tokens of a turn; it has neither ratio
+    nor clip, which with one update per batch make no difference. Released is verl-agent.
 
     Args:
         weighting: as in `grpo`.
@@ -27,7 +37,11 @@ class RLOO(ClippedRecipe):
     Source: Ahmadian et al. 2024, arXiv:2402.14740.
     """
 
-    OFFICIAL: ClassVar[Mapping[str, Any]] = GRPO.OFFICIAL
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"aggregation": "constant", "sequence": "turn", "sequence_length": 1},
+        "released": {"weighting": "row", "singleton": "raw"},
+    }
+    OFFICIAL: ClassVar[Collection[str]] = GRPO.OFFICIAL
 
     weighting: Weighting = "trajectory"
     singleton: functional.Singleton = "zero"

@@ -5,16 +5,20 @@ have is 0.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.data.batch import Batch
-from agentrl.data.trajectory import Episode
+from agentrl.data.trajectory import BranchPoint
+from agentrl.errors import RequirementError
+
+State = Literal["observation", "state_key"]
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,21 @@ def turn_exists(batch: Batch) -> Tensor:
     return _table(batch, [[1.0] * len(episode.turns) for episode in batch.episodes]) > 0
 
 
+def turn_penalties(batch: Batch, penalty: float) -> Tensor:
+    """`penalty` at every turn whose action was not understood; [E, K] float64."""
+    return penalty * _table(
+        batch, [[float(not turn.valid) for turn in episode.turns] for episode in batch.episodes]
+    )
+
+
 def row_scores(batch: Batch, invalid_penalty: float) -> Tensor:
     """The return of the whole episode at each of its turns, as verl-agent scores its rows; [E, K] float64.
 
     A turn answers for its own penalty only: those of the other turns, `invalid_penalty` each, are given back.
     """
-    invalid = _table(batch, [[float(not turn.valid) for turn in episode.turns] for episode in batch.episodes])
-    others = invalid.sum(dim=1, keepdim=True) - invalid
-    return torch.where(turn_exists(batch), batch.returns[:, None] + invalid_penalty * others, 0.0)
+    penalties = turn_penalties(batch, invalid_penalty)
+    others = penalties.sum(dim=1, keepdim=True) - penalties
+    return torch.where(turn_exists(batch), batch.returns[:, None] + others, 0.0)
 
 
 def step_rewards(batch: Batch) -> Tensor:
@@ -113,17 +124,26 @@ def at_last_decisions(table: Tensor, made: Decisions) -> Tensor:
     return made.write(torch.where(made.last, table.gather(1, made.turns.clamp(min=0)), 0.0))
 
 
-def anchor_states(batch: Batch, *, similarity: float = 1.0) -> Tensor:
+def anchor_states(batch: Batch, *, similarity: float = 1.0, state: State = "observation") -> Tensor:
     """Number the states that turns acted in; [E, K] int64, -1 where there is no turn.
 
-    Two turns have the same number if their trajectories are of one group and their states are the same:
-    `info["state_key"]` where the environment names it, else the observation's text.
+    Two turns have the same number if their trajectories are of one group and their states are the same.
 
     Args:
         batch: whose turns.
         similarity: below 1, states are the same if the ratio of `difflib` between an observation and that
-            of the state's first turn is at least this; state keys are not looked at.
+            of the state's first turn is at least this.
+        state: the text of the observation, or `info["state_key"]`, in whose place the text stands at turns
+            without a key.
+
+    Raises:
+        RequirementError: when keys are asked for and no turn has one.
     """
+    if state == "state_key" and not bool(has_state_key(batch).any()) and any(e.turns for e in batch.episodes):
+        raise RequirementError(
+            f"algorithm: states are told apart by info['state_key'], and no turn of "
+            f"{batch.episodes[0].env!r} has one; wanted an environment that gives it, or state=observation"
+        )
     known: dict[int, dict[object, int]] = {}
     numbers = 0
     rows = []
@@ -131,15 +151,21 @@ def anchor_states(batch: Batch, *, similarity: float = 1.0) -> Tensor:
         states = known.setdefault(group, {})
         row = []
         for turn in episode.turns:
-            key = None if similarity < 1 else turn.info.get("state_key")
-            state = turn.observation if key is None else key
-            if state not in states:
+            key = turn.info.get("state_key") if state == "state_key" else None
+            found = turn.observation if key is None else ("key", key)
+            if found not in states:
                 alike = _alike(turn.observation, states, similarity) if similarity < 1 else None
-                states[state] = numbers if alike is None else alike
+                states[found] = numbers if alike is None else alike
                 numbers += alike is None
-            row.append(float(states[state]))
+            row.append(float(states[found]))
         rows.append(row)
     return _table(batch, rows, fill=-1.0).long()
+
+
+def has_state_key(batch: Batch) -> Tensor:
+    """Whether the environment named the state that a turn acted in; [E, K] bool."""
+    named = [[turn.info.get("state_key") is not None for turn in item.turns] for item in batch.episodes]
+    return _table(batch, named) > 0
 
 
 def branch_shares(batch: Batch) -> Tensor:
@@ -147,12 +173,17 @@ def branch_shares(batch: Batch) -> Tensor:
 
     A trajectory that branched off another holds the other's turns up to there, though they were played once.
     """
-    known = {episode.id: episode for episode in batch.episodes}
+    parents = {
+        (group, episode.id): episode.parent
+        for group, episode in zip(batch.groups.tolist(), batch.episodes, strict=True)
+    }
+    parents |= batch.aborted
     owners = [
-        [_owner(episode, turn, known) for turn in range(len(episode.turns))] for episode in batch.episodes
+        [(group, _owner(group, episode.id, turn, parents), turn) for turn in range(len(episode.turns))]
+        for group, episode in zip(batch.groups.tolist(), batch.episodes, strict=True)
     ]
-    counts = Counter((owner, turn) for row in owners for turn, owner in enumerate(row))
-    return _table(batch, [[1 / counts[owner, turn] for turn, owner in enumerate(row)] for row in owners])
+    counts = Counter(place for row in owners for place in row)
+    return _table(batch, [[1 / counts[place] for place in row] for row in owners])
 
 
 def _alike(observation: str, states: dict[object, int], similarity: float) -> int | None:
@@ -171,14 +202,11 @@ def _alike(observation: str, states: dict[object, int], similarity: float) -> in
     return None
 
 
-def _owner(episode: Episode, turn: int, known: dict[str, Episode]) -> str:
+def _owner(group: int, episode: str, turn: int, parents: Mapping[tuple[int, str], BranchPoint | None]) -> str:
     """The id of the episode that played a turn of this one's path."""
-    while episode.parent is not None and turn < episode.parent.turn:
-        parent = known.get(episode.parent.parent)
-        if parent is None:
-            return episode.parent.parent
-        episode = parent
-    return episode.id
+    while (parent := parents.get((group, episode))) is not None and turn < parent.turn:
+        episode = parent.parent
+    return episode
 
 
 def _table(batch: Batch, rows: Sequence[Sequence[float]], fill: float = 0.0) -> Tensor:

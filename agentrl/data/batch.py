@@ -1,13 +1,13 @@
 """Episodes as tensors. Position t always describes token t: its logprob, entropy, reward and mask."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from agentrl.data.trajectory import Episode, Group, Turn
+from agentrl.data.trajectory import BranchPoint, Episode, Group, Turn
 
 Layout = Literal["trajectory", "turn"]
 
@@ -51,6 +51,8 @@ class Batch:
     values: Tensor | None = None  # [B, T] float32, return expected before a sampled token
     targets: Tensor | None = None  # [B, T] float32, what `values` are to become
     last_values: Tensor | None = None  # [E] float32, return expected after a trajectory's last token
+    # Where the aborted episodes, by group and id, left another one: others of the batch may have left them.
+    aborted: Mapping[tuple[int, str], BranchPoint | None] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         rows, width = self.tokens.shape
@@ -115,7 +117,7 @@ _PER_TOKEN = (
 
 
 def collate(groups: Sequence[Group], *, layout: Layout = "trajectory") -> Batch:
-    """Turn finished episodes into one batch; aborted ones are left out altogether.
+    """Turn finished episodes into one batch; of aborted ones only the place in the tree of branches is kept.
 
     Args:
         groups: episodes whose returns are compared with each other.
@@ -147,6 +149,12 @@ def collate(groups: Sequence[Group], *, layout: Layout = "trajectory") -> Batch:
         groups=torch.tensor(group_ids, dtype=torch.int64),
         episodes=tuple(episodes),
         allowed=_gather_allowed(rows),
+        aborted={
+            (number, episode.id): episode.parent
+            for number, group in enumerate(groups)
+            for episode in group.episodes
+            if episode.stop.aborted
+        },
     )
 
 

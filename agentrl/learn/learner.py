@@ -20,6 +20,7 @@ from agentrl.algorithms.algorithm import (
     Rehearsal,
     compute_advantages,
     given,
+    with_mask,
     with_targets,
 )
 from agentrl.data.batch import Batch
@@ -191,7 +192,7 @@ class Learner:
         rehearsed = self._rehearse(rehearsal, context) if rehearsal and not rehearsal.mixed else []
         if batch.old_logprobs is None:
             batch = replace(batch, old_logprobs=seen.logprobs, old_entropies=seen.entropies)
-        rollout = replace(rollout, batch=batch)
+        rollout = with_mask(algorithm, replace(rollout, batch=batch), context)
         replayed: dict[str, float] = {}
         if algorithm.replay is not None:
             algorithm.replay.keep(rollout, context)

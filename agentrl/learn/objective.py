@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import (
     Algorithm,
     Bounds,
@@ -15,6 +14,8 @@ from agentrl.algorithms.algorithm import (
     Term,
     Weights,
     given,
+    held_back,
+    with_mask,
 )
 
 
@@ -25,20 +26,26 @@ class Objective:
     Args:
         algorithm: the surrogate and the losses of the terms.
         context: for them.
-        mini: all rows of the mini-batch.
-        mask: [B, T] bool, tokens in the surrogate.
+        mini: all rows of the mini-batch, with mask and bounds.
         factors: [B, T], what their losses are multiplied by before they are added up.
-        bounds: of the ratio.
         terms: each with its factors [B, T], coefficient not included.
     """
 
     algorithm: Algorithm
     context: Context
     mini: MiniBatch
-    mask: Tensor
     factors: Tensor
-    bounds: Bounds | None
     terms: tuple[tuple[Term, Tensor], ...]
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T] bool, tokens in the surrogate."""
+        return self.mini.counted
+
+    @property
+    def bounds(self) -> Bounds | None:
+        """Bounds of the ratio."""
+        return self.mini.bounds
 
     @property
     def teaches(self) -> bool:
@@ -54,51 +61,47 @@ class Objective:
         """
         part = _with_ratio_base(self.mini.select(rows), outputs)
         width = part.batch.tokens.shape[1]
-        mask = self.mask[rows, :width]
-        bounds = None if self.bounds is None else self.bounds.select(rows, width)
         outputs = replace(outputs, ratio=self.algorithm.ratio(outputs, part))
-        loss = _total(self.algorithm.surrogate(outputs, part, bounds), mask, self.factors[rows, :width])
+        loss = self.algorithm.surrogate(outputs, part, part.bounds)
+        loss = _total(loss, part.counted, self.factors[rows, :width])
         logged = {"loss_policy": loss.detach()}
         for term, factors in self.terms:
             sampled = part.batch.sampled
             value = _total(term.loss(outputs, part, self.context), sampled, factors[rows, :width])
             loss = loss + term.scale(self.context) * value
             logged[f"term/{term.name}"] = value.detach()
-        if bounds is not None:
-            logged |= self._ratio_numbers(outputs, part, mask, bounds)
+        if part.bounds is not None:
+            logged |= self._ratio_numbers(outputs, part)
         return loss, logged | {"loss": loss.detach()}
 
-    def _ratio_numbers(
-        self, outputs: Outputs, part: MiniBatch, mask: Tensor, bounds: Bounds
-    ) -> dict[str, Tensor]:
-        old = given(part.batch.old_logprobs, "old_logprobs")
-        ratio = given(outputs.ratio, "ratio").detach()
-        held = functional.clipped(ratio, part.advantages, bounds.lower, bounds.upper)
+    def _ratio_numbers(self, outputs: Outputs, part: MiniBatch) -> dict[str, Tensor]:
+        mask, held = part.counted, held_back(part, outputs)
+        gap = given(part.batch.old_logprobs, "old_logprobs") - outputs.logprobs.detach()
         tokens = self.mask.sum().clamp(min=1)
         return {
             "clip_share": (held & mask).sum() / tokens,
             "clip_share_high": (held & mask & (part.advantages > 0)).sum() / tokens,
-            "approx_kl": torch.where(mask, old - outputs.logprobs.detach(), 0.0).sum() / tokens,
+            "approx_kl": torch.where(mask, gap, 0.0).sum() / tokens,
         }
 
 
 def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> Objective:
-    """Fix masks, weights, bounds and denominators from the whole mini-batch.
+    """Fix mask, ratio of now, bounds, denominators and weights from the whole mini-batch, in this order.
 
     Raises:
         ValueError: when a hook returns another shape than [B, T], naming its slot.
     """
-    batch = mini.batch
+    mini = with_mask(algorithm, mini, context)
     with torch.no_grad():
-        mask = batch.sampled
-        for hook in algorithm.masks:
-            mask = mask & _checked("masks", hook(mini, context), mask)
-        factors = _shares(algorithm.aggregation(mask, batch.turns, batch.trajectory))
+        if mini.current is not None:
+            ratio = algorithm.ratio(mini.current, _with_ratio_base(mini, mini.current))
+            mini = replace(mini, current=replace(mini.current, ratio=ratio))
+        mini = replace(mini, bounds=None if algorithm.clip is None else algorithm.clip(mini, context))
+        factors = _shares(algorithm.aggregation(mini.counted, mini.batch.turns, mini.batch.trajectory))
         for hook in algorithm.weights:
-            factors = factors * _checked("weights", hook(mini, context), mask)
+            factors = factors * _checked("weights", hook(mini, context), factors)
         terms = tuple((term, _term_factors(term, algorithm, mini)) for term in algorithm.terms)
-        bounds = None if algorithm.clip is None else algorithm.clip(mini, context)
-    return Objective(algorithm, context, mini, mask, factors, bounds, terms)
+    return Objective(algorithm, context, mini, factors, terms)
 
 
 def _term_factors(term: Term, algorithm: Algorithm, mini: MiniBatch) -> Tensor:

@@ -7,7 +7,7 @@ from importlib.metadata import files
 from pathlib import Path
 from typing import Any, Literal
 
-from agentrl.algorithms.recipe import Recipe, build_recipe, recipe_tree
+from agentrl.algorithms.recipe import Recipe, build_recipe, kept_from_preset, recipe_tree
 from agentrl.config import build, merge, read_yaml, to_tree
 from agentrl.env.settings import EnvConfig
 from agentrl.errors import ConfigError
@@ -186,7 +186,8 @@ def load_config(path: str | Path | None = None, *overrides: str, warn: Any = Non
     Args:
         path: a YAML file, looked for as given and then among the shipped configs; None takes the defaults.
         overrides: `key=value` with dotted keys, e.g. `learner.learning_rate=3e-4`.
-        warn: called with one line for each key of the file that an override of a `name` dropped.
+        warn: called with one line for each key of the file that an override of a `name` dropped, and for each
+            value given in the place of what a recipe's `preset` has.
 
     Raises:
         ConfigError: listing every mistake with its path.
@@ -195,7 +196,10 @@ def load_config(path: str | Path | None = None, *overrides: str, warn: Any = Non
     tree, dropped = with_names(tree, overrides)
     for key in dropped:
         (warn or _print)(f"dropped {key}: it belongs to another {_NAMING_KEYS[key.split('.')[0]]}")
-    return config_from_tree(tree)
+    config = config_from_tree(tree)
+    for line in kept_from_preset(config.algorithm):
+        (warn or _print)(line)
+    return config
 
 
 def config_from_tree(tree: Mapping[str, Any]) -> RunConfig:

@@ -54,7 +54,7 @@ class StudyConfig:
     Args:
         base: configuration of a run that all have in common; found beside the study's file too.
         methods: name -> the blocks in which a method differs from `base`, as they stand in a run's file. An
-            `algorithm` of another name replaces the whole block.
+            `algorithm` of another name or preset replaces the whole block.
         baseline: the method that the others are compared with.
         seeds: each method is run once with each.
         overrides: `key=value` changes to `base`.
@@ -329,8 +329,10 @@ def _laid_over(tree: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, A
     for key, value in block.items():
         old = result.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
-            same_recipe = value.get("name", old.get("name")) == old.get("name")
-            value = _laid_over(old, value) if same_recipe else value
+            # A preset fills in what a block leaves open, and nothing is open in the base's.
+            names = {name: old[name] for name in ("name", "preset") if name in old}
+            same_recipe = names == names | {name: value[name] for name in names if name in value}
+            value = _laid_over(old, value) if same_recipe else {"name": old.get("name"), **value}
         result[key] = value
     return result
 

@@ -30,7 +30,7 @@ from agentrl.algorithms.reinforce_pp import ReinforcePlusPlus
 from agentrl.algorithms.rloo import RLOO
 from agentrl.data import BranchPoint, Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate
-from agentrl.errors import ConfigError
+from agentrl.errors import ConfigError, RequirementError
 from agentrl.learn.objective import build_objective
 
 CONTEXT = Context()
@@ -406,6 +406,99 @@ def test_the_step_penalty_reaches_the_step_returns():
     close(algorithm.advantage(batch, CONTEXT)[batch.sampled], [-0.1, 0.1])
 
 
+LATE = groups_of(
+    [
+        episode("a", turn("d", seen="s0"), turn("d", 1.0, seen="s1", valid=False)),
+        episode("b", turn("d", seen="s0")),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    "released", [{"parity": "official"}, {"preset": "released"}], ids=["parity", "preset"]
+)
+def test_a_released_penalty_is_taken_off_its_own_row_after_discounting(released):
+    settings = {"divide_by_std": False, "gamma": 0.5, "invalid_penalty": 0.1}
+    batch = prepare(GiGPO(**settings).build(), LATE, CONTEXT)
+    ours, theirs = (
+        GiGPO(**settings, **extra).build().advantage(batch, CONTEXT)[batch.sampled]
+        for extra in ({}, released)
+    )
+    # In s0: returns .5 * .9 = .45 and 0; in s1 one turn alone. Episodes: .9 and 0.
+    close(ours, [0.45 + 0.225, 0.45, -0.45 - 0.225])
+    # In s0: .5 * 1 = .5 and 0, as the penalty is that of the second row alone. Rows: 1, .9 and 0.
+    close(theirs, [1 - 1.9 / 3 + 0.25, 0.9 - 1.9 / 3, -1.9 / 3 - 0.25])
+    # Two penalised turns in one state differ by their own penalties only.
+    again = groups_of([episode("a", turn("d", 1.0, valid=False)), episode("b", turn("d", 1.0))])
+    batch = prepare(GiGPO(**settings).build(), again, CONTEXT)
+    close(GiGPO(**settings, **released).build().advantage(batch, CONTEXT)[batch.sampled], [-0.1, 0.1])
+
+
+def test_turns_are_grouped_by_what_was_seen_and_by_the_state_key_where_that_is_asked_for():
+    def seen(text: str, key: int | None, reward: float) -> Turn:
+        return replace(turn("d", reward, seen=text), info={"state_key": key})
+
+    groups = groups_of(
+        [
+            episode("a", seen("hall", 1, 1.0)),
+            episode("b", seen("hall", 2, 0.0)),
+            episode("c", seen("barn", 2, 0.5)),
+            episode("d", seen("shed", None, 0.0)),
+        ]
+    )
+    episodes = [0.625, -0.375, 0.125, -0.375]
+    for settings in ({}, {"preset": "paper", "invalid_penalty": 0.0, "kl_coefficient": 0.0}):
+        wanted = [value + step for value, step in zip(episodes, [0.5, -0.5, 0, 0], strict=True)]
+        close(estimate(GiGPO(divide_by_std=False, **settings), groups), wanted)
+    close(
+        estimate(GiGPO(divide_by_std=False, parity="official"), groups),
+        [value + step for value, step in zip(episodes, [0.5, -0.5, 0, 0], strict=True)],
+    )
+    recipe = GiGPO(divide_by_std=False, state="state_key")
+    wanted = [value + step for value, step in zip(episodes, [0, -0.25, 0.25, 0], strict=True)]
+    close(estimate(recipe, groups), wanted)
+    batch = scored(collate(groups))
+    numbers = recipe.build().diagnostics[-1](MiniBatch(batch, batch.logprobs), CONTEXT)
+    assert (numbers["states_named"], numbers["states_shared"]) == (0.75, 0.5)
+    assert "states_named" not in GiGPO().build().diagnostics[-1](MiniBatch(batch, batch.logprobs), CONTEXT)
+
+
+def test_a_state_key_that_no_environment_gives_is_refused():
+    with pytest.raises(RequirementError, match="no turn of 'env' has one"):
+        estimate(GiGPO(state="state_key"), VISITS)
+    with pytest.raises(ConfigError, match="compares observations, wanted 1 with state=state_key"):
+        GiGPO(state="state_key", similarity=0.9)
+
+
+CLIPPED = [GRPO, DrGRPO, RLOO, ReinforcePlusPlus, GiGPO, PPO]
+
+
+@pytest.mark.parametrize("recipe", CLIPPED, ids=lambda cls: cls.name)
+def test_a_released_divergence_is_held_within_ten(recipe):
+    batch = collate(outcomes([1, 0, 0]))
+    batch = replace(batch, reference_logprobs=torch.where(batch.sampled, -1.0, 0.0))
+    said = batch.logprobs.clone()
+    said[batch.sampled] = torch.tensor([-6.0, -1.2, 24.0])
+    # Log-ratios -5, -.2 and 25: exp(5) - 5 - 1, exp(.2) - .2 - 1, and exp(-20) + 25 - 1 for exp(-25) + 25 - 1
+    whole = [math.exp(5) - 6, math.exp(0.2) - 1.2, 24]
+    held = [10, math.exp(0.2) - 1.2, 10]
+    for extra, wanted in (
+        ({}, whole),
+        ({"preset": "paper"}, whole),
+        ({"preset": "released"}, held),
+        ({"parity": "official"}, held),
+    ):
+        leaf = said.clone().requires_grad_()
+        term = recipe(kl_coefficient=0.1, **extra).build().terms[0]
+        loss = term.loss(Outputs(leaf, torch.zeros_like(leaf)), MiniBatch(batch, said), CONTEXT)
+        close(loss[batch.sampled], wanted, 1e-4)
+        loss.sum().backward()
+        assert (leaf.grad[batch.sampled] != 0).tolist() == [wanted is whole, True, wanted is whole]
+    k2 = recipe(kl_coefficient=0.1, kl_estimator="k2", preset="released").build().terms[0]
+    found = k2.loss(Outputs(said, said), MiniBatch(batch, said), CONTEXT)
+    close(found[batch.sampled], [12.5, 0.02, 312.5], 1e-5)
+
+
 def test_successes_of_different_length_still_differ_by_their_steps():
     groups = groups_of(
         [
@@ -447,6 +540,26 @@ def test_a_turn_that_branches_share_counts_once():
     step = estimate(recipe, groups) - estimate(DrGRPO(), groups)
     # In the hall: returns 1 and 0 by one half each, and 1: mean .75
     close(step, [0.25, 0, -0.75, 0, 0.25])
+
+
+def test_an_aborted_branch_between_leaves_what_branches_share_counted_once():
+    shared = turn("d", seen="hall")
+    groups = groups_of(
+        [
+            episode("root", shared, turn("d", 1.0, seen="shed")),
+            episode("gone", shared, turn("d"), stop=StopReason.ENV_ERROR, parent=BranchPoint("root", 1)),
+            episode("late", shared, turn("d", seen="barn"), turn("d"), parent=BranchPoint("gone", 2)),
+            episode("other", turn("d", 1.0, seen="hall")),
+        ]
+    )
+    step = estimate(GiGPO(divide_by_std=False, gamma=1.0), groups) - estimate(DrGRPO(), groups)
+    # In the hall: returns 1 and 0 by one half each, and 1: mean .75
+    close(step, [0.25, 0, -0.75, 0, 0, 0.25])
+    flat = EMPG(base=DrGRPO(), k=0, k_future=0, zeta=0).build()
+    batch = scored(collate(groups))
+    # 1/3, -2/3 and 1/3 over 1.5, 2.5 and 1 turns: mean -.8333 / 5
+    wanted = [value + 1 / 6 for value in (1 / 3, 1 / 3, -2 / 3, -2 / 3, -2 / 3, 1 / 3)]
+    close(compute_advantages(flat, batch, CONTEXT)[batch.sampled], wanted, 1e-6)
 
 
 def test_a_state_visited_once_before_a_branch_gives_nothing():

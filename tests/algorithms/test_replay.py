@@ -188,6 +188,35 @@ def test_a_return_at_the_baseline_is_recalled_as_released_only():
     assert found == {False: {0.7}, True: {0.0, 0.7}}
 
 
+@pytest.mark.parametrize("lenient", [False, True])
+def test_baselines_are_forgotten_one_by_one_and_as_released_by_whole_steps(lenient):
+    memory = buffer(baselines=4, lenient=lenient)
+    for step, means in enumerate([(9.0, 1.0), (2.0, 3.0), (5.0,)]):
+        groups = [[episode(f"{step}.{number}", mean)] for number, mean in enumerate(means)]
+        memory.keep(rollout(groups, [0.0] * len(means)), context(step))
+    assert memory.state_dict()["baselines"] == ([2, 3, 5] if lenient else [1, 2, 3, 5])
+    assert memory.state_dict()["baseline_steps"] == ([2, 1] if lenient else [1, 2, 1])
+    restored = buffer(baselines=4, lenient=lenient)
+    restored.load_state_dict(memory.state_dict(), context(3))
+    assert restored.state_dict() == memory.state_dict()
+    memory.recall(context(3))
+    assert memory.numbers()["baseline"] == (3 if lenient else 2.5)
+
+
+def test_the_newest_step_is_never_forgotten_as_released():
+    memory = buffer(baselines=2, lenient=True)
+    for step, means in enumerate([(9.0,), (1.0, 2.0, 3.0)]):
+        memory.keep(rollout([[episode(f"{step}.{m}", m)] for m in means], [0.0] * len(means)), context(step))
+    assert memory.state_dict()["baselines"] == [1, 2, 3]
+
+
+def test_a_state_from_before_baselines_knew_their_steps_is_read():
+    memory = buffer(baselines=2)
+    memory.load_state_dict({"policy": None, "rows": [], "baselines": [1.0, 2.0]}, context(0))
+    fill(memory, 1)
+    assert len(memory.state_dict()["baselines"]) == 2
+
+
 def test_a_burst_empties_the_memory_and_a_mixture_does_not():
     for mixed in (False, True):
         memory = buffer(2, mixed=mixed)
@@ -207,12 +236,10 @@ def test_while_the_coefficient_is_zero_nothing_is_recalled_or_forgotten():
 
 
 def test_what_a_mask_leaves_out_or_is_not_admitted_is_not_kept():
-    def first_decision(mini: MiniBatch, context: Context) -> torch.Tensor:
-        return torch.arange(mini.batch.tokens.shape[1]).expand_as(mini.batch.tokens) == 1
-
-    memory = buffer(1, masks=(first_decision,), admits=lambda episode: episode.id != "no")
-    good = [episode(name, 1.0) for name in ("yes", "no", "sure")]
-    memory.keep(earning(good), context(0))
+    memory = buffer(1, admits=lambda episode: episode.id != "no")
+    mini = earning([episode(name, 1.0) for name in ("yes", "no", "sure")])
+    first = torch.arange(mini.batch.tokens.shape[1]).expand_as(mini.batch.tokens) == 1
+    memory.keep(replace(mini, mask=first & mini.batch.sampled), context(0))
     assert memory.numbers()["kept_share"] == pytest.approx(2 / 6)
     rehearsal = memory.recall(context(1))
     assert rehearsal.batch.sampled.tolist() == [[False, True, False]]

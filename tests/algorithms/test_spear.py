@@ -2,7 +2,6 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from agentrl.algorithms.algorithm import (
     Outputs,
     compute_advantages,
     prepare,
-    token_ratio,
 )
 from agentrl.algorithms.clip_cov import covariance_clip, covariance_numbers
 from agentrl.algorithms.dapo import DAPO
@@ -281,7 +279,10 @@ def noisy(rows: int = 6, length: int = 8, seed: int = 0) -> MiniBatch:
     return hand_made([draw.choice((-1.0, 1.0)) for _ in range(rows)], values, [[1.0] * length] * rows)[0]
 
 
-clip_some = partial(covariance_clip, band=(0.1, 40.0), ratio=token_ratio, clip=Algorithm().clip)
+def clip_some(mini: MiniBatch, context: Context, share: float) -> Tensor:
+    """With the ratio, mask and bounds of the default loss."""
+    filled = build_objective(mini, Algorithm(), context).mini
+    return covariance_clip(filled, context, share=share, band=(0.1, 40.0))
 
 
 def left_out(mini: MiniBatch, context: Context, share: float = 0.1) -> set[tuple[str, int, int]]:
@@ -360,9 +361,9 @@ def test_what_the_ratio_clips_already_and_what_is_outside_the_band_is_no_candida
     assert left_out(mini, Context(), share=1.0) == {("0", 0, 1)}
     unscored = replace(mini, batch=replace(mini.batch, old_logprobs=None))
     assert left_out(unscored, Context(), share=1.0) == {("0", 0, 1), ("0", 0, 3), ("1", 0, 2)}
-    narrow = covariance_clip(mini, Context(), share=1.0, band=(1.3, 40.0), ratio=token_ratio, clip=None)
+    narrow = covariance_clip(mini, Context(), share=1.0, band=(1.3, 40.0))
     assert (narrow == 0).nonzero().tolist() == [[1, 2]]
-    low = covariance_clip(mini, Context(), share=1.0, band=(1.0, 1.3), ratio=token_ratio, clip=None)
+    low = covariance_clip(mini, Context(), share=1.0, band=(1.0, 1.3))
     assert (low == 0).nonzero().tolist() == [[0, 1], [0, 3]]
     assert clip_some(replace(mini, advantages=mini.advantages * 0), Context(), share=0.5).min() == 1
     with pytest.raises(RequirementError, match="current is empty"):
@@ -375,12 +376,14 @@ def test_a_reply_with_a_fault_is_no_decision_to_clipping_by_covariance():
     cut_off = replace(first, turns=tuple(replace(turn, finish="length") for turn in first.turns))
     faulty = replace(mini, batch=replace(mini.batch, episodes=(cut_off, second)))
     algorithm = Spear(covariance_band=(0.1, 40.0), covariance_share=1.0).build()
-    clip, numbers = algorithm.weights[-1], algorithm.diagnostics[-1]
+    numbers = algorithm.diagnostics[-1]
     # Of the six, three are above .1; what is left of the faulty batch has one advantage and no covariance.
-    assert (clip(mini, Context()) == 0).nonzero().tolist() == [[0, 1], [0, 3], [1, 2]]
-    assert clip(faulty, Context()).min() == 1
-    assert numbers(mini, Context())["covariance_clip_share"] == 0.5
-    assert set(numbers(faulty, Context()).values()) == {0.0}
+    whole = build_objective(mini, algorithm, Context())
+    assert ((whole.factors == 0) & whole.mask).nonzero().tolist() == [[0, 1], [0, 3], [1, 2]]
+    left = build_objective(faulty, algorithm, Context())
+    assert (left.factors[left.mask] > 0).sum() == left.mask.sum() == 3
+    assert numbers(whole.mini, Context())["covariance_clip_share"] == 0.5
+    assert set(numbers(left.mini, Context()).values()) == {0.0}
 
 
 def test_the_log_says_what_clipping_by_covariance_found():
@@ -500,6 +503,54 @@ def test_recalled_rows_have_no_terms_but_the_entropy_bonus_as_released():
         found[parity] = [term.name for term in replay._algorithm.terms], replay._lenient
         assert "reference" not in replay._algorithm.requires
     assert found == {"paper": ([], False), "official": (["entropy"], True)}
+
+
+RELEASED = [{"parity": "official"}, {"preset": "released"}]
+
+
+@pytest.mark.parametrize("released", RELEASED, ids=["parity", "preset"])
+def test_the_released_schedules_count_steps_from_one(released):
+    settings = {"base": DrBot(), "warmup": 4, "tool_steps": 4, "tool_reward": 1.0}
+    ours, theirs = Spear(**settings).build(), Spear(**settings, **released).build()
+    busy = [Group("t", (episode("a", [0.0] * 10), episode("b", [1.0] * 2)))]
+    for step in range(6):
+        context, later = Context(step), Context(step + 1)
+        assert theirs.replay._coefficient(context) == ours.replay._coefficient(later)
+        assert prepare(theirs, busy, context).returns.tolist() == prepare(ours, busy, later).returns.tolist()
+    # At the first step: (1 - cos(pi / 4)) / 2, and of ten calls (1 + cos(pi / 4)) / 2
+    assert theirs.replay._coefficient(Context(0)) == pytest.approx(0.1464466094)
+    assert prepare(theirs, busy, Context(0)).returns[0].item() == pytest.approx(0.8535533906)
+
+
+def filled(recipe: Spear, ages: Sequence[int]) -> Algorithm:
+    """A memory with a row of return .5 from each of the given steps; every group's mean is .5."""
+    algorithm = recipe.build()
+    for step in ages:
+        mini, _ = hand_made([0.4], [[-0.1]], [[1.0]])
+        returns = torch.tensor([0.5], dtype=torch.float64)
+        algorithm.replay.keep(replace(mini, batch=replace(mini.batch, returns=returns)), Context(step))
+    return algorithm
+
+
+@pytest.mark.parametrize("released", RELEASED, ids=["parity", "preset"])
+def test_with_a_decaying_advantage_every_released_row_counts_as_enough(released):
+    settings = {"base": GRPO(), "buffer_size": 2, "warmup": 0, "covariance_share": 0.0}
+    # Four returns at the baseline: none is above it.
+    for decay, extra, rows in ((0.5, released, 2), (0.5, {}, 0), (None, released, 0)):
+        algorithm = filled(Spear(**settings, advantage_decay=decay, **extra), [0] * 4)
+        rehearsal = algorithm.replay.recall(Context(1))
+        assert algorithm.replay.numbers()["recalled"] == rows
+        if rehearsal is not None:
+            assert rehearsal.advantages[:, 1].tolist() == pytest.approx([0.2, 0.2])
+
+
+@pytest.mark.parametrize("released", RELEASED, ids=["parity", "preset"])
+def test_released_rows_are_tolerated_for_ten_steps_at_most(released):
+    settings = {"base": GRPO(), "tolerate_steps": 30, "covariance_share": 0.0}
+    # At the last one, the newest before it is of step 12: of step 2 and later ones stay, and the last is new.
+    algorithm = filled(Spear(**settings, **released), range(14))
+    assert sorted(row["step"] for row in algorithm.replay.state_dict()["rows"]) == list(range(2, 14))
+    assert len(filled(Spear(**settings), range(14)).replay.state_dict()["rows"]) == 14
 
 
 def test_replies_with_a_fault_are_not_remembered():

@@ -11,6 +11,7 @@ from agentrl.algorithms.steps import (
     decision_rewards,
     decisions,
     has_decision,
+    has_state_key,
     row_scores,
     step_rewards,
     turn_exists,
@@ -18,6 +19,7 @@ from agentrl.algorithms.steps import (
 )
 from agentrl.data import BranchPoint, Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate
+from agentrl.errors import RequirementError
 
 
 def turn(decided: str, reward: float = 0.0, *, seen: str = "o", valid: bool = True, **info: object) -> Turn:
@@ -100,10 +102,26 @@ def test_states_are_numbered_within_their_group():
     assert states.tolist() == [[0, 1, 0], [1, -1, -1], [2, -1, -1]]
 
 
-def test_the_environments_state_key_goes_before_the_observation():
+def test_states_are_told_apart_by_what_was_seen_or_by_the_environments_key_where_that_is_asked_for():
     one = episode("a", turn("d", seen="hall", state_key=7), turn("d", seen="hall", state_key=8))
     two = episode("b", turn("d", seen="shed", state_key=7), turn("d", seen="hall", state_key=None))
-    assert anchor_states(batch_of([one, two])).tolist() == [[0, 1], [0, 2]]
+    batch = batch_of([one, two])
+    assert anchor_states(batch).tolist() == [[0, 0], [1, 0]]
+    assert anchor_states(batch, state="state_key").tolist() == [[0, 1], [0, 2]]
+    assert has_state_key(batch).tolist() == [[True, True], [True, False]]
+
+
+def test_a_key_is_never_taken_for_an_observation():
+    batch = batch_of(
+        [episode("a", turn("d", seen="7"), turn("d", seen="x", state_key="7"), turn("d", seen="y"))]
+    )
+    assert anchor_states(batch, state="state_key").tolist() == [[0, 1, 2]]
+
+
+def test_keys_that_no_environment_gives_are_refused():
+    with pytest.raises(RequirementError, match=r"no turn of 'env' has one; wanted .* state=observation"):
+        anchor_states(batch_of([episode("a", turn("d"))]), state="state_key")
+    assert anchor_states(batch_of(), state="state_key").shape == (0, 0)
 
 
 def test_similar_observations_are_the_state_whose_first_observation_they_resemble():
@@ -128,6 +146,32 @@ def test_branches_share_the_turns_before_they_parted():
     ]
     orphans = branch_shares(batch_of([child, replace(child, id="other")]))
     assert orphans.tolist() == [[0.5, 0.5, 1], [0.5, 0.5, 1]]
+
+
+def test_an_aborted_branch_between_two_others_changes_no_share():
+    turns = (turn("d"), turn("d"), turn("d"))
+    root = episode("root", *turns)
+    gone = replace(episode("gone", *turns, parent=BranchPoint("root", 1)), stop=StopReason.ENV_ERROR)
+    late = episode("late", *turns, parent=BranchPoint("gone", 2))
+    later = episode("later", *turns, parent=BranchPoint("gone", 2))
+    # Turn 0 was played by root; turn 1 by what was aborted.
+    assert branch_shares(batch_of([root, gone, late])).tolist() == [[0.5, 1, 1], [0.5, 1, 1]]
+    assert branch_shares(batch_of([root, gone, late, later])).tolist() == [
+        pytest.approx([1 / 3, 1, 1]),
+        pytest.approx([1 / 3, 1 / 2, 1]),
+        pytest.approx([1 / 3, 1 / 2, 1]),
+    ]
+    # Two in a row: what branched off is that of the root all the same.
+    again = replace(episode("again", *turns, parent=BranchPoint("gone", 1)), stop=StopReason.WORKER_ERROR)
+    last = episode("last", *turns, parent=BranchPoint("again", 1))
+    assert branch_shares(batch_of([root, gone, again, last])).tolist() == [[0.5, 1, 1], [0.5, 1, 1]]
+
+
+def test_episodes_of_one_name_in_two_groups_share_nothing():
+    turns = (turn("d"), turn("d"))
+    root, child = episode("root", *turns), episode("child", *turns, parent=BranchPoint("root", 1))
+    shares = branch_shares(batch_of([root, child], [replace(root, id="root"), replace(child, id="child")]))
+    assert shares.tolist() == [[0.5, 1]] * 4
 
 
 def test_nothing_is_known_about_no_episodes():

@@ -43,6 +43,27 @@ def test_an_outer_name_drops_what_is_inside_whatever_the_order(nested: Path) -> 
     assert [line.split(":")[0] for line in said] == ["dropped algorithm.low", "dropped algorithm.base"]
 
 
+def test_a_preset_gives_way_to_what_the_file_says_and_that_is_told(tmp_path: Path) -> None:
+    file, said = tmp_path / "spear.yaml", list[str]()
+    file.write_text("algorithm: {name: spear, warmup: 9, base: {name: gigpo, gamma: 0.9}}")
+    recipe = load_config(file, "algorithm.preset=paper", warn=said.append).algorithm
+    assert (recipe.preset, recipe.warmup, recipe.buffer_size, recipe.base.preset) == (
+        "paper",
+        9,
+        2048,
+        "ours",
+    )
+    assert said == [
+        "algorithm.base stays as given; preset=paper has {'name': 'dr_bot', 'preset': 'paper'}",
+        "algorithm.warmup stays 9; preset=paper has 200",
+    ]
+    said.clear()
+    recipe = load_config(file, "algorithm.base.preset=paper", warn=said.append).algorithm
+    assert (recipe.base.sequence, recipe.base.gamma, recipe.warmup, said) == ("turn", 0.9, 9, [])
+    recipe = load_config(None, "algorithm.name=spear", "algorithm.preset=paper", warn=said.append).algorithm
+    assert (recipe.buffer_size, recipe.base.sequence_length, said) == (2048, 512, [])
+
+
 def test_an_argument_of_the_environment_called_id_drops_nothing(tmp_path: Path) -> None:
     file = tmp_path / "env.yaml"
     file.write_text("env: {id: my/Game-v0, kwargs: {id: 1, size: 2}}")

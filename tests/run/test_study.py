@@ -289,6 +289,21 @@ def test_a_block_of_another_recipe_replaces_the_whole_block(
     assert (other.name, other.clip_low, other.clip_high) == ("dr_grpo", 0.3, 0.2)
 
 
+def test_a_block_with_a_preset_replaces_the_whole_block_since_nothing_is_open_in_the_bases(
+    examples: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    methods = {
+        "plain": {"algorithm": {"name": "grpo"}},
+        "paper": {"algorithm": {"preset": "paper", "clip_low": 0.1}},
+        "same": {"algorithm": {"preset": "ours", "clip_low": 0.1}},
+    }
+    path = written(tmp_path, methods=methods, baseline="plain", overrides=["algorithm.clip_high=0.4"])
+    _, _, paper, same = (run.config.algorithm for run in plan(load_study(path, "seeds=[0]"), tmp_path))
+    assert (paper.name, paper.preset, paper.kl_coefficient) == ("grpo", "paper", 0.04)
+    assert (paper.clip_low, paper.clip_high) == (0.1, 0.2)
+    assert (same.kl_coefficient, same.clip_low, same.clip_high) == (0.0, 0.1, 0.4)
+
+
 def test_the_shipped_studies_can_be_planned(tmp_path: Path) -> None:
     for path in sorted((ROOT / "configs/studies").glob("*.yaml")):
         runs = plan(load_study(path), tmp_path)
