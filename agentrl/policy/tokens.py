@@ -264,7 +264,7 @@ class ChatDialogue:
         self._tokenizer = tokenizer
         self._arguments = dict(template_arguments or {})
         check_arguments(
-            cast(Any, tokenizer).get_chat_template(), self._arguments, list(tokenizer.special_tokens_map)
+            cast(Any, tokenizer).get_chat_template(), self._arguments, tokenizer.SPECIAL_TOKENS_ATTRIBUTES
         )
         self._format = REPLY_FORMATS[reply]
         if self._format.thinks and END_THINK in begun_reply(self._render):

@@ -459,8 +459,8 @@ class Trainer:
             return
         if dialogue.thinking is None:
             self.logbook.say(
-                "warning: policy.reply=think_action, but the chat template's prompt has a think block already, "
-                "and a closed one: replies hold the command alone, and no thoughts"
+                "warning: policy.reply=think_action, but the chat template's prompt has a closed think block "
+                "already: replies hold the command alone, and no thoughts"
             )
             return
         if not self.config.rollout.constrained:
