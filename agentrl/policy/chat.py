@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, meta
 
 from agentrl.errors import ConfigError
 
 Message = dict[str, str]
 Render = Callable[[list[Message]], str]
 
+THINK, END_THINK = "<think>", "</think>"
+_BLOCK = re.compile(f"(?:{THINK}(?:(?!{THINK}).)*?)?{END_THINK}|{THINK}", re.DOTALL)  # or a tag alone
+# What every template is given anyway.
+_GIVEN = frozenset({"messages", "add_generation_prompt", "raise_exception", "strftime_now"})
+_FAILURES = (TemplateError, ValueError, TypeError, KeyError)
+
 PROBED_TURNS = 4
 # Templates are known to treat reasoning in earlier replies apart, so one of the probes has some.
 PROBED_REPLIES = (
     "Reply{}Placeholder",
-    "<think>Thought{0}Placeholder</think><action>Reply{0}Placeholder</action>",
+    f"{THINK}Thought{{0}}Placeholder{END_THINK}<action>Reply{{0}}Placeholder</action>",
 )
 
 
@@ -29,7 +37,8 @@ class ChatPieces:
     A dialogue is opening, observation, before_reply, reply, then between, observation, before_reply, reply
     for every further turn. `lead` is white space that the template writes before a reply, as the model must.
     Where `appends` is False, earlier turns are written differently once later ones follow; `between` then
-    only says how a reply ends.
+    only says how a reply ends. `begun` is what the prompt already writes of a reply, from its think tag on;
+    `recalled` is as much of that as an earlier reply must be given back with, for the template to write it.
     """
 
     opening: str
@@ -37,6 +46,28 @@ class ChatPieces:
     lead: str
     between: str
     appends: bool
+    begun: str = ""
+    recalled: str = ""
+
+    @property
+    def opens(self) -> bool:
+        """Whether a reply begins inside a think block that the prompt has opened."""
+        return bool(self.begun) and END_THINK not in self.begun
+
+    @property
+    def closes(self) -> bool:
+        """Whether a reply begins after a think block."""
+        return END_THINK in self.begun
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkBlock:
+    """How reasoning stands in a reply: opening, thoughts, closing, gap; `empty` is all of it without any."""
+
+    opening: str = THINK
+    closing: str = END_THINK
+    gap: str = ""
+    empty: str = THINK + END_THINK
 
 
 def slot(turn: int) -> str:
@@ -70,30 +101,122 @@ def probe_template(render: Render, instructions: str) -> ChatPieces:
     Raises:
         ConfigError: if the template fails, or does not write the latest observation as it is given.
     """
-    probes = [_probe(render, reply, instructions) for reply in PROBED_REPLIES]
+    begun = begun_reply(render)
+    opens = begun != "" and END_THINK not in begun
+    # Inside a block that is open already, a reply with reasoning only closes it.
+    replies = [reply.removeprefix(THINK) if opens else reply for reply in PROBED_REPLIES]
+    recalled = ""
+    probes = [_probe(render, reply, instructions) for reply in replies]
+    if opens and not _balanced(probes[-1][-1]):
+        whole = [_probe(render, begun + reply, instructions) for reply in replies]
+        if _balanced(whole[-1][-1]):
+            probes, recalled = whole, begun
     opening, before_reply = _around(probes[0][0], slot(0))
-    before, _, after = probes[0][1].partition(PROBED_REPLIES[0].format(0))
+    before, _, after = probes[0][1].partition(replies[0].format(0))
     gap = before.removeprefix(probes[0][0])
     lead = gap if gap.isspace() else ""
-    pieces = ChatPieces(opening, before_reply, lead, after.partition(slot(1))[0], appends=True)
-    appends = all(_extends(texts, reply, pieces) for texts, reply in zip(probes, PROBED_REPLIES, strict=True))
+    between = after.partition(slot(1))[0]
+    pieces = ChatPieces(opening, before_reply, lead, between, True, begun, recalled)
+    appends = all(_extends(texts, reply, pieces) for texts, reply in zip(probes, replies, strict=True))
     return pieces if appends else replace(pieces, appends=False)
+
+
+def begun_reply(render: Render) -> str:
+    """What a prompt already writes of the reply, from its think tag on: "" where it writes none.
+
+    Raises:
+        ConfigError: if the template fails, or does not write an observation as it is given.
+    """
+    prompt = _around(_rendered(render, messages([slot(0)], [], "")), slot(0))[1]
+    found = [block.start() for block in _BLOCK.finditer(prompt)]
+    return prompt[found[-1] :] if found else ""
+
+
+def think_block(finished: Render, silenced: Render) -> ThinkBlock:
+    """How a template itself writes reasoning; as plain tags where it does not tell.
+
+    Args:
+        finished: renders a dialogue that ends in a reply.
+        silenced: renders one that waits for a reply without reasoning, where the template knows of such.
+    """
+    thought, reply = "ThoughtPlaceholder", "ReplyPlaceholder"
+    block = ThinkBlock()
+    with suppress(*_FAILURES):
+        found = _find_block(finished, THINK + thought + END_THINK + reply, thought, reply)
+        if found is not None:
+            opening, closing, gap = found
+            block = ThinkBlock(opening, closing, gap, opening + closing + gap)
+            empty = _find_block(finished, THINK + END_THINK + reply, "", reply)
+            return block if empty is None else replace(block, empty="".join(empty))
+    with suppress(ConfigError):
+        empty_block = begun_reply(silenced)
+        if empty_block.startswith(THINK) and END_THINK in empty_block:
+            return replace(block, empty=empty_block)
+    return block
+
+
+def _find_block(finished: Render, content: str, thought: str, reply: str) -> tuple[str, str, str] | None:
+    text = finished([*messages([slot(0)], [], ""), {"role": "assistant", "content": content}])
+    pattern = rf"({THINK}\s*){thought}(\s*{END_THINK})(\s*){reply}"
+    found = re.search(pattern, text.rpartition(slot(0))[2])
+    return None if found is None else (found[1], found[2], found[3])
+
+
+def check_arguments(template: str, arguments: Mapping[str, Any], given: Sequence[str] = ()) -> None:
+    """Refuse arguments that a chat template would never read, and those that are not the user's to set.
+
+    Args:
+        template: in Jinja.
+        arguments: of `policy.template_arguments`.
+        given: further names that the template is given a value for.
+
+    Raises:
+        ConfigError: naming one, and what the template reads.
+    """
+    if not arguments:
+        return
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    # A tag of transformers' own, which marks replies and reads nothing.
+    plain = re.sub(r"{%-?\s*(?:end)?generation\s*-?%}", "", template)
+    try:
+        read = meta.find_undeclared_variables(environment.parse(plain))
+    except TemplateError as error:
+        raise ConfigError(f"the tokenizer's chat template is no Jinja ({error})") from error
+    known = read - _GIVEN - set(given) - set(environment.globals)
+    for name in arguments:
+        if name not in known:
+            raise ConfigError(
+                f"policy.template_arguments.{name}: the tokenizer's chat template never reads it "
+                f"(it reads {', '.join(sorted(known)) or 'no such argument'})"
+            )
+
+
+def _balanced(text: str) -> bool:
+    """Whether what is rendered between the first two observations closes what it opens."""
+    reply = text.partition(slot(0))[2].partition(slot(1))[0]
+    return reply.count(THINK) == reply.count(END_THINK)
 
 
 def _probe(render: Render, reply: str, instructions: str) -> list[str]:
     """The dialogue rendered after 1, 2, … turns."""
     slots = [slot(turn) for turn in range(PROBED_TURNS)]
     replies = [reply.format(turn) for turn in range(PROBED_TURNS)]
+    texts = [
+        _rendered(render, messages(slots[: n + 1], replies[:n], instructions)) for n in range(PROBED_TURNS)
+    ]
+    for turn, text in enumerate(texts):
+        _around(text, slot(turn))
+    return texts
+
+
+def _rendered(render: Render, dialogue: list[Message]) -> str:
     try:
-        texts = [render(messages(slots[: n + 1], replies[:n], instructions)) for n in range(PROBED_TURNS)]
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        return render(dialogue)
+    except _FAILURES as error:
         raise ConfigError(
             f"the tokenizer's chat template cannot write a dialogue of user and assistant turns ({error}); "
             "use a chat model, or give the tokenizer another chat_template"
         ) from error
-    for turn, text in enumerate(texts):
-        _around(text, slot(turn))
-    return texts
 
 
 def _around(text: str, placeholder: str) -> tuple[str, str]:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from agentrl.policy.thinking import Thinking
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -11,7 +13,8 @@ class SamplingParams:
 
     Args:
         temperature: 0 takes the most likely token; logprobs and entropies are then those at temperature 1.
-        max_tokens: limit on a free-form reply; a constrained one ends where its choice ends.
+        max_tokens: limit on a reply that is free, or thinks before its choice; a choice alone ends where it
+            ends.
     """
 
     temperature: float = 1.0
@@ -31,6 +34,9 @@ class GenerationRequest:
         sampling: how to draw.
         parent: a sequence that begins with the same tokens, for a new one: what is known of those is not
             computed again. Changes nothing else, and may be unknown.
+        thinking: what comes before the choice: thoughts, as far as `sampling.max_tokens` and the context
+            leave room for them beside the longest choice. Its opening is part of the prompt.
+        begun: thoughts that are there already, at the end of the prompt.
     """
 
     sequence: str
@@ -40,6 +46,8 @@ class GenerationRequest:
     seed: int
     sampling: SamplingParams
     parent: str | None = None
+    thinking: Thinking | None = None
+    begun: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

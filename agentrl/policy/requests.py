@@ -3,6 +3,7 @@
 from collections.abc import Set
 
 from agentrl.policy.engine import GenerationRequest
+from agentrl.policy.thinking import Thought
 from agentrl.policy.trie import TokenTrie
 
 
@@ -45,14 +46,42 @@ def request_mistake(
             )
         if trie.smallest < 0 or trie.largest >= vocabulary:
             return f"choices hold an id outside the model's vocabulary of {vocabulary}"
+        if request.thinking is not None and not request.thinking.within(vocabulary):
+            return f"what is written around thoughts has an id outside the model's vocabulary of {vocabulary}"
+    elif request.thinking is not None:
+        return "a request thinks before it chooses, but choices is None; wanted at least one reply"
     elif request.sampling.max_tokens < 1:
         return f"max_tokens is {request.sampling.max_tokens}, wanted at least 1"
     if request.sampling.temperature < 0:
         return f"temperature is {request.sampling.temperature}, wanted 0 or more"
-    needed = 1 if trie is None else trie.longest
+    needed = 1 if trie is None else _without_thoughts(request, trie)
     if max_context - before - len(prompt) < needed:
         return (
             f"context overflow: {before + len(prompt)} tokens and a reply of {needed} exceed "
             f"max_context={max_context}"
         )
     return None
+
+
+def begun_thought(
+    request: GenerationRequest, trie: TokenTrie, *, room: int, stop_ids: Set[int]
+) -> Thought | tuple[int, ...]:
+    """The thoughts with which a reply begins; where there are none, what is written before its choice.
+
+    Args:
+        request: without a mistake.
+        trie: of its choices.
+        room: tokens that its sequence may still hold.
+        stop_ids: that end thoughts.
+    """
+    if request.thinking is None:
+        return ()
+    limit = min(request.sampling.max_tokens, room) - _without_thoughts(request, trie)
+    if limit < 1:
+        return request.thinking.cut
+    return Thought(request.thinking, limit, stop_ids, request.begun)
+
+
+def _without_thoughts(request: GenerationRequest, trie: TokenTrie) -> int:
+    """The most tokens that a reply may need when it thinks nothing more."""
+    return trie.longest + (0 if request.thinking is None else request.thinking.written)

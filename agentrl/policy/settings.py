@@ -2,12 +2,33 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from agentrl.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 ReplyFormat = Literal["plain", "action_tags", "think_action"]
+
+# Parameters with which a chat template is rendered, and names that only its tokenizer gives a value.
+_NOT_ARGUMENTS = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "raise_exception",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "strftime_now",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +46,10 @@ class PolicyConfig:
         device: auto takes cuda where there is one, else the cpu.
         dtype: that the engine generates in, and sends and holds its weights in. What is learned is float32
             whatever it is, and so is what a run saves; see `learner.compute_dtype` for the learner's layers.
-        reply: what a reply looks like; a format with tags needs a tokenizer with a chat template.
+        reply: what a reply looks like; a format with tags needs a tokenizer with a chat template. With
+            `think_action` the policy thinks freely before its command, under `rollout.constrained` as well.
+        template_arguments: given to the chat template whenever it is rendered, as in
+            `template_arguments.enable_thinking=false`; one that it does not read is refused.
         max_observation_tokens: an observation is cut after so many tokens.
         tokenizer_episodes: random episodes of training tasks whose text a new tokenizer is fitted on.
     """
@@ -40,8 +64,17 @@ class PolicyConfig:
     device: Device = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     reply: ReplyFormat = "plain"
+    template_arguments: dict[str, Any] = field(default_factory=dict)
     max_observation_tokens: int = 96
     tokenizer_episodes: int = 200
+
+    def __post_init__(self) -> None:
+        own = sorted(_NOT_ARGUMENTS & self.template_arguments.keys())
+        if own:
+            raise ConfigError(
+                f"policy.template_arguments.{own[0]} is not a template's own argument but set by agentrl; "
+                "wanted names that the tokenizer's chat template reads, such as enable_thinking"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +126,8 @@ class EngineConfig:
 
     Args:
         name: torch keeps the model in this process and returns exact entropies; vllm needs the extra `vllm`.
-        max_tokens: limit on a free-form reply.
+        max_tokens: limit on a free-form reply, and on one that thinks before it chooses a command: thoughts
+            get what the longest command leaves of it.
         actors: Ray actors that generate, each with a copy of the weights, on the cluster at
             `rollout.ray.address`; None generates in this process.
         actor_cpus: that Ray sets aside for each actor, which computes on as many; below 2, on one.

@@ -5,16 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import groupby
 from typing import Any, Protocol, cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from agentrl.errors import ConfigError, RequirementError
-from agentrl.policy.chat import Message, messages, probe_template, slot, split_slots
+from agentrl.policy.chat import (
+    END_THINK,
+    THINK,
+    Message,
+    begun_reply,
+    check_arguments,
+    messages,
+    probe_template,
+    slot,
+    split_slots,
+    think_block,
+)
+from agentrl.policy.thinking import Ending, Thinking, pieces_of
 
 ROLE_TOKENS = ("<pad>", "<task>", "<obs>", "<act>", "<end>")
 CACHED_TEXTS = 65536
@@ -39,7 +52,11 @@ class ParsedReply:
 
 
 class Dialogue(Protocol):
-    """How an episode is written as tokens."""
+    """How an episode is written as tokens.
+
+    One whose replies may think before they choose has `thinking` and `encode_choice` beside these, as
+    `ChatDialogue` has.
+    """
 
     stop_ids: frozenset[int]
 
@@ -86,16 +103,39 @@ def fit_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
 
 
 def make_dialogue(
-    tokenizer: PreTrainedTokenizerBase, *, reply: str = "plain", max_observation_tokens: int = 96
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    reply: str = "plain",
+    max_observation_tokens: int = 96,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> Dialogue:
     """The dialogue that a tokenizer was made for: by its chat template, else by its role tokens."""
     if tokenizer.chat_template:
-        return ChatDialogue(tokenizer, reply=reply, max_observation_tokens=max_observation_tokens)
+        return ChatDialogue(
+            tokenizer,
+            reply=reply,
+            max_observation_tokens=max_observation_tokens,
+            template_arguments=template_arguments,
+        )
+    check_without_template(reply, template_arguments)
+    return RoleDialogue(tokenizer, max_observation_tokens=max_observation_tokens)
+
+
+def check_without_template(reply: str, template_arguments: Mapping[str, Any] | None) -> None:
+    """Refuse what only a chat template can do.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if template_arguments:
+        raise ConfigError(
+            f"policy.template_arguments is {dict(template_arguments)}, but the tokenizer has no chat "
+            "template: wanted {} or a chat model"
+        )
     if reply != "plain":
         raise ConfigError(
             f"policy.reply is {reply!r}, but the tokenizer has no chat template: wanted plain or a chat model"
         )
-    return RoleDialogue(tokenizer, max_observation_tokens=max_observation_tokens)
 
 
 class RoleDialogue:
@@ -145,6 +185,7 @@ class ReplyFormat:
     wrap: str
     pattern: re.Pattern[str]  # of the whole reply, with a group `command`
     tagged: bool
+    thinks: bool = False  # before the command, in a think block
 
 
 _TASK = (
@@ -169,15 +210,23 @@ REPLY_FORMATS: dict[str, ReplyFormat] = {
     "think_action": ReplyFormat(
         f"{_TASK} with your reasoning between <think> and </think>, then your next command between <action> "
         "and </action>.",
-        "<think></think><action>{}</action>",
+        "<action>{}</action>",
         # The opening tag may be part of the template's generation prompt.
         re.compile(
             r"(?:<think>)?(?:(?!</think>).)*</think>\s*<action>(?P<command>(?:(?!</?action>).)*)</action>",
             re.DOTALL,
         ),
         True,
+        thinks=True,
     ),
 }
+# What is left of think_action where the prompt holds a think block already.
+_AFTER_THOUGHTS = ReplyFormat(
+    REPLY_FORMATS["action_tags"].instructions,
+    "<action>{}</action>",
+    re.compile(r"<action>(?P<command>(?:(?!</?action>).)*)</action>", re.DOTALL),
+    True,
+)
 
 
 class ChatDialogue:
@@ -189,9 +238,16 @@ class ChatDialogue:
 
     Args:
         tokenizer: one with a chat template.
-        reply: plain is the command itself; action_tags and think_action look for it in tags.
+        reply: plain is the command itself; action_tags and think_action look for it in tags. What the prompt
+            has written of the reply already is not written again: a think block that it opens is closed, and
+            where it holds a whole one, think_action goes straight to the command.
         max_observation_tokens: an observation is cut after so many.
         instructions: stand before the first observation; None takes those of the reply format.
+        template_arguments: given to the template whenever it is rendered.
+
+    Attributes:
+        appends: whether prompts extend the sequence.
+        thinking: how a reply thinks before its choice; None where it does not.
     """
 
     def __init__(
@@ -201,18 +257,25 @@ class ChatDialogue:
         reply: str = "plain",
         max_observation_tokens: int = 96,
         instructions: str | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
     ) -> None:
         if reply not in REPLY_FORMATS:
             raise ConfigError(f"policy.reply is {reply!r}, wanted one of {', '.join(REPLY_FORMATS)}")
-        self._format = REPLY_FORMATS[reply]
-        self._instructions = self._format.instructions if instructions is None else instructions
         self._tokenizer = tokenizer
+        self._arguments = dict(template_arguments or {})
+        check_arguments(
+            cast(Any, tokenizer).get_chat_template(), self._arguments, tokenizer.SPECIAL_TOKENS_ATTRIBUTES
+        )
+        self._format = REPLY_FORMATS[reply]
+        if self._format.thinks and END_THINK in begun_reply(self._render):
+            self._format = _AFTER_THOUGHTS
+        self._instructions = self._format.instructions if instructions is None else instructions
         self._limit = max_observation_tokens
         self._encode = plain_encoder(tokenizer)
         self._markup = lru_cache(CACHED_TEXTS)(self._encode_markup)
-        self._decode = _decoder(tokenizer)
+        self._decode = _decoder(tokenizer, (THINK, END_THINK))
         pieces = probe_template(self._render, self._instructions)
-        self.appends = pieces.appends
+        self.appends, self._opens, self._recalled = pieces.appends, pieces.opens, pieces.recalled
         self._opening, self._before_reply = self._markup(pieces.opening), self._markup(pieces.before_reply)
         self._lead, self._between = pieces.lead, self._markup(pieces.between)
         self._end_of_turn, self._after_end = self._find_end()
@@ -223,7 +286,9 @@ class ChatDialogue:
             )
         self.stop_ids: frozenset[int] = frozenset(cast(set[int], ends))
         self._stop = self._end_of_turn if self._end_of_turn is not None else cast(int, tokenizer.eos_token_id)
+        self._before, self.thinking = self._think(pieces.begun)
         self.encode_reply = lru_cache(CACHED_TEXTS)(self._reply)
+        self.encode_choice = lru_cache(CACHED_TEXTS)(self._choice)
         self._parsed = lru_cache(CACHED_TEXTS)(self._parse)
 
     def prompt(self, history: History, observation: str) -> Prompt:
@@ -242,13 +307,46 @@ class ChatDialogue:
         return self._parsed(tuple(ids))
 
     def _reply(self, text: str) -> tuple[int, ...]:
-        return (*self._encode(self._lead + self._format.wrap.format(text)), self._stop)
+        return (*self._before, *self._choice(text))
+
+    def _choice(self, text: str) -> tuple[int, ...]:
+        """A reply from where the thoughts before it are over."""
+        if self._format.thinks:
+            _, after = self._format.wrap.split("{}")
+            return (*self._encode(text), *self._markup(after), self._stop)
+        lead = "" if self._before else self._lead
+        return (*self._encode(lead + self._format.wrap.format(text)), self._stop)
+
+    def _think(self, begun: str) -> tuple[tuple[int, ...], Thinking | None]:
+        """What stands before the choice in a reply without thoughts, and how one with thoughts has them."""
+        if not (self._opens or self._format.thinks):
+            return (), None
+        silenced = partial(self._render, enable_thinking=False)
+        block = think_block(partial(self._render, add_generation_prompt=False), silenced)
+        opening, empty = ("", block.closing + block.gap) if self._opens else (block.opening, block.empty)
+        if self._opens and block.empty.startswith(begun):
+            empty = block.empty.removeprefix(begun)
+        if not self._format.thinks:
+            return self._markup(empty), None
+        tag = self._format.wrap.split("{}")[0]
+        ending = Ending(END_THINK, pieces_of(END_THINK, _texts_of_parts(self._tokenizer, END_THINK)))
+        leads = {"": self._markup(block.gap + tag)}
+        for beyond in ending.beyond - {""}:
+            said = beyond.lstrip()
+            if tag.startswith(said):
+                leads[beyond] = self._markup(tag.removeprefix(said))
+        thinking = Thinking(self._markup(self._lead + opening), ending, self._markup(block.closing), leads)
+        return self._markup(self._lead + empty + tag), thinking
 
     def _parse(self, ids: tuple[int, ...]) -> ParsedReply:
         text = self._decode(ids)
-        found = self._format.pattern.fullmatch(text)
+        said, thought_over = text, True
+        if self._opens and not self._format.thinks:
+            thoughts, end, rest = text.partition(END_THINK)
+            said, thought_over = (rest.strip() if end else thoughts), bool(end)
+        found = self._format.pattern.fullmatch(said)
         # Tags say by themselves that a command is complete; a plain one that was cut off may be half of it.
-        complete = self._format.tagged or (bool(ids) and ids[-1] in self.stop_ids)
+        complete = self._format.tagged or (thought_over and bool(ids) and ids[-1] in self.stop_ids)
         if found is None or not complete or not found["command"].strip():
             return ParsedReply(text, valid=False)
         return ParsedReply(found["command"].strip(), valid=True)
@@ -256,7 +354,7 @@ class ChatDialogue:
     def _whole(self, history: History, observation: str) -> tuple[int, ...]:
         observations = [*(text for text, _ in history), observation]
         slots = [slot(turn) for turn in range(len(observations))]
-        replies = [self._decode(ids) for _, ids in history]
+        replies = [self._recalled + self._decode(ids) for _, ids in history]
         ids: list[int] = []
         for markup, turn in split_slots(self._render(messages(slots, replies, self._instructions))):
             ids.extend(self._markup(markup))
@@ -264,9 +362,9 @@ class ChatDialogue:
                 ids.extend(self._encode(observations[turn])[: self._limit])
         return tuple(ids)
 
-    def _render(self, dialogue: list[Message]) -> str:
-        text = self._tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True)
-        return cast(str, text)
+    def _render(self, dialogue: list[Message], **arguments: Any) -> str:
+        given = {"add_generation_prompt": True} | self._arguments | arguments
+        return cast(str, self._tokenizer.apply_chat_template(dialogue, tokenize=False, **given))
 
     def _encode_markup(self, text: str) -> tuple[int, ...]:
         call = cast(Callable[..., Any], self._tokenizer)
@@ -306,9 +404,36 @@ def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], tuple[i
     return lru_cache(CACHED_TEXTS)(encode)
 
 
-def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
-    def decode(ids: Sequence[int]) -> str:
+def _decoder(tokenizer: PreTrainedTokenizerBase, read: Sequence[str] = ()) -> Callable[[Sequence[int]], str]:
+    """Tokens to text without special tokens, but for those of the names in `read`."""
+    special = tokenizer.added_tokens_decoder.items()
+    kept = {id: token.content for id, token in special if token.special and token.content in read}
+
+    def part(ids: Sequence[int]) -> str:
         text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return cast(str, text).strip()
+        return cast(str, text)
+
+    def decode(ids: Sequence[int]) -> str:
+        if kept.keys().isdisjoint(ids):
+            return part(ids).strip()
+        runs = (list(run) for _, run in groupby(ids, key=kept.get))
+        return "".join(
+            "".join(map(kept.__getitem__, run)) if run[0] in kept else part(run) for run in runs
+        ).strip()
 
     return decode
+
+
+def _texts_of_parts(tokenizer: PreTrainedTokenizerBase, end: str) -> dict[int, str]:
+    """What the tokens write that might stand for a part of `end`."""
+    # Some decoders drop a space in front, so a token is read behind another one.
+    call = cast(Callable[..., Any], tokenizer)
+    read = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    before = call("a", add_special_tokens=False)["input_ids"][-1:]
+    known = cast(str, read(before))
+    edges = (end[0], end[-1])
+    return {
+        id: cast(str, read([*before, id])).removeprefix(known)
+        for token, id in tokenizer.get_vocab().items()
+        if token in end or any(edge in token for edge in edges)
+    }

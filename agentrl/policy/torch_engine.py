@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from agentrl.policy.attention import KVCache, cached_layout
 from agentrl.policy.engine import Generation, GenerationRequest, token_versions
 from agentrl.policy.model import context_limit, output_weight, packed_forward
-from agentrl.policy.requests import request_mistake
+from agentrl.policy.requests import begun_thought, request_mistake
 from agentrl.policy.sampling import Array, Draws, draw
+from agentrl.policy.thinking import Thought
 from agentrl.policy.trie import ChoiceError, Edge, Node, TokenTrie, token_trie
 
 SLOT_STEP = 16
@@ -37,6 +38,8 @@ class _Sequence:
         "request",
         "slot",
         "start",
+        "thought",
+        "trie",
         "used",
         "versions",
     )
@@ -50,11 +53,13 @@ class _Sequence:
         self.request: GenerationRequest | None = None
         self.start = 0  # where the reply begins in `ids`
         self.limit = 0  # tokens that a free reply may have
+        self.trie: TokenTrie | None = None  # of its choices
+        self.thought: Thought | None = None  # that is being had before the choice
         self.node: Node | None = None  # the decision that comes next; None generates freely
         self.random = Random()
         self.logprobs: list[float] = []
         self.entropies: list[float] = []
-        self.allowed: list[tuple[int, ...]] = []
+        self.allowed: list[tuple[int, ...] | None] = []
         self.versions: list[tuple[int, int]] = []  # from which reply token on, which version
 
 
@@ -189,14 +194,17 @@ class TorchEngine:
         sequence.used = self._steps
         sequence.logprobs, sequence.entropies, sequence.allowed = [], [], []
         sequence.versions = [(0, self._version)]
+        sequence.trie, sequence.thought, sequence.node = trie, None, None
+        room = self.max_context - sequence.start
         if trie is None:
-            sequence.limit = min(request.sampling.max_tokens, self.max_context - sequence.start)
-            sequence.node = None
+            sequence.limit = min(request.sampling.max_tokens, room)
         else:
-            self._append_forced(sequence, trie.forced)
-            sequence.node = trie.root
-            if trie.root is None:
-                self._finish(sequence)
+            before = begun_thought(request, trie, room=room, stop_ids=self.stop_ids)
+            if isinstance(before, Thought):
+                sequence.thought = before
+            else:
+                self._come_to_choice(sequence, before)
+            if sequence.request is None:
                 return
         sequence.random = Random(request.seed)
         if sequence.slot >= 0:
@@ -218,6 +226,13 @@ class TorchEngine:
         self._reserve(self._cache.length)
         self._cache.copy(parent.slot, [slot], common)
         sequence.cached = common
+
+    def _come_to_choice(self, sequence: _Sequence, written: tuple[int, ...]) -> None:
+        assert sequence.trie is not None
+        self._append_forced(sequence, (*written, *sequence.trie.forced))
+        sequence.thought, sequence.node = None, sequence.trie.root
+        if sequence.node is None:
+            self._finish(sequence)
 
     def _append_forced(self, sequence: _Sequence, ids: tuple[int, ...]) -> None:
         sequence.ids.extend(ids)
@@ -401,7 +416,12 @@ class TorchEngine:
             row.ids.append(token)
             row.logprobs.append(logprob)
             row.entropies.append(entropy)
-            if token in self.stop_ids:
+            if row.thought is not None:
+                row.allowed.append(None)
+                written = row.thought.take(token)
+                if written is not None:
+                    self._come_to_choice(row, written)
+            elif token in self.stop_ids:
                 self._finish(row)
             elif len(row.logprobs) == row.limit:
                 self._finish(row, "length")

@@ -2,19 +2,20 @@
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from agentrl.data.trajectory import StopReason, Turn
 from agentrl.env.spaces import TextSpace
 from agentrl.policy.engine import Engine, Generation, GenerationRequest, SamplingParams
+from agentrl.policy.thinking import Thinking, Thought
 from agentrl.policy.trie import token_trie
 from agentrl.rollout.play import ActionRequest, Reply, Stop
 from agentrl.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from agentrl.policy.tokens import Dialogue
+    from agentrl.policy.tokens import ChatDialogue, Dialogue
 
 Answered = tuple[str, Reply | Stop]
 
@@ -135,8 +136,33 @@ class _Pending:
     request: ActionRequest
     prompt_ids: tuple[int, ...]
     fresh: bool
-    texts: dict[tuple[int, ...], str] | None  # the admissible replies, where the reply is one of them
+    menu: "_Menu | None"  # where the reply ends in a choice
     given: tuple[int, ...] = ()  # what the engine was given of the reply
+
+
+@dataclass(frozen=True, slots=True)
+class _Menu:
+    """What a reply chooses from, and what it does before.
+
+    Args:
+        texts: the admissible actions, by the tokens that the reply ends in.
+        given: tokens of the reply that are there already.
+        begun: those of them that are thoughts which go on.
+        thinking: how the reply thinks before its choice; None where it does not, or has done so.
+    """
+
+    texts: dict[tuple[int, ...], str]
+    given: tuple[int, ...] = ()
+    begun: tuple[int, ...] = ()
+    thinking: Thinking | None = None
+
+    def chosen(self, ids: tuple[int, ...]) -> str | None:
+        """The action that tokens after `given` end in."""
+        if self.thinking is None:
+            return self.texts.get(ids)
+        # No action begins in what is written before it, so the longest is the whole of it.
+        found = max((end for end in self.texts if ids[-len(end) :] == end), key=len, default=())
+        return self.texts.get(found)
 
 
 class LanguagePlayer:
@@ -146,8 +172,8 @@ class LanguagePlayer:
         dialogue: between texts and tokens.
         engine: generates.
         sampling: how replies are drawn.
-        choices: reply with one of the admissible actions where the environment names them; False generates
-            freely.
+        choices: reply with one of the admissible actions where the environment names them, after the thoughts
+            that the dialogue's `thinking` and `sampling.max_tokens` leave room for; False generates freely.
     """
 
     def __init__(
@@ -157,6 +183,7 @@ class LanguagePlayer:
         self._engine = engine
         self._sampling = sampling
         self._choices = choices
+        self._thinking: Thinking | None = getattr(dialogue, "thinking", None)
         self._conversations: dict[str, _Conversation] = {}
         self._pending: dict[str, _Pending] = {}
         self._stopped: list[Answered] = []
@@ -165,18 +192,19 @@ class LanguagePlayer:
         conversation = self._conversations.setdefault(request.episode_id, _Conversation())
         inherited, conversation.inheritance = conversation.inheritance, _Inheritance()
         prompt = self._dialogue.prompt(conversation.history, request.observation)
-        texts = self._texts(request, inherited.begun)
-        if texts is not None and not texts:
+        menu = self._menu(request, inherited.begun)
+        if menu is not None and not menu.texts:
             error = f"none of info['actions'] begins as the reply that was left: {inherited.begun}"
             self._stopped.append((request.episode_id, Stop(StopReason.ENGINE_ERROR, error)))
             return
-        room = max(map(len, texts)) if texts else self._sampling.max_tokens
+        room = self._sampling.max_tokens if menu is None else self._room(menu)
         length = (0 if prompt.fresh else conversation.held) + len(prompt.ids) + room
         if length > self._engine.max_context:
             self._stopped.append((request.episode_id, _too_long(length, self._engine.max_context)))
             return
-        given = () if texts else inherited.begun  # choices lead there by themselves
-        pending = _Pending(request, tuple(prompt.ids), prompt.fresh, texts, given)
+        given = inherited.begun if menu is None else menu.given
+        free = menu is None or menu.thinking is not None
+        pending = _Pending(request, tuple(prompt.ids), prompt.fresh, menu, given)
         self._pending[request.episode_id] = pending
         conversation.submitted = True
         self._engine.submit(
@@ -184,19 +212,46 @@ class LanguagePlayer:
                 sequence=request.episode_id,
                 prompt_ids=(*(() if prompt.fresh else inherited.ids), *prompt.ids, *given),
                 fresh=prompt.fresh or bool(inherited.ids),
-                choices=tuple(texts) if texts else None,
+                choices=None if menu is None else tuple(menu.texts),
                 seed=derive_seed(request.seed, "turn", request.turn),
-                sampling=self._shortened(len(given)),
+                sampling=self._shortened(len(given)) if free else self._sampling,
                 parent=inherited.parent,
+                thinking=None if menu is None else menu.thinking,
+                begun=() if menu is None else menu.begun,
             )
         )
 
-    def _texts(self, request: ActionRequest, begun: tuple[int, ...]) -> dict[tuple[int, ...], str] | None:
-        """The admissible replies that begin so, by their tokens; None where any text is one."""
+    def _menu(self, request: ActionRequest, begun: tuple[int, ...]) -> _Menu | None:
+        """The admissible replies that begin so; None where any text is one."""
         if not self._choices or not request.actions:
             return None
-        texts = {self._dialogue.encode_reply(action): action for action in request.actions}
-        return {ids: text for ids, text in texts.items() if ids[: len(begun)] == begun}
+        thinking = self._thinking
+        if thinking is None:
+            texts = {self._dialogue.encode_reply(action): action for action in request.actions}
+            return _Menu(_that_begin(texts, (), begun))  # choices lead there by themselves
+        dialogue = cast("ChatDialogue", self._dialogue)
+        texts = {dialogue.encode_choice(action): action for action in request.actions}
+        opening = thinking.opening
+        given = begun if len(begun) > len(opening) else opening
+        thoughts = given[len(opening) :]
+        limit = thinking.room(self._sampling.max_tokens, texts)
+        if limit < 1:
+            return _Menu(_that_begin(texts, thinking.cut, thoughts), opening)
+        thought = Thought(thinking, limit, self._dialogue.stop_ids)
+        for place, token in enumerate(given):
+            if place < len(opening):
+                continue
+            written = thought.take(token)
+            if written is not None:
+                return _Menu(_that_begin(texts, written, given[place + 1 :]), given[: place + 1])
+        return _Menu(texts, given, thoughts, thinking)
+
+    def _room(self, menu: _Menu) -> int:
+        """Tokens that a reply may have which ends in a choice."""
+        longest = len(menu.given) + max(map(len, menu.texts))
+        if menu.thinking is None:
+            return longest
+        return max(longest + menu.thinking.written, self._sampling.max_tokens)
 
     def _shortened(self, tokens: int) -> SamplingParams:
         sampling = self._sampling
@@ -236,14 +291,15 @@ class LanguagePlayer:
         ids, known = (*given, *generation.token_ids), (0.0,) * len(given)
         allowed = generation.allowed
         if given:
-            allowed = (*((token,) for token in given), *(None,) * len(generation.token_ids))
+            chosen_from = (None,) * len(generation.token_ids) if allowed is None else allowed
+            allowed = (*((token,) for token in given), *chosen_from)
         versions = generation.policy_versions
         if versions:
             versions = (*versions[:1] * len(given), *versions)
         self._conversations[generation.sequence].extend(
             pending.request.observation, len(pending.prompt_ids), pending.fresh, ids
         )
-        chosen = pending.texts.get(ids) if pending.texts else None
+        chosen = None if pending.menu is None else pending.menu.chosen(generation.token_ids)
         text, valid = (chosen, True) if chosen is not None else self._parse(ids)
         return Reply(
             text=text,
@@ -351,6 +407,14 @@ class DemonstrationPlayer(_Immediate):
         if not self._choices or not request.actions:
             return None
         return token_trie(tuple(map(self._dialogue.encode_reply, request.actions))).trace(action_ids)
+
+
+def _that_begin(
+    texts: Mapping[tuple[int, ...], str], written: tuple[int, ...], begun: tuple[int, ...]
+) -> dict[tuple[int, ...], str]:
+    """The texts behind what is written before each, as far as they begin so."""
+    whole = (((*written, *ids), text) for ids, text in texts.items())
+    return {ids: text for ids, text in whole if ids[: len(begun)] == begun}
 
 
 def _too_long(length: int, limit: int) -> Stop:

@@ -89,7 +89,8 @@ class RolloutConfig:
         max_active: episodes in flight at once.
         max_turns: limit on turns beside the environment's own; None leaves it to the environment.
         temperature: of the policy's replies while training.
-        constrained: choose among the admissible commands by a token trie; False generates freely and parses.
+        constrained: choose among the admissible commands by a token trie, after free thoughts with
+            `policy.reply=think_action`; False generates freely and parses.
         max_attempts: plays of an episode that an environment or worker failed in; a task with as many
             failures in a row is not tried any more.
         max_aborted_share: the run stops when a larger share of a step's episodes was aborted.

@@ -348,9 +348,8 @@ def _episode_lines(config: RunConfig, algorithm: Algorithm, trial: Trial) -> lis
     context, per_step = context_length(config, skeleton(config.policy)), _episodes_per_step(config, algorithm)
     played = as_tokens(config, trial.episodes, context)
     tokens = _tokens(played)
-    replies = (
-        "" if config.rollout.constrained else f", replies of engine.max_tokens={config.engine.max_tokens}"
-    )
+    chosen = config.rollout.constrained and config.policy.reply != "think_action"
+    replies = "" if chosen else f", replies of engine.max_tokens={config.engine.max_tokens}"
     every = config.trainer.save_episodes_every
     stored = (config.trainer.steps // every if every else 0) * per_step
     stored += _evaluation_episodes(config, trial)[0]

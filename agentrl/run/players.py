@@ -12,7 +12,7 @@ from agentrl.policy.engine import Engine, SamplingParams
 from agentrl.policy.model import build_model, load_policy, load_tokenizer
 from agentrl.policy.precision import engine_copy
 from agentrl.policy.settings import PolicyConfig
-from agentrl.policy.tokens import Dialogue, fit_tokenizer, make_dialogue
+from agentrl.policy.tokens import Dialogue, check_without_template, fit_tokenizer, make_dialogue
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.players import ExpertPlayer, LanguagePlayer, Player, RandomPlayer
 from agentrl.run.folder import Run, open_run
@@ -65,6 +65,7 @@ def fit_policy(
 
     A tokenizer is fitted once per run and kept in `tokenizer_folder`.
     """
+    check_without_template(config.policy.reply, config.policy.template_arguments)
     if tokenizer_folder.is_dir():
         tokenizer = load_tokenizer(tokenizer_folder)
     else:
@@ -124,7 +125,10 @@ def open_player(
 
 def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PolicyConfig) -> Policy:
     dialogue = make_dialogue(
-        tokenizer, reply=config.reply, max_observation_tokens=config.max_observation_tokens
+        tokenizer,
+        reply=config.reply,
+        max_observation_tokens=config.max_observation_tokens,
+        template_arguments=config.template_arguments,
     )
     return Policy(model, engine_copy(model, getattr(torch, config.dtype)), tokenizer, dialogue)
 

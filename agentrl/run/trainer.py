@@ -25,7 +25,7 @@ from agentrl.learn.ranks import ALONE, Ranks, joined
 from agentrl.policy.engine import Engine
 from agentrl.policy.model import output_weight, resolve_device, save_policy
 from agentrl.policy.precision import engine_copy, named_in_short, non_finite
-from agentrl.policy.tokens import fingerprint
+from agentrl.policy.tokens import ChatDialogue, fingerprint
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.placement import settle
 from agentrl.rollout.players import ExpertPlayer, Player, RandomPlayer
@@ -230,6 +230,7 @@ class Trainer:
                 if self.settled is not None:
                     self.logbook.say(self.settled)
                 self._warn_of_cut_openings()
+                self._warn_of_no_thoughts()
                 self._serve()
                 for name in self.config.evaluation.baselines:
                     if name != "cloned" and (name != "expert" or self.has_expert):
@@ -461,6 +462,29 @@ class Trainer:
                 f"warning: policy.max_observation_tokens={limit} cuts the first observation of {cut} in "
                 f"{len(tasks)} training tasks; what stands behind the cut is never read"
             )
+
+    def _warn_of_no_thoughts(self) -> None:
+        """A policy that is asked to think, and cannot."""
+        dialogue, most = self.policy.dialogue, self.config.engine.max_tokens
+        if self.config.policy.reply != "think_action" or not isinstance(dialogue, ChatDialogue):
+            return
+        if dialogue.thinking is None:
+            self.logbook.say(
+                "warning: policy.reply=think_action, but the chat template's prompt has a closed think block "
+                "already: replies hold the command alone, and no thoughts"
+            )
+            return
+        if not self.config.rollout.constrained:
+            return
+        with suppress(Exception), self.environments.borrow() as environment:  # as above
+            _, info = environment.reset(seed=0, options={"task": self.tasks[0]})
+            choices = [dialogue.encode_choice(action) for action in info.get("actions") or ()]
+            room = dialogue.thinking.room(most, choices) if choices else most
+            if room < 1:
+                self.logbook.say(
+                    f"warning: engine.max_tokens={most} leaves no room to think before the first task's "
+                    f"commands, wanted at least {most - room + 1}; until then replies hold no thoughts"
+                )
 
     def _heed(self) -> None:
         """Stop here if any rank was told to."""

@@ -98,8 +98,8 @@ def try_out(config: RunConfig) -> Trial:
 def as_tokens(config: RunConfig, episodes: Sequence[Episode], context: int) -> list[Episode]:
     """Random play as a policy would have left it: in tokens, with made-up numbers of each.
 
-    Replies are those that were played where the policy chooses among them, and of `engine.max_tokens` where
-    it writes freely. An episode ends where its sequence is full.
+    Replies are those that were played where the policy only chooses among them, and of `engine.max_tokens`
+    where it writes freely. An episode ends where its sequence is full.
 
     Args:
         config: of the run; a policy of random weights gets a tokenizer of the text that was played.
@@ -117,9 +117,13 @@ def as_tokens(config: RunConfig, episodes: Sequence[Episode], context: int) -> l
     else:
         tokenizer = load_tokenizer(block.path)
     dialogue = make_dialogue(
-        tokenizer, reply=block.reply, max_observation_tokens=block.max_observation_tokens
+        tokenizer,
+        reply=block.reply,
+        max_observation_tokens=block.max_observation_tokens,
+        template_arguments=block.template_arguments,
     )
-    free = None if config.rollout.constrained else config.engine.max_tokens
+    thinks = getattr(dialogue, "thinking", None) is not None
+    free = None if config.rollout.constrained and not thinks else config.engine.max_tokens
     return [
         replace(episode, turns=tuple(_in_tokens(episode, dialogue, free, context, draw)))
         for episode in episodes

@@ -12,7 +12,7 @@ from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
 
 Rows = tuple[NDArray[Any], NDArray[np.int64]]  # values end to end, and how many each row has; -1 for None
 Menus = tuple[Rows, NDArray[np.int64]]  # rows end to end, and how many belong together; -1 for None
-Requests = tuple[list[Any], Rows, Menus]
+Requests = tuple[list[Any], Rows, Menus, Rows]
 Generations = tuple[list[Any], Rows, Rows, Rows, Menus, Rows]
 
 
@@ -24,23 +24,31 @@ def worthwhile(company: int, owed: int) -> int:
 def packed_requests(requests: Sequence[tuple[int, GenerationRequest]]) -> Requests:
     """Requests, each with the number that its generation will bear."""
     heads = [
-        (number, each.sequence, each.fresh, each.seed, astuple(each.sampling), each.parent)
+        # One object is sent once, however many requests think by it.
+        (number, each.sequence, each.fresh, each.seed, astuple(each.sampling), each.parent, each.thinking)
         for number, each in requests
     ]
     asked = [each for _, each in requests]
-    return heads, _rows([each.prompt_ids for each in asked]), _menus([each.choices for each in asked])
+    return (
+        heads,
+        _rows([each.prompt_ids for each in asked]),
+        _menus([each.choices for each in asked]),
+        _rows([each.begun for each in asked]),
+    )
 
 
 def unpacked_requests(message: Requests) -> list[tuple[int, GenerationRequest]]:
     """What `packed_requests` was given."""
-    heads, prompts, choices = message
+    heads, prompts, choices, begun = message
     return [
         (
             number,
-            GenerationRequest(sequence, prompt, fresh, menu, seed, SamplingParams(*sampling), parent),
+            GenerationRequest(
+                sequence, prompt, fresh, menu, seed, SamplingParams(*sampling), parent, thinking, thoughts
+            ),
         )
-        for (number, sequence, fresh, seed, sampling, parent), prompt, menu in zip(
-            heads, _tuples(prompts), _menu_tuples(choices), strict=True
+        for (number, sequence, fresh, seed, sampling, parent, thinking), prompt, menu, thoughts in zip(
+            heads, _tuples(prompts), _menu_tuples(choices), _tuples(begun), strict=True
         )
     ]
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agentrl.policy.thinking import Ending, Watch
 from agentrl.policy.trie import ChoiceError, TokenTrie, token_trie
 
 REQUEST = "agentrl"  # the key of a request's own arguments among those of vLLM's sampling parameters
@@ -24,12 +25,35 @@ class Row:
         trie: what it may choose from; None allows every id.
         temperature: of the draw; 0 counts as 1.
         output_ids: what was sampled for it so far, kept up to date by vLLM.
+        thoughts: that it has; None for another request.
     """
 
     key: str | None
     trie: TokenTrie | None
     temperature: float
     output_ids: Sequence[int]
+    thoughts: Thoughts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Thoughts:
+    """Those of a request that ends with them; the choice after them is another request.
+
+    Args:
+        ending: of them.
+        begun: the last thoughts of its prompt.
+        stop: an id that vLLM stops at.
+    """
+
+    ending: Ending
+    begun: tuple[int, ...]
+    stop: int
+
+    def over(self, output_ids: Sequence[int]) -> bool:
+        """Whether they have come to their ending."""
+        last = len(self.ending.text)  # tokens that it may take, each of a character or more
+        watch = Watch(self.ending, self.begun if len(output_ids) < last else ())
+        return any(watch.take(token) is not None for token in output_ids[-last:])
 
 
 def row(arguments: Mapping[str, Any] | None, temperature: float, output_ids: Sequence[int]) -> Row | None:
@@ -48,7 +72,11 @@ def row(arguments: Mapping[str, Any] | None, temperature: float, output_ids: Seq
         return None
     choices = own.get("choices")
     trie = None if choices is None else token_trie(tuple(tuple(choice) for choice in choices))
-    return Row(own.get("key"), trie, temperature or 1.0, output_ids)
+    thoughts = None
+    if (told := own.get("thoughts")) is not None:
+        ending = Ending(told["end"], dict(told["pieces"]))
+        thoughts = Thoughts(ending, tuple(told["begun"]), told["stop"])
+    return Row(own.get("key"), trie, temperature or 1.0, output_ids, thoughts)
 
 
 class Decisions:
@@ -123,6 +151,8 @@ class Decisions:
 
 def _allowed(each: Row) -> tuple[int, ...]:
     """The ids that may come next; none where all may, or where the reply has ended already."""
+    if each.thoughts is not None:
+        return (each.thoughts.stop,) if each.thoughts.over(each.output_ids) else ()
     if each.trie is None:
         return ()
     try:

@@ -221,28 +221,41 @@ class VllmEngine:
         found: dict[str, list[tuple[int, float]]] = {}
         for each in self._llm.collective_rpc("take_entropies", args=(keys,)):
             found |= each
-        ended = []
+        ended: list[str] = []
+        renewed: list[PendingReply] = []
         for output in outputs:
             reply = self._running.get(output.request_id)
             if reply is None:
                 continue
-            sampled = output.outputs[0]
+            sampled, asked = output.outputs[0], reply.key
             entropies = dict(found.get(reply.key, ()))
             try:
                 for token, candidates in zip(sampled.token_ids, sampled.logprobs or (), strict=True):
+                    if reply.key != asked:
+                        break  # what comes after its thoughts is asked for anew
                     entropy = entropies[reply.received]
                     reply.take(token, candidates[token].logprob, entropy, self._version)
             except ValueError as mistake:
                 self._end(reply, str(mistake))
-                ended.append(reply.key)
+                ended.append(asked)
                 continue
-            if reply.done:
+            if reply.key != asked:
+                self._running[reply.key] = self._running.pop(asked)
+                self._left.append(asked)
+                ended.append(asked)
+                renewed.append(reply)
+            elif reply.done:
                 self._end(reply)
-                ended.append(reply.key)
+                ended.append(asked)
             elif output.finished:
                 self._end(reply, f"vLLM ended the reply early: {sampled.finish_reason}")
         # Those that vLLM would go on with, as after the last decision of a choice.
         self._llm.abort_request(ended)
+        for reply in renewed:
+            if reply.done:
+                self._end(reply)
+            else:
+                self._add(reply)
 
     def _end(self, reply: PendingReply, error: str | None = None, *, lost: bool = False) -> None:
         self._running.pop(reply.key, None)

@@ -7,9 +7,11 @@ from typing import Any
 from uuid import uuid4
 
 from agentrl.policy.engine import Generation, GenerationRequest, token_versions
-from agentrl.policy.requests import request_mistake
+from agentrl.policy.requests import begun_thought, request_mistake
+from agentrl.policy.thinking import Thought
 from agentrl.policy.trie import ChoiceError, Node, TokenTrie, token_trie
 from agentrl.scale.vllm_decisions import REQUEST
+from agentrl.seeds import derive_seed
 
 TEMPERATURES = (0.01, 2.0)  # beside 0; vLLM would raise lower ones in silence
 NOT_FINITE = "the model's logits are not finite: its weights hold nan or inf"
@@ -18,18 +20,24 @@ NOT_FINITE = "the model's logits are not finite: its weights hold nan or inf"
 class PendingReply:
     """What was sampled for a request, and the forced tokens that follow from it.
 
+    One that thinks is asked of vLLM twice, first for its thoughts and then for its choice: when the thoughts
+    are over, `key` and all that vLLM is told change.
+
     Args:
         request: what is replied to.
         context: the tokens of its sequence, with those of the request.
         trie: of its choices.
-        limit: tokens that a free reply may have.
-        stop_ids: that end it.
+        room: tokens that its sequence may still hold.
+        stop_ids: that end a free reply, and thoughts.
         version: of the weights when it began.
 
     Attributes:
         key: names it to vLLM.
-        prompt: the tokens that vLLM continues: the context, and what every choice begins with.
+        seed: of what vLLM draws under that name.
+        prompt: the tokens that vLLM continues: the context, thoughts, and what every choice begins with.
         max_tokens: that vLLM may add.
+        thought: that is being had before the choice.
+        forced: how many tokens of every choice are part of the prompt.
         done: whether nothing is left to be drawn.
     """
 
@@ -39,7 +47,7 @@ class PendingReply:
         key: str,
         context: list[int],
         trie: TokenTrie | None,
-        limit: int,
+        room: int,
         stop_ids: frozenset[int],
         version: int,
     ) -> None:
@@ -47,20 +55,23 @@ class PendingReply:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.entropies: list[float] = []
-        self.allowed: list[tuple[int, ...]] = []
+        self.allowed: list[tuple[int, ...] | None] = []
         self.versions = [(0, version)]  # from which of its tokens on, which version
-        self.received = 0  # tokens from vLLM, which samples the forced ones as well
+        self.received = 0  # tokens from vLLM under this key; it samples the forced ones as well
         self.finish = "stop"
         self.stop_ids = stop_ids
         self._known = 0  # tokens to come from vLLM that are here already
+        self._trie = trie
         self._node: Node | None = None
-        self.prompt, self.max_tokens, self.done = context, limit, False
+        self.seed, self.forced = request.seed, 0
+        self.thought: Thought | None = None
+        self.prompt, self.max_tokens, self.done = context, min(request.sampling.max_tokens, room), False
         if trie is not None:
-            self._append_forced(trie.forced)
-            self._node = trie.root
-            self.prompt = [*context, *trie.forced]
-            self.max_tokens = trie.longest - len(trie.forced)
-            self.done = trie.root is None
+            before = begun_thought(request, trie, room=room, stop_ids=stop_ids)
+            if isinstance(before, Thought):
+                self.thought, self.max_tokens = before, before.left
+            else:
+                self._come_to_choice(before)
 
     def take(self, token: int, logprob: float, entropy: float, version: int) -> None:
         """Add a token as vLLM sampled it; what comes after the reply's end is left out.
@@ -80,10 +91,30 @@ class PendingReply:
             self.versions.append((len(self.ids), version))
         self.logprobs.append(logprob)
         self.entropies.append(entropy)
-        if self._node is None:
+        if self.thought is not None:
+            self._take_thought(self.thought, token)
+        elif self._node is None:
             self._take_free(token)
         else:
             self._take_edge(self._node, token)
+
+    def _take_thought(self, thought: Thought, token: int) -> None:
+        self.ids.append(token)
+        self.allowed.append(None)
+        written = thought.take(token)
+        if written is not None:
+            self.thought, self.received = None, 0
+            self.key = f"{self.key}-choice"
+            self.seed = derive_seed(self.seed, "choice")  # else it would begin with the draws of the thoughts
+            self._come_to_choice(written)
+
+    def _come_to_choice(self, written: tuple[int, ...]) -> None:
+        assert self._trie is not None
+        trie = self._trie
+        self._append_forced((*written, *trie.forced))
+        self._node, self.forced = trie.root, len(trie.forced)
+        self.prompt, self.max_tokens = [*self.context, *self.ids], trie.longest - len(trie.forced)
+        self.done = trie.root is None
 
     def _take_free(self, token: int) -> None:
         self.ids.append(token)
@@ -152,10 +183,10 @@ class Sequences:
             )
         context = [*(() if held is None or request.fresh else held), *request.prompt_ids]
         self._held[request.sequence] = context
-        limit = min(request.sampling.max_tokens, self._max_context - len(context))
+        room = self._max_context - len(context)
         self._count += 1
         key = f"{self._prefix}-{self._count}"
-        reply = PendingReply(request, key, context, trie, limit, self.stop_ids, version)
+        reply = PendingReply(request, key, context, trie, room, self.stop_ids, version)
         self._pending[request.sequence] = reply
         return reply
 
@@ -191,15 +222,22 @@ def sampling_arguments(reply: PendingReply) -> dict[str, Any]:
     request = reply.request
     own: dict[str, Any] = {"key": reply.key}
     stops = reply.stop_ids
-    if request.choices is not None:
-        start = len(reply.prompt) - len(reply.context)  # what all begin with is in the prompt
-        own["choices"] = [choice[start:] for choice in request.choices]
+    if reply.thought is not None and request.thinking is not None:
+        ending = request.thinking.ending
+        own["thoughts"] = {
+            "end": ending.text,
+            "pieces": list(ending.pieces.items()),
+            "begun": request.begun[-len(ending.text) :],
+            "stop": min(stops),
+        }
+    elif request.choices is not None:
+        own["choices"] = [choice[reply.forced :] for choice in request.choices]
         # One that stands inside a choice as well must not end it; `PendingReply` knows where the end is.
         stops = stops - {token for choice in request.choices for token in choice[:-1]}
     return {
         "temperature": request.sampling.temperature,
         "max_tokens": reply.max_tokens,
-        "seed": request.seed,
+        "seed": reply.seed,
         "stop_token_ids": sorted(stops),
         "ignore_eos": True,
         "detokenize": False,

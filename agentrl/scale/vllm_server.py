@@ -201,18 +201,22 @@ class VllmServerEngine:
                 self._finished.append(self._sequences.fail(reply, str(mistake)))
             except (AgentRLError, LookupError, TypeError) as error:
                 self._finished.append(self._sequences.fail(reply, str(error), lost=True))
-            else:
+                continue
+            if reply.done:
                 self._finished.append(self._sequences.end(reply))
+            else:  # its thoughts are over, and its choice comes next
+                self._running[self._threads.submit(self._generate, reply)] = reply
 
     def _fill(self, reply: PendingReply, answer: Mapping[str, Any], entropies: Mapping[int, float]) -> None:
         tokens, details = answer["token_ids"], answer["logprobs"]["content"]
         versions = [self._version] * len(tokens)
         for span in answer.get("weight_versions") or ():
             versions[span["start"] : span["end"]] = [int(span["version"])] * (span["end"] - span["start"])
+        asked = reply.key
         for place, token in enumerate(tokens):
-            if not reply.done:
+            if not reply.done and reply.key == asked:
                 reply.take(token, details[place]["logprob"], entropies[place], versions[place])
-        if not reply.done:
+        if not reply.done and reply.key == asked:
             raise ValueError(f"the server ended the reply early: {answer.get('finish_reason')}")
 
     def _entropies(self, keys: Sequence[str]) -> dict[str, list[tuple[int, float]]]:

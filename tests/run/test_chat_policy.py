@@ -1,5 +1,6 @@
 """A Hugging Face folder with a chat template through the whole of a run, constrained and free."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -8,10 +9,12 @@ from typing import Any
 import pytest
 
 import agentrl
+from agentrl.config import read_yaml
 from agentrl.data.storage import read_episodes
 from agentrl.policy.model import build_model, save_policy
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import fit_tokenizer
+from agentrl.run.players import open_player
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -19,6 +22,14 @@ CHATML = (
 )
 # Reasoning is dropped from every earlier reply, so no prompt extends the one before.
 FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+
+
+# Opens a think block, or closes it where it is told not to think; keeps earlier reasoning.
+THINKING = CHATML.replace(
+    "assistant\n{% endif %}",
+    "assistant\n<think>\n{% if enable_thinking is defined and not enable_thinking %}\n</think>\n\n{% endif %}"
+    "{% endif %}",
+)
 
 
 def chat_folder(folder: Path, template: str) -> Path:
@@ -64,3 +75,75 @@ def test_a_chat_model_trains(
     if constrained:
         assert all(turn.valid for turn in later)
     assert agentrl.evaluate(run, temperature=0.0).to_dict()["aborted"] == 0
+
+
+def thinking_run(folder: Path, *more: str) -> agentrl.Run:
+    config = agentrl.load_config(
+        None,
+        "env.id=example/HotCold-v0",
+        f"policy.path={chat_folder(folder / 'chat', THINKING)}",
+        "policy.reply=think_action",
+        "engine.max_tokens=56",
+        "rollout.groups_per_step=2",
+        "rollout.group_size=2",
+        "algorithm.drop_equal_groups=false",
+        "warm_start.steps=2",
+        "warm_start.demonstrations=24",
+        "trainer.steps=2",
+        "trainer.save_episodes_every=1",
+        "evaluation.split=test",
+        "evaluation.tasks=2",
+        "evaluation.baselines=[]",
+        f"run.folder={folder}",
+        "run.name=thinking-run",
+        *more,
+    )
+    return agentrl.train(config)
+
+
+def test_a_constrained_policy_learns_from_thoughts_and_commands(
+    examples: dict[str, ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = thinking_run(tmp_path)
+    turns = [
+        turn
+        for step in (1, 2)
+        for episode in read_episodes(run.folder / "episodes" / f"train-00000{step}.parquet")
+        for turn in episode.turns
+    ]
+    assert all(turn.valid for turn in turns)
+    thoughts = [
+        tuple(token for token, ids in zip(turn.action_ids, turn.allowed or (), strict=True) if ids is None)
+        for turn in turns
+    ]
+    assert len(set(thoughts)) == len(turns) > 4
+    assert all(any(ids is not None and len(ids) > 1 for ids in turn.allowed or ()) for turn in turns)
+    steps = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    gaps = [step["learner/logprob_gap_max"] for step in steps if step.get("stage") == "train"]
+    assert len(gaps) == 2
+    assert max(gaps) < 2e-5
+    assert "think" not in capsys.readouterr().out.replace("thinking-run", "")
+
+
+def test_a_template_that_is_told_not_to_think_is_told_so_wherever_the_run_is_played(
+    examples: dict[str, ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = thinking_run(tmp_path, "policy.template_arguments.enable_thinking=false")
+    assert "a closed think block already" in capsys.readouterr().out
+    assert read_yaml(run.folder / "config.yaml")["policy"]["template_arguments"] == {"enable_thinking": False}
+    evaluation = agentrl.evaluate(run, temperature=0.0)
+    assert evaluation.to_dict()["aborted"] == 0
+    player, config = open_player(str(run.folder))
+    assert config.policy.template_arguments == {"enable_thinking": False}
+    assert player._dialogue.thinking is None  # type: ignore[attr-defined]
+    for episode in read_episodes(run.folder / "episodes" / "train-000001.parquet"):
+        for turn in episode.turns:
+            assert turn.valid
+            assert None not in (turn.allowed or (None,))
+
+
+def test_a_policy_that_has_no_room_to_think_says_so(
+    examples: dict[str, ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thinking_run(tmp_path, "engine.max_tokens=4", "trainer.steps=1", "warm_start.steps=0")
+    assert "warning: engine.max_tokens=4 leaves no room to think" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """What is packed comes out as it went in, whatever of it is absent; tokens travel in arrays."""
 
+import pickle
 from dataclasses import fields
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
+from agentrl.policy.thinking import Ending, Thinking
 from agentrl.scale.messages import (
     packed_generations,
     packed_requests,
@@ -14,10 +16,13 @@ from agentrl.scale.messages import (
     unpacked_requests,
 )
 
+THINKING = Thinking((1,), Ending("</t>", {5: "</", 6: "t", 7: ">"}), (5, 6, 7), {"": (8, 9), "\n": (9,)})
 REQUESTS = [
     GenerationRequest("a", (1, 2, 3), True, None, 2**60, SamplingParams(0.0, 7)),
     GenerationRequest("b", (), False, ((4, 5), (6,)), 1, SamplingParams(), parent="a"),
     GenerationRequest("c", (9,), False, (), 2, SamplingParams()),
+    GenerationRequest("d", (1, 2), True, ((4,),), 3, SamplingParams(), thinking=THINKING, begun=(2,)),
+    GenerationRequest("e", (1,), True, ((4,),), 3, SamplingParams(), thinking=THINKING),
 ]
 GENERATIONS = [
     Generation("a", (7, 8), (-0.1, -1e-9), (0.5, 0.25), ((7, 9), None), "length", 3, (2, 3)),
@@ -45,6 +50,17 @@ def test_every_field_is_among_what_is_sent(kind: Any, sent: Any) -> None:
 
 
 def test_tokens_of_all_lie_in_one_array() -> None:
-    _, (values, lengths), _ = packed_requests(list(enumerate(REQUESTS)))
+    _, (values, lengths), _, _ = packed_requests(list(enumerate(REQUESTS)))
     assert isinstance(values, np.ndarray)
-    assert (values.tolist(), lengths.tolist()) == ([1, 2, 3, 9], [3, 0, 1])
+    assert (values.tolist(), lengths.tolist()) == ([1, 2, 3, 9, 1, 2, 1], [3, 0, 1, 2, 1])
+
+
+def test_how_requests_think_is_sent_once_and_read_as_one() -> None:
+    alone, together = (
+        len(pickle.dumps(packed_requests([*enumerate(some)]))) for some in (REQUESTS[3:4], REQUESTS[3:])
+    )
+    assert together - alone < len(pickle.dumps(THINKING))
+    read = pickle.loads(pickle.dumps(packed_requests([*enumerate(REQUESTS)])))
+    third, fourth = (each.thinking for _, each in unpacked_requests(read)[3:])
+    assert third is fourth
+    assert third == THINKING

@@ -107,3 +107,22 @@ def test_entropies_wait_for_the_one_who_asks_for_their_key() -> None:
 def test_choices_that_begin_one_another_are_refused() -> None:
     with pytest.raises(ChoiceError, match="begins the choice"):
         own("a", ((1, 2), (1, 2, 3)))
+
+
+def test_thoughts_are_free_until_their_text_ends_them_and_then_stop() -> None:
+    told = {"end": "</t>", "pieces": [[2, "</"], [3, "t"], [4, ">"]], "begun": [], "stop": 9}
+    output: list[int] = []
+    own_row = row({"agentrl": {"key": "a", "thoughts": told}}, 1.0, output)
+    begun_row = row({"agentrl": {"key": "b", "thoughts": told | {"begun": [5, 2]}}}, 1.0, output)
+    assert own_row is not None
+    assert begun_row is not None
+    open_to: list[tuple[int, int]] = []
+    for token in (3, 4, 2, 2, 3, 4, 0):
+        logits = torch.zeros(2, 10)
+        decisions(at0=own_row, at1=begun_row).apply(logits)
+        one, other = (int(torch.isfinite(each).sum()) for each in logits)
+        open_to.append((one, other))
+        output.append(token)
+    # "</" "t" ">" is complete after two tokens for the one that has begun, after six for the other.
+    assert [one for one, _ in open_to] == [10, 10, 10, 10, 10, 10, 1]
+    assert [other for _, other in open_to[:3]] == [10, 10, 1]

@@ -21,6 +21,7 @@ from vllm_cases import (
     policy,
     request,
     several,
+    thoughtful,
 )
 
 from agentrl.errors import AgentRLError
@@ -59,6 +60,10 @@ def test_logprobs_and_entropies_are_those_of_a_plain_forward(
     engine: Any, kind: str, choices: Any, temperature: float
 ) -> None:
     assert max(apart(engine, engine.model, kind, choices, temperature)) < 1e-3
+
+
+def test_thoughts_are_drawn_freely_before_a_choice(engine: Any) -> None:
+    thoughtful(engine, engine.model)
 
 
 @pytest.mark.parametrize("choices", [None, MENU])

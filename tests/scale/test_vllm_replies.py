@@ -1,8 +1,14 @@
 """Replies put together from the tokens that vLLM samples, without vLLM."""
 
+import json
+from dataclasses import replace
+
 import pytest
+import torch
 
 from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
+from agentrl.policy.thinking import Ending, Thinking
+from agentrl.scale.vllm_decisions import Decisions, row
 from agentrl.scale.vllm_replies import PendingReply, Sequences, sampling_arguments
 
 MENU = ((2, 3, 9), (2, 4, 5, 6, 9), (2, 4, 5, 7, 9))
@@ -134,3 +140,130 @@ def test_a_stop_id_inside_a_choice_does_not_end_it() -> None:
     for token in (9, 3, 8):
         reply.take(token, -0.1, 0.1, 0)
     assert held.end(reply).token_ids == (2, 9, 3, 8)
+
+
+# Replies that think first.
+
+ENDING = Ending("</t>", {2: "</", 3: "t", 4: ">", 5: ">\n"})
+THINKING = Thinking((1,), ENDING, (2, 3, 4), {"": (6, 7), "\n": (7,)})
+CHOICES = ((8, 10, 9), (8, 11, 12, 9), (13, 9))
+
+
+def thinker(name: str = "a", most: int = 14, seed: int = 0, **more: object) -> GenerationRequest:
+    given = {"choices": CHOICES, "thinking": THINKING, "seed": seed, "sampling": SamplingParams(1.0, most)}
+    return asked(name, (15, 1), **(given | more))
+
+
+def roomy() -> Sequences:
+    return Sequences(stop_ids=[9], vocabulary=20, max_context=64)
+
+
+def test_thoughts_are_asked_for_first_and_the_choice_when_they_are_over() -> None:
+    held = roomy()
+    reply = begun(held, thinker(seed=5))
+    key, told = reply.key, sampling_arguments(reply)
+    # 14 tokens, less 3 that close, 2 that lead over and 4 of the longest choice
+    assert (reply.prompt, told["max_tokens"], told["seed"], told["stop_token_ids"]) == ([15, 1], 5, 5, [9])
+    assert told["extra_args"]["agentrl"] == {
+        "key": key,
+        "thoughts": {
+            "end": "</t>",
+            "pieces": [(2, "</"), (3, "t"), (4, ">"), (5, ">\n")],
+            "begun": (),
+            "stop": 9,
+        },
+    }
+    for token in (14, 2, 3):
+        reply.take(token, -1.0, 1.0, 0)
+        assert reply.key == key
+    reply.take(5, -1.5, 1.25, 0)
+    assert not reply.done
+    assert reply.key != key
+    told = sampling_arguments(reply)
+    assert reply.prompt == [15, 1, 14, 2, 3, 5, 7]
+    assert told["seed"] != 5
+    assert (told["max_tokens"], told["stop_token_ids"]) == (4, [9])
+    assert told["extra_args"]["agentrl"] == {"key": reply.key, "choices": list(CHOICES)}
+    reply.take(8, -0.5, 0.6, 1)
+    reply.take(11, -0.7, 0.69, 1)
+    assert reply.done
+    assert held.end(reply) == Generation(
+        "a",
+        (14, 2, 3, 5, 7, 8, 11, 12, 9),
+        (-1.0, -1.0, -1.0, -1.5, 0.0, -0.5, -0.7, 0.0, 0.0),
+        (1.0, 1.0, 1.0, 1.25, 0.0, 0.6, 0.69, 0.0, 0.0),
+        (None, None, None, None, (7,), (8, 13), (10, 11), (12,), (9,)),
+        "stop",
+        0,
+        (0, 0, 0, 0, 0, 1, 1, 1, 1),
+    )
+    assert begun(held, asked(prompt=(7,), fresh=False)).prompt == [15, 1, 14, 2, 3, 5, 7, 8, 11, 12, 9, 7]
+
+
+@pytest.mark.parametrize("thoughts", [(14, 14, 14, 14, 14), (14, 9)], ids=["limit", "stop id"])
+def test_thoughts_that_are_cut_short_are_closed_here(thoughts: tuple[int, ...]) -> None:
+    reply = begun(roomy(), thinker())
+    for token in thoughts:
+        assert reply.thought is not None
+        reply.take(token, -1.0, 1.0, 0)
+    assert reply.thought is None
+    assert reply.prompt == [15, 1, *thoughts, 2, 3, 4, 6, 7]
+
+
+def test_without_room_for_thoughts_only_the_choice_is_asked_for() -> None:
+    reply = begun(roomy(), thinker(most=9))
+    assert (reply.thought, reply.prompt) == (None, [15, 1, 2, 3, 4, 6, 7])
+    short = Sequences(stop_ids=[9], vocabulary=20, max_context=10)
+    assert "a reply of 9 exceed max_context=10" in str(short.begin(thinker(), 0))
+
+
+def test_a_menu_of_one_is_done_when_the_thoughts_are() -> None:
+    held = roomy()
+    reply = begun(held, thinker(choices=CHOICES[:1]))
+    for token in (2, 3, 4):
+        assert not reply.done
+        reply.take(token, -1.0, 1.0, 0)
+    assert reply.done
+    assert held.end(reply).token_ids == (2, 3, 4, 6, 7, 8, 10, 9)
+
+
+def test_what_vllm_samples_by_these_arguments_makes_whole_replies() -> None:
+    """A stand-in for vLLM: it masks by `Decisions`, draws, and stops as it is told."""
+    generator = torch.Generator().manual_seed(0)
+    forms, ended = set(), 0
+    for number in range(200):
+        begun_by = ((), (14, 2), (2, 3))[number % 3]
+        held = roomy()
+        request = thinker(most=30, begun=begun_by)
+        reply = begun(held, replace(request, prompt_ids=(15, 1, *begun_by)))
+        asked_for = []
+        while not reply.done:
+            key, told, output = reply.key, sampling_arguments(reply), []
+            asked_for.append(key)
+            decisions = Decisions()
+            own = row(json.loads(json.dumps(told["extra_args"])), told["temperature"], output)
+            assert own is not None
+            decisions.rows[0] = own
+            while not reply.done and reply.key == key:
+                assert len(output) < told["max_tokens"]
+                logits = torch.randn(1, 20, generator=generator)
+                logits[0, 2:6] += 2.0  # tokens of the ending
+                probabilities = decisions.apply(logits).softmax(-1)[0]
+                token = int(torch.multinomial(probabilities, 1, generator=generator))
+                entropies = dict(decisions.take([key])[key])
+                reply.take(token, float(probabilities[token].log()), entropies[len(output)], 0)
+                output.append(token)
+            if own.thoughts is not None and own.thoughts.over(output):
+                # All that it may sample beyond the ending is the stop id, so that it stops there.
+                assert torch.isfinite(decisions.apply(torch.zeros(1, 20))).nonzero().tolist() == [[0, 9]]
+                ended += 1
+        found = held.end(reply)
+        assert len(asked_for) == len(set(asked_for)) == 2
+        assert found.allowed is not None
+        free = sum(ids is None for ids in found.allowed)
+        rest = found.token_ids[free:]
+        forms.add(next(form for form in ((6, 7), (7,), (2, 3, 4, 6, 7)) if rest[len(form) :] in CHOICES))
+        for token, ids in zip(found.token_ids, found.allowed, strict=True):
+            assert ids is None or token in ids
+    assert forms == {(6, 7), (7,), (2, 3, 4, 6, 7)}
+    assert ended > 10

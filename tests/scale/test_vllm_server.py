@@ -28,6 +28,7 @@ from vllm_cases import (
     policy,
     request,
     several,
+    thoughtful,
     tokenizer,
 )
 
@@ -151,6 +152,10 @@ def test_the_server_gives_the_logprobs_and_entropies_of_a_plain_forward(
     found = furthest(engine.model, asked, finish(engine, *asked), temperature)
     print(f"a server and a plain forward, {kind}: {found[0]:.2g} (logprobs), {found[1]:.2g} (entropies)")
     assert max(found) < 1e-3
+
+
+def test_the_server_draws_thoughts_freely_before_a_choice(engine: Any) -> None:
+    thoughtful(engine, engine.model, SERVED)
 
 
 @pytest.mark.parametrize("choices", [None, MENU])

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from agentrl.policy.engine import Engine, Generation, GenerationRequest, SamplingParams
 from agentrl.policy.model import build_model, hidden_states, output_weight
 from agentrl.policy.settings import Device, PolicyConfig
+from agentrl.policy.thinking import Ending, Thinking
 from agentrl.policy.tokens import fit_tokenizer
 
 STOP = 4
@@ -21,6 +23,9 @@ MENU = (
     (20, 41, 42, 43, STOP),
     (20, 41, 42, 44, STOP),
 )
+# Thoughts end in "!", which every sixth id says; some of those say more.
+ENDING = Ending("!", {**dict.fromkeys(range(100, 140), "!"), **dict.fromkeys(range(140, 150), "!\n")})
+THINKING = Thinking((), ENDING, (100,), {"": (8, 9), "\n": (9,)})
 CONTEXT = 256
 DEVICE: Device = "cpu"
 
@@ -57,9 +62,16 @@ def request(
     seed: int = 0,
     temperature: float = 1.0,
     max_tokens: int = 12,
+    thinking: Thinking | None = None,
 ) -> GenerationRequest:
     return GenerationRequest(
-        sequence, tuple(prompt), fresh, choices, seed, SamplingParams(temperature, max_tokens)
+        sequence,
+        tuple(prompt),
+        fresh,
+        choices,
+        seed,
+        SamplingParams(temperature, max_tokens),
+        thinking=thinking,
     )
 
 
@@ -80,7 +92,10 @@ def collected(engine: Engine, count: int) -> dict[str, Generation]:
 
 
 def several(
-    prefix: str, choices: tuple[tuple[int, ...], ...] | None, temperature: float
+    prefix: str,
+    choices: tuple[tuple[int, ...], ...] | None,
+    temperature: float,
+    thinking: Thinking | None = None,
 ) -> list[GenerationRequest]:
     """Prompts of several lengths, some over a block of vLLM's cache."""
     return [
@@ -91,6 +106,7 @@ def several(
             choices=choices,
             temperature=temperature,
             max_tokens=24,
+            thinking=thinking,
         )
         for seed in range(8)
     ]
@@ -106,8 +122,8 @@ def plain(
     logits = (hidden @ output_weight(model).T)[len(before) - 1 : -1].double() / temperature
     logprobs, entropies = [], []
     for place, token in enumerate(reply.token_ids):
-        allowed = range(logits.shape[1]) if reply.allowed is None else reply.allowed[place]
-        assert allowed is not None
+        allowed = None if reply.allowed is None else reply.allowed[place]
+        allowed = range(logits.shape[1]) if allowed is None else allowed
         row = logits[place][list(allowed)].log_softmax(-1)
         logprobs.append(row[list(allowed).index(token)].item())
         entropies.append(-(row.exp() * row).sum().item())
@@ -130,6 +146,39 @@ def furthest(
             assert len(theirs) == len(reply.token_ids)
             worst[kind] = max([worst[kind], *map(lambda a, b: abs(a - b), ours, theirs)])
     return worst[0], worst[1]
+
+
+def thoughtful(engine: Engine, model: PreTrainedModel, context: int = CONTEXT) -> None:
+    """Replies think as long as they like, then choose, with the numbers of a plain forward."""
+    asked = [each for each in several("t", MENU, 1.0, THINKING) if len(each.prompt_ids) < context - 60]
+    replies = finish(engine, *asked)
+    assert max(furthest(model, asked, replies)) < 1e-3
+    forms, lengths = set(), set()
+    for reply in replies.values():
+        assert reply.allowed is not None
+        free = sum(ids is None for ids in reply.allowed)
+        assert None not in reply.allowed[free:]
+        written = next(
+            form for form in ((8, 9), (9,), (100, 8, 9)) if reply.token_ids[free:][len(form) :] in MENU
+        )
+        assert not ENDING.pieces.keys() & set(reply.token_ids[: free - 1])
+        assert (reply.token_ids[free - 1] in ENDING.pieces) == (written != (100, 8, 9))
+        forms.add(written)
+        lengths.add(free)
+    assert len(lengths) > 3
+    assert len(forms) > 1
+    # The next turn goes on behind thoughts and choice.
+    first = asked[2]
+    second = request(first.sequence, (9, 8), fresh=False, seed=9, choices=MENU, thinking=THINKING)
+    before = [*first.prompt_ids, *replies[first.sequence].token_ids, 9, 8]
+    found = finish(engine, second)[first.sequence]
+    assert found.logprobs == pytest.approx(plain(model, before, found)[0], abs=1e-3)
+    again = finish(engine, *(replace(each, sequence=f"again-{each.sequence}") for each in asked))
+    assert {name.removeprefix("again-"): each.token_ids for name, each in again.items()} == {
+        name: each.token_ids for name, each in replies.items()
+    }
+    for name in (*replies, *again):
+        engine.release(name)
 
 
 def apart(
