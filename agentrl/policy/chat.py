@@ -14,6 +14,8 @@ from agentrl.errors import ConfigError
 Message = dict[str, str]
 Render = Callable[[list[Message]], str]
 
+REASONING_TAGS = ("<think>", "</think>")  # that templates know
+INSTRUCTIONS_SLOT = 10**9  # its number, which no text of an episode has
 PROBED_TURNS = 4
 # Templates are known to treat reasoning in earlier replies apart, so one of the probes has some.
 PROBED_REPLIES = (
@@ -39,20 +41,42 @@ class ChatPieces:
     appends: bool
 
 
-def slot(turn: int) -> str:
-    """The placeholder of an observation, whose text is put in after rendering: it is never read as markup."""
-    return f"Observation{turn}Placeholder"
+def slot(number: int) -> str:
+    """Return the placeholder of a text from outside, which is put in after rendering: it is never markup.
+
+    What is rendered holds no text from outside, so none can spell a placeholder either.
+    """
+    return f"Observation{number}Placeholder"
 
 
 def split_slots(text: str) -> list[tuple[str, int | None]]:
-    """Rendered text as (template text, turn of the observation after it), the last with None.
+    """Split rendered text into (template text, number of the placeholder after it), the last with None.
 
     >>> split_slots("<u>Observation0Placeholder</u>")
     [('<u>', 0), ('</u>', None)]
     """
     parts = re.split(r"Observation(\d+)Placeholder", text)
-    turns = [int(turn) for turn in parts[1::2]]
-    return list(zip(parts[::2], [*turns, None], strict=True))
+    numbers = [int(number) for number in parts[1::2]]
+    return list(zip(parts[::2], [*numbers, None], strict=True))
+
+
+def split_reply(text: str) -> list[str]:
+    """Split a reply into what a template may look for in it and what it says, alternately.
+
+    Templates trim replies and treat reasoning apart: they are shown its white space and the tags of its
+    reasoning, and a placeholder for every text between.
+
+    >>> split_reply("<think>why so</think> go <b>")
+    ['<think>', 'why so', '</think> ', 'go <b>', '']
+    """
+    seen = [""]
+    for part in re.split(f"({'|'.join(REASONING_TAGS)})", text):
+        said = "" if part in REASONING_TAGS else part.strip()
+        before, _, after = part.partition(said) if said else (part, "", "")
+        seen[-1] += before
+        if said:
+            seen += [said, after]
+    return seen
 
 
 def messages(observations: Sequence[str], replies: Sequence[str], instructions: str) -> list[Message]:

@@ -5,19 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol, cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from agentrl.errors import ConfigError, RequirementError
-from agentrl.policy.chat import Message, messages, probe_template, slot, split_slots
+from agentrl.policy.chat import (
+    INSTRUCTIONS_SLOT,
+    REASONING_TAGS,
+    Message,
+    messages,
+    probe_template,
+    slot,
+    split_reply,
+    split_slots,
+)
+from agentrl.policy.text_cache import TextCache
 
 ROLE_TOKENS = ("<pad>", "<task>", "<obs>", "<act>", "<end>")
-CACHED_TEXTS = 65536
+REPLY_TAGS = (*REASONING_TAGS, "<action>", "</action>")  # that reply formats use
 
 History = Sequence[tuple[str, tuple[int, ...]]]
 
@@ -86,16 +95,29 @@ def fit_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
 
 
 def make_dialogue(
-    tokenizer: PreTrainedTokenizerBase, *, reply: str = "plain", max_observation_tokens: int = 96
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    reply: str = "plain",
+    max_observation_tokens: int = 96,
+    stop_ids: Collection[int] = (),
 ) -> Dialogue:
-    """The dialogue that a tokenizer was made for: by its chat template, else by its role tokens."""
+    """Make the dialogue that a tokenizer is for: by its chat template, else by its role tokens.
+
+    Args:
+        tokenizer: of the policy.
+        reply: see `ChatDialogue`.
+        max_observation_tokens: an observation is cut after so many.
+        stop_ids: further ids that end a reply, as `agentrl.policy.model.end_ids` tells of a model.
+    """
     if tokenizer.chat_template:
-        return ChatDialogue(tokenizer, reply=reply, max_observation_tokens=max_observation_tokens)
+        return ChatDialogue(
+            tokenizer, reply=reply, max_observation_tokens=max_observation_tokens, stop_ids=stop_ids
+        )
     if reply != "plain":
         raise ConfigError(
             f"policy.reply is {reply!r}, but the tokenizer has no chat template: wanted plain or a chat model"
         )
-    return RoleDialogue(tokenizer, max_observation_tokens=max_observation_tokens)
+    return RoleDialogue(tokenizer, max_observation_tokens=max_observation_tokens, stop_ids=stop_ids)
 
 
 class RoleDialogue:
@@ -104,9 +126,16 @@ class RoleDialogue:
     Args:
         tokenizer: from `fit_tokenizer`, or one that knows the same role tokens.
         max_observation_tokens: an observation is cut after so many.
+        stop_ids: further ids that end a reply.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_observation_tokens: int = 96) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_observation_tokens: int = 96,
+        stop_ids: Collection[int] = (),
+    ) -> None:
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in ROLE_TOKENS if token not in vocabulary]
         if missing:
@@ -115,16 +144,17 @@ class RoleDialogue:
                 "use a chat model's folder, or a policy trained here"
             )
         _, self._task, self._observation, self._act, self._end = (vocabulary[token] for token in ROLE_TOKENS)
-        self.stop_ids = frozenset({self._end})
+        self.stop_ids = frozenset({self._end, *stop_ids})
         self._encode = plain_encoder(tokenizer)
-        self._limit = max_observation_tokens
-        self.encode_reply = lru_cache(CACHED_TEXTS)(self._reply)
-        self._parsed = lru_cache(CACHED_TEXTS)(self._parse)
-        self._decode = _decoder(tokenizer)
+        self._decode = _decoder(tokenizer, _special_ids(tokenizer))
+        self.cache = TextCache()
+        self._seen = self.cache.remember(_cut_encoder(tokenizer, self._encode, max_observation_tokens))
+        self.encode_reply = self.cache.remember(self._reply)
+        self._parsed = self.cache.remember(self._parse)
 
     def prompt(self, history: History, observation: str) -> Prompt:
         role = self._observation if history else self._task
-        return Prompt((role, *self._encode(observation)[: self._limit], self._act), fresh=not history)
+        return Prompt((role, *self._seen(observation), self._act), fresh=not history)
 
     def parse(self, ids: Sequence[int]) -> ParsedReply:
         return self._parsed(tuple(ids))
@@ -133,8 +163,9 @@ class RoleDialogue:
         return (*self._encode(text), self._end)
 
     def _parse(self, ids: tuple[int, ...]) -> ParsedReply:
-        text = self._decode(ids)
-        return ParsedReply(text, bool(text) and ids[-1] in self.stop_ids)
+        said = _without_end(ids, self.stop_ids)
+        text = self._decode(said).strip()
+        return ParsedReply(text, bool(text) and len(said) < len(ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,18 +211,25 @@ REPLY_FORMATS: dict[str, ReplyFormat] = {
 }
 
 
+_TAG = re.compile(f"({'|'.join(map(re.escape, REPLY_TAGS))})")
+
+
 class ChatDialogue:
     """The dialogue of a chat template, for any tokenizer that has one.
 
     The template's pieces around a turn are found once and appended as ids: what was sampled is never rendered
     again. Where a template rewrites earlier turns (drops their reasoning, numbers them), every prompt is the
-    whole dialogue rendered anew and starts a new sequence.
+    whole dialogue rendered anew and starts a new sequence: of a reply the template sees the white space, the
+    tags of its reasoning, and placeholders in whose place its ids are put again.
+    No text from outside becomes a token of markup, see `plain_encoder`. Where the tokenizer has tokens for
+    the tags of the reply format, the format itself writes them, and nothing else.
 
     Args:
         tokenizer: one with a chat template.
         reply: plain is the command itself; action_tags and think_action look for it in tags.
         max_observation_tokens: an observation is cut after so many.
         instructions: stand before the first observation; None takes those of the reply format.
+        stop_ids: further ids that end a reply.
     """
 
     def __init__(
@@ -201,35 +239,49 @@ class ChatDialogue:
         reply: str = "plain",
         max_observation_tokens: int = 96,
         instructions: str | None = None,
+        stop_ids: Collection[int] = (),
     ) -> None:
         if reply not in REPLY_FORMATS:
             raise ConfigError(f"policy.reply is {reply!r}, wanted one of {', '.join(REPLY_FORMATS)}")
         self._format = REPLY_FORMATS[reply]
-        self._instructions = self._format.instructions if instructions is None else instructions
         self._tokenizer = tokenizer
-        self._limit = max_observation_tokens
         self._encode = plain_encoder(tokenizer)
-        self._markup = lru_cache(CACHED_TEXTS)(self._encode_markup)
-        self._decode = _decoder(tokenizer)
+        self.cache = TextCache()
+        self._seen = self.cache.remember(_cut_encoder(tokenizer, self._encode, max_observation_tokens))
+        self._markup = self.cache.remember(self._encode_markup)
+        self._added = frozenset(tokenizer.added_tokens_decoder)
+        self._tags = {
+            token.content: id
+            for id, token in tokenizer.added_tokens_decoder.items()
+            if token.content in REPLY_TAGS
+        }
+        markup_ids = _markup_ids(tokenizer) - {*self._tags.values()}
+        self._instructions, self._texts = self._written(
+            self._format.instructions if instructions is None else instructions, markup_ids
+        )
         pieces = probe_template(self._render, self._instructions)
-        self.appends = pieces.appends
-        self._opening, self._before_reply = self._markup(pieces.opening), self._markup(pieces.before_reply)
-        self._lead, self._between = pieces.lead, self._markup(pieces.between)
-        self._end_of_turn, self._after_end = self._find_end()
-        ends = {self._end_of_turn, tokenizer.eos_token_id} - {None}
-        if not ends:
+        self.appends, self._lead = pieces.appends, pieces.lead
+        self._opening = self._filled(pieces.opening, self._texts)
+        self._before_reply, self._between = self._markup(pieces.before_reply), self._markup(pieces.between)
+        around = markup_ids.intersection((*self._opening, *self._before_reply, *self._between))
+        self._control = _special_ids(tokenizer) - {*self._tags.values()} | around
+        self._decode = _decoder(tokenizer, self._control)
+        self._end_of_turn, self._after_end = self._find_end(markup_ids)
+        ends = [self._end_of_turn, tokenizer.eos_token_id, *sorted(stop_ids)]
+        self.stop_ids: frozenset[int] = frozenset(id for id in ends if id is not None)
+        if not self.stop_ids:
             raise ConfigError(
-                "the tokenizer has no eos_token and its chat template ends a reply with no special token"
+                "the tokenizer has no eos_token and its chat template ends a reply with no token of its own"
             )
-        self.stop_ids: frozenset[int] = frozenset(cast(set[int], ends))
-        self._stop = self._end_of_turn if self._end_of_turn is not None else cast(int, tokenizer.eos_token_id)
-        self.encode_reply = lru_cache(CACHED_TEXTS)(self._reply)
-        self._parsed = lru_cache(CACHED_TEXTS)(self._parse)
+        self._stop = next(id for id in ends if id is not None)
+        self.encode_reply = self.cache.remember(self._reply)
+        self._parsed = self.cache.remember(self._parse)
+        self._told = self.cache.remember(self._tell)
 
     def prompt(self, history: History, observation: str) -> Prompt:
         if not self.appends:
             return Prompt(self._whole(history, observation), fresh=True)
-        seen = self._encode(observation)[: self._limit]
+        seen = self._seen(observation)
         if not history:
             return Prompt((*self._opening, *seen, *self._before_reply), fresh=True)
         # A sampled end of turn is already there; a reply that was cut off, or ended otherwise, lacks it.
@@ -242,26 +294,87 @@ class ChatDialogue:
         return self._parsed(tuple(ids))
 
     def _reply(self, text: str) -> tuple[int, ...]:
-        return (*self._encode(self._lead + self._format.wrap.format(text)), self._stop)
+        before, after = self._format.wrap.split("{}")
+        return (*self._tagged(self._lead + before, text, after), self._stop)
 
     def _parse(self, ids: tuple[int, ...]) -> ParsedReply:
-        text = self._decode(ids)
+        said = _without_end(ids, self.stop_ids)
+        text = self._decode(said).strip()
         found = self._format.pattern.fullmatch(text)
         # Tags say by themselves that a command is complete; a plain one that was cut off may be half of it.
-        complete = self._format.tagged or (bool(ids) and ids[-1] in self.stop_ids)
+        complete = self._format.tagged or len(said) < len(ids)
         if found is None or not complete or not found["command"].strip():
             return ParsedReply(text, valid=False)
         return ParsedReply(found["command"].strip(), valid=True)
 
     def _whole(self, history: History, observation: str) -> tuple[int, ...]:
         observations = [*(text for text, _ in history), observation]
-        slots = [slot(turn) for turn in range(len(observations))]
-        replies = [self._decode(ids) for _, ids in history]
+        texts = self._texts | dict(enumerate(map(self._seen, observations)))
+        replies = []
+        for _, reply in history:
+            (first, *shown), said = self._told(reply)
+            numbers = range(len(texts), len(texts) + len(said))
+            texts |= zip(numbers, said, strict=True)
+            replies.append(first + "".join(map("".join, zip(map(slot, numbers), shown, strict=True))))
+        slots = list(map(slot, range(len(observations))))
+        return self._filled(self._render(messages(slots, replies, self._instructions)), texts)
+
+    def _filled(self, rendered: str, texts: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
+        """Return the ids of rendered text, with those of texts from outside in place of their slots."""
         ids: list[int] = []
-        for markup, turn in split_slots(self._render(messages(slots, replies, self._instructions))):
+        for markup, number in split_slots(rendered):
             ids.extend(self._markup(markup))
-            if turn is not None:
-                ids.extend(self._encode(observations[turn])[: self._limit])
+            if number is not None:
+                ids.extend(texts[number])
+        return tuple(ids)
+
+    def _tell(self, reply: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+        """Return what the template is shown of a reply, and the ids of what stands between those parts."""
+        ids = [id for id in _without_end(reply, self.stop_ids) if id not in self._control]
+        parts = split_reply(self._decode(ids).strip())
+        shown, said = tuple(parts[::2]), parts[1::2]
+        tags = {self._tags[tag] for tag in REASONING_TAGS if tag in self._tags}
+        runs = [run for run, _ in _split(ids, tags) if self._decode(run).strip()]
+        if [self._decode(run).strip() for run in runs] != said:  # a tag was spelled in ordinary tokens
+            return shown, tuple(map(self._encode, said))
+        return shown, tuple(map(self._trimmed, runs, said))
+
+    def _trimmed(self, ids: tuple[int, ...], text: str) -> tuple[int, ...]:
+        """Return ids that say `text`, which is theirs without white space around it: if possible the same."""
+        start, end = 0, len(ids)
+        while start < end and not self._decode(ids[start : start + 1]).strip():
+            start += 1
+        while start < end and not self._decode(ids[end - 1 : end]).strip():
+            end -= 1
+        if self._decode(ids[start:end]) == text:
+            return ids[start:end]
+        # White space is a part of a token. Tokens that no text becomes are kept, the text between is encoded.
+        kept: list[int] = []
+        for run, added in _split(ids[start:end], self._added):
+            kept += (*self._encode(self._decode(run).strip()), *added)
+        return tuple(kept)
+
+    def _written(
+        self, instructions: str, markup_ids: Collection[int]
+    ) -> tuple[str, dict[int, tuple[int, ...]]]:
+        """Return instructions as they are rendered, and the ids of a slot where they would spell markup."""
+        spelled = any(id in markup_ids for id in self._markup(instructions))
+        if not spelled and len(split_slots(instructions)) == 1:
+            return instructions, {}
+        return slot(INSTRUCTIONS_SLOT), {INSTRUCTIONS_SLOT: self._tagged(instructions)}
+
+    def _tagged(self, before: str, text: str = "", after: str = "") -> tuple[int, ...]:
+        """Encode what the reply format writes, where tags are tokens, around a text in which they are not."""
+        runs: list[str | int] = [""]
+        for part, own in ((before, True), (text, False), (after, True)):
+            for piece in _TAG.split(part) if own else [part]:
+                if own and piece in self._tags:
+                    runs += [self._tags[piece], ""]
+                else:
+                    runs[-1] = cast(str, runs[-1]) + piece
+        ids: list[int] = []
+        for run in runs:
+            ids += (run,) if isinstance(run, int) else self._encode(run)
         return tuple(ids)
 
     def _render(self, dialogue: list[Message]) -> str:
@@ -272,13 +385,12 @@ class ChatDialogue:
         call = cast(Callable[..., Any], self._tokenizer)
         return tuple(call(text, add_special_tokens=False)["input_ids"]) if text else ()
 
-    def _find_end(self) -> tuple[int | None, tuple[int, ...]]:
-        """The special token with which the template ends a reply, if it has one, and what follows it."""
-        special = {id for id, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+    def _find_end(self, markup_ids: Collection[int]) -> tuple[int | None, tuple[int, ...]]:
+        """The token of markup with which the template ends a reply, if it has one, and what follows it."""
         for place, token in enumerate(self._between):
-            if token in special:
+            if token in markup_ids:
                 return token, self._between[place + 1 :]
-            if self._decode((token,)):
+            if self._decode((token,)).strip():
                 break
         return None, self._between
 
@@ -290,25 +402,112 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], tuple[int, ...]]:
-    """A cached encoder of text from outside, in which the names of special tokens are only text."""
+    """Return an encoder of text from outside, in which the names of tokens of markup are only text.
+
+    Whatever their "special" flag says, tokens such as <|im_end|>, <think> and <tool_call> never come out; see
+    `_markup_ids` for added tokens that do.
+    """
+    markup = _markup_ids(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, Tokenizer):
-        own = Tokenizer.from_str(backend.to_str())
+        described = json.loads(backend.to_str())
+        for token in described["added_tokens"]:
+            token["special"] = token["special"] or token["id"] in markup
+        own = Tokenizer.from_str(json.dumps(described))
         own.no_padding()
         own.no_truncation()
         own.encode_special_tokens = True
-        return lru_cache(CACHED_TEXTS)(lambda text: tuple(own.encode(text, add_special_tokens=False).ids))
 
-    def encode(text: str) -> tuple[int, ...]:
-        call = cast(Callable[..., Any], tokenizer)
-        return tuple(call(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        def encode(text: str) -> tuple[int, ...]:
+            return tuple(own.encode(text, add_special_tokens=False).ids)
 
-    return lru_cache(CACHED_TEXTS)(encode)
+    else:
+
+        def encode(text: str) -> tuple[int, ...]:
+            call = cast(Callable[..., Any], tokenizer)
+            return tuple(call(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    barred = markup - ({tokenizer.unk_token_id} - ends)  # what is unknown may be called so
+
+    def encode_as_text(text: str) -> tuple[int, ...]:
+        ids = encode(text)
+        if barred.isdisjoint(ids):
+            return ids
+        # The vocabulary itself has the name in one piece, as those of words and unigrams do: cut it in two.
+        if len(text) < 2:
+            return tuple(id for id in ids if id not in barred)
+        middle = len(text) // 2
+        return (*encode_as_text(text[:middle]), *encode_as_text(text[middle:]))
+
+    return encode_as_text
 
 
-def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+def _cut_encoder(
+    tokenizer: PreTrainedTokenizerBase, encode: Callable[[str], tuple[int, ...]], limit: int
+) -> Callable[[str], tuple[int, ...]]:
+    """Return an encoder of the first `limit` tokens of a text, which reads little more than those."""
+    # No token says more characters than its name has. The rest is for normalisers that shorten a text, and
+    # for what the end of a text does to the tokens before it.
+    room = 4 * limit * max(map(len, tokenizer.get_vocab())) + 1024
+    return lambda text: encode(text[:room])[:limit]
+
+
+_WORDS = re.compile("[\\w\u2581 ]*")  # sentencepiece writes spaces as \u2581
+
+
+def _markup_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the added tokens that are no part of the language.
+
+    Those are all but white space and plain words, as domains add them: words without the special flag that
+    the chat template does not write.
+    """
+    template = str(tokenizer.chat_template or "")
+
+    def is_language(name: str) -> bool:
+        words = name.strip("\u2581 ")
+        return name.isspace() or not words or (bool(_WORDS.fullmatch(name)) and words not in template)
+
+    special = _special_ids(tokenizer)
+    return frozenset(
+        id
+        for id, token in tokenizer.added_tokens_decoder.items()
+        if id in special or not is_language(token.content)
+    )
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    flagged = (id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset((*tokenizer.all_special_ids, *flagged))
+
+
+def _without_end(ids: tuple[int, ...], stop_ids: Collection[int]) -> tuple[int, ...]:
+    return ids[:-1] if ids and ids[-1] in stop_ids else ids
+
+
+def _split(ids: Iterable[int], separators: Collection[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Split ids into (run, the separator after it), the last with none.
+
+    >>> _split((5, 1, 6, 7), {1})
+    [((5,), (1,)), ((6, 7), ())]
+    """
+    parts: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    run: list[int] = []
+    for id in ids:
+        if id in separators:
+            parts.append((tuple(run), (id,)))
+            run = []
+        else:
+            run.append(id)
+    return [*parts, (tuple(run), ())]
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase, control: Collection[int]) -> Callable[[Sequence[int]], str]:
+    """Return a decoder that leaves out `control`."""
+
     def decode(ids: Sequence[int]) -> str:
-        text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return cast(str, text).strip()
+        told = [id for id in ids if id not in control]
+        text = tokenizer.decode(told, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return cast(str, text)
 
     return decode
