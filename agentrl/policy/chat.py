@@ -60,23 +60,40 @@ def split_slots(text: str) -> list[tuple[str, int | None]]:
     return list(zip(parts[::2], [*numbers, None], strict=True))
 
 
-def split_reply(text: str) -> list[str]:
-    """Split a reply into what a template may look for in it and what it says, alternately.
+def split_reply(pieces: Sequence[str], *, reasoning: bool = True) -> tuple[list[str], list[range]]:
+    """Split a reply into what a template is shown of it, and the pieces that stand between those parts.
 
-    Templates trim replies and treat reasoning apart: they are shown its white space and the tags of its
-    reasoning, and a placeholder for every text between.
+    Templates trim replies, and some treat the reasoning that ends in </think> apart: they are shown its tags
+    and white space, and a placeholder for everything else.
 
-    >>> split_reply("<think>why so</think> go <b>")
-    ['<think>', 'why so', '</think> ', 'go <b>', '']
+    Args:
+        pieces: of the reply's text; a tag is one of its own.
+        reasoning: whether the template knows the tags; else they are text like any other.
+
+    Returns:
+        The parts, one more than there are placeholders, and the places of what these stand for.
+
+    >>> split_reply(["<think>", "why so", "</think>", " go ", "<b>"])
+    (['<think>', '</think> ', ''], [range(1, 2), range(3, 5)])
     """
-    seen = [""]
-    for part in re.split(f"({'|'.join(REASONING_TAGS)})", text):
-        said = "" if part in REASONING_TAGS else part.strip()
-        before, _, after = part.partition(said) if said else (part, "", "")
-        seen[-1] += before
-        if said:
-            seen += [said, after]
-    return seen
+    start, end = REASONING_TAGS
+    ends = (place for place, piece in enumerate(pieces) if piece == end and reasoning)
+    thought = max(ends, default=-1)
+    tags = [place for place in range(thought + 1) if pieces[place] in (start, end)]
+    shown, said = [""], []
+    for first, last in pairwise([-1, *tags, len(pieces)]):
+        places = range(first + 1, last)
+        text = "".join(pieces[place] for place in places)
+        if words := text.strip():
+            before, _, after = text.partition(words)
+            shown[-1] += before
+            shown.append(after)
+            said.append(places)
+        else:
+            shown[-1] += text
+        shown[-1] += "".join(pieces[last : last + 1])
+    shown[0], shown[-1] = shown[0].lstrip(), shown[-1].rstrip()
+    return shown, said
 
 
 def messages(observations: Sequence[str], replies: Sequence[str], instructions: str) -> list[Message]:

@@ -211,7 +211,8 @@ REPLY_FORMATS: dict[str, ReplyFormat] = {
 }
 
 
-_TAG = re.compile(f"({'|'.join(map(re.escape, REPLY_TAGS))})")
+_TAG = re.compile(f"({'|'.join(REPLY_TAGS)})")
+_REASONING_TAG = re.compile(f"({'|'.join(REASONING_TAGS)})")
 
 
 class ChatDialogue:
@@ -259,6 +260,7 @@ class ChatDialogue:
         self._instructions, self._texts = self._written(
             self._format.instructions if instructions is None else instructions, markup_ids
         )
+        self._knows_reasoning = REASONING_TAGS[1] in str(tokenizer.chat_template)
         pieces = probe_template(self._render, self._instructions)
         self.appends, self._lead = pieces.appends, pieces.lead
         self._opening = self._filled(pieces.opening, self._texts)
@@ -312,7 +314,7 @@ class ChatDialogue:
         texts = self._texts | dict(enumerate(map(self._seen, observations)))
         replies = []
         for _, reply in history:
-            (first, *shown), said = self._told(reply)
+            (first, *shown), said = self._told(tuple(reply))
             numbers = range(len(texts), len(texts) + len(said))
             texts |= zip(numbers, said, strict=True)
             replies.append(first + "".join(map("".join, zip(map(slot, numbers), shown, strict=True))))
@@ -329,30 +331,38 @@ class ChatDialogue:
         return tuple(ids)
 
     def _tell(self, reply: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
-        """Return what the template is shown of a reply, and the ids of what stands between those parts."""
+        """Return what the template is shown of a reply, and the ids that stand between those parts."""
         ids = [id for id in _without_end(reply, self.stop_ids) if id not in self._control]
-        parts = split_reply(self._decode(ids).strip())
-        shown, said = tuple(parts[::2]), parts[1::2]
-        tags = {self._tags[tag] for tag in REASONING_TAGS if tag in self._tags}
-        runs = [run for run, _ in _split(ids, tags) if self._decode(run).strip()]
-        if [self._decode(run).strip() for run in runs] != said:  # a tag was spelled in ordinary tokens
-            return shown, tuple(map(self._encode, said))
-        return shown, tuple(map(self._trimmed, runs, said))
+        pieces: list[tuple[str, tuple[int, ...]]] = []
+        for run, added in _split(ids, self._added):
+            text = self._decode(run)
+            if self._knows_reasoning and REASONING_TAGS[1] in text:  # it was spelled in ordinary tokens
+                pieces += [(part, self._encode(part)) for part in _REASONING_TAG.split(text)]
+            else:
+                pieces.append((text, run))
+            pieces.append((self._decode(added), added))
+        shown, said = split_reply([text for text, _ in pieces], reasoning=self._knows_reasoning)
+        return tuple(shown), tuple(self._trimmed([pieces[place] for place in places]) for places in said)
 
-    def _trimmed(self, ids: tuple[int, ...], text: str) -> tuple[int, ...]:
-        """Return ids that say `text`, which is theirs without white space around it: if possible the same."""
+    def _trimmed(self, pieces: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
+        """Return the ids of pieces of a reply, without the white space around all of them."""
+        words = [place for place, (text, _) in enumerate(pieces) if text.strip()]
+        kept: list[int] = []
+        for place in range(words[0], words[-1] + 1):
+            text, ids = pieces[place]
+            wanted = text.lstrip() if place == words[0] else text
+            wanted = wanted.rstrip() if place == words[-1] else wanted
+            kept += ids if wanted == text else self._without_space(ids, wanted)
+        return tuple(kept)
+
+    def _without_space(self, ids: tuple[int, ...], wanted: str) -> tuple[int, ...]:
+        """Return those of the ids that say what is wanted; where its white space is not apart, new ones."""
         start, end = 0, len(ids)
         while start < end and not self._decode(ids[start : start + 1]).strip():
             start += 1
         while start < end and not self._decode(ids[end - 1 : end]).strip():
             end -= 1
-        if self._decode(ids[start:end]) == text:
-            return ids[start:end]
-        # White space is a part of a token. Tokens that no text becomes are kept, the text between is encoded.
-        kept: list[int] = []
-        for run, added in _split(ids[start:end], self._added):
-            kept += (*self._encode(self._decode(run).strip()), *added)
-        return tuple(kept)
+        return ids[start:end] if self._decode(ids[start:end]) == wanted else self._encode(wanted)
 
     def _written(
         self, instructions: str, markup_ids: Collection[int]
