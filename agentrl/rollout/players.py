@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from agentrl.data.trajectory import StopReason, Turn
 from agentrl.env.spaces import TextSpace
 from agentrl.policy.engine import Engine, Generation, GenerationRequest, SamplingParams
-from agentrl.policy.trie import token_trie
+from agentrl.policy.trie import admissible_replies, token_trie
 from agentrl.rollout.play import ActionRequest, Reply, Stop
 from agentrl.seeds import derive_seed
 
@@ -195,7 +195,7 @@ class LanguagePlayer:
         """The admissible replies that begin so, by their tokens; None where any text is one."""
         if not self._choices or not request.actions:
             return None
-        texts = {self._dialogue.encode_reply(action): action for action in request.actions}
+        texts = admissible_replies(request.actions, self._dialogue.encode_reply)
         return {ids: text for ids, text in texts.items() if ids[: len(begun)] == begun}
 
     def _shortened(self, tokens: int) -> SamplingParams:
@@ -350,7 +350,8 @@ class DemonstrationPlayer(_Immediate):
     ) -> tuple[tuple[int, ...] | None, ...] | None:
         if not self._choices or not request.actions:
             return None
-        return token_trie(tuple(map(self._dialogue.encode_reply, request.actions))).trace(action_ids)
+        replies = admissible_replies(request.actions, self._dialogue.encode_reply)
+        return token_trie(tuple(replies)).trace(action_ids)
 
 
 def _too_long(length: int, limit: int) -> Stop:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.engine import Engine, SamplingParams
-from agentrl.policy.model import build_model, load_policy, load_tokenizer
+from agentrl.policy.model import build_model, end_ids, load_policy, load_tokenizer
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import Dialogue, fit_tokenizer, make_dialogue
 from agentrl.rollout.environments import Environments
@@ -112,7 +112,10 @@ def open_player(
 
 def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PolicyConfig) -> Policy:
     dialogue = make_dialogue(
-        tokenizer, reply=config.reply, max_observation_tokens=config.max_observation_tokens
+        tokenizer,
+        reply=config.reply,
+        max_observation_tokens=config.max_observation_tokens,
+        stop_ids=end_ids(model),
     )
     return Policy(model, tokenizer, dialogue)
 
