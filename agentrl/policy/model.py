@@ -170,8 +170,8 @@ def context_limit(model: PreTrainedModel) -> int:
 def end_ids(model: PreTrainedModel) -> frozenset[int]:
     """Return the ids that end a text, by the model's `eos_token_id` and its generation config's.
 
-    Each may be a list, as of models that end a turn otherwise than a text. Ids outside the vocabulary are left
-    out: nothing can sample them.
+    Each may be a list, as of models that end a turn otherwise than a text. Ids outside the vocabulary are
+    left out: nothing can sample them.
     """
     vocabulary = output_weight(model).shape[0]
     settings = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))

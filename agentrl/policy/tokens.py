@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -23,6 +24,7 @@ from agentrl.policy.chat import (
     split_reply,
     split_slots,
 )
+from agentrl.policy.encoding import cut_encoder, decoder, markup_ids, plain_encoder, special_ids
 from agentrl.policy.text_cache import TextCache
 
 ROLE_TOKENS = ("<pad>", "<task>", "<obs>", "<act>", "<end>")
@@ -47,10 +49,30 @@ class ParsedReply:
     valid: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """What stands around the texts of an episode, whatever they say; a run records it.
+
+    Args:
+        opening: before the first observation, with the date where the chat template writes one.
+        before_reply: after an observation.
+        between: after a reply.
+        sha256: of the token ids of the three.
+        template_sha256: of the chat template; None without one.
+    """
+
+    opening: str
+    before_reply: str
+    between: str
+    sha256: str
+    template_sha256: str | None = None
+
+
 class Dialogue(Protocol):
     """How an episode is written as tokens."""
 
     stop_ids: frozenset[int]
+    wording: Wording
 
     def prompt(self, history: History, observation: str) -> Prompt:
         """The prompt after `history`, the (observation, reply ids) of the turns so far."""
@@ -145,10 +167,12 @@ class RoleDialogue:
             )
         _, self._task, self._observation, self._act, self._end = (vocabulary[token] for token in ROLE_TOKENS)
         self.stop_ids = frozenset({self._end, *stop_ids})
+        around = (self._task,), (self._act,), (self._observation,)
+        self.wording = Wording("<task>", "<act>", "<obs>", _sha256(around))
         self._encode = plain_encoder(tokenizer)
-        self._decode = _decoder(tokenizer, _special_ids(tokenizer))
+        self._decode = decoder(tokenizer, special_ids(tokenizer))
         self.cache = TextCache()
-        self._seen = self.cache.remember(_cut_encoder(tokenizer, self._encode, max_observation_tokens))
+        self._seen = self.cache.remember(cut_encoder(tokenizer, self._encode, max_observation_tokens))
         self.encode_reply = self.cache.remember(self._reply)
         self._parsed = self.cache.remember(self._parse)
 
@@ -248,7 +272,7 @@ class ChatDialogue:
         self._tokenizer = tokenizer
         self._encode = plain_encoder(tokenizer)
         self.cache = TextCache()
-        self._seen = self.cache.remember(_cut_encoder(tokenizer, self._encode, max_observation_tokens))
+        self._seen = self.cache.remember(cut_encoder(tokenizer, self._encode, max_observation_tokens))
         self._markup = self.cache.remember(self._encode_markup)
         self._added = frozenset(tokenizer.added_tokens_decoder)
         self._tags = {
@@ -256,19 +280,28 @@ class ChatDialogue:
             for id, token in tokenizer.added_tokens_decoder.items()
             if token.content in REPLY_TAGS
         }
-        markup_ids = _markup_ids(tokenizer) - {*self._tags.values()}
+        markup = markup_ids(tokenizer) - {*self._tags.values()}
         self._instructions, self._texts = self._written(
-            self._format.instructions if instructions is None else instructions, markup_ids
+            self._format.instructions if instructions is None else instructions, markup
         )
         self._knows_reasoning = REASONING_TAGS[1] in str(tokenizer.chat_template)
         pieces = probe_template(self._render, self._instructions)
         self.appends, self._lead = pieces.appends, pieces.lead
         self._opening = self._filled(pieces.opening, self._texts)
         self._before_reply, self._between = self._markup(pieces.before_reply), self._markup(pieces.between)
-        around = markup_ids.intersection((*self._opening, *self._before_reply, *self._between))
-        self._control = _special_ids(tokenizer) - {*self._tags.values()} | around
-        self._decode = _decoder(tokenizer, self._control)
-        self._end_of_turn, self._after_end = self._find_end(markup_ids)
+        template = json.dumps(tokenizer.chat_template)  # it may be several by name
+        self._rendered_opening = pieces.opening
+        self.wording = Wording(
+            pieces.opening.replace(slot(INSTRUCTIONS_SLOT), instructions or ""),
+            pieces.before_reply,
+            pieces.between,
+            _sha256((self._opening, self._before_reply, self._between)),
+            hashlib.sha256(template.encode()).hexdigest(),
+        )
+        around = markup.intersection((*self._opening, *self._before_reply, *self._between))
+        self._control = special_ids(tokenizer) - {*self._tags.values()} | around
+        self._decode = decoder(tokenizer, self._control)
+        self._end_of_turn, self._after_end = self._find_end(markup)
         ends = [self._end_of_turn, tokenizer.eos_token_id, *sorted(stop_ids)]
         self.stop_ids: frozenset[int] = frozenset(id for id in ends if id is not None)
         if not self.stop_ids:
@@ -319,7 +352,22 @@ class ChatDialogue:
             texts |= zip(numbers, said, strict=True)
             replies.append(first + "".join(map("".join, zip(map(slot, numbers), shown, strict=True))))
         slots = list(map(slot, range(len(observations))))
-        return self._filled(self._render(messages(slots, replies, self._instructions)), texts)
+        rendered = self._render(messages(slots, replies, self._instructions))
+        if not history:
+            self._look_at_opening(rendered)
+        return self._filled(rendered, texts)
+
+    def _look_at_opening(self, rendered: str) -> None:
+        """Warn when the clock has changed what the template writes first, anew for every prompt."""
+        opening = rendered.partition(slot(0))[0]
+        if opening != self._rendered_opening:
+            warnings.warn(
+                "the chat template begins prompts otherwise than it did before: "
+                f"{self._rendered_opening!r} before, {opening!r} now",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            self._rendered_opening = opening
 
     def _filled(self, rendered: str, texts: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
         """Return the ids of rendered text, with those of texts from outside in place of their slots."""
@@ -364,11 +412,9 @@ class ChatDialogue:
             end -= 1
         return ids[start:end] if self._decode(ids[start:end]) == wanted else self._encode(wanted)
 
-    def _written(
-        self, instructions: str, markup_ids: Collection[int]
-    ) -> tuple[str, dict[int, tuple[int, ...]]]:
+    def _written(self, instructions: str, markup: Collection[int]) -> tuple[str, dict[int, tuple[int, ...]]]:
         """Return instructions as they are rendered, and the ids of a slot where they would spell markup."""
-        spelled = any(id in markup_ids for id in self._markup(instructions))
+        spelled = any(id in markup for id in self._markup(instructions))
         if not spelled and len(split_slots(instructions)) == 1:
             return instructions, {}
         return slot(INSTRUCTIONS_SLOT), {INSTRUCTIONS_SLOT: self._tagged(instructions)}
@@ -395,100 +441,24 @@ class ChatDialogue:
         call = cast(Callable[..., Any], self._tokenizer)
         return tuple(call(text, add_special_tokens=False)["input_ids"]) if text else ()
 
-    def _find_end(self, markup_ids: Collection[int]) -> tuple[int | None, tuple[int, ...]]:
+    def _find_end(self, markup: Collection[int]) -> tuple[int | None, tuple[int, ...]]:
         """The token of markup with which the template ends a reply, if it has one, and what follows it."""
         for place, token in enumerate(self._between):
-            if token in markup_ids:
+            if token in markup:
                 return token, self._between[place + 1 :]
             if self._decode((token,)).strip():
                 break
         return None, self._between
 
 
+def _sha256(ids: Sequence[Sequence[int]]) -> str:
+    return hashlib.sha256(json.dumps([list(part) for part in ids]).encode()).hexdigest()
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of the vocabulary, as hex digits: token ids mean the same under equal ones."""
     listed = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     return hashlib.sha256(listed.encode()).hexdigest()
-
-
-def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], tuple[int, ...]]:
-    """Return an encoder of text from outside, in which the names of tokens of markup are only text.
-
-    Whatever their "special" flag says, tokens such as <|im_end|>, <think> and <tool_call> never come out; see
-    `_markup_ids` for added tokens that do.
-    """
-    markup = _markup_ids(tokenizer)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if isinstance(backend, Tokenizer):
-        described = json.loads(backend.to_str())
-        for token in described["added_tokens"]:
-            token["special"] = token["special"] or token["id"] in markup
-        own = Tokenizer.from_str(json.dumps(described))
-        own.no_padding()
-        own.no_truncation()
-        own.encode_special_tokens = True
-
-        def encode(text: str) -> tuple[int, ...]:
-            return tuple(own.encode(text, add_special_tokens=False).ids)
-
-    else:
-
-        def encode(text: str) -> tuple[int, ...]:
-            call = cast(Callable[..., Any], tokenizer)
-            return tuple(call(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    barred = markup - ({tokenizer.unk_token_id} - ends)  # what is unknown may be called so
-
-    def encode_as_text(text: str) -> tuple[int, ...]:
-        ids = encode(text)
-        if barred.isdisjoint(ids):
-            return ids
-        # The vocabulary itself has the name in one piece, as those of words and unigrams do: cut it in two.
-        if len(text) < 2:
-            return tuple(id for id in ids if id not in barred)
-        middle = len(text) // 2
-        return (*encode_as_text(text[:middle]), *encode_as_text(text[middle:]))
-
-    return encode_as_text
-
-
-def _cut_encoder(
-    tokenizer: PreTrainedTokenizerBase, encode: Callable[[str], tuple[int, ...]], limit: int
-) -> Callable[[str], tuple[int, ...]]:
-    """Return an encoder of the first `limit` tokens of a text, which reads little more than those."""
-    # No token says more characters than its name has. The rest is for normalisers that shorten a text, and
-    # for what the end of a text does to the tokens before it.
-    room = 4 * limit * max(map(len, tokenizer.get_vocab())) + 1024
-    return lambda text: encode(text[:room])[:limit]
-
-
-_WORDS = re.compile("[\\w\u2581 ]*")  # sentencepiece writes spaces as \u2581
-
-
-def _markup_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the added tokens that are no part of the language.
-
-    Those are all but white space and plain words, as domains add them: words without the special flag that
-    the chat template does not write.
-    """
-    template = str(tokenizer.chat_template or "")
-
-    def is_language(name: str) -> bool:
-        words = name.strip("\u2581 ")
-        return name.isspace() or not words or (bool(_WORDS.fullmatch(name)) and words not in template)
-
-    special = _special_ids(tokenizer)
-    return frozenset(
-        id
-        for id, token in tokenizer.added_tokens_decoder.items()
-        if id in special or not is_language(token.content)
-    )
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    flagged = (id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
-    return frozenset((*tokenizer.all_special_ids, *flagged))
 
 
 def _without_end(ids: tuple[int, ...], stop_ids: Collection[int]) -> tuple[int, ...]:
@@ -510,14 +480,3 @@ def _split(ids: Iterable[int], separators: Collection[int]) -> list[tuple[tuple[
         else:
             run.append(id)
     return [*parts, (tuple(run), ())]
-
-
-def _decoder(tokenizer: PreTrainedTokenizerBase, control: Collection[int]) -> Callable[[Sequence[int]], str]:
-    """Return a decoder that leaves out `control`."""
-
-    def decode(ids: Sequence[int]) -> str:
-        told = [id for id in ids if id not in control]
-        text = tokenizer.decode(told, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return cast(str, text)
-
-    return decode

@@ -153,9 +153,9 @@ def _check_prefixes(ordered: Choices) -> None:
 def admissible_replies(actions: Iterable[str], encode: Encode) -> dict[tuple[int, ...], str]:
     """Return the replies that a policy may give, each with the action that it means.
 
-    Two actions may be written with the same tokens, as the composed and decomposed form of a name, or one with
-    a leading space: then the policy cannot tell them apart, and such a reply means the one that is listed
-    first, as the environment spells it. The first few pairs are warned of.
+    Two actions may be written with the same tokens, as the composed and decomposed form of a name, or one
+    with a leading space: then the policy cannot tell them apart, and such a reply means the one that is
+    listed first, as the environment spells it. The first few pairs are warned of.
 
     Args:
         actions: of the environment.
@@ -175,8 +175,8 @@ def _warn_of_twins(first: str, other: str, encode: Encode) -> None:
         return
     warned.add((first, other))
     warnings.warn(
-        f"the actions {first!r} ({ascii(first)}) and {other!r} ({ascii(other)}) are the same tokens to the "
-        "policy; choosing them means the first",
+        f"the actions {first!r} ({first!a}) and {other!r} ({other!a}) are the same tokens to the policy; "
+        "choosing them means the first",
         RuntimeWarning,
         stacklevel=3,
     )

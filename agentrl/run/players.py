@@ -1,5 +1,6 @@
 """From a name to someone who plays: a script, a run, or a Hugging Face folder."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import Dialogue, fit_tokenizer, make_dialogue
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.players import ExpertPlayer, LanguagePlayer, Player, RandomPlayer
-from agentrl.run.folder import Run, open_run
+from agentrl.run.folder import Run, changed_wording, open_run
 from agentrl.run.settings import RunConfig
 from agentrl.run.warm_start import environment_text
 from agentrl.scale.engines import open_engine
@@ -87,7 +88,8 @@ def open_player(
     """Open whoever `policy` names, in this process: whatever a run generated with, `torch` reads its weights.
 
     Args:
-        policy: `random`, `expert`, a run's folder or name, or a Hugging Face folder.
+        policy: `random`, `expert`, a run's folder or name, or a Hugging Face folder. Where prompts are others
+            than the run recorded, as with a chat template that writes the date, it is warned of.
         temperature: 0 plays greedily.
         config: how to play where `policy` is no run and so does not say it; None takes the defaults.
 
@@ -107,6 +109,9 @@ def open_player(
     engine = replace(config.engine, name="torch", actors=None)
     config = replace(config, engine=engine, policy=replace(config.policy, path=str(folder)))
     loaded = load(folder, config.policy)
+    changed = opened and changed_wording(opened, loaded.dialogue.wording)
+    if changed:
+        warnings.warn(changed, RuntimeWarning, stacklevel=2)
     return loaded.player(loaded.engine(config), config, temperature), config
 
 

@@ -36,7 +36,15 @@ from agentrl.run.checkpoint import (
 )
 from agentrl.run.clocks import Clocks
 from agentrl.run.evaluate import configured_panel
-from agentrl.run.folder import Run, create_run, open_run, with_overrides, write_atomic
+from agentrl.run.folder import (
+    Run,
+    changed_wording,
+    create_run,
+    note_wording,
+    open_run,
+    with_overrides,
+    write_atomic,
+)
 from agentrl.run.footprint import skeleton
 from agentrl.run.interruption import Interruption, RunInterrupted
 from agentrl.run.logbook import Logbook, Row
@@ -183,6 +191,9 @@ class Trainer:
         folder = self.ranks.by_first(lambda: (active or create_run(config, placement=self.settled)).folder)
         self.active = Run(folder, config)
         self.policy = given or self._own_policy(folder / "tokenizer")
+        wording = self.policy.dialogue.wording
+        self.other_prompts = self.ranks.by_first(lambda: changed_wording(self.active, wording))
+        self.ranks.by_first(lambda: note_wording(self.active, wording))
 
     def _check_adapters(self) -> None:
         for learner in (self.config.warm_start.learner, self.config.learner):
@@ -225,6 +236,8 @@ class Trainer:
                 self.logbook.say(self._arithmetic())
                 if self.settled is not None:
                     self.logbook.say(self.settled)
+                if self.other_prompts is not None:
+                    self.logbook.say(f"warning: {self.other_prompts}")
                 self._warn_of_cut_openings()
                 self._serve()
                 for name in self.config.evaluation.baselines:
