@@ -10,8 +10,12 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from agentrl.policy.text_cache import TextCache
 
-def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], tuple[int, ...]]:
+Encode = Callable[[str], tuple[int, ...]]
+
+
+def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     """Return an encoder of text from outside, in which the names of tokens of markup are only text.
 
     Whatever their "special" flag says, tokens such as <|im_end|>, <think> and <tool_call> never come out; see
@@ -53,14 +57,13 @@ def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], tuple[i
     return encode_as_text
 
 
-def cut_encoder(
-    tokenizer: PreTrainedTokenizerBase, encode: Callable[[str], tuple[int, ...]], limit: int
-) -> Callable[[str], tuple[int, ...]]:
-    """Return an encoder of the first `limit` tokens of a text, which reads little more than those."""
+def cut_encoder(tokenizer: PreTrainedTokenizerBase, encode: Encode, limit: int, cache: TextCache) -> Encode:
+    """Return an encoder of the first `limit` tokens of a text, which reads and keeps little more."""
     # No token says more characters than its name has. The rest is for normalisers that shorten a text, and
     # for what the end of a text does to the tokens before it.
     room = 4 * limit * max(map(len, tokenizer.get_vocab())) + 1024
-    return lambda text: encode(text[:room])[:limit]
+    kept = cache.remember(lambda text: encode(text)[:limit])
+    return lambda text: kept(text[:room])
 
 
 _WORDS = re.compile("[\\w\u2581 ]*")  # sentencepiece writes spaces as \u2581

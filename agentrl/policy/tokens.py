@@ -172,7 +172,7 @@ class RoleDialogue:
         self._encode = plain_encoder(tokenizer)
         self._decode = decoder(tokenizer, special_ids(tokenizer))
         self.cache = TextCache()
-        self._seen = self.cache.remember(cut_encoder(tokenizer, self._encode, max_observation_tokens))
+        self._seen = cut_encoder(tokenizer, self._encode, max_observation_tokens, self.cache)
         self.encode_reply = self.cache.remember(self._reply)
         self._parsed = self.cache.remember(self._parse)
 
@@ -272,7 +272,7 @@ class ChatDialogue:
         self._tokenizer = tokenizer
         self._encode = plain_encoder(tokenizer)
         self.cache = TextCache()
-        self._seen = self.cache.remember(cut_encoder(tokenizer, self._encode, max_observation_tokens))
+        self._seen = cut_encoder(tokenizer, self._encode, max_observation_tokens, self.cache)
         self._markup = self.cache.remember(self._encode_markup)
         self._added = frozenset(tokenizer.added_tokens_decoder)
         self._tags = {
@@ -289,7 +289,8 @@ class ChatDialogue:
         self.appends, self._lead = pieces.appends, pieces.lead
         self._opening = self._filled(pieces.opening, self._texts)
         self._before_reply, self._between = self._markup(pieces.before_reply), self._markup(pieces.between)
-        template = json.dumps(tokenizer.chat_template)  # it may be several by name
+        template = tokenizer.chat_template
+        template = template if isinstance(template, str) else json.dumps(template)  # several by their names
         self._rendered_opening = pieces.opening
         self.wording = Wording(
             pieces.opening.replace(slot(INSTRUCTIONS_SLOT), instructions or ""),
