@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -136,7 +137,7 @@ class Trainer:
         quiet: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.interruption, self.ranks = interruption, ranks
+        self.interruption, self.ranks, self.quiet = interruption, ranks, quiet
         _check_shares(config, ranks)
         check_engine(config.engine, ranks=ranks.count)
         check_actors(config.engine, config.rollout.ray.address)
@@ -236,8 +237,7 @@ class Trainer:
                 self.logbook.say(self._arithmetic())
                 if self.settled is not None:
                     self.logbook.say(self.settled)
-                if self.other_prompts is not None:
-                    self.logbook.say(f"warning: {self.other_prompts}")
+                self._warn_of_other_prompts()
                 self._warn_of_cut_openings()
                 self._serve()
                 for name in self.config.evaluation.baselines:
@@ -463,6 +463,13 @@ class Trainer:
                 f"warning: policy.max_observation_tokens={limit} cuts the first observation of {cut} in "
                 f"{len(tasks)} training tasks; what stands behind the cut is never read"
             )
+
+    def _warn_of_other_prompts(self) -> None:
+        """A policy that reads what it was not trained on is told of even where no progress is shown."""
+        if self.other_prompts is not None and self.ranks.first:
+            if self.quiet:
+                warnings.warn(self.other_prompts, RuntimeWarning, stacklevel=2)
+            self.logbook.say(f"warning: {self.other_prompts}")
 
     def _heed(self) -> None:
         """Stop here if any rank was told to."""
