@@ -31,7 +31,8 @@ class TextEnv(Protocol):
     `reset(seed=, options={"task": id})` starts a task, `reset(seed=)` one of the split. `info` of every
     answer holds `success: bool` (solved so far) and may hold
 
-    - `actions`: list of the commands that are admissible now,
+    - `actions`: list of the commands that are admissible now; of two that a policy's tokenizer writes alike,
+      as it may those that differ in case or in white space around them, it can choose the first only,
     - `valid`: whether the last action was understood,
     - `score`: progress as a number, `task_type`: a name that scores are grouped by,
     - `expert`: the next action of an expert, where constructed with `expert=True`,

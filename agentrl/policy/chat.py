@@ -17,11 +17,12 @@ Message = dict[str, str]
 Render = Callable[[list[Message]], str]
 
 THINK, END_THINK = "<think>", "</think>"
+REASONING_TAGS = (THINK, END_THINK)  # that templates know
 _BLOCK = re.compile(f"(?:{THINK}(?:(?!{THINK}).)*?)?{END_THINK}|{THINK}", re.DOTALL)  # or a tag alone
 # What every template is given anyway.
 _GIVEN = frozenset({"messages", "add_generation_prompt", "raise_exception", "strftime_now"})
 _FAILURES = (TemplateError, ValueError, TypeError, KeyError)
-
+INSTRUCTIONS_SLOT = 10**9  # its number, which no text of an episode has
 PROBED_TURNS = 4
 # Templates are known to treat reasoning in earlier replies apart, so one of the probes has some.
 PROBED_REPLIES = (
@@ -70,20 +71,59 @@ class ThinkBlock:
     empty: str = THINK + END_THINK
 
 
-def slot(turn: int) -> str:
-    """The placeholder of an observation, whose text is put in after rendering: it is never read as markup."""
-    return f"Observation{turn}Placeholder"
+def slot(number: int) -> str:
+    """Return the placeholder of a text from outside, which is put in after rendering: it is never markup.
+
+    What is rendered holds no text from outside, so none can spell a placeholder either.
+    """
+    return f"Observation{number}Placeholder"
 
 
 def split_slots(text: str) -> list[tuple[str, int | None]]:
-    """Rendered text as (template text, turn of the observation after it), the last with None.
+    """Split rendered text into (template text, number of the placeholder after it), the last with None.
 
     >>> split_slots("<u>Observation0Placeholder</u>")
     [('<u>', 0), ('</u>', None)]
     """
     parts = re.split(r"Observation(\d+)Placeholder", text)
-    turns = [int(turn) for turn in parts[1::2]]
-    return list(zip(parts[::2], [*turns, None], strict=True))
+    numbers = [int(number) for number in parts[1::2]]
+    return list(zip(parts[::2], [*numbers, None], strict=True))
+
+
+def split_reply(pieces: Sequence[str], *, reasoning: bool = True) -> tuple[list[str], list[range]]:
+    """Split a reply into what a template is shown of it, and the pieces that stand between those parts.
+
+    Templates trim replies, and some treat the reasoning that ends in </think> apart: they are shown its tags
+    and white space, and a placeholder for everything else.
+
+    Args:
+        pieces: of the reply's text; a tag is one of its own.
+        reasoning: whether the template knows the tags; else they are text like any other.
+
+    Returns:
+        The parts, one more than there are placeholders, and the places of what these stand for.
+
+    >>> split_reply(["<think>", "why so", "</think>", " go ", "<b>"])
+    (['<think>', '</think> ', ''], [range(1, 2), range(3, 5)])
+    """
+    start, end = REASONING_TAGS
+    ends = (place for place, piece in enumerate(pieces) if piece == end and reasoning)
+    thought = max(ends, default=-1)
+    tags = [place for place in range(thought + 1) if pieces[place] in (start, end)]
+    shown, said = [""], []
+    for first, last in pairwise([-1, *tags, len(pieces)]):
+        places = range(first + 1, last)
+        text = "".join(pieces[place] for place in places)
+        if words := text.strip():
+            before, _, after = text.partition(words)
+            shown[-1] += before
+            shown.append(after)
+            said.append(places)
+        else:
+            shown[-1] += text
+        shown[-1] += "".join(pieces[last : last + 1])
+    shown[0], shown[-1] = shown[0].lstrip(), shown[-1].rstrip()
+    return shown, said
 
 
 def messages(observations: Sequence[str], replies: Sequence[str], instructions: str) -> list[Message]:

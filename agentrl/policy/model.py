@@ -36,6 +36,7 @@ __all__ = [
     "check_packed_forward",
     "context_limit",
     "decoder_settings",
+    "end_ids",
     "hidden_states",
     "load_policy",
     "load_tokenizer",
@@ -165,6 +166,18 @@ def context_limit(model: PreTrainedModel) -> int:
     if getattr(config, "use_sliding_window", True):
         limits.append(getattr(config, "sliding_window", None))
     return min([limit for limit in limits if limit], default=2**31)
+
+
+def end_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Return the ids that end a text, by the model's `eos_token_id` and its generation config's.
+
+    Each may be a list, as of models that end a turn otherwise than a text. Ids outside the vocabulary are
+    left out: nothing can sample them.
+    """
+    vocabulary = output_weight(model).shape[0]
+    settings = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
+    named = (getattr(each, "eos_token_id", None) for each in settings)
+    return frozenset(id for ids in named for id in _listed(ids) if 0 <= id < vocabulary)
 
 
 def check_packed_forward(model: PreTrainedModel) -> float:
@@ -316,6 +329,28 @@ def _check_files(folder: Path) -> None:
             f"{folder}: no tokenizer (none of {', '.join(TOKENIZER_FILES)}); save it there with "
             "tokenizer.save_pretrained(folder)"
         )
+    _check_end_ids(folder)
+
+
+def _check_end_ids(folder: Path) -> None:
+    """Refuse files whose end ids would be passed over, or crash much later."""
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: cannot be read ({error}); copy it again from where it came from"
+            ) from error
+        ids = settings.get("eos_token_id") if isinstance(settings, dict) else None
+        if not isinstance(settings, dict) or not all(type(id) is int for id in _listed(ids)):
+            raise CheckpointError(f"{path}: eos_token_id is {ids!r}, wanted a token id or a list of them")
+
+
+def _listed(ids: Any) -> list[Any]:
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

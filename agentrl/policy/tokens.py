@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import groupby
+from functools import partial
 from typing import Any, Protocol, cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,20 +17,24 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from agentrl.errors import ConfigError, RequirementError
 from agentrl.policy.chat import (
     END_THINK,
-    THINK,
+    INSTRUCTIONS_SLOT,
+    REASONING_TAGS,
     Message,
     begun_reply,
     check_arguments,
     messages,
     probe_template,
     slot,
+    split_reply,
     split_slots,
     think_block,
 )
+from agentrl.policy.encoding import cut_encoder, decoder, markup_ids, plain_encoder, special_ids
+from agentrl.policy.text_cache import TextCache
 from agentrl.policy.thinking import Ending, Thinking, pieces_of
 
 ROLE_TOKENS = ("<pad>", "<task>", "<obs>", "<act>", "<end>")
-CACHED_TEXTS = 65536
+REPLY_TAGS = (*REASONING_TAGS, "<action>", "</action>")  # that reply formats use
 
 History = Sequence[tuple[str, tuple[int, ...]]]
 
@@ -51,6 +55,25 @@ class ParsedReply:
     valid: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """What stands around the texts of an episode, whatever they say; a run records it.
+
+    Args:
+        opening: before the first observation, with the date where the chat template writes one.
+        before_reply: after an observation.
+        between: after a reply.
+        sha256: of the token ids of the three.
+        template_sha256: of the chat template; None without one.
+    """
+
+    opening: str
+    before_reply: str
+    between: str
+    sha256: str
+    template_sha256: str | None = None
+
+
 class Dialogue(Protocol):
     """How an episode is written as tokens.
 
@@ -59,6 +82,7 @@ class Dialogue(Protocol):
     """
 
     stop_ids: frozenset[int]
+    wording: Wording
 
     def prompt(self, history: History, observation: str) -> Prompt:
         """The prompt after `history`, the (observation, reply ids) of the turns so far."""
@@ -107,18 +131,27 @@ def make_dialogue(
     *,
     reply: str = "plain",
     max_observation_tokens: int = 96,
+    stop_ids: Collection[int] = (),
     template_arguments: Mapping[str, Any] | None = None,
 ) -> Dialogue:
-    """The dialogue that a tokenizer was made for: by its chat template, else by its role tokens."""
+    """Make the dialogue that a tokenizer is for: by its chat template, else by its role tokens.
+
+    Args:
+        tokenizer: of the policy.
+        reply: see `ChatDialogue`.
+        max_observation_tokens: an observation is cut after so many.
+        stop_ids: further ids that end a reply, as `agentrl.policy.model.end_ids` tells of a model.
+    """
     if tokenizer.chat_template:
         return ChatDialogue(
             tokenizer,
             reply=reply,
             max_observation_tokens=max_observation_tokens,
+            stop_ids=stop_ids,
             template_arguments=template_arguments,
         )
     check_without_template(reply, template_arguments)
-    return RoleDialogue(tokenizer, max_observation_tokens=max_observation_tokens)
+    return RoleDialogue(tokenizer, max_observation_tokens=max_observation_tokens, stop_ids=stop_ids)
 
 
 def check_without_template(reply: str, template_arguments: Mapping[str, Any] | None) -> None:
@@ -144,9 +177,16 @@ class RoleDialogue:
     Args:
         tokenizer: from `fit_tokenizer`, or one that knows the same role tokens.
         max_observation_tokens: an observation is cut after so many.
+        stop_ids: further ids that end a reply.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_observation_tokens: int = 96) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_observation_tokens: int = 96,
+        stop_ids: Collection[int] = (),
+    ) -> None:
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in ROLE_TOKENS if token not in vocabulary]
         if missing:
@@ -155,16 +195,19 @@ class RoleDialogue:
                 "use a chat model's folder, or a policy trained here"
             )
         _, self._task, self._observation, self._act, self._end = (vocabulary[token] for token in ROLE_TOKENS)
-        self.stop_ids = frozenset({self._end})
+        self.stop_ids = frozenset({self._end, *stop_ids})
+        around = (self._task,), (self._act,), (self._observation,)
+        self.wording = Wording("<task>", "<act>", "<obs>", _sha256(around))
         self._encode = plain_encoder(tokenizer)
-        self._limit = max_observation_tokens
-        self.encode_reply = lru_cache(CACHED_TEXTS)(self._reply)
-        self._parsed = lru_cache(CACHED_TEXTS)(self._parse)
-        self._decode = _decoder(tokenizer)
+        self._decode = decoder(tokenizer, special_ids(tokenizer))
+        self.cache = TextCache()
+        self._seen = cut_encoder(tokenizer, self._encode, max_observation_tokens, self.cache)
+        self.encode_reply = self.cache.remember(self._reply)
+        self._parsed = self.cache.remember(self._parse)
 
     def prompt(self, history: History, observation: str) -> Prompt:
         role = self._observation if history else self._task
-        return Prompt((role, *self._encode(observation)[: self._limit], self._act), fresh=not history)
+        return Prompt((role, *self._seen(observation), self._act), fresh=not history)
 
     def parse(self, ids: Sequence[int]) -> ParsedReply:
         return self._parsed(tuple(ids))
@@ -173,8 +216,9 @@ class RoleDialogue:
         return (*self._encode(text), self._end)
 
     def _parse(self, ids: tuple[int, ...]) -> ParsedReply:
-        text = self._decode(ids)
-        return ParsedReply(text, bool(text) and ids[-1] in self.stop_ids)
+        said = _without_end(ids, self.stop_ids)
+        text = self._decode(said).strip()
+        return ParsedReply(text, bool(text) and len(said) < len(ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,12 +273,19 @@ _AFTER_THOUGHTS = ReplyFormat(
 )
 
 
+_TAG = re.compile(f"({'|'.join(REPLY_TAGS)})")
+_REASONING_TAG = re.compile(f"({'|'.join(REASONING_TAGS)})")
+
+
 class ChatDialogue:
     """The dialogue of a chat template, for any tokenizer that has one.
 
     The template's pieces around a turn are found once and appended as ids: what was sampled is never rendered
     again. Where a template rewrites earlier turns (drops their reasoning, numbers them), every prompt is the
-    whole dialogue rendered anew and starts a new sequence.
+    whole dialogue rendered anew and starts a new sequence: of a reply the template sees the white space, the
+    tags of its reasoning, and placeholders in whose place its ids are put again.
+    No text from outside becomes a token of markup, see `plain_encoder`. Where the tokenizer has tokens for
+    the tags of the reply format, the format itself writes them, and nothing else.
 
     Args:
         tokenizer: one with a chat template.
@@ -243,6 +294,7 @@ class ChatDialogue:
             where it holds a whole one, think_action goes straight to the command.
         max_observation_tokens: an observation is cut after so many.
         instructions: stand before the first observation; None takes those of the reply format.
+        stop_ids: further ids that end a reply.
         template_arguments: given to the template whenever it is rendered.
 
     Attributes:
@@ -257,44 +309,68 @@ class ChatDialogue:
         reply: str = "plain",
         max_observation_tokens: int = 96,
         instructions: str | None = None,
+        stop_ids: Collection[int] = (),
         template_arguments: Mapping[str, Any] | None = None,
     ) -> None:
         if reply not in REPLY_FORMATS:
             raise ConfigError(f"policy.reply is {reply!r}, wanted one of {', '.join(REPLY_FORMATS)}")
         self._tokenizer = tokenizer
         self._arguments = dict(template_arguments or {})
-        check_arguments(
-            cast(Any, tokenizer).get_chat_template(), self._arguments, tokenizer.SPECIAL_TOKENS_ATTRIBUTES
-        )
+        if self._arguments:
+            template = cast(Any, tokenizer).get_chat_template()
+            check_arguments(template, self._arguments, tokenizer.SPECIAL_TOKENS_ATTRIBUTES)
         self._format = REPLY_FORMATS[reply]
         if self._format.thinks and END_THINK in begun_reply(self._render):
             self._format = _AFTER_THOUGHTS
-        self._instructions = self._format.instructions if instructions is None else instructions
-        self._limit = max_observation_tokens
         self._encode = plain_encoder(tokenizer)
-        self._markup = lru_cache(CACHED_TEXTS)(self._encode_markup)
-        self._decode = _decoder(tokenizer, (THINK, END_THINK))
+        self.cache = TextCache()
+        self._seen = cut_encoder(tokenizer, self._encode, max_observation_tokens, self.cache)
+        self._markup = self.cache.remember(self._encode_markup)
+        self._added = frozenset(tokenizer.added_tokens_decoder)
+        self._tags = {
+            token.content: id
+            for id, token in tokenizer.added_tokens_decoder.items()
+            if token.content in REPLY_TAGS
+        }
+        markup = markup_ids(tokenizer) - {*self._tags.values()}
+        self._instructions, self._texts = self._written(
+            self._format.instructions if instructions is None else instructions, markup
+        )
+        self._knows_reasoning = END_THINK in str(tokenizer.chat_template)
         pieces = probe_template(self._render, self._instructions)
         self.appends, self._opens, self._recalled = pieces.appends, pieces.opens, pieces.recalled
-        self._opening, self._before_reply = self._markup(pieces.opening), self._markup(pieces.before_reply)
-        self._lead, self._between = pieces.lead, self._markup(pieces.between)
-        self._end_of_turn, self._after_end = self._find_end()
-        ends = {self._end_of_turn, tokenizer.eos_token_id} - {None}
-        if not ends:
+        self._lead = pieces.lead
+        self._opening = self._filled(pieces.opening, self._texts)
+        self._before_reply, self._between = self._markup(pieces.before_reply), self._markup(pieces.between)
+        self._rendered_opening = pieces.opening
+        self.wording = Wording(
+            pieces.opening.replace(slot(INSTRUCTIONS_SLOT), instructions or ""),
+            pieces.before_reply,
+            pieces.between,
+            _sha256((self._opening, self._before_reply, self._between)),
+            _template_sha256(tokenizer.chat_template),
+        )
+        around = markup.intersection((*self._opening, *self._before_reply, *self._between))
+        self._control = special_ids(tokenizer) - {*self._tags.values()} | around
+        self._decode = decoder(tokenizer, self._control)
+        self._end_of_turn, self._after_end = self._find_end(markup)
+        ends = [self._end_of_turn, tokenizer.eos_token_id, *sorted(stop_ids)]
+        self.stop_ids: frozenset[int] = frozenset(id for id in ends if id is not None)
+        if not self.stop_ids:
             raise ConfigError(
-                "the tokenizer has no eos_token and its chat template ends a reply with no special token"
+                "the tokenizer has no eos_token and its chat template ends a reply with no token of its own"
             )
-        self.stop_ids: frozenset[int] = frozenset(cast(set[int], ends))
-        self._stop = self._end_of_turn if self._end_of_turn is not None else cast(int, tokenizer.eos_token_id)
+        self._stop = next(id for id in ends if id is not None)
         self._before, self.thinking = self._think(pieces.begun)
-        self.encode_reply = lru_cache(CACHED_TEXTS)(self._reply)
-        self.encode_choice = lru_cache(CACHED_TEXTS)(self._choice)
-        self._parsed = lru_cache(CACHED_TEXTS)(self._parse)
+        self.encode_reply = self.cache.remember(self._reply)
+        self.encode_choice = self.cache.remember(self._choice)
+        self._parsed = self.cache.remember(self._parse)
+        self._told = self.cache.remember(self._tell)
 
     def prompt(self, history: History, observation: str) -> Prompt:
         if not self.appends:
             return Prompt(self._whole(history, observation), fresh=True)
-        seen = self._encode(observation)[: self._limit]
+        seen = self._seen(observation)
         if not history:
             return Prompt((*self._opening, *seen, *self._before_reply), fresh=True)
         # A sampled end of turn is already there; a reply that was cut off, or ended otherwise, lacks it.
@@ -310,15 +386,15 @@ class ChatDialogue:
         return (*self._before, *self._choice(text))
 
     def _choice(self, text: str) -> tuple[int, ...]:
-        """A reply from where the thoughts before it are over."""
+        """Return a reply from where the thoughts before it are over."""
+        before, after = self._format.wrap.split("{}")
         if self._format.thinks:
-            _, after = self._format.wrap.split("{}")
             return (*self._encode(text), *self._markup(after), self._stop)
         lead = "" if self._before else self._lead
-        return (*self._encode(lead + self._format.wrap.format(text)), self._stop)
+        return (*self._tagged(lead + before, text, after), self._stop)
 
     def _think(self, begun: str) -> tuple[tuple[int, ...], Thinking | None]:
-        """What stands before the choice in a reply without thoughts, and how one with thoughts has them."""
+        """Return what stands before the choice in a reply without thoughts, and how one has thoughts."""
         if not (self._opens or self._format.thinks):
             return (), None
         silenced = partial(self._render, enable_thinking=False)
@@ -339,27 +415,109 @@ class ChatDialogue:
         return self._markup(self._lead + empty + tag), thinking
 
     def _parse(self, ids: tuple[int, ...]) -> ParsedReply:
-        text = self._decode(ids)
+        written = _without_end(ids, self.stop_ids)
+        text = self._decode(written).strip()
         said, thought_over = text, True
         if self._opens and not self._format.thinks:
             thoughts, end, rest = text.partition(END_THINK)
             said, thought_over = (rest.strip() if end else thoughts), bool(end)
         found = self._format.pattern.fullmatch(said)
         # Tags say by themselves that a command is complete; a plain one that was cut off may be half of it.
-        complete = self._format.tagged or (thought_over and bool(ids) and ids[-1] in self.stop_ids)
+        complete = self._format.tagged or (thought_over and len(written) < len(ids))
         if found is None or not complete or not found["command"].strip():
             return ParsedReply(text, valid=False)
         return ParsedReply(found["command"].strip(), valid=True)
 
     def _whole(self, history: History, observation: str) -> tuple[int, ...]:
         observations = [*(text for text, _ in history), observation]
-        slots = [slot(turn) for turn in range(len(observations))]
-        replies = [self._recalled + self._decode(ids) for _, ids in history]
+        texts = self._texts | dict(enumerate(map(self._seen, observations)))
+        replies = []
+        for _, reply in history:
+            (first, *shown), said = self._told(tuple(reply))
+            numbers = range(len(texts), len(texts) + len(said))
+            texts |= zip(numbers, said, strict=True)
+            rest = "".join(map("".join, zip(map(slot, numbers), shown, strict=True)))
+            replies.append(self._recalled + first + rest)
+        slots = list(map(slot, range(len(observations))))
+        rendered = self._render(messages(slots, replies, self._instructions))
+        if not history:
+            self._look_at_opening(rendered)
+        return self._filled(rendered, texts)
+
+    def _look_at_opening(self, rendered: str) -> None:
+        """Warn when the clock has changed what the template writes first, anew for every prompt."""
+        opening = rendered.partition(slot(0))[0]
+        if opening != self._rendered_opening:
+            warnings.warn(
+                "the chat template begins prompts otherwise than it did before: "
+                f"{self._rendered_opening!r} before, {opening!r} now",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            self._rendered_opening = opening
+
+    def _filled(self, rendered: str, texts: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
+        """Return the ids of rendered text, with those of texts from outside in place of their slots."""
         ids: list[int] = []
-        for markup, turn in split_slots(self._render(messages(slots, replies, self._instructions))):
+        for markup, number in split_slots(rendered):
             ids.extend(self._markup(markup))
-            if turn is not None:
-                ids.extend(self._encode(observations[turn])[: self._limit])
+            if number is not None:
+                ids.extend(texts[number])
+        return tuple(ids)
+
+    def _tell(self, reply: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+        """Return what the template is shown of a reply, and the ids that stand between those parts."""
+        ids = [id for id in _without_end(reply, self.stop_ids) if id not in self._control]
+        pieces: list[tuple[str, tuple[int, ...]]] = []
+        for run, added in _split(ids, self._added):
+            text = self._decode(run)
+            if self._knows_reasoning and REASONING_TAGS[1] in text:  # it was spelled in ordinary tokens
+                pieces += [(part, self._encode(part)) for part in _REASONING_TAG.split(text)]
+            else:
+                pieces.append((text, run))
+            pieces.append((self._decode(added), added))
+        shown, said = split_reply([text for text, _ in pieces], reasoning=self._knows_reasoning)
+        return tuple(shown), tuple(self._trimmed([pieces[place] for place in places]) for places in said)
+
+    def _trimmed(self, pieces: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
+        """Return the ids of pieces of a reply, without the white space around all of them."""
+        words = [place for place, (text, _) in enumerate(pieces) if text.strip()]
+        kept: list[int] = []
+        for place in range(words[0], words[-1] + 1):
+            text, ids = pieces[place]
+            wanted = text.lstrip() if place == words[0] else text
+            wanted = wanted.rstrip() if place == words[-1] else wanted
+            kept += ids if wanted == text else self._without_space(ids, wanted)
+        return tuple(kept)
+
+    def _without_space(self, ids: tuple[int, ...], wanted: str) -> tuple[int, ...]:
+        """Return those of the ids that say what is wanted; where its white space is not apart, new ones."""
+        start, end = 0, len(ids)
+        while start < end and not self._decode(ids[start : start + 1]).strip():
+            start += 1
+        while start < end and not self._decode(ids[end - 1 : end]).strip():
+            end -= 1
+        return ids[start:end] if self._decode(ids[start:end]) == wanted else self._encode(wanted)
+
+    def _written(self, instructions: str, markup: Collection[int]) -> tuple[str, dict[int, tuple[int, ...]]]:
+        """Return instructions as they are rendered, and the ids of a slot where they would spell markup."""
+        spelled = any(id in markup for id in self._markup(instructions))
+        if not spelled and len(split_slots(instructions)) == 1:
+            return instructions, {}
+        return slot(INSTRUCTIONS_SLOT), {INSTRUCTIONS_SLOT: self._tagged(instructions)}
+
+    def _tagged(self, before: str, text: str = "", after: str = "") -> tuple[int, ...]:
+        """Encode what the reply format writes, where tags are tokens, around a text in which they are not."""
+        runs: list[str | int] = [""]
+        for part, own in ((before, True), (text, False), (after, True)):
+            for piece in _TAG.split(part) if own else [part]:
+                if own and piece in self._tags:
+                    runs += [self._tags[piece], ""]
+                else:
+                    runs[-1] = cast(str, runs[-1]) + piece
+        ids: list[int] = []
+        for run in runs:
+            ids += (run,) if isinstance(run, int) else self._encode(run)
         return tuple(ids)
 
     def _render(self, dialogue: list[Message], **arguments: Any) -> str:
@@ -370,15 +528,23 @@ class ChatDialogue:
         call = cast(Callable[..., Any], self._tokenizer)
         return tuple(call(text, add_special_tokens=False)["input_ids"]) if text else ()
 
-    def _find_end(self) -> tuple[int | None, tuple[int, ...]]:
-        """The special token with which the template ends a reply, if it has one, and what follows it."""
-        special = {id for id, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+    def _find_end(self, markup: Collection[int]) -> tuple[int | None, tuple[int, ...]]:
+        """The token of markup with which the template ends a reply, if it has one, and what follows it."""
         for place, token in enumerate(self._between):
-            if token in special:
+            if token in markup:
                 return token, self._between[place + 1 :]
-            if self._decode((token,)):
+            if self._decode((token,)).strip():
                 break
         return None, self._between
+
+
+def _template_sha256(template: Any) -> str:
+    text = template if isinstance(template, str) else json.dumps(template)  # several by their names
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sha256(ids: Sequence[Sequence[int]]) -> str:
+    return hashlib.sha256(json.dumps([list(part) for part in ids]).encode()).hexdigest()
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -387,41 +553,25 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(listed.encode()).hexdigest()
 
 
-def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], tuple[int, ...]]:
-    """A cached encoder of text from outside, in which the names of special tokens are only text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if isinstance(backend, Tokenizer):
-        own = Tokenizer.from_str(backend.to_str())
-        own.no_padding()
-        own.no_truncation()
-        own.encode_special_tokens = True
-        return lru_cache(CACHED_TEXTS)(lambda text: tuple(own.encode(text, add_special_tokens=False).ids))
-
-    def encode(text: str) -> tuple[int, ...]:
-        call = cast(Callable[..., Any], tokenizer)
-        return tuple(call(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-    return lru_cache(CACHED_TEXTS)(encode)
+def _without_end(ids: tuple[int, ...], stop_ids: Collection[int]) -> tuple[int, ...]:
+    return ids[:-1] if ids and ids[-1] in stop_ids else ids
 
 
-def _decoder(tokenizer: PreTrainedTokenizerBase, read: Sequence[str] = ()) -> Callable[[Sequence[int]], str]:
-    """Tokens to text without special tokens, but for those of the names in `read`."""
-    special = tokenizer.added_tokens_decoder.items()
-    kept = {id: token.content for id, token in special if token.special and token.content in read}
+def _split(ids: Iterable[int], separators: Collection[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Split ids into (run, the separator after it), the last with none.
 
-    def part(ids: Sequence[int]) -> str:
-        text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return cast(str, text)
-
-    def decode(ids: Sequence[int]) -> str:
-        if kept.keys().isdisjoint(ids):
-            return part(ids).strip()
-        runs = (list(run) for _, run in groupby(ids, key=kept.get))
-        return "".join(
-            "".join(map(kept.__getitem__, run)) if run[0] in kept else part(run) for run in runs
-        ).strip()
-
-    return decode
+    >>> _split((5, 1, 6, 7), {1})
+    [((5,), (1,)), ((6, 7), ())]
+    """
+    parts: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    run: list[int] = []
+    for id in ids:
+        if id in separators:
+            parts.append((tuple(run), (id,)))
+            run = []
+        else:
+            run.append(id)
+    return [*parts, (tuple(run), ())]
 
 
 def _texts_of_parts(tokenizer: PreTrainedTokenizerBase, end: str) -> dict[int, str]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, pairwise
 from operator import itemgetter
+from weakref import WeakKeyDictionary
 
 from agentrl.errors import AgentRLError
+from agentrl.policy.text_cache import TextCache
 
 Choices = tuple[tuple[int, ...], ...]
+Encode = Callable[[str], tuple[int, ...]]
+
+MOST_WARNINGS = 5  # of one dialogue, about actions that are written alike
+_WARNED: WeakKeyDictionary[Encode, set[tuple[str, str]]] = WeakKeyDictionary()
 
 
 class ChoiceError(AgentRLError, ValueError):
@@ -81,7 +87,7 @@ class TokenTrie:
         ChoiceError: if there is no choice, an empty one, or one that is a prefix of another.
     """
 
-    __slots__ = ("ends", "forced", "largest", "longest", "root", "smallest")
+    __slots__ = ("ends", "forced", "largest", "longest", "root", "smallest", "tokens")
 
     def __init__(self, choices: Iterable[Sequence[int]]) -> None:
         ordered = tuple(sorted({tuple(choice) for choice in choices}))
@@ -92,6 +98,7 @@ class TokenTrie:
         self.forced = ordered[0][:start]  # the ids with which every choice begins
         self.root = Node(ordered, start) if len(ordered) > 1 else None
         self.longest = max(map(len, ordered))
+        self.tokens = sum(map(len, ordered))
         self.ends = frozenset(choice[-1] for choice in ordered)
         self.smallest, self.largest = min(map(min, ordered)), max(map(max, ordered))
 
@@ -143,7 +150,47 @@ def _check_prefixes(ordered: Choices) -> None:
             raise ChoiceError(f"the choice {first} begins the choice {second}: it could never be told apart")
 
 
-@lru_cache(maxsize=8192)
+def admissible_replies(actions: Iterable[str], encode: Encode) -> dict[tuple[int, ...], str]:
+    """Return the replies that a policy may give, each with the action that it means.
+
+    Two actions may be written with the same tokens, as the composed and decomposed form of a name, or one
+    with a leading space: then the policy cannot tell them apart, and such a reply means the one that is
+    listed first, as the environment spells it. The first few pairs are warned of.
+
+    Args:
+        actions: of the environment.
+        encode: the reply that says one, as tokens.
+    """
+    replies: dict[tuple[int, ...], str] = {}
+    for action in actions:
+        first = replies.setdefault(encode(action), action)
+        if first != action:
+            _warn_of_twins(first, action, encode)
+    return replies
+
+
+def _warn_of_twins(first: str, other: str, encode: Encode) -> None:
+    warned = _WARNED.setdefault(encode, set())
+    if (first, other) in warned or len(warned) >= MOST_WARNINGS:
+        return
+    warned.add((first, other))
+    warnings.warn(
+        f"the actions {first!r} ({first!a}) and {other!r} ({other!a}) are the same tokens to the policy; "
+        "choosing them means the first",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _trie_bytes(trie: TokenTrie) -> int:
+    # Nodes are made when they are reached, and counted from the start; 160 bytes a token were not exceeded.
+    return 512 + 160 * trie.tokens
+
+
+TRIES = TextCache()
+_kept_trie = TRIES.remember(TokenTrie, _trie_bytes)
+
+
 def token_trie(choices: Choices) -> TokenTrie:
-    """The trie of a tuple of choices; the same menu is built once."""
-    return TokenTrie(choices)
+    """Return the trie of a tuple of choices; the same menu is built once."""
+    return _kept_trie(choices)

@@ -10,7 +10,7 @@ from agentrl.data.trajectory import StopReason, Turn
 from agentrl.env.spaces import TextSpace
 from agentrl.policy.engine import Engine, Generation, GenerationRequest, SamplingParams
 from agentrl.policy.thinking import Thinking, Thought
-from agentrl.policy.trie import token_trie
+from agentrl.policy.trie import admissible_replies, token_trie
 from agentrl.rollout.play import ActionRequest, Reply, Stop
 from agentrl.seeds import derive_seed
 
@@ -227,10 +227,10 @@ class LanguagePlayer:
             return None
         thinking = self._thinking
         if thinking is None:
-            texts = {self._dialogue.encode_reply(action): action for action in request.actions}
+            texts = admissible_replies(request.actions, self._dialogue.encode_reply)
             return _Menu(_that_begin(texts, (), begun))  # choices lead there by themselves
         dialogue = cast("ChatDialogue", self._dialogue)
-        texts = {dialogue.encode_choice(action): action for action in request.actions}
+        texts = admissible_replies(request.actions, dialogue.encode_choice)
         opening = thinking.opening
         given = begun if len(begun) > len(opening) else opening
         thoughts = given[len(opening) :]
@@ -406,7 +406,8 @@ class DemonstrationPlayer(_Immediate):
     ) -> tuple[tuple[int, ...] | None, ...] | None:
         if not self._choices or not request.actions:
             return None
-        return token_trie(tuple(map(self._dialogue.encode_reply, request.actions))).trace(action_ids)
+        replies = admissible_replies(request.actions, self._dialogue.encode_reply)
+        return token_trie(tuple(replies)).trace(action_ids)
 
 
 def _that_begin(

@@ -8,13 +8,16 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentrl.config import read_yaml, to_yaml
 from agentrl.errors import CheckpointError, ConfigError
 from agentrl.run.settings import RunConfig, config_from_tree, config_tree, with_names
+
+if TYPE_CHECKING:  # it loads transformers
+    from agentrl.policy.tokens import Wording
 
 # What may change when a run is resumed: none of it says what is learned (but see `rollout.placement`).
 _FREE = (
@@ -129,6 +132,54 @@ def write_atomic(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def note_wording(run: Run, wording: "Wording") -> None:
+    """Write what stands around the texts of prompts into the manifest, unless it says so already."""
+    path = run.folder / "manifest.json"
+    manifest = _read_manifest(path)
+    if manifest is not None and "prompt" not in manifest:
+        write_atomic(path, json.dumps(manifest | {"prompt": asdict(wording)}, indent=1))
+
+
+def changed_wording(run: Run, wording: "Wording") -> str | None:
+    """Say how prompts differ from those that the run was made with; None where they do not, or nobody knows.
+
+    A chat template may write the date, and so another prompt on another day.
+    """
+    manifest = _read_manifest(run.folder / "manifest.json") or {}
+    before, now = manifest.get("prompt"), asdict(wording)
+    if not isinstance(before, dict) or before.get("sha256") == now["sha256"]:
+        return None
+    parts = [name for name in ("opening", "before_reply", "between") if before.get(name) != now[name]]
+    if not parts:
+        return f"the prompts of {run.folder} read as before, but with other token ids: its tokenizer changed"
+    then, today = _unlike(str(before.get(parts[0])), str(now[parts[0]]))
+    return (
+        f"the prompts of {run.folder} were other ones when it was made: their {parts[0]} had {then!r}, and "
+        f"has {today!r} now; the policy reads what it was not trained on. To pin a date, give the chat "
+        "template one as its argument, such as date_string, or write it into the tokenizer's chat_template"
+    )
+
+
+def _unlike(before: str, now: str) -> tuple[str, str]:
+    """The lines of two texts that differ; all of them where only their order does."""
+    old, new = before.splitlines(), now.splitlines()
+    lost, come = [line for line in old if line not in new], [line for line in new if line not in old]
+    return ("\n".join(lost), "\n".join(come)) if lost or come else (before, now)
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """A run's manifest; None where it has none, as one that was moved by hand."""
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged, not JSON ({error}); restore it, or delete it") from error
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{path}: damaged, not a JSON object; restore it, or delete it")
+    return manifest
 
 
 def _free_name(parent: Path, config: RunConfig) -> str:

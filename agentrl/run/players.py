@@ -1,5 +1,6 @@
 """From a name to someone who plays: a script, a run, or a Hugging Face folder."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,13 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.engine import Engine, SamplingParams
-from agentrl.policy.model import build_model, load_policy, load_tokenizer
+from agentrl.policy.model import build_model, end_ids, load_policy, load_tokenizer
 from agentrl.policy.precision import engine_copy
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import Dialogue, check_without_template, fit_tokenizer, make_dialogue
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.players import ExpertPlayer, LanguagePlayer, Player, RandomPlayer
-from agentrl.run.folder import Run, open_run
+from agentrl.run.folder import Run, changed_wording, open_run
 from agentrl.run.settings import RunConfig
 from agentrl.run.warm_start import environment_text
 from agentrl.scale.engines import open_engine
@@ -100,7 +101,8 @@ def open_player(
     """Open whoever `policy` names, in this process: whatever a run generated with, `torch` reads its weights.
 
     Args:
-        policy: `random`, `expert`, a run's folder or name, or a Hugging Face folder.
+        policy: `random`, `expert`, a run's folder or name, or a Hugging Face folder. Where prompts are others
+            than the run recorded, as with a chat template that writes the date, it is warned of.
         temperature: 0 plays greedily.
         config: how to play where `policy` is no run and so does not say it; None takes the defaults.
 
@@ -120,6 +122,9 @@ def open_player(
     engine = replace(config.engine, name="torch", actors=None)
     config = replace(config, engine=engine, policy=replace(config.policy, path=str(folder)))
     loaded = load(folder, config.policy)
+    changed = opened and changed_wording(opened, loaded.dialogue.wording)
+    if changed:
+        warnings.warn(changed, RuntimeWarning, stacklevel=2)
     return loaded.player(loaded.engine(config), config, temperature), config
 
 
@@ -128,6 +133,7 @@ def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: 
         tokenizer,
         reply=config.reply,
         max_observation_tokens=config.max_observation_tokens,
+        stop_ids=end_ids(model),
         template_arguments=config.template_arguments,
     )
     return Policy(model, engine_copy(model, getattr(torch, config.dtype)), tokenizer, dialogue)

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -39,7 +40,15 @@ from agentrl.run.checkpoint import (
 )
 from agentrl.run.clocks import Clocks
 from agentrl.run.evaluate import configured_panel
-from agentrl.run.folder import Run, create_run, open_run, with_overrides, write_atomic
+from agentrl.run.folder import (
+    Run,
+    changed_wording,
+    create_run,
+    note_wording,
+    open_run,
+    with_overrides,
+    write_atomic,
+)
 from agentrl.run.footprint import skeleton
 from agentrl.run.interruption import Interruption, RunInterrupted
 from agentrl.run.logbook import Logbook, Row
@@ -132,7 +141,7 @@ class Trainer:
         quiet: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.interruption, self.ranks = interruption, ranks
+        self.interruption, self.ranks, self.quiet = interruption, ranks, quiet
         _check_shares(config, ranks)
         check_engine(config.engine, ranks=ranks.count)
         check_actors(config.engine, config.rollout.ray.address)
@@ -187,6 +196,9 @@ class Trainer:
         folder = self.ranks.by_first(lambda: (active or create_run(config, placement=self.settled)).folder)
         self.active = Run(folder, config)
         self.policy = given or self._own_policy(folder / "tokenizer")
+        wording = self.policy.dialogue.wording
+        self.other_prompts = self.ranks.by_first(lambda: changed_wording(self.active, wording))
+        self.ranks.by_first(lambda: note_wording(self.active, wording))
 
     def _check_adapters(self) -> None:
         for learner in (self.config.warm_start.learner, self.config.learner):
@@ -229,6 +241,7 @@ class Trainer:
                 self.logbook.say(self._arithmetic())
                 if self.settled is not None:
                     self.logbook.say(self.settled)
+                self._warn_of_other_prompts()
                 self._warn_of_cut_openings()
                 self._warn_of_no_thoughts()
                 self._serve()
@@ -485,6 +498,13 @@ class Trainer:
                     f"warning: engine.max_tokens={most} leaves no room to think before the first task's "
                     f"commands, wanted at least {most - room + 1}; until then replies hold no thoughts"
                 )
+
+    def _warn_of_other_prompts(self) -> None:
+        """A policy that reads what it was not trained on is told of even where no progress is shown."""
+        if self.other_prompts is not None and self.ranks.first:
+            if self.quiet:
+                warnings.warn(self.other_prompts, RuntimeWarning, stacklevel=2)
+            self.logbook.say(f"warning: {self.other_prompts}")
 
     def _heed(self) -> None:
         """Stop here if any rank was told to."""

@@ -16,7 +16,7 @@ pytest.importorskip("nltk", reason="extra webshop")
 pytest.importorskip("regex", reason="extra webshop")
 
 from agentrl_envs.webshop import search as search_module
-from agentrl_envs.webshop.analysis import STOP_WORDS, terms, words
+from agentrl_envs.webshop.analysis import STOP_WORDS, term, terms, words
 from agentrl_envs.webshop.search import SearchIndex, document, open_index
 
 IDS = ["B3", "B1", "B2", "B4"]
@@ -290,3 +290,13 @@ def test_a_killed_builder_leaves_nothing_that_is_taken_for_whole(tmp_path: Path)
     assert [path.suffix for path in tmp_path.iterdir() if path.is_dir()] == [".unfinished"]
     assert open_index(IDS, TEXTS, "data", tmp_path).search("rug") == ("B2",)
     assert [path.suffix for path in tmp_path.iterdir() if path.is_dir()] == [""]
+
+
+def test_long_queries_and_words_are_answered_and_not_kept() -> None:
+    index = SearchIndex.build(IDS, TEXTS)
+    query = "red shoes " * 100
+    assert index.search(query) == index.search("red shoes")
+    assert index._ranked.cache_info().currsize == 1
+    before = term.cache_info().currsize
+    assert terms("x" * 200 + " " + "y" * 33) == ["x" * 200, "y" * 33]
+    assert term.cache_info().currsize == before

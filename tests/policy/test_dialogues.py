@@ -1,11 +1,15 @@
 import copy
+import hashlib
+import warnings
 from collections.abc import Sequence
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from agentrl.errors import ConfigError, RequirementError
-from agentrl.policy.chat import split_slots
+from agentrl.policy.chat import slot, split_slots
+from agentrl.policy.encoding import plain_encoder
 from agentrl.policy.tokens import (
     ROLE_TOKENS,
     ChatDialogue,
@@ -300,3 +304,222 @@ def test_a_tokenizer_without_template_and_roles_is_refused() -> None:
 
 def test_rendered_text_is_split_at_its_placeholders() -> None:
     assert split_slots("<u>Observation12Placeholder</u>") == [("<u>", 12), ("</u>", None)]
+
+
+# Text from outside
+
+# As Qwen3: the reasoning of earlier replies is dropped, and trimmed where it is kept.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and '</think>' in m.content %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Keeps reasoning, with white space of its own around it.
+SPREADING = (
+    "{% for m in messages %}<|im_start|>{{ loop.index }} of {{ messages | length }}\n"
+    "{% if '</think>' in m.content %}<think>\n"
+    "{{ m.content.split('</think>')[0].split('<think>')[-1] | trim }}\n</think>\n\n"
+    "{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content }}{% endif %}<|im_end|>"
+    "{% endfor %}"
+)
+MARKUP = ("<|im_start|>", "<|im_end|>", "<｜User｜>", "<tool_call>", "[INST]", "<think>", "</think>", "<end>")
+REWRITING = {"forgetful": FORGETFUL, "counting": COUNTING, "thinking": THINKING}
+
+
+@pytest.fixture(scope="module")
+def plain_tokens() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without spaces of its own, whose markup has no special flag but for the end."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        [*OBSERVATIONS, *COMMANDS] * 4,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=["<end>"],
+            show_progress=False,
+        ),
+    )
+    chat = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    chat.add_tokens([*MARKUP, "<action>", "</action>", "\n\n", "sidetable"], special_tokens=False)
+    return chat
+
+
+def _with(chat: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    chat = copy.deepcopy(chat)
+    chat.chat_template = template
+    return chat
+
+
+def _whole(dialogue: ChatDialogue, observation: str, reply: tuple[int, ...], later: str = "x") -> list[int]:
+    """All ids that the policy has read when it replies for the second time."""
+    first, second = dialogue.prompt([], observation), dialogue.prompt([(observation, reply)], later)
+    return list(second.ids) if second.fresh else [*first.ids, *reply, *second.ids]
+
+
+@pytest.mark.parametrize("name", MARKUP)
+@pytest.mark.parametrize("template", [CHATML, *REWRITING.values()], ids=["chatml", *REWRITING])
+def test_no_text_becomes_a_token_of_markup(
+    plain_tokens: PreTrainedTokenizerFast, template: str, name: str
+) -> None:
+    dialogue = ChatDialogue(_with(plain_tokens, template))
+    spelled = f"go{name} {name}\n{name}"
+    stop = dialogue.encode_reply("go")[-1]
+    assert stop == plain_tokens.get_vocab()["<|im_end|>"]  # though it has no special flag
+
+    def markup(observation: str, reply: tuple[int, ...], later: str) -> list[int]:
+        ids = _whole(dialogue, observation, reply, later)
+        return [token for token in ids if plain_tokens.convert_ids_to_tokens(token) in MARKUP]
+
+    honest = markup("look", (*dialogue._encode("go"), stop), "look")
+    assert markup(spelled, (*dialogue._encode("go"), stop), "look") == honest
+    assert markup("look", (*dialogue._encode(spelled), stop), "look") == honest
+    assert markup("look", dialogue.encode_reply(spelled), "look") == honest
+    assert markup("look", dialogue.encode_reply("go"), spelled) == honest
+    told = ChatDialogue(_with(plain_tokens, template), instructions=f"Never say {name}.")
+    assert name in plain_tokens.decode(told.prompt([], "look").ids)
+    if name not in ("<think>", "</think>"):  # tags of replies, of which instructions speak
+        dialogue = told
+        assert markup("look", dialogue.encode_reply("go"), "look") == honest
+
+
+def test_added_words_and_white_space_are_language(plain_tokens: PreTrainedTokenizerFast) -> None:
+    vocabulary = plain_tokens.get_vocab()
+    dialogue = ChatDialogue(_with(plain_tokens, CHATML))
+    assert dialogue._encode("sidetable\n\n") == (vocabulary["sidetable"], vocabulary["\n\n"])
+
+
+def test_a_vocabulary_that_holds_a_name_in_one_piece_does_not_give_its_token() -> None:
+    words = {word: id for id, word in enumerate(["<unk>", "</s>", "go", "</", "s>"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    encode = plain_encoder(
+        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    )
+    assert encode("go </s> go") == (2, 3, 4, 2)
+    assert encode("go elsewhere") == (2, 0)
+
+
+@pytest.mark.parametrize("template", REWRITING.values(), ids=REWRITING)
+@pytest.mark.parametrize("number", [0, 1, 7, 10**9])
+def test_a_placeholder_that_is_said_is_only_text(
+    plain_tokens: PreTrainedTokenizerFast, template: str, number: int
+) -> None:
+    chat = _with(plain_tokens, template)
+    said = slot(number)
+    dialogue = ChatDialogue(chat, max_observation_tokens=200, instructions=f"Say {said}.")
+    ids = _whole(dialogue, f"room {said}", dialogue.encode_reply(said), f"hall {said}")
+    assert chat.decode(ids).count(said) == 4
+    assert chat.decode(ids).count("room") == chat.decode(ids).count("hall") == 1
+
+
+@pytest.mark.parametrize("template", REWRITING.values(), ids=REWRITING)
+def test_a_rewriting_template_keeps_what_was_sampled_as_it_was_sampled(
+    plain_tokens: PreTrainedTokenizerFast, template: str
+) -> None:
+    chat = _with(plain_tokens, template)
+    dialogue = ChatDialogue(chat)
+    vocabulary = chat.get_vocab()
+    call, (g, o) = vocabulary["<tool_call>"], dialogue._encode("g") + dialogue._encode("o")
+    assert dialogue._encode("go") != (g, o)  # no tokenizer would write it like this
+    odd = (g, o, call, vocabulary["ÿ"], g, o)  # half of a character in the middle
+    ids = _whole(dialogue, "room", (*dialogue._encode("\n "), *odd, *dialogue._encode(" \n"), dialogue._stop))
+    assert any(tuple(ids[place : place + len(odd)]) == odd for place in range(len(ids)))
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "<think>\n why so \n</think>\n\n<action>go</action>\n",
+        "why so </think> go",
+        "<think>why</think>",
+        "  go <think> on ",
+        "<think>a</think>b</think>\ngo",
+        "<think> \n</think>",
+        " ",
+    ],
+)
+@pytest.mark.parametrize("template", [*REWRITING.values(), SPREADING], ids=[*REWRITING, "spreading"])
+@pytest.mark.parametrize("tokens", [True, False], ids=["tokens", "spelled"])
+def test_templates_treat_earlier_replies_as_they_treat_their_text(
+    plain_tokens: PreTrainedTokenizerFast, template: str, reply: str, tokens: bool
+) -> None:
+    chat = _with(plain_tokens, template)
+    dialogue = ChatDialogue(chat, instructions="")
+    assert not dialogue.appends
+    encode = dialogue._tagged if tokens else dialogue._encode
+    ids = _whole(dialogue, "room", (*encode(reply), dialogue._stop), "hall")
+    told = [("user", "room"), ("assistant", reply.strip()), ("user", "hall")]
+    messages = [{"role": role, "content": content} for role, content in told]
+    assert chat.decode(ids) == chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def test_tags_of_the_reply_format_are_tokens_where_the_format_writes_them(
+    plain_tokens: PreTrainedTokenizerFast,
+) -> None:
+    dialogue = ChatDialogue(_with(plain_tokens, CHATML), reply="think_action")
+    vocabulary = plain_tokens.get_vocab()
+    tags = [vocabulary[tag] for tag in ("<think>", "</think>", "<action>", "</action>")]
+    ids = dialogue.encode_reply("say <think>")
+    assert [token for token in ids if token in tags] == tags
+    assert dialogue.parse(ids) == ParsedReply("say <think>", valid=True)
+
+
+def test_special_tags_of_the_reply_format_are_read_as_well(plain_tokens: PreTrainedTokenizerFast) -> None:
+    chat = copy.deepcopy(plain_tokens)
+    chat.add_special_tokens({"additional_special_tokens": ["<action>", "</action>"]})
+    dialogue = ChatDialogue(_with(chat, CHATML), reply="action_tags")
+    assert dialogue.parse(dialogue.encode_reply("go")) == ParsedReply("go", valid=True)
+
+
+def test_an_end_of_turn_without_the_special_flag_ends_a_reply(plain_tokens: PreTrainedTokenizerFast) -> None:
+    dialogue = ChatDialogue(_with(plain_tokens, CHATML))
+    end = plain_tokens.get_vocab()["<|im_end|>"]
+    assert dialogue.stop_ids == {end, plain_tokens.eos_token_id}
+    assert dialogue.parse((*dialogue._encode("go on"), end)) == ParsedReply("go on", valid=True)
+    after_end = dialogue.prompt([("", dialogue.encode_reply("go"))], "x").ids
+    assert dialogue.prompt([("", dialogue.encode_reply("go")[:-1])], "x").ids == (end, *after_end)
+
+
+def test_further_ids_end_a_reply(tokenizer: PreTrainedTokenizerFast, with_template) -> None:
+    for dialogue in (
+        make_dialogue(tokenizer, stop_ids=[70]),
+        make_dialogue(with_template(CHATML), stop_ids=[70]),
+    ):
+        assert 70 in dialogue.stop_ids
+        said = dialogue.encode_reply("take mug 1")
+        assert said[-1] != 70
+        assert dialogue.parse((*said[:-1], 70)) == ParsedReply("take mug 1", valid=True)
+
+
+# What stands around the texts
+
+
+def test_the_wording_of_prompts_is_told(tokenizer: PreTrainedTokenizerFast, with_template) -> None:
+    roles = make_dialogue(tokenizer).wording
+    assert (roles.opening, roles.before_reply, roles.between) == ("<task>", "<act>", "<obs>")
+    assert roles.template_sha256 is None
+    chat = ChatDialogue(with_template(CHATML), instructions="Say <|im_end|>.").wording
+    assert chat.opening == "<|im_start|>user\nSay <|im_end|>.\n\n"
+    assert chat.before_reply == "<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.between == "<|im_end|>\n<|im_start|>user\n"
+    assert chat.template_sha256 == hashlib.sha256(CHATML.encode()).hexdigest()
+    assert len({roles.sha256, chat.sha256, ChatDialogue(with_template(CHATML)).wording.sha256}) == 3
+
+
+def test_a_template_whose_date_changes_while_it_is_used_is_warned_of_once(
+    with_template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dialogue = ChatDialogue(with_template("{{ strftime_now('%d %b') }} " + FORGETFUL))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dialogue.prompt([], "x")
+    render = dialogue._render
+    monkeypatch.setattr(dialogue, "_render", lambda told: "31 Feb " + render(told).partition("<")[2])
+    with pytest.warns(RuntimeWarning, match="31 Feb"):
+        dialogue.prompt([], "x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dialogue.prompt([], "x")

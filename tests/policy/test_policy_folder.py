@@ -7,8 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from agentrl.errors import CheckpointError, ConfigError
-from agentrl.policy.model import hidden_states, load_policy, output_weight, save_policy
+from agentrl.policy.engine import GenerationRequest, SamplingParams
+from agentrl.policy.model import end_ids, hidden_states, load_policy, output_weight, save_policy
+from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import RoleDialogue
+from agentrl.policy.torch_engine import TorchEngine
+from agentrl.run.players import load
 
 
 @pytest.fixture
@@ -81,6 +85,10 @@ def _truncate(path: Path) -> None:
     [
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
+        (
+            lambda folder: (folder / "generation_config.json").write_text("{"),
+            "generation_config.*cannot be read",
+        ),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer cannot be read"),
         (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
@@ -103,6 +111,55 @@ def test_a_damaged_folder_is_named_with_what_is_wrong(folder: Path, damage, word
 def _change_config(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _change_generation(folder: Path, ids: object) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": ids}))
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "wanted"),
+    [
+        (4, 4, {4}),
+        (4, [9, 70], {4, 9, 70}),
+        ([4, 71], None, {4, 71}),
+        (None, 9, {9}),
+        (4, [9, 320, 10**9, -1], {4, 9}),
+    ],
+)
+def test_ids_that_end_a_text_are_read_from_the_folder_and_kept_when_it_is_saved(
+    folder: Path, config: object, generation: object, wanted: set[int]
+) -> None:
+    _change_config(folder, eos_token_id=config)
+    _change_generation(folder, generation)
+    model, tokenizer = load_policy(folder, device="cpu")
+    assert end_ids(model) == wanted
+    again = folder.parent / "again"
+    save_policy(model, tokenizer, again)
+    assert end_ids(load_policy(again, device="cpu")[0]) == wanted
+
+
+def test_a_free_reply_ends_at_any_of_the_folders_ends(folder: Path) -> None:
+    _change_generation(folder, list(range(5, 300)))
+    policy = load(folder, PolicyConfig(device="cpu"))
+    assert policy.dialogue.stop_ids == {4, *range(5, 300)}
+    engine = TorchEngine(policy.model, stop_ids=policy.dialogue.stop_ids)
+    engine.submit(GenerationRequest("a", (1, 7, 3), True, None, 0, SamplingParams(max_tokens=64)))
+    while not (done := engine.step()):
+        pass
+    assert done[0].finish == "stop"
+    assert len(done[0].token_ids) < 64
+    assert done[0].token_ids[-1] in policy.dialogue.stop_ids
+
+
+@pytest.mark.parametrize("ids", ["<end>", [4, "5"], 4.5, True, {"id": 4}])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_that_is_no_token_id_is_refused(folder: Path, name: str, ids: object) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": ids}))
+    with pytest.raises(CheckpointError, match=rf"{name}: eos_token_id is .*wanted a token id or a list"):
+        load_policy(folder, device="cpu")
 
 
 def test_a_missing_folder_is_never_looked_for_elsewhere(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
+import unicodedata
+import warnings
+
 import pytest
 
-from agentrl.policy.trie import ChoiceError, TokenTrie, token_trie
+from agentrl.policy.trie import MOST_WARNINGS, ChoiceError, TokenTrie, admissible_replies, token_trie
 
 # take mug 1 <end> | take mug 2 <end> | take desk <end> | go <end>
 MENU = ((5, 6, 1, 9), (5, 6, 2, 9), (5, 7, 9), (8, 9))
@@ -57,3 +60,36 @@ def test_choices_that_cannot_be_decoded_are_refused(choices: tuple[tuple[int, ..
 
 def test_the_same_menu_is_built_once() -> None:
     assert token_trie(MENU) is token_trie(tuple(choice[:1] + choice[1:] for choice in MENU))
+
+
+def test_actions_that_are_written_alike_mean_the_first_and_are_warned_of_once() -> None:
+    def encode(text: str) -> tuple[int, ...]:
+        return (*map(ord, unicodedata.normalize("NFC", text.strip().lower())), 0)
+
+    composed, decomposed = "open caf\u00e9", "open cafe\u0301"
+    with pytest.warns(RuntimeWarning) as told:
+        replies = admissible_replies([composed, "go", decomposed, " Go", "go"], encode)
+    assert list(replies.values()) == [composed, "go"]
+    assert replies[encode(decomposed)] == composed
+    assert [str(each.message).split(" are ")[0] for each in told] == [
+        f"the actions '{composed}' ('open caf\\xe9') and '{decomposed}' ('open cafe\\u0301')",
+        "the actions 'go' ('go') and ' Go' (' Go')",
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(admissible_replies([decomposed, composed], lambda text: (ord(text[-1]), 0)).values()) == [
+            decomposed,
+            composed,
+        ]
+        admissible_replies([composed, decomposed], encode)
+
+
+def test_only_the_first_few_pairs_of_actions_are_warned_of() -> None:
+    def encode(text: str) -> tuple[int, ...]:
+        return (int(text), 0)
+
+    pairs = [f"{zero}{number}" for number in range(20) for zero in ("", "0")]
+    with pytest.warns(RuntimeWarning) as told:
+        replies = admissible_replies(pairs, encode)
+    assert list(replies.values()) == pairs[::2]
+    assert len(told) == MOST_WARNINGS == 5

@@ -137,6 +137,29 @@ def test_a_constrained_reply_is_not_parsed_again() -> None:
     assert (episode.turns[0].action, episode.turns[0].valid) == ("  SPACES  ", True)
 
 
+def test_of_actions_with_the_same_tokens_the_first_is_sent_and_an_expert_sends_its_own() -> None:
+    class Accents(Shelves):
+        def info(self) -> dict[str, Any]:
+            return super().info() | {"actions": ["Go", "go"], "expert": "go"}
+
+    class Lower(Letters):
+        def encode_reply(self, text: str) -> tuple[int, ...]:
+            return super().encode_reply(text.lower())
+
+    engine = ScriptedEngine()
+    player = LanguagePlayer(Lower(), engine, SAMPLING, choices=True)
+    with pytest.warns(RuntimeWarning, match="'Go'.*'go'"):
+        (episode,) = collect(specs([1]), player, EnvironmentPool(Accents), max_active=1).episodes
+    assert engine.requests[0].choices == (Lower().encode_reply("go"),)
+    assert episode.turns[0].action == "Go"
+    with pytest.warns(RuntimeWarning, match="'Go'.*'go'"):
+        (shown,) = collect(
+            specs([1]), DemonstrationPlayer(Lower()), EnvironmentPool(Accents), max_active=1
+        ).episodes
+    assert shown.turns[0].action == "go"
+    assert shown.turns[0].allowed == ((103,), (111,), (0,))
+
+
 def test_without_choices_a_model_writes_freely_and_what_it_wrote_is_parsed() -> None:
     engine = ScriptedEngine(["go on", "take all"])
     (episode,) = play_all(LanguagePlayer(Letters(), engine, SAMPLING, choices=False), [2])

@@ -1,16 +1,22 @@
 """A Hugging Face folder with a chat template through the whole of a run, constrained and free."""
 
+import datetime
+import hashlib
 import json
+import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from transformers.utils import chat_template_utils
 
 import agentrl
 from agentrl.config import read_yaml
 from agentrl.data.storage import read_episodes
+from agentrl.errors import CheckpointError
 from agentrl.policy.model import build_model, save_policy
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import fit_tokenizer
@@ -22,14 +28,6 @@ CHATML = (
 )
 # Reasoning is dropped from every earlier reply, so no prompt extends the one before.
 FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
-
-
-# Opens a think block, or closes it where it is told not to think; keeps earlier reasoning.
-THINKING = CHATML.replace(
-    "assistant\n{% endif %}",
-    "assistant\n<think>\n{% if enable_thinking is defined and not enable_thinking %}\n</think>\n\n{% endif %}"
-    "{% endif %}",
-)
 
 
 def chat_folder(folder: Path, template: str) -> Path:
@@ -75,6 +73,14 @@ def test_a_chat_model_trains(
     if constrained:
         assert all(turn.valid for turn in later)
     assert agentrl.evaluate(run, temperature=0.0).to_dict()["aborted"] == 0
+
+
+# Opens a think block, or closes it where it is told not to think; keeps earlier reasoning.
+THINKING = CHATML.replace(
+    "assistant\n{% endif %}",
+    "assistant\n<think>\n{% if enable_thinking is defined and not enable_thinking %}\n</think>\n\n{% endif %}"
+    "{% endif %}",
+)
 
 
 def thinking_run(folder: Path, *more: str) -> agentrl.Run:
@@ -147,3 +153,93 @@ def test_a_policy_that_has_no_room_to_think_says_so(
 ) -> None:
     thinking_run(tmp_path, "engine.max_tokens=4", "trainer.steps=1", "warm_start.steps=0")
     assert "warning: engine.max_tokens=4 leaves no room to think" in capsys.readouterr().out
+
+
+# A template that writes the date, as Llama 3's.
+DATED = "Today: {{ strftime_now('%d %b %Y') }}\n" + CHATML
+
+
+def be_on(day: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Calendar(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> "Calendar":
+            return cls(2031, 5, day, 12, tzinfo=tz)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Calendar)
+
+
+@pytest.fixture(scope="module")
+def dated(examples: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> agentrl.Run:
+    """A run of the third of May."""
+    folder = tmp_path_factory.mktemp("dated")
+    config = agentrl.load_config(
+        None,
+        "env.id=example/HotCold-v0",
+        f"policy.path={chat_folder(folder / 'chat', DATED)}",
+        "rollout.groups_per_step=2",
+        "rollout.group_size=2",
+        "rollout.placement=inline",
+        "warm_start.steps=0",
+        "trainer.steps=1",
+        "evaluation.split=test",
+        "evaluation.tasks=2",
+        "evaluation.baselines=[]",
+        f"run.folder={folder}",
+        "run.name=dated",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        be_on(3, patch)
+        return agentrl.train(config, quiet=True)
+
+
+def test_the_manifest_keeps_what_prompts_begin_with(dated: agentrl.Run) -> None:
+    prompt = json.loads((dated.folder / "manifest.json").read_text())["prompt"]
+    assert prompt["opening"].startswith("Today: 03 May 2031\n<|im_start|>user\nYou act in a text environment")
+    assert prompt["template_sha256"] == hashlib.sha256(DATED.encode()).hexdigest()
+    assert len(prompt["sha256"]) == 64
+
+
+def test_a_run_whose_prompts_read_otherwise_today_says_so_and_goes_on(
+    dated: agentrl.Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (dated.folder / "manifest.json").read_text()
+    be_on(4, monkeypatch)
+    agentrl.resume(dated.folder)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("warning: the prompts of") == 1
+    assert "'Today: 03 May 2031'" in shown
+    assert "'Today: 04 May 2031'" in shown
+    with pytest.warns(RuntimeWarning, match="had 'Today: 03 May 2031', and has 'Today: 04 May 2031' now"):
+        agentrl.resume(dated.folder, quiet=True)
+    with pytest.warns(RuntimeWarning, match="had 'Today: 03 May 2031', and has 'Today: 04 May 2031' now"):
+        agentrl.evaluate(dated, temperature=0.0)
+    assert (dated.folder / "manifest.json").read_text() == before
+
+
+def test_a_run_whose_prompts_read_as_before_says_nothing(
+    dated: agentrl.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be_on(3, monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        agentrl.resume(dated.folder, quiet=True)
+        agentrl.evaluate(dated, temperature=0.0)
+
+
+def test_a_run_that_recorded_no_prompt_records_it_when_it_is_resumed(
+    dated: agentrl.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "older"
+    shutil.copytree(dated.folder, folder)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    recorded = manifest.pop("prompt")
+    path.write_text(json.dumps(manifest))
+    be_on(3, monkeypatch)
+    agentrl.resume(folder, quiet=True)
+    assert json.loads(path.read_text()) == manifest | {"prompt": recorded}
+    path.write_text("{")
+    with pytest.raises(CheckpointError, match=r"manifest\.json: damaged, not JSON"):
+        agentrl.resume(folder, quiet=True)
+    path.unlink()
+    agentrl.resume(folder, quiet=True)

@@ -140,6 +140,9 @@ def _stemmer() -> Callable[[str], str]:
     return lambda word: stem(word, to_lowercase=False)
 
 
+KEPT_LENGTH = 32
+
+
 @lru_cache(maxsize=1 << 18)
 def term(word: str) -> str:
     """Give the search term of a word: no possessive, lower case, stemmed; "" for a stop word."""
@@ -156,4 +159,6 @@ def term(word: str) -> str:
 
 def terms(text: str) -> list[str]:
     """List the search terms of a text in order, with repeats."""
-    return [found for found in map(term, words(text)) if found]
+    # Long words are not kept: those of the shop are short, and who searches may write any number of them.
+    found = ((term if len(word) <= KEPT_LENGTH else term.__wrapped__)(word) for word in words(text))
+    return [each for each in found if each]

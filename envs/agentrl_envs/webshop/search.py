@@ -21,6 +21,7 @@ FORMAT = 1  # of the files and of the analysis; raised when either changes
 RUN = 4_000_000  # postings that are sorted in memory at a time while an index is built
 KEPT_QUERIES = 4096
 KEPT_TERMS = 1 << 16
+KEPT_LENGTH = 256  # characters of a query whose result is kept: who searches may write any number of them
 
 Arrays = dict[str, NDArray[Any]]
 _ARRAYS = ("ids", "rank", "length", "words", "word_ends", "starts", "documents", "counts", "totals")
@@ -85,11 +86,14 @@ class SearchIndex:
 
     def search(self, query: str, k: int = 50) -> tuple[str, ...]:
         """List the ids of the best `k` documents, best first, equals by id; none where no word is known."""
-        return self._ranked(query, k)[0]
+        return self._best(query, k)[0]
 
     def scores(self, query: str, k: int = 50) -> tuple[float, ...]:
         """List the scores that belong to `search(query, k)`."""
-        return self._ranked(query, k)[1]
+        return self._best(query, k)[1]
+
+    def _best(self, query: str, k: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        return (self._ranked if len(query) <= KEPT_LENGTH else self._rank_documents)(query, k)
 
     def _rank_documents(self, query: str, k: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
         wanted = {self._number(word): repeats for word, repeats in Counter(terms(query)).items()}

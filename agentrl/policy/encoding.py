@@ -1,0 +1,102 @@
+"""Between texts and token ids, so that no text from outside becomes a token of markup."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, cast
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from agentrl.policy.text_cache import TextCache
+
+Encode = Callable[[str], tuple[int, ...]]
+
+
+def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """Return an encoder of text from outside, in which the names of tokens of markup are only text.
+
+    Whatever their "special" flag says, tokens such as <|im_end|>, <think> and <tool_call> never come out; see
+    `markup_ids` for added tokens that do.
+    """
+    markup = markup_ids(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(backend, Tokenizer):
+        described = json.loads(backend.to_str())
+        for token in described["added_tokens"]:
+            token["special"] = token["special"] or token["id"] in markup
+        own = Tokenizer.from_str(json.dumps(described))
+        own.no_padding()
+        own.no_truncation()
+        own.encode_special_tokens = True
+
+        def encode(text: str) -> tuple[int, ...]:
+            return tuple(own.encode(text, add_special_tokens=False).ids)
+
+    else:
+
+        def encode(text: str) -> tuple[int, ...]:
+            call = cast(Callable[..., Any], tokenizer)
+            return tuple(call(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    barred = markup - ({tokenizer.unk_token_id} - ends)  # what is unknown may be called so
+
+    def encode_as_text(text: str) -> tuple[int, ...]:
+        ids = encode(text)
+        if barred.isdisjoint(ids):
+            return ids
+        # The vocabulary itself has the name in one piece, as those of words and unigrams do: cut it in two.
+        if len(text) < 2:
+            return tuple(id for id in ids if id not in barred)
+        middle = len(text) // 2
+        return (*encode_as_text(text[:middle]), *encode_as_text(text[middle:]))
+
+    return encode_as_text
+
+
+def cut_encoder(tokenizer: PreTrainedTokenizerBase, encode: Encode, limit: int, cache: TextCache) -> Encode:
+    """Return an encoder of the first `limit` tokens of a text, which reads and keeps little more."""
+    # No token says more characters than its name has. The rest is for normalisers that shorten a text, and
+    # for what the end of a text does to the tokens before it.
+    room = 4 * limit * max(map(len, tokenizer.get_vocab())) + 1024
+    kept = cache.remember(lambda text: encode(text)[:limit])
+    return lambda text: kept(text[:room])
+
+
+_WORDS = re.compile("[\\w\u2581 ]*")  # sentencepiece writes spaces as \u2581
+
+
+def markup_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids of added tokens that are no part of the language.
+
+    A part of it are white space and plain words, as domains add them: without the special flag, and not
+    written by the chat template.
+    """
+    template = str(tokenizer.chat_template or "")
+
+    def is_language(name: str) -> bool:
+        words = name.strip("\u2581 ")
+        return name.isspace() or not words or (bool(_WORDS.fullmatch(name)) and words not in template)
+
+    added = tokenizer.added_tokens_decoder.items()
+    return special_ids(tokenizer) | {id for id, token in added if not is_language(token.content)}
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids that the tokenizer calls special, which are never a part of a reply's text."""
+    flagged = (id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset((*tokenizer.all_special_ids, *flagged))
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase, control: Collection[int]) -> Callable[[Sequence[int]], str]:
+    """Return a decoder that leaves out `control`."""
+
+    def decode(ids: Sequence[int]) -> str:
+        told = [id for id in ids if id not in control]
+        text = tokenizer.decode(told, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return cast(str, text)
+
+    return decode
