@@ -263,9 +263,9 @@ class ChatDialogue:
             raise ConfigError(f"policy.reply is {reply!r}, wanted one of {', '.join(REPLY_FORMATS)}")
         self._tokenizer = tokenizer
         self._arguments = dict(template_arguments or {})
-        check_arguments(
-            cast(Any, tokenizer).get_chat_template(), self._arguments, tokenizer.SPECIAL_TOKENS_ATTRIBUTES
-        )
+        if self._arguments:
+            template = cast(Any, tokenizer).get_chat_template()
+            check_arguments(template, self._arguments, tokenizer.SPECIAL_TOKENS_ATTRIBUTES)
         self._format = REPLY_FORMATS[reply]
         if self._format.thinks and END_THINK in begun_reply(self._render):
             self._format = _AFTER_THOUGHTS
