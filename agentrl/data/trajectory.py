@@ -54,7 +54,7 @@ class Turn:
     or begin a new one when `fresh` (always true for turn 0), so nothing is ever stored twice or encoded
     again. `action_ids`, `logprobs`, `entropies` and `allowed` have one entry per reply token; `logprobs` and
     `entropies` are nats under the sampling distribution (over the allowed ids where the reply was
-    constrained).
+    constrained). Of a reply that thought before it chose, `allowed` is None at each thought.
 
     Example: Turn("You see a mug 1.", "take mug 1", (5, 9), (7, 3), (-0.7, 0.0), (0.69, 0.0), ((7, 8), (3,)))
     has two reply tokens of which only the first was a decision.

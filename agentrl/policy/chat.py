@@ -55,11 +55,6 @@ class ChatPieces:
         """Whether a reply begins inside a think block that the prompt has opened."""
         return bool(self.begun) and END_THINK not in self.begun
 
-    @property
-    def closes(self) -> bool:
-        """Whether a reply begins after a think block."""
-        return END_THINK in self.begun
-
 
 @dataclass(frozen=True, slots=True)
 class ThinkBlock:
@@ -213,8 +208,6 @@ def check_arguments(template: str, arguments: Mapping[str, Any], given: Sequence
     Raises:
         ConfigError: naming one, and what the template reads.
     """
-    if not arguments:
-        return
     environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     # A tag of transformers' own, which marks replies and reads nothing.
     plain = re.sub(r"{%-?\s*(?:end)?generation\s*-?%}", "", template)

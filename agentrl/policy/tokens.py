@@ -141,6 +141,7 @@ def make_dialogue(
         reply: see `ChatDialogue`.
         max_observation_tokens: an observation is cut after so many.
         stop_ids: further ids that end a reply, as `agentrl.policy.model.end_ids` tells of a model.
+        template_arguments: given to the chat template whenever it is rendered.
     """
     if tokenizer.chat_template:
         return ChatDialogue(

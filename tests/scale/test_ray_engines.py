@@ -14,6 +14,7 @@ from agentrl.errors import AgentRLError, ConfigError, MissingDependencyError
 from agentrl.policy.engine import Engine, Generation, GenerationRequest, SamplingParams
 from agentrl.policy.model import build_model
 from agentrl.policy.settings import EngineConfig, PolicyConfig
+from agentrl.policy.thinking import Ending, Thinking
 from agentrl.policy.tokens import Dialogue, fit_tokenizer, make_dialogue
 from agentrl.policy.torch_engine import TorchEngine
 from agentrl.rollout.collector import collect
@@ -102,6 +103,21 @@ def test_replies_are_those_of_engines_here(engines: RayEngines, dialogue: Dialog
         for name in names:
             assert_same(found[name], expected[name])
     assert {len(host.sequences) for host in engines._hosts} == {4}
+
+
+def test_thoughts_before_a_choice_are_those_of_engines_here(engines: RayEngines, dialogue: Dialogue) -> None:
+    menu = tuple(dialogue.encode_reply(text) for text in ("go on", "take mug", "take pen"))
+    ending = Ending("!", dict.fromkeys(range(50, 90), "!"))
+    thinking = Thinking((), ending, (50,), {"": (6, 7)})
+    more = {"choices": menu, "thinking": thinking, "sampling": SamplingParams(1.0, 24)}
+    requests = [ask(f"t{number}", [5, 6, 7 + number], **more) for number in range(8)]
+    here = [TorchEngine(engines._model, stop_ids=dialogue.stop_ids, **LIMITS) for _ in range(2)]
+    expected = replies(here[0], requests[::2]) | replies(here[1], requests[1::2])
+    found = replies(engines, requests)
+    for name, wanted in expected.items():
+        assert wanted.allowed is not None
+        assert wanted.allowed[0] is None
+        assert_same(found[name], wanted)
 
 
 def test_all_actors_take_up_new_weights(engines: RayEngines, dialogue: Dialogue) -> None:
