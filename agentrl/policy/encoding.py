@@ -62,7 +62,11 @@ def cut_encoder(tokenizer: PreTrainedTokenizerBase, encode: Encode, limit: int, 
     # No token says more characters than its name has. The rest is for normalisers that shorten a text, and
     # for what the end of a text does to the tokens before it.
     room = 4 * limit * max(map(len, tokenizer.get_vocab())) + 1024
-    kept = cache.remember(lambda text: encode(text)[:limit])
+
+    def encode_start(text: str) -> tuple[int, ...]:
+        return encode(text)[:limit]
+
+    kept = cache.remember(encode_start)
     return lambda text: kept(text[:room])
 
 

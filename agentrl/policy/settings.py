@@ -36,7 +36,8 @@ class PolicyConfig:
     """Which policy acts: a Hugging Face folder, or a small decoder with random weights.
 
     Args:
-        path: folder of a causal language model with its tokenizer; None builds one from the sizes below.
+        path: folder of a causal language model with its tokenizer, whose `eos_token_id` in config.json and
+            generation_config.json end a reply; None builds one from the sizes below.
         hidden_size: width d of the residual stream; the MLP is 3 d wide.
         layers: number of decoder layers.
         heads: attention heads; heads of 32 (d / 32 of them) learned best at this size.

@@ -187,8 +187,12 @@ def _trie_bytes(trie: TokenTrie) -> int:
     return 512 + 160 * trie.tokens
 
 
+def _new_trie(choices: Choices) -> TokenTrie:
+    return TokenTrie(choices)
+
+
 TRIES = TextCache()
-_kept_trie = TRIES.remember(TokenTrie, _trie_bytes)
+_kept_trie = TRIES.remember(_new_trie, _trie_bytes)
 
 
 def token_trie(choices: Choices) -> TokenTrie:

@@ -298,5 +298,5 @@ def test_long_queries_and_words_are_answered_and_not_kept() -> None:
     assert index.search(query) == index.search("red shoes")
     assert index._ranked.cache_info().currsize == 1
     before = term.cache_info().currsize
-    assert terms("x" * 200 + " " + "y" * 33) == ["x" * 200, "y" * 33]
+    assert terms("x" * 200 + " " + "z" * 33) == ["x" * 200, "z" * 33]
     assert term.cache_info().currsize == before
