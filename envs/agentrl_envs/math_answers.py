@@ -9,12 +9,13 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from agentrl.errors import MissingDependencyError
+from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl_envs import bounded
 from agentrl_envs.math_judge import CALCULUS
 from agentrl_envs.mathematics.equality import ROUNDED_DIGITS, NeedsTimeError, same
 
 LONGEST_ANSWER = 2_000  # characters
+MOST_DIGITS = 100
 
 _BOX = r"\\f?box(?:ed)?(?![A-Za-z])"
 _BRACES = re.compile(
@@ -129,6 +130,22 @@ def same_mathematics(gold: str, reply: str, rounded_digits: int | None = ROUNDED
     sentence = re.split(r"(?<=[.!?])\s+|\n", reply[-LONGEST_ANSWER:].strip())[-1]
     found = _SENTENCE.fullmatch(sentence)
     return found is not None and _same(gold, found["answer"], rounded_digits, True)
+
+
+def checked_digits(rounded_digits: object) -> int | None:
+    """Return an environment's `rounded_digits`, if it is a number of digits or None.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if rounded_digits is None or (type(rounded_digits) is int and 1 <= rounded_digits <= MOST_DIGITS):
+        return rounded_digits
+    raise ConfigError(f"rounded_digits: {rounded_digits!r}, wanted a whole number from 1 to {MOST_DIGITS}, or None")
+
+
+def judged_by(rounded_digits: int | None) -> dict[str, int | None]:
+    """Return what a task's hash has to say of how it is judged, if that is not as usual."""
+    return {} if rounded_digits == ROUNDED_DIGITS else {"rounded_digits": rounded_digits}
 
 
 def require_math_verify() -> None:
