@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl_envs import bounded
-from agentrl_envs.math_judge import CALCULUS
+from agentrl_envs.math_judge import has_calculus
 from agentrl_envs.mathematics.equality import ROUNDED_DIGITS, NeedsTimeError, same
 
 LONGEST_ANSWER = 2_000  # characters
@@ -162,7 +162,7 @@ def _same(gold: str, answer: str, rounded_digits: int | None, mathematics: bool)
     try:
         if same(gold, answer, rounded_digits, quick=True):
             return True
-        if not mathematics or not (CALCULUS.search(gold) or CALCULUS.search(answer)):
+        if not (mathematics and has_calculus(gold, answer)):
             return False
     except NeedsTimeError:
         pass

@@ -4,19 +4,26 @@ import re
 
 from agentrl_envs.mathematics.equality import same
 
-CALCULUS = re.compile(r"\\(?:sum|prod|int|lim)(?![A-Za-z])")
+_CALCULUS = re.compile(r"\\(?:sum|prod|int|lim)(?![A-Za-z])")
 
 _SPACE = re.compile(r"\\[,;:! ]|\\(?:left|right|quad|limits|displaystyle)(?![A-Za-z])")
-# One expression and nothing beside it: no list, no relation, no words, no decimal.
+# One expression and nothing beside it: no list, no relation, no words, no decimal, no capitals, which math-verify takes for small letters.
 _EXPRESSION = re.compile(
     r"(?:\\(?:sum|prod|int|lim|d?frac|sqrt|pi|infty|sin|cos|tan|ln|log|exp|cdot|times|to)(?![A-Za-z])"
-    r"|_\{[a-z] ?(?:=|\\to(?![a-z])) ?|[-+*/^_(){}|!\d ]|(?<![A-Za-z])[A-Za-z]{1,3}(?![A-Za-z]))+"
+    r"|_\{[a-z] ?(?:=|\\to(?![a-z])) ?|[-+*/^_(){}|!\d ]|(?<![A-Za-z])[a-z]{1,3}(?![A-Za-z]))+"
 )
 
 
 def judge(gold: str, answer: str, rounded_digits: int | None, calculus: bool) -> bool:
-    """Whether an answer says the same as `gold`; of sums, integrals and limits, if `calculus`, by math-verify."""
-    return same(gold, answer, rounded_digits) or (calculus and _verified(gold, answer))
+    """Whether an answer says the same as `gold`; with `calculus`, math-verify is asked about sums and integrals."""
+    if same(gold, answer, rounded_digits):
+        return True
+    return calculus and has_calculus(gold, answer) and _verified(gold, answer)
+
+
+def has_calculus(gold: str, answer: str) -> bool:
+    """Whether one of two answers has a sum, a product, an integral or a limit."""
+    return any(map(_CALCULUS.search, (gold, answer)))
 
 
 def _verified(gold: str, answer: str) -> bool:

@@ -26,11 +26,12 @@ from agentrl_envs.mathematics.kinds import (
     names,
     variables,
 )
-from agentrl_envs.mathematics.reader import read, words
+from agentrl_envs.mathematics.reader import read, says_words, words
 from agentrl_envs.mathematics.regions import region, subject
 from agentrl_envs.mathematics.values import (
     BITS,
     PRECISION,
+    SAMPLE_PRECISION,
     Irrational,
     Point,
     TooLargeError,
@@ -70,7 +71,8 @@ def same(gold: str, answer: str, rounded_digits: int | None = ROUNDED_DIGITS, qu
     """
     right = read(gold)
     if right is None or isinstance(right, Words):
-        return words(gold).casefold() == words(answer).casefold() if right else words(gold) == words(answer)
+        left, told = words(gold), words(answer)
+        return left.casefold() == told.casefold() if right or says_words(gold) else left == told
     match right:
         case Value(Name(name)) if len(name) == 1 and words(answer).casefold() == name.casefold():
             said = read(answer)
@@ -164,7 +166,7 @@ class _Comparison:
         if left.close(right):
             return True
         tiny = Fraction(1, 1 << PRECISION // 2)
-        if not (left.exact and right.exact) and max(left.size(), right.size()) < tiny:
+        if (left.bits or right.bits) and max(left.size(), right.size()) < tiny:
             # Terms may have cancelled: what is zero gets smaller with the precision.
             finer = self._finer(gold) - self._finer(said)
             return finer.size() <= (left - right).size() * tiny
@@ -179,7 +181,7 @@ class _Comparison:
         """Whether a decimal is a number correctly rounded, where that may stand for it."""
         if decimal is None or self._rounded_digits is None or decimal.digits < self._rounded_digits:
             return False
-        return difference <= decimal.step / 2 and not (gold.exact and gold.real.denominator == 1)
+        return difference <= decimal.step / 2 and (gold.bits > 0 or gold.real.denominator > 1)
 
     def _point(self, expression: Expression, at: Mapping[str, Fraction] | None = None) -> Point:
         key = expression, self._logarithm
@@ -192,7 +194,7 @@ class _Comparison:
                 raise NeedsTimeError from error
             if isinstance(error, TooLargeError):
                 raise
-            point = numeric(expression, at or {}, self._logarithm)
+            point = numeric(expression, at or {}, self._logarithm, SAMPLE_PRECISION if at else PRECISION)
         if at is None:
             self._known[key] = point
         return point
@@ -248,6 +250,7 @@ class _Comparison:
             return False
         pairs = [pair for pair in self._at_points(left[1], right[1]) if None not in pair]
         points = [(one, other) for one, other in pairs if one is not None and other is not None]
+        points = [(one, other) for one, other in points if one.size() or other.size()]
         if len(points) < FEWEST_POINTS or not all(one.size() and other.size() for one, other in points):
             return False
         ordered = left[0] not in ("=", "ne")

@@ -35,6 +35,7 @@ class ExpressionReader:
     def __init__(self, signs: Sequence[Token], letters: bool) -> None:
         self._signs, self._letters = list(signs), letters
         self._at = self._depth = self._bars = 0
+        self._after_degrees = False
 
     def next(self, ahead: int = 0) -> Token:
         """Look at a sign that is not taken yet."""
@@ -118,6 +119,8 @@ class ExpressionReader:
     def _begins_factor(self, numeric: bool) -> bool:
         """Whether a product goes on without a sign; `numeric` says that it has no variable yet."""
         token = self.next()
+        if self._after_degrees and token.text in ("C", "F"):
+            return False
         if token.kind == "letters":
             return not (numeric and self._depth == 0 and self.is_unit(token, False))
         if token.kind == "word":
@@ -153,7 +156,8 @@ class ExpressionReader:
             base = Call("!", (base,))
             if self.sees("!"):
                 raise Unreadable("!!")
-        if self.sees("circ") or (self.sees("^") and self._circle_follows()):
+        self._after_degrees = self.sees("circ") or (self.sees("^") and self._circle_follows())
+        if self._after_degrees:
             return self._degrees(base)
         if self.accept("^"):
             base = Call("^", (base, self._exponent()))

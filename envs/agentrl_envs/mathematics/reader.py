@@ -74,7 +74,7 @@ def read(text: str, letters: bool = False) -> Answer | None:
 
 
 def words(text: str) -> str:
-    """Put an answer as a text to compare: no markup, no parentheses around it, and one case if it has words."""
+    """Put an answer as a text to compare: no markup, and no parentheses around it."""
     found = read(text)
     if isinstance(found, Words):
         return found.text
@@ -84,15 +84,24 @@ def words(text: str) -> str:
         return " ".join(text.split())
     while len(signs) > 2 and signs[0].text == "(" and signs[-1].text == ")":
         signs = signs[1:-1]
-    spelled = _spelled(signs)
-    return spelled.casefold() if any(token.kind == "word" for token in signs) else spelled
+    return _spelled(signs)
+
+
+def says_words(text: str) -> bool:
+    """Whether an answer has words in it, so that its letters may be of either case."""
+    try:
+        return any(token.kind == "word" for token in tokens(spelled_plainly(text)))
+    except Unreadable:
+        return False
 
 
 def _spelled(signs: Sequence[Token]) -> str:
-    told = ""
+    told, last = "", "sign"
     for token in signs:
-        told += " " * token.spaced + "\\" * (token.kind == "command") + token.text
-    return told.strip(" .\"'")
+        between = token.spaced and {last, token.kind} <= {"word", "letters", "number"}
+        told += " " * between + "\\" * (token.kind == "command") + token.text
+        last = token.kind
+    return told.strip(".\"'")
 
 
 class _Reader(ExpressionReader):

@@ -39,7 +39,7 @@ _FUNCTIONS = "sin cos tan cot sec csc asin acos atan sinh cosh tanh log ln exp s
 FUNCTIONS = frozenset(_FUNCTIONS.split())
 _CONSTANTS = {"pi": "pi", "infinity": "infty", "inf": "infty", "oo": "infty", "infty": "infty"}
 # Short words that are never products of variables.
-_WORDS = "or and not no yes is mod the but nor am pm all one two six ten odd"
+_WORDS = "or and per not no yes is mod the but nor am pm all one two six ten odd"
 _SHORT_WORDS = frozenset(_WORDS.split())
 
 _SPACE = r"(?:\\[,;:\x20>]|~|\x20)"

@@ -71,14 +71,12 @@ LETTERS = frozenset(["m", "g", "s", "h", "L", "l", "V", "W", "J", "N", "A"])
 
 _NUMBERS = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred hundreds
-    thousand thousands million millions billion billions trillion trillions quadrillion quintillion
-    sextillion zillion googol myriad lakh lakhs crore crores mil mill mn mln bn bln tn grand gross score
-    dozen dozens couple few several some many half halves first third thirds quarter quarters fourth
-    fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths eleventh
-    twelfth twelfths hundredth hundredths thousandth thousandths millionth millionths billionth billionths
-    once twice thrice single double doubled triple tripled quadruple quadrupled halved kilo mega giga tera
-    milli micro nano nil none nothing null naught infinite infinity pi ish bit change something odd
+    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand
+    million billion trillion quadrillion quintillion sextillion zillion googol myriad lakh crore mil mill
+    mn mln bn bln tn grand dozen half halves first third quarter fourth fifth sixth seventh eighth ninth
+    tenth eleventh twelfth hundredth thousandth millionth billionth once twice thrice single double
+    doubled triple tripled quadruple quadrupled halved kilo mega giga tera milli micro nano nil none
+    nothing null naught infinite infinity pi
 """
 _DOUBTS = """
     or nor but either neither versus vs alternatively instead rather otherwise else except excluding
@@ -94,6 +92,7 @@ _DOUBTS = """
     seem seemed appears looks like sort kind question is are was were be been being am has have had having
     do does did done isn aren wasn doesn i you we he she it they me him us this that these those there
     here which who whom whose what why how my your our his its
+    ish bit change something odd gross score couple few several some many
 """
 _COMPARISONS = """
     more less fewer greater smaller larger bigger higher lower most least extra additional somewhat little
@@ -105,7 +104,8 @@ _COMPARISONS = """
     imaginary pm noon midnight o'clock bc ad bce ce january february march april june july august
     september october november december answer answers solution solutions
 """
-_NEVER_A_NAME = frozenset((_NUMBERS + _DOUBTS).split())
+_SAYING_A_NUMBER = frozenset(_NUMBERS.split())
+_NEVER_A_NAME = _SAYING_A_NUMBER.union(_DOUBTS.split())
 _NEVER_A_THING = _NEVER_A_NAME.union(_COMPARISONS.split())
 _ADVERB = re.compile(r"(?<!fami)(?<!jel)(?<!\bli)(?<!week)(?<!month)(?<!year)(?<!dai)(?<!hour)ly$")
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
@@ -141,6 +141,8 @@ def names_a_thing(word: str) -> bool:
     """Whether a word may stand behind a number without changing it."""
     lowered = word.lower().replace("’", "'")
     if not _WORD.fullmatch(word) or lowered in _NEVER_A_THING or _ADVERB.search(lowered):
+        return False
+    if lowered.removesuffix("s") in _SAYING_A_NUMBER:
         return False
     return len(word) > 2 or known_unit(word) or lowered in _JOINING
 

@@ -14,7 +14,8 @@ from typing import Any
 from agentrl_envs.mathematics.kinds import INFINITY, PI, Call, E, Expression, I, Name, Number
 
 BITS = 1 << 15  # of a numerator or denominator on the way
-PRECISION = 8_192  # bits of an irrational value
+PRECISION = 8_192  # bits of an irrational constant
+SAMPLE_PRECISION = 1_024  # bits of an irrational value of an expression with variables
 LARGEST_FACTORIAL = 3_000
 LARGEST_LOGARITHM = 1 << 20  # bits before the point, of a power
 LARGEST_ARGUMENT = 64  # bits before the point, of what a sine is taken of
@@ -34,30 +35,39 @@ class Irrational(Exception):  # noqa: N818
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A real or complex number, exactly or to about `PRECISION` bits."""
+    """A real or complex number.
+
+    Attributes:
+        real: its real part.
+        imaginary: its imaginary part.
+        bits: to how many it is known; 0 says exactly.
+    """
 
     real: Fraction
     imaginary: Fraction = Fraction(0)
-    exact: bool = True
+    bits: int = 0
 
     def size(self) -> Fraction:
-        """Of its larger part."""
+        """Return the larger part, without its sign."""
         return max(abs(self.real), abs(self.imaginary))
 
     def __sub__(self, other: "Point") -> "Point":
-        both = self.exact and other.exact
-        return Point(self.real - other.real, self.imaginary - other.imaginary, both)
+        return Point(self.real - other.real, self.imaginary - other.imaginary, self._known(other))
 
     def __mul__(self, other: "Point") -> "Point":
         real = self.real * other.real - self.imaginary * other.imaginary
         imaginary = self.real * other.imaginary + self.imaginary * other.real
-        return Point(real, imaginary, self.exact and other.exact)
+        return Point(real, imaginary, self._known(other))
+
+    def _known(self, other: "Point") -> int:
+        return min(self.bits or other.bits, other.bits or self.bits)
 
     def close(self, other: "Point") -> bool:
-        """Whether they are equal; if they are not exact, as far as can be seen."""
-        if self.exact and other.exact:
+        """Whether they are equal; if they are not exact, in half of the bits, since others are lost."""
+        bits = self._known(other)
+        if not bits:
             return self == other
-        return (self - other).size() <= max(self.size(), other.size()) / (1 << PRECISION // 2)
+        return (self - other).size() <= max(self.size(), other.size()) / (1 << bits // 2)
 
 
 def exact(expression: Expression, at: Mapping[str, Fraction] = {}, bits: int = BITS) -> Fraction:
@@ -187,7 +197,7 @@ def infinite(expression: Expression) -> int:
 
 
 def numeric(
-    expression: Expression, at: Mapping[str, Fraction], logarithm: int, bits: int = PRECISION
+    expression: Expression, at: Mapping[str, Fraction], logarithm: int, bits: int
 ) -> Point:
     """Compute a real or complex value.
 
@@ -208,7 +218,7 @@ def numeric(
             value = mpmath.mpc(_Numeric(mpmath.mp, at, logarithm).value(expression))
         except (ValueError, ArithmeticError, TypeError) as error:
             raise Undefined from error
-    return Point(_fraction(value.real), _fraction(value.imag), False)
+    return Point(_fraction(value.real), _fraction(value.imag), bits)
 
 
 def _fraction(value: Any) -> Fraction:
