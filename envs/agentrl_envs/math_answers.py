@@ -16,6 +16,7 @@ from agentrl_envs.mathematics.equality import ROUNDED_DIGITS, NeedsTimeError, sa
 
 LONGEST_ANSWER = 2_000  # characters
 MOST_DIGITS = 100
+KEPT = 4_096  # verdicts of the judge
 
 _BOX = r"\\f?box(?:ed)?(?![A-Za-z])"
 _BRACES = re.compile(
@@ -171,7 +172,7 @@ def _same(gold: str, answer: str, rounded_digits: int | None, mathematics: bool)
     return _judged(gold, answer, rounded_digits, mathematics)
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=KEPT)
 def _judged(gold: str, answer: str, rounded_digits: int | None, mathematics: bool) -> bool:
     try:
         return bool(

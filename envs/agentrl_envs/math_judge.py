@@ -4,7 +4,7 @@ import re
 
 from agentrl_envs.mathematics.equality import same
 
-_CALCULUS = re.compile(r"\\(?:sum|prod|int|lim)(?![A-Za-z])")
+_CALCULUS = re.compile(r"\\(?:(?:sum|prod|lim)\s*_|int(?![A-Za-z]))")
 
 _SPACE = re.compile(r"\\[,;:! ]|\\(?:left|right|quad|limits|displaystyle)(?![A-Za-z])")
 # One expression and nothing beside it: no list, no relation, no words, no decimal, no capitals, which math-verify takes for small letters.

@@ -142,3 +142,9 @@ MATHEMATICS: list[tuple[str, list[str], list[str]]] = [
     (r"2\pi r^2", [r"2\pi r^{2}", r"\pi\cdot 2r^2"], [r"\pi r^2", "2r^2", r"2\pi R^2", "6.28r^2"]),
     (r"3x \equiv 2 \pmod{5}", [r"3x\equiv 2\pmod{5}"], [r"3x \equiv 3 \pmod{5}", "2", "4"]),
 ]
+MATHEMATICS += [
+    (r"(-2,3]", ["-5 < 2x-1 \\le 5", r"x > -2, x \le 3"], ["-5 < 2x-1 < 5", r"-5 < x \le 5"]),
+    ("(-1,7)", ["|x-3|<4", "|3-x| < 4", "4 > |x-3|"], [r"|x-3|\le 4", "|x-3|>4", "|x+3|<4", "|x|<7"]),
+    (r"(-\infty,-5]\cup[5,\infty)", [r"|x|\ge 5", r"x \le -5 \text{ or } x \ge 5", r"|2x| \geq 10"], ["|x|>5", r"|x|\le 5", r"x\ge 5"]),
+    (r"x>4", ["2x>8", "3x-2>10", "-x<-4", r"8<2x", r"(4,\infty)"], ["2x>4", "-x>-4", "x^2>16", r"2x\ge 8"]),
+]

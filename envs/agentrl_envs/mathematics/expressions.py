@@ -17,9 +17,9 @@ _ROUND = {"lfloor": "rfloor", "lceil": "rceil"}
 _ACCENT_COMMANDS = "hat bar vec tilde dot ddot widehat overrightarrow"
 ACCENTS = frozenset(_ACCENT_COMMANDS.split())
 _CAPITALS = "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell"
-_GREEK = frozenset(GREEK).union(_CAPITALS.split()) - {"pi"}
+VARIABLES = frozenset(GREEK).union(_CAPITALS.split()) - {"pi"}
 _APPLIED = FUNCTIONS - {"sqrt", "exp", "arcsin", "arccos", "arctan"}
-_BEGINNING = _APPLIED | _GREEK | ACCENTS | {"pi", "infty", "sqrt", "exp", "binom", *_ROUND}
+_BEGINNING = _APPLIED | VARIABLES | ACCENTS | {"pi", "infty", "sqrt", "exp", "binom", *_ROUND}
 _WITHIN_UNITS = frozenset(["a", "an", "of", "in", "at", "on"])
 _ONE = Number(Fraction(1))
 
@@ -145,10 +145,10 @@ class ExpressionReader:
             begun: whether other words of a unit stand before them.
         """
         run = token.text
-        likely = run in LETTERS or (len(run) == 3 and token.spaced and re.search("[aeiouy]", run.lower()))
+        likely = run in LETTERS or (len(run) == 3 and token.spaced and run.islower() and re.search("[aeiouy]", run))
         if likely and (begun or self._letters):
             return True
-        return (begun and run.lower() in _WITHIN_UNITS) or known_unit(run)
+        return (begun and run.lower() in _WITHIN_UNITS) or run in ("sq", "cu") or known_unit(run)
 
     def _power(self, first: Expression | None = None) -> Expression:
         base = self._primary() if first is None else first
@@ -287,7 +287,7 @@ class ExpressionReader:
     def command(self) -> Expression:
         """Read a command of LaTeX and what it is applied to."""
         command = self.take().text
-        if command in _GREEK:
+        if command in VARIABLES:
             return self._indexed(f"\\{command}")
         with self.deeper():
             match command:

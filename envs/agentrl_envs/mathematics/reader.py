@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from agentrl_envs.mathematics.expressions import DEEPEST, END, ExpressionReader
+from agentrl_envs.mathematics.expressions import ACCENTS, DEEPEST, END, VARIABLES, ExpressionReader
 from agentrl_envs.mathematics.kinds import (
     Answer,
     Based,
@@ -28,6 +28,8 @@ from agentrl_envs.mathematics.spelling import spelled_plainly
 from agentrl_envs.mathematics.tokens import Token, Unreadable, tokens
 from agentrl_envs.mathematics.units import names_a_thing, names_a_value, unit
 
+KEPT = 256  # answers read; a long one takes a hundred kilobytes
+
 _RELATIONS = ("=", "<", ">", "le", "ge", "ne", "in")
 _CLOSING = {"(": (")", "]"), "[": ("]", ")"), "langle": ("rangle",), "{": ("}",)}
 _MATRICES = frozenset(["pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array"])
@@ -42,10 +44,11 @@ _ALPHANUMERIC = re.compile(
 _CLOCK = re.compile(
     r"(\d{1,2}):([0-5]\d)(:[0-5]\d)?(?:[ ~]*(?:\\ )?(?:\\text\{ *)?([ap])\.?m\.?\}?)?", re.IGNORECASE
 )
+_HALF_OF_DAY = re.compile(r"(?<=\d )([AaPp])\.[Mm](?:\.|$)|(?<=\d )([AaPp])(?=[Mm])")
 _DATE = re.compile(r"\d{4}-\d\d?-\d\d?|\d\d?[/.-]\d\d?[/.-]\d{4}")
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=KEPT)
 def read(text: str, letters: bool = False) -> Answer | None:
     """Read an answer as a whole.
 
@@ -101,7 +104,7 @@ def _spelled(signs: Sequence[Token]) -> str:
         between = token.spaced and {last, token.kind} <= {"word", "letters", "number"}
         told += " " * between + "\\" * (token.kind == "command") + token.text
         last = token.kind
-    return told.strip(".\"'")
+    return _HALF_OF_DAY.sub(r"\1m", told.strip(".\"'"))
 
 
 class _Reader(ExpressionReader):
@@ -237,7 +240,7 @@ class _Reader(ExpressionReader):
             if len(inner.items) > 2 and brackets in ("(]", "[)"):
                 raise Unreadable(brackets)
             return Items(brackets, inner.items)
-        if isinstance(inner, Matrix) or (brackets == "()" and isinstance(inner, Value | Words)):
+        if isinstance(inner, Matrix) or (opening == "(" and closing == ")" and isinstance(inner, Value | Words)):
             return inner
         if brackets == "[]" and isinstance(inner, Value):
             ends = self.next() is END or self._separator() or self.sees(")", "]", "}")
@@ -296,6 +299,9 @@ class _Reader(ExpressionReader):
         if negative:
             expression = Call("-", (expression,))
         if self._percent():
+            of = self._unit(True)
+            if of and unit(of) is None:
+                raise Unreadable(of[0])
             return Value(expression, percent=True)
         pieces = [currency] if currency else []
         angle = _degrees(expression)
@@ -423,14 +429,11 @@ def _name(signs: Sequence[Token]) -> str | None:
         return "".join(text for text in texts if text not in ("{", "}")) if plain and len(texts) > 1 else None
     if len(signs) == 1 and signs[0].kind == "letters" and len(texts[0]) > 1:
         return texts[0] if texts[0].isupper() else None
+    if signs[0].kind != "letters" and not (signs[0].kind == "command" and texts[0] in VARIABLES | ACCENTS):
+        return None
     reader = _Reader(signs, False)
     try:
-        if signs[0].kind == "letters":
-            name: Expression = reader.variable()
-        elif signs[0].kind == "command":
-            name = reader.command()
-        else:
-            return None
+        name = reader.variable() if signs[0].kind == "letters" else reader.command()
     except Unreadable:
         return None
     rest = texts[reader._at :]

@@ -14,14 +14,16 @@ from agentrl_envs.mathematics.kinds import (
     Joined,
     Name,
     Named,
+    Number,
     Reals,
     Relation,
     Value,
     variables,
 )
-from agentrl_envs.mathematics.values import Point, Undefined, infinite
+from agentrl_envs.mathematics.values import Irrational, Point, Undefined, exact, infinite
 
 _ENDLESS = Name(INFINITY)
+_PLACES = (Fraction(10007, 3), Fraction(-8191, 5), Fraction(131_071, 11))  # where a line is told from a curve
 _FLIPPED = {"<": ">", ">": "<", "le": "ge", "ge": "le", "ne": "ne"}
 
 
@@ -120,25 +122,59 @@ def _parts(answer: Answer, evaluate: Evaluate) -> Region | None:
 def _inequality(sides: tuple[Answer, ...], operators: tuple[str, ...], evaluate: Evaluate) -> Region | None:
     expressions = [side.expression for side in sides if isinstance(side, Value)]
     places = [place for place, one in enumerate(expressions) if variables(one)]
-    if len(expressions) < len(sides) or len(places) != 1 or not isinstance(expressions[places[0]], Name):
+    if len(expressions) < len(sides) or len(places) != 1 or not set(operators) <= set(_FLIPPED):
         return None
     place = places[0]
-    if not set(operators) <= set(_FLIPPED) or len(sides) > 3 or (len(sides) == 3 and place != 1):
+    if len(sides) > 3 or (len(sides) == 3 and place != 1):
         return None
     bounds = []
     if place > 0:
         bounds.append((_FLIPPED[operators[place - 1]], expressions[place - 1]))
     if place < len(operators):
         bounds.append((operators[place], expressions[place + 1]))
-    below, above = _end(Call("-", (_ENDLESS,)), False, evaluate), _end(_ENDLESS, False, evaluate)
-    regions = []
-    for operator, expression in bounds:
-        end = _end(expression, operator in ("le", "ge"), evaluate)
-        if end.value is None:
-            raise Undefined
-        left, right = (below, end), (end, above)
-        regions.append([left, right] if operator == "ne" else [left] if operator in ("<", "le") else [right])
-    return _common(regions)
+    match expressions[place], bounds:
+        case Call("abs", (inner,)), [(operator, bound)] if operator != "ne":
+            bounds = [(operator, bound), (_FLIPPED[operator], Call("-", (bound,)))]
+            outside = operator in (">", "ge")
+            if evaluate(bound).real <= 0:
+                return None
+            line = _line(inner)
+        case _:
+            outside, line = False, _line(expressions[place])
+    if line is None:
+        return None
+    regions = [_beyond(operator, bound, line, evaluate) for operator, bound in bounds]
+    return [interval for region_ in regions for interval in region_] if outside else _common(regions)
+
+
+def _beyond(operator: str, bound: Expression, line: tuple[Fraction, Fraction], evaluate: Evaluate) -> Region:
+    """Where a line is above or below a bound."""
+    slope, start = line
+    if slope < 0:
+        operator = _FLIPPED[operator]
+    if line != (1, 0):
+        bound = Call("*", (Call("+", (bound, Number(-start))), Number(1 / slope)))
+    end = _end(bound, operator in ("le", "ge"), evaluate)
+    if end.value is None:
+        raise Undefined
+    below, above = (_end(Call("-", (_ENDLESS,)), False, evaluate), end), (end, _end(_ENDLESS, False, evaluate))
+    return [below, above] if operator == "ne" else [below] if operator in ("<", "le") else [above]
+
+
+def _line(expression: Expression) -> tuple[Fraction, Fraction] | None:
+    """Slope and start of a line a x + b; None where an expression is none."""
+    if isinstance(expression, Name):
+        return Fraction(1), Fraction(0)
+    name, *more = variables(expression)
+    if more:
+        return None
+    try:
+        start, *others = (exact(expression, {name: Fraction(x)}) for x in (0, *_PLACES))
+    except (Irrational, Undefined):
+        return None
+    slope = (others[0] - start) / _PLACES[0]
+    straight = all(value == start + slope * place for value, place in zip(others, _PLACES, strict=True))
+    return (slope, start) if straight and slope else None
 
 
 def _end(expression: Expression, closed: bool, evaluate: Evaluate) -> End:

@@ -39,6 +39,9 @@ def spelled_plainly(text: str) -> str:
     >>> spelled_plainly("½ m².")
     '\\frac{1}{2}  m^{2}'
     """
+    text = re.sub(r"\b(?:US|CA|AU)(?=\\?\$)", "", text).replace("¢", r"\text{ cents}")
+    text = re.sub(r"\bRs\.?\s*(?=[0-9])", "₹", text)
+    text = re.sub(r"\\(?:text)?color\s*\{\w+\}|\\hspace\*?\{[^{}]*\}", " ", text)
     text = re.sub("(?<=[0-9])[–—](?=[0-9])", " to ", text).replace("–", "-")  # 3–5 is a range
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda found: f"^{{{found[0].translate(_RAISED)}}}", text)
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda found: f"_{{{found[0].translate(_LOWERED)}}}", text)

@@ -72,7 +72,7 @@ LETTERS = frozenset(["m", "g", "s", "h", "L", "l", "V", "W", "J", "N", "A"])
 _NUMBERS = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
     seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand
-    million billion trillion quadrillion quintillion sextillion zillion googol myriad lakh crore mil mill
+    million billion trillion quadrillion quintillion sextillion zillion googol fold myriad lakh crore mil mill
     mn mln bn bln tn grand dozen half halves first third quarter fourth fifth sixth seventh eighth ninth
     tenth eleventh twelfth hundredth thousandth millionth billionth once twice thrice single double
     doubled triple tripled quadruple quadrupled halved kilo mega giga tera milli micro nano nil none
@@ -85,28 +85,31 @@ _DOUBTS = """
     wasn't aren't doesn't don't won't can't wrong incorrect incorrectly false untrue mistake mistaken
     error erroneous invalid impossible undefined wait sorry oops hmm hm uh um actually scratch correction
     corrected rejected denied about around roughly approximately approx approximate approximation circa ca
-    nearly almost close closely maybe perhaps possibly possible probably probable likely unlikely
+    nearly almost close closely maybe perhaps possibly probably probable likely unlikely
     presumably supposedly apparently seemingly estimated estimate estimates est guess guessing guessed
     think thought believe believed suppose supposed assume assumed assuming reckon feel hope hopefully
     unsure uncertain unclear unknown doubt doubtful might may could would should can will shall must seems
     seem seemed appears looks like sort kind question is are was were be been being am has have had having
     do does did done isn aren wasn doesn i you we he she it they me him us this that these those there
     here which who whom whose what why how my your our his its
-    ish bit change something odd gross score couple few several some many
+    ish bit change something gross score couple few several some many
 """
+# These change a number only where nothing follows: 18 more apples are 18.
+_BEFORE_THINGS = frozenset(["more", "less", "fewer", "extra", "additional", "odd", "even", "positive", "possible"])
 _COMPARISONS = """
-    more less fewer greater smaller larger bigger higher lower most least extra additional somewhat little
+    greater smaller larger bigger higher lower most least somewhat little
     tops max maximum minimum limit bound upto beyond exceeds exceed exceeding over under above below up
-    down off by to from between through within near into onto out plus minus times add added adding
+    down off by to from between through within near into onto out plus minus add added adding
     subtract subtracted multiply multiplied divide divided sum difference product quotient equal equals
     makes squared cubed power powers exponent raised factorial modulo mod remainder base choose inverse
-    reciprocal negative positive opposite absolute theta alpha beta lambda log ln sin cos tan exp sqrt
+    reciprocal negative opposite absolute theta alpha beta lambda log ln sin cos tan exp sqrt
     imaginary pm noon midnight o'clock bc ad bce ce january february march april june july august
-    september october november december answer answers solution solutions
+    september october november december
 """
 _SAYING_A_NUMBER = frozenset(_NUMBERS.split())
 _NEVER_A_NAME = _SAYING_A_NUMBER.union(_DOUBTS.split())
 _NEVER_A_THING = _NEVER_A_NAME.union(_COMPARISONS.split())
+_SPELLED_NUMBER = re.compile(r"(?:[mbt]|tr)il+i[ao]\w*|\w*fold")  # also "milion", "milliard", "tenfold"
 _ADVERB = re.compile(r"(?<!fami)(?<!jel)(?<!\bli)(?<!week)(?<!month)(?<!year)(?<!dai)(?<!hour)ly$")
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 _JOINING = frozenset(["per", "a", "an", "of", "each", "every", "in", "the", "on", "at", "for", "with", "and"])
@@ -142,7 +145,7 @@ def names_a_thing(word: str) -> bool:
     lowered = word.lower().replace("’", "'")
     if not _WORD.fullmatch(word) or lowered in _NEVER_A_THING or _ADVERB.search(lowered):
         return False
-    if lowered.removesuffix("s") in _SAYING_A_NUMBER:
+    if lowered.removesuffix("s") in _SAYING_A_NUMBER or _SPELLED_NUMBER.fullmatch(lowered):
         return False
     return len(word) > 2 or known_unit(word) or lowered in _JOINING
 
@@ -183,7 +186,7 @@ def unit(pieces: Sequence[str]) -> Unit | None:
                 last = part
                 powers[part] += sign * way * power
             power = 1
-        elif names_a_thing(piece):
+        elif names_a_thing(piece) and (word not in _BEFORE_THINGS or names_a_thing(following)):
             last = ""
             counted.add(word.removesuffix("s"))
         else:

@@ -14,8 +14,8 @@ from typing import Any
 from agentrl_envs.mathematics.kinds import INFINITY, PI, Call, E, Expression, I, Name, Number
 
 BITS = 1 << 15  # of a numerator or denominator on the way
-PRECISION = 8_192  # bits of an irrational constant
-SAMPLE_PRECISION = 1_024  # bits of an irrational value of an expression with variables
+PRECISION = 2_048  # bits of an irrational constant
+SAMPLE_PRECISION = 512  # bits of an irrational value of an expression with variables
 LARGEST_FACTORIAL = 3_000
 LARGEST_LOGARITHM = 1 << 20  # bits before the point, of a power
 LARGEST_ARGUMENT = 64  # bits before the point, of what a sine is taken of
