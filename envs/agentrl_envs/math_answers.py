@@ -12,9 +12,10 @@ from functools import lru_cache
 from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl_envs import bounded
 from agentrl_envs.math_judge import has_calculus
-from agentrl_envs.mathematics.equality import ROUNDED_DIGITS, NeedsTimeError, same
+from agentrl_envs.mathematics.equality import NeedsTimeError, same
 
 LONGEST_ANSWER = 2_000  # characters
+ROUNDED_DIGITS = 6  # the default of `rounded_digits`
 MOST_DIGITS = 100
 KEPT = 4_096  # verdicts of the judge
 
@@ -114,8 +115,8 @@ def same_number(gold: str, answer: str, rounded_digits: int | None = ROUNDED_DIG
 def same_mathematics(gold: str, reply: str, rounded_digits: int | None = ROUNDED_DIGITS) -> bool:
     r"""Whether the answer in a reply means the same as `gold`.
 
-    Without a box and a tag, the whole reply is the answer, or else what its last sentence says to be it: "So it
-    is $\frac{1}{2}$." An answer that is too much to be judged is not equal.
+    Without a box and a tag, the whole reply is the answer, or else what its last sentence says to be it, as in
+    "So it is $\frac{1}{2}$." An answer that is too much to be judged is not equal.
 
     Raises:
         JudgeError: nothing could be found out about the answer.
@@ -141,7 +142,9 @@ def checked_digits(rounded_digits: object) -> int | None:
     """
     if rounded_digits is None or (type(rounded_digits) is int and 1 <= rounded_digits <= MOST_DIGITS):
         return rounded_digits
-    raise ConfigError(f"rounded_digits: {rounded_digits!r}, wanted a whole number from 1 to {MOST_DIGITS}, or None")
+    raise ConfigError(
+        f"rounded_digits: {rounded_digits!r}, wanted a whole number from 1 to {MOST_DIGITS}, or None"
+    )
 
 
 def judged_by(rounded_digits: int | None) -> dict[str, int | None]:

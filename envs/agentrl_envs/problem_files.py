@@ -183,8 +183,8 @@ def _answer(place: str, column: str, given: object) -> str:
     boxed = None if marked else last_boxed(text)
     if column in WORKED and not marked and boxed is None:
         raise ConfigError(
-            f"data: {place}: the {column} marks no result; wanted it in \\boxed{{}} or behind '####', or a column "
-            f"{ANSWERS[0]!r}"
+            f"data: {place}: the {column} marks no result; wanted it in \\boxed{{}} or behind '####', "
+            f"or a column {ANSWERS[0]!r}"
         )
     answer = (final if boxed is None else boxed).strip()
     if answer.lower().lstrip("+-") in NO_NUMBERS:

@@ -1,1 +1,1 @@
-"""What a mathematical answer says: its notation read into kinds of answers, its value, and equality of both."""
+"""What a mathematical answer says: its notation, kind and value, and whether two answers are equal."""

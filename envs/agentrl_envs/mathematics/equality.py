@@ -42,7 +42,6 @@ from agentrl_envs.mathematics.values import (
 )
 
 TOLERANCE = Fraction(1, 10**9)  # relative, where the right answer is a decimal
-ROUNDED_DIGITS = 6  # the default of `rounded_digits`
 
 QUICK_BITS = 2_048  # of the numbers that are computed without a limit on time
 POINTS = 9  # at which expressions with variables are compared
@@ -54,7 +53,7 @@ class NeedsTimeError(Exception):
     """It takes irrational or large numbers to find out, and so a process with a limit."""
 
 
-def same(gold: str, answer: str, rounded_digits: int | None = ROUNDED_DIGITS, quick: bool = False) -> bool:
+def same(gold: str, answer: str, rounded_digits: int | None, quick: bool = False) -> bool:
     """Whether an answer says the same as the right one.
 
     Numbers are compared exactly; where `gold` is a decimal, within `TOLERANCE`.
@@ -62,8 +61,8 @@ def same(gold: str, answer: str, rounded_digits: int | None = ROUNDED_DIGITS, qu
     Args:
         gold: the right answer.
         answer: the answer, alone.
-        rounded_digits: the significant digits that a decimal must show at least, correctly rounded, to count for
-            a fraction or an irrational number; None lets none count.
+        rounded_digits: the significant digits that a decimal must show at least, correctly rounded, to count
+            for a fraction or an irrational number; None lets none count.
         quick: do only what is bounded by the length of the texts.
 
     Raises:
@@ -151,11 +150,13 @@ class _Comparison:
         )
 
     def _expressions(self, gold: Expression, said: Expression) -> bool:
-        plain_logarithm = _has_plain_logarithm(gold) or _has_plain_logarithm(said)
-        for self._logarithm in (0, 10) if plain_logarithm else (0,):
-            if self._alike(gold, said):
-                return True
-        return False
+        self._logarithm = 0
+        if self._alike(gold, said):
+            return True
+        if not (_has_plain_logarithm(gold) or _has_plain_logarithm(said)):
+            return False
+        self._logarithm = 10
+        return self._alike(gold, said)
 
     def _alike(self, gold: Expression, said: Expression) -> bool:
         if infinite(gold) or infinite(said):
@@ -344,7 +345,7 @@ def _coordinate(rng: Random, place: int) -> Fraction:
 
 
 def _difference(answer: Answer) -> tuple[str, Expression] | None:
-    """The operator and the difference of an equation's sides; of inequalities, "<" and "le" alone are used."""
+    """The operator and the difference of the sides; inequalities are turned to "<" or "le"."""
     match answer:
         case Named(name, Value(right, None, False)):
             return "=", Call("+", (Name(name), Call("-", (right,))))

@@ -5,7 +5,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 
-from agentrl_envs.mathematics.kinds import INFINITY, PI, Answer, Call, E, Expression, I, Name, Number, Value, variables
+from agentrl_envs.mathematics.kinds import (
+    INFINITY,
+    PI,
+    Answer,
+    Call,
+    E,
+    Expression,
+    I,
+    Name,
+    Number,
+    Value,
+    variables,
+)
 from agentrl_envs.mathematics.spelling import GREEK
 from agentrl_envs.mathematics.tokens import FUNCTIONS, Token, Unreadable
 from agentrl_envs.mathematics.units import LETTERS, known_unit
@@ -145,7 +157,9 @@ class ExpressionReader:
             begun: whether other words of a unit stand before them.
         """
         run = token.text
-        likely = run in LETTERS or (len(run) == 3 and token.spaced and run.islower() and re.search("[aeiouy]", run))
+        likely = run in LETTERS or (
+            len(run) == 3 and token.spaced and run.islower() and re.search("[aeiouy]", run)
+        )
         if likely and (begun or self._letters):
             return True
         return (begun and run.lower() in _WITHIN_UNITS) or run in ("sq", "cu") or known_unit(run)

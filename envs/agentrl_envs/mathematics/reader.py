@@ -24,6 +24,8 @@ from agentrl_envs.mathematics.kinds import (
     Words,
     variables,
 )
+from agentrl_envs.mathematics.literals import in_base, literal
+from agentrl_envs.mathematics.plus_minus import both_signs
 from agentrl_envs.mathematics.spelling import spelled_plainly
 from agentrl_envs.mathematics.tokens import Token, Unreadable, tokens
 from agentrl_envs.mathematics.units import names_a_thing, names_a_value, unit
@@ -36,16 +38,7 @@ _MATRICES = frozenset(["pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix",
 _FIGURES = frozenset(["angle", "triangle", "overline"])
 # Letters before parentheses that name a function and are no factor.
 _CALLED = frozenset("fghpqrsuvFGHPQRSTAVECLN")
-_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
-_BASES |= {"twelve": 12, "sixteen": 16}
-_ALPHANUMERIC = re.compile(
-    r"(?:\\(?:text|mathrm)\{)?(?P<digits>[0-9A-F]{2,})\}?_\{?(?P<base>\d\d)\}?|0x(?P<hexadecimal>[0-9A-Fa-f]+)"
-)
-_CLOCK = re.compile(
-    r"(\d{1,2}):([0-5]\d)(:[0-5]\d)?(?:[ ~]*(?:\\ )?(?:\\text\{ *)?([ap])\.?m\.?\}?)?", re.IGNORECASE
-)
 _HALF_OF_DAY = re.compile(r"(?<=\d )([AaPp])\.[Mm](?:\.|$)|(?<=\d )([AaPp])(?=[Mm])")
-_DATE = re.compile(r"\d{4}-\d\d?-\d\d?|\d\d?[/.-]\d\d?[/.-]\d{4}")
 
 
 @lru_cache(maxsize=KEPT)
@@ -60,18 +53,8 @@ def read(text: str, letters: bool = False) -> Answer | None:
         What it is; None where any of it is not in the notation that is known here.
     """
     text = spelled_plainly(text)
-    clock, based = _CLOCK.fullmatch(text), _ALPHANUMERIC.fullmatch(text)
-    if clock and int(clock[1]) < 25:
-        half = f" {clock[4].lower()}m" if clock[4] else ""
-        return Words(f"{int(clock[1])}:{clock[2]}{clock[3] or ''}{half}")
-    if _DATE.fullmatch(text):
-        return Words(text)
     try:
-        if based and based["hexadecimal"]:
-            return _based(based["hexadecimal"].upper(), 16)
-        if based and not based["digits"].isdigit():
-            return _based(based["digits"], int(based["base"]))
-        return _Reader(tokens(text), letters).answer()
+        return literal(text) or _Reader(tokens(text), letters).answer()
     except (Unreadable, RecursionError):
         return None
 
@@ -120,12 +103,12 @@ class _Reader(ExpressionReader):
 
     def _items(self) -> Answer:
         """What stands between two brackets, or in the whole answer."""
-        found, joined = _both_signs(self._item()), set()
+        found, joined = both_signs(self._item()), set()
         while self._separator():
             joined.add(self.take().text)
             while self.next().text in ("and", "or"):
                 joined.add(self.take().text)
-            found += _both_signs(self._item())
+            found += both_signs(self._item())
         if {"and", "or"} <= joined:
             raise Unreadable("and, or")
         return Items("", tuple(found), "or" in joined) if len(found) > 1 else found[0]
@@ -152,7 +135,9 @@ class _Reader(ExpressionReader):
         length, opened = 0, 0
         while self.next(length) is not END:
             opened += self.sees("(", "{", ahead=length) - self.sees(")", "}", ahead=length)
-            if opened < 0 or (opened == 0 and (self._separator(length) or self.sees(*_RELATIONS, ahead=length))):
+            if opened < 0 or (
+                opened == 0 and (self._separator(length) or self.sees(*_RELATIONS, ahead=length))
+            ):
                 break
             length += 1
         if not self.sees("=", "in", ahead=length):
@@ -223,7 +208,7 @@ class _Reader(ExpressionReader):
         base = self.take().text
         if braces:
             self.expect("}")
-        return _based(digits, _BASES.get(base.lower()) or (int(base) if re.fullmatch(r"\d\d?", base) else 0))
+        return in_base(digits, base)
 
     # Brackets
 
@@ -240,7 +225,9 @@ class _Reader(ExpressionReader):
             if len(inner.items) > 2 and brackets in ("(]", "[)"):
                 raise Unreadable(brackets)
             return Items(brackets, inner.items)
-        if isinstance(inner, Matrix) or (opening == "(" and closing == ")" and isinstance(inner, Value | Words)):
+        if isinstance(inner, Matrix) or (
+            opening == "(" and closing == ")" and isinstance(inner, Value | Words)
+        ):
             return inner
         if brackets == "[]" and isinstance(inner, Value):
             ends = self.next() is END or self._separator() or self.sees(")", "]", "}")
@@ -384,16 +371,6 @@ class _Reader(ExpressionReader):
         return -int(text) if negative else int(text)
 
 
-def _based(digits: str, base: int) -> Based:
-    try:
-        if not 1 < base < 37:
-            raise ValueError
-        int(digits, base)
-    except ValueError:
-        raise Unreadable(digits) from None
-    return Based(digits.lstrip("0") or "0", base)
-
-
 def _degrees(expression: Expression) -> Expression | None:
     """What degrees count; None where an expression is no angle in degrees."""
     match expression:
@@ -441,33 +418,3 @@ def _name(signs: Sequence[Token]) -> str | None:
         return None
     called = len(rest) > 2 and rest[0] == "(" and rest[-1] == ")" and name.name[0] in _CALLED
     return name.name + "".join(rest) if not rest or (called and rest.count("(") == 1) else None
-
-
-def _both_signs(answer: Answer) -> list[Answer]:
-    r"""An answer for each sign of its \pm."""
-    plus, minus = _signed(answer, "+"), _signed(answer, "-")
-    return [plus] if plus == minus else [plus, minus]
-
-
-def _signed(answer: Answer, sign: str) -> Answer:
-    match answer:
-        case Value(expression, behind, percent):
-            return Value(_with_sign(expression, sign), behind, percent)
-        case Named(name, value):
-            return Named(name, _signed(value, sign))
-        case Items(brackets, items, either):
-            return Items(brackets, tuple(_signed(item, sign) for item in items), either)
-    return answer
-
-
-def _with_sign(expression: Expression, sign: str) -> Expression:
-    match expression:
-        case Call("pm" | "mp" as function, (left, right)):
-            left, right = _with_sign(left, sign), _with_sign(right, sign)
-            negative = (sign == "-") == (function == "pm")
-            return Call("+", (left, Call("-", (right,)) if negative else right))
-        case Call(function, arguments):
-            return Call(function, tuple(_with_sign(argument, sign) for argument in arguments))
-    return expression
-
-

@@ -56,7 +56,7 @@ Evaluate = Callable[[Expression], Point]
 
 
 def region(answer: Answer, evaluate: Evaluate) -> Region | None:
-    """Return the intervals that an answer means, apart from each other and ascending; None where it is no set.
+    """Return the intervals that an answer means, apart and ascending; None where it is no set.
 
     Raises:
         Undefined: it is one in form, but not in fact, such as [1, 0).
@@ -152,12 +152,15 @@ def _beyond(operator: str, bound: Expression, line: tuple[Fraction, Fraction], e
     slope, start = line
     if slope < 0:
         operator = _FLIPPED[operator]
-    if line != (1, 0):
+    if slope != 1 or start:
         bound = Call("*", (Call("+", (bound, Number(-start))), Number(1 / slope)))
     end = _end(bound, operator in ("le", "ge"), evaluate)
     if end.value is None:
         raise Undefined
-    below, above = (_end(Call("-", (_ENDLESS,)), False, evaluate), end), (end, _end(_ENDLESS, False, evaluate))
+    below, above = (
+        (_end(Call("-", (_ENDLESS,)), False, evaluate), end),
+        (end, _end(_ENDLESS, False, evaluate)),
+    )
     return [below, above] if operator == "ne" else [below] if operator in ("<", "le") else [above]
 
 

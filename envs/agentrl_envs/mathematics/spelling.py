@@ -3,16 +3,20 @@
 import re
 
 GROUPING = "\ue000"  # a comma that only separates thousands, as in 1{,}234
-GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon"
-GREEK = f"{GREEK} phi chi psi omega".split()
+_LETTERS = """
+    alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon
+    phi chi psi omega
+"""
+GREEK = _LETTERS.split()
 
-_COMMANDS = """
-· \\cdot  ⋅ \\cdot  ∙ \\cdot  • \\cdot  × \\times  ÷ \\div  ± \\pm  ∓ \\mp  √ \\sqrt  ∞ \\infty  ∅ \\emptyset
-≤ \\le  ⩽ \\le  ≦ \\le  ≥ \\ge  ⩾ \\ge  ≧ \\ge  ≠ \\ne  ≈ \\approx  ∪ \\cup  ∩ \\cap  ∈ \\in  ∖ \\setminus
-⟨ \\langle  ⟩ \\rangle  ⌊ \\lfloor  ⌋ \\rfloor  ⌈ \\lceil  ⌉ \\rceil  ° ^\\circ  ˚ ^\\circ  º ^\\circ  … \\dots
-ℝ \\mathbb{R}  ½ \\frac{1}{2}  ⅓ \\frac{1}{3}  ⅔ \\frac{2}{3}  ¼ \\frac{1}{4}  ¾ \\frac{3}{4}  ⅕ \\frac{1}{5}
-⅙ \\frac{1}{6}  ⅚ \\frac{5}{6}  ⅛ \\frac{1}{8}  ⅜ \\frac{3}{8}  ⅝ \\frac{5}{8}  ⅞ \\frac{7}{8}
-""".split()
+_COMMANDS = r"""
+· \cdot  ⋅ \cdot  ∙ \cdot  • \cdot  × \times  ÷ \div  ± \pm  ∓ \mp  √ \sqrt  ∞ \infty  ∅ \emptyset
+≤ \le  ⩽ \le  ≦ \le  ≥ \ge  ⩾ \ge  ≧ \ge  ≠ \ne  ≈ \approx  ∪ \cup  ∩ \cap  ∈ \in  ∖ \setminus
+⟨ \langle  ⟩ \rangle  ⌊ \lfloor  ⌋ \rfloor  ⌈ \lceil  ⌉ \rceil  ° ^\circ  ˚ ^\circ  º ^\circ
+… \dots  ℝ \mathbb{R}  ½ \frac{1}{2}  ⅓ \frac{1}{3}  ⅔ \frac{2}{3}  ¼ \frac{1}{4}  ¾ \frac{3}{4}
+⅕ \frac{1}{5}  ⅙ \frac{1}{6}  ⅚ \frac{5}{6}  ⅛ \frac{1}{8}  ⅜ \frac{3}{8}  ⅝ \frac{5}{8}
+⅞ \frac{7}{8}
+"""
 _SIGNS = {
     "-": "−﹣‐‑",
     " ": "\u00a0\u2002\u2003\u2005\u2007\u2009\u200a\u202f\u205f\u3000\t\n\r",
@@ -25,7 +29,10 @@ _SIGNS = {
 _PLAIN = (
     {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width
     | {sign: plain for plain, signs in _SIGNS.items() for sign in signs}
-    | {sign: f"{command} " for sign, command in zip(_COMMANDS[::2], _COMMANDS[1::2], strict=True)}
+    | {
+        sign: f"{command} "
+        for sign, command in zip(_COMMANDS.split()[::2], _COMMANDS.split()[1::2], strict=True)
+    }
     | {letter: f"\\{name} " for letter, name in zip("αβγδεζηθικλμνξοπρστυφχψω", GREEK, strict=True)}
 )
 _TRANSLATION = str.maketrans(_PLAIN)

@@ -13,16 +13,26 @@ from agentrl_envs.mathematics.spelling import GREEK, GROUPING
 
 LARGEST_EXPONENT = 2_000  # of a numeral such as 1e5
 
+# How a command is written, and which one it is.
 _SAME = """
-dfrac frac  tfrac frac  cfrac frac  dbinom binom  tbinom binom  leq le  leqslant le  geq ge  geqslant ge  neq ne
-lt <  gt >  varnothing emptyset  ast *  lbrace {  rbrace }  lvert |  rvert |  vert |  mid |  lbrack [  rbrack ]
-colon :  backslash setminus  smallsetminus setminus  degree circ  arcsin asin  arccos acos  arctan atan
-varphi phi  varepsilon epsilon  lor or  vee or  land and  wedge and
-""".split()
-_SAME_COMMAND = dict(zip(_SAME[::2], _SAME[1::2], strict=True))
+dfrac frac  tfrac frac  cfrac frac  dbinom binom  tbinom binom  leq le  leqslant le  geq ge
+geqslant ge  neq ne  lt <  gt >  varnothing emptyset  ast *  lbrace {  rbrace }  lvert |  rvert |
+vert |  mid |  lbrack [  rbrack ]  colon :  backslash setminus  smallsetminus setminus  degree circ
+arcsin asin  arccos acos  arctan atan  varphi phi  varepsilon epsilon  lor or  vee or  land and
+wedge and
+"""
+_SAME_COMMAND = dict(zip(_SAME.split()[::2], _SAME.split()[1::2], strict=True))
 _SAME_SIGN = {"<=": "le", ">=": "ge", "!=": "ne", "==": "=", "+/-": "pm"}
 _LONG_SIGNS = (*_SAME_SIGN, "->", "''", "...")
-_CURRENCIES = {"€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "pounds": "pound", "euro": "euro", "$": "dollar"}
+_CURRENCIES = {
+    "€": "euro",
+    "£": "pound",
+    "¥": "yen",
+    "₹": "rupee",
+    "pounds": "pound",
+    "euro": "euro",
+    "$": "dollar",
+}
 
 _LOOKS = """
 left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits nolimits quad qquad
@@ -219,7 +229,9 @@ class _Scanner:
 
 def _number(groups: dict[str, str | None]) -> Number | None:
     """The number that the groups of `_NUMERAL` say; None where its exponent is too large."""
-    whole = next((groups[name] or "" for name in ("marked", "commas", "spaces", "digits") if groups.get(name)), "")
+    whole = next(
+        (groups[name] or "" for name in ("marked", "commas", "spaces", "digits") if groups.get(name)), ""
+    )
     whole = "".join(sign for sign in whole if sign.isdigit())
     repeated, exponent = groups.get("repeated"), int(groups.get("exponent") or 0)
     decimals = groups.get("before" if repeated else "decimals") or ""

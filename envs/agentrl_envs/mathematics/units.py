@@ -95,7 +95,9 @@ _DOUBTS = """
     ish bit change something gross score couple few several some many
 """
 # These change a number only where nothing follows: 18 more apples are 18.
-_BEFORE_THINGS = frozenset(["more", "less", "fewer", "extra", "additional", "odd", "even", "positive", "possible"])
+_BEFORE_THINGS = frozenset(
+    ["more", "less", "fewer", "extra", "additional", "odd", "even", "positive", "possible"]
+)
 _COMPARISONS = """
     greater smaller larger bigger higher lower most least somewhat little
     tops max maximum minimum limit bound upto beyond exceeds exceed exceeding over under above below up

@@ -74,7 +74,7 @@ def exact(expression: Expression, at: Mapping[str, Fraction] = {}, bits: int = B
     """Compute a rational value.
 
     Args:
-        expression: of numbers, names in `at`, + - * /, powers, roots, factorials, binomials, |x|, floor, ceiling.
+        expression: of numbers, names in `at`, + - * /, powers, roots, factorials, binomials, |x|, rounding.
         at: values of its variables.
         bits: the most that a numerator or denominator may have on the way.
 
@@ -196,9 +196,7 @@ def infinite(expression: Expression) -> int:
     return 0
 
 
-def numeric(
-    expression: Expression, at: Mapping[str, Fraction], logarithm: int, bits: int
-) -> Point:
+def numeric(expression: Expression, at: Mapping[str, Fraction], logarithm: int, bits: int) -> Point:
     """Compute a real or complex value.
 
     Args:
@@ -211,7 +209,7 @@ def numeric(
         Undefined: it has no value.
         TooLargeError: a number on the way is out of bounds.
     """
-    import mpmath
+    import mpmath  # type: ignore[import-untyped,unused-ignore]
 
     with mpmath.workprec(bits):
         try:
@@ -227,7 +225,8 @@ def _fraction(value: Any) -> Fraction:
         raise Undefined  # infinity, or no number
     if abs(exponent) > 2 * LARGEST_LOGARITHM:
         raise TooLargeError
-    return Fraction(-int(mantissa) if sign else int(mantissa)) * Fraction(2) ** exponent
+    whole = -int(mantissa) if sign else int(mantissa)
+    return Fraction(whole << exponent) if exponent >= 0 else Fraction(whole, 1 << -exponent)
 
 
 class _Numeric:
@@ -314,8 +313,8 @@ class _Numeric:
 
 
 _METHODS = {
-    "+": "plus", "*": "times", "-": "negative", "inverse": "inverse", "^": "power", "root": "root", "!": "factorial",
-    "binom": "binomial", "degree": "degree", "log": "log",
+    "+": "plus", "*": "times", "-": "negative", "inverse": "inverse", "^": "power", "root": "root",
+    "!": "factorial", "binom": "binomial", "degree": "degree", "log": "log",
 }  # fmt: skip
 _FUNCTIONS = {
     name: name
