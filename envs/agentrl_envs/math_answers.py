@@ -115,8 +115,8 @@ def same_number(gold: str, answer: str, rounded_digits: int | None = ROUNDED_DIG
 def same_mathematics(gold: str, reply: str, rounded_digits: int | None = ROUNDED_DIGITS) -> bool:
     r"""Whether the answer in a reply means the same as `gold`.
 
-    Without a box and a tag, the whole reply is the answer, or else what its last sentence says to be it, as in
-    "So it is $\frac{1}{2}$." An answer that is too much to be judged is not equal.
+    Without a box and a tag, the whole reply is the answer, or else what its last sentence calls so: "It is
+    $\frac{1}{2}$." An answer that is too much to be judged is not equal.
 
     Raises:
         JudgeError: nothing could be found out about the answer.

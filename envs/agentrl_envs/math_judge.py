@@ -7,8 +7,8 @@ from agentrl_envs.mathematics.equality import same
 _CALCULUS = re.compile(r"\\(?:(?:sum|prod|lim)\s*_|int(?![A-Za-z]))")
 
 _SPACE = re.compile(r"\\[,;:! ]|\\(?:left|right|quad|limits|displaystyle)(?![A-Za-z])")
-# One expression and nothing beside it: no list, relation, words, decimal, nor capitals, which math-verify takes
-# for small letters.
+# One expression and nothing beside it: no list, relation, words or decimal; nor capitals, which math-verify
+# takes for small letters.
 _EXPRESSION = re.compile(
     r"(?:\\(?:sum|prod|int|lim|d?frac|sqrt|pi|infty|sin|cos|tan|ln|log|exp|cdot|times|to)(?![A-Za-z])"
     r"|_\{[a-z] ?(?:=|\\to(?![a-z])) ?|[-+*/^_(){}|!\d ]|(?<![A-Za-z])[a-z]{1,3}(?![A-Za-z]))+"
@@ -16,7 +16,7 @@ _EXPRESSION = re.compile(
 
 
 def judge(gold: str, answer: str, rounded_digits: int | None, calculus: bool) -> bool:
-    """Whether an answer says the same as `gold`; with `calculus`, math-verify is asked about sums and limits."""
+    """Whether an answer says the same as `gold`; math-verify judges `calculus`: sums, limits."""
     if same(gold, answer, rounded_digits):
         return True
     return calculus and has_calculus(gold, answer) and _verified(gold, answer)

@@ -68,9 +68,9 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         test_share: of a single file.
         check: how a file's answers are judged, "number" or "mathematics" (extra `math`); None takes "number"
             where all of them are plain numbers.
-        rounded_digits: significant digits, correctly rounded, from which a decimal counts for an answer that is
-            a fraction or irrational: 0.333333 is 1/3, and 0.333 is not. None takes only exact values. Where the
-            right answer is a decimal, a relative error of 1e-9 is allowed in any case.
+        rounded_digits: significant digits, correctly rounded, from which a decimal counts for an answer that
+            is a fraction or irrational: 0.333333 is 1/3, 0.333 is not. None takes only exact values. Where
+            the right answer is a decimal, a relative error of 1e-9 is allowed in any case.
         text: "plain" names the tools after the question, "short" is the bare question.
         state: whether Python's variables are kept for the "session" of an episode or for one "call".
         isolation: of the sandbox in which Python runs.
