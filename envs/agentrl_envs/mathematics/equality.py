@@ -105,6 +105,8 @@ class _Comparison:
                 return set(operators) == {"="} and all(self._agree(gold, side) for side in sides)
             case Words(text), Words(other):
                 return text == other
+            case (Words(text), Value(Name(name))) | (Value(Name(name)), Words(text)):
+                return text == name.casefold()
             case Based(), Based():
                 return gold == said
             case (Based(digits, 10), Value()):
@@ -274,17 +276,18 @@ class _Comparison:
     # Lists, sets and tuples
 
     def _items(self, gold: Items, said: Items) -> bool:
-        unordered = {"", "{}"}
+        unordered = ("", "{}")
         if gold.brackets in unordered and said.brackets in unordered:
             return len(gold.items) == len(said.items) and self._unordered(gold.items, said.items)
-        told = said.items
-        if gold.brackets == "()" and said.brackets == "" and all(isinstance(item, Named) for item in told):
-            told = tuple(sorted(told, key=lambda item: item.name if isinstance(item, Named) else ""))
-            if len({item.name for item in told if isinstance(item, Named)}) < len(told):
-                return False
+        wanted: Sequence[Answer] = gold.items
+        told: Sequence[Answer] = said.items
+        if (gold.brackets, said.brackets) == ("()", ""):
+            told = _by_name(told)  # x = 1, y = 2 is the point (1, 2)
+        elif (gold.brackets, said.brackets) == ("", "()"):
+            wanted = _by_name(wanted)
         elif gold.brackets != said.brackets:
             return False
-        return len(gold.items) == len(told) and all(map(self._agree, gold.items, told))
+        return len(wanted) == len(told) > 0 and all(map(self._agree, wanted, told))
 
     def _unordered(self, gold: Sequence[Answer], said: Sequence[Answer]) -> bool:
         wanted, told = _names(gold), _names(said)
@@ -303,6 +306,14 @@ class _Comparison:
 
 def _names(items: Sequence[Answer]) -> set[str]:
     return {item.name for item in items if isinstance(item, Named)}
+
+
+def _by_name(items: Sequence[Answer]) -> Sequence[Answer]:
+    """Items in the order of their names; none where not all have one of their own."""
+    named = [item for item in items if isinstance(item, Named)]
+    if len(_names(named)) < len(items):
+        return ()
+    return sorted(named, key=lambda item: item.name)
 
 
 def _without_index(item: Answer) -> Answer:

@@ -387,9 +387,21 @@ def _relation(sides: list[Answer], operators: list[str]) -> Answer:
     match sides, operators:
         case [Value(left), Value(Name(name) as right)], ["="] if not variables(left) and variables(right):
             return Named(name, sides[0])
+        case [Items("()", names), Items("()") as values], ["="]:
+            told = [_variable(name) for name in names]
+            if all(told) and len(told) == len(values.items):
+                return Named(",".join(told), values)
     if "in" in operators:
         raise Unreadable("in")
     return Relation(tuple(sides), tuple(operators))
+
+
+def _variable(answer: Answer) -> str:
+    """The variable that an answer is alone; "" where it is none."""
+    match answer:
+        case Value(Name(name) as expression, None, False) if variables(expression):
+            return name
+    return ""
 
 
 def _name(signs: Sequence[Token]) -> str | None:
