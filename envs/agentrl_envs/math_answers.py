@@ -1,7 +1,7 @@
-"""Whether a reply answers a problem: which part of it is the answer, and whether that equals the right one.
+r"""Whether a reply answers a problem: which part of it is the answer, and whether that says the right one.
 
-Numbers are compared here, exactly. Everything else is math-verify's to judge (extra `math`), in a process of
-its own: it can be made to compute towers of powers, and bounds itself only by signals, which fail in threads.
+`mathematics` reads both and compares them. What takes irrational or large numbers is done in a process with a
+limit, where sums, integrals and limits go to math-verify (extra `math`).
 """
 
 import importlib.util
@@ -9,29 +9,45 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from agentrl.errors import MissingDependencyError
+from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl_envs import bounded
+from agentrl_envs.math_judge import has_calculus
+from agentrl_envs.mathematics.equality import NeedsTimeError, same
 
 LONGEST_ANSWER = 2_000  # characters
+ROUNDED_DIGITS = 6  # the default of `rounded_digits`
+MOST_DIGITS = 100
+KEPT = 4_096  # verdicts of the judge
 
-_BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
+_BOX = r"\\f?box(?:ed)?(?![A-Za-z])"
+_BRACES = re.compile(
+    rf"(?P<box>{_BOX}\s*\{{)|{_BOX}\s*(?P<bare>[^\s{{}}$\\]+)|\\.|(?P<open>\{{)|(?P<close>\}})", re.DOTALL
+)
 _NUMBER = re.compile(r"([+-]?)\s*(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?")
 _LATEX_FRACTION = re.compile(r"([+-]?)\s*\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-_VARIABLE = re.compile(r"\s*[A-Za-z]\s*=")
-_UNIT = re.compile(r"(?:\\?%|°|\\text\{[^{}\d]*\}|(?:\s+[^\W\d_]+)+)$")
+# A sentence that does nothing but name its answer.
+_SENTENCE = re.compile(
+    r"(?:(?:so|thus|hence|therefore|finally|then),?\s+)?(?:the\s+)?(?:(?:final|correct|right)\s+)?"
+    r"(?:it|answer|result|value|solution)\s*(?:is|equals|:)\s*:?\s*(?P<answer>\S.*)",
+    re.IGNORECASE,
+)
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last complete \boxed{…}; None where there is none.
+    r"""The content of the last complete \boxed{…} or \fbox{…}; None where there is none.
 
     >>> last_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
+    >>> last_boxed(r"so $\boxed 4$.")
+    '4'
     """
     opened: list[int | None] = []  # where the content of each open brace begins, if it is a box
     start, end = -1, -1
     for found in _BRACES.finditer(text):
         if found["box"] or found["open"]:
             opened.append(found.end() if found["box"] else None)
+        elif found["bare"]:
+            start, end = found.span("bare")
         elif found["close"] and opened:
             begin = opened.pop()
             if begin is not None and begin > start:
@@ -84,43 +100,56 @@ def _decimal(text: str) -> Fraction | None:
     return Fraction(f"{sign}{(whole or '0').replace(',', '')}{decimals or ''}")
 
 
-def same_number(gold: str, answer: str) -> bool:
+def same_number(gold: str, answer: str, rounded_digits: int | None = ROUNDED_DIGITS) -> bool:
     """Whether an answer is the number `gold`; "x = 42", "42 apples" and "42%" are 42.
 
-    >>> same_number("1/2", "0.5"), same_number("42", "42 or 43")
-    (True, False)
-    """
-    said = answer.strip().removesuffix(".").strip(" $\n\t")
-    if len(said) > LONGEST_ANSWER:
-        return False
-    found = number(_UNIT.sub("", _VARIABLE.sub("", said, count=1)))
-    return found is not None and found == number(gold)
-
-
-def same_mathematics(gold: str, reply: str) -> bool:
-    """Whether the answer in a reply means the same as `gold`, by math-verify where it is not plain.
-
-    An answer that is too much to be judged is not equal.
+    >>> same_number("1/2", "0.5"), same_number("42", "42 or 43"), same_number("3", "3 million")
+    (True, False, False)
 
     Raises:
         JudgeError: nothing could be found out about the answer.
-        MissingDependencyError: the extra `math` is not installed.
+    """
+    return _same(gold.strip(), answer.strip(), rounded_digits, False)
+
+
+def same_mathematics(gold: str, reply: str, rounded_digits: int | None = ROUNDED_DIGITS) -> bool:
+    r"""Whether the answer in a reply means the same as `gold`.
+
+    Without a box and a tag, the whole reply is the answer, or else what its last sentence calls so: "It is
+    $\frac{1}{2}$." An answer that is too much to be judged is not equal.
+
+    Raises:
+        JudgeError: nothing could be found out about the answer.
+        MissingDependencyError: the extra `math` is needed and not installed.
     """
     boxed, tagged = last_boxed(reply), last_tagged(reply)
+    gold = gold.strip()
     given = boxed if boxed is not None else tagged
-    # Of prose math-verify takes the last expression; a given answer is one as a whole.
-    gold, answer = gold.strip(), (reply[-LONGEST_ANSWER:] if given is None else given).strip()
-    if not answer or len(answer) > LONGEST_ANSWER:
-        return False
-    if gold == answer:
+    if given is not None:
+        return _same(gold, given.strip(), rounded_digits, True)
+    if _same(gold, reply.strip(), rounded_digits, True):
         return True
-    left, right = number(gold), number(answer)
-    if left is not None and right is not None:
-        if left == right:
-            return True
-        if left.denominator == right.denominator == 1:
-            return False
-    return _judged(gold, answer, given is None)
+    sentence = re.split(r"(?<=[.!?])\s+|\n", reply[-LONGEST_ANSWER:].strip())[-1]
+    found = _SENTENCE.fullmatch(sentence)
+    return found is not None and _same(gold, found["answer"], rounded_digits, True)
+
+
+def checked_digits(rounded_digits: object) -> int | None:
+    """Return an environment's `rounded_digits`, if it is a number of digits or None.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if rounded_digits is None or (type(rounded_digits) is int and 1 <= rounded_digits <= MOST_DIGITS):
+        return rounded_digits
+    raise ConfigError(
+        f"rounded_digits: {rounded_digits!r}, wanted a whole number from 1 to {MOST_DIGITS}, or None"
+    )
+
+
+def judged_by(rounded_digits: int | None) -> dict[str, int | None]:
+    """Return what a task's hash has to say of how it is judged, if that is not as usual."""
+    return {} if rounded_digits == ROUNDED_DIGITS else {"rounded_digits": rounded_digits}
 
 
 def require_math_verify() -> None:
@@ -129,10 +158,28 @@ def require_math_verify() -> None:
         raise MissingDependencyError("answers that are not plain numbers need: pip install 'agentrl[math]'")
 
 
-@lru_cache(maxsize=65_536)
-def _judged(gold: str, answer: str, prose: bool) -> bool:
-    require_math_verify()
+def _same(gold: str, answer: str, rounded_digits: int | None, mathematics: bool) -> bool:
+    if not answer or len(answer) > LONGEST_ANSWER:
+        return False
+    if gold == answer:
+        return True
     try:
-        return bool(bounded.calls.call("agentrl_envs.math_judge", "judge", gold, answer, prose))
+        if same(gold, answer, rounded_digits, quick=True):
+            return True
+        if not (mathematics and has_calculus(gold, answer)):
+            return False
+    except NeedsTimeError:
+        pass
+    if mathematics:
+        require_math_verify()
+    return _judged(gold, answer, rounded_digits, mathematics)
+
+
+@lru_cache(maxsize=KEPT)
+def _judged(gold: str, answer: str, rounded_digits: int | None, mathematics: bool) -> bool:
+    try:
+        return bool(
+            bounded.calls.call("agentrl_envs.math_judge", "judge", gold, answer, rounded_digits, mathematics)
+        )
     except bounded.OverLimitError:
         return False

@@ -1,17 +1,40 @@
-"""What math-verify says of an answer; imported only in processes of `bounded`."""
+"""What is found out about an answer in a process with a limit; run by `bounded`."""
 
-from math_verify import parse, verify  # type: ignore[import-untyped,unused-ignore]
+import re
+
+from agentrl_envs.mathematics.equality import same
+
+_CALCULUS = re.compile(r"\\(?:(?:sum|prod|lim)\s*_|int(?![A-Za-z]))")
+
+_SPACE = re.compile(r"\\[,;:! ]|\\(?:left|right|quad|limits|displaystyle)(?![A-Za-z])")
+# One expression and nothing beside it: no list, relation, words or decimal; nor capitals, which math-verify
+# takes for small letters.
+_EXPRESSION = re.compile(
+    r"(?:\\(?:sum|prod|int|lim|d?frac|sqrt|pi|infty|sin|cos|tan|ln|log|exp|cdot|times|to)(?![A-Za-z])"
+    r"|_\{[a-z] ?(?:=|\\to(?![a-z])) ?|[-+*/^_(){}|!\d ]|(?<![A-Za-z])[a-z]{1,3}(?![A-Za-z]))+"
+)
 
 
-def judge(gold: str, answer: str, prose: bool) -> bool:
-    """Whether an answer means the same as `gold`; in prose its last expression counts."""
+def judge(gold: str, answer: str, rounded_digits: int | None, calculus: bool) -> bool:
+    """Whether an answer says the same as `gold`; math-verify judges `calculus`: sums, limits."""
+    if same(gold, answer, rounded_digits):
+        return True
+    return calculus and has_calculus(gold, answer) and _verified(gold, answer)
+
+
+def has_calculus(gold: str, answer: str) -> bool:
+    """Whether one of two answers has a sum, a product, an integral or a limit."""
+    return any(map(_CALCULUS.search, (gold, answer)))
+
+
+def _verified(gold: str, answer: str) -> bool:
+    from math_verify import parse, verify  # type: ignore[import-untyped,unused-ignore]
+
+    texts = [_SPACE.sub(" ", text) for text in (gold, answer)]
+    if not all(map(_EXPRESSION.fullmatch, texts)):
+        return False
     try:
-        # The order matters: verify is not symmetric.
-        right, given = _parsed(gold, False), _parsed(answer, prose)
-        return bool(verify(right, given, timeout_seconds=None))
+        right, said = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in texts)
+        return bool(verify(right, said, float_rounding=30, numeric_precision=50, timeout_seconds=None))
     except (Exception, RecursionError):
         return False
-
-
-def _parsed(text: str, prose: bool) -> object:
-    return parse(text if prose or "$" in text else f"\\boxed{{{text}}}", parsing_timeout=None)

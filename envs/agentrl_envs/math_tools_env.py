@@ -17,7 +17,7 @@ from agentrl.env.sandbox import Limits, Sandbox, Session
 from agentrl.errors import ConfigError
 from agentrl_envs import bounded
 from agentrl_envs.calculator import CalculatorError, calculate
-from agentrl_envs.math_answers import last_boxed
+from agentrl_envs.math_answers import ROUNDED_DIGITS, checked_digits, judged_by, last_boxed
 from agentrl_envs.problem_files import choose_problems
 from agentrl_envs.problems import Check, Problem
 
@@ -68,6 +68,9 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         test_share: of a single file.
         check: how a file's answers are judged, "number" or "mathematics" (extra `math`); None takes "number"
             where all of them are plain numbers.
+        rounded_digits: significant digits, correctly rounded, from which a decimal counts for an answer that
+            is a fraction or irrational: 0.333333 is 1/3, 0.333 is not. None takes only exact values. Where
+            the right answer is a decimal, a relative error of 1e-9 is allowed in any case.
         text: "plain" names the tools after the question, "short" is the bare question.
         state: whether Python's variables are kept for the "session" of an episode or for one "call".
         isolation: of the sandbox in which Python runs.
@@ -92,6 +95,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         data: str | Path | Mapping[str, str] | None = None,
         test_share: float = 0.1,
         check: Check | None = None,
+        rounded_digits: int | None = ROUNDED_DIGITS,
         text: str = "plain",
         state: str = "session",
         isolation: str = "auto",
@@ -108,6 +112,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         for tool in tools:
             if tool not in TAGS:
                 raise unknown("tool", tool, TAGS)
+        self._rounded_digits = checked_digits(rounded_digits)
         self._problems, self.data = choose_problems(kinds, level, data, test_share, check)
         self.splits = tuple(self._problems)
         if split not in self.splits:
@@ -134,7 +139,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
 
     def task_hash(self, task: str) -> str:
         """Hash the problem, its answer, and how it is judged."""
-        return content_hash(task, self._find(task).content())
+        return content_hash(task, self._find(task).content() | judged_by(self._rounded_digits))
 
     def _find(self, task: object) -> Problem:
         problem: Problem = find_problem(task, self.splits, self._problems.__getitem__)
@@ -210,9 +215,8 @@ class MathToolsEnv(gymnasium.Env[str, str]):
             return f"error: {error}", True
 
     def _solved(self, problem: Problem, answer: str) -> bool:
-        if problem.check == "mathematics":
-            bounded.calls.join(self)
-        return problem.solved_by(f"<{ANSWER}>{answer}</{ANSWER}>")
+        bounded.calls.join(self)
+        return problem.solved_by(f"<{ANSWER}>{answer}</{ANSWER}>", self._rounded_digits)
 
     def _usage(self) -> str:
         shown = {"calc": "<calc>expression</calc>", "python": "<python>code</python>"}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from agentrl_envs.problems import Check, Problem, generated
 
 QUESTIONS = ("problem", "question", "prompt")
 ANSWERS = ("answer", "final_answer", "solution")
+WORKED = ("solution",)  # columns of worked solutions, of which only a marked result is an answer
+NO_NUMBERS = ("nan", "inf", "infinity")
 TASK_TYPES = ("task_type", "type", "subject")
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands, what it holds
@@ -50,8 +53,9 @@ def load_problems(
 ) -> Mapping[str, Sequence[Problem]]:
     """Read problems.
 
-    A row has `problem` or `question`, and `answer` or `solution`. Of an answer in GSM8K's manner the part
-    after "####" counts, of a worked solution in MATH's manner its last box. `task_type`, `type` or
+    A row has `problem`, `question` or `prompt`, and `answer`, `final_answer` or `solution`. Of an answer in
+    GSM8K's manner the part after "####" counts, of a worked one in MATH's manner its last box; a `solution`
+    must have one of both. `task_type`, `type` or
     `subject`, where present, is what scores are grouped by, else the file's name.
 
     Args:
@@ -119,7 +123,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
             place = f"{path}:{line}"
             try:
                 row = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"data: {place}: not a line of JSON: {error}") from error
             if not isinstance(row, dict):
                 raise ConfigError(f"data: {place}: {type(row).__name__}, wanted an object")
@@ -142,13 +146,11 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _problem(place: str, row: Mapping[str, Any], stem: str) -> Given:
-    question = _first(place, row, QUESTIONS)
+    question = row[_first(place, row, QUESTIONS)]
     if not isinstance(question, str):
         raise ConfigError(f"data: {place}: the question is {question!r}, wanted a text")
-    given = _first(place, row, ANSWERS)
-    if isinstance(given, bool) or not isinstance(given, str | int | float):
-        raise ConfigError(f"data: {place}: the answer is {given!r}, wanted a text or a number")
-    answer = _final(str(given))
+    column = _first(place, row, ANSWERS)
+    answer = _answer(place, column, row[column])
     if not question.strip() or not answer:
         raise ConfigError(f"data: {place}: the {'answer' if question.strip() else 'question'} is empty")
     if len(answer) > LONGEST_ANSWER:
@@ -160,22 +162,34 @@ def _problem(place: str, row: Mapping[str, Any], stem: str) -> Given:
         if row.get(name) is not None and not isinstance(row[name], str):
             raise ConfigError(f"data: {place}: {name!r} is {row[name]!r}, wanted a text")
     task_type = next((row[name] for name in TASK_TYPES if row.get(name)), stem)
+    for text in (question, answer, task_type):
+        if any("\ud800" <= sign <= "\udfff" for sign in text):
+            raise ConfigError(f"data: {place}: {text[:60]!r} has half a character, a lone surrogate")
     return Problem(question.strip(), answer, task_type), row.get("split") or None
 
 
-def _first(place: str, row: Mapping[str, Any], names: Sequence[str]) -> Any:
+def _first(place: str, row: Mapping[str, Any], names: Sequence[str]) -> str:
     for name in names:
         if row.get(name) is not None:
-            return row[name]
+            return name
     raise ConfigError(f"data: {place}: has {', '.join(row) or 'nothing'}; wanted one of {', '.join(names)}")
 
 
-def _final(answer: str) -> str:
-    _, marked, final = answer.rpartition("####")
-    if marked:
-        return final.strip()
-    boxed = last_boxed(answer)
-    return answer.strip() if boxed is None else boxed
+def _answer(place: str, column: str, given: object) -> str:
+    if isinstance(given, bool) or not isinstance(given, str | int | float):
+        raise ConfigError(f"data: {place}: the answer is {given!r}, wanted a text or a number")
+    text = given if isinstance(given, str) else format(Decimal(str(given)), "f")
+    _, marked, final = text.rpartition("####")
+    boxed = None if marked else last_boxed(text)
+    if column in WORKED and not marked and boxed is None:
+        raise ConfigError(
+            f"data: {place}: the {column} marks no result; wanted it in \\boxed{{}} or behind '####', "
+            f"or a column {ANSWERS[0]!r}"
+        )
+    answer = (final if boxed is None else boxed).strip()
+    if answer.lower().lstrip("+-") in NO_NUMBERS:
+        raise ConfigError(f"data: {place}: the answer is {answer}, wanted a finite number, or a text")
+    return answer
 
 
 def _rule(answers: Iterator[str]) -> Check:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
@@ -12,7 +13,7 @@ from typing import Any, Literal, overload
 from agentrl.env import unknown
 from agentrl.errors import ConfigError
 from agentrl_envs.calculator import CalculatorError, evaluate, parse, whole_numbers
-from agentrl_envs.math_answers import extract_answer, same_mathematics, same_number
+from agentrl_envs.math_answers import ROUNDED_DIGITS, extract_answer, number, same_mathematics, same_number
 
 Check = Literal["number", "mathematics", "countdown"]
 
@@ -30,8 +31,8 @@ class Problem:
         question: what is asked.
         answer: a right answer.
         task_type: what scores are grouped by.
-        check: "number" compares exactly, "mathematics" asks math-verify, "countdown" accepts every expression
-            of `numbers`, each used at most once, with the value `answer` has.
+        check: "number" and "mathematics" compare by `math_answers`, "countdown" accepts every expression of
+            `numbers`, each used at most once, with the value `answer` has; what follows its "=" must be that.
         work: calculator expressions whose values lead to the answer; the last one's is the answer, or the
             answer is that expression.
         numbers: of a countdown problem.
@@ -44,25 +45,34 @@ class Problem:
     work: tuple[str, ...] = ()
     numbers: tuple[int, ...] = ()
 
-    def solved_by(self, reply: str) -> bool:
+    def solved_by(self, reply: str, rounded_digits: int | None = ROUNDED_DIGITS) -> bool:
         """Whether the answer in a reply is right.
+
+        Args:
+            reply: all of it.
+            rounded_digits: see `math_answers.same_number`.
 
         Raises:
             JudgeError: the answer could not be judged.
             MissingDependencyError: the extra `math` is needed and not installed.
         """
         if self.check == "mathematics":
-            return same_mathematics(self.answer, reply)
+            return same_mathematics(self.answer, reply, rounded_digits)
         answer = extract_answer(reply)
-        return self._counts_down(answer) if self.check == "countdown" else same_number(self.answer, answer)
+        if self.check == "countdown":
+            return self._counts_down(answer)
+        return same_number(self.answer, answer, rounded_digits)
 
     def _counts_down(self, answer: str) -> bool:
+        expression, *said = re.sub(r"\\left|\\right|\$|\.$", "", answer.strip()).split("=")
+        for command, sign in (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/")):
+            expression = expression.replace(command, sign)
         try:
-            tree, wanted = parse(answer.partition("=")[0]), parse(self.answer)
+            tree, wanted = parse(expression), evaluate(parse(self.answer))
             left = list(self.numbers)
-            for number in whole_numbers(tree):
-                left.remove(number)
-            return evaluate(tree) == evaluate(wanted)
+            for one in whole_numbers(tree):
+                left.remove(one)
+            return evaluate(tree) == wanted and all(number(value) == wanted for value in said)
         except (CalculatorError, ValueError):  # no expression, or a number that is not there any more
             return False
 

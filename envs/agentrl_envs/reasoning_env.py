@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from agentrl.env import OneStepEnv, unknown
 from agentrl_envs import bounded
+from agentrl_envs.math_answers import ROUNDED_DIGITS, checked_digits, judged_by
 from agentrl_envs.problem_files import choose_problems
 from agentrl_envs.problems import Check, Problem
 
@@ -27,6 +28,9 @@ class ReasoningEnv(OneStepEnv):
         test_share: of a single file.
         check: how a file's answers are judged, "number" or "mathematics" (extra `math`); None takes "number"
             where all of them are plain numbers.
+        rounded_digits: significant digits, correctly rounded, from which a decimal counts for an answer that
+            is a fraction or irrational: 0.333333 is 1/3, 0.333 is not. None takes only exact values. Where
+            the right answer is a decimal, a relative error of 1e-9 is allowed in any case.
         text: "plain" says how to answer, "short" is the bare question.
         expert: give `info["expert"]`, the right answer.
     """
@@ -42,16 +46,18 @@ class ReasoningEnv(OneStepEnv):
         data: str | Path | Mapping[str, str] | None = None,
         test_share: float = 0.1,
         check: Check | None = None,
+        rounded_digits: int | None = ROUNDED_DIGITS,
         text: str = "plain",
         expert: bool = False,
     ) -> None:
         problems, label = choose_problems(kinds, level, data, test_share, check)
         if text not in TEXTS:
             raise unknown("text", text, TEXTS)
+        self._rounded_digits = checked_digits(rounded_digits)
         ending = f"\n{INSTRUCTIONS}" if text == "plain" else ""
         wrap = "<answer>{}</answer>" if text == "plain" else "{}"
         super().__init__(
-            {name: _Prompts(rows, ending) for name, rows in problems.items()},
+            {name: _Prompts(rows, ending, rounded_digits) for name, rows in problems.items()},
             self._score,
             split=split,
             max_steps=max_steps,
@@ -62,9 +68,8 @@ class ReasoningEnv(OneStepEnv):
 
     def _score(self, task: Mapping[str, Any], reply: str) -> float:
         problem = Problem(**task["problem"])
-        if problem.check == "mathematics":
-            bounded.calls.join(self)
-        return float(problem.solved_by(reply))
+        bounded.calls.join(self)
+        return float(problem.solved_by(reply, self._rounded_digits))
 
     def close(self) -> None:
         bounded.calls.leave(self)
@@ -73,8 +78,9 @@ class ReasoningEnv(OneStepEnv):
 class _Prompts(Sequence[Mapping[str, Any]]):
     """Problems as `OneStepEnv` takes them, made when asked for."""
 
-    def __init__(self, problems: Sequence[Problem], ending: str) -> None:
+    def __init__(self, problems: Sequence[Problem], ending: str, rounded_digits: int | None) -> None:
         self._problems, self._ending = problems, ending
+        self._judged = judged_by(rounded_digits)
 
     def __len__(self) -> int:
         return len(self._problems)
@@ -85,4 +91,5 @@ class _Prompts(Sequence[Mapping[str, Any]]):
             "prompt": problem.question + self._ending,
             "task_type": problem.task_type,
             "problem": problem.content(),
+            **self._judged,
         }

@@ -26,6 +26,10 @@ from agentrl_envs.math_answers import extract_answer, last_boxed, number, same_m
         (r"\boxed {3}", "3"),
         (r"\boxed{1} and \boxed{2", "1"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\fbox{$8$}", "$8$"),
+        (r"so $\boxed 8$.", "8"),
+        (r"\boxed{7} and \boxed 8", "8"),
+        (r"\boxedness{7} \boxed{8}", "8"),
         (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
         (r"<answer>5</answer> \boxed{6}", "6"),
         (r"\boxed{6} <answer>5</answer>", "6"),
@@ -118,7 +122,7 @@ PAIRS = [
     ("1/3", r"\boxed{0.333}", False),
     ("10", r"\boxed{10} or \boxed{12}", False),
     (r"x \le 3", r"\boxed{(-\infty, 3]}", True),
-    (r"(-\infty, 3]", r"\boxed{x \le 3}", False),  # math-verify is not symmetric: the gold answer comes first
+    (r"(-\infty, 3]", r"\boxed{x \le 3}", True),
     (r"\pi", r"\boxed{3.14}", False),
     (r"\text{Evelyn}", "<answer>Evelyn</answer>", True),
 ]

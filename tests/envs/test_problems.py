@@ -111,6 +111,18 @@ COUNTDOWN = Problem("make 88", "(25 - 3) * 4", "countdown", "countdown", ("(25 -
         ("(25 - 3) * 4", True),
         ("4*(25-3) = 88", True),
         (r"\boxed{4 × (25 − 3)}", True),
+        (r"\boxed{4 \times \left(25 - 3\right) = 88}", True),
+        ("$4*(25-3)$.", True),
+        ("4*(25-3) = 88.0", True),
+        ("4*(25-3) = 88 = 88", True),
+        ("4*(25-3) = 87", False),
+        ("4*(25-3) = 88 = 87", False),
+        ("4*(25-3) = -88", False),
+        ("4*(25-3) = 80 + 8", False),
+        ("4*(25-3) =", False),
+        ("4*(25-3) = x", False),
+        ("4*(25-3) = 88 or so", False),
+        ("25 + 3 = 88", False),
         ("<answer>25 * 4 - 3 * 4</answer>", False),  # 88, but with two fours
         ("25 + 25 + 3 * 4", False),  # 62
         ("88", False),

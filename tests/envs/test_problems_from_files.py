@@ -58,6 +58,28 @@ def test_math_answers_are_the_last_box_of_the_solution(tmp_path: Path) -> None:
     ]
 
 
+def test_boxes_of_any_make_mark_a_result(tmp_path: Path) -> None:
+    solutions = [
+        r"so $\boxed 6$.",
+        r"thus \fbox{$6$} units",
+        r"$\boxed{\text{now } \boxed{6}}$",
+        "worked #### 6",
+    ]
+    rows = [{"problem": f"{place}?", "solution": text} for place, text in enumerate(solutions)]
+    problems = load_problems({"train": jsonl(tmp_path / "x.jsonl", rows)})["train"]
+    assert [problem.solved_by(r"\boxed{6}") for problem in problems] == [True] * 4
+    assert [problem.solved_by(r"\boxed{7}") for problem in problems] == [False] * 4
+
+
+def test_numbers_in_json_are_answers_as_they_are(tmp_path: Path) -> None:
+    given = [12, 0.5, 1e-7, 1.5e22, -3.0]
+    rows = [{"problem": f"{place}?", "answer": value} for place, value in enumerate(given)]
+    problems = load_problems({"train": jsonl(tmp_path / "x.jsonl", rows)})["train"]
+    assert {problem.check for problem in problems} == {"number"}
+    replies = ["12", "1/2", "0.0000001", "15000000000000000000000", "-3"]
+    assert [p.solved_by(reply) for p, reply in zip(problems, replies, strict=True)] == [True] * 5
+
+
 def test_an_answer_stands_before_a_solution(tmp_path: Path) -> None:
     row = {"problem": "1 + 1?", "solution": "Add them.", "answer": "2", "subject": "sums"}
     problem = load_problems({"train": jsonl(tmp_path / "x.jsonl", [row])})["train"][0]
@@ -116,6 +138,20 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
         ('{"problem": "a", "answer": "1", "type": 5}', r"a\.jsonl:1: 'type' is 5"),
         ('{"problem": "a", "answer": "%s"}' % ("so " * 900), r"a\.jsonl:1: the answer has 2699 characters"),
         ('{"problem": "a", "answer": "1", "split": "train"}\n{"problem": "a", "answer": "1"}', "1 of 2 rows"),
+        (
+            '{"problem": "a", "answer": "1"}\n{"problem": "b", "solution": "Add."}',
+            r"a\.jsonl:2: the solution marks",
+        ),
+        ('{"problem": "a", "solution": "12"}', r"a\.jsonl:1: the solution marks no result; wanted it in"),
+        ('{"problem": "a", "answer": NaN}', r"a\.jsonl:1: the answer is NaN, wanted a finite number"),
+        (
+            '{"problem": "a", "answer": 1}\n{"problem": "b", "answer": -1e400}',
+            r"a\.jsonl:2: the answer is -Infinity",
+        ),
+        ('{"problem": "a", "answer": "#### nan"}', r"a\.jsonl:1: the answer is nan"),
+        ('{"problem": "a", "answer": "-inf"}', r"a\.jsonl:1: the answer is -inf"),
+        ('{"problem": "a\\udc00", "answer": "1"}', r"a\.jsonl:1: 'a\\udc00' has half a character"),
+        ('{"problem": "a", "answer": ' + "[" * 100_000, r"a\.jsonl:1: not a line of JSON"),
         ("\n", "holds no problem"),
         ('{"problem": "\xff", "answer": "1"}', r"a\.jsonl:1: not a line of JSON"),
     ],

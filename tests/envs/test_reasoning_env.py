@@ -77,6 +77,26 @@ def test_a_file_is_played(tmp_path: Path) -> None:
     verify(panel)
 
 
+@pytest.mark.parametrize("kind", [ReasoningEnv, MathToolsEnv])
+def test_how_decimals_count_is_an_option_that_task_hashes_tell(kind: Any, tmp_path: Path) -> None:
+    path = tmp_path / "thirds.jsonl"
+    path.write_text('{"problem": "2 / 3", "answer": "2/3"}\n')
+    hashes = set()
+    for settings, rewards in (
+        ({}, (1.0, 0.0)),
+        ({"rounded_digits": 2}, (1.0, 1.0)),
+        ({"rounded_digits": None}, (0.0, 0.0)),
+    ):
+        env = kind(data={"train": str(path)}, **settings)
+        hashes.add(env.task_hash("train/0"))
+        for reply, reward in zip(("0.666667", "0.67"), rewards, strict=True):
+            env.reset(options={"task": "train/0"})
+            assert env.step(f"<answer>{reply}</answer>")[1] == reward
+        env.close()
+    assert len(hashes) == 3
+    assert kind(data={"train": str(path)}, rounded_digits=6).task_hash("train/0") in hashes
+
+
 def test_mathematics_is_judged_in_a_process_that_ends_with_the_environment(tmp_path: Path) -> None:
     pytest.importorskip("math_verify")
     path = tmp_path / "roots.jsonl"
@@ -95,6 +115,9 @@ def test_mathematics_is_judged_in_a_process_that_ends_with_the_environment(tmp_p
         ({"split": "valid"}, "split 'valid' is unknown"),
         ({"text": "long"}, "text 'long' is unknown"),
         ({"max_steps": 0}, "max_steps is 0"),
+        ({"rounded_digits": 0}, "rounded_digits: 0, wanted a whole number from 1 to 100, or None"),
+        ({"rounded_digits": 2.5}, "rounded_digits: 2.5"),
+        ({"rounded_digits": True}, "rounded_digits: True"),
         ({"kinds": "sums"}, "kind of problem 'sums'"),
         ({"data": "/nowhere.jsonl", "level": 1}, "shape only generated"),
     ],

@@ -1,0 +1,144 @@
+"""The kinds of things that an answer can be; an answer of one kind never equals one of another."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Union
+
+from agentrl_envs.mathematics.units import Unit
+
+PI, E, I, INFINITY = "\\pi", "e", "i", "\\infty"  # noqa: E741
+CONSTANTS = frozenset({PI, E, I, INFINITY})
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A numeral.
+
+    Attributes:
+        value: what it says, exactly.
+        digits: significant digits that it shows, if it is written as a decimal; else 0.
+        step: of such a decimal, one unit of its last place.
+    """
+
+    value: Fraction
+    digits: int = 0
+    step: Fraction = Fraction(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A constant (`CONSTANTS`) or a variable."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """An operation or a function, such as "+", "^" or "sin", and what it is applied to."""
+
+    function: str
+    arguments: tuple["Expression", ...]
+
+
+Expression = Number | Name | Call
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A number or an expression, with what stands behind it."""
+
+    expression: Expression
+    unit: Unit | None = None
+    percent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Based:
+    """Digits in a base that is said, such as 1011_2."""
+
+    digits: str
+    base: int
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A value and its name, as in x = 3, f(2) = 3 or area = 3."""
+
+    name: str
+    value: "Answer"
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """A list (no brackets), a set, a tuple, or an interval.
+
+    Attributes:
+        brackets: "", "{}", "()", "[]", "[)" or "(]".
+        items: what stands between the commas.
+        either: whether the items of a list are joined by "or".
+    """
+
+    brackets: str
+    items: tuple["Answer", ...]
+    either: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """Sets joined by a union, or, where `difference`, the first without the others."""
+
+    parts: tuple["Answer", ...]
+    difference: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reals:
+    """All real numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """A chain such as 0 <= x < 1: one operator fewer than sides."""
+
+    sides: tuple["Answer", ...]
+    operators: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Rows of expressions."""
+
+    rows: tuple[tuple[Expression, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """3:4, which is no division."""
+
+    parts: tuple[Expression, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A text, in lower case."""
+
+    text: str
+
+
+Answer = Union[Value, Based, Named, Items, Joined, Reals, Relation, Matrix, Ratio, Words]  # noqa: UP007
+
+
+def names(expression: Expression) -> Iterator[str]:
+    """Yield the names in an expression, constants included."""
+    match expression:
+        case Name(name):
+            yield name
+        case Call(arguments=arguments):
+            for argument in arguments:
+                yield from names(argument)
+
+
+def variables(*expressions: Expression) -> list[str]:
+    """List the variables of expressions, each once, sorted."""
+    return sorted({name for one in expressions for name in names(one)} - CONSTANTS)
