@@ -19,6 +19,7 @@ import agentrl
 from agentrl.errors import CheckpointError, ConfigError, NonFiniteError
 from agentrl.learn.learner import Learner
 from agentrl.policy.model import load_policy, save_policy
+from agentrl.policy.precision import non_finite
 from agentrl.policy.tokens import fit_tokenizer
 from agentrl.run.checkpoint import latest_finite
 from agentrl.run.interruption import RunInterrupted
@@ -61,16 +62,19 @@ def weights(folder: Path, name: str = "model.safetensors") -> dict[str, torch.Te
     return dict(load_file(folder / name))
 
 
-def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> int:
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
+    """Share of the weights of the layers' matrices; of a table of tokens, many rows were never read."""
     assert before.keys() == after.keys()
-    return sum(int((before[name] != after[name]).sum()) for name in before if before[name].dim() == 2)
+    matrices = [name for name, value in before.items() if ".layers." in name and value.dim() == 2]
+    changed = sum(int((before[name] != after[name]).sum()) for name in matrices)
+    return changed / sum(before[name].numel() for name in matrices)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_update_moves_as_many_weights_beside_an_engine_that_rounds_them(
     optimizer: str, llama: Path, examples: dict[str, ModuleType], tmp_path: Path
 ) -> None:
-    before, counts = weights(llama), {}
+    before, shares = weights(llama), {}
     for dtype in ("float32", "bfloat16", "float16"):
         run = trained(
             tmp_path / dtype,
@@ -86,11 +90,11 @@ def test_an_update_moves_as_many_weights_beside_an_engine_that_rounds_them(
         )
         after = weights(run.model)
         assert {value.dtype for value in after.values()} == {torch.float32}
-        counts[dtype] = moved(before, after)
+        shares[dtype] = moved(before, after)
         assert rows(run.folder)[0]["learner/updates"] == 1
-    assert counts["float32"] > 0.5 * sum(value.numel() for value in before.values())
-    assert counts["bfloat16"] >= 0.95 * counts["float32"]
-    assert counts["float16"] >= 0.95 * counts["float32"]
+    assert shares["float32"] > 0.9
+    assert shares["bfloat16"] >= 0.95 * shares["float32"]
+    assert shares["float16"] >= 0.95 * shares["float32"]
 
 
 def test_the_engine_generates_with_the_weights_of_now_rounded(
@@ -116,7 +120,11 @@ def test_the_engine_generates_with_the_weights_of_now_rounded(
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("trainer.mode=async", "trainer.max_staleness=0")], ids=["sync", "async"]
+    "more",
+    [
+        pytest.param((), id="sync"),
+        pytest.param(("trainer.mode=async", "trainer.max_staleness=0"), id="async", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_in_bfloat16_equals_one_that_never_stopped(
     more: tuple[str, ...], examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -218,11 +226,11 @@ def test_a_checkpoint_that_is_not_finite_is_no_place_to_go_on_from(
     run = Path(shutil.copytree(finished, tmp_path / "tiny"))
     newest, older = (run / "checkpoints" / f"train-00000{step}" for step in (4, 3))
     name = poison(newest, where)
-    with pytest.raises(
-        CheckpointError, match=rf"train-000004: nan or inf is in {name}; the newest checkpoint "
-    ):
+    with pytest.raises(CheckpointError, match=rf"train-000004: nan or inf is in {name}; the newest"):
         agentrl.resume(run, quiet=True)
-    with pytest.raises(CheckpointError, match="that is finite is train-000003. Remove those that came after"):
+    with pytest.raises(
+        CheckpointError, match=r"that is finite is train-000003\. Remove those that came after"
+    ):
         agentrl.resume(run, quiet=True)
     poison(older, where)
     others = [path for path in (run / "checkpoints").iterdir() if path not in (newest, older)]
@@ -287,7 +295,7 @@ def test_cloning_that_loses_its_weights_at_once_leaves_nothing_to_go_on_from(
 ) -> None:
     spoil_at("warm_start", 1, monkeypatch, told=False)
     with pytest.raises(
-        NonFiniteError, match="warm_start step 1: .*\n.* has no checkpoint that is finite; start"
+        NonFiniteError, match=r"warm_start step 1: .*\n.* has no checkpoint that is finite; start"
     ):
         trained(tmp_path)
     assert list((tmp_path / "tiny" / "checkpoints").glob("*")) == []
@@ -299,7 +307,7 @@ def test_no_way_of_saving_keeps_what_nobody_noticed(
     with monkeypatch.context() as patch:
         spoil_at("train", 4, patch, told=True)
         with pytest.raises(
-            NonFiniteError, match="train-000004: not written, for nan or inf is in model.norm.w"
+            NonFiniteError, match=r"train-000004: not written, for nan or inf is in model\.norm"
         ):
             trained(tmp_path / "saved", ALL_TEACH)
     with monkeypatch.context() as patch:
@@ -313,12 +321,8 @@ def test_no_way_of_saving_keeps_what_nobody_noticed(
 
 
 def all_finite(run: Path) -> bool:
-    found = sorted((run / "checkpoints").iterdir())
-    return found != [] and all(
-        bool(values.isfinite().all())
-        for path in found
-        for values in load_file(path / "weights.safetensors").values()
-    )
+    found = list((run / "checkpoints").glob("*/weights.safetensors"))
+    return found != [] and not any(non_finite(load_file(file).items()) for file in found)
 
 
 def test_a_model_folder_that_is_not_finite_is_not_written(llama: Path, tmp_path: Path) -> None:
@@ -329,7 +333,7 @@ def test_a_model_folder_that_is_not_finite_is_not_written(llama: Path, tmp_path:
     with pytest.raises(NonFiniteError, match=r"model: not saved, for nan or inf is in model.norm.weight"):
         save_policy(model, tokenizer, tmp_path / "model")
     assert weights(tmp_path / "model").keys() == weights(llama).keys()
-    assert moved(weights(tmp_path / "model"), weights(llama)) == 0
+    assert moved(weights(tmp_path / "model"), weights(llama)) == 0.0
 
 
 def test_weights_beyond_the_engine_s_numbers_stop_the_run_and_stay(
@@ -337,10 +341,10 @@ def test_weights_beyond_the_engine_s_numbers_stop_the_run_and_stay(
 ) -> None:
     folder = Path(shutil.copytree(llama, tmp_path / "large"))
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"][0] = 1e5
+    tensors["model.embed_tokens.weight"][280] = 1e5
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        NonFiniteError, match=r"policy.dtype=float16 cannot hold model.norm.weight: .* 6.55e[+]04"
+        NonFiniteError, match=r"policy.dtype=float16 cannot hold model.embed_tokens.weight: .* 6.55e\+04"
     ):
         trained(tmp_path, f"policy.path={folder}", "policy.dtype=float16")
     assert latest_finite(tmp_path / "tiny" / "checkpoints") is not None
@@ -366,6 +370,8 @@ def test_updates_that_are_rounded_away_are_told_once(
 
 
 def test_a_rate_of_cloning_that_is_no_number_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="warm_start.learner: learning_rate is inf, wanted at most 1e[+]15"):
+    with pytest.raises(
+        ConfigError, match=r"warm_start\.learner: learning_rate is inf, wanted at most 1e\+15"
+    ):
         config(tmp_path, "warm_start.learner.learning_rate=.inf")
     assert list(tmp_path.iterdir()) == []
