@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from test_trainer import TINY, interrupt_at, rows, same_results
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import agentrl
 from agentrl.errors import CheckpointError, ConfigError, NonFiniteError
 from agentrl.learn.learner import Learner
+from agentrl.learn.sharding import stored_shards
 from agentrl.policy.model import load_policy, save_policy
 from agentrl.policy.precision import non_finite
 from agentrl.policy.tokens import fit_tokenizer
@@ -25,6 +27,7 @@ from agentrl.run.checkpoint import latest_finite
 from agentrl.run.interruption import RunInterrupted
 from agentrl.run.trainer import Trainer
 
+ALL_TEACH = "algorithm.drop_equal_groups=false"
 QUICK = (*TINY, "evaluation.baselines=[]", "evaluation.tasks=2", "trainer.checkpoint_every=2")
 
 
@@ -244,6 +247,32 @@ def test_a_checkpoint_that_is_not_finite_is_no_place_to_go_on_from(
     same_results(finished, run)
 
 
+def test_weights_that_are_dealt_out_are_learned_in_float32_too_and_their_checkpoints_are_read(
+    examples: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    sharded = ("policy.dtype=bfloat16", "learner.backend=fsdp", "warm_start.steps=1", "trainer.steps=1")
+    try:
+        run = trained(tmp_path, *sharded, ALL_TEACH).folder
+        kept = weights(run / "model")
+        assert {value.dtype for value in kept.values()} == {torch.float32}
+        newest = run / "checkpoints" / "train-000001"
+        for name, value in stored_shards(newest / "shards"):
+            if name.startswith("learned.policy."):
+                assert torch.equal(value, kept[name.removeprefix("learned.policy.")])
+        part = next((newest / "shards").glob("*.distcp"))
+        known = kept["model.norm.weight"].numpy().tobytes()
+        content = part.read_bytes()
+        assert content.count(known) == 1
+        part.write_bytes(content.replace(known, b"\x00\x00\xc0\x7f" + known[4:]))  # a float32 nan
+        sign(newest)
+        with pytest.raises(
+            CheckpointError, match=r"nan or inf is in learned.policy.model.norm.weight; .* warm_s"
+        ):
+            agentrl.resume(run, quiet=True)
+    finally:
+        dist.destroy_process_group()
+
+
 def spoil_at(stage: str, step: int, patch: pytest.MonkeyPatch, *, told: bool) -> None:
     """Have an optimiser step lose a weight; `told`: after it was looked at, so that nobody has noticed."""
     update = Learner.update
@@ -266,9 +295,6 @@ def spoil_at(stage: str, step: int, patch: pytest.MonkeyPatch, *, told: bool) ->
         return update(self, batch, algorithm, context)
 
     patch.setattr(Learner, "update", spoiling)
-
-
-ALL_TEACH = "algorithm.drop_equal_groups=false"
 
 
 def test_weights_that_an_update_lost_are_not_kept_and_a_good_step_is_named(
