@@ -1,5 +1,6 @@
 """Weights dealt out to ranks by FSDP2: each holds a part, and has a layer whole while it is computed."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -115,7 +116,8 @@ def stored_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for name, stored in reader.read_metadata().state_dict_metadata.items():
         if isinstance(stored, TensorStorageMetadata):
             tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-            load({name: tensor}, storage_reader=reader, no_dist=True)
+            with warnings.catch_warnings(action="ignore"):  # of reading alone, which is meant
+                load({name: tensor}, storage_reader=reader, no_dist=True)
             yield name, tensor
 
 

@@ -281,7 +281,7 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path
     """
     target = Path(path)
     if lost := non_finite(cast(nn.Module, model).named_parameters()):
-        raise NonFiniteError(f"{target}: not saved, for {named_in_short(lost)} hold nan or inf")
+        raise NonFiniteError(f"{target}: not saved, for nan or inf is in {named_in_short(lost)}")
     fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
     try:
         fresh.mkdir(parents=True)
