@@ -344,7 +344,7 @@ def _environment_lines(config: RunConfig, shares: Shares, trial: Trial) -> list[
 
 def _episode_lines(config: RunConfig, algorithm: Algorithm, trial: Trial) -> list[Line]:
     """The tokens of episodes, and what they leave on disk."""
-    context, per_step = context_length(config, skeleton(config.policy)), _episodes_per_step(config, algorithm)
+    context, per_step = context_length(skeleton(config.policy), config.policy.max_context), _episodes_per_step(config, algorithm)
     played = as_tokens(config, trial.episodes, context)
     tokens = _tokens(played)
     replies = (

@@ -171,7 +171,7 @@ def _of_cache(config: RunConfig, memory: int) -> Iterator[str]:
     if config.engine.name != "vllm" or block.url is not None:
         return
     model = skeleton(config.policy)
-    wanted = weight_bytes(model) + cache_bytes(model, 1, context_length(config, model))
+    wanted = weight_bytes(model) + cache_bytes(model, 1, context_length(model, config.policy.max_context))
     if wanted > block.tensor_parallel_size * block.gpu_memory_share * memory:
         yield (
             f"engine.vllm.gpu_memory_share is {block.gpu_memory_share:g}, wanted room for "
