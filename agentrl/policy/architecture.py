@@ -63,9 +63,7 @@ def check_packed_forward(model: PreTrainedModel) -> float:
     copied = probe_copy(model)
     lengths = np.minimum(_LENGTHS, context_limit(copied))
     draw = torch.Generator().manual_seed(1)
-    rows = torch.randint(len(output_weight(copied)), (int(lengths.sum()),), generator=draw).split(
-        lengths.tolist()
-    )
+    rows = [torch.randint(len(output_weight(copied)), (int(size),), generator=draw) for size in lengths]
     try:
         with torch.inference_mode():
             own = _own_logprobs(copied, rows)
@@ -92,32 +90,36 @@ def without_weights(settings: PreTrainedConfig) -> PreTrainedModel:
     kind = cast(Any, AutoModelForCausalLM)
     with torch.device("meta"):
         try:
-            return cast(PreTrainedModel, kind.from_config(copy.deepcopy(settings), attn_implementation=PACKED))
+            return cast(
+                PreTrainedModel, kind.from_config(copy.deepcopy(settings), attn_implementation=PACKED)
+            )
         except Exception as error:
             raise _cannot_run(kind.from_config(settings), error) from error
+    return cast(PreTrainedModel, made)
 
 
 def called_maps(model: PreTrainedModel) -> set[str]:
-    """Names of the linear maps that a packed forward calls; of numbered ones, those of all numbers.
+    """Names of the linear maps that a packed forward calls; what it reads no more than the weight of is none.
 
-    A map that belongs to one of several experts is called for some tokens only, so the first of its name that
-    is called speaks for all.
+    Which they are is tried out with a copy, see `check_packed_forward`. A map that belongs to one layer of
+    many, or to one expert, speaks for those of the others.
     """
     copied = probe_copy(model)
     called: set[str] = set()
     for name, module in copied.named_modules():
         if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda *_, name=name: called.add(without_numbers(name)))
+            module.register_forward_hook(lambda *_, name=name: called.add(_without_numbers(name)))
+    length = min(_VOCABULARY, context_limit(copied))
     with torch.no_grad():
-        hidden_states(copied, torch.arange(_VOCABULARY) % len(output_weight(copied)), torch.tensor([64, 64]))
+        hidden_states(copied, torch.arange(length) % len(output_weight(copied)), torch.tensor([length]))
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and without_numbers(name) in called
+        if isinstance(module, nn.Linear) and _without_numbers(name) in called
     }
 
 
-def without_numbers(name: str) -> str:
+def _without_numbers(name: str) -> str:
     """The name of a module without its places in lists: model.layers.3.mlp becomes model.layers.*.mlp."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
@@ -133,7 +135,11 @@ def _known_extras(model: PreTrainedModel) -> Iterator[str]:
     if kinds:
         yield f"layers of other kinds than attention to all or the last tokens ({', '.join(kinds)})"
     recurrent = sorted(
-        {type(part).__name__ for part in _decoder(model).modules() if isinstance(part, nn.RNNBase | nn.Conv1d)}
+        {
+            type(part).__name__
+            for part in _decoder(model).modules()
+            if isinstance(part, nn.RNNBase | nn.Conv1d)
+        }
     )
     if recurrent or getattr(model, "_is_stateful", False):
         yield f"layers with a state that goes from token to token ({', '.join(recurrent) or 'recurrent'})"
@@ -173,7 +179,7 @@ def _as_it_is(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def _smaller(model: PreTrainedModel) -> PreTrainedConfig:
-    """With fewer layers, all kinds among them, a short vocabulary, and multilayer perceptrons of few units."""
+    """With fewer layers, all kinds among them, a short vocabulary, and few units between them."""
     config = _as_it_is(model)
     text = config.get_text_config()
     depth = text.num_hidden_layers
@@ -223,7 +229,7 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def _spread(model: PreTrainedModel) -> None:
-    """Draw matrices that double the size of what they are given, and move all else off what it is at first."""
+    """Draw matrices that double the size of what they are given, and move all else off its start."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in model.parameters():
@@ -267,6 +273,6 @@ def _in_chunks(model: PreTrainedModel, rows: Sequence[Tensor], lengths: Array) -
         layout = cached_layout(cache, np.arange(len(rows)), begin, end - begin, rows[0].device)
         chunks = [row[first:last] for row, first, last in zip(rows, begin, end, strict=True)]
         out = packed_forward(model, torch.cat(chunks), layout)
-        for of_row, part in zip(states, out.split((end - begin).tolist()), strict=True):
+        for of_row, part in zip(states, torch.split(out, (end - begin).tolist()), strict=True):
             of_row.append(part)
     return torch.cat([torch.cat(of_row) for of_row in states])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -85,12 +86,14 @@ class PackedLayout:
 
         With a `window`, a token sees so many, itself the last of them.
         """
+        attention = partial(
+            F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
         states = self._spread(query), self._spread(key), self._spread(value)
-        settings = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
         if window is None or self.longest <= window:
-            out = F.scaled_dot_product_attention(*states, is_causal=True, **settings)
+            out = attention(*states, is_causal=True)
         else:
-            out = _attend_window(*states, window, settings)
+            out = _attend_window(attention, *states, window)
         rows = out.transpose(1, 2).reshape(self.batch * self.longest, -1)
         if self.places is not None:
             rows = _gather(rows, self.places)
@@ -105,24 +108,17 @@ class PackedLayout:
 
 
 def _attend_window(
-    query: Tensor, key: Tensor, value: Tensor, window: int, settings: dict[str, Any]
+    attention: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, window: int
 ) -> Tensor:
-    """Some queries at a time, each time with the keys that one of them sees: no mask grows with the square."""
+    """Some queries at a time, with the keys that one of them sees: no mask grows with the square."""
     longest, step = query.shape[2], max(window, WINDOW_CHUNK)
     place = torch.arange(longest, device=query.device)
     parts = []
     for start in range(0, longest, step):
         end, first = min(start + step, longest), max(0, start - window + 1)
         back = place[start:end, None] - place[first:end]
-        parts.append(
-            F.scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, first:end],
-                value[:, :, first:end],
-                attn_mask=(back >= 0) & (back < window),
-                **settings,
-            )
-        )
+        seen = key[:, :, first:end], value[:, :, first:end]
+        parts.append(attention(query[:, :, start:end], *seen, attn_mask=(back >= 0) & (back < window)))
     return torch.cat(parts, dim=2)
 
 

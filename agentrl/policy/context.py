@@ -20,9 +20,10 @@ def context_limit(model: PreTrainedModel) -> int:
     """Tokens that one sequence may hold, by the model alone: its positions, its window, or its rotary switch.
 
     A sliding window limits a model of which every layer has one. Where some see everything, as in Gemma 3,
-    theirs is the limit, and the others slide. The rotary angles of `longrope` are others as soon as any sequence of a batch is longer than the length
-    that the model was first trained with. A longer sequence would read what was said before it got so long
-    differently than it was said, and so would its neighbours; the library, too, begins anew there.
+    theirs is the limit, and the others slide. The rotary angles of `longrope` are others as soon as any
+    sequence of a batch is longer than the length that the model was first trained with. A longer sequence
+    would read what was said before it got so long differently than it was said, and so would its neighbours;
+    the library, too, begins anew there.
     """
     return min(_limits(model))
 
@@ -50,7 +51,7 @@ def context_length(model: PreTrainedModel, wanted: int | None) -> int:
 
 
 def shortened(model: PreTrainedModel, wanted: int) -> str | None:
-    """What there is to be said where fewer tokens are used than were asked for; None where all of them are."""
+    """What is to be said where fewer tokens are used than were asked for; None where all are."""
     used = context_length(model, wanted)
     if used == wanted:
         return None

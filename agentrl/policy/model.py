@@ -17,7 +17,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -29,7 +28,7 @@ from transformers.utils import logging as progress
 from agentrl.errors import CheckpointError, ConfigError, RequirementError
 from agentrl.policy.architecture import check_packed_forward, without_weights
 from agentrl.policy.attention import PACKED
-from agentrl.policy.context import context_length, context_limit
+from agentrl.policy.context import context_length, context_limit, shortened
 from agentrl.policy.packed import hidden_states, output_weight, packed_forward
 from agentrl.policy.settings import PolicyConfig
 
@@ -47,6 +46,7 @@ __all__ = [
     "packed_forward",
     "resolve_device",
     "save_policy",
+    "shortened",
     "without_weights",
 ]
 

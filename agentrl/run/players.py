@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.engine import Engine, SamplingParams
-from agentrl.policy.model import build_model, load_policy, load_tokenizer
+from agentrl.policy.model import build_model, context_length, load_policy, load_tokenizer
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import Dialogue, fit_tokenizer, make_dialogue
 from agentrl.rollout.environments import Environments
@@ -99,14 +99,16 @@ def open_player(
     """
     if policy in ("random", "expert"):
         return scripted_player(policy), config or RunConfig()
-    opened = _run_or_none(policy)
+    opened, asked = _run_or_none(policy), config is not None
     if opened is not None:
-        config, folder = opened.config, opened.model
+        config, folder, asked = opened.config, opened.model, True
     else:
         config, folder = config or RunConfig(), Path(policy)
-    engine = replace(config.engine, name="torch", actors=None)
-    config = replace(config, engine=engine, policy=replace(config.policy, path=str(folder)))
     loaded = load(folder, config.policy)
+    # The default was nobody's wish, so a model that holds less needs no word about it.
+    limit = context_length(loaded.model, config.policy.max_context if asked else None)
+    block = replace(config.policy, path=str(folder), max_context=min(limit, config.policy.max_context))
+    config = replace(config, engine=replace(config.engine, name="torch", actors=None), policy=block)
     return loaded.player(loaded.engine(config), config, temperature), config
 
 

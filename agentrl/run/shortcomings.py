@@ -16,8 +16,9 @@ from rich.filesize import decimal
 from agentrl.algorithms.algorithm import Algorithm, check_requirements
 from agentrl.errors import AgentRLError
 from agentrl.learn.learner import provided
+from agentrl.policy.model import context_length
 from agentrl.policy.settings import EngineConfig
-from agentrl.run.footprint import cache_bytes, context_length, skeleton, weight_bytes
+from agentrl.run.footprint import cache_bytes, skeleton, weight_bytes
 from agentrl.run.settings import RunConfig
 from agentrl.run.shares import Shares, rank_mistakes
 from agentrl.scale.extras import check_ray
