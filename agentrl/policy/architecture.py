@@ -90,9 +90,7 @@ def without_weights(settings: PreTrainedConfig) -> PreTrainedModel:
     kind = cast(Any, AutoModelForCausalLM)
     with torch.device("meta"):
         try:
-            return cast(
-                PreTrainedModel, kind.from_config(copy.deepcopy(settings), attn_implementation=PACKED)
-            )
+            made = kind.from_config(copy.deepcopy(settings), attn_implementation=PACKED)
         except Exception as error:
             raise _cannot_run(kind.from_config(settings), error) from error
     return cast(PreTrainedModel, made)

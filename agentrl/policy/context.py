@@ -94,16 +94,31 @@ def _kinds(part: nn.Module) -> Iterator[str | None]:
 
 
 def _switch_of(part: nn.Module, kind: str | None, positions: int) -> int:
-    if _near_angles(part, kind, positions) == _near_angles(part, kind, _NEAR):
+    try:
+        near = _near_angles(part, kind, _NEAR)
+    except Exception:  # one that is called in another way, say with three positions for each token
+        return _named_switch(part)
+    if _near_angles(part, kind, positions) == near:
         return _UNBOUNDED
     same, other = _NEAR, positions
     while other - same > 1:
         middle = (same + other) // 2
-        if _near_angles(part, kind, middle) == _near_angles(part, kind, _NEAR):
+        if _near_angles(part, kind, middle) == near:
             same = middle
         else:
             other = middle
     return same
+
+
+def _named_switch(part: nn.Module) -> int:
+    """By the names in config.json."""
+    settings = getattr(getattr(part, "config", None), "rope_parameters", None) or {}
+    switches = [
+        each["original_max_position_embeddings"]
+        for each in (settings, *(value for value in settings.values() if isinstance(value, dict)))
+        if each.get("rope_type") == "longrope"
+    ]
+    return min(switches, default=_UNBOUNDED)
 
 
 def _near_angles(part: nn.Module, kind: str | None, length: int) -> list[Any]:
