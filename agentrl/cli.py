@@ -156,6 +156,8 @@ def evaluate(
         )
     summary = {"policies": {policy: {"greedy" if greedy else "sampled": result.to_dict()}}}
     _console().print(results_table(summary))
+    ended = ", ".join(f"{times} x {reason}" for reason, times in result.stop_reasons.items())
+    typer.echo(f"ended: {ended}")
     for reason, times in result.aborted_reasons.items():
         typer.echo(f"aborted {times} x {reason}")
     if result.retried:

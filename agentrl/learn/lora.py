@@ -5,34 +5,57 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl.learn.settings import LoraConfig
 from agentrl.learn.sharding import whole
+from agentrl.policy.architecture import called_maps
 
 _ADAPTER = "default"  # peft's name for the only one
 
 
 def check_adapters(policy: nn.Module, config: LoraConfig) -> None:
-    """Refuse adapters that could not be added.
+    """Refuse adapters that could not be added, and those that would never act.
+
+    A linear map can hold an adapter, but it works only where the map is called. The output layer is not: its
+    weight is read, which may be that of the input embeddings as well.
+
+    Args:
+        policy: of a Hugging Face model its maps are tried out; of another module all are taken to be called.
+        config: of the adapters.
 
     Raises:
         MissingDependencyError: without peft.
-        ConfigError: when the policy has no map of one of the names.
+        ConfigError: when the policy has no map of one of the names, or does not call one.
     """
     try:
         import peft  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingDependencyError("learner.lora needs peft: pip install 'agentrl[lora]'") from error
-    maps = {
-        name.rpartition(".")[2] for name, module in policy.named_modules() if isinstance(module, nn.Linear)
-    }
-    absent = [name for name in config.targets if name not in maps]
-    if absent or not config.targets:
-        raise ConfigError(
-            f"learner.lora.targets is {', '.join(config.targets) or 'empty'}, wanted some of the policy's "
-            f"linear maps: {', '.join(sorted(maps)) or 'it has none'}"
-        )
+    maps, called = _maps(policy), _called(policy)
+    wrong = [name for name in config.targets if name not in map(_own_name, called)]
+    if not wrong and config.targets:
+        return
+    idle = [name for name in wrong if name in map(_own_name, maps)]
+    why = f"; an adapter of {', '.join(idle)} would never act, for only the weight is read" if idle else ""
+    raise ConfigError(
+        f"learner.lora.targets is {', '.join(config.targets) or 'empty'}, wanted some of the policy's "
+        f"linear maps: {', '.join(sorted(set(map(_own_name, called)))) or 'it has none'}{why}"
+    )
+
+
+def _maps(policy: nn.Module) -> set[str]:
+    return {name for name, module in policy.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _called(policy: nn.Module) -> set[str]:
+    """The linear maps through which sequences go, by their whole names."""
+    return called_maps(policy) if isinstance(policy, PreTrainedModel) else _maps(policy)
+
+
+def _own_name(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def add_adapters(policy: nn.Module, config: LoraConfig) -> None:
@@ -51,7 +74,7 @@ def add_adapters(policy: nn.Module, config: LoraConfig) -> None:
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=cast(int, config.alpha),
-        target_modules=list(config.targets),
+        target_modules=sorted(name for name in _called(policy) if _own_name(name) in config.targets),
         lora_dropout=0.0,
     )
     policy.requires_grad_(False)

@@ -16,7 +16,7 @@ class LoraConfig:
     Args:
         rank: of each.
         alpha: they are added to the weights times alpha / rank.
-        targets: names of the linear maps that get one.
+        targets: names of the linear maps that get one; the output layer cannot, for only its weight is read.
     """
 
     rank: int = 16

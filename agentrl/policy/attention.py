@@ -8,7 +8,8 @@ left to `sdpa`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ PACKED = "agentrl_packed"
 DENSE_SPAN = 1.25
 ROW_COST = 12
 BLOCK_COST = 100
+WINDOW_CHUNK = 512  # least queries that attend at a time within a sliding window
 Array = np.ndarray[Any, Any]
 
 
@@ -71,16 +73,27 @@ class PackedLayout:
     positions: Tensor  # [N] int64, place of each token in its sequence
     places: Tensor | None  # [N] int64; None where every sequence is equally long
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        """Causal attention per sequence: [1, H, N, D] in, [1, N, H, D] out."""
-        out = F.scaled_dot_product_attention(
-            self._spread(query),
-            self._spread(key),
-            self._spread(value),
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None = None,
+    ) -> Tensor:
+        """Causal attention per sequence: [1, H, N, D] in, [1, N, H, D] out.
+
+        With a `window`, a token sees so many, itself the last of them.
+        """
+        attention = partial(
+            F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
+        states = self._spread(query), self._spread(key), self._spread(value)
+        if window is None or self.longest <= window:
+            out = attention(*states, is_causal=True)
+        else:
+            out = _attend_window(attention, *states, window)
         rows = out.transpose(1, 2).reshape(self.batch * self.longest, -1)
         if self.places is not None:
             rows = _gather(rows, self.places)
@@ -92,6 +105,21 @@ class PackedLayout:
         if self.places is not None:
             rows = _scatter(rows, self.places, self.batch * self.longest)
         return rows.view(self.batch, self.longest, heads, width).transpose(1, 2)
+
+
+def _attend_window(
+    attention: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, window: int
+) -> Tensor:
+    """Some queries at a time, with the keys that one of them sees: no mask grows with the square."""
+    longest, step = query.shape[2], max(window, WINDOW_CHUNK)
+    place = torch.arange(longest, device=query.device)
+    parts = []
+    for start in range(0, longest, step):
+        end, first = min(start + step, longest), max(0, start - window + 1)
+        back = place[start:end, None] - place[first:end]
+        seen = key[:, :, first:end], value[:, :, first:end]
+        parts.append(attention(query[:, :, start:end], *seen, attn_mask=(back >= 0) & (back < window)))
+    return torch.cat(parts, dim=2)
 
 
 def packed_layout(lengths: Tensor, device: torch.device) -> PackedLayout:
@@ -163,7 +191,15 @@ class _Block:
         Tensor | None
     )  # [rows * chunk] int64, the token at each place, any at an empty one; None: all, in order
     slots: Tensor | None  # [rows] int64
-    mask: Tensor  # [rows, 1, chunk, longest] float, 0 or -inf
+    first: Tensor  # [rows] int64, tokens before the chunk
+    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by the attention window of a layer
+
+    def mask(self, window: int | None) -> Tensor:
+        """[rows, 1, chunk, longest] float, 0 or -inf; layers of one window share it."""
+        window = None if window is None or self.longest <= window else window
+        if window not in self.masks:
+            self.masks[window] = _causal_mask(self.first, self.chunk, self.longest, window)
+        return self.masks[window]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,14 +217,22 @@ class CachedLayout:
     blocks: tuple[_Block, ...]
     places: Tensor | None  # [N] int64 into the blocks end to end; None where the one block holds all in order
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None = None,
+    ) -> Tensor:
         """Store the new keys and values, then attend: [1, H, N, D] in, [1, N, H, D] out."""
         heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[3]
         keys, values = self.cache.layer(layer, key, value)
         keys.view(-1, kv_heads, width).index_copy_(0, self.writes, key[0].transpose(0, 1))
         values.view(-1, kv_heads, value.shape[3]).index_copy_(0, self.writes, value[0].transpose(0, 1))
         queries = query[0].transpose(0, 1).reshape(-1, kv_heads, heads // kv_heads, width)
-        parts = [_attend_block(block, queries, keys, values, scaling) for block in self.blocks]
+        parts = [_attend_block(block, queries, keys, values, scaling, window) for block in self.blocks]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.places is not None:
             rows = rows.index_select(0, self.places)
@@ -196,7 +240,7 @@ class CachedLayout:
 
 
 def _attend_block(
-    block: _Block, queries: Tensor, keys: Tensor, values: Tensor, scaling: float | None
+    block: _Block, queries: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
     # queries [N, Hkv, G, D] -> [rows * chunk, H * D]. The query heads that share a key are laid along the
     # query length: the cache is then read once, not once per head.
@@ -204,7 +248,7 @@ def _attend_block(
         queries = queries.index_select(0, block.tokens)
     _, kv_heads, group, width = queries.shape
     grid = queries.view(block.rows, block.chunk, kv_heads, group, width).permute(0, 2, 1, 3, 4)
-    mask = block.mask.to(queries.dtype)
+    mask = block.mask(window).to(queries.dtype)
     out = F.scaled_dot_product_attention(
         grid.reshape(block.rows, kv_heads, block.chunk * group, width),
         _read(keys, block),
@@ -281,7 +325,7 @@ def _block(
         longest=longest,
         tokens=at,
         slots=None if dense else torch.from_numpy(slots).to(device),
-        mask=_causal_mask(torch.from_numpy(first).to(device), chunk, longest),
+        first=torch.from_numpy(first).to(device),
     )
     return block, tokens, places
 
@@ -311,11 +355,13 @@ def _cuts(counts: Array) -> list[int]:
     return best[-1][1]
 
 
-def _causal_mask(first: Tensor, chunk: int, longest: int) -> Tensor:
+def _causal_mask(first: Tensor, chunk: int, longest: int, window: int | None) -> Tensor:
     # Queries past the end of a short chunk see stale entries; nobody reads what they yield.
     place = torch.arange(max(chunk, longest), device=first.device)
     last_seen = first[:, None] + place[:chunk]
     hidden = place[:longest] > last_seen[:, :, None]
+    if window is not None:  # a row that saw nothing at all would give nan
+        hidden |= place[:longest] <= last_seen.clamp(max=longest - 1)[:, :, None] - window
     return torch.zeros(hidden.shape, device=first.device).masked_fill_(hidden, -torch.inf)[:, None]
 
 
@@ -335,11 +381,6 @@ def packed_attention(
     if layout is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, None
-    if sliding_window is not None and layout.longest > sliding_window:
-        raise RequirementError(
-            f"a sequence of {layout.longest} tokens exceeds the model's sliding attention window; "
-            f"set policy.max_context to {sliding_window} or less"
-        )
     extra = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if extra:
         raise RequirementError(f"the model's attention uses {', '.join(extra)}, which packed attention lacks")
@@ -348,7 +389,8 @@ def packed_attention(
             f"attention dropout is {kwargs['dropout']} in the model's config.json, wanted 0: "
             "sampled and trained logprobs would differ"
         )
-    return layout.attend(int(module.layer_idx), query, key, value, scaling), None  # type: ignore[arg-type]
+    layer = cast(int, module.layer_idx)
+    return layout.attend(layer, query, key, value, scaling, sliding_window), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)

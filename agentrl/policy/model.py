@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -26,14 +26,19 @@ from transformers import (
 from transformers.utils import logging as progress
 
 from agentrl.errors import CheckpointError, ConfigError, NonFiniteError, RequirementError
-from agentrl.policy.attention import PACKED, CachedLayout, KVCache, PackedLayout, cached_layout, packed_layout
+from agentrl.policy.architecture import check_packed_forward, without_weights
+from agentrl.policy.attention import PACKED
+from agentrl.policy.context import context_length, context_limit, shortened
+from agentrl.policy.packed import hidden_states, output_weight, packed_forward
 from agentrl.policy.precision import named_in_short, non_finite
 from agentrl.policy.settings import PolicyConfig
 
 __all__ = [
     "PolicyConfig",
     "build_model",
+    "check_finite",
     "check_packed_forward",
+    "context_length",
     "context_limit",
     "decoder_settings",
     "end_ids",
@@ -44,11 +49,12 @@ __all__ = [
     "packed_forward",
     "resolve_device",
     "save_policy",
+    "shortened",
+    "without_weights",
 ]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
-PROBE_TOLERANCE = 1e-3  # of a logprob in float32; a wrong mask or position moves it by tenths
 
 
 def build_model(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -118,56 +124,6 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def hidden_states(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """The last hidden state of every token of sequences that lie end to end; differentiable.
-
-    Args:
-        model: from `build_model` or `load_policy`.
-        tokens: [N] int64, the sequences one after the other.
-        lengths: [B] int64, summing to N. Sequences do not see each other.
-
-    Returns:
-        [N, d], on which `output_weight` gives the logits of the token that follows.
-    """
-    if int(lengths.sum()) != tokens.shape[0]:
-        raise ValueError(
-            f"lengths sum to {int(lengths.sum())}, wanted {tokens.shape[0]}, the number of tokens"
-        )
-    return packed_forward(model, tokens, packed_layout(lengths, tokens.device))
-
-
-def packed_forward(model: PreTrainedModel, tokens: Tensor, layout: PackedLayout | CachedLayout) -> Tensor:
-    """Run the decoder without its head over tokens [N] in any layout; [N, d]."""
-    # A mask with four dimensions is taken as finished: transformers then builds none.
-    no_mask = tokens.new_empty(0, dtype=torch.bool).view(1, 1, 0, 0)
-    out = model.base_model(
-        input_ids=tokens.unsqueeze(0),
-        position_ids=layout.positions.unsqueeze(0),
-        attention_mask=no_mask,
-        use_cache=False,
-        layout=layout,
-    )
-    return cast(Tensor, out.last_hidden_state[0])
-
-
-def output_weight(model: PreTrainedModel) -> Tensor:
-    """The head [V, d]: logits are hidden @ weight.T, which `check_packed_forward` has made sure of."""
-    return cast(Tensor, _head(model).weight)
-
-
-def _head(model: PreTrainedModel) -> Any:
-    return cast(Any, model).get_output_embeddings()
-
-
-def context_limit(model: PreTrainedModel) -> int:
-    """Tokens that one sequence may hold: the model's positions, or its attention window where shorter."""
-    config = model.config.get_text_config()
-    limits = [getattr(config, "max_position_embeddings", None)]
-    if getattr(config, "use_sliding_window", True):
-        limits.append(getattr(config, "sliding_window", None))
-    return min([limit for limit in limits if limit], default=2**31)
-
-
 def end_ids(model: PreTrainedModel) -> frozenset[int]:
     """Return the ids that end a text, by the model's `eos_token_id` and its generation config's.
 
@@ -180,77 +136,13 @@ def end_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset(id for ids in named for id in _listed(ids) if 0 <= id < vocabulary)
 
 
-def check_packed_forward(model: PreTrainedModel) -> float:
-    """Compare the packed and the cached forward with the model's own on two short sequences.
-
-    Returns:
-        The largest difference of a logprob, in nats.
-
-    Raises:
-        RequirementError: if they differ, as for architectures whose attention or head does more than ours.
-    """
-    head = _head(model)
-    if head is None or getattr(head, "bias", None) is not None:
-        raise RequirementError(f"{_name(model)} has no output layer without a bias, as wanted here")
-    vocabulary = head.weight.shape[0]
-    tokens = torch.arange(11, device=head.weight.device) * 7919 % vocabulary
-    lengths = torch.tensor([7, 4])
-    try:
-        with torch.inference_mode():
-            own = _own_logprobs(model, tokens, lengths)
-            packed = _logprobs(model, hidden_states(model, tokens, lengths))
-            cached = _logprobs(model, _in_two_chunks(model, tokens))
-    except (TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise RequirementError(f"{_name(model)} cannot run over packed sequences: {error}") from error
-    worst = max(float((own - packed).abs().max()), float((own - cached).abs().max()))
-    tolerance = PROBE_TOLERANCE if own.dtype == head.weight.dtype else 0.3
-    if not worst <= tolerance:
-        raise RequirementError(
-            f"{_name(model)} gives other logprobs over packed sequences than by itself (largest difference "
-            f"{worst:.3g} nats, wanted at most {tolerance}); use a model with plain causal attention and a "
-            "linear head, such as Qwen2, Qwen3 or Llama"
-        )
-    return worst
-
-
-def _name(model: PreTrainedModel) -> str:
-    return f"{type(model).__name__} ({model.name_or_path or 'not from a folder'})"
-
-
-def _own_logprobs(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Tensor:
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        rows = [
-            model(input_ids=row.unsqueeze(0), use_cache=False).logits[0]
-            for row in torch.split(tokens, lengths.tolist())
-        ]
-    finally:
-        model.set_attn_implementation(before)
-    return torch.cat(rows).float().log_softmax(-1)
-
-
-def _logprobs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    return (hidden @ output_weight(model).T).float().log_softmax(-1)
-
-
-def _in_two_chunks(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    # The sequences of 7 and 4 tokens as chunks of 4 + 3 and 2 + 2.
-    cache = KVCache()
-    cache.reserve(2, 7)
-    first, second = tokens[:7], tokens[7:]
-    slots = np.arange(2)
-    head = cached_layout(cache, slots, np.array([0, 0]), np.array([4, 2]), tokens.device)
-    tail = cached_layout(cache, slots, np.array([4, 2]), np.array([3, 2]), tokens.device)
-    early = packed_forward(model, torch.cat([first[:4], second[:2]]), head)
-    late = packed_forward(model, torch.cat([first[4:], second[2:]]), tail)
-    return torch.cat([early[:4], late[:3], early[4:], late[3:]])
-
-
 def load_policy(
     path: str | Path, *, device: str = "auto", dtype: str = "float32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from a folder, and check its packed forward.
+
+    The architecture is checked in float32 whatever `dtype` is, and before there are weights; see
+    `check_packed_forward`. The weights are looked at for themselves: whether they are numbers in `dtype`.
 
     Raises:
         CheckpointError: if a file is absent, corrupt or does not fit; the message has the remedy.
@@ -259,6 +151,7 @@ def load_policy(
     folder = Path(path)
     _check_files(folder)
     tokenizer = load_tokenizer(folder)
+    check_packed_forward(_hollow_model(folder))
     model = _load_model(folder, getattr(torch, dtype))
     if len(tokenizer) > output_weight(model).shape[0]:
         raise CheckpointError(
@@ -266,8 +159,41 @@ def load_policy(
             "use the tokenizer that was saved with the model"
         )
     model = _placed(model, resolve_device(device), getattr(torch, dtype))
-    check_packed_forward(model)
+    check_finite(folder, model)
     return model, tokenizer
+
+
+def _hollow_model(folder: Path) -> PreTrainedModel:
+    try:
+        settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return without_weights(settings)
+    except RequirementError:
+        raise
+    except Exception as error:  # the library raises whatever its parsers raise
+        raise _unreadable(folder, error) from error
+
+
+def check_finite(folder: Path, model: PreTrainedModel) -> None:
+    """Refuse weights that are no numbers, and those that lead to none in the precision of the model.
+
+    Raises:
+        CheckpointError: naming the folder, and a tensor where one is to blame.
+    """
+    dtype = str(output_weight(model).dtype).removeprefix("torch.")
+    overflow = "; bfloat16 and float32 hold larger numbers" if dtype == "float16" else ""
+    if lost := non_finite(cast(nn.Module, model).state_dict().items()):
+        raise CheckpointError(
+            f"{folder} holds values that are not finite: {named_in_short(lost)}, read as {dtype}{overflow}; "
+            "copy the folder again, or take an earlier checkpoint"
+        )
+    tokens = torch.arange(min(8, context_limit(model)), device=output_weight(model).device)
+    with torch.inference_mode():
+        states = hidden_states(model, tokens % len(output_weight(model)), torch.tensor([len(tokens)]))
+        logits = states @ output_weight(model).T
+    if not bool(logits.isfinite().all()):
+        raise CheckpointError(
+            f"{folder}: all weights are finite, but the logits are not in policy.dtype={dtype}{overflow}"
+        )
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
@@ -403,10 +329,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             output_loading_info=True,
         )
     except Exception as error:  # as above
-        raise CheckpointError(
-            f"{folder}: the model cannot be read ({_brief(error)}); the folder is corrupt or not of a "
-            "causal language model: copy it again, or take an earlier checkpoint"
-        ) from error
+        raise _unreadable(folder, error) from error
     wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if wrong:
         raise CheckpointError(
@@ -414,6 +337,13 @@ def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             "copy the folder again, or take an earlier checkpoint"
         )
     return cast(PreTrainedModel, model)
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: the model cannot be read ({_brief(error)}); the folder is corrupt or not of a "
+        "causal language model: copy it again, or take an earlier checkpoint"
+    )
 
 
 def _brief(error: Exception) -> str:

@@ -43,7 +43,9 @@ class PolicyConfig:
         heads: attention heads; heads of 32 (d / 32 of them) learned best at this size.
         initial_std: of new weights; at this width 0.1 learns in fewer steps than the usual 0.02.
         vocab_size: asked of the tokenizer that is fitted on environment text; a small corpus yields fewer.
-        max_context: tokens that one sequence may hold.
+        max_context: tokens that one sequence may hold. A model at `path` with fewer positions, or a window in
+            every layer, takes as many as it can, which the run says and writes down; more than the
+            length at which `longrope` turns to other angles is refused.
         device: auto takes cuda where there is one, else the cpu.
         dtype: that the engine generates in, and sends and holds its weights in. What is learned is float32
             whatever it is, and so is what a run saves; see `learner.compute_dtype` for the learner's layers.

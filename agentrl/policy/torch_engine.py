@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from agentrl.policy.attention import KVCache, cached_layout
 from agentrl.policy.engine import Generation, GenerationRequest, token_versions
-from agentrl.policy.model import context_limit, output_weight, packed_forward
+from agentrl.policy.model import context_length, output_weight, packed_forward
 from agentrl.policy.requests import begun_thought, request_mistake
 from agentrl.policy.sampling import Array, Draws, draw
 from agentrl.policy.thinking import Thought
@@ -97,8 +97,7 @@ class TorchEngine:
     ) -> None:
         self.model = model
         self.stop_ids = frozenset(stop_ids)
-        limit = context_limit(model)
-        self.max_context = limit if max_context is None else min(limit, max_context)
+        self.max_context = context_length(model, max_context)
         self.max_sequences = max_sequences
         self.max_step_tokens = max_step_tokens
         self.tokens_forwarded = 0

@@ -334,6 +334,9 @@ class DemonstrationPlayer(_Immediate):
         are any. prefer_share: see `noise_prefers`.
         choices: the policy will choose among the admissible actions: record what it may choose from.
         max_context: tokens that a sequence of the policy holds; an episode that needs more ends.
+        max_tokens: that the policy may use for a reply of free text. With it, a turn ends the episode where
+            the policy would have no room to reply: for so many tokens, or for the longest of the choices;
+            None asks for room for the expert's reply alone.
     """
 
     def __init__(
@@ -346,6 +349,7 @@ class DemonstrationPlayer(_Immediate):
         prefer_share: float = 0.6,
         choices: bool = True,
         max_context: int | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self._dialogue = dialogue
@@ -354,7 +358,7 @@ class DemonstrationPlayer(_Immediate):
         self._noise_prefers = noise_prefers
         self._prefer_share = prefer_share
         self._choices = choices
-        self._max_context = max_context
+        self._max_context, self._max_tokens = max_context, max_tokens
         self._conversations: dict[str, _Conversation] = {}
 
     def reply(self, request: ActionRequest) -> Reply | Stop:
@@ -369,8 +373,9 @@ class DemonstrationPlayer(_Immediate):
         prompt = self._dialogue.prompt(conversation.history, request.observation)
         action_ids = self._dialogue.encode_reply(text)
         conversation.extend(request.observation, len(prompt.ids), prompt.fresh, action_ids)
-        if self._max_context is not None and conversation.held > self._max_context:
-            return _too_long(conversation.held, self._max_context)
+        needed = conversation.held + max(0, self._room(request) - len(action_ids))
+        if self._max_context is not None and needed > self._max_context:
+            return _too_long(needed, self._max_context)
         zeros = (0.0,) * len(action_ids)
         return Reply(
             text=text,
@@ -382,6 +387,14 @@ class DemonstrationPlayer(_Immediate):
             fresh=prompt.fresh,
             imitable=disturbance is None,
         )
+
+    def _room(self, request: ActionRequest) -> int:
+        """Tokens that the policy would have to have left for its reply."""
+        if self._max_tokens is None:
+            return 0
+        if not self._choices or not request.actions:
+            return self._max_tokens
+        return max(len(self._dialogue.encode_reply(action)) for action in request.actions)
 
     def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
         if prefix_ids:

@@ -97,11 +97,13 @@ class InstructionCheck:
         new_goal: how often the goal that it was told was reached.
         old_goal: how often the goal of the panel's own task was, of which it was told nothing.
         aborted: episodes in neither rate.
+        stop_reasons: of all episodes, the aborted included.
     """
 
     new_goal: Rate
     old_goal: Rate
     aborted: int = 0
+    stop_reasons: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -293,7 +295,7 @@ def summarise(
         aborted_reasons=dict(abort_reasons(aborted)),
         mean_return=_mean(episode.episode_return for episode in finished),
         mean_turns=_mean(len(episode.turns) for episode in finished),
-        stop_reasons=dict(Counter(episode.stop.value for episode in episodes).most_common()),
+        stop_reasons=_stop_reasons(episodes),
         entropy=mean_entropy(finished),
         panel_hash=panel.hash,
         data=data,
@@ -351,6 +353,7 @@ def instruction_check(
         new_goal=_rate(finished),
         old_goal=success_rate([[_other_success(episode)] for episode in finished]),
         aborted=len(played.episodes) - len(finished),
+        stop_reasons=_stop_reasons(played.episodes),
     )
 
 
@@ -387,6 +390,10 @@ def _rate(finished: Iterable[Episode]) -> Rate:
     for episode in finished:
         plays[episode.task].append(episode.success)
     return success_rate(list(plays.values()))
+
+
+def _stop_reasons(episodes: Iterable[Episode]) -> dict[str, int]:
+    return dict(Counter(episode.stop.value for episode in episodes).most_common())
 
 
 def _other_success(episode: Episode) -> bool:

@@ -214,7 +214,7 @@ def moving_mean(values: Sequence[float], window: int) -> list[float]:
 def _is_signal(name: str) -> bool:
     """Whether no other figure shows it."""
     return _by_type(name) or name.startswith(
-        ("learner/", "branches/", "staleness/", "groups_kept", "rounds", "invalid", "turns")
+        ("learner/", "branches/", "staleness/", "stop/", "groups_kept", "rounds", "invalid", "turns")
     )
 
 
@@ -224,9 +224,9 @@ def _by_type(name: str) -> bool:
 
 
 def _panel(name: str) -> str:
-    """The panel that shows a signal: what is logged of every turn by number, or task type, shares one."""
+    """The panel that shows a signal: those of turns by number, task types or stop reasons share one."""
     head, _, last = name.rpartition("/")
-    return f"{head}/*" if last.isdigit() or _by_type(name) else name
+    return f"{head}/*" if last.isdigit() or head == "stop" or _by_type(name) else name
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:

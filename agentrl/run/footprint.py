@@ -15,17 +15,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Muon
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.errors import CheckpointError
+from agentrl.errors import CheckpointError, RequirementError
 from agentrl.learn.fused import CHUNK_NUMBERS
 from agentrl.learn.lora import add_adapters
 from agentrl.learn.optimizer import build_optimizers
 from agentrl.learn.settings import LearnerConfig
 from agentrl.learn.sharding import layers
-from agentrl.policy.attention import PACKED, packed_layout
-from agentrl.policy.model import context_limit, decoder_settings, output_weight, packed_forward
+from agentrl.policy.attention import packed_layout
+from agentrl.policy.model import (
+    context_length,
+    decoder_settings,
+    output_weight,
+    packed_forward,
+    without_weights,
+)
 from agentrl.policy.settings import PolicyConfig
 from agentrl.run.settings import RunConfig
 
@@ -35,6 +41,7 @@ def skeleton(config: PolicyConfig) -> PreTrainedModel:
 
     Raises:
         CheckpointError: when there is no model at `policy.path`.
+        RequirementError: when its attention cannot be replaced.
         ConfigError: when the sizes contradict each other.
     """
     if config.path is None:
@@ -44,6 +51,8 @@ def skeleton(config: PolicyConfig) -> PreTrainedModel:
             raise FileNotFoundError("no config.json is there")
         settings = AutoConfig.from_pretrained(config.path, local_files_only=True, trust_remote_code=False)
         return _on_meta(settings, config.dtype)
+    except RequirementError:
+        raise
     except Exception as error:  # the library raises whatever its parsers raise
         raise CheckpointError(
             f"policy.path is {config.path!r}, wanted the folder of a Hugging Face causal language model on "
@@ -57,8 +66,7 @@ def learned_skeleton(config: PolicyConfig) -> PreTrainedModel:
 
 
 def _on_meta(settings: Any, dtype: str) -> PreTrainedModel:
-    with torch.device("meta"):
-        model = cast(Any, AutoModelForCausalLM).from_config(settings, attn_implementation=PACKED)
+    model = cast(nn.Module, without_weights(settings))
     return cast(PreTrainedModel, model.to(getattr(torch, dtype)))
 
 
@@ -84,7 +92,7 @@ def held_bytes(
     parameters, trained = (_count(model, trained=only) for only in (False, True))
     weights = weight_bytes(model)
     states, whole = optimizer_bytes(model, learner, value_head(model, algorithm))
-    tokens = max(learner.micro_batch_tokens, context_length(config, model))
+    tokens = max(learner.micro_batch_tokens, context_length(model, config.policy.max_context))
     found = {
         "weights": (weights // share, f"{parameters:,} parameters in float32{dealt}"),
         "gradients": (weight_bytes(model, trained=True) // share, f"of {trained:,} parameters{dealt}"),
@@ -127,7 +135,7 @@ def generation_bytes(config: RunConfig, sequences: int) -> tuple[int, str]:
     """
     model = skeleton(config.policy)
     branching = config.algorithm.build().rollout.grow is not None
-    sequences, context = sequences * (2 if branching else 1), context_length(config, model)
+    sequences, context = sequences * (2 if branching else 1), context_length(model, config.policy.max_context)
     whole = cache_bytes(model, sequences, context)
     depth: int = model.config.get_text_config().num_hidden_layers
     return whole + whole // depth, f"{sequences} sequences of {context:,} tokens, and a layer of them twice"
@@ -150,11 +158,6 @@ def checkpoint_bytes(config: RunConfig, algorithm: Algorithm, learner: LearnerCo
     reference = weight_bytes(learned_skeleton(config.policy)) * ("reference" in algorithm.requires)
     states = sum(optimizer_bytes(model, learner, value_head(model, algorithm)))
     return weight_bytes(model) + reference + states
-
-
-def context_length(config: RunConfig, model: PreTrainedModel) -> int:
-    """Tokens that one sequence may hold."""
-    return min(config.policy.max_context, context_limit(model))
 
 
 def value_head(model: PreTrainedModel, algorithm: Algorithm) -> nn.Module | None:

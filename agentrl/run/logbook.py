@@ -23,7 +23,9 @@ _SHOWN = {
     "loss": "loss {:.3f}",
     "entropy/token": "entropy {:.3f}",
     "aborted": "aborted {:.1%}",
+    "stop/context_limit": "context full {:.1%}",
 }
+_SHOWN_IF_ANY = ("aborted", "stop/context_limit")
 
 
 class Logbook:
@@ -202,7 +204,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _numbers(row: Row, seconds: float | None) -> str:
-    shown = [key for key in _SHOWN if row.get(key) is not None and (row[key] or key != "aborted")]
+    shown = [key for key in _SHOWN if row.get(key) is not None and (row[key] or key not in _SHOWN_IF_ANY)]
     parts = [_SHOWN[key].format(row[key]) for key in shown]
     if seconds and row.get("reply_tokens"):
         parts.append(f"{row['reply_tokens'] / seconds:,.0f} tokens/s")

@@ -16,6 +16,7 @@ from agentrl.rollout.environments import Environments
 from agentrl.rollout.players import Player
 from agentrl.run.clocks import Clocks
 from agentrl.run.evaluate import (
+    Evaluation,
     data_label,
     instruction_check,
     open_panel_environments,
@@ -65,7 +66,7 @@ class Measurements:
         wanted = {"random": ("sampled",), "expert": ("greedy",)}.get(name, tuple(_DECODINGS))
         return [decoding for decoding in wanted if decoding not in known]
 
-    def measure(self, name: str, decoding: str) -> None:
+    def measure(self, name: str, decoding: str) -> Evaluation:
         """Play the panel with `random`, `expert`, or the run's policy as it is now, called `name`."""
         repeats = self._config.evaluation.repeats
         with self._clocks.running("evaluation"):
@@ -79,6 +80,7 @@ class Measurements:
             results = self.results()
             results.setdefault(name, {})[decoding] = found.to_dict()
             self._keep(results)
+        return found
 
     def check_instructions(self) -> None:
         """Tell the policy another goal of the same room, where the environment can; once per run."""

@@ -1,9 +1,9 @@
 """What one step's episodes say: success, length, and entropy per token, turn, trajectory, task type."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from agentrl.data.trajectory import Episode, Outcome
+from agentrl.data.trajectory import Episode, Outcome, StopReason
 
 
 def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
@@ -33,6 +33,8 @@ def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
         "reply_tokens": float(sum(len(turn.action_ids) for episode in played for turn in episode.turns)),
         "decisions": float(sum(sum(turn.sampled) for episode in played for turn in episode.turns)),
     }
+    stops = Counter(episode.stop for episode in episodes)
+    counts |= {f"stop/{reason.value}": stops[reason] / max(1, len(episodes)) for reason in StopReason}
     return counts | {key: value for key, value in metrics.items() if value is not None}
 
 

@@ -13,12 +13,12 @@ from rich.text import Text
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.data.trajectory import Episode
 from agentrl.env.registry import check_id
-from agentrl.policy.model import resolve_device
+from agentrl.policy.model import check_packed_forward, context_length, resolve_device, shortened
+from agentrl.policy.settings import PolicyConfig
 from agentrl.rollout.placement import settle
 from agentrl.run import shortcomings
 from agentrl.run.footprint import (
     checkpoint_bytes,
-    context_length,
     generation_bytes,
     held_bytes,
     learned_skeleton,
@@ -124,6 +124,7 @@ def plan(config: RunConfig, *, processes: int = 1, nodes: int = 1) -> Plan:
         shortcomings.check_algorithm(algorithm, config.engine)
     lines = [*_processes(config, shares, timed), *_work(config, algorithm, trial)]
     with missing.noted():
+        lines.append(_sequence_line(config.policy))
         lines += _policy_lines(config, algorithm, device, shares)
         lines += _engine_lines(config, device, shares)
     if trial is not None:
@@ -250,6 +251,16 @@ def _evaluation_episodes(config: RunConfig, trial: Trial) -> tuple[int, int]:
     return decodings * trial.panel * block.repeats, checks
 
 
+def _sequence_line(policy: PolicyConfig) -> Line:
+    """How long a sequence may be; also whether the model can be run over packed ones at all."""
+    model = skeleton(policy)
+    if policy.path is not None:
+        check_packed_forward(model)
+    length = context_length(model, policy.max_context)
+    how = shortened(model, policy.max_context) or "at most: policy.max_context"
+    return Line("work", "tokens of a sequence", length, "tokens", how)
+
+
 def _policy_lines(
     config: RunConfig, algorithm: Algorithm, device: torch.device, shares: Shares
 ) -> list[Line]:
@@ -345,7 +356,8 @@ def _environment_lines(config: RunConfig, shares: Shares, trial: Trial) -> list[
 
 def _episode_lines(config: RunConfig, algorithm: Algorithm, trial: Trial) -> list[Line]:
     """The tokens of episodes, and what they leave on disk."""
-    context, per_step = context_length(config, skeleton(config.policy)), _episodes_per_step(config, algorithm)
+    context = context_length(skeleton(config.policy), config.policy.max_context)
+    per_step = _episodes_per_step(config, algorithm)
     played = as_tokens(config, trial.episodes, context)
     tokens = _tokens(played)
     chosen = config.rollout.constrained and config.policy.reply != "think_action"

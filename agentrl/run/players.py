@@ -10,7 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.engine import Engine, SamplingParams
-from agentrl.policy.model import build_model, end_ids, load_policy, load_tokenizer
+from agentrl.policy.model import (
+    build_model,
+    check_finite,
+    context_length,
+    end_ids,
+    load_policy,
+    load_tokenizer,
+)
 from agentrl.policy.precision import engine_copy
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import Dialogue, check_without_template, fit_tokenizer, make_dialogue
@@ -81,9 +88,16 @@ def fit_policy(
 
 
 def load(folder: str | Path, config: PolicyConfig) -> Policy:
-    """The policy in a Hugging Face folder."""
+    """Load the policy in a Hugging Face folder.
+
+    Raises:
+        CheckpointError: if the folder cannot be read, or its numbers overflow in `policy.dtype`.
+    """
     model, tokenizer = load_policy(folder, device=config.device)
-    return _policy(model, tokenizer, config)
+    policy = _policy(model, tokenizer, config)
+    if policy.served is not model:
+        check_finite(Path(folder), policy.served)
+    return policy
 
 
 def scripted_player(name: str, seed: int = 0) -> Player:
@@ -114,17 +128,19 @@ def open_player(
     """
     if policy in ("random", "expert"):
         return scripted_player(policy), config or RunConfig()
-    opened = _run_or_none(policy)
+    opened, asked = _run_or_none(policy), config is not None
     if opened is not None:
-        config, folder = opened.config, opened.model
+        config, folder, asked = opened.config, opened.model, True
     else:
         config, folder = config or RunConfig(), Path(policy)
-    engine = replace(config.engine, name="torch", actors=None)
-    config = replace(config, engine=engine, policy=replace(config.policy, path=str(folder)))
     loaded = load(folder, config.policy)
     changed = opened and changed_wording(opened, loaded.dialogue.wording)
     if changed:
         warnings.warn(changed, RuntimeWarning, stacklevel=2)
+    # The default was nobody's wish, so a model that holds less needs no word about it.
+    limit = context_length(loaded.model, config.policy.max_context if asked else None)
+    block = replace(config.policy, path=str(folder), max_context=min(limit, config.policy.max_context))
+    config = replace(config, engine=replace(config.engine, name="torch", actors=None), policy=block)
     return loaded.player(loaded.engine(config), config, temperature), config
 
 

@@ -16,8 +16,9 @@ from rich.filesize import decimal
 from agentrl.algorithms.algorithm import Algorithm, check_requirements
 from agentrl.errors import AgentRLError
 from agentrl.learn.learner import provided
+from agentrl.policy.model import context_length
 from agentrl.policy.settings import EngineConfig
-from agentrl.run.footprint import cache_bytes, context_length, skeleton, weight_bytes
+from agentrl.run.footprint import cache_bytes, skeleton, weight_bytes
 from agentrl.run.settings import RunConfig
 from agentrl.run.shares import Shares, rank_mistakes
 from agentrl.scale.extras import check_ray
@@ -171,7 +172,7 @@ def _of_cache(config: RunConfig, memory: int) -> Iterator[str]:
     if config.engine.name != "vllm" or block.url is not None:
         return
     model = skeleton(config.policy)
-    wanted = weight_bytes(model) + cache_bytes(model, 1, context_length(config, model))
+    wanted = weight_bytes(model) + cache_bytes(model, 1, context_length(model, config.policy.max_context))
     if wanted > block.tensor_parallel_size * block.gpu_memory_share * memory:
         yield (
             f"engine.vllm.gpu_memory_share is {block.gpu_memory_share:g}, wanted room for "

@@ -4,7 +4,8 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from agentrl.algorithms.algorithm import Context, check_requirements, prepare
 from agentrl.algorithms.off_policy import with_drift
 from agentrl.data.storage import write_episodes
+from agentrl.data.trajectory import StopReason
 from agentrl.env.registry import Factory, check_id
 from agentrl.errors import ConfigError, NonFiniteError, TooManyAbortedError
 from agentrl.learn.forward import Forward
@@ -24,7 +26,14 @@ from agentrl.learn.learner import Learner, provided
 from agentrl.learn.lora import check_adapters
 from agentrl.learn.ranks import ALONE, Ranks, joined
 from agentrl.policy.engine import Engine
-from agentrl.policy.model import output_weight, resolve_device, save_policy
+from agentrl.policy.model import (
+    context_length,
+    context_limit,
+    output_weight,
+    resolve_device,
+    save_policy,
+    shortened,
+)
 from agentrl.policy.precision import engine_copy, named_in_short, non_finite
 from agentrl.policy.tokens import ChatDialogue, fingerprint
 from agentrl.rollout.environments import Environments
@@ -67,6 +76,7 @@ from agentrl.scale.extras import check_ray
 
 _IDLE_STEPS = 10  # without an update before it is said
 _ROUNDED_AWAY = 0.2  # of the weights with a gradient: if fewer move, it is said
+_FULL_CONTEXTS = 0.1  # share of episodes that end by a full context before it is said
 
 
 def train(config: RunConfig, *, quiet: bool = False) -> Run:
@@ -166,6 +176,7 @@ class Trainer:
         except BaseException:
             self.environments.close()
             raise
+        config = self.config
         self.clocks = Clocks(self.active.folder / "clocks.json", writes=ranks.first)
         self.engine = self.policy.engine(config)
         self.beside = ranks.apart()
@@ -187,12 +198,18 @@ class Trainer:
         self.stage, self.step, self.saved = "warm_start" if config.warm_start.steps else "train", 0, -1
         self.learner = self._learner()
         self.tasks_drawn, self.idle_steps, self.warned_of_rounding = 0, 0, False
+        self.stops: Counter[str] = Counter()  # of the run's own policy
+        self.told_of_full_contexts = False
 
     def _get_ready(self, active: Run | None) -> None:
         """Ask the environment for its tasks, and have a folder and a policy."""
         config = self.config
         given = self.ranks.agreed(self._look_around)
         self._check_adapters()
+        self.shortened = None if given is None else shortened(given.model, config.policy.max_context)
+        if given is not None:  # the folder, and every stage, has the limit that holds
+            limit = context_length(given.model, config.policy.max_context)
+            self.config = config = replace(config, policy=replace(config.policy, max_context=limit))
         folder = self.ranks.by_first(lambda: (active or create_run(config, placement=self.settled)).folder)
         self.active = Run(folder, config)
         self.policy = given or self._own_policy(folder / "tokenizer")
@@ -239,8 +256,9 @@ class Trainer:
             with held, self.logbook:
                 self._restore()
                 self.logbook.say(self._arithmetic())
-                if self.settled is not None:
-                    self.logbook.say(self.settled)
+                for line in (self.settled, self.shortened):
+                    if line is not None:
+                        self.logbook.say(line)
                 self._warn_of_other_prompts()
                 self._warn_of_cut_openings()
                 self._warn_of_no_thoughts()
@@ -277,7 +295,12 @@ class Trainer:
             self._training_environments(expert=True) as environments,
         ):
             episodes = demonstrations(
-                self.config, self.tasks, environments, self.policy.dialogue, ranks=self.ranks
+                self.config,
+                self.tasks,
+                environments,
+                self.policy.dialogue,
+                ranks=self.ranks,
+                say=self.logbook.say,
             )
         algorithm = cloning()
         with self.logbook.stage("cloning", total=steps, done=self.step):
@@ -381,6 +404,7 @@ class Trainer:
             self.step += 1
             self.tasks_drawn += len(played.groups)
             self._warn_of_idleness(learned=bool(len(batch.lengths)))
+            self._warn_of_full_contexts(Counter(episode.stop.value for episode in played.episodes))
             for key, value in metrics.items():
                 self.history.setdefault(key, []).append(value)
             with steps.new_weights(self._context(copied=self.config.trainer.mode == "async")):
@@ -415,6 +439,22 @@ class Trainer:
             f"smaller than the last digit of a float32; raise {block}.learning_rate{matrices}"
         )
 
+    def _warn_of_full_contexts(self, stops: Mapping[str, int]) -> None:
+        """An episode that a full context ended counts as a failure, whatever the policy would have done."""
+        self.stops.update(stops)
+        share = self.stops[StopReason.CONTEXT_LIMIT] / self.stops.total()
+        if self.told_of_full_contexts or share <= _FULL_CONTEXTS:
+            return
+        self.told_of_full_contexts = True
+        block, limit = self.config.policy, context_limit(self.policy.model)
+        most = ", which is all that the model can do" if block.max_context == limit else ""
+        self.logbook.say(
+            f"warning: {self.stops[StopReason.CONTEXT_LIMIT]} of {self.stops.total()} episodes ended by "
+            f"context_limit and count as failures: a sequence holds policy.max_context={block.max_context} "
+            f"tokens{most}, and one observation takes up to policy.max_observation_tokens="
+            f"{block.max_observation_tokens}"
+        )
+
     def _context(self, *, copied: bool = False) -> Context:
         """That of the next step; `copied`, so that steps to come do not change its history."""
         history = {name: list(values) for name, values in self.history.items()} if copied else self.history
@@ -431,7 +471,9 @@ class Trainer:
         """Measure a policy on the panel, unless the folder says that it was."""
         for decoding in self.measurements.missing(name):
             self._heed()
-            self.measurements.measure(name, decoding)
+            found = self.measurements.measure(name, decoding)
+            if name not in ("random", "expert"):
+                self._warn_of_full_contexts(found.stop_reasons)
 
     def _finish(self, learned: PreTrainedModel) -> None:
         save_policy(learned, self.policy.tokenizer, self.active.model)

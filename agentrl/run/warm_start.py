@@ -1,6 +1,7 @@
 """What comes before reinforcement learning: text for a tokenizer, demonstrations, behaviour cloning."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.recipe import build_recipe
 from agentrl.data.batch import Batch, collate
-from agentrl.data.trajectory import Episode, Group
+from agentrl.data.trajectory import Episode, Group, StopReason
 from agentrl.errors import ConfigError
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.policy.tokens import Dialogue
@@ -54,8 +55,12 @@ def demonstrations(
     dialogue: Dialogue,
     on_episode: OnEpisode | None = None,
     ranks: Ranks = ALONE,
+    say: Callable[[str], None] | None = None,
 ) -> list[Episode]:
     """Successful episodes of the environment's expert, in a fixed order; each rank plays its part of them.
+
+    Those with a turn that the policy could not play, for its context is full, are left out; `say` is told
+    how many.
 
     Raises:
         ConfigError: when the environment has no expert, or it solves too few of its tasks.
@@ -68,6 +73,7 @@ def demonstrations(
         noise_prefers=block.noise_prefers,
         choices=config.rollout.constrained,
         max_context=config.policy.max_context,
+        max_tokens=config.engine.max_tokens,
     )
     specs = list(_specs(config, "demonstration", block.demonstrations, tasks))
     own = ranks.agreed(
@@ -85,12 +91,20 @@ def demonstrations(
     )
     played = ranks.collect(own)
     solved = [episode for episode in played if episode.success]
+    long = sum(episode.stop is StopReason.CONTEXT_LIMIT for episode in played)
+    too_long = f"{long} did not fit policy.max_context={config.policy.max_context}"
     if len(solved) < block.batch_size:
-        reasons = {episode.error for episode in played if episode.error} or "it did not solve them"
+        others = Counter(
+            episode.error for episode in played if episode.error and episode.stop != StopReason.CONTEXT_LIMIT
+        )
+        reasons = [too_long] * bool(long) + [f"{count} x {error}" for error, count in others.most_common(3)]
         raise ConfigError(
             f"warm_start.steps is {block.steps}, but the expert of {config.env.id} solved "
-            f"{len(solved)} of {len(played)} tasks ({reasons}); wanted at least {block.batch_size}"
+            f"{len(solved)} of {len(played)} tasks ({'; '.join(reasons) or 'it did not solve them'}); "
+            f"wanted at least {block.batch_size}"
         )
+    if long and say is not None:
+        say(f"warning: of {len(played)} demonstrations {too_long} and are left out")
     return solved
 
 

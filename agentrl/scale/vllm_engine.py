@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.engine import Generation, GenerationRequest
-from agentrl.policy.model import context_limit, output_weight
+from agentrl.policy.model import context_length, output_weight
 from agentrl.policy.settings import VllmConfig
 from agentrl.scale.vllm_replies import PendingReply, Sequences, sampling_arguments
 from agentrl.scale.vllm_weights import named_weights, write_architecture
@@ -88,8 +88,7 @@ class VllmEngine:
                 "another vLLM; wanted a process of its own, as engine.actors gives it one"
             )
         self.model = model
-        limit = context_limit(model)
-        self.max_context = limit if max_context is None else min(limit, max_context)
+        self.max_context = context_length(model, max_context)
         self.max_sequences = max_sequences
         self.restarts = 0
         self._config = config

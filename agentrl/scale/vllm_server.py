@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
-from agentrl.policy.model import context_limit, hidden_states, output_weight
+from agentrl.policy.model import context_length, hidden_states, output_weight
 from agentrl.policy.settings import VllmConfig
 from agentrl.scale.vllm_replies import PendingReply, Sequences, sampling_arguments
 from agentrl.scale.vllm_weights import shape_of, write_weights
@@ -88,8 +88,7 @@ class VllmServerEngine:
         if config.url is None:
             raise ValueError("config.url is None, wanted that of a server")
         self.model = model
-        limit = context_limit(model)
-        self.max_context = limit if max_context is None else min(limit, max_context)
+        self.max_context = context_length(model, max_context)
         self._url, self._config = config.url, config
         self._sequences = Sequences(
             stop_ids=stop_ids, vocabulary=output_weight(model).shape[0], max_context=self.max_context

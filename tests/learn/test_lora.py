@@ -7,6 +7,7 @@ import pytest
 import torch
 from fsdp_worker import double_qwen, played
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from agentrl.algorithms.algorithm import Context, prepare
 from agentrl.algorithms.recipe import build_recipe
@@ -14,6 +15,7 @@ from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl.learn.learner import Learner
 from agentrl.learn.lora import add_adapters, check_adapters, plain_weights
 from agentrl.learn.settings import LearnerConfig, LoraConfig
+from agentrl.policy.model import hidden_states
 
 LORA = LoraConfig(rank=3, alpha=6.0, targets=("q_proj", "down_proj"))
 
@@ -77,3 +79,45 @@ def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingDependencyError, match=r"agentrl\[lora\]"):
         check_adapters(OneMap(), LoraConfig(targets=("map",)))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_adapter_that_would_never_act_is_refused_and_not_recommended(tied: bool) -> None:
+    pytest.importorskip("peft")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    policy = LlamaForCausalLM(LlamaConfig(vocab_size=61, tie_word_embeddings=tied, **sizes))
+    for targets in (("lm_head",), ("lm_head", "q_proj")):
+        with pytest.raises(ConfigError) as refused:
+            Learner(policy, LearnerConfig(lora=LoraConfig(targets=targets)))
+        wanted = str(refused.value).partition("wanted")[2]
+        assert "linear maps: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj;" in wanted
+        assert "an adapter of lm_head would never act" in wanted
+    assert all(value.requires_grad for value in policy.parameters())  # nothing was done
+
+
+def test_a_policy_whose_maps_are_of_another_kind_is_told_that_it_has_none() -> None:
+    pytest.importorskip("peft")
+    policy = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4))
+    with pytest.raises(ConfigError, match=r"targets is c_attn, wanted .* linear maps: it has none$"):
+        check_adapters(policy, LoraConfig(targets=("c_attn",)))
+
+
+def test_only_maps_that_are_called_get_an_adapter() -> None:
+    """A map of a usable name that no sequence goes through would learn nothing and be saved as it was."""
+    pytest.importorskip("peft")
+    policy = double_qwen(0)
+    policy.spare = nn.Module()
+    policy.spare.q_proj = nn.Linear(4, 4)
+    add_adapters(policy, LORA)
+    adapted = {name for name, module in policy.named_modules() if hasattr(module, "lora_A")}
+    assert "spare.q_proj" not in adapted
+    layers = policy.config.num_hidden_layers
+    assert len(adapted) == 2 * layers
+    tokens = torch.arange(6)
+    called: set[str] = set()
+    for name in adapted:
+        policy.get_submodule(name).lora_B.default.register_forward_hook(
+            lambda *_, name=name: called.add(name)
+        )
+    hidden_states(policy, tokens, torch.tensor([6]))
+    assert called == adapted

@@ -1,5 +1,7 @@
 """The packed forward against the library's own, which runs each sequence by itself."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
@@ -214,6 +217,69 @@ def test_a_sequence_longer_than_the_attention_window_is_refused() -> None:
     hidden_states(model, torch.arange(16), torch.tensor([8, 8]))
     with pytest.raises(RequirementError, match="max_context to 8"):
         hidden_states(model, torch.arange(9), torch.tensor([9]))
+
+
+WINDOWED = [
+    Gemma3TextConfig(
+        **{**SIZES, "num_hidden_layers": 3},
+        head_dim=16,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+]
+
+
+@pytest.mark.parametrize("config", WINDOWED, ids=lambda config: config.model_type)
+@pytest.mark.parametrize("chunk", [512, 3], ids=["at once", "some at a time"])
+def test_layers_that_slide_beside_others_see_their_window_and_learn_from_it(
+    config: PreTrainedConfig, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentrl.policy.attention.WINDOW_CHUNK", chunk)
+    model = _model(config)
+    lengths = (40, 3, 17, 8)
+    rows = torch.randint(61, (sum(lengths),), generator=torch.Generator().manual_seed(1)).split(lengths)
+    model.set_attn_implementation("eager")
+    own = torch.cat([model(row[None], use_cache=False).logits[0].log_softmax(-1) for row in rows])
+    model.set_attn_implementation(PACKED)
+    hidden = hidden_states(model, torch.cat(rows), torch.tensor(lengths))
+    packed = (hidden @ output_weight(model).T).log_softmax(-1)
+    torch.testing.assert_close(packed, own, atol=1e-5, rtol=0)
+
+    picks = torch.randn(own.shape, generator=torch.Generator().manual_seed(2))
+    wanted = torch.autograd.grad((own * picks).sum(), list(model.parameters()))
+    found = torch.autograd.grad((packed * picks).sum(), list(model.parameters()))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", WINDOWED, ids=lambda config: config.model_type)
+@pytest.mark.parametrize("slots", [(0, 1, 2), (2, 5, 11)], ids=["in place", "scattered"])
+def test_layers_that_slide_read_no_more_of_the_cache_than_their_window(
+    config: PreTrainedConfig, slots: tuple[int, ...]
+) -> None:
+    model = _model(config)
+    lengths = np.array([40, 12, 21])
+    rows = [torch.from_numpy(np.random.default_rng(k).integers(61, size=n)) for k, n in enumerate(lengths)]
+    cache = KVCache()
+    cache.reserve(12, 40)
+    cuts = [
+        np.array(cut) for cut in ([0, 0, 0], [2, 5, 9], [3, 6, 10], [30, 8, 11], [31, 11, 20], [40, 12, 21])
+    ]
+    hidden: list[list[Tensor]] = [[], [], []]
+    with torch.no_grad():
+        for begin, end in pairwise(cuts):
+            layout = cached_layout(cache, np.array(slots), begin, end - begin, torch.device("cpu"))
+            chunks = [row[first:last] for row, first, last in zip(rows, begin, end, strict=True)]
+            out = packed_forward(model, torch.cat(chunks), layout)
+            assert out.isfinite().all()
+            for parts, part in zip(hidden, out.split((end - begin).tolist()), strict=True):
+                parts.append(part)
+        found = [(torch.cat(parts) @ output_weight(model).T).log_softmax(-1) for parts in hidden]
+        model.set_attn_implementation("eager")
+        for ours, row in zip(found, rows, strict=True):
+            own = model(row[None], use_cache=False).logits[0].log_softmax(-1)
+            torch.testing.assert_close(ours, own, atol=1e-5, rtol=0)
 
 
 def test_an_unused_attention_window_limits_nothing() -> None:
