@@ -55,9 +55,10 @@ def shortened(model: PreTrainedModel, wanted: int) -> str | None:
     used = context_length(model, wanted)
     if used == wanted:
         return None
+    why = ", its window in every layer" if used == _window(model.config.get_text_config()) else ""
     return (
         f"policy.max_context={wanted}, but a sequence of {type(model).__name__} "
-        f"({model.name_or_path or 'made from scratch'}) holds at most {used} tokens: {used} is used"
+        f"({model.name_or_path or 'made from scratch'}) holds at most {used} tokens{why}: {used} is used"
     )
 
 

@@ -92,6 +92,9 @@ def test_what_is_wanted_is_used_up_to_the_limit_and_the_rest_is_told() -> None:
         "policy.max_context=41, but a sequence of GPT2LMHeadModel (made from scratch) holds at most 40 "
         "tokens: 40 is used"
     )
+    assert "at most 8 tokens, its window in every layer: 8 is used" in str(
+        shortened(without_weights(LIMITS[5][0]), 9)
+    )
 
 
 def test_more_than_the_rotary_switch_is_refused_with_the_largest_right_value() -> None:
