@@ -1,5 +1,6 @@
 """What a policy is counted to hold, beside what a real one holds."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 import agentrl
 from agentrl.algorithms.recipe import build_recipe
 from agentrl.errors import CheckpointError
+from agentrl.learn.forward import in_bfloat16
 from agentrl.learn.optimizer import build_optimizers
 from agentrl.learn.settings import LearnerConfig, LoraConfig
 from agentrl.policy.attention import KVCache, cached_layout
@@ -19,6 +21,7 @@ from agentrl.policy.tokens import fit_tokenizer
 from agentrl.run.footprint import (
     activation_bytes,
     cache_bytes,
+    checkpoint_bytes,
     generation_bytes,
     held_bytes,
     layer_bytes,
@@ -104,6 +107,41 @@ def test_activations_are_at_most_a_seventh_more_than_a_real_pass_keeps(
         hidden_states(model, torch.zeros(256, dtype=torch.int64), torch.tensor([128, 128]))
     real = sum(value.untyped_storage().nbytes() for value in kept.values())
     assert real <= activation_bytes(skeleton(block), 256) <= real * 8 / 7
+
+
+def test_so_are_those_of_layers_in_bfloat16_over_float32_weights(
+    block: PolicyConfig, model: PreTrainedModel
+) -> None:
+    own = {value.untyped_storage().data_ptr() for value in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        if value.untyped_storage().data_ptr() not in own:
+            kept[value.untyped_storage().data_ptr()] = value
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        in_bfloat16(hidden_states)(model, torch.zeros(256, dtype=torch.int64), torch.tensor([128, 128]))
+    real = sum(value.untyped_storage().nbytes() for value in kept.values())
+    counted = activation_bytes(skeleton(block), 256, rounded=True)
+    assert real <= counted <= real * 8 / 7
+    assert counted < activation_bytes(skeleton(block), 256)
+
+
+@pytest.mark.parametrize("backend", ["single", "fsdp"])
+def test_beside_an_engine_that_rounds_what_is_learned_stays_float32(backend: Any) -> None:
+    recipe = build_recipe("grpo", {"kl_coefficient": 0.1}).build()
+    learner = LearnerConfig(optimizer="adamw", backend=backend)
+    rounding = replace(SETTINGS, policy=replace(SETTINGS.policy, dtype="bfloat16"))
+    exact, rounded = (held_bytes(config, recipe, learner) for config in (SETTINGS, rounding))
+    for what in ("weights", "gradients", "optimiser", "reference"):
+        assert rounded[what] == exact[what]
+    assert rounded["weights that generate"][0] == exact["weights"][0] // 2
+    assert rounded["activations"][0] < exact["activations"][0]
+    assert ("weights that generate" in exact) == (backend == "fsdp")
+    assert checkpoint_bytes(rounding, recipe, learner) == checkpoint_bytes(SETTINGS, recipe, learner)
+    exactly = LearnerConfig(optimizer="adamw", backend=backend, compute_dtype="float32")
+    assert held_bytes(rounding, recipe, exactly)["activations"] == exact["activations"]
 
 
 def test_recomputed_activations_are_the_inputs_of_the_layers_and_one_layer(block: PolicyConfig) -> None:
