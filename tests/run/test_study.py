@@ -183,7 +183,7 @@ def test_a_method_that_fails_is_told_and_the_others_go_on(
     folder, _ = unbroken
     shutil.copytree(folder / "study", tmp_path / "study")
     shutil.rmtree(tmp_path / "study/seed-0/still")
-    rates = {"learning_rate": 1e30, "matrix_learning_rate": 1e30, "warmup_steps": 0}
+    rates = {"learning_rate": 1e15, "matrix_learning_rate": 1e15, "warmup_steps": 0}
     wild = {"learner": rates | {"clip_gradient": None}}
     methods = {"wild": wild, **STUDY["methods"]}
     monkeypatch.setattr(study, "start", started_here)
