@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from agentrl.data.trajectory import Episode, StopReason
+from agentrl.env.containment import signals
 from agentrl.errors import TooManyAbortedError
 from agentrl.rollout.branching import Director, Start
 from agentrl.rollout.environments import Environments
@@ -118,7 +119,8 @@ def collect(
         director,
     )
     try:
-        return drive.run(specs, min(max_active, environments.places or max_active))
+        with signals:
+            return drive.run(specs, min(max_active, environments.places or max_active))
     except BaseException:
         environments.close()
         for episode_id in [*drive.active, *drive.leaving]:

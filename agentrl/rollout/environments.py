@@ -90,6 +90,7 @@ class EnvironmentPool(Environments):
         self._make = make
         self._free: list[TextGym] = []
         self._lent: dict[int, TextGym] = {}
+        self._handles: dict[int, RemoteEnv] = {}  # by which the same environment is always borrowed
         self._playing: dict[str, TextGym] = {}
         self._asked: list[tuple[str, EnvironmentCall]] = []
 
@@ -126,6 +127,7 @@ class EnvironmentPool(Environments):
     def discard(self, env: TextGym) -> None:
         """Close an environment that cannot be trusted any more."""
         self._lent.pop(id(env), None)
+        self._handles.pop(id(env), None)
         close_contained(env)
 
     @contextmanager
@@ -136,7 +138,10 @@ class EnvironmentPool(Environments):
             except EscapeError as error:
                 raise EnvironmentContractError(f"the environment's constructor raised {error}") from error
             try:
-                yield cast(TextGym, RemoteEnv(lambda *asked: answer_of(env, *asked)))
+                yield cast(
+                    TextGym,
+                    self._handles.setdefault(id(env), RemoteEnv(lambda *asked: answer_of(env, *asked))),
+                )
             except BaseException:
                 self.discard(env)
                 raise
