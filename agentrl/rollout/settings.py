@@ -80,7 +80,8 @@ class RolloutConfig:
         backend: on whose machines environments run: `local` is this one, `ray` those of a cluster.
         placement: where an environment lives. `inline` is this process: the only one that repeats bit for
             bit, and the only one that a hanging or crashing environment takes down. `thread` is for
-            environments that declare `thread_safe` and mostly wait. `process` is supervised. `auto` measures
+            environments that declare `thread_safe` and mostly wait. `process` is supervised: see
+            `agentrl.rollout.placement` for what each survives. `auto` measures
             a few steps and decides; a run's config.yaml holds what it decided. With the backend `ray` it is
             always `process`.
         workers: of the placement `process`; its timeouts hold for `thread` as well.

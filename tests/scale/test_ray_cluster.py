@@ -13,12 +13,14 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import wait_for
 
 from agentrl.errors import ConfigError
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
 
-from agentrl.scale.cluster import connected, knock
+from agentrl.scale import cluster
+from agentrl.scale.cluster import ClusterLostError, connected, knock
 
 
 def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
@@ -43,6 +45,31 @@ def test_an_address_where_somebody_else_listens_is_refused_at_once() -> None:
             knock(address)
 
 
+def test_a_head_that_answers_no_more_is_noticed_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setattr(cluster, "_LOOK_EVERY", 0.01)
+        monkeypatch.setattr(cluster, "_LOST_AFTER", 0.02)
+        watch = cluster._Watch(address)
+        monkeypatch.setattr(cluster._connection, "watch", watch)
+        monkeypatch.setattr(cluster._connection, "address", address)
+        watch.start()
+        wait_for(lambda: watch.lost is not None)
+        port = address.rpartition(":")[2]
+        with pytest.raises(
+            ClusterLostError,
+            match=f"its head at {address} has not answered .* ray start --head --port={port} "
+            rf"\(on other machines: ray start --address={address}\). Then .* agentrl train --resume RUN",
+        ):
+            cluster.check_cluster()
+        wait_for(lambda: "agentrl train --resume RUN" in capsys.readouterr().err)
+        watch.end()
+        watch.join(20)
+
+
 @pytest.mark.slow
 def test_auto_without_a_cluster_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if any(process.name() == "gcs_server" for process in psutil.process_iter()):
@@ -61,7 +88,8 @@ OPENING = f"""
     from agentrl.rollout.play import EpisodeSpec, Reply
     from agentrl.rollout.players import RandomPlayer
     from agentrl.rollout.settings import RayConfig, WorkersConfig
-    from agentrl.scale.cluster import connected, knock
+    from agentrl.scale import cluster
+from agentrl.scale.cluster import ClusterLostError, connected, knock
     from agentrl.scale.ray_environments import RayEnvironments
 
     class Mine(gymnasium.Env):
@@ -203,3 +231,32 @@ def test_a_machine_that_is_lost_takes_its_episodes_and_the_others_play_them_agai
         assert environments.restarts >= 1
     finally:
         cluster.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["EnvironmentHost,agent", "raylet/raylet", "gcs_server"])
+def test_a_loss_of_ray_that_cannot_be_made_good_ends_with_a_remedy(what: str, tmp_path: Path) -> None:
+    path = script(
+        tmp_path,
+        """
+        class Losing(RandomPlayer):
+            polls = 0
+            def poll(self):
+                self.polls += 1
+                for process in psutil.Process().children(recursive=True) if self.polls == 3 else ():
+                    if any(name in " ".join(process.cmdline()) for name in sys.argv[1].split(",")):
+                        process.kill()
+                time.sleep(0.05)
+                return super().poll()
+        player = Losing()
+        with environments() as places:
+            while True:
+                collect(specs, player, places, max_active=4, max_turns=50)
+        """,
+    )
+    command = [sys.executable, str(path), what]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    said = answer.stderr.strip().splitlines()[-1]
+    assert answer.returncode == 1
+    assert said.startswith("agentrl.scale.cluster.ClusterLostError: Ray is lost: ")
+    assert said.endswith("Then go on from the last checkpoint: agentrl train --resume RUN")
