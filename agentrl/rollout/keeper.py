@@ -173,7 +173,7 @@ class _Keeper:
             os.setsid()
             _ask_kernel(_DEATH_SIGNAL, signal.SIGKILL)
             if os.getppid() == keeper:  # else it died before it could be followed
-                os.execvp(command[0], command)
+                os.execvp(command[0], list(command))
         except OSError as error:
             self._say("failed", error.strerror)
         finally:

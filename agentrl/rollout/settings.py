@@ -20,8 +20,8 @@ class WorkersConfig:
         reset_timeout: seconds for a reset.
         step_timeout: seconds for a step.
         recycle_episodes: a process is replaced after so many; None never.
-        recycle_megabytes: a process is replaced when it holds more, with its children: after an episode, or in
-            the middle of one when it holds half as much again; None never.
+        recycle_megabytes: a process is replaced when it holds more, with its children: after an episode, or
+            in the middle of one when it holds half as much again; None never.
     """
 
     count: int | None = None

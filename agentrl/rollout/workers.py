@@ -207,7 +207,10 @@ class ProcessEnvironments(Environments):
     def _start(self) -> "_Worker":
         limit = self._config.recycle_megabytes
         worker = _Worker.start(
-            self._make, self._each, self._config.interpreter, None if limit is None else limit * _IN_THE_MIDDLE
+            self._make,
+            self._each,
+            self._config.interpreter,
+            None if limit is None else limit * _IN_THE_MIDDLE,
         )
         self._workers.append(worker)
         self._selector.register(worker.socket, selectors.EVENT_READ, worker)
@@ -409,9 +412,7 @@ class _Worker:
     greeted: bool = False
 
     @classmethod
-    def start(
-        cls, make: bytes, places: int, interpreter: str | None, megabytes: float | None
-    ) -> "_Worker":
+    def start(cls, make: bytes, places: int, interpreter: str | None, megabytes: float | None) -> "_Worker":
         ours, theirs = socket.socketpair()
         ours.settimeout(_SEND_TIMEOUT)
         log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the worker

@@ -42,7 +42,9 @@ def environment_text(
     for spec in _specs(config, "tokenizer", config.policy.tokenizer_episodes, tasks):
         if left <= 0 or endless >= _ENDLESS:
             break
-        (episode,) = collect([spec], player, environments, max_active=1, max_turns=_most_turns(config)).episodes
+        (episode,) = collect(
+            [spec], player, environments, max_active=1, max_turns=_most_turns(config)
+        ).episodes
         endless += _is_endless(config, episode)
         for text in (
             *(turn.observation for turn in episode.turns),

@@ -218,8 +218,8 @@ class RayEngines:
         elif not self._hosts:
             raise AgentRLError(
                 f"an engine actor was lost: {reason}; it was the last one, and engine.actor_restarts="
-                f"{self._config.actor_restarts} have been replaced. With the cause mended, a run goes on from "
-                "its last checkpoint: agentrl train --resume RUN"
+                f"{self._config.actor_restarts} have been replaced. With the cause mended, a run goes on "
+                "from its last checkpoint: agentrl train --resume RUN"
             )
 
     def _say_lost(self, sequence: str, why: str) -> None:

@@ -19,10 +19,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from agentrl.data.trajectory import StopReason
 from agentrl.errors import ConfigError
-from agentrl.rollout.environments import Answered, Environments, Make, TextGym
+from agentrl.rollout.environments import Answered, Environments, Make, RemoteEnv, TextGym
 from agentrl.rollout.play import EnvironmentCall, Step, Stop
 from agentrl.rollout.settings import RayConfig, WorkersConfig
-from agentrl.rollout.workers import EnvironmentLostError, RemoteEnv
+from agentrl.rollout.workers import EnvironmentLostError
 from agentrl.scale.cluster import (
     check_cluster,
     check_room,

@@ -497,7 +497,14 @@ import os
 
 
 def test_folders_of_other_pythons_are_found_among_shared_libraries(tmp_path: Path) -> None:
-    for folder in ("python3/dist-packages", "python3.9/json", "pypy3", "x/y/site-packages", "a/b/c/d/e", "ours"):
+    for folder in (
+        "python3/dist-packages",
+        "python3.9/json",
+        "pypy3",
+        "x/y/site-packages",
+        "a/b/c/d/e",
+        "ours",
+    ):
         (tmp_path / folder).mkdir(parents=True)
     ours = tmp_path / "python3.11" / "lib-dynload"
     (ours.parent / "site-packages").mkdir(parents=True)
@@ -589,8 +596,8 @@ def test_a_provider_that_is_not_there_says_why(
         Sandbox(isolation="broken").session()
     with pytest.raises(ConfigError, match=r"isolation 'elswhere' is unknown; did you mean 'elsewhere'"):
         Sandbox(isolation="elswhere")
+    monkeypatch.setattr(elsewhere, "why", None)
     with pytest.raises(ConfigError, match="imports: ModuleNotFoundError: No module named 'nowhere'"):
-        monkeypatch.setattr(elsewhere, "why", None)
         Sandbox(isolation="elsewhere", imports=("nowhere",)).session()
 
 

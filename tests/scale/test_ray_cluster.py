@@ -19,7 +19,7 @@ from agentrl.errors import ConfigError
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
 
-from agentrl.scale import cluster
+from agentrl.scale import cluster as cluster_module
 from agentrl.scale.cluster import ClusterLostError, connected, knock
 
 
@@ -51,11 +51,11 @@ def test_a_head_that_answers_no_more_is_noticed_with_a_remedy(
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        monkeypatch.setattr(cluster, "_LOOK_EVERY", 0.01)
-        monkeypatch.setattr(cluster, "_LOST_AFTER", 0.02)
-        watch = cluster._Watch(address)
-        monkeypatch.setattr(cluster._connection, "watch", watch)
-        monkeypatch.setattr(cluster._connection, "address", address)
+        monkeypatch.setattr(cluster_module, "_LOOK_EVERY", 0.01)
+        monkeypatch.setattr(cluster_module, "_LOST_AFTER", 0.02)
+        watch = cluster_module._Watch(address)
+        monkeypatch.setattr(cluster_module._connection, "watch", watch)
+        monkeypatch.setattr(cluster_module._connection, "address", address)
         watch.start()
         wait_for(lambda: watch.lost is not None)
         port = address.rpartition(":")[2]
@@ -64,7 +64,7 @@ def test_a_head_that_answers_no_more_is_noticed_with_a_remedy(
             match=f"its head at {address} has not answered .* ray start --head --port={port} "
             rf"\(on other machines: ray start --address={address}\). Then .* agentrl train --resume RUN",
         ):
-            cluster.check_cluster()
+            cluster_module.check_cluster()
         wait_for(lambda: "agentrl train --resume RUN" in capsys.readouterr().err)
         watch.end()
         watch.join(20)
@@ -88,8 +88,7 @@ OPENING = f"""
     from agentrl.rollout.play import EpisodeSpec, Reply
     from agentrl.rollout.players import RandomPlayer
     from agentrl.rollout.settings import RayConfig, WorkersConfig
-    from agentrl.scale import cluster
-from agentrl.scale.cluster import ClusterLostError, connected, knock
+    from agentrl.scale.cluster import connected, knock
     from agentrl.scale.ray_environments import RayEnvironments
 
     class Mine(gymnasium.Env):

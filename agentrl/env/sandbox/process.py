@@ -60,8 +60,8 @@ class Limits:
 
     Args:
         seconds: of an execution, by the clock on the wall.
-        cpu_seconds: of an execution, with the threads that earlier ones left: they run on in it, and stand still
-            between (Linux); a session ends at 100 times as much.
+        cpu_seconds: of an execution, with the threads that earlier ones left: they run on in it, and stand
+            still between (Linux); a session ends at 100 times as much.
         memory_mb: address space of the session's process, interpreter and imports included.
         file_mb: of what one execution prints, and of all files that a session writes.
         open_files: at once.
@@ -440,6 +440,7 @@ def _cause(status: int, fault: str) -> str:
 
 
 def cut(text: str, limit: int) -> str:
+    """Keep so many characters of a text, half from its head and half from its tail."""
     if len(text) <= limit:
         return text
     head, tail = (limit + 1) // 2, limit // 2

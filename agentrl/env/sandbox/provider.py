@@ -161,8 +161,9 @@ class PipedSession:
             raise SandboxError(f"{command[0]} does not run: {error.strerror}") from error
         self._pending = b""
         code = "".join(f"import {name.partition('.')[0]}, {name}\n" for name in imports)
-        first = self._answered(f"{code}del {', '.join({n.partition('.')[0] for n in imports})}\n" if code else "",
-                               start_seconds)
+        first = self._answered(
+            f"{code}del {', '.join({n.partition('.')[0] for n in imports})}\n" if code else "", start_seconds
+        )
         if first.ended == "error":
             self.close()
             raise ConfigError(f"the sandbox's imports: {first.error}")

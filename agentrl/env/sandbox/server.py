@@ -100,7 +100,7 @@ def _readable(library: list[str]) -> Files:
 
 
 def _shared_libraries() -> list[str]:
-    """Folders and files of shared libraries; where others lie beside them, only those of this machine's kind."""
+    """List folders and files of shared libraries; of a folder that sorts them by machine, only this one's."""
     found = []
     for folder in filter(os.path.isdir, _SHARED_LIBRARIES):
         paths = [os.path.join(folder, name) for name in os.listdir(folder)]
