@@ -50,7 +50,7 @@ class _Watch(threading.Thread):
 
     def __init__(self, head: str) -> None:
         super().__init__(daemon=True)
-        self._head = head
+        self.head = head
         self._over = threading.Event()
         self.lost: str | None = None  # why
 
@@ -58,12 +58,12 @@ class _Watch(threading.Thread):
         last_seen = time.monotonic()
         while not self._over.wait(_LOOK_EVERY):
             try:
-                knock(self._head)
+                knock(self.head)
                 last_seen, self.lost = time.monotonic(), None
             except ConfigError:
                 away = time.monotonic() - last_seen
                 if away >= _LOST_AFTER and self.lost is None and not self._over.is_set():
-                    self.lost = f"its head at {self._head} has not answered for {away:.0f} s"
+                    self.lost = f"its head at {self.head} has not answered for {away:.0f} s"
                     # Whoever is busy elsewhere learns of it too late to say anything.
                     print(f"warning: {cluster_lost(self.lost)}", file=sys.stderr, flush=True)  # noqa: T201
 
@@ -115,6 +115,22 @@ def check_cluster() -> None:
     """
     if _connection.watch is not None and _connection.watch.lost is not None:
         raise cluster_lost(_connection.watch.lost)
+
+
+def reach_head() -> None:
+    """Wait until the head answers: what is asked of Ray without it hangs, and then ends the process.
+
+    Raises:
+        ClusterLostError: it does not, for as long as it is waited for.
+    """
+    while (watch := _connection.watch) is not None:
+        check_cluster()
+        try:
+            knock(watch.head)
+        except ConfigError:
+            time.sleep(0.2)
+        else:
+            return
 
 
 def is_lost() -> bool:

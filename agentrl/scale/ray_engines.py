@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.engine import Generation, GenerationRequest
 from agentrl.policy.settings import EngineConfig
-from agentrl.scale.cluster import check_cluster, check_room, connected, in_short, is_lost
+from agentrl.scale.cluster import check_cluster, check_room, connected, in_short, is_lost, reach_head
 from agentrl.scale.engine_host import Blueprint, EngineHost, hollow, weights_of
 from agentrl.scale.messages import packed_requests, unpacked_generations
 
@@ -206,6 +206,7 @@ class RayEngines:
 
     def _lose(self, host: "_Host", reason: str) -> None:
         """Give up an actor; its sequences are gone, and no episode is to blame."""
+        reach_head()
         self._hosts.remove(host)
         host.kill()
         for sequence in host.sequences:

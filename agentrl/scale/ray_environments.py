@@ -31,6 +31,7 @@ from agentrl.scale.cluster import (
     in_short,
     is_lost,
     machines,
+    reach_head,
 )
 from agentrl.scale.environment_host import (
     EnvironmentHost,
@@ -258,6 +259,7 @@ class RayEnvironments(Environments):
         """Give up an actor that died or has to; none of its episodes is to blame."""
         if host not in self._hosts:
             return
+        reach_head()
         self._hosts.remove(host)
         host.kill()
         host.obituary = f"the actor on {host.machine} was lost: {reason}"
