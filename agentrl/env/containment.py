@@ -9,9 +9,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self, TypeVar
+
+import gymnasium
 
 from agentrl.errors import EnvironmentContractError
 
@@ -21,6 +24,7 @@ _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM")
 _PLAIN = (str, int, float, bool, type(None))
 
 T = TypeVar("T")
+Env = TypeVar("Env", bound=gymnasium.Env[str, str])
 
 
 class EscapeError(Exception):
@@ -58,6 +62,26 @@ def close_contained(env: Any) -> None:
             contained(env.close)
     except Exception:
         return
+
+
+@contextmanager
+def opened(make: Callable[[], Env]) -> Iterator[Env]:
+    """Make an environment of this process, to be asked about its tasks in a `with` block, and close it.
+
+    Raises:
+        EnvironmentContractError: it raised what would have ended this process.
+    """
+    env: Env | None = None
+    with signals:
+        try:
+            env = contained(make)
+            yield env
+        except (EscapeError, SystemExit) as error:
+            where = "constructor" if env is None else "unwrapped"
+            raise EnvironmentContractError(f"the environment's {where} raised {described(error)}") from error
+        finally:
+            if env is not None:
+                close_contained(env)
 
 
 def described(error: BaseException) -> str:

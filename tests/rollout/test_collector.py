@@ -12,7 +12,7 @@ import pytest
 from shelves import CountingPlayer, Shelves, by_id, specs
 
 from agentrl.data.trajectory import Episode, Outcome, StopReason
-from agentrl.env.containment import LARGEST_ANSWER
+from agentrl.env.containment import LARGEST_ANSWER, opened
 from agentrl.errors import ConfigError, EnvironmentContractError
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
@@ -361,6 +361,23 @@ def test_who_borrows_an_environment_that_exits_is_told_by_an_error_of_ours() -> 
             env.unwrapped.tasks("train")  # type: ignore[attr-defined]
     with pytest.raises(EnvironmentContractError, match="constructor raised SystemExit: 0"):
         EnvironmentPool(unmade).borrow().__enter__()
+
+
+def test_tasks_that_are_asked_for_in_this_process_do_not_end_it() -> None:
+    def unmade() -> Shelves:
+        raise SystemExit(0)
+
+    class Leaving(Shelves):
+        def tasks(self, split: str) -> list[str]:
+            raise SystemExit(3)
+
+        def close(self) -> None:
+            raise SystemExit(4)
+
+    with pytest.raises(EnvironmentContractError, match="constructor raised SystemExit: 0"), opened(unmade):
+        pass
+    with pytest.raises(EnvironmentContractError, match="raised SystemExit: 3"), opened(Leaving) as env:
+        env.tasks("train")
 
 
 def test_a_fork_that_comes_back_from_an_environment_ends_there(tmp_path: Path) -> None:
