@@ -10,6 +10,7 @@ import gymnasium
 
 from agentrl.env.answers import reset_answer, step_answer
 from agentrl.env.checks import CHECKS, MEASUREMENTS, determinism
+from agentrl.env.containment import EscapeError, contained, described, signals
 from agentrl.env.probe import FaultError, Probe, SkipError
 from agentrl.errors import EnvironmentContractError, MissingDependencyError
 
@@ -187,16 +188,22 @@ def check_text_env(
         steps: at most so many per walk.
 
     Returns:
-        A report; nothing else that a made environment does raises here, but for `KeyboardInterrupt` and its
-        like.
+        A report; nothing else that a made environment raises is raised here.
 
     Raises:
         MissingDependencyError: something is not installed, which says nothing about the contract.
         AgentRLError: or whatever else `make` raises when it is called first.
     """
-    probe = Probe(make, seed, tasks, steps)
+    with signals:
+        return _checked(Probe(make, seed, tasks, steps))
+
+
+def _checked(probe: Probe) -> ContractReport:
     try:
-        env = probe.twins()[0]
+        try:
+            env = probe.twins()[0]
+        except EscapeError as error:
+            raise EnvironmentContractError(f"the environment's constructor raised {error}") from error
         known: Any = env.unwrapped
         checks = tuple(_run(name, check, probe) for name, check in CHECKS)
         measured = {} if probe.blocked else {n: _run(n, look, probe).detail for n, look in MEASUREMENTS}
@@ -224,7 +231,7 @@ def _run(name: str, check: Callable[[Probe], str], probe: Probe) -> Check:
 
 def _look(name: str, check: Callable[[Probe], str], probe: Probe) -> Check:
     try:
-        return Check(name, "passed", check(probe))
+        return Check(name, "passed", contained(lambda: check(probe)))
     except SkipError as reason:
         return Check(name, "skipped", str(reason))
     except FaultError as fault:
@@ -232,7 +239,7 @@ def _look(name: str, check: Callable[[Probe], str], probe: Probe) -> Check:
     except MissingDependencyError:
         raise
     except Exception as error:
-        return Check(name, "failed", f"raised {type(error).__name__}: {error}")
+        return Check(name, "failed", f"raised {described(error)}")
 
 
 def _printable(text: str) -> str:

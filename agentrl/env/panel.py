@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import gymnasium
 
+from agentrl.env.containment import opened
 from agentrl.env.names import unknown
 from agentrl.env.registry import make
 from agentrl.errors import AgentRLError, PanelError
@@ -110,7 +110,7 @@ def make_panel(
     if tasks < 1:
         raise PanelError(f"a panel of {tasks} tasks was asked for, wanted at least 1")
     if environment is None:
-        with closing(make(env, split=split, **(env_kwargs or {}))) as environment:
+        with opened(lambda: make(env, split=split, **(env_kwargs or {}))) as environment:
             return make_panel(env, split, tasks, env_kwargs, environment)
     known: Any = environment.unwrapped
     if split not in known.splits:
@@ -160,11 +160,8 @@ def verify(panel: Panel, environment: gymnasium.Env[str, str] | None = None) -> 
         PanelError: a task is gone or has other content.
     """
     if environment is None:
-        environment = make(panel.env, split=panel.split, **panel.env_kwargs)
-        try:
+        with opened(lambda: make(panel.env, split=panel.split, **panel.env_kwargs)) as environment:
             verify(panel, environment)
-        finally:
-            environment.close()
         return
     known: Any = environment.unwrapped
     changed = []

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import gymnasium
 import numpy as np
 
 from agentrl.env.answers import RESET_PARTS, STEP_PARTS, shape_fault
+from agentrl.env.containment import close_contained, contained
 from agentrl.errors import AgentRLError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -107,7 +109,7 @@ class Probe:
     def fresh(self, **kwargs: Any) -> Gym:
         """A new environment, open until the end of the check."""
         with self._clock("construct"):
-            env = self.make(**kwargs)
+            env = contained(lambda: self.make(**kwargs))
         self._made.append(env)
         return env
 
@@ -142,8 +144,7 @@ class Probe:
         kept = self._twins or ()
         for env in self._made:
             if all(env is not twin for twin in kept):
-                with suppress(Exception):  # close() is a check of its own
-                    env.close()
+                close_contained(env)  # close() is a check of its own
         self._made = list(kept)
 
     def tasks(self) -> list[str]:
@@ -211,7 +212,7 @@ class Probe:
     def walk(self, env: Gym, task: str, choose: Choose | None = None, limit: int | None = None) -> Walk:
         """Reset to a task and play: admissible actions at random, or what `choose` says."""
         with self._clock("reset"):
-            begun = env.reset(seed=self.seed, options={"task": task})
+            begun = contained(lambda: env.reset(seed=self.seed, options={"task": task}))
         first = unpack("reset", begun, RESET_PARTS)
         actions, answers = self.go_on(env, first, choose or self.wander(task), limit or self.steps)
         return Walk(task, actions, (first, *answers))
@@ -228,7 +229,7 @@ class Probe:
                 break
             actions.append(action)
             with self._clock("step"):
-                answer = env.step(action)
+                answer = contained(partial(env.step, action))
             answers.append(unpack("step", answer, STEP_PARTS))
         return tuple(actions), tuple(answers[1:])
 

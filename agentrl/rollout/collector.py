@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from agentrl.data.trajectory import Episode, StopReason
+from agentrl.env.containment import signals
 from agentrl.errors import TooManyAbortedError
 from agentrl.rollout.branching import Director, Start
 from agentrl.rollout.environments import Environments
@@ -15,6 +16,7 @@ from agentrl.rollout.players import Player
 
 _RETRIED = (StopReason.ENV_ERROR, StopReason.WORKER_ERROR)
 _MOST_ATTEMPTS = 10  # of an episode that only others' failures ended
+_MOST_TURNS = 10_000  # of an episode that nothing else limits: an environment may have no end
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def collect(
         player: who replies.
         environments: where. Each is used by one episode at a time, and thrown away after an error.
         max_active: episodes at a time; `environments` may have fewer places.
-        max_turns: limit on replies beside the environment's own.
+        max_turns: limit on replies beside the environment's own; None for 10,000.
         max_attempts: plays of an episode in which the environment or its worker fails. A play that ended only
             because another one took the worker down does not count.
         max_aborted_share: of the episodes.
@@ -110,7 +112,7 @@ def collect(
     drive = _Drive(
         player,
         environments,
-        max_turns,
+        _MOST_TURNS if max_turns is None else max_turns,
         max_attempts,
         max_aborted_share * (len(specs) + director.total),
         quarantine or Quarantine(),
@@ -118,7 +120,8 @@ def collect(
         director,
     )
     try:
-        return drive.run(specs, min(max_active, environments.places or max_active))
+        with signals:
+            return drive.run(specs, min(max_active, environments.places or max_active))
     except BaseException:
         environments.close()
         for episode_id in [*drive.active, *drive.leaving]:
@@ -145,7 +148,7 @@ class _Running:
 class _Drive:
     player: Player
     environments: Environments
-    max_turns: int | None
+    max_turns: int
     max_attempts: int
     max_aborted: float
     quarantine: Quarantine

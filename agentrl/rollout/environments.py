@@ -6,16 +6,24 @@
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import gymnasium
 
 from agentrl.data.trajectory import StopReason
 from agentrl.env.answers import reset_answer, step_answer
+from agentrl.env.containment import (
+    EscapeError,
+    check_size,
+    close_contained,
+    contained,
+    described,
+    signals,
+)
 from agentrl.errors import AgentRLError, EnvironmentContractError
 from agentrl.rollout.play import EnvironmentCall, Restore, Step, Stop, Transition
 from agentrl.rollout.settings import WorkersConfig
@@ -73,13 +81,16 @@ class Environments(ABC):
 class EnvironmentPool(Environments):
     """Environments of this process that take turns; `make` is called when none is free.
 
-    Nothing here can stop a call that hangs, or survive one that takes the process down.
+    Whatever a call raises ends its episode, SystemExit and KeyboardInterrupt included; a signal that is sent
+    to this process, as by Ctrl-C, ends the collection. Nothing here can stop a call that hangs, or survive
+    one that takes the process down (`os._exit`, a crash of native code, too much memory).
     """
 
     def __init__(self, make: Make) -> None:
         self._make = make
         self._free: list[TextGym] = []
         self._lent: dict[int, TextGym] = {}
+        self._handles: dict[int, RemoteEnv] = {}  # by which the same environment is always borrowed
         self._playing: dict[str, TextGym] = {}
         self._asked: list[tuple[str, EnvironmentCall]] = []
 
@@ -88,7 +99,8 @@ class EnvironmentPool(Environments):
 
     def poll(self, *, wait: bool) -> Sequence[Answered]:
         asked, self._asked = self._asked, []
-        return [(episode, self._answer(episode, effect)) for episode, effect in asked]
+        with signals:
+            return [(episode, self._answer(episode, effect)) for episode, effect in asked]
 
     def _answer(self, episode: str, effect: EnvironmentCall) -> Transition | Stop:
         if episode not in self._playing:
@@ -115,18 +127,25 @@ class EnvironmentPool(Environments):
     def discard(self, env: TextGym) -> None:
         """Close an environment that cannot be trusted any more."""
         self._lent.pop(id(env), None)
-        with suppress(Exception):  # it is broken already, and nobody waits for it
-            env.close()
+        self._handles.pop(id(env), None)
+        close_contained(env)
 
     @contextmanager
     def borrow(self) -> Iterator[TextGym]:
-        env = self.take()
-        try:
-            yield env
-        except BaseException:
-            self.discard(env)
-            raise
-        self.give_back(env)
+        with signals:
+            try:
+                env = contained(self.take)
+            except EscapeError as error:
+                raise EnvironmentContractError(f"the environment's constructor raised {error}") from error
+            try:
+                yield cast(
+                    TextGym,
+                    self._handles.setdefault(id(env), RemoteEnv(lambda *asked: answer_of(env, *asked))),
+                )
+            except BaseException:
+                self.discard(env)
+                raise
+            self.give_back(env)
 
     def close(self) -> None:
         self._asked.clear()
@@ -221,7 +240,7 @@ class ThreadedEnvironments(Environments):
             except AgentRLError as error:
                 answer = error
             except BaseException as error:
-                answer = Stop(StopReason.ENV_ERROR, f"{type(error).__name__}: {error}")
+                answer = Stop(StopReason.ENV_ERROR, described(error))
             self._answers.put((seat, answer))
 
     def _answer(self, seat: "_Seat", effect: EnvironmentCall) -> Transition | Stop:
@@ -258,18 +277,23 @@ class _Seat:
 def transition_or_stop(env: TextGym, effect: EnvironmentCall) -> Transition | Stop:
     """Ask an environment; what it does wrong is a value."""
     try:
-        if isinstance(effect, Restore):
-            _beneath(env).restore(effect.snapshot)
-            return Transition("")
-        if isinstance(effect, Step):
-            answer = Transition(*step_answer(env.step(effect.action)))
-        else:
-            observation, info = reset_answer(env.reset(seed=effect.seed, options={"task": effect.task}))
-            answer = Transition(observation, info=info)
+        return contained(lambda: _transition(env, effect))
     except EnvironmentContractError as error:
         return Stop(StopReason.CONTRACT, str(error))
     except Exception as error:
-        return Stop(StopReason.ENV_ERROR, f"{type(error).__name__}: {error}")
+        return Stop(StopReason.ENV_ERROR, described(error))
+
+
+def _transition(env: TextGym, effect: EnvironmentCall) -> Transition:
+    if isinstance(effect, Restore):
+        _beneath(env).restore(effect.snapshot)
+        return Transition("")
+    if isinstance(effect, Step):
+        answer = Transition(*step_answer(env.step(effect.action)))
+    else:
+        observation, info = reset_answer(env.reset(seed=effect.seed, options={"task": effect.task}))
+        answer = Transition(observation, info=info)
+    check_size(answer.observation, answer.info)
     if effect.keep and not (answer.terminated or answer.truncated):
         return replace(answer, snapshot=_snapshot(_beneath(env)))
     return answer
@@ -281,7 +305,7 @@ def _beneath(env: TextGym) -> Any:
 
 def _snapshot(known: Any) -> Any:
     if callable(getattr(known, "snapshot", None)) and callable(getattr(known, "restore", None)):
-        with suppress(Exception):  # the episode can do without
+        with suppress(BaseException):  # the episode can do without
             return known.snapshot()
     return None
 
@@ -289,11 +313,62 @@ def _snapshot(known: Any) -> Any:
 def made_or_stop(take: Make) -> TextGym | Stop:
     """Make an environment. An `AgentRLError` passes: every other attempt would say the same."""
     try:
-        return take()
+        return contained(take)
     except AgentRLError:
         raise
     except Exception as error:
-        return Stop(StopReason.ENV_ERROR, f"{type(error).__name__}: {error}")
+        return Stop(StopReason.ENV_ERROR, described(error))
+
+
+def answer_of(env: TextGym, name: str, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any]) -> Any:
+    """Ask an environment for an attribute, or call it; see `RemoteEnv`.
+
+    Raises:
+        EnvironmentContractError: it raised what would have ended this process, or answered too much.
+        Exception: whatever else it raised.
+    """
+    try:
+        return contained(lambda: _answer_of(env, name, args, kwargs))
+    except EscapeError as error:
+        raise EnvironmentContractError(f"the environment's {name} raised {error}") from error
+
+
+def _answer_of(env: TextGym, name: str, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any]) -> Any:
+    value = getattr(env if name in ("reset", "step") else env.unwrapped, name)
+    if args is None:
+        return ... if callable(value) else value
+    value = value(*args, **kwargs)
+    if name in ("reset", "step") and isinstance(value, tuple) and value:
+        check_size(value[0], value[-1])
+    return value
+
+
+class RemoteEnv:
+    """An environment somewhere else, as if it were here; what it answers has to be picklable.
+
+    Args:
+        ask: is given the name of an attribute, and the arguments to call it with. Without arguments, None,
+            it returns what the attribute is, and the ellipsis for one that can be called.
+    """
+
+    def __init__(self, ask: Callable[[str, tuple[Any, ...] | None, Mapping[str, Any]], Any]) -> None:
+        self._ask = ask
+
+    @property
+    def unwrapped(self) -> "RemoteEnv":
+        return self
+
+    def reset(self, **kwargs: Any) -> Any:
+        return self._ask("reset", (), kwargs)
+
+    def step(self, action: str) -> Any:
+        return self._ask("step", (action,), {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        value = self._ask(name, None, {})
+        return (lambda *args, **kwargs: self._ask(name, args, kwargs)) if value is ... else value
 
 
 def overdue(what: str, limit: float) -> str:

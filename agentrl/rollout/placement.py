@@ -1,4 +1,19 @@
-"""Choosing where environments live."""
+"""Choosing where environments live.
+
+What each placement promises when an environment misbehaves:
+
+- An exception of any kind (SystemExit, KeyboardInterrupt and GeneratorExit included), a fork that comes back
+  and an answer of hundreds of megabytes end an episode in all of them, on Ray as well.
+- `process` and Ray also survive what ends or stops the process itself: `os._exit`, signals that it sends to
+  itself, crashes of native code, calls that never return, more memory than `recycle_megabytes` allows. What
+  the environment started ends with its worker.
+- `thread` gives up a call that takes too long, but cannot end it; neither it nor `inline` can survive
+  `os._exit`, a crash or too much memory, tell a SIGINT that an environment sends to this process from the
+  user's, or find what it has left running.
+- `inline` waits for a call as long as it takes.
+
+Ctrl-C of the user stops a run in every one of them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace

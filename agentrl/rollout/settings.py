@@ -20,7 +20,8 @@ class WorkersConfig:
         reset_timeout: seconds for a reset.
         step_timeout: seconds for a step.
         recycle_episodes: a process is replaced after so many; None never.
-        recycle_megabytes: a process is replaced when it holds more, with its children; None never.
+        recycle_megabytes: a process is replaced when it holds more, with its children: after an episode, or
+            in the middle of one when it holds half as much again; None never.
     """
 
     count: int | None = None
@@ -79,7 +80,8 @@ class RolloutConfig:
         backend: on whose machines environments run: `local` is this one, `ray` those of a cluster.
         placement: where an environment lives. `inline` is this process: the only one that repeats bit for
             bit, and the only one that a hanging or crashing environment takes down. `thread` is for
-            environments that declare `thread_safe` and mostly wait. `process` is supervised. `auto` measures
+            environments that declare `thread_safe` and mostly wait. `process` is supervised: see
+            `agentrl.rollout.placement` for what each survives. `auto` measures
             a few steps and decides; a run's config.yaml holds what it decided. With the backend `ray` it is
             always `process`.
         workers: of the placement `process`; its timeouts hold for `thread` as well.
@@ -87,7 +89,8 @@ class RolloutConfig:
         groups_per_step: tasks played in one training step.
         group_size: episodes of each task, whose returns are compared.
         max_active: episodes in flight at once.
-        max_turns: limit on turns beside the environment's own; None leaves it to the environment.
+        max_turns: limit on turns beside the environment's own, also of the play that a tokenizer is fitted on
+            and of demonstrations; None leaves it to the environment, up to 10,000 (for these two 1,000).
         temperature: of the policy's replies while training.
         constrained: choose among the admissible commands by a token trie, after free thoughts with
             `policy.reply=think_action`; False generates freely and parses.

@@ -1,10 +1,12 @@
-"""The process that environments live in: `python -m agentrl.rollout.worker SOCKET`.
+"""The process that environments live in: `python -m agentrl.rollout.worker SOCKET [MEGABYTES]`.
 
 It is sent batches of requests and answers them in order, each before it turns to the next, so that the
-supervisor knows what it is at. `workers` is the other side.
+supervisor knows what it is at. `workers` is the other side. Nobody else speaks on its connection: a process
+that an environment forks has it closed, and ends where it comes back from the environment.
 """
 
 import faulthandler
+import os
 import pickle
 import random
 import signal
@@ -20,13 +22,14 @@ from typing import Any
 import cloudpickle
 
 from agentrl.data.trajectory import StopReason
+from agentrl.env.containment import LARGEST_ANSWER, close_contained, described, too_large
 from agentrl.errors import AgentRLError
-from agentrl.rollout.environments import Make, TextGym, made_or_stop, transition_or_stop
+from agentrl.rollout.environments import Make, TextGym, answer_of, made_or_stop, transition_or_stop
 from agentrl.rollout.play import EnvironmentCall, Reset, Restore, Step, Stop
 
 # (place, kind, payload): construct | reset | step | restore | discard | ask | time
 Request = tuple[int, str, Any]
-# (place, kind, payload): transition | stop | void | refused | value | callable | raised
+# (place, kind, payload): transition | stop | void | refused | value | raised, or outgrown of the process
 Answer = tuple[int, str, Any]
 
 _LENGTH = struct.Struct(">Q")
@@ -39,13 +42,13 @@ def pack(message: object) -> bytes:
     return _LENGTH.pack(len(content)) + content
 
 
-def unpack(buffer: bytearray) -> Iterator[Any]:
-    """Take the whole messages off the front of what was received."""
+def unpack(buffer: bytearray) -> Iterator[bytes]:
+    """Take the whole messages off the front of what was received, still pickled."""
     while len(buffer) >= _LENGTH.size:
         end = _LENGTH.size + _LENGTH.unpack_from(buffer)[0]
         if len(buffer) < end:
             return
-        message = pickle.loads(memoryview(buffer)[_LENGTH.size : end])
+        message = bytes(memoryview(buffer)[_LENGTH.size : end])
         del buffer[:end]
         yield message
 
@@ -107,15 +110,14 @@ class Server:
             kind, payload = getattr(self, f"_{kind}")(place, payload)
         except AgentRLError as error:
             kind, payload = "refused", error
-        except BaseException as error:  # SystemExit as well: it is the environment's, not ours
-            stop = Stop(StopReason.ENV_ERROR, f"{type(error).__name__}: {error}")
+        except BaseException as error:
+            stop = Stop(StopReason.ENV_ERROR, described(error))
             kind, payload = ("raised", error) if kind == "ask" else ("stop", astuple(stop))
         return place, kind, payload
 
     def close(self) -> None:
         while self._envs:
-            with suppress(Exception):
-                self._envs.popitem()[1].close()
+            close_contained(self._envs.popitem()[1])
 
     def _construct(self, place: int, payload: None) -> tuple[str, Any]:
         made = made_or_stop(self._make)
@@ -149,20 +151,14 @@ class Server:
         )
 
     def _discard(self, place: int, payload: None) -> tuple[str, Any]:
-        with suppress(Exception):
-            self._envs.pop(place).close()
+        if place in self._envs:
+            close_contained(self._envs.pop(place))
         return "value", None
 
     def _ask(
         self, place: int, payload: tuple[str, tuple[Any, ...] | None, dict[str, Any]]
     ) -> tuple[str, Any]:
-        name, args, kwargs = payload
-        env = self._envs[place]
-        value = getattr(env if name in ("reset", "step") else env.unwrapped, name)
-        if args is not None:
-            value = value(*args, **kwargs)
-        elif callable(value):
-            return "callable", None
+        value = answer_of(self._envs[place], *payload)
         if isinstance(value, Sequence) and not isinstance(value, str | bytes | tuple):
             value = list(value)  # task ids may be made when asked for, which does not travel
         return "value", value
@@ -177,25 +173,37 @@ def _portable(snapshot: Any) -> bytes | None:
         return None
     try:
         content = pickle.dumps(snapshot, protocol=5)
-    except Exception:
+    except BaseException:
         return None
     return content if len(content) <= _LARGEST_SNAPSHOT else None
 
 
-def serve(connection: socket.socket) -> None:
-    """Answer until the supervisor says that there is no more, or is gone."""
+def serve(connection: socket.socket, megabytes: float | None = None) -> None:
+    """Answer until the supervisor says that there is no more, or is gone.
+
+    Args:
+        connection: to the supervisor.
+        megabytes: that this process may hold; it is told of more, in the place of an answer, and ends it.
+    """
     buffer = bytearray()
     server: Server | None = None
+    process = os.getpid()
     try:
         while data := connection.recv(1 << 20):
             buffer += data
-            for message in unpack(buffer):
+            for message in map(pickle.loads, unpack(buffer)):
                 if server is None:
                     server = Server(cloudpickle.loads(message))
                     connection.sendall(pack("hello"))
-                else:
-                    for request in message:
-                        connection.sendall(_packed(server.answer(request)))
+                    continue
+                for request in message:
+                    answer = server.answer(request)
+                    if os.getpid() != process:
+                        os._exit(0)
+                    held = _megabytes() if megabytes else 0.0
+                    if megabytes and held > megabytes:
+                        answer = (answer[0], "outgrown", held)
+                    connection.sendall(_packed(answer))
     except ConnectionError:
         pass  # nobody is left to answer
     finally:
@@ -204,23 +212,31 @@ def serve(connection: socket.socket) -> None:
 
 
 def _packed(answer: Answer) -> bytes:
-    try:
-        return pack(answer)
-    except Exception:
-        return pack(_sendable(answer))
-
-
-def _sendable(answer: Answer) -> Answer:
-    """What cannot leave the process is the environment's fault."""
     place, kind, payload = answer
     try:
-        pickle.dumps(payload)
-    except Exception as error:
-        what = f"its {kind} cannot leave its process: {type(error).__name__}: {error}"
-        if kind == "transition":
-            return place, "stop", astuple(Stop(StopReason.CONTRACT, what))
-        return place, "raised", RuntimeError(what)
-    return answer
+        content = pack(answer)
+        if isinstance(payload, BaseException):  # some can be written and not read
+            pickle.loads(memoryview(content)[_LENGTH.size :])
+    except BaseException as error:
+        if kind == "refused":
+            return pack((place, kind, AgentRLError(described(payload))))
+        if isinstance(payload, BaseException):
+            return pack((place, kind, RuntimeError(described(payload))))
+        what = f"its {kind} cannot leave its process: {described(error)}"
+    else:
+        if kind != "transition" or len(content) <= _LARGEST_SNAPSHOT + LARGEST_ANSWER:
+            return content
+        what = str(too_large(len(content)))
+    if kind == "transition":
+        return pack((place, "stop", astuple(Stop(StopReason.CONTRACT, what))))
+    return pack((place, "raised", RuntimeError(what)))
+
+
+def _megabytes() -> float:
+    """Resident memory of this process, where the kernel tells."""
+    with suppress(OSError), open("/proc/self/statm", "rb") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return 0.0
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -229,7 +245,10 @@ def main(arguments: Sequence[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         score.write("800")  # rather this process than the one that learns
-    serve(socket.socket(fileno=int(arguments[0])))
+    connection = socket.socket(fileno=int(arguments[0]))
+    connection.set_inheritable(False)
+    os.register_at_fork(after_in_child=connection.close)
+    serve(connection, float(arguments[1]) if len(arguments) > 1 else None)
 
 
 if __name__ == "__main__":

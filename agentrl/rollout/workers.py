@@ -1,21 +1,22 @@
 """Environments in processes of their own, supervised: what crashes, hangs or grows is replaced.
 
 An answer is owed for each request, and each has its deadline. A process that dies, or is killed for being
-late, takes its episodes with it; they end as aborted, and the collector plays them again.
+late or for what it holds, takes its episodes with it, and whatever processes these have started; they end as
+aborted, and the collector plays them again.
 """
 
 import math
 import os
+import pickle
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, field
 from typing import IO, Any, cast
@@ -24,14 +25,16 @@ import cloudpickle
 import psutil
 
 from agentrl.data.trajectory import StopReason
+from agentrl.env.containment import described
 from agentrl.errors import AgentRLError, ConfigError
-from agentrl.rollout.environments import Answered, Environments, Make, TextGym, overdue
+from agentrl.rollout.environments import Answered, Environments, Make, RemoteEnv, TextGym, overdue
+from agentrl.rollout.keeper import Kept
 from agentrl.rollout.play import EnvironmentCall, Step, Stop, Transition
 from agentrl.rollout.settings import WorkersConfig
 from agentrl.rollout.worker import Answer, CallTimes, Request, pack, unpack
 
 _LAST_WORDS = 600  # characters of a dead worker's output that go into the error
-_GRACE = 5  # seconds that workers have to close what they hold when this process has died
+_IN_THE_MIDDLE = 1.5  # times `recycle_megabytes`: more is not waited for until the episodes have ended
 _WEIGHED_EVERY = 1.0  # seconds
 _SEND_TIMEOUT = 30.0  # seconds; an idle worker reads at once
 
@@ -202,7 +205,13 @@ class ProcessEnvironments(Environments):
         return max(worker.free, key=lambda place: place.made)
 
     def _start(self) -> "_Worker":
-        worker = _Worker.start(self._make, self._each, self._config.interpreter)
+        limit = self._config.recycle_megabytes
+        worker = _Worker.start(
+            self._make,
+            self._each,
+            self._config.interpreter,
+            None if limit is None else limit * _IN_THE_MIDDLE,
+        )
         self._workers.append(worker)
         self._selector.register(worker.socket, selectors.EVENT_READ, worker)
         return worker
@@ -250,13 +259,28 @@ class ProcessEnvironments(Environments):
             return False
         worker.buffer += data
         for message in unpack(worker.buffer):
-            if message == "hello":
-                self._ever_started = True
+            if not worker.greeted:
+                worker.greeted = self._ever_started = True
                 continue
+            if not worker.owed:
+                self._lose(worker, "its worker answered what it was not asked")
+                return True
             worker.since = time.monotonic()
-            self._take_in(worker, message)
+            answer = _answer(worker, message)
+            if answer[1] == "outgrown":
+                self._lose(worker, self._too_heavy(answer[2]))
+                return True
+            self._take_in(worker, answer)
         self._send(worker)
         return bool(data)
+
+    def _too_heavy(self, megabytes: float) -> str:
+        limit = self._config.recycle_megabytes or 0
+        return (
+            f"its worker held {megabytes:.0f} MB in the middle of an episode, more than "
+            f"{limit * _IN_THE_MIDDLE:.0f} MB, that is {_IN_THE_MIDDLE:g} times "
+            f"rollout.workers.recycle_megabytes={limit}"
+        )
 
     def _take_in(self, worker: "_Worker", answer: Answer) -> None:
         place, kind, _ = worker.owed.popleft()
@@ -287,7 +311,7 @@ class ProcessEnvironments(Environments):
             raise answer
         if found == "stop":
             raise EnvironmentLostError(f"{kind}: {answer[1]}")
-        return ... if found == "callable" else answer
+        return answer
 
     # The life of a worker.
 
@@ -296,9 +320,13 @@ class ProcessEnvironments(Environments):
         if worker not in self._workers:
             return
         self._forget(worker)
-        ended = worker.ending()
-        cannot_start = not self._ever_started and ended is not None and ended.si_code == os.CLD_EXITED
+        ended, outgrown, fault = worker.process.ending(), worker.process.outgrown, worker.process.fault
+        cannot_start = not self._ever_started and ended is not None and ended >= 0
         worker.kill()
+        if fault is not None:
+            raise ConfigError(f"rollout.workers.interpreter: {worker.interpreter} does not run: {fault}")
+        if outgrown is not None:
+            reason = self._too_heavy(outgrown)
         worker.obituary = reason
         self.restarts += 1
         if cannot_start:
@@ -331,7 +359,7 @@ class ProcessEnvironments(Environments):
         """See off the workers that have gone; those that stay longer than a few seconds are killed."""
         with self._closing:
             for worker in list(self._leaving):
-                if worker.ending() is not None or time.monotonic() > min(until, worker.since + 10.0):
+                if worker.process.ending() is not None or time.monotonic() > min(until, worker.since + 10.0):
                     worker.kill()
                     self._leaving.remove(worker)
 
@@ -340,32 +368,17 @@ class EnvironmentLostError(AgentRLError):
     """A worker that somebody waited for died, or was killed for being late."""
 
 
-class RemoteEnv:
-    """An environment somewhere else, as if it were here; what it answers has to be picklable.
-
-    Args:
-        ask: is given the name of an attribute, and the arguments to call it with. Without arguments, None,
-            it returns what the attribute is, and the ellipsis for one that can be called.
-    """
-
-    def __init__(self, ask: Callable[[str, tuple[Any, ...] | None, Mapping[str, Any]], Any]) -> None:
-        self._ask = ask
-
-    @property
-    def unwrapped(self) -> "RemoteEnv":
-        return self
-
-    def reset(self, **kwargs: Any) -> Any:
-        return self._ask("reset", (), kwargs)
-
-    def step(self, action: str) -> Any:
-        return self._ask("step", (action,), {})
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        value = self._ask(name, None, {})
-        return (lambda *args, **kwargs: self._ask(name, args, kwargs)) if value is ... else value
+def _answer(worker: "_Worker", message: bytes) -> Answer:
+    """Read an answer; one that cannot be read here is the environment's fault."""
+    place, kind, _ = worker.owed[0]
+    try:
+        number, found, payload = pickle.loads(message)
+    except (Exception, SystemExit) as error:
+        what = f"its {kind} answered what cannot be read here: {described(error)}"
+        if place.borrowed:
+            return place.index, "raised", EnvironmentLostError(what)
+        return place.index, "stop", astuple(Stop(StopReason.CONTRACT, what))
+    return number, found, payload
 
 
 @dataclass(eq=False)
@@ -383,8 +396,8 @@ class _Place:
 class _Worker:
     """One process, and what it owes."""
 
-    process: subprocess.Popen[bytes]
-    guard: subprocess.Popen[bytes]  # outlives this process for as long as it takes to end the worker
+    process: Kept
+    interpreter: str
     socket: socket.socket
     log: IO[bytes]
     places: list[_Place] = field(default_factory=list)
@@ -396,9 +409,10 @@ class _Worker:
     retiring: bool = False
     obituary: str = ""
     weighed: float = 0.0
+    greeted: bool = False
 
     @classmethod
-    def start(cls, make: bytes, places: int, interpreter: str | None) -> "_Worker":
+    def start(cls, make: bytes, places: int, interpreter: str | None, megabytes: float | None) -> "_Worker":
         ours, theirs = socket.socketpair()
         ours.settimeout(_SEND_TIMEOUT)
         log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the worker
@@ -406,33 +420,19 @@ class _Worker:
         if interpreter is None:
             # What this process can import, a script's own folder included, its workers can.
             variables["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        command = [interpreter or sys.executable, "-P", "-m", "agentrl.rollout.worker"]
+        python = interpreter or sys.executable
+        command = [python, "-P", "-m", "agentrl.rollout.worker", str(theirs.fileno())]
+        if megabytes is not None:
+            command.append(str(megabytes))
         try:
-            process = subprocess.Popen(
-                [*command, str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=variables,
-                start_new_session=True,
-            )
-        except OSError as error:
+            process = Kept(command, variables, [theirs.fileno()], log, megabytes)
+        except OSError:
             ours.close()
             log.close()
-            raise ConfigError(
-                f"rollout.workers.interpreter: {command[0]} does not run: {error.strerror}"
-            ) from error
+            raise
         finally:
             theirs.close()
-        guard = subprocess.Popen(
-            ["/bin/sh", "-c", f"read _; sleep {_GRACE}; kill -s KILL -- -{process.pid}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        worker = cls(process, guard, ours, log)
+        worker = cls(process, python, ours, log)
         worker.places = [_Place(worker, index) for index in range(places)]
         with suppress(OSError):  # if it is dead already, the first answer that is missed tells
             ours.sendall(pack(make))
@@ -458,8 +458,7 @@ class _Worker:
         self.weighed = now
         total = 0
         with suppress(psutil.Error):
-            process = psutil.Process(self.process.pid)
-            for each in [process, *process.children(recursive=True)]:
+            for each in psutil.Process(self.process.keeper).children(recursive=True):
                 with suppress(psutil.Error):
                     total += each.memory_info().rss
         return total / 2**20
@@ -470,32 +469,23 @@ class _Worker:
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
 
-    def ending(self) -> Any:
-        """How the process ended, or None; it is not reaped, so that its number stays its own until `kill`."""
-        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-
     def kill(self) -> None:
         """End the process and what it started, whatever they are doing."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        with suppress(ProcessLookupError):
-            os.killpg(self.guard.pid, signal.SIGKILL)
-        self.guard.communicate()
+        self.process.kill()
         self.socket.close()
         self.log.close()
 
     def last_words(self) -> str:
         """How the process ended, and what it printed last."""
         until = time.monotonic() + 2.0
-        while (ended := self.ending()) is None and time.monotonic() < until:
+        while (ended := self.process.ending()) is None and time.monotonic() < until:
             time.sleep(0.005)
         if ended is None:
             how = "its worker hung up"
-        elif ended.si_code == os.CLD_EXITED:
-            how = f"its worker exited with {ended.si_status}"
+        elif ended >= 0:
+            how = f"its worker exited with {ended}"
         else:
-            how = f"its worker was killed by {signal.Signals(ended.si_status).name}"
+            how = f"its worker was killed by {signal.Signals(-ended).name}"
         self.log.seek(max(0, self.log.seek(0, os.SEEK_END) - _LAST_WORDS))
         printed = self.log.read().decode(errors="replace").strip()
         return f"{how}; its last words: {printed}" if printed else how

@@ -3,7 +3,6 @@
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -12,6 +11,7 @@ from typing import Any, cast, get_args
 import gymnasium
 
 from agentrl.data.trajectory import Episode
+from agentrl.env.containment import opened
 from agentrl.env.names import unknown
 from agentrl.env.panel import Panel, load_panel, make_panel, verify
 from agentrl.env.registry import Factory, make
@@ -209,7 +209,7 @@ def _configured_file(config: RunConfig) -> Panel | None:
 
 def _split(env: str, kwargs: Mapping[str, Any], preferred: str) -> str:
     """The preferred split where the environment has it, else its last, which is held out by convention."""
-    with closing(make(env, **kwargs)) as environment:
+    with opened(lambda: make(env, **kwargs)) as environment:
         splits: tuple[str, ...] = cast(Any, environment.unwrapped).splits
     return preferred if preferred in splits else splits[-1]
 

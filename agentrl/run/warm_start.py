@@ -21,6 +21,9 @@ from agentrl.run.settings import RunConfig
 from agentrl.seeds import derive_seed
 
 OnEpisode = Callable[[Episode], None]
+_MOST_TURNS = 1_000  # of an episode, where the configuration names no limit: an environment may have no end
+_ENDLESS = 10  # episodes that came to that limit, after which no other end is expected
+_MOST_TEXT = 1 << 26  # characters that a tokenizer is fitted on
 
 
 def names_actions(tasks: Sequence[str], environments: Environments) -> bool:
@@ -36,13 +39,21 @@ def environment_text(
 ) -> list[str]:
     """Observations and actions of training tasks as `player` plays them, for a tokenizer to be fitted on."""
     texts: list[str] = []
-
-    def listen(episode: Episode) -> None:
-        texts.extend(turn.observation for turn in episode.turns)
-        texts.extend(turn.action for turn in episode.turns)
-
-    specs = list(_specs(config, "tokenizer", config.policy.tokenizer_episodes, tasks))
-    collect(specs, player, environments, max_active=1, on_episode=listen)
+    left, endless = _MOST_TEXT, 0
+    for spec in _specs(config, "tokenizer", config.policy.tokenizer_episodes, tasks):
+        if left <= 0 or endless >= _ENDLESS:
+            break
+        (episode,) = collect(
+            [spec], player, environments, max_active=1, max_turns=_most_turns(config)
+        ).episodes
+        endless += _is_endless(config, episode)
+        for text in (
+            *(turn.observation for turn in episode.turns),
+            *(turn.action for turn in episode.turns),
+        ):
+            if left > 0:
+                texts.append(text[:left])
+                left -= len(text)
     if not texts:
         raise ConfigError(f"env: no text to fit a tokenizer on: every episode of {config.env.id} was aborted")
     return texts
@@ -76,6 +87,20 @@ def demonstrations(
         max_tokens=config.engine.max_tokens,
     )
     specs = list(_specs(config, "demonstration", block.demonstrations, tasks))
+    solved_or_endless = [0, 0]
+
+    def watch(episode: Episode) -> None:
+        solved_or_endless[0] += episode.success
+        solved_or_endless[1] += _is_endless(config, episode)
+        if solved_or_endless[0] == 0 and solved_or_endless[1] >= _ENDLESS:
+            raise ConfigError(
+                f"warm_start.steps is {block.steps}, but the expert of {config.env.id} solved none of its "
+                f"first tasks, and came to no end in {_ENDLESS} of them within {_MOST_TURNS} turns; if they "
+                "are that long, set rollout.max_turns"
+            )
+        if on_episode is not None:
+            on_episode(episode)
+
     own = ranks.agreed(
         lambda: (
             collect(
@@ -83,9 +108,10 @@ def demonstrations(
                 player,
                 environments,
                 max_active=environments.places or 1,
+                max_turns=_most_turns(config),
                 max_attempts=config.rollout.max_attempts,
                 quarantine=Quarantine(config.rollout.max_attempts),
-                on_episode=on_episode,
+                on_episode=watch,
             ).episodes
         )
     )
@@ -106,6 +132,14 @@ def demonstrations(
     if long and say is not None:
         say(f"warning: of {len(played)} demonstrations {too_long} and are left out")
     return solved
+
+
+def _most_turns(config: RunConfig) -> int:
+    return _MOST_TURNS if config.rollout.max_turns is None else config.rollout.max_turns
+
+
+def _is_endless(config: RunConfig, episode: Episode) -> bool:
+    return config.rollout.max_turns is None and len(episode.turns) >= _MOST_TURNS
 
 
 def cloning_batches(config: RunConfig, episodes: Sequence[Episode], first: int = 0) -> Iterator[Batch]:

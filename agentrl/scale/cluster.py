@@ -4,7 +4,9 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -12,7 +14,7 @@ from typing import Any, cast
 import ray
 import torch
 
-from agentrl.errors import ConfigError
+from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.settings import EngineConfig
 
 _KNOCK_TIMEOUT = 5.0  # seconds; Ray itself would try for minutes, and not be interrupted
@@ -21,12 +23,52 @@ _SETTINGS = 4  # a frame's type, in its fourth byte
 _LAST_WORDS = 200  # characters of what Ray says of a loss that go into an error
 
 
+_LOOK_EVERY = 2.0  # seconds between two looks at whether the cluster's head is there
+_LOST_AFTER = 15.0  # seconds without it; Ray itself ends the process after 60 without a word of advice
+
+
+class ClusterLostError(AgentRLError):
+    """Ray is gone: its head or the part of it on this machine ended. The message says how to go on."""
+
+
 class _Connection:
     """How many use it, and whether it ends with them."""
 
     def __init__(self) -> None:
         self.users = 0
         self.ours = False
+        self.address: str | None = None
+        self.watch: _Watch | None = None
+
+
+class _Watch(threading.Thread):
+    """Looks now and then whether the head is there: a process that does not call it would not learn.
+
+    Args:
+        head: its address.
+    """
+
+    def __init__(self, head: str) -> None:
+        super().__init__(daemon=True)
+        self.head = head
+        self._over = threading.Event()
+        self.lost: str | None = None  # why
+
+    def run(self) -> None:
+        last_seen = time.monotonic()
+        while not self._over.wait(_LOOK_EVERY):
+            try:
+                knock(self.head)
+                last_seen, self.lost = time.monotonic(), None
+            except ConfigError:
+                away = time.monotonic() - last_seen
+                if away >= _LOST_AFTER and self.lost is None and not self._over.is_set():
+                    self.lost = f"its head at {self.head} has not answered for {away:.0f} s"
+                    # Whoever is busy elsewhere learns of it too late to say anything.
+                    print(f"warning: {cluster_lost(self.lost)}", file=sys.stderr, flush=True)  # noqa: T201
+
+    def end(self) -> None:
+        self._over.set()
 
 
 _connection = _Connection()
@@ -49,14 +91,68 @@ def connected(address: str | None) -> Iterator[None]:
         _connection.ours = not ray.is_initialized()
         if _connection.ours:
             _connect(address)
+        _connection.address = address
+        _connection.watch = _Watch(ray.get_runtime_context().gcs_address)
+        _connection.watch.start()
     _connection.users += 1
     try:
         yield
     finally:
         _connection.users -= 1
-        if not _connection.users and _connection.ours:
-            with _own_signals():
-                ray.shutdown()
+        if not _connection.users:
+            if _connection.watch is not None:
+                _connection.watch.end()
+            if _connection.ours:
+                with _own_signals():
+                    ray.shutdown()
+
+
+def check_cluster() -> None:
+    """Make sure that Ray is still there, as far as is known.
+
+    Raises:
+        ClusterLostError: it is not.
+    """
+    if _connection.watch is not None and _connection.watch.lost is not None:
+        raise cluster_lost(_connection.watch.lost)
+
+
+def reach_head() -> None:
+    """Wait until the head answers: what is asked of Ray without it hangs, and then ends the process.
+
+    Raises:
+        ClusterLostError: it does not, for as long as it is waited for.
+    """
+    while (watch := _connection.watch) is not None:
+        check_cluster()
+        try:
+            knock(watch.head)
+        except ConfigError:
+            time.sleep(0.2)
+        else:
+            return
+
+
+def is_lost() -> bool:
+    """Whether there is no use in asking it for anything."""
+    return _connection.watch is not None and _connection.watch.lost is not None
+
+
+def cluster_lost(why: str) -> ClusterLostError:
+    """Build the error that says why Ray is lost, and what its user can do."""
+    address = _connection.address
+    if address is None and _connection.ours:
+        start = "it is started again with the run"
+    elif address in (None, "auto"):
+        start = "start it again with: ray stop --force; ray start --head"
+    else:
+        start = (
+            f"start it again with: ray stop --force; ray start --head --port={address.rpartition(':')[2]}"
+            f" (on other machines: ray start --address={address})"
+        )
+    return ClusterLostError(
+        f"Ray is lost: {why}; {start}. Then go on from the last checkpoint: agentrl train --resume RUN"
+    )
 
 
 def check_actors(config: EngineConfig, address: str | None) -> None:
@@ -116,7 +212,7 @@ def check_room(
 
 def in_short(error: Exception) -> str:
     """The cause of a loss, with which Ray ends what it has to say."""
-    return str(error).strip().splitlines()[-1][:_LAST_WORDS]
+    return (str(error).strip() or type(error).__name__).splitlines()[-1][:_LAST_WORDS]
 
 
 def _connect(address: str | None) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.engine import Generation, GenerationRequest
 from agentrl.policy.settings import EngineConfig
-from agentrl.scale.cluster import check_room, connected, in_short
+from agentrl.scale.cluster import check_cluster, check_room, connected, in_short, is_lost, reach_head
 from agentrl.scale.engine_host import Blueprint, EngineHost, hollow, weights_of
 from agentrl.scale.messages import packed_requests, unpacked_generations
 
@@ -100,6 +100,7 @@ class RayEngines:
 
     def step(self) -> Sequence[Generation]:
         """Send what waits to be sent, and return what has been generated since; waits a moment for some."""
+        check_cluster()
         for host in self._hosts:
             if host.call is None and any(sequence in self._in_flight for sequence in host.sequences):
                 released, host.released = host.released, []
@@ -145,10 +146,13 @@ class RayEngines:
                 host.actor.refresh.remote(self._weights, version)
 
     def close(self) -> None:
-        if goodbyes := [host.actor.close.remote() for host in self._hosts if host.begun]:
-            ray.wait(goodbyes, num_returns=len(goodbyes), timeout=_GOODBYE)
-        while self._hosts:
-            self._hosts.pop().kill()
+        hosts, self._hosts = self._hosts, []
+        if not is_lost():
+            with suppress(RayError):
+                if goodbyes := [host.actor.close.remote() for host in hosts if host.begun]:
+                    ray.wait(goodbyes, num_returns=len(goodbyes), timeout=_GOODBYE)
+            for host in hosts:
+                host.kill()
         self._where.clear()
         self._in_flight.clear()
         self._ready.clear()
@@ -202,6 +206,7 @@ class RayEngines:
 
     def _lose(self, host: "_Host", reason: str) -> None:
         """Give up an actor; its sequences are gone, and no episode is to blame."""
+        reach_head()
         self._hosts.remove(host)
         host.kill()
         for sequence in host.sequences:
@@ -214,7 +219,8 @@ class RayEngines:
         elif not self._hosts:
             raise AgentRLError(
                 f"an engine actor was lost: {reason}; it was the last one, and engine.actor_restarts="
-                f"{self._config.actor_restarts} have been replaced"
+                f"{self._config.actor_restarts} have been replaced. With the cause mended, a run goes on "
+                "from its last checkpoint: agentrl train --resume RUN"
             )
 
     def _say_lost(self, sequence: str, why: str) -> None:

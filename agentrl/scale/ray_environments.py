@@ -4,7 +4,6 @@ An actor holds processes of its machine as `rollout.workers` describes them, and
 environment is dealt with there. What can go wrong here, an actor or machine is lost, is no episode's fault.
 """
 
-import math
 import sys
 import time
 from collections import Counter, deque
@@ -20,11 +19,20 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from agentrl.data.trajectory import StopReason
 from agentrl.errors import ConfigError
-from agentrl.rollout.environments import Answered, Environments, Make, TextGym
+from agentrl.rollout.environments import Answered, Environments, Make, RemoteEnv, TextGym
 from agentrl.rollout.play import EnvironmentCall, Step, Stop
 from agentrl.rollout.settings import RayConfig, WorkersConfig
-from agentrl.rollout.workers import EnvironmentLostError, RemoteEnv
-from agentrl.scale.cluster import check_room, connected, in_short, machines
+from agentrl.rollout.workers import EnvironmentLostError
+from agentrl.scale.cluster import (
+    check_cluster,
+    check_room,
+    cluster_lost,
+    connected,
+    in_short,
+    is_lost,
+    machines,
+    reach_head,
+)
 from agentrl.scale.environment_host import (
     EnvironmentHost,
     Message,
@@ -37,6 +45,7 @@ from agentrl.scale.messages import worthwhile
 
 _COMPANY = 16  # episodes that are worth a message
 _PATIENCE = 0.1  # seconds that one waits for company
+_LOOK_EVERY = 2.0  # seconds between two looks at whether the cluster is there
 _SILENCE = 60.0  # seconds beyond its own deadlines after which an actor is given up
 
 
@@ -91,9 +100,11 @@ class RayEnvironments(Environments):
 
     def poll(self, *, wait: bool) -> Sequence[Answered]:
         self._open()
+        check_cluster()
         self._turn(0.0, hurry=wait)
         while wait and not self._ready and self._owes():
-            self._turn(math.inf, hurry=True)
+            self._turn(_LOOK_EVERY, hurry=True)
+            check_cluster()
         answers = list(self._ready)
         self._ready.clear()
         return answers
@@ -124,11 +135,14 @@ class RayEnvironments(Environments):
                 self._tell(host, "give_back", number, broken)
 
     def close(self) -> None:
-        goodbyes = [host.actor.call.remote(packed("close", ())) for host in self._hosts if host.places]
-        if goodbyes:
-            ray.wait(goodbyes, num_returns=len(goodbyes), timeout=_SILENCE)
-        while self._hosts:
-            self._hosts.pop().kill()
+        hosts, self._hosts = self._hosts, []
+        if not is_lost():
+            with suppress(RayError):
+                goodbyes = [host.actor.call.remote(packed("close", ())) for host in hosts if host.places]
+                if goodbyes:
+                    ray.wait(goodbyes, num_returns=len(goodbyes), timeout=_SILENCE)
+            for host in hosts:
+                host.kill()
         self._where.clear()
         self._backlog.clear()
         self._ready.clear()
@@ -218,7 +232,8 @@ class RayEnvironments(Environments):
             for _ in range(count):
                 self._start()
             while any(not host.places for host in self._hosts):
-                self._turn(math.inf, hurry=False)
+                self._turn(_LOOK_EVERY, hurry=False)
+                check_cluster()
         except BaseException:
             self.close()
             raise
@@ -227,7 +242,10 @@ class RayEnvironments(Environments):
     def _start(self) -> None:
         """Start an actor where there are fewest; nobody plays there before it has told its places."""
         taken = Counter(host.node for host in self._hosts)
-        node = min(machines(), key=lambda each: taken[each["NodeID"]])
+        there = machines()
+        if not there:
+            raise cluster_lost("no machine of the cluster is alive")
+        node = min(there, key=lambda each: taken[each["NodeID"]])
         # Soft: a machine may be gone before Ray knows.
         where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
         actor = _Actor.options(num_cpus=self._config.cpus, scheduling_strategy=where).remote(
@@ -241,6 +259,7 @@ class RayEnvironments(Environments):
         """Give up an actor that died or has to; none of its episodes is to blame."""
         if host not in self._hosts:
             return
+        reach_head()
         self._hosts.remove(host)
         host.kill()
         host.obituary = f"the actor on {host.machine} was lost: {reason}"
@@ -253,11 +272,15 @@ class RayEnvironments(Environments):
                 self._ready.append((episode, Stop(StopReason.WORKER_ERROR, host.obituary, bystander=True)))
         if self._replaced < self._config.max_restarts:
             self._replaced += 1
-            self._start()
+            try:
+                self._start()
+            except RayError as error:
+                raise cluster_lost(f"{host.obituary}, and no other starts: {in_short(error)}") from error
         elif not self._hosts:
             raise EnvironmentLostError(
                 f"{host.obituary}; it was the last one, and rollout.ray.max_restarts="
-                f"{self._config.max_restarts} have been replaced"
+                f"{self._config.max_restarts} have been replaced. With the cause mended, a run goes on from "
+                "its last checkpoint: agentrl train --resume RUN"
             )
 
 

@@ -21,7 +21,7 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from agentrl.errors import AgentRLError, ConfigError
-from agentrl.scale.cluster import check_room, connected, in_short
+from agentrl.scale.cluster import check_cluster, check_room, connected, in_short, is_lost
 
 T = TypeVar("T")
 
@@ -68,10 +68,11 @@ def run_on_ray(work: Callable[[], T], count: int, *, address: str | None = None,
                     rank.interrupt()
                 return cast(T, _results(calls, ranks, screen)[0])
         finally:
-            for actor in actors:
-                with suppress(Exception):  # it may be dead already
-                    ray.kill(cast(Any, actor))
-            screen.shutdown(force=True)
+            if not is_lost():
+                for actor in actors:
+                    with suppress(Exception):  # it may be dead already
+                        ray.kill(cast(Any, actor))
+                screen.shutdown(force=True)
 
 
 class RankHost:
@@ -173,6 +174,7 @@ def _results(calls: dict[Any, int], ranks: Sequence[_Placed], screen: Queue) -> 
     failed: dict[int, BaseException] = {}
     waiting, until = list(calls), float("inf")
     while waiting and time.monotonic() < until:
+        check_cluster()
         done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_LOOK)
         _show(screen)
         for call in done:

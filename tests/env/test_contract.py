@@ -2,6 +2,7 @@
 
 import random
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -102,10 +103,25 @@ def test_the_report_reads_as_a_table_and_raises_with_every_fault() -> None:
 def test_an_interrupt_is_not_taken_for_a_fault() -> None:
     class Interrupted(Corridor):
         def step(self, action: str) -> Any:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         check_text_env(Interrupted)
+
+
+def test_what_an_environment_raises_to_end_the_program_is_a_fault() -> None:
+    class Leaving(Corridor):
+        def step(self, action: str) -> Any:
+            raise SystemExit(0)
+
+    failed = [check for check in check_text_env(Leaving).checks if check.status == "failed"]
+    assert any("SystemExit: 0" in check.detail for check in failed)
+
+    def unmade() -> Corridor:
+        raise SystemExit(0)
+
+    with pytest.raises(EnvironmentContractError, match="constructor raised SystemExit: 0"):
+        check_text_env(unmade)
 
 
 def test_an_environment_that_cannot_be_made_is_no_fault_of_its_contract() -> None:

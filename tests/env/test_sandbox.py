@@ -6,14 +6,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
-from agentrl.env.sandbox import LEVELS, Execution, Limits, Sandbox, SandboxError, Session, probe
+from agentrl.env.sandbox import (
+    LEVELS,
+    PROGRAM,
+    Execution,
+    Limits,
+    PipedServer,
+    PipedSession,
+    Sandbox,
+    SandboxError,
+    Session,
+    probe,
+    register_sandbox,
+    sandbox_names,
+)
 from agentrl.env.sandbox import client as client_module
+from agentrl.env.sandbox import provider as provider_module
+from agentrl.env.sandbox import server as server_module
 from agentrl.env.sandbox.filter import CALLS, GUARDED, READING, WRITING, filter_program
 from agentrl.errors import ConfigError
 
@@ -459,3 +477,156 @@ def test_every_jump_of_the_filter_lands_within_it(machine: str, files: str) -> N
             assert place + 1 + max(if_true, if_false) < len(program)
     with pytest.raises(OSError, match="no system call filter for riscv64"):
         filter_program(files=files, threads=True, machine="riscv64")
+
+
+# What is not to be read, and what is not to run.
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if level != "seccomp"])
+def test_no_package_of_another_python_can_be_read(level: str) -> None:
+    if level not in WORKING:
+        pytest.skip(str(probe()[level]))
+    look = """
+import os
+[os.path.join(here, name) for top in ('/lib', '/lib64', '/usr') for here, _, names in os.walk(top)
+ for name in names if name.endswith('.py') and not here.startswith(OURS)]
+"""
+    ours = repr((sys.base_prefix, os.path.dirname(os.__file__)))
+    with Sandbox(isolation=level) as sandbox, sandbox.session() as session:
+        assert session.run(look.replace("OURS", ours)).output == "[]\n"
+
+
+def test_folders_of_other_pythons_are_found_among_shared_libraries(tmp_path: Path) -> None:
+    for folder in (
+        "python3/dist-packages",
+        "python3.9/json",
+        "pypy3",
+        "x/y/site-packages",
+        "a/b/c/d/e",
+        "ours",
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+    ours = tmp_path / "python3.11" / "lib-dynload"
+    (ours.parent / "site-packages").mkdir(parents=True)
+    ours.mkdir()
+    found = server_module._other_pythons(str(tmp_path), [str(ours.parent), str(ours)])
+    named = {os.path.relpath(path, tmp_path) for path in found}
+    assert named == {"python3", "python3.9", "pypy3", "x/y/site-packages", "python3.11/site-packages"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process is stopped by its descriptor")
+def test_what_code_leaves_running_stands_still_between_executions(session: Session) -> None:
+    if session._sandbox.isolation not in ("namespaces", "none"):
+        pytest.skip("it may start no threads")
+    code = "import threading\ncount = 0\ndef spin():\n    global count\n    while True: count += 1\n"
+    assert session.run(f"{code}threading.Thread(target=spin, daemon=True).start()").ended == "ok"
+    assert session._child is not None
+    child: Any = session._child
+    assert eventually(lambda: psutil.Process(child._pid).status() == psutil.STATUS_STOPPED)
+    used = child._cpu()
+    time.sleep(0.5)
+    assert child._cpu() == used
+    assert session.run("before = count\nimport time\ntime.sleep(0.05)\ncount > before").output == "True\n"
+
+
+# Providers of others.
+
+
+class Elsewhere:
+    """Runs code in a plain process: no isolation at all, but all of the protocol."""
+
+    why: str | None = None
+    started = 0
+
+    def available(self) -> str | None:
+        return self.why
+
+    def start(self, *, limits: Limits, imports: Sequence[str]) -> PipedServer:
+        type(self).started += 1
+        command = [sys.executable, "-I", "-c", PROGRAM]
+        return PipedServer(lambda: PipedSession(command, limits, imports))
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Elsewhere]:
+    """Offered by a distribution that is installed."""
+    metadata = tmp_path / "somebody-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: somebody\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[agentrl.sandboxes]\nelsewhere = somebody_sandbox:Elsewhere\nbroken = somebody_sandbox:Nothing\n"
+    )
+    module = types.ModuleType("somebody_sandbox")
+    module.Elsewhere = Elsewhere  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "somebody_sandbox", module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(provider_module, "_registered", dict(provider_module._registered))
+    monkeypatch.setattr(Elsewhere, "started", 0)
+    return Elsewhere
+
+
+def test_a_distribution_can_provide_a_sandbox(elsewhere: type[Elsewhere]) -> None:
+    limits = Limits(seconds=5, output_chars=10, file_mb=1)
+    with Sandbox(isolation="elsewhere", imports=("math",), limits=limits) as sandbox:
+        assert sandbox.isolation == "elsewhere"
+        with sandbox.session() as session, sandbox.session() as other:
+            assert session.run("x = 6 * 7\nx").output == "42\n"
+            assert other.run("x") == Execution("", "NameError: name 'x' is not defined (line 1)", "error")
+            assert session.run("print('a' * 30)").output == "aaaaa\n[… 21 characters cut …]\naaaa\n"
+            assert session.run("import os\nos._exit(3)").ended == "killed"
+            assert session.run("'x' in globals()").output == "False\n"  # begun anew
+            assert session.run("print('a' * (2 << 20))").ended == "killed"
+            assert session.run("import sys\nsys.exit()") == Execution("", None, "ok")
+        assert elsewhere.started == 1
+        with pytest.raises(SandboxError, match="this session is closed"):
+            session.run("1")
+    with Sandbox(isolation="elsewhere", limits=Limits(seconds=0.3)) as sandbox, sandbox.session() as session:
+        error = "took longer than 0.3 s; all variables are lost"
+        assert session.run("while True: pass") == Execution("", error, "timeout")
+
+
+def test_a_provider_that_is_not_there_says_why(
+    elsewhere: type[Elsewhere], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elsewhere, "why", "no containers today")
+    with pytest.raises(SandboxError, match="elsewhere: no containers today"):
+        Sandbox(isolation="elsewhere").session()
+    assert elsewhere.started == 0
+    with pytest.raises(ConfigError, match=r"sandbox 'broken' \(somebody_sandbox:Nothing\): AttributeError"):
+        Sandbox(isolation="broken").session()
+    with pytest.raises(ConfigError, match=r"isolation 'elswhere' is unknown; did you mean 'elsewhere'"):
+        Sandbox(isolation="elswhere")
+    monkeypatch.setattr(elsewhere, "why", None)
+    with pytest.raises(ConfigError, match="imports: ModuleNotFoundError: No module named 'nowhere'"):
+        Sandbox(isolation="elsewhere", imports=("nowhere",)).session()
+
+
+def test_the_names_of_ours_are_taken_and_auto_means_ours(elsewhere: type[Elsewhere]) -> None:
+    assert sandbox_names() == [*LEVELS, "broken", "elsewhere"]
+    for name in (*LEVELS, "auto", "none"):
+        with pytest.raises(ConfigError, match=f"sandbox '{name}' is registered already"):
+            register_sandbox(name, Elsewhere)
+    with Sandbox() as sandbox:
+        assert sandbox.isolation == WORKING[0]
+
+
+def test_the_container_that_is_shown_to_contributors_works(
+    examples: dict[str, types.ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docker = tmp_path / "docker"  # runs here what it is to run in a container
+    docker.write_text(
+        f'''#!/bin/sh
+echo "$@" | head -n 1 | cut -c 1-400 >> {tmp_path}/asked
+[ "$1" = rm ] && exit
+while [ "$1" != python ]; do shift; done
+shift; exec {sys.executable} "$@"'''
+    )
+    docker.chmod(0o755)
+    monkeypatch.setattr(provider_module, "_registered", dict(provider_module._registered))
+    register_sandbox("docker", examples["containers"].Docker)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with Sandbox(isolation="docker", imports=("math",)) as sandbox, sandbox.session() as session:
+        assert session.run("import math\nmath.comb(6, 3)").output == "20\n"
+    asked = (tmp_path / "asked").read_text()
+    assert asked.count("--network=none --read-only --cap-drop=ALL") == 2  # the proof and the session
+    assert len(set(re.findall(r"^rm --force (agentrl-\w{32})$", asked, re.M))) == 2

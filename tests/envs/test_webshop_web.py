@@ -398,6 +398,62 @@ def served(*arguments: str) -> Iterator[str]:
             server.kill()
 
 
+@contextmanager
+def serving(patience: float) -> Iterator[tuple[str, int]]:
+    with listen("127.0.0.1", 0) as taken:
+        server = web.web_server(web_app(evil_shop()), patience)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
+        thread.start()
+        try:
+            yield taken.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
+@pytest.mark.parametrize(
+    "half",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n",
+        b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\ntoken=",
+        b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET / HTTP/1.1\r\nHost: 127.0",
+    ],
+    ids=["nothing", "half a head", "half a form", "half a second request"],
+)
+def test_who_sends_half_a_request_is_not_waited_for(half: bytes) -> None:
+    with serving(patience=0.3) as address, socket.create_connection(address, timeout=20) as visitor:
+        visitor.sendall(half)
+        said = b""
+        while data := visitor.recv(1 << 16):  # it times out where the server waits on
+            said += data
+    assert said.startswith(b"HTTP/1.1 200 OK" if half.count(b"GET") == 2 else b"")
+    assert said.count(b"HTTP/1.1 ") == (half.count(b"GET") == 2)
+
+
+def test_who_sends_one_byte_at_a_time_is_not_waited_for_either() -> None:
+    with serving(patience=0.3) as address, socket.create_connection(address, timeout=20) as visitor:
+        for _ in range(2000):
+            try:
+                visitor.sendall(b"G")
+            except ConnectionError:
+                return
+            time.sleep(0.01)
+    pytest.fail("it waited on")
+
+
+def test_a_connection_serves_as_many_requests_as_come_in_time() -> None:
+    with serving(patience=20) as address, socket.create_connection(address, timeout=20) as visitor:
+        for _ in range(3):
+            visitor.sendall(b"GET /web.css HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            said = visitor.recv(1 << 16)
+            assert said.startswith(b"HTTP/1.1 200 OK")
+            length = int(said.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+            body = said.partition(b"\r\n\r\n")[2]
+            while len(body) < length:
+                body += visitor.recv(1 << 16)
+
+
 class Tab:
     """A page in a browser, used as a person does: by its screen, mouse and keyboard."""
 

@@ -1,7 +1,10 @@
 """Many episodes at once: nothing is asked for who has ended, and nobody suffers for another's fault."""
 
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,8 @@ import pytest
 from shelves import CountingPlayer, Shelves, by_id, specs
 
 from agentrl.data.trajectory import Episode, Outcome, StopReason
-from agentrl.errors import ConfigError
+from agentrl.env.containment import LARGEST_ANSWER, opened
+from agentrl.errors import ConfigError, EnvironmentContractError
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.play import ActionRequest, EpisodeSpec, Reply, Stop
@@ -304,11 +308,124 @@ def test_an_environment_that_nobody_can_make_stops_the_run_with_its_message() ->
         collect(specs([1, 1]), CountingPlayer(), EnvironmentPool(make), max_active=1)
 
 
+class Unprintable(BaseException):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+ESCAPES = [
+    (SystemExit(0), "SystemExit: 0"),
+    (KeyboardInterrupt("mine"), "KeyboardInterrupt: mine"),
+    (GeneratorExit(), "GeneratorExit: "),
+    (Unprintable(), "Unprintable: its message cannot be shown"),
+]
+
+
+@pytest.mark.parametrize("where", ["constructor", "reset", "step"])
+@pytest.mark.parametrize(("error", "said"), ESCAPES, ids=[type(error).__name__ for error, _ in ESCAPES])
+def test_what_is_raised_to_end_a_program_ends_an_episode(error: BaseException, said: str, where: str) -> None:
+    calls = {"made": 0}
+
+    def make() -> Shelves:
+        calls["made"] += 1
+        if where == "constructor" and calls["made"] == 2:
+            raise error
+        return spoil(where, raise_(error))()
+
+    found = by_id(collect(specs([2, 3, 4]), CountingPlayer(), EnvironmentPool(make), max_active=3).episodes)
+    assert (found["e1"].stop, found["e1"].error) == (StopReason.ENV_ERROR, said)
+    assert [found[name].outcome for name in ("e0", "e2")] == [Outcome.SUCCESS] * 2
+
+
+def test_an_environment_may_exit_when_it_is_closed() -> None:
+    class Leaving(Shelves):
+        def close(self) -> None:
+            raise SystemExit(1)
+
+    with EnvironmentPool(Leaving) as pool:
+        (episode,) = collect(specs([2]), CountingPlayer(), pool, max_active=1).episodes
+    assert episode.outcome is Outcome.SUCCESS
+
+
+def test_who_borrows_an_environment_that_exits_is_told_by_an_error_of_ours() -> None:
+    class Leaving(Shelves):
+        def tasks(self, split: str) -> list[str]:
+            raise SystemExit(0)
+
+    def unmade() -> Shelves:
+        raise SystemExit(0)
+
+    said = "the environment's tasks raised SystemExit: 0"
+    with EnvironmentPool(Leaving) as pool, pytest.raises(EnvironmentContractError, match=said):  # noqa: SIM117
+        with pool.borrow() as env:
+            env.unwrapped.tasks("train")  # type: ignore[attr-defined]
+    with pytest.raises(EnvironmentContractError, match="constructor raised SystemExit: 0"):
+        EnvironmentPool(unmade).borrow().__enter__()
+
+
+def test_tasks_that_are_asked_for_in_this_process_do_not_end_it() -> None:
+    def unmade() -> Shelves:
+        raise SystemExit(0)
+
+    class Leaving(Shelves):
+        def tasks(self, split: str) -> list[str]:
+            raise SystemExit(3)
+
+        def close(self) -> None:
+            raise SystemExit(4)
+
+    with pytest.raises(EnvironmentContractError, match="constructor raised SystemExit: 0"), opened(unmade):
+        pass
+    with pytest.raises(EnvironmentContractError, match="raised SystemExit: 3"), opened(Leaving) as env:
+        env.tasks("train")
+
+
+def test_a_fork_that_comes_back_from_an_environment_ends_there(tmp_path: Path) -> None:
+    def fork(answer: Any) -> Any:
+        os.fork()
+        return answer
+
+    found = collect(
+        specs([2, 3, 4]),
+        CountingPlayer(),
+        EnvironmentPool(spoil("step", fork)),
+        max_active=3,
+        on_episode=lambda episode: (tmp_path / f"{episode.id}-{os.getpid()}").touch(),
+    )
+    episodes = sorted(path.name for path in tmp_path.iterdir())
+    assert episodes == [f"e{number}-{os.getpid()}" for number in range(3)]
+    assert [episode.outcome for episode in found.episodes] == [Outcome.SUCCESS] * 3
+    assert os.wait()[1] == 0  # the copy
+
+
+@pytest.mark.parametrize("part", ["observation", "info"])
+@pytest.mark.parametrize("where", ["reset", "step"])
+def test_an_answer_of_hundreds_of_megabytes_is_refused(where: str, part: str) -> None:
+    huge = "x" * (LARGEST_ANSWER + 1)
+    wrong = with_part(0, huge) if part == "observation" else with_info(map={"rows": [[huge]]})
+    found = by_id(
+        collect(specs([3, 2]), CountingPlayer(), EnvironmentPool(spoil(where, wrong)), max_active=2).episodes
+    )
+    assert found["e0"].stop is StopReason.CONTRACT
+    assert "the observation and info of one call take 16 MB, wanted at most 16 MB" in str(found["e0"].error)
+    assert found["e1"].outcome is Outcome.SUCCESS
+
+
 # Interrupts.
 
 
-@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("where", ["reset", "step", "poll", "submit", "on_episode"])
+def press_ctrl_c(answer: Any) -> Any:
+    signal.raise_signal(signal.SIGINT)
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "where"),
+    [
+        *((KeyboardInterrupt, where) for where in ("reset", "step", "poll", "submit", "on_episode")),
+        *((SystemExit, where) for where in ("poll", "submit", "on_episode")),
+    ],
+)
 def test_an_interrupt_passes_through_and_closes_every_environment(
     interrupt: type[BaseException], where: str
 ) -> None:
@@ -327,7 +444,7 @@ def test_an_interrupt_passes_through_and_closes_every_environment(
         if where == "on_episode":
             raise interrupt
 
-    made = Made(spoil(where, raise_(interrupt())))
+    made = Made(spoil(where, press_ctrl_c))
     pool, player = EnvironmentPool(made), Interrupted()
     with pytest.raises(interrupt):
         collect(specs([5, 2, 3, 4]), player, pool, max_active=3, on_episode=on_episode)
@@ -346,10 +463,43 @@ def test_an_interrupt_lets_the_player_forget_what_was_running() -> None:
         collect(
             specs([9, 3, 9]),
             player,
-            EnvironmentPool(spoil("step", raise_(KeyboardInterrupt()))),
+            EnvironmentPool(spoil("step", press_ctrl_c)),
             max_active=3,
         )
     assert sorted(player.closed) == ["e0", "e1", "e2"]
+
+
+@pytest.mark.parametrize("excuse", [None, RuntimeError, SystemExit])
+def test_ctrl_c_ends_the_collection_whatever_the_environment_makes_of_it(
+    excuse: type[BaseException] | None,
+) -> None:
+    def catch(answer: Any) -> Any:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except BaseException:
+            if excuse is not None:
+                raise excuse("bad luck") from None
+        return answer
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        collect(specs([3, 3]), CountingPlayer(), EnvironmentPool(spoil("step", catch)), max_active=2)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_handler_that_an_environment_puts_in_place_stays_there() -> None:
+    def own(number: int, frame: Any) -> None: ...
+
+    def install(answer: Any) -> Any:
+        signal.signal(signal.SIGALRM, own)
+        return answer
+
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    try:
+        collect(specs([3]), CountingPlayer(), EnvironmentPool(spoil("step", install)), max_active=1)
+        assert signal.getsignal(signal.SIGALRM) is own
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_players_own_fault_is_not_an_aborted_episode() -> None:

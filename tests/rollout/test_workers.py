@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import pytest
 from shelves import CountingPlayer, Shelves, by_id
 from worker_worlds import (
     Corridor,
+    Daemons,
     Engine,
     Growing,
     Heavy,
@@ -34,7 +37,7 @@ from agentrl.errors import ConfigError, TooManyAbortedError
 from agentrl.rollout.collector import Collection, Quarantine, collect
 from agentrl.rollout.environments import EnvironmentPool, Environments, ThreadedEnvironments
 from agentrl.rollout.placement import open_environments, settle
-from agentrl.rollout.play import EpisodeSpec
+from agentrl.rollout.play import EpisodeSpec, Reset, Step
 from agentrl.rollout.players import RandomPlayer
 from agentrl.rollout.settings import RolloutConfig, WorkersConfig
 from agentrl.rollout.workers import EnvironmentLostError, ProcessEnvironments
@@ -57,6 +60,13 @@ def healthy(tasks: list[str]) -> dict[str, Episode]:
 
 def children() -> set[int]:
     return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not come to pass"
+        time.sleep(0.02)
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +114,12 @@ TROUBLES = [
     ("close everything", StopReason.WORKER_ERROR, "its worker"),
     ("raise", StopReason.ENV_ERROR, "ValueError: no such shelf"),
     ("unpicklable", StopReason.CONTRACT, "cannot leave its process"),
+    ("unreadable", StopReason.CONTRACT, "answered what cannot be read here: SystemExit: 0"),
+    ("huge", StopReason.CONTRACT, "the observation and info of one call take 200 MB, wanted at most 16 MB"),
+    ("interrupt", StopReason.ENV_ERROR, "KeyboardInterrupt: not by a key"),
+    ("fork and leave", StopReason.WORKER_ERROR, "exited with 3"),
+    ("stop", StopReason.WORKER_ERROR, "step took longer than 0.7 s"),
+    ("kill the parent", StopReason.WORKER_ERROR, "its worker was killed by SIGKILL"),
 ]
 
 
@@ -118,6 +134,65 @@ def test_trouble_aborts_its_episode_and_no_other(trouble: str, stop: StopReason,
     assert (spoilt.stop, spoilt.outcome) == (stop, Outcome.ABORTED)
     assert error in (spoilt.error or "")
     assert {failure.id for failure in found.failures} <= {"e0", "e2", "e3", "e4", "e5", "e6"}
+
+
+@pytest.mark.parametrize("way", ["fork", "fork in C", "fork a copy that stays"])
+def test_a_fork_in_a_worker_answers_nothing_and_ends_with_it(way: str) -> None:
+    tasks = ["5", f"3 {way}", "4"]
+    environments = ProcessEnvironments(Corridor, 2, WorkersConfig(count=1))
+    found = played(tasks, environments)
+    assert by_id(found.episodes) | {"e1": None} == healthy(["5", "3", "4"]) | {"e1": None}
+    assert by_id(found.episodes)["e1"].turns == healthy(["5", "3", "4"])["e1"].turns
+    assert (found.failures, environments.restarts) == ((), 0)
+
+
+@pytest.mark.parametrize("end", ["close", "recycle", "exit", "hang", "kill"])
+def test_a_daemon_of_an_environment_goes_with_its_worker(end: str, tmp_path: Path) -> None:
+    config = replace(QUICK, count=1, recycle_episodes=1 if end == "recycle" else None)
+    make = partial(Daemons, notes=str(tmp_path))
+    with ProcessEnvironments(make, 1, config) as environments:
+        environments.submit("e", Reset("5" if end in ("close", "recycle") else f"5 {end}", 0))
+        environments.poll(wait=True)
+        for _ in range(2):
+            environments.submit("e", Step("go on"))
+            environments.poll(wait=True)
+        daemon = int((tmp_path / "pid").read_text())
+        assert psutil.pid_exists(daemon) == (end in ("close", "recycle"))
+        environments.release("e")
+        if end == "recycle":
+            environments.submit("f", Reset("2", 0))
+            environments.poll(wait=True)
+            wait_for(lambda: not psutil.pid_exists(daemon))
+            assert environments.recycled == 1
+    assert not psutil.pid_exists(daemon)
+
+
+def test_a_worker_that_outgrows_its_limit_is_ended_in_the_middle_of_an_episode() -> None:
+    environments = ProcessEnvironments(Corridor, 2, WorkersConfig(count=1, recycle_megabytes=200))
+    found = played(["8", "3 grow", "4"], environments, 2)
+    episodes, expected = by_id(found.episodes), healthy(["8", "3", "4"])
+    assert episodes["e1"].stop is StopReason.WORKER_ERROR
+    assert re.fullmatch(
+        r"its worker held [345]\d\d MB in the middle of an episode, more than 300 MB, that is 1.5 times "
+        "rollout.workers.recycle_megabytes=200",
+        str(episodes["e1"].error),
+    )
+    assert [episodes[name] for name in ("e0", "e2")] == [expected[name] for name in ("e0", "e2")]
+    assert environments.restarts == 1
+
+
+class Hoarding(Corridor):
+    """A child of its own grows while a step takes its time."""
+
+    def step(self, action: str) -> Any:
+        command = [sys.executable, "-c", "import time\nheld = b'x' * (400 << 20)\ntime.sleep(3600)"]
+        subprocess.run(command, check=True)
+
+
+def test_what_a_step_and_its_children_hold_is_looked_at_while_it_takes_its_time() -> None:
+    config = WorkersConfig(count=1, recycle_megabytes=200, step_timeout=60)
+    (episode,) = played(["3"], ProcessEnvironments(Hoarding, 1, config)).episodes
+    assert "in the middle of an episode, more than 300 MB" in str(episode.error)
 
 
 def test_what_fails_is_played_again_until_it_has_failed_often_enough(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -65,6 +66,25 @@ class Corridor(Shelves):
                 os.closerange(0, 4096)
             case "raise":
                 raise ValueError("no such shelf")
+            case "interrupt":
+                raise KeyboardInterrupt("not by a key")
+            case "fork":
+                os.fork()
+            case "fork in C":
+                ctypes.CDLL(None).fork()
+            case "fork a copy that stays":
+                if os.fork() == 0:
+                    time.sleep(3600)
+            case "fork and leave":
+                if os.fork():
+                    os._exit(3)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "kill the parent":
+                os.kill(os.getppid(), signal.SIGKILL)
+                time.sleep(3600)
+            case "grow":
+                self.held = b"x" * (400 << 20)
             case "once":
                 marker = Path(self.notes or "") / "stumbled"
                 if not marker.exists():
@@ -74,7 +94,34 @@ class Corridor(Shelves):
     def info(self) -> dict[str, Any]:
         if getattr(self, "trouble", "") == "unpicklable" and self.steps == 1:
             return super().info() | {"handle": lambda: None}
+        if getattr(self, "trouble", "") == "unreadable" and self.steps == 1:
+            return super().info() | {"handle": Unreadable()}
+        if getattr(self, "trouble", "") == "huge" and self.steps == 1:
+            return super().info() | {"map": [b"x" * (200 << 20)]}
         return super().info()
+
+
+class Unreadable:
+    """Can be pickled, and not be unpickled."""
+
+    def __reduce__(self) -> Any:
+        return sys.exit, (0,)
+
+
+class Daemons(Corridor):
+    """Starts, with the second step, a process that leaves its session and forgets its variables.
+
+    Its number is left in a file of `notes`.
+    """
+
+    def step(self, action: str) -> Any:
+        if self.steps == 1:
+            script = f"echo $$ > {self.notes}/pid.partial; mv {self.notes}/pid.partial {self.notes}/pid"
+            command = ["setsid", "-f", "/bin/sh", "-c", f"{script}; exec sleep 3600"]
+            subprocess.run(command, env={}, check=True)
+            while not (Path(self.notes or "") / "pid").exists():
+                time.sleep(0.01)
+        return super().step(action)
 
 
 class Engine(Corridor):

@@ -13,12 +13,14 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import wait_for
 
 from agentrl.errors import ConfigError
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
 
-from agentrl.scale.cluster import connected, knock
+from agentrl.scale import cluster as cluster_module
+from agentrl.scale.cluster import ClusterLostError, connected, knock
 
 
 def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
@@ -41,6 +43,31 @@ def test_an_address_where_somebody_else_listens_is_refused_at_once() -> None:
         threading.Thread(target=answer, daemon=True).start()
         with pytest.raises(ConfigError, match=f"what answers at {address} is no Ray cluster"):
             knock(address)
+
+
+def test_a_head_that_answers_no_more_is_noticed_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setattr(cluster_module, "_LOOK_EVERY", 0.01)
+        monkeypatch.setattr(cluster_module, "_LOST_AFTER", 0.02)
+        watch = cluster_module._Watch(address)
+        monkeypatch.setattr(cluster_module._connection, "watch", watch)
+        monkeypatch.setattr(cluster_module._connection, "address", address)
+        watch.start()
+        wait_for(lambda: watch.lost is not None)
+        port = address.rpartition(":")[2]
+        with pytest.raises(
+            ClusterLostError,
+            match=f"its head at {address} has not answered .* ray start --head --port={port} "
+            rf"\(on other machines: ray start --address={address}\). Then .* agentrl train --resume RUN",
+        ):
+            cluster_module.check_cluster()
+        wait_for(lambda: "agentrl train --resume RUN" in capsys.readouterr().err)
+        watch.end()
+        watch.join(20)
 
 
 @pytest.mark.slow
@@ -203,3 +230,34 @@ def test_a_machine_that_is_lost_takes_its_episodes_and_the_others_play_them_agai
         assert environments.restarts >= 1
     finally:
         cluster.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["EnvironmentHost,agent.py", "raylet/raylet", "gcs_server", "ray"])
+def test_a_loss_of_ray_that_cannot_be_made_good_ends_with_a_remedy(what: str, tmp_path: Path) -> None:
+    path = script(
+        tmp_path,
+        """
+        from contextlib import suppress
+        class Losing(RandomPlayer):
+            polls = 0
+            def poll(self):
+                self.polls += 1
+                for process in psutil.Process().children(recursive=True) if self.polls == 3 else ():
+                    with suppress(psutil.Error):
+                        if any(name in " ".join(process.cmdline()) for name in sys.argv[1].split(",")):
+                            process.kill()
+                time.sleep(0.05)
+                return super().poll()
+        player = Losing()
+        with environments() as places:
+            while True:
+                collect(specs, player, places, max_active=4, max_turns=50)
+        """,
+    )
+    command = [sys.executable, str(path), what]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    said = answer.stderr.strip().splitlines()[-1]
+    assert answer.returncode == 1
+    assert said.startswith("agentrl.scale.cluster.ClusterLostError: Ray is lost: ")
+    assert said.endswith("Then go on from the last checkpoint: agentrl train --resume RUN")

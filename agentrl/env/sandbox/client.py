@@ -1,16 +1,17 @@
 """Sessions in which model-written Python runs."""
 
 import os
-import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import TracebackType
 from typing import Any, Self
 
 from agentrl.env.names import unknown
-from agentrl.env.sandbox.process import LEVELS, ChildProcess, Execution, Limits, SandboxError, ServerProcess
+from agentrl.env.sandbox.levels import Level
+from agentrl.env.sandbox.process import LEVELS, Execution, Limits, SandboxError
+from agentrl.env.sandbox.provider import SandboxServer, SandboxSession, provider, sandbox_names
 from agentrl.errors import ConfigError
 
 # What code for a mathematical problem asks for; already imported, so that an import costs a look-up.
@@ -37,8 +38,11 @@ class Sandbox:
     - "seccomp": the filter alone. No file can be opened, so only `imports` can be imported.
     - "none": limits and deadlines only. Never chosen by "auto"; for code that you would run yourself.
 
+    Others can be offered by any distribution, see `agentrl.env.sandbox.SandboxProvider`; what they take away
+    is theirs to say.
+
     Args:
-        isolation: a level, or "auto": the first of them that works here.
+        isolation: a level, the name of another provider, or "auto": the first level that works here.
         require_isolation: refuse "none".
         limits: of every execution and session.
         imports: modules that are imported beforehand. Packages outside the standard library can be used only
@@ -56,18 +60,19 @@ class Sandbox:
         limits: Limits = Limits(),  # noqa: B008
         imports: Sequence[str] = IMPORTS,
     ) -> None:
-        if isolation not in ("auto", *LEVELS, "none"):
-            raise unknown("isolation", isolation, ("auto", *LEVELS, "none"))
+        known = ("auto", *sandbox_names(), "none")
+        if isolation not in known:
+            raise unknown("isolation", isolation, known)
         if isolation == "none" and require_isolation:
             raise ConfigError("isolation is 'none' and require_isolation is True; one of them has to change")
         if isinstance(imports, str):
             raise ConfigError(f"imports is {imports!r}, not a list of names of modules")
         self.limits = limits
         self._levels = LEVELS if isolation == "auto" else (isolation,)
-        self._settings = _settings(imports, limits, isolation)
+        self._settings: dict[str, Any] = {"limits": limits, "imports": tuple(imports)}
         self._owner = os.getpid()
         self._lock = threading.Lock()
-        self._server: ServerProcess | None = None
+        self._server: SandboxServer | None = None
         self._closer: weakref.finalize[[], Sandbox] | None = None
 
     @property
@@ -103,19 +108,16 @@ class Sandbox:
     ) -> None:
         self.close()
 
-    def _fork(self) -> ChildProcess:
+    def _fork(self) -> SandboxSession:
         server = self._running()
         try:
-            return _child(server, self.limits)
-        except (SandboxError, OSError) as fault:
+            return server.session()
+        except SandboxError as fault:
             if server.alive:
                 raise SandboxError(f"the sandbox failed: {fault}") from fault
-        try:
-            return _child(self._running(), self.limits)
-        except OSError as fault:
-            raise SandboxError(f"the sandbox's server died twice: {fault}") from fault
+        return self._running().session()
 
-    def _running(self) -> ServerProcess:
+    def _running(self) -> SandboxServer:
         if self._owner != os.getpid():  # a fork of the process that made this: its server is not ours
             self._owner, self._lock, self._server = os.getpid(), threading.Lock(), None
         with self._lock:
@@ -127,11 +129,11 @@ class Sandbox:
                 self._closer = weakref.finalize(self, self._server.close)
             return self._server
 
-    def _start(self) -> ServerProcess:
+    def _start(self) -> SandboxServer:
         reasons = []
         for level in self._levels:
             try:
-                server = _launch(level, self._settings, self.limits)
+                server = _launch(level, self._settings)
             except (SandboxError, OSError) as fault:
                 reasons.append(f"{level}: {fault}")
             else:
@@ -150,7 +152,7 @@ class Session:
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
-        self._child: ChildProcess | None = sandbox._fork()
+        self._child: SandboxSession | None = sandbox._fork()
         self._closed = False
 
     def run(self, code: str) -> Execution:
@@ -161,14 +163,13 @@ class Session:
         """
         if self._closed:
             raise SandboxError("this session is closed")
-        data = code.encode("utf-8", "replace")
-        if len(data) > _CODE_BYTES:
+        if len(code.encode("utf-8", "replace")) > _CODE_BYTES:
             return Execution("", f"the code is longer than {_CODE_BYTES} bytes", "error")
         if self._child is None:
             self._child = self._sandbox._fork()
         kept = False
         try:
-            execution = self._child.run(data)
+            execution = self._child.run(code)
             kept = execution.ended in ("ok", "error")
         finally:
             if not kept:
@@ -199,51 +200,28 @@ def probe() -> dict[str, str | None]:
     """Try every level of isolation; None where it works here, else the reason why it does not."""
     found: dict[str, str | None] = {}
     for level in LEVELS:
-        limits = Limits()
         try:
-            _launch(level, _settings((), limits, level), limits).close()
+            _launch(level, {"limits": Limits(), "imports": ()}).close()
             found[level] = None
         except (SandboxError, OSError) as fault:
             found[level] = str(fault)
     return found
 
 
-def _launch(level: str, settings: dict[str, Any], limits: Limits) -> ServerProcess:
-    """A server that has proven that it can shut a child in."""
-    server = ServerProcess(level, settings)
+def _launch(level: str, settings: Mapping[str, Any]) -> SandboxServer:
+    """A server that has proven that it can give a session."""
+    source = Level(level) if level == "none" else provider(level)
+    reason = source.available()
+    if reason is not None:
+        raise SandboxError(reason)
+    server = source.start(**settings)
     try:
-        child = _child(server, limits)
-        execution = child.run(b"40 + 2")
-        child.close()
+        session = server.session()
+        execution = session.run("40 + 2")
+        session.close()
         if execution.output != "42\n":
             raise SandboxError(f"the first execution failed: {execution.error}")
     except BaseException:
         server.close()
         raise
     return server
-
-
-def _child(server: ServerProcess, limits: Limits) -> ChildProcess:
-    child = ChildProcess(server, limits)
-    child.greet()
-    return child
-
-
-def _settings(imports: Sequence[str], limits: Limits, isolation: str) -> dict[str, Any]:
-    kernel = {
-        "AS": limits.memory_mb << 20,
-        "FSIZE": limits.file_mb << 20,
-        "NOFILE": limits.open_files,
-        "CPU": int(100 * limits.cpu_seconds) + 1,
-        "CORE": 0,
-    }
-    if isolation != "none":  # where the kernel would count all that the user runs
-        kernel["NPROC"] = limits.threads
-    return {
-        "imports": list(imports),
-        "path": [os.path.abspath(path) for path in sys.path if os.path.isdir(path or ".")],
-        "limits": kernel,
-        "file_mb": limits.file_mb,
-        "memory_mb": limits.memory_mb,
-        "filter": True,
-    }

@@ -60,8 +60,8 @@ class Limits:
 
     Args:
         seconds: of an execution, by the clock on the wall.
-        cpu_seconds: of an execution and of the threads it leaves running (Linux); a session ends at 100 times
-            as much.
+        cpu_seconds: of an execution, with the threads that earlier ones left: they run on in it, and stand
+            still between (Linux); a session ends at 100 times as much.
         memory_mb: address space of the session's process, interpreter and imports included.
         file_mb: of what one execution prints, and of all files that a session writes.
         open_files: at once.
@@ -107,19 +107,21 @@ class ServerProcess:
     Args:
         isolation: one of `LEVELS`, or "none".
         settings: for the server: limits, imports, path, filter.
+        limits: of its sessions.
 
     Raises:
         SandboxError: it cannot start; the message says why.
         ConfigError: one of the imports cannot be imported.
     """
 
-    def __init__(self, isolation: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, isolation: str, settings: Mapping[str, Any], limits: Limits) -> None:
+        self._limits = limits
         self._owner = os.getpid()
         command = _python()
         if isolation != "none" and sys.platform != "linux":
             raise SandboxError(f"needs Linux, and this is {sys.platform}")
         if isolation == "bubblewrap":
-            command = _bubblewrap(settings) + command
+            command = _bubblewrap(settings, limits) + command
         kind = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_STREAM
         self._control, control = socket.socketpair(socket.AF_UNIX, kind)
         parent = _this_process()
@@ -167,6 +169,19 @@ class ServerProcess:
     def alive(self) -> bool:
         return self._owner == os.getpid() and self._process.poll() is None
 
+    def session(self) -> "ChildProcess":
+        """A process that is shut in.
+
+        Raises:
+            SandboxError: there is none to be had.
+        """
+        try:
+            child = ChildProcess(self, self._limits)
+        except OSError as fault:
+            raise SandboxError(str(fault)) from fault
+        child.greet()
+        return child
+
     def hand_over(self, *descriptors: int) -> None:
         socket.send_fds(self._control, [b"f"], descriptors)
 
@@ -197,12 +212,12 @@ def _python() -> list[str]:
     return [os.path.realpath(sys.executable), "-P", "-s", "-S", "-c", _BOOT, *folders]
 
 
-def _bubblewrap(settings: Mapping[str, Any]) -> list[str]:
+def _bubblewrap(settings: Mapping[str, Any], limits: Limits) -> list[str]:
     """The start of a command that runs the rest of it with nothing but the files that it needs."""
     program = shutil.which("bwrap")
     if program is None:
         raise SandboxError("bwrap is not on PATH")
-    trial = ServerProcess("none", settings)  # which files there are to be seen, only imports can tell
+    trial = ServerProcess("none", settings, limits)  # which files there are to be seen, only imports can tell
     trial.close()
     files = trial.files
     visible = [os.path.realpath(sys.executable), str(Path(__file__).resolve().parent)]
@@ -236,6 +251,7 @@ class ChildProcess:
 
     def __init__(self, server: ServerProcess, limits: Limits) -> None:
         self._limits, self._runs, self._pid, self._cpu_before = limits, 0, 0, 0.0
+        self._handle = -1  # a descriptor of the process, by which no other can be meant
         self._channel, channel = socket.socketpair()
         self._leash, leash = socket.socketpair()
         self._output = _unnamed_file()
@@ -271,19 +287,25 @@ class ChildProcess:
         if error:
             self.close()
             raise SandboxError(f"no process for a session: {error}")
+        with suppress(AttributeError, OSError):
+            self._handle = os.pidfd_open(self._pid) if self._pid else -1
         self._cpu_before = self._cpu()
 
-    def run(self, code: bytes) -> Execution:
+    def run(self, code: str) -> Execution:
         """Run code; after "timeout" and "killed" the process is gone and can only be closed.
+
+        Between two executions it stands still, with the threads that code left running (Linux).
 
         Raises:
             SandboxError: the server died.
         """
         self._runs += 1
+        self._signal("SIGCONT")
         error: str | None
         ended: Literal["ok", "error", "timeout", "killed"]
         try:
-            error = self._ask(code)
+            error = self._ask(code.encode("utf-8", "replace"))
+            self._signal("SIGSTOP")
             ended = "error" if error else "ok"
         except _LateError as late:
             self._end()
@@ -297,7 +319,7 @@ class ChildProcess:
             error, ended = f"printed more than {self._limits.file_mb} MB", "error"
         if output:
             os.ftruncate(self._output.fileno(), 0)
-        return Execution(_cut(output.decode("utf-8", "replace"), self._limits.output_chars), error, ended)
+        return Execution(cut(output.decode("utf-8", "replace"), self._limits.output_chars), error, ended)
 
     def _ask(self, code: bytes) -> str | None:
         # What threads used since the last execution counts as well.
@@ -375,7 +397,15 @@ class ChildProcess:
             raise SandboxError("the sandbox's server died, or was closed, with a session open")
         return dict(json.loads(answer))
 
+    def _signal(self, name: str) -> None:
+        if self._handle >= 0:
+            with suppress(OSError):  # it has ended, or may not be stopped by this user
+                signal.pidfd_send_signal(self._handle, getattr(signal, name))
+
     def _let_go(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
         self._leash.close()
         self._channel.close()
 
@@ -409,7 +439,8 @@ def _cause(status: int, fault: str) -> str:
     return f"the process crashed ({signal.Signals(number).name})"
 
 
-def _cut(text: str, limit: int) -> str:
+def cut(text: str, limit: int) -> str:
+    """Keep so many characters of a text, half from its head and half from its tail."""
     if len(text) <= limit:
         return text
     head, tail = (limit + 1) // 2, limit // 2

@@ -5,7 +5,6 @@ and the output file, which become the child's, and the leash, which stays here. 
 end, kills the child; how the child ended goes back over it. The server ends with the process that started it.
 """
 
-import ast
 import builtins
 import errno
 import fcntl
@@ -35,11 +34,14 @@ from agentrl.env.sandbox.isolation import (
     give_up_rights,
     limit_resources,
 )
+from agentrl.env.sandbox.notebook import describe, execute, where
 
 _CHANNEL = 3
-_SHARED_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
+_SHARED_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+_BESIDE_THEM = ("/etc/ld.so.cache", "/lib/locale", "/usr/lib/locale")
 _INSTALLED = ("site-packages", "dist-packages")
-_ERROR_CHARS = 1_000
+_DEPTH = 3  # folders below one of shared libraries, in which other Pythons are looked for
+_PYTHONS = ("python", "pypy")  # folders of others, by how their names begin
 _OPENS = {"namespaces": "write", "bubblewrap": "read", "seccomp": "none"}
 
 
@@ -74,13 +76,18 @@ def _readable(library: list[str]) -> Files:
     def within(path: str, folders: list[str]) -> bool:
         return any(path.startswith(folder + os.sep) for folder in folders)
 
-    library = [*library, *filter(os.path.exists, _SHARED_LIBRARIES)]
+    shared = _shared_libraries()
     possible = {*sys.path, *(f"{folder}/{name}" for folder in library for name in _INSTALLED)}
-    masked = [
+    others = [path for folder in shared for path in _other_pythons(folder, library)]
+    library = [*library, *shared, *filter(os.path.exists, _BESIDE_THEM)]
+    masked = sorted(
         path
-        for path in sorted(possible)
-        if path.endswith(_INSTALLED) and os.path.isdir(path) and within(path, library)
-    ]
+        for path in {*possible, *others}
+        if os.path.isdir(path)
+        and within(path, library)
+        and not within(path, others)
+        and (path in others or path.endswith(_INSTALLED))
+    )
     packages = []
     for name, module in list(sys.modules.items()):
         # The bare folders that this program itself was imported from have no spec.
@@ -90,6 +97,44 @@ def _readable(library: list[str]) -> Files:
             if path and (within(path, masked) or not within(path, library)):
                 packages += [path, *filter(os.path.isdir, [path + ".libs"])]
     return Files([path for path in library if not within(path, library)], masked, packages)
+
+
+def _shared_libraries() -> list[str]:
+    """List folders and files of shared libraries; of a folder that sorts them by machine, only this one's."""
+    found = []
+    for folder in filter(os.path.isdir, _SHARED_LIBRARIES):
+        paths = [os.path.join(folder, name) for name in os.listdir(folder)]
+        of_a_kind = [path for path in paths if "-linux-" in path and os.path.isdir(path)]
+        loose = [path for path in paths if ".so" in path and os.path.isfile(path)]
+        found += [*of_a_kind, *loose] if of_a_kind else [folder]
+    loaded = set()
+    with suppress(OSError), open("/proc/self/maps") as maps:
+        loaded = {line.split(maxsplit=5)[5].strip() for line in maps if line.count("/")}
+    for path in sorted(loaded):
+        folder = os.path.dirname(path)
+        shared = path.startswith(tuple(f"{known}/" for known in _SHARED_LIBRARIES))
+        if shared and not any(part in path.split("/") for part in _INSTALLED):
+            covered = any(f"{path}/".startswith(f"{known}/") for known in found)
+            found += [] if covered or folder in _SHARED_LIBRARIES else [folder]
+    return found
+
+
+def _other_pythons(folder: str, library: list[str]) -> list[str]:
+    """Folders among shared libraries that hold another Python, or packages that were installed for one."""
+    ours = [os.path.realpath(path) for path in library]
+    found = []
+    for here, names, _ in os.walk(folder):
+        for name in list(names):
+            path = os.path.join(here, name)
+            other = name.startswith(_PYTHONS) and not any(
+                f"{own}/".startswith(f"{os.path.realpath(path)}/") for own in ours
+            )
+            if other or name in _INSTALLED:
+                found.append(path)
+                names.remove(name)
+        if here.count("/") - folder.count("/") >= _DEPTH:
+            names.clear()
+    return found
 
 
 class Server:
@@ -278,45 +323,13 @@ def _work(memory_mb: int, file_mb: int) -> None:
         sys.stdout = sys.stderr = stream
         error = None
         try:
-            _execute(code, module.__dict__, label)
+            execute(code, module.__dict__, label)
             stream.flush()
         except MemoryError as fault:
-            error = f"needed more than {memory_mb} MB{_where(fault, label)}"
+            error = f"needed more than {memory_mb} MB{where(fault, label)}"
         except BaseException as fault:
             if isinstance(fault, OSError) and fault.errno in (errno.EFBIG, errno.ENOSPC):
-                error = f"printed or wrote more than {file_mb} MB{_where(fault, label)}"
+                error = f"printed or wrote more than {file_mb} MB{where(fault, label)}"
             elif not isinstance(fault, SystemExit) or fault.code not in (None, 0):
-                error = _describe(fault, label)
+                error = describe(fault, label)
         os.write(_CHANNEL, _frame({"number": number, "error": error}))
-
-
-def _execute(code: str, names: dict[str, Any], label: str) -> None:
-    """Like a cell of a notebook: a last line that is an expression is printed, unless it is None."""
-    tree = ast.parse(code, label)
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, label, "exec", dont_inherit=True), names)
-    if isinstance(last, ast.Expr):
-        value = eval(compile(ast.Expression(last.value), label, "eval", dont_inherit=True), names)
-        if value is not None:
-            sys.stdout.write(f"{value!r}\n")
-
-
-def _describe(fault: BaseException, label: str) -> str:
-    """The last line of the traceback and the line of the code where it happened."""
-    try:
-        message = fault.msg if isinstance(fault, SyntaxError) else str(fault)
-    except BaseException:
-        message = "its message cannot be shown"
-    kind = type(fault).__name__
-    text = f"{kind}: {message[:_ERROR_CHARS]}" if message else kind
-    return text + _where(fault, label)
-
-
-def _where(fault: BaseException, label: str) -> str:
-    line = fault.lineno if isinstance(fault, SyntaxError) and fault.filename == label else None
-    trace = fault.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == label:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return f" (line {line})" if line else ""

@@ -29,13 +29,18 @@ from agentrl_envs.webshop.session import START, SUB_PAGES, Node, State, act
 from agentrl_envs.webshop.shop import Shop
 
 if TYPE_CHECKING:
+    from asyncio import TimerHandle, Transport
+
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
+    from uvicorn import Server
 
 FOLDER = Path(__file__).parent
 VISITS = 1000  # kept at a time
 LONGEST = 16_384  # bytes of a form
+PATIENCE = 20.0  # seconds in which a request has to have come and its answer to have been taken
+CONNECTIONS = 256  # at a time
 HERE = ("127.0.0.1", "localhost")
 _NUMBER = re.compile(r"\d{1,15}", re.ASCII)
 
@@ -320,6 +325,49 @@ def web_app(site: Website, hosts: Sequence[str] = HERE) -> "Starlette":
     )
 
 
+def web_server(app: "Starlette", patience: float = PATIENCE) -> "Server":
+    """Put an app behind a server on which no connection is held by who sends or reads too slowly.
+
+    Args:
+        app: to serve.
+        patience: seconds from the beginning of a connection, or the end of an answer on it, to the end of
+            the next answer.
+    """
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Impatient(H11Protocol):
+        deadline: "TimerHandle | None" = None
+
+        def connection_made(self, transport: "Transport") -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.begin()
+
+        def on_response_complete(self) -> None:
+            self.begin()
+            super().on_response_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self.deadline is not None:
+                self.deadline.cancel()
+            super().connection_lost(exc)
+
+        def begin(self) -> None:
+            if self.deadline is not None:
+                self.deadline.cancel()
+            self.deadline = self.loop.call_later(patience, self.transport.abort)
+
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        server_header=False,
+        http=Impatient,
+        ws="none",
+        limit_concurrency=CONNECTIONS,
+    )
+    return uvicorn.Server(config)
+
+
 async def _form(request: "Request") -> dict[str, str]:
     body = b""
     async for part in request.stream():
@@ -440,11 +488,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with listen(options.host, options.port) as taken:
             host = f"[{options.host}]" if ":" in options.host else options.host
             app = web_app(website(options), (*HERE, host))
-            import uvicorn
-
             print(f"The shop is open at http://{host}:{taken.getsockname()[1]}/", flush=True)  # noqa: T201
-            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
-            server.run(sockets=[taken])
+            web_server(app).run(sockets=[taken])
     except KeyboardInterrupt:
         return 0
     except AgentRLError as error:
