@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from agentrl.errors import ConfigError, MissingDependencyError
+from agentrl.errors import ConfigError, missing_extra
 from agentrl.learn.settings import LoraConfig
 from agentrl.learn.sharding import whole
 
@@ -23,7 +23,7 @@ def check_adapters(policy: nn.Module, config: LoraConfig) -> None:
     try:
         import peft  # noqa: F401
     except ModuleNotFoundError as error:
-        raise MissingDependencyError("learner.lora needs peft: pip install 'agentrl[lora]'") from error
+        raise missing_extra("learner.lora needs peft", "lora") from error
     maps = {
         name.rpartition(".")[2] for name, module in policy.named_modules() if isinstance(module, nn.Linear)
     }

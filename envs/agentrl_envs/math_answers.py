@@ -9,7 +9,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from agentrl.errors import MissingDependencyError
+from agentrl.errors import missing_extra
 from agentrl_envs import bounded
 
 LONGEST_ANSWER = 2_000  # characters
@@ -126,7 +126,7 @@ def same_mathematics(gold: str, reply: str) -> bool:
 def require_math_verify() -> None:
     """Raise `MissingDependencyError` where the extra `math` is not installed."""
     if importlib.util.find_spec("math_verify") is None:
-        raise MissingDependencyError("answers that are not plain numbers need: pip install 'agentrl[math]'")
+        raise missing_extra("answers that are not plain numbers need math-verify", "math")
 
 
 @lru_cache(maxsize=65_536)

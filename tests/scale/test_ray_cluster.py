@@ -16,7 +16,7 @@ import pytest
 
 from agentrl.errors import ConfigError
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
+pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
 from agentrl.scale.cluster import connected, knock
 

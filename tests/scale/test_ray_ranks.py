@@ -15,7 +15,7 @@ from agentrl.errors import AgentRLError, ConfigError
 from agentrl.learn.ranks import joined
 from agentrl.learn.settings import LearnerConfig
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
+pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
 from agentrl.scale.ray_ranks import run_on_ray
 
