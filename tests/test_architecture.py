@@ -17,6 +17,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 FLOORS = {
     "errors": -1,  # the ground that every floor stands on
+    "plugins": 0,
     "seeds": 0,
     "schedule": 0,
     "config": 0,

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentrl.config import read_yaml, to_yaml
+from agentrl.config import parse_overrides, read_yaml, to_yaml
+from agentrl.env.registry import env_ids
 from agentrl.errors import CheckpointError, ConfigError
+from agentrl.plugins import withheld_hint, withhold
+from agentrl.run.config_files import ConfigFile, blamed
 from agentrl.run.settings import RunConfig, config_from_tree, config_tree, with_names
 
 # What may change when a run is resumed: none of it says what is learned (but see `rollout.placement`).
@@ -91,12 +94,32 @@ def create_run(config: RunConfig, **measured: Any) -> Run:
 def open_run(path: str | Path) -> Run:
     """Open a run by its folder, or by its name below `runs/`.
 
+    Nothing that the folder names is executed: what its `run.imports` register has to be imported before.
+
+    Raises:
+        CheckpointError: when there is none.
+        ConfigError: its configuration is damaged, or has a recipe that nobody has imported.
+    """
+    folder = find_run(path)
+    file = ConfigFile(folder / "config.yaml", read_yaml(folder / "config.yaml"))
+    block = file.tree.get("run")
+    named = block.get("imports") if isinstance(block, dict) else None
+    withhold([name for name in named if isinstance(name, str)] if isinstance(named, list) else [], folder)
+    try:
+        return Run(folder, config_from_tree(file.tree))
+    except ConfigError as error:
+        raise ConfigError(blamed(str(error), [file])) from error
+
+
+def find_run(path: str | Path) -> Path:
+    """Return a run's folder, given that or its name below `runs/`.
+
     Raises:
         CheckpointError: when there is none.
     """
     for folder in (Path(path), Path(RunConfig().run.folder) / path):
         if (folder / "config.yaml").is_file():
-            return Run(folder, config_from_tree(read_yaml(folder / "config.yaml")))
+            return folder
     raise CheckpointError(
         f"{path}: not a run (a run's folder holds a config.yaml); list yours with: ls runs/"
     )
@@ -106,11 +129,20 @@ def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
     """The run with changed keys, as long as they do not change what is learned.
 
     Raises:
-        ConfigError: listing the keys that do.
+        ConfigError: listing the keys that do, or its environment is one that nobody has imported.
     """
+    if run.config.run.imports and run.config.env.id not in env_ids():
+        raise ConfigError(f"{run.folder} plays {run.config.env.id}, which is unknown here{withheld_hint()}")
     before = config_tree(run.config)
-    config = config_from_tree(with_names(before, overrides)[0])
+    try:
+        config = config_from_tree(with_names(before, parse_overrides(overrides))[0])
+    except ConfigError as error:
+        raise ConfigError(blamed(str(error), [], overrides)) from error
     after = config_tree(config)
+    if config.run.imports != run.config.run.imports:
+        raise ConfigError(
+            "run.imports: a run keeps what it began with; wanted --import for what it needs now"
+        )
     changed = [key for key in _changed(before, after) if not key.startswith(_FREE)]
     if changed:
         lines = "\n".join(f"{key}: {_at(before, key)!r} -> {_at(after, key)!r}" for key in changed)
