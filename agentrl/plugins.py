@@ -135,31 +135,34 @@ def _load(name: str) -> None:
             f"import {name}: asked for by {_imports.current} while that is imported itself; what starts a "
             'run belongs below `if __name__ == "__main__":`'
         )
+    modules, path = set(sys.modules), list(sys.path)
     _imports.current = name
     try:
         module = _file(Path(name)) if os.path.isabs(name) else importlib.import_module(name)
         plug_in = getattr(module, "plug_in", None)
         if callable(plug_in):
             plug_in()
+        # It may have been imported before, by whoever uses agentrl as a library.
+        below = f"{module.__name__}."
+        known = [kinds for other, kinds in _imports.by_module.items() if f"{other}.".startswith(below)]
+        if not _imports.registered.setdefault(name, set()).union(*known):
+            raise ConfigError(
+                "registers nothing; wanted agentrl.env.register(...) for an environment, or a class with "
+                "@recipe(...), as it is imported or in its plug_in()"
+            )
+        _imports.registered[name].update(*known)
     except BaseException as error:
         _imports.registered.pop(name, None)
+        for added in set(sys.modules) - modules:  # so that a mended file is read again
+            if os.path.isabs(name) and _is_of(sys.modules[added], Path(name)):
+                del sys.modules[added]
+        sys.path[:] = path
         if not isinstance(error, Exception | SystemExit):  # a module that exits must not end the process
             raise
         raise ConfigError(f"import {_blamed(name, error)}") from error
     finally:
         _imports.current = None
     _log.debug("imported %s from %s", name, getattr(module, "__file__", None))
-    # It may have been imported before, by whoever uses agentrl as a library.
-    within = [
-        kinds for other, kinds in _imports.by_module.items() if f"{other}.".startswith(f"{module.__name__}.")
-    ]
-    _imports.registered.setdefault(name, set()).update(*within)
-    if not _imports.registered[name]:
-        del _imports.registered[name]
-        raise ConfigError(
-            f"import {name}: registers nothing; wanted agentrl.env.register(...) for an environment, or a "
-            "class with @recipe(...), as it is imported or in its plug_in()"
-        )
 
 
 def _file(path: Path) -> ModuleType:
@@ -182,17 +185,9 @@ def _file(path: Path) -> ModuleType:
     names = {name, unique}  # what another process pickles is found by either
     sys.modules.update(dict.fromkeys(names, module))
     beside = str(path.parent)
-    added = beside not in sys.path
-    if added:
+    if beside not in sys.path:
         sys.path.append(beside)  # what it imports may lie beside it, and shadows nothing
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        for each in names:
-            sys.modules.pop(each, None)
-        if added:
-            sys.path.remove(beside)
-        raise
+    spec.loader.exec_module(module)
     return module
 
 
