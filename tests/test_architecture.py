@@ -30,6 +30,7 @@ FLOORS = {
     "scale": 4,
     "run": 5,
     "cli": 6,
+    "__main__": 7,
 }
 HEAVY = {"torch", "ray", "vllm", "transformers", "matplotlib"}
 
