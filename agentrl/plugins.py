@@ -88,6 +88,16 @@ def loaded_imports(kind: Kind | None = None) -> tuple[str, ...]:
     return tuple(name for name, kinds in _imports.registered.items() if kind is None or kind in kinds)
 
 
+def import_hashes(names: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of each import's file; an import whose file cannot be read has none."""
+    hashes = {}
+    for name in names:
+        file = name if os.path.isabs(name) else getattr(sys.modules.get(name), "__file__", None)
+        if file is not None and os.path.isfile(file):
+            hashes[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return hashes
+
+
 def current_import() -> str | None:
     """Return the import whose code runs now."""
     return _imports.current

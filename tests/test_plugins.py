@@ -18,7 +18,7 @@ from agentrl.errors import ConfigError
 from agentrl.plugins import load_imports, loaded_imports
 from agentrl.rollout.settings import WorkersConfig
 from agentrl.rollout.workers import ProcessEnvironments
-from agentrl.run.folder import find_run, open_run
+from agentrl.run.folder import create_run, find_run, open_run, with_overrides
 from agentrl.run.settings import config_tree, load_config
 
 GAME = """
@@ -315,12 +315,24 @@ def test_a_run_whose_recipe_is_missing_is_no_model_folder(strange_run: Path) -> 
 def test_who_names_the_import_again_goes_on(strange_run: Path, tmp_path: Path) -> None:
     agentrl.load_imports([str(tmp_path / "plugins_strange.py")])
     assert (tmp_path / "executed").exists()
-    from agentrl.run.folder import with_overrides
-
     run = open_run(strange_run)
     assert with_overrides(run, ("trainer.checkpoint_every=5",)).config.trainer.checkpoint_every == 5
     with pytest.raises(ConfigError, match="a run keeps what it began with; wanted --import"):
         with_overrides(run, ("run.imports=[]",))
+
+
+def test_a_file_that_changed_since_its_run_began_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, id = door(tmp_path / "plugins_changing.py")
+    text = f"run: {{imports: [plugins_changing.py], folder: {tmp_path / 'runs'}, name: x}}\nenv: {{id: {id}}}"
+    run = create_run(load_config(written(tmp_path / "mine.yaml", text)))
+    with_overrides(run, ())
+    assert caplog.messages == []
+    Path(file).write_text(Path(file).read_text() + "# harder\n")
+    with_overrides(run, ())
+    (message,) = caplog.messages
+    assert message.startswith(f"{file} is not what it was when {run.folder} began")
 
 
 def test_a_name_that_steers_a_terminal_is_shown_escaped(strange_run: Path) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -15,9 +16,11 @@ from typing import Any
 from agentrl.config import parse_overrides, read_yaml, to_yaml
 from agentrl.env.registry import env_ids
 from agentrl.errors import CheckpointError, ConfigError
-from agentrl.plugins import withheld_hint, withhold
+from agentrl.plugins import import_hashes, withheld_hint, withhold
 from agentrl.run.config_files import ConfigFile, blamed
 from agentrl.run.settings import RunConfig, config_from_tree, config_tree, with_names
+
+_log = logging.getLogger(__name__)
 
 # What may change when a run is resumed: none of it says what is learned (but see `rollout.placement`).
 _FREE = (
@@ -133,6 +136,7 @@ def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
     """
     if run.config.run.imports and run.config.env.id not in env_ids():
         raise ConfigError(f"{run.folder} plays {run.config.env.id}, which is unknown here{withheld_hint()}")
+    _warn_of_changed_imports(run)
     before = config_tree(run.config)
     try:
         config = config_from_tree(with_names(before, parse_overrides(overrides))[0])
@@ -150,6 +154,17 @@ def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
             f"{run.folder} cannot be resumed with other values; start a new run instead:\n{lines}"
         )
     return Run(run.folder, config)
+
+
+def _warn_of_changed_imports(run: Run) -> None:
+    manifest = run.folder / "manifest.json"
+    try:
+        began = json.loads(manifest.read_text(encoding="utf-8"))["imports"]
+        changed = [name for name, now in import_hashes(run.config.run.imports).items() if now != began[name]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # a run without imports, or a manifest that a report refuses
+    for name in changed:
+        _log.warning("%s is not what it was when %s began: what it learns may differ", name, run.folder)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -178,6 +193,7 @@ def _manifest(config: RunConfig) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "git": _git_revision(),
         "seed": config.seed,
+        **({"imports": import_hashes(config.run.imports)} if config.run.imports else {}),
     }
 
 
