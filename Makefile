@@ -31,6 +31,7 @@ install: $(VENV)/.installed  ## make the virtual environment and install agentrl
 
 quickstart: install  ## train an agent on household games, print and report what it learned
 	$(BIN)/agentrl train configs/quickstart.yaml seed=$(SEED)
+	@echo "next: source $(BIN)/activate, then the tour of README.md"
 
 quickstart-control: install  ## clone for about as many CPU seconds as the last quickstart took to clone and train
 	$(BIN)/python scripts/quickstart_control.py --seed $(SEED)

@@ -7,12 +7,20 @@
 The names below are loaded when first used: importing this package loads neither torch nor transformers.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+if sys.platform == "win32":  # a traceback would bury the one line that helps
+    sys.stderr.write(
+        "agentrl runs on Linux and macOS; on Windows use it inside WSL (https://learn.microsoft.com/windows/wsl)\n"
+    )
+    raise SystemExit(2)
 
 if TYPE_CHECKING:
     from agentrl.env.panel import Panel, load_panel, make_panel
     from agentrl.env.registry import make
+    from agentrl.plugins import load_imports
     from agentrl.run.evaluate import evaluate
     from agentrl.run.folder import Run, open_run
     from agentrl.run.settings import RunConfig, load_config
@@ -24,6 +32,7 @@ _HOME = {
     "RunConfig": "agentrl.run.settings",
     "evaluate": "agentrl.run.evaluate",
     "load_config": "agentrl.run.settings",
+    "load_imports": "agentrl.plugins",
     "load_panel": "agentrl.env.panel",
     "make": "agentrl.env.registry",
     "make_panel": "agentrl.env.panel",
@@ -38,6 +47,7 @@ __all__ = [
     "RunConfig",
     "evaluate",
     "load_config",
+    "load_imports",
     "load_panel",
     "make",
     "make_panel",
@@ -48,6 +58,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("agentrl")
+        except PackageNotFoundError:  # a source tree on the path
+            return "0+unknown"
     if name not in _HOME:
         raise AttributeError(f"module 'agentrl' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

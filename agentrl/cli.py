@@ -2,17 +2,25 @@
 
 import errno
 import inspect
+import logging
 import os
+import shlex
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
 from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
 
+import agentrl
 from agentrl.errors import AgentRLError, ConfigError
+from agentrl.plugins import load_imports, shown, withheld_hint, withheld_imports
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,15 +29,34 @@ if TYPE_CHECKING:
     from agentrl.rollout.settings import Placement
 
 
+class ExitCode(IntEnum):
+    """How a command ends; docs/errors.md explains them."""
+
+    DONE = 0
+    LACKING = 1
+    REFUSED = 2
+    INTERRUPTED = 130  # as a shell reports Ctrl-C
+
+
+_ANYWHERE = {"--debug", "-v", "--verbose", "-q", "--quiet"}  # options of every command
+
+
 class _Commands(TyperGroup):
-    """Ends every foreseen failure with one message and exit code 2."""
+    """Ends every foreseen failure with one message and its exit code."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["agentrl.arguments"] = list(args)
+        end = args.index("--") if "--" in args else len(args)
+        first = [each for each in args[:end] if each in _ANYWHERE]
+        rest = [each for each in args[:end] if each not in _ANYWHERE]
+        return super().parse_args(ctx, [*first, *rest, *args[end:]])
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             typer.echo(f"\n{str(interrupt) or 'interrupted'}", err=True)
-            raise typer.Exit(130) from interrupt  # as a shell reports it
+            raise typer.Exit(ExitCode.INTERRUPTED) from interrupt
         except BrokenPipeError:
             raise
         except (AgentRLError, OSError) as error:
@@ -37,30 +64,111 @@ class _Commands(TyperGroup):
                 traceback.print_exc()
             typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
             typer.echo(str(error) if isinstance(error, AgentRLError) else _file_trouble(error), err=True)
-            raise typer.Exit(2) from error
+            if (hint := withheld_hint()) and hint in str(error):
+                typer.echo(f"the whole command: {_with_imports(ctx.meta['agentrl.arguments'])}", err=True)
+            raise typer.Exit(ExitCode.REFUSED) from error
+
+
+def _with_imports(arguments: Sequence[str]) -> str:
+    """The command that was given, with what it has to import."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = [f"--import {shown(name)}" for name in withheld_imports()]
+    return " ".join(
+        ["agentrl", *map(shlex.quote, arguments[:end]), *options, *map(shlex.quote, arguments[end:])]
+    )
 
 
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _complete_configuration(incomplete: str) -> list[str]:
+    """Config files, and the values of the keys that name something."""
+    words = os.environ.get("COMP_WORDS", "").split()  # bash ends a word at "="
+    key, equals, begun = incomplete.rpartition("=")
+    for named, known in (("algorithm.name", _recipe_names), ("env.id", _env_ids)):
+        if key == named:
+            return [f"{key}={name}" for name in known(begun)]
+        if named in words[-3:] and words[-1] in ("=", incomplete):
+            return known(incomplete.removeprefix("="))
+    if equals:
+        return []
+    from agentrl.run.config_files import shipped_configs
+
+    below = Path(incomplete).parent if not incomplete.endswith("/") else Path(incomplete)
+    near = [str(path) + "/" * path.is_dir() for path in sorted(below.glob("*"))] if below.is_dir() else []
+    files = [path for path in near if path.endswith((".yaml", ".yml", "/"))]
+    names = [*files, *shipped_configs(), "algorithm.name=", "env.id=", "seed="]
+    return [name for name in dict.fromkeys(names) if name.startswith(incomplete)]
+
+
+def _recipe_names(incomplete: str) -> list[str]:
+    """The algorithms that are installed, by the names of their entry points, without importing them."""
+    found = entry_points(group="agentrl.algorithms")
+    return sorted(each.name for each in found if each.name.startswith(incomplete))
+
+
+def _env_ids(incomplete: str) -> list[str]:
+    from agentrl.env.registry import env_ids
+
+    return [name for name in env_ids() if name.startswith(incomplete)]
+
+
+def _policies(incomplete: str) -> list[str]:
+    """The scripts, and the runs below `runs/`."""
+    runs = [str(path.parent) for path in sorted(Path("runs").glob("*/config.yaml"))]
+    return [name for name in ("human", "random", "expert", *runs) if name.startswith(incomplete)]
+
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file, then changes to it.", show_default=False
+        metavar="[CONFIG] [KEY=VALUE]...",
+        help="A YAML file, then changes to it.",
+        show_default=False,
+        autocompletion=_complete_configuration,
+    ),
+]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="FILE|MODULE",
+        help="Python that registers environments or algorithms; may be repeated.",
+        show_default=False,
     ),
 ]
 
 
-@app.callback()
-def agentrl(
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"agentrl {agentrl.__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="Exit codes: 0 done; 1 something is missing (plan) or broken (check-env); 2 refused, with the "
+    "reason; 130 interrupted. docs/errors.md says what each error means and what to do."
+)
+def every_command(
+    ctx: typer.Context,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="AGENTRL_DEBUG", help="Show an error's traceback.")
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Show what is decided on the way, and all warnings."),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show warnings, errors and results only.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """LLM agents that learn multi-turn text tasks by reinforcement learning.
@@ -68,9 +176,53 @@ def agentrl(
     `agentrl train` trains the default agent on household games in a few minutes on a CPU.
     Each command explains itself: `agentrl train --help`.
     """
+    ctx.with_resource(_logging(_level(verbose, quiet)))
     # OpenMP threads that spin while they wait take whole cores from the environments; read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+
+
+def _level(verbose: bool, quiet: bool) -> int:
+    if verbose and quiet:
+        raise ConfigError("-v and -q contradict each other: wanted one of them")
+    if verbose or quiet:
+        return logging.DEBUG if verbose else logging.WARNING
+    named = os.environ.get("AGENTRL_LOG_LEVEL") or "info"
+    if named.lower() not in _LEVELS:
+        raise ConfigError(f"AGENTRL_LOG_LEVEL is {named!r}, wanted one of {', '.join(_LEVELS)}")
+    return _LEVELS[named.lower()]
+
+
+@contextmanager
+def _logging(level: int) -> Iterator[None]:
+    """Show what is logged, for the length of a command: ours from `level` on, others' warnings."""
+    ours, screen = logging.getLogger("agentrl"), _Screen()
+    before = ours.level
+    ours.setLevel(level)
+    logging.getLogger().addHandler(screen)
+    try:
+        with warnings.catch_warnings():
+            if level == logging.DEBUG:
+                warnings.simplefilter("default")  # those meant for developers as well
+            yield
+    finally:
+        ours.setLevel(before)
+        logging.getLogger().removeHandler(screen)
+
+
+class _Screen(logging.Handler):
+    """Writes to standard error, whatever that is by then: a progress bar puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"{record.levelname.lower()}: {record.name}: {record.getMessage()}", err=True)
 
 
 @app.command()
@@ -79,6 +231,7 @@ def train(
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Continue an interrupted run: its folder or name.")
     ] = None,
+    imports: Imports = None,
 ) -> None:
     """Train a policy and write a run's folder, with its report.
 
@@ -86,6 +239,7 @@ def train(
 
     - `agentrl train`
     - `agentrl train configs/quickstart.yaml algorithm.name=dr_grpo learner.learning_rate=3e-4 seed=1`
+    - `agentrl train env.id=example/HotCold-v0 --import hotcold.py`
     - `agentrl train --resume runs/NAME`
     """
     from agentrl.run.settings import load_config
@@ -95,7 +249,11 @@ def train(
     path, overrides = _split(arguments)
     if resume is not None and path is not None:
         raise ConfigError(f"a resumed run has its own configuration: leave out {path}")
-    run = resume_run(resume, *overrides) if resume is not None else train_run(load_config(path, *overrides))
+    imported = load_imports(imports or ())
+    if resume is not None:
+        run = resume_run(resume, *overrides)
+    else:
+        run = train_run(load_config(path, *overrides, imports=imported))
     typer.echo(f"run:    {run.folder}")
     typer.echo(f"report: {run.folder / 'report.html'}")
 
@@ -104,13 +262,20 @@ def train(
 def evaluate(
     policy: Annotated[
         str,
-        typer.Option(metavar="RUN|FOLDER|random|expert", help="A run, a Hugging Face folder, or a script."),
+        typer.Option(
+            metavar="RUN|FOLDER|random|expert",
+            help="A run, a Hugging Face folder, or a script.",
+            autocompletion=_policies,
+        ),
     ],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="The environment's own arguments.", show_default=False),
     ] = None,
-    env: Annotated[str | None, typer.Option(metavar="ID", help="Environment; a run brings its own.")] = None,
+    env: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Environment; a run brings its own.", autocompletion=_env_ids),
+    ] = None,
     panel: Annotated[Path | None, typer.Option(metavar="FILE", help="Panel, not a split.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to take tasks from.")] = None,
     tasks: Annotated[int | None, typer.Option(min=1, help="Number of tasks, from the first.")] = None,
@@ -124,6 +289,7 @@ def evaluate(
         typer.Option(metavar="auto|inline|thread|process", help="Where environments live; else as trained."),
     ] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the scores as JSON too.")] = None,
+    imports: Imports = None,
 ) -> None:
     """Measure a policy on a fixed panel of tasks, with 95 % intervals.
 
@@ -138,6 +304,7 @@ def evaluate(
     from agentrl.run.folder import write_atomic
     from agentrl.run.report import results_table
 
+    load_imports(imports or ())
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}")
     with _Count("evaluating") as count:
@@ -169,18 +336,21 @@ def evaluate(
 
 @app.command()
 def play(
-    env: Annotated[str, typer.Argument(metavar="ENV", help="Environment's id.")],
+    env: Annotated[str, typer.Argument(metavar="ENV", help="Environment's id.", autocompletion=_env_ids)],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="The environment's own arguments.", show_default=False),
     ] = None,
-    policy: Annotated[str, typer.Option(metavar="human|random|expert|RUN", help="Who plays.")] = "human",
+    policy: Annotated[
+        str, typer.Option(metavar="human|random|expert|RUN", help="Who plays.", autocompletion=_policies)
+    ] = "human",
     task: Annotated[str | None, typer.Option(metavar="ID", help="A task; else the seed takes one.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to take the task from.")] = None,
     seed: Annotated[int, typer.Option(help="Of the environment and of the policy's draws.")] = 0,
     greedy: Annotated[
         bool, typer.Option("--greedy/--sampled", help="Take the first choice, or draw.")
     ] = False,
+    imports: Imports = None,
 ) -> None:
     """Play one episode yourself, or read one that a policy plays.
 
@@ -191,6 +361,7 @@ def play(
     from agentrl.config import merge
     from agentrl.run.watch import watch
 
+    load_imports(imports or ())
     episode = watch(
         _console(),
         env,
@@ -206,12 +377,13 @@ def play(
 
 
 @app.command()
-def envs() -> None:
-    """List the environments that are installed."""
+def envs(imports: Imports = None) -> None:
+    """List the environments that are installed or imported."""
     import gymnasium
 
     from agentrl.env.registry import broken_plugins, env_ids
 
+    load_imports(imports or ())
     for name in env_ids():
         typer.echo(f"{name}  ({gymnasium.spec(name).entry_point})")
     for plugin, reason in broken_plugins().items():
@@ -219,7 +391,12 @@ def envs() -> None:
 
 
 @app.command()
-def algorithms(name: Annotated[str | None, typer.Argument(help="describe this one")] = None) -> None:
+def algorithms(
+    name: Annotated[
+        str | None, typer.Argument(help="describe this one", autocompletion=_recipe_names)
+    ] = None,
+    imports: Imports = None,
+) -> None:
     """List the algorithms, the values of `algorithm.name`, or describe one with its keys and defaults.
 
     - `agentrl algorithms epo`
@@ -227,6 +404,7 @@ def algorithms(name: Annotated[str | None, typer.Argument(help="describe this on
     from agentrl.algorithms import recipe
     from agentrl.config import to_yaml
 
+    load_imports(imports or ())
     if name is not None:
         typer.echo(inspect.getdoc(recipe.recipe_class(name)))
         defaults = recipe.recipe_tree(recipe.build_recipe(name))
@@ -238,8 +416,8 @@ def algorithms(name: Annotated[str | None, typer.Argument(help="describe this on
 
 
 @app.command()
-def config(arguments: Overrides = None) -> None:
-    """Print a configuration with every default filled in.
+def config(arguments: Overrides = None, imports: Imports = None) -> None:
+    """Print a configuration with every default filled in, and what it `extends`.
 
     - `agentrl config configs/quickstart.yaml seed=1 > mine.yaml`
     """
@@ -247,7 +425,8 @@ def config(arguments: Overrides = None) -> None:
     from agentrl.run.settings import config_tree, load_config
 
     path, overrides = _split(arguments)
-    typer.echo(to_yaml(config_tree(load_config(path, *overrides))), nl=False)
+    tree = config_tree(load_config(path, *overrides, imports=load_imports(imports or ())))
+    typer.echo(to_yaml(tree), nl=False)
 
 
 @app.command()
@@ -256,6 +435,7 @@ def plan(
     processes: Annotated[int, typer.Option(min=1, help="That torchrun will start, on all machines.")] = 1,
     nodes: Annotated[int, typer.Option(min=1, help="Machines that it will start them on.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    imports: Imports = None,
 ) -> None:
     """Say what a run will take and what is missing, before anything starts; exit code 1 when something is.
 
@@ -269,7 +449,8 @@ def plan(
     from agentrl.run.settings import load_config
 
     path, overrides = _split(arguments)
-    found = find_out(load_config(path, *overrides), processes=processes, nodes=nodes)
+    read = load_config(path, *overrides, imports=load_imports(imports or ()))
+    found = find_out(read, processes=processes, nodes=nodes)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
     else:
@@ -277,7 +458,7 @@ def plan(
         for line in found.missing or ("nothing is missing",):
             typer.secho(f"missing: {line}" if found.missing else line, fg="red" if found.missing else "green")
     if found.missing:
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.LACKING)
 
 
 @app.command("check-env")
@@ -288,12 +469,14 @@ def check_env(
             metavar="[ID]... [KEY=VALUE]...",
             help="Environments to be checked, and their own arguments.",
             show_default=False,
+            autocompletion=_env_ids,
         ),
     ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Check all that are registered; skip those that lack an extra.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the episodes that are played.")] = 0,
+    imports: Imports = None,
 ) -> None:
     """Check environments against the contract; exit code 1 when one breaks it.
 
@@ -303,6 +486,7 @@ def check_env(
     from agentrl.config import merge
     from agentrl.env.registry import broken_plugins, env_ids
 
+    load_imports(imports or ())
     ids = [argument for argument in arguments or () if "=" not in argument]
     kwargs = merge({}, [argument for argument in arguments or () if "=" in argument])
     if every == bool(ids) or (every and kwargs):
@@ -314,7 +498,7 @@ def check_env(
         for line, _ in outcomes:
             typer.echo(line)
     if not all(kept for _, kept in outcomes):
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.LACKING)
 
 
 @app.command("new-env")
@@ -336,17 +520,23 @@ def new_env(
         typer.echo(f"{path}: {what}")
     if made.to_add is not None:
         typer.echo(f"{folder / 'pyproject.toml'} stays as it is; add to it:\n\n{made.to_add}")
-    typer.echo(f"\nNext:\n  python -m pip install -e {folder}\n  agentrl check-env {made.names.id}")
-    typer.echo(f"  agentrl train env.id={made.names.id} evaluation.split=test evaluation.tasks=30")
+    given = f"--import {shlex.quote(str(folder / f'{made.names.module}.py'))}"
+    typer.echo(f"\nNext:\n  agentrl check-env {made.names.id} {given}")
+    typer.echo(f"  agentrl train env.id={made.names.id} evaluation.split=test evaluation.tasks=30 {given}")
+    typer.echo(f"\nInstalled, it needs no --import:\n  python -m pip install -e {shlex.quote(str(folder))}")
 
 
 @app.command()
-def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or name.")]) -> None:
-    """Write a run's report.html anew, also of a run that is not finished."""
-    from agentrl.run.folder import open_run
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or name.")],
+    imports: Imports = None,
+) -> None:
+    """Write a run's report.html anew, also of a run that is not finished. Nothing of the run is executed."""
+    from agentrl.run.folder import find_run
     from agentrl.run.report import write_report
 
-    typer.echo(write_report(open_run(run).folder))
+    load_imports(imports or ())
+    typer.echo(write_report(find_run(run)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -420,7 +610,8 @@ class _Count:
         from rich.console import Console
 
         self._what = what
-        self._status = Console(stderr=True).status(what)
+        quiet = logging.getLogger("agentrl").level > logging.INFO
+        self._status = Console(stderr=True, quiet=quiet).status(what)
         self._episodes = self._successes = 0
 
     def __enter__(self) -> "_Count":

@@ -87,6 +87,29 @@ def read_yaml(path: str | Path) -> Tree:
     return tree
 
 
+def key_lines(path: str | Path) -> dict[Dotted, int]:
+    """Return the line of each key of a file that `read_yaml` can read; members of a list count from 0."""
+    root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    lines: dict[Dotted, int] = {}
+    waiting: list[tuple[Dotted, Any]] = [((), root)]
+    seen: set[int] = set()  # an alias may stand in many places, or in the block that it names
+    while waiting:
+        above, node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            inside = [(key.value, key, value) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            inside = [(str(index), value, value) for index, value in enumerate(node.value)]
+        else:
+            continue
+        for name, place, value in inside:
+            lines[(*above, name)] = place.start_mark.line + 1
+            waiting.append(((*above, name), value))
+    return lines
+
+
 def parse_overrides(overrides: Iterable[str]) -> list[tuple[Dotted, Any]]:
     """Split each `dotted.key=value`, the value read as YAML.
 
@@ -121,9 +144,18 @@ def merge(tree: Mapping[str, Any], overrides: Iterable[str]) -> Tree:
     Raises:
         ConfigError: for a malformed override, or one that goes through a plain value as if it were a block.
     """
+    return set_values(tree, parse_overrides(overrides))
+
+
+def set_values(tree: Mapping[str, Any], changes: Iterable[tuple[Dotted, Any]]) -> Tree:
+    """Return a copy of `tree` with the values set in order; missing levels are made.
+
+    Raises:
+        ConfigError: for a path that goes through a plain value as if it were a block.
+    """
     result = deepcopy(dict(tree))
     mistakes = []
-    for dotted, value in parse_overrides(overrides):
+    for dotted, value in changes:
         block = result
         for depth, part in enumerate(dotted[:-1], start=1):
             if block.get(part) is None:

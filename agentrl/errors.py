@@ -17,6 +17,16 @@ class MissingDependencyError(AgentRLError, ImportError):
     """An extra or a data package is absent; the message is the command that installs it."""
 
 
+def missing_extra(lack: str, extra: str) -> MissingDependencyError:
+    """Build the error for packages that come with an extra of agentrl.
+
+    >>> str(missing_extra("learner.lora needs peft", "lora"))
+    "learner.lora needs peft: pip install -e '.[lora]' (in agentrl's checkout)"
+    """
+    # By its bare name, pip would install the package index's agentrl, which is another project.
+    return MissingDependencyError(f"{lack}: pip install -e '.[{extra}]' (in agentrl's checkout)")
+
+
 class PanelError(AgentRLError, ValueError):
     """A panel of tasks cannot be read, or its hash is not that of the tasks it names."""
 

@@ -17,6 +17,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 FLOORS = {
     "errors": -1,  # the ground that every floor stands on
+    "plugins": 0,
     "seeds": 0,
     "schedule": 0,
     "config": 0,
@@ -29,6 +30,7 @@ FLOORS = {
     "scale": 4,
     "run": 5,
     "cli": 6,
+    "__main__": 7,
 }
 HEAVY = {"torch", "ray", "vllm", "transformers", "matplotlib"}
 

@@ -47,7 +47,7 @@ class Demanding(Knock):
 
 class Uninstalled(Knock):
     def __init__(self, **kwargs: Any) -> None:
-        raise MissingDependencyError("pip install 'agentrl[doors]'")
+        raise MissingDependencyError("pip install -e '.[doors]'")
 
 
 class UninstalledUntilReset(Knock):
@@ -151,7 +151,7 @@ def test_all_skips_what_lacks_an_extra_and_passes(all_are: Any) -> None:
     result = check("--all")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-3:] == [
-        "check-env-tests/Uninstalled-v0 skipped: pip install 'agentrl[doors]'",
+        "check-env-tests/Uninstalled-v0 skipped: pip install -e '.[doors]'",
         "check-env-tests/UninstalledUntilReset-v0 skipped: no data: run fetch-doors",
         "check-env-tests/NeedsAbsent-v0 skipped: environment 'check-env-tests/NeedsAbsent-v0' cannot be "
         "imported: No module named 'agentrl_tests_absent_package'",

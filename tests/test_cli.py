@@ -1,7 +1,11 @@
+import ast
 import errno
 import hashlib
+import importlib.metadata
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,12 +18,15 @@ import pytest
 from typer.testing import CliRunner
 
 import agentrl.run.report
+import agentrl.run.settings
 import agentrl.run.trainer
-from agentrl.cli import app
+from agentrl import errors
+from agentrl.cli import ExitCode, app
 from agentrl.config import read_yaml
 from agentrl.env import TextSpace, make_panel, register
-from agentrl.errors import CheckpointError
+from agentrl.errors import CheckpointError, ConfigError
 from agentrl.run.interruption import RunInterrupted
+from agentrl.run.logbook import Logbook
 
 ENV = "agentrl-tests/Coin-v0"
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,6 +150,150 @@ def test_config_prints_a_tree_that_is_read_back(tmp_path: Path) -> None:
     assert (tree["seed"], tree["learner"]["learning_rate"]) == (7, 1e-5)
     assert run("config", str(tmp_path / "mine.yaml")).stdout == printed.stdout
     assert run("config").stdout == run("config", "quickstart.yaml").stdout
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    version = importlib.metadata.version("agentrl")
+    assert run("--version").stdout == f"agentrl {version}\n"
+    assert agentrl.__version__ == version
+
+
+def test_the_module_is_the_command() -> None:
+    line = [sys.executable, "-m", "agentrl", "--version"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == (run("--version").stdout, 0)
+
+
+def test_the_documented_exit_codes_and_errors_are_those_that_there_are() -> None:
+    document = (ROOT / "docs" / "errors.md").read_text()
+    assert set(re.findall(r"^\| (\d+) \|", document, re.M)) == {str(int(code)) for code in ExitCode}
+    classes = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert set(re.findall(r"^\| `(\w+)` \|", document, re.M)) == classes
+    rows = [line.split("|") for line in document.splitlines() if re.match(r"\| (`|\d)", line)]
+    assert [row for row in rows if not row[2].strip()] == []  # each says what it means
+    assert "docs/errors.md" in run("--help").stdout.replace("\n", " ")
+
+
+def test_a_command_ends_with_a_named_code() -> None:
+    tree = ast.parse((ROOT / "agentrl" / "cli.py").read_text())
+    exits = [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("typer.Exit", "sys.exit", "SystemExit")
+    ]
+    assert len(exits) >= 4
+    assert [call for call in exits if not re.fullmatch(r"typer\.Exit\(ExitCode\.[A-Z]+\)", call)] == []
+
+
+# How much is said.
+
+
+@pytest.fixture
+def speaking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that logs at every level, and whose logbook speaks too."""
+
+    def config(*_: Any, **__: Any) -> Any:
+        log = logging.getLogger("agentrl.somewhere")
+        log.debug("a detail")
+        log.info("a step")
+        log.warning("a worry")
+        book = Logbook("unused")
+        book.say("playing")
+        book.say("warning: nothing was learned")
+        book.show("the table")
+        raise ConfigError("that was all")
+
+    monkeypatch.setattr(agentrl.run.settings, "load_config", config)
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "said"),
+    [
+        ((), {}, "step worry"),
+        (("-v",), {}, "detail step worry"),
+        (("--verbose",), {"AGENTRL_LOG_LEVEL": "error"}, "detail step worry"),
+        (("-q",), {}, "worry"),
+        (("-q",), {"AGENTRL_LOG_LEVEL": "debug"}, "worry"),
+        ((), {"AGENTRL_LOG_LEVEL": "debug"}, "detail step worry"),
+        ((), {"AGENTRL_LOG_LEVEL": "WARNING"}, "worry"),
+        ((), {"AGENTRL_LOG_LEVEL": "error"}, ""),
+    ],
+)
+def test_v_q_and_the_environment_say_how_much_is_said(
+    options: tuple[str, ...], environment: dict[str, str], said: str, speaking: None
+) -> None:
+    before = logging.getLogger("agentrl").level, list(logging.getLogger().handlers)
+    for arguments in ((*options, "config"), ("config", *options)):  # before the command's name and behind it
+        result = run(*arguments, env={"AGENTRL_LOG_LEVEL": "", **environment})
+        assert result.exit_code == 2
+        heard = [word for word in ("detail", "step", "worry") if f" {word}" in result.stderr]
+        assert " ".join(heard) == said
+        assert "error: that was all" in result.stderr
+        assert ("playing" in result.stdout) == ("step" in said)
+        assert "warning: nothing was learned\nthe table\n" in result.stdout
+    assert (logging.getLogger("agentrl").level, list(logging.getLogger().handlers)) == before
+
+
+def test_v_shows_the_warnings_that_python_hides(tmp_path: Path) -> None:
+    game = "from agentrl.env import register\nregister('cli-tests/Old-v0', 'old:Game')\nimport warnings\n"
+    (tmp_path / "old.py").write_text(f"{game}warnings.warn('an old name', DeprecationWarning)\n")
+    heard = []
+    for options in ([], ["-v"]):
+        line = [sys.executable, "-m", "agentrl", *options, "envs", "--import", "old.py"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path)
+        heard.append("DeprecationWarning: an old name" in done.stderr)
+    assert heard == [False, True]
+
+
+def test_levels_that_are_none_are_refused() -> None:
+    assert "-v and -q contradict each other" in refused("-v", "config", "-q")
+    result = run("config", env={"AGENTRL_LOG_LEVEL": "loud"})
+    assert result.exit_code == 2
+    assert "AGENTRL_LOG_LEVEL is 'loud', wanted one of debug, info, warning, error" in result.stderr
+
+
+def test_what_was_decided_is_a_detail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: quickstart.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    said = run("-v", "config", "mine.yaml", "seed=1").stderr
+    assert "debug: agentrl.run.settings: read [" in said
+    assert "'mine.yaml'], then ['seed=1']" in said
+    assert run("config", "mine.yaml").stderr == ""
+
+
+# Completion.
+
+
+def completed(line: str) -> list[str]:
+    """What bash is offered at the end of a line, which it has split at "=" as well."""
+    words = re.sub("=", " = ", line).split() + ([""] if line.endswith((" ", "=")) else [])
+    environment = {
+        "_AGENTRL_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(words),
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    return run(env=environment).stdout.split()
+
+
+def test_a_shell_completes_commands_files_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").write_text("")
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "other.yaml").write_text("")
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "runs" / "first" / "config.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert completed("agentrl tr") == ["train"]
+    assert {"mine.yaml", "lab/", "quickstart.yaml", "algorithm.name="} <= set(completed("agentrl train "))
+    assert completed("agentrl train lab/o") == ["lab/other.yaml"]
+    assert completed("agentrl train mine.yaml algorithm.name=ep") == ["epo"]
+    assert {"epo", "grpo", "spear"} <= set(completed("agentrl train mine.yaml algorithm.name="))
+    assert completed("agentrl plan env.id=agentrl/ALF") == ["agentrl/ALFWorld-v0"]
+    assert completed("agentrl play agentrl/Web") == ["agentrl/WebShop-v0"]
+    assert completed("agentrl evaluate --policy r") == ["random", "runs/first"]
+
+
+def test_the_completion_of_a_shell_can_be_installed() -> None:
+    assert {"--install-completion", "--show-completion"} <= set(run("--help").stdout.split())
 
 
 # Bad input.

@@ -64,7 +64,7 @@ SMALL = (
 
 @pytest.mark.slow
 def test_the_cluster_config_trains_when_cut_down_to_one_machine(tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
     command = [sys.executable, ROOT / "scripts" / "train.py", ROOT / "configs" / "cluster.yaml"]
     subprocess.run(
         [*command, *SMALL, f"run.folder={tmp_path}", "run.name=small"], check=True, cwd=tmp_path, timeout=280

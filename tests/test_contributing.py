@@ -1,9 +1,15 @@
 """Both files that CONTRIBUTING.md shows do what it says they do."""
 
+import re
+import subprocess
+import sys
+import venv
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
+from shell import ROOT, commands, installed, run_all, smaller, working_tree
 
 import agentrl
 from agentrl.algorithms.algorithm import Context, build_recipe
@@ -60,3 +66,55 @@ def test_the_examples_train_together(examples: dict[str, ModuleType], tmp_path: 
     run = agentrl.train(config, quiet=True)
     assert run.summary["policies"]["expert"]["greedy"]["success_rate"] == 1.0
     assert run.summary["algorithm"] == "example_rloo"
+
+
+DOCUMENT = (ROOT / "CONTRIBUTING.md").read_text()
+COMMANDS = commands(DOCUMENT)
+PIP = "python -m pip install -e my_agents"
+
+
+@pytest.mark.timeout(900)
+def test_its_commands_run_as_they_are_written(examples: dict[str, ModuleType], tmp_path: Path) -> None:
+    folder = working_tree(tmp_path / "agentrl")
+    agents = folder / "my_agents"
+    agents.mkdir()
+    for name, module in examples.items():
+        for path in (folder / f"{name}.py", agents / f"{name}.py"):
+            path.write_text(Path(str(module.__file__)).read_text())
+    (project,) = re.findall(r"```toml\n(.*?)```", DOCUMENT, re.S)
+    (agents / "pyproject.toml").write_text(project)
+    place = COMMANDS.index(PIP)
+    before = run_all(list(map(smaller, COMMANDS[:place])), folder)
+    assert "example/HotCold-v0 keeps the contract" in before.replace("\n", " ")
+    assert "REINFORCE with the mean return of the other episodes" in before
+    assert len(list((folder / "runs").glob("*/summary.json"))) == 3
+    for name in examples:
+        (folder / f"{name}.py").unlink()
+    assert "error: environment 'example/HotCold-v0' is unknown" in run_all(
+        ["source .venv/bin/activate", "agentrl check-env example/HotCold-v0 || true"], folder
+    )
+    after = ["source .venv/bin/activate", *map(smaller, COMMANDS[place:])]
+    run_all(after, folder, installed(agents))
+    assert len(list((folder / "runs").glob("HotCold-v0-example_rloo*/summary.json"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_its_pyproject_is_one_that_pip_installs(examples: dict[str, ModuleType], tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    (site,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
+    here = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "here.pth").write_text("\n".join(f"import site; site.addsitedir({path!r})" for path in here))
+    agents = tmp_path / "my_agents"
+    agents.mkdir()
+    for name, module in examples.items():
+        (agents / f"{name}.py").write_text(Path(str(module.__file__)).read_text())
+    (project,) = re.findall(r"```toml\n(.*?)```", DOCUMENT, re.S)
+    (agents / "pyproject.toml").write_text(project)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    subprocess.run([python, *PIP.split()[1:]], cwd=tmp_path, check=True)
+    for command, wanted in (("envs", "example/HotCold-v0"), ("algorithms", "example_rloo")):
+        listed = subprocess.run(
+            [python, "-m", "agentrl", command], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert wanted in listed.stdout

@@ -1,13 +1,46 @@
-"""What a stranger meets who installs agentrl without the games' data."""
+"""What a stranger meets who installs agentrl without the games' data, or misses an extra."""
 
+import re
 import subprocess
+import tomllib
 import venv
 from pathlib import Path
 
 import pytest
 
+from agentrl.errors import missing_extra
+
 ROOT = Path(__file__).resolve().parents[1]
 REMEDY = "pip install --no-deps alfworld==0.4.2"
+
+
+def test_nothing_tells_to_install_the_project_that_the_package_index_has_under_our_name() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    places = (
+        "agentrl",
+        "configs",
+        "docs",
+        "envs",
+        "scripts",
+        "tests",
+        "README.md",
+        "CONTRIBUTING.md",
+        "Makefile",
+    )
+    named = set()
+    for place in places:
+        for path in [ROOT / place, *(ROOT / place).rglob("*")]:
+            if path.suffix in (".py", ".md", ".yaml", ".j2", ".sbatch", "") and path.is_file():
+                text = path.read_text()
+                assert not re.search(r"pip install (-\S+ )*['\"]?agentrl\b|agentrl\\?\[[a-z]", text), path
+                named |= set(re.findall(r'missing_extra\([^\n]*, "([a-z-]+)"\)', text))
+    assert {"lora", "math", "ray", "reasoning-gym", "scienceworld", "webshop"} <= named <= {*extras}
+
+
+def test_an_extra_is_installed_from_the_checkout() -> None:
+    assert str(missing_extra("this needs Ray", "ray")) == (
+        "this needs Ray: pip install -e '.[ray]' (in agentrl's checkout)"
+    )
 
 
 @pytest.mark.slow

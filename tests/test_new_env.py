@@ -193,11 +193,14 @@ def test_a_pyproject_in_the_way_is_refused_before_anything_is_written(
 def test_it_says_what_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = new_env("GuessNumber")
-    assert result.stdout.splitlines()[-4:] == [
+    train = "agentrl train env.id=my/GuessNumber-v0 evaluation.split=test evaluation.tasks=30"
+    assert result.stdout.splitlines()[-6:] == [
         "Next:",
+        "  agentrl check-env my/GuessNumber-v0 --import guess_number_env.py",
+        f"  {train} --import guess_number_env.py",
+        "",
+        "Installed, it needs no --import:",
         "  python -m pip install -e .",
-        "  agentrl check-env my/GuessNumber-v0",
-        "  agentrl train env.id=my/GuessNumber-v0 evaluation.split=test evaluation.tasks=30",
     ]
 
 

@@ -9,61 +9,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from shell import ROOT, SMALL, TINY, commands, run_all, smaller, working_tree
 
 import agentrl
-from agentrl.cli import app
 from agentrl.run.study import load_study, plan
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-SMALL = (
-    "warm_start.steps=2",
-    "warm_start.demonstrations=24",
-    "policy.tokenizer_episodes=4",
-    "trainer.steps=2",
-    "rollout.groups_per_step=2",
-    "rollout.group_size=2",
-    "evaluation.tasks=4",
-)
+COMMANDS = commands(README)
 
 
-def commands(text: str) -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
-    return [line.partition("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+@pytest.mark.timeout(900)
+def test_the_commands_of_the_readme_run_as_they_are_written(tmp_path: Path) -> None:
+    folder = working_tree(tmp_path / "agentrl")
+    assert COMMANDS[:2] == ["make quickstart", "source .venv/bin/activate"]
+    printed = run_all(list(map(smaller, COMMANDS)), folder)
+    assert "my/GuessNumber-v0 keeps the contract" in printed.replace("\n", " ")
+    assert len(list((folder / "runs").glob("*/summary.json"))) == 4
 
 
-AGENTRL = [line for line in commands(README) if line.startswith("agentrl ")]
-
-
-@pytest.fixture(scope="module")
-def small_run(tmp_path_factory: pytest.TempPathFactory) -> agentrl.Run:
-    folder = tmp_path_factory.mktemp("runs")
-    return agentrl.train(agentrl.load_config("quickstart.yaml", *SMALL, f"run.folder={folder}"), quiet=True)
-
-
-@pytest.mark.parametrize("line", AGENTRL)
-def test_a_command_of_the_readme_runs(
-    line: str, small_run: agentrl.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
-    line = line.replace("runs/NAME", str(small_run.folder)).replace("guess_number", str(tmp_path / "mine"))
-    words = shlex.split(line)[1:]
-    if words[0] == "train" and "--resume" not in words:
-        words += [*SMALL, f"run.folder={tmp_path}"]
-    answer = CliRunner().invoke(app, words)
-    assert answer.exit_code == 0, answer.output
-    assert answer.output.strip()
+def test_without_activation_no_command_is_found(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="agentrl: command not found"):
+        run_all(["agentrl envs"], working_tree(tmp_path / "agentrl"))
 
 
 def test_the_tour_names_every_command() -> None:
-    named = {line.split()[1] for line in AGENTRL}
+    named = {line.split()[1] for line in COMMANDS if line.startswith("agentrl ")}
     wanted = {"train", "evaluate", "play", "envs", "algorithms", "config", "plan", "check-env", "new-env"}
     assert named >= wanted
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [line for line in commands(README) if line.startswith("torchrun ")])
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("torchrun ")])
 def test_what_torchrun_starts_in_the_readme_trains(line: str, tmp_path: Path) -> None:
     words = [*shlex.split(line), *SMALL, f"run.folder={tmp_path}", "run.name=tiny"]
     command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
@@ -108,17 +84,11 @@ def test_the_study_of_the_readme_is_the_one_that_was_run() -> None:
         assert set(results["methods"][name]["runs"]) == {"0", "1", "2"}
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate"])
-def test_the_scripts_are_the_commands(name: str, small_run: agentrl.Run, tmp_path: Path) -> None:
-    arguments = {
-        "train": ["configs/quickstart.yaml", *SMALL, f"run.folder={tmp_path}"],
-        "evaluate": ["--policy", str(small_run.folder), "--tasks", "2"],
-    }[name]
-    answer = subprocess.run(
-        [sys.executable, f"scripts/{name}.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert answer.returncode == 0, answer.stderr
+def test_the_scripts_are_the_commands(tmp_path: Path) -> None:
+    for name, arguments in {
+        "train": ("configs/quickstart.yaml", *TINY, f"run.folder={tmp_path}", "run.name=tiny"),
+        "evaluate": ("--policy", str(tmp_path / "tiny"), "--tasks", "2"),
+    }.items():
+        line = [sys.executable, f"scripts/{name}.py", *arguments]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from pydantic import PlainValidator, ValidationInfo
 
 from agentrl.config import build, suggestion, to_tree
 from agentrl.errors import ConfigError
+from agentrl.plugins import announce, withheld_hint
 
 if TYPE_CHECKING:
     from agentrl.algorithms.algorithm import Algorithm
@@ -69,6 +70,7 @@ def recipe(name: str) -> Callable[[R], R]:
             raise ConfigError(f"two recipes are named {name!r}: {_place(known)} and {_place(cls)}")
         if not is_dataclass(cls):
             raise ConfigError(f"recipe {name!r} ({_place(cls)}) is not a dataclass")
+        announce("recipe", cls.__module__)
         cls.name = name
         cls.__init__ = _with_preset(cls)  # type: ignore[method-assign]
         _recipes[name] = cls
@@ -181,7 +183,9 @@ def recipe_class(name: str, where: str = "algorithm") -> type[Recipe]:
     if name not in _recipes:
         broken = "".join(f"; plug-in {plugin} failed to load: {why}" for plugin, why in _broken.items())
         place = f"{where}.name" if where else "name"
-        raise ConfigError(f"{place}: unknown recipe (got {name!r}; {suggestion(name, _recipes)}){broken}")
+        raise ConfigError(
+            f"{place}: unknown recipe (got {name!r}; {suggestion(name, _recipes)}){broken}{withheld_hint()}"
+        )
     return _recipes[name]
 
 

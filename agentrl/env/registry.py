@@ -1,7 +1,7 @@
 """Environments by id, over Gymnasium's registry, which itself knows no plug-ins.
 
 A distribution offers environments with an entry point in the group `agentrl.envs`: a callable without
-arguments that calls `register` for each of its ids.
+arguments that calls `register` for each of its ids. What is not installed is imported, see `agentrl.plugins`.
 """
 
 import inspect
@@ -20,9 +20,10 @@ from gymnasium.envs.registration import load_env_creator
 
 from agentrl.env.names import unknown
 from agentrl.errors import AgentRLError, ConfigError, MissingDependencyError
+from agentrl.plugins import announce, current_import, load_imports, loaded_imports, withheld_hint
 
 GROUP = "agentrl.envs"
-_PLUGIN = "plug-in"
+_PLUGIN, _IMPORT = "plug-in", "import"
 
 Creator = Callable[..., gymnasium.Env[str, str]]
 
@@ -53,7 +54,8 @@ def register(id: str, entry_point: str | Creator, **kwargs: Any) -> None:
     Raises:
         ConfigError: the id is malformed, or somebody else has registered it.
     """
-    owner = _plugins.loading or f"module {_calling_module()}"
+    module, imported = _calling_module(), current_import()
+    owner = _plugins.loading or (f"{_IMPORT} {imported}" if imported is not None else f"module {module}")
     previous = _plugins.owners.get(id) or _foreign_owner(id)
     if previous not in (None, owner) and not _repeats(id, entry_point, kwargs):
         raise _DuplicateIdError(f"environment id {id!r} is registered twice: by {previous} and by {owner}")
@@ -62,6 +64,7 @@ def register(id: str, entry_point: str | Creator, **kwargs: Any) -> None:
         gymnasium.register(id, entry_point, order_enforce=False, disable_env_checker=True, kwargs=kwargs)
     except gymnasium.error.Error as error:
         raise ConfigError(f"environment id {id!r} cannot be registered: {error}") from error
+    announce("environment", module)
     if not (previous or "").startswith(_PLUGIN):
         _plugins.owners[id] = owner
 
@@ -159,6 +162,8 @@ def make(id: str, **kwargs: Any) -> gymnasium.Env[str, str]:
 class Factory:
     """Makes environments of one id, in another process as well: what was registered by hand travels along.
 
+    Files and modules that were imported for their environments are imported there, see `agentrl.plugins`.
+
     Args:
         id: of the environment.
         kwargs: for its constructor.
@@ -167,17 +172,20 @@ class Factory:
     def __init__(self, id: str, **kwargs: Any) -> None:
         self.id = id
         self.kwargs = kwargs
+        self._imports: tuple[str, ...] = ()  # of the process that it comes from
 
     def __call__(self) -> gymnasium.Env[str, str]:
+        load_imports(self._imports)
         return make(self.id, **self.kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         spec = gymnasium.registry.get(self.id)
-        by_plugin = _plugins.owners.get(self.id, "").startswith(_PLUGIN)
-        registration = None if spec is None or by_plugin else (spec.entry_point, spec.kwargs)
+        is_found_there = _plugins.owners.get(self.id, "").startswith((_PLUGIN, _IMPORT))
+        registration = None if spec is None or is_found_there else (spec.entry_point, spec.kwargs)
         if registration is not None:
             _let_travel(registration[0])
-        return _rebuilt, (self.id, self.kwargs, registration)
+        imports = dict.fromkeys((*self._imports, *loaded_imports("environment")))
+        return _rebuilt, (self.id, self.kwargs, registration, tuple(imports))
 
 
 def _let_travel(entry_point: Any) -> None:
@@ -189,11 +197,18 @@ def _let_travel(entry_point: Any) -> None:
             cloudpickle.register_pickle_by_value(module)
 
 
-def _rebuilt(id: str, kwargs: dict[str, Any], registration: tuple[Any, dict[str, Any]] | None) -> Factory:
+def _rebuilt(
+    id: str,
+    kwargs: dict[str, Any],
+    registration: tuple[Any, dict[str, Any]] | None,
+    imports: tuple[str, ...] = (),
+) -> Factory:
     load_plugins()
     if registration is not None and id not in gymnasium.registry:
         register(id, registration[0], **registration[1])
-    return Factory(id, **kwargs)
+    factory = Factory(id, **kwargs)
+    factory._imports = imports
+    return factory
 
 
 def check_id(id: str) -> None:
@@ -208,7 +223,7 @@ def check_id(id: str) -> None:
 
 
 def _unknown_id(id: str) -> ConfigError:
-    error = unknown("environment", id, env_ids())
+    error = ConfigError(f"{unknown('environment', id, env_ids())}{withheld_hint()}")
     if not _plugins.broken:
         return error
     reasons = "; ".join(f"{plugin}: {reason}" for plugin, reason in _plugins.broken.items())

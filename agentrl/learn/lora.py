@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from agentrl.errors import ConfigError, MissingDependencyError
+from agentrl.errors import ConfigError, missing_extra
 from agentrl.learn.settings import LoraConfig
 from agentrl.learn.sharding import whole
 from agentrl.policy.architecture import called_maps
@@ -32,7 +32,7 @@ def check_adapters(policy: nn.Module, config: LoraConfig) -> None:
     try:
         import peft  # noqa: F401
     except ModuleNotFoundError as error:
-        raise MissingDependencyError("learner.lora needs peft: pip install 'agentrl[lora]'") from error
+        raise missing_extra("learner.lora needs peft", "lora") from error
     maps, called = _maps(policy), _called(policy)
     wrong = [name for name in config.targets if name not in map(_own_name, called)]
     if not wrong and config.targets:

@@ -15,6 +15,7 @@ What each placement promises when an environment misbehaves:
 Ctrl-C of the user stops a run in every one of them.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,8 @@ from agentrl.rollout.environments import EnvironmentPool, Environments, Make, Th
 from agentrl.rollout.settings import Placement, RolloutConfig, WorkersConfig
 from agentrl.rollout.worker import CallTimes
 from agentrl.rollout.workers import EnvironmentLostError, ProcessEnvironments
+
+_log = logging.getLogger(__name__)
 
 # Below this many seconds a call, what a process costs is more than what it brings.
 CHEAP_CALL = 0.002
@@ -67,6 +70,7 @@ def settle(make: Make, config: RolloutConfig, split: str, seed: int = 0) -> tupl
     if placement == "process" and times.heavy and workers.environments is None:
         workers = replace(workers, environments=1)
     settled = replace(config, placement=placement, workers=workers)
+    _log.debug("placement %s, %s", placement, workers)
     return settled, f"placement {placement}: {_in_words(times)}"
 
 

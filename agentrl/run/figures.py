@@ -271,5 +271,6 @@ def _plain(text: str) -> str:
 
 def _uri(figure: Figure) -> str:
     stream = BytesIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
+    # Transparent, so that a page of either scheme can have it.
+    figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
     return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -12,12 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentrl.config import read_yaml, to_yaml
+from agentrl.config import parse_overrides, read_yaml, to_yaml
+from agentrl.env.registry import env_ids
 from agentrl.errors import CheckpointError, ConfigError
+from agentrl.plugins import import_hashes, withheld_hint, withhold
+from agentrl.run.config_files import ConfigFile, blamed
 from agentrl.run.settings import RunConfig, config_from_tree, config_tree, with_names
 
 if TYPE_CHECKING:  # it loads transformers
     from agentrl.policy.tokens import Wording
+
+_log = logging.getLogger(__name__)
 
 # What may change when a run is resumed: none of it says what is learned (but see `rollout.placement`).
 _FREE = (
@@ -94,12 +100,32 @@ def create_run(config: RunConfig, **measured: Any) -> Run:
 def open_run(path: str | Path) -> Run:
     """Open a run by its folder, or by its name below `runs/`.
 
+    Nothing that the folder names is executed: what its `run.imports` register has to be imported before.
+
+    Raises:
+        CheckpointError: when there is none.
+        ConfigError: its configuration is damaged, or has a recipe that nobody has imported.
+    """
+    folder = find_run(path)
+    file = ConfigFile(folder / "config.yaml", read_yaml(folder / "config.yaml"))
+    block = file.tree.get("run")
+    named = block.get("imports") if isinstance(block, dict) else None
+    withhold([name for name in named if isinstance(name, str)] if isinstance(named, list) else [], folder)
+    try:
+        return Run(folder, config_from_tree(file.tree))
+    except ConfigError as error:
+        raise ConfigError(blamed(str(error), [file])) from error
+
+
+def find_run(path: str | Path) -> Path:
+    """Return a run's folder, given that or its name below `runs/`.
+
     Raises:
         CheckpointError: when there is none.
     """
     for folder in (Path(path), Path(RunConfig().run.folder) / path):
         if (folder / "config.yaml").is_file():
-            return Run(folder, config_from_tree(read_yaml(folder / "config.yaml")))
+            return folder
     raise CheckpointError(
         f"{path}: not a run (a run's folder holds a config.yaml); list yours with: ls runs/"
     )
@@ -109,11 +135,21 @@ def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
     """The run with changed keys, as long as they do not change what is learned.
 
     Raises:
-        ConfigError: listing the keys that do.
+        ConfigError: listing the keys that do, or its environment is one that nobody has imported.
     """
+    if run.config.run.imports and run.config.env.id not in env_ids():
+        raise ConfigError(f"{run.folder} plays {run.config.env.id}, which is unknown here{withheld_hint()}")
+    _warn_of_changed_imports(run)
     before = config_tree(run.config)
-    config = config_from_tree(with_names(before, overrides)[0])
+    try:
+        config = config_from_tree(with_names(before, parse_overrides(overrides))[0])
+    except ConfigError as error:
+        raise ConfigError(blamed(str(error), [], overrides)) from error
     after = config_tree(config)
+    if config.run.imports != run.config.run.imports:
+        raise ConfigError(
+            "run.imports: a run keeps what it began with; wanted --import for what it needs now"
+        )
     changed = [key for key in _changed(before, after) if not key.startswith(_FREE)]
     if changed:
         lines = "\n".join(f"{key}: {_at(before, key)!r} -> {_at(after, key)!r}" for key in changed)
@@ -121,6 +157,17 @@ def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
             f"{run.folder} cannot be resumed with other values; start a new run instead:\n{lines}"
         )
     return Run(run.folder, config)
+
+
+def _warn_of_changed_imports(run: Run) -> None:
+    manifest = run.folder / "manifest.json"
+    try:
+        began = json.loads(manifest.read_text(encoding="utf-8"))["imports"]
+        changed = [name for name, now in import_hashes(run.config.run.imports).items() if now != began[name]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # a run without imports, or a manifest that a report refuses
+    for name in changed:
+        _log.warning("%s is not what it was when %s began: what it learns may differ", name, run.folder)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -197,6 +244,7 @@ def _manifest(config: RunConfig) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "git": _git_revision(),
         "seed": config.seed,
+        **({"imports": import_hashes(config.run.imports)} if config.run.imports else {}),
     }
 
 

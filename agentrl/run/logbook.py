@@ -1,6 +1,7 @@
 """What a run says while it goes: `metrics.jsonl`, one row per step, and a line of progress for who waits."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -33,7 +34,8 @@ class Logbook:
 
     Args:
         folder: of the run.
-        quiet: write the file and show nothing.
+        quiet: write the file and show nothing. With the logger `agentrl` above INFO, warnings and results
+            are shown, and no progress.
         console: where to show; standard output unless told.
         seconds_between_lines: least time between two plain lines of one stage.
     """
@@ -48,6 +50,7 @@ class Logbook:
     ) -> None:
         self.path = Path(folder) / "metrics.jsonl"
         self._console = console or Console(quiet=quiet)
+        self._progress = logging.getLogger("agentrl").level <= logging.INFO
         self._pause = seconds_between_lines
         self._file: TextIO | None = None
         self._stage: _Stage | None = None
@@ -132,7 +135,10 @@ class Logbook:
     def _new_bar(self) -> Progress:
         text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
         return Progress(
-            BarColumn(bar_width=16), text, console=self._console, disable=not self._console.is_terminal
+            BarColumn(bar_width=16),
+            text,
+            console=self._console,
+            disable=not (self._console.is_terminal and self._progress),
         )
 
     def advance(self, done: int) -> None:
@@ -146,8 +152,9 @@ class Logbook:
             self.say(stage.line())
 
     def say(self, text: str) -> None:
-        """Print a line of plain text."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Print a line of plain text; without progress, only one that begins with "warning: "."""
+        if self._progress or text.startswith("warning: "):
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, renderable: RenderableType) -> None:
         """Print a table or the like."""

@@ -159,6 +159,8 @@ def _run_or_none(policy: str) -> Run | None:
     try:
         return open_run(policy)
     except AgentRLError:
-        if not Path(policy).is_dir():
+        folder = Path(policy)
+        is_run = (folder / "config.yaml").is_file() and not (folder / "config.json").is_file()
+        if is_run or not folder.is_dir():
             raise
         return None

@@ -1,19 +1,23 @@
 """The configuration of a run: every room's own block, composed, validated at once, printed and read back."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
-from importlib.metadata import files
 from pathlib import Path
 from typing import Any, Literal
 
 from agentrl.algorithms.recipe import Recipe, build_recipe, kept_from_preset, recipe_tree
-from agentrl.config import build, merge, read_yaml, to_tree
+from agentrl.config import Dotted, build, parse_overrides, set_values, to_tree
 from agentrl.env.settings import EnvConfig
 from agentrl.errors import ConfigError
 from agentrl.learn.settings import LearnerConfig
+from agentrl.plugins import load_imports
 from agentrl.policy.settings import EngineConfig, PolicyConfig
 from agentrl.rollout.settings import RolloutConfig
+from agentrl.run.config_files import blamed, leaves, read_config_files
+
+_log = logging.getLogger(__name__)
 
 
 def cloning_learner() -> LearnerConfig:
@@ -127,15 +131,18 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class RunFolderConfig:
-    """Where the run is kept.
+    """Where the run is kept, and which code of its user's it imports.
 
     Args:
         name: of the folder; None counts up from the environment and algorithm names.
         folder: that holds the runs.
+        imports: Python files and modules that register environments and recipes, in every process; a file is
+            relative to the configuration that names it. Who opens the run later names them again.
     """
 
     name: str | None = None
     folder: str = "runs"
+    imports: tuple[str, ...] = ()
 
 
 DEFAULT_RECIPE = "grpo"
@@ -180,26 +187,53 @@ _VLLM_TEMPERATURES = (0.01, 2.0)
 _NAMING_KEYS = {"algorithm": "name", "env": "id"}
 
 
-def load_config(path: str | Path | None = None, *overrides: str, warn: Any = None) -> RunConfig:
-    """Read a run's configuration.
+def load_config(
+    path: str | Path | None = None, *overrides: str, warn: Any = None, imports: Iterable[str] = ()
+) -> RunConfig:
+    """Read a run's configuration, and import what it names in `run.imports`.
 
     Args:
         path: a YAML file, looked for as given and then among the shipped configs; None takes the defaults.
+            `extends: FILE` in it names another, whose values it changes.
         overrides: `key=value` with dotted keys, e.g. `learner.learning_rate=3e-4`.
-        warn: called with one line for each key of the file that an override of a `name` dropped, and for each
-            value given in the place of what a recipe's `preset` has.
+        warn: called with one line for each key that a new `name` dropped, and for each value given in the
+            place of what a recipe's `preset` has.
+        imports: Python files and modules beside those of `run.imports`.
 
     Raises:
-        ConfigError: listing every mistake with its path.
+        ConfigError: listing every mistake with its path, and the file and line or the override that made it.
     """
-    tree = {} if path is None else read_yaml(find_config(path))
-    tree, dropped = with_names(tree, overrides)
-    for key in dropped:
-        (warn or _print)(f"dropped {key}: it belongs to another {_NAMING_KEYS[key.split('.')[0]]}")
-    config = config_from_tree(tree)
+    files = [] if path is None else read_config_files(path)
+    tree = files[0].tree if files else {}
+    dropped: list[str] = []
+    try:
+        for change in (*(list(leaves(file.tree)) for file in files[1:]), parse_overrides(overrides)):
+            tree, lost = with_names(tree, change)
+            dropped += lost
+        _log.debug("read %s, then %s", [str(file.path) for file in files], list(overrides))
+        for key in dropped:
+            (warn or _print)(f"dropped {key}: it belongs to another {_NAMING_KEYS[key.split('.')[0]]}")
+        config = config_from_tree(_with_imports(tree, imports))
+    except ConfigError as error:
+        raise ConfigError(blamed(str(error), files, overrides)) from error
     for line in kept_from_preset(config.algorithm):
         (warn or _print)(line)
     return config
+
+
+def _with_imports(tree: dict[str, Any], more: Iterable[str]) -> dict[str, Any]:
+    """Import what the tree names and `more`, and have the tree name all of it."""
+    block = tree.get("run")
+    block = {} if block is None else block
+    named = block.get("imports", []) if isinstance(block, dict) else None
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        return tree  # which is told with the other mistakes
+    try:
+        imported = load_imports(named)
+    except ConfigError as error:
+        raise ConfigError(f"run.imports: {error}") from error
+    imported = tuple(dict.fromkeys((*imported, *load_imports(more))))
+    return tree | {"run": block | {"imports": list(imported)}} if imported else tree
 
 
 def config_from_tree(tree: Mapping[str, Any]) -> RunConfig:
@@ -231,34 +265,6 @@ def config_tree(config: RunConfig) -> dict[str, Any]:
     return tree
 
 
-def find_config(path: str | Path) -> Path:
-    """A config file as given, or the shipped one of that name."""
-    given = Path(path)
-    if given.exists():
-        return given
-    for candidate in _shipped():
-        if candidate.name == given.name:
-            return candidate
-    raise ConfigError(f"{path}: no such config file; shipped with agentrl: {', '.join(shipped_configs())}")
-
-
-def shipped_configs() -> list[str]:
-    """Names of the configs that come with agentrl."""
-    return sorted({candidate.name for candidate in _shipped()})
-
-
-def _shipped() -> list[Path]:
-    # An editable install copies the configs once; those beside the source are the ones being edited.
-    source = Path(__file__).parents[2]
-    if (source / "pyproject.toml").is_file():
-        return sorted(source.glob("configs/*.yaml"))
-    return [
-        Path(str(file.locate())).resolve()
-        for file in files("agentrl") or ()
-        if file.parent.as_posix().endswith("share/agentrl/configs")
-    ]
-
-
 def _recipe(block: Any) -> Recipe:
     block = {} if block is None else block
     if not isinstance(block, Mapping):
@@ -269,27 +275,31 @@ def _recipe(block: Any) -> Recipe:
     return build_recipe(name, {k: v for k, v in block.items() if k != "name"})
 
 
-def with_names(tree: dict[str, Any], overrides: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """Apply overrides; a new name empties its block first, whatever the order of the overrides.
+def with_names(
+    tree: Mapping[str, Any], changes: Iterable[tuple[Dotted, Any]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Change values; a new name empties its block first, whatever the order of the changes.
+
+    Args:
+        tree: to be changed; it stays as it is.
+        changes: paths and values, see `parse_overrides`.
 
     Returns:
-        The tree, and the dotted keys that were dropped.
+        The changed tree, and the dotted keys that were dropped.
     """
-    tree, overrides = deepcopy(tree), list(overrides)
+    changed, changes = deepcopy(dict(tree)), list(changes)
     dropped: list[str] = []
-    for item in sorted(overrides, key=lambda text: text.partition("=")[0].count(".")):
-        name, _, value = item.partition("=")
-        *path, key = name.split(".")
-        block = _block(tree, path)
+    for (*path, key), value in sorted(changes, key=lambda change: len(change[0])):
+        block = _block(changed, path)
         # An environment's arguments may be called anything; the blocks inside an algorithm are recipes.
         naming = path == ["env"] or path[:1] == ["algorithm"]
-        if not naming or key != _NAMING_KEYS[path[0]] or value == str(block.get(key)):
+        if not naming or key != _NAMING_KEYS[path[0]] or value == block.get(key):
             continue
         kept = {"split"} if path == ["env"] else set()
         dropped += [f"{'.'.join(path)}.{old}" for old in block if old not in {key, *kept}]
         for old in set(block) - kept:
             del block[old]
-    return merge(tree, overrides), dropped
+    return set_values(changed, changes), dropped
 
 
 def _block(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:

@@ -18,14 +18,13 @@ from agentrl.config import build, merge, read_yaml, suggestion, to_tree, to_yaml
 from agentrl.errors import ConfigError
 from agentrl.run.comparison import compare
 from agentrl.run.comparison_report import write_comparison
+from agentrl.run.config_files import ConfigFile, blamed, find_config
 from agentrl.run.folder import write_atomic
 from agentrl.run.interruption import Interruption, RunInterrupted
 from agentrl.run.settings import (
     RunConfig,
-    RunFolderConfig,
     config_from_tree,
     config_tree,
-    find_config,
     load_config,
 )
 
@@ -122,7 +121,10 @@ class StudyRun:
     @property
     def arguments(self) -> list[str]:
         """Of the `agentrl` command that starts it, or takes it up where it stopped."""
-        return ["train", "--resume", str(self.folder)] if self.folder.exists() else ["train", str(self.file)]
+        imports = [f"--import={name}" for name in self.config.run.imports]
+        if self.folder.exists():
+            return ["train", "--resume", str(self.folder), *imports]
+        return ["train", str(self.file), *imports]
 
 
 def load_study(path: str | Path, *overrides: str) -> StudyConfig:
@@ -137,7 +139,11 @@ def load_study(path: str | Path, *overrides: str) -> StudyConfig:
     """
     keys = {item.name for item in fields(StudyConfig)}
     own = [item for item in overrides if re.split(r"[.=]", item, maxsplit=1)[0] in keys]
-    study = build(StudyConfig, merge(read_yaml(path), own))
+    file = ConfigFile(Path(path), read_yaml(path))
+    try:
+        study = build(StudyConfig, merge(file.tree, own))
+    except ConfigError as error:
+        raise ConfigError(blamed(str(error), [file], own)) from error
     beside = Path(path).parent / study.base
     return replace(
         study,
@@ -339,7 +345,9 @@ def _laid_over(tree: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, A
 
 def _placed(config: RunConfig, name: str, seed: int, parent: Path, clone: StudyRun | None = None) -> StudyRun:
     quiet = replace(config.evaluation, baselines=(), instruction_check=False)
-    config = replace(config, evaluation=quiet, seed=seed, run=RunFolderConfig(name, str(parent)))
+    config = replace(
+        config, evaluation=quiet, seed=seed, run=replace(config.run, name=name, folder=str(parent))
+    )
     return StudyRun(name, config, clone)
 
 

@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from agentrl.errors import MissingDependencyError
+from agentrl.errors import missing_extra
 
 
 def check_ray(who: str) -> None:
@@ -12,4 +12,4 @@ def check_ray(who: str) -> None:
         who: asks for it, as in the configuration.
     """
     if importlib.util.find_spec("ray") is None:
-        raise MissingDependencyError(f"{who} needs Ray: pip install 'agentrl[ray]'")
+        raise missing_extra(f"{who} needs Ray", "ray")

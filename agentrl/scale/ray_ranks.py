@@ -4,6 +4,7 @@ Each actor sets the variables that torchrun would have set, and then does what t
 """
 
 import io
+import logging
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from agentrl.errors import AgentRLError, ConfigError
+from agentrl.plugins import load_imports, loaded_imports
 from agentrl.scale.cluster import check_cluster, check_room, connected, in_short, is_lost
 
 T = TypeVar("T")
@@ -53,7 +55,8 @@ def run_on_ray(work: Callable[[], T], count: int, *, address: str | None = None,
         check_room("learner.processes", count, gpus=gpus)
         screen = Queue(actor_options={"num_cpus": 0})
         options = {"num_cpus": 0, "num_gpus": gpus}
-        actors = [_Rank.options(**options).remote(sys.path, os.getcwd()) for _ in range(count)]
+        same = sys.path, os.getcwd(), loaded_imports(), logging.getLogger("agentrl").level
+        actors = [_Rank.options(**options).remote(*same) for _ in range(count)]
         try:
             ranks = _placed(actors)
             sealed = cloudpickle.dumps(work)
@@ -81,9 +84,15 @@ class RankHost:
     Args:
         path: of the driver's imports.
         folder: that the driver is in; where it exists, relative paths mean the same here.
+        imports: of the driver, see `agentrl.plugins`.
+        level: of the driver's logger.
     """
 
-    def __init__(self, path: Sequence[str], folder: str) -> None:
+    def __init__(
+        self, path: Sequence[str], folder: str, imports: Sequence[str] = (), level: int = logging.NOTSET
+    ) -> None:
+        self._imports = imports
+        logging.getLogger("agentrl").setLevel(level)
         sys.path.extend(entry for entry in path if entry not in sys.path)
         if os.path.isdir(folder):
             os.chdir(folder)
@@ -105,6 +114,7 @@ class RankHost:
         os.environ.update(variables)
         with redirect_stdout(_Screen(screen)):
             try:
+                load_imports(self._imports)  # what is in `work` may be of theirs
                 return cloudpickle.loads(work)(), None
             except (AgentRLError, KeyboardInterrupt) as error:  # Ray would end the process at an interrupt
                 return None, error

@@ -9,7 +9,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from agentrl.errors import ConfigError, MissingDependencyError
+from agentrl.errors import ConfigError, missing_extra
 from agentrl_envs import bounded
 from agentrl_envs.math_judge import has_calculus
 from agentrl_envs.mathematics.equality import NeedsTimeError, same
@@ -155,7 +155,7 @@ def judged_by(rounded_digits: int | None) -> dict[str, int | None]:
 def require_math_verify() -> None:
     """Raise `MissingDependencyError` where the extra `math` is not installed."""
     if importlib.util.find_spec("math_verify") is None:
-        raise MissingDependencyError("answers that are not plain numbers need: pip install 'agentrl[math]'")
+        raise missing_extra("answers that are not plain numbers need math-verify", "math")
 
 
 def _same(gold: str, answer: str, rounded_digits: int | None, mathematics: bool) -> bool:

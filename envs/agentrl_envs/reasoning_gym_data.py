@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from agentrl.env import unknown
-from agentrl.errors import ConfigError, MissingDependencyError
+from agentrl.errors import ConfigError, missing_extra
 from agentrl_envs import bounded
 from agentrl_envs.calculator import CalculatorError, parse, whole_numbers
 
@@ -201,9 +201,7 @@ def _factory() -> Any:
         with _private_randomness(0):
             from reasoning_gym import factory
     except ImportError as error:
-        raise MissingDependencyError(
-            f"{error}: the datasets of reasoning-gym need: pip install 'agentrl[reasoning-gym]'"
-        ) from error
+        raise missing_extra(f"reasoning-gym is not installed ({error})", "reasoning-gym") from error
     return factory
 
 

@@ -110,7 +110,7 @@ def test_plain_numbers_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'agentrl\[math\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install -e '\.\[math\]'"):
         same_mathematics(r"\sqrt{2}", "1.41")
 
 

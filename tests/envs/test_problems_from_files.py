@@ -204,5 +204,5 @@ def test_without_the_extra_only_files_of_plain_numbers_are_taken(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     choose_problems(None, None, str(jsonl(tmp_path / "n.jsonl", GSM8K)), 0.5, None)
-    with pytest.raises(MissingDependencyError, match=r"agentrl\[math\]"):
+    with pytest.raises(MissingDependencyError, match=r"pip install -e '\.\[math\]'"):
         choose_problems(None, None, str(jsonl(tmp_path / "w.jsonl", MATH)), 0.5, None)

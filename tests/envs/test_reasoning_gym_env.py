@@ -24,7 +24,7 @@ ID = "agentrl/ReasoningGym-v0"
 
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'agentrl\[reasoning-gym\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install -e '\.\[reasoning-gym\]'"):
         ReasoningGymEnv(size=17)
 
 

@@ -17,7 +17,7 @@ from agentrl.rollout.players import RandomPlayer
 from agentrl.rollout.settings import WorkersConfig
 from agentrl.rollout.workers import ProcessEnvironments
 
-pytest.importorskip("scienceworld", reason="needs agentrl[scienceworld]")
+pytest.importorskip("scienceworld", reason="needs pip install -e '.[scienceworld]'")
 
 ID = "agentrl/ScienceWorld-v0"
 SHORT = {"tasks": ["find-non-living-thing", "find-plant"], "actions": "lexicon", "max_steps": 6}

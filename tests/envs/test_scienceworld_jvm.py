@@ -232,5 +232,5 @@ def test_the_java_of_a_package_serves_where_the_system_has_none(monkeypatch: Any
 
 def test_without_the_extra_the_error_names_it(monkeypatch: Any) -> None:
     monkeypatch.setattr("agentrl_envs.scienceworld.simulator.find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'agentrl\[scienceworld\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install -e '\.\[scienceworld\]'"):
         ScienceWorldEnv()

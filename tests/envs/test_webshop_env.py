@@ -362,7 +362,7 @@ def test_products_that_nobody_wants_make_no_tasks(files: dict[str, Path]) -> Non
 
 def test_without_the_extra_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shops, "find_spec", lambda name: None if name == "rapidfuzz" else object())
-    with pytest.raises(MissingDependencyError, match=r"rapidfuzz: run pip install 'agentrl\[webshop\]'"):
+    with pytest.raises(MissingDependencyError, match=r"rapidfuzz: pip install -e '\.\[webshop\]'"):
         WebShopEnv()
 
 

@@ -378,7 +378,7 @@ def test_wrong_arguments_are_one_message(
 
 def test_without_the_extra_one_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web, "find_spec", lambda name: None if name == "uvicorn" else object())
-    with pytest.raises(MissingDependencyError, match=r"needs uvicorn: run pip install 'agentrl\[webshop\]'"):
+    with pytest.raises(MissingDependencyError, match=r"needs uvicorn: pip install -e '\.\[webshop\]'"):
         web_app(evil_shop())
 
 

@@ -77,7 +77,7 @@ def test_adapters_of_maps_that_the_policy_lacks_are_refused() -> None:
 
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(MissingDependencyError, match=r"agentrl\[lora\]"):
+    with pytest.raises(MissingDependencyError, match=r"pip install -e '\.\[lora\]'"):
         check_adapters(OneMap(), LoraConfig(targets=("map",)))
 
 

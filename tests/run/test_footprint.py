@@ -170,7 +170,7 @@ def test_processes_that_share_weights_hold_a_part_and_what_must_be_whole() -> No
 
 
 def test_adapters_alone_have_gradients_and_what_generates_is_a_copy() -> None:
-    pytest.importorskip("peft", reason="peft is not installed: pip install 'agentrl[lora]'")
+    pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[lora]'")
     recipe = build_recipe("grpo").build()
     plain = held_bytes(SETTINGS, recipe, LearnerConfig(optimizer="adamw"))
     adapted = held_bytes(SETTINGS, recipe, LearnerConfig(optimizer="adamw", lora=LoraConfig(rank=2)))

@@ -287,7 +287,7 @@ def test_everything_that_is_missing_is_told_at_once(
         r"engine\.vllm\.url needs httpx2: pip install httpx2",
         r"split 'test' of example/HotCold-v0 has \d+ tasks, wanted 10000",
         r"policy\.device is '(cuda|mps)', which this machine does not have",
-        r"rollout\.backend=ray needs Ray: pip install 'agentrl\[ray\]'",
+        r"rollout\.backend=ray needs Ray: pip install -e '\.\[ray\]'",
         r"policy\.path is '.*nowhere', wanted the folder of a Hugging Face causal language model",
     )
     assert len(found.missing) == len(wanted), found.missing
@@ -308,7 +308,7 @@ def test_a_missing_extra_is_named(tried: None, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_silent_cluster_is_named(tried: None, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         silent = f"127.0.0.1:{closed.getsockname()[1]}"

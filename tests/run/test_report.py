@@ -124,6 +124,28 @@ def terminal(content: dict[str, Any], width: int = 100) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
+def test_a_report_has_a_dark_scheme_for_every_colour_and_figure(run: Path) -> None:
+    html = write_report(run).read_text(encoding="utf-8")
+    light, _, dark = html.partition("@media (prefers-color-scheme: dark)")
+    colours = set(re.findall(r"(--[a-z-]+): #", light))
+    assert len(colours) >= 9
+    assert set(re.findall(r"(--[a-z-]+): #", dark)) == colours
+    rules = light[light.index("<style>") :]
+    assert re.findall(r"^(?!  :root|    --).*#[0-9a-f]{3,6}", rules, re.M) == []  # each colour has a name
+    assert re.search(r"img \{ filter: invert", dark)
+    figures = re.findall(r"data:image/svg\+xml;base64,([^\"]+)", html)
+    assert len(figures) == 4
+    for figure in figures:
+        assert "#ffffff" not in base64.b64decode(figure).decode()  # a white ground would stay one
+
+
+def test_headers_break_between_words_alone(run: Path) -> None:
+    html = write_report(run).read_text(encoding="utf-8")
+    (rule,) = re.findall(r"^  th \{(.*)\}$", html, re.M)
+    assert "overflow-wrap: normal" in rule
+    assert "<th>task kind 0</th><th>task kind 1</th>" in html
+
+
 def test_a_report_needs_nothing_but_itself(run: Path) -> None:
     page = page_of(run)
     links = [value or "" for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href")]

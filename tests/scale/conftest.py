@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def ray_is_there() -> Iterator[None]:
     """Ray on this machine; nothing of it is left at the end."""
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
     from agentrl.scale.cluster import connected
 
     before = children()

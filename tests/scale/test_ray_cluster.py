@@ -17,7 +17,7 @@ from conftest import wait_for
 
 from agentrl.errors import ConfigError
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
+pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
 from agentrl.scale import cluster as cluster_module
 from agentrl.scale.cluster import ClusterLostError, connected, knock

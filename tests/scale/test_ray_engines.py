@@ -25,7 +25,7 @@ from agentrl.scale.engine_host import Blueprint, EngineHost, assembled, fill, ho
 from agentrl.scale.engines import open_engine
 from agentrl.scale.messages import packed_requests, unpacked_generations
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
 from agentrl.scale import cluster, ray_engines  # noqa: E402
 from agentrl.scale.ray_engines import RayEngines  # noqa: E402
@@ -203,7 +203,7 @@ def test_without_ray_the_command_that_installs_it_is_named(
     monkeypatch: pytest.MonkeyPatch, dialogue: Dialogue
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingDependencyError, match=r"engine.actors=2 needs Ray: pip install 'agentrl\[ray"):
+    with pytest.raises(MissingDependencyError, match=r"engine.actors=2 needs Ray: pip install -e '\.\[ray"):
         open_engine(policy(), EngineConfig(actors=2), stop_ids=dialogue.stop_ids, **LIMITS)
 
 

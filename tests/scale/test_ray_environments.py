@@ -29,7 +29,7 @@ from agentrl.rollout.players import LanguagePlayer, RandomPlayer
 from agentrl.rollout.settings import RayConfig, WorkersConfig
 from agentrl.rollout.workers import EnvironmentLostError
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
 from agentrl.scale import ray_environments  # noqa: E402
 from agentrl.scale.ray_environments import RayEnvironments  # noqa: E402

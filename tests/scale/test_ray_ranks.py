@@ -15,9 +15,9 @@ from agentrl.errors import AgentRLError, ConfigError
 from agentrl.learn.ranks import joined
 from agentrl.learn.settings import LearnerConfig
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'agentrl[ray]'")
+pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
-from agentrl.scale.ray_ranks import run_on_ray
+from agentrl.scale.ray_ranks import RankHost, run_on_ray
 
 TINY = (
     "env.kwargs.max_steps=5",
@@ -104,3 +104,10 @@ def test_two_ranks_train_what_one_process_trains(ray_is_there: None, tmp_path: P
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
     rows = [json.loads(line) for line in (together.folder / "metrics.jsonl").read_text().splitlines()]
     assert all(row["learner/grad_norm"] > 1e-3 for row in rows)
+
+
+def test_a_rank_imports_what_its_driver_has_before_it_is_given_work(tmp_path: Path) -> None:
+    host = RankHost([], os.getcwd(), [str(tmp_path / "gone.py")])
+    result, error = host.run({}, b"never opened", None)
+    assert result is None
+    assert str(error) == f"import {tmp_path / 'gone.py'}: no such file"

@@ -56,7 +56,7 @@ def test_without_ray_the_command_that_installs_it_is_named(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "ray", None)
     for name in [name for name in sys.modules if name.startswith("agentrl.scale.")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(MissingDependencyError, match=r"backend=ray needs Ray: pip install 'agentrl\[ray\]'"):
+    with pytest.raises(MissingDependencyError, match=r"backend=ray needs Ray: pip install -e '\.\[ray\]'"):
         open_environments(Corridor, RolloutConfig(backend="ray"))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from agentrl.errors import ConfigError, MissingDependencyError
+from agentrl.errors import ConfigError, missing_extra
 from agentrl_envs.alfworld.engine import Snapshot
 from agentrl_envs.alfworld.games import LoadedGame
 from agentrl_envs.alfworld.wheel import REMEDY
@@ -33,10 +33,8 @@ class ReferenceEngine:
             from textworld import EnvInfos
             from textworld.envs.pddl import PddlEnv
         except ImportError as error:
-            raise MissingDependencyError(
-                f"engine 'textworld' is not installed ({error}); run: "
-                f"pip install 'agentrl[alfworld-reference]' && {REMEDY} (builds C++ for minutes)"
-            ) from error
+            lack = f"engine 'textworld' is not installed ({error}): {REMEDY}; and, building C++ for minutes"
+            raise missing_extra(lack, "alfworld-reference") from error
         if not _in_use.acquire(blocking=False):
             raise ConfigError(
                 "engine: 'textworld' serves one environment per process; close the other one first"

@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from agentrl.errors import MissingDependencyError
-from agentrl_envs.scienceworld.simulator import INSTALL, Simulator
+from agentrl.errors import missing_extra
+from agentrl_envs.scienceworld.simulator import Simulator
 
 SPLITS = ("train", "dev", "test")
 
@@ -48,7 +48,7 @@ def listing() -> Listing:
     try:
         installed = version("scienceworld")
     except PackageNotFoundError as error:
-        raise MissingDependencyError(f"ScienceWorld is not installed: {INSTALL}") from error
+        raise missing_extra("ScienceWorld is not installed", "scienceworld") from error
     name = f"listing-{installed}.json"
     cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "agentrl", "scienceworld", name)
     for file in (Path(__file__).with_name(name), cached):

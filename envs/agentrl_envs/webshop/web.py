@@ -20,7 +20,7 @@ from secrets import compare_digest, token_urlsafe
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
-from agentrl.errors import AgentRLError, ConfigError, MissingDependencyError
+from agentrl.errors import AgentRLError, ConfigError, missing_extra
 from agentrl_envs.webshop.goals import SPLITS, Draw, Goal
 from agentrl_envs.webshop.oracle import playable
 from agentrl_envs.webshop.pages import as_text, clickable
@@ -385,9 +385,7 @@ def require_web() -> None:
     """Raise `MissingDependencyError` unless the extra is installed."""
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise MissingDependencyError(
-            f"WebShop in a browser needs {', '.join(missing)}: run pip install 'agentrl[webshop]'"
-        )
+        raise missing_extra(f"WebShop in a browser needs {', '.join(missing)}", "webshop")
 
 
 def listen(host: str, port: int) -> socket.socket:
