@@ -6,7 +6,8 @@ from typing import Literal
 
 from agentrl.errors import ConfigError
 
-_LARGEST = 1e15  # the product of two rates, and what corrects it, still fits into a float32
+# Where the optimisers multiply them, and correct for the first steps, the product still fits into a float32.
+_LARGEST, _LARGEST_DECAY = 1e30, 1e6
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,10 @@ class LearnerConfig:
                 wrong.append((name, "above 0"))
             elif value is not None and value > _LARGEST:
                 wrong.append((name, f"at most {_LARGEST:g}"))
-        wrong += [
-            (name, f"within [0, {_LARGEST:g}]" if getattr(self, name) > 0 else "at least 0")
-            for name in ("warmup_steps", "weight_decay")
-            if not 0 <= getattr(self, name) <= _LARGEST
-        ]
+        if self.warmup_steps < 0:
+            wrong.append(("warmup_steps", "at least 0"))
+        if not 0 <= self.weight_decay <= _LARGEST_DECAY:
+            wrong.append(("weight_decay", f"within [0, {_LARGEST_DECAY:g}]"))
         wrong += [
             (name, "within [0, 1)")
             for name in ("beta1", "beta2", "momentum")
