@@ -12,6 +12,7 @@ from agentrl.algorithms.algorithm import Advantage, Algorithm, Context, given, r
 from agentrl.algorithms.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.algorithms.steps import at_last_decisions, decision_rewards, decisions, row_scores
+from agentrl.config import Share, Weight
 from agentrl.data.batch import Batch
 
 
@@ -51,11 +52,11 @@ class ReinforcePlusPlus(ClippedRecipe):
 
     aggregation: Literal["token", "sequence", "trajectory", "constant"] = "token"
     drop_equal_groups: bool = False
-    gamma: float = 1.0
+    gamma: Share = 1.0
     baseline: bool = False
     weighting: Weighting = "trajectory"
     singleton: functional.Singleton = "zero"
-    reward_kl_coefficient: float = 0.0
+    reward_kl_coefficient: Weight = 0.0
 
     def build(self) -> Algorithm:
         return replace(super().build(), advantage=self._advantage())
@@ -84,11 +85,6 @@ class ReinforcePlusPlus(ClippedRecipe):
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
         return [
             *super()._contradictions(),
-            (not 0 <= self.gamma <= 1, f"gamma is {self.gamma}, wanted within [0, 1]"),
-            (
-                self.reward_kl_coefficient < 0,
-                f"reward_kl_coefficient is {self.reward_kl_coefficient}, wanted at least 0",
-            ),
             (
                 self.baseline and (self.gamma != 1 or self.reward_kl_coefficient != 0),
                 "baseline compares whole returns, wanted neither gamma nor reward_kl_coefficient with it",
