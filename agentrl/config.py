@@ -11,12 +11,12 @@ import difflib
 import math
 import re
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import yaml
 from annotated_types import Ge, GroupedMetadata, Gt, Interval, Le, Lt
@@ -195,9 +195,10 @@ def build(cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     """
     made = {name: value for name, value in tree.items() if dataclasses.is_dataclass(value)}
     plain = {name: value for name, value in tree.items() if name not in made}
+    known: Any = cls
     needed = tuple(
         field.name
-        for field in dataclasses.fields(cls)
+        for field in dataclasses.fields(known)
         if field.name in plain or (_required(field) and field.name not in made)
     )
     given = _validated(cls, needed, plain, where)
@@ -293,7 +294,7 @@ _MOST_BITS = 8192
 
 
 @cache
-def _fields_adapter(cls: type, names: tuple[str, ...]) -> TypeAdapter[Any]:
+def _fields_adapter(cls: Any, names: tuple[str, ...]) -> TypeAdapter[Any]:
     """Check some fields of `cls`, as a dataclass of those alone."""
     hints = typing.get_type_hints(cls, include_extras=True)  # a field may bring its own validator
     chosen: Any = dataclasses.make_dataclass(cls.__name__, [(name, hints[name]) for name in names])
@@ -302,8 +303,8 @@ def _fields_adapter(cls: type, names: tuple[str, ...]) -> TypeAdapter[Any]:
 
 
 @cache
-def _number_fields(cls: type) -> tuple[str, ...]:
-    return tuple(number_types(cls))
+def _number_fields(cls: Hashable) -> tuple[str, ...]:
+    return tuple(number_types(cast(type, cls)))
 
 
 def _holds_number(kind: Any) -> bool:

@@ -112,7 +112,7 @@ class EPO(Recipe):
     base: Base = field(default_factory=lambda: build_recipe("grpo"))
     entropy_coefficient: Weight = 0.001
     low: Weight = 0.5
-    high: Weight = 1.5
+    high: PositiveWeight = 1.5
     penalty: Weight = 2.0
     smoothing: Smoothing = "hinge"
     reference: Literal["turn", "scalar"] = "turn"

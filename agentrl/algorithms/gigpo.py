@@ -10,7 +10,7 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Advantage, Algorithm, Context, MiniBatch
-from agentrl.algorithms.grpo import GRPO
+from agentrl.algorithms.grpo import GRPO, comparing
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.algorithms.steps import (
     State,
@@ -96,6 +96,7 @@ class GiGPO(GRPO):
             similarity=self.similarity,
             state=self.state,
         )
+        advantage = comparing(advantage, self.singleton)
         return replace(plain, advantage=advantage, diagnostics=(*plain.diagnostics, numbers))
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import (
+    COMPARES,
+    Advantage,
     Aggregation,
     Algorithm,
     Bounds,
@@ -22,6 +24,8 @@ from agentrl.algorithms.algorithm import (
     given,
     keep_all,
     requires,
+    trait,
+    traits,
 )
 from agentrl.algorithms.recipe import Presets, Recipe, recipe
 from agentrl.algorithms.steps import row_scores, turn_exists
@@ -171,7 +175,7 @@ class GRPO(ClippedRecipe):
             weighting=self.weighting,
             invalid_penalty=self.invalid_penalty,
         )
-        return replace(super().build(), advantage=advantage)
+        return replace(super().build(), advantage=comparing(advantage, self.singleton))
 
 
 @recipe("dr_grpo")
@@ -226,6 +230,11 @@ def compare_in_groups(
     compared = torch.zeros_like(scores)
     compared[exists] = estimate(scores[exists], batch.groups[:, None].expand_as(scores)[exists])
     return functional.spread_steps(compared, batch.turns, batch.trajectory, batch.sampled)
+
+
+def comparing(advantage: Advantage, singleton: functional.Singleton) -> Advantage:
+    """Say of an advantage that it is 0 for an episode alone, where the `singleton` has none."""
+    return trait(COMPARES, *traits(advantage))(advantage) if singleton == "zero" else advantage
 
 
 def aggregation(kind: str, sequence: functional.Unit, length: int | None) -> Aggregation:

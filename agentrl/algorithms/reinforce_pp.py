@@ -9,7 +9,7 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Advantage, Algorithm, Context, given, requires, trait
-from agentrl.algorithms.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups
+from agentrl.algorithms.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups, comparing
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.algorithms.steps import at_last_decisions, decision_rewards, decisions, row_scores
 from agentrl.config import Share, Weight
@@ -66,12 +66,13 @@ class ReinforcePlusPlus(ClippedRecipe):
             estimate = partial(
                 functional.group_relative_advantage, divide_by_std=False, singleton=self.singleton
             )
-            return partial(
+            compared = partial(
                 whitened_comparison,
                 estimate=estimate,
                 weighting=self.weighting,
                 invalid_penalty=self.invalid_penalty,
             )
+            return comparing(compared, self.singleton)
         returns = partial(
             whitened_returns,
             gamma=self.gamma,

@@ -55,7 +55,7 @@ class WarmStartConfig:
 
     steps: Steps = 110
     batch_size: Count = 12
-    demonstrations: Annotated[int, Interval(ge=0, le=100_000_000)] = 1320
+    demonstrations: Annotated[int, Interval(ge=1, le=100_000_000)] = 1320
     noise: Share = 0.15
     noise_prefers: str = "take "
     learner: LearnerConfig = field(default_factory=cloning_learner)
