@@ -227,7 +227,7 @@ def check_numbers(cls: type, values: Mapping[str, Any], where: str = "") -> None
 
 def check_own_numbers(settings: Any, where: str = "") -> None:
     """Hold all numbers of a dataclass against what its fields declare, as its `__post_init__` does."""
-    names = _number_fields(type(settings))
+    names = _number_fields(cast(Hashable, type(settings)))
     check_numbers(type(settings), {name: getattr(settings, name) for name in names}, where)
 
 

@@ -96,8 +96,8 @@ class GiGPO(GRPO):
             similarity=self.similarity,
             state=self.state,
         )
-        advantage = comparing(advantage, self.singleton)
-        return replace(plain, advantage=advantage, diagnostics=(*plain.diagnostics, numbers))
+        compared = comparing(advantage, self.singleton)
+        return replace(plain, advantage=compared, diagnostics=(*plain.diagnostics, numbers))
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
         return [
