@@ -320,7 +320,7 @@ class _Python:
 
 def _limits(given: Mapping[str, float]) -> Limits:
     known = [item.name for item in fields(Limits)]
-    for name, value in given.items():
+    for name in given:
         if name not in known:
             raise unknown("limit of the sandbox", name, known)
     return Limits(**given)  # type: ignore[arg-type]
