@@ -8,16 +8,19 @@ Scalars follow YAML 1.2: `1e-5` is a number, `yes` and `2024-01-01` are text, `0
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from enum import Enum
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from annotated_types import Ge, GroupedMetadata, Gt, Interval, Le, Lt
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from agentrl.errors import ConfigError
@@ -25,6 +28,32 @@ from agentrl.errors import ConfigError
 Tree = dict[str, Any]
 Dotted = tuple[str, ...]
 T = TypeVar("T")
+
+# Numbers with declared bounds, for fields of settings and recipes; one with bounds of its own says so in its
+# place, as in `beam: Annotated[int, Interval(ge=2, le=1000)] = 2`. The upper bounds are where a value stops
+# to make sense, and starts to overflow or to fill the memory.
+LARGEST_RATE = 1e15  # the product of two rates, and what corrects it, still fits into a float32
+
+# Integers.
+Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Interval(ge=1, le=1_000_000)]
+OptionalCount = Annotated[int, Interval(ge=0, le=1_000_000)]
+Steps = Annotated[int, Interval(ge=0, le=1_000_000_000)]
+Tokens = Annotated[int, Interval(ge=1, le=2**30)]
+ContextTokens = Annotated[int, Interval(ge=1, le=2**24)]
+Processes = Annotated[int, Interval(ge=1, le=4096)]
+
+# Numbers.
+Share = Annotated[float, Interval(ge=0, le=1)]
+PositiveShare = Annotated[float, Interval(gt=0, le=1)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]
+Weight = Annotated[float, Interval(ge=0, le=1e6)]
+PositiveWeight = Annotated[float, Interval(gt=0, le=1e6)]
+SignedWeight = Annotated[float, Interval(ge=-1e6, le=1e6)]
+Rate = Annotated[float, Interval(ge=0, le=LARGEST_RATE)]
+PositiveRate = Annotated[float, Interval(gt=0, le=LARGEST_RATE)]
+Seconds = Annotated[float, Interval(gt=0, le=1e6)]
+Devices = Annotated[float, Interval(ge=0, le=1024)]
 
 _SCALARS = (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
@@ -63,8 +92,18 @@ for _kind in (_Loader, _Dumper):
             re.compile(f"(?:{_pattern})$"),
             [first.strip("\0") for first in _first],
         )
-# PyYAML's own constructor reads a leading zero as octal.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    """PyYAML's own constructor reads a leading zero as octal."""
+    try:
+        return int(node.value)
+    except ValueError:  # Python reads no more than some thousand digits
+        problem = f"an integer of {len(node.value)} digits is too large"
+        raise yaml.MarkedYAMLError(None, None, problem, node.start_mark) from None
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def read_yaml(path: str | Path) -> Tree:
@@ -130,7 +169,7 @@ def parse_overrides(overrides: Iterable[str]) -> list[tuple[Dotted, Any]]:
             mistakes.append(f"{text!r} has no value ({name}=null means none, {name}='\"\"' empty text)")
         else:
             try:
-                parsed.append((dotted, _parse(value, f"override {text!r}")))
+                parsed.append((dotted, _parse(value, f"override {_shown(text)}")))
             except ConfigError as error:
                 mistakes.append(str(error))
     if mistakes:
@@ -188,31 +227,123 @@ def build(cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     """
     made = {name: value for name, value in tree.items() if dataclasses.is_dataclass(value)}
     plain = {name: value for name, value in tree.items() if name not in made}
+    known: Any = cls
+    needed = tuple(
+        field.name
+        for field in dataclasses.fields(known)
+        if field.name in plain or (_required(field) and field.name not in made)
+    )
+    given = _validated(cls, needed, plain, where)
     try:
-        # As JSON, a list may fill a tuple and a text an enum or a path, while all else stays strict.
-        content = to_json(plain, inf_nan_mode="constants", fallback=repr)
-        given: Any = TypeAdapter(_given_fields(cls, plain, made)).validate_json(
-            content, strict=True, extra="forbid", context=where
-        )
-    except ValidationError as error:
-        raise ConfigError("\n".join(_describe(error, cls, plain, where))) from error
-    try:
-        return cls(**vars(given), **made)
+        return cls(**given, **made)
     except ValueError as error:
         raise ConfigError(_placed(where, str(error))) from error
 
 
-def _given_fields(cls: type, plain: Mapping[str, Any], made: Mapping[str, Any]) -> type:
-    """The fields of `cls` to be checked, as a dataclass: those in `plain`, and those that must be there."""
-    hints = typing.get_type_hints(cls, include_extras=True)  # a field may bring its own validator
-    return dataclasses.make_dataclass(
-        cls.__name__,
-        [
-            (field.name, hints[field.name])
-            for field in dataclasses.fields(cls)
-            if field.name in plain or (_required(field) and field.name not in made)
-        ],
+def check_numbers(cls: type, values: Mapping[str, Any], where: str = "") -> None:
+    """Hold numbers against the types and the bounds that the fields of a dataclass declare.
+
+    For whoever makes a dataclass without `build`: fields that hold no number are passed over.
+
+    Args:
+        cls: the dataclass.
+        values: of some or all of its fields.
+        where: dotted path of the block, put in front of every path in the message.
+
+    Raises:
+        ConfigError: with one line for each mistake.
+    """
+    numbers = {name: values[name] for name in _number_fields(cls) if name in values}
+    _validated(cls, tuple(numbers), numbers, where)
+
+
+def check_own_numbers(settings: Any, where: str = "") -> None:
+    """Hold all numbers of a dataclass against what its fields declare, as its `__post_init__` does."""
+    names = _number_fields(cast(Hashable, type(settings)))
+    check_numbers(type(settings), {name: getattr(settings, name) for name in names}, where)
+
+
+def number_types(cls: type) -> dict[str, Any]:
+    """The types, with their bounds, of the fields of a dataclass that hold numbers, or tuples of them."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {
+        field.name: hints[field.name] for field in dataclasses.fields(cls) if _holds_number(hints[field.name])
+    }
+
+
+def bounds_of(kind: Any) -> str:
+    """Say what the bounds of a type are, in words; empty where it has none.
+
+    >>> bounds_of(Annotated[int, Ge(1), Le(8)] | None)
+    'at least 1 and at most 8'
+    """
+    if typing.get_origin(kind) is not Annotated:
+        return next(filter(None, map(bounds_of, typing.get_args(kind))), "")
+    return " and ".join(
+        f"{words} {_number(getattr(bound, name))}"
+        for bound in _metadata(kind)
+        for type_, name, words in _BOUNDS
+        if isinstance(bound, type_)
     )
+
+
+_BOUNDS = ((Ge, "ge", "at least"), (Gt, "gt", "above"), (Le, "le", "at most"), (Lt, "lt", "below"))
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.15g}"
+
+
+def _metadata(kind: Any) -> Iterator[Any]:
+    for item in kind.__metadata__:
+        yield from item if isinstance(item, GroupedMetadata) else (item,)
+
+
+def _validated(cls: type, names: tuple[str, ...], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of some fields as their types have them; ConfigError with every mistake."""
+    # As JSON, a list may fill a tuple and a text an enum or a path, while all else stays strict.
+    content = to_json(_readable(values), inf_nan_mode="constants", fallback=repr)
+    try:
+        given: Any = _fields_adapter(cls, names).validate_json(
+            content, strict=True, extra="forbid", context=where
+        )
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(error, cls, values, where))) from error
+    return dict(vars(given))
+
+
+def _readable(value: Any) -> Any:
+    """Put infinity for every integer that is too long to be read again."""
+    if isinstance(value, Mapping):
+        return {name: _readable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_readable(item) for item in value]
+    too_long = isinstance(value, int) and value.bit_length() > _MOST_BITS
+    return math.copysign(math.inf, 1 if value > 0 else -1) if too_long else value
+
+
+_MOST_BITS = 8192
+
+
+@cache
+def _fields_adapter(cls: Any, names: tuple[str, ...]) -> TypeAdapter[Any]:
+    """Check some fields of `cls`, as a dataclass of those alone."""
+    hints = typing.get_type_hints(cls, include_extras=True)  # a field may bring its own validator
+    chosen: Any = dataclasses.make_dataclass(cls.__name__, [(name, hints[name]) for name in names])
+    chosen.__pydantic_config__ = ConfigDict(allow_inf_nan=False)  # of nested ones as well
+    return TypeAdapter(chosen)
+
+
+@cache
+def _number_fields(cls: Hashable) -> tuple[str, ...]:
+    return tuple(number_types(cast(type, cls)))
+
+
+def _holds_number(kind: Any) -> bool:
+    """Whether values of a type are numbers, may be, or are tuples of such."""
+    if kind in (int, float):
+        return True
+    return typing.get_origin(kind) is not Callable and any(map(_holds_number, typing.get_args(kind)))
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
@@ -274,7 +405,10 @@ _WRONG_TYPE = {
     "list_type": "a list",
     "tuple_type": "a list",
     "none_required": "null",
+    "finite_number": "a finite number",
 }
+_OUT_OF_BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
+_NUMBER_TYPES = {"int_type", "int_from_float", "float_type", *_OUT_OF_BOUNDS}
 
 
 def _describe(error: ValidationError, cls: type, tree: Mapping[str, Any], where: str) -> list[str]:
@@ -295,7 +429,12 @@ def _describe(error: ValidationError, cls: type, tree: Mapping[str, Any], where:
         elif kind in ("value_error", "assertion_error"):
             lines.append(_placed(path, message))
         else:
-            wrong.setdefault(path, (got, []))[1].append(_WRONG_TYPE.get(kind, message))
+            wish = _WRONG_TYPE.get(kind, message)
+            if kind in _NUMBER_TYPES:
+                limits = next(filter(None, map(bounds_of, _types_at(cls, keys))), "")
+                # A number of the right type lacks only the bounds.
+                wish = limits or wish if kind in _OUT_OF_BOUNDS else ", ".join(filter(None, (wish, limits)))
+            wrong.setdefault(path, (got, []))[1].append(wish)
     for path, (got, wanted) in wrong.items():
         wish = " or ".join(dict.fromkeys(wanted))
         lines.append(f"{path or 'here'}: wrong value (got {_shown(got)}, wanted {wish})")
@@ -320,12 +459,31 @@ def _locate(tree: Any, loc: Sequence[int | str]) -> tuple[list[str], Any]:
 
 def _fields(cls: Any, keys: Sequence[str]) -> set[str]:
     """Names of the fields that the dataclass at the path `keys` below `cls` has."""
-    found = _dataclasses_in(cls)
-    for key in keys:
-        if not key.isdigit():  # a place in a list: its members have the type already found
-            hints = [typing.get_type_hints(outer).get(key) for outer in found]
-            found = [inner for hint in hints for inner in _dataclasses_in(hint)]
+    found = [outer for kind in _types_at(cls, keys) for outer in _dataclasses_in(kind)]
     return {field.name for outer in found for field in dataclasses.fields(outer)}
+
+
+def _types_at(cls: Any, keys: Sequence[str]) -> list[Any]:
+    """What a value at the path `keys` below `cls` may be, bounds included."""
+    found = [cls]
+    for key in keys:
+        if key.isdigit():
+            found = [item for kind in found for item in _items(kind, int(key))]
+        else:
+            outer = [inner for kind in found for inner in _dataclasses_in(kind)]
+            hints = [typing.get_type_hints(kind, include_extras=True) for kind in outer]
+            found = [hint[key] for hint in hints if key in hint]
+    return found
+
+
+def _items(kind: Any, place: int) -> list[Any]:
+    """Types of what stands at a place of a list; of a union, of its members that are lists."""
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        return [inside[0 if inside[-1] is ... else min(place, len(inside) - 1)]]
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return [inside[0]]
+    return [item for part in inside for item in _items(part, place)]
 
 
 def _dataclasses_in(kind: Any) -> list[Any]:
@@ -335,5 +493,8 @@ def _dataclasses_in(kind: Any) -> list[Any]:
 
 
 def _shown(value: Any) -> str:
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    try:
+        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    except ValueError:  # Python writes no integer of more than some thousand digits
+        return "a very large integer"
     return text if len(text) <= 60 else f"{text[:57]}..."

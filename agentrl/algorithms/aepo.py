@@ -4,9 +4,10 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from agentrl.algorithms import functional
@@ -26,6 +27,7 @@ from agentrl.algorithms.algorithm import (
 )
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
 from agentrl.algorithms.steps import branch_shares
+from agentrl.config import Count, Share, SignedWeight, Weight
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import BranchPoint, Episode, Turn
 from agentrl.errors import ConfigError
@@ -33,7 +35,7 @@ from agentrl.seeds import derive_seed
 
 OPENING = 20  # decisions of a turn whose entropy stands for the turn
 
-Limits = tuple[float, float]
+Limits = tuple[SignedWeight, SignedWeight]
 
 
 @recipe("aepo")
@@ -92,7 +94,7 @@ class AEPO(Recipe):
         branch_offset: of `threshold`.
         entropy_weight: of the turn's entropy above the first one's.
         branch_penalty: taken off, as a share, for every reply in a row that has branched.
-        beam: paths that one may become at a reply.
+        beam: paths that one may become at a reply; `branch: false` starts no branches.
         prefix_weight: of turns that branches share: `full` trains them once per branch with the advantage of
             each, as released; `shared` divides the weight by the number of branches.
         parity: `official` is the preset `released`, but of the table it takes entropy_advantage, which it
@@ -117,25 +119,27 @@ class AEPO(Recipe):
     OPEN: ClassVar[Collection[str]] = ("initial_rollouts",)
 
     base: Base = field(default_factory=lambda: build_recipe("grpo"))
-    entropy_advantage: float = 0.2
+    entropy_advantage: Weight = 0.2
     advantage_limits: Limits | None = (0.0, 2.0)
     stop_gradient_clip: bool = True
     branch: bool = True
-    initial_rollouts: int | Literal["measured", "half"] = "measured"
-    allocation_slope: float = 4.0
+    initial_rollouts: Count | Literal["measured", "half"] = "measured"
+    allocation_slope: Weight = 4.0
     branch_rule: Literal["stochastic", "threshold"] = "stochastic"
-    branch_probability: float = 0.5
-    branch_offset: float = 0.5
-    entropy_weight: float = 0.2
-    branch_penalty: float = 0.05
-    beam: int = 2
+    branch_probability: Share = 0.5
+    branch_offset: SignedWeight = 0.5
+    entropy_weight: SignedWeight = 0.2
+    branch_penalty: Share = 0.05
+    beam: Annotated[int, Interval(ge=2, le=1000)] = 2
     prefix_weight: Literal["full", "shared"] = "full"
     parity: Literal["paper", "official"] = "paper"
 
     def __post_init__(self) -> None:
-        mistakes = [text for wrong, text in self._contradictions() if wrong]
-        if mistakes:
-            raise ConfigError("; ".join(mistakes))
+        limits = self.advantage_limits
+        if limits is not None and not limits[0] <= 1 <= limits[1]:
+            raise ConfigError(
+                f"advantage_limits is {limits}, wanted a range that holds 1, the factor at mean entropy"
+            )
 
     def build(self) -> Algorithm:
         base = without_replay(self.base)
@@ -164,27 +168,6 @@ class AEPO(Recipe):
         if not self.entropy_advantage:
             return ()
         return (partial(entropy_factors, scale=self.entropy_advantage, limits=self.advantage_limits),)
-
-    def _contradictions(self) -> Sequence[tuple[bool, str]]:
-        initial, limits = self.initial_rollouts, self.advantage_limits
-        return [
-            (self.entropy_advantage < 0, f"entropy_advantage is {self.entropy_advantage}, wanted at least 0"),
-            (
-                limits is not None and not limits[0] <= 1 <= limits[1],
-                f"advantage_limits is {limits}, wanted a range that holds 1, the factor at mean entropy",
-            ),
-            (isinstance(initial, int) and initial < 1, f"initial_rollouts is {initial}, wanted at least 1"),
-            (self.allocation_slope < 0, f"allocation_slope is {self.allocation_slope}, wanted at least 0"),
-            (
-                not 0 <= self.branch_probability <= 1,
-                f"branch_probability is {self.branch_probability}, wanted within [0, 1]",
-            ),
-            (
-                not 0 <= self.branch_penalty <= 1,
-                f"branch_penalty is {self.branch_penalty}, wanted within [0, 1]",
-            ),
-            (self.beam < 2, f"beam is {self.beam}, wanted at least 2; branch: false starts no branches"),
-        ]
 
 
 @requires("rollout:entropy")

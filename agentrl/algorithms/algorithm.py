@@ -32,6 +32,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _REQUIRES, _TRAITS, _EXCLUDES = "requires", "traits", "excludes"
 
 SCORED = frozenset({"old_logprobs", "entropy", "reference", "values"})  # filled in by the scoring pass
+COMPARES = "comparison within a group"  # a trait: an episode that is alone in its group teaches nothing
 EQUAL_RETURNS = 1e-9  # returns that differ by less are the same outcome
 
 
@@ -321,6 +322,7 @@ def given(values: Tensor | None, name: str) -> Tensor:
     return values
 
 
+@trait(COMPARES)
 def drop_equal_returns(groups: Sequence[Group], context: Context) -> Sequence[Group]:
     """Keep the groups that teach something: two finished episodes at least, with different returns."""
     return [group for group in groups if _differ([episode.episode_return for episode in group.finished])]
@@ -428,6 +430,11 @@ class Algorithm:
     def requires(self) -> frozenset[str]:
         """The union of what its components declare."""
         return frozenset().union(*(names for _, names in self.declared()))
+
+    @property
+    def compares(self) -> bool:
+        """Whether it learns from how the episodes of a group differ."""
+        return COMPARES in traits(self.select) | traits(self.advantage)
 
     @property
     def reads_scores(self) -> bool:

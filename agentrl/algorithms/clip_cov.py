@@ -19,10 +19,11 @@ from agentrl.algorithms.algorithm import (
     held_back,
     requires,
 )
+from agentrl.config import SignedWeight
 from agentrl.errors import RequirementError
 from agentrl.seeds import derive_seed
 
-Band = tuple[float, float]
+Band = tuple[SignedWeight, SignedWeight]
 
 
 def with_covariance_clip(algorithm: Algorithm, share: float, band: Band) -> Algorithm:

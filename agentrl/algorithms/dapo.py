@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Interval
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import (
@@ -21,6 +22,7 @@ from agentrl.algorithms.algorithm import (
 )
 from agentrl.algorithms.dr_bot import SHAPED, by_shaped_returns
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
+from agentrl.config import Share, Tokens, Weight
 from agentrl.data.trajectory import Episode, Group
 from agentrl.errors import ConfigError
 
@@ -67,25 +69,17 @@ class DAPO(Recipe):
     }
 
     base: Base = field(default_factory=lambda: build_recipe("grpo"))
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    max_rounds: int = 3
-    overlong_limit: int | None = None
-    overlong_cache: int = 0
+    clip_low: Share = 0.2
+    clip_high: Weight = 0.28
+    max_rounds: Annotated[int, Interval(ge=1, le=1000)] = 3
+    overlong_limit: Tokens | None = None
+    overlong_cache: Annotated[int, Interval(ge=0, le=2**30)] = 0
 
     def __post_init__(self) -> None:
-        checks = [
-            (not 0 <= self.clip_low <= 1, f"clip_low is {self.clip_low}, wanted within [0, 1]"),
-            (self.clip_high < 0, f"clip_high is {self.clip_high}, wanted at least 0"),
-            (self.max_rounds < 1, f"max_rounds is {self.max_rounds}, wanted at least 1"),
-            (
-                self.overlong_limit is not None and not 0 < self.overlong_cache <= self.overlong_limit,
-                f"overlong_cache is {self.overlong_cache}, wanted above 0, at most overlong_limit",
-            ),
-        ]
-        mistakes = [text for wrong, text in checks if wrong]
-        if mistakes:
-            raise ConfigError("; ".join(mistakes))
+        if self.overlong_limit is not None and not 0 < self.overlong_cache <= self.overlong_limit:
+            raise ConfigError(
+                f"overlong_cache is {self.overlong_cache}, wanted above 0, at most overlong_limit"
+            )
 
     def build(self) -> Algorithm:
         base = without_replay(self.base)

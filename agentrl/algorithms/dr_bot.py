@@ -25,9 +25,9 @@ from agentrl.algorithms.algorithm import (
 )
 from agentrl.algorithms.grpo import GRPO
 from agentrl.algorithms.recipe import Base, Presets, Recipe, recipe, without_replay
+from agentrl.config import PositiveShare, Share, Tokens, Weight
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Group, Turn
-from agentrl.errors import ConfigError
 
 NGRAM, REPEATS = 20, 10  # a reply in which so many tokens occur so often is going round in circles
 SHAPED = "selection by shaped returns"
@@ -77,16 +77,11 @@ class DrBot(Recipe):
     }
 
     base: Base = field(default_factory=lambda: GRPO(divide_by_std=False))
-    clip_low: float = 0.2
-    clip_high: float = 0.28
+    clip_low: Share = 0.2
+    clip_high: Weight = 0.28
     sequence: functional.Unit = "trajectory"
-    sequence_length: int = 32
-    keep_groups: float = 0.75
-
-    def __post_init__(self) -> None:
-        mistakes = [text for wrong, text in self._contradictions() if wrong]
-        if mistakes:
-            raise ConfigError("; ".join(mistakes))
+    sequence_length: Tokens = 32
+    keep_groups: PositiveShare = 0.75
 
     def build(self) -> Algorithm:
         base = without_replay(self.base)
@@ -100,14 +95,6 @@ class DrBot(Recipe):
             ),
             diagnostics=(*base.diagnostics, fault_numbers),
         )
-
-    def _contradictions(self) -> Sequence[tuple[bool, str]]:
-        return [
-            (not 0 <= self.clip_low <= 1, f"clip_low is {self.clip_low}, wanted within [0, 1]"),
-            (self.clip_high < 0, f"clip_high is {self.clip_high}, wanted at least 0"),
-            (self.sequence_length < 1, f"sequence_length is {self.sequence_length}, wanted at least 1"),
-            (not 0 < self.keep_groups <= 1, f"keep_groups is {self.keep_groups}, wanted within (0, 1]"),
-        ]
 
 
 @excludes(sequence_ratio="its bounds are those of single tokens; gspo over dr_bot keeps the bounds of gspo")

@@ -19,8 +19,8 @@ from agentrl.algorithms.algorithm import (
 )
 from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe
 from agentrl.algorithms.steps import branch_shares
+from agentrl.config import Weight
 from agentrl.data.batch import Batch
-from agentrl.errors import ConfigError
 
 
 @recipe("empg")
@@ -60,15 +60,9 @@ class EMPG(Recipe):
     """
 
     base: Base = field(default_factory=lambda: build_recipe("grpo"))
-    k: float = 1.0
-    k_future: float = 1.0
-    zeta: float = 0.05
-
-    def __post_init__(self) -> None:
-        values = {name: getattr(self, name) for name in ("k", "k_future", "zeta")}
-        mistakes = [f"{name} is {value}, wanted at least 0" for name, value in values.items() if value < 0]
-        if mistakes:
-            raise ConfigError("; ".join(mistakes))
+    k: Weight = 1.0
+    k_future: Weight = 1.0
+    zeta: Weight = 0.05
 
     def build(self) -> Algorithm:
         base = self.base.build()

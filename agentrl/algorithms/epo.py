@@ -15,6 +15,7 @@ from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, Outputs, Term, given, requires
 from agentrl.algorithms.grpo import entropy_bonus
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
+from agentrl.config import Count, PositiveWeight, Steps, Weight
 from agentrl.data.batch import Batch
 from agentrl.errors import ConfigError
 
@@ -109,17 +110,17 @@ class EPO(Recipe):
     OPEN: ClassVar[Collection[str]] = ("penalty", "smoothing", "window", "min_history", "schedule")
 
     base: Base = field(default_factory=lambda: build_recipe("grpo"))
-    entropy_coefficient: float = 0.001
-    low: float = 0.5
-    high: float = 1.5
-    penalty: float = 2.0
+    entropy_coefficient: Weight = 0.001
+    low: Weight = 0.5
+    high: PositiveWeight = 1.5
+    penalty: Weight = 2.0
     smoothing: Smoothing = "hinge"
     reference: Literal["turn", "scalar"] = "turn"
-    window: int = 20
-    min_history: int = 5
+    window: Steps = 20
+    min_history: Count = 5
     schedule: Schedule = "constant"
-    schedule_rate: float = 1.0
-    schedule_midpoint: float = 0.6
+    schedule_rate: Weight = 1.0
+    schedule_midpoint: PositiveWeight = 0.6
     parity: Literal["paper", "official"] = "paper"
 
     def __post_init__(self) -> None:
@@ -218,25 +219,11 @@ class EPO(Recipe):
                 return 1.0
 
     def _mistakes(self) -> Sequence[str]:
-        at_least = {
-            "entropy_coefficient": (self.entropy_coefficient, 0),
-            "low": (self.low, 0),
-            "penalty": (self.penalty, 0),
-            "window": (self.window, 0),
-            "min_history": (self.min_history, 1),
-            "schedule_rate": (self.schedule_rate, 0),
-        }
-        found = [
-            f"{name} is {value}, wanted at least {least}"
-            for name, (value, least) in at_least.items()
-            if value < least
-        ]
+        found = []
         if self.low >= self.high:
             found.append(f"low is {self.low}, wanted below high ({self.high})")
         if 0 < self.window < self.min_history:
             found.append(f"min_history is {self.min_history}, wanted at most the window ({self.window})")
-        if self.schedule_midpoint <= 0:
-            found.append(f"schedule_midpoint is {self.schedule_midpoint}, wanted above 0")
         return found
 
 

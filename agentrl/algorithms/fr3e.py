@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from statistics import fmean, quantiles
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from agentrl.algorithms import functional
@@ -23,6 +24,7 @@ from agentrl.algorithms.algorithm import (
 )
 from agentrl.algorithms.grpo import fixed_clip
 from agentrl.algorithms.recipe import Presets, Recipe, recipe
+from agentrl.config import Share, Weight
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import BranchPoint, Episode, Group, Turn
 from agentrl.errors import ConfigError
@@ -103,32 +105,23 @@ class FR3E(Recipe):
     }
     OFFICIAL: ClassVar[Collection[str]] = ("sharpen", "alpha_root")
 
-    bases: int = 1
-    anchors: int = 2
-    continuations: int = 4
+    bases: Annotated[int, Interval(ge=1, le=10_000)] = 1
+    anchors: Annotated[int, Interval(ge=0, le=10_000)] = 2
+    continuations: Annotated[int, Interval(ge=2, le=10_000)] = 4
     anchor: Unit = "auto"
     score: Score = "entropy"
-    clip_low: float = 0.2
-    clip_high: float = 0.28
+    clip_low: Share = 0.2
+    clip_high: Weight = 0.28
     divide_by_std: bool = False
     sharpen: bool = False
     alpha_root: Literal["one", "released"] = "one"
     parity: Literal["paper", "official"] = "paper"
 
     def __post_init__(self) -> None:
-        mistakes = [
-            f"{name} is {getattr(self, name)}, wanted at least {least}"
-            for name, least in (("bases", 1), ("anchors", 0), ("continuations", 2), ("clip_high", 0))
-            if getattr(self, name) < least
-        ]
-        if not 0 <= self.clip_low <= 1:
-            mistakes.append(f"clip_low is {self.clip_low}, wanted within [0, 1]")
         if self.parity == "official":
             if self.score == "quantile":
-                mistakes.append("score is 'quantile', but parity=official chooses anchors by surprisal")
+                raise ConfigError("score is 'quantile', but parity=official chooses anchors by surprisal")
             object.__setattr__(self, "score", "surprisal")
-        if mistakes:
-            raise ConfigError("; ".join(mistakes))
 
     def build(self) -> Algorithm:
         episodes = self.bases + min(self.bases, 2) * (self.anchors + 1) * self.continuations

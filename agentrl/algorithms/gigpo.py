@@ -10,7 +10,7 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Advantage, Algorithm, Context, MiniBatch
-from agentrl.algorithms.grpo import GRPO
+from agentrl.algorithms.grpo import GRPO, comparing
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.algorithms.steps import (
     State,
@@ -21,6 +21,7 @@ from agentrl.algorithms.steps import (
     turn_penalties,
     turn_rewards,
 )
+from agentrl.config import PositiveShare, Share, Weight
 from agentrl.data.batch import Batch
 
 
@@ -70,9 +71,9 @@ class GiGPO(GRPO):
     }
 
     drop_equal_groups: bool = False
-    step_weight: float = 1.0
-    gamma: float = 0.95
-    similarity: float = 1.0
+    step_weight: Weight = 1.0
+    gamma: Share = 0.95
+    similarity: PositiveShare = 1.0
     state: State = "observation"
 
     def build(self) -> Algorithm:
@@ -95,14 +96,12 @@ class GiGPO(GRPO):
             similarity=self.similarity,
             state=self.state,
         )
-        return replace(plain, advantage=advantage, diagnostics=(*plain.diagnostics, numbers))
+        compared = comparing(advantage, self.singleton)
+        return replace(plain, advantage=compared, diagnostics=(*plain.diagnostics, numbers))
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
         return [
             *super()._contradictions(),
-            (self.step_weight < 0, f"step_weight is {self.step_weight}, wanted at least 0"),
-            (not 0 <= self.gamma <= 1, f"gamma is {self.gamma}, wanted within [0, 1]"),
-            (not 0 < self.similarity <= 1, f"similarity is {self.similarity}, wanted above 0, at most 1"),
             (
                 self.similarity < 1 and self.state == "state_key",
                 f"similarity is {self.similarity} and compares observations, wanted 1 with state=state_key",

@@ -3,13 +3,16 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import (
+    COMPARES,
+    Advantage,
     Aggregation,
     Algorithm,
     Bounds,
@@ -21,9 +24,12 @@ from agentrl.algorithms.algorithm import (
     given,
     keep_all,
     requires,
+    trait,
+    traits,
 )
 from agentrl.algorithms.recipe import Presets, Recipe, recipe
 from agentrl.algorithms.steps import row_scores, turn_exists
+from agentrl.config import Share, SignedWeight, Tokens, Weight
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Episode
 from agentrl.errors import ConfigError
@@ -64,16 +70,16 @@ class ClippedRecipe(Recipe):
     }
     OFFICIAL: ClassVar[Collection[str]] = ("dual_clip", "aggregation", "drop_equal_groups")
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
+    clip_low: Share = 0.2
+    clip_high: Weight = 0.2
+    dual_clip: Annotated[float, Interval(gt=1, le=1e7)] | None = None
     aggregation: Literal["token", "sequence", "trajectory", "constant"] = "sequence"
     sequence: Literal["turn", "trajectory"] = "trajectory"
-    sequence_length: int | None = None
-    kl_coefficient: float = 0.0
+    sequence_length: Tokens | None = None
+    kl_coefficient: Weight = 0.0
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    entropy_coefficient: float = 0.0
-    invalid_penalty: float = 0.0
+    entropy_coefficient: SignedWeight = 0.0
+    invalid_penalty: Weight = 0.0
     drop_equal_groups: bool = True
     parity: Literal["paper", "official"] = "paper"
 
@@ -105,8 +111,6 @@ class ClippedRecipe(Recipe):
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
         return [
-            (not 0 <= self.clip_low <= 1, f"clip_low is {self.clip_low}, wanted within [0, 1]"),
-            (self.clip_high < 0, f"clip_high is {self.clip_high}, wanted at least 0"),
             (
                 self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high,
                 f"dual_clip is {self.dual_clip}, wanted above 1 + clip_high ({1 + self.clip_high}): "
@@ -116,12 +120,6 @@ class ClippedRecipe(Recipe):
                 self.aggregation == "constant" and self.sequence_length is None,
                 "aggregation=constant needs sequence_length, the divisor in tokens",
             ),
-            (
-                self.sequence_length is not None and self.sequence_length < 1,
-                f"sequence_length is {self.sequence_length}, wanted at least 1",
-            ),
-            (self.kl_coefficient < 0, f"kl_coefficient is {self.kl_coefficient}, wanted at least 0"),
-            (self.invalid_penalty < 0, f"invalid_penalty is {self.invalid_penalty}, wanted at least 0"),
         ]
 
 
@@ -177,7 +175,7 @@ class GRPO(ClippedRecipe):
             weighting=self.weighting,
             invalid_penalty=self.invalid_penalty,
         )
-        return replace(super().build(), advantage=advantage)
+        return replace(super().build(), advantage=comparing(advantage, self.singleton))
 
 
 @recipe("dr_grpo")
@@ -211,7 +209,7 @@ class DrGRPO(GRPO):
 
     divide_by_std: bool = False
     aggregation: Literal["token", "sequence", "trajectory", "constant"] = "constant"
-    sequence_length: int | None = 32
+    sequence_length: Tokens | None = 32
 
 
 def compare_in_groups(
@@ -232,6 +230,11 @@ def compare_in_groups(
     compared = torch.zeros_like(scores)
     compared[exists] = estimate(scores[exists], batch.groups[:, None].expand_as(scores)[exists])
     return functional.spread_steps(compared, batch.turns, batch.trajectory, batch.sampled)
+
+
+def comparing(advantage: Advantage, singleton: functional.Singleton) -> Advantage:
+    """Say of an advantage that it is 0 for an episode alone, where the `singleton` has none."""
+    return trait(COMPARES, *traits(advantage))(advantage) if singleton == "zero" else advantage
 
 
 def aggregation(kind: str, sequence: functional.Unit, length: int | None) -> Aggregation:

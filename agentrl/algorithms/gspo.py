@@ -10,6 +10,7 @@ from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, MiniBatch, Outputs, given, trait
 from agentrl.algorithms.grpo import fixed_clip
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
+from agentrl.config import Share, Weight
 from agentrl.errors import ConfigError
 
 
@@ -42,14 +43,8 @@ class GSPO(Recipe):
     }
 
     base: Base = field(default_factory=lambda: build_recipe("grpo"))
-    clip_low: float = 3e-4
-    clip_high: float = 4e-4
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
-            raise ConfigError(
-                f"clip_low, clip_high are {self.clip_low}, {self.clip_high}, wanted within [0, 1], at least 0"
-            )
+    clip_low: Share = 3e-4
+    clip_high: Weight = 4e-4
 
     def build(self) -> Algorithm:
         base = without_replay(self.base)

@@ -22,6 +22,7 @@ from agentrl.algorithms.algorithm import (
 from agentrl.algorithms.grpo import ClippedRecipe
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.algorithms.steps import decision_rewards, decisions, has_decision, row_scores, step_rewards
+from agentrl.config import PositiveWeight, Share, Weight
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import StopReason
 
@@ -77,11 +78,11 @@ class PPO(ClippedRecipe):
     aggregation: Literal["token", "sequence", "trajectory", "constant"] = "token"
     drop_equal_groups: bool = False
     gae_scope: Literal["trajectory", "turn", "row"] = "trajectory"
-    gamma_turn: float = 1.0
-    lam_turn: float = 0.95
+    gamma_turn: Share = 1.0
+    lam_turn: Share = 0.95
     bootstrap_truncated: bool = False
-    value_coefficient: float = 0.5
-    value_clip: float = 0.5
+    value_coefficient: Weight = 0.5
+    value_clip: PositiveWeight = 0.5
 
     def build(self) -> Algorithm:
         plain = super().build()
@@ -110,15 +111,11 @@ class PPO(ClippedRecipe):
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
         return [
             *super()._contradictions(),
-            (not 0 <= self.gamma_turn <= 1, f"gamma_turn is {self.gamma_turn}, wanted within [0, 1]"),
-            (not 0 <= self.lam_turn <= 1, f"lam_turn is {self.lam_turn}, wanted within [0, 1]"),
-            (self.value_coefficient < 0, f"value_coefficient is {self.value_coefficient}, wanted at least 0"),
             (
                 self.bootstrap_truncated and self.gamma_turn == 1 and self.gae_scope != "row",
                 "bootstrap_truncated is true with gamma_turn 1, wanted gamma_turn below 1: nothing would "
                 "hold the values of episodes that a limit ends",
             ),
-            (self.value_clip <= 0, f"value_clip is {self.value_clip}, wanted above 0"),
         ]
 
 

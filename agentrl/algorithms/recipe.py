@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, ge
 
 from pydantic import PlainValidator, ValidationInfo
 
-from agentrl.config import build, suggestion, to_tree
+from agentrl.config import build, check_numbers, suggestion, to_tree
 from agentrl.errors import ConfigError
 from agentrl.plugins import announce, withheld_hint
 
@@ -30,7 +30,9 @@ _broken: dict[str, str] = {}
 class Recipe:
     """Base of every recipe: a frozen dataclass that builds an algorithm.
 
-    Contradictions between fields are refused in `__post_init__`, with a `ConfigError` that names them.
+    The type of a number declares its bounds, see `agentrl.config`; a number that is not given within them is
+    refused, from Python as from a configuration. Contradictions between fields are refused in
+    `__post_init__`, with a `ConfigError` that names them.
 
     PRESETS says, by preset, the values that differ from the defaults, on top of those of the base classes. A
     field that is given wins over its preset; a `base` that is given has a preset of its own. A preset cannot
@@ -121,7 +123,9 @@ def _with_preset(cls: type[Recipe]) -> Callable[..., None]:
         named = dict(zip(order, args, strict=False))
         if len(args) > len(order) or named.keys() & given.keys():
             plain(self, *args, **given)  # which is a TypeError
-        plain(self, **_settled(cls, named | given))
+        values = _settled(cls, named | given)
+        check_numbers(type(self), values)
+        plain(self, **values)
 
     return filled
 

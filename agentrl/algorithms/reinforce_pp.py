@@ -9,9 +9,10 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Advantage, Algorithm, Context, given, requires, trait
-from agentrl.algorithms.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups
+from agentrl.algorithms.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups, comparing
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.algorithms.steps import at_last_decisions, decision_rewards, decisions, row_scores
+from agentrl.config import Share, Weight
 from agentrl.data.batch import Batch
 
 
@@ -51,11 +52,11 @@ class ReinforcePlusPlus(ClippedRecipe):
 
     aggregation: Literal["token", "sequence", "trajectory", "constant"] = "token"
     drop_equal_groups: bool = False
-    gamma: float = 1.0
+    gamma: Share = 1.0
     baseline: bool = False
     weighting: Weighting = "trajectory"
     singleton: functional.Singleton = "zero"
-    reward_kl_coefficient: float = 0.0
+    reward_kl_coefficient: Weight = 0.0
 
     def build(self) -> Algorithm:
         return replace(super().build(), advantage=self._advantage())
@@ -65,12 +66,13 @@ class ReinforcePlusPlus(ClippedRecipe):
             estimate = partial(
                 functional.group_relative_advantage, divide_by_std=False, singleton=self.singleton
             )
-            return partial(
+            compared = partial(
                 whitened_comparison,
                 estimate=estimate,
                 weighting=self.weighting,
                 invalid_penalty=self.invalid_penalty,
             )
+            return comparing(compared, self.singleton)
         returns = partial(
             whitened_returns,
             gamma=self.gamma,
@@ -84,11 +86,6 @@ class ReinforcePlusPlus(ClippedRecipe):
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
         return [
             *super()._contradictions(),
-            (not 0 <= self.gamma <= 1, f"gamma is {self.gamma}, wanted within [0, 1]"),
-            (
-                self.reward_kl_coefficient < 0,
-                f"reward_kl_coefficient is {self.reward_kl_coefficient}, wanted at least 0",
-            ),
             (
                 self.baseline and (self.gamma != 1 or self.reward_kl_coefficient != 0),
                 "baseline compares whole returns, wanted neither gamma nor reward_kl_coefficient with it",

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups
+from agentrl.algorithms.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups, comparing
 from agentrl.algorithms.recipe import Presets, recipe
 
 
@@ -53,4 +53,4 @@ class RLOO(ClippedRecipe):
             weighting=self.weighting,
             invalid_penalty=self.invalid_penalty,
         )
-        return replace(super().build(), advantage=advantage)
+        return replace(super().build(), advantage=comparing(advantage, self.singleton))

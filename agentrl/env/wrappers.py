@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import gymnasium
 
 from agentrl.env.names import unknown
+from agentrl.env.numbers import MOST_STEPS, whole_number
 from agentrl.env.problems import TaskIds, find_problem
 from agentrl.env.spaces import TextSpace
 from agentrl.errors import ConfigError, EnvironmentContractError
@@ -55,8 +56,7 @@ class OneStepEnv(gymnasium.Env[str, str]):
     ) -> None:
         if not tasks or not all(tasks.values()):
             raise ConfigError("OneStepEnv: wanted at least one split, and in each at least one problem")
-        if max_steps < 1:
-            raise ConfigError(f"OneStepEnv: max_steps is {max_steps}, wanted at least 1")
+        whole_number("max_steps", max_steps, 1, MOST_STEPS)
         if expert and solve is None:
             raise ConfigError("OneStepEnv: expert is True, but nobody knows the answers to these problems")
         self.splits: tuple[str, ...] = tuple(tasks)

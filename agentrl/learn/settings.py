@@ -1,13 +1,22 @@
 """The `learner` block of a run's configuration."""
 
-import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Interval
+
+from agentrl.config import (
+    Count,
+    Decay,
+    PositiveRate,
+    PositiveWeight,
+    Processes,
+    Rate,
+    Steps,
+    Tokens,
+    check_own_numbers,
+)
 from agentrl.errors import ConfigError
-
-# Where the optimisers multiply them, and correct for the first steps, the product still fits into a float32.
-_LARGEST, _LARGEST_DECAY = 1e30, 1e6
 
 
 @dataclass(frozen=True)
@@ -20,8 +29,8 @@ class LoraConfig:
         targets: names of the linear maps that get one; the output layer cannot, for only its weight is read.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: Annotated[int, Interval(ge=1, le=65536)] = 16
+    alpha: PositiveWeight = 32.0
     targets: tuple[str, ...] = (
         "q_proj",
         "k_proj",
@@ -33,10 +42,7 @@ class LoraConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank is {self.rank}, wanted at least 1")
-        if not math.isfinite(self.alpha):
-            raise ConfigError(f"alpha is {self.alpha}, wanted a finite number")
+        check_own_numbers(self)
 
 
 @dataclass(frozen=True)
@@ -81,26 +87,27 @@ class LearnerConfig:
 
     backend: Literal["single", "fsdp"] = "single"
     launcher: Literal["torchrun", "ray"] = "torchrun"
-    processes: int | None = None
+    processes: Processes | None = None
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     recompute_activations: bool = False
     lora: LoraConfig | None = None
     optimizer: Literal["adamw", "muon"] = "muon"
-    learning_rate: float = 1e-3
-    matrix_learning_rate: float = 4e-3
-    beta1: float = 0.9
-    beta2: float = 0.95
-    momentum: float = 0.95
-    weight_decay: float = 0.0
-    clip_gradient: float | None = 1.0
-    warmup_steps: int = 5
+    learning_rate: PositiveRate = 1e-3
+    matrix_learning_rate: PositiveRate = 4e-3
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    momentum: Decay = 0.95
+    weight_decay: Rate = 0.0
+    clip_gradient: PositiveRate | None = 1.0
+    warmup_steps: Steps = 5
     schedule: Literal["constant", "cosine"] = "cosine"
-    epochs: int = 1
-    mini_batches: int = 1
-    micro_batch_tokens: int = 2048
-    max_skipped_updates: int = 5
+    epochs: Count = 1
+    mini_batches: Count = 1
+    micro_batch_tokens: Tokens = 2048
+    max_skipped_updates: Count = 5
 
     def __post_init__(self) -> None:
+        check_own_numbers(self)
         mistakes = [f"{name} is {getattr(self, name)}, wanted {wish}" for name, wish in self._mistakes()]
         if mistakes:
             raise ConfigError("; ".join(mistakes))
@@ -116,25 +123,8 @@ class LearnerConfig:
         return replace(self, compute_dtype=chosen)
 
     def _mistakes(self) -> list[tuple[str, str]]:
-        at_least_one = ("epochs", "mini_batches", "micro_batch_tokens", "max_skipped_updates")
-        above_zero = ("learning_rate", "matrix_learning_rate", "clip_gradient")
-        wrong = [(name, "at least 1") for name in at_least_one if getattr(self, name) < 1]
-        for name in above_zero:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                wrong.append((name, "above 0"))
-            elif value is not None and value > _LARGEST:
-                wrong.append((name, f"at most {_LARGEST:g}"))
-        if self.warmup_steps < 0:
-            wrong.append(("warmup_steps", "at least 0"))
-        if not 0 <= self.weight_decay <= _LARGEST_DECAY:
-            wrong.append(("weight_decay", f"within [0, {_LARGEST_DECAY:g}]"))
-        wrong += [
-            (name, "within [0, 1)")
-            for name in ("beta1", "beta2", "momentum")
-            if not 0 <= getattr(self, name) < 1
-        ]
-        if (self.launcher == "ray") != (self.processes is not None and self.processes >= 1):
+        wrong = []
+        if (self.launcher == "ray") != (self.processes is not None):
             wrong.append(("processes", "at least 1 with launcher: ray, and null with torchrun"))
         if self.launcher == "ray" and self.backend != "fsdp":
             wrong.append(("launcher", "torchrun, or backend: fsdp"))

@@ -2,8 +2,11 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Interval
+
+from agentrl.config import ContextTokens, Devices, OptionalCount, Processes, Seconds, check_own_numbers
 from agentrl.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -58,20 +61,21 @@ class PolicyConfig:
     """
 
     path: str | None = None
-    hidden_size: int = 64
-    layers: int = 2
-    heads: int = 2
-    initial_std: float = 0.1
-    vocab_size: int = 1024
-    max_context: int = 1024
+    hidden_size: Annotated[int, Interval(ge=2, le=65536)] = 64
+    layers: Annotated[int, Interval(ge=1, le=1024)] = 2
+    heads: Annotated[int, Interval(ge=1, le=1024)] = 2
+    initial_std: Annotated[float, Interval(gt=0, le=10)] = 0.1
+    vocab_size: Annotated[int, Interval(ge=1, le=2**20)] = 1024
+    max_context: ContextTokens = 1024
     device: Device = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     reply: ReplyFormat = "plain"
     template_arguments: dict[str, Any] = field(default_factory=dict)
-    max_observation_tokens: int = 96
-    tokenizer_episodes: int = 200
+    max_observation_tokens: ContextTokens = 96
+    tokenizer_episodes: Annotated[int, Interval(ge=1, le=1_000_000)] = 200
 
     def __post_init__(self) -> None:
+        check_own_numbers(self, "policy")
         own = sorted(_NOT_ARGUMENTS & self.template_arguments.keys())
         if own:
             raise ConfigError(
@@ -99,28 +103,19 @@ class VllmConfig:
 
     url: str | None = None
     weights_folder: str | None = None
-    reply_timeout: float = 600.0
-    gpu_memory_share: float = 0.4
-    tensor_parallel_size: int = 1
-    cpu_cache_gib: float = 1.0
+    reply_timeout: Seconds = 600.0
+    gpu_memory_share: Annotated[float, Interval(gt=0, lt=1)] = 0.4
+    tensor_parallel_size: Annotated[int, Interval(ge=1, le=1024)] = 1
+    cpu_cache_gib: Annotated[float, Interval(gt=0, le=65536)] = 1.0
     eager: bool | None = None
-    max_restarts: int = 2
+    max_restarts: OptionalCount = 2
 
     def __post_init__(self) -> None:
+        check_own_numbers(self, "engine.vllm")
         if self.url is not None and not re.fullmatch(r"https?://[^/\s]+:\d+/?", self.url):
             raise ConfigError(f'engine.vllm.url is {self.url!r}, wanted "http://host:port", or null')
         if self.weights_folder is not None and self.url is None:
             raise ConfigError("engine.vllm.weights_folder is for a server; wanted engine.vllm.url as well")
-        if not 0 < self.gpu_memory_share < 1:
-            raise ConfigError(
-                f"engine.vllm.gpu_memory_share is {self.gpu_memory_share}, wanted within (0, 1)"
-            )
-        for name in ("reply_timeout", "cpu_cache_gib"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"engine.vllm.{name} is {getattr(self, name)}, wanted above 0")
-        for name, least in (("tensor_parallel_size", 1), ("max_restarts", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"engine.vllm.{name} is {getattr(self, name)}, wanted at least {least}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,19 +135,15 @@ class EngineConfig:
     """
 
     name: Literal["torch", "vllm"] = "torch"
-    max_tokens: int = 64
-    actors: int | None = None
-    actor_cpus: float = 0.0
-    actor_gpus: float = 0.0
-    actor_restarts: int = 16
+    max_tokens: ContextTokens = 64
+    actors: Processes | None = None
+    actor_cpus: Devices = 0.0
+    actor_gpus: Devices = 0.0
+    actor_restarts: OptionalCount = 16
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
     def __post_init__(self) -> None:
-        if self.actors is not None and self.actors < 1:
-            raise ConfigError(f"engine.actors is {self.actors}, wanted at least 1, or null")
-        for name in ("actor_cpus", "actor_gpus", "actor_restarts"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"engine.{name} is {getattr(self, name)}, wanted at least 0")
+        check_own_numbers(self, "engine")
 
     @property
     def provides(self) -> frozenset[str]:

@@ -1,8 +1,11 @@
 """The `rollout` block of a run's configuration."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Interval
+
+from agentrl.config import Count, Devices, OptionalCount, Processes, Seconds, Share, check_own_numbers
 from agentrl.errors import ConfigError
 
 Placement = Literal["auto", "inline", "thread", "process"]
@@ -24,23 +27,17 @@ class WorkersConfig:
             in the middle of one when it holds half as much again; None never.
     """
 
-    count: int | None = None
-    environments: int | None = None
+    count: Processes | None = None
+    environments: Count | None = None
     interpreter: str | None = None
-    construct_timeout: float = 180.0
-    reset_timeout: float = 120.0
-    step_timeout: float = 60.0
-    recycle_episodes: int | None = 1000
-    recycle_megabytes: int | None = 4096
+    construct_timeout: Seconds = 180.0
+    reset_timeout: Seconds = 120.0
+    step_timeout: Seconds = 60.0
+    recycle_episodes: Annotated[int, Interval(ge=1, le=1_000_000_000)] | None = 1000
+    recycle_megabytes: Annotated[int, Interval(ge=1, le=1_000_000_000)] | None = 4096
 
     def __post_init__(self) -> None:
-        for name in ("count", "environments", "recycle_episodes", "recycle_megabytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"rollout.workers.{name} is {value}, wanted at least 1, or null")
-        for name in ("construct_timeout", "reset_timeout", "step_timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"rollout.workers.{name} is {getattr(self, name)}, wanted above 0 seconds")
+        check_own_numbers(self, "rollout.workers")
 
 
 @dataclass(frozen=True)
@@ -57,19 +54,15 @@ class RayConfig:
     """
 
     address: str | None = None
-    actors: int | None = None
-    cpus: float = 0.0
-    max_restarts: int = 16
+    actors: Processes | None = None
+    cpus: Devices = 0.0
+    max_restarts: OptionalCount = 16
 
     def __post_init__(self) -> None:
+        check_own_numbers(self, "rollout.ray")
         host, _, port = (self.address or "auto").rpartition(":")
         if self.address not in (None, "auto") and not (host and "/" not in host and port.isdecimal()):
             raise ConfigError(f'rollout.ray.address is {self.address!r}, wanted "host:port", "auto" or null')
-        if self.actors is not None and self.actors < 1:
-            raise ConfigError(f"rollout.ray.actors is {self.actors}, wanted at least 1, or null")
-        for name in ("cpus", "max_restarts"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"rollout.ray.{name} is {getattr(self, name)}, wanted at least 0")
 
 
 @dataclass(frozen=True)
@@ -103,23 +96,17 @@ class RolloutConfig:
     placement: Placement = "auto"
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     ray: RayConfig = field(default_factory=RayConfig)
-    groups_per_step: int = 8
-    group_size: int = 8
-    max_active: int = 64
-    max_turns: int | None = None
-    temperature: float = 1.0
+    groups_per_step: Count = 8
+    group_size: Count = 8
+    max_active: Count = 64
+    max_turns: Count | None = None
+    temperature: Annotated[float, Interval(gt=0, le=1000)] = 1.0
     constrained: bool = True
-    max_attempts: int = 3
-    max_aborted_share: float = 0.2
+    max_attempts: Count = 3
+    max_aborted_share: Share = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("groups_per_step", "group_size", "max_active", "max_attempts"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"rollout.{name} is {getattr(self, name)}, wanted at least 1")
-        if self.temperature <= 0:
-            raise ConfigError(f"rollout.temperature is {self.temperature}, wanted above 0 to explore")
-        if not 0 <= self.max_aborted_share <= 1:
-            raise ConfigError(f"rollout.max_aborted_share is {self.max_aborted_share}, wanted within [0, 1]")
+        check_own_numbers(self, "rollout")
         elsewhere = {
             "rollout.workers.interpreter is set": self.workers.interpreter is not None,
             "rollout.backend is ray": self.backend == "ray",

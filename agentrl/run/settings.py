@@ -5,10 +5,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval
 
 from agentrl.algorithms.recipe import Recipe, build_recipe, kept_from_preset, recipe_tree
-from agentrl.config import Dotted, build, parse_overrides, set_values, to_tree
+from agentrl.config import (
+    Count,
+    Dotted,
+    PositiveWeight,
+    Seed,
+    Share,
+    Steps,
+    build,
+    check_own_numbers,
+    parse_overrides,
+    set_values,
+    to_tree,
+)
 from agentrl.env.settings import EnvConfig
 from agentrl.errors import ConfigError
 from agentrl.learn.settings import LearnerConfig
@@ -44,14 +58,15 @@ class WarmStartConfig:
         learner: optimiser of this stage.
     """
 
-    steps: int = 110
-    batch_size: int = 12
-    demonstrations: int = 1320
-    noise: float = 0.15
+    steps: Steps = 110
+    batch_size: Count = 12
+    demonstrations: Annotated[int, Interval(ge=1, le=100_000_000)] = 1320
+    noise: Share = 0.15
     noise_prefers: str = "take "
     learner: LearnerConfig = field(default_factory=cloning_learner)
 
     def __post_init__(self) -> None:
+        check_own_numbers(self, "warm_start")
         if self.steps and self.demonstrations < self.batch_size:
             raise ConfigError(
                 f"warm_start.demonstrations is {self.demonstrations}, wanted at least "
@@ -80,19 +95,16 @@ class TrainerConfig:
             in async with a staleness above 0, at most 2.
     """
 
-    steps: int = 240
-    checkpoint_every: int = 20
-    save_episodes_every: int = 20
-    threads: int | None = 1
+    steps: Steps = 240
+    checkpoint_every: Annotated[int, Interval(ge=1, le=1_000_000_000)] = 20
+    save_episodes_every: Steps = 20
+    threads: Annotated[int, Interval(ge=1, le=1024)] | None = 1
     mode: Literal["sync", "async"] = "sync"
-    max_staleness: int = 1
-    importance_cap: float | None = None
+    max_staleness: Annotated[int, Interval(ge=0, le=1000)] = 1
+    importance_cap: PositiveWeight | None = None
 
     def __post_init__(self) -> None:
-        if self.max_staleness < 0:
-            raise ConfigError(f"trainer.max_staleness is {self.max_staleness}, wanted at least 0")
-        if self.importance_cap is not None and self.importance_cap <= 0:
-            raise ConfigError(f"trainer.importance_cap is {self.importance_cap}, wanted above 0, or null")
+        check_own_numbers(self, "trainer")
 
     @property
     def correction(self) -> float | None:
@@ -116,10 +128,10 @@ class EvaluationConfig:
     """
 
     split: str = "valid_unseen"
-    tasks: int = 240
+    tasks: Count = 240
     panel: str | None = None
-    repeats: int = 1
-    every: int = 0
+    repeats: Count = 1
+    every: Steps = 0
     baselines: tuple[Literal["random", "expert", "untrained", "cloned"], ...] = (
         "random",
         "expert",
@@ -127,6 +139,9 @@ class EvaluationConfig:
         "cloned",
     )
     instruction_check: bool = True
+
+    def __post_init__(self) -> None:
+        check_own_numbers(self, "evaluation")
 
 
 @dataclass(frozen=True)
@@ -161,10 +176,11 @@ class RunConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    seed: int = 0
+    seed: Seed = 0
     run: RunFolderConfig = field(default_factory=RunFolderConfig)
 
     def __post_init__(self) -> None:
+        check_own_numbers(self)
         if self.engine.name != "vllm":
             return
         temperature = self.rollout.temperature

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from agentrl.config import build, merge, read_yaml, suggestion, to_tree, to_yaml
+from agentrl.config import Seed, build, check_own_numbers, merge, read_yaml, suggestion, to_tree, to_yaml
 from agentrl.errors import ConfigError
 from agentrl.run.comparison import compare
 from agentrl.run.comparison_report import write_comparison
@@ -62,10 +62,11 @@ class StudyConfig:
     base: str
     methods: Mapping[str, Mapping[str, Any]]
     baseline: str
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_own_numbers(self)
         mistakes = [
             f"methods.{name}: wanted a name of letters, digits, '-' and '_', other than {CLONE!r}"
             for name in self.methods

@@ -262,6 +262,7 @@ class Trainer:
                 self._warn_of_other_prompts()
                 self._warn_of_cut_openings()
                 self._warn_of_no_thoughts()
+                self._warn_of_lone_episodes()
                 self._serve()
                 for name in self.config.evaluation.baselines:
                     if name != "cloned" and (name != "expert" or self.has_expert):
@@ -540,6 +541,15 @@ class Trainer:
                     f"warning: engine.max_tokens={most} leaves no room to think before the first task's "
                     f"commands, wanted at least {most - room + 1}; until then replies hold no thoughts"
                 )
+
+    def _warn_of_lone_episodes(self) -> None:
+        """Nothing is learned from what is compared with nothing."""
+        size = self.algorithm.rollout.episodes or self.config.rollout.group_size
+        if size == 1 and self.algorithm.compares and self.config.trainer.steps:
+            self.logbook.say(
+                f"warning: rollout.group_size is 1, but algorithm.name={self.config.algorithm.name} compares "
+                "the episodes of a group, and one alone teaches it little or nothing; wanted at least 2"
+            )
 
     def _warn_of_other_prompts(self) -> None:
         """A policy that reads what it was not trained on is told of even where no progress is shown."""

@@ -12,9 +12,9 @@ import gymnasium
 from gymnasium.error import ResetNeeded
 
 from agentrl.env import TextSpace, unknown
+from agentrl.env.numbers import MOST_STEPS, whole_number
 from agentrl.env.problems import TaskIds, content_hash, find_problem
 from agentrl.env.sandbox import Limits, Sandbox, Session
-from agentrl.errors import ConfigError
 from agentrl_envs import bounded
 from agentrl_envs.calculator import CalculatorError, calculate
 from agentrl_envs.math_answers import ROUNDED_DIGITS, checked_digits, judged_by, last_boxed
@@ -106,8 +106,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         for name, value, choices in (("text", text, TEXTS), ("state", state, STATES)):
             if value not in choices:
                 raise unknown(name, value, choices)
-        if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
-            raise ConfigError(f"max_steps: {max_steps!r}, wanted a whole number of at least 1")
+        whole_number("max_steps", max_steps, 1, MOST_STEPS)
         tools = (tools,) if isinstance(tools, str) else tuple(tools)
         for tool in tools:
             if tool not in TAGS:
@@ -321,11 +320,9 @@ class _Python:
 
 def _limits(given: Mapping[str, float]) -> Limits:
     known = [item.name for item in fields(Limits)]
-    for name, value in given.items():
+    for name in given:
         if name not in known:
             raise unknown("limit of the sandbox", name, known)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"limits.{name}: {value!r}, wanted a number above 0")
     return Limits(**given)  # type: ignore[arg-type]
 
 

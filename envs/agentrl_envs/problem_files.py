@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agentrl.env import unknown
+from agentrl.env.numbers import real_number
 from agentrl.errors import ConfigError
 from agentrl_envs.math_answers import LONGEST_ANSWER, last_boxed, number, require_math_verify
 from agentrl_envs.problems import Check, Problem, generated
@@ -73,8 +74,7 @@ def load_problems(
     """
     if check not in (None, "number", "mathematics"):
         raise unknown("check", check, ("number", "mathematics"))
-    if not 0 < test_share < 1:
-        raise ConfigError(f"test_share: {test_share!r}, wanted more than 0 and less than 1")
+    real_number("test_share", test_share, 0, 1)
     files = (
         {split: Path(path) for split, path in data.items()} if isinstance(data, Mapping) else {"": Path(data)}
     )

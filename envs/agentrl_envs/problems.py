@@ -306,7 +306,7 @@ def generated(
             raise unknown("kind of problem", kind, KINDS)
     if not chosen or len(set(chosen)) < len(chosen):
         raise ConfigError(f"kinds: {list(chosen)}, wanted some of {', '.join(KINDS)}, each once")
-    ends = (level, level) if isinstance(level, int) else tuple(level)
+    ends = tuple(level) if isinstance(level, list | tuple) else (level, level)
     if len(ends) != 2 or any(type(end) is not int or end not in LEVELS for end in ends) or ends[0] > ends[1]:
         raise ConfigError(
             f"level: {level!r}, wanted {LEVELS[0]} to {LEVELS[-1]}, or the lowest and the highest of a range"

@@ -15,6 +15,7 @@ import gymnasium
 from gymnasium.error import ResetNeeded
 
 from agentrl.env import TextSpace, unknown
+from agentrl.env.numbers import MOST_STEPS, real_number, whole_number
 from agentrl.errors import ConfigError
 from agentrl_envs.scienceworld.expert import GoldExpert
 from agentrl_envs.scienceworld.lexicon import Meaning, Reach, lexicon, numbers, same_action, valid_actions
@@ -87,10 +88,8 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
         ):
             if value not in choices:
                 raise unknown(name, value, map(str, choices))
-        if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
-            raise ConfigError(f"max_steps: {max_steps!r}, wanted a whole number of at least 1")
-        if not timeout > 0:
-            raise ConfigError(f"timeout: {timeout!r}, wanted seconds above 0")
+        whole_number("max_steps", max_steps, 1, MOST_STEPS)
+        real_number("timeout", timeout, 0, 1_000_000)
         self._heap = check_heap(heap)
         require()
         self._listing = listing()

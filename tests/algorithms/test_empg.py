@@ -254,7 +254,7 @@ def test_a_configuration_is_read_and_written_back():
 
 @pytest.mark.parametrize("name", ["k", "k_future", "zeta"])
 def test_a_setting_below_zero_is_refused(name):
-    with pytest.raises(ConfigError, match=f"{name} is -0.1, wanted at least 0"):
+    with pytest.raises(ConfigError, match=rf"{name}: wrong value \(got -0.1, wanted at least 0 and"):
         EMPG(**{name: -0.1})
 
 

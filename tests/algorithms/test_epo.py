@@ -409,14 +409,14 @@ def test_a_configuration_is_read_and_written_back():
     ("settings", "message"),
     [
         ({"low": 1.5}, r"low is 1.5, wanted below high \(1.5\)"),
-        ({"low": -0.1}, "low is -0.1, wanted at least 0"),
-        ({"entropy_coefficient": -1.0}, "entropy_coefficient is -1.0, wanted at least 0"),
-        ({"penalty": -1.0}, "penalty is -1.0, wanted at least 0"),
-        ({"window": -1}, "window is -1, wanted at least 0"),
-        ({"min_history": 0}, "min_history is 0, wanted at least 1"),
+        ({"low": -0.1}, r"low: wrong value \(got -0.1"),
+        ({"entropy_coefficient": -1.0}, r"entropy_coefficient: wrong value \(got -1.0"),
+        ({"penalty": -1.0}, r"penalty: wrong value \(got -1.0"),
+        ({"window": -1}, r"window: wrong value \(got -1"),
+        ({"min_history": 0}, r"min_history: wrong value \(got 0"),
         ({"window": 4}, r"min_history is 5, wanted at most the window \(4\)"),
-        ({"schedule_rate": -1.0}, "schedule_rate is -1.0, wanted at least 0"),
-        ({"schedule_midpoint": 0.0}, "schedule_midpoint is 0.0, wanted above 0"),
+        ({"schedule_rate": -1.0}, r"schedule_rate: wrong value \(got -1.0"),
+        ({"schedule_midpoint": 0.0}, r"schedule_midpoint: wrong value \(got 0.0"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(settings, message):

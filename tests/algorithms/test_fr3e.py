@@ -413,11 +413,11 @@ def test_a_configuration_is_read_and_written_back():
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"bases": 0}, "bases is 0, wanted at least 1"),
-        ({"anchors": -1}, "anchors is -1, wanted at least 0"),
-        ({"continuations": 1}, "continuations is 1, wanted at least 2"),
-        ({"clip_low": 1.5}, r"clip_low is 1.5, wanted within \[0, 1\]"),
-        ({"clip_high": -0.1}, "clip_high is -0.1, wanted at least 0"),
+        ({"bases": 0}, r"bases: wrong value \(got 0"),
+        ({"anchors": -1}, r"anchors: wrong value \(got -1"),
+        ({"continuations": 1}, r"continuations: wrong value \(got 1"),
+        ({"clip_low": 1.5}, r"clip_low: wrong value \(got 1.5"),
+        ({"clip_high": -0.1}, r"clip_high: wrong value \(got -0.1"),
         ({"parity": "official", "score": "quantile"}, "parity=official chooses anchors by surprisal"),
     ],
 )

@@ -106,7 +106,7 @@ def test_unknown_splits_and_empty_sets_are_refused() -> None:
     for tasks in ({}, {"train": []}):
         with pytest.raises(ConfigError, match="at least one"):
             OneStepEnv(tasks, grade)
-    with pytest.raises(ConfigError, match="max_steps is 0"):
+    with pytest.raises(ConfigError, match="max_steps: 0, wanted a whole number of at least 1"):
         sums(max_steps=0)
 
 

@@ -114,7 +114,7 @@ def test_mathematics_is_judged_in_a_process_that_ends_with_the_environment(tmp_p
     [
         ({"split": "valid"}, "split 'valid' is unknown"),
         ({"text": "long"}, "text 'long' is unknown"),
-        ({"max_steps": 0}, "max_steps is 0"),
+        ({"max_steps": 0}, "max_steps: 0, wanted a whole number of at least 1"),
         ({"rounded_digits": 0}, "rounded_digits: 0, wanted a whole number from 1 to 100, or None"),
         ({"rounded_digits": 2.5}, "rounded_digits: 2.5"),
         ({"rounded_digits": True}, "rounded_digits: True"),

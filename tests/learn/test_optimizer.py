@@ -77,11 +77,11 @@ def test_a_muon_step_has_the_size_of_an_adamw_step():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mini_batches": 0}, "mini_batches is 0, wanted at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0, wanted above 0"),
-        ({"clip_gradient": -1.0}, "clip_gradient is -1.0, wanted above 0"),
-        ({"beta2": 1.0}, r"beta2 is 1.0, wanted within \[0, 1\)"),
-        ({"warmup_steps": -1}, "warmup_steps is -1, wanted at least 0"),
+        ({"mini_batches": 0}, r"mini_batches: wrong value \(got 0"),
+        ({"learning_rate": 0.0}, r"learning_rate: wrong value \(got 0.0"),
+        ({"clip_gradient": -1.0}, r"clip_gradient: wrong value \(got -1.0"),
+        ({"beta2": 1.0}, r"beta2: wrong value \(got 1.0"),
+        ({"warmup_steps": -1}, r"warmup_steps: wrong value \(got -1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

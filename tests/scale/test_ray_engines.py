@@ -209,7 +209,9 @@ def test_without_ray_the_command_that_installs_it_is_named(
 
 @pytest.mark.parametrize("wrong", [{"actors": 0}, {"actor_cpus": -1}, {"actor_restarts": -1}])
 def test_numbers_below_their_least_are_refused(wrong: Any) -> None:
-    with pytest.raises(ConfigError, match=f"engine.{next(iter(wrong))} is -?[01], wanted at least"):
+    with pytest.raises(
+        ConfigError, match=rf"engine.{next(iter(wrong))}: wrong value \(got -?[01], wanted at least"
+    ):
         EngineConfig(**wrong)
 
 

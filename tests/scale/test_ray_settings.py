@@ -33,7 +33,9 @@ def test_addresses_are_taken_as_they_are(address: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", ["actors=0", "cpus=-1", "max_restarts=-1"])
 def test_numbers_below_their_least_are_refused(wrong: str) -> None:
-    with pytest.raises(ConfigError, match=f"rollout.ray.{wrong.partition('=')[0]} is -?[01]"):
+    with pytest.raises(
+        ConfigError, match=rf"rollout.ray.{wrong.partition('=')[0]}: wrong value \(got -?[01],"
+    ):
         load_config(None, f"rollout.ray.{wrong}")
 
 

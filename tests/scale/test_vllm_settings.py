@@ -26,10 +26,10 @@ from agentrl.scale.vllm_server import VllmServerEngine
         ("url=localhost", "engine.vllm.url is 'localhost', wanted \"http://host:port\""),
         ("url=http://localhost", "engine.vllm.url"),
         ("weights_folder=/tmp", "wanted engine.vllm.url as well"),
-        ("gpu_memory_share=1.5", r"engine.vllm.gpu_memory_share is 1.5, wanted within \(0, 1\)"),
-        ("cpu_cache_gib=0", "engine.vllm.cpu_cache_gib is 0.0, wanted above 0"),
+        ("gpu_memory_share=1.5", r"engine\.vllm\.gpu_memory_share: wrong value \(got 1.5"),
+        ("cpu_cache_gib=0", r"engine\.vllm\.cpu_cache_gib: wrong value \(got 0,"),
         ("reply_timeout=-1", "engine.vllm.reply_timeout"),
-        ("tensor_parallel_size=0", "engine.vllm.tensor_parallel_size is 0, wanted at least 1"),
+        ("tensor_parallel_size=0", r"engine\.vllm\.tensor_parallel_size: wrong value \(got 0"),
         ("max_restarts=-1", "engine.vllm.max_restarts"),
     ],
 )

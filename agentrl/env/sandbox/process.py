@@ -19,7 +19,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from math import inf
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -54,6 +53,17 @@ class SandboxError(AgentRLError):
     """The sandbox itself failed: it cannot start here, or its server died. Never something that code did."""
 
 
+_MOST = {
+    "seconds": 86_400,
+    "cpu_seconds": 86_400,
+    "memory_mb": 2**24,
+    "file_mb": 2**20,
+    "open_files": 2**20,
+    "threads": 4096,
+    "output_chars": 10**9,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one execution, or the process of its session, may use.
@@ -79,10 +89,11 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            whole = not name.endswith("seconds")
-            if not isinstance(value, int if whole else int | float) or not 0 < value < inf:
+            whole, most = not name.endswith("seconds"), _MOST[name]
+            right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not right or not 0 < value <= most:
                 wanted = "a whole number" if whole else "a number"
-                raise ConfigError(f"limits.{name} is {value!r}, not {wanted} above 0")
+                raise ConfigError(f"limits.{name} is {value!r}, not {wanted} above 0 and at most {most}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
 
+from agentrl.env.numbers import whole_number
 from agentrl.errors import ConfigError
 from agentrl_envs.alfworld.engine import display_names
 from agentrl_envs.alfworld.rooms import LAMP_STANDS, TOOLS, Room, Scene, Walk, Wish, homes_of, room_text
@@ -46,8 +47,8 @@ class Options:
             ("max_receptacles", self.max_receptacles, 4),
             ("object_types", self.object_types, 2),
         ):
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ConfigError(f"{name}: {value!r}, wanted a whole number of at least {least}, or none")
+            if value is not None:
+                whole_number(name, value, least)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from agentrl.errors import ConfigError
+from agentrl.env.numbers import whole_number
 
 BLOCK = 500  # products that are made and shuffled together
 NAMES = ("items_shuffle.json", "items_ins_v2.json", "items_human_ins.json")
@@ -374,10 +374,8 @@ def write(folder: Path, products: int = 1000, seed: int = 0) -> tuple[Path, Path
 def _entries(
     products: int, seed: int
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]]:
-    for name, value, least in (("products", products, 1), ("seed", seed, None)):
-        if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-            wanted = "a whole number" + ("" if least is None else f" of at least {least}")
-            raise ConfigError(f"{name}: {value!r}, wanted {wanted}")
+    whole_number("products", products, 1, 10_000_000)
+    whole_number("seed", seed, -(2**63), 2**63 - 1)
     return _stream(products, seed)
 
 
