@@ -134,8 +134,8 @@ def evaluate(
     import json
 
     from agentrl.config import merge
+    from agentrl.files import write_atomic
     from agentrl.run.evaluate import evaluate as measure
-    from agentrl.run.folder import write_atomic
     from agentrl.run.report import results_table
 
     if output is not None and not output.parent.is_dir():

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentrl.errors import AgentRLError, ConfigError
+from agentrl.files import replacing_folder
 from agentrl.policy.engine import Engine, SamplingParams
 from agentrl.policy.model import (
     build_model,
@@ -79,9 +80,8 @@ def fit_policy(
     else:
         texts = environment_text(config, tasks, environments, player)
         tokenizer = fit_tokenizer(texts, config.policy.vocab_size)
-        partial = tokenizer_folder.with_name(f".{tokenizer_folder.name}.partial")
-        tokenizer.save_pretrained(partial)
-        partial.rename(tokenizer_folder)
+        with replacing_folder(tokenizer_folder) as partial:
+            tokenizer.save_pretrained(partial)
     block = replace(config.policy, dtype="float32")
     model = build_model(block, tokenizer, derive_seed(config.seed, "weights"))
     return _policy(model, tokenizer, config.policy)
@@ -156,9 +156,13 @@ def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: 
 
 
 def _run_or_none(policy: str) -> Run | None:
+    """A run of that folder or name; None for a folder that is none, or a model's that holds a config.yaml."""
     try:
         return open_run(policy)
     except AgentRLError:
-        if not Path(policy).is_dir():
+        folder = Path(policy)
+        if not folder.is_dir() or (
+            (folder / "config.yaml").exists() and not (folder / "config.json").exists()
+        ):
             raise
         return None
