@@ -75,13 +75,12 @@ def fit_policy(
     A tokenizer is fitted once per run and kept in `tokenizer_folder`.
     """
     check_without_template(config.policy.reply, config.policy.template_arguments)
-    if tokenizer_folder.is_dir():
-        tokenizer = load_tokenizer(tokenizer_folder)
-    else:
+    if not tokenizer_folder.is_dir():
         texts = environment_text(config, tasks, environments, player)
-        tokenizer = fit_tokenizer(texts, config.policy.vocab_size)
+        fitted = fit_tokenizer(texts, config.policy.vocab_size)
         with replacing_folder(tokenizer_folder) as partial:
-            tokenizer.save_pretrained(partial)
+            fitted.save_pretrained(partial)
+    tokenizer = load_tokenizer(tokenizer_folder)  # as a resumed run has it
     block = replace(config.policy, dtype="float32")
     model = build_model(block, tokenizer, derive_seed(config.seed, "weights"))
     return _policy(model, tokenizer, config.policy)
