@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,6 +238,7 @@ def _manifest(config: RunConfig) -> dict[str, Any]:
     }
 
 
+@cache
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
@@ -244,6 +246,7 @@ def _version(name: str) -> str | None:
         return None
 
 
+@cache
 def _git_revision() -> str | None:
     here = Path(__file__).parent
     try:

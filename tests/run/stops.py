@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,15 @@ def files(run: Path) -> dict[str, Any]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    return [name for name in sorted({*one, *other}) if name not in one or name not in other or one[name] != other[name]]
+    return [
+        name
+        for name in sorted({*one, *other})
+        if name not in one or name not in other or one[name] != other[name]
+    ]
+
+
+def by_stage(path: Path) -> tuple[bool, str]:
+    return path.name.startswith("train"), path.name
 
 
 def main(hotcold: str, folder: str, count: int, seed: int) -> None:
@@ -147,12 +156,12 @@ def main(hotcold: str, folder: str, count: int, seed: int) -> None:
     for index in range(count):
         number, at = SIGNALS[index % len(SIGNALS)], (index + draw.random()) / count * whole
         place = parent / f"stop-{index}"
-        ended = in_child(lambda at=at, number=number, place=place: stop_after(at, number, lambda: begin(place)))  # type: ignore[misc]
+        ended = in_child(partial(stop_after, at, number, partial(begin, place)))
         stopped[f"{number.name} {'stopped' if ended else 'came after the end'}"] += 1
-        saved = sorted((place / "tiny" / "checkpoints").glob("*-*"), key=lambda path: (path.name[0] == "t", path.name))
+        saved = sorted((place / "tiny" / "checkpoints").glob("*-*"), key=by_stage)
         finished = (place / "tiny" / "summary.json").exists()
         places["summary" if finished else saved[-1].name if saved else "no checkpoint"] += 1
-        resumed = in_child(lambda place=place: go_on(place))  # type: ignore[misc]
+        resumed = in_child(partial(go_on, place))
         wrong = differences(wanted, files(place / "tiny")) if resumed == 0 else [f"exit code {resumed}"]
         if ended not in (0, 1, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
             wrong.append(f"the stop ended with {ended}")
