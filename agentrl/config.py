@@ -71,8 +71,9 @@ for _kind in (_Loader, _Dumper):
 
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     """PyYAML's own constructor reads a leading zero as octal."""
-    if len(node.value) > _MOST_DIGITS:
-        fault = f"an integer of {len(node.value)} digits, wanted at most {_MOST_DIGITS}"
+    digits = len(node.value.lstrip("+-"))
+    if digits > _MOST_DIGITS:
+        fault = f"an integer of {digits} digits, wanted at most {_MOST_DIGITS}"
         raise yaml.MarkedYAMLError(None, None, fault, node.start_mark)
     return int(node.value)
 
