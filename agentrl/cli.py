@@ -300,8 +300,8 @@ def evaluate(
     import json
 
     from agentrl.config import merge
+    from agentrl.files import write_atomic
     from agentrl.run.evaluate import evaluate as measure
-    from agentrl.run.folder import write_atomic
     from agentrl.run.report import results_table
 
     load_imports(imports or ())

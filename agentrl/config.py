@@ -16,7 +16,7 @@ from copy import deepcopy
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 import yaml
 from annotated_types import Ge, GroupedMetadata, Gt, Interval, Le, Lt
@@ -32,7 +32,8 @@ T = TypeVar("T")
 # Numbers with declared bounds, for fields of settings and recipes; one with bounds of its own says so in its
 # place, as in `beam: Annotated[int, Interval(ge=2, le=1000)] = 2`. The upper bounds are where a value stops
 # to make sense, and starts to overflow or to fill the memory.
-LARGEST_RATE = 1e15  # the product of two rates, and what corrects it, still fits into a float32
+# Where the optimisers multiply rates, and correct for the first steps, the product still fits into a float32.
+LARGEST_RATE = 1e30
 
 # Integers.
 Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
@@ -54,6 +55,10 @@ Rate = Annotated[float, Interval(ge=0, le=LARGEST_RATE)]
 PositiveRate = Annotated[float, Interval(gt=0, le=LARGEST_RATE)]
 Seconds = Annotated[float, Interval(gt=0, le=1e6)]
 Devices = Annotated[float, Interval(ge=0, le=1024)]
+
+_MOST_DIGITS = 100  # of an integer
+_DEEPEST = 100  # blocks and lists inside each other
+_MOST_VALUES = 100_000  # of a file, with each alias counted as all that it stands for
 
 _SCALARS = (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
@@ -96,13 +101,19 @@ for _kind in (_Loader, _Dumper):
 
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     """PyYAML's own constructor reads a leading zero as octal."""
-    try:
-        return int(node.value)
-    except ValueError:  # Python reads no more than some thousand digits
-        problem = f"an integer of {len(node.value)} digits is too large"
-        raise yaml.MarkedYAMLError(None, None, problem, node.start_mark) from None
+    digits = len(node.value.lstrip("+-"))
+    if digits > _MOST_DIGITS:
+        fault = f"an integer of {digits} digits, wanted at most {_MOST_DIGITS}"
+        raise yaml.MarkedYAMLError(None, None, fault, node.start_mark)
+    return int(node.value)
 
 
+# Nothing but the kinds of values that a configuration holds: no dates, bytes or sets, and no Python objects.
+_Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or str(tag).rpartition(":")[2] in ("null", "bool", "float", "str", "seq", "map")
+}
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
@@ -381,14 +392,45 @@ def suggestion(unknown: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(names) or 'none'}"
 
 
+def _check_size(text: str) -> None:
+    """Refuse YAML that refers to itself, or is deeper or larger than any configuration; in one pass."""
+    sizes: dict[str, int] = {}
+    opened: list[tuple[str | None, int]] = []  # anchor and size so far of each block or list that is open
+
+    def refuse(event: yaml.Event, fault: str) -> NoReturn:
+        raise yaml.MarkedYAMLError(problem=fault, problem_mark=cast(Any, event.start_mark))
+
+    for event in yaml.parse(text, Loader=_Loader):
+        size = 0
+        if isinstance(event, yaml.CollectionStartEvent):
+            if len(opened) == _DEEPEST:
+                refuse(event, f"more than {_DEEPEST} blocks inside each other")
+            opened.append((event.anchor, 1))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = opened.pop()
+            sizes |= {} if anchor is None else {anchor: size}
+        elif isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in opened):
+                refuse(event, f"*{event.anchor} stands inside what it refers to")
+            size = sizes.get(event.anchor or "", 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            size = 1
+            sizes |= {} if event.anchor is None else {event.anchor: 1}
+        if opened and size:
+            opened[-1] = (opened[-1][0], opened[-1][1] + size)
+        if sum(inner for _, inner in opened) > _MOST_VALUES:
+            refuse(event, f"more than {_MOST_VALUES:,} values, aliases included")
+
+
 def _parse(text: str, place: str) -> Any:
     try:
+        _check_size(text)
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{place}{line}: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{place}: not YAML: {error}") from error
 
 

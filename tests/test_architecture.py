@@ -21,6 +21,7 @@ FLOORS = {
     "seeds": 0,
     "schedule": 0,
     "config": 0,
+    "files": 0,
     "env": 1,
     "data": 1,
     "policy": 2,

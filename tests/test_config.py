@@ -329,3 +329,49 @@ def test_a_value_that_is_built_already_is_taken_as_it_is() -> None:
 def test_a_suggestion_is_the_nearest_name_or_all_of_them() -> None:
     assert suggestion("grop", ["grpo", "ppo"]) == "did you mean grpo?"
     assert suggestion("zebra", ["grpo", "ppo"]) == "known: grpo, ppo"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "fault"),
+    [
+        ("seed: 1\na: &a [1, *a]\n", 2, "stands inside what it refers to"),
+        ("a: &a\n  b: *a\n", 2, "stands inside what it refers to"),
+        ("a: &a " + "[" * 5000 + "]" * 5000, 1, "more than 100 blocks inside each other"),
+        (
+            "".join(f"{'  ' * depth}a:\n" for depth in range(300)),
+            102,
+            "more than 100 blocks inside each other",
+        ),
+        (f"seed: 1\nb: {'9' * 4301}\n", 2, "an integer of 4301 digits"),
+        (f"b: -{'9' * 200}\n", 1, "an integer of 200 digits"),
+        ("a: !!timestamp 2024-99-99\n", 1, "could not determine a constructor"),
+        ("a: !!python/object:os.system x\n", 1, "could not determine a constructor"),
+    ],
+)
+def test_yaml_beyond_any_configuration_is_refused_with_its_line(
+    text: str, line: int, fault: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(path)
+    assert str(caught.value).startswith(f"{path}, line {line}: ")
+    assert fault in str(caught.value)
+
+
+def test_aliases_that_stand_for_a_billion_values_are_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    path = tmp_path / "laughs.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"laughs\.yaml, line 5: more than 100,000 values"):
+        read_yaml(path)
+    path.write_text("\n".join(lines[:3]))
+    assert len(read_yaml(path)["a2"]) == 10
+
+
+def test_an_override_is_bounded_as_a_file_is() -> None:
+    with pytest.raises(ConfigError, match="stands inside"):
+        merge({}, ["a=&a [*a]"])
+    with pytest.raises(ConfigError, match="digits"):
+        merge({}, [f"a={'1' * 5000}"])

@@ -1,7 +1,6 @@
 """Episodes on disk: Parquet, one row per turn, readable by anything that reads Parquet."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 
 from agentrl.data.trajectory import BranchPoint, Episode, StopReason, Turn
 from agentrl.errors import CheckpointError
+from agentrl.files import replacing
 
 VERSION = 2
 _READABLE = {b"1", b"2"}  # 1 has no policy_versions
@@ -61,20 +61,15 @@ def write_episodes(path: str | Path, episodes: Sequence[Episode]) -> None:
         CheckpointError: naming the file, when the folder is missing or the disk is full.
     """
     target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     rows = [row for number, episode in enumerate(episodes) for row in _rows(number, episode)]
     try:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial, compression="zstd")
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(partial, target)
+        with replacing(target) as partial:
+            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial, compression="zstd")
     except OSError as error:
         raise CheckpointError(
             f"{target}: cannot be written ({error.strerror or error}); make room or choose another folder. "
             "What was there before is unharmed"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_episodes(path: str | Path) -> list[Episode]:
@@ -92,7 +87,10 @@ def read_episodes(path: str | Path) -> list[Episode]:
             raise CheckpointError(f"{path}: episode schema version {found}, wanted {VERSION}")
         rows = table.to_pylist()
         return [_episode(list(turns)) for _, turns in groupby(rows, key=lambda row: row["number"])]
-    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+    except (
+        *(OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError),
+        *(OverflowError, RecursionError),
+    ) as error:
         raise CheckpointError(f"{path}: not a readable file of episodes ({error})") from error
 
 

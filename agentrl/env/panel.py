@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -14,7 +13,8 @@ import gymnasium
 from agentrl.env.containment import opened
 from agentrl.env.names import unknown
 from agentrl.env.registry import make
-from agentrl.errors import AgentRLError, PanelError
+from agentrl.errors import AgentRLError, CheckpointError, PanelError
+from agentrl.files import write_atomic
 
 FORMAT = "agentrl panel 1"
 
@@ -66,13 +66,10 @@ class Panel:
     def save(self, path: str | Path) -> None:
         """Write the panel as JSON, one task a line; a file that is there is replaced whole or not at all."""
         path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(self._json(), encoding="utf-8")
-            partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
+            write_atomic(path, self._json())
+        except (OSError, CheckpointError) as error:
             raise PanelError(f"panel {path} cannot be written: {error}") from error
 
     def _json(self) -> str:
@@ -132,7 +129,7 @@ def load_panel(path: str | Path) -> Panel:
         tree = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except OSError as error:
         raise PanelError(f"panel {path} cannot be read: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PanelError(f"panel {path} is not JSON: {error}") from error
     fault = _format_fault(tree)
     if fault is not None:

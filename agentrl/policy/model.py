@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +24,7 @@ from transformers import (
 from transformers.utils import logging as progress
 
 from agentrl.errors import CheckpointError, ConfigError, NonFiniteError, RequirementError
+from agentrl.files import read_json, replacing_folder
 from agentrl.policy.architecture import check_packed_forward, without_weights
 from agentrl.policy.attention import PACKED
 from agentrl.policy.context import context_length, context_limit, shortened
@@ -208,36 +207,17 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path
     target = Path(path)
     if lost := non_finite(cast(nn.Module, model).named_parameters()):
         raise NonFiniteError(f"{target}: not saved, for nan or inf is in {named_in_short(lost)}")
-    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
     try:
-        fresh.mkdir(parents=True)
-        with _no_progress_bars():
-            model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
-        _swap(fresh, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_folder(target) as fresh:
+            with _no_progress_bars():
+                model.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{target}: the policy could not be saved ({error}); make room or choose another folder. "
             "What was there before is unharmed"
         ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _swap(fresh: Path, target: Path) -> None:
-    # A folder cannot replace one that holds files, so the old one steps aside for the moment in between.
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if not target.exists():
-        fresh.rename(target)
-        return
-    target.rename(old)
-    try:
-        fresh.rename(target)
-    except BaseException:
-        if not target.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_files(folder: Path) -> None:
@@ -264,12 +244,7 @@ def _check_end_ids(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             continue
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(
-                f"{path}: cannot be read ({error}); copy it again from where it came from"
-            ) from error
+        settings = read_json(path, Any, "copy it again from where it came from")
         ids = settings.get("eos_token_id") if isinstance(settings, dict) else None
         if not isinstance(settings, dict) or not all(type(id) is int for id in _listed(ids)):
             raise CheckpointError(f"{path}: eos_token_id is {ids!r}, wanted a token id or a list of them")

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from agentrl.errors import CheckpointError, NonFiniteError
+from agentrl.files import begin_folder, finish_folder, remove_folder
 from agentrl.learn.learner import Learner
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.learn.sharding import stored_shards
 from agentrl.policy.precision import named_in_short, non_finite
+from agentrl.run.records import read_hashes, read_progress
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,15 @@ def save_checkpoint(
     memory: Mapping[str, Any] | None = None,
     score: float | None = None,
     ranks: Ranks = ALONE,
+    *,
+    between: bool = False,
 ) -> Path:
     """Write `folder/STAGE-STEP`; an interrupted or failed write leaves what was there before.
 
-    Keeps the last two and the one of the highest `score`. Of several ranks, which share the file system, each
-    writes what it holds of a learner that is dealt out, and the first all else. Weights are float32, whatever
-    the engine generates in, so that a resumed run goes on from exactly what was learned.
+    Keeps the last two and the one of the highest `score`; those between are kept until the next comes, so
+    that a run that was stopped leaves the same ones as one that was not. Of several ranks, which share the
+    file system, each writes what it holds of a learner that is dealt out, and the first all else. Weights are
+    float32, whatever the engine generates in, so that a resumed run goes on from exactly what was learned.
 
     Args:
         folder: of the run's checkpoints.
@@ -59,40 +65,42 @@ def save_checkpoint(
         memory: of the algorithm's replay.
         score: of the policy.
         ranks: that call this together.
+        between: whether it stands between those that the run would have written without a stop.
 
     Raises:
         CheckpointError: when it cannot be written, as on a full disk; what was there before is untouched.
         NonFiniteError: when weights or states are not finite; nothing is written.
     """
     target = folder / f"{progress.stage}-{progress.step:06d}"
-    partial = target.with_suffix(".partial")
     sharded = learner.config.backend == "fsdp"
     lost = learner.non_finite()
 
-    def begin() -> None:
+    def begin() -> Path:
         if lost:
             raise NonFiniteError(
                 f"{target}: not written, for nan or inf is in {named_in_short(lost)}; "
                 f"{_where_to_go_on(folder)}"
             )
+        with _saving(target):
+            folder.mkdir(exist_ok=True)
+            partial = begin_folder(target)
         with _saving(target, partial):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
             if not sharded:
                 save_model(learner.policy, str(partial / "weights.safetensors"))
             torch.save(learner.state_dict() | {"replay": memory}, partial / "learner.pt")
-            (partial / "progress.json").write_text(json.dumps(asdict(progress) | {"score": score}))
+            told = asdict(progress) | {"score": score, "between": between}
+            (partial / "progress.json").write_text(json.dumps(told), encoding="utf-8")
+        return partial
 
     def finish() -> None:
         with _saving(target, partial):
             files = sorted(file for file in partial.rglob("*") if file.is_file())
             hashes = {str(file.relative_to(partial)): _sha256(file) for file in files}
-            (partial / "hashes.json").write_text(json.dumps(hashes, indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+            (partial / "hashes.json").write_text(json.dumps(hashes, indent=1), encoding="utf-8")
+            finish_folder(partial, target)
         _rotate(folder)
 
-    ranks.by_first(begin)
+    partial = ranks.by_first(begin)
     if sharded:
         with _saving(target, partial):
             learner.write_shards(partial / "shards")
@@ -101,11 +109,12 @@ def save_checkpoint(
 
 
 @contextmanager
-def _saving(target: Path, partial: Path) -> Iterator[None]:
+def _saving(target: Path, partial: Path | None = None) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{target}: the checkpoint could not be saved ({error}); make room and continue with --resume. "
             "Those before it are unharmed"
@@ -120,9 +129,8 @@ def load_progress(path: Path, ranks: Ranks = ALONE) -> Progress:
             not all of it is finite.
     """
     ranks.by_first(lambda: _check(path))
-    stored = json.loads((path / "progress.json").read_text())
-    stored.pop("score")
-    return Progress(**stored)
+    stored = read_progress(path)
+    return Progress(**{item.name: stored[item.name] for item in fields(Progress)})
 
 
 def load_learner(path: Path, learner: Learner) -> Any:
@@ -131,7 +139,7 @@ def load_learner(path: Path, learner: Learner) -> Any:
     Raises:
         CheckpointError: when they do not fit.
     """
-    state = torch.load(path / "learner.pt", weights_only=True)
+    state = _read_state(path)
     if learner.config.backend == "fsdp":
         learner.read_shards(path / "shards", state)
     else:
@@ -166,7 +174,7 @@ def _where_to_go_on(folder: Path) -> str:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*-[0-9]*") if path.suffix != ".partial"]
+    return [path for path in folder.glob("*-[0-9]*") if re.fullmatch(r"(warm_start|train)-\d+", path.name)]
 
 
 def _order(path: Path) -> tuple[bool, int]:
@@ -176,16 +184,21 @@ def _order(path: Path) -> tuple[bool, int]:
 
 def _rotate(folder: Path) -> None:
     ordered = sorted(_checkpoints(folder), key=_order)
-    scored = [(score, path) for path in ordered if (score := _score(path)) is not None]
-    best = max(scored)[1] if scored else None
-    for path in ordered[:-2]:
-        if path != best:
-            shutil.rmtree(path)
+    told = {path: _told(path) for path in ordered}
+    regular = [path for path in ordered if not told[path].get("between")]
+    scored = [(score, path) for path in regular if (score := told[path].get("score")) is not None]
+    kept = {*regular[-2:], *ordered[-1:], *([max(scored)[1]] if scored else [])}
+    for path in ordered:
+        if path not in kept:
+            remove_folder(path)
 
 
-def _score(path: Path) -> float | None:
-    score = json.loads((path / "progress.json").read_text()).get("score")
-    return None if score is None else float(score)
+def _told(path: Path) -> Mapping[str, Any]:
+    """What a checkpoint says of itself; nothing where it was half removed, as by a kill."""
+    try:
+        return read_progress(path)
+    except CheckpointError:
+        return {}
 
 
 def _check(path: Path) -> None:
@@ -210,7 +223,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             yield from ((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
     if (path / "shards").exists():
         yield from stored_shards(path / "shards")
-    state = torch.load(path / "learner.pt", weights_only=True, mmap=True)
+    state = _read_state(path, mmap=True)
     yield from _within({name: value for name, value in state.items() if name != "replay"})
 
 
@@ -223,18 +236,34 @@ def _within(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _within(value, f"{name}.{key}".removeprefix("."))
 
 
-def _verify(path: Path) -> None:
+def _read_state(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    file, remedy = path / "learner.pt", f"remove {path} to resume from an older checkpoint"
     try:
-        hashes = json.loads((path / "hashes.json").read_text())
+        state = torch.load(file, weights_only=True, mmap=mmap)
+    except Exception as error:  # whatever its parsers raise
+        raise CheckpointError(f"{file}: cannot be read ({type(error).__name__}); {remedy}") from error
+    if not isinstance(state, dict) or "replay" not in state:
+        raise CheckpointError(f"{file}: is not the state of a learner; {remedy}")
+    return state
+
+
+def _verify(path: Path) -> None:
+    remedy = "remove it to resume from an older one"
+    try:
+        hashes = read_hashes(path)
+        there = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
+        untold = [name for name in there if name not in {*hashes, "hashes.json"} and not name.startswith(".")]
         wrong = [name for name, digest in hashes.items() if _sha256(path / name) != digest]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, CheckpointError) as error:
+        raise CheckpointError(f"{path}: not a whole checkpoint ({error}); {remedy}") from error
+    if absent := sorted({"learner.pt", "progress.json"} - set(hashes)):
         raise CheckpointError(
-            f"{path}: not a whole checkpoint ({error}); remove it to resume from an older one"
-        ) from error
-    if wrong:
-        raise CheckpointError(
-            f"{path}: {', '.join(wrong)} changed since written; remove it to resume from an older one"
+            f"{path}: not a whole checkpoint (hashes.json lacks {', '.join(absent)}); {remedy}"
         )
+    if untold:
+        raise CheckpointError(f"{path}: hashes.json knows nothing of {', '.join(untold)}; {remedy}")
+    if wrong:
+        raise CheckpointError(f"{path}: {', '.join(wrong)} changed since written; {remedy}")
 
 
 def _sha256(file: Path) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from agentrl.run.folder import write_atomic
+from agentrl.files import write_atomic
+from agentrl.run.records import read_clocks
 
 
 class Clocks:
@@ -21,8 +22,7 @@ class Clocks:
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self._path, self._writes = path, writes
         self._seconds = defaultdict[str, float](float)
-        if path.exists():
-            self._seconds.update(json.loads(path.read_text()))
+        self._seconds.update(read_clocks(path))
 
     @contextmanager
     def running(self, activity: str) -> Iterator[None]:

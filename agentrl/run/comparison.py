@@ -1,6 +1,5 @@
 """What the methods of a study reached, side by side, with the intervals that their design allows."""
 
-import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import ceil
@@ -18,6 +17,7 @@ from agentrl.data.trajectory import Outcome
 from agentrl.errors import ConfigError
 from agentrl.run.folder import open_run
 from agentrl.run.logbook import read_metrics
+from agentrl.run.records import read_summary
 from agentrl.run.statistics import Interval, wilson
 
 Tree = Mapping[str, Any]
@@ -124,8 +124,8 @@ def _interquartile(*outcomes: NDArray[np.float64], axis: int) -> NDArray[np.floa
 
 def _measured(folder: Path) -> dict[str, Any]:
     """What one run did and how it went."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["stage"] == "train"]
+    summary = read_summary(folder)
+    rows = read_metrics(folder / "metrics.jsonl", "train")
     regular = open_run(folder).config.learner.updates_per_step
     learned = [row for row in rows if "learner/updates" in row]
     # What a batch of rollouts is not worth by itself was taken on replayed episodes.

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from agentrl.files import write_atomic
 from agentrl.run.comparison import DECODINGS, between
-from agentrl.run.folder import write_atomic
 from agentrl.run.statistics import Interval
 
 Tree = Mapping[str, Any]

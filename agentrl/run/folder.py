@@ -1,23 +1,27 @@
 """A run's folder: where it is, what stands in it, and with which changes it may be resumed."""
 
+import errno
 import importlib.metadata
 import json
 import logging
 import os
 import platform
 import re
-import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentrl.config import parse_overrides, read_yaml, to_yaml
 from agentrl.env.registry import env_ids
 from agentrl.errors import CheckpointError, ConfigError
+from agentrl.files import replacing_folder, write_atomic
 from agentrl.plugins import import_hashes, withheld_hint, withhold
 from agentrl.run.config_files import ConfigFile, blamed
+from agentrl.run.records import SCHEMA, read_manifest, read_summary
 from agentrl.run.settings import RunConfig, config_from_tree, config_tree, with_names
 
 if TYPE_CHECKING:  # it loads transformers
@@ -60,8 +64,7 @@ class Run:
     @property
     def summary(self) -> dict[str, Any]:
         """What the run reached; empty until it has finished."""
-        path = self.folder / "summary.json"
-        return dict(json.loads(path.read_text())) if path.exists() else {}
+        return read_summary(self.folder)
 
 
 def create_run(config: RunConfig, **measured: Any) -> Run:
@@ -74,27 +77,36 @@ def create_run(config: RunConfig, **measured: Any) -> Run:
     Raises:
         ConfigError: when `run.name` is taken.
     """
-    parent = Path(config.run.folder)
-    name = config.run.name or _free_name(parent, config)
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise ConfigError(f"run.name is {name!r}, wanted letters, digits, '-', '_' and '.' only")
-    folder = parent / name
-    if folder.exists():
-        raise ConfigError(
-            f"run.name is {name!r}, but {folder} exists; "
-            f"resume it (agentrl train --resume {folder}) or choose another"
-        )
-    manifest = _manifest(config) | measured
-    partial = parent / f".{name}.partial"  # a folder that is there can be resumed
+    parent, manifest = Path(config.run.folder), _manifest(config) | measured
+    if config.run.name is not None:
+        name = config.run.name
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ConfigError(f"run.name is {name!r}, wanted letters, digits, '-', '_' and '.' only")
+        if not _made(parent / name, config, manifest):
+            raise ConfigError(
+                f"run.name is {name!r}, but {parent / name} exists; "
+                f"resume it (agentrl train --resume {parent / name}) or choose another"
+            )
+        return Run(parent / name, config)
+    folders = (parent / name for name in _free_names(parent, config))
+    return Run(next(folder for folder in folders if _made(folder, config, manifest)), config)
+
+
+def _made(folder: Path, config: RunConfig, manifest: Mapping[str, Any]) -> bool:
+    """Make a run's folder with all that it must have to be resumed; False where its name is taken."""
+    if os.path.lexists(folder):
+        return False
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "episodes").mkdir(parents=True)
-        (partial / "config.yaml").write_text(to_yaml(config_tree(config)), encoding="utf-8")
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        partial.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_folder(folder, over=False) as partial:
+            (partial / "episodes").mkdir()
+            (partial / "config.yaml").write_text(to_yaml(config_tree(config)), encoding="utf-8")
+            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and os.path.lexists(folder):
+            return False  # another process was faster
         raise ConfigError(f"run.folder is {config.run.folder!r}, which cannot hold runs ({error})") from error
-    return Run(folder, config)
+    return True
 
 
 def open_run(path: str | Path) -> Run:
@@ -107,21 +119,15 @@ def open_run(path: str | Path) -> Run:
         ConfigError: its configuration is damaged, or has a recipe that nobody has imported.
     """
     folder = find_run(path)
-    file = ConfigFile(folder / "config.yaml", read_yaml(folder / "config.yaml"))
-    block = file.tree.get("run")
-    named = block.get("imports") if isinstance(block, dict) else None
-    withhold([name for name in named if isinstance(name, str)] if isinstance(named, list) else [], folder)
-    try:
-        return Run(folder, config_from_tree(file.tree))
-    except ConfigError as error:
-        raise ConfigError(blamed(str(error), [file])) from error
+    return Run(folder, _stored_config(folder))
 
 
 def find_run(path: str | Path) -> Path:
     """Return a run's folder, given that or its name below `runs/`.
 
     Raises:
-        CheckpointError: when there is none.
+        CheckpointError: when there is none, or it is of a newer version.
+        ConfigError: when its configuration is damaged.
     """
     for folder in (Path(path), Path(RunConfig().run.folder) / path):
         if (folder / "config.yaml").is_file():
@@ -129,6 +135,59 @@ def find_run(path: str | Path) -> Path:
     raise CheckpointError(
         f"{path}: not a run (a run's folder holds a config.yaml); list yours with: ls runs/"
     )
+
+
+def _stored_config(folder: Path) -> RunConfig:
+    path, manifest = folder / "config.yaml", read_manifest(folder) or {}
+    schema = manifest.get("schema", 1)
+    if schema > SCHEMA:
+        raise CheckpointError(
+            f"{folder}: written by a newer agentrl, schema {schema}, this one reads up to {SCHEMA}; "
+            "install the version that it was made with, or a later one"
+        )
+    remedy = f"restore {path} from a copy, or start a new run"
+    try:
+        file = ConfigFile(path, read_yaml(path))
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n{remedy}") from error
+    absent = [block for block in _BLOCKS if block not in file.tree] if manifest else []
+    if absent:
+        missing = f"{path}: {', '.join(absent)}: missing, but a run's configuration is complete"
+        raise ConfigError(f"{missing}\n{remedy}")
+    block = file.tree.get("run")
+    named = block.get("imports") if isinstance(block, dict) else None
+    withhold([name for name in named if isinstance(name, str)] if isinstance(named, list) else [], folder)
+    try:
+        return config_from_tree(mapped(file.tree, schema))
+    except ConfigError as error:
+        raise ConfigError(f"{blamed(str(error), [file])}\n{remedy}") from error
+
+
+_BLOCKS = (
+    *("env", "rollout", "engine", "policy", "warm_start", "algorithm"),
+    *("learner", "trainer", "evaluation", "seed", "run"),
+)
+# Schema -> dotted keys of its configurations that have another name now, and that name; None drops a key.
+RENAMED: dict[int, dict[str, str | None]] = {1: {}}
+
+
+def mapped(tree: Mapping[str, Any], schema: int) -> dict[str, Any]:
+    """A stored configuration in the keys of this version."""
+    result = deepcopy(dict(tree))
+    for number in range(schema, SCHEMA):
+        for old, new in RENAMED.get(number, {}).items():
+            *path, key = old.split(".")
+            block = _at(result, ".".join(path)) if path else result
+            if not isinstance(block, dict) or key not in block:
+                continue
+            value = block.pop(key)
+            if new is not None:
+                *path, key = new.split(".")
+                block = result
+                for part in path:
+                    block = block.setdefault(part, {})
+                block.setdefault(key, value)
+    return result
 
 
 def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
@@ -160,33 +219,21 @@ def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
 
 
 def _warn_of_changed_imports(run: Run) -> None:
-    manifest = run.folder / "manifest.json"
-    try:
-        began = json.loads(manifest.read_text(encoding="utf-8"))["imports"]
-        changed = [name for name, now in import_hashes(run.config.run.imports).items() if now != began[name]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # a run without imports, or a manifest that a report refuses
-    for name in changed:
-        _log.warning("%s is not what it was when %s began: what it learns may differ", name, run.folder)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a full disk, never leaves half of it."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    began = (read_manifest(run.folder) or {}).get("imports")
+    if not isinstance(began, dict):
+        return  # a run without imports
+    for name, now in import_hashes(run.config.run.imports).items():
+        if began.get(name, now) != now:
+            _log.warning("%s is not what it was when %s began: what it learns may differ", name, run.folder)
 
 
 def note_wording(run: Run, wording: "Wording") -> None:
     """Write what stands around the texts of prompts into the manifest, unless it says so already."""
-    path = run.folder / "manifest.json"
-    manifest = _read_manifest(path)
+    manifest = read_manifest(run.folder)
     if manifest is not None and "prompt" not in manifest:
-        write_atomic(path, json.dumps(manifest | {"prompt": asdict(wording)}, indent=1))
+        write_atomic(
+            run.folder / "manifest.json", json.dumps(manifest | {"prompt": asdict(wording)}, indent=1)
+        )
 
 
 def changed_wording(run: Run, wording: "Wording") -> str | None:
@@ -194,7 +241,7 @@ def changed_wording(run: Run, wording: "Wording") -> str | None:
 
     A chat template may write the date, and so another prompt on another day.
     """
-    manifest = _read_manifest(run.folder / "manifest.json") or {}
+    manifest = read_manifest(run.folder) or {}
     before, now = manifest.get("prompt"), asdict(wording)
     if not isinstance(before, dict) or before.get("sha256") == now["sha256"]:
         return None
@@ -216,28 +263,16 @@ def _unlike(before: str, now: str) -> tuple[str, str]:
     return ("\n".join(lost), "\n".join(come)) if lost or come else (before, now)
 
 
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """A run's manifest; None where it has none, as one that was moved by hand."""
-    if not path.is_file():
-        return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged, not JSON ({error}); restore it, or delete it") from error
-    if not isinstance(manifest, dict):
-        raise CheckpointError(f"{path}: damaged, not a JSON object; restore it, or delete it")
-    return manifest
-
-
-def _free_name(parent: Path, config: RunConfig) -> str:
+def _free_names(parent: Path, config: RunConfig) -> Iterator[str]:
     stem = f"{config.env.id.rpartition('/')[2]}-{config.algorithm.name}-seed{config.seed}"
     taken = {path.name for path in parent.glob(f"{stem}*")}
-    return next(name for count in range(1, 10**6) if (name := f"{stem}-{count}") not in taken)
+    return (name for count in range(1, 10**6) if (name := f"{stem}-{count}") not in taken)
 
 
 def _manifest(config: RunConfig) -> dict[str, Any]:
     packages = ("agentrl", "torch", "transformers", "tokenizers", "gymnasium", "numpy", "alfworld")
     return {
+        "schema": SCHEMA,
         "versions": {name: version for name in packages if (version := _version(name))},
         "python": platform.python_version(),
         "machine": platform.platform(),
@@ -248,6 +283,7 @@ def _manifest(config: RunConfig) -> dict[str, Any]:
     }
 
 
+@cache
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
@@ -255,6 +291,7 @@ def _version(name: str) -> str | None:
         return None
 
 
+@cache
 def _git_revision() -> str | None:
     here = Path(__file__).parent
     try:

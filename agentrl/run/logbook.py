@@ -15,6 +15,9 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from agentrl.errors import CheckpointError
+from agentrl.files import replacing
+
 Row = Mapping[str, Any]
 
 # Metric -> how the progress line names and prints it, in this order.
@@ -82,11 +85,17 @@ class Logbook:
 
         Raises:
             OSError: when the disk is full; the rows before stay readable.
+            CheckpointError: when the file was removed since the row before.
         """
         finite = {key: None if _not_finite(value) else value for key, value in row.items()}
         with self._naming_the_file():
             if self._file is None:
                 self._file = self.path.open("a", encoding="utf-8")
+            if not os.fstat(self._file.fileno()).st_nlink:
+                raise CheckpointError(
+                    f"{self.path}: was removed while the run went on; resume it to write the rows since its "
+                    "last checkpoint again, or start a new run"
+                )
             self._file.write(json.dumps(finite, allow_nan=False) + "\n")
             self._file.flush()
         if self._stage is not None:
@@ -100,14 +109,21 @@ class Logbook:
         stage begins; `start` is before every stage.
         """
         rows = read_metrics(self.path)
-        of_stage = [(index, row["step"]) for index, row in enumerate(rows) if row.get("stage") == stage]
+        of_stage = [
+            (index, row.get("step", 0)) for index, row in enumerate(rows) if row.get("stage") == stage
+        ]
         before = [index + 1 for index, done in of_stage if done <= step]
         after = [index for index, done in of_stage if done > step]
         end = 0 if stage == "start" else before[-1] if before else after[0] if after else len(rows)
-        partial = self.path.with_name(self.path.name + ".partial")
         self.__exit__()
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows[:end]), encoding="utf-8")
-        os.replace(partial, self.path)
+        with replacing(self.path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows[:end]), encoding="utf-8")
+
+    def sync(self) -> None:
+        """Wait until the rows are on the disk."""
+        if self._file is not None:
+            with self._naming_the_file():
+                os.fsync(self._file.fileno())
 
     @contextmanager
     def stage(self, name: str, total: int | None = None, done: int = 0) -> Iterator[None]:
@@ -196,18 +212,49 @@ class _Stage:
         return f"{int(left) // 60}:{int(left) % 60:02d} left"
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read the rows of a `metrics.jsonl`; a line that an interruption left unfinished ends them."""
-    rows: list[dict[str, Any]] = []
-    if not Path(path).exists():
+def read_metrics(path: str | Path, stage: str | None = None) -> list[dict[str, Any]]:
+    """Read the rows of a `metrics.jsonl`; a last line that an interruption left unfinished is no row.
+
+    Args:
+        path: of the file.
+        stage: whose rows are wanted, which must hold numbers; None takes all as they are.
+
+    Raises:
+        CheckpointError: when it cannot be read, or another line is no row.
+    """
+    file, rows = Path(path), list[dict[str, Any]]()
+    remedy = "restore it from a copy, or delete it to go on without the rows so far"
+    if not os.path.lexists(file):
         return rows
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        rows.append(row)
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}); {remedy}") from error
+    for number, line in enumerate(lines, start=1):
+        row = _row(line)
+        if row is not None and stage not in (None, row.get("stage")):
+            continue
+        if row is not None and (stage is None or _is_numbers(row)):
+            rows.append(row)
+        elif number < len(lines):  # the last one has no end
+            raise CheckpointError(f"{file}, line {number}: damaged, not a row of metrics; {remedy}")
     return rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step", 0)) is int else None
+
+
+def _is_numbers(row: Row) -> bool:
+    values = [value for key, value in row.items() if key != "stage" and value is not None]
+    try:
+        return "step" in row and all(not isinstance(each, str) and math.isfinite(each) for each in values)
+    except (TypeError, OverflowError):
+        return False
 
 
 def _numbers(row: Row, seconds: float | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from agentrl.data.storage import write_episodes
 from agentrl.data.trajectory import Episode
 from agentrl.env.panel import Panel
+from agentrl.files import write_atomic
 from agentrl.learn.ranks import Ranks
 from agentrl.rollout.collector import Collection
 from agentrl.rollout.environments import Environments
@@ -23,10 +24,10 @@ from agentrl.run.evaluate import (
     play_panel,
     summarise,
 )
-from agentrl.run.folder import write_atomic
 from agentrl.run.interruption import Interruption
 from agentrl.run.logbook import Logbook
 from agentrl.run.players import scripted_player
+from agentrl.run.records import read_evaluations
 from agentrl.run.settings import RunConfig
 
 _DECODINGS = {"greedy": 0.0, "sampled": 1.0}
@@ -106,8 +107,7 @@ class Measurements:
 
     def results(self) -> dict[str, Any]:
         """What was found so far: policy, decoding, numbers."""
-        path = self._folder / "evaluations.json"
-        return dict(json.loads(path.read_text())) if path.exists() else {}
+        return read_evaluations(self._folder)
 
     def summary(self) -> dict[str, Any]:
         """The whole run in one record."""

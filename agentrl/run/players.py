@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentrl.errors import AgentRLError, ConfigError
+from agentrl.files import replacing_folder
 from agentrl.policy.engine import Engine, SamplingParams
 from agentrl.policy.model import (
     build_model,
@@ -74,14 +75,12 @@ def fit_policy(
     A tokenizer is fitted once per run and kept in `tokenizer_folder`.
     """
     check_without_template(config.policy.reply, config.policy.template_arguments)
-    if tokenizer_folder.is_dir():
-        tokenizer = load_tokenizer(tokenizer_folder)
-    else:
+    if not tokenizer_folder.is_dir():
         texts = environment_text(config, tasks, environments, player)
-        tokenizer = fit_tokenizer(texts, config.policy.vocab_size)
-        partial = tokenizer_folder.with_name(f".{tokenizer_folder.name}.partial")
-        tokenizer.save_pretrained(partial)
-        partial.rename(tokenizer_folder)
+        fitted = fit_tokenizer(texts, config.policy.vocab_size)
+        with replacing_folder(tokenizer_folder) as partial:
+            fitted.save_pretrained(partial)
+    tokenizer = load_tokenizer(tokenizer_folder)  # as a resumed run has it
     block = replace(config.policy, dtype="float32")
     model = build_model(block, tokenizer, derive_seed(config.seed, "weights"))
     return _policy(model, tokenizer, config.policy)
@@ -156,11 +155,13 @@ def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: 
 
 
 def _run_or_none(policy: str) -> Run | None:
+    """A run of that folder or name; None for a folder that is none, or a model's that holds a config.yaml."""
     try:
         return open_run(policy)
     except AgentRLError:
         folder = Path(policy)
-        is_run = (folder / "config.yaml").is_file() and not (folder / "config.json").is_file()
-        if is_run or not folder.is_dir():
+        if not folder.is_dir() or (
+            (folder / "config.yaml").exists() and not (folder / "config.json").exists()
+        ):
             raise
         return None

@@ -1,6 +1,5 @@
 """What a run reached, for a person: a table in the terminal and one self-contained HTML page."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,10 @@ from rich.text import Text
 
 from agentrl.data.storage import read_episodes
 from agentrl.data.trajectory import Episode, Outcome
-from agentrl.errors import AgentRLError, CheckpointError
-from agentrl.run.folder import write_atomic
+from agentrl.errors import AgentRLError
+from agentrl.files import write_atomic
 from agentrl.run.logbook import read_metrics
+from agentrl.run.records import read_manifest, read_summary
 from agentrl.run.statistics import intervals_separate
 
 Tree = Mapping[str, Any]
@@ -92,9 +92,9 @@ def write_report(run_folder: str | Path) -> Path:
 def _content(folder: Path) -> dict[str, Any]:
     from agentrl.run import figures  # matplotlib: half a second that a table does not need
 
-    summary, manifest = _read_json(folder / "summary.json"), _read_json(folder / "manifest.json")
+    summary, manifest = read_summary(folder), read_manifest(folder) or {}
     policies = _final_policies(summary)
-    training = [row for row in read_metrics(folder / "metrics.jsonl") if row.get("stage") == "train"]
+    training = read_metrics(folder / "metrics.jsonl", "train")
     by_turn = {
         name: values
         for name, decodings in policies.items()
@@ -123,20 +123,8 @@ def _content(folder: Path) -> dict[str, Any]:
         "episodes_source": source,
         "episodes": _shown_episodes(episodes),
         "facts": list(_facts(summary, manifest)),
-        "config": config.read_text(encoding="utf-8") if config.exists() else "",
+        "config": config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
     }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged, not JSON ({error})") from error
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path}: damaged, its top level is no block")
-    return tree
 
 
 def _final_policies(summary: Tree) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,6 @@
 """A study: several methods from the same start, on the same seeds, measured on the same panel."""
 
 import fcntl
-import json
 import re
 import subprocess
 import sys
@@ -16,11 +15,12 @@ from rich.console import Console
 
 from agentrl.config import Seed, build, check_own_numbers, merge, read_yaml, suggestion, to_tree, to_yaml
 from agentrl.errors import ConfigError
+from agentrl.files import write_atomic
 from agentrl.run.comparison import compare
 from agentrl.run.comparison_report import write_comparison
 from agentrl.run.config_files import ConfigFile, blamed, find_config
-from agentrl.run.folder import write_atomic
 from agentrl.run.interruption import Interruption, RunInterrupted
+from agentrl.run.records import read_summary
 from agentrl.run.settings import (
     RunConfig,
     config_from_tree,
@@ -281,7 +281,7 @@ class _Children:
             self._fail(run, f"exit code {code}: {_last_words(run.log)} (see {run.log})")
             return
         self._done += 1
-        trained = json.loads((run.folder / "summary.json").read_text())["policies"]["trained"]
+        trained = read_summary(run.folder)["policies"]["trained"]
         rates = ", ".join(f"{decoding} {_percent(score)}" for decoding, score in trained.items())
         self._say(f"{self._done}/{len(self._runs)} {run.label}: success {rates}")
 

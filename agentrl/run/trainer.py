@@ -20,7 +20,8 @@ from agentrl.algorithms.off_policy import with_drift
 from agentrl.data.storage import write_episodes
 from agentrl.data.trajectory import StopReason
 from agentrl.env.registry import Factory, check_id
-from agentrl.errors import ConfigError, NonFiniteError, TooManyAbortedError
+from agentrl.errors import CheckpointError, ConfigError, NonFiniteError, TooManyAbortedError
+from agentrl.files import clear_remnants, write_atomic
 from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner, provided
 from agentrl.learn.lora import check_adapters
@@ -56,11 +57,11 @@ from agentrl.run.folder import (
     note_wording,
     open_run,
     with_overrides,
-    write_atomic,
 )
 from agentrl.run.footprint import skeleton
 from agentrl.run.interruption import Interruption, RunInterrupted
-from agentrl.run.logbook import Logbook, Row
+from agentrl.run.lock import RunLock
+from agentrl.run.logbook import Logbook, Row, read_metrics
 from agentrl.run.measurements import Measurements
 from agentrl.run.metrics import rollout_metrics, staleness
 from agentrl.run.pipeline import SharedEngine, SideBySide, TakingTurns
@@ -170,19 +171,25 @@ class Trainer:
             lambda: settle(_factory(config), config.rollout, config.env.split, config.seed)
         )
         self.config = config = replace(config, rollout=rollout)
+        self.lock: RunLock | None = None  # of the first rank
         self.environments = self._training_environments(expert=False)
         try:
             self._get_ready(active)
+            self._set_up()
         except BaseException:
             self.environments.close()
+            self._let_go()
             raise
-        config = self.config
+
+    def _set_up(self) -> None:
+        """Have what the stages work with."""
+        config, ranks = self.config, self.ranks
         self.clocks = Clocks(self.active.folder / "clocks.json", writes=ranks.first)
         self.engine = self.policy.engine(config)
         self.beside = ranks.apart()
         self.rollouts = Rollouts(config, self.algorithm, self.tasks, self.environments, self.beside)
         self.logbook = (
-            Logbook(self.active.folder, quiet=quiet) if ranks.first else _NoBook(self.active.folder)
+            Logbook(self.active.folder, quiet=self.quiet) if ranks.first else _NoBook(self.active.folder)
         )
         self.measurements = Measurements(
             self.active.folder,
@@ -192,11 +199,12 @@ class Trainer:
             self.logbook,
             self.clocks,
             ranks,
-            interruption,
+            self.interruption,
         )
         self.history: dict[str, list[float]] = {}
         self.stage, self.step, self.saved = "warm_start" if config.warm_start.steps else "train", 0, -1
         self.learner = self._learner()
+        self.restored = False  # whether what is here is what the folder holds, or came after it
         self.tasks_drawn, self.idle_steps, self.warned_of_rounding = 0, 0, False
         self.stops: Counter[str] = Counter()  # of the run's own policy
         self.told_of_full_contexts = False
@@ -212,10 +220,25 @@ class Trainer:
             self.config = config = replace(config, policy=replace(config.policy, max_context=limit))
         folder = self.ranks.by_first(lambda: (active or create_run(config, placement=self.settled)).folder)
         self.active = Run(folder, config)
+        self.ranks.by_first(self._take)
         self.policy = given or self._own_policy(folder / "tokenizer")
         wording = self.policy.dialogue.wording
         self.other_prompts = self.ranks.by_first(lambda: changed_wording(self.active, wording))
         self.ranks.by_first(lambda: note_wording(self.active, wording))
+
+    def _take(self) -> None:
+        """Own the folder, and clear what a kill left in it."""
+        folder = self.active.folder
+        lock = RunLock(folder)
+        lock.take()
+        self.lock = lock
+        for inner in (folder, folder / "episodes", folder / "checkpoints"):
+            clear_remnants(inner)
+        (folder / "episodes").mkdir(exist_ok=True)
+
+    def _let_go(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
 
     def _check_adapters(self) -> None:
         for learner in (self.config.warm_start.learner, self.config.learner):
@@ -280,8 +303,11 @@ class Trainer:
         except NonFiniteError as error:
             raise NonFiniteError(f"{self.stage} step {self.step + 1}: {error}\n{self._kept()}") from error
         finally:
-            self.environments.close()
-            self.engine.close()
+            try:
+                self.environments.close()
+                self.engine.close()
+            finally:
+                self._let_go()
         return self.active
 
     # Stages: each looks at what the folder already holds, does the rest and leaves its result there.
@@ -329,12 +355,12 @@ class Trainer:
             self._steps() as steps,
         ):
             while self.step < self.config.trainer.steps:
+                if every and self.step and self.step % every == 0:  # a stop may have come before it
+                    with steps.paused():
+                        self._evaluate(f"step-{self.step:06d}")
                 self._heed()
                 self._train_step(steps)
                 self._save_now_and_then()
-                if every and self.step % every == 0 and self.step < self.config.trainer.steps:
-                    with steps.paused():
-                        self._evaluate(f"step-{self.step:06d}")
         self._save()
 
     @contextmanager
@@ -412,10 +438,10 @@ class Trainer:
                 self._serve()
             self.logbook.write({"stage": "train", "step": self.step} | metrics, seconds=step.seconds)
             self._warn_of_rounding(metrics)
-        every = self.config.trainer.save_episodes_every
-        if self.ranks.first and every and self.step % every == 0:
-            path = self.active.folder / "episodes" / f"train-{self.step:06d}.parquet"
-            write_episodes(path, played.episodes)
+            every = self.config.trainer.save_episodes_every
+            if self.ranks.first and every and self.step % every == 0:
+                path = self.active.folder / "episodes" / f"train-{self.step:06d}.parquet"
+                write_episodes(path, played.episodes)
 
     def _warn_of_idleness(self, *, learned: bool) -> None:
         """Steps that teach nothing look like progress."""
@@ -554,14 +580,24 @@ class Trainer:
     def _warn_of_other_prompts(self) -> None:
         """A policy that reads what it was not trained on is told of even where no progress is shown."""
         if self.other_prompts is not None and self.ranks.first:
-            if self.quiet:
-                warnings.warn(self.other_prompts, RuntimeWarning, stacklevel=2)
-            self.logbook.say(f"warning: {self.other_prompts}")
+            self._warn(self.other_prompts)
+
+    def _warn(self, text: str) -> None:
+        if self.quiet:
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        self.logbook.say(f"warning: {text}")
 
     def _heed(self) -> None:
-        """Stop here if any rank was told to."""
+        """Stop here if any rank was told to, or if the folder is no longer this run's."""
+        self.ranks.by_first(self._check_folder)
+        if self.ranks.count == 1:
+            self.interruption.heed()
         if self.ranks.count > 1 and any(self.ranks.gather(self.interruption.asked())):
             raise KeyboardInterrupt
+
+    def _check_folder(self) -> None:
+        if self.lock is not None:
+            self.lock.check()
 
     def _serve(self) -> None:
         """Have the engine take up the weights of now, rounded to what it generates in."""
@@ -634,8 +670,12 @@ class Trainer:
         if self.saved == self.step:
             return
         replay = self.algorithm.replay if self.stage == "train" else None
-        recent = self.history.get("success", [])[-self.config.trainer.checkpoint_every :]
+        every, block = self.config.trainer.checkpoint_every, self.config
+        last = block.trainer.steps if self.stage == "train" else block.warm_start.steps
+        recent = self.history.get("success", [])[-every:]
         with self.interruption.shield():
+            self.ranks.by_first(self._check_folder)
+            self.logbook.sync()
             save_checkpoint(
                 self.active.folder / "checkpoints",
                 Progress(self.stage, self.step, self.history, self.tasks_drawn),
@@ -643,16 +683,21 @@ class Trainer:
                 None if replay is None else replay.state_dict(),
                 score=sum(recent) / len(recent) if recent else None,
                 ranks=self.ranks,
+                between=self.step != last and (not self.step or self.step % every != 0),
             )
+            self.saved = self.step
             self.clocks.save()
-        self.saved = self.step
 
     def _kept(self) -> str:
         """Save what there is, if it is finite, and say where a resumed run goes on."""
         folder = self.active.folder
         resumed = f"continue with: agentrl train --resume {folder}"
+        if not self.restored:
+            return resumed
         try:
-            self._save()
+            with self.interruption.shield():
+                self._save()
+                self.interruption.asked()
         except NonFiniteError:
             good = self.ranks.by_first(lambda: latest_finite(folder / "checkpoints"))
             if good is None:
@@ -665,6 +710,7 @@ class Trainer:
         path = self.ranks.by_first(lambda: latest_checkpoint(self.active.folder / "checkpoints"))
         if path is None:
             self.logbook.truncate(self.stage, 0)
+            self.restored = True
             return
         progress = load_progress(path, self.ranks)
         another = progress.stage != self.stage
@@ -676,8 +722,50 @@ class Trainer:
         memory = load_learner(path, self.learner)
         if self.stage == "train" and self.algorithm.replay is not None:
             self.algorithm.replay.load_state_dict(memory, self._context())
+        self.ranks.by_first(self._check_rows)
         self.logbook.truncate(self.stage, self.step)
+        self.restored = True
         self.logbook.say(f"continuing {self.active.folder} after {self.stage} step {self.step}")
+
+    def _check_rows(self) -> None:
+        """Refuse to go on from a checkpoint with fewer rows, or evaluations, than came before it."""
+        path = self.logbook.path
+        if not os.path.lexists(path):
+            if self.step:
+                self._warn(f"{path} is missing: the rows up to {self.stage} step {self.step} are lost")
+        else:
+            rows, wanted = read_metrics(path), {self.stage: self.step}
+            if self.stage == "train":
+                wanted["warm_start"] = self.config.warm_start.steps
+            for stage, last in wanted.items():
+                found = [row.get("step", 0) for row in rows if row.get("stage") == stage]
+                if [step for step in found if step <= last] != list(range(1, last + 1)):
+                    raise CheckpointError(
+                        f"{path}: damaged, it has not one row for each step of {stage} up to {last}; "
+                        "restore it from a copy, or delete it to go on without the rows so far"
+                    )
+        every, steps = self.config.evaluation.every, self.config.trainer.steps
+        before = self.stage == "train"
+        over = {
+            "untrained": self.step > 0 or (before and self.config.warm_start.steps > 0),
+            "cloned": before and self.step > 0 and self.config.warm_start.steps > 0,
+        }
+        results = self.measurements.results()
+        lost = [
+            name
+            for name in self.config.evaluation.baselines
+            if over.get(name) and results.get(name, {}).keys() != {"greedy", "sampled"}
+        ]
+        if lost:
+            raise CheckpointError(
+                f"{self.active.folder / 'evaluations.json'}: holds no scores of {' and '.join(lost)}, whose "
+                "weights are gone, so that they cannot be measured again; restore it from a copy, or start a "
+                "new run"
+            )
+        if before and every:
+            passed = [f"step-{step:06d}" for step in range(every, min(self.step, steps), every)]
+            if gone := [name for name in passed if name not in results]:
+                self._warn(f"evaluations.json holds no scores of {', '.join(gone)}, whose weights are gone")
 
 
 class _NoBook(Logbook):

@@ -56,7 +56,10 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def same_results(one: Path, other: Path) -> None:
-    """Weights, metrics and evaluations, bit for bit."""
+    """Weights, metrics and evaluations, bit for bit, and the same episodes and checkpoints."""
+    for folder in ("episodes", "checkpoints"):
+        names = [sorted(path.name for path in (run / folder).iterdir()) for run in (one, other)]
+        assert names[0] == names[1]
     assert (one / "model/model.safetensors").read_bytes() == (other / "model/model.safetensors").read_bytes()
     assert rows(one) == rows(other)
     assert (one / "evaluations.json").read_text() == (other / "evaluations.json").read_text()
@@ -187,6 +190,26 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     code = RESUME.format(folder=folder, run=str(tmp_path / "tiny"))
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     same_results(unbroken.folder, tmp_path / "tiny")
+
+
+def test_a_stop_between_a_checkpoint_and_its_evaluation_loses_none(
+    examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Trainer._save_now_and_then
+
+    def stopping(self: Trainer) -> None:
+        save(self)
+        if self.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_save_now_and_then", stopping)
+    short = ("warm_start.steps=0", "evaluation.every=2", "evaluation.baselines=[]", "trainer.steps=3")
+    with pytest.raises(RunInterrupted):
+        agentrl.train(config(tmp_path, *short, "trainer.checkpoint_every=2"), quiet=True)
+    assert not (tmp_path / "tiny" / "evaluations.json").exists()
+    monkeypatch.undo()
+    run = agentrl.resume(tmp_path / "tiny", quiet=True)
+    assert set(run.summary["policies"]) == {"step-000002", "trained"}
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(unbroken: agentrl.Run, tmp_path: Path) -> None:

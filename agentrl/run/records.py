@@ -1,0 +1,131 @@
+"""What the JSON files of a run hold, and their reading: one that holds anything else is refused by name."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, cast
+
+from pydantic import Field, FiniteFloat, NonNegativeInt
+from typing_extensions import TypedDict  # pydantic reads no other under Python 3.11
+
+from agentrl.files import check_shape, read_json
+
+SCHEMA = 2  # of the runs that are written; 1 did not say its number
+
+_Interval = Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
+
+
+class _Rate(TypedDict):
+    success_rate: FiniteFloat | None
+    interval: _Interval
+    episodes: NonNegativeInt
+
+
+class _Entropy(TypedDict, total=False):
+    token: FiniteFloat | None
+    turn: FiniteFloat | None
+    trajectory: FiniteFloat | None
+    by_turn: list[FiniteFloat]
+
+
+class _Score(_Rate):
+    by_task_type: dict[str, _Rate]
+    aborted: NotRequired[NonNegativeInt]
+    aborted_reasons: NotRequired[dict[str, NonNegativeInt]]
+    mean_return: NotRequired[float | None]
+    mean_turns: NotRequired[FiniteFloat | None]
+    stop_reasons: NotRequired[dict[str, NonNegativeInt]]
+    entropy: NotRequired[_Entropy]
+    panel_hash: NotRequired[str]
+    data: NotRequired[str | None]
+    repeats: NotRequired[NonNegativeInt]
+    retried: NotRequired[NonNegativeInt]
+
+
+class _Check(TypedDict):
+    new_goal: _Rate
+    old_goal: _Rate
+
+
+_Policies = dict[str, dict[str, _Score]]
+_Seconds = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+
+
+class _Summary(TypedDict):
+    policies: _Policies
+    env: NotRequired[str]
+    algorithm: NotRequired[str]
+    data: NotRequired[str | None]
+    instruction_check: NotRequired[dict[str, _Check] | None]
+    panel: NotRequired[dict[str, Any]]
+    times: NotRequired[_Seconds]
+
+
+class _Manifest(TypedDict, total=False):
+    schema: NonNegativeInt
+    versions: dict[str, str]
+    prompt: dict[str, Any]
+    seed: int
+    placement: str | None
+
+
+class _Progress(TypedDict):
+    stage: Literal["warm_start", "train"]
+    step: NonNegativeInt
+    history: dict[str, list[float]]
+    tasks_drawn: NonNegativeInt
+    score: NotRequired[FiniteFloat | None]
+    between: NotRequired[bool]
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What a run reached; empty until it has finished."""
+    path = folder / "summary.json"
+    if not _stands(path):
+        return {}
+    return _dict(path, _Summary, f"delete it, and `agentrl train --resume {folder}` writes it anew")
+
+
+def read_evaluations(folder: Path) -> dict[str, Any]:
+    """What was measured so far: policy, decoding, numbers; empty before the first measurement."""
+    path, remedy = folder / "evaluations.json", "restore it from a copy, or start a new run"
+    if not _stands(path):
+        return {}
+    tree = _dict(path, dict[str, dict[str, Any]], remedy)
+    policies = {name: found for name, found in tree.items() if name != "instruction_check"}
+    check_shape(path, policies, _Policies, remedy)
+    check_shape(path, tree.get("instruction_check", {}), dict[str, _Check], remedy)
+    return tree
+
+
+def read_clocks(path: Path) -> dict[str, float]:
+    """Seconds by activity; none where no clock was kept yet."""
+    if not _stands(path):
+        return {}
+    return _dict(path, _Seconds, "delete it to have the clocks start anew; nothing else depends on it")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What a run was made with; None where it has no manifest, as one that was moved by hand."""
+    path = folder / "manifest.json"
+    if not _stands(path):
+        return None
+    return _dict(path, _Manifest, "restore it, or delete it: it says what the run was made with")
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """How far a checkpoint had come."""
+    return _dict(checkpoint / "progress.json", _Progress, "remove the checkpoint to resume from an older one")
+
+
+def read_hashes(checkpoint: Path) -> dict[str, str]:
+    """The digest of each file of a checkpoint."""
+    shape = Annotated[dict[str, str], Field(min_length=1)]
+    return _dict(checkpoint / "hashes.json", shape, "remove the checkpoint to resume from an older one")
+
+
+def _dict(path: Path, shape: Any, remedy: str) -> dict[str, Any]:
+    return cast(dict[str, Any], read_json(path, shape, remedy))
+
+
+def _stands(path: Path) -> bool:
+    """Whether anything is there, be it a folder or a link to nothing, which reading refuses."""
+    return path.exists() or path.is_symlink()
