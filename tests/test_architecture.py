@@ -20,6 +20,8 @@ FLOORS = {
     "seeds": 0,
     "schedule": 0,
     "config": 0,
+    "values": 0,
+    "terminal": 0,
     "env": 1,
     "data": 1,
     "policy": 2,

@@ -36,7 +36,13 @@ class TextEnv(Protocol):
     - `valid`: whether the last action was understood,
     - `score`: progress as a number, `task_type`: a name that scores are grouped by,
     - `expert`: the next action of an expert, where constructed with `expert=True`,
-    - `state_key`: str or int, equal for equal states.
+    - `state_key`: str or int, equal for equal states,
+    - `tool` and `tool_error`: the tool that the last action used, and what went wrong with it; JSON values,
+    - `other_success`: whether another task's goal was reached, see `other_goal` in `run.evaluate`.
+
+    Numbers may be of numpy, `Fraction` or `Decimal`, flags and texts of numpy: they become Python's. What
+    these keys hold must be finite, and texts no longer than `agentrl.values.LONGEST_TEXT`; else the episode
+    is aborted. All other keys are for players alone: they are neither checked nor stored.
 
     `step` sets at most one of `terminated` (the task is over, good or bad) and `truncated` (the step limit),
     and raises after either, and before the first `reset`, which may come in the middle of an episode. No

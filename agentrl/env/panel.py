@@ -15,6 +15,7 @@ import gymnasium
 from agentrl.env.names import unknown
 from agentrl.env.registry import make
 from agentrl.errors import AgentRLError, PanelError
+from agentrl.values import ValueFaultError, as_text
 
 FORMAT = "agentrl panel 1"
 
@@ -46,6 +47,17 @@ class Panel:
             raise PanelError(
                 f"Panel.hashes has {len(self.hashes)} entries, wanted {len(self.tasks)}, one per task"
             )
+        for name, texts in (
+            ("env", [self.env]),
+            ("split", [self.split]),
+            ("tasks", self.tasks),
+            ("hashes", self.hashes),
+        ):
+            for text in texts:
+                try:
+                    as_text(text)
+                except ValueFaultError as fault:
+                    raise PanelError(f"Panel.{name}: what is named there {fault}") from fault
         if len(set(self.tasks)) != len(self.tasks):
             raise PanelError("Panel.tasks names a task twice")
         _canonical(self.env_kwargs)
@@ -132,7 +144,7 @@ def load_panel(path: str | Path) -> Panel:
         tree = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except OSError as error:
         raise PanelError(f"panel {path} cannot be read: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PanelError(f"panel {path} is not JSON: {error}") from error
     fault = _format_fault(tree)
     if fault is not None:
@@ -203,6 +215,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _canonical(value: Any) -> str:
     try:
-        return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        text.encode()
+        return text
+    except (TypeError, ValueError, RecursionError) as error:
         raise PanelError(f"Panel.env_kwargs must be JSON values: {error}") from error

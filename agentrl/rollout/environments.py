@@ -19,6 +19,7 @@ from agentrl.env.answers import reset_answer, step_answer
 from agentrl.errors import AgentRLError, EnvironmentContractError
 from agentrl.rollout.play import EnvironmentCall, Restore, Step, Stop, Transition
 from agentrl.rollout.settings import WorkersConfig
+from agentrl.values import described
 
 TextGym = gymnasium.Env[str, str]
 Make = Callable[[], TextGym]
@@ -221,7 +222,7 @@ class ThreadedEnvironments(Environments):
             except AgentRLError as error:
                 answer = error
             except BaseException as error:
-                answer = Stop(StopReason.ENV_ERROR, f"{type(error).__name__}: {error}")
+                answer = Stop(StopReason.ENV_ERROR, described(error))
             self._answers.put((seat, answer))
 
     def _answer(self, seat: "_Seat", effect: EnvironmentCall) -> Transition | Stop:
@@ -269,7 +270,7 @@ def transition_or_stop(env: TextGym, effect: EnvironmentCall) -> Transition | St
     except EnvironmentContractError as error:
         return Stop(StopReason.CONTRACT, str(error))
     except Exception as error:
-        return Stop(StopReason.ENV_ERROR, f"{type(error).__name__}: {error}")
+        return Stop(StopReason.ENV_ERROR, described(error))
     if effect.keep and not (answer.terminated or answer.truncated):
         return replace(answer, snapshot=_snapshot(_beneath(env)))
     return answer
@@ -293,7 +294,7 @@ def made_or_stop(take: Make) -> TextGym | Stop:
     except AgentRLError:
         raise
     except Exception as error:
-        return Stop(StopReason.ENV_ERROR, f"{type(error).__name__}: {error}")
+        return Stop(StopReason.ENV_ERROR, described(error))
 
 
 def overdue(what: str, limit: float) -> str:

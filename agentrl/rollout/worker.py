@@ -23,6 +23,7 @@ from agentrl.data.trajectory import StopReason
 from agentrl.errors import AgentRLError
 from agentrl.rollout.environments import Make, TextGym, made_or_stop, transition_or_stop
 from agentrl.rollout.play import EnvironmentCall, Reset, Restore, Step, Stop
+from agentrl.values import described
 
 # (place, kind, payload): construct | reset | step | restore | discard | ask | time
 Request = tuple[int, str, Any]
@@ -108,7 +109,7 @@ class Server:
         except AgentRLError as error:
             kind, payload = "refused", error
         except BaseException as error:  # SystemExit as well: it is the environment's, not ours
-            stop = Stop(StopReason.ENV_ERROR, f"{type(error).__name__}: {error}")
+            stop = Stop(StopReason.ENV_ERROR, described(error))
             kind, payload = ("raised", error) if kind == "ask" else ("stop", astuple(stop))
         return place, kind, payload
 
@@ -216,7 +217,7 @@ def _sendable(answer: Answer) -> Answer:
     try:
         pickle.dumps(payload)
     except Exception as error:
-        what = f"its {kind} cannot leave its process: {type(error).__name__}: {error}"
+        what = f"its {kind} cannot leave its process: {described(error)}"
         if kind == "transition":
             return place, "stop", astuple(Stop(StopReason.CONTRACT, what))
         return place, "raised", RuntimeError(what)

@@ -12,10 +12,11 @@ from typing import Any, cast, get_args
 import gymnasium
 
 from agentrl.data.trajectory import Episode
+from agentrl.env.answers import LONGEST_NAME
 from agentrl.env.names import unknown
 from agentrl.env.panel import Panel, load_panel, make_panel, verify
 from agentrl.env.registry import Factory, make
-from agentrl.errors import ConfigError
+from agentrl.errors import ConfigError, EnvironmentContractError
 from agentrl.rollout.collector import Collection, Quarantine, abort_reasons, collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.placement import settle
@@ -27,6 +28,7 @@ from agentrl.run.places import open_environments
 from agentrl.run.settings import RunConfig
 from agentrl.run.statistics import Rate, success_rate
 from agentrl.seeds import derive_seed
+from agentrl.values import ValueFaultError, as_text
 
 OnEpisode = Callable[[Episode], None]
 
@@ -173,7 +175,7 @@ def evaluate(
             fixed = given or make_panel(
                 env, split, tasks or _default_tasks(config, environment, split), kwargs, environment
             )
-            label = getattr(environment.unwrapped, "data", None)
+            label = _label(environment)
         began = time.perf_counter()
         played = play_panel(
             fixed, player, environments, rollout, repeats=repeats, seed=seed, on_episode=on_episode
@@ -221,7 +223,15 @@ def _default_tasks(config: RunConfig, environment: gymnasium.Env[str, str], spli
 def data_label(environments: Environments) -> str | None:
     """What the tasks are, as their environment labels them, e.g. `generated`; None where it does not."""
     with environments.borrow() as environment:
-        return getattr(environment.unwrapped, "data", None)
+        return _label(environment)
+
+
+def _label(environment: gymnasium.Env[str, str]) -> str | None:
+    label = getattr(environment.unwrapped, "data", None)
+    try:
+        return None if label is None else as_text(label, LONGEST_NAME)
+    except ValueFaultError as fault:
+        raise EnvironmentContractError(f"the environment's attribute data {fault}") from fault
 
 
 def play_panel(
