@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from agentrl.errors import AgentRLError, ConfigError
+from agentrl.terminal import echo, plain_warnings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,17 +27,18 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with plain_warnings():
+                return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            typer.echo(f"\n{str(interrupt) or 'interrupted'}", err=True)
+            echo(f"\n{str(interrupt) or 'interrupted'}", err=True)
             raise typer.Exit(130) from interrupt  # as a shell reports it
         except BrokenPipeError:
             raise
         except (AgentRLError, OSError) as error:
             if ctx.params["debug"]:
-                traceback.print_exc()
-            typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-            typer.echo(str(error) if isinstance(error, AgentRLError) else _file_trouble(error), err=True)
+                echo(traceback.format_exc(), err=True)
+            echo("error: ", err=True, nl=False, style="bold red")
+            echo(str(error) if isinstance(error, AgentRLError) else _file_trouble(error), err=True)
             raise typer.Exit(2) from error
 
 
@@ -96,8 +98,8 @@ def train(
     if resume is not None and path is not None:
         raise ConfigError(f"a resumed run has its own configuration: leave out {path}")
     run = resume_run(resume, *overrides) if resume is not None else train_run(load_config(path, *overrides))
-    typer.echo(f"run:    {run.folder}")
-    typer.echo(f"report: {run.folder / 'report.html'}")
+    echo(f"run:    {run.folder}")
+    echo(f"report: {run.folder / 'report.html'}")
 
 
 @app.command()
@@ -157,12 +159,12 @@ def evaluate(
     summary = {"policies": {policy: {"greedy" if greedy else "sampled": result.to_dict()}}}
     _console().print(results_table(summary))
     ended = ", ".join(f"{times} x {reason}" for reason, times in result.stop_reasons.items())
-    typer.echo(f"ended: {ended}")
+    echo(f"ended: {ended}")
     for reason, times in result.aborted_reasons.items():
-        typer.echo(f"aborted {times} x {reason}")
+        echo(f"aborted {times} x {reason}")
     if result.retried:
-        typer.echo(f"played again after a failure: {result.retried}")
-    typer.echo(f"{result.steps_per_second:,.0f} steps/s")
+        echo(f"played again after a failure: {result.retried}")
+    echo(f"{result.steps_per_second:,.0f} steps/s")
     if output is not None:
         write_atomic(output, json.dumps(result.to_dict() | {"policy": policy, "seed": seed}, indent=1))
 
@@ -213,9 +215,9 @@ def envs() -> None:
     from agentrl.env.registry import broken_plugins, env_ids
 
     for name in env_ids():
-        typer.echo(f"{name}  ({gymnasium.spec(name).entry_point})")
+        echo(f"{name}  ({gymnasium.spec(name).entry_point})")
     for plugin, reason in broken_plugins().items():
-        typer.echo(f"{plugin} is broken: {reason}", err=True)
+        echo(f"{plugin} is broken: {reason}", err=True)
 
 
 @app.command()
@@ -228,13 +230,13 @@ def algorithms(name: Annotated[str | None, typer.Argument(help="describe this on
     from agentrl.config import to_yaml
 
     if name is not None:
-        typer.echo(inspect.getdoc(recipe.recipe_class(name)))
+        echo(inspect.getdoc(recipe.recipe_class(name)))
         defaults = recipe.recipe_tree(recipe.build_recipe(name))
-        typer.echo(f"\nDefaults:\n\n{to_yaml({'algorithm': defaults})}")
+        echo(f"\nDefaults:\n\n{to_yaml({'algorithm': defaults})}")
         return
     names = recipe.recipe_names()
     for known in names:
-        typer.echo(f"{known:{max(map(len, names))}}  {recipe.describe_recipe(known)}")
+        echo(f"{known:{max(map(len, names))}}  {recipe.describe_recipe(known)}")
 
 
 @app.command()
@@ -247,7 +249,7 @@ def config(arguments: Overrides = None) -> None:
     from agentrl.run.settings import config_tree, load_config
 
     path, overrides = _split(arguments)
-    typer.echo(to_yaml(config_tree(load_config(path, *overrides))), nl=False)
+    echo(to_yaml(config_tree(load_config(path, *overrides))), nl=False)
 
 
 @app.command()
@@ -271,11 +273,11 @@ def plan(
     path, overrides = _split(arguments)
     found = find_out(load_config(path, *overrides), processes=processes, nodes=nodes)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        echo(json.dumps(found.to_dict(), indent=1))
     else:
         _console().print(plan_table(found))
         for line in found.missing or ("nothing is missing",):
-            typer.secho(f"missing: {line}" if found.missing else line, fg="red" if found.missing else "green")
+            echo(f"missing: {line}" if found.missing else line, style="red" if found.missing else "green")
     if found.missing:
         raise typer.Exit(1)
 
@@ -312,7 +314,7 @@ def check_env(
         outcomes += [(f"{plugin} is broken: {why}", False) for plugin, why in broken_plugins().items()]
     if every or len(outcomes) > 1:
         for line, _ in outcomes:
-            typer.echo(line)
+            echo(line)
     if not all(kept for _, kept in outcomes):
         raise typer.Exit(1)
 
@@ -333,11 +335,11 @@ def new_env(
 
     made = write_new_env(name, folder)
     for path, what in made.files.items():
-        typer.echo(f"{path}: {what}")
+        echo(f"{path}: {what}")
     if made.to_add is not None:
-        typer.echo(f"{folder / 'pyproject.toml'} stays as it is; add to it:\n\n{made.to_add}")
-    typer.echo(f"\nNext:\n  python -m pip install -e {folder}\n  agentrl check-env {made.names.id}")
-    typer.echo(f"  agentrl train env.id={made.names.id} evaluation.split=test evaluation.tasks=30")
+        echo(f"{folder / 'pyproject.toml'} stays as it is; add to it:\n\n{made.to_add}")
+    echo(f"\nNext:\n  python -m pip install -e {folder}\n  agentrl check-env {made.names.id}")
+    echo(f"  agentrl train env.id={made.names.id} evaluation.split=test evaluation.tasks=30")
 
 
 @app.command()
@@ -346,7 +348,7 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folde
     from agentrl.run.folder import open_run
     from agentrl.run.report import write_report
 
-    typer.echo(write_report(open_run(run).folder))
+    echo(write_report(open_run(run).folder))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -408,19 +410,19 @@ def _file_trouble(error: OSError) -> str:
 
 
 def _console() -> "Console":
-    from rich.console import Console
+    from agentrl.terminal import Terminal
 
-    return Console()
+    return Terminal()
 
 
 class _Count:
     """Counts episodes on a terminal's last line while an evaluation plays."""
 
     def __init__(self, what: str) -> None:
-        from rich.console import Console
+        from agentrl.terminal import Terminal
 
         self._what = what
-        self._status = Console(stderr=True).status(what)
+        self._status = Terminal(stderr=True).status(what)
         self._episodes = self._successes = 0
 
     def __enter__(self) -> "_Count":

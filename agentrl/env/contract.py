@@ -12,6 +12,7 @@ from agentrl.env.answers import reset_answer, step_answer
 from agentrl.env.checks import CHECKS, MEASUREMENTS, determinism
 from agentrl.env.probe import FaultError, Probe, SkipError
 from agentrl.errors import EnvironmentContractError, MissingDependencyError
+from agentrl.terminal import Terminal, plain
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -147,21 +148,18 @@ class ContractReport:
         from rich import box
         from rich.console import Group
         from rich.table import Table
-        from rich.text import Text
 
         head = Table.grid(padding=(0, 2))
         for name, value in self._head():
-            head.add_row(Text(name, style="bold"), Text(_printable(value)))
+            head.add_row(plain(name, "bold"), plain(value))
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         for column in ("claim", "", "what was seen"):
             table.add_column(column, no_wrap=column != "what was seen", overflow="fold")
         unseen = [check for check in self.checks if check.detail.startswith(_UNSEEN)]
         for check in self.checks[: len(self.checks) - max(0, len(unseen) - 1)]:
             name = f"{len(unseen)} others" if check in unseen else check.name
-            table.add_row(
-                name, Text(check.status, style=_STYLES[check.status]), Text(_printable(check.detail))
-            )
-        title = Text(self.summary(), style="bold red" if self.failed else "bold green")
+            table.add_row(plain(name), plain(check.status, _STYLES[check.status]), plain(check.detail))
+        title = plain(self.summary(), "bold red" if self.failed else "bold green")
         return Group(title, head, "", table, "")
 
     def _head(self) -> Iterator[tuple[str, str]]:
@@ -172,10 +170,8 @@ class ContractReport:
         yield from self.measured.items()
 
     def __str__(self) -> str:
-        from rich.console import Console
-
         text = StringIO()
-        Console(file=text, width=_PLAIN_WIDTH).print(self)
+        Terminal(file=text, width=_PLAIN_WIDTH).print(self)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
@@ -239,10 +235,6 @@ def _look(name: str, check: Callable[[Probe], str], probe: Probe) -> Check:
         raise
     except Exception as error:
         return Check(name, "failed", f"raised {type(error).__name__}: {error}")
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
 
 
 def _declared(known: Any) -> Iterator[str]:

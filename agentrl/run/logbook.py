@@ -14,6 +14,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from agentrl.terminal import Terminal, plain, printable
+
 Row = Mapping[str, Any]
 
 # Metric -> how the progress line names and prints it, in this order.
@@ -47,7 +49,7 @@ class Logbook:
         seconds_between_lines: float = 5.0,
     ) -> None:
         self.path = Path(folder) / "metrics.jsonl"
-        self._console = console or Console(quiet=quiet)
+        self._console = console or Terminal(quiet=quiet)
         self._pause = seconds_between_lines
         self._file: TextIO | None = None
         self._stage: _Stage | None = None
@@ -147,7 +149,7 @@ class Logbook:
 
     def say(self, text: str) -> None:
         """Print a line of plain text."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(plain(text), highlight=False, soft_wrap=True)
 
     def show(self, renderable: RenderableType) -> None:
         """Print a table or the like."""
@@ -179,7 +181,7 @@ class _Stage:
     def line(self) -> str:
         count = str(self.done) if self.total is None else f"{self.done}/{self.total}"
         head = f"{self.name} {count}" if self.total is not None or self.done else self.name
-        return " · ".join(part for part in (head, self.numbers, self._time_left()) if part)
+        return printable(" · ".join(part for part in (head, self.numbers, self._time_left()) if part))
 
     def _time_left(self) -> str:
         fresh = self.done - self.began_with

@@ -14,6 +14,7 @@ from agentrl.errors import ConfigError
 from agentrl.learn.settings import LearnerConfig
 from agentrl.policy.settings import EngineConfig, PolicyConfig
 from agentrl.rollout.settings import RolloutConfig
+from agentrl.terminal import echo
 
 
 def cloning_learner() -> LearnerConfig:
@@ -301,6 +302,4 @@ def _block(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
 
 
 def _print(line: str) -> None:
-    from rich.console import Console
-
-    Console(stderr=True).print(line, markup=False)
+    echo(line, err=True)

@@ -28,6 +28,7 @@ from agentrl.run.settings import (
     find_config,
     load_config,
 )
+from agentrl.terminal import Terminal, plain
 
 CLONE = "clone"
 _PAUSE = 0.1  # seconds between two looks at the children
@@ -201,7 +202,7 @@ def run_study(
     runs = plan(study, folder)
     with _alone_in(Path(folder)) as lock, Interruption().listening() as interruption:
         _write_configurations(runs)
-        shown = console or Console()
+        shown = console or Terminal()
         failed = _Children(runs, jobs, lock, interruption, shown).finish()
         finished = {
             seed: {run.name: run.folder for run in runs if run.config.seed == seed and run.finished}
@@ -291,7 +292,7 @@ class _Children:
         self._live.clear()
 
     def _say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(plain(line), highlight=False, soft_wrap=True)
 
 
 @contextmanager
