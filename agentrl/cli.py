@@ -125,6 +125,10 @@ def evaluate(
         str | None,
         typer.Option(metavar="auto|inline|thread|process", help="Where environments live; else as trained."),
     ] = None,
+    interpreter: Annotated[
+        str | None,
+        typer.Option(metavar="PYTHON", help="Of the environments; one that a run names is not started."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the scores as JSON too.")] = None,
 ) -> None:
     """Measure a policy on a fixed panel of tasks, with 95 % intervals.
@@ -154,6 +158,7 @@ def evaluate(
             seed=seed,
             temperature=0.0 if greedy else 1.0,
             placement=cast("Placement | None", placement),
+            interpreter=interpreter,
             on_episode=count,
         )
     summary = {"policies": {policy: {"greedy" if greedy else "sampled": result.to_dict()}}}

@@ -64,6 +64,9 @@ class TextEnv(Protocol):
         determinism: "episode" (the default): same task, seed and actions give the same episode;
             "instance": they give the same task (`task_type`) and first observation, details after that may
             differ.
+        callers_arguments: names of the constructor's arguments that say which code runs, what is contacted or
+            written to, or how code is shut in. They count where a person gives them, and not where a run's
+            folder does, which may be somebody else's; () is the default.
         thread_safe: True says that several environments may be used at once, each by a thread of its own;
             False (the default) that they may not.
         heavy: True says that each environment has a process or hundreds of megabytes of its own, so that only

@@ -23,6 +23,8 @@ from agentrl.run.interruption import Interruption, RunInterrupted
 from agentrl.run.settings import (
     RunConfig,
     RunFolderConfig,
+    as_overrides,
+    callers_values,
     config_from_tree,
     config_tree,
     find_config,
@@ -123,7 +125,9 @@ class StudyRun:
     @property
     def arguments(self) -> list[str]:
         """Of the `agentrl` command that starts it, or takes it up where it stopped."""
-        return ["train", "--resume", str(self.folder)] if self.folder.exists() else ["train", str(self.file)]
+        if not self.folder.exists():
+            return ["train", str(self.file)]
+        return ["train", "--resume", str(self.folder), *as_overrides(callers_values(self.config))]
 
 
 def load_study(path: str | Path, *overrides: str) -> StudyConfig:
