@@ -148,8 +148,8 @@ def open_player(
 def _warn_of_unused(run: Run) -> None:
     if named := ", ".join(callers_values(run.config)):
         warnings.warn(
-            f"{run.folder} names {named}: not used, since only who plays it may name programs, servers and what "
-            "shuts code in",
+            f"{run.folder} names {named}: not used, since only who plays it may name programs, servers and "
+            "what shuts code in",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -180,8 +180,8 @@ class RunConfig:
 
 _VLLM_TEMPERATURES = (0.01, 2.0)
 
-# What is started, imported or contacted: only the configuration and the command line of who runs it name that,
-# and never what a run's folder holds, which may be somebody else's. See `foreign` and `check_named_again`.
+# What is started, imported or contacted: only the configuration and the command line of who runs it name
+# that, and never a run's folder, which may be somebody else's. See `foreign` and `check_named_again`.
 CALLERS_KEYS = (
     "rollout.workers.interpreter",
     "rollout.ray.address",
@@ -258,8 +258,8 @@ def callers_values(config: RunConfig) -> dict[str, Any]:
 def foreign(config: RunConfig) -> RunConfig:
     """Return a run's configuration for who did not write it: what it names is not started or contacted.
 
-    What `callers_values` lists takes its default. Without the servers that it names, a policy is played on this
-    machine, by torch.
+    What `callers_values` lists takes its default. Without the servers that it names, a policy is played on
+    this machine, by torch.
     """
     named = callers_values(config)
     tree, usual = config_tree(config), config_tree(RunConfig())
@@ -297,8 +297,8 @@ def check_named_again(run: str, config: RunConfig, overrides: Sequence[str]) -> 
     if missing:
         words = [*overrides, *as_overrides(missing)]
         raise ConfigError(
-            f"{run} names what it would start, contact or let loose: {', '.join(missing)}. Nothing that a run's "
-            "folder names is used unasked; if you trust it, name it again:\n"
+            f"{run} names what it would start, contact or let loose: {', '.join(missing)}. Nothing that a "
+            "run's folder names is used unasked; if you trust it, name it again:\n"
             f"agentrl train --resume {shlex.join([run, *words])}"
         )
 
