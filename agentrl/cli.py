@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 import agentrl
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.plugins import load_imports, shown, withheld_hint, withheld_imports
+from agentrl.terminal import echo, plain_warnings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,19 +54,20 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with plain_warnings():
+                return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            typer.echo(f"\n{str(interrupt) or 'interrupted'}", err=True)
+            echo(f"\n{str(interrupt) or 'interrupted'}", err=True)
             raise typer.Exit(ExitCode.INTERRUPTED) from interrupt
         except BrokenPipeError:
             raise
         except (AgentRLError, OSError) as error:
             if ctx.params["debug"]:
-                traceback.print_exc()
-            typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-            typer.echo(str(error) if isinstance(error, AgentRLError) else _file_trouble(error), err=True)
+                echo(traceback.format_exc(), err=True)
+            echo("error: ", err=True, nl=False, style="bold red")
+            echo(str(error) if isinstance(error, AgentRLError) else _file_trouble(error), err=True)
             if (hint := withheld_hint()) and hint in str(error):
-                typer.echo(f"the whole command: {_with_imports(ctx.meta['agentrl.arguments'])}", err=True)
+                echo(f"the whole command: {_with_imports(ctx.meta['agentrl.arguments'])}", err=True)
             raise typer.Exit(ExitCode.REFUSED) from error
 
 
@@ -254,8 +256,8 @@ def train(
         run = resume_run(resume, *overrides)
     else:
         run = train_run(load_config(path, *overrides, imports=imported))
-    typer.echo(f"run:    {run.folder}")
-    typer.echo(f"report: {run.folder / 'report.html'}")
+    echo(f"run:    {run.folder}")
+    echo(f"report: {run.folder / 'report.html'}")
 
 
 @app.command()
@@ -288,6 +290,10 @@ def evaluate(
         str | None,
         typer.Option(metavar="auto|inline|thread|process", help="Where environments live; else as trained."),
     ] = None,
+    interpreter: Annotated[
+        str | None,
+        typer.Option(metavar="PYTHON", help="Of the environments; one that a run names is not started."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the scores as JSON too.")] = None,
     imports: Imports = None,
 ) -> None:
@@ -319,17 +325,18 @@ def evaluate(
             seed=seed,
             temperature=0.0 if greedy else 1.0,
             placement=cast("Placement | None", placement),
+            interpreter=interpreter,
             on_episode=count,
         )
     summary = {"policies": {policy: {"greedy" if greedy else "sampled": result.to_dict()}}}
     _console().print(results_table(summary))
     ended = ", ".join(f"{times} x {reason}" for reason, times in result.stop_reasons.items())
-    typer.echo(f"ended: {ended}")
+    echo(f"ended: {ended}")
     for reason, times in result.aborted_reasons.items():
-        typer.echo(f"aborted {times} x {reason}")
+        echo(f"aborted {times} x {reason}")
     if result.retried:
-        typer.echo(f"played again after a failure: {result.retried}")
-    typer.echo(f"{result.steps_per_second:,.0f} steps/s")
+        echo(f"played again after a failure: {result.retried}")
+    echo(f"{result.steps_per_second:,.0f} steps/s")
     if output is not None:
         write_atomic(output, json.dumps(result.to_dict() | {"policy": policy, "seed": seed}, indent=1))
 
@@ -385,9 +392,9 @@ def envs(imports: Imports = None) -> None:
 
     load_imports(imports or ())
     for name in env_ids():
-        typer.echo(f"{name}  ({gymnasium.spec(name).entry_point})")
+        echo(f"{name}  ({gymnasium.spec(name).entry_point})")
     for plugin, reason in broken_plugins().items():
-        typer.echo(f"{plugin} is broken: {reason}", err=True)
+        echo(f"{plugin} is broken: {reason}", err=True)
 
 
 @app.command()
@@ -406,13 +413,13 @@ def algorithms(
 
     load_imports(imports or ())
     if name is not None:
-        typer.echo(inspect.getdoc(recipe.recipe_class(name)))
+        echo(inspect.getdoc(recipe.recipe_class(name)))
         defaults = recipe.recipe_tree(recipe.build_recipe(name))
-        typer.echo(f"\nDefaults:\n\n{to_yaml({'algorithm': defaults})}")
+        echo(f"\nDefaults:\n\n{to_yaml({'algorithm': defaults})}")
         return
     names = recipe.recipe_names()
     for known in names:
-        typer.echo(f"{known:{max(map(len, names))}}  {recipe.describe_recipe(known)}")
+        echo(f"{known:{max(map(len, names))}}  {recipe.describe_recipe(known)}")
 
 
 @app.command()
@@ -426,7 +433,7 @@ def config(arguments: Overrides = None, imports: Imports = None) -> None:
 
     path, overrides = _split(arguments)
     tree = config_tree(load_config(path, *overrides, imports=load_imports(imports or ())))
-    typer.echo(to_yaml(tree), nl=False)
+    echo(to_yaml(tree), nl=False)
 
 
 @app.command()
@@ -452,11 +459,11 @@ def plan(
     read = load_config(path, *overrides, imports=load_imports(imports or ()))
     found = find_out(read, processes=processes, nodes=nodes)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        echo(json.dumps(found.to_dict(), indent=1))
     else:
         _console().print(plan_table(found))
         for line in found.missing or ("nothing is missing",):
-            typer.secho(f"missing: {line}" if found.missing else line, fg="red" if found.missing else "green")
+            echo(f"missing: {line}" if found.missing else line, style="red" if found.missing else "green")
     if found.missing:
         raise typer.Exit(ExitCode.LACKING)
 
@@ -496,7 +503,7 @@ def check_env(
         outcomes += [(f"{plugin} is broken: {why}", False) for plugin, why in broken_plugins().items()]
     if every or len(outcomes) > 1:
         for line, _ in outcomes:
-            typer.echo(line)
+            echo(line)
     if not all(kept for _, kept in outcomes):
         raise typer.Exit(ExitCode.LACKING)
 
@@ -517,13 +524,13 @@ def new_env(
 
     made = write_new_env(name, folder)
     for path, what in made.files.items():
-        typer.echo(f"{path}: {what}")
+        echo(f"{path}: {what}")
     if made.to_add is not None:
-        typer.echo(f"{folder / 'pyproject.toml'} stays as it is; add to it:\n\n{made.to_add}")
+        echo(f"{folder / 'pyproject.toml'} stays as it is; add to it:\n\n{made.to_add}")
     given = f"--import {shlex.quote(str(folder / f'{made.names.module}.py'))}"
-    typer.echo(f"\nNext:\n  agentrl check-env {made.names.id} {given}")
-    typer.echo(f"  agentrl train env.id={made.names.id} evaluation.split=test evaluation.tasks=30 {given}")
-    typer.echo(f"\nInstalled, it needs no --import:\n  python -m pip install -e {shlex.quote(str(folder))}")
+    echo(f"\nNext:\n  agentrl check-env {made.names.id} {given}")
+    echo(f"  agentrl train env.id={made.names.id} evaluation.split=test evaluation.tasks=30 {given}")
+    echo(f"\nInstalled, it needs no --import:\n  python -m pip install -e {shlex.quote(str(folder))}")
 
 
 @app.command()
@@ -536,7 +543,7 @@ def report(
     from agentrl.run.report import write_report
 
     load_imports(imports or ())
-    typer.echo(write_report(find_run(run)))
+    echo(write_report(find_run(run)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -598,20 +605,20 @@ def _file_trouble(error: OSError) -> str:
 
 
 def _console() -> "Console":
-    from rich.console import Console
+    from agentrl.terminal import Terminal
 
-    return Console()
+    return Terminal()
 
 
 class _Count:
     """Counts episodes on a terminal's last line while an evaluation plays."""
 
     def __init__(self, what: str) -> None:
-        from rich.console import Console
+        from agentrl.terminal import Terminal
 
         self._what = what
         quiet = logging.getLogger("agentrl").level > logging.INFO
-        self._status = Console(stderr=True, quiet=quiet).status(what)
+        self._status = Terminal(stderr=True, quiet=quiet).status(what)
         self._episodes = self._successes = 0
 
     def __enter__(self) -> "_Count":

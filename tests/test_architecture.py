@@ -22,6 +22,8 @@ FLOORS = {
     "schedule": 0,
     "config": 0,
     "files": 0,
+    "values": 0,
+    "terminal": 0,
     "env": 1,
     "data": 1,
     "policy": 2,

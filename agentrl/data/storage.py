@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from agentrl.data.trajectory import BranchPoint, Episode, StopReason, Turn
 from agentrl.errors import CheckpointError
 from agentrl.files import replacing
+from agentrl.values import ValueFaultError, as_json
 
 VERSION = 2
 _READABLE = {b"1", b"2"}  # 1 has no policy_versions
@@ -58,11 +59,12 @@ def write_episodes(path: str | Path, episodes: Sequence[Episode]) -> None:
     """Write a file that appears whole or not at all; one that was there is replaced only on success.
 
     Raises:
-        CheckpointError: naming the file, when the folder is missing or the disk is full.
+        CheckpointError: naming the file, when the folder is missing, the disk is full, or what an
+            episode holds is nothing that can be written.
     """
     target = Path(path)
-    rows = [row for number, episode in enumerate(episodes) for row in _rows(number, episode)]
     try:
+        rows = [row for number, episode in enumerate(episodes) for row in _rows(number, episode)]
         with replacing(target) as partial:
             pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial, compression="zstd")
     except OSError as error:
@@ -70,6 +72,8 @@ def write_episodes(path: str | Path, episodes: Sequence[Episode]) -> None:
             f"{target}: cannot be written ({error.strerror or error}); make room or choose another folder. "
             "What was there before is unharmed"
         ) from error
+    except (ValueFaultError, pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{target}: an episode cannot be stored: {error}") from error
 
 
 def read_episodes(path: str | Path) -> list[Episode]:
@@ -117,7 +121,15 @@ def _rows(number: int, episode: Episode) -> Iterator[dict[str, Any]]:
         yield head
     for index, turn in enumerate(episode.turns):
         fields = {name: getattr(turn, name) for name, _ in _TURN_COLUMNS if name not in ("turn", "info")}
-        yield head | fields | {"turn": index, "info": json.dumps(dict(turn.info), ensure_ascii=False)}
+        info = json.dumps(_info(episode, turn), ensure_ascii=False, allow_nan=False)
+        yield head | fields | {"turn": index, "info": info}
+
+
+def _info(episode: Episode, turn: Turn) -> Any:
+    try:
+        return as_json(turn.info)
+    except ValueFaultError as fault:
+        raise ValueFaultError(f"info of episode {episode.id!r} {fault}") from fault
 
 
 def _episode(rows: Sequence[Mapping[str, Any]]) -> Episode:

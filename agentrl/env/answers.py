@@ -1,52 +1,103 @@
-"""What `reset` and `step` may answer, checked on every call while episodes are played.
+"""What `reset` and `step` may answer, checked and made plain on every call while episodes are played.
 
-Each `*_fault` says what is wrong with one part, or returns None; `reset_answer` and `step_answer` raise the
-first fault.
+`reset_answer` and `step_answer` return plain Python values, or raise the first fault. Each `*_fault` says
+what is wrong with one part, or returns None.
 """
 
-from collections.abc import Mapping
-from math import isfinite
-from numbers import Real
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from agentrl.errors import EnvironmentContractError
+from agentrl.values import (
+    ValueFaultError,
+    as_flag,
+    as_json,
+    as_key,
+    as_number,
+    as_text,
+    as_text_list,
+    shown,
+)
 
 RESET_PARTS = ("observation", "info")
 STEP_PARTS = ("observation", "reward", "terminated", "truncated", "info")
+LONGEST_NAME = 1_000  # characters of a name that scores are grouped by
 
-# What an optional key of `info` may hold; None means "unknown here", which an absent key says as well.
-_OPTIONAL: tuple[tuple[str, tuple[type, ...]], ...] = (
-    ("score", (Real, type(None))),
-    ("task_type", (str, type(None))),
-    ("expert", (str, type(None))),
-    ("state_key", (str, int, type(None))),
-    ("valid", (bool,)),
-    ("other_success", (bool,)),
-)
+_Rule = Callable[[object], Any]
+
+
+def _or_none(rule: _Rule) -> _Rule:
+    """None means "unknown here", which an absent key says as well."""
+    return lambda value: None if value is None else rule(value)
+
+
+# How each key of `info` that has a meaning is made plain. All others are handed to players as they are, and
+# are neither checked nor stored.
+RULES: Mapping[str, _Rule] = {
+    "success": as_flag,
+    "actions": _or_none(as_text_list),
+    "score": _or_none(as_number),
+    "task_type": _or_none(lambda value: as_text(value, LONGEST_NAME)),
+    "expert": _or_none(as_text),
+    "state_key": _or_none(as_key),
+    "valid": as_flag,
+    "other_success": as_flag,
+    "tool": as_json,
+    "tool_error": as_json,
+}
 
 
 def reset_answer(answer: object) -> tuple[str, Mapping[str, Any]]:
     """Return `(observation, info)` of a `reset`, or raise `EnvironmentContractError`."""
     observation, info = _parts("reset", answer, RESET_PARTS)
-    fault = observation_fault(observation) or info_fault(info)
-    if fault is not None:
-        raise EnvironmentContractError(f"reset: {fault}")
-    return observation, info
+    try:
+        return _plain_observation(observation), plain_info(info)
+    except ValueFaultError as fault:
+        raise EnvironmentContractError(f"reset: {fault}") from fault
 
 
 def step_answer(answer: object) -> tuple[str, float, bool, bool, Mapping[str, Any]]:
-    """Return the five parts of a `step`, the reward as a float, or raise `EnvironmentContractError`."""
+    """Return the five parts of a `step`, or raise `EnvironmentContractError`."""
     observation, reward, terminated, truncated, info = _parts("step", answer, STEP_PARTS)
-    fault = (
-        observation_fault(observation)
-        or reward_fault(reward)
-        or flag_fault("terminated", terminated)
-        or flag_fault("truncated", truncated)
-        or info_fault(info)
-    )
-    if fault is not None:
-        raise EnvironmentContractError(f"step: {fault}")
-    return observation, float(reward), terminated, truncated, info
+    try:
+        return (
+            _plain_observation(observation),
+            _named("the reward", as_number, reward),
+            _named("terminated", as_flag, terminated),
+            _named("truncated", as_flag, truncated),
+            plain_info(info),
+        )
+    except ValueFaultError as fault:
+        raise EnvironmentContractError(f"step: {fault}") from fault
+
+
+def plain_info(info: object) -> dict[str, Any]:
+    """Return an info whose known keys hold plain values.
+
+    Raises:
+        ValueFaultError: naming the key, its value and what is wanted.
+    """
+    if not isinstance(info, Mapping):
+        raise ValueFaultError(f"info is {shown(info)}, wanted a mapping")
+    plain: dict[str, Any] = {}
+    for key, value in info.items():
+        if not isinstance(key, str):
+            raise ValueFaultError(f"info has the key {shown(key)}, wanted only str")
+        plain[key] = _named(f"info[{key!r}]", RULES[key], value) if key in RULES else value
+    if "success" not in plain:
+        raise ValueFaultError("info['success'] is missing, wanted a bool: is the task solved so far?")
+    return plain
+
+
+def _plain_observation(observation: object) -> str:
+    return _named("the observation", lambda value: as_text(value, None), observation)  # type: ignore[no-any-return]
+
+
+def _named(what: str, rule: _Rule, value: object) -> Any:
+    try:
+        return rule(value)
+    except ValueFaultError as fault:
+        raise ValueFaultError(f"{what} {fault}") from fault
 
 
 def _parts(call: str, answer: Any, parts: tuple[str, ...]) -> tuple[Any, ...]:
@@ -66,61 +117,32 @@ def shape_fault(answer: object, parts: tuple[str, ...]) -> str | None:
 
 def observation_fault(observation: object) -> str | None:
     """A str that can be written as UTF-8."""
-    if not isinstance(observation, str):
-        return f"the observation is {shown(observation)}, wanted a str"
-    if not observation.isascii():
-        try:
-            observation.encode()
-        except UnicodeEncodeError as error:
-            return f"the observation holds a lone surrogate at character {error.start}, which is no text"
-    return None
+    return _fault(_plain_observation, observation)
 
 
 def reward_fault(reward: object) -> str | None:
-    """A real number, neither infinite nor nan."""
-    if not isinstance(reward, Real) or not isfinite(reward):
-        return f"the reward is {shown(reward)}, wanted a finite real number"
-    return None
+    """A real number that a float can hold, neither infinite nor nan."""
+    return _fault(lambda value: _named("the reward", as_number, value), reward)
 
 
 def flag_fault(name: str, flag: object) -> str | None:
-    """A bool; numpy's is not one."""
-    return None if isinstance(flag, bool) else f"{name} is {shown(flag)}, wanted a bool"
-
-
-def info_fault(info: object) -> str | None:
-    """A mapping with a bool `success`, whose other known keys hold what they should."""
-    if not isinstance(info, Mapping):
-        return f"info is {shown(info)}, wanted a mapping"
-    return success_fault(info) or optional_fault(info)
+    """A bool, of Python or of numpy."""
+    return _fault(lambda value: _named(name, as_flag, value), flag)
 
 
 def success_fault(info: Mapping[str, Any]) -> str | None:
     """`success` is there and a bool."""
-    if "success" not in info:
-        return "info['success'] is missing, wanted a bool: is the task solved so far?"
-    if not isinstance(info["success"], bool):
-        return f"info['success'] is {shown(info['success'])}, wanted a bool"
-    return None
+    return _fault(plain_info, {key: info[key] for key in ("success",) if key in info})
 
 
 def optional_fault(info: Mapping[str, Any]) -> str | None:
     """The optional keys that are there hold what they should."""
-    actions = info.get("actions")
-    if actions is not None:
-        if not isinstance(actions, list | tuple):
-            return f"info['actions'] is {shown(actions)}, wanted a list of str"
-        for action in actions:
-            if not isinstance(action, str):
-                return f"info['actions'] holds {shown(action)}, wanted only str"
-    for key, kinds in _OPTIONAL:
-        if key in info and not isinstance(info[key], kinds):
-            wanted = " or ".join(kind.__name__ for kind in kinds)
-            return f"info[{key!r}] is {shown(info[key])}, wanted {wanted}"
+    return _fault(plain_info, {**info, "success": False})
+
+
+def _fault(rule: _Rule, value: object) -> str | None:
+    try:
+        rule(value)
+    except ValueFaultError as fault:
+        return str(fault)
     return None
-
-
-def shown(value: object) -> str:
-    """Describe a value for a message: its repr, cut, and its type."""
-    text = repr(value)
-    return f"{text if len(text) <= 80 else text[:80] + '…'} ({type(value).__name__})"

@@ -20,7 +20,6 @@ from agentrl.env.answers import (
     observation_fault,
     optional_fault,
     reward_fault,
-    shown,
     success_fault,
 )
 from agentrl.env.probe import (
@@ -35,6 +34,7 @@ from agentrl.env.probe import (
     unpack,
 )
 from agentrl.errors import AgentRLError
+from agentrl.values import ValueFaultError, as_text, shown
 
 NO_SUCH = "agentrl: no such name"
 LISTED_TASKS = 10_000
@@ -84,9 +84,13 @@ def task_ids(probe: Probe) -> str:
 
 def _listing_fault(tasks: Sequence[Any]) -> str | None:
     listed = list(islice(tasks, LISTED_TASKS))
-    wrong = next((task for task in listed if not isinstance(task, str) or not task), None)
-    if wrong is not None:
-        return f"holds {shown(wrong)}, wanted str ids"
+    for task in listed:
+        if not isinstance(task, str) or not task:
+            return f"holds {shown(task)}, wanted str ids"
+        try:
+            as_text(task)
+        except ValueFaultError as fault:
+            return f"holds an id that {fault}"
     if len(listed) != min(len(tasks), LISTED_TASKS):
         return f"has length {len(tasks)} but lists {len(listed)}"
     if len(set(listed)) != len(listed):

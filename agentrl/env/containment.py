@@ -16,10 +16,10 @@ from typing import Any, Self, TypeVar
 
 import gymnasium
 
+from agentrl import values
 from agentrl.errors import EnvironmentContractError
 
 LARGEST_ANSWER = 16 << 20  # bytes of an observation with its info
-_LONGEST_ERROR = 2_000  # characters
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM")
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -86,15 +86,7 @@ def opened(make: Callable[[], Env]) -> Iterator[Env]:
 
 def described(error: BaseException) -> str:
     """Return the kind of an exception and what it says, bounded and writable."""
-    if isinstance(error, EscapeError):
-        return str(error)
-    try:
-        text = str(error)
-    except BaseException:
-        text = "its message cannot be shown"
-    if len(text) > _LONGEST_ERROR:
-        text = f"{text[:_LONGEST_ERROR]} … ({len(text)} characters)"
-    return f"{type(error).__name__}: {text.encode('utf-8', 'replace').decode()}"
+    return str(error) if isinstance(error, EscapeError) else values.described(error)
 
 
 def check_size(observation: str, info: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from agentrl.env.checks import CHECKS, MEASUREMENTS, determinism
 from agentrl.env.containment import EscapeError, contained, described, signals
 from agentrl.env.probe import FaultError, Probe, SkipError
 from agentrl.errors import EnvironmentContractError, MissingDependencyError
+from agentrl.terminal import Terminal, plain
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -37,7 +38,13 @@ class TextEnv(Protocol):
     - `valid`: whether the last action was understood,
     - `score`: progress as a number, `task_type`: a name that scores are grouped by,
     - `expert`: the next action of an expert, where constructed with `expert=True`,
-    - `state_key`: str or int, equal for equal states.
+    - `state_key`: str or int, equal for equal states,
+    - `tool` and `tool_error`: the tool that the last action used, and what went wrong with it; JSON values,
+    - `other_success`: whether another task's goal was reached, see `other_goal` in `run.evaluate`.
+
+    Numbers may be of numpy, `Fraction` or `Decimal`, flags and texts of numpy: they become Python's. What
+    these keys hold must be finite, and texts no longer than `agentrl.values.LONGEST_TEXT`; else the episode
+    is aborted. All other keys are for players alone: they are neither checked nor stored.
 
     `step` sets at most one of `terminated` (the task is over, good or bad) and `truncated` (the step limit),
     and raises after either, and before the first `reset`, which may come in the middle of an episode. No
@@ -58,6 +65,9 @@ class TextEnv(Protocol):
         determinism: "episode" (the default): same task, seed and actions give the same episode;
             "instance": they give the same task (`task_type`) and first observation, details after that may
             differ.
+        callers_arguments: names of the constructor's arguments that say which code runs, what is contacted or
+            written to, or how code is shut in. They count where a person gives them, and not where a run's
+            folder does, which may be somebody else's; () is the default.
         thread_safe: True says that several environments may be used at once, each by a thread of its own;
             False (the default) that they may not.
         heavy: True says that each environment has a process or hundreds of megabytes of its own, so that only
@@ -142,21 +152,18 @@ class ContractReport:
         from rich import box
         from rich.console import Group
         from rich.table import Table
-        from rich.text import Text
 
         head = Table.grid(padding=(0, 2))
         for name, value in self._head():
-            head.add_row(Text(name, style="bold"), Text(_printable(value)))
+            head.add_row(plain(name, "bold"), plain(value))
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         for column in ("claim", "", "what was seen"):
             table.add_column(column, no_wrap=column != "what was seen", overflow="fold")
         unseen = [check for check in self.checks if check.detail.startswith(_UNSEEN)]
         for check in self.checks[: len(self.checks) - max(0, len(unseen) - 1)]:
             name = f"{len(unseen)} others" if check in unseen else check.name
-            table.add_row(
-                name, Text(check.status, style=_STYLES[check.status]), Text(_printable(check.detail))
-            )
-        title = Text(self.summary(), style="bold red" if self.failed else "bold green")
+            table.add_row(plain(name), plain(check.status, _STYLES[check.status]), plain(check.detail))
+        title = plain(self.summary(), "bold red" if self.failed else "bold green")
         return Group(title, head, "", table, "")
 
     def _head(self) -> Iterator[tuple[str, str]]:
@@ -167,10 +174,8 @@ class ContractReport:
         yield from self.measured.items()
 
     def __str__(self) -> str:
-        from rich.console import Console
-
         text = StringIO()
-        Console(file=text, width=_PLAIN_WIDTH).print(self)
+        Terminal(file=text, width=_PLAIN_WIDTH).print(self)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
@@ -240,10 +245,6 @@ def _look(name: str, check: Callable[[Probe], str], probe: Probe) -> Check:
         raise
     except Exception as error:
         return Check(name, "failed", f"raised {described(error)}")
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
 
 
 def _declared(known: Any) -> Iterator[str]:

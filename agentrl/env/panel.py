@@ -15,6 +15,7 @@ from agentrl.env.names import unknown
 from agentrl.env.registry import make
 from agentrl.errors import AgentRLError, CheckpointError, PanelError
 from agentrl.files import write_atomic
+from agentrl.values import ValueFaultError, as_text
 
 FORMAT = "agentrl panel 1"
 
@@ -46,6 +47,17 @@ class Panel:
             raise PanelError(
                 f"Panel.hashes has {len(self.hashes)} entries, wanted {len(self.tasks)}, one per task"
             )
+        for name, texts in (
+            ("env", [self.env]),
+            ("split", [self.split]),
+            ("tasks", self.tasks),
+            ("hashes", self.hashes),
+        ):
+            for text in texts:
+                try:
+                    as_text(text)
+                except ValueFaultError as fault:
+                    raise PanelError(f"Panel.{name}: what is named there {fault}") from fault
         if len(set(self.tasks)) != len(self.tasks):
             raise PanelError("Panel.tasks names a task twice")
         _canonical(self.env_kwargs)
@@ -197,6 +209,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _canonical(value: Any) -> str:
     try:
-        return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        text.encode()
+        return text
+    except (TypeError, ValueError, RecursionError) as error:
         raise PanelError(f"Panel.env_kwargs must be JSON values: {error}") from error

@@ -16,6 +16,7 @@ import numpy as np
 from agentrl.env.answers import RESET_PARTS, STEP_PARTS, shape_fault
 from agentrl.env.containment import close_contained, contained
 from agentrl.errors import AgentRLError, MissingDependencyError
+from agentrl.values import ValueFaultError, as_text_list
 
 if TYPE_CHECKING:
     import psutil
@@ -298,9 +299,10 @@ def has_ended(answer: tuple[Any, ...]) -> bool:
 def admissible(info: Any) -> list[str]:
     """The admissible actions that an info tells."""
     actions = info.get("actions") if isinstance(info, Mapping) else None
-    return (
-        [action for action in actions if isinstance(action, str)] if isinstance(actions, list | tuple) else []
-    )
+    try:
+        return as_text_list(actions)
+    except ValueFaultError:
+        return []
 
 
 def step_limit(env: Gym) -> int | None:

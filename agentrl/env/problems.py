@@ -7,6 +7,7 @@ from typing import Any
 
 from agentrl.env.names import unknown
 from agentrl.errors import ConfigError
+from agentrl.values import ValueFaultError, as_json
 
 
 class TaskIds(Sequence[str]):
@@ -58,8 +59,22 @@ def content_hash(task: str, *content: Any) -> str:
     Raises:
         ConfigError: something is no JSON value; the message names the task.
     """
+    return hash_json(task, content)
+
+
+def hash_json(task: str, content: object) -> str:
+    """SHA-256 of one value, as `content_hash` has it of several."""
     try:
-        text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    except (TypeError, ValueError) as error:
+        text = json.dumps(
+            content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=_as_json
+        )
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"problem {task!r} does not consist of JSON values: {error}") from error
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _as_json(value: object) -> Any:
+    try:
+        return as_json(value)
+    except ValueFaultError as fault:
+        raise TypeError(f"a value {fault}") from fault

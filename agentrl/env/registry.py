@@ -159,6 +159,21 @@ def make(id: str, **kwargs: Any) -> gymnasium.Env[str, str]:
     return env
 
 
+def callers_arguments(id: str, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return which of these arguments an environment declares to be its caller's alone to name.
+
+    They are in the attribute `callers_arguments` of its class. One that nobody has registered declares none.
+    """
+    load_plugins()
+    if not kwargs or id not in gymnasium.registry:
+        return ()
+    try:
+        declared = getattr(_creator(id), "callers_arguments", ())
+    except Exception:  # it cannot be made either, which is told then
+        return ()
+    return tuple(name for name in kwargs if name in declared)
+
+
 class Factory:
     """Makes environments of one id, in another process as well: what was registered by hand travels along.
 

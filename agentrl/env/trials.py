@@ -11,7 +11,7 @@ from typing import Any
 
 import gymnasium
 
-from agentrl.env.answers import observation_fault, shown
+from agentrl.env.answers import observation_fault
 from agentrl.env.probe import (
     LONGEST_EPISODE,
     FaultError,
@@ -30,6 +30,7 @@ from agentrl.env.probe import (
     step_limit,
 )
 from agentrl.errors import AgentRLError
+from agentrl.values import shown
 
 ODD_ACTIONS = (
     *("", " ", "\n", "\t\x00\x7f", "ä ß 漢字 🎲 \u202e", "<task><obs><act><end>", "{}%s\\"),

@@ -1,7 +1,5 @@
 """Environments made of something simpler."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -9,7 +7,7 @@ import gymnasium
 
 from agentrl.env.names import unknown
 from agentrl.env.numbers import MOST_STEPS, whole_number
-from agentrl.env.problems import TaskIds, find_problem
+from agentrl.env.problems import TaskIds, find_problem, hash_json
 from agentrl.env.spaces import TextSpace
 from agentrl.errors import ConfigError, EnvironmentContractError
 
@@ -80,11 +78,7 @@ class OneStepEnv(gymnasium.Env[str, str]):
 
     def task_hash(self, task: str) -> str:
         """SHA-256 of the problem as canonical JSON."""
-        try:
-            text = json.dumps(self._find(task), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        except TypeError as error:
-            raise ConfigError(f"problem {task!r} does not consist of JSON values: {error}") from error
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hash_json(task, self._find(task))
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from jinja2 import Environment, TemplateError, meta
+from jinja2 import TemplateError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from agentrl.errors import ConfigError
 
@@ -208,7 +209,7 @@ def check_arguments(template: str, arguments: Mapping[str, Any], given: Sequence
     Raises:
         ConfigError: naming one, and what the template reads.
     """
-    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     # A tag of transformers' own, which marks replies and reads nothing.
     plain = re.sub(r"{%-?\s*(?:end)?generation\s*-?%}", "", template)
     try:

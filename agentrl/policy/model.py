@@ -225,6 +225,11 @@ def _check_files(folder: Path) -> None:
         raise CheckpointError(f"{folder}: no such folder; wanted a Hugging Face model folder on this machine")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: config.json is missing; wanted a Hugging Face model folder")
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: adapter_config.json says that it is an adapter of a model elsewhere, which is not "
+            "looked for; merge them and save the whole model with save_pretrained(folder)"
+        )
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{folder}: no *.safetensors file; other formats can hold code and are not read. "

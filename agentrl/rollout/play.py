@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from agentrl.data.trajectory import BranchPoint, Episode, StopReason, Turn
+from agentrl.errors import EnvironmentContractError
 from agentrl.seeds import derive_seed
+from agentrl.values import ValueFaultError, as_text, keepable
 
 # Of `info` after a reply; `state_key` is of the state that was acted in.
 STORED_INFO = ("success", "score", "valid", "task_type", "tool", "tool_error", "other_success")
@@ -28,6 +30,12 @@ class EpisodeSpec:
     task: str
     seed: int
     parent: BranchPoint | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            as_text(self.task)
+        except ValueFaultError as fault:
+            raise EnvironmentContractError(f"{self.env}: the id of a task {fault}") from fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +122,10 @@ class Stop:
     reason: StopReason
     error: str | None = None
     bystander: bool = False
+
+    def __post_init__(self) -> None:
+        if self.error is not None:  # it may be somebody else's, and is stored
+            object.__setattr__(self, "error", keepable(self.error))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """A comparison of methods for a person: tables in the terminal and in Markdown, and a figure."""
 
+import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -12,11 +14,11 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from agentrl.files import write_atomic
 from agentrl.run.comparison import DECODINGS, between
 from agentrl.run.statistics import Interval
+from agentrl.terminal import plain, printable
 
 Tree = Mapping[str, Any]
 Curve = Mapping[str, Sequence[float]]  # `step` and `value`
@@ -52,8 +54,8 @@ def write_comparison(folder: Path, results: Tree, console: Console) -> None:
         *results["warnings"],
         *(f"failed: {name}: {why}" for name, why in results.get("failed", {}).items()),
     ]
-    blocks = [_markdown(rows) for rows in tables] + [f"- {note}" for note in notes]
-    blocks += ["![Entropy and success while training](study.svg)", *results["caption"]]
+    blocks = [_markdown(rows) for rows in tables] + [f"- {_written(note)}" for note in notes]
+    blocks += ["![Entropy and success while training](study.svg)", *map(_written, results["caption"])]
     write_atomic(folder / "table.md", "\n\n".join(blocks) + "\n")
     curves = {
         name: [run["curves"] for run in found["runs"].values()]
@@ -65,10 +67,8 @@ def write_comparison(folder: Path, results: Tree, console: Console) -> None:
     for rows in tables:
         console.print(_terminal(rows))
     for line in (*(f"warning: {note}" for note in results["warnings"]), *results["caption"]):
-        console.print(line, markup=False, highlight=False)
-    console.print(
-        f"{folder}: results.json, table.md, study.svg", markup=False, highlight=False, soft_wrap=True
-    )
+        console.print(plain(line), highlight=False)
+    console.print(plain(f"{folder}: results.json, table.md, study.svg"), highlight=False, soft_wrap=True)
 
 
 def draw_methods(methods: Mapping[str, Sequence[Curves]], baseline: str) -> str:
@@ -166,14 +166,20 @@ def _estimate(value: float | None, interval: Interval | None, middle: str, end: 
 
 
 def _markdown(rows: Rows) -> str:
-    head, *rest = ([cell.replace("\n", " ") for cell in cells] for cells in rows)
+    head, *rest = ([_written(cell).replace("|", r"\|") for cell in cells] for cells in rows)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rest))
+
+
+def _written(text: str) -> str:
+    """A line of text in Markdown that is neither HTML, a link nor code."""
+    line = " ".join(printable(text).split("\n"))
+    return re.sub(r"[`\\]|(?<=\])(?=[(\[])", r"\\\g<0>", html.escape(line, quote=False))
 
 
 def _terminal(rows: Rows) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+        table.add_column(plain(name), justify="right" if index else "left", no_wrap=True)
     for cells in rows[1:]:
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(plain, cells))
     return table

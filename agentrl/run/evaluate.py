@@ -11,11 +11,12 @@ from typing import Any, cast, get_args
 import gymnasium
 
 from agentrl.data.trajectory import Episode
+from agentrl.env.answers import LONGEST_NAME
 from agentrl.env.containment import opened
 from agentrl.env.names import unknown
 from agentrl.env.panel import Panel, load_panel, make_panel, verify
-from agentrl.env.registry import Factory, make
-from agentrl.errors import ConfigError
+from agentrl.env.registry import Factory, callers_arguments, make
+from agentrl.errors import ConfigError, EnvironmentContractError
 from agentrl.rollout.collector import Collection, Quarantine, abort_reasons, collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.placement import settle
@@ -27,6 +28,7 @@ from agentrl.run.places import open_environments
 from agentrl.run.settings import RunConfig
 from agentrl.run.statistics import Rate, success_rate
 from agentrl.seeds import derive_seed
+from agentrl.values import ValueFaultError, as_text
 
 OnEpisode = Callable[[Episode], None]
 
@@ -121,6 +123,7 @@ def evaluate(
     seed: int = 0,
     temperature: float = 1.0,
     placement: Placement | None = None,
+    interpreter: str | None = None,
     on_episode: OnEpisode | None = None,
 ) -> Evaluation:
     """Measure a policy.
@@ -138,6 +141,7 @@ def evaluate(
         temperature: of the policy's draws; 0 always takes its first choice.
         placement: where environments live, on this machine; None takes a run's own for its own environment,
             else `auto`.
+        interpreter: another Python that environments live in; what a run names is not used.
         on_episode: called with each episode as it ends.
 
     Raises:
@@ -165,6 +169,9 @@ def evaluate(
     rollout = config.rollout
     if placement is not None or env != config.env.id:  # what suited the run's own says nothing of another
         rollout = replace(rollout, backend="local", placement=placement or "auto")
+    if interpreter is not None:
+        workers = replace(rollout.workers, interpreter=interpreter)
+        rollout = replace(rollout, placement=placement or "process", workers=workers)
     rollout, _ = settle(Factory(env, split=split, **kwargs), rollout, split, seed)
     with open_panel_environments(env, split, kwargs, rollout, expert=name == "expert") as environments:
         with environments.borrow() as environment:
@@ -173,7 +180,7 @@ def evaluate(
             fixed = given or make_panel(
                 env, split, tasks or _default_tasks(config, environment, split), kwargs, environment
             )
-            label = getattr(environment.unwrapped, "data", None)
+            label = _label(environment)
         began = time.perf_counter()
         played = play_panel(
             fixed, player, environments, rollout, repeats=repeats, seed=seed, on_episode=on_episode
@@ -204,7 +211,17 @@ def open_panel_environments(
 
 def _configured_file(config: RunConfig) -> Panel | None:
     path = config.evaluation.panel
-    return None if path is None else load_panel(Path(path))
+    if path is None:
+        return None
+    panel = load_panel(Path(path))
+    known = config.env.kwargs if panel.env == config.env.id else {}
+    for name in callers_arguments(panel.env, panel.env_kwargs):
+        if name not in known or known[name] != panel.env_kwargs[name]:
+            raise ConfigError(
+                f"evaluation.panel: {path} gives {panel.env} the argument {name}, which only its caller may; "
+                "wanted a panel without it, the same in env.kwargs, or --panel on the command line"
+            )
+    return panel
 
 
 def _split(env: str, kwargs: Mapping[str, Any], preferred: str) -> str:
@@ -221,7 +238,15 @@ def _default_tasks(config: RunConfig, environment: gymnasium.Env[str, str], spli
 def data_label(environments: Environments) -> str | None:
     """What the tasks are, as their environment labels them, e.g. `generated`; None where it does not."""
     with environments.borrow() as environment:
-        return getattr(environment.unwrapped, "data", None)
+        return _label(environment)
+
+
+def _label(environment: gymnasium.Env[str, str]) -> str | None:
+    label = getattr(environment.unwrapped, "data", None)
+    try:
+        return None if label is None else as_text(label, LONGEST_NAME)
+    except ValueFaultError as fault:
+        raise EnvironmentContractError(f"the environment's attribute data {fault}") from fault
 
 
 def play_panel(

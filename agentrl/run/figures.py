@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from agentrl.run.statistics import Interval
+from agentrl.terminal import printable
 
 Row = Mapping[str, Any]
 Point = tuple[int, float, Interval]  # step, success rate, its interval
@@ -266,7 +267,7 @@ def _legend(axes: Axes) -> None:
 
 def _plain(text: str) -> str:
     """Text that matplotlib takes for neither mathematics nor a label to be hidden."""
-    return re.sub(r"^_", " _", text.replace("$", r"\$"))
+    return re.sub(r"^_", " _", printable(text).replace("$", r"\$"))
 
 
 def _uri(figure: Figure) -> str:

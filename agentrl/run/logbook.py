@@ -17,6 +17,7 @@ from rich.table import Column
 
 from agentrl.errors import CheckpointError
 from agentrl.files import replacing
+from agentrl.terminal import Terminal, plain, printable
 
 Row = Mapping[str, Any]
 
@@ -52,7 +53,7 @@ class Logbook:
         seconds_between_lines: float = 5.0,
     ) -> None:
         self.path = Path(folder) / "metrics.jsonl"
-        self._console = console or Console(quiet=quiet)
+        self._console = console or Terminal(quiet=quiet)
         self._progress = logging.getLogger("agentrl").level <= logging.INFO
         self._pause = seconds_between_lines
         self._file: TextIO | None = None
@@ -170,7 +171,7 @@ class Logbook:
     def say(self, text: str) -> None:
         """Print a line of plain text; without progress, only one that begins with "warning: "."""
         if self._progress or text.startswith("warning: "):
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(plain(text), highlight=False, soft_wrap=True)
 
     def show(self, renderable: RenderableType) -> None:
         """Print a table or the like."""
@@ -202,7 +203,7 @@ class _Stage:
     def line(self) -> str:
         count = str(self.done) if self.total is None else f"{self.done}/{self.total}"
         head = f"{self.name} {count}" if self.total is not None or self.done else self.name
-        return " · ".join(part for part in (head, self.numbers, self._time_left()) if part)
+        return printable(" · ".join(part for part in (head, self.numbers, self._time_left()) if part))
 
     def _time_left(self) -> str:
         fresh = self.done - self.began_with

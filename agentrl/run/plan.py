@@ -8,7 +8,6 @@ import torch
 from rich import box
 from rich.filesize import decimal
 from rich.table import Table
-from rich.text import Text
 
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.data.trajectory import Episode
@@ -39,6 +38,7 @@ from agentrl.run.trial import (
 )
 from agentrl.run.warm_start import cloning
 from agentrl.scale.engines import check_engine
+from agentrl.terminal import plain
 
 Section = Literal["processes", "work", "memory", "GPU memory", "GPU memory of an engine", "disk", "time"]
 SIZES: tuple[Section, ...] = ("memory", "GPU memory", "GPU memory of an engine", "disk")
@@ -154,10 +154,10 @@ def plan_table(found: Plan) -> Table:
         total = decimal(int(found.total(section))) if found.total(section) and section in SIZES else ""
         spread = found.nodes > 1 and section in ("processes", "memory")
         told = f"on each of {found.nodes} machines" if spread else "in all" if total else ""
-        table.add_row(Text(section, style="bold"), Text(total, style="bold"), told)
+        table.add_row(plain(section, "bold"), plain(total, "bold"), told)
         for line in found.lines:
             if line.section == section:
-                table.add_row(Text(f"  {line.what}"), _shown(line), Text(line.how, style="dim"))
+                table.add_row(plain(f"  {line.what}"), _shown(line), plain(line.how, "dim"))
         table.add_section()
     return table
 

@@ -25,7 +25,7 @@ from agentrl.policy.tokens import Dialogue, check_without_template, fit_tokenize
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.players import ExpertPlayer, LanguagePlayer, Player, RandomPlayer
 from agentrl.run.folder import Run, changed_wording, open_run
-from agentrl.run.settings import RunConfig
+from agentrl.run.settings import RunConfig, callers_values, foreign
 from agentrl.run.warm_start import environment_text
 from agentrl.scale.engines import open_engine
 from agentrl.seeds import derive_seed
@@ -129,7 +129,8 @@ def open_player(
         return scripted_player(policy), config or RunConfig()
     opened, asked = _run_or_none(policy), config is not None
     if opened is not None:
-        config, folder, asked = opened.config, opened.model, True
+        config, folder, asked = foreign(opened.config), opened.model, True
+        _warn_of_unused(opened)
     else:
         config, folder = config or RunConfig(), Path(policy)
     loaded = load(folder, config.policy)
@@ -141,6 +142,16 @@ def open_player(
     block = replace(config.policy, path=str(folder), max_context=min(limit, config.policy.max_context))
     config = replace(config, engine=replace(config.engine, name="torch", actors=None), policy=block)
     return loaded.player(loaded.engine(config), config, temperature), config
+
+
+def _warn_of_unused(run: Run) -> None:
+    if named := ", ".join(callers_values(run.config)):
+        warnings.warn(
+            f"{run.folder} names {named}: not used, since only who plays it may name programs, servers and "
+            "what shuts code in",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PolicyConfig) -> Policy:

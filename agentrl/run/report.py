@@ -9,7 +9,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from agentrl.data.storage import read_episodes
 from agentrl.data.trajectory import Episode, Outcome
@@ -18,6 +17,7 @@ from agentrl.files import write_atomic
 from agentrl.run.logbook import read_metrics
 from agentrl.run.records import read_manifest, read_summary
 from agentrl.run.statistics import intervals_separate
+from agentrl.terminal import plain, printable
 
 Tree = Mapping[str, Any]
 
@@ -46,30 +46,32 @@ def _types_table(policies: Mapping[str, Mapping[str, Tree]], types: Sequence[str
     scores = [score for decodings in policies.values() for score in decodings.values()]
     for name, decodings in policies.items():
         for decoding in decodings:
-            table.add_column(f"{name}\n{decoding}", justify="right")
+            table.add_column(plain(f"{name}\n{decoding}"), justify="right")
     for kind in types:
         cells = [_terminal_cell(score["by_task_type"].get(kind), narrow=False, digits=0) for score in scores]
-        table.add_row(*map(Text, (kind.replace("_", " "), *cells)))
+        table.add_row(*map(plain, (kind.replace("_", " "), *cells)))
     return table
 
 
 def _policies_table(summary: Tree, policies: Mapping[str, Mapping[str, Tree]], types: Sequence[str]) -> Table:
     narrow = len(types) > 3  # so that six of them fit a terminal, intervals stand below their rates
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0 if narrow else 1, 0, 0), pad_edge=False)
-    table.title, table.caption = _panel_line(summary), _instruction_lines(summary)
+    lines = _instruction_lines(summary)
+    table.title = plain(_panel_line(summary), "table.title")
+    table.caption = plain(lines, "table.caption") if lines else None
     table.title_justify = table.caption_justify = "left"
     for name in ("policy", "decoding"):
         table.add_column(name, no_wrap=True)
     table.add_column("success %", justify="right", no_wrap=True)
     for name in (*(kind.replace("_", " ") for kind in types), "turns"):
-        table.add_column(name, justify="right")
+        table.add_column(plain(name), justify="right")
     for name, decodings in policies.items():
         for index, (decoding, score) in enumerate(decodings.items()):
             cells = [_terminal_cell(score, narrow, digits=1)]
             cells += [_terminal_cell(score["by_task_type"].get(kind), narrow, digits=0) for kind in types]
             cells += [_number(score.get("mean_turns"), 1)]
             last = index == len(decodings) - 1
-            table.add_row(*map(Text, (name if index == 0 else "", decoding, *cells)), end_section=last)
+            table.add_row(*map(plain, (name if index == 0 else "", decoding, *cells)), end_section=last)
     return table
 
 
@@ -82,7 +84,10 @@ def write_report(run_folder: str | Path) -> Path:
     """
     folder = Path(run_folder)
     templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+        undefined=StrictUndefined,
     )
     path = folder / "report.html"
     write_atomic(path, templates.get_template("report.html.j2").render(_content(folder)))

@@ -23,10 +23,13 @@ from agentrl.run.interruption import Interruption, RunInterrupted
 from agentrl.run.records import read_summary
 from agentrl.run.settings import (
     RunConfig,
+    as_overrides,
+    callers_values,
     config_from_tree,
     config_tree,
     load_config,
 )
+from agentrl.terminal import Terminal, plain
 
 CLONE = "clone"
 _PAUSE = 0.1  # seconds between two looks at the children
@@ -123,9 +126,10 @@ class StudyRun:
     def arguments(self) -> list[str]:
         """Of the `agentrl` command that starts it, or takes it up where it stopped."""
         imports = [f"--import={name}" for name in self.config.run.imports]
-        if self.folder.exists():
-            return ["train", "--resume", str(self.folder), *imports]
-        return ["train", str(self.file), *imports]
+        if not self.folder.exists():
+            return ["train", str(self.file), *imports]
+        again = as_overrides(callers_values(self.config))
+        return ["train", "--resume", str(self.folder), *again, *imports]
 
 
 def load_study(path: str | Path, *overrides: str) -> StudyConfig:
@@ -208,7 +212,7 @@ def run_study(
     runs = plan(study, folder)
     with _alone_in(Path(folder)) as lock, Interruption().listening() as interruption:
         _write_configurations(runs)
-        shown = console or Console()
+        shown = console or Terminal()
         failed = _Children(runs, jobs, lock, interruption, shown).finish()
         finished = {
             seed: {run.name: run.folder for run in runs if run.config.seed == seed and run.finished}
@@ -298,7 +302,7 @@ class _Children:
         self._live.clear()
 
     def _say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(plain(line), highlight=False, soft_wrap=True)
 
 
 @contextmanager

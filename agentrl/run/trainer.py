@@ -69,7 +69,7 @@ from agentrl.run.places import open_environments
 from agentrl.run.players import Policy, fit_policy, load
 from agentrl.run.report import results_table, write_report
 from agentrl.run.rollouts import Played, Rollouts
-from agentrl.run.settings import RunConfig
+from agentrl.run.settings import RunConfig, check_named_again
 from agentrl.run.shares import rank_mistakes
 from agentrl.run.warm_start import cloning, cloning_batches, demonstrations, names_actions
 from agentrl.scale.engines import check_actors, check_engine, check_server
@@ -95,8 +95,21 @@ def train(config: RunConfig, *, quiet: bool = False) -> Run:
 
 
 def resume(folder: str | Path, *overrides: str, quiet: bool = False) -> Run:
-    """Continue an interrupted run; the result equals that of a run that never stopped."""
-    active = with_overrides(open_run(folder), overrides)
+    """Continue an interrupted run; the result equals that of a run that never stopped.
+
+    Args:
+        folder: of the run, or its name below `runs/`.
+        overrides: `key=value` of what may change. The programs, servers and folders that the run names, see
+            `settings.CALLERS_KEYS`, are used where they are named again here.
+        quiet: show no progress.
+
+    Raises:
+        ConfigError: something else would change, or is not named again.
+        AgentRLError: see `train`.
+    """
+    stored = open_run(folder)
+    check_named_again(str(stored.folder), stored.config, overrides)
+    active = with_overrides(stored, overrides)
     return _run(active.config, active, quiet)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 from rich.columns import Columns
 from rich.console import Console
 from rich.rule import Rule
-from rich.text import Text
 
 from agentrl.data.trajectory import Episode, Turn
 from agentrl.env.registry import make
@@ -14,6 +13,7 @@ from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.play import ActionRequest, EpisodeSpec, Reply, Stop
 from agentrl.rollout.players import HumanPlayer, Player
+from agentrl.terminal import plain
 
 
 def watch(
@@ -85,7 +85,7 @@ class _Prompt:
     def __call__(self, request: ActionRequest) -> str:
         actions = request.actions or ()
         self._console.print(
-            Columns([Text(f"{i:>3} {name}") for i, name in enumerate(actions, start=1)], padding=(0, 2))
+            Columns([plain(f"{i:>3} {name}") for i, name in enumerate(actions, start=1)], padding=(0, 2))
         )
         while True:
             try:
@@ -109,16 +109,14 @@ class _Narrator:
 
     def submit(self, request: ActionRequest) -> None:
         self._console.print(Rule(f"turn {request.turn + 1}", align="left", style="dim"))
-        self._console.print(Text(printable(request.observation)))
+        self._console.print(plain(request.observation))
         self._player.submit(request)
 
     def poll(self) -> Sequence[tuple[str, Reply | Stop]]:
         answers = self._player.poll()
         for _, answer in answers:
             if isinstance(answer, Reply) and not isinstance(self._player, HumanPlayer):
-                self._console.print(
-                    Text(f"> {printable(answer.text)}", style="bold"), Text(_entropy(answer), style="dim")
-                )
+                self._console.print(plain(f"> {answer.text}", "bold"), plain(_entropy(answer), "dim"))
         return answers
 
     def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
@@ -126,11 +124,6 @@ class _Narrator:
 
     def close(self, episode_id: str) -> None:
         self._player.close(episode_id)
-
-
-def printable(text: str) -> str:
-    """The text without what would steer a terminal."""
-    return "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
 
 
 def _entropy(reply: Reply) -> str:
@@ -143,5 +136,5 @@ def _entropy(reply: Reply) -> str:
 def _curtain(console: Console, episode: Episode) -> None:
     ending = f"after {len(episode.turns)} turns ({episode.stop.value}), return {episode.episode_return:g}"
     console.print(Rule(style="dim"))
-    console.print(Text(printable(episode.final_observation)))
-    console.print(Text(episode.outcome.value, style="bold"), Text(f"{ending}, task {episode.task}"))
+    console.print(plain(episode.final_observation))
+    console.print(plain(episode.outcome.value, "bold"), plain(f"{ending}, task {episode.task}"))

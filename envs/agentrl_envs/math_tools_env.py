@@ -84,6 +84,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
     """
 
     thread_safe: ClassVar[bool] = True
+    callers_arguments: ClassVar[tuple[str, ...]] = ("isolation", "require_isolation", "limits")
 
     def __init__(
         self,

@@ -92,6 +92,7 @@ class WebShopEnv(gymnasium.Env[str, str]):
     splits = SPLITS
     determinism = "episode"
     thread_safe: ClassVar[bool] = True
+    callers_arguments: ClassVar[tuple[str, ...]] = ("tagger", "cache")
 
     def __init__(
         self,

@@ -251,9 +251,9 @@ class NoSuccessAtReset(Corridor):
         return text, info
 
 
-class NumpySuccess(Corridor):
+class NumberSuccess(Corridor):
     def info(self) -> dict[str, Any]:
-        return super().info() | {"success": np.bool_(self.won)}
+        return super().info() | {"success": int(self.won)}
 
 
 class TextActions(Corridor):
@@ -274,10 +274,10 @@ class BothFlagsAtTheLimit(Corridor):
         return text, reward, terminated, self.steps >= self.max_steps, info
 
 
-class NumpyFlags(Corridor):
+class NumberFlags(Corridor):
     def step(self, action: str) -> Any:
         text, reward, terminated, truncated, info = super().step(action)
-        return text, reward, np.bool_(terminated), truncated, info
+        return text, reward, int(terminated), truncated, info
 
 
 class ShortHash(Corridor):
@@ -599,11 +599,11 @@ FAULTS: list[tuple[str, Callable[..., Any], str]] = [
     ("observations", SurrogateObservation, "lone surrogate"),
     ("observations", EndlessObservation, r"step 2 of .* characters, observation_space allows 1,000,000"),
     ("success", NoSuccessAtReset, r"reset of task 'train-0': info\['success'\] is missing"),
-    ("success", NumpySuccess, "bool"),
+    ("success", NumberSuccess, "bool"),
     ("optional info", TextActions, r"info\['actions'\] is 'look' \(str\), wanted a list of str"),
     ("optional info", ObjectKey, r"info\['state_key'\] is \(\d, \d\) \(tuple\), wanted str or int"),
     ("flags", BothFlagsAtTheLimit, "terminated and truncated are both set"),
-    ("flags", NumpyFlags, "terminated is .*wanted a bool"),
+    ("flags", NumberFlags, "terminated is .*wanted a bool"),
     ("task hashes", ShortHash, "wanted 64 lower-case hex digits"),
     ("task hashes", SaltedHash, "another one the second time"),
     ("task hashes", ConstantHash, "the same for tasks that begin differently"),

@@ -202,7 +202,12 @@ WRONGS: list[tuple[str, Callable[[Any], Any], StopReason, str]] = [
     ("step", with_part(1, float("inf")), StopReason.CONTRACT, "the reward is inf"),
     ("step", with_part(1, None), StopReason.CONTRACT, "the reward is None"),
     ("step", with_part(2, 1), StopReason.CONTRACT, "terminated is 1 (int), wanted a bool"),
-    ("step", with_part(3, np.bool_(False)), StopReason.CONTRACT, "truncated is "),
+    (
+        "step",
+        with_part(3, np.int64(0)),
+        StopReason.CONTRACT,
+        "truncated is np.int64(0) (int64), wanted",
+    ),
     ("step", with_part(4, None), StopReason.CONTRACT, "info is None"),
     (
         "step",
@@ -229,7 +234,7 @@ WRONGS: list[tuple[str, Callable[[Any], Any], StopReason, str]] = [
     ("step", with_info(actions=["look", 3]), StopReason.CONTRACT, "info['actions'] holds 3 (int)"),
     ("step", with_info(valid=None), StopReason.CONTRACT, "info['valid'] is None"),
     ("step", with_info(state_key=["k"]), StopReason.CONTRACT, "info['state_key'] is ['k'] (list)"),
-    ("step", with_info(score="high"), StopReason.CONTRACT, "info['score'] is 'high' (str), wanted Real"),
+    ("step", with_info(score="high"), StopReason.CONTRACT, "info['score'] is 'high' (str), wanted a finite"),
 ]
 
 
