@@ -5,6 +5,7 @@ arguments that calls `register` for each of its ids.
 """
 
 import inspect
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -162,14 +163,24 @@ class Factory:
     Args:
         id: of the environment.
         kwargs: for its constructor.
+
+    Attributes:
+        where: what stands in front of an argument's name where it was given, such as "env.kwargs.".
     """
 
     def __init__(self, id: str, **kwargs: Any) -> None:
         self.id = id
         self.kwargs = kwargs
+        self.where = ""
 
     def __call__(self) -> gymnasium.Env[str, str]:
-        return make(self.id, **self.kwargs)
+        try:
+            return make(self.id, **self.kwargs)
+        except ConfigError as error:
+            argument = re.split(r"[:.]", str(error), maxsplit=1)[0]
+            if argument not in self.kwargs:
+                raise
+            raise ConfigError(f"{self.where}{error}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         spec = gymnasium.registry.get(self.id)
@@ -177,7 +188,7 @@ class Factory:
         registration = None if spec is None or by_plugin else (spec.entry_point, spec.kwargs)
         if registration is not None:
             _let_travel(registration[0])
-        return _rebuilt, (self.id, self.kwargs, registration)
+        return _rebuilt, (self.id, self.kwargs, registration, self.where)
 
 
 def _let_travel(entry_point: Any) -> None:
@@ -189,11 +200,15 @@ def _let_travel(entry_point: Any) -> None:
             cloudpickle.register_pickle_by_value(module)
 
 
-def _rebuilt(id: str, kwargs: dict[str, Any], registration: tuple[Any, dict[str, Any]] | None) -> Factory:
+def _rebuilt(
+    id: str, kwargs: dict[str, Any], registration: tuple[Any, dict[str, Any]] | None, where: str
+) -> Factory:
     load_plugins()
     if registration is not None and id not in gymnasium.registry:
         register(id, registration[0], **registration[1])
-    return Factory(id, **kwargs)
+    factory = Factory(id, **kwargs)
+    factory.where = where
+    return factory
 
 
 def check_id(id: str) -> None:
