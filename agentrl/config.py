@@ -472,7 +472,7 @@ def _describe(error: ValidationError, cls: type, tree: Mapping[str, Any], where:
             lines.append(_placed(path, message))
         else:
             wish = _WRONG_TYPE.get(kind, message)
-            if kind in _NUMBER_TYPES:
+            if kind in _NUMBER_TYPES and not isinstance(got, bool):  # of true and false the type says all
                 limits = next(filter(None, map(bounds_of, _types_at(cls, keys))), "")
                 # A number of the right type lacks only the bounds.
                 wish = limits or wish if kind in _OUT_OF_BOUNDS else ", ".join(filter(None, (wish, limits)))

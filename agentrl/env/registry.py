@@ -5,6 +5,7 @@ arguments that calls `register` for each of its ids. What is not installed is im
 """
 
 import inspect
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -182,16 +183,26 @@ class Factory:
     Args:
         id: of the environment.
         kwargs: for its constructor.
+
+    Attributes:
+        where: what stands in front of an argument's name where it was given, such as "env.kwargs.".
     """
 
     def __init__(self, id: str, **kwargs: Any) -> None:
         self.id = id
         self.kwargs = kwargs
+        self.where = ""
         self._imports: tuple[str, ...] = ()  # of the process that it comes from
 
     def __call__(self) -> gymnasium.Env[str, str]:
         load_imports(self._imports)
-        return make(self.id, **self.kwargs)
+        try:
+            return make(self.id, **self.kwargs)
+        except ConfigError as error:
+            argument = re.split(r"[:.]", str(error), maxsplit=1)[0]
+            if argument not in self.kwargs:
+                raise
+            raise ConfigError(f"{self.where}{error}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         spec = gymnasium.registry.get(self.id)
@@ -200,7 +211,7 @@ class Factory:
         if registration is not None:
             _let_travel(registration[0])
         imports = dict.fromkeys((*self._imports, *loaded_imports("environment")))
-        return _rebuilt, (self.id, self.kwargs, registration, tuple(imports))
+        return _rebuilt, (self.id, self.kwargs, registration, self.where, tuple(imports))
 
 
 def _let_travel(entry_point: Any) -> None:
@@ -216,6 +227,7 @@ def _rebuilt(
     id: str,
     kwargs: dict[str, Any],
     registration: tuple[Any, dict[str, Any]] | None,
+    where: str = "",
     imports: tuple[str, ...] = (),
 ) -> Factory:
     load_plugins()
@@ -223,6 +235,7 @@ def _rebuilt(
         register(id, registration[0], **registration[1])
     factory = Factory(id, **kwargs)
     factory._imports = imports
+    factory.where = where
     return factory
 
 

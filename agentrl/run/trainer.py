@@ -807,4 +807,6 @@ def _check_shares(config: RunConfig, ranks: Ranks) -> None:
 
 
 def _factory(config: RunConfig, **more: Any) -> Factory:
-    return Factory(config.env.id, split=config.env.split, **{**config.env.kwargs, **more})
+    factory = Factory(config.env.id, split=config.env.split, **{**config.env.kwargs, **more})
+    factory.where = "env.kwargs."
+    return factory

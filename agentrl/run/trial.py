@@ -184,7 +184,9 @@ def check_expert(config: RunConfig) -> None:
 
 def environment_factory(config: RunConfig, **more: Any) -> Factory:
     """Makes the environments that a run trains in."""
-    return Factory(config.env.id, split=config.env.split, **{**config.env.kwargs, **more})
+    factory = Factory(config.env.id, split=config.env.split, **{**config.env.kwargs, **more})
+    factory.where = "env.kwargs."
+    return factory
 
 
 def _bytes_of_children() -> int:
