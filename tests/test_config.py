@@ -339,7 +339,7 @@ def test_a_suggestion_is_the_nearest_name_or_all_of_them() -> None:
         ("a: &a " + "[" * 5000 + "]" * 5000, 1, "more than 100 blocks inside each other"),
         (
             "".join(f"{'  ' * depth}a:\n" for depth in range(300)),
-            102,
+            101,
             "more than 100 blocks inside each other",
         ),
         (f"seed: 1\nb: {'9' * 4301}\n", 2, "an integer of 4301 digits"),

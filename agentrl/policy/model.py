@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import logging as progress
 
 from agentrl.errors import CheckpointError, ConfigError, NonFiniteError, RequirementError
-from agentrl.files import read_json, replacing_folder
+from agentrl.files import replacing_folder
 from agentrl.policy.architecture import check_packed_forward, without_weights
 from agentrl.policy.attention import PACKED
 from agentrl.policy.context import context_length, context_limit, shortened
@@ -249,7 +249,12 @@ def _check_end_ids(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             continue
-        settings = read_json(path, Any, "copy it again from where it came from")
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: cannot be read ({error}); copy it again from where it came from"
+            ) from error
         ids = settings.get("eos_token_id") if isinstance(settings, dict) else None
         if not isinstance(settings, dict) or not all(type(id) is int for id in _listed(ids)):
             raise CheckpointError(f"{path}: eos_token_id is {ids!r}, wanted a token id or a list of them")

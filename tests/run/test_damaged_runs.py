@@ -102,8 +102,10 @@ def replaced(tree: Any, found: Callable[[Any], bool], new: Any) -> Any:
 
 
 def without_a_key(tree: Any) -> Any:
-    """Without the first key of its first innermost block."""
+    """Without a score's rate, else without the first key of its first innermost block."""
     if isinstance(tree, dict):
+        if "success_rate" in tree:
+            return {key: value for key, value in tree.items() if key != "success_rate"}
         for key, value in tree.items():
             if isinstance(value, dict) and value:
                 return tree | {key: without_a_key(value)}
@@ -194,7 +196,8 @@ def outcome(command: str, run: Path, name: str, damage: str, content: bytes | No
     except AgentRLError as error:
         if not (read or in_the_way):
             return f"refused for a file that it does not read: {error}"
-        if path.name not in str(error) and path.parent.name not in str(error):
+        named = path.name in str(error) or path.parent.name in str(error)
+        if not named and command != "config":  # of the caller's own file it may name the key alone
             return f"the message does not name the file: {error}"
         if (path.read_bytes() if path.is_file() else None) != (None if damage == "a folder" else content):
             return "refused, but changed"
