@@ -149,7 +149,7 @@ Imports = Annotated[
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"agentrl {agentrl.__version__}")
+        echo(f"agentrl {agentrl.__version__}")
         raise typer.Exit
 
 
@@ -224,7 +224,7 @@ class _Screen(logging.Handler):
     """Writes to standard error, whatever that is by then: a progress bar puts itself in its place."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(f"{record.levelname.lower()}: {record.name}: {record.getMessage()}", err=True)
+        echo(f"{record.levelname.lower()}: {record.name}: {record.getMessage()}", err=True)
 
 
 @app.command()

@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import torch
 
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.settings import EngineConfig
+from agentrl.terminal import echo
 
 _KNOCK_TIMEOUT = 5.0  # seconds; Ray itself would try for minutes, and not be interrupted
 _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # with empty settings
@@ -65,7 +65,7 @@ class _Watch(threading.Thread):
                 if away >= _LOST_AFTER and self.lost is None and not self._over.is_set():
                     self.lost = f"its head at {self.head} has not answered for {away:.0f} s"
                     # Whoever is busy elsewhere learns of it too late to say anything.
-                    print(f"warning: {cluster_lost(self.lost)}", file=sys.stderr, flush=True)  # noqa: T201
+                    echo(f"warning: {cluster_lost(self.lost)}", err=True)
 
     def end(self) -> None:
         self._over.set()

@@ -310,7 +310,7 @@ def test_mathematics_from_a_file_is_judged_by_math_verify(tmp_path: Path) -> Non
         ({"isolation": "jail"}, "isolation 'jail' is unknown"),
         ({"isolation": "none"}, "isolation is 'none'"),
         ({"limits": {"second": 1}}, "limit of the sandbox 'second' is unknown; did you mean 'seconds'"),
-        ({"limits": {"seconds": "5"}}, "limits.seconds: '5'"),
+        ({"limits": {"seconds": "5"}}, "limits.seconds is '5'"),
         ({"limits": {"seconds": 0}}, "limits.seconds is 0"),
     ],
 )

@@ -322,7 +322,7 @@ ESCAPES = [
     (SystemExit(0), "SystemExit: 0"),
     (KeyboardInterrupt("mine"), "KeyboardInterrupt: mine"),
     (GeneratorExit(), "GeneratorExit: "),
-    (Unprintable(), "Unprintable: its message cannot be shown"),
+    (Unprintable(), "Unprintable: a message that cannot be read"),
 ]
 
 

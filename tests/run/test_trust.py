@@ -419,6 +419,7 @@ HARMLESS = {
     "warm_start.noise_prefers": "a text",
     "evaluation.split": "a name",
     "evaluation.panel": "JSON that is read",
+    "run.imports": "withheld until the caller names it, see agentrl.plugins",
     "run.name": "of a new run",
     "run.folder": "of a new run",
     "algorithm.": "checked by its recipe",
