@@ -81,7 +81,7 @@ def test_its_commands_run_as_they_are_written(examples: dict[str, ModuleType], t
     for name, module in examples.items():
         for path in (folder / f"{name}.py", agents / f"{name}.py"):
             path.write_text(Path(str(module.__file__)).read_text())
-    (project,) = re.findall(r"```toml\n(.*?)```", DOCUMENT, re.S)
+    project = next(text for text in re.findall(r"```toml\n(.*?)```", DOCUMENT, re.S) if "[project]" in text)
     (agents / "pyproject.toml").write_text(project)
     place = COMMANDS.index(PIP)
     before = run_all(list(map(smaller, COMMANDS[:place])), folder)
@@ -109,7 +109,7 @@ def test_its_pyproject_is_one_that_pip_installs(examples: dict[str, ModuleType],
     agents.mkdir()
     for name, module in examples.items():
         (agents / f"{name}.py").write_text(Path(str(module.__file__)).read_text())
-    (project,) = re.findall(r"```toml\n(.*?)```", DOCUMENT, re.S)
+    project = next(text for text in re.findall(r"```toml\n(.*?)```", DOCUMENT, re.S) if "[project]" in text)
     (agents / "pyproject.toml").write_text(project)
     python = str(tmp_path / "venv" / "bin" / "python")
     subprocess.run([python, *PIP.split()[1:]], cwd=tmp_path, check=True)

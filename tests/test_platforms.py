@@ -47,9 +47,10 @@ for package in (agentrl, agentrl_envs):
             count += 1
 print(count)
 
+from agentrl.env.sandbox import Limits
 from agentrl.env.sandbox.process import SandboxError, ServerProcess
 try:
-    ServerProcess("namespaces", {})
+    ServerProcess("namespaces", {}, Limits())
 except SandboxError as error:
     print(error)
 """

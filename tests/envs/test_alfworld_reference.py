@@ -80,5 +80,5 @@ def test_one_process_has_one_textworld(textworld_env: ALFWorldEnv) -> None:
 
 @pytest.mark.skipif(INSTALLED, reason="the extra alfworld-reference is installed")
 def test_without_textworld_the_message_says_what_to_install() -> None:
-    with pytest.raises(MissingDependencyError, match="agentrl\\[alfworld-reference\\]"):
+    with pytest.raises(MissingDependencyError, match=r"pip install -e '\.\[alfworld-reference\]'"):
         ALFWorldEnv(engine="textworld")

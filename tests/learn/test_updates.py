@@ -70,7 +70,7 @@ def test_layers_in_bfloat16_leave_weights_gradients_and_states_in_float32(
 
 
 def test_adapters_are_float32_under_layers_in_bfloat16_as_well() -> None:
-    pytest.importorskip("peft", reason="peft is not installed: pip install 'agentrl[lora]'")
+    pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[lora]'")
     adapters = LoraConfig(rank=3, targets=("q_proj", "down_proj"))
     exact = gradients(learner_of(qwen(), lora=adapters), build_recipe("grpo").build())
     learner = learner_of(qwen(), lora=adapters, compute_dtype="bfloat16")

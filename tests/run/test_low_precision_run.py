@@ -150,7 +150,7 @@ def test_a_resumed_run_in_bfloat16_equals_one_that_never_stopped(
 def test_adapters_learn_beside_an_engine_that_rounds_and_leave_a_model_in_float32(
     examples: dict[str, ModuleType], tmp_path: Path
 ) -> None:
-    pytest.importorskip("peft", reason="peft is not installed: pip install 'agentrl[lora]'")
+    pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[lora]'")
     adapted = ("policy.dtype=bfloat16", "learner.lora.rank=2", "learner.lora.targets=[q_proj]")
     before = weights(trained(tmp_path / "cloned", "policy.dtype=bfloat16", "trainer.steps=0").model)
     after = weights(trained(tmp_path / "adapted", *adapted, "algorithm.drop_equal_groups=false").model)
@@ -242,7 +242,8 @@ def test_a_checkpoint_that_is_not_finite_is_no_place_to_go_on_from(
     with pytest.raises(CheckpointError, match="no checkpoint there is finite: start anew"):
         agentrl.resume(run, quiet=True)
     shutil.rmtree(newest)
-    shutil.copytree(finished / "checkpoints" / "train-000003", older, dirs_exist_ok=True)
+    for path in (older, *others):
+        shutil.copytree(finished / "checkpoints" / path.name, path, dirs_exist_ok=True)
     agentrl.resume(run, quiet=True)
     same_results(finished, run)
 
@@ -401,7 +402,7 @@ def test_updates_that_are_rounded_away_are_told_once(
 
 def test_a_rate_of_cloning_that_is_no_number_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"warm_start\.learner: learning_rate is inf, wanted at most 1e\+30"
+        ConfigError, match=r"warm_start\.learner\.learning_rate: .*got inf, wanted above 0 and at most 1e\+30"
     ):
         config(tmp_path, "warm_start.learner.learning_rate=.inf")
     assert list(tmp_path.iterdir()) == []

@@ -399,6 +399,9 @@ def made_up(folder: Path, plays: str, *, panel: str = "p", steps: Sequence[Mappi
         write_episodes(folder / f"episodes/trained-{decoding}.parquet", episodes)
     score = {
         "success_rate": plays.count("1") / max(1, len(plays.replace("-", ""))),
+        "interval": [0.0, 1.0],
+        "episodes": len(plays),
+        "by_task_type": {},
         "aborted": plays.count("-"),
     }
     summary = {
