@@ -56,7 +56,7 @@ PositiveRate = Annotated[float, Interval(gt=0, le=LARGEST_RATE)]
 Seconds = Annotated[float, Interval(gt=0, le=1e6)]
 Devices = Annotated[float, Interval(ge=0, le=1024)]
 
-_MOST_DIGITS = 100  # of an integer
+_MOST_DIGITS = 4_000  # of an integer: Python itself writes and reads no more than 4,300
 _DEEPEST = 100  # blocks and lists inside each other
 _MOST_VALUES = 100_000  # of a file, with each alias counted as all that it stands for
 

@@ -343,7 +343,7 @@ def test_a_suggestion_is_the_nearest_name_or_all_of_them() -> None:
             "more than 100 blocks inside each other",
         ),
         (f"seed: 1\nb: {'9' * 4301}\n", 2, "an integer of 4301 digits"),
-        (f"b: -{'9' * 200}\n", 1, "an integer of 200 digits"),
+        (f"b: -{'9' * 4200}\n", 1, "an integer of 4200 digits"),
         ("a: !!timestamp 2024-99-99\n", 1, "could not determine a constructor"),
         ("a: !!python/object:os.system x\n", 1, "could not determine a constructor"),
     ],
