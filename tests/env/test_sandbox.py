@@ -525,7 +525,9 @@ def test_what_code_leaves_running_stands_still_between_executions(session: Sessi
     assert eventually(lambda: psutil.Process(child._pid).status() == psutil.STATUS_STOPPED)
     used = child._cpu()
     time.sleep(0.5)
-    assert child._cpu() == used
+    assert (
+        child._cpu() - used < 0.1
+    )  # a thread that went on would have had 0.5; each stops a moment after the first
     assert session.run("before = count\nimport time\ntime.sleep(0.05)\ncount > before").output == "True\n"
 
 
