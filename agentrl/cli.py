@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class ExitCode(IntEnum):
-    """How a command ends; docs/errors.md explains them."""
+    """Name the exit codes of a command, which docs/errors.md explains."""
 
     DONE = 0
     LACKING = 1

@@ -506,7 +506,7 @@ def _fields(cls: Any, keys: Sequence[str]) -> set[str]:
 
 
 def _types_at(cls: Any, keys: Sequence[str]) -> list[Any]:
-    """What a value at the path `keys` below `cls` may be, bounds included."""
+    """Describe what a value at the path `keys` below `cls` may be, bounds included."""
     found = [cls]
     for key in keys:
         if key.isdigit():

@@ -301,7 +301,7 @@ def requirements(component: object) -> frozenset[str]:
 
 
 def traits(component: object) -> frozenset[str]:
-    """What a component said that it is, itself or through `functools.partial`."""
+    """Return what a component said that it is, itself or through `functools.partial`."""
     return frozenset(_declared(component, _TRAITS))
 
 
@@ -358,7 +358,7 @@ def token_ratio(outputs: Outputs, mini: MiniBatch) -> Tensor:
 
 
 def held_back(mini: MiniBatch, outputs: Outputs) -> Tensor:
-    """Where the bounds of a mini-batch stop a ratio, the dual clip not counted; [B, T] bool."""
+    """Mark where the bounds of a mini-batch stop a ratio, the dual clip not counted; [B, T] bool."""
     if mini.bounds is None:
         return torch.zeros_like(mini.batch.sampled)
     ratio = given(outputs.ratio, "ratio").detach()

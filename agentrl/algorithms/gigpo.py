@@ -156,7 +156,7 @@ def level_numbers(
     similarity: float,
     state: State = "observation",
 ) -> Mapping[str, float]:
-    """How much each level says, and the share of turns whose state other turns visited as well.
+    """Measure how much each level says, and the share of turns whose state other turns visited as well.
 
     Where states are told apart by keys, `states_named` is the share of turns that have one.
     """

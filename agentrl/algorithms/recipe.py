@@ -82,7 +82,7 @@ def recipe(name: str) -> Callable[[R], R]:
 
 
 def preset_values(cls: type[Recipe], preset: str) -> dict[str, Any]:
-    """What a preset sets, recipes inside it as blocks; nothing for `ours`.
+    """Return what a preset sets, recipes inside it as blocks; nothing for `ours`.
 
     Raises:
         ConfigError: for an unknown preset.
@@ -131,7 +131,7 @@ def _with_preset(cls: type[Recipe]) -> Callable[..., None]:
 
 
 def _settled(cls: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given, with what the preset and `parity: official` say of the rest.
+    """Complete what is given by what the preset and `parity: official` say of the rest.
 
     Raises:
         ConfigError: when parity contradicts what is given.

@@ -1,4 +1,4 @@
-"""What `reset` and `step` may answer, checked and made plain on every call while episodes are played.
+"""Check what `reset` and `step` answer, and make it plain, on every call while episodes are played.
 
 `reset_answer` and `step_answer` return plain Python values, or raise the first fault. Each `*_fault` says
 what is wrong with one part, or returns None.

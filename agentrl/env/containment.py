@@ -1,4 +1,4 @@
-"""What an environment does wrong ends its call, not the process that called it.
+"""Keep what an environment does wrong to its call: the process that called it goes on.
 
 An environment may raise what is meant to end a program (SystemExit, KeyboardInterrupt, ...), fork and come
 back twice, or answer with hundreds of megabytes. None of that may pass for something that its caller did; a
