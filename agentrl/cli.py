@@ -245,8 +245,8 @@ def train(
     - `agentrl train --resume runs/NAME`
     """
     from agentrl.run.settings import load_config
-    from agentrl.run.trainer import resume as resume_run
-    from agentrl.run.trainer import train as train_run
+    from agentrl.training.trainer import resume as resume_run
+    from agentrl.training.trainer import train as train_run
 
     path, overrides = _split(arguments)
     if resume is not None and path is not None:
@@ -306,9 +306,9 @@ def evaluate(
     import json
 
     from agentrl.config import merge
+    from agentrl.evaluation.evaluate import evaluate as measure
+    from agentrl.evaluation.report import results_table
     from agentrl.files import write_atomic
-    from agentrl.run.evaluate import evaluate as measure
-    from agentrl.run.report import results_table
 
     load_imports(imports or ())
     if output is not None and not output.parent.is_dir():
@@ -366,7 +366,7 @@ def play(
     - `agentrl play agentrl/ALFWorld-v0 --policy runs/NAME --greedy`
     """
     from agentrl.config import merge
-    from agentrl.run.watch import watch
+    from agentrl.evaluation.watch import watch
 
     load_imports(imports or ())
     episode = watch(
@@ -451,8 +451,8 @@ def plan(
     """
     import json
 
-    from agentrl.run.plan import plan as find_out
-    from agentrl.run.plan import plan_table
+    from agentrl.planning.plan import plan as find_out
+    from agentrl.planning.plan import plan_table
     from agentrl.run.settings import load_config
 
     path, overrides = _split(arguments)
@@ -539,8 +539,8 @@ def report(
     imports: Imports = None,
 ) -> None:
     """Write a run's report.html anew, also of a run that is not finished. Nothing of the run is executed."""
+    from agentrl.evaluation.report import write_report
     from agentrl.run.folder import find_run
-    from agentrl.run.report import write_report
 
     load_imports(imports or ())
     echo(write_report(find_run(run)))

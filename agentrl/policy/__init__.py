@@ -1,0 +1,1 @@
+"""Policies: text to tokens, tokens to generations."""

@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from agentrl.algorithms import aepo, functional
-from agentrl.algorithms.aepo import AEPO, branch_score, initial_rollouts, opening_entropy
+from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import (
     Algorithm,
     Context,
@@ -19,6 +18,8 @@ from agentrl.algorithms.algorithm import (
     prepare,
     trait,
 )
+from agentrl.algorithms.methods import aepo
+from agentrl.algorithms.methods.aepo import AEPO, branch_score, initial_rollouts, opening_entropy
 from agentrl.algorithms.recipe import Recipe, build_recipe, recipe_tree
 from agentrl.data import BranchPoint, Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, Rehearsal
+from agentrl.algorithms.methods.spear import decayed, recalibrated
 from agentrl.algorithms.replay import ReplayBuffer
-from agentrl.algorithms.spear import decayed, recalibrated
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Layout, collate
 from agentrl.errors import CheckpointError

@@ -10,8 +10,8 @@ from toy_policy import VOCABULARY, ToyPolicy, make_groups, make_turn, toy_forwar
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, Context, clipped_policy_loss, prepare, requires
-from agentrl.algorithms.cloning import BehaviourCloning
-from agentrl.algorithms.grpo import GRPO
+from agentrl.algorithms.methods.cloning import BehaviourCloning
+from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate
 from agentrl.errors import CheckpointError, RequirementError
