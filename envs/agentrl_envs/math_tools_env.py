@@ -15,7 +15,7 @@ from agentrl.env import TextSpace, unknown
 from agentrl.env.numbers import MOST_STEPS, whole_number
 from agentrl.env.problems import TaskIds, content_hash, find_problem
 from agentrl.env.sandbox import Limits, Sandbox, Session
-from agentrl_envs import bounded
+from agentrl_envs import limited_calls
 from agentrl_envs.calculator import CalculatorError, calculate
 from agentrl_envs.math_answers import ROUNDED_DIGITS, checked_digits, judged_by, last_boxed
 from agentrl_envs.problem_files import choose_problems
@@ -215,7 +215,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
             return f"error: {error}", True
 
     def _solved(self, problem: Problem, answer: str) -> bool:
-        bounded.calls.join(self)
+        limited_calls.calls.join(self)
         return problem.solved_by(f"<{ANSWER}>{answer}</{ANSWER}>", self._rounded_digits)
 
     def _usage(self) -> str:
@@ -269,7 +269,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
     def close(self) -> None:
         if self._python is not None:
             self._python.close()
-        bounded.calls.leave(self)
+        limited_calls.calls.leave(self)
 
     def snapshot(self) -> Saved:
         """Keep this point of the episode."""
