@@ -13,8 +13,8 @@ import pytest
 
 from agentrl_envs.alfworld.engine import NOTHING, Game, Snapshot, display_names
 from agentrl_envs.alfworld.generate import Options, generate
+from agentrl_envs.alfworld.package_data import load_package_data
 from agentrl_envs.alfworld.pddl import GameFileError, PddlError
-from agentrl_envs.alfworld.wheel import load_wheel
 
 
 def play(game: Game, *commands: str) -> list[Snapshot]:
@@ -117,8 +117,8 @@ def test_a_snapshot_stays_as_it_was_while_others_go_on(kitchen: Game) -> None:
 
 
 def test_a_pickled_snapshot_goes_on_in_an_equal_game(kitchen: Game, kitchen_problem: str) -> None:
-    wheel = load_wheel()
-    elsewhere = Game(wheel.domain, kitchen_problem, wheel.grammar)
+    data = load_package_data()
+    elsewhere = Game(data.domain, kitchen_problem, data.grammar)
     moment = pickle.loads(pickle.dumps(play(kitchen, "go to fridge 1", "open fridge 1")[-1]))
     assert elsewhere.advance(moment, "take mug 1 from fridge 1").observation.startswith(
         "You pick up the mug 1"
@@ -140,7 +140,7 @@ def test_numbers_count_down_in_the_order_of_ids_within_a_class() -> None:
 
 def test_threads_on_one_game_see_what_a_single_one_sees() -> None:
     made = generate("train", 3, Options())
-    wheel = load_wheel()
+    data = load_package_data()
 
     def walk(game: Game, seed: int) -> list[str]:
         rng, moment, seen = Random(seed), game.start, []
@@ -149,11 +149,11 @@ def test_threads_on_one_game_see_what_a_single_one_sees() -> None:
             seen.append(moment.observation)
         return seen
 
-    alone = [walk(Game(wheel.domain, made.problem, made.grammar), seed) for seed in range(8)]
-    shared = Game(wheel.domain, made.problem, made.grammar)
+    alone = [walk(Game(data.domain, made.problem, made.grammar), seed) for seed in range(8)]
+    shared = Game(data.domain, made.problem, made.grammar)
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda seed: walk(shared, seed), range(8)))
-        loaded = list(pool.map(lambda _: Game(wheel.domain, made.problem, made.grammar).start, range(8)))
+        loaded = list(pool.map(lambda _: Game(data.domain, made.problem, made.grammar).start, range(8)))
     assert together == alone
     assert all(moment.observation == shared.start.observation for moment in loaded)
 
@@ -178,23 +178,23 @@ def test_threads_on_one_game_see_what_a_single_one_sees() -> None:
     ],
 )
 def test_a_corrupt_problem_is_refused_by_name(kitchen_problem: str, old: str, new: str, message: str) -> None:
-    wheel = load_wheel()
+    data = load_package_data()
     assert old in kitchen_problem
     with pytest.raises(PddlError) as caught:
-        Game(wheel.domain, kitchen_problem.replace(old, new), wheel.grammar)
+        Game(data.domain, kitchen_problem.replace(old, new), data.grammar)
     assert message in str(caught.value)
 
 
 def test_a_fact_about_an_object_of_another_type_than_declared_offers_nothing(kitchen_problem: str) -> None:
     odd = "(:init (receptacleAtLocation apple_bar_1 here) (opened apple_bar_1) (openable mug_bar_1)"
-    wheel = load_wheel()
-    game = Game(wheel.domain, kitchen_problem.replace("(:init", odd), wheel.grammar)
+    data = load_package_data()
+    game = Game(data.domain, kitchen_problem.replace("(:init", odd), data.grammar)
     at_fridge = game.advance(game.start, "go to fridge 1")
     assert not [command for command in (*game.start.admissible, *at_fridge.admissible) if "apple" in command]
 
 
 def test_derived_predicates_are_refused() -> None:
-    domain = load_wheel().domain.rstrip()[:-1] + "(:derived (full ?r - receptacle) (openable ?r)))"
+    domain = load_package_data().domain.rstrip()[:-1] + "(:derived (full ?r - receptacle) (openable ?r)))"
     with pytest.raises(GameFileError, match="':derived' is not supported"):
         Game(domain, "", "")
 
@@ -202,12 +202,12 @@ def test_derived_predicates_are_refused() -> None:
 def test_quantifiers_conditions_and_equality_mean_what_pddl_says(kitchen_problem: str) -> None:
     everything_opened = "(:goal (forall (?r - receptacle) (or (not (openable ?r)) (opened ?r)))))"
     problem = kitchen_problem[: kitchen_problem.index("(:goal")] + everything_opened
-    wheel = load_wheel()
-    game = Game(wheel.domain, problem, wheel.grammar)
+    data = load_package_data()
+    game = Game(data.domain, problem, data.grammar)
     assert [moment.won for moment in play(game, "go to fridge 1", "open fridge 1")] == [False, False, True]
     two_mugs_together = """(:goal (exists (?a - object ?b - object ?r - receptacle) (and (not (= ?a ?b))
         (objectType ?a MugType) (objectType ?b MugType) (inReceptacle ?a ?r) (inReceptacle ?b ?r)))))"""
-    game = Game(wheel.domain, problem[: problem.index("(:goal")] + two_mugs_together, wheel.grammar)
+    game = Game(data.domain, problem[: problem.index("(:goal")] + two_mugs_together, data.grammar)
     commands = (
         "go to table 2",
         "take mug 2 from table 2",
@@ -240,12 +240,12 @@ def test_recorded_traces_of_textworld_are_met_exactly(
     reference_folder: Path, record_property: Callable[[str, object], None]
 ) -> None:
     recorded = json.loads(gzip.decompress((reference_folder / "alfworld" / "golden.json.gz").read_bytes()))
-    wheel = load_wheel()
-    assert hashlib.sha256(wheel.domain.encode()).hexdigest() == recorded["domain_sha256"]
-    assert hashlib.sha256(wheel.grammar.encode()).hexdigest() == recorded["grammar_sha256"]
+    data = load_package_data()
+    assert hashlib.sha256(data.domain.encode()).hexdigest() == recorded["domain_sha256"]
+    assert hashlib.sha256(data.grammar.encode()).hexdigest() == recorded["grammar_sha256"]
     compared = 0
     for trace in recorded["games"]:
-        game = Game(wheel.domain, trace["pddl_problem"], wheel.grammar.replace("UNKNOWN GOAL", trace["desc"]))
+        game = Game(data.domain, trace["pddl_problem"], data.grammar.replace("UNKNOWN GOAL", trace["desc"]))
         moment = game.start
         for command, observation, digest in trace["steps"]:
             moment = game.start if command is None else game.advance(moment, command)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from agentrl_envs.alfworld.adversarial_games import files
 from agentrl_envs.alfworld.engine import Game, Snapshot
 from agentrl_envs.alfworld.grammar import Part, split_text
-from agentrl_envs.alfworld.odd_games import files
 from agentrl_envs.alfworld.pddl import GameFileError
 from agentrl_envs.alfworld.reference import ReferenceEngine
 
@@ -172,13 +172,13 @@ def _joined(parts: Iterable[Part]) -> list[Part]:
 
 
 def run(
-    count: int, *, steps: int, seed: int = 0, odd: bool = False, report: Callable[[str], None] = print
+    count: int, *, steps: int, seed: int = 0, adversarial: bool = False, report: Callable[[str], None] = print
 ) -> Tally:
     """Compare `count` games; `report` gets a line per game."""
     engine = ReferenceEngine()
     tally = Tally()
     try:
-        for name, task_type, file in files(count, seed, odd):
+        for name, task_type, file in files(count, seed, adversarial):
             before = tally.comparisons
             compare_game(engine, name, file, tally, steps=steps, seed=seed)
             made = tally.comparisons - before

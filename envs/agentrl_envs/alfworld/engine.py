@@ -8,8 +8,8 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from agentrl_envs.alfworld.grammar import parse_grammar
-from agentrl_envs.alfworld.joins import NEGATED, TYPE, Fact, Index, Tables
 from agentrl_envs.alfworld.pddl import Domain, GameFileError, Problem, parse_goal, parse_problem
+from agentrl_envs.alfworld.query_compiler import NEGATED, TYPE, Fact, Index, Tables
 from agentrl_envs.alfworld.rules import rules_of
 from agentrl_envs.alfworld.text import Words, action_texts, opening_writer
 

@@ -12,7 +12,7 @@ from typing import Any
 from agentrl.errors import ConfigError, missing_extra
 from agentrl_envs.alfworld.engine import Snapshot
 from agentrl_envs.alfworld.games import LoadedGame
-from agentrl_envs.alfworld.wheel import REMEDY
+from agentrl_envs.alfworld.package_data import REMEDY
 
 _in_use = threading.Lock()
 
