@@ -11,17 +11,17 @@ from random import Random
 
 import pytest
 
-from agentrl_envs.alfworld.engine import NOTHING, Game, Snapshot, display_names
+from agentrl_envs.alfworld.engine import NOTHING, Game, GameState, display_names
 from agentrl_envs.alfworld.generate import Options, generate
 from agentrl_envs.alfworld.package_data import load_package_data
 from agentrl_envs.alfworld.pddl import GameFileError, PddlError
 
 
-def play(game: Game, *commands: str) -> list[Snapshot]:
-    moments = [game.start]
+def play(game: Game, *commands: str) -> list[GameState]:
+    states = [game.start]
     for command in commands:
-        moments.append(game.advance(moments[-1], command))
-    return moments
+        states.append(game.advance(states[-1], command))
+    return states
 
 
 def test_the_opening_lists_the_room_and_the_task(kitchen: Game) -> None:
@@ -45,12 +45,12 @@ def test_away_from_everything_one_can_go_and_look_about(kitchen: Game) -> None:
 
 
 def test_the_kitchen_is_won_as_its_rules_say(kitchen: Game) -> None:
-    moments = play(
+    states = play(
         kitchen,
         *("go to fridge 1", "open fridge 1", "take mug 1 from fridge 1", "cool mug 1 with fridge 1"),
         *("go to table 2", "move mug 1 to table 2", "take mug 1 from table 2"),
     )
-    assert [moment.observation for moment in moments[1:]] == [
+    assert [state.observation for state in states[1:]] == [
         "You arrive at fridge 1. The fridge 1 is closed.",
         "You open the fridge 1. The fridge 1 is open. In it, you see a mug 1.",
         "You pick up the mug 1 from the fridge 1.",
@@ -59,8 +59,8 @@ def test_the_kitchen_is_won_as_its_rules_say(kitchen: Game) -> None:
         "You move the mug 1 to the table 2.",
         "You pick up the mug 1 from the table 2.",
     ]
-    assert [moment.won for moment in moments] == [False] * 6 + [True, False]
-    assert [moment.moves for moment in moments] == list(range(8))
+    assert [state.won for state in states] == [False] * 6 + [True, False]
+    assert [state.moves for state in states] == list(range(8))
 
 
 def test_receptacles_at_one_view_point_are_here_together(kitchen: Game) -> None:
@@ -84,12 +84,12 @@ def test_an_object_can_be_examined_only_while_held(kitchen: Game) -> None:
 
 
 def test_slicing_needs_a_knife_in_the_hand_and_the_food_here(kitchen: Game) -> None:
-    moments = play(
+    states = play(
         kitchen, "go to table 2", "take knife 1 from table 2", "slice apple 1 with knife 1", "go to fridge 1"
     )
-    assert "slice apple 1 with knife 1" not in moments[1].admissible
-    assert moments[3].observation == "You sliced the apple 1 with the knife 1."
-    assert "slice apple 1 with knife 1" not in moments[4].admissible
+    assert "slice apple 1 with knife 1" not in states[1].admissible
+    assert states[3].observation == "You sliced the apple 1 with the knife 1."
+    assert "slice apple 1 with knife 1" not in states[4].admissible
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,8 @@ def test_a_snapshot_stays_as_it_was_while_others_go_on(kitchen: Game) -> None:
 def test_a_pickled_snapshot_goes_on_in_an_equal_game(kitchen: Game, kitchen_problem: str) -> None:
     data = load_package_data()
     elsewhere = Game(data.domain, kitchen_problem, data.grammar)
-    moment = pickle.loads(pickle.dumps(play(kitchen, "go to fridge 1", "open fridge 1")[-1]))
-    assert elsewhere.advance(moment, "take mug 1 from fridge 1").observation.startswith(
+    state = pickle.loads(pickle.dumps(play(kitchen, "go to fridge 1", "open fridge 1")[-1]))
+    assert elsewhere.advance(state, "take mug 1 from fridge 1").observation.startswith(
         "You pick up the mug 1"
     )
 
@@ -130,7 +130,7 @@ def test_equal_states_have_equal_keys_however_reached(kitchen: Game) -> None:
     assert there_and_back[1].key == there_and_back[4].key
     opened = play(kitchen, "go to fridge 1", "open fridge 1", "close fridge 1")
     assert opened[1].key == opened[3].key != opened[2].key
-    assert len({moment.key for moment in play(kitchen, "go to table 1", "take mug 2 from table 2")}) == 3
+    assert len({state.key for state in play(kitchen, "go to table 1", "take mug 2 from table 2")}) == 3
 
 
 def test_numbers_count_down_in_the_order_of_ids_within_a_class() -> None:
@@ -143,10 +143,10 @@ def test_threads_on_one_game_see_what_a_single_one_sees() -> None:
     data = load_package_data()
 
     def walk(game: Game, seed: int) -> list[str]:
-        rng, moment, seen = Random(seed), game.start, []
+        rng, state, seen = Random(seed), game.start, []
         for _ in range(60):
-            moment = game.advance(moment, rng.choice(moment.admissible))
-            seen.append(moment.observation)
+            state = game.advance(state, rng.choice(state.admissible))
+            seen.append(state.observation)
         return seen
 
     alone = [walk(Game(data.domain, made.problem, made.grammar), seed) for seed in range(8)]
@@ -155,7 +155,7 @@ def test_threads_on_one_game_see_what_a_single_one_sees() -> None:
         together = list(pool.map(lambda seed: walk(shared, seed), range(8)))
         loaded = list(pool.map(lambda _: Game(data.domain, made.problem, made.grammar).start, range(8)))
     assert together == alone
-    assert all(moment.observation == shared.start.observation for moment in loaded)
+    assert all(state.observation == shared.start.observation for state in loaded)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_quantifiers_conditions_and_equality_mean_what_pddl_says(kitchen_problem
     problem = kitchen_problem[: kitchen_problem.index("(:goal")] + everything_opened
     data = load_package_data()
     game = Game(data.domain, problem, data.grammar)
-    assert [moment.won for moment in play(game, "go to fridge 1", "open fridge 1")] == [False, False, True]
+    assert [state.won for state in play(game, "go to fridge 1", "open fridge 1")] == [False, False, True]
     two_mugs_together = """(:goal (exists (?a - object ?b - object ?r - receptacle) (and (not (= ?a ?b))
         (objectType ?a MugType) (objectType ?b MugType) (inReceptacle ?a ?r) (inReceptacle ?b ?r)))))"""
     game = Game(data.domain, problem[: problem.index("(:goal")] + two_mugs_together, data.grammar)
@@ -215,7 +215,7 @@ def test_quantifiers_conditions_and_equality_mean_what_pddl_says(kitchen_problem
         "open fridge 1",
         "move mug 2 to fridge 1",
     )
-    assert [moment.won for moment in play(game, *commands)] == [False] * 5 + [True]
+    assert [state.won for state in play(game, *commands)] == [False] * 5 + [True]
 
 
 def test_a_conditional_effect_fires_only_under_its_condition() -> None:
@@ -231,8 +231,8 @@ def test_a_conditional_effect_fires_only_under_its_condition() -> None:
       action press { template :: "press {l}"; feedback :: "done"; }'''
     game = Game(domain, problem, grammar)
     assert game.start.admissible == ("press lamp 1", "press lamp 2")
-    assert [moment.won for moment in play(game, "press lamp 1", "press lamp 2")] == [False, False, True]
-    assert [moment.won for moment in play(game, "press lamp 1", "press lamp 2", "press lamp 2")][-1] is False
+    assert [state.won for state in play(game, "press lamp 1", "press lamp 2")] == [False, False, True]
+    assert [state.won for state in play(game, "press lamp 1", "press lamp 2", "press lamp 2")][-1] is False
 
 
 @pytest.mark.reference
@@ -246,14 +246,14 @@ def test_recorded_traces_of_textworld_are_met_exactly(
     compared = 0
     for trace in recorded["games"]:
         game = Game(data.domain, trace["pddl_problem"], data.grammar.replace("UNKNOWN GOAL", trace["desc"]))
-        moment = game.start
+        state = game.start
         for command, observation, digest in trace["steps"]:
-            moment = game.start if command is None else game.advance(moment, command)
-            shown = json.dumps([moment.observation, list(moment.admissible), moment.won])
-            assert moment.observation == observation
+            state = game.start if command is None else game.advance(state, command)
+            shown = json.dumps([state.observation, list(state.admissible), state.won])
+            assert state.observation == observation
             assert hashlib.sha256(shown.encode()).hexdigest()[:16] == digest, (trace["desc"], command)
             compared += 1
-        assert moment.won
+        assert state.won
     record_property("steps_compared", compared)
     print(f"{compared} recorded steps of {len(recorded['games'])} games compared")
     assert compared > 0

@@ -53,14 +53,14 @@ def test_every_oracle_plan_wins_and_no_goal_holds_at_the_start(rooms: str) -> No
             made = generate(split, index, ROOMS[rooms])
             for game in [made, made.swapped()] if made.other else [made]:
                 loaded = load(game)
-                moment = loaded.start
-                assert not moment.won
-                assert not loaded.other_reached(moment)
+                state = loaded.start
+                assert not state.won
+                assert not loaded.other_reached(state)
                 for command in game.goal.walkthrough:
-                    assert command in moment.admissible
-                    assert not moment.won
-                    moment = loaded.advance(moment, command)
-                assert moment.won, (split, index)
+                    assert command in state.admissible
+                    assert not state.won
+                    state = loaded.advance(state, command)
+                assert state.won, (split, index)
                 types.add(made.task_type)
     assert types == set(TASK_TYPES)
 
@@ -106,11 +106,11 @@ def test_the_other_goal_names_another_object_in_the_same_room_and_place() -> Non
 def test_reaching_one_goal_is_seen_from_the_other() -> None:
     made = generate("train", 0, SMALL)
     told_the_other = load(made.swapped())
-    moment = told_the_other.start
+    state = told_the_other.start
     for command in made.goal.walkthrough:
-        moment = told_the_other.advance(moment, command)
-    assert told_the_other.other_reached(moment)
-    assert not moment.won
+        state = told_the_other.advance(state, command)
+    assert told_the_other.other_reached(state)
+    assert not state.won
 
 
 def test_sentences_hold_no_character_that_the_grammar_reads() -> None:
