@@ -37,14 +37,14 @@ SENTENCES = (
 )
 
 
-def files(count: int, seed: int, odd: bool) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def files(count: int, seed: int, adversarial: bool) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Generate (name, task type, game file): task types in turn, all splits, whole and small rooms."""
     for number in range(count):
         split = ("train", "valid_unseen", "valid_seen")[number // len(TASK_TYPES) % 3]
         index = (seed * 601 + number // len(TASK_TYPES)) % 160 * len(TASK_TYPES) + number % len(TASK_TYPES)
         made = generate(split, index, ROOMS[number // 2 % len(ROOMS)])
         file = game_file(made)
-        if odd:
+        if adversarial:
             rng = Random(f"odd {seed} {number}")
             for change in rng.sample(CHANGES, 2):
                 change(file, rng)
@@ -106,7 +106,7 @@ def mistype(file: dict[str, Any], rng: Random) -> None:
     _add(file, [f"inReceptacle {rng.choice(items)} {rng.choice(items)}" for _ in range(3)])
 
 
-def say_oddly(file: dict[str, Any], rng: Random) -> None:
+def use_special_characters(file: dict[str, Any], rng: Random) -> None:
     """Tell the task in a sentence with characters that the text grammar reads."""
     sentence = json.dumps(rng.choice(SENTENCES))[1:-1]
     file["grammar"] = re.sub(
@@ -135,6 +135,6 @@ CHANGES: tuple[Callable[[dict[str, Any], Random], None], ...] = (
     give_states,
     put_inside,
     mistype,
-    say_oddly,
+    use_special_characters,
     use_older_words,
 )

@@ -47,7 +47,7 @@ class FloorPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Wheel:
+class PackageData:
     """Everything read from the wheel.
 
     `holds` maps a receptacle type to the object types that fit there; `able` maps Heatable, Coolable,
@@ -65,7 +65,7 @@ class Wheel:
 
 
 @lru_cache(maxsize=1)
-def load_wheel() -> Wheel:
+def load_package_data() -> PackageData:
     """Find, check and read the files, once per process.
 
     Raises:
@@ -81,7 +81,7 @@ def load_wheel() -> Wheel:
     for table in ("DiningTable", "CoffeeTable", "SideTable"):
         holds[table] = holds["TableTop"]
     del holds["TableTop"]
-    return Wheel(
+    return PackageData(
         domain=texts["data/alfred.pddl"],
         grammar=texts["data/alfred.twl2"],
         plans=_plans(root / "gen/layouts", holds),

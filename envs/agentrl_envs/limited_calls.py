@@ -27,7 +27,7 @@ MEMORY_BYTES = 2 << 30
 _BOOT = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from agentrl_envs.bounded import serve
+from agentrl_envs.limited_calls import serve
 serve()
 """
 _CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGILL}
@@ -41,7 +41,7 @@ class JudgeError(AgentRLError):
     """The process that was to judge an answer failed: nothing is known about the answer."""
 
 
-class BoundedCalls:
+class LimitedCalls:
     """At most `PROCESSES` processes, each started when it is needed first; called from any thread.
 
     They end with the last user that has joined, with this process, and, if they are in the middle of a call
@@ -147,13 +147,13 @@ class _Process:
         return code
 
 
-calls = BoundedCalls()
+calls = LimitedCalls()
 atexit.register(lambda: calls.close())
 
 
 def _forget() -> None:
     global calls
-    calls = BoundedCalls()
+    calls = LimitedCalls()
 
 
 os.register_at_fork(after_in_child=_forget)  # the parent's processes are not the child's to talk to
