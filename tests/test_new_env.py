@@ -169,7 +169,7 @@ def test_a_pyproject_that_cannot_be_changed_safely_stays_and_the_lines_are_told(
     project.write_text(before)
     result = new_env("GuessNumber", "--folder", str(tmp_path))
     assert result.exit_code == 0, result.output
-    assert f"stays as it is; add to it:\n\n{ENTRY}\n{LINE}\n" in result.stdout
+    assert f"is left unchanged; add to it:\n\n{ENTRY}\n{LINE}\n" in result.stdout
     assert project.read_text() == before
     assert (tmp_path / "guess_number_env.py").exists()
 
@@ -199,7 +199,7 @@ def test_it_says_what_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "  agentrl check-env my/GuessNumber-v0 --import guess_number_env.py",
         f"  {train} --import guess_number_env.py",
         "",
-        "Installed, it needs no --import:",
+        "Once installed, it needs no --import:",
         "  python -m pip install -e .",
     ]
 

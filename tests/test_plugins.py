@@ -293,7 +293,7 @@ def test_a_run_executes_nothing_that_it_names_and_says_what_to_add(
     assert (
         f"was made with --import {file}: code named in a run folder is not executed automatically" in message
     )
-    assert message.splitlines()[-1] == f"the whole command: agentrl {' '.join(command)} --import {file}"
+    assert message.splitlines()[-1] == f"full command: agentrl {' '.join(command)} --import {file}"
     assert not (tmp_path / "executed").exists()
 
 
