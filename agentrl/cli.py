@@ -181,7 +181,7 @@ def every_command(
     Run `agentrl train --help` for help on a command.
     """
     ctx.with_resource(_logging(_level(verbose, quiet)))
-    # OpenMP threads that spin while waiting steal cores from the environments. Torch reads this when imported.
+    # OpenMP threads that spin while waiting take cores from the environments. Torch reads this when imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 

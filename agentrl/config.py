@@ -29,8 +29,8 @@ Tree = dict[str, Any]
 Dotted = tuple[str, ...]
 T = TypeVar("T")
 
-# Number types with bounds, for fields of settings and recipes. A field with other bounds declares them itself,
-# as in `beam: Annotated[int, Interval(ge=2, le=1000)] = 2`. Values above the upper bounds make no sense, and
+# Number types with bounds, for fields of settings and recipes. A field with other bounds declares its own, as
+# in `beam: Annotated[int, Interval(ge=2, le=1000)] = 2`. Values above the upper bounds make no sense, and
 # would overflow or exhaust the memory.
 # Products of rates in the optimisers, with their corrections for the first steps, still fit into a float32.
 MAX_RATE = 1e30
@@ -280,7 +280,7 @@ def check_own_numbers(settings: Any, where: str = "") -> None:
 
 
 def number_types(cls: type) -> dict[str, Any]:
-    """Return the types, including bounds, of the fields of a dataclass that hold numbers or tuples of them."""
+    """Return the types, including bounds, of the dataclass fields that hold numbers or tuples of them."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {
         field.name: hints[field.name] for field in dataclasses.fields(cls) if _holds_number(hints[field.name])
@@ -317,7 +317,7 @@ def _metadata(kind: Any) -> Iterator[Any]:
 
 def _validated(cls: type, names: tuple[str, ...], values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the values of some fields converted to their types; raise `ConfigError` with every mistake."""
-    # In JSON mode, a list can fill a tuple and a string an enum or a path, while everything else stays strict.
+    # In JSON mode, a list can fill a tuple and a string an enum or a path, while all else stays strict.
     content = to_json(_without_huge_integers(values), inf_nan_mode="constants", fallback=repr)
     try:
         given: Any = _fields_adapter(cls, names).validate_json(
@@ -495,7 +495,7 @@ def _with_path(path: str, message: str) -> str:
 
 
 def _locate(tree: Any, loc: Sequence[int | str]) -> tuple[list[str], Any]:
-    """Return the keys and the value at a pydantic location, skipping the parts that name members of a union."""
+    """Return the keys and the value at a pydantic location, skipping parts that name members of a union."""
     keys = []
     for part in loc:
         inside = part in tree if isinstance(tree, Mapping) else isinstance(tree, list | tuple)

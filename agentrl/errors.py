@@ -1,4 +1,4 @@
-"""Exceptions of agentrl. Each message says where, what was found and what was wanted; the CLI exits with 2."""
+"""Exceptions of agentrl. Messages say where, what was found and what was wanted; the command exits with 2."""
 
 
 class AgentRLError(Exception):

@@ -43,7 +43,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_atomic(path: str | Path, text: str) -> None:
-    """Write a text file that is never seen half-written, even after a kill, a full disk or a power failure."""
+    """Write a text file that is never left half-written, even by a kill, a full disk or a power failure."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

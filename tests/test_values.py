@@ -268,7 +268,7 @@ def test_a_number_that_only_claims_to_be_one_is_refused() -> None:
 def test_an_id_of_a_task_is_text(task: Any) -> None:
     with pytest.raises(EnvironmentContractError, match="lamp: the id of a task "):
         EpisodeSpec("e", "lamp", task, 0)
-    with pytest.raises(PanelError, match=r"Panel\.tasks: what is named there "):
+    with pytest.raises(PanelError, match=r"Panel\.tasks: a text "):
         Panel("lamp", "train", (task,), ("0" * 64,))
 
 

@@ -59,8 +59,8 @@ def write_episodes(path: str | Path, episodes: Sequence[Episode]) -> None:
     """Write episodes to a file atomically; an existing file is replaced only on success.
 
     Raises:
-        CheckpointError: The folder is missing, the disk is full, or an episode contains a value that cannot be
-            stored; the message names the file.
+        CheckpointError: The folder is missing, the disk is full, or an episode contains a value that cannot
+            be stored; the message names the file.
     """
     target = Path(path)
     try:

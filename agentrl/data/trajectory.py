@@ -54,7 +54,7 @@ class Turn:
     or begin a new one if `fresh` (always true for turn 0), so no token is stored or encoded twice.
     `action_ids`, `logprobs`, `entropies` and `allowed` have one entry per reply token. `logprobs` and
     `entropies` are in nats under the sampling distribution (over the allowed ids if the reply was
-    constrained). In a constrained reply that begins with reasoning, `allowed` is None at each reasoning token.
+    constrained). Where a constrained reply begins with reasoning, `allowed` is None at the reasoning tokens.
 
     Example: Turn("You see a mug 1.", "take mug 1", (5, 9), (7, 3), (-0.7, 0.0), (0.69, 0.0), ((7, 8), (3,)))
     has two reply tokens, of which only the first was a decision.
