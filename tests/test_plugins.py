@@ -147,7 +147,7 @@ def test_a_file_may_use_what_lies_beside_it(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("gone.py", None, "{file}: no such file"),
-        ("silent.py", "x = 1\n", "{file}: registers nothing; wanted agentrl.env.register"),
+        ("silent.py", "x = 1\n", "{file}: registers nothing; wanted a call of agentrl.env.register"),
         ("raising.py", "import os\nx = {}['key']\n", "{file}, line 2: KeyError: 'key'"),
         ("garbled.py", "x = 1\nif x\n", "{file}, line 2: SyntaxError: expected ':'"),
         ("leaving.py", "import sys\n\nsys.exit(0)\n", "{file}, line 3: SystemExit: 0"),
@@ -290,8 +290,10 @@ def test_a_run_executes_nothing_that_it_names_and_says_what_to_add(
         monkeypatch.setattr("agentrl.run.policies.open_player", lambda *_, **__: opened)
     message = refused(*command)
     file = tmp_path / "plugins_strange.py"
-    assert f"was made with --import {file}: nothing that a run's folder names is executed unasked" in message
-    assert message.splitlines()[-1] == f"the whole command: agentrl {' '.join(command)} --import {file}"
+    assert (
+        f"was made with --import {file}: code named in a run folder is not executed automatically" in message
+    )
+    assert message.splitlines()[-1] == f"full command: agentrl {' '.join(command)} --import {file}"
     assert not (tmp_path / "executed").exists()
 
 

@@ -25,7 +25,7 @@ from agentrl.errors import CheckpointError, ConfigError, NonFiniteError, TooMany
 from agentrl.evaluation.evaluate import configured_panel
 from agentrl.evaluation.report import results_table, write_report
 from agentrl.evaluation.run_scores import Measurements
-from agentrl.files import clear_remnants, write_atomic
+from agentrl.files import remove_leftovers, write_atomic
 from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner, provided
 from agentrl.learn.lora import check_adapters
@@ -246,7 +246,7 @@ class Trainer:
         lock.take()
         self.lock = lock
         for inner in (folder, folder / "episodes", folder / "checkpoints"):
-            clear_remnants(inner)
+            remove_leftovers(inner)
         (folder / "episodes").mkdir(exist_ok=True)
 
     def _let_go(self) -> None:

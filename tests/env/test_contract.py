@@ -585,7 +585,7 @@ FAULTS: list[tuple[str, Callable[..., Any], str]] = [
     ("interface", WordyThreadSafe, "thread_safe is 'yes'"),
     ("interface", StockSpace, "action_space refuses some texts"),
     ("task ids", RepeatedId, r"tasks\('train'\) lists an id twice"),
-    ("task ids", NumberedTasks, r"holds 7 \(int\)"),
+    ("task ids", NumberedTasks, r"contains 7 \(int\)"),
     ("task ids", NoTestTasks, r"tasks\('test'\) is \[\]"),
     ("task ids", ShuffledTasks, "other ids"),
     ("task ids", ShrinkingTasks, "other ids"),

@@ -265,7 +265,7 @@ def test_items_that_differ_between_processes_are_refused() -> None:
         ({"size": LARGEST + 1}, f"size: {LARGEST + 1}"),
         ({"seed": -1}, "seed: -1"),
         ({"level": True}, "level: True"),
-        ({"dataset": "graph_color", "expert": True}, "nobody knows the answers"),
+        ({"dataset": "graph_color", "expert": True}, "no answers to these problems are known"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -1,7 +1,7 @@
-"""Check what `reset` and `step` answer, and make it plain, on every call while episodes are played.
+"""Validate what `reset` and `step` return, on every call of an episode, and convert it to plain values.
 
-`reset_answer` and `step_answer` return plain Python values, or raise the first fault. Each `*_fault` says
-what is wrong with one part, or returns None.
+`reset_answer` and `step_answer` return plain Python values or raise the first fault. Each `*_fault` function
+returns what is wrong with one part, or None.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,28 +16,28 @@ from agentrl.values import (
     as_number,
     as_text,
     as_text_list,
-    shown,
+    describe_value,
 )
 
 RESET_PARTS = ("observation", "info")
 STEP_PARTS = ("observation", "reward", "terminated", "truncated", "info")
-LONGEST_NAME = 1_000  # characters of a name that scores are grouped by
+MAX_NAME_CHARS = 1_000  # of a name that scores are grouped by
 
 _Rule = Callable[[object], Any]
 
 
 def _or_none(rule: _Rule) -> _Rule:
-    """None means "unknown here", which an absent key says as well."""
+    """Extend a rule to accept None, which means "unknown", like a missing key."""
     return lambda value: None if value is None else rule(value)
 
 
-# How each key of `info` that has a meaning is made plain. All others are handed to players as they are, and
-# are neither checked nor stored.
+# The conversion of each key of `info` that has a meaning. All other keys are passed to policies unchanged,
+# and are neither checked nor stored.
 RULES: Mapping[str, _Rule] = {
     "success": as_flag,
     "actions": _or_none(as_text_list),
     "score": _or_none(as_number),
-    "task_type": _or_none(lambda value: as_text(value, LONGEST_NAME)),
+    "task_type": _or_none(lambda value: as_text(value, MAX_NAME_CHARS)),
     "expert": _or_none(as_text),
     "state_key": _or_none(as_key),
     "valid": as_flag,
@@ -48,7 +48,11 @@ RULES: Mapping[str, _Rule] = {
 
 
 def reset_answer(answer: object) -> tuple[str, Mapping[str, Any]]:
-    """Return `(observation, info)` of a `reset`, or raise `EnvironmentContractError`."""
+    """Validate the return value of `reset` and return (observation, info) as plain values.
+
+    Raises:
+        EnvironmentContractError: A part is invalid.
+    """
     observation, info = _parts("reset", answer, RESET_PARTS)
     try:
         return _plain_observation(observation), plain_info(info)
@@ -57,7 +61,11 @@ def reset_answer(answer: object) -> tuple[str, Mapping[str, Any]]:
 
 
 def step_answer(answer: object) -> tuple[str, float, bool, bool, Mapping[str, Any]]:
-    """Return the five parts of a `step`, or raise `EnvironmentContractError`."""
+    """Validate the return value of `step` and return its five parts as plain values.
+
+    Raises:
+        EnvironmentContractError: A part is invalid.
+    """
     observation, reward, terminated, truncated, info = _parts("step", answer, STEP_PARTS)
     try:
         return (
@@ -72,17 +80,17 @@ def step_answer(answer: object) -> tuple[str, float, bool, bool, Mapping[str, An
 
 
 def plain_info(info: object) -> dict[str, Any]:
-    """Return an info whose known keys hold plain values.
+    """Return an info dictionary whose known keys hold plain values.
 
     Raises:
-        ValueFaultError: naming the key, its value and what is wanted.
+        ValueFaultError: A value is invalid; the message names the key, the value and what is wanted.
     """
     if not isinstance(info, Mapping):
-        raise ValueFaultError(f"info is {shown(info)}, wanted a mapping")
+        raise ValueFaultError(f"info is {describe_value(info)}, wanted a mapping")
     plain: dict[str, Any] = {}
     for key, value in info.items():
         if not isinstance(key, str):
-            raise ValueFaultError(f"info has the key {shown(key)}, wanted only str")
+            raise ValueFaultError(f"info has the key {describe_value(key)}, wanted only str")
         plain[key] = _named(f"info[{key!r}]", RULES[key], value) if key in RULES else value
     if "success" not in plain:
         raise ValueFaultError("info['success'] is missing, wanted a bool: is the task solved so far?")
@@ -108,35 +116,35 @@ def _parts(call: str, answer: Any, parts: tuple[str, ...]) -> tuple[Any, ...]:
 
 
 def shape_fault(answer: object, parts: tuple[str, ...]) -> str | None:
-    """A tuple with one entry for each of `parts`."""
+    """Check that an answer is a tuple with one entry for each of `parts`."""
     if isinstance(answer, tuple) and len(answer) == len(parts):
         return None
-    found = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else f"{shown(answer)}"
+    found = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else f"{describe_value(answer)}"
     return f"returned {found}, wanted the tuple ({', '.join(parts)})"
 
 
 def observation_fault(observation: object) -> str | None:
-    """A str that can be written as UTF-8."""
+    """Check that an observation is a str that can be encoded as UTF-8."""
     return _fault(_plain_observation, observation)
 
 
 def reward_fault(reward: object) -> str | None:
-    """A real number that a float can hold, neither infinite nor nan."""
+    """Check that a reward is a real number that fits into a finite float."""
     return _fault(lambda value: _named("the reward", as_number, value), reward)
 
 
 def flag_fault(name: str, flag: object) -> str | None:
-    """A bool, of Python or of numpy."""
+    """Check that a flag is a Python or NumPy bool."""
     return _fault(lambda value: _named(name, as_flag, value), flag)
 
 
 def success_fault(info: Mapping[str, Any]) -> str | None:
-    """`success` is there and a bool."""
+    """Check that `success` is present and a bool."""
     return _fault(plain_info, {key: info[key] for key in ("success",) if key in info})
 
 
 def optional_fault(info: Mapping[str, Any]) -> str | None:
-    """The optional keys that are there hold what they should."""
+    """Check the values of the optional keys that are present."""
     return _fault(plain_info, {**info, "success": False})
 
 

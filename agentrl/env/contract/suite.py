@@ -1,4 +1,4 @@
-"""What an environment is, and the proof that one keeps to it."""
+"""The contract of text environments, and a checker that plays an environment to verify it."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import gymnasium
 
-from agentrl.env.containment import EscapeError, contained, described, signals
+from agentrl.env.containment import EscapeError, call_contained, describe_error, signals
 from agentrl.env.contract.answers import reset_answer, step_answer
 from agentrl.env.contract.checks import CHECKS, MEASUREMENTS, determinism
 from agentrl.env.contract.probe import FaultError, Probe, SkipError
@@ -23,76 +23,76 @@ __all__ = ["Check", "ContractReport", "TextEnv", "check_text_env", "reset_answer
 Determinism = Literal["episode", "instance"]
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim"}
 _PLAIN_WIDTH = 110
-_UNSEEN = "not looked at: "  # by the checks after one that could play nothing
+_NOT_CHECKED = "not checked: "  # after a check that could not play the environment at all
 
 
 class TextEnv(Protocol):
-    """What the `unwrapped` of a text environment has, beside being a `gymnasium.Env[str, str]`.
+    """Interface of `env.unwrapped` of a text environment, beyond that of `gymnasium.Env[str, str]`.
 
-    Its constructor takes `split=` and `max_steps=`, the environment's own step limit, kept as an attribute.
-    `reset(seed=, options={"task": id})` starts a task, `reset(seed=)` one of the split. `info` of every
-    answer holds `success: bool` (solved so far) and may hold
+    The constructor takes `split=` and `max_steps=`, the step limit, which is kept as an attribute.
+    `reset(seed=, options={"task": id})` starts the given task, and `reset(seed=)` a task drawn from the
+    split. Every `info` contains `success: bool` (whether the task is solved so far) and may contain
 
-    - `actions`: list of the commands that are admissible now; of two that a policy's tokenizer writes alike,
-      as it may those that differ in case or in white space around them, it can choose the first only,
+    - `actions`: the list of actions that are admissible now. Actions that the tokenizer of a policy encodes
+      alike, for example because they differ only in case or surrounding white space, count as the first one,
     - `valid`: whether the last action was understood,
-    - `score`: progress as a number, `task_type`: a name that scores are grouped by,
-    - `expert`: the next action of an expert, where constructed with `expert=True`,
-    - `state_key`: str or int, equal for equal states,
-    - `tool` and `tool_error`: the tool that the last action used, and what went wrong with it; JSON values,
-    - `other_success`: whether another task's goal was reached, see `other_goal` in `run.evaluate`.
+    - `score`: the progress as a number, `task_type`: a name that scores are grouped by,
+    - `expert`: the next action of the expert, if constructed with `expert=True`,
+    - `state_key`: a str or int that is equal for equal states,
+    - `tool` and `tool_error`: the tool that the last action used, and its error; JSON values,
+    - `other_success`: whether the goal of another task was reached; see `other_goal` of `agentrl.evaluate`.
 
-    Numbers may be of numpy, `Fraction` or `Decimal`, flags and texts of numpy: they become Python's. What
-    these keys hold must be finite, and texts no longer than `agentrl.values.LONGEST_TEXT`; else the episode
-    is aborted. All other keys are for players alone: they are neither checked nor stored.
+    Numbers may be NumPy, `Fraction` or `Decimal` numbers, and flags and texts NumPy ones; they are converted
+    to Python types. Numbers must be finite and texts at most `agentrl.values.MAX_TEXT_CHARS` long; otherwise
+    the episode is aborted. All other keys are passed to policies and are neither checked nor stored.
 
-    `step` sets at most one of `terminated` (the task is over, good or bad) and `truncated` (the step limit),
-    and raises after either, and before the first `reset`, which may come in the middle of an episode. No
-    global random number generator is touched. Unknown splits and tasks are refused with an `AgentRLError`;
-    `agentrl.env.unknown` makes one.
+    `step` sets at most one of `terminated` (the task is over, solved or not) and `truncated` (the step limit
+    was reached). It raises after either, and before the first `reset`. `reset` may be called in the middle of
+    an episode. The environment does not touch global random number generators. Unknown splits and tasks raise
+    an `AgentRLError`, such as the one that `agentrl.env.unknown` returns.
 
-    A process or server starts with the first `reset` that needs it: to construct an environment, list its
-    tasks and hash one starts none. `close` ends them all, may be called twice, and the next `reset` starts
-    them again. When one of them dies, `reset` and `step` raise: that is no fault of the policy's, and so no
-    observation and no reward.
+    Processes and servers start with the first `reset` that needs them; constructing an environment, listing
+    tasks and hashing a task starts none. `close` ends them and may be called twice; the next `reset` starts
+    them again. If one of them dies, `reset` and `step` raise, since this must not look like an observation or
+    a reward.
 
-    Optional, and declared by being there: `snapshot()` and `restore(snapshot)`, which goes back to that point
-    as often as wanted, in this or another environment that was constructed alike; `expert() -> str | None`,
-    the expert's next action from the current state; `data: str`, a label shown with every score.
+    Optional methods and attributes, declared by being present: `snapshot()` and `restore(snapshot)`, which
+    returns to that state any number of times, in this or another environment with the same arguments;
+    `expert() -> str | None`, the next action of an expert in the current state; `data: str`, a label shown
+    with every score.
 
     Attributes:
-        splits: names of the task sets.
-        determinism: "episode" (the default): same task, seed and actions give the same episode;
-            "instance": they give the same task (`task_type`) and first observation, details after that may
-            differ.
-        callers_arguments: names of the constructor's arguments that say which code runs, what is contacted or
-            written to, or how code is shut in. They count where a person gives them, and not where a run's
-            folder does, which may be somebody else's; () is the default.
-        thread_safe: True says that several environments may be used at once, each by a thread of its own;
-            False (the default) that they may not.
-        heavy: True says that each environment has a process or hundreds of megabytes of its own, so that only
-            as many as there are cores are played in at a time, unless somebody asks for more.
+        splits: The names of the task sets.
+        determinism: "episode" (default): the same task, seed and actions give the same episode. "instance":
+            they give the same task (`task_type`) and first observation; later details may differ.
+        callers_arguments: The names of constructor arguments that choose which code runs, what is contacted
+            or written to, or how code is isolated. They are accepted from the user, but not from a run
+            folder, which may come from someone else. Default: ().
+        thread_safe: Whether several environments may be used at the same time, each in its own thread.
+            Default: False.
+        heavy: Whether each environment has a process or hundreds of megabytes of its own. If so, at most as
+            many as there are CPU cores are active at a time, unless configured otherwise. Default: False.
     """
 
     splits: tuple[str, ...]
 
     def tasks(self, split: str) -> Sequence[str]:
-        """Stable task ids of a split; may be made when asked for."""
+        """Return the stable task ids of a split, possibly as a lazy sequence."""
         ...
 
     def task_hash(self, task: str) -> str:
-        """SHA-256, as 64 hex digits, of what the task consists of."""
+        """Return the SHA-256 of the content of a task, as 64 hex digits."""
         ...
 
 
 def text_env(env: gymnasium.Env[str, str]) -> TextEnv:
-    """The environment beneath all wrappers, typed."""
+    """Return the environment beneath all wrappers, typed as `TextEnv`."""
     return cast(TextEnv, env.unwrapped)
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One claim about an environment: "skipped" where it makes none or there was no way to look."""
+    """Result of one check; "skipped" if the environment does not make the claim or it cannot be checked."""
 
     name: str
     status: Literal["passed", "failed", "skipped"]
@@ -100,22 +100,23 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """Return whether the check passed."""
         return self.status == "passed"
 
 
 @dataclass(frozen=True, slots=True)
 class ContractReport:
-    """What was checked of an environment, and what it declares. Rich prints it as a table, and so does `str`.
+    """Results of the contract checks of an environment; printed as a table by `str` and by rich.
 
     Attributes:
-        env: its id, or its class.
-        determinism: what it declares.
-        proven: the determinism that was seen; None where it was less than may be declared.
-        thread_safe: whether it declares to be.
-        declares: optional capabilities: snapshot, expert, data.
-        splits: how many tasks each split has.
-        measured: what is no claim: timing and sizes, in words.
-        checks: the claims in the order in which they were checked.
+        env: The id of the environment, or its class.
+        determinism: The declared determinism.
+        proven: The observed determinism; None if it is weaker than any that may be declared.
+        thread_safe: Whether the environment declares to be thread-safe.
+        declares: The optional capabilities: snapshot, expert, data.
+        splits: The number of tasks of each split.
+        measured: Timing and sizes, in words.
+        checks: The results in the order of the checks.
     """
 
     env: str
@@ -129,24 +130,26 @@ class ContractReport:
 
     @property
     def failed(self) -> tuple[Check, ...]:
+        """Return the failed checks."""
         return tuple(check for check in self.checks if check.status == "failed")
 
     @property
     def passed(self) -> bool:
+        """Return whether no check failed."""
         return not self.failed
 
     def raise_if_failed(self) -> None:
-        """Raise `EnvironmentContractError` that lists the failed checks, if any."""
+        """Raise an `EnvironmentContractError` that lists the failed checks, if any."""
         if self.failed:
             faults = "; ".join(f"{check.name}: {check.detail}" for check in self.failed)
             raise EnvironmentContractError(f"{self.env} breaks the environment contract: {faults}")
 
     def summary(self) -> str:
-        """Say in a line what came of it."""
+        """Return the verdict and the number of passed, failed and skipped checks in one line."""
         counts = Counter(check.status for check in self.checks)
         verdict = "breaks the contract" if self.failed else "keeps the contract"
-        told = ", ".join(f"{counts[s]} {s}" for s in ("passed", "failed", "skipped") if counts[s])
-        return f"{self.env} {verdict}: {told}"
+        totals = ", ".join(f"{counts[s]} {s}" for s in ("passed", "failed", "skipped") if counts[s])
+        return f"{self.env} {verdict}: {totals}"
 
     def __rich__(self) -> "Group":
         from rich import box
@@ -157,9 +160,9 @@ class ContractReport:
         for name, value in self._head():
             head.add_row(plain(name, "bold"), plain(value))
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-        for column in ("claim", "", "what was seen"):
-            table.add_column(column, no_wrap=column != "what was seen", overflow="fold")
-        unseen = [check for check in self.checks if check.detail.startswith(_UNSEEN)]
+        for column in ("claim", "", "observed"):
+            table.add_column(column, no_wrap=column != "observed", overflow="fold")
+        unseen = [check for check in self.checks if check.detail.startswith(_NOT_CHECKED)]
         for check in self.checks[: len(self.checks) - max(0, len(unseen) - 1)]:
             name = f"{len(unseen)} others" if check in unseen else check.name
             table.add_row(plain(name), plain(check.status, _STYLES[check.status]), plain(check.detail))
@@ -182,22 +185,21 @@ class ContractReport:
 def check_text_env(
     make: Callable[..., gymnasium.Env[str, str]], *, seed: int = 0, tasks: int = 2, steps: int = 40
 ) -> ContractReport:
-    """Prove, as far as playing can, that an environment keeps to the contract of `TextEnv`.
+    """Check, by playing it, that an environment keeps the contract of `TextEnv`.
 
     Args:
-        make: makes a new environment when called without arguments. Where it also takes `max_steps`, as a
-            class or `functools.partial(agentrl.env.make, id)` does, step limits are proven on short episodes
-            as well.
-        seed: of the episodes and of the walks through them.
-        tasks: played per split.
-        steps: at most so many per walk.
+        make: A function that makes a new environment. If it accepts `max_steps`, as a class or
+            `functools.partial(agentrl.env.make, id)` does, step limits are also checked on short episodes.
+        seed: The seed of the episodes and of the random actions.
+        tasks: The number of tasks to play per split.
+        steps: The maximum number of steps of a random episode.
 
     Returns:
-        A report; nothing else that a made environment raises is raised here.
+        The report. Errors of the environment are reported in it, not raised.
 
     Raises:
-        MissingDependencyError: something is not installed, which says nothing about the contract.
-        AgentRLError: or whatever else `make` raises when it is called first.
+        MissingDependencyError: A dependency is not installed, which says nothing about the contract.
+        Exception: The first call of `make` failed.
     """
     with signals:
         return _checked(Probe(make, seed, tasks, steps))
@@ -223,20 +225,20 @@ def _checked(probe: Probe) -> ContractReport:
             checks=checks,
         )
     finally:
-        probe.tidy(failed=True)
+        probe.close_envs(failed=True)
 
 
 def _run(name: str, check: Callable[[Probe], str], probe: Probe) -> Check:
     if probe.blocked is not None:
-        return Check(name, "skipped", f"{_UNSEEN}{probe.blocked}")
+        return Check(name, "skipped", f"{_NOT_CHECKED}{probe.blocked}")
     result = _look(name, check, probe)
-    probe.tidy(failed=result.status == "failed")
+    probe.close_envs(failed=result.status == "failed")
     return result
 
 
 def _look(name: str, check: Callable[[Probe], str], probe: Probe) -> Check:
     try:
-        return Check(name, "passed", contained(lambda: check(probe)))
+        return Check(name, "passed", call_contained(lambda: check(probe)))
     except SkipError as reason:
         return Check(name, "skipped", str(reason))
     except FaultError as fault:
@@ -244,7 +246,7 @@ def _look(name: str, check: Callable[[Probe], str], probe: Probe) -> Check:
     except MissingDependencyError:
         raise
     except Exception as error:
-        return Check(name, "failed", f"raised {described(error)}")
+        return Check(name, "failed", f"raised {describe_error(error)}")
 
 
 def _declared(known: Any) -> Iterator[str]:
