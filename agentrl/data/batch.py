@@ -121,8 +121,9 @@ def collate(groups: Sequence[Group], *, layout: Layout = "trajectory") -> Batch:
 
     Args:
         groups: episodes whose returns are compared with each other.
-        layout: `trajectory` merges turns into one row as long as prompts extend it (a `fresh` turn begins a
-            new row); `turn` gives every turn its own row, with all it saw before as context.
+        layout: `trajectory` merges turns into one row as long as prompts extend it (a turn with
+            `new_sequence` begins a new row); `turn` gives every turn its own row, with all it saw before as
+            context.
 
     Raises:
         ValueError: naming the episode and turn whose reply has no tokens, or a token outside its allowed ids.
@@ -195,9 +196,9 @@ def _rows(episode: Episode, trajectory: int, layout: Layout) -> Iterator[_Row]:
     history: list[int] = []
     for index, turn in enumerate(episode.turns):
         _check(episode, index, turn)
-        if turn.fresh:
+        if turn.new_sequence:
             history = []
-        if layout == "turn" or turn.fresh:
+        if layout == "turn" or turn.new_sequence:
             if row.tokens:
                 yield row
             row = _Row(trajectory)

@@ -51,10 +51,10 @@ class Turn:
     """One observation and the reply to it.
 
     `prompt_ids` are the tokens fed since the previous reply. They extend the sequence of the turn before,
-    or begin a new one when `fresh` (always true for turn 0), so nothing is ever stored twice or encoded
-    again. `action_ids`, `logprobs`, `entropies` and `allowed` have one entry per reply token; `logprobs` and
-    `entropies` are nats under the sampling distribution (over the allowed ids where the reply was
-    constrained). Of a reply that thought before it chose, `allowed` is None at each thought.
+    or begin a new one when `new_sequence` (always true for turn 0), so nothing is ever stored twice or
+    encoded again. `action_ids`, `logprobs`, `entropies` and `allowed` have one entry per reply token;
+    `logprobs` and `entropies` are nats under the sampling distribution (over the allowed ids where the reply
+    was constrained). Of a reply that thought before it chose, `allowed` is None at each thought.
 
     Example: Turn("You see a mug 1.", "take mug 1", (5, 9), (7, 3), (-0.7, 0.0), (0.69, 0.0), ((7, 8), (3,)))
     has two reply tokens of which only the first was a decision.
@@ -71,7 +71,7 @@ class Turn:
     entropies: tuple[float, ...] = ()
     allowed: tuple[tuple[int, ...] | None, ...] | None = None  # None: every id was allowed at every token
     reward: float = 0.0  # the environment's, for this reply
-    fresh: bool = False
+    new_sequence: bool = False
     valid: bool = True  # the reply was parsed and understood
     imitable: bool = True  # False: written by noise or a tool; it stays in the context and out of every loss
     finish: str = "stop"  # stop | length

@@ -29,11 +29,13 @@ def request_mistake(
         max_context: tokens that a sequence may hold.
     """
     prompt = request.prompt_ids
-    before = 0 if held is None or request.fresh else held
+    before = 0 if held is None or request.new_sequence else held
     if busy:
         return f"sequence {request.sequence!r} has a request in flight; wait for its generation"
-    if held is None and not request.fresh:
-        return f"sequence {request.sequence!r} is unknown or released; its first request must be fresh"
+    if held is None and not request.new_sequence:
+        return (
+            f"sequence {request.sequence!r} is unknown or released; its first request needs new_sequence=True"
+        )
     if before + len(prompt) == 0:
         return f"sequence {request.sequence!r} is empty; wanted at least one prompt token"
     if prompt and not (min(prompt) >= 0 and max(prompt) < vocabulary):

@@ -41,10 +41,15 @@ History = Sequence[tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the policy reads before a reply: ids to append to the sequence, or a new one when `fresh`."""
+    """Token ids that the policy reads before a reply.
+
+    Args:
+        ids: Ids to append to the sequence, or all of its ids when `new_sequence`.
+        new_sequence: Whether the ids start a new sequence.
+    """
 
     ids: tuple[int, ...]
-    fresh: bool
+    new_sequence: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +213,7 @@ class RoleDialogue:
 
     def prompt(self, history: History, observation: str) -> Prompt:
         role = self._observation if history else self._task
-        return Prompt((role, *self._seen(observation), self._act), fresh=not history)
+        return Prompt((role, *self._seen(observation), self._act), new_sequence=not history)
 
     def parse(self, ids: Sequence[int]) -> ParsedReply:
         return self._parsed(tuple(ids))
@@ -370,14 +375,14 @@ class ChatDialogue:
 
     def prompt(self, history: History, observation: str) -> Prompt:
         if not self.appends:
-            return Prompt(self._whole(history, observation), fresh=True)
+            return Prompt(self._whole(history, observation), new_sequence=True)
         seen = self._seen(observation)
         if not history:
-            return Prompt((*self._opening, *seen, *self._before_reply), fresh=True)
+            return Prompt((*self._opening, *seen, *self._before_reply), new_sequence=True)
         # A sampled end of turn is already there; a reply that was cut off, or ended otherwise, lacks it.
         ended = history[-1][1][-1:] == (self._end_of_turn,)
         return Prompt(
-            (*(self._after_end if ended else self._between), *seen, *self._before_reply), fresh=False
+            (*(self._after_end if ended else self._between), *seen, *self._before_reply), new_sequence=False
         )
 
     def parse(self, ids: Sequence[int]) -> ParsedReply:

@@ -137,7 +137,7 @@ class TorchEngine:
         if sequence is None:
             sequence = self._sequences[request.sequence] = _Sequence(request.sequence)
             self._inherit(sequence, request)
-        elif request.fresh:
+        elif request.new_sequence:
             # A prompt written anew often begins as the last one did.
             sequence.cached = min(sequence.cached, _shared(sequence.ids, request.prompt_ids))
             sequence.ids.clear()

@@ -25,7 +25,15 @@ def packed_requests(requests: Sequence[tuple[int, GenerationRequest]]) -> Reques
     """Requests, each with the number that its generation will bear."""
     heads = [
         # One object is sent once, however many requests think by it.
-        (number, each.sequence, each.fresh, each.seed, astuple(each.sampling), each.parent, each.thinking)
+        (
+            number,
+            each.sequence,
+            each.new_sequence,
+            each.seed,
+            astuple(each.sampling),
+            each.parent,
+            each.thinking,
+        )
         for number, each in requests
     ]
     asked = [each for _, each in requests]
@@ -44,10 +52,18 @@ def unpacked_requests(message: Requests) -> list[tuple[int, GenerationRequest]]:
         (
             number,
             GenerationRequest(
-                sequence, prompt, fresh, menu, seed, SamplingParams(*sampling), parent, thinking, thoughts
+                sequence,
+                prompt,
+                new_sequence,
+                menu,
+                seed,
+                SamplingParams(*sampling),
+                parent,
+                thinking,
+                thoughts,
             ),
         )
-        for (number, sequence, fresh, seed, sampling, parent, thinking), prompt, menu, thoughts in zip(
+        for (number, sequence, new_sequence, seed, sampling, parent, thinking), prompt, menu, thoughts in zip(
             heads, _tuples(prompts), _menu_tuples(choices), _tuples(begun), strict=True
         )
     ]

@@ -88,7 +88,7 @@ class RayEngines:
             self._ready.append(Generation(sequence, policy_version=self._version, error=error))
             return
         host = self._where.get(sequence)
-        if host is None and sequence in self._where and not request.fresh:
+        if host is None and sequence in self._where and not request.new_sequence:
             self._say_lost(sequence, "its actor was lost between two requests")
             return
         if host is None:

@@ -181,7 +181,7 @@ class Sequences:
                 f"temperature is {request.sampling.temperature}, wanted 0 or within [{low}, {high}], as of "
                 "vLLM"
             )
-        context = [*(() if held is None or request.fresh else held), *request.prompt_ids]
+        context = [*(() if held is None or request.new_sequence else held), *request.prompt_ids]
         self._held[request.sequence] = context
         room = self._max_context - len(context)
         self._count += 1

@@ -113,10 +113,10 @@ def test_no_think_tag_of_an_earlier_reply_stands_alone(chat, template: str, prom
     for turn, text in enumerate(replies):
         prompt, ids = dialogue.prompt(history, f"room {turn}"), ids_of(dialogue, text)
         assert dialogue.parse(ids).valid
-        held = ("" if prompt.fresh else held) + read(dialogue, (*prompt.ids, *ids))
+        held = ("" if prompt.new_sequence else held) + read(dialogue, (*prompt.ids, *ids))
         history.append((f"room {turn}", ids))
     prompt = dialogue.prompt(history, "room 2")
-    held = ("" if prompt.fresh else held) + read(dialogue, prompt.ids)
+    held = ("" if prompt.new_sequence else held) + read(dialogue, prompt.ids)
     earlier = held.partition("room 0")[2].partition("room 2")[0]
     assert earlier.count("<think>") == earlier.count("</think>") == (0 if template == DROPS else 2)
     assert ("the mug?" in earlier) == (template != DROPS)

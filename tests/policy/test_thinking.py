@@ -132,7 +132,7 @@ def asked(
     temperature: float = 1.0,
     **more: object,
 ) -> GenerationRequest:
-    given = {"thinking": THINKING, "choices": MENU, "fresh": True} | more
+    given = {"thinking": THINKING, "choices": MENU, "new_sequence": True} | more
     return GenerationRequest(
         sequence,
         tuple(prompt),
@@ -222,7 +222,7 @@ def test_a_draw_does_not_depend_on_the_batch_and_a_sequence_goes_on_after_it(mod
     for k in range(6):
         alone = finish(engine, asked(str(k), (1, 9 + k, 7), k))[str(k)]
         assert (alone.token_ids, alone.allowed) == (together[str(k)].token_ids, together[str(k)].allowed)
-        again = finish(engine, asked(str(k), (12, 7), k + 50, fresh=False))[str(k)]
+        again = finish(engine, asked(str(k), (12, 7), k + 50, new_sequence=False))[str(k)]
         check(model, (1, 9 + k, 7, *alone.token_ids, 12, 7), again)
     assert engine.tokens_forwarded < sum(3 + len(each.token_ids) for each in together.values()) + 6 * 40
 
@@ -306,7 +306,9 @@ def played(model: PreTrainedModel, turns: int = 2, temperature: float = 1.0) -> 
         written = []
         for turn in range(turns):
             prompt = (1, 9 + seed) if turn == 0 else (12, 13)
-            request = asked(str(seed), (*prompt, 7), 10 * seed + turn, 30, temperature, fresh=turn == 0)
+            request = asked(
+                str(seed), (*prompt, 7), 10 * seed + turn, 30, temperature, new_sequence=turn == 0
+            )
             generation = finish(engine, request)[str(seed)]
             # The opening is part of the reply, as a player has it.
             written.append(
@@ -319,7 +321,7 @@ def played(model: PreTrainedModel, turns: int = 2, temperature: float = 1.0) -> 
                     (0.0, *generation.entropies),
                     ((7,), *(generation.allowed or ())),
                     reward=1.0,
-                    fresh=turn == 0,
+                    new_sequence=turn == 0,
                 )
             )
         episodes.append(

@@ -68,9 +68,9 @@ def _no_sequence_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
             kept.release(name)
 
 
-def ask(name: str, ids: Sequence[int], *, fresh: bool = True, **more: Any) -> GenerationRequest:
+def ask(name: str, ids: Sequence[int], *, new_sequence: bool = True, **more: Any) -> GenerationRequest:
     settings = {"choices": None, "seed": len(name) + sum(map(ord, name)), "sampling": SamplingParams(1.0, 12)}
-    return GenerationRequest(name, tuple(ids), fresh, **(settings | more))
+    return GenerationRequest(name, tuple(ids), new_sequence, **(settings | more))
 
 
 def replies(engine: Engine, requests: Sequence[GenerationRequest]) -> dict[str, Generation]:
@@ -94,7 +94,7 @@ def test_replies_are_those_of_engines_here(engines: RayEngines, dialogue: Dialog
     menu = tuple(dialogue.encode_reply(text) for text in ("go on", "take mug", "take pen"))
     names = [f"s{number}" for number in range(8)]
     first = [ask(name, [5, 6, 7 + at], choices=menu if at % 3 else None) for at, name in enumerate(names)]
-    second = [ask(name, [8, 9], fresh=False) for name in names]
+    second = [ask(name, [8, 9], new_sequence=False) for name in names]
     here = [TorchEngine(engines._model, stop_ids=dialogue.stop_ids, **LIMITS) for _ in range(2)]
     for requests in (first, second):
         expected = replies(here[0], requests[::2]) | replies(here[1], requests[1::2])
@@ -138,12 +138,12 @@ def test_all_actors_take_up_new_weights(engines: RayEngines, dialogue: Dialogue)
 
 
 def test_what_is_wrong_with_a_request_comes_back(engines: RayEngines) -> None:
-    found = replies(engines, [ask("n", [5], fresh=False), ask("o", [5] * 300), ask("p", [5])])
+    found = replies(engines, [ask("n", [5], new_sequence=False), ask("o", [5] * 300), ask("p", [5])])
     assert "'n' is unknown" in str(found["n"].error)
     assert "context overflow" in str(found["o"].error)
     assert (found["p"].error, found["n"].lost) == (None, False)
-    engines.submit(ask("p", [5], fresh=False))
-    engines.submit(ask("p", [5], fresh=False))
+    engines.submit(ask("p", [5], new_sequence=False))
+    engines.submit(ask("p", [5], new_sequence=False))
     (twice,) = engines.step()[:1]
     assert "'p' has a request in flight" in str(twice.error)
 
@@ -281,7 +281,7 @@ def test_a_sequence_learns_of_its_loss_and_the_last_actor_is_replaced_as_often_a
     replies(engines, [ask("a", [5, 6])])
     ray.kill(engines._hosts[0].actor)
     assert replies(engines, [ask("b", [5, 6])])["b"].lost
-    again = replies(engines, [ask("a", [7], fresh=False), ask("b", [5, 6])])
+    again = replies(engines, [ask("a", [7], new_sequence=False), ask("b", [5, 6])])
     assert (again["a"].lost, again["b"].error) == (True, None)
     ray.kill(engines._hosts[0].actor)
     with pytest.raises(AgentRLError, match=r"the last one, and engine.actor_restarts=1 have been replaced"):
