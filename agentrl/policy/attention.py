@@ -89,7 +89,7 @@ class PackedLayout:
         attention = partial(
             F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
-        states = self._spread(query), self._spread(key), self._spread(value)
+        states = self._to_grid(query), self._to_grid(key), self._to_grid(value)
         if window is None or self.longest <= window:
             out = attention(*states, is_causal=True)
         else:
@@ -99,7 +99,7 @@ class PackedLayout:
             rows = _gather(rows, self.places)
         return rows.view(1, rows.shape[0], query.shape[1], -1)
 
-    def _spread(self, states: Tensor) -> Tensor:
+    def _to_grid(self, states: Tensor) -> Tensor:
         heads, width = states.shape[1], states.shape[3]
         rows = states[0].transpose(0, 1).reshape(-1, heads * width)
         if self.places is not None:

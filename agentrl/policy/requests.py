@@ -7,7 +7,7 @@ from agentrl.policy.thinking import Thought
 from agentrl.policy.trie import TokenTrie
 
 
-def request_mistake(
+def find_request_error(
     request: GenerationRequest,
     trie: TokenTrie | None,
     *,
@@ -65,7 +65,7 @@ def request_mistake(
     return None
 
 
-def begun_thought(
+def start_thought(
     request: GenerationRequest, trie: TokenTrie, *, room: int, stop_ids: Set[int]
 ) -> Thought | tuple[int, ...]:
     """The thoughts with which a reply begins; where there are none, what is written before its choice.

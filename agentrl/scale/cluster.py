@@ -17,13 +17,15 @@ from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.settings import EngineConfig
 from agentrl.terminal import echo
 
-_KNOCK_TIMEOUT = 5.0  # seconds; Ray itself would try for minutes, and not be interrupted
-_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # with empty settings
-_SETTINGS = 4  # a frame's type, in its fourth byte
-_LAST_WORDS = 200  # characters of what Ray says of a loss that go into an error
+_PING_TIMEOUT = 5.0  # seconds; Ray itself would try for minutes, and not be interrupted
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
+    [0, 0, 0, 4, 0, 0, 0, 0, 0]
+)  # with empty settings
+_SETTINGS_FRAME = 4  # a frame's type, in its fourth byte
+_REASON_LENGTH = 200  # characters of what Ray says of a loss that go into an error
 
 
-_LOOK_EVERY = 2.0  # seconds between two looks at whether the cluster's head is there
+_CHECK_INTERVAL = 2.0  # seconds between two looks at whether the cluster's head is there
 _LOST_AFTER = 15.0  # seconds without it; Ray itself ends the process after 60 without a word of advice
 
 
@@ -38,10 +40,10 @@ class _Connection:
         self.users = 0
         self.ours = False
         self.address: str | None = None
-        self.watch: _Watch | None = None
+        self.monitor: _HeadMonitor | None = None
 
 
-class _Watch(threading.Thread):
+class _HeadMonitor(threading.Thread):
     """Looks now and then whether the head is there: a process that does not call it would not learn.
 
     Args:
@@ -56,9 +58,9 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         last_seen = time.monotonic()
-        while not self._over.wait(_LOOK_EVERY):
+        while not self._over.wait(_CHECK_INTERVAL):
             try:
-                knock(self.head)
+                ping(self.head)
                 last_seen, self.lost = time.monotonic(), None
             except ConfigError:
                 away = time.monotonic() - last_seen
@@ -92,18 +94,18 @@ def connected(address: str | None) -> Iterator[None]:
         if _connection.ours:
             _connect(address)
         _connection.address = address
-        _connection.watch = _Watch(ray.get_runtime_context().gcs_address)
-        _connection.watch.start()
+        _connection.monitor = _HeadMonitor(ray.get_runtime_context().gcs_address)
+        _connection.monitor.start()
     _connection.users += 1
     try:
         yield
     finally:
         _connection.users -= 1
         if not _connection.users:
-            if _connection.watch is not None:
-                _connection.watch.end()
+            if _connection.monitor is not None:
+                _connection.monitor.end()
             if _connection.ours:
-                with _own_signals():
+                with _preserve_signal_handlers():
                     ray.shutdown()
 
 
@@ -113,20 +115,20 @@ def check_cluster() -> None:
     Raises:
         ClusterLostError: it is not.
     """
-    if _connection.watch is not None and _connection.watch.lost is not None:
-        raise cluster_lost(_connection.watch.lost)
+    if _connection.monitor is not None and _connection.monitor.lost is not None:
+        raise cluster_lost(_connection.monitor.lost)
 
 
-def reach_head() -> None:
+def wait_for_head() -> None:
     """Wait until the head answers: what is asked of Ray without it hangs, and then ends the process.
 
     Raises:
         ClusterLostError: it does not, for as long as it is waited for.
     """
-    while (watch := _connection.watch) is not None:
+    while (monitor := _connection.monitor) is not None:
         check_cluster()
         try:
-            knock(watch.head)
+            ping(monitor.head)
         except ConfigError:
             time.sleep(0.2)
         else:
@@ -135,7 +137,7 @@ def reach_head() -> None:
 
 def is_lost() -> bool:
     """Whether there is no use in asking it for anything."""
-    return _connection.watch is not None and _connection.watch.lost is not None
+    return _connection.monitor is not None and _connection.monitor.lost is not None
 
 
 def cluster_lost(why: str) -> ClusterLostError:
@@ -169,7 +171,7 @@ def check_actors(config: EngineConfig, address: str | None) -> None:
         here = [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}]
     with connected(address) if here is None else nullcontext():
         cpus, gpus = config.actor_cpus, config.actor_gpus
-        check_room("engine.actors", config.actors, cpus=cpus, gpus=gpus, offered=here)
+        check_capacity("engine.actors", config.actors, cpus=cpus, gpus=gpus, offered=here)
 
 
 def machines() -> list[dict[str, Any]]:
@@ -177,7 +179,7 @@ def machines() -> list[dict[str, Any]]:
     return [node for node in cast(Any, ray).nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
-def check_room(
+def check_capacity(
     key: str,
     count: int,
     *,
@@ -210,9 +212,9 @@ def check_room(
             )
 
 
-def in_short(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
     """The cause of a loss, with which Ray ends what it has to say."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1][:_LAST_WORDS]
+    return (str(error).strip() or type(error).__name__).splitlines()[-1][:_REASON_LENGTH]
 
 
 def _connect(address: str | None) -> None:
@@ -221,9 +223,9 @@ def _connect(address: str | None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options = {"address": "local", "include_dashboard": False}
     elif address != "auto":
-        knock(address)
+        ping(address)
     try:
-        with _own_signals():
+        with _preserve_signal_handlers():
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         ray.shutdown()
@@ -231,7 +233,7 @@ def _connect(address: str | None) -> None:
         raise ConfigError(f"rollout.ray.address: {where}: {type(error).__name__}: {error}") from error
 
 
-def knock(address: str) -> None:
+def ping(address: str) -> None:
     """Find out in a few seconds whether somebody listens who speaks HTTP/2, as Ray's head does.
 
     Raises:
@@ -239,19 +241,19 @@ def knock(address: str) -> None:
     """
     host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), _KNOCK_TIMEOUT) as connection:
+        with socket.create_connection((host.strip("[]"), int(port)), _PING_TIMEOUT) as connection:
             if os.environ.get("RAY_USE_TLS", "0") == "1":
                 return
-            connection.sendall(_GREETING)
+            connection.sendall(_HTTP2_PREFACE)
             answer = connection.recv(9)
     except OSError as error:
         raise ConfigError(f"rollout.ray.address: nothing answers at {address}: {error}") from error
-    if len(answer) < 4 or answer[3] != _SETTINGS:
+    if len(answer) < 4 or answer[3] != _SETTINGS_FRAME:
         raise ConfigError(f"rollout.ray.address: what answers at {address} is no Ray cluster")
 
 
 @contextmanager
-def _own_signals() -> Iterator[None]:
+def _preserve_signal_handlers() -> Iterator[None]:
     """Keep the handlers of this process: Ray puts its own in their place."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from agentrl.policy.engine import Generation
 from agentrl.policy.settings import EngineConfig
 from agentrl.scale.engines import open_engine
-from agentrl.scale.messages import Generations, Requests, packed_generations, unpacked_requests, worthwhile
+from agentrl.scale.messages import Generations, Requests, pack_generations, replies_to_await, unpack_requests
 
 Weights = Mapping[str, NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class EngineSpec:
     """What an actor needs to make its engine, beside the weights.
 
     Args:
@@ -48,22 +48,22 @@ class EngineHost:
     """What an actor runs: an engine with its own copy of the model.
 
     Args:
-        blueprint: of the engine.
+        spec: of the engine.
         weights: of the model.
         version: of the weights.
     """
 
-    def __init__(self, blueprint: Blueprint, weights: Weights, version: int) -> None:
-        sys.path.extend(folder for folder in blueprint.path if folder not in sys.path)
-        own = blueprint.config.actor_gpus > 0 and blueprint.config.name == "torch"
+    def __init__(self, spec: EngineSpec, weights: Weights, version: int) -> None:
+        sys.path.extend(folder for folder in spec.path if folder not in sys.path)
+        own = spec.config.actor_gpus > 0 and spec.config.name == "torch"
         device = torch.device("cuda" if own else "cpu")  # other engines place their copy by themselves
-        self._tensors, self._model = assembled(blueprint.model, weights, device)
+        self._tensors, self._model = restore_model(spec.model, weights, device)
         self._engine = open_engine(
             self._model,
-            replace(blueprint.config, actors=None),
-            stop_ids=blueprint.stop_ids,
-            max_context=blueprint.max_context,
-            max_sequences=blueprint.max_sequences,
+            replace(spec.config, actors=None),
+            stop_ids=spec.stop_ids,
+            max_context=spec.max_context,
+            max_sequences=spec.max_sequences,
         )
         self._engine.refresh(version)
         self._numbers: dict[str, int] = {}  # of the requests that are in flight, by sequence
@@ -73,36 +73,36 @@ class EngineHost:
         return self._engine.max_context
 
     def exchange(
-        self, released: Sequence[str], requests: Requests, company: int, patience: float
+        self, released: Sequence[str], requests: Requests, target: int, max_wait: float
     ) -> Generations:
         """Take messages, and generate until some of the replies that are owed make it worth while.
 
         Args:
             released: sequences to forget, before the requests are looked at.
             requests: packed.
-            company: so many replies are enough; so are those of three requests in four.
-            patience: seconds after which it returns with what there is.
+            target: so many replies are enough; so are those of three requests in four.
+            max_wait: seconds after which it returns with what there is.
         """
         for sequence in released:
             self._engine.release(sequence)
             self._numbers.pop(sequence, None)
-        for number, request in unpacked_requests(requests):
+        for number, request in unpack_requests(requests):
             self._numbers[request.sequence] = number
             self._engine.submit(request)
-        wanted = worthwhile(company, len(self._numbers))
+        wanted = replies_to_await(target, len(self._numbers))
         done: list[tuple[int, Generation]] = []
-        until = time.monotonic() + patience
+        until = time.monotonic() + max_wait
         while self._numbers and len(done) < wanted:
             for generation in self._engine.step():
                 if generation.sequence in self._numbers:
                     done.append((self._numbers.pop(generation.sequence), generation))
             if time.monotonic() >= until:
                 break
-        return packed_generations(done)
+        return pack_generations(done)
 
     def refresh(self, weights: Weights, version: int) -> None:
         """Take up weights."""
-        fill(self._tensors, weights)
+        load_weights(self._tensors, weights)
         self._engine.refresh(version)
 
     def close(self) -> None:
@@ -110,35 +110,35 @@ class EngineHost:
         self._engine.close()
 
 
-def hollow(model: PreTrainedModel) -> bytes:
+def strip_weights(model: PreTrainedModel) -> bytes:
     """A model pickled without what its parameters and buffers hold."""
     buffer = io.BytesIO()
-    pickler = _Hollowing(buffer, protocol=5)
-    pickler.names = {id(tensor): name for name, tensor in _tensors_of(model).items()}
+    pickler = _WeightStrippingPickler(buffer, protocol=5)
+    pickler.names = {id(tensor): name for name, tensor in _named_tensors(model).items()}
     pickler.dump(model)
     return buffer.getvalue()
 
 
-def weights_of(model: PreTrainedModel) -> Weights:
+def export_weights(model: PreTrainedModel) -> Weights:
     """What the parameters and buffers of a model hold, as bytes: numpy does not know bfloat16."""
     return {
         name: tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        for name, tensor in _tensors_of(model).items()
+        for name, tensor in _named_tensors(model).items()
     }
 
 
-def assembled(
-    hollowed: bytes, weights: Weights, device: torch.device
+def restore_model(
+    stripped: bytes, weights: Weights, device: torch.device
 ) -> tuple[dict[str, Tensor], PreTrainedModel]:
-    """A model from `hollow` with weights, on a device; also its tensors, by name."""
-    unpickler = _Filling(io.BytesIO(hollowed))
+    """A model from `strip_weights` with weights, on a device; also its tensors, by name."""
+    unpickler = _EmptyTensorUnpickler(io.BytesIO(stripped))
     unpickler.device, unpickler.tensors = device, {}
     model = unpickler.load()
-    fill(unpickler.tensors, weights)
+    load_weights(unpickler.tensors, weights)
     return unpickler.tensors, cast(PreTrainedModel, model)
 
 
-def fill(tensors: Mapping[str, Tensor], weights: Weights) -> None:
+def load_weights(tensors: Mapping[str, Tensor], weights: Weights) -> None:
     """Write weights into the tensors of their names."""
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -146,13 +146,13 @@ def fill(tensors: Mapping[str, Tensor], weights: Weights) -> None:
             tensor.copy_(content.view(tensor.shape))
 
 
-def _tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
+def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Parameters and buffers, each once."""
     module = cast(nn.Module, model)
     return dict(chain(module.named_parameters(), module.named_buffers()))
 
 
-class _Hollowing(pickle.Pickler):
+class _WeightStrippingPickler(pickle.Pickler):
     """Writes the name, shape and type of a tensor in place of what it holds."""
 
     names: dict[int, str]
@@ -164,7 +164,7 @@ class _Hollowing(pickle.Pickler):
         return name, tuple(value.shape), value.dtype, isinstance(value, nn.Parameter)
 
 
-class _Filling(pickle.Unpickler):
+class _EmptyTensorUnpickler(pickle.Unpickler):
     """Makes the tensors whose names it reads, with nothing in them."""
 
     device: torch.device

@@ -14,7 +14,7 @@ from agentrl.rollout.environments import Answered, TextGym
 from agentrl.rollout.play import EnvironmentCall
 from agentrl.rollout.settings import WorkersConfig
 from agentrl.rollout.workers import EnvironmentLostError, ProcessEnvironments
-from agentrl.scale.messages import worthwhile
+from agentrl.scale.messages import replies_to_await
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,10 @@ class EnvironmentHost:
 
     def __init__(self, make: bytes, places: int, config: WorkersConfig, path: Sequence[str]) -> None:
         sys.path.extend(folder for folder in path if folder not in sys.path)
-        self._environments = ProcessEnvironments(_Sealed(make), places, config)
+        self._environments = ProcessEnvironments(_PickledMake(make), places, config)
         self._playing: set[str] = set()
         self._owed = 0
-        self._lent: dict[int, tuple[ExitStack, Any]] = {}
+        self._borrowed: dict[int, tuple[ExitStack, Any]] = {}
 
     def call(self, request: bytes) -> bytes:
         """Do what is asked; what it raises is an answer as well."""
@@ -61,17 +61,17 @@ class EnvironmentHost:
         except Exception as error:
             return pickle.dumps((None, error), protocol=5)
 
-    def places(self) -> int:
+    def capacity(self) -> int:
         """How many episodes there is room for."""
         return cast(int, self._environments.places)
 
-    def exchange(self, messages: Sequence[Message], company: int, patience: float) -> Report:
+    def exchange(self, messages: Sequence[Message], target: int, max_wait: float) -> Report:
         """Take messages, and return once some of the answers that are owed make it worth while.
 
         Args:
             messages: in the order they were sent.
-            company: so many answers are enough; so are all, or those of three episodes in four.
-            patience: seconds after which it returns with what there is.
+            target: so many answers are enough; so are all, or those of three episodes in four.
+            max_wait: seconds after which it returns with what there is.
         """
         for episode, content in messages:
             if isinstance(content, Release):
@@ -81,9 +81,9 @@ class EnvironmentHost:
                 self._environments.submit(episode, content)
                 self._playing.add(episode)
                 self._owed += 1
-        wanted = worthwhile(company, len(self._playing))
+        wanted = replies_to_await(target, len(self._playing))
         answers: list[Answered] = []
-        until = time.monotonic() + patience
+        until = time.monotonic() + max_wait
         while self._owed and len(answers) < wanted and (left := until - time.monotonic()) > 0:
             found = self._environments.poll(wait=True, patience=left)
             self._owed -= len(found)
@@ -92,20 +92,20 @@ class EnvironmentHost:
 
     def borrow(self, number: int) -> None:
         """Set an environment aside under a number."""
-        lent = ExitStack()
-        self._lent[number] = lent, lent.enter_context(self._environments.borrow())
+        borrowed = ExitStack()
+        self._borrowed[number] = borrowed, borrowed.enter_context(self._environments.borrow())
 
     def ask(self, number: int, name: str, args: tuple[Any, ...] | None, kwargs: dict[str, Any]) -> Any:
         """Ask one that was set aside; see `RemoteEnv`."""
-        value = getattr(self._lent[number][1], name)
+        value = getattr(self._borrowed[number][1], name)
         if args is not None:
             return value(*args, **kwargs)
         return ... if callable(value) else value
 
     def give_back(self, number: int, broken: bool) -> None:
         """Take back one that was set aside."""
-        lent, _ = self._lent.pop(number)
-        with suppress(EnvironmentLostError), lent:
+        borrowed, _ = self._borrowed.pop(number)
+        with suppress(EnvironmentLostError), borrowed:
             if broken:
                 raise EnvironmentLostError("whoever borrowed it failed")
 
@@ -114,12 +114,12 @@ class EnvironmentHost:
         self._environments.close()
 
 
-def packed(name: str, arguments: tuple[Any, ...]) -> bytes:
+def pack_call(name: str, arguments: tuple[Any, ...]) -> bytes:
     """What `EnvironmentHost.call` is given: pickled here, since Ray is slower at it."""
     return pickle.dumps((name, arguments), protocol=5)
 
 
-def unpacked(answer: bytes) -> Any:
+def unpack_result(answer: bytes) -> Any:
     """What `EnvironmentHost.call` answered, or was raised in it."""
     outcome, error = pickle.loads(answer)
     if error is not None:
@@ -128,7 +128,7 @@ def unpacked(answer: bytes) -> Any:
 
 
 @dataclass(frozen=True)
-class _Sealed:
+class _PickledMake:
     """Makes environments, and travels without being opened: what is in it may be absent here."""
 
     content: bytes

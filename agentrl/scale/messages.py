@@ -16,12 +16,12 @@ Requests = tuple[list[Any], Rows, Menus, Rows]
 Generations = tuple[list[Any], Rows, Rows, Rows, Menus, Rows]
 
 
-def worthwhile(company: int, owed: int) -> int:
+def replies_to_await(target: int, owed: int) -> int:
     """How many answers make a message worth while, where so many are owed."""
-    return max(1, min(company, owed * 3 // 4))
+    return max(1, min(target, owed * 3 // 4))
 
 
-def packed_requests(requests: Sequence[tuple[int, GenerationRequest]]) -> Requests:
+def pack_requests(requests: Sequence[tuple[int, GenerationRequest]]) -> Requests:
     """Requests, each with the number that its generation will bear."""
     heads = [
         # One object is sent once, however many requests think by it.
@@ -39,14 +39,14 @@ def packed_requests(requests: Sequence[tuple[int, GenerationRequest]]) -> Reques
     asked = [each for _, each in requests]
     return (
         heads,
-        _rows([each.prompt_ids for each in asked]),
-        _menus([each.choices for each in asked]),
-        _rows([each.begun for each in asked]),
+        _pack_rows([each.prompt_ids for each in asked]),
+        _pack_menus([each.choices for each in asked]),
+        _pack_rows([each.begun for each in asked]),
     )
 
 
-def unpacked_requests(message: Requests) -> list[tuple[int, GenerationRequest]]:
-    """What `packed_requests` was given."""
+def unpack_requests(message: Requests) -> list[tuple[int, GenerationRequest]]:
+    """What `pack_requests` was given."""
     heads, prompts, choices, begun = message
     return [
         (
@@ -64,12 +64,12 @@ def unpacked_requests(message: Requests) -> list[tuple[int, GenerationRequest]]:
             ),
         )
         for (number, sequence, new_sequence, seed, sampling, parent, thinking), prompt, menu, thoughts in zip(
-            heads, _tuples(prompts), _menu_tuples(choices), _tuples(begun), strict=True
+            heads, _unpack_rows(prompts), _unpack_menus(choices), _unpack_rows(begun), strict=True
         )
     ]
 
 
-def packed_generations(generations: Sequence[tuple[int, Generation]]) -> Generations:
+def pack_generations(generations: Sequence[tuple[int, Generation]]) -> Generations:
     """Generations, each with the number of its request."""
     heads = [
         (number, each.sequence, each.finish, each.policy_version, each.error, each.lost)
@@ -78,16 +78,16 @@ def packed_generations(generations: Sequence[tuple[int, Generation]]) -> Generat
     found = [each for _, each in generations]
     return (
         heads,
-        _rows([each.token_ids for each in found]),
-        _rows([each.logprobs for each in found], np.float64),
-        _rows([each.entropies for each in found], np.float64),
-        _menus([each.allowed for each in found]),
-        _rows([each.policy_versions for each in found]),
+        _pack_rows([each.token_ids for each in found]),
+        _pack_rows([each.logprobs for each in found], np.float64),
+        _pack_rows([each.entropies for each in found], np.float64),
+        _pack_menus([each.allowed for each in found]),
+        _pack_rows([each.policy_versions for each in found]),
     )
 
 
-def unpacked_generations(message: Generations) -> list[tuple[int, Generation]]:
-    """What `packed_generations` was given."""
+def unpack_generations(message: Generations) -> list[tuple[int, Generation]]:
+    """What `pack_generations` was given."""
     heads, tokens, logprobs, entropies, allowed, versions = message
     return [
         (
@@ -105,34 +105,34 @@ def unpacked_generations(message: Generations) -> list[tuple[int, Generation]]:
             lost,
         ), ids, of_tokens, spread, menus, drawn_with in zip(
             heads,
-            _tuples(tokens),
-            _tuples(logprobs),
-            _tuples(entropies),
-            _menu_tuples(allowed),
-            _tuples(versions),
+            _unpack_rows(tokens),
+            _unpack_rows(logprobs),
+            _unpack_rows(entropies),
+            _unpack_menus(allowed),
+            _unpack_rows(versions),
             strict=True,
         )
     ]
 
 
-def _rows(rows: Sequence[Sequence[Any] | None], dtype: Any = np.int64) -> Rows:
+def _pack_rows(rows: Sequence[Sequence[Any] | None], dtype: Any = np.int64) -> Rows:
     lengths = np.array([-1 if row is None else len(row) for row in rows], np.int64)
     values = np.fromiter(chain.from_iterable(row or () for row in rows), dtype)
     return values, lengths
 
 
-def _tuples(rows: Rows) -> Iterator[Any]:
+def _unpack_rows(rows: Rows) -> Iterator[Any]:
     values, lengths = rows
     left = iter(values.tolist())
     return (None if length < 0 else tuple(islice(left, length)) for length in lengths.tolist())
 
 
-def _menus(menus: Sequence[Sequence[Sequence[int] | None] | None]) -> Menus:
+def _pack_menus(menus: Sequence[Sequence[Sequence[int] | None] | None]) -> Menus:
     counts = np.array([-1 if menu is None else len(menu) for menu in menus], np.int64)
-    return _rows(list(chain.from_iterable(menu or () for menu in menus))), counts
+    return _pack_rows(list(chain.from_iterable(menu or () for menu in menus))), counts
 
 
-def _menu_tuples(menus: Menus) -> Iterator[Any]:
+def _unpack_menus(menus: Menus) -> Iterator[Any]:
     rows, counts = menus
-    left = _tuples(rows)
+    left = _unpack_rows(rows)
     return (None if count < 0 else tuple(islice(left, count)) for count in counts.tolist())

@@ -19,15 +19,22 @@ from transformers import PreTrainedModel
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.engine import Generation, GenerationRequest
 from agentrl.policy.settings import EngineConfig
-from agentrl.scale.cluster import check_cluster, check_room, connected, in_short, is_lost, reach_head
-from agentrl.scale.engine_host import Blueprint, EngineHost, hollow, weights_of
-from agentrl.scale.messages import packed_requests, unpacked_generations
+from agentrl.scale.cluster import (
+    check_capacity,
+    check_cluster,
+    connected,
+    is_lost,
+    short_reason,
+    wait_for_head,
+)
+from agentrl.scale.engine_host import EngineHost, EngineSpec, export_weights, strip_weights
+from agentrl.scale.messages import pack_requests, unpack_generations
 
-_COMPANY = 16  # replies that are worth a message
-_PATIENCE = 0.05  # seconds that one waits for company, and a request for the actor to look up
-_START = 600.0  # seconds that an actor has to load its model
-_GOODBYE = 30.0  # seconds that one has to end what it has started
-_SILENCE = 600.0  # seconds beyond that without an answer after which it is given up
+_REPLY_TARGET = 16  # replies that are worth a message
+_MAX_WAIT = 0.05  # seconds that one waits for company, and a request for the actor to look up
+_START_TIMEOUT = 600.0  # seconds that an actor has to load its model
+_CLOSE_TIMEOUT = 30.0  # seconds that one has to end what it has started
+_RESPONSE_TIMEOUT = 600.0  # seconds beyond that without an answer after which it is given up
 
 
 class RayEngines:
@@ -63,20 +70,20 @@ class RayEngines:
         self.provides, self.messages, self.restarts = config.provides, 0, 0
         self._model, self._config, self._version = model, config, 0
         self._hosts: list[_Host] = []
-        self._where: dict[str, _Host | None] = {}  # None: its actor is gone
+        self._host_of: dict[str, _Host | None] = {}  # None: its actor is gone
         self._in_flight: dict[str, int] = {}  # the number of its request, by sequence
         self._ready: deque[Generation] = deque()
         self._numbers = 0
         self._connection = ExitStack()
         self._connection.enter_context(connected(address))
         try:
-            check_room("engine.actors", count, cpus=config.actor_cpus, gpus=config.actor_gpus)
+            check_capacity("engine.actors", count, cpus=config.actor_cpus, gpus=config.actor_gpus)
             share = -(-max_sequences // count)
-            blueprint = Blueprint(hollow(model), config, tuple(stop_ids), max_context, share, sys.path)
-            self._blueprint, self._weights = ray.put(blueprint), ray.put(weights_of(model))
+            spec = EngineSpec(strip_weights(model), config, tuple(stop_ids), max_context, share, sys.path)
+            self._spec, self._weights = ray.put(spec), ray.put(export_weights(model))
             for _ in range(count):
                 self._start()
-            self.max_context = min(self._begun())
+            self.max_context = min(self._wait_until_started())
         except BaseException:
             self.close()
             raise
@@ -87,12 +94,12 @@ class RayEngines:
             error = f"sequence {sequence!r} has a request in flight; wait for its generation"
             self._ready.append(Generation(sequence, policy_version=self._version, error=error))
             return
-        host = self._where.get(sequence)
-        if host is None and sequence in self._where and not request.new_sequence:
-            self._say_lost(sequence, "its actor was lost between two requests")
+        host = self._host_of.get(sequence)
+        if host is None and sequence in self._host_of and not request.new_sequence:
+            self._report_lost(sequence, "its actor was lost between two requests")
             return
         if host is None:
-            host = self._where[sequence] = self._where.get(request.parent or "") or self._idlest()
+            host = self._host_of[sequence] = self._host_of.get(request.parent or "") or self._least_loaded()
             host.sequences.add(sequence)
         self._numbers += 1
         self._in_flight[sequence] = self._numbers
@@ -105,72 +112,72 @@ class RayEngines:
             if host.call is None and any(sequence in self._in_flight for sequence in host.sequences):
                 released, host.released = host.released, []
                 requests, host.outbox = list(host.outbox.values()), {}
-                host.begin("exchange", released, packed_requests(requests), _COMPANY, _PATIENCE)
+                host.start_call("exchange", released, pack_requests(requests), _REPLY_TARGET, _MAX_WAIT)
                 self.messages += 1
         calls = {host.call: host for host in self._hosts if host.call is not None}
         if calls:
-            ray.wait(list(calls), timeout=0.0 if self._ready else _PATIENCE)
+            ray.wait(list(calls), timeout=0.0 if self._ready else _MAX_WAIT)
             for call in ray.wait(list(calls), num_returns=len(calls), timeout=0)[0]:
-                self._take_in(calls[call])
-        for host in [host for host in self._hosts if host.is_late()]:
-            self._lose(host, f"no answer in {_SILENCE:g} s")
+                self._receive(calls[call])
+        for host in [host for host in self._hosts if host.is_overdue()]:
+            self._drop_host(host, f"no answer in {_RESPONSE_TIMEOUT:g} s")
         found = list(self._ready)
         self._ready.clear()
         return found
 
     def release(self, sequence: str) -> None:
         self._in_flight.pop(sequence, None)
-        host = self._where.pop(sequence, None)
+        host = self._host_of.pop(sequence, None)
         if host is not None:
             host.sequences.remove(sequence)
             host.outbox.pop(sequence, None)
             host.released.append(sequence)
 
     def refresh(self, version: int) -> None:
-        self._version, self._weights = version, ray.put(weights_of(self._model))
+        self._version, self._weights = version, ray.put(export_weights(self._model))
         calls = {
-            host.actor.refresh.remote(self._weights, version): host for host in self._hosts if host.begun
+            host.actor.refresh.remote(self._weights, version): host for host in self._hosts if host.started
         }
-        late = ray.wait(list(calls), num_returns=len(calls), timeout=_SILENCE)[1] if calls else []
+        late = ray.wait(list(calls), num_returns=len(calls), timeout=_RESPONSE_TIMEOUT)[1] if calls else []
         for call, host in calls.items():
             if call in late:
-                self._lose(host, f"it took no weights in {_SILENCE:g} s")
+                self._drop_host(host, f"it took no weights in {_RESPONSE_TIMEOUT:g} s")
                 continue
             try:
                 ray.get(call)
             except RayError as error:
-                self._fail(host, error)
+                self._handle_failure(host, error)
         # One that is still starting began with the weights before; what is sent to it comes behind these.
         for host in self._hosts:
-            if not host.begun:
+            if not host.started:
                 host.actor.refresh.remote(self._weights, version)
 
     def close(self) -> None:
         hosts, self._hosts = self._hosts, []
         if not is_lost():
             with suppress(RayError):
-                if goodbyes := [host.actor.close.remote() for host in hosts if host.begun]:
-                    ray.wait(goodbyes, num_returns=len(goodbyes), timeout=_GOODBYE)
+                if closing := [host.actor.close.remote() for host in hosts if host.started]:
+                    ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT)
             for host in hosts:
                 host.kill()
-        self._where.clear()
+        self._host_of.clear()
         self._in_flight.clear()
         self._ready.clear()
         self._connection.close()
 
-    def _idlest(self) -> "_Host":
+    def _least_loaded(self) -> "_Host":
         return min(self._hosts, key=lambda host: len(host.sequences))
 
-    def _take_in(self, host: "_Host") -> None:
+    def _receive(self, host: "_Host") -> None:
         """Take in what an actor answered, or that it is no more."""
         call, host.call = host.call, None
         try:
             answer = ray.get(call)
         except RayError as error:
-            self._fail(host, error)
+            self._handle_failure(host, error)
             return
-        host.begun = True
-        for number, generation in unpacked_generations(answer):
+        host.started = True
+        for number, generation in unpack_generations(answer):
             if self._in_flight.get(generation.sequence) == number:  # else it was released meanwhile
                 del self._in_flight[generation.sequence]
                 self._ready.append(generation)
@@ -179,40 +186,42 @@ class RayEngines:
 
     def _start(self) -> None:
         actor = _Actor.options(num_cpus=self._config.actor_cpus, num_gpus=self._config.actor_gpus).remote(
-            self._blueprint, self._weights, self._version
+            self._spec, self._weights, self._version
         )
         self._hosts.append(_Host(actor))
 
-    def _begun(self) -> list[int]:
+    def _wait_until_started(self) -> list[int]:
         """Wait until every actor has its model; what each says of its context."""
         try:
-            found = ray.get([host.actor.max_context.remote() for host in self._hosts], timeout=_START)
+            found = ray.get([host.actor.max_context.remote() for host in self._hosts], timeout=_START_TIMEOUT)
         except GetTimeoutError:
             raise ConfigError(
-                f"engine.actors={len(self._hosts)} did not start within {_START:g} s: are the CPUs and GPUs "
-                "that they ask for held by others?"
+                f"engine.actors={len(self._hosts)} did not start within {_START_TIMEOUT:g} s; check that "
+                "other jobs leave enough CPUs and GPUs free (engine.actor_cpus, engine.actor_gpus)"
             ) from None
         except RayError as error:
-            raise _own(error) or ConfigError(f"an engine actor cannot start: {in_short(error)}") from None
+            raise _user_error(error) or ConfigError(
+                f"an engine actor cannot start: {short_reason(error)}"
+            ) from None
         for host in self._hosts:
-            host.begun = True
+            host.started = True
         return cast(list[int], found)
 
-    def _fail(self, host: "_Host", error: RayError) -> None:
+    def _handle_failure(self, host: "_Host", error: RayError) -> None:
         """An engine that raised is as lost as an actor that died, unless its user can mend the cause."""
-        if (own := _own(error)) is not None:
+        if (own := _user_error(error)) is not None:
             raise own
-        self._lose(host, in_short(error))
+        self._drop_host(host, short_reason(error))
 
-    def _lose(self, host: "_Host", reason: str) -> None:
+    def _drop_host(self, host: "_Host", reason: str) -> None:
         """Give up an actor; its sequences are gone, and no episode is to blame."""
-        reach_head()
+        wait_for_head()
         self._hosts.remove(host)
         host.kill()
         for sequence in host.sequences:
-            self._where[sequence] = None
+            self._host_of[sequence] = None
             if self._in_flight.pop(sequence, None) is not None:
-                self._say_lost(sequence, f"its actor was lost: {reason}")
+                self._report_lost(sequence, f"its actor was lost: {reason}")
         if self.restarts < self._config.actor_restarts:
             self.restarts += 1
             self._start()
@@ -223,7 +232,7 @@ class RayEngines:
                 "from its last checkpoint: agentrl train --resume RUN"
             )
 
-    def _say_lost(self, sequence: str, why: str) -> None:
+    def _report_lost(self, sequence: str, why: str) -> None:
         self._ready.append(Generation(sequence, policy_version=self._version, error=why, lost=True))
 
 
@@ -238,18 +247,18 @@ class _Host:
     sequences: set[str] = field(default_factory=set)
     outbox: dict[str, tuple[int, GenerationRequest]] = field(default_factory=dict)
     released: list[str] = field(default_factory=list)
-    begun: bool = False
+    started: bool = False
     call: Any = None  # the one that is under way
     since: float = 0.0
 
-    def begin(self, name: str, *arguments: Any) -> None:
+    def start_call(self, name: str, *arguments: Any) -> None:
         """Call a method; `call` is its result to come."""
         self.since = time.monotonic()
         self.call = getattr(self.actor, name).remote(*arguments)
 
-    def is_late(self) -> bool:
+    def is_overdue(self) -> bool:
         """Whether to give it up."""
-        limit = _SILENCE if self.begun else _START + _SILENCE
+        limit = _RESPONSE_TIMEOUT if self.started else _START_TIMEOUT + _RESPONSE_TIMEOUT
         return self.call is not None and time.monotonic() - self.since > limit
 
     def kill(self) -> None:
@@ -258,7 +267,7 @@ class _Host:
             ray.kill(self.actor)
 
 
-def _own(error: RayError) -> AgentRLError | None:
+def _user_error(error: RayError) -> AgentRLError | None:
     """What an actor raised that its user can mend."""
     cause = error.cause if isinstance(error, RayTaskError) else None
     return cause if isinstance(cause, AgentRLError) else None

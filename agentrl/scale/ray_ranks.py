@@ -23,13 +23,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.plugins import load_imports, loaded_imports
-from agentrl.scale.cluster import check_cluster, check_room, connected, in_short, is_lost
+from agentrl.scale.cluster import check_capacity, check_cluster, connected, is_lost, short_reason
 
 T = TypeVar("T")
 
-_START = 300.0  # seconds that the actors have to be there
-_LOOK = 0.2  # seconds between two looks at what the first rank printed
-_GRACE = 30.0  # seconds that ranks have to end by themselves when one of them has failed
+_START_TIMEOUT = 300.0  # seconds that the actors have to be there
+_POLL_INTERVAL = 0.2  # seconds between two looks at what the first rank printed
+_GRACE_PERIOD = 30.0  # seconds that ranks have to end by themselves when one of them has failed
 
 
 def run_on_ray(work: Callable[[], T], count: int, *, address: str | None = None, gpus: float = 0.0) -> T:
@@ -52,30 +52,30 @@ def run_on_ray(work: Callable[[], T], count: int, *, address: str | None = None,
         KeyboardInterrupt: what `work` made of an interrupt.
     """
     with connected(address):
-        check_room("learner.processes", count, gpus=gpus)
-        screen = Queue(actor_options={"num_cpus": 0})
+        check_capacity("learner.processes", count, gpus=gpus)
+        output = Queue(actor_options={"num_cpus": 0})
         options = {"num_cpus": 0, "num_gpus": gpus}
         same = sys.path, os.getcwd(), loaded_imports(), logging.getLogger("agentrl").level
-        actors = [_Rank.options(**options).remote(*same) for _ in range(count)]
+        actors = [_RankActor.options(**options).remote(*same) for _ in range(count)]
         try:
-            ranks = _placed(actors)
-            sealed = cloudpickle.dumps(work)
+            ranks = _assign_ranks(actors)
+            pickled = cloudpickle.dumps(work)
             calls = {
-                rank.actor.run.remote(rank.variables, sealed, None if number else screen): number
+                rank.actor.run.remote(rank.variables, pickled, None if number else output): number
                 for number, rank in enumerate(ranks)
             }
             try:
-                return cast(T, _results(calls, ranks, screen)[0])
+                return cast(T, _wait_for_results(calls, ranks, output)[0])
             except KeyboardInterrupt:
                 for rank in ranks:
                     rank.interrupt()
-                return cast(T, _results(calls, ranks, screen)[0])
+                return cast(T, _wait_for_results(calls, ranks, output)[0])
         finally:
             if not is_lost():
                 for actor in actors:
                     with suppress(Exception):  # it may be dead already
                         ray.kill(cast(Any, actor))
-                screen.shutdown(force=True)
+                output.shutdown(force=True)
 
 
 class RankHost:
@@ -108,11 +108,11 @@ class RankHost:
         return context.get_node_id(), address, accelerators, port, os.getpid()
 
     def run(
-        self, variables: dict[str, str], work: bytes, screen: Queue | None
+        self, variables: dict[str, str], work: bytes, output: Queue | None
     ) -> tuple[Any, BaseException | None]:
         """Do the work; its result, or what it raised on purpose."""
         os.environ.update(variables)
-        with redirect_stdout(_Screen(screen)):
+        with redirect_stdout(_QueueWriter(output)):
             try:
                 load_imports(self._imports)  # what is in `work` may be of theirs
                 return cloudpickle.loads(work)(), None
@@ -126,11 +126,11 @@ def terminate(process: int) -> None:
         os.kill(process, signal.SIGTERM)
 
 
-_Rank, _terminate = ray.remote(RankHost), ray.remote(terminate)
+_RankActor, _terminate = ray.remote(RankHost), ray.remote(terminate)
 
 
 @dataclass(frozen=True)
-class _Placed:
+class _PlacedRank:
     """A rank, and where it is."""
 
     actor: Any
@@ -145,21 +145,21 @@ class _Placed:
         _terminate.options(num_cpus=0, scheduling_strategy=there).remote(self.process)
 
 
-def _placed(actors: Sequence[Any]) -> list[_Placed]:
+def _assign_ranks(actors: Sequence[Any]) -> list[_PlacedRank]:
     """The ranks, those of a machine side by side, and the variables of each."""
     try:
-        found = ray.get([actor.place.remote() for actor in actors], timeout=_START)
+        found = ray.get([actor.place.remote() for actor in actors], timeout=_START_TIMEOUT)
     except GetTimeoutError:
         raise ConfigError(
-            f"learner.processes={len(actors)} did not start within {_START:g} s: are the GPUs that they ask "
-            "for held by others?"
+            f"learner.processes={len(actors)} did not start within {_START_TIMEOUT:g} s; check that other "
+            "jobs leave enough GPUs free"
         ) from None
     except RayError as error:
-        raise ConfigError(f"a rank cannot start: {in_short(error)}") from None
+        raise ConfigError(f"a rank cannot start: {short_reason(error)}") from None
     machines = list(dict.fromkeys(machine for machine, *_ in found))
     ordered = sorted(zip(actors, found, strict=True), key=lambda each: machines.index(each[1][0]))
     _, (_, master, _, port, _) = ordered[0]
-    ranks: list[_Placed] = []
+    ranks: list[_PlacedRank] = []
     for number, (actor, (machine, address, _, _, process)) in enumerate(ordered):
         variables = {
             "RANK": str(number),
@@ -172,11 +172,11 @@ def _placed(actors: Sequence[Any]) -> list[_Placed]:
         shared = [each for _, (other, _, own, _, _) in ordered if other == machine for each in own]
         if shared:
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(shared)
-        ranks.append(_Placed(actor, machine, address, process, variables))
+        ranks.append(_PlacedRank(actor, machine, address, process, variables))
     return ranks
 
 
-def _results(calls: dict[Any, int], ranks: Sequence[_Placed], screen: Queue) -> list[Any]:
+def _wait_for_results(calls: dict[Any, int], ranks: Sequence[_PlacedRank], output: Queue) -> list[Any]:
     """What the ranks came to, in order; raises what the first of those that failed raised."""
     results: list[Any] = [None] * len(ranks)
     raised: dict[int, BaseException] = {}
@@ -185,15 +185,15 @@ def _results(calls: dict[Any, int], ranks: Sequence[_Placed], screen: Queue) -> 
     waiting, until = list(calls), float("inf")
     while waiting and time.monotonic() < until:
         check_cluster()
-        done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_LOOK)
-        _show(screen)
+        done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_POLL_INTERVAL)
+        _print_output(output)
         for call in done:
             number = calls[call]
             try:
                 results[number], error = ray.get(call)
             except RayError as failure:
                 error = AgentRLError(
-                    f"rank {number} on {ranks[number].address} was lost: {in_short(failure)}; the run's "
+                    f"rank {number} on {ranks[number].address} was lost: {short_reason(failure)}; the run's "
                     "folder keeps its last checkpoint: agentrl train --resume FOLDER"
                 )
                 error.__cause__ = failure
@@ -202,28 +202,28 @@ def _results(calls: dict[Any, int], ranks: Sequence[_Placed], screen: Queue) -> 
             if error is not None:
                 raised[number] = error
         if raised or died or failed:
-            until = min(until, time.monotonic() + _GRACE)
-    _show(screen)
+            until = min(until, time.monotonic() + _GRACE_PERIOD)
+    _print_output(output)
     for errors in (died, raised, failed):  # whoever loses touch with one that died fails as well
         if errors:
             raise errors[min(errors)]
     return results
 
 
-def _show(screen: Queue) -> None:
+def _print_output(output: Queue) -> None:
     with suppress(Empty):
         while True:
-            sys.stdout.write(screen.get_nowait())
+            sys.stdout.write(output.get_nowait())
             sys.stdout.flush()
 
 
-class _Screen(io.TextIOBase):
+class _QueueWriter(io.TextIOBase):
     """Standard output whose reader is elsewhere, or nowhere."""
 
-    def __init__(self, screen: Queue | None) -> None:
-        self._screen = screen
+    def __init__(self, output: Queue | None) -> None:
+        self._output = output
 
     def write(self, text: str) -> int:
-        if self._screen is not None:
-            self._screen.put(text)
+        if self._output is not None:
+            self._output.put(text)
         return len(text)

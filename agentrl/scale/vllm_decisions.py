@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentrl.policy.thinking import Ending, Watch
+from agentrl.policy.thinking import Ending, EndingMatcher
 from agentrl.policy.trie import ChoiceError, TokenTrie, token_trie
 
 REQUEST = "agentrl"  # the key of a request's own arguments among those of vLLM's sampling parameters
@@ -52,8 +52,8 @@ class Thoughts:
     def over(self, output_ids: Sequence[int]) -> bool:
         """Whether they have come to their ending."""
         last = len(self.ending.text)  # tokens that it may take, each of a character or more
-        watch = Watch(self.ending, self.begun if len(output_ids) < last else ())
-        return any(watch.take(token) is not None for token in output_ids[-last:])
+        matcher = EndingMatcher(self.ending, self.begun if len(output_ids) < last else ())
+        return any(matcher.take(token) is not None for token in output_ids[-last:])
 
 
 def row(arguments: Mapping[str, Any] | None, temperature: float, output_ids: Sequence[int]) -> Row | None:
@@ -88,7 +88,7 @@ class Decisions:
 
     def __init__(self) -> None:
         self.rows: dict[int, Row] = {}
-        self._noted: list[tuple[list[tuple[str, int]], Tensor]] = []  # not yet waited for
+        self._pending: list[tuple[list[tuple[str, int]], Tensor]] = []  # not yet waited for
         self._entropies: dict[str, list[tuple[int, float]]] = {}
 
     def apply(self, logits: Tensor) -> Tensor:
@@ -106,17 +106,17 @@ class Decisions:
         chunk = max(1, CHUNK_ELEMENTS // logits.shape[1])
         for start in range(0, len(free), chunk):
             places = free[start : start + chunk]
-            self._note(places, logits[torch.tensor(places, device=logits.device)])
+            self._record_entropies(places, logits[torch.tensor(places, device=logits.device)])
         if menus:
             self._mask(logits, menus)
         return logits
 
     def take(self, keys: Collection[str]) -> dict[str, list[tuple[int, float]]]:
         """What was noted for some keys since the last call: places in the reply, with entropies in nats."""
-        for names, entropies in self._noted:
+        for names, entropies in self._pending:
             for (key, place), entropy in zip(names, entropies.tolist(), strict=True):
                 self._entropies.setdefault(key, []).append((place, entropy))
-        self._noted.clear()
+        self._pending.clear()
         return {key: self._entropies.pop(key) for key in keys if key in self._entropies}
 
     def _mask(self, logits: Tensor, menus: Mapping[int, tuple[int, ...]]) -> None:
@@ -130,11 +130,11 @@ class Decisions:
         # What is forced has no logit of its own to be judged by: nan in it must not matter.
         values = values.masked_fill((sizes == 1).unsqueeze(1), 0.0)
         beyond = torch.arange(width, device=logits.device) >= sizes.unsqueeze(1)
-        self._note(list(menus), values.masked_fill(beyond, -torch.inf))
+        self._record_entropies(list(menus), values.masked_fill(beyond, -torch.inf))
         logits[rows] = -torch.inf
         logits[rows.unsqueeze(1), ids] = values
 
-    def _note(self, places: Sequence[int], logits: Tensor) -> None:
+    def _record_entropies(self, places: Sequence[int], logits: Tensor) -> None:
         rows = [self.rows[place] for place in places]
         temperatures = torch.tensor([each.temperature for each in rows], device=logits.device)
         probabilities = (logits.float() / temperatures.unsqueeze(1)).softmax(-1)
@@ -146,7 +146,7 @@ class Decisions:
         ]
         if len(named) < len(rows):
             entropies = entropies[torch.tensor([number for number, _ in named], dtype=torch.int64)]
-        self._noted.append(([name for _, name in named], entropies))
+        self._pending.append(([name for _, name in named], entropies))
 
 
 def _allowed(each: Row) -> tuple[int, ...]:

@@ -96,16 +96,16 @@ class VllmEngine:
             stop_ids=stop_ids, vocabulary=output_weight(model).shape[0], max_context=self.max_context
         )
         self._running: dict[str, PendingReply] = {}
-        self._left: list[str] = []  # keys that entropies may be noted under for nobody
+        self._abandoned_keys: list[str] = []  # keys that entropies may be noted under for nobody
         self._finished: list[Generation] = []
         self._version = 0
         self._folder = TemporaryDirectory(prefix="agentrl-vllm-")
         write_architecture(model, Path(self._folder.name))
         self._llm: Any = None
         try:
-            with _own_generators():
+            with _preserve_generators():
                 self._start()
-                self._try_out()
+                self._check_generation()
         except Exception as error:
             self.close()
             raise ConfigError(
@@ -143,7 +143,7 @@ class VllmEngine:
         reply = self._sequences.release(sequence)
         if reply is not None and self._running.pop(reply.key, None) is not None:
             self._llm.abort_request([reply.key])
-            self._left.append(reply.key)
+            self._abandoned_keys.append(reply.key)
 
     def refresh(self, version: int) -> None:
         """Write the model's weights of now into vLLM; what the old ones left in its cache is made anew.
@@ -191,7 +191,7 @@ class VllmEngine:
         )
         self._copy_weights()
 
-    def _try_out(self) -> None:
+    def _check_generation(self) -> None:
         """Generate a token: what vLLM cannot compute it says here first."""
         params = SamplingParams(max_tokens=1, detokenize=False)
         self._llm.add_request("try-out", {"prompt_token_ids": [0]}, params)
@@ -215,8 +215,8 @@ class VllmEngine:
 
     def _advance(self) -> None:
         outputs = self._llm.step()
-        keys = [*self._running, *self._left]
-        self._left.clear()
+        keys = [*self._running, *self._abandoned_keys]
+        self._abandoned_keys.clear()
         found: dict[str, list[tuple[int, float]]] = {}
         for each in self._llm.collective_rpc("take_entropies", args=(keys,)):
             found |= each
@@ -240,7 +240,7 @@ class VllmEngine:
                 continue
             if reply.key != asked:
                 self._running[reply.key] = self._running.pop(asked)
-                self._left.append(asked)
+                self._abandoned_keys.append(asked)
                 ended.append(asked)
                 renewed.append(reply)
             elif reply.done:
@@ -276,7 +276,7 @@ class VllmEngine:
             self.restarts += 1
             self._shut_down()
             try:
-                with _own_generators():
+                with _preserve_generators():
                     self._start()
                 return
             except Exception as again:
@@ -293,7 +293,7 @@ class VllmEngine:
 
 
 @contextmanager
-def _own_generators() -> Iterator[None]:
+def _preserve_generators() -> Iterator[None]:
     """Keep the global generators as they are: vLLM seeds them all."""
     python, arrays = random.getstate(), np.random.get_state()
     try:

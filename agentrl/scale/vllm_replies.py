@@ -7,7 +7,7 @@ from typing import Any
 from uuid import uuid4
 
 from agentrl.policy.engine import Generation, GenerationRequest, token_versions
-from agentrl.policy.requests import begun_thought, request_mistake
+from agentrl.policy.requests import find_request_error, start_thought
 from agentrl.policy.thinking import Thought
 from agentrl.policy.trie import ChoiceError, Node, TokenTrie, token_trie
 from agentrl.scale.vllm_decisions import REQUEST
@@ -67,11 +67,11 @@ class PendingReply:
         self.thought: Thought | None = None
         self.prompt, self.max_tokens, self.done = context, min(request.sampling.max_tokens, room), False
         if trie is not None:
-            before = begun_thought(request, trie, room=room, stop_ids=stop_ids)
+            before = start_thought(request, trie, room=room, stop_ids=stop_ids)
             if isinstance(before, Thought):
                 self.thought, self.max_tokens = before, before.left
             else:
-                self._come_to_choice(before)
+                self._begin_choice(before)
 
     def take(self, token: int, logprob: float, entropy: float, version: int) -> None:
         """Add a token as vLLM sampled it; what comes after the reply's end is left out.
@@ -106,9 +106,9 @@ class PendingReply:
             self.thought, self.received = None, 0
             self.key = f"{self.key}-choice"
             self.seed = derive_seed(self.seed, "choice")  # else it would begin with the draws of the thoughts
-            self._come_to_choice(written)
+            self._begin_choice(written)
 
-    def _come_to_choice(self, written: tuple[int, ...]) -> None:
+    def _begin_choice(self, written: tuple[int, ...]) -> None:
         assert self._trie is not None
         trie = self._trie
         self._append_forced((*written, *trie.forced))
@@ -164,7 +164,7 @@ class Sequences:
             trie = None if request.choices is None else token_trie(request.choices)
         except ChoiceError as mistake:
             return str(mistake)
-        wrong = request_mistake(
+        wrong = find_request_error(
             request,
             trie,
             held=None if held is None else len(held),

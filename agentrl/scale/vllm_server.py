@@ -28,7 +28,7 @@ SERVE = (
     "--worker-extension-cls agentrl.scale.vllm_choices.PolicyWorker "
     "(on a CPU also --no-enable-chunked-prefill --max-num-batched-tokens N, of at least max_model_len)"
 )
-_KNOCK_TIMEOUT = 10.0  # seconds
+_CONNECT_TIMEOUT = 10.0  # seconds
 _WAIT = 0.05  # seconds that a step waits for a reply before environments are looked after again
 _PROBE_TOKENS = 16
 
@@ -40,7 +40,7 @@ def check_answers(url: str) -> None:
         ConfigError: with the command that starts one.
     """
     try:
-        models = httpx2.get(f"{url.rstrip('/')}/v1/models", timeout=_KNOCK_TIMEOUT)
+        models = httpx2.get(f"{url.rstrip('/')}/v1/models", timeout=_CONNECT_TIMEOUT)
         kind = models.json()["data"][0]["owned_by"]
     except httpx2.HTTPError as error:
         raise ConfigError(
@@ -95,12 +95,12 @@ class VllmServerEngine:
         )
         self._client = httpx2.Client(
             base_url=config.url,
-            timeout=httpx2.Timeout(config.reply_timeout, connect=_KNOCK_TIMEOUT),
+            timeout=httpx2.Timeout(config.reply_timeout, connect=_CONNECT_TIMEOUT),
             limits=httpx2.Limits(max_connections=None),
         )
         self._threads = ThreadPoolExecutor(max_sequences, "vllm-server")
         self._running: dict[Future[Mapping[str, Any]], PendingReply] = {}
-        self._left: list[str] = []  # keys that entropies may be noted under for nobody
+        self._abandoned_keys: list[str] = []  # keys that entropies may be noted under for nobody
         self._finished: list[Generation] = []
         self._version = 0
         self._sender: Any = None
@@ -138,7 +138,7 @@ class VllmServerEngine:
         for future, running in list(self._running.items()):
             if running is reply:
                 del self._running[future]
-                self._left.append(running.key)
+                self._abandoned_keys.append(running.key)
                 if not future.cancel():
                     self._threads.submit(self._abort, [running.key])
 
@@ -155,7 +155,7 @@ class VllmServerEngine:
             if self._config.weights_folder is None:
                 self._send_weights()
             else:
-                self._leave_weights(Path(self._config.weights_folder))
+                self._write_weights_to_folder(Path(self._config.weights_folder))
             self._call("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"})
             self._call("POST", "/update_weight_version", {"new_version": str(version)})
         finally:
@@ -185,13 +185,13 @@ class VllmServerEngine:
 
     def _take(self, come: Mapping[Future[Mapping[str, Any]], PendingReply]) -> None:
         try:
-            entropies = self._entropies([*(reply.key for reply in come.values()), *self._left])
+            entropies = self._entropies([*(reply.key for reply in come.values()), *self._abandoned_keys])
         except AgentRLError as error:
             for future, reply in come.items():
                 del self._running[future]
                 self._finished.append(self._sequences.fail(reply, str(error), lost=True))
             return
-        self._left.clear()
+        self._abandoned_keys.clear()
         for future, reply in come.items():
             del self._running[future]
             try:
@@ -231,7 +231,7 @@ class VllmServerEngine:
 
     # Weights
 
-    def _leave_weights(self, folder: Path) -> None:
+    def _write_weights_to_folder(self, folder: Path) -> None:
         place = folder.absolute() / f"agentrl-weights-{uuid4().hex[:12]}"
         try:
             try:

@@ -449,7 +449,7 @@ def test_templates_treat_earlier_replies_as_they_treat_their_text(
     chat = _with(plain_tokens, template)
     dialogue = ChatDialogue(chat, instructions="")
     assert not dialogue.appends
-    encode = dialogue._tagged if tokens else dialogue._encode
+    encode = dialogue._encode_tagged if tokens else dialogue._encode
     ids = _whole(dialogue, "room", (*encode(reply), dialogue._stop), "hall")
     told = [("user", "room"), ("assistant", reply.strip()), ("user", "hall")]
     messages = [{"role": role, "content": content} for role, content in told]

@@ -171,7 +171,7 @@ def test_a_lead_goes_on_from_what_the_closing_token_says_beyond_the_tag(chat) ->
     thinking = dialogue.thinking
     assert thinking is not None
     assert set(thinking.leads) == {""} | {
-        beyond for beyond in thinking.ending.beyond if beyond in ("<", "\n\n")
+        beyond for beyond in thinking.ending.overhangs if beyond in ("<", "\n\n")
     }
     for beyond, lead in thinking.leads.items():
         assert beyond + read(dialogue, lead) in ("<action>", "\n\n<action>")

@@ -15,7 +15,7 @@ from agentrl.data.trajectory import Episode, Group, StopReason, Turn
 from agentrl.learn.forward import Forward
 from agentrl.policy.attention import PACKED
 from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
-from agentrl.policy.thinking import Ending, Thinking, Thought, Watch, pieces_of
+from agentrl.policy.thinking import Ending, EndingMatcher, Thinking, Thought, pieces_of
 from agentrl.policy.tokens import ChatDialogue
 from agentrl.policy.torch_engine import TorchEngine
 
@@ -62,9 +62,9 @@ def test_thoughts_end_where_the_text_of_their_tokens_does_however_it_is_cut(adde
     assert len(likely) > 20
     for _ in range(3000):
         ids = draw.choices(likely, k=8) if draw.random() < 0.5 else cut("a</think>\nb", likely, texts, draw)
-        watch, read = Watch(ending), ""
+        matcher, read = EndingMatcher(ending), ""
         for token in ids:
-            beyond = watch.take(token)
+            beyond = matcher.take(token)
             read += texts[token]
             if beyond is None:
                 assert "</think>" not in read
@@ -101,14 +101,14 @@ def test_only_tokens_that_may_be_part_of_the_ending_are_looked_at() -> None:
         9: "x</think>y",
     }
     assert pieces_of("</think>", texts) == {1: "<", 2: "think", 3: ">\n", 8: "></", 9: "x</think>y"}
-    assert Ending("</think>", pieces_of("</think>", texts)).beyond == {"\n", "</", "y"}
+    assert Ending("</think>", pieces_of("</think>", texts)).overhangs == {"\n", "</", "y"}
 
 
 def test_thoughts_that_have_begun_count_for_their_ending() -> None:
     pieces = {1: "<", 2: "/think", 3: ">"}
     ending = Ending("</think>", pieces)
-    assert Watch(ending, (9, 9, 1, 2)).take(3) == ""
-    assert Watch(ending, (1, 2, 9)).take(3) is None
+    assert EndingMatcher(ending, (9, 9, 1, 2)).take(3) == ""
+    assert EndingMatcher(ending, (1, 2, 9)).take(3) is None
 
 
 def test_a_stop_id_and_the_limit_cut_thoughts_short() -> None:

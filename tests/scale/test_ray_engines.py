@@ -21,9 +21,16 @@ from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import LanguagePlayer
-from agentrl.scale.engine_host import Blueprint, EngineHost, assembled, fill, hollow, weights_of
+from agentrl.scale.engine_host import (
+    EngineHost,
+    EngineSpec,
+    export_weights,
+    load_weights,
+    restore_model,
+    strip_weights,
+)
 from agentrl.scale.engines import open_engine
-from agentrl.scale.messages import packed_requests, unpacked_generations
+from agentrl.scale.messages import pack_requests, unpack_generations
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
@@ -64,7 +71,7 @@ def _no_sequence_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "engines" in request.fixturenames:
         kept = request.getfixturevalue("engines")
-        for name in list(kept._where):
+        for name in list(kept._host_of):
             kept.release(name)
 
 
@@ -122,7 +129,7 @@ def test_thoughts_before_a_choice_are_those_of_engines_here(engines: RayEngines,
 
 def test_all_actors_take_up_new_weights(engines: RayEngines, dialogue: Dialogue) -> None:
     own, other = engines._model, policy(seed=1)
-    before = weights_of(own)
+    before = export_weights(own)
     requests = [ask(name, [5, 6, 7]) for name in ("x", "y")]
     old = replies(engines, requests)
     own.load_state_dict(other.state_dict())
@@ -133,7 +140,7 @@ def test_all_actors_take_up_new_weights(engines: RayEngines, dialogue: Dialogue)
     for name in ("x", "y"):
         assert_same(found[name], expected[name])
         assert found[name].logprobs != old[name].logprobs
-    fill(dict(own.named_parameters()), before)
+    load_weights(dict(own.named_parameters()), before)
     engines.refresh(0)
 
 
@@ -162,14 +169,14 @@ def test_nothing_is_returned_of_what_was_released(engines: RayEngines) -> None:
 def test_who_has_a_parent_goes_where_it_is(engines: RayEngines) -> None:
     replies(engines, [ask("a", [5, 6]), ask("b", [5, 6])])
     replies(engines, [ask("c", [5, 6, 7], parent="b"), ask("d", [5, 6, 7], parent="b")])
-    where = engines._where
+    where = engines._host_of
     assert where["c"] is where["d"] is where["b"] is not where["a"]
 
 
 def test_32_sequences_need_one_message_for_ten_replies(
     engines: RayEngines, dialogue: Dialogue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_engines, "_PATIENCE", 60.0)  # else it were a question of speed
+    monkeypatch.setattr(ray_engines, "_MAX_WAIT", 60.0)  # else it were a question of speed
     menu = tuple(dialogue.encode_reply(text) for text in ("go on", "take mug"))
     before, answered = engines.messages, 0
     for number in range(32):
@@ -218,9 +225,9 @@ def test_numbers_below_their_least_are_refused(wrong: Any) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_travels_without_its_weights_and_gets_them_back(dtype: str) -> None:
     model = policy(dtype=dtype)
-    travelling = hollow(model)
-    assert len(travelling) < 20_000 < sum(each.nbytes for each in weights_of(model).values())
-    _, again = assembled(travelling, weights_of(model), torch.device("cpu"))
+    travelling = strip_weights(model)
+    assert len(travelling) < 20_000 < sum(each.nbytes for each in export_weights(model).values())
+    _, again = restore_model(travelling, export_weights(model), torch.device("cpu"))
     assert again.config.to_dict() == model.config.to_dict()
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight  # tied, as they were
     for name, tensor in model.state_dict().items():
@@ -229,17 +236,17 @@ def test_a_model_travels_without_its_weights_and_gets_them_back(dtype: str) -> N
 
 def test_an_exchange_ends_with_enough_replies(dialogue: Dialogue) -> None:
     model = policy()
-    blueprint = Blueprint(hollow(model), EngineConfig(), tuple(dialogue.stop_ids), 256, 8, [])
-    host = EngineHost(blueprint, weights_of(model), 3)
+    spec = EngineSpec(strip_weights(model), EngineConfig(), tuple(dialogue.stop_ids), 256, 8, [])
+    host = EngineHost(spec, export_weights(model), 3)
     limits = [1, 1, 1, 6, 6]
     asked = [
         (number, ask(str(number), [5], sampling=SamplingParams(1.0, limit)))
         for number, limit in enumerate(limits)
     ]
-    found = unpacked_generations(host.exchange([], packed_requests(asked), 16, 60.0))
+    found = unpack_generations(host.exchange([], pack_requests(asked), 16, 60.0))
     assert [number for number, _ in found] == [0, 1, 2]  # three of four, and of those there are five
     assert {generation.policy_version for _, generation in found} == {3}
-    (one,) = unpacked_generations(host.exchange(["3"], packed_requests([]), 16, 60.0))
+    (one,) = unpack_generations(host.exchange(["3"], pack_requests([]), 16, 60.0))
     assert one[0] == 4
 
 
