@@ -12,7 +12,7 @@ from rich.table import Table
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.data.trajectory import Episode
 from agentrl.env.registry import check_id
-from agentrl.policy.model import check_packed_forward, context_length, resolve_device, shortened
+from agentrl.policy.model import check_packed_forward, context_length, resolve_device, shortened, skeleton
 from agentrl.policy.settings import PolicyConfig
 from agentrl.rollout.placement import settle
 from agentrl.run import shortcomings
@@ -21,7 +21,6 @@ from agentrl.run.footprint import (
     generation_bytes,
     held_bytes,
     learned_skeleton,
-    skeleton,
     weight_bytes,
 )
 from agentrl.run.settings import RunConfig

@@ -34,6 +34,7 @@ from agentrl.policy.model import (
     resolve_device,
     save_policy,
     shortened,
+    skeleton,
 )
 from agentrl.policy.precision import engine_copy, named_in_short, non_finite
 from agentrl.policy.tokens import ChatDialogue, fingerprint
@@ -58,7 +59,6 @@ from agentrl.run.folder import (
     open_run,
     with_overrides,
 )
-from agentrl.run.footprint import skeleton
 from agentrl.run.interruption import Interruption, RunInterrupted
 from agentrl.run.lock import RunLock
 from agentrl.run.logbook import Logbook, Row, read_metrics

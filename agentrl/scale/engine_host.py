@@ -5,7 +5,7 @@ import pickle
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from agentrl.policy.engine import Generation
 from agentrl.policy.settings import EngineConfig
-from agentrl.scale.engines import open_engine
+from agentrl.scale.local_engine import open_local_engine
 from agentrl.scale.messages import Generations, Requests, pack_generations, replies_to_await, unpack_requests
 
 Weights = Mapping[str, NDArray[np.uint8]]
@@ -30,7 +30,7 @@ class EngineSpec:
     Args:
         model: pickled without what its parameters and buffers hold.
         config: which engine.
-        stop_ids: see `open_engine`, as the two below.
+        stop_ids: see `open_local_engine`, as the two below.
         max_context: tokens that a sequence may hold.
         max_sequences: of the actor.
         path: of the driver's imports.
@@ -58,9 +58,9 @@ class EngineHost:
         own = spec.config.actor_gpus > 0 and spec.config.name == "torch"
         device = torch.device("cuda" if own else "cpu")  # other engines place their copy by themselves
         self._tensors, self._model = restore_model(spec.model, weights, device)
-        self._engine = open_engine(
+        self._engine = open_local_engine(
             self._model,
-            replace(spec.config, actors=None),
+            spec.config,
             stop_ids=spec.stop_ids,
             max_context=spec.max_context,
             max_sequences=spec.max_sequences,

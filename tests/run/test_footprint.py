@@ -15,7 +15,7 @@ from agentrl.learn.forward import in_bfloat16
 from agentrl.learn.optimizer import build_optimizers
 from agentrl.learn.settings import LearnerConfig, LoraConfig
 from agentrl.policy.attention import KVCache, cached_layout
-from agentrl.policy.model import build_model, hidden_states, packed_forward
+from agentrl.policy.model import build_model, hidden_states, packed_forward, skeleton
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import fit_tokenizer
 from agentrl.run.footprint import (
@@ -27,7 +27,6 @@ from agentrl.run.footprint import (
     layer_bytes,
     logits_bytes,
     optimizer_bytes,
-    skeleton,
     weight_bytes,
 )
 
