@@ -1,4 +1,4 @@
-"""From a configuration to an engine, wherever it generates."""
+"""Creation and checks of the engine that a configuration names, in this process or on a cluster."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,18 +21,18 @@ def open_engine(
     max_sequences: int,
     address: str | None = None,
 ) -> Engine:
-    """Have an engine for a model; its owner closes it.
+    """Create an engine for a model; the caller closes it.
 
     Args:
-        model: whose weights it generates with, see `Engine`.
-        config: which engine.
-        stop_ids: end a free reply; every choice ends in one of them.
-        max_context: tokens that a sequence may hold.
-        max_sequences: in flight at once, or waiting between two turns.
-        address: of the cluster that `engine.actors` are on; see `RayConfig`.
+        model: The model whose weights it generates with, see `Engine`.
+        config: The engine to create.
+        stop_ids: The ids that end a free reply; every choice ends in one of them.
+        max_context: The largest number of tokens in a sequence.
+        max_sequences: The largest number of sequences that are in flight or wait between two turns.
+        address: The address of the cluster that runs `engine.actors`; see `RayConfig`.
 
     Raises:
-        ConfigError, MissingDependencyError: see `check_engine`, or the engine does not start.
+        ConfigError, MissingDependencyError: See `check_engine`; also if the engine does not start.
     """
     if config.actors is not None:
         check_engine(config)
@@ -53,15 +53,15 @@ def open_engine(
 
 
 def check_actors(config: EngineConfig, address: str | None) -> None:
-    """Refuse engine actors that the cluster has no room for, before anything is made for them.
+    """Refuse engine actors that do not fit on the cluster, before anything is made for them.
 
     Args:
-        config: which engine.
-        address: of the cluster; see `RayConfig`.
+        config: The engine to check.
+        address: The address of the cluster; see `RayConfig`.
 
     Raises:
-        MissingDependencyError: without Ray.
-        ConfigError: there is no cluster, or it is smaller than what is asked.
+        MissingDependencyError: If Ray is not installed.
+        ConfigError: If there is no cluster, or it has too few CPUs or GPUs.
     """
     if config.actors is not None:
         check_ray(f"engine.actors={config.actors}")
@@ -71,10 +71,10 @@ def check_actors(config: EngineConfig, address: str | None) -> None:
 
 
 def check_server(config: EngineConfig) -> None:
-    """Refuse a server that does not answer, or a folder that is not there, before anything is made for it.
+    """Refuse a server that does not answer, or a missing weights folder, before anything is made for it.
 
     Raises:
-        ConfigError: with the command that starts one.
+        ConfigError: With the command that starts a server, or naming the folder.
     """
     folder = config.vllm.weights_folder
     if config.name == "vllm" and folder is not None and not Path(folder).is_dir():
