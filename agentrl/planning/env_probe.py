@@ -140,7 +140,7 @@ def _in_tokens(
         reply = dialogue.encode_reply(turn.action)
         if free is not None:
             reply = tuple(draw.choices(prompt.ids, k=free))
-        length = len(prompt.ids) + len(reply) + (0 if prompt.fresh else length)
+        length = len(prompt.ids) + len(reply) + (0 if prompt.new_sequence else length)
         if length > context:
             return
         history.append((turn.observation, reply))

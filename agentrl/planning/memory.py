@@ -7,18 +7,16 @@ is, and what that would keep is added up.
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Muon
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.errors import CheckpointError, RequirementError
 from agentrl.learn.fused import CHUNK_NUMBERS
 from agentrl.learn.lora import add_adapters
 from agentrl.learn.optimizer import build_optimizers
@@ -27,47 +25,17 @@ from agentrl.learn.sharding import layers
 from agentrl.policy.attention import packed_layout
 from agentrl.policy.model import (
     context_length,
-    decoder_settings,
     output_weight,
     packed_forward,
-    without_weights,
+    skeleton,
 )
 from agentrl.policy.settings import PolicyConfig
 from agentrl.run.settings import RunConfig
 
 
-def skeleton(config: PolicyConfig) -> PreTrainedModel:
-    """The policy that generates, without its weights; made from scratch, it has the vocabulary asked for.
-
-    Raises:
-        CheckpointError: when there is no model at `policy.path`.
-        RequirementError: when its attention cannot be replaced.
-        ConfigError: when the sizes contradict each other.
-    """
-    if config.path is None:
-        return _on_meta(decoder_settings(config, config.vocab_size), config.dtype)
-    try:
-        if not (Path(config.path) / "config.json").is_file():
-            raise FileNotFoundError("no config.json is there")
-        settings = AutoConfig.from_pretrained(config.path, local_files_only=True, trust_remote_code=False)
-        return _on_meta(settings, config.dtype)
-    except RequirementError:
-        raise
-    except Exception as error:  # the library raises whatever its parsers raise
-        raise CheckpointError(
-            f"policy.path is {config.path!r}, wanted the folder of a Hugging Face causal language model on "
-            f"this machine ({' '.join(str(error).split())[:160]})"
-        ) from error
-
-
 def learned_skeleton(config: PolicyConfig) -> PreTrainedModel:
     """The policy that is learned, in float32 whatever the engine generates in; as `skeleton`."""
     return skeleton(replace(config, dtype="float32"))
-
-
-def _on_meta(settings: Any, dtype: str) -> PreTrainedModel:
-    model = cast(nn.Module, without_weights(settings))
-    return cast(PreTrainedModel, model.to(getattr(torch, dtype)))
 
 
 def held_bytes(

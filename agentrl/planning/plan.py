@@ -29,11 +29,10 @@ from agentrl.planning.memory import (
     generation_bytes,
     held_bytes,
     learned_skeleton,
-    skeleton,
     weight_bytes,
 )
 from agentrl.planning.topology import Shares
-from agentrl.policy.model import check_packed_forward, context_length, resolve_device, shortened
+from agentrl.policy.model import check_packed_forward, context_length, resolve_device, shortened, skeleton
 from agentrl.policy.settings import PolicyConfig
 from agentrl.rollout.placement import settle
 from agentrl.run.settings import RunConfig

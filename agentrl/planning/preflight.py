@@ -16,9 +16,9 @@ from rich.filesize import decimal
 from agentrl.algorithms.algorithm import Algorithm, check_requirements
 from agentrl.errors import AgentRLError
 from agentrl.learn.learner import provided
-from agentrl.planning.memory import cache_bytes, skeleton, weight_bytes
+from agentrl.planning.memory import cache_bytes, weight_bytes
 from agentrl.planning.topology import Shares
-from agentrl.policy.model import context_length
+from agentrl.policy.model import context_length, skeleton
 from agentrl.policy.settings import EngineConfig
 from agentrl.run.settings import RunConfig, rank_mistakes
 from agentrl.scale.extras import check_ray

@@ -1,1 +1,1 @@
-"""Policies: text to tokens, tokens to generations."""
+"""The policy: its network, tokenizer and dialogues, and the engine that samples replies from it."""

@@ -30,7 +30,6 @@ from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner, provided
 from agentrl.learn.lora import check_adapters
 from agentrl.learn.ranks import ALONE, Ranks, joined
-from agentrl.planning.memory import skeleton
 from agentrl.policy.engine import Engine
 from agentrl.policy.model import (
     context_length,
@@ -39,6 +38,7 @@ from agentrl.policy.model import (
     resolve_device,
     save_policy,
     shortened,
+    skeleton,
 )
 from agentrl.policy.precision import engine_copy, named_in_short, non_finite
 from agentrl.policy.tokens import ChatDialogue, fingerprint

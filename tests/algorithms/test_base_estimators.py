@@ -56,7 +56,9 @@ def episode(
     stop: StopReason = StopReason.TERMINATED,
     parent: BranchPoint | None = None,
 ) -> Episode:
-    opened = tuple(replace(item, fresh=item.fresh or not index) for index, item in enumerate(turns))
+    opened = tuple(
+        replace(item, new_sequence=item.new_sequence or not index) for index, item in enumerate(turns)
+    )
     return Episode(name, "env", "t", 0, opened, stop, parent=parent)
 
 
@@ -144,7 +146,7 @@ def drawn_groups(draw: random.Random) -> list[Group]:
                         seen=draw.choice(("hall", "halls", "shed")),
                         valid=draw.random() > 0.2,
                     ),
-                    fresh=draw.random() < 0.2,
+                    new_sequence=draw.random() < 0.2,
                 )
                 for _ in range(draw.randint(1, 4))
             )

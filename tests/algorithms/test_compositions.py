@@ -34,7 +34,9 @@ def reply(length: int, reward: float = 0.0, **fields: Any) -> Turn:
 
 
 def episode(name: str, *turns: Turn) -> Episode:
-    return Episode(name, "env", "t", 0, (replace(turns[0], fresh=True), *turns[1:]), StopReason.TERMINATED)
+    return Episode(
+        name, "env", "t", 0, (replace(turns[0], new_sequence=True), *turns[1:]), StopReason.TERMINATED
+    )
 
 
 def scored(moves: list[list[float]], *episodes: Episode) -> MiniBatch:

@@ -40,7 +40,7 @@ def episode(name: str, turns, reward: float, parent: BranchPoint | None = None) 
             entropies=tuple(entropy or 0.0 for entropy in entropies),
             allowed=tuple((2,) if entropy is FORCED else (2, 3) for entropy in entropies),
             reward=reward if index == len(turns) - 1 else 0.0,
-            fresh=index == 0,
+            new_sequence=index == 0,
         )
         for index, entropies in enumerate(turns)
     ]

@@ -38,7 +38,7 @@ def turn(decided: str, reward: float = 0.0, *, seen: str = "o", valid: bool = Tr
 
 def episode(name: str, *turns: Turn, parent: BranchPoint | None = None) -> Episode:
     first, *rest = turns
-    kept = (replace(first, fresh=True), *rest)
+    kept = (replace(first, new_sequence=True), *rest)
     return Episode(name, "env", "t", 0, kept, StopReason.TERMINATED, parent=parent)
 
 

@@ -19,7 +19,7 @@ DRAWN = (-0.5, -2.0, -1.0)
 
 def batch(old: tuple[float, ...]) -> Batch:
     """One reply of three decisions, with what the learner says of them."""
-    turn = Turn("o", "a", (1, 2), (5, 6, 7), DRAWN, (1.0, 1.0, 1.0), fresh=True)
+    turn = Turn("o", "a", (1, 2), (5, 6, 7), DRAWN, (1.0, 1.0, 1.0), new_sequence=True)
     episode = Episode("e", "env", "t", 0, (turn,), StopReason.TERMINATED)
     found = collate([Group("t", (episode,))])
     return replace(found, old_logprobs=torch.tensor([[0.0, 0.0, *old]]), old_entropies=found.entropies)

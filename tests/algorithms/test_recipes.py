@@ -37,7 +37,17 @@ def group(*episodes: tuple[float, bool]) -> Group:
                 "env",
                 "t",
                 0,
-                (Turn("o", "a", prompt_ids=(1,), action_ids=(2, 3), reward=reward, valid=valid, fresh=True),),
+                (
+                    Turn(
+                        "o",
+                        "a",
+                        prompt_ids=(1,),
+                        action_ids=(2, 3),
+                        reward=reward,
+                        valid=valid,
+                        new_sequence=True,
+                    ),
+                ),
                 StopReason.TERMINATED,
             )
             for number, (reward, valid) in enumerate(episodes)

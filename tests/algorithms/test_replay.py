@@ -35,7 +35,7 @@ def episode(name: str, reward: float, replies: Sequence[Sequence[int]] = ((7, 8)
             action_ids=tuple(ids),
             logprobs=(-0.5,) * len(ids),
             entropies=(0.5,) * len(ids),
-            fresh=number == 0,
+            new_sequence=number == 0,
             **turn,
         )
         for number, ids in enumerate(replies)

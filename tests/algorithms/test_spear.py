@@ -46,7 +46,7 @@ def episode(name: str, rewards: Sequence[float], length: int = 2, **turn) -> Epi
             logprobs=(-0.4,) * length,
             entropies=(0.6,) * length,
             reward=reward,
-            fresh=number == 0,
+            new_sequence=number == 0,
         )
         for number, reward in enumerate(rewards)
     ]

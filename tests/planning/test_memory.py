@@ -23,11 +23,10 @@ from agentrl.planning.memory import (
     layer_bytes,
     logits_bytes,
     optimizer_bytes,
-    skeleton,
     weight_bytes,
 )
 from agentrl.policy.attention import KVCache, cached_layout
-from agentrl.policy.model import build_model, hidden_states, packed_forward
+from agentrl.policy.model import build_model, hidden_states, packed_forward, skeleton
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import fit_tokenizer
 

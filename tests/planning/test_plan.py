@@ -21,8 +21,9 @@ from agentrl.data.storage import read_episodes
 from agentrl.errors import ConfigError
 from agentrl.planning import plan as planning
 from agentrl.planning.env_probe import Trial, as_tokens, stored_bytes, try_out
-from agentrl.planning.memory import cache_bytes, checkpoint_bytes, skeleton, weight_bytes
+from agentrl.planning.memory import cache_bytes, checkpoint_bytes, weight_bytes
 from agentrl.planning.plan import Plan, plan
+from agentrl.policy.model import skeleton
 from agentrl.scale import extras
 
 TINY = (
@@ -302,7 +303,7 @@ def test_fewer_tasks_to_measure_on_than_processes_are_named(tried: None, tmp_pat
 
 
 def test_a_missing_extra_is_named(tried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentrl.scale.engines.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("agentrl.scale.local_engine.importlib.util.find_spec", lambda name: None)
     (line,) = plan(config(tmp_path, "engine.name=vllm")).missing
     assert re.search(r"needs vLLM.*pip install -c constraints-vllm\.txt -e '\.\[vllm\]'", line)
 

@@ -69,7 +69,7 @@ def test_a_chat_model_trains(
     run = agentrl.train(config, quiet=True)
     episodes = read_episodes(run.folder / "episodes" / "train-000001.parquet")
     later = [turn for episode in episodes for turn in episode.turns[1:]]
-    assert {turn.fresh for turn in later} == {template == FORGETFUL}
+    assert {turn.new_sequence for turn in later} == {template == FORGETFUL}
     if constrained:
         assert all(turn.valid for turn in later)
     assert agentrl.evaluate(run, temperature=0.0).to_dict()["aborted"] == 0
