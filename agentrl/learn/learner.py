@@ -30,7 +30,7 @@ from agentrl.learn.forward import Forward, in_bfloat16, needed_lengths
 from agentrl.learn.lora import add_adapters, plain_weights
 from agentrl.learn.objective import build_objective
 from agentrl.learn.optimizer import build_optimizers, rate_factor, set_rates
-from agentrl.learn.packing import mini_batches, shares
+from agentrl.learn.packing import mini_batches, rank_micro_batches
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.learn.settings import LearnerConfig
 from agentrl.learn.sharding import (
@@ -323,7 +323,7 @@ class Learner:
     def _read(self, module: ScoringModule, batch: Batch) -> Outputs:
         outputs = _nothing(batch, values=module.value_head is not None)
         with torch.no_grad():
-            for rows, weight in self._shares(needed_lengths(batch)):
+            for rows, weight in self._micro_batches(needed_lengths(batch)):
                 found = self._describe(module, batch.select(rows))
                 if weight:
                     _store(outputs, rows, found)
@@ -337,8 +337,8 @@ class Learner:
 
         return Outputs(*module(read))
 
-    def _shares(self, lengths: Tensor) -> list[tuple[Tensor, float]]:
-        return shares(lengths, self.config.micro_batch_tokens, self.ranks)
+    def _micro_batches(self, lengths: Tensor) -> list[tuple[Tensor, float]]:
+        return rank_micro_batches(lengths, self.config.micro_batch_tokens, self.ranks)
 
     def _combined(self, outputs: Outputs) -> Outputs:
         """What the ranks read, each of its own rows and 0 elsewhere."""
@@ -359,7 +359,7 @@ class Learner:
         lengths = torch.zeros_like(batch.lengths)
         lengths[list(ends.values())] = batch.lengths[list(ends.values())]
         with torch.no_grad():
-            for rows, weight in self._shares(lengths):
+            for rows, weight in self._micro_batches(lengths):
                 part = batch.select(rows)
                 found = self._scoring(partial(self._last_values_of, part))
                 if weight:
@@ -390,11 +390,11 @@ class Learner:
             mini = replace(mini, current=self._read(self._scoring, mini.batch))
         objective = build_objective(mini, part.algorithm, context)
         seen = _nothing(mini.batch)
-        if not objective.teaches:
+        if not objective.has_signal:
             unread = mini.batch.old_logprobs is None
             return {}, self._read(self._scoring, mini.batch) if unread else seen
         sums = defaultdict[str, float](float, loss=0.0)
-        for rows, weight in self._shares(needed_lengths(mini.batch)):
+        for rows, weight in self._micro_batches(needed_lengths(mini.batch)):
             outputs = self._describe(self._scoring, mini.batch.select(rows))
             loss, numbers = objective.contribution(rows, outputs)
             (loss * (weight * part.coefficient)).backward()  # type: ignore[no-untyped-call]
