@@ -295,7 +295,7 @@ def lost_numbers(ranks: Ranks, folder: Path) -> Figures:
         found["told"] = ranks.gather(str(error))
     found["after"] = ranks.gather(learner.non_finite())
     learner.write_shards(folder / "lost")  # as no checkpoint is written
-    ranks.agreed(lambda: None)
+    ranks.raise_on_any_rank(lambda: None)
     found["stored"] = [name for tensor in stored_shards(folder / "lost") for name in non_finite([tensor])]
     return found
 
@@ -324,7 +324,7 @@ def an_error(ranks: Ranks, folder: Path) -> Figures:
             raise CheckpointError("the disk of the last rank")
 
     try:
-        ranks.agreed(work)
+        ranks.raise_on_any_rank(work)
     except CheckpointError as error:
         told = str(error)
     return {"told": ranks.gather(told), "dealt": ranks.collect(ranks.deal(range(5)))}
