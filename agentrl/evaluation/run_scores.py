@@ -63,7 +63,7 @@ class Measurements:
 
     def missing(self, name: str) -> list[str]:
         """Decodings of a policy that were not measured yet."""
-        known = self._ranks.by_first(self.results).get(name, {})
+        known = self._ranks.run_on_rank0(self.results).get(name, {})
         wanted = {"random": ("sampled",), "expert": ("greedy",)}.get(name, tuple(_DECODINGS))
         return [decoding for decoding in wanted if decoding not in known]
 
@@ -71,7 +71,7 @@ class Measurements:
         """Play the panel with `random`, `expert`, or the run's policy as it is now, called `name`."""
         repeats = self._config.evaluation.repeats
         with self._clocks.running("evaluation"):
-            played, label = self._ranks.agreed(partial(self._play, name, decoding))
+            played, label = self._ranks.raise_on_any_rank(partial(self._play, name, decoding))
             of_task = [played.episodes[at : at + repeats] for at in range(0, len(played.episodes), repeats)]
             episodes = [episode for plays in self._ranks.collect(of_task) for episode in plays]
         found = summarise(episodes, self._panel, repeats, data=label)

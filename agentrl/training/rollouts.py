@@ -134,7 +134,7 @@ class Rollouts:
             for index in range(done, done + count)
         ]
         own = self._ranks.deal(templates)
-        dealt, collection = self._ranks.agreed(lambda: self._groups(own, player, context))
+        dealt, collection = self._ranks.raise_on_any_rank(lambda: self._groups(own, player, context))
         groups = self._ranks.collect(dealt)
         for failures, branches in self._ranks.gather((collection.failures, collection.branches)):
             played.failures += failures

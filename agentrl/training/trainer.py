@@ -180,7 +180,7 @@ class Trainer:
         )
         if config.rollout.workers.interpreter is None:
             check_id(config.env.id)
-        rollout, self.settled = ranks.by_first(
+        rollout, self.settled = ranks.run_on_rank0(
             lambda: settle(_factory(config), config.rollout, config.env.split, config.seed)
         )
         self.config = config = replace(config, rollout=rollout)
@@ -225,19 +225,21 @@ class Trainer:
     def _get_ready(self, active: Run | None) -> None:
         """Ask the environment for its tasks, and have a folder and a policy."""
         config = self.config
-        given = self.ranks.agreed(self._look_around)
+        given = self.ranks.raise_on_any_rank(self._look_around)
         self._check_adapters()
         self.shortened = None if given is None else shortened(given.model, config.policy.max_context)
         if given is not None:  # the folder, and every stage, has the limit that holds
             limit = context_length(given.model, config.policy.max_context)
             self.config = config = replace(config, policy=replace(config.policy, max_context=limit))
-        folder = self.ranks.by_first(lambda: (active or create_run(config, placement=self.settled)).folder)
+        folder = self.ranks.run_on_rank0(
+            lambda: (active or create_run(config, placement=self.settled)).folder
+        )
         self.active = Run(folder, config)
-        self.ranks.by_first(self._take)
+        self.ranks.run_on_rank0(self._take)
         self.policy = given or self._own_policy(folder / "tokenizer")
         wording = self.policy.dialogue.wording
-        self.other_prompts = self.ranks.by_first(lambda: changed_wording(self.active, wording))
-        self.ranks.by_first(lambda: note_wording(self.active, wording))
+        self.other_prompts = self.ranks.run_on_rank0(lambda: changed_wording(self.active, wording))
+        self.ranks.run_on_rank0(lambda: note_wording(self.active, wording))
 
     def _take(self) -> None:
         """Own the folder, and clear what a kill left in it."""
@@ -274,7 +276,9 @@ class Trainer:
 
     def _own_policy(self, tokenizer: Path) -> Policy:
         """A fitted policy; of several ranks the first fits the tokenizer, and the others read it."""
-        fitted = self.ranks.agreed(lambda: self._fitted_policy(tokenizer) if self.ranks.first else None)
+        fitted = self.ranks.raise_on_any_rank(
+            lambda: self._fitted_policy(tokenizer) if self.ranks.first else None
+        )
         return fitted or self._fitted_policy(tokenizer)
 
     def _fitted_policy(self, tokenizer: Path) -> Policy:
@@ -308,7 +312,7 @@ class Trainer:
                     self._evaluate("cloned")
                 self._train()
                 self._evaluate("trained")
-                self.ranks.by_first(partial(self._finish, self._learned_model()))
+                self.ranks.run_on_rank0(partial(self._finish, self._learned_model()))
         except KeyboardInterrupt as interrupt:
             raise RunInterrupted(
                 f"stopped after {self.stage} step {self.step}; {self._kept()}"
@@ -602,7 +606,7 @@ class Trainer:
 
     def _heed(self) -> None:
         """Stop here if any rank was told to, or if the folder is no longer this run's."""
-        self.ranks.by_first(self._check_folder)
+        self.ranks.run_on_rank0(self._check_folder)
         if self.ranks.count == 1:
             self.interruption.heed()
         if self.ranks.count > 1 and any(self.ranks.gather(self.interruption.asked())):
@@ -687,7 +691,7 @@ class Trainer:
         last = block.trainer.steps if self.stage == "train" else block.warm_start.steps
         recent = self.history.get("success", [])[-every:]
         with self.interruption.shield():
-            self.ranks.by_first(self._check_folder)
+            self.ranks.run_on_rank0(self._check_folder)
             self.logbook.sync()
             save_checkpoint(
                 self.active.folder / "checkpoints",
@@ -712,7 +716,7 @@ class Trainer:
                 self._save()
                 self.interruption.asked()
         except NonFiniteError:
-            good = self.ranks.by_first(lambda: latest_finite(folder / "checkpoints"))
+            good = self.ranks.run_on_rank0(lambda: latest_finite(folder / "checkpoints"))
             if good is None:
                 return f"{folder} has no checkpoint that is finite; start anew, at a lower learning rate"
             return f"{resumed}, from {good.name}, the newest checkpoint that is finite"
@@ -720,7 +724,7 @@ class Trainer:
 
     def _restore(self) -> None:
         """Take up the newest checkpoint, and forget what was logged after it."""
-        path = self.ranks.by_first(lambda: latest_checkpoint(self.active.folder / "checkpoints"))
+        path = self.ranks.run_on_rank0(lambda: latest_checkpoint(self.active.folder / "checkpoints"))
         if path is None:
             self.logbook.truncate(self.stage, 0)
             self.restored = True
@@ -735,7 +739,7 @@ class Trainer:
         memory = load_learner(path, self.learner)
         if self.stage == "train" and self.algorithm.replay is not None:
             self.algorithm.replay.load_state_dict(memory, self._context())
-        self.ranks.by_first(self._check_rows)
+        self.ranks.run_on_rank0(self._check_rows)
         self.logbook.truncate(self.stage, self.step)
         self.restored = True
         self.logbook.say(f"continuing {self.active.folder} after {self.stage} step {self.step}")

@@ -71,7 +71,7 @@ def demonstrations(
         if on_episode is not None:
             on_episode(episode)
 
-    own = ranks.agreed(
+    own = ranks.raise_on_any_rank(
         lambda: (
             collect(
                 ranks.deal(specs),
