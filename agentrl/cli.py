@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 import agentrl
 from agentrl.errors import AgentRLError, ConfigError
-from agentrl.plugins import load_imports, shown, withheld_hint, withheld_imports
+from agentrl.plugins import load_imports, shell_quoted, withheld_hint, withheld_imports
 from agentrl.terminal import echo, plain_warnings
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ class ExitCode(IntEnum):
     """Name the exit codes of a command, which docs/errors.md explains."""
 
     DONE = 0
-    LACKING = 1
+    MISSING = 1
     REFUSED = 2
     INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
-_ANYWHERE = {"--debug", "-v", "--verbose", "-q", "--quiet"}  # options of every command
+_GLOBAL_OPTIONS = {"--debug", "-v", "--verbose", "-q", "--quiet"}  # options of every command
 
 
 class _Commands(TyperGroup):
@@ -48,8 +48,8 @@ class _Commands(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta["agentrl.arguments"] = list(args)
         end = args.index("--") if "--" in args else len(args)
-        first = [each for each in args[:end] if each in _ANYWHERE]
-        rest = [each for each in args[:end] if each not in _ANYWHERE]
+        first = [each for each in args[:end] if each in _GLOBAL_OPTIONS]
+        rest = [each for each in args[:end] if each not in _GLOBAL_OPTIONS]
         return super().parse_args(ctx, [*first, *rest, *args[end:]])
 
     def invoke(self, ctx: Any) -> Any:
@@ -65,7 +65,7 @@ class _Commands(TyperGroup):
             if ctx.params["debug"]:
                 echo(traceback.format_exc(), err=True)
             echo("error: ", err=True, nl=False, style="bold red")
-            echo(str(error) if isinstance(error, AgentRLError) else _file_trouble(error), err=True)
+            echo(str(error) if isinstance(error, AgentRLError) else _describe_os_error(error), err=True)
             if (hint := withheld_hint()) and hint in str(error):
                 echo(f"the whole command: {_with_imports(ctx.meta['agentrl.arguments'])}", err=True)
             raise typer.Exit(ExitCode.REFUSED) from error
@@ -74,7 +74,7 @@ class _Commands(TyperGroup):
 def _with_imports(arguments: Sequence[str]) -> str:
     """The command that was given, with what it has to import."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    options = [f"--import {shown(name)}" for name in withheld_imports()]
+    options = [f"--import {shell_quoted(name)}" for name in withheld_imports()]
     return " ".join(
         ["agentrl", *map(shlex.quote, arguments[:end]), *options, *map(shlex.quote, arguments[end:])]
     )
@@ -206,7 +206,7 @@ def _level(verbose: bool, quiet: bool) -> int:
 @contextmanager
 def _logging(level: int) -> Iterator[None]:
     """Show what is logged, for the length of a command: ours from `level` on, others' warnings."""
-    ours, screen = logging.getLogger("agentrl"), _Screen()
+    ours, screen = logging.getLogger("agentrl"), _StderrHandler()
     before = ours.level
     ours.setLevel(level)
     logging.getLogger().addHandler(screen)
@@ -220,7 +220,7 @@ def _logging(level: int) -> Iterator[None]:
         logging.getLogger().removeHandler(screen)
 
 
-class _Screen(logging.Handler):
+class _StderrHandler(logging.Handler):
     """Writes to standard error, whatever that is by then: a progress bar puts itself in its place."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -248,7 +248,7 @@ def train(
     from agentrl.run.trainer import resume as resume_run
     from agentrl.run.trainer import train as train_run
 
-    path, overrides = _split(arguments)
+    path, overrides = _split_config(arguments)
     if resume is not None and path is not None:
         raise ConfigError(f"a resumed run has its own configuration: leave out {path}")
     imported = load_imports(imports or ())
@@ -313,7 +313,7 @@ def evaluate(
     load_imports(imports or ())
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}")
-    with _Count("evaluating") as count:
+    with _EpisodeCounter("evaluating") as count:
         result = measure(
             policy,
             panel,
@@ -431,7 +431,7 @@ def config(arguments: Overrides = None, imports: Imports = None) -> None:
     from agentrl.config import to_yaml
     from agentrl.run.settings import config_tree, load_config
 
-    path, overrides = _split(arguments)
+    path, overrides = _split_config(arguments)
     tree = config_tree(load_config(path, *overrides, imports=load_imports(imports or ())))
     echo(to_yaml(tree), nl=False)
 
@@ -451,13 +451,13 @@ def plan(
     """
     import json
 
-    from agentrl.run.plan import plan as find_out
+    from agentrl.run.plan import plan as make_plan
     from agentrl.run.plan import plan_table
     from agentrl.run.settings import load_config
 
-    path, overrides = _split(arguments)
+    path, overrides = _split_config(arguments)
     read = load_config(path, *overrides, imports=load_imports(imports or ()))
-    found = find_out(read, processes=processes, nodes=nodes)
+    found = make_plan(read, processes=processes, nodes=nodes)
     if as_json:
         echo(json.dumps(found.to_dict(), indent=1))
     else:
@@ -465,7 +465,7 @@ def plan(
         for line in found.missing or ("nothing is missing",):
             echo(f"missing: {line}" if found.missing else line, style="red" if found.missing else "green")
     if found.missing:
-        raise typer.Exit(ExitCode.LACKING)
+        raise typer.Exit(ExitCode.MISSING)
 
 
 @app.command("check-env")
@@ -505,7 +505,7 @@ def check_env(
         for line, _ in outcomes:
             echo(line)
     if not all(kept for _, kept in outcomes):
-        raise typer.Exit(ExitCode.LACKING)
+        raise typer.Exit(ExitCode.MISSING)
 
 
 @app.command("new-env")
@@ -586,7 +586,7 @@ def _lacks_another_package(error: ImportError, env: str) -> bool:
     return isinstance(cause, ModuleNotFoundError) and (cause.name or own).partition(".")[0] != own
 
 
-def _split(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
+def _split_config(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
     """CONFIG, if the first argument is one, and the overrides."""
     given = list(arguments or ())
     if given and "=" not in given[0]:
@@ -594,7 +594,7 @@ def _split(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
     return None, given
 
 
-def _file_trouble(error: OSError) -> str:
+def _describe_os_error(error: OSError) -> str:
     path = str(error.filename or "a file").removesuffix(".partial")
     message = f"{path}: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -610,7 +610,7 @@ def _console() -> "Console":
     return Terminal()
 
 
-class _Count:
+class _EpisodeCounter:
     """Counts episodes on a terminal's last line while an evaluation plays."""
 
     def __init__(self, what: str) -> None:
@@ -621,7 +621,7 @@ class _Count:
         self._status = Terminal(stderr=True, quiet=quiet).status(what)
         self._episodes = self._successes = 0
 
-    def __enter__(self) -> "_Count":
+    def __enter__(self) -> "_EpisodeCounter":
         self._status.start()
         return self
 

@@ -33,7 +33,7 @@ T = TypeVar("T")
 # place, as in `beam: Annotated[int, Interval(ge=2, le=1000)] = 2`. The upper bounds are where a value stops
 # to make sense, and starts to overflow or to fill the memory.
 # Where the optimisers multiply rates, and correct for the first steps, the product still fits into a float32.
-LARGEST_RATE = 1e30
+MAX_RATE = 1e30
 
 # Integers.
 Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
@@ -51,14 +51,14 @@ Decay = Annotated[float, Interval(ge=0, lt=1)]
 Weight = Annotated[float, Interval(ge=0, le=1e6)]
 PositiveWeight = Annotated[float, Interval(gt=0, le=1e6)]
 SignedWeight = Annotated[float, Interval(ge=-1e6, le=1e6)]
-Rate = Annotated[float, Interval(ge=0, le=LARGEST_RATE)]
-PositiveRate = Annotated[float, Interval(gt=0, le=LARGEST_RATE)]
+Rate = Annotated[float, Interval(ge=0, le=MAX_RATE)]
+PositiveRate = Annotated[float, Interval(gt=0, le=MAX_RATE)]
 Seconds = Annotated[float, Interval(gt=0, le=1e6)]
 Devices = Annotated[float, Interval(ge=0, le=1024)]
 
-_MOST_DIGITS = 4_000  # of an integer: Python itself writes and reads no more than 4,300
-_DEEPEST = 100  # blocks and lists inside each other
-_MOST_VALUES = 100_000  # of a file, with each alias counted as all that it stands for
+_MAX_DIGITS = 4_000  # of an integer: Python itself writes and reads no more than 4,300
+_MAX_DEPTH = 100  # blocks and lists inside each other
+_MAX_VALUES = 100_000  # of a file, with each alias counted as all that it stands for
 
 _SCALARS = (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
@@ -102,8 +102,8 @@ for _kind in (_Loader, _Dumper):
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     """PyYAML's own constructor reads a leading zero as octal."""
     digits = len(node.value.lstrip("+-"))
-    if digits > _MOST_DIGITS:
-        fault = f"an integer of {digits} digits, wanted at most {_MOST_DIGITS}"
+    if digits > _MAX_DIGITS:
+        fault = f"an integer of {digits} digits, wanted at most {_MAX_DIGITS}"
         raise yaml.MarkedYAMLError(None, None, fault, node.start_mark)
     return int(node.value)
 
@@ -133,7 +133,9 @@ def read_yaml(path: str | Path) -> Tree:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: the top level is {_shown(tree)}, wanted a block of `key: value` lines")
+        raise ConfigError(
+            f"{path}: the top level is {_describe_value(tree)}, wanted a block of `key: value` lines"
+        )
     return tree
 
 
@@ -180,7 +182,7 @@ def parse_overrides(overrides: Iterable[str]) -> list[tuple[Dotted, Any]]:
             mistakes.append(f"{text!r} has no value ({name}=null means none, {name}='\"\"' empty text)")
         else:
             try:
-                parsed.append((dotted, _parse(value, f"override {_shown(text)}")))
+                parsed.append((dotted, _parse(value, f"override {_describe_value(text)}")))
             except ConfigError as error:
                 mistakes.append(str(error))
     if mistakes:
@@ -212,7 +214,9 @@ def set_values(tree: Mapping[str, Any], changes: Iterable[tuple[Dotted, Any]]) -
                 block[part] = {}
             if not isinstance(block[part], dict):
                 path = ".".join(dotted[:depth])
-                mistakes.append(f"{'.'.join(dotted)}: {path} is {_shown(block[part])}, not a block of keys")
+                mistakes.append(
+                    f"{'.'.join(dotted)}: {path} is {_describe_value(block[part])}, not a block of keys"
+                )
                 break
             block = block[part]
         else:
@@ -248,7 +252,7 @@ def build(cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     try:
         return cls(**given, **made)
     except ValueError as error:
-        raise ConfigError(_placed(where, str(error))) from error
+        raise ConfigError(_with_path(where, str(error))) from error
 
 
 def check_numbers(cls: type, values: Mapping[str, Any], where: str = "") -> None:
@@ -313,7 +317,7 @@ def _metadata(kind: Any) -> Iterator[Any]:
 def _validated(cls: type, names: tuple[str, ...], values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The values of some fields as their types have them; ConfigError with every mistake."""
     # As JSON, a list may fill a tuple and a text an enum or a path, while all else stays strict.
-    content = to_json(_readable(values), inf_nan_mode="constants", fallback=repr)
+    content = to_json(_without_huge_integers(values), inf_nan_mode="constants", fallback=repr)
     try:
         given: Any = _fields_adapter(cls, names).validate_json(
             content, strict=True, extra="forbid", context=where
@@ -323,17 +327,17 @@ def _validated(cls: type, names: tuple[str, ...], values: Mapping[str, Any], whe
     return dict(vars(given))
 
 
-def _readable(value: Any) -> Any:
+def _without_huge_integers(value: Any) -> Any:
     """Put infinity for every integer that is too long to be read again."""
     if isinstance(value, Mapping):
-        return {name: _readable(item) for name, item in value.items()}
+        return {name: _without_huge_integers(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_readable(item) for item in value]
-    too_long = isinstance(value, int) and value.bit_length() > _MOST_BITS
+        return [_without_huge_integers(item) for item in value]
+    too_long = isinstance(value, int) and value.bit_length() > _MAX_BITS
     return math.copysign(math.inf, 1 if value > 0 else -1) if too_long else value
 
 
-_MOST_BITS = 8192
+_MAX_BITS = 8192
 
 
 @cache
@@ -403,8 +407,8 @@ def _check_size(text: str) -> None:
     for event in yaml.parse(text, Loader=_Loader):
         size = 0
         if isinstance(event, yaml.CollectionStartEvent):
-            if len(opened) == _DEEPEST:
-                refuse(event, f"more than {_DEEPEST} blocks inside each other")
+            if len(opened) == _MAX_DEPTH:
+                refuse(event, f"more than {_MAX_DEPTH} blocks inside each other")
             opened.append((event.anchor, 1))
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, size = opened.pop()
@@ -418,8 +422,8 @@ def _check_size(text: str) -> None:
             sizes |= {} if event.anchor is None else {event.anchor: 1}
         if opened and size:
             opened[-1] = (opened[-1][0], opened[-1][1] + size)
-        if sum(inner for _, inner in opened) > _MOST_VALUES:
-            refuse(event, f"more than {_MOST_VALUES:,} values, aliases included")
+        if sum(inner for _, inner in opened) > _MAX_VALUES:
+            refuse(event, f"more than {_MAX_VALUES:,} values, aliases included")
 
 
 def _parse(text: str, place: str) -> Any:
@@ -467,9 +471,9 @@ def _describe(error: ValidationError, cls: type, tree: Mapping[str, Any], where:
             lines.append(f"{path}: is missing")
         elif leaf_is_no_value:
             hint = suggestion(str(loc[-1]), _fields(cls, keys))
-            lines.append(f"{path}: unknown key (got {_shown(got[loc[-1]])}; {hint})")
+            lines.append(f"{path}: unknown key (got {_describe_value(got[loc[-1]])}; {hint})")
         elif kind in ("value_error", "assertion_error"):
-            lines.append(_placed(path, message))
+            lines.append(_with_path(path, message))
         else:
             wish = _WRONG_TYPE.get(kind, message)
             if kind in _NUMBER_TYPES and not isinstance(got, bool):  # of true and false the type says all
@@ -479,11 +483,11 @@ def _describe(error: ValidationError, cls: type, tree: Mapping[str, Any], where:
             wrong.setdefault(path, (got, []))[1].append(wish)
     for path, (got, wanted) in wrong.items():
         wish = " or ".join(dict.fromkeys(wanted))
-        lines.append(f"{path or 'here'}: wrong value (got {_shown(got)}, wanted {wish})")
+        lines.append(f"{path or 'here'}: wrong value (got {_describe_value(got)}, wanted {wish})")
     return lines
 
 
-def _placed(path: str, message: str) -> str:
+def _with_path(path: str, message: str) -> str:
     """Put the path in front, unless the block's own check has already named it."""
     return message if not path or message.startswith(path) else f"{path}: {message}"
 
@@ -534,7 +538,7 @@ def _dataclasses_in(kind: Any) -> list[Any]:
     return [inner for part in typing.get_args(kind) for inner in _dataclasses_in(part)]
 
 
-def _shown(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     try:
         text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     except ValueError:  # Python writes no integer of more than some thousand digits

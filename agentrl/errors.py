@@ -45,3 +45,7 @@ class TooManyAbortedError(AgentRLError):
 
 class NonFiniteError(AgentRLError):
     """Losses, gradients or weights are not finite; what is not is neither applied twice nor kept."""
+
+
+class ClusterLostError(AgentRLError):
+    """The connection to Ray is lost: its head, or the node on this machine, ended."""

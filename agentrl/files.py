@@ -102,7 +102,7 @@ def remove_folder(path: Path) -> None:
     _discard(old)
 
 
-def clear_remnants(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what killed writers left in a folder. Only for one that nobody else writes into."""
     for pattern in ("*.partial", ".*.old", ".*.new"):
         for path in folder.glob(pattern):

@@ -103,7 +103,7 @@ def current_import() -> str | None:
     return _imports.current
 
 
-def announce(kind: Kind, module: str) -> None:
+def record_registration(kind: Kind, module: str) -> None:
     """Take note that code of `module` has registered something."""
     _imports.by_module.setdefault(module, set()).add(kind)
     if _imports.current is not None:
@@ -127,14 +127,14 @@ def withheld_hint() -> str:
     if not missing:
         return ""
     whose = ", ".join(dict.fromkeys(_imports.withheld[name] for name in missing))
-    options = " ".join(f"--import {shown(name)}" for name in missing)
+    options = " ".join(f"--import {shell_quoted(name)}" for name in missing)
     return (
         f". {whose} was made with {options}: nothing that a run's folder names is executed unasked; if you "
         "trust it, name it again (in Python: agentrl.load_imports)"
     )
 
 
-def shown(name: str) -> str:
+def shell_quoted(name: str) -> str:
     """Return a name as a shell takes it; one that would steer the terminal escaped."""
     return shlex.quote(name) if name.isprintable() else repr(name)
 

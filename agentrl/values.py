@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 
-LONGEST_TEXT = 1_000_000  # characters
-LARGEST_BITS = 1024  # of an integer: more would be no number to whoever reads the JSON
-DEEPEST = 16
-MOST_ITEMS = 10_000
-LONGEST_MESSAGE = 4_000  # characters of an error that are kept
+MAX_TEXT_CHARS = 1_000_000  # characters
+MAX_INTEGER_BITS = 1024  # of an integer: more would be no number to whoever reads the JSON
+MAX_DEPTH = 16
+MAX_ITEMS = 10_000
+MAX_MESSAGE_CHARS = 4_000  # characters of an error that are kept
 
 
 class ValueFaultError(Exception):
     """Says what is wrong with a value, as in `is {1, 2} (set), wanted text`."""
 
 
-def as_text(value: object, most: int | None = LONGEST_TEXT) -> str:
+def as_text(value: object, most: int | None = MAX_TEXT_CHARS) -> str:
     """Return a text as a plain str that can be written as UTF-8.
 
     Args:
@@ -34,7 +34,7 @@ def as_text(value: object, most: int | None = LONGEST_TEXT) -> str:
         ValueFaultError: it is none, is longer, or holds a lone surrogate.
     """
     if not isinstance(value, str):
-        raise ValueFaultError(f"is {shown(value)}, wanted a str")
+        raise ValueFaultError(f"is {describe_value(value)}, wanted a str")
     text = str.__str__(value)
     if most is not None and len(text) > most:
         raise ValueFaultError(f"has {len(text):,} characters, wanted at most {most:,}")
@@ -56,7 +56,7 @@ def as_flag(value: object) -> bool:
     """
     value = _unboxed(value)
     if not isinstance(value, bool | np.bool_):
-        raise ValueFaultError(f"is {shown(value)}, wanted a bool")
+        raise ValueFaultError(f"is {describe_value(value)}, wanted a bool")
     return bool(value)
 
 
@@ -74,7 +74,7 @@ def as_number(value: object) -> float:
             number = math.nan
         if math.isfinite(number):
             return number
-    raise ValueFaultError(f"is {shown(value)}, wanted a finite real number")
+    raise ValueFaultError(f"is {describe_value(value)}, wanted a finite real number")
 
 
 def as_key(value: object) -> str | int:
@@ -87,7 +87,7 @@ def as_key(value: object) -> str | int:
     if isinstance(value, Integral | np.bool_):
         return _as_integer(value)
     if not isinstance(value, str):
-        raise ValueFaultError(f"is {shown(value)}, wanted str or int")
+        raise ValueFaultError(f"is {describe_value(value)}, wanted str or int")
     return as_text(value)
 
 
@@ -97,14 +97,14 @@ def as_json(value: object) -> Any:
     Raises:
         ValueFaultError: something in it is none of these, or there is too much of it.
     """
-    return _as_json(value, DEEPEST, [MOST_ITEMS])
+    return _as_json(value, MAX_DEPTH, [MAX_ITEMS])
 
 
 def _as_json(value: object, deepest: int, left: list[int]) -> Any:
     value = _unboxed(value)
     left[0] -= 1
     if left[0] < 0:
-        raise ValueFaultError(f"holds more than {MOST_ITEMS:,} values")
+        raise ValueFaultError(f"holds more than {MAX_ITEMS:,} values")
     if value is None:
         return None
     if isinstance(value, bool | np.bool_):
@@ -117,21 +117,22 @@ def _as_json(value: object, deepest: int, left: list[int]) -> Any:
         return as_text(value)
     if not isinstance(value, Mapping | list | tuple | np.ndarray):
         raise ValueFaultError(
-            f"is {shown(value)}, wanted null, a bool, a number, text, a list or a mapping of text to these"
+            f"is {describe_value(value)}, wanted null, a bool, a number, text, a list or a mapping of text to "
+            "these"
         )
     if deepest == 0:
-        raise ValueFaultError(f"is nested more than {DEEPEST} deep")
+        raise ValueFaultError(f"is nested more than {MAX_DEPTH} deep")
     if isinstance(value, Mapping):
         plain = {}
         for key, item in value.items():
             try:
                 plain[as_text(key)] = _as_json(item, deepest - 1, left)
             except ValueFaultError as fault:
-                where = "has a key that" if not isinstance(key, str) else f"at {shown(key)}"
+                where = "has a key that" if not isinstance(key, str) else f"at {describe_value(key)}"
                 raise ValueFaultError(f"{where} {fault}") from fault
         return plain
-    if isinstance(value, np.ndarray) and value.size > MOST_ITEMS:
-        raise ValueFaultError(f"holds more than {MOST_ITEMS:,} values")
+    if isinstance(value, np.ndarray) and value.size > MAX_ITEMS:
+        raise ValueFaultError(f"holds more than {MAX_ITEMS:,} values")
     return [_as_json(item, deepest - 1, left) for item in value]
 
 
@@ -144,19 +145,19 @@ def as_text_list(value: object) -> list[str]:
     if isinstance(value, np.ndarray) and value.ndim == 1:
         value = list(value)
     if not isinstance(value, list | tuple):
-        raise ValueFaultError(f"is {shown(value)}, wanted a list of str")
+        raise ValueFaultError(f"is {describe_value(value)}, wanted a list of str")
     texts = []
     for item in value:
         if not isinstance(item, str):
-            raise ValueFaultError(f"holds {shown(item)}, wanted only str")
+            raise ValueFaultError(f"holds {describe_value(item)}, wanted only str")
         try:
             texts.append(as_text(item))
         except ValueFaultError as fault:
-            raise ValueFaultError(f"holds {shown(item)}, which {fault}") from fault
+            raise ValueFaultError(f"holds {describe_value(item)}, which {fault}") from fault
     return texts
 
 
-def shown(value: object) -> str:
+def describe_value(value: object) -> str:
     """Describe a value for a message: its repr, cut, and its type; whatever it is, this does not fail."""
     if isinstance(value, str | bytes):
         value, kind = value[:200], type(value).__name__
@@ -166,24 +167,24 @@ def shown(value: object) -> str:
         text = repr(value)
     except Exception:  # of an integer with thousands of digits, or as its class would have it
         text = "a value without a repr"
-    return f"{keepable(text if len(text) <= 80 else text[:80] + '…')} ({kind})"
+    return f"{storable(text if len(text) <= 80 else text[:80] + '…')} ({kind})"
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return the type and message of somebody else's exception, as text that can be kept."""
     try:
         message = str(error)
     except BaseException:
         message = "a message that cannot be read"
-    return keepable(f"{type(error).__name__}: {message}")
+    return storable(f"{type(error).__name__}: {message}")
 
 
-def keepable(text: str) -> str:
+def storable(text: str) -> str:
     """Return a text that can be written as UTF-8 and is not endless: surrogates escaped, the rest cut."""
     text = text.encode("utf-8", "backslashreplace").decode()
-    if len(text) <= LONGEST_MESSAGE:
+    if len(text) <= MAX_MESSAGE_CHARS:
         return text
-    return f"{text[: LONGEST_MESSAGE - 40]}… ({len(text):,} characters)"
+    return f"{text[: MAX_MESSAGE_CHARS - 40]}… ({len(text):,} characters)"
 
 
 def _unboxed(value: object) -> object:
@@ -193,8 +194,8 @@ def _unboxed(value: object) -> object:
 
 def _as_integer(value: Any) -> int:
     number = int(value)
-    if number.bit_length() > LARGEST_BITS:
+    if number.bit_length() > MAX_INTEGER_BITS:
         raise ValueFaultError(
-            f"is an integer of {number.bit_length():,} bits, wanted at most {LARGEST_BITS:,}"
+            f"is an integer of {number.bit_length():,} bits, wanted at most {MAX_INTEGER_BITS:,}"
         )
     return number

@@ -25,7 +25,7 @@ from agentrl.rollout.players import RandomPlayer
 from agentrl.rollout.settings import WorkersConfig
 from agentrl.rollout.workers import ProcessEnvironments
 from agentrl.run.evaluate import data_label
-from agentrl.values import ValueFaultError, as_json, as_number, described, shown
+from agentrl.values import ValueFaultError, as_json, as_number, describe_error, describe_value
 
 
 class Kind(str):
@@ -243,10 +243,10 @@ def test_describing_never_fails() -> None:
         def __repr__(self) -> str:
             raise RuntimeError("no")
 
-    assert shown(Mute()) == "a value without a repr (Mute)"
-    assert shown("\ud800") == r"'\ud800' (str)"
-    assert len(shown("x" * 10**6)) < 100
-    assert described(ValueError("\ud800")) == r"ValueError: \ud800"
+    assert describe_value(Mute()) == "a value without a repr (Mute)"
+    assert describe_value("\ud800") == r"'\ud800' (str)"
+    assert len(describe_value("x" * 10**6)) < 100
+    assert describe_error(ValueError("\ud800")) == r"ValueError: \ud800"
     assert Stop(StopReason.ENV_ERROR, "\ud800").error == r"\ud800"
 
 

@@ -16,12 +16,12 @@ from agentrl.values import (
     as_number,
     as_text,
     as_text_list,
-    shown,
+    describe_value,
 )
 
 RESET_PARTS = ("observation", "info")
 STEP_PARTS = ("observation", "reward", "terminated", "truncated", "info")
-LONGEST_NAME = 1_000  # characters of a name that scores are grouped by
+MAX_NAME_CHARS = 1_000  # characters of a name that scores are grouped by
 
 _Rule = Callable[[object], Any]
 
@@ -37,7 +37,7 @@ RULES: Mapping[str, _Rule] = {
     "success": as_flag,
     "actions": _or_none(as_text_list),
     "score": _or_none(as_number),
-    "task_type": _or_none(lambda value: as_text(value, LONGEST_NAME)),
+    "task_type": _or_none(lambda value: as_text(value, MAX_NAME_CHARS)),
     "expert": _or_none(as_text),
     "state_key": _or_none(as_key),
     "valid": as_flag,
@@ -78,11 +78,11 @@ def plain_info(info: object) -> dict[str, Any]:
         ValueFaultError: naming the key, its value and what is wanted.
     """
     if not isinstance(info, Mapping):
-        raise ValueFaultError(f"info is {shown(info)}, wanted a mapping")
+        raise ValueFaultError(f"info is {describe_value(info)}, wanted a mapping")
     plain: dict[str, Any] = {}
     for key, value in info.items():
         if not isinstance(key, str):
-            raise ValueFaultError(f"info has the key {shown(key)}, wanted only str")
+            raise ValueFaultError(f"info has the key {describe_value(key)}, wanted only str")
         plain[key] = _named(f"info[{key!r}]", RULES[key], value) if key in RULES else value
     if "success" not in plain:
         raise ValueFaultError("info['success'] is missing, wanted a bool: is the task solved so far?")
@@ -111,7 +111,7 @@ def shape_fault(answer: object, parts: tuple[str, ...]) -> str | None:
     """A tuple with one entry for each of `parts`."""
     if isinstance(answer, tuple) and len(answer) == len(parts):
         return None
-    found = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else f"{shown(answer)}"
+    found = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else f"{describe_value(answer)}"
     return f"returned {found}, wanted the tuple ({', '.join(parts)})"
 
 

@@ -28,13 +28,13 @@ from agentrl.env.probe import (
     Gym,
     Probe,
     Walk,
-    blame,
-    expert_of,
+    expert_actions,
     oversize_fault,
+    raise_fault,
     unpack,
 )
 from agentrl.errors import AgentRLError
-from agentrl.values import ValueFaultError, as_text, shown
+from agentrl.values import ValueFaultError, as_text, describe_value
 
 NO_SUCH = "agentrl: no such name"
 LISTED_TASKS = 10_000
@@ -50,12 +50,12 @@ def interface(probe: Probe) -> str:
         raise FaultError(probe.blocked)
     splits = known.splits
     if not isinstance(splits, tuple) or not splits or not all(isinstance(name, str) for name in splits):
-        probe.blocked = f"splits is {shown(splits)}, wanted a tuple of at least one str"
+        probe.blocked = f"splits is {describe_value(splits)}, wanted a tuple of at least one str"
         raise FaultError(probe.blocked)
     if determinism(env) not in ("episode", "instance"):
-        raise FaultError(f"determinism is {shown(determinism(env))}, wanted 'episode' or 'instance'")
+        raise FaultError(f"determinism is {describe_value(determinism(env))}, wanted 'episode' or 'instance'")
     if not isinstance(getattr(known, "thread_safe", False), bool):
-        raise FaultError(f"thread_safe is {shown(known.thread_safe)}, wanted a bool")
+        raise FaultError(f"thread_safe is {describe_value(known.thread_safe)}, wanted a bool")
     for name in ("observation_space", "action_space"):
         space = getattr(env, name, None)
         if space is None or not all(space.contains(text) for text in ("", "ä 漢\n", "a" * 10_000)):
@@ -69,7 +69,9 @@ def task_ids(probe: Probe) -> str:
     for split in first.splits:
         tasks = first.tasks(split)
         if not isinstance(tasks, Sequence) or isinstance(tasks, str) or not len(tasks):
-            raise FaultError(f"tasks({split!r}) is {shown(tasks)}, wanted a sequence of at least one id")
+            raise FaultError(
+                f"tasks({split!r}) is {describe_value(tasks)}, wanted a sequence of at least one id"
+            )
         fault = _listing_fault(tasks)
         if fault is not None:
             raise FaultError(f"tasks({split!r}) {fault}")
@@ -86,7 +88,7 @@ def _listing_fault(tasks: Sequence[Any]) -> str | None:
     listed = list(islice(tasks, LISTED_TASKS))
     for task in listed:
         if not isinstance(task, str) or not task:
-            return f"holds {shown(task)}, wanted str ids"
+            return f"holds {describe_value(task)}, wanted str ids"
         try:
             as_text(task)
         except ValueFaultError as fault:
@@ -105,9 +107,9 @@ def answers(probe: Probe) -> str:
     for walk in probe.walks():
         for turn, answer in enumerate(walk.answers):
             if not isinstance(answer[-1], Mapping):
-                blame(f"info is {shown(answer[-1])}, wanted a mapping", walk, turn)
+                raise_fault(f"info is {describe_value(answer[-1])}, wanted a mapping", walk, turn)
             if len(answer) == len(STEP_PARTS):
-                blame(reward_fault(answer[1]), walk, turn)
+                raise_fault(reward_fault(answer[1]), walk, turn)
     return f"{_count(probe.walks())}: tuples of 2 and 5, finite rewards, info a mapping"
 
 
@@ -115,14 +117,16 @@ def observations(probe: Probe) -> str:
     """Every observation is a text of the observation space."""
     for walk in probe.walks():
         for turn, answer in enumerate(walk.answers):
-            blame(observation_fault(answer[0]) or oversize_fault(probe.twins()[0], answer[0]), walk, turn)
+            raise_fault(
+                observation_fault(answer[0]) or oversize_fault(probe.twins()[0], answer[0]), walk, turn
+            )
     return "every observation is a str, and no longer than its space allows"
 
 
 def success(probe: Probe) -> str:
     """Every info says in a bool whether the task is solved."""
     for walk, turn, info in _infos(probe):
-        blame(success_fault(info), walk, turn)
+        raise_fault(success_fault(info), walk, turn)
     return "a bool in every info"
 
 
@@ -130,7 +134,7 @@ def optional_info(probe: Probe) -> str:
     """The optional keys of info hold what the contract says."""
     seen: set[str] = set()
     for walk, turn, info in _infos(probe):
-        blame(optional_fault(info), walk, turn)
+        raise_fault(optional_fault(info), walk, turn)
         seen |= info.keys() & {*COMPARED_INFO} - {"success"}
     return f"info also holds {', '.join(sorted(seen)) or 'nothing'}"
 
@@ -142,9 +146,11 @@ def flags(probe: Probe) -> str:
         walks += _solved_at_the_limit(probe)
     for walk in walks:
         for turn, (_, _, terminated, truncated, _) in enumerate(walk.answers[1:], start=1):
-            blame(flag_fault("terminated", terminated) or flag_fault("truncated", truncated), walk, turn)
+            raise_fault(
+                flag_fault("terminated", terminated) or flag_fault("truncated", truncated), walk, turn
+            )
             if terminated and truncated:
-                blame("terminated and truncated are both set", walk, turn)
+                raise_fault("terminated and truncated are both set", walk, turn)
     return f"terminated and truncated are bools, never both true, in {_count(walks)}"
 
 
@@ -155,7 +161,7 @@ def _solved_at_the_limit(probe: Probe) -> Iterator[Walk]:
     env = (probe.limited(steps, expert=True) or probe.limited(steps)) if solved else None
     for walk in solved:
         if env is not None and len(walk.actions) == steps:
-            yield probe.walk(env, walk.task, expert_of(env), steps)
+            yield probe.walk(env, walk.task, expert_actions(env), steps)
 
 
 def hashes(probe: Probe) -> str:
@@ -165,7 +171,9 @@ def hashes(probe: Probe) -> str:
     for walk in probe.walks():
         content = first.task_hash(walk.task)
         if not isinstance(content, str) or re.fullmatch("[0-9a-f]{64}", content) is None:
-            raise FaultError(f"task_hash({walk.task!r}) is {shown(content)}, wanted 64 lower-case hex digits")
+            raise FaultError(
+                f"task_hash({walk.task!r}) is {describe_value(content)}, wanted 64 lower-case hex digits"
+            )
         if content != first.task_hash(walk.task) or content != second.task_hash(walk.task):
             raise FaultError(f"task_hash({walk.task!r}) is another one the second time")
         found.add(content)
@@ -176,7 +184,7 @@ def hashes(probe: Probe) -> str:
 
 def unknown_names(probe: Probe) -> str:
     """Unknown splits and tasks are refused with an AgentRLError."""
-    env = probe.fresh()
+    env = probe.new_env()
     known: Any = env.unwrapped
     calls: tuple[tuple[str, Callable[[], Any]], ...] = (
         ("tasks(an unknown split)", lambda: known.tasks(NO_SUCH)),
@@ -212,7 +220,7 @@ def group_resets(probe: Probe) -> str:
     def again() -> Iterator[tuple[Walk, Walk]]:
         env = probe.twins()[1]
         for walk in reversed(probe.walks()):
-            begun = walk.begin(len(walk.actions) // 2)
+            begun = walk.prefix(len(walk.actions) // 2)
             yield begun, probe.replay(env, begun)  # reset in the middle of it
             yield walk, probe.replay(env, walk)
 

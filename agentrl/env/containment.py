@@ -19,7 +19,7 @@ import gymnasium
 from agentrl import values
 from agentrl.errors import EnvironmentContractError
 
-LARGEST_ANSWER = 16 << 20  # bytes of an observation with its info
+MAX_ANSWER_BYTES = 16 << 20  # bytes of an observation with its info
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM")
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -31,7 +31,7 @@ class EscapeError(Exception):
     """An environment raised what no `except Exception` stops; the message is what it was."""
 
 
-def contained(call: Callable[[], T]) -> T:
+def call_contained(call: Callable[[], T]) -> T:
     """Call an environment.
 
     In a copy of this process that the environment forked and let come back, nothing goes on.
@@ -49,7 +49,7 @@ def contained(call: Callable[[], T]) -> T:
         signals.raise_again()
         if isinstance(error, Exception):
             raise
-        raise EscapeError(described(error)) from error
+        raise EscapeError(describe_error(error)) from error
     _end_copy(process)
     signals.raise_again()
     return answer
@@ -59,13 +59,13 @@ def close_contained(env: Any) -> None:
     """Close an environment that nobody needs any more, whatever that raises."""
     try:
         with signals:
-            contained(env.close)
+            call_contained(env.close)
     except Exception:
         return
 
 
 @contextmanager
-def opened(make: Callable[[], Env]) -> Iterator[Env]:
+def open_env(make: Callable[[], Env]) -> Iterator[Env]:
     """Make an environment of this process, to be asked about its tasks in a `with` block, and close it.
 
     Raises:
@@ -74,19 +74,21 @@ def opened(make: Callable[[], Env]) -> Iterator[Env]:
     env: Env | None = None
     with signals:
         try:
-            env = contained(make)
+            env = call_contained(make)
             yield env
         except (EscapeError, SystemExit) as error:
             where = "constructor" if env is None else "unwrapped"
-            raise EnvironmentContractError(f"the environment's {where} raised {described(error)}") from error
+            raise EnvironmentContractError(
+                f"the environment's {where} raised {describe_error(error)}"
+            ) from error
         finally:
             if env is not None:
                 close_contained(env)
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return the kind of an exception and what it says, bounded and writable."""
-    return str(error) if isinstance(error, EscapeError) else values.described(error)
+    return str(error) if isinstance(error, EscapeError) else values.describe_error(error)
 
 
 def check_size(observation: str, info: Mapping[str, Any]) -> None:
@@ -95,8 +97,8 @@ def check_size(observation: str, info: Mapping[str, Any]) -> None:
     Raises:
         EnvironmentContractError: saying how large it is, or at least is.
     """
-    size = sys.getsizeof(observation) + _size(info, LARGEST_ANSWER)
-    if size > LARGEST_ANSWER:
+    size = sys.getsizeof(observation) + _size(info, MAX_ANSWER_BYTES)
+    if size > MAX_ANSWER_BYTES:
         raise too_large(size)
 
 
@@ -104,7 +106,7 @@ def too_large(size: int) -> EnvironmentContractError:
     """Build the error for an answer of so many bytes."""
     return EnvironmentContractError(
         f"the observation and info of one call take {size / 2**20:.0f} MB, wanted at most "
-        f"{LARGEST_ANSWER >> 20} MB"
+        f"{MAX_ANSWER_BYTES >> 20} MB"
     )
 
 

@@ -10,7 +10,7 @@ import gymnasium
 
 from agentrl.env.answers import reset_answer, step_answer
 from agentrl.env.checks import CHECKS, MEASUREMENTS, determinism
-from agentrl.env.containment import EscapeError, contained, described, signals
+from agentrl.env.containment import EscapeError, call_contained, describe_error, signals
 from agentrl.env.probe import FaultError, Probe, SkipError
 from agentrl.errors import EnvironmentContractError, MissingDependencyError
 from agentrl.terminal import Terminal, plain
@@ -23,7 +23,7 @@ __all__ = ["Check", "ContractReport", "TextEnv", "check_text_env", "reset_answer
 Determinism = Literal["episode", "instance"]
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "dim"}
 _PLAIN_WIDTH = 110
-_UNSEEN = "not looked at: "  # by the checks after one that could play nothing
+_NOT_CHECKED = "not looked at: "  # by the checks after one that could play nothing
 
 
 class TextEnv(Protocol):
@@ -43,7 +43,7 @@ class TextEnv(Protocol):
     - `other_success`: whether another task's goal was reached, see `other_goal` in `run.evaluate`.
 
     Numbers may be of numpy, `Fraction` or `Decimal`, flags and texts of numpy: they become Python's. What
-    these keys hold must be finite, and texts no longer than `agentrl.values.LONGEST_TEXT`; else the episode
+    these keys hold must be finite, and texts no longer than `agentrl.values.MAX_TEXT_CHARS`; else the episode
     is aborted. All other keys are for players alone: they are neither checked nor stored.
 
     `step` sets at most one of `terminated` (the task is over, good or bad) and `truncated` (the step limit),
@@ -159,7 +159,7 @@ class ContractReport:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         for column in ("claim", "", "what was seen"):
             table.add_column(column, no_wrap=column != "what was seen", overflow="fold")
-        unseen = [check for check in self.checks if check.detail.startswith(_UNSEEN)]
+        unseen = [check for check in self.checks if check.detail.startswith(_NOT_CHECKED)]
         for check in self.checks[: len(self.checks) - max(0, len(unseen) - 1)]:
             name = f"{len(unseen)} others" if check in unseen else check.name
             table.add_row(plain(name), plain(check.status, _STYLES[check.status]), plain(check.detail))
@@ -223,20 +223,20 @@ def _checked(probe: Probe) -> ContractReport:
             checks=checks,
         )
     finally:
-        probe.tidy(failed=True)
+        probe.close_envs(failed=True)
 
 
 def _run(name: str, check: Callable[[Probe], str], probe: Probe) -> Check:
     if probe.blocked is not None:
-        return Check(name, "skipped", f"{_UNSEEN}{probe.blocked}")
+        return Check(name, "skipped", f"{_NOT_CHECKED}{probe.blocked}")
     result = _look(name, check, probe)
-    probe.tidy(failed=result.status == "failed")
+    probe.close_envs(failed=result.status == "failed")
     return result
 
 
 def _look(name: str, check: Callable[[Probe], str], probe: Probe) -> Check:
     try:
-        return Check(name, "passed", contained(lambda: check(probe)))
+        return Check(name, "passed", call_contained(lambda: check(probe)))
     except SkipError as reason:
         return Check(name, "skipped", str(reason))
     except FaultError as fault:
@@ -244,7 +244,7 @@ def _look(name: str, check: Callable[[Probe], str], probe: Probe) -> Check:
     except MissingDependencyError:
         raise
     except Exception as error:
-        return Check(name, "failed", f"raised {described(error)}")
+        return Check(name, "failed", f"raised {describe_error(error)}")
 
 
 def _declared(known: Any) -> Iterator[str]:

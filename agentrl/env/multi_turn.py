@@ -9,7 +9,7 @@ import gymnasium
 from gymnasium.error import ResetNeeded
 
 from agentrl.env.names import unknown
-from agentrl.env.numbers import MOST_STEPS, whole_number
+from agentrl.env.numbers import MAX_STEPS, whole_number
 from agentrl.env.problems import TaskIds, content_hash, find_problem
 from agentrl.env.spaces import TextSpace
 from agentrl.errors import ConfigError
@@ -56,7 +56,7 @@ class MultiTurnEnv(gymnasium.Env[str, str], ABC):
     def __init__(self, split: str | None = None, max_steps: int | None = None, expert: bool = False) -> None:
         if split is not None and split not in self.splits:
             raise unknown("split", split, self.splits)
-        limit = whole_number("max_steps", self.max_steps if max_steps is None else max_steps, 1, MOST_STEPS)
+        limit = whole_number("max_steps", self.max_steps if max_steps is None else max_steps, 1, MAX_STEPS)
         if expert and not callable(getattr(self, "expert", None)):
             raise ConfigError(f"expert: {type(self).__name__} has no expert() to be asked")
         self.split = self.splits[0] if split is None else split

@@ -2,10 +2,10 @@
 
 from agentrl.errors import ConfigError
 
-MOST_STEPS = 1_000_000  # of an episode
+MAX_STEPS = 1_000_000  # of an episode
 
 
-def whole_number(name: str, value: object, least: int, most: int = 1_000_000) -> int:
+def whole_number(name: str, value: object, minimum: int, most: int = 1_000_000) -> int:
     """Return `value`, if it is a whole number within bounds.
 
     >>> whole_number("max_steps", 30, 1, 100)
@@ -14,9 +14,9 @@ def whole_number(name: str, value: object, least: int, most: int = 1_000_000) ->
     Raises:
         ConfigError: it is not, with its name and the bounds.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= most:
         raise ConfigError(
-            f"{name}: {_shown(value)}, wanted a whole number of at least {least} and at most {most}"
+            f"{name}: {_shown(value)}, wanted a whole number of at least {minimum} and at most {most}"
         )
     return value
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import gymnasium
 
-from agentrl.env.containment import opened
+from agentrl.env.containment import open_env
 from agentrl.env.names import unknown
 from agentrl.env.registry import make
 from agentrl.errors import AgentRLError, CheckpointError, PanelError
@@ -119,7 +119,7 @@ def make_panel(
     if tasks < 1:
         raise PanelError(f"a panel of {tasks} tasks was asked for, wanted at least 1")
     if environment is None:
-        with opened(lambda: make(env, split=split, **(env_kwargs or {}))) as environment:
+        with open_env(lambda: make(env, split=split, **(env_kwargs or {}))) as environment:
             return make_panel(env, split, tasks, env_kwargs, environment)
     known: Any = environment.unwrapped
     if split not in known.splits:
@@ -169,7 +169,7 @@ def verify(panel: Panel, environment: gymnasium.Env[str, str] | None = None) -> 
         PanelError: a task is gone or has other content.
     """
     if environment is None:
-        with opened(lambda: make(panel.env, split=panel.split, **panel.env_kwargs)) as environment:
+        with open_env(lambda: make(panel.env, split=panel.split, **panel.env_kwargs)) as environment:
             verify(panel, environment)
         return
     known: Any = environment.unwrapped

@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 
 from agentrl.env.answers import RESET_PARTS, STEP_PARTS, shape_fault
-from agentrl.env.containment import close_contained, contained
+from agentrl.env.containment import call_contained, close_contained
 from agentrl.errors import AgentRLError, MissingDependencyError
 from agentrl.values import ValueFaultError, as_text_list
 
@@ -25,7 +25,7 @@ Gym = gymnasium.Env[str, str]
 Choose = Callable[[int, Any], str | None]  # (turn, last info) -> action, or None to stop
 
 IDLE_ACTIONS = ("agentrl idles", "look", "wait", "help")
-LONGEST_EPISODE = 500
+MAX_EPISODE_STEPS = 500
 COMPARED_INFO = ("success", "score", "valid", "task_type", "expert", "state_key", "actions")
 _UNLIKELY_SEED = 3_141_592_653
 _PYTHONS_OWN = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
@@ -71,7 +71,7 @@ class Walk:
             return f"has {len(again.actions)} steps, at first {len(self.actions)}"
         return None
 
-    def begin(self, turns: int) -> "Walk":
+    def prefix(self, turns: int) -> "Walk":
         """Its first turns."""
         return Walk(self.task, self.actions[:turns], self.answers[: turns + 1])
 
@@ -97,27 +97,31 @@ class Probe:
     blocked: str | None = None  # why no further check can look at anything
     splits: dict[str, int] = field(default_factory=dict)  # how many tasks each has
     repeats: dict[str, str | None] = field(default_factory=dict)  # check -> the first difference
-    early: list[str] = field(default_factory=list)  # processes that run before anything was reset
-    touched: list[str] = field(default_factory=list)  # global random number generators that were changed
+    started_early: list[str] = field(default_factory=list)  # processes that run before anything was reset
+    changed_generators: list[str] = field(
+        default_factory=list
+    )  # global random number generators that were changed
     seconds: dict[str, list[float]] = field(default_factory=dict)  # what it took to construct, reset, step
-    born: "set[psutil.Process]" = field(default_factory=lambda: running_processes())  # before any was made
+    processes_before: "set[psutil.Process]" = field(
+        default_factory=lambda: running_processes()
+    )  # before any was made
     _made: list[Gym] = field(default_factory=list)
     _twins: tuple[Gym, Gym] | None = None
     _tasks: list[str] | None = None
     _walks: list[Walk] | None = None
     _expert_walks: list[Walk] | None = None
 
-    def fresh(self, **kwargs: Any) -> Gym:
+    def new_env(self, **kwargs: Any) -> Gym:
         """A new environment, open until the end of the check."""
-        with self._clock("construct"):
-            env = contained(lambda: self.make(**kwargs))
+        with self._timed("construct"):
+            env = call_contained(lambda: self.make(**kwargs))
         self._made.append(env)
         return env
 
     def twins(self) -> tuple[Gym, Gym]:
         """Two environments that stay open until a check fails; the walks were played on the first."""
         if self._twins is None:
-            self._twins = self.fresh(), self.fresh()
+            self._twins = self.new_env(), self.new_env()
         return self._twins
 
     def limited(self, max_steps: int, **kwargs: Any) -> Gym | None:
@@ -132,13 +136,13 @@ class Probe:
         if not takes_any and not kwargs.keys() <= parameters.keys():
             return None
         try:
-            return self.fresh(**kwargs)
+            return self.new_env(**kwargs)
         except MissingDependencyError:
             raise
         except AgentRLError:
             return None
 
-    def tidy(self, *, failed: bool) -> None:
+    def close_envs(self, *, failed: bool) -> None:
         """Close what a check made; after one that failed, the twins as well, as nothing is known of them."""
         if failed:
             self._twins = None
@@ -156,7 +160,7 @@ class Probe:
                 self._tasks = [
                     task
                     for split in known.splits
-                    for task in spread(known.tasks(split), self.tasks_per_split)
+                    for task in evenly_spaced(known.tasks(split), self.tasks_per_split)
                 ]
             except MissingDependencyError:
                 raise
@@ -176,10 +180,10 @@ class Probe:
             known: Any = env.unwrapped
             with suppress(Exception):  # hashes are a check of their own
                 known.task_hash(tasks[0])
-            self.early = started_since(self.born)
+            self.started_early = started_since(self.processes_before)
             try:
-                with _global_randomness(self.touched):
-                    self.fresh()
+                with _global_randomness(self.changed_generators):
+                    self.new_env()
                     self._walks = [self.walk(env, task) for task in tasks]
             except Exception as error:
                 self.blocked = f"no episode could be played ({error})"
@@ -190,12 +194,16 @@ class Probe:
         """The expert's way through each sampled task, with time to finish; None where there is no expert."""
         if self._expert_walks is None and self.has_expert():
             env = (
-                self._with(expert=True, max_steps=LONGEST_EPISODE) or self._with(expert=True) or self.fresh()
+                self._with(expert=True, max_steps=MAX_EPISODE_STEPS)
+                or self._with(expert=True)
+                or self.new_env()
             )
-            self._expert_walks = [self.walk(env, t, expert_of(env), LONGEST_EPISODE) for t in self.tasks()]
+            self._expert_walks = [
+                self.walk(env, t, expert_actions(env), MAX_EPISODE_STEPS) for t in self.tasks()
+            ]
         return self._expert_walks
 
-    def purposeful_walks(self) -> list[Walk]:
+    def expert_or_random_walks(self) -> list[Walk]:
         """The expert's walks, if there were any: they use more of an environment than random ones."""
         walks = self.walks()
         return self._expert_walks or walks
@@ -212,13 +220,15 @@ class Probe:
 
     def walk(self, env: Gym, task: str, choose: Choose | None = None, limit: int | None = None) -> Walk:
         """Reset to a task and play: admissible actions at random, or what `choose` says."""
-        with self._clock("reset"):
-            begun = contained(lambda: env.reset(seed=self.seed, options={"task": task}))
+        with self._timed("reset"):
+            begun = call_contained(lambda: env.reset(seed=self.seed, options={"task": task}))
         first = unpack("reset", begun, RESET_PARTS)
-        actions, answers = self.go_on(env, first, choose or self.wander(task), limit or self.steps)
+        actions, answers = self.continue_episode(
+            env, first, choose or self.random_actions(task), limit or self.steps
+        )
         return Walk(task, actions, (first, *answers))
 
-    def go_on(
+    def continue_episode(
         self, env: Gym, last: tuple[Any, ...], choose: Choose, limit: int
     ) -> tuple[tuple[str, ...], tuple[tuple[Any, ...], ...]]:
         """Play on after the answer `last`: to the end, to `limit`, or until `choose` stops."""
@@ -229,49 +239,49 @@ class Probe:
             if action is None:
                 break
             actions.append(action)
-            with self._clock("step"):
-                answer = contained(partial(env.step, action))
+            with self._timed("step"):
+                answer = call_contained(partial(env.step, action))
             answers.append(unpack("step", answer, STEP_PARTS))
         return tuple(actions), tuple(answers[1:])
 
     def replay(self, env: Gym, walk: Walk) -> Walk:
         """Play a walk's actions again."""
-        return self.walk(env, walk.task, follow(walk.actions), max(1, len(walk.actions)))
+        return self.walk(env, walk.task, scripted(walk.actions), max(1, len(walk.actions)))
 
-    def wander(self, task: str) -> Choose:
+    def random_actions(self, task: str) -> Choose:
         """Admissible actions at random; others where none are told."""
         draw = random.Random(f"{self.seed}/{task}")
 
         def choose(turn: int, info: Any) -> str:
             actions = admissible(info)
-            return draw.choice(actions) if actions else idle(turn, info)
+            return draw.choice(actions) if actions else idle_action(turn, info)
 
         return choose
 
     @contextmanager
-    def _clock(self, what: str) -> Iterator[None]:
+    def _timed(self, what: str) -> Iterator[None]:
         begun = perf_counter()
         yield
         self.seconds.setdefault(what, []).append(perf_counter() - begun)
 
 
-def spread(tasks: Sequence[str], count: int) -> list[str]:
+def evenly_spaced(tasks: Sequence[str], count: int) -> list[str]:
     """So many of them, the first included, at equal distances."""
     count = min(count, len(tasks))
     return [tasks[index * len(tasks) // count] for index in range(count)]
 
 
-def follow(actions: tuple[str, ...]) -> Choose:
+def scripted(actions: tuple[str, ...]) -> Choose:
     """A list of actions, then no more."""
     return lambda turn, info: actions[turn] if turn < len(actions) else None
 
 
-def idle(turn: int, info: Any) -> str:
+def idle_action(turn: int, info: Any) -> str:
     """Something that hardly any environment ends an episode for."""
     return IDLE_ACTIONS[turn % len(IDLE_ACTIONS)]
 
 
-def expert_of(env: Gym) -> Choose:
+def expert_actions(env: Gym) -> Choose:
     """The environment's own expert: what it tells in `info`, as players are told, or else when asked."""
     known: Any = env.unwrapped
 
@@ -321,7 +331,7 @@ def oversize_fault(env: Gym, observation: str) -> str | None:
     return None
 
 
-def blame(fault: str | None, walk: Walk, turn: int) -> None:
+def raise_fault(fault: str | None, walk: Walk, turn: int) -> None:
     """Raise a fault, if there is one, with its place: turn 0 is the reset."""
     if fault is not None:
         where = "reset" if turn == 0 else f"step {turn}"
@@ -336,7 +346,7 @@ def comparable(answer: tuple[Any, ...]) -> str:
 
 
 @contextmanager
-def _global_randomness(touched: list[str]) -> Iterator[None]:
+def _global_randomness(changed_generators: list[str]) -> Iterator[None]:
     """Note which global generators are used meanwhile, and leave them as they were."""
     kept = random.getstate(), np.random.get_state()
     # A state that no environment seeds by itself, or seeding it to what it is would not show.
@@ -345,7 +355,7 @@ def _global_randomness(touched: list[str]) -> Iterator[None]:
     before = _global_states()
     try:
         yield
-        touched += [name for name, state in _global_states().items() if state != before[name]]
+        changed_generators += [name for name, state in _global_states().items() if state != before[name]]
     finally:
         random.setstate(kept[0])
         np.random.set_state(kept[1])

@@ -21,7 +21,7 @@ from gymnasium.envs.registration import load_env_creator
 
 from agentrl.env.names import unknown
 from agentrl.errors import AgentRLError, ConfigError, MissingDependencyError
-from agentrl.plugins import announce, current_import, load_imports, loaded_imports, withheld_hint
+from agentrl.plugins import current_import, load_imports, loaded_imports, record_registration, withheld_hint
 
 GROUP = "agentrl.envs"
 _PLUGIN, _IMPORT = "plug-in", "import"
@@ -65,7 +65,7 @@ def register(id: str, entry_point: str | Creator, **kwargs: Any) -> None:
         gymnasium.register(id, entry_point, order_enforce=False, disable_env_checker=True, kwargs=kwargs)
     except gymnasium.error.Error as error:
         raise ConfigError(f"environment id {id!r} cannot be registered: {error}") from error
-    announce("environment", module)
+    record_registration("environment", module)
     if not (previous or "").startswith(_PLUGIN):
         _plugins.owners[id] = owner
 

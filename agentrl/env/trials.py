@@ -13,24 +13,24 @@ import gymnasium
 
 from agentrl.env.answers import observation_fault
 from agentrl.env.probe import (
-    LONGEST_EPISODE,
+    MAX_EPISODE_STEPS,
     FaultError,
     Gym,
     Probe,
     SkipError,
     Walk,
     admissible,
-    blame,
     comparable,
-    follow,
-    idle,
+    idle_action,
     oversize_fault,
+    raise_fault,
     running_processes,
+    scripted,
     started_since,
     step_limit,
 )
 from agentrl.errors import AgentRLError
-from agentrl.values import shown
+from agentrl.values import describe_value
 
 ODD_ACTIONS = (
     *("", " ", "\n", "\t\x00\x7f", "ä ß 漢字 🎲 \u202e", "<task><obs><act><end>", "{}%s\\"),
@@ -51,10 +51,10 @@ def max_steps(probe: Probe) -> str:
     env = env or probe.twins()[0]
     if limit is None:
         raise SkipError("make takes no max_steps and env.unwrapped has none")
-    if limit > LONGEST_EPISODE:
+    if limit > MAX_EPISODE_STEPS:
         raise SkipError(f"max_steps is {limit}: too long to be waited for")
     for task in probe.tasks():
-        for choose in (idle, probe.wander(task)):
+        for choose in (idle_action, probe.random_actions(task)):
             walk = probe.walk(env, task, choose, limit)
             if len(walk.actions) == limit and not walk.ended:
                 raise FaultError(f"task {task!r} goes on after max_steps={limit}")
@@ -69,14 +69,14 @@ def max_steps(probe: Probe) -> str:
 
 def step_after_end(probe: Probe) -> str:
     """A step that no running episode can take raises a clear error."""
-    _refuses_step(probe.fresh(), "before the first reset")
+    _refuses_step(probe.new_env(), "before the first reset")
     env = probe.limited(2) or probe.twins()[0]
     for task in probe.tasks():
-        if probe.walk(env, task, None, LONGEST_EPISODE).ended:
+        if probe.walk(env, task, None, MAX_EPISODE_STEPS).ended:
             _refuses_step(env, "after the end of an episode")
             probe.walk(env, task, None, 1)
             return "refused before the first reset and after the end; a reset helps"
-    raise SkipError(f"no episode ended within {LONGEST_EPISODE} steps")
+    raise SkipError(f"no episode ended within {MAX_EPISODE_STEPS} steps")
 
 
 def _refuses_step(env: Gym, when: str) -> None:
@@ -98,12 +98,14 @@ def odd_actions(probe: Probe) -> str:
     task = probe.tasks()[0]
     for action in ODD_ACTIONS:
         try:
-            observation = probe.walk(env, task, follow((action,)), 1).answers[-1][0]
+            observation = probe.walk(env, task, scripted((action,)), 1).answers[-1][0]
         except Exception as error:
-            raise FaultError(f"the action {shown(action)} raised {type(error).__name__}: {error}") from error
+            raise FaultError(
+                f"the action {describe_value(action)} raised {type(error).__name__}: {error}"
+            ) from error
         fault = observation_fault(observation) or oversize_fault(env, observation)
         if fault is not None and isinstance(observation, str):  # another type is what "observations" is about
-            raise FaultError(f"the action {shown(action)}: {fault}")
+            raise FaultError(f"the action {describe_value(action)}: {fault}")
     return f"{len(ODD_ACTIONS)} accepted: empty, blank, control codes, Unicode, markup, 100,000 characters"
 
 
@@ -114,14 +116,14 @@ def admissible_actions(probe: Probe) -> str:
     for walk in probe.walks():
         first = admissible(walk.answers[0][-1])
         some = draw.sample(first, min(SINGLES, len(first)))
-        singles = [probe.walk(env, walk.task, follow((action,)), 1) for action in some]
+        singles = [probe.walk(env, walk.task, scripted((action,)), 1) for action in some]
         for played in [walk, *singles]:
             for turn, action in enumerate(played.actions):
                 if action not in admissible(played.answers[turn][-1]):
                     continue
                 info = played.answers[turn + 1][-1]
                 if isinstance(info, Mapping) and info.get("valid") is False:
-                    blame(f"{action!r} is in info['actions'] but was not valid", walk, turn + 1)
+                    raise_fault(f"{action!r} is in info['actions'] but was not valid", walk, turn + 1)
                 tried, told = tried + 1, told or (isinstance(info, Mapping) and "valid" in info)
     if not tried:
         raise SkipError("info holds no actions")
@@ -131,8 +133,8 @@ def admissible_actions(probe: Probe) -> str:
 def global_randomness(probe: Probe) -> str:
     """The global random number generators are left alone."""
     probe.walks()
-    if probe.touched:
-        names = " and ".join(probe.touched)
+    if probe.changed_generators:
+        names = " and ".join(probe.changed_generators)
         raise FaultError(f"an episode changed the global state of {names}; use self.np_random")
     return "the global states of random and numpy.random are untouched"
 
@@ -143,14 +145,18 @@ def snapshots(probe: Probe) -> str:
     known: Any = env.unwrapped
     if not callable(getattr(known, "snapshot", None)) or not callable(getattr(known, "restore", None)):
         raise SkipError("not declared")
-    branch = probe.fresh()  # was never reset: the snapshot is all it knows
+    branch = probe.new_env()  # was never reset: the snapshot is all it knows
     other: Any = branch.unwrapped
     for walk in probe.walks():
         half = max(0, min(len(walk.actions) - 1, len(walk.actions) // 2))
-        begun = probe.walk(env, walk.task, follow(walk.actions[:half]), max(1, half))
+        begun = probe.walk(env, walk.task, scripted(walk.actions[:half]), max(1, half))
 
         def onwards(env: Gym, begun: Walk = begun, rest: tuple[str, ...] = walk.actions[half:]) -> list[str]:
-            return list(map(comparable, probe.go_on(env, begun.answers[-1], follow(rest), probe.steps)[1]))
+            return list(
+                map(
+                    comparable, probe.continue_episode(env, begun.answers[-1], scripted(rest), probe.steps)[1]
+                )
+            )
 
         snapshot = known.snapshot()
         other.restore(snapshot)
@@ -180,7 +186,7 @@ def expert(probe: Probe) -> str:
         for turn, action in enumerate(walk.actions):
             offered = admissible(walk.answers[turn][-1])
             if offered and action not in offered:
-                blame(f"the expert's {action!r} is not in info['actions']", walk, turn)
+                raise_fault(f"the expert's {action!r} is not in info['actions']", walk, turn)
     steps = sorted(len(walk.actions) for walk in walks if walk.solved)
     if 2 * len(steps) < len(walks):
         raise FaultError(f"the expert solved {len(steps)} of {len(walks)} tasks, wanted at least half")
@@ -203,7 +209,7 @@ def threads(probe: Probe) -> str:
         turn = index % len(walks)  # not the same task everywhere, or what is shared would agree by chance
         return [(walk, probe.replay(env, walk)) for walk in (walks[turn:] + walks[:turn])[:2]]
 
-    envs = [probe.fresh() for _ in range(THREADS)]
+    envs = [probe.new_env() for _ in range(THREADS)]
     with _eager_threads(), ThreadPoolExecutor(THREADS) as pool:
         pairs = [pair for played in pool.map(play, range(THREADS), envs) for pair in played]
     for walk, again in pairs:
@@ -230,17 +236,19 @@ def _eager_threads() -> Iterator[None]:
 
 def processes(probe: Probe) -> str:
     """No process starts before the first reset, and none is left after `close`."""
-    walk = probe.purposeful_walks()[0]
-    if probe.early:
-        raise FaultError(f"constructing it, listing tasks and hashing one started {', '.join(probe.early)}")
-    probe.tidy(failed=True)  # all: they may share what they start
+    walk = probe.expert_or_random_walks()[0]
+    if probe.started_early:
+        raise FaultError(
+            f"constructing it, listing tasks and hashing one started {', '.join(probe.started_early)}"
+        )
+    probe.close_envs(failed=True)  # all: they may share what they start
     before = running_processes()
-    env = probe.fresh()
-    probe.replay(env, walk.begin(5))
+    env = probe.new_env()
+    probe.replay(env, walk.prefix(5))
     started = started_since(before)
     env.close()
     deadline = monotonic() + PATIENCE
-    while (left := started_since(probe.born)) and monotonic() < deadline:
+    while (left := started_since(probe.processes_before)) and monotonic() < deadline:
         sleep(0.05)
     if left:
         raise FaultError(f"{', '.join(left)} still running {PATIENCE:.0f} s after all were closed")
@@ -251,7 +259,7 @@ def processes(probe: Probe) -> str:
 
 def closing(probe: Probe) -> str:
     """`close` may be called twice, at any time, and a reset opens the environment again."""
-    unused, used = probe.fresh(), probe.twins()[0]
+    unused, used = probe.new_env(), probe.twins()[0]
     for env in (unused, used):
         env.close()
         env.close()

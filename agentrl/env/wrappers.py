@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import gymnasium
 
 from agentrl.env.names import unknown
-from agentrl.env.numbers import MOST_STEPS, whole_number
+from agentrl.env.numbers import MAX_STEPS, whole_number
 from agentrl.env.problems import TaskIds, find_problem, hash_json
 from agentrl.env.spaces import TextSpace
 from agentrl.errors import ConfigError, EnvironmentContractError
@@ -54,7 +54,7 @@ class OneStepEnv(gymnasium.Env[str, str]):
     ) -> None:
         if not tasks or not all(tasks.values()):
             raise ConfigError("OneStepEnv: wanted at least one split, and in each at least one problem")
-        whole_number("max_steps", max_steps, 1, MOST_STEPS)
+        whole_number("max_steps", max_steps, 1, MAX_STEPS)
         if expert and solve is None:
             raise ConfigError("OneStepEnv: expert is True, but nobody knows the answers to these problems")
         self.splits: tuple[str, ...] = tuple(tasks)

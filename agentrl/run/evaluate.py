@@ -11,8 +11,8 @@ from typing import Any, cast, get_args
 import gymnasium
 
 from agentrl.data.trajectory import Episode
-from agentrl.env.answers import LONGEST_NAME
-from agentrl.env.containment import opened
+from agentrl.env.answers import MAX_NAME_CHARS
+from agentrl.env.containment import open_env
 from agentrl.env.names import unknown
 from agentrl.env.panel import Panel, load_panel, make_panel, verify
 from agentrl.env.registry import Factory, callers_arguments, make
@@ -226,7 +226,7 @@ def _configured_file(config: RunConfig) -> Panel | None:
 
 def _split(env: str, kwargs: Mapping[str, Any], preferred: str) -> str:
     """The preferred split where the environment has it, else its last, which is held out by convention."""
-    with opened(lambda: make(env, **kwargs)) as environment:
+    with open_env(lambda: make(env, **kwargs)) as environment:
         splits: tuple[str, ...] = cast(Any, environment.unwrapped).splits
     return preferred if preferred in splits else splits[-1]
 
@@ -244,7 +244,7 @@ def data_label(environments: Environments) -> str | None:
 def _label(environment: gymnasium.Env[str, str]) -> str | None:
     label = getattr(environment.unwrapped, "data", None)
     try:
-        return None if label is None else as_text(label, LONGEST_NAME)
+        return None if label is None else as_text(label, MAX_NAME_CHARS)
     except ValueFaultError as fault:
         raise EnvironmentContractError(f"the environment's attribute data {fault}") from fault
 

@@ -21,7 +21,7 @@ from agentrl.data.storage import write_episodes
 from agentrl.data.trajectory import StopReason
 from agentrl.env.registry import Factory, check_id
 from agentrl.errors import CheckpointError, ConfigError, NonFiniteError, TooManyAbortedError
-from agentrl.files import clear_remnants, write_atomic
+from agentrl.files import remove_leftovers, write_atomic
 from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner, provided
 from agentrl.learn.lora import check_adapters
@@ -246,7 +246,7 @@ class Trainer:
         lock.take()
         self.lock = lock
         for inner in (folder, folder / "episodes", folder / "checkpoints"):
-            clear_remnants(inner)
+            remove_leftovers(inner)
         (folder / "episodes").mkdir(exist_ok=True)
 
     def _let_go(self) -> None:

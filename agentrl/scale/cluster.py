@@ -13,7 +13,7 @@ from typing import Any, cast
 import ray
 import torch
 
-from agentrl.errors import AgentRLError, ConfigError
+from agentrl.errors import ClusterLostError, ConfigError
 from agentrl.policy.settings import EngineConfig
 from agentrl.terminal import echo
 
@@ -27,10 +27,6 @@ _REASON_LENGTH = 200  # characters of what Ray says of a loss that go into an er
 
 _CHECK_INTERVAL = 2.0  # seconds between two looks at whether the cluster's head is there
 _LOST_AFTER = 15.0  # seconds without it; Ray itself ends the process after 60 without a word of advice
-
-
-class ClusterLostError(AgentRLError):
-    """Ray is gone: its head or the part of it on this machine ended. The message says how to go on."""
 
 
 class _Connection:

@@ -12,7 +12,7 @@ import gymnasium
 from gymnasium.error import ResetNeeded
 
 from agentrl.env import TextSpace, unknown
-from agentrl.env.numbers import MOST_STEPS, whole_number
+from agentrl.env.numbers import MAX_STEPS, whole_number
 from agentrl.errors import ConfigError
 from agentrl_envs.alfworld.engine import Snapshot
 from agentrl_envs.alfworld.expert import SearchingExpert
@@ -94,7 +94,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         ):
             if value not in choices:
                 raise unknown(name, value, choices)
-        whole_number("max_steps", max_steps, 1, MOST_STEPS)
+        whole_number("max_steps", max_steps, 1, MAX_STEPS)
         if isinstance(task_types, str):
             task_types = (task_types,)
         options = Options(

@@ -12,7 +12,7 @@ import gymnasium
 from gymnasium.error import ResetNeeded
 
 from agentrl.env import TextSpace, unknown
-from agentrl.env.numbers import MOST_STEPS, whole_number
+from agentrl.env.numbers import MAX_STEPS, whole_number
 from agentrl.env.problems import TaskIds, content_hash, find_problem
 from agentrl.env.sandbox import Limits, Sandbox, Session
 from agentrl_envs import bounded
@@ -107,7 +107,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         for name, value, choices in (("text", text, TEXTS), ("state", state, STATES)):
             if value not in choices:
                 raise unknown(name, value, choices)
-        whole_number("max_steps", max_steps, 1, MOST_STEPS)
+        whole_number("max_steps", max_steps, 1, MAX_STEPS)
         tools = (tools,) if isinstance(tools, str) else tuple(tools)
         for tool in tools:
             if tool not in TAGS:

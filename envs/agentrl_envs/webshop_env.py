@@ -16,7 +16,7 @@ import gymnasium
 from gymnasium.error import ResetNeeded
 
 from agentrl.env import TextSpace, unknown
-from agentrl.env.numbers import MOST_STEPS, whole_number
+from agentrl.env.numbers import MAX_STEPS, whole_number
 from agentrl_envs.webshop.goals import SPLITS, Draw, Goal
 from agentrl_envs.webshop.nouns import NounTagger, noun_tagger
 from agentrl_envs.webshop.oracle import Plan, advise, plan, playable, queries
@@ -134,7 +134,7 @@ class WebShopEnv(gymnasium.Env[str, str]):
             ("num_prev_obs", num_prev_obs, 0),
             ("num_prev_actions", num_prev_actions, 0),
         ):
-            whole_number(name, number, least, 2**63 - 1 if name == "price_seed" else MOST_STEPS)
+            whole_number(name, number, least, 2**63 - 1 if name == "price_seed" else MAX_STEPS)
         require()
         where = source(data, products, goals == "human")
         found = noun_tagger(tagger)
