@@ -212,11 +212,8 @@ class WebShopEnv(gymnasium.Env[str, str]):
         else:
             nodes = self.shop.page(before.goal, state, score)
             clicks, page = clickable(nodes), self._render(nodes)
-        earlier = (
-            (*before.earlier, (before.page, action))[-max(self._history_lengths) :]
-            if any(self._history_lengths)
-            else ()
-        )
+        longest = max(self._history_lengths)
+        earlier = (*before.earlier, (before.page, action))[-longest:] if longest else ()
         self._episode = episode = EpisodeState(
             before.task,
             before.goal,

@@ -100,12 +100,12 @@ def test_what_a_text_may_not_say_is_refused_when_the_game_is_loaded(text: str, m
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nonsense", "makes no sense after line 1: 'nonsense'"),
+        ("nonsense", "is malformed after line 1: 'nonsense'"),
         ('grammar :: """{"a": [}""";', "not JSON"),
         ('grammar :: """{"a": 3}""";', "not JSON of rules"),
-        ('grammar :: """{}', "has no end"),
+        ('grammar :: """{}', "is not closed"),
         ('# remark\n\naction go { template :: "go"; }', "needs a template and a feedback"),
-        ('action go { template :: "go"; feedback :: "#x#"; ', "makes no sense"),
+        ('action go { template :: "go"; feedback :: "#x#"; ', "is malformed"),
     ],
 )
 def test_a_malformed_grammar_is_refused_with_its_place(source: str, message: str) -> None:
