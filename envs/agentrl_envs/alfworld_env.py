@@ -110,7 +110,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             TASK_TYPES if task_types is None else tuple(task_types), max_receptacles, object_types
         )
         if data is not None and (max_receptacles is not None or object_types is not None):
-            raise ConfigError("data: max_receptacles and object_types shape only generated games")
+            raise ConfigError("data: max_receptacles and object_types apply only to generated games")
         self._games: Games = (
             GeneratedGames(options) if data is None else OfficialGames(data, options.task_types)
         )
@@ -232,7 +232,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
 
     @property
     def walkthrough(self) -> tuple[str, ...]:
-        """Return commands that solve the current task from its start, found with full knowledge of the room."""
+        """Return commands that solve the current task from its start, given full knowledge of the room."""
         if self._episode is None:
             raise ResetNeeded("the episode has not begun: call reset first")
         return self._episode.loaded.game.walkthrough

@@ -207,7 +207,7 @@ def test_what_crashes_its_process_is_to_blame_and_what_is_killed_is_not(alone: L
         alone.call("os", "abort")
     with pytest.raises(OverLimitError):
         alone.call("os", "_exit", 3)
-    with pytest.raises(JudgeError, match=r"signal\.raise_signal: its process was lost twice"):
+    with pytest.raises(JudgeError, match=r"signal\.raise_signal: its process died twice"):
         alone.call("signal", "raise_signal", int(signal.SIGKILL))
     with pytest.raises(JudgeError, match="no_such_module"):
         alone.call("no_such_module", "judge")
@@ -216,7 +216,7 @@ def test_what_crashes_its_process_is_to_blame_and_what_is_killed_is_not(alone: L
 
 def test_a_process_that_cannot_start_raises(alone: LimitedCalls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limited_calls, "_BOOT", "raise SystemExit('no room')")
-    with pytest.raises(JudgeError, match="does not start: no room"):
+    with pytest.raises(JudgeError, match="cannot be started: no room"):
         alone.call("math", "gcd", 1, 2)
 
 
