@@ -19,11 +19,11 @@ from agentrl.env import TextSpace, unknown
 from agentrl.env.numbers import MOST_STEPS, whole_number
 from agentrl_envs.webshop.goals import SPLITS, Draw, Goal
 from agentrl_envs.webshop.nouns import NounTagger, noun_tagger
-from agentrl_envs.webshop.oracle import Plan, advise, plan, playable, queries
+from agentrl_envs.webshop.oracle import Plan, click_names, next_action, plan, suggested_queries
 from agentrl_envs.webshop.pages import RENDERERS, SEPARATOR, clickable
 from agentrl_envs.webshop.reward import MODES, Reward
 from agentrl_envs.webshop.session import START, Node, State, act
-from agentrl_envs.webshop.shop import Shop, cache_folder, open_shop, require, source
+from agentrl_envs.webshop.shop import Shop, cache_folder, find_source, open_shop, require
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class WebShopEnv(gymnasium.Env[str, str]):
         ):
             whole_number(name, number, least, 2**63 - 1 if name == "price_seed" else MOST_STEPS)
         require()
-        where = source(data, products, goals == "human")
+        where = find_source(data, products, goals == "human")
         found = noun_tagger(tagger)
         kept = None if data is None else cache_folder() if cache is None else Path(cache)
         self.shop: Shop = open_shop(
@@ -240,7 +240,9 @@ class WebShopEnv(gymnasium.Env[str, str]):
             raise ResetNeeded("the episode has not begun: call reset first")
         if episode.finished:
             return None
-        return advise(self.shop, episode.goal, self._planned(episode.goal), episode.state, episode.clicks)
+        return next_action(
+            self.shop, episode.goal, self._planned(episode.goal), episode.state, episode.clicks
+        )
 
     def snapshot(self) -> EpisodeState:
         """Return the current state of the episode."""
@@ -284,7 +286,7 @@ class WebShopEnv(gymnasium.Env[str, str]):
                 offered = offered if not query or query in offered else [*offered, query]
             for query in offered:
                 yield f"search[{query}]"
-        for name in playable(episode.clicks):
+        for name in click_names(episode.clicks):
             yield f"click[{name}]"
 
     def _key(self, state: State) -> str:
@@ -294,7 +296,7 @@ class WebShopEnv(gymnasium.Env[str, str]):
 
     def _queries(self, goal: Goal) -> list[str]:
         if self._offered[0] != goal.number:
-            self._offered = goal.number, queries(goal.instruction, self._searches)
+            self._offered = goal.number, suggested_queries(goal.instruction, self._searches)
         return self._offered[1]
 
     def _planned(self, goal: Goal) -> Plan:

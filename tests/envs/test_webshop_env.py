@@ -340,7 +340,7 @@ def test_draws_follow_the_weights_or_the_original(files: dict[str, Path]) -> Non
         ({"searches": -1}, "searches: -1"),
         ({"num_prev_obs": 1.5}, "num_prev_obs: 1.5"),
         ({"price_seed": "7"}, "price_seed: '7'"),
-        ({"data": "/no/such/folder"}, "data: '/no/such/folder' is no folder"),
+        ({"data": "/no/such/folder"}, "data: '/no/such/folder', wanted a folder"),
         ({"tagger": 3}, "tagger: 3"),
     ],
 )
@@ -350,7 +350,7 @@ def test_wrong_arguments_are_refused(settings: dict[str, Any], message: str) -> 
 
 
 def test_few_goals_cannot_be_split_by_index(files: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match="'index' leaves no goals to train on: there are 24"):
+    with pytest.raises(ConfigError, match="'index' leaves no training goals: there are 24"):
         WebShopEnv(data=files)
 
 

@@ -12,7 +12,7 @@ from agentrl_envs.webshop.nouns import noun_tagger
 from agentrl_envs.webshop.pages import as_rich_text, as_text, clickable
 from agentrl_envs.webshop.reward import COLOURS
 from agentrl_envs.webshop.session import START, State, act, address
-from agentrl_envs.webshop.shop import Shop, open_shop, source
+from agentrl_envs.webshop.shop import Shop, find_source, open_shop
 
 pytest.importorskip("nltk", reason="the extra webshop is not installed")
 pytest.importorskip("rapidfuzz", reason="the extra webshop is not installed")
@@ -31,7 +31,7 @@ def shop_of(folder: Path, recording: dict[str, Any]) -> Shop:
     assert recording["seed_before_constructor"] == PRICE_SEED
     human = recording["human_goals"]
     return open_shop(
-        source(folder / "webshop" / "data", None, human),
+        find_source(folder / "webshop" / "data", None, human),
         "human" if human else "synthetic",
         PRICE_SEED,
         "product",

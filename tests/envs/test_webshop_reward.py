@@ -9,7 +9,7 @@ from webshop_products import entry, shop, wants
 from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl_envs.webshop.goals import Goal
 from agentrl_envs.webshop.nouns import Heuristic, NounTagger, SpacyNouns, noun_tagger
-from agentrl_envs.webshop.oracle import choice
+from agentrl_envs.webshop.oracle import choose_options
 from agentrl_envs.webshop.reward import COLOURS, Reward, alike, colour, fits, reward
 
 pytest.importorskip("rapidfuzz", reason="the extra webshop is not installed")
@@ -163,7 +163,7 @@ def test_the_oracle_chooses_what_counts_even_where_names_collide() -> None:
     sold = shop([entry(options=options)], mode="fixed")
     reached = 0
     for goal in sold.goals:
-        chosen = dict(choice(sold, goal))
+        chosen = dict(choose_options(sold, goal))
         found = reward(goal.product, chosen, 12.5, replace(goal, limit=20.0), "fixed", EveryWord())
         reached += found.total == 1.0
     # "white" acts on the last option only, so that white with oak cannot be had.

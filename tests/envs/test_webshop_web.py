@@ -350,10 +350,7 @@ def test_a_port_in_use_is_one_message_and_exit_code_2(capsys: pytest.CaptureFixt
             listen("127.0.0.1", port)
     out, err = capsys.readouterr()
     assert out == ""
-    assert (
-        err
-        == f"error: port {port} of 127.0.0.1 is in use: choose another, or --port 0 for one that is free\n"
-    )
+    assert err == f"error: port {port} of 127.0.0.1 is in use: choose another, or --port 0 for a free one\n"
 
 
 @pytest.mark.parametrize(
@@ -361,7 +358,7 @@ def test_a_port_in_use_is_one_message_and_exit_code_2(capsys: pytest.CaptureFixt
     [
         (("--port", "70000"), "--port: 70000, wanted a number from 0 to 65535"),
         (("--host", "no.such.host.invalid"), "no.such.host.invalid"),
-        (("--data", "/nowhere"), "'/nowhere' is no folder"),
+        (("--data", "/nowhere"), "'/nowhere', wanted a folder"),
         (("--split", "trian"), "split 'trian' is unknown; did you mean 'train'"),
         (("--products", "60", "--goal", "123456"), "--goal: 123456, wanted a number from 0 to "),
     ],
@@ -399,9 +396,9 @@ def served(*arguments: str) -> Iterator[str]:
 
 
 @contextmanager
-def serving(patience: float) -> Iterator[tuple[str, int]]:
+def serving(timeout: float) -> Iterator[tuple[str, int]]:
     with listen("127.0.0.1", 0) as taken:
-        server = web.web_server(web_app(evil_shop()), patience)
+        server = web.web_server(web_app(evil_shop()), timeout)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
         thread.start()
         try:
@@ -422,7 +419,7 @@ def serving(patience: float) -> Iterator[tuple[str, int]]:
     ids=["nothing", "half a head", "half a form", "half a second request"],
 )
 def test_who_sends_half_a_request_is_not_waited_for(half: bytes) -> None:
-    with serving(patience=0.3) as address, socket.create_connection(address, timeout=20) as visitor:
+    with serving(timeout=0.3) as address, socket.create_connection(address, timeout=20) as visitor:
         visitor.sendall(half)
         said = b""
         while data := visitor.recv(1 << 16):  # it times out where the server waits on
@@ -432,7 +429,7 @@ def test_who_sends_half_a_request_is_not_waited_for(half: bytes) -> None:
 
 
 def test_who_sends_one_byte_at_a_time_is_not_waited_for_either() -> None:
-    with serving(patience=0.3) as address, socket.create_connection(address, timeout=20) as visitor:
+    with serving(timeout=0.3) as address, socket.create_connection(address, timeout=20) as visitor:
         for _ in range(2000):
             try:
                 visitor.sendall(b"G")
@@ -443,7 +440,7 @@ def test_who_sends_one_byte_at_a_time_is_not_waited_for_either() -> None:
 
 
 def test_a_connection_serves_as_many_requests_as_come_in_time() -> None:
-    with serving(patience=20) as address, socket.create_connection(address, timeout=20) as visitor:
+    with serving(timeout=20) as address, socket.create_connection(address, timeout=20) as visitor:
         for _ in range(3):
             visitor.sendall(b"GET /web.css HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
             said = visitor.recv(1 << 16)
