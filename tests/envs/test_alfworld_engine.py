@@ -1,4 +1,4 @@
-"""The engine: rules and text, on a kitchen known by heart and on traces recorded from TextWorld."""
+"""The engine's rules and texts, on a small kitchen and on traces recorded from TextWorld."""
 
 import gzip
 import hashlib

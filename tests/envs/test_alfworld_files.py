@@ -71,7 +71,7 @@ def test_the_layout_is_the_one_alfworld_reads(folder: Path) -> None:
 
 
 def rewrite(folder: Path, change: Any) -> tuple[ALFWorldEnv, str]:
-    """Spoil one game of the folder."""
+    """Corrupt one game of the folder."""
     task = OfficialGames(folder).tasks("train")[0]
     path = folder / task / "game.tw-pddl"
     path.write_text(change(path.read_text()))

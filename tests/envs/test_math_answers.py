@@ -1,4 +1,4 @@
-"""What of a reply is the answer, and whether it is right."""
+"""Extraction of the answer from a reply, and its comparison with the correct one."""
 
 import os
 import signal
@@ -163,7 +163,7 @@ limited_calls.serve()
 
 
 def processes() -> list[psutil.Process]:
-    """Running ones that judge answers for this process."""
+    """Return the running processes that judge answers for this process."""
     found = psutil.Process().children(recursive=True)
     return [one for one in found if any("agentrl_envs.limited_calls" in word for word in one.cmdline())]
 
@@ -233,7 +233,7 @@ time.sleep(60)
 
 
 def test_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
-    # The script has no main guard: nothing of it is run twice.
+    # The script has no main guard, and still nothing in it runs twice.
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)

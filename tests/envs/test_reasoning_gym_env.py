@@ -33,7 +33,7 @@ gym = pytest.importorskip("reasoning_gym", reason="the extra reasoning-gym is no
 
 @pytest.fixture(scope="module", autouse=True)
 def _keep_judges() -> Iterator[None]:
-    """One start of the process that scores serves all tests; it takes seconds."""
+    """Start the scoring process once for all tests, since it takes seconds."""
 
     class User:
         pass
@@ -144,7 +144,7 @@ def test_integrals_must_be_worked_out() -> None:
     data = open_dataset("simple_integration", None, "{}", 0, 10)
     task = data.item(0)["metadata"]
     unsolved = f"Integral({task['integrand']}, {task['variable']})"
-    assert data.score(unsolved, data.item(0)) == 1.0  # the scorer itself takes it
+    assert data.score(unsolved, data.item(0)) == 1.0  # the scorer itself accepts it
     assert data.score_reply(unsolved, 0) == 0.0
     assert data.score_reply(str(data.solution(0)), 0) == 1.0
     assert "integrate" not in FUNCTIONS

@@ -1,4 +1,4 @@
-"""WebShop's three files: what is read, what is left out, and what is refused."""
+"""WebShop's three files: what is read, what is skipped, and what is refused."""
 
 import json
 from pathlib import Path

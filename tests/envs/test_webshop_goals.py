@@ -1,4 +1,4 @@
-"""Goals, prices and splits, on numbers that can be redone by hand."""
+"""Goals, prices and splits, on numbers that can be verified by hand."""
 
 from collections import Counter
 from random import Random

@@ -1,4 +1,4 @@
-"""Pages, clicks and texts of the shop where the recorded episodes do not go."""
+"""Pages, clicks and texts of the shop that the recorded episodes do not cover."""
 
 import re
 
@@ -76,7 +76,7 @@ def test_results_go_on_without_end_and_back_to_the_first_page() -> None:
 
 
 def test_a_search_for_an_address_confuses_the_way_back_as_it_does_the_original() -> None:
-    """The original reads the open page's kind from its address, in which the keywords are."""
+    """Reproduce the original, which detects the kind of the open page in a URL that contains the keywords."""
     lamp = shop([entry()])
     state, nodes = walk(lamp, "search[my search_results]", "click[b0lamp]", "click[< prev]")
     assert (state.page, state.number) == ("results", 0)
