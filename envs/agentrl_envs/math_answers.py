@@ -17,7 +17,7 @@ from agentrl_envs.mathematics.equality import NeedsTimeError, same
 LONGEST_ANSWER = 2_000  # characters
 ROUNDED_DIGITS = 6  # the default of `rounded_digits`
 MOST_DIGITS = 100
-KEPT = 4_096  # cached verdicts
+CACHED_VERDICTS = 4_096
 
 _BOX = r"\\f?box(?:ed)?(?![A-Za-z])"
 _BRACES = re.compile(
@@ -175,7 +175,7 @@ def _same(gold: str, answer: str, rounded_digits: int | None, mathematics: bool)
     return _judged(gold, answer, rounded_digits, mathematics)
 
 
-@lru_cache(maxsize=KEPT)
+@lru_cache(maxsize=CACHED_VERDICTS)
 def _judged(gold: str, answer: str, rounded_digits: int | None, mathematics: bool) -> bool:
     try:
         return bool(

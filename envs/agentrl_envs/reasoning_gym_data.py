@@ -24,7 +24,7 @@ from agentrl_envs import limited_calls
 from agentrl_envs.calculator import CalculatorError, parse, whole_numbers
 
 LONGEST_ANSWER = 20_000  # characters
-KEPT_ITEMS = 4_096
+CACHED_ITEMS = 4_096
 
 # In version 0.1.25 their items depend on the order of sets of strings, which differs between processes.
 BY_HASH_SEED = (
@@ -46,10 +46,10 @@ FUNCTIONS = (
     *("exp", "log", "ln", "sqrt", "Abs"),
 )
 
-JUNK = ("", "banana", "a" * 50, "0", "1", "True", "False", "Yes", "No", "[]", "None")
+FIXED_ANSWERS = ("", "banana", "a" * 50, "0", "1", "True", "False", "Yes", "No", "[]", "None")
 PROBED_ITEMS = 30
-MISSES = 3  # a fixed answer that is wrong on at most this many probed items solves the dataset
-FOREIGN_GOLDS = 3
+MAX_MISSES = 3  # a fixed answer that is wrong on at most this many probed items solves the dataset
+OTHER_ITEMS = 3  # first items whose answers are also tried as fixed answers
 
 _lock = threading.RLock()
 
@@ -95,7 +95,7 @@ class Dataset:
                         f"dataset: reasoning-gym cannot generate item {index} of {self.name!r} with this "
                         f"configuration ({type(error).__name__}: {error})"
                     ) from error
-                while len(self._items) > KEPT_ITEMS:
+                while len(self._items) > CACHED_ITEMS:
                     self._items.popitem(last=False)
             return self._items[index]
 
@@ -114,7 +114,7 @@ class Dataset:
         Raises:
             JudgeError: The answer could not be judged.
         """
-        if len(answer) > LONGEST_ANSWER or not _harmless(self.name, answer):
+        if len(answer) > LONGEST_ANSWER or not _is_safe(self.name, answer):
             return 0.0
         item = self.item(index)
         if self._compares_texts():
@@ -135,26 +135,26 @@ class Dataset:
         answer = item["answer"]
         return answer if isinstance(answer, str) and self.score(answer, item) == 1.0 else None
 
-    def refuse_if_junk_solves_it(self) -> None:
+    def refuse_if_fixed_answer_solves(self) -> None:
         """Try fixed answers, including those of other items, on the first items.
 
         Raises:
             ConfigError: One of them solves nearly all items, so a policy would learn to repeat it.
         """
         count = min(PROBED_ITEMS, self.size)
-        misses = dict.fromkeys(JUNK, 0)
-        if count <= MISSES:
+        misses = dict.fromkeys(FIXED_ANSWERS, 0)
+        if count <= MAX_MISSES:
             return
         for index in range(count):
             item = self.item(index)
-            if index < FOREIGN_GOLDS and isinstance(item["answer"], str):
+            if index < OTHER_ITEMS and isinstance(item["answer"], str):
                 misses.setdefault(item["answer"], index)
             misses = {
                 answer: missed
                 for answer, missed in ((a, m + (self.score(a, item) != 1.0)) for a, m in misses.items())
-                if missed <= MISSES
+                if missed <= MAX_MISSES
             }
-            if not misses and index >= FOREIGN_GOLDS:
+            if not misses and index >= OTHER_ITEMS:
                 return
         for answer, missed in misses.items():
             raise ConfigError(
@@ -191,7 +191,7 @@ def checked_dataset(name: str, level: int | None, settings: str, seed: int, size
             f"dataset: {name!r} has different items in every process; start Python with PYTHONHASHSEED=0"
         )
     dataset = open_dataset(name, level, settings, seed, size)
-    dataset.refuse_if_junk_solves_it()
+    dataset.refuse_if_fixed_answer_solves()
     return dataset
 
 
@@ -254,7 +254,7 @@ def _private_randomness(seed: int) -> Iterator[None]:
             np.random.set_state(kept[1])
 
 
-def _harmless(name: str, answer: str) -> bool:
+def _is_safe(name: str, answer: str) -> bool:
     """Return whether an answer is safe for a scorer that evaluates it."""
     try:
         if name in WHOLE_NUMBERS:

@@ -238,7 +238,7 @@ _INDEX: dict[tuple[str, str, tuple[str, ...]], tuple[str, ...]] = {}
 _INDEX_LOCK = threading.Lock()
 _LOADED: OrderedDict[Any, LoadedGame] = OrderedDict()
 _LOADED_LOCK = threading.Lock()
-_KEPT = 64  # games in memory, about 0.3 MB each
+_CACHED_GAMES = 64  # about 0.3 MB each
 
 
 def _shared(key: Any, load: Callable[[], LoadedGame]) -> LoadedGame:
@@ -248,7 +248,7 @@ def _shared(key: Any, load: Callable[[], LoadedGame]) -> LoadedGame:
             _LOADED.move_to_end(key)
             return _LOADED[key]
         _LOADED[key] = load()
-        while len(_LOADED) > _KEPT:
+        while len(_LOADED) > _CACHED_GAMES:
             _LOADED.popitem(last=False)
         return _LOADED[key]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from agentrl.errors import MissingDependencyError
 
-REMEDY = "pip install --no-deps alfworld==0.4.2"
+INSTALL_COMMAND = "pip install --no-deps alfworld==0.4.2"
 MOVABLE = frozenset({"Bowl", "Box", "Cup", "Mug", "Pan", "Plate", "Pot"})
 SHA256 = {
     "data/alfred.pddl": "f1473041ed01da514de1f87adfd7ef0804862361f83ccf63c75e43633b0eb280",
@@ -97,7 +97,7 @@ def _locate() -> Path:
     spec = importlib.util.find_spec("alfworld")
     places = list(spec.submodule_search_locations or ()) if spec else []
     if not places:
-        raise MissingDependencyError(f"ALFWorld's game files are not installed; run: {REMEDY}")
+        raise MissingDependencyError(f"ALFWorld's game files are not installed; run: {INSTALL_COMMAND}")
     return Path(places[0])
 
 
@@ -105,7 +105,7 @@ def _checked(path: Path, expected: str) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise MissingDependencyError(f"cannot read {path} ({error}); run: {REMEDY}") from error
+        raise MissingDependencyError(f"cannot read {path} ({error}); run: {INSTALL_COMMAND}") from error
     _compare(path, content, expected)
     return content.decode()
 
@@ -115,7 +115,7 @@ def _compare(path: Path, content: bytes, expected: str) -> None:
     if found != expected:
         raise MissingDependencyError(
             f"{path} is not the file of alfworld 0.4.2 (SHA-256 {found[:12]}…, wanted {expected[:12]}…); "
-            f"run: {REMEDY} --force-reinstall"
+            f"run: {INSTALL_COMMAND} --force-reinstall"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from agentrl.errors import ConfigError, missing_extra
 from agentrl_envs.alfworld.engine import GameState
 from agentrl_envs.alfworld.games import LoadedGame
-from agentrl_envs.alfworld.package_data import REMEDY
+from agentrl_envs.alfworld.package_data import INSTALL_COMMAND
 
 _in_use = threading.Lock()
 
@@ -33,7 +33,10 @@ class ReferenceEngine:
             from textworld import EnvInfos
             from textworld.envs.pddl import PddlEnv
         except ImportError as error:
-            lack = f"engine 'textworld' is not installed ({error}): {REMEDY}; then (builds C++ for minutes)"
+            lack = (
+                f"engine 'textworld' is not installed ({error}): {INSTALL_COMMAND}; "
+                "then (builds C++ for minutes)"
+            )
             raise missing_extra(lack, "alfworld-reference") from error
         if not _in_use.acquire(blocking=False):
             raise ConfigError(

@@ -247,7 +247,7 @@ class ActionTexts(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class _CachedTexts:
     """Compiled texts and everything that they were compiled from."""
 
     rules: Rules
@@ -263,8 +263,8 @@ class _Known:
         )
 
 
-_known: deque[_Known] = deque(maxlen=16)
-_known_lock = threading.Lock()
+_cache: deque[_CachedTexts] = deque(maxlen=16)
+_cache_lock = threading.Lock()
 
 
 def action_texts(
@@ -282,14 +282,14 @@ def action_texts(
         text = grammar.actions[action.name]
         rulebook[f"command of {action.name}"] = (Alternative("", text.command),)
         rulebook[f"feedback of {action.name}"] = (Alternative("", text.feedback),)
-    with _known_lock:
-        for known in _known:
-            if known.fits(rules, untrusted, rulebook):
-                return known.texts
+    with _cache_lock:
+        for cached in _cache:
+            if cached.fits(rules, untrusted, rulebook):
+                return cached.texts
     texts = _compile_action_texts(rules, actions, rulebook, untrusted)
     used = {name: rulebook.get(name, ()) for name, _ in texts.links}
-    with _known_lock:
-        _known.appendleft(_Known(rules, untrusted, used, texts))
+    with _cache_lock:
+        _cache.appendleft(_CachedTexts(rules, untrusted, used, texts))
     return texts
 
 

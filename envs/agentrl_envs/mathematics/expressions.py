@@ -22,7 +22,7 @@ from agentrl_envs.mathematics.spelling import GREEK
 from agentrl_envs.mathematics.tokens import FUNCTIONS, Token, Unreadable
 from agentrl_envs.mathematics.units import LETTERS, known_unit
 
-DEEPEST = 40  # nested brackets, exponents and functions
+MAX_DEPTH = 40  # nested brackets, exponents and functions
 
 END = Token("sign", "")
 _ROUND = {"lfloor": "rfloor", "lceil": "rceil"}
@@ -80,7 +80,7 @@ class ExpressionReader:
     def deeper(self) -> Iterator[None]:
         """Enter a level of nesting, whose depth is limited."""
         self._depth += 1
-        if self._depth > DEEPEST:
+        if self._depth > MAX_DEPTH:
             raise Unreadable("nesting")
         bars, self._bars = self._bars, 0
         yield

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from agentrl_envs.mathematics.expressions import ACCENTS, DEEPEST, END, VARIABLES, ExpressionReader
+from agentrl_envs.mathematics.expressions import ACCENTS, END, MAX_DEPTH, VARIABLES, ExpressionReader
 from agentrl_envs.mathematics.kinds import (
     Answer,
     Based,
@@ -30,7 +30,7 @@ from agentrl_envs.mathematics.spelling import normalize_spelling
 from agentrl_envs.mathematics.tokens import Token, Unreadable, tokens
 from agentrl_envs.mathematics.units import names_a_thing, names_a_value, unit
 
-KEPT = 256  # cached answers; a long one takes 100 kB
+CACHED_ANSWERS = 256  # a long answer takes 100 kB
 
 _RELATIONS = ("=", "<", ">", "le", "ge", "ne", "in")
 _CLOSING = {"(": (")", "]"), "[": ("]", ")"), "langle": ("rangle",), "{": ("}",)}
@@ -41,7 +41,7 @@ _CALLED = frozenset("fghpqrsuvFGHPQRSTAVECLN")
 _HALF_OF_DAY = re.compile(r"(?<=\d )([AaPp])\.[Mm](?:\.|$)|(?<=\d )([AaPp])(?=[Mm])")
 
 
-@lru_cache(maxsize=KEPT)
+@lru_cache(maxsize=CACHED_ANSWERS)
 def read(text: str, letters: bool = False) -> Answer | None:
     """Parse an answer.
 
@@ -121,7 +121,7 @@ class _Reader(ExpressionReader):
         name = self._name()
         if name is not None:
             self._named += 1
-            if self._named > DEEPEST:
+            if self._named > MAX_DEPTH:
                 raise Unreadable("=")
             return Named(name, self._item())
         self._named = 0

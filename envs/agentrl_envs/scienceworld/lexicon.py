@@ -17,7 +17,7 @@ ROOMS = (
     *("art studio", "bathroom", "bedroom", "foundry", "greenhouse", "hallway", "kitchen", "living room"),
     *("outside", "workshop"),
 )
-MOST = 600  # actions in a list
+MAX_ACTIONS = 600  # actions in a list
 
 _PARSER = "z:scienceworld.input.InputParser"
 
@@ -160,7 +160,7 @@ class Meaning(NamedTuple):
 
 
 def lexicon(things: Sequence[Thing], room: str, teleports: bool, electrical: bool) -> dict[str, Meaning]:
-    """Return actions with their meanings: the first `MOST` in the order of usefulness.
+    """Return actions with their meanings: the first `MAX_ACTIONS` in the order of usefulness.
 
     Args:
         things: The objects within reach.
@@ -171,7 +171,7 @@ def lexicon(things: Sequence[Thing], room: str, teleports: bool, electrical: boo
     listed: dict[str, Meaning] = {}
     for action, meaning in _actions(things, room, teleports, electrical):
         listed.setdefault(action, meaning)
-    return dict(islice(listed.items(), MOST))
+    return dict(islice(listed.items(), MAX_ACTIONS))
 
 
 def _actions(

@@ -140,7 +140,7 @@ def _stemmer() -> Callable[[str], str]:
     return lambda word: stem(word, to_lowercase=False)
 
 
-KEPT_LENGTH = 32
+MAX_CACHED_LENGTH = 32
 
 
 @lru_cache(maxsize=1 << 18)
@@ -160,5 +160,5 @@ def term(word: str) -> str:
 def terms(text: str) -> list[str]:
     """Return the search terms of a text in order, with repeats."""
     # Long words are not cached: the shop's are short, and a policy may write any number of others.
-    found = ((term if len(word) <= KEPT_LENGTH else term.__wrapped__)(word) for word in words(text))
+    found = ((term if len(word) <= MAX_CACHED_LENGTH else term.__wrapped__)(word) for word in words(text))
     return [each for each in found if each]

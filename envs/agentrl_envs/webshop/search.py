@@ -19,9 +19,9 @@ from agentrl_envs.webshop.analysis import terms
 K1, B = np.float32(0.9), np.float32(0.4)
 FORMAT = 1  # of the files and of the analysis; raised when either changes
 RUN = 4_000_000  # postings sorted in memory at a time while an index is built
-KEPT_QUERIES = 4096
-KEPT_TERMS = 1 << 16
-KEPT_LENGTH = 256  # longer queries, in characters, are not cached
+CACHED_QUERIES = 4096
+CACHED_TERMS = 1 << 16
+MAX_CACHED_LENGTH = 256  # longer queries, in characters, are not cached
 
 Arrays = dict[str, NDArray[Any]]
 _ARRAYS = ("ids", "rank", "length", "words", "word_ends", "starts", "documents", "counts", "totals")
@@ -51,8 +51,8 @@ class SearchIndex:
         self._words, self._word_ends = arrays["words"], arrays["word_ends"]
         self._filled, tokens = map(int, arrays["totals"])
         self._length_factor = _length_factors(self._filled, tokens)
-        self._number = lru_cache(maxsize=KEPT_TERMS)(self._find)
-        self._ranked = lru_cache(maxsize=KEPT_QUERIES)(self._rank_documents)
+        self._number = lru_cache(maxsize=CACHED_TERMS)(self._find)
+        self._ranked = lru_cache(maxsize=CACHED_QUERIES)(self._rank_documents)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -93,7 +93,7 @@ class SearchIndex:
         return self._best(query, k)[1]
 
     def _best(self, query: str, k: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        return (self._ranked if len(query) <= KEPT_LENGTH else self._rank_documents)(query, k)
+        return (self._ranked if len(query) <= MAX_CACHED_LENGTH else self._rank_documents)(query, k)
 
     def _rank_documents(self, query: str, k: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
         wanted = {self._number(word): repeats for word, repeats in Counter(terms(query)).items()}

@@ -115,9 +115,9 @@ class Website:
             "start", about=self.about, goals=len(self.shop.goals), wanted=self.wanted, token=self.token
         )
 
-    def trouble(self, text: str) -> bytes:
+    def error_page(self, text: str) -> bytes:
         """Render an error page."""
-        return self._render("trouble", text=text)
+        return self._render("error", text=text)
 
     def begin(self, form: Mapping[str, str]) -> str:
         """Start a visit; return its name, which cannot be guessed.
@@ -299,10 +299,10 @@ def web_app(site: Website, hosts: Sequence[str] = LOCAL_HOSTS) -> "Starlette":
     async def style(request: "Request") -> "Response":
         return FileResponse(FOLDER / "web.css")
 
-    async def trouble(request: "Request", error: Exception) -> "Response":
+    async def on_error(request: "Request", error: Exception) -> "Response":
         if isinstance(error, HTTPException):
-            return HTMLResponse(site.trouble(error.detail), error.status_code, error.headers)
-        return HTMLResponse(site.trouble(str(error)), getattr(error, "status", 500))
+            return HTMLResponse(site.error_page(error.detail), error.status_code, error.headers)
+        return HTMLResponse(site.error_page(str(error)), getattr(error, "status", 500))
 
     async def with_headers(request: "Request", call_next: RequestResponseEndpoint) -> "Response":
         response = await call_next(request)
@@ -322,7 +322,7 @@ def web_app(site: Website, hosts: Sequence[str] = LOCAL_HOSTS) -> "Starlette":
             Middleware(BaseHTTPMiddleware, dispatch=with_headers),
             Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
         ],
-        exception_handlers={RequestError: trouble, HTTPException: trouble},
+        exception_handlers={RequestError: on_error, HTTPException: on_error},
     )
 
 
