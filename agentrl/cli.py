@@ -94,10 +94,10 @@ app = typer.Typer(
 def _complete_configuration(incomplete: str) -> list[str]:
     """Complete config files, and the values of `algorithm.name` and `env.id`."""
     words = os.environ.get("COMP_WORDS", "").split()  # bash splits words at "="
-    key, equals, begun = incomplete.rpartition("=")
+    key, equals, prefix = incomplete.rpartition("=")
     for named, known in (("algorithm.name", _recipe_names), ("env.id", _env_ids)):
         if key == named:
-            return [f"{key}={name}" for name in known(begun)]
+            return [f"{key}={name}" for name in known(prefix)]
         if named in words[-3:] and words[-1] in ("=", incomplete):
             return known(incomplete.removeprefix("="))
     if equals:
@@ -195,6 +195,7 @@ _LEVELS = {
 
 
 def _level(verbose: bool, quiet: bool) -> int:
+    """Return the log level from the options, or from AGENTRL_LOG_LEVEL."""
     if verbose and quiet:
         raise ConfigError("-v and -q contradict each other; give one of them")
     if verbose or quiet:
@@ -577,7 +578,7 @@ def _check_env(env: str, kwargs: dict[str, Any], seed: int, *, tolerant: bool) -
     from agentrl.env.registry import make
     from agentrl.errors import MissingDependencyError
 
-    begun = perf_counter()
+    start = perf_counter()
     try:
         found = check_text_env(partial(make, env, **kwargs), seed=seed)
     except AgentRLError as error:
@@ -587,7 +588,7 @@ def _check_env(env: str, kwargs: dict[str, Any], seed: int, *, tolerant: bool) -
             return f"{env} skipped: {error}", True
         return f"{env} cannot be made: {error}", False
     _console().print(found)
-    return f"{found.summary()} ({perf_counter() - begun:.1f} s)", found.passed
+    return f"{found.summary()} ({perf_counter() - start:.1f} s)", found.passed
 
 
 def _lacks_another_package(error: ImportError, env: str) -> bool:

@@ -99,6 +99,7 @@ def read_episodes(path: str | Path) -> list[Episode]:
 
 
 def _rows(number: int, episode: Episode) -> Iterator[dict[str, Any]]:
+    """Yield one row per turn, or a single row if the episode has no turn."""
     head = {
         "number": number,
         "episode": episode.id,
@@ -133,6 +134,7 @@ def _info(episode: Episode, turn: Turn) -> Any:
 
 
 def _episode(rows: Sequence[Mapping[str, Any]]) -> Episode:
+    """Rebuild an episode from its rows."""
     head = rows[0]
     return Episode(
         id=head["episode"],
@@ -152,6 +154,7 @@ def _episode(rows: Sequence[Mapping[str, Any]]) -> Episode:
 
 
 def _turn(row: Mapping[str, Any]) -> Turn:
+    """Rebuild a turn from its row; columns missing in older files take empty values."""
     fields: dict[str, Any] = {name: row.get(name) for name, _ in _TURN_COLUMNS if name != "turn"}
     for name in ("prompt_ids", "action_ids", "logprobs", "entropies", "policy_versions"):
         fields[name] = tuple(fields[name] or ())

@@ -85,6 +85,7 @@ def task_ids(probe: Probe) -> str:
 
 
 def _listing_fault(tasks: Sequence[Any]) -> str | None:
+    """Return what is wrong with a sequence of task ids, or None."""
     listed = list(islice(tasks, LISTED_TASKS))
     for task in listed:
         if not isinstance(task, str) or not task:
@@ -220,8 +221,11 @@ def group_resets(probe: Probe) -> str:
     def again() -> Iterator[tuple[Walk, Walk]]:
         env = probe.twins()[1]
         for walk in reversed(probe.walks()):
-            begun = walk.prefix(len(walk.actions) // 2)
-            yield begun, probe.replay(env, begun)  # the next reset comes in the middle of this episode
+            first_half = walk.prefix(len(walk.actions) // 2)
+            yield (
+                first_half,
+                probe.replay(env, first_half),
+            )  # the next reset comes in the middle of this episode
             yield walk, probe.replay(env, walk)
 
     return _repeated(probe, "group resets", "on a used environment", again())
@@ -230,7 +234,7 @@ def group_resets(probe: Probe) -> str:
 def _repeated(probe: Probe, check: str, where: str, pairs: Iterable[tuple[Walk, Walk]]) -> str:
     """Compare episodes with their repetitions, and record the first difference that "instance" allows."""
     declared = determinism(probe.twins()[0]) == "episode"
-    whole = declared and (check == "seeds" or "seeds" in probe.repeats)  # a fault is told once
+    whole = declared and (check == "seeds" or "seeds" in probe.repeats)  # report a fault only once
     first, count = None, 0
     for walk, again in pairs:
         how = f"played again {where}"

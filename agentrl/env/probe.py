@@ -131,6 +131,7 @@ class Probe:
         return env if env is not None and step_limit(env) in (max_steps, None) else None
 
     def _with(self, **kwargs: Any) -> Gym | None:
+        """Make an environment with extra arguments, or return None if it does not accept them."""
         parameters = inspect.signature(self.make).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if not takes_any and not kwargs.keys() <= parameters.keys():
@@ -222,8 +223,8 @@ class Probe:
     def walk(self, env: Gym, task: str, choose: Choose | None = None, limit: int | None = None) -> Walk:
         """Play a task from the reset, with random admissible actions unless `choose` is given."""
         with self._timed("reset"):
-            begun = call_contained(lambda: env.reset(seed=self.seed, options={"task": task}))
-        first = unpack("reset", begun, RESET_PARTS)
+            answer = call_contained(lambda: env.reset(seed=self.seed, options={"task": task}))
+        first = unpack("reset", answer, RESET_PARTS)
         actions, answers = self.continue_episode(
             env, first, choose or self.random_actions(task), limit or self.steps
         )
@@ -261,9 +262,9 @@ class Probe:
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
-        begun = perf_counter()
+        start = perf_counter()
         yield
-        self.seconds.setdefault(what, []).append(perf_counter() - begun)
+        self.seconds.setdefault(what, []).append(perf_counter() - start)
 
 
 def evenly_spaced(tasks: Sequence[str], count: int) -> list[str]:

@@ -80,6 +80,7 @@ def step_after_end(probe: Probe) -> str:
 
 
 def _refuses_step(env: Gym, when: str) -> None:
+    """Raise a `FaultError` unless `step` raises a clear error."""
     try:
         env.step("look")
     except CLEAR_ERRORS as error:
@@ -150,26 +151,29 @@ def snapshots(probe: Probe) -> str:
     other: Any = branch.unwrapped
     for walk in probe.walks():
         half = max(0, min(len(walk.actions) - 1, len(walk.actions) // 2))
-        begun = probe.walk(env, walk.task, scripted(walk.actions[:half]), max(1, half))
+        first_half = probe.walk(env, walk.task, scripted(walk.actions[:half]), max(1, half))
 
-        def onwards(env: Gym, begun: Walk = begun, rest: tuple[str, ...] = walk.actions[half:]) -> list[str]:
+        def continued(
+            env: Gym, first_half: Walk = first_half, rest: tuple[str, ...] = walk.actions[half:]
+        ) -> list[str]:
             return list(
                 map(
-                    comparable, probe.continue_episode(env, begun.answers[-1], scripted(rest), probe.steps)[1]
+                    comparable,
+                    probe.continue_episode(env, first_half.answers[-1], scripted(rest), probe.steps)[1],
                 )
             )
 
         snapshot = known.snapshot()
         other.restore(snapshot)
-        branched = onwards(branch)
-        original = onwards(env)
+        branched = continued(branch)
+        original = continued(env)
         if branched != original:
             raise FaultError(
                 f"task {walk.task!r}: the {half}th state continues differently in another environment"
             )
         for time in ("once", "twice"):
             known.restore(snapshot)
-            if onwards(env) != original:
+            if continued(env) != original:
                 raise FaultError(
                     f"task {walk.task!r}: the {half}th state, restored {time}, continues differently"
                 )

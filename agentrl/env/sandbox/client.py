@@ -109,6 +109,7 @@ class Sandbox:
         self.close()
 
     def _fork(self) -> SandboxSession:
+        """Start a process for a session, once more if the server died."""
         server = self._running()
         try:
             return server.session()
@@ -118,6 +119,7 @@ class Sandbox:
         return self._running().session()
 
     def _running(self) -> SandboxServer:
+        """Return the running server, starting one if necessary."""
         if self._owner != os.getpid():  # in a forked process: the server belongs to the parent
             self._owner, self._lock, self._server = os.getpid(), threading.Lock(), None
         with self._lock:
@@ -130,6 +132,7 @@ class Sandbox:
             return self._server
 
     def _start(self) -> SandboxServer:
+        """Start a server with the first level that works, and keep that level."""
         reasons = []
         for level in self._levels:
             try:

@@ -106,11 +106,13 @@ def filter_program(*, files: str, threads: bool, machine: str | None = None) -> 
         "fcntl": one_of(1, _FCNTL),
         "ioctl": one_of(1, _IOCTL),
         "prctl": one_of(0, [_PR_SET_NAME]),
+        # Only to read limits: the pointer to new ones must be null.
         "prlimit64": [argument(2), (_EQUAL, 0, 2, 0), argument(2, True), (_EQUAL, 1, 0, 0), refuse, allow],
         "clone3": [(_RETURN, 0, 0, _ERRNO | _ENOSYS)],  # libc falls back to clone
     }
     plain: list[str] = list(CALLS)
     if threads:
+        # Threads of this process only: neither new processes nor new namespaces.
         guarded["clone"] = [
             argument(0), (_ANY_BIT, 0, 1, _CLONE_THREAD), (_ANY_BIT, 0, 1, _NEW_NAMESPACE), refuse, allow
         ]  # fmt: skip
@@ -126,6 +128,7 @@ def filter_program(*, files: str, threads: bool, machine: str | None = None) -> 
     elif files == "write":
         plain += WRITING
 
+    # A call through another architecture's ABI has other numbers, so it kills the process.
     program = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _AUDIT[machine]), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     if machine == "x86_64":
         program += [(_AT_LEAST, 0, 1, 0x40000000), refuse]  # calls of the x32 ABI
@@ -141,6 +144,8 @@ def filter_program(*, files: str, threads: bool, machine: str | None = None) -> 
 
 
 class _Record(ctypes.Structure):
+    """The C struct sock_fprog."""
+
     _fields_ = (("length", ctypes.c_ushort), ("steps", ctypes.c_char_p))
 
 

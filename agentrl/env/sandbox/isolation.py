@@ -94,12 +94,13 @@ class Namespaces:
         """Continue as process 1 of the new process namespace, so that everything in it ends with this."""
         pid = os.fork()
         if pid:
+            # This process only waits, and must not keep the other ends of sockets open.
             os.closerange(3, 1 << 20)
             os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF)
         die_with_parent()
 
     def _map_user(self, inside: int, user: int, group: int) -> None:
-        self._write("setgroups", "deny")
+        self._write("setgroups", "deny")  # required before gid_map may be written without privileges
         self._write("uid_map", f"{inside} {user} 1")
         self._write("gid_map", f"{inside} {group} 1")
 
@@ -127,6 +128,7 @@ class Namespaces:
         os.mkdir(root + self._scratch)
         os.environ["TMPDIR"] = os.environ["HOME"] = self._scratch
         os.chdir(root)
+        # Stacks the old root on top of the new one, so that it can be detached without a mount point.
         _check(_libc.syscall(_PIVOT_ROOT[platform.machine()], b".", b"."), "pivot_root")
         _check(_libc.umount2(b".", _MNT_DETACH), "umount of the old root")
         os.chdir("/")
@@ -134,6 +136,7 @@ class Namespaces:
 
     @staticmethod
     def _bind(path: str, root: str) -> None:
+        """Bind a file or folder below the new root, read-only."""
         target = root + path
         if os.path.isdir(path):
             os.makedirs(target, exist_ok=True)
@@ -185,7 +188,7 @@ def drop_root() -> None:
     except OSError as fault:
         if fault.errno != errno.EINVAL:
             raise
-        return
+        return  # the user namespace does not map nobody
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)

@@ -29,6 +29,7 @@ class Level:
 
 
 def _settings(imports: Sequence[str], limits: Limits, isolation: str, filter: bool) -> dict[str, Any]:
+    """Return the settings message for the server."""
     kernel = {
         "AS": limits.memory_mb << 20,
         "FSIZE": limits.file_mb << 20,

@@ -273,7 +273,7 @@ class ChildProcess:
         self._output = _unnamed_file()
         self._poll = select.poll()
         with channel, monitor:
-            if hasattr(socket, "SO_PASSCRED"):
+            if hasattr(socket, "SO_PASSCRED"):  # the kernel attaches the sender's pid to messages
                 self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             try:
                 server.send_descriptors(channel.fileno(), self._output.fileno(), monitor.fileno())
@@ -344,6 +344,7 @@ class ChildProcess:
         )
 
     def _ask(self, code: bytes) -> str | None:
+        """Send code and return the error of the answer, or None."""
         # The processor time of threads since the last execution counts too.
         deadline, cpu = time.monotonic() + self._limits.seconds, self._cpu_before
         self._send(struct.pack(">I", len(code)) + code, deadline, cpu)
@@ -361,6 +362,7 @@ class ChildProcess:
         return None if error is None else _one_line(error[:_ERROR_CHARS])
 
     def _send(self, data: bytes, deadline: float, cpu: float) -> None:
+        """Send all data by the deadline."""
         left = memoryview(data)
         while left:
             try:
@@ -369,6 +371,7 @@ class ChildProcess:
                 self._wait(select.POLLOUT, deadline, cpu)
 
     def _receive(self, size: int, deadline: float, cpu: float | None = None) -> bytes:
+        """Receive exactly `size` bytes by the deadline."""
         data = b""
         while len(data) < size:
             try:
@@ -401,6 +404,7 @@ class ChildProcess:
     def _cpu(self) -> float:
         """Return the processor time in seconds that the process has used so far."""
         try:
+            # The kernel's clock id for the processor time of a process.
             return time.clock_gettime((~self._pid << 3) | 2) if self._pid else 0.0
         except OSError:
             return 0.0
@@ -440,6 +444,7 @@ class ChildProcess:
 
 
 def _unnamed_file() -> IO[bytes]:
+    """Return an append-only file without a name."""
     if hasattr(os, "memfd_create"):
         file: IO[bytes] = open(os.memfd_create("output"), "r+b", buffering=0)  # noqa: SIM115
     else:
@@ -453,6 +458,7 @@ def _one_line(text: str) -> str:
 
 
 def _cause(status: int, fault: str) -> str:
+    """Return why a process ended, from its wait status."""
     if os.WIFEXITED(status):
         return f"the process ended itself (exit status {os.WEXITSTATUS(status)})"
     number = os.WTERMSIG(status)

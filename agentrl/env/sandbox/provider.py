@@ -187,6 +187,7 @@ class PipedSession:
             subprocess.run(self._end, stdin=subprocess.DEVNULL, capture_output=True, check=False)
 
     def _execute(self, code: str, seconds: float) -> Execution:
+        """Run code and convert failures of the program to a result."""
         if self._process is None:
             raise SandboxError("this session is closed")
         ended: Literal["ok", "error", "timeout", "killed"]

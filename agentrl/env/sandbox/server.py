@@ -163,20 +163,20 @@ class Server:
         self._file_mb: int = settings["file_mb"]
         self._memory_mb: int = settings["memory_mb"]
         self._monitors: dict[int, socket.socket] = {}
-        self._life, self._alive = os.pipe()
+        self._life, self._alive = os.pipe()  # end of file on _life tells a child that the server is gone
         self._ready = selectors.DefaultSelector()
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(0)
         site.setquit()
         gc.collect()
-        gc.freeze()
+        gc.freeze()  # so that garbage collection in children does not copy the shared pages
 
     def serve(self) -> None:
         """Serve requests until the control socket closes or the parent process ends."""
         wake, woken = socket.socketpair()
         wake.setblocking(False)
         woken.setblocking(False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # the wakeup descriptor works only with a handler
         signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
         self._ready.register(self._control, selectors.EVENT_READ)
         self._ready.register(wake, selectors.EVENT_READ)
@@ -225,11 +225,12 @@ class Server:
 
     @staticmethod
     def _kill(pid: int) -> None:
-        for stop in (os.killpg, os.kill):
+        for stop in (os.killpg, os.kill):  # the child has no group of its own before it calls setsid
             with suppress(OSError):
                 stop(pid, signal.SIGKILL)
 
     def _reap(self) -> None:
+        """Report the exit status of every child that has ended, and kill what remains of its group."""
         for _ in range(len(self._monitors)):
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
@@ -261,6 +262,7 @@ class Server:
             os._exit(0)
 
     def _detach(self) -> None:
+        """Leave the server's process session, enter the child's namespaces, and die with the server."""
         os.setsid()
         os.close(self._alive)
         if self._namespaces:
@@ -269,6 +271,7 @@ class Server:
             drop_root()
         if sys.platform == "linux":
             die_with_parent()
+        # The server may have died before die_with_parent took effect.
         if select.select([self._life], [], [], 0)[0]:
             raise ProcessLookupError("the server is gone")
 
@@ -282,6 +285,7 @@ class Server:
 
 def _keep_only(channel: int, output: int) -> int:
     """Close all descriptors except 0 (null), 1 and 2 (output) and the channel, and return the channel's."""
+    # Move both out of the way first, so that dup2 overwrites neither.
     channel, output = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (channel, output))
     for end, number in ((output, 1), (output, 2), (channel, _CHANNEL)):
         os.dup2(end, number, inheritable=False)
@@ -304,6 +308,7 @@ def _frame(message: dict[str, Any]) -> bytes:
 
 
 def _read(size: int) -> bytes:
+    """Read exactly `size` bytes from the channel."""
     data = b""
     while len(data) < size:
         part = os.read(_CHANNEL, size - len(data))
