@@ -282,7 +282,9 @@ def evaluate(
         str | None,
         typer.Option(metavar="ID", help="Environment; default: the run's.", autocompletion=_env_ids),
     ] = None,
-    panel: Annotated[Path | None, typer.Option(metavar="FILE", help="Task panel to play.")] = None,
+    panel: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Panel of tasks, instead of a split.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Split to take tasks from.")] = None,
     tasks: Annotated[int | None, typer.Option(min=1, help="Number of tasks to play.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Episodes per task.")] = 1,
@@ -358,7 +360,7 @@ def play(
     ] = None,
     policy: Annotated[
         str,
-        typer.Option(metavar="human|random|expert|RUN", help="Policy to watch.", autocompletion=_policies),
+        typer.Option(metavar="human|random|expert|RUN", help="Policy that plays.", autocompletion=_policies),
     ] = "human",
     task: Annotated[str | None, typer.Option(metavar="ID", help="Task; default: drawn by the seed.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to take the task from.")] = None,
@@ -413,7 +415,7 @@ def algorithms(
     ] = None,
     imports: Imports = None,
 ) -> None:
-    """List the values of `algorithm.name`, or describe one with its keys and defaults.
+    """List the algorithms (values of `algorithm.name`), or describe one with its keys and defaults.
 
     - `agentrl algorithms epo`
     """
@@ -433,7 +435,7 @@ def algorithms(
 
 @app.command()
 def config(arguments: Overrides = None, imports: Imports = None) -> None:
-    """Print a configuration with defaults filled in and `extends` resolved.
+    """Print a complete configuration, with defaults filled in and `extends` resolved.
 
     - `agentrl config configs/quickstart.yaml seed=1 > mine.yaml`
     """
@@ -453,7 +455,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     imports: Imports = None,
 ) -> None:
-    """Show what a run needs and what is missing, without starting it; exit with 1 if anything is missing.
+    """Show what a run needs and what is missing, without starting it. Exits with 1 if anything is missing.
 
     - `agentrl plan configs/quickstart.yaml rollout.max_active=128`
     - `agentrl plan configs/cluster.yaml --nodes 2 --json`
@@ -495,7 +497,7 @@ def check_env(
     seed: Annotated[int, typer.Option(help="Seed of the episodes.")] = 0,
     imports: Imports = None,
 ) -> None:
-    """Check environments against the contract; exit with 1 if one breaks it.
+    """Check environments against the contract. Exits with 1 if one breaks it.
 
     - `agentrl check-env agentrl/ALFWorld-v0 max_steps=10`
     - `agentrl check-env --all`

@@ -156,12 +156,9 @@ def snapshots(probe: Probe) -> str:
         def continued(
             env: Gym, first_half: Walk = first_half, rest: tuple[str, ...] = walk.actions[half:]
         ) -> list[str]:
-            return list(
-                map(
-                    comparable,
-                    probe.continue_episode(env, first_half.answers[-1], scripted(rest), probe.steps)[1],
-                )
-            )
+            last = first_half.answers[-1]
+            _, answers = probe.continue_episode(env, last, scripted(rest), probe.steps)
+            return [comparable(answer) for answer in answers]
 
         snapshot = known.snapshot()
         other.restore(snapshot)
