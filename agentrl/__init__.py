@@ -20,25 +20,25 @@ if sys.platform == "win32":  # a traceback would hide the one line that helps
 if TYPE_CHECKING:
     from agentrl.env.panel import Panel, load_panel, make_panel
     from agentrl.env.registry import make
+    from agentrl.evaluation.evaluate import evaluate
     from agentrl.plugins import load_imports
-    from agentrl.run.evaluate import evaluate
     from agentrl.run.folder import Run, open_run
     from agentrl.run.settings import RunConfig, load_config
-    from agentrl.run.trainer import resume, train
+    from agentrl.training.trainer import resume, train
 
 _HOME = {
     "Panel": "agentrl.env.panel",
     "Run": "agentrl.run.folder",
     "RunConfig": "agentrl.run.settings",
-    "evaluate": "agentrl.run.evaluate",
+    "evaluate": "agentrl.evaluation.evaluate",
     "load_config": "agentrl.run.settings",
     "load_imports": "agentrl.plugins",
     "load_panel": "agentrl.env.panel",
     "make": "agentrl.env.registry",
     "make_panel": "agentrl.env.panel",
     "open_run": "agentrl.run.folder",
-    "resume": "agentrl.run.trainer",
-    "train": "agentrl.run.trainer",
+    "resume": "agentrl.training.trainer",
+    "train": "agentrl.training.trainer",
 }
 
 __all__ = [

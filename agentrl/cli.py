@@ -249,8 +249,8 @@ def train(
     - `agentrl train --resume runs/NAME`
     """
     from agentrl.run.settings import load_config
-    from agentrl.run.trainer import resume as resume_run
-    from agentrl.run.trainer import train as train_run
+    from agentrl.training.trainer import resume as resume_run
+    from agentrl.training.trainer import train as train_run
 
     path, overrides = _split_config(arguments)
     if resume is not None and path is not None:
@@ -316,9 +316,9 @@ def evaluate(
     import json
 
     from agentrl.config import merge
+    from agentrl.evaluation.evaluate import evaluate as measure
+    from agentrl.evaluation.report import results_table
     from agentrl.files import write_atomic
-    from agentrl.run.evaluate import evaluate as measure
-    from agentrl.run.report import results_table
 
     load_imports(imports or ())
     if output is not None and not output.parent.is_dir():
@@ -377,7 +377,7 @@ def play(
     - `agentrl play agentrl/ALFWorld-v0 --policy runs/NAME --greedy`
     """
     from agentrl.config import merge
-    from agentrl.run.watch import watch
+    from agentrl.evaluation.watch import watch
 
     load_imports(imports or ())
     episode = watch(
@@ -462,8 +462,8 @@ def plan(
     """
     import json
 
-    from agentrl.run.plan import plan as make_plan
-    from agentrl.run.plan import plan_table
+    from agentrl.planning.plan import plan as make_plan
+    from agentrl.planning.plan import plan_table
     from agentrl.run.settings import load_config
 
     path, overrides = _split_config(arguments)
@@ -553,8 +553,8 @@ def report(
     imports: Imports = None,
 ) -> None:
     """Rewrite the report.html of a run, finished or not. Executes no code of the run."""
+    from agentrl.evaluation.report import write_report
     from agentrl.run.folder import find_run
-    from agentrl.run.report import write_report
 
     load_imports(imports or ())
     echo(write_report(find_run(run)))

@@ -32,8 +32,12 @@ FLOORS = {
     "learn": 3,
     "scale": 4,
     "run": 5,
-    "cli": 6,
-    "__main__": 7,
+    "evaluation": 6,
+    "planning": 7,
+    "training": 8,
+    "study": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 HEAVY = {"torch", "ray", "vllm", "transformers", "matplotlib"}
 

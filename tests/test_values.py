@@ -14,17 +14,17 @@ import pytest
 from agentrl.data.storage import read_episodes, write_episodes
 from agentrl.data.trajectory import Episode, StopReason
 from agentrl.env import OneStepEnv, check_text_env
-from agentrl.env.answers import plain_info, reset_answer, step_answer
+from agentrl.env.contract.answers import plain_info, reset_answer, step_answer
 from agentrl.env.panel import Panel, load_panel
 from agentrl.env.spaces import TextSpace
 from agentrl.errors import CheckpointError, ConfigError, EnvironmentContractError, PanelError
+from agentrl.evaluation.evaluate import data_label
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.play import EpisodeSpec, Stop
 from agentrl.rollout.players import RandomPlayer
 from agentrl.rollout.settings import WorkersConfig
 from agentrl.rollout.workers import ProcessEnvironments
-from agentrl.run.evaluate import data_label
 from agentrl.values import ValueFaultError, as_json, as_number, describe_error, describe_value
 
 

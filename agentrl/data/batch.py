@@ -127,8 +127,8 @@ def collate(groups: Sequence[Group], *, layout: Layout = "trajectory") -> Batch:
 
     Args:
         groups: The groups of episodes whose returns are compared.
-        layout: "trajectory" merges turns into one row while prompts extend it (a `fresh` turn begins a new
-            row); "turn" gives every turn its own row, with everything before it as context.
+        layout: "trajectory" merges turns into one row while prompts extend it (a `new_sequence` turn begins a
+            new row); "turn" gives every turn its own row, with everything before it as context.
 
     Raises:
         ValueError: A reply has no tokens, or a token outside its allowed ids; the message names episode and
@@ -207,10 +207,10 @@ def _rows(episode: Episode, trajectory: int, layout: Layout) -> Iterator[_Row]:
     history: list[int] = []
     for index, turn in enumerate(episode.turns):
         _check(episode, index, turn)
-        if turn.fresh:
+        if turn.new_sequence:
             history = []
         # In the layout "trajectory", a row continues as long as prompts extend it.
-        if layout == "turn" or turn.fresh:
+        if layout == "turn" or turn.new_sequence:
             if row.tokens:
                 yield row
             row = _Row(trajectory)

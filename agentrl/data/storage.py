@@ -52,6 +52,7 @@ _TURN_COLUMNS = [
     ("policy_versions", pa.list_(pa.int32())),
     ("info", pa.string()),  # JSON
 ]
+_FIELDS = {"fresh": "new_sequence"}  # by column: the field of a turn, where its name differs
 SCHEMA = pa.schema(_EPISODE_COLUMNS + _TURN_COLUMNS, metadata={_VERSION_KEY: str(VERSION).encode()})
 
 
@@ -121,7 +122,11 @@ def _rows(number: int, episode: Episode) -> Iterator[dict[str, Any]]:
     if not episode.turns:
         yield head
     for index, turn in enumerate(episode.turns):
-        fields = {name: getattr(turn, name) for name, _ in _TURN_COLUMNS if name not in ("turn", "info")}
+        fields = {
+            name: getattr(turn, _FIELDS.get(name, name))
+            for name, _ in _TURN_COLUMNS
+            if name not in ("turn", "info")
+        }
         info = json.dumps(_info(episode, turn), ensure_ascii=False, allow_nan=False)
         yield head | fields | {"turn": index, "info": info}
 
@@ -155,7 +160,9 @@ def _episode(rows: Sequence[Mapping[str, Any]]) -> Episode:
 
 def _turn(row: Mapping[str, Any]) -> Turn:
     """Rebuild a turn from its row; columns missing in older files take empty values."""
-    fields: dict[str, Any] = {name: row.get(name) for name, _ in _TURN_COLUMNS if name != "turn"}
+    fields: dict[str, Any] = {
+        _FIELDS.get(name, name): row.get(name) for name, _ in _TURN_COLUMNS if name != "turn"
+    }
     for name in ("prompt_ids", "action_ids", "logprobs", "entropies", "policy_versions"):
         fields[name] = tuple(fields[name] or ())
     if fields["allowed"] is not None:

@@ -51,7 +51,7 @@ class Turn:
     """One observation and the policy's reply to it.
 
     `prompt_ids` are the tokens added since the previous reply. They extend the sequence of the previous turn,
-    or begin a new one if `fresh` (always true for turn 0), so no token is stored or encoded twice.
+    or begin a new one if `new_sequence` (always true for turn 0), so no token is stored or encoded twice.
     `action_ids`, `logprobs`, `entropies` and `allowed` have one entry per reply token. `logprobs` and
     `entropies` are in nats under the sampling distribution (over the allowed ids if the reply was
     constrained). Where a constrained reply begins with reasoning, `allowed` is None at the reasoning tokens.
@@ -71,7 +71,7 @@ class Turn:
     entropies: tuple[float, ...] = ()
     allowed: tuple[tuple[int, ...] | None, ...] | None = None  # None: every id was allowed at every token
     reward: float = 0.0  # from the environment, for this reply
-    fresh: bool = False
+    new_sequence: bool = False
     valid: bool = True  # whether the reply was parsed and understood
     imitable: bool = True  # False for text of noise or a tool: kept in the context, excluded from every loss
     finish: str = "stop"  # stop | length

@@ -104,7 +104,7 @@ class Reply:
     logprobs: tuple[float, ...] = ()
     entropies: tuple[float, ...] = ()
     allowed: tuple[tuple[int, ...] | None, ...] | None = None
-    fresh: bool = False
+    new_sequence: bool = False
     valid: bool = True
     imitable: bool = True
     finish: str = "stop"
@@ -280,7 +280,7 @@ def _turn(before: Transition, reply: Reply, answer: Answer) -> Turn:
         entropies=reply.entropies,
         allowed=reply.allowed,
         reward=after.reward,
-        fresh=reply.fresh,
+        new_sequence=reply.new_sequence,
         valid=reply.valid and bool(after.info.get("valid", True)),
         imitable=reply.imitable,
         finish=reply.finish,

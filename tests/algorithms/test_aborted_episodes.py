@@ -25,7 +25,7 @@ def episode(draw: random.Random, name: str) -> Episode:
             logprobs=(-draw.random(), -draw.random()),
             entropies=(draw.random(), draw.random()),
             reward=draw.choice((0.0, 0.1, 1 / 3, 1.0)),
-            fresh=index == 0,
+            new_sequence=index == 0,
         )
         for index in range(draw.randint(1, 4))
     )

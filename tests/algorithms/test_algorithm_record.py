@@ -23,7 +23,7 @@ from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.errors import ConfigError, RequirementError
 
 CONTEXT = Context()
-TURN = Turn("o", "a", prompt_ids=(1,), action_ids=(2,), fresh=True)
+TURN = Turn("o", "a", prompt_ids=(1,), action_ids=(2,), new_sequence=True)
 
 
 def episode(

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from text_worlds import Corridor
 
-from agentrl.env import ContractReport, check_text_env, trials
-from agentrl.env.checks import CHECKS
-from agentrl.env.probe import running_processes
+from agentrl.env import ContractReport, check_text_env
+from agentrl.env.contract import trials
+from agentrl.env.contract.checks import CHECKS
+from agentrl.env.contract.probe import running_processes
 from agentrl.errors import ConfigError, EnvironmentContractError, MissingDependencyError
 
 NAMES = [name for name, _ in CHECKS]

@@ -23,7 +23,7 @@ ALL = torch.tensor([0, 1])
 
 
 def episode(reward: float, replies: int) -> Episode:
-    turn = Turn("o", "a", prompt_ids=(1, 1), action_ids=(2,) * replies, reward=reward, fresh=True)
+    turn = Turn("o", "a", prompt_ids=(1, 1), action_ids=(2,) * replies, reward=reward, new_sequence=True)
     return Episode("e", "env", "t", 0, (turn,), StopReason.TERMINATED)
 
 
