@@ -40,7 +40,8 @@ class TextEnv(Protocol):
     - `expert`: the next action of the expert, if constructed with `expert=True`,
     - `state_key`: a str or int that is equal for equal states,
     - `tool` and `tool_error`: the tool that the last action used, and its error; JSON values,
-    - `other_success`: whether the goal of another task was reached; see `other_goal` of `agentrl.evaluate`.
+    - `other_success`: whether another task's goal was reached; see `other_goal` in
+      `agentrl.evaluation.evaluate`.
 
     Numbers may be NumPy, `Fraction` or `Decimal` numbers, and flags and texts NumPy ones; they are converted
     to Python types. Numbers must be finite and texts at most `agentrl.values.MAX_TEXT_CHARS` long; otherwise
