@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import agentrl
-from agentrl.algorithms.algorithm import recipe_names
+from agentrl.algorithms.recipe import recipe_names
 from agentrl.run.settings import RunConfig, config_tree, load_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -44,7 +44,8 @@ AT_IMPORT = GAME + "\nregister({id!r}, Door)\n"
 PLUG_IN = GAME + "\ndef plug_in():\n    register({id!r}, Door)\n"
 RECIPE = """
 from dataclasses import dataclass
-from agentrl.algorithms.algorithm import Algorithm, Recipe, recipe
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.recipe import Recipe, recipe
 
 @recipe({name!r})
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, given, requires
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.hooks import Context, MiniBatch, given, requires
 
 
 def with_drift(algorithm: Algorithm, cap: float | None) -> Algorithm:

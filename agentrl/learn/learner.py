@@ -12,17 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Context,
-    MiniBatch,
-    Outputs,
-    Rehearsal,
-    compute_advantages,
-    given,
-    with_mask,
-    with_targets,
-)
+from agentrl.algorithms.algorithm import Algorithm, Rehearsal
+from agentrl.algorithms.credit import compute_advantages, with_mask, with_targets
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, given
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import StopReason
 from agentrl.errors import CheckpointError, NonFiniteError, RequirementError

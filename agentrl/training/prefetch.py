@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from agentrl.algorithms.algorithm import Context
+from agentrl.algorithms.hooks import Context
 from agentrl.policy.engine import Engine, Generation, GenerationRequest
 from agentrl.training.rollouts import Played
 

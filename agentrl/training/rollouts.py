@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd
 
-from agentrl.algorithms.algorithm import Algorithm, Context
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.hooks import Context
 from agentrl.data.trajectory import Episode, Group
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.rollout.branching import Director

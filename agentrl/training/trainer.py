@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from agentrl.algorithms.algorithm import Context, check_requirements, prepare
+from agentrl.algorithms.algorithm import check_requirements
+from agentrl.algorithms.credit import prepare
+from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.importance import with_drift
 from agentrl.algorithms.methods.cloning import cloning
 from agentrl.data.storage import write_episodes

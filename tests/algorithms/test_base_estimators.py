@@ -10,15 +10,9 @@ import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Context,
-    MiniBatch,
-    Outputs,
-    compute_advantages,
-    prepare,
-    with_targets,
-)
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import compute_advantages, prepare, with_targets
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
 from agentrl.algorithms.methods.dapo import DAPO
 from agentrl.algorithms.methods.empg import EMPG
 from agentrl.algorithms.methods.gigpo import GiGPO, step_advantage

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, Outputs, requires, with_mask
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import with_mask
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, requires
 from agentrl.algorithms.methods.dapo import DAPO
 from agentrl.algorithms.methods.dr_bot import DrBot
 from agentrl.algorithms.methods.grpo import GRPO

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import tensor
 
-from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, compute_advantages, trait
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import compute_advantages
+from agentrl.algorithms.hooks import Context, MiniBatch, trait
 from agentrl.algorithms.methods.empg import EMPG
 from agentrl.algorithms.methods.epo import EPO
 from agentrl.algorithms.methods.grpo import GRPO

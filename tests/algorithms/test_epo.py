@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import tensor
 
-from agentrl.algorithms.algorithm import Context, MiniBatch, Outputs, check_requirements, compute_advantages
+from agentrl.algorithms.algorithm import check_requirements
+from agentrl.algorithms.credit import compute_advantages
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
 from agentrl.algorithms.methods.epo import EPO, entropy_levels, released_decay
 from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.algorithms.recipe import build_recipe, recipe_tree

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Context, MiniBatch
+from agentrl.algorithms.hooks import Context, MiniBatch
 from agentrl.algorithms.importance import drift_numbers, importance_weights, with_drift
 from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.data import Episode, Group, StopReason, Turn

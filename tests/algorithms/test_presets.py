@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import pytest
 
 from agentrl.algorithms import recipe as registry
-from agentrl.algorithms.algorithm import Algorithm, Context
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.methods.aepo import AEPO
 from agentrl.algorithms.methods.dr_bot import DrBot
 from agentrl.algorithms.methods.epo import EPO

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from agentrl.algorithms import recipe as registry
-from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, Outputs, prepare
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import prepare
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
 from agentrl.algorithms.methods.cloning import BehaviourCloning
 from agentrl.algorithms.methods.dapo import DAPO
 from agentrl.algorithms.methods.gigpo import GiGPO

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, Rehearsal
+from agentrl.algorithms.algorithm import Algorithm, Rehearsal
+from agentrl.algorithms.hooks import Context, MiniBatch
 from agentrl.algorithms.methods.spear import decayed, recalibrated
 from agentrl.algorithms.replay import ReplayBuffer
 from agentrl.data import Episode, Group, StopReason, Turn

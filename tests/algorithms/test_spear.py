@@ -7,14 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Context,
-    MiniBatch,
-    Outputs,
-    compute_advantages,
-    prepare,
-)
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import compute_advantages, prepare
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
 from agentrl.algorithms.methods.clip_cov import covariance_clip, covariance_numbers
 from agentrl.algorithms.methods.dapo import DAPO
 from agentrl.algorithms.methods.dr_bot import DrBot, fault, keep_most_varied

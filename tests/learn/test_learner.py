@@ -9,7 +9,9 @@ import torch
 from toy_policy import VOCABULARY, ToyPolicy, make_groups, make_turn, toy_forward
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Algorithm, Context, clipped_policy_loss, prepare, requires
+from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss
+from agentrl.algorithms.credit import prepare
+from agentrl.algorithms.hooks import Context, requires
 from agentrl.algorithms.methods.cloning import BehaviourCloning
 from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.data import Episode, Group, StopReason, Turn

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from agentrl.algorithms.algorithm import Context
+from agentrl.algorithms.hooks import Context
 from agentrl.data import Group
 from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
 from agentrl.training.prefetch import SharedEngine, SideBySide, TakingTurns

@@ -11,21 +11,20 @@ from annotated_types import Interval
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import (
-    Algorithm,
+from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss
+from agentrl.algorithms.features import branch_shares
+from agentrl.algorithms.hooks import (
     Bounds,
     Context,
     Diagnostic,
     MiniBatch,
     Outputs,
     Transform,
-    clipped_policy_loss,
     excludes,
     given,
     requires,
     trait,
 )
-from agentrl.algorithms.features import branch_shares
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
 from agentrl.config import Count, Share, SignedWeight, Weight
 from agentrl.data.batch import Batch

@@ -9,16 +9,8 @@ import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Bounds,
-    Clip,
-    Context,
-    MiniBatch,
-    given,
-    held_back,
-    requires,
-)
+from agentrl.algorithms.algorithm import Algorithm, held_back
+from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, given, requires
 from agentrl.config import SignedWeight
 from agentrl.errors import RequirementError
 from agentrl.seeds import derive_seed

@@ -9,17 +9,8 @@ import torch
 from annotated_types import Interval
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Bounds,
-    Clip,
-    Context,
-    MiniBatch,
-    Select,
-    drop_equal_returns,
-    excludes,
-    traits,
-)
+from agentrl.algorithms.algorithm import Algorithm, drop_equal_returns
+from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, Select, excludes, traits
 from agentrl.algorithms.methods.dr_bot import SHAPED, by_shaped_returns
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
 from agentrl.config import Share, Tokens, Weight

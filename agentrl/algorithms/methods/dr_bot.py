@@ -12,17 +12,9 @@ import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Bounds,
-    Context,
-    MiniBatch,
-    Select,
-    ShapeReward,
-    excludes,
-    shaped,
-    trait,
-)
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import shaped
+from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Select, ShapeReward, excludes, trait
 from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.algorithms.recipe import Base, Presets, Recipe, recipe, without_replay
 from agentrl.config import PositiveShare, Share, Tokens, Weight

@@ -8,16 +8,10 @@ import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Context,
-    MiniBatch,
-    compute_advantages,
-    excludes,
-    given,
-    requires,
-)
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import compute_advantages
 from agentrl.algorithms.features import branch_shares
+from agentrl.algorithms.hooks import Context, MiniBatch, excludes, given, requires
 from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe
 from agentrl.config import Weight
 from agentrl.data.batch import Batch

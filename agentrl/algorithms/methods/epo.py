@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, Outputs, Term, given, requires
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, given, requires
 from agentrl.algorithms.methods.grpo import entropy_bonus
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Count, PositiveWeight, Steps, Weight

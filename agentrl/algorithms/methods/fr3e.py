@@ -13,15 +13,9 @@ from annotated_types import Interval
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import (
-    EQUAL_RETURNS,
-    Algorithm,
-    Context,
-    MiniBatch,
-    RolloutPlan,
-    requires,
-    rollout_gap,
-)
+from agentrl.algorithms.algorithm import EQUAL_RETURNS, Algorithm, rollout_gap
+from agentrl.algorithms.branching import RolloutPlan
+from agentrl.algorithms.hooks import Context, MiniBatch, requires
 from agentrl.algorithms.methods.grpo import fixed_clip
 from agentrl.algorithms.recipe import Presets, Recipe, recipe
 from agentrl.config import Share, Weight

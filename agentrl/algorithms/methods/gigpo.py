@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Advantage, Algorithm, Context, MiniBatch
+from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.features import (
     State,
     anchor_states,
@@ -19,6 +19,7 @@ from agentrl.algorithms.features import (
     turn_penalties,
     turn_rewards,
 )
+from agentrl.algorithms.hooks import Advantage, Context, MiniBatch
 from agentrl.algorithms.methods.grpo import GRPO, comparing
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.config import PositiveShare, Share, Weight

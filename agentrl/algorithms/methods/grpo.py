@@ -10,24 +10,22 @@ from annotated_types import Interval
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import (
+from agentrl.algorithms.algorithm import Algorithm, drop_equal_returns, keep_all
+from agentrl.algorithms.features import row_scores, turn_exists
+from agentrl.algorithms.hooks import (
     COMPARES,
     Advantage,
     Aggregation,
-    Algorithm,
     Bounds,
     Context,
     MiniBatch,
     Outputs,
     Term,
-    drop_equal_returns,
     given,
-    keep_all,
     requires,
     trait,
     traits,
 )
-from agentrl.algorithms.features import row_scores, turn_exists
 from agentrl.algorithms.recipe import Presets, Recipe, recipe
 from agentrl.config import Share, SignedWeight, Tokens, Weight
 from agentrl.data.batch import Batch

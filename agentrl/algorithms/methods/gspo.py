@@ -7,7 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Algorithm, MiniBatch, Outputs, given, trait
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.hooks import MiniBatch, Outputs, given, trait
 from agentrl.algorithms.methods.grpo import fixed_clip
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
 from agentrl.config import Share, Weight

@@ -9,17 +9,9 @@ import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Context,
-    MiniBatch,
-    Outputs,
-    Term,
-    given,
-    requires,
-    trait,
-)
+from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.features import decision_rewards, decisions, has_decision, row_scores, step_rewards
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, given, requires, trait
 from agentrl.algorithms.methods.grpo import ClippedRecipe
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.config import PositiveWeight, Share, Weight

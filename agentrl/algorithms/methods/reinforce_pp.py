@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Advantage, Algorithm, Context, given, requires, trait
+from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.features import at_last_decisions, decision_rewards, decisions, row_scores
+from agentrl.algorithms.hooks import Advantage, Context, given, requires, trait
 from agentrl.algorithms.methods.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups, comparing
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.config import Share, Weight

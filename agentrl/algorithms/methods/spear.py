@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from agentrl.algorithms.algorithm import EQUAL_RETURNS, Algorithm, Context
+from agentrl.algorithms.algorithm import EQUAL_RETURNS, Algorithm
+from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.methods.clip_cov import Band, with_covariance_clip
 from agentrl.algorithms.methods.dr_bot import DrBot, by_shaped_returns
 from agentrl.algorithms.recipe import Base, Presets, Recipe, recipe
