@@ -487,7 +487,7 @@ def _describe(error: ValidationError, cls: type, tree: Mapping[str, Any], where:
             wrong.setdefault(path, (got, []))[1].append(expected)
     for path, (got, wanted) in wrong.items():
         expected = " or ".join(dict.fromkeys(wanted))
-        lines.append(f"{path or 'here'}: wrong value (got {_describe_value(got)}, wanted {expected})")
+        lines.append(f"{path or 'top level'}: wrong value (got {_describe_value(got)}, wanted {expected})")
     return lines
 
 

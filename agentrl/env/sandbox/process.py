@@ -306,7 +306,7 @@ class ChildProcess:
             error = self._end().get("error", f"{fault}")
         if error:
             self.close()
-            raise SandboxError(f"no process for a session: {error}")
+            raise SandboxError(f"cannot start a process for a session: {error}")
         with suppress(AttributeError, OSError):
             self._handle = os.pidfd_open(self._pid) if self._pid else -1
         self._cpu_before = self._cpu()
