@@ -122,7 +122,7 @@ def test_a_task_is_hashed_with_the_name_of_its_environment() -> None:
         ({"split": "trian"}, "split 'trian' is unknown; did you mean 'train'"),
         ({"max_steps": 0}, "max_steps: 0, wanted a whole number of at least 1"),
         ({"max_steps": True}, "max_steps: True"),
-        ({"expert": True}, r"Countdown has no expert\(\)"),
+        ({"expert": True}, r"Countdown has no method expert\(\)"),
     ],
 )
 def test_a_bad_argument_is_refused(kwargs: dict[str, Any], message: str) -> None:
