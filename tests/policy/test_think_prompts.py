@@ -243,7 +243,7 @@ def test_names_in_a_template_count_as_read_only_from_outside() -> None:
     "name", ["messages", "conversation", "add_generation_prompt", "tokenize", "chat_template", "return_dict"]
 )
 def test_what_is_set_here_is_no_argument(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"policy\.template_arguments\.{name} is not a template's own"):
+    with pytest.raises(ConfigError, match=rf"policy\.template_arguments\.{name} is set by agentrl"):
         PolicyConfig(template_arguments={name: True})
 
 

@@ -261,8 +261,8 @@ def test_the_context_leaves_room_for_the_choice_and_a_smaller_one_is_refused(mod
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (asked("a", choices=None), "thinks before it chooses, but choices is None"),
-        (asked("a", thinking=replace(THINKING, closing=(999,))), "around thoughts has an id outside"),
+        (asked("a", choices=None), "thinking is set, but choices is None"),
+        (asked("a", thinking=replace(THINKING, closing=(999,))), "around the reasoning include one outside"),
     ],
 )
 def test_a_request_that_cannot_think_says_why(

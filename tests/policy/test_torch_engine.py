@@ -494,7 +494,7 @@ def test_long_prompts_are_fed_in_pieces(model: PreTrainedModel) -> None:
     [
         (_request("bad", (1,), choices=()), "choices is empty"),
         (_request("bad", (1,), choices=((20, 21),)), "does not end in a stop id but in 21"),
-        (_request("bad", (1,), choices=((20, STOP), (20, STOP, 5, STOP))), "begins the choice"),
+        (_request("bad", (1,), choices=((20, STOP), (20, STOP, 5, STOP))), "is a prefix of the choice"),
         (_request("bad", (1,), choices=((9999, STOP),)), "outside the model's vocabulary"),
         (_request("bad", (1, 9999)), "outside the model's vocabulary"),
         (_request("bad", ()), "empty"),
