@@ -42,8 +42,8 @@ def context_length(model: PreTrainedModel, wanted: int | None) -> int:
         return min(positions, switch)
     if switch < min(wanted, positions):
         raise ConfigError(
-            f"policy.max_context is {wanted}, wanted at most {switch}: {type(model).__name__} uses other rotary "
-            f"frequencies, at earlier tokens too, as soon as a sequence is longer than {switch} tokens"
+            f"policy.max_context is {wanted}, wanted at most {switch}: {type(model).__name__} uses other "
+            f"rotary frequencies, at earlier tokens too, as soon as a sequence is longer than {switch} tokens"
         )
     return min(wanted, positions)
 
