@@ -129,6 +129,7 @@ class PackedLayout:
             F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
         states = self._to_grid(query), self._to_grid(key), self._to_grid(value)
+        # Padding is at the end of each row, where the causal mask hides it from all real tokens.
         if window is None or self.longest <= window:
             out = attention(*states, is_causal=True)
         else:

@@ -325,7 +325,7 @@ class TorchEngine:
     def _advance(self, rows: list[_Sequence]) -> None:
         """Forward the uncached tokens of some sequences, and sample a token for those that are complete."""
         self._close_gaps()
-        rows, duplicates = _deduplicate(sorted(rows, key=lambda row: row.slot))
+        rows, duplicates = _deduplicate(sorted(rows, key=lambda row: row.slot))  # as `cached_layout` wants
         tokens: list[int] = []
         counts, ready = [], []
         for row in rows:
@@ -364,6 +364,7 @@ class TorchEngine:
         past = np.array([row.cached for row in rows])
         longest = int((past + counts).max())
         if longest > self._cache.length or len(self._slots) > self._cache.slots:
+            # A quarter more than needed, so that growing sequences rarely copy the cache.
             self._reserve(min(_rounded(longest * 5 // 4, LENGTH_STEP), self.max_context))
         self.tokens_forwarded += len(tokens)
         self.forwards += 1
@@ -387,6 +388,7 @@ class TorchEngine:
                 states,
                 weight,
                 [row.node.ids for row in chosen if row.node is not None] if menu else None,
+                # One generator per row, so that a reply does not depend on the rest of the batch.
                 np.array([row.random.random() for row in chosen]),
                 np.array([row.request.sampling.temperature for row in chosen if row.request is not None]),
             )
@@ -396,7 +398,7 @@ class TorchEngine:
         for row, place, logprob, entropy in zip(
             rows, draws.chosen, draws.logprobs, draws.entropies, strict=True
         ):
-            if entropy != entropy:
+            if entropy != entropy:  # nan
                 self._finish(row, error=NOT_FINITE)
                 continue
             assert row.node is not None
@@ -416,7 +418,7 @@ class TorchEngine:
         for row, token, logprob, entropy in zip(
             rows, draws.chosen, draws.logprobs, draws.entropies, strict=True
         ):
-            if entropy != entropy:
+            if entropy != entropy:  # nan
                 self._finish(row, error=NOT_FINITE)
                 continue
             row.ids.append(token)
