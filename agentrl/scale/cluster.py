@@ -13,7 +13,7 @@ from typing import Any, cast
 import ray
 import torch
 
-from agentrl.errors import AgentRLError, ConfigError
+from agentrl.errors import ClusterLostError, ConfigError
 from agentrl.policy.settings import EngineConfig
 from agentrl.terminal import echo
 
@@ -27,10 +27,6 @@ _REASON_LENGTH = 200  # characters of Ray's reason that go into an error message
 
 _CHECK_INTERVAL = 2.0  # seconds between two pings of the cluster's head
 _LOST_AFTER = 15.0  # seconds without an answer; Ray itself ends the process after 60, without advice
-
-
-class ClusterLostError(AgentRLError):
-    """Raised when the head of the cluster, or Ray's part on this machine, is gone; says how to go on."""
 
 
 class _Connection:

@@ -19,8 +19,9 @@ from agentrl.errors import ConfigError
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
+from agentrl.errors import ClusterLostError
 from agentrl.scale import cluster as cluster_module
-from agentrl.scale.cluster import ClusterLostError, connected, ping
+from agentrl.scale.cluster import connected, ping
 
 
 def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
@@ -259,5 +260,5 @@ def test_a_loss_of_ray_that_cannot_be_made_good_ends_with_a_remedy(what: str, tm
     answer = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     said = answer.stderr.strip().splitlines()[-1]
     assert answer.returncode == 1
-    assert said.startswith("agentrl.scale.cluster.ClusterLostError: Ray is lost: ")
+    assert said.startswith("agentrl.errors.ClusterLostError: Ray is lost: ")
     assert said.endswith("Then go on from the last checkpoint: agentrl train --resume RUN")

@@ -15,9 +15,9 @@ from vllm_cases import policy
 from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl.policy.settings import EngineConfig, VllmConfig
 from agentrl.run.settings import load_config
-from agentrl.run.trainer import train
 from agentrl.scale.engines import check_engine
 from agentrl.scale.vllm_server import VllmServerEngine
+from agentrl.training.trainer import train
 
 
 @pytest.mark.parametrize(
