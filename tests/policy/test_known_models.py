@@ -1,4 +1,4 @@
-"""Which architectures are taken: that follows from what they compute, not from their weights of today."""
+"""Accepted architectures, which depend on what they compute and not on their current weights."""
 
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def test_what_does_more_is_refused_before_it_has_weights(config: PreTrainedConfi
 
 @pytest.mark.parametrize("config", [REFUSED[0][0], REFUSED[4][0], REFUSED[6][0], REFUSED[8][0]], ids=_named)
 def test_the_numbers_alone_refuse_it_too(config: PreTrainedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At weights of 0.02 the caps and scales of these change next to nothing; at spread ones they do."""
+    """The caps and scales of these models matter only at widely spread weights, not at weights of 0.02."""
     monkeypatch.setattr(architecture, "_unsupported_features", lambda model: iter(()))
     with pytest.raises(RequirementError, match="gives other logprobs over packed sequences"):
         check_packed_forward(without_weights(config))

@@ -36,7 +36,7 @@ SWITCH = "{% if enable_thinking is defined and not enable_thinking %}" + CLOSED 
 
 @pytest.fixture(scope="module", params=["spelled", "added", "special"])
 def chat(request: pytest.FixtureRequest) -> Callable[[str], PreTrainedTokenizerFast]:
-    """Tokenizers without tokens for think tags, with such, and with such as only a template may write."""
+    """Tokenizers without tokens for think tags, with them, and with ones that only a template may write."""
     made = byte_level(TAGGED, 320, ("<think>", "</think>") if request.param == "added" else ())
     if request.param == "special":
         made.add_tokens(["<think>", "</think>"], special_tokens=True)
@@ -54,7 +54,7 @@ def read(dialogue: ChatDialogue, ids: tuple[int, ...]) -> str:
 
 
 def ids_of(dialogue: ChatDialogue, text: str, *, ended: bool = True) -> tuple[int, ...]:
-    """A reply as a policy may sample it."""
+    """Encode a reply as a policy may sample it."""
     ids = dialogue._tokenizer(text, add_special_tokens=False)["input_ids"]
     return (*ids, dialogue.encode_reply("x")[-1]) if ended else tuple(ids)
 

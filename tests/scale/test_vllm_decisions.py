@@ -1,4 +1,4 @@
-"""The mask and the entropies that a logits processor computes in vLLM, without vLLM."""
+"""The mask and the entropies of the logits processor, tested without vLLM."""
 
 import math
 
