@@ -1,7 +1,6 @@
 import ast
 import errno
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -152,10 +151,8 @@ def test_config_prints_a_tree_that_is_read_back(tmp_path: Path) -> None:
     assert run("config").stdout == run("config", "quickstart.yaml").stdout
 
 
-def test_the_version_is_that_of_the_distribution() -> None:
-    version = importlib.metadata.version("agentrl")
-    assert run("--version").stdout == f"agentrl {version}\n"
-    assert agentrl.__version__ == version
+def test_the_version_is_printed() -> None:
+    assert run("--version").stdout == f"agentrl {agentrl.__version__}\n"
 
 
 def test_the_module_is_the_command() -> None:
