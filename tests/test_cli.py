@@ -289,6 +289,16 @@ def test_a_shell_completes_commands_files_and_names(tmp_path: Path, monkeypatch:
     assert completed("agentrl evaluate --policy r") == ["random", "runs/first"]
 
 
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_complete_as_well(shell: str) -> None:
+    environment = {
+        "_AGENTRL_COMPLETE": f"complete_{shell}",
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        "_TYPER_COMPLETE_ARGS": "agentrl train algorithm.name=ep",
+    }
+    assert re.findall(r"[\w.]+=\w+", run(env=environment).stdout) == ["algorithm.name=epo"]
+
+
 def test_the_completion_of_a_shell_can_be_installed() -> None:
     assert {"--install-completion", "--show-completion"} <= set(run("--help").stdout.split())
 

@@ -85,6 +85,16 @@ def test_the_version_is_written_once_and_cited() -> None:
     assert [author["name"] for author in citation["authors"]] == names
 
 
+def test_the_hosted_tests_run_on_every_python_that_is_named() -> None:
+    workflow = read_yaml(ROOT / ".github" / "workflows" / "tests.yml")
+    stem = "Programming Language :: Python :: 3."
+    named = [line for line in PROJECT["project"]["classifiers"] if line.startswith(stem)]
+    assert [f"{stem}{minor}" for minor in (11, 12, 13)] == named
+    job = workflow["jobs"]["tests"]
+    assert [f"{stem}{python.removeprefix('3.')}" for python in job["strategy"]["matrix"]["python"]] == named
+    assert {"make check", "make test"} <= {step.get("run") for step in job["steps"]}
+
+
 def test_the_changelog_begins_with_what_is_not_released() -> None:
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert headings[0] == "Unreleased"
