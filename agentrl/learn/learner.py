@@ -344,7 +344,7 @@ class Learner:
         """What the ranks read, each of its own rows and 0 elsewhere."""
         for values in (outputs.logprobs, outputs.entropies, outputs.values):
             if values is not None:
-                self.ranks.total(values)
+                self.ranks.all_reduce(values)
         return outputs
 
     def _last_values(self, batch: Batch) -> Tensor:
@@ -365,7 +365,7 @@ class Learner:
                 if weight:
                     values[part.trajectory] = found.to(values)
         reshard(self._scoring)
-        return self.ranks.total(values)
+        return self.ranks.all_reduce(values)
 
     def _last_values_of(self, part: Batch, policy: nn.Module, head: nn.Module | None) -> Tensor:
         assert head is not None
@@ -402,7 +402,7 @@ class Learner:
                 _store(seen, rows, outputs)
             for name, value in numbers.items():
                 sums[name] += weight * float(value)
-        return self.ranks.totals(sums), self._combined(seen)
+        return self.ranks.all_reduce_numbers(sums), self._combined(seen)
 
     def _apply(self, loss: float) -> dict[str, float]:
         """Step the optimisers and report the gradient's norm, unless something is not finite."""
@@ -432,7 +432,9 @@ class Learner:
         ]
         pushed, moved = torch.stack(counts).sum(0).tolist() if counts else (0, 0)
         lost = bool(non_finite(self._own_parts(changed=True)))
-        sums = self.ranks.totals({"lost": float(lost), "pushed": float(pushed), "moved": float(moved)})
+        sums = self.ranks.all_reduce_numbers(
+            {"lost": float(lost), "pushed": float(pushed), "moved": float(moved)}
+        )
         if sums["lost"]:
             rates = {group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups}
             raise NonFiniteError(

@@ -16,7 +16,7 @@ from agentrl.errors import AgentRLError, ConfigError
 T = TypeVar("T")
 
 # That of the slowest rank's episodes; whoever waits for a rank that died is ended by torchrun.
-_PATIENCE = timedelta(hours=2)
+_TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class Ranks:
     def first(self) -> bool:
         return self.index == 0
 
-    def apart(self) -> "Ranks":
+    def new_group(self) -> "Ranks":
         """The same processes with words of their own, so that a thread of each can speak beside the first."""
         if self.count == 1:
             return self
-        return replace(self, group=dist.new_group(timeout=_PATIENCE, backend="gloo"))
+        return replace(self, group=dist.new_group(timeout=_TIMEOUT, backend="gloo"))
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """Add up what the ranks hold, in place; every rank has the same sum."""
         if self.count > 1:
             dist.all_reduce(values, group=self.group)
         return values
 
-    def totals(self, numbers: Mapping[str, float]) -> dict[str, float]:
+    def all_reduce_numbers(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """The same of numbers, whose names and order must be equal on every rank."""
-        sums = self.total(torch.tensor(list(numbers.values()), dtype=torch.float64))
+        sums = self.all_reduce(torch.tensor(list(numbers.values()), dtype=torch.float64))
         return dict(zip(numbers, sums.tolist(), strict=True))
 
     def gather(self, value: T) -> list[T]:
@@ -61,11 +61,11 @@ class Ranks:
             dist.all_gather_object(found, value, group=self.group)
         return found
 
-    def deal(self, items: Sequence[T]) -> Sequence[T]:
+    def split(self, items: Sequence[T]) -> Sequence[T]:
         """Every `count`-th of what all ranks have: the part of this one."""
         return items[self.index :: self.count]
 
-    def collect(self, dealt: Sequence[T]) -> list[T]:
+    def merge(self, dealt: Sequence[T]) -> list[T]:
         """All that was dealt, in the order that it had before."""
         hands = self.gather(dealt)
         size = sum(map(len, hands))
@@ -102,7 +102,7 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
+def process_group(device: torch.device) -> Iterator[Ranks]:
     """Join the processes that torchrun started with this one; alone where it started none.
 
     Launchers other than torchrun set the same variables: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
@@ -118,21 +118,21 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
         return
     if device.type == "cuda":
-        _take_accelerator(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group(_backend(device), timeout=_PATIENCE)
+        _select_accelerator(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group(_backend(device), timeout=_TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
 
 
-def ensure_group(device: torch.device) -> None:
+def ensure_process_group(device: torch.device) -> None:
     """Have a process group, of this process alone where it has joined none: FSDP2 wants one."""
     if not dist.is_initialized():
         dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
-def _take_accelerator(place: int) -> None:
+def _select_accelerator(place: int) -> None:
     there = torch.cuda.device_count()
     if place >= there:
         raise ConfigError(

@@ -117,7 +117,7 @@ class LearnerConfig:
         """Optimiser steps per rollout batch."""
         return self.epochs * self.mini_batches
 
-    def beside(self, engine_dtype: str) -> "LearnerConfig":
+    def resolve_compute_dtype(self, engine_dtype: str) -> "LearnerConfig":
         """Return this with a `compute_dtype`, beside an engine that generates in a dtype."""
         chosen = self.compute_dtype or ("bfloat16" if engine_dtype == "bfloat16" else "float32")
         return replace(self, compute_dtype=chosen)

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from agentrl.errors import CheckpointError
-from agentrl.learn.ranks import ensure_group
+from agentrl.learn.ranks import ensure_process_group
 from agentrl.learn.settings import LearnerConfig
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ def shard(module: ScoringModule, config: LearnerConfig) -> None:
     Gradients are summed over ranks, not averaged: each rank's loss is its own part of the whole one.
     """
     device = next(module.parameters()).device
-    ensure_group(device)
+    ensure_process_group(device)
     for values in (*module.parameters(), *module.buffers()):
         dist.broadcast(values.detach(), 0)
     settings: dict[str, Any] = {

@@ -25,7 +25,7 @@ from agentrl.files import clear_remnants, write_atomic
 from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner, provided
 from agentrl.learn.lora import check_adapters
-from agentrl.learn.ranks import ALONE, Ranks, joined
+from agentrl.learn.ranks import ALONE, Ranks, process_group
 from agentrl.policy.engine import Engine
 from agentrl.policy.model import (
     context_length,
@@ -117,7 +117,7 @@ def _run(config: RunConfig, active: Run | None, quiet: bool) -> Run:
     if config.learner.launcher == "ray" and "RANK" not in os.environ:
         return _run_on_ray(config, active, quiet)
     device = resolve_device(config.policy.device)
-    with joined(device) as ranks, Interruption().listening() as interruption:
+    with process_group(device) as ranks, Interruption().listening() as interruption:
         return Trainer(config, active, interruption, quiet=quiet, ranks=ranks).run()
 
 
@@ -199,8 +199,8 @@ class Trainer:
         config, ranks = self.config, self.ranks
         self.clocks = Clocks(self.active.folder / "clocks.json", writes=ranks.first)
         self.engine = self.policy.engine(config)
-        self.beside = ranks.apart()
-        self.rollouts = Rollouts(config, self.algorithm, self.tasks, self.environments, self.beside)
+        self.rollout_ranks = ranks.new_group()
+        self.rollouts = Rollouts(config, self.algorithm, self.tasks, self.environments, self.rollout_ranks)
         self.logbook = (
             Logbook(self.active.folder, quiet=self.quiet) if ranks.first else _NoBook(self.active.folder)
         )
@@ -406,7 +406,7 @@ class Trainer:
 
     def _context_of_all(self, own: Context | None) -> Context | None:
         """That of the first rank, for histories may be a step apart; None if any rank is over."""
-        answers = self.beside.gather((own is None, own if self.beside.first else None))
+        answers = self.rollout_ranks.gather((own is None, own if self.rollout_ranks.first else None))
         return None if any(over for over, _ in answers) else answers[0][1]
 
     def _play(self, engine: Engine, cursor: int, context: Context) -> Played:
@@ -661,7 +661,7 @@ class Trainer:
         model, shared = self.policy.model, self.policy.model is self.policy.served
         cloning = self.stage == "warm_start"
         config = self.config.warm_start.learner if cloning else self.config.learner
-        config = config.beside(self.config.policy.dtype)
+        config = config.resolve_compute_dtype(self.config.policy.dtype)
         sharded = config.backend == "fsdp"
         # Where weights are dealt out, wrapped, or read while they change, the engine's are others.
         apart = sharded or config.lora is not None or (self.config.trainer.mode == "async" and not cloning)

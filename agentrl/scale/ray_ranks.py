@@ -33,7 +33,7 @@ _GRACE = 30.0  # seconds that ranks have to end by themselves when one of them h
 
 
 def run_on_ray(work: Callable[[], T], count: int, *, address: str | None = None, gpus: float = 0.0) -> T:
-    """Do the same on several ranks, see `agentrl.learn.ranks.joined`; wait, and show what the first prints.
+    """Do the same on several ranks, see `learn.ranks.process_group`; wait, and show what the first prints.
 
     Ctrl-C here is a SIGTERM there, once; at the second one the ranks are killed.
 

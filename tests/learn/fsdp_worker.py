@@ -327,4 +327,4 @@ def an_error(ranks: Ranks, folder: Path) -> Figures:
         ranks.raise_on_any_rank(work)
     except CheckpointError as error:
         told = str(error)
-    return {"told": ranks.gather(told), "dealt": ranks.collect(ranks.deal(range(5)))}
+    return {"told": ranks.gather(told), "dealt": ranks.merge(ranks.split(range(5)))}

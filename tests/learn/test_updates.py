@@ -122,7 +122,7 @@ def test_products_and_attention_are_rounded_and_what_is_made_of_the_states_is_no
 def test_layers_are_computed_as_asked_and_else_as_a_bfloat16_engine_does(
     asked: Any, engine: str, computed: str
 ) -> None:
-    assert LearnerConfig(compute_dtype=asked).beside(engine).compute_dtype == computed
+    assert LearnerConfig(compute_dtype=asked).resolve_compute_dtype(engine).compute_dtype == computed
 
 
 def test_asking_for_float32_changes_no_bit() -> None:
