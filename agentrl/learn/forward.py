@@ -31,7 +31,7 @@ class Forward:
     output_weight: OutputWeight = model.output_weight
     temperature: float = 1.0
 
-    def describe(self, policy: nn.Module, batch: Batch, value_head: nn.Module | None = None) -> Outputs:
+    def score(self, policy: nn.Module, batch: Batch, value_head: nn.Module | None = None) -> Outputs:
         """Logprob and entropy of every sampled token, and its value with a value head; [B, T], 0 elsewhere.
 
         The state at position t - 1 predicts token t. Only states that predict a decision meet the output

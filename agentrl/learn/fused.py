@@ -51,11 +51,11 @@ def token_statistics(
             + ("" if allowed is None else f" and {len(allowed)} rows of allowed ids")
         )
     if allowed is None:
-        return _over_vocabulary(hidden, weight, targets, temperature, chunk)
-    return _over_allowed(hidden, weight, targets, allowed, temperature, chunk)
+        return _vocabulary_statistics(hidden, weight, targets, temperature, chunk)
+    return _chunked_constrained_statistics(hidden, weight, targets, allowed, temperature, chunk)
 
 
-def _over_vocabulary(
+def _vocabulary_statistics(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int | None
 ) -> Statistics:
     size = chunk or max(1, CHUNK_NUMBERS // len(weight))
@@ -63,7 +63,7 @@ def _over_vocabulary(
         _FullVocabulary.apply(states, weight, wanted, temperature)  # type: ignore[no-untyped-call]
         for states, wanted in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
     ]
-    return _join(parts)
+    return _concatenate(parts)
 
 
 class _FullVocabulary(torch.autograd.Function):
@@ -97,25 +97,33 @@ class _FullVocabulary(torch.autograd.Function):
         return slope @ weight, slope.T @ hidden, None, None
 
 
-def _over_allowed(
+def _chunked_constrained_statistics(
     hidden: Tensor, weight: Tensor, targets: Tensor, allowed: Tensor, temperature: float, chunk: int | None
 ) -> Statistics:
     dense = len(weight) <= _DENSE_RATIO * allowed.shape[1]
-    logits_of = _dense_logits if dense else _fetched_logits
+    logits_of = _dense_logits if dense else _gathered_logits
     numbers = len(weight) if dense else allowed.shape[1] * weight.shape[1]
     size = chunk or max(1, CHUNK_NUMBERS // max(1, numbers))
     if len(hidden) <= size:
-        return _among(logits_of, hidden, weight, targets, allowed, temperature)
+        return _constrained_statistics(logits_of, hidden, weight, targets, allowed, temperature)
     parts = [
-        checkpoint(_among, logits_of, *pieces[:1], weight, *pieces[1:], temperature, use_reentrant=False)
+        checkpoint(
+            _constrained_statistics,
+            logits_of,
+            *pieces[:1],
+            weight,
+            *pieces[1:],
+            temperature,
+            use_reentrant=False,
+        )
         for pieces in zip(
             torch.split(hidden, size), torch.split(targets, size), torch.split(allowed, size), strict=True
         )
     ]
-    return _join(parts)
+    return _concatenate(parts)
 
 
-def _among(
+def _constrained_statistics(
     logits_of: Callable[[Tensor, Tensor, Tensor, float], Tensor],
     hidden: Tensor,
     weight: Tensor,
@@ -135,22 +143,22 @@ def _dense_logits(hidden: Tensor, weight: Tensor, allowed: Tensor, temperature: 
     return _logits(hidden, weight, temperature).gather(1, allowed)
 
 
-def _fetched_logits(hidden: Tensor, weight: Tensor, allowed: Tensor, temperature: float) -> Tensor:
+def _gathered_logits(hidden: Tensor, weight: Tensor, allowed: Tensor, temperature: float) -> Tensor:
     # The scatter-add behind `embedding` is much faster than the one behind indexing.
-    return _single(torch.einsum("nd,nkd->nk", hidden, F.embedding(allowed, weight))) / temperature
+    return _at_least_float32(torch.einsum("nd,nkd->nk", hidden, F.embedding(allowed, weight))) / temperature
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = _single(hidden @ weight.T)
+    logits = _at_least_float32(hidden @ weight.T)
     return logits if temperature == 1.0 else logits / temperature
 
 
-def _single(values: Tensor) -> Tensor:
+def _at_least_float32(values: Tensor) -> Tensor:
     """At least float32: a sum of exponentials over a vocabulary is lost in half precision."""
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _join(parts: list[Statistics]) -> Statistics:
+def _concatenate(parts: list[Statistics]) -> Statistics:
     if len(parts) == 1:
         return parts[0]
     logprobs, entropies = zip(*parts, strict=True)

@@ -33,28 +33,28 @@ def check_adapters(policy: nn.Module, config: LoraConfig) -> None:
         import peft  # noqa: F401
     except ModuleNotFoundError as error:
         raise missing_extra("learner.lora needs peft", "lora") from error
-    maps, called = _maps(policy), _called(policy)
-    wrong = [name for name in config.targets if name not in map(_own_name, called)]
+    maps, called = _linear_layers(policy), _called_layers(policy)
+    wrong = [name for name in config.targets if name not in map(_short_name, called)]
     if not wrong and config.targets:
         return
-    idle = [name for name in wrong if name in map(_own_name, maps)]
+    idle = [name for name in wrong if name in map(_short_name, maps)]
     why = f"; an adapter of {', '.join(idle)} would never act, for only the weight is read" if idle else ""
     raise ConfigError(
         f"learner.lora.targets is {', '.join(config.targets) or 'empty'}, wanted some of the policy's "
-        f"linear maps: {', '.join(sorted(set(map(_own_name, called)))) or 'it has none'}{why}"
+        f"linear maps: {', '.join(sorted(set(map(_short_name, called)))) or 'it has none'}{why}"
     )
 
 
-def _maps(policy: nn.Module) -> set[str]:
+def _linear_layers(policy: nn.Module) -> set[str]:
     return {name for name, module in policy.named_modules() if isinstance(module, nn.Linear)}
 
 
-def _called(policy: nn.Module) -> set[str]:
+def _called_layers(policy: nn.Module) -> set[str]:
     """The linear maps through which sequences go, by their whole names."""
-    return called_maps(policy) if isinstance(policy, PreTrainedModel) else _maps(policy)
+    return called_maps(policy) if isinstance(policy, PreTrainedModel) else _linear_layers(policy)
 
 
-def _own_name(name: str) -> str:
+def _short_name(name: str) -> str:
     return name.rpartition(".")[2]
 
 
@@ -74,7 +74,7 @@ def add_adapters(policy: nn.Module, config: LoraConfig) -> None:
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=cast(int, config.alpha),
-        target_modules=sorted(name for name in _called(policy) if _own_name(name) in config.targets),
+        target_modules=sorted(name for name in _called_layers(policy) if _short_name(name) in config.targets),
         lora_dropout=0.0,
     )
     policy.requires_grad_(False)
@@ -83,18 +83,18 @@ def add_adapters(policy: nn.Module, config: LoraConfig) -> None:
         peft.inject_adapter_in_model(settings, policy)
 
 
-def plain_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every weight, whole and under the name that it has without adapters, these added in; one at a time."""
     adapted = {name: module for name, module in policy.named_modules() if hasattr(module, "lora_A")}
     for name, parameter in policy.named_parameters():
         owner, _, own = name.partition(".base_layer.")
         if owner in adapted:
-            added = _product(adapted[owner]) if own == "weight" else 0.0
+            added = _adapter_weight(adapted[owner]) if own == "weight" else 0.0
             yield f"{owner}.{own}", full_tensor(parameter) + added
         elif ".lora_" not in name:
             yield name, full_tensor(parameter)
 
 
-def _product(module: Any) -> Tensor:
+def _adapter_weight(module: Any) -> Tensor:
     down, up = (full_tensor(part[_ADAPTER].weight) for part in (module.lora_A, module.lora_B))
     return cast(Tensor, module.scaling[_ADAPTER] * (up @ down))

@@ -63,18 +63,18 @@ class Objective:
         width = part.batch.tokens.shape[1]
         outputs = replace(outputs, ratio=self.algorithm.ratio(outputs, part))
         loss = self.algorithm.surrogate(outputs, part, part.bounds)
-        loss = _total(loss, part.counted, self.factors[rows, :width])
+        loss = _masked_sum(loss, part.counted, self.factors[rows, :width])
         logged = {"loss_policy": loss.detach()}
         for term, factors in self.terms:
             sampled = part.batch.sampled
-            value = _total(term.loss(outputs, part, self.context), sampled, factors[rows, :width])
+            value = _masked_sum(term.loss(outputs, part, self.context), sampled, factors[rows, :width])
             loss = loss + term.scale(self.context) * value
             logged[f"term/{term.name}"] = value.detach()
         if part.bounds is not None:
-            logged |= self._ratio_numbers(outputs, part)
+            logged |= self._ratio_metrics(outputs, part)
         return loss, logged | {"loss": loss.detach()}
 
-    def _ratio_numbers(self, outputs: Outputs, part: MiniBatch) -> dict[str, Tensor]:
+    def _ratio_metrics(self, outputs: Outputs, part: MiniBatch) -> dict[str, Tensor]:
         mask, held = part.counted, held_back(part, outputs)
         gap = given(part.batch.old_logprobs, "old_logprobs") - outputs.logprobs.detach()
         tokens = self.mask.sum().clamp(min=1)
@@ -99,7 +99,7 @@ def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> 
         mini = replace(mini, bounds=None if algorithm.clip is None else algorithm.clip(mini, context))
         factors = _token_weights(algorithm.aggregation(mini.counted, mini.batch.turns, mini.batch.trajectory))
         for hook in algorithm.weights:
-            factors = factors * _checked("weights", hook(mini, context), factors)
+            factors = factors * _check_shape("weights", hook(mini, context), factors)
         terms = tuple((term, _term_factors(term, algorithm, mini)) for term in algorithm.terms)
     return Objective(algorithm, context, mini, factors, terms)
 
@@ -114,7 +114,7 @@ def _token_weights(weights: Weights) -> Tensor:
     return values / count.clamp(min=1)
 
 
-def _total(losses: Tensor, mask: Tensor, factors: Tensor) -> Tensor:
+def _masked_sum(losses: Tensor, mask: Tensor, factors: Tensor) -> Tensor:
     return torch.where(mask, losses * factors.to(losses.dtype), 0.0).sum()
 
 
@@ -125,7 +125,7 @@ def _with_ratio_base(part: MiniBatch, outputs: Outputs) -> MiniBatch:
     return replace(part, batch=replace(part.batch, old_logprobs=outputs.logprobs.detach()))
 
 
-def _checked(slot: str, values: Tensor, like: Tensor) -> Tensor:
+def _check_shape(slot: str, values: Tensor, like: Tensor) -> Tensor:
     if values.shape != like.shape:
         raise ValueError(f"algorithm.{slot} returned shape {tuple(values.shape)}, wanted {tuple(like.shape)}")
     return values

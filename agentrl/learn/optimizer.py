@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from agentrl.learn.settings import LearnerConfig
-from agentrl.learn.sharding import orthogonalise_whole
+from agentrl.learn.sharding import replicate_gradients
 from agentrl.schedule import cosine, warmup
 
 _FULL_RATE = "full_rate"  # of a parameter group, before warm-up and decay
@@ -33,7 +33,7 @@ def build_optimizers(
             momentum=config.momentum,
             adjust_lr_fn="match_rms_adamw",
         )
-        orthogonalise_whole(muon)
+        replicate_gradients(muon)
         optimizers.append(muon)
     if value_head is not None:
         optimizers.append(_adamw(list(value_head.parameters()), config))

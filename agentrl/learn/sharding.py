@@ -146,20 +146,20 @@ def full_tensor(values: Tensor) -> Tensor:
     return values.full_tensor() if isinstance(values, DTensor) else values
 
 
-def own_part(values: Tensor) -> Tensor:
+def local_tensor(values: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
     return values.to_local() if isinstance(values, DTensor) else values
 
 
-def orthogonalise_whole(optimizer: Optimizer) -> None:
+def replicate_gradients(optimizer: Optimizer) -> None:
     """Give an optimiser of matrices whole gradients: the ranks then do the same work and send nothing.
 
     What it remembers of them is whole as well; the weights stay dealt out.
     """
-    optimizer.register_step_pre_hook(_with_whole_gradients)
+    optimizer.register_step_pre_hook(_replicate)
 
 
-def _with_whole_gradients(optimizer: Optimizer, *_: object) -> None:
+def _replicate(optimizer: Optimizer, *_: object) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if isinstance(parameter.grad, DTensor):

@@ -13,7 +13,7 @@ from agentrl.algorithms.algorithm import Context, prepare
 from agentrl.algorithms.recipe import build_recipe
 from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl.learn.learner import Learner
-from agentrl.learn.lora import add_adapters, check_adapters, plain_weights
+from agentrl.learn.lora import add_adapters, check_adapters, merged_weights
 from agentrl.learn.settings import LearnerConfig, LoraConfig
 from agentrl.policy.model import hidden_states
 
@@ -35,7 +35,7 @@ def test_a_product_is_added_to_the_weights_by_hand() -> None:
     with torch.no_grad():
         policy.map.lora_A.default.weight.copy_(torch.tensor([[3.0, 0.5]]))
         policy.map.lora_B.default.weight.copy_(torch.tensor([[1.0], [-1.0]]))
-    found = dict(plain_weights(policy))
+    found = dict(merged_weights(policy))
     # 1 + (2 / 1) [1, -1]^T [3, .5]
     assert found["map.weight"].tolist() == [[7.0, 2.0], [-5.0, 0.0]]
     assert found["map.bias"].tolist() == [1.0, 1.0]

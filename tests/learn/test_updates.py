@@ -65,7 +65,7 @@ def test_layers_in_bfloat16_leave_weights_gradients_and_states_in_float32(
     learner = learner_of(qwen(), critic=critic, compute_dtype="bfloat16", **settings)
     rounded = gradients(learner, algorithm)
     assert 1e-4 < relative(rounded, exact) < 5e-2
-    states = [value for _, value in learner._own_parts(changed=True)]
+    states = [value for _, value in learner._state.local_tensors(trained=True)]
     assert {value.dtype for value in (*rounded.values(), *states)} == {torch.float32}
 
 
@@ -193,7 +193,7 @@ def test_an_update_that_leaves_no_numbers_stops_and_is_not_counted(optimizer: st
             states = [value for value in stepped.state[matrix].values() if value.dim() == 2]
             (matrix.data if lost == "weight" else states[0])[0, 0] = math.inf
 
-    for each in learner._optimizers:
+    for each in learner._state.optimizers:
         each.register_step_post_hook(spoil)
     assert learner.non_finite() == []
     with pytest.raises(NonFiniteError, match=r"were finite left nan or inf in .*up_proj.weight at a"):
@@ -218,7 +218,7 @@ def test_whatever_a_learner_holds_is_looked_at(where: str) -> None:
             dict(learner.reference.named_parameters())["model.norm.weight"],
             "reference.model.norm.weight",
         ),
-        "state": (learner._optimizers[0].state[norm]["exp_avg"], "exp_avg of model.norm.weight"),
+        "state": (learner._state.optimizers[0].state[norm]["exp_avg"], "exp_avg of model.norm.weight"),
     }
     tensor, name = wrong[where]
     assert learner.non_finite() == []
