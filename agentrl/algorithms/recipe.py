@@ -12,7 +12,7 @@ from pydantic import PlainValidator, ValidationInfo
 
 from agentrl.config import build, check_numbers, suggestion, to_tree
 from agentrl.errors import ConfigError
-from agentrl.plugins import announce, withheld_hint
+from agentrl.plugins import record_registration, withheld_hint
 
 if TYPE_CHECKING:
     from agentrl.algorithms.algorithm import Algorithm
@@ -72,7 +72,7 @@ def recipe(name: str) -> Callable[[R], R]:
             raise ConfigError(f"two recipes are named {name!r}: {_place(known)} and {_place(cls)}")
         if not is_dataclass(cls):
             raise ConfigError(f"recipe {name!r} ({_place(cls)}) is not a dataclass")
-        announce("recipe", cls.__module__)
+        record_registration("recipe", cls.__module__)
         cls.name = name
         cls.__init__ = _with_preset(cls)  # type: ignore[method-assign]
         _recipes[name] = cls

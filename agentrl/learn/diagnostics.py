@@ -5,7 +5,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, given
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.hooks import Context, MiniBatch, given
 
 
 def batch_numbers(rollout: MiniBatch, algorithm: Algorithm, context: Context) -> dict[str, float]:

@@ -8,16 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Context,
-    MiniBatch,
-    Outputs,
-    Rehearsal,
-    compute_advantages,
-    with_mask,
-    with_targets,
-)
+from agentrl.algorithms.algorithm import Algorithm, Rehearsal
+from agentrl.algorithms.credit import compute_advantages, with_mask, with_targets
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
 from agentrl.data.batch import Batch
 from agentrl.errors import RequirementError
 from agentrl.learn.diagnostics import batch_numbers, step_counts, step_means

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from agentrl.errors import ConfigError, missing_extra
 from agentrl.learn.settings import LoraConfig
 from agentrl.learn.sharding import full_tensor
-from agentrl.policy.architecture import called_maps
+from agentrl.policy.architecture import called_linear_layers
 
 _ADAPTER = "default"  # peft's name for the only one
 
@@ -51,7 +51,7 @@ def _linear_layers(policy: nn.Module) -> set[str]:
 
 def _called_layers(policy: nn.Module) -> set[str]:
     """The linear maps through which sequences go, by their whole names."""
-    return called_maps(policy) if isinstance(policy, PreTrainedModel) else _linear_layers(policy)
+    return called_linear_layers(policy) if isinstance(policy, PreTrainedModel) else _linear_layers(policy)
 
 
 def _short_name(name: str) -> str:

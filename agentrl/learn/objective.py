@@ -5,18 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Bounds,
-    Context,
-    MiniBatch,
-    Outputs,
-    Term,
-    Weights,
-    given,
-    held_back,
-    with_mask,
-)
+from agentrl.algorithms.algorithm import Algorithm, held_back
+from agentrl.algorithms.credit import with_mask
+from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs, Term, Weights, given
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agentrl.algorithms.algorithm import Outputs, given
+from agentrl.algorithms.hooks import Outputs, given
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import StopReason
 from agentrl.learn.forward import Forward, needed_lengths

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, Outputs, given
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, given
 from agentrl.errors import NonFiniteError
 from agentrl.learn.forward import needed_lengths
 from agentrl.learn.objective import build_objective

@@ -25,7 +25,7 @@ _KINDS = ("full_attention", "sliding_attention")
 _REMEDY = "use a model with causal attention and a linear head, such as Qwen2, Qwen3, Llama or Gemma 3"
 # What packed attention, or a head that is one matrix, leaves out: key of config.json -> (values that change
 # nothing, how it is called). Anything else that does more shows in the numbers.
-_EXTRAS: dict[str, tuple[tuple[Any, ...], str]] = {
+_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "attn_logit_softcapping": ((None, 0), "a soft cap on its attention scores"),
     "final_logit_softcapping": ((None, 0), "a soft cap on its logits"),
     "logit_scale": ((None, 1), "a scale on its logits"),
@@ -54,7 +54,7 @@ def check_packed_forward(model: PreTrainedModel) -> float:
     Raises:
         RequirementError: naming what it is that cannot be had.
     """
-    reasons = list(_known_extras(model))
+    reasons = list(_unsupported_features(model))
     if reasons:
         raise RequirementError(
             f"{_name(model)} has {', '.join(reasons)}, so that it would give other logprobs over packed "
@@ -68,7 +68,7 @@ def check_packed_forward(model: PreTrainedModel) -> float:
         with torch.inference_mode():
             own = _own_logprobs(copied, rows)
             packed = _logprobs(copied, hidden_states(copied, torch.cat(rows), torch.from_numpy(lengths)))
-            cached = _logprobs(copied, _in_chunks(copied, rows, lengths))
+            cached = _logprobs(copied, _cached_states(copied, rows, lengths))
     except Exception as error:  # the library raises whatever its models raise
         raise _cannot_run(model, error) from error
     likely = own > np.log(LIKELY)
@@ -96,7 +96,7 @@ def without_weights(settings: PreTrainedConfig) -> PreTrainedModel:
     return cast(PreTrainedModel, made)
 
 
-def called_maps(model: PreTrainedModel) -> set[str]:
+def called_linear_layers(model: PreTrainedModel) -> set[str]:
     """Names of the linear maps that a packed forward calls; what it reads no more than the weight of is none.
 
     Which they are is tried out with a copy, see `check_packed_forward`. A map that belongs to one layer of
@@ -106,23 +106,23 @@ def called_maps(model: PreTrainedModel) -> set[str]:
     called: set[str] = set()
     for name, module in copied.named_modules():
         if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda *_, name=name: called.add(_without_numbers(name)))
+            module.register_forward_hook(lambda *_, name=name: called.add(_without_indices(name)))
     length = min(_VOCABULARY, context_limit(copied))
     with torch.no_grad():
         hidden_states(copied, torch.arange(length) % len(output_weight(copied)), torch.tensor([length]))
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and _without_numbers(name) in called
+        if isinstance(module, nn.Linear) and _without_indices(name) in called
     }
 
 
-def _without_numbers(name: str) -> str:
+def _without_indices(name: str) -> str:
     """The name of a module without its places in lists: model.layers.3.mlp becomes model.layers.*.mlp."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _known_extras(model: PreTrainedModel) -> Iterator[str]:
+def _unsupported_features(model: PreTrainedModel) -> Iterator[str]:
     head = output_layer(model)
     if not isinstance(getattr(head, "weight", None), Tensor):
         yield "no output layer that is one matrix"
@@ -141,7 +141,7 @@ def _known_extras(model: PreTrainedModel) -> Iterator[str]:
     )
     if recurrent or getattr(model, "_is_stateful", False):
         yield f"layers with a state that goes from token to token ({', '.join(recurrent) or 'recurrent'})"
-    for key, (neutral, words) in _EXTRAS.items():
+    for key, (neutral, words) in _UNSUPPORTED.items():
         value = getattr(config, key, None)
         if value not in neutral:
             yield f"{words} ({key}={value})"
@@ -164,7 +164,7 @@ def probe_copy(model: PreTrainedModel) -> PreTrainedModel:
         else:
             assert problem is not None
             raise _cannot_run(model, problem) from problem
-    _spread(copied)
+    _randomize_weights(copied)
     return cast(PreTrainedModel, cast(nn.Module, copied).float().eval().requires_grad_(False))
 
 
@@ -202,12 +202,12 @@ def _layers_of_all_kinds(model: PreTrainedModel) -> int:
     depth: int = model.config.get_text_config().num_hidden_layers
     for part in _decoder(model).modules():
         if isinstance(part, nn.ModuleList) and len(part) == depth:
-            kinds = [_kind(layer) for layer in part]
+            kinds = [_layer_signature(layer) for layer in part]
             return max(2, 1 + max(kinds.index(kind) for kind in kinds)) if depth > 1 else depth
     return depth
 
 
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
+def _layer_signature(layer: nn.Module) -> tuple[Any, ...]:
     return tuple(
         (name, type(part), _settings(part), tuple(value.shape for value in part.parameters(recurse=False)))
         for name, part in layer.named_modules()
@@ -226,7 +226,7 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
     return cast(nn.Module, cast(Any, model).get_decoder())
 
 
-def _spread(model: PreTrainedModel) -> None:
+def _randomize_weights(model: PreTrainedModel) -> None:
     """Draw matrices that double the size of what they are given, and move all else off its start."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -262,7 +262,7 @@ def _logprobs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return (hidden @ output_weight(model).T).log_softmax(-1)
 
 
-def _in_chunks(model: PreTrainedModel, rows: Sequence[Tensor], lengths: Array) -> Tensor:
+def _cached_states(model: PreTrainedModel, rows: Sequence[Tensor], lengths: Array) -> Tensor:
     """The sequences through a cache, in chunks of a third, a token and the rest, as turns would have it."""
     cache = KVCache()
     cache.reserve(len(rows), int(lengths.max()))

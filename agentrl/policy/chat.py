@@ -39,8 +39,8 @@ class ChatPieces:
     A dialogue is opening, observation, before_reply, reply, then between, observation, before_reply, reply
     for every further turn. `lead` is white space that the template writes before a reply, as the model must.
     Where `appends` is False, earlier turns are written differently once later ones follow; `between` then
-    only says how a reply ends. `begun` is what the prompt already writes of a reply, from its think tag on;
-    `recalled` is as much of that as an earlier reply must be given back with, for the template to write it.
+    only says how a reply ends. `begun` is the part of a reply that the prompt already writes, from its think
+    tag on; `reply_prefix` is the part of it that an earlier reply must start with when it is rendered again.
     """
 
     opening: str
@@ -49,7 +49,7 @@ class ChatPieces:
     between: str
     appends: bool
     begun: str = ""
-    recalled: str = ""
+    reply_prefix: str = ""
 
     @property
     def opens(self) -> bool:
@@ -141,18 +141,18 @@ def probe_template(render: Render, instructions: str) -> ChatPieces:
     opens = begun != "" and END_THINK not in begun
     # Inside a block that is open already, a reply with reasoning only closes it.
     replies = [reply.removeprefix(THINK) if opens else reply for reply in PROBED_REPLIES]
-    recalled = ""
+    reply_prefix = ""
     probes = [_probe(render, reply, instructions) for reply in replies]
     if opens and not _balanced(probes[-1][-1]):
         whole = [_probe(render, begun + reply, instructions) for reply in replies]
         if _balanced(whole[-1][-1]):
-            probes, recalled = whole, begun
+            probes, reply_prefix = whole, begun
     opening, before_reply = _around(probes[0][0], slot(0))
     before, _, after = probes[0][1].partition(replies[0].format(0))
     gap = before.removeprefix(probes[0][0])
     lead = gap if gap.isspace() else ""
     between = after.partition(slot(1))[0]
-    pieces = ChatPieces(opening, before_reply, lead, between, True, begun, recalled)
+    pieces = ChatPieces(opening, before_reply, lead, between, True, begun, reply_prefix)
     appends = all(_extends(texts, reply, pieces) for texts, reply in zip(probes, replies, strict=True))
     return pieces if appends else replace(pieces, appends=False)
 

@@ -66,7 +66,7 @@ def cut_encoder(tokenizer: PreTrainedTokenizerBase, encode: Encode, limit: int, 
     def encode_start(text: str) -> tuple[int, ...]:
         return encode(text)[:limit]
 
-    kept = cache.remember(encode_start)
+    kept = cache.memoize(encode_start)
     return lambda text: kept(text[:room])
 
 

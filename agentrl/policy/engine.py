@@ -27,8 +27,8 @@ class GenerationRequest:
 
     Args:
         sequence: names the token sequence (and its KV cache) to extend; one request per sequence at a time.
-        prompt_ids: tokens to append before generating; the whole prompt when `fresh`.
-        fresh: forget what the sequence held.
+        prompt_ids: tokens to append before generating; the whole prompt when `new_sequence`.
+        new_sequence: forget what the sequence held.
         choices: the admissible replies as token ids, each ending in a stop id; None generates freely.
         seed: fixes the draw, whatever else is in the batch.
         sampling: how to draw.
@@ -41,7 +41,7 @@ class GenerationRequest:
 
     sequence: str
     prompt_ids: tuple[int, ...]
-    fresh: bool
+    new_sequence: bool
     choices: tuple[tuple[int, ...], ...] | None
     seed: int
     sampling: SamplingParams

@@ -49,6 +49,7 @@ __all__ = [
     "resolve_device",
     "save_policy",
     "shortened",
+    "skeleton",
     "without_weights",
 ]
 
@@ -68,7 +69,7 @@ def build_model(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, seed: 
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(settings)
     model.set_attn_implementation(PACKED)
-    return _placed(model, resolve_device(config.device), getattr(torch, config.dtype))
+    return _to_device(model, resolve_device(config.device), getattr(torch, config.dtype))
 
 
 def decoder_settings(
@@ -106,7 +107,7 @@ def decoder_settings(
     )
 
 
-def _placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def _to_device(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     return cast(nn.Module, model).to(device=device, dtype=dtype).eval()  # type: ignore[return-value]
 
 
@@ -132,7 +133,7 @@ def end_ids(model: PreTrainedModel) -> frozenset[int]:
     vocabulary = output_weight(model).shape[0]
     settings = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
     named = (getattr(each, "eos_token_id", None) for each in settings)
-    return frozenset(id for ids in named for id in _listed(ids) if 0 <= id < vocabulary)
+    return frozenset(id for ids in named for id in _as_list(ids) if 0 <= id < vocabulary)
 
 
 def load_policy(
@@ -150,19 +151,19 @@ def load_policy(
     folder = Path(path)
     _check_files(folder)
     tokenizer = load_tokenizer(folder)
-    check_packed_forward(_hollow_model(folder))
+    check_packed_forward(_model_without_weights(folder))
     model = _load_model(folder, getattr(torch, dtype))
     if len(tokenizer) > output_weight(model).shape[0]:
         raise CheckpointError(
             f"{folder}: the tokenizer has {len(tokenizer)} ids, the model {output_weight(model).shape[0]}; "
             "use the tokenizer that was saved with the model"
         )
-    model = _placed(model, resolve_device(device), getattr(torch, dtype))
+    model = _to_device(model, resolve_device(device), getattr(torch, dtype))
     check_finite(folder, model)
     return model, tokenizer
 
 
-def _hollow_model(folder: Path) -> PreTrainedModel:
+def _model_without_weights(folder: Path) -> PreTrainedModel:
     try:
         settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return without_weights(settings)
@@ -170,6 +171,38 @@ def _hollow_model(folder: Path) -> PreTrainedModel:
         raise
     except Exception as error:  # the library raises whatever its parsers raise
         raise _unreadable(folder, error) from error
+
+
+def skeleton(config: PolicyConfig) -> PreTrainedModel:
+    """Return the policy that generates, on torch's meta device: every shape and no weights.
+
+    Args:
+        config: The policy; without a `path`, its vocabulary has the size that the configuration asks for.
+
+    Raises:
+        CheckpointError: If there is no model at `policy.path`.
+        RequirementError: If its attention cannot be replaced.
+        ConfigError: If the sizes contradict each other.
+    """
+    if config.path is None:
+        return _on_meta(decoder_settings(config, config.vocab_size), config.dtype)
+    try:
+        if not (Path(config.path) / "config.json").is_file():
+            raise FileNotFoundError("no config.json is there")
+        settings = AutoConfig.from_pretrained(config.path, local_files_only=True, trust_remote_code=False)
+        return _on_meta(settings, config.dtype)
+    except RequirementError:
+        raise
+    except Exception as error:  # the library raises whatever its parsers raise
+        raise CheckpointError(
+            f"policy.path is {config.path!r}, wanted the folder of a Hugging Face causal language model on "
+            f"this machine ({' '.join(str(error).split())[:160]})"
+        ) from error
+
+
+def _on_meta(settings: Any, dtype: str) -> PreTrainedModel:
+    model = cast(nn.Module, without_weights(settings))
+    return cast(PreTrainedModel, model.to(getattr(torch, dtype)))
 
 
 def check_finite(folder: Path, model: PreTrainedModel) -> None:
@@ -256,11 +289,11 @@ def _check_end_ids(folder: Path) -> None:
                 f"{path}: cannot be read ({error}); copy it again from where it came from"
             ) from error
         ids = settings.get("eos_token_id") if isinstance(settings, dict) else None
-        if not isinstance(settings, dict) or not all(type(id) is int for id in _listed(ids)):
+        if not isinstance(settings, dict) or not all(type(id) is int for id in _as_list(ids)):
             raise CheckpointError(f"{path}: eos_token_id is {ids!r}, wanted a token id or a list of them")
 
 
-def _listed(ids: Any) -> list[Any]:
+def _as_list(ids: Any) -> list[Any]:
     return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 

@@ -7,7 +7,7 @@ from agentrl.policy.thinking import Thought
 from agentrl.policy.trie import TokenTrie
 
 
-def request_mistake(
+def find_request_error(
     request: GenerationRequest,
     trie: TokenTrie | None,
     *,
@@ -29,11 +29,13 @@ def request_mistake(
         max_context: tokens that a sequence may hold.
     """
     prompt = request.prompt_ids
-    before = 0 if held is None or request.fresh else held
+    before = 0 if held is None or request.new_sequence else held
     if busy:
         return f"sequence {request.sequence!r} has a request in flight; wait for its generation"
-    if held is None and not request.fresh:
-        return f"sequence {request.sequence!r} is unknown or released; its first request must be fresh"
+    if held is None and not request.new_sequence:
+        return (
+            f"sequence {request.sequence!r} is unknown or released; its first request needs new_sequence=True"
+        )
     if before + len(prompt) == 0:
         return f"sequence {request.sequence!r} is empty; wanted at least one prompt token"
     if prompt and not (min(prompt) >= 0 and max(prompt) < vocabulary):
@@ -63,7 +65,7 @@ def request_mistake(
     return None
 
 
-def begun_thought(
+def start_thought(
     request: GenerationRequest, trie: TokenTrie, *, room: int, stop_ids: Set[int]
 ) -> Thought | tuple[int, ...]:
     """The thoughts with which a reply begins; where there are none, what is written before its choice.

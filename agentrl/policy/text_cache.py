@@ -32,13 +32,13 @@ class TextCache:
     def __init__(self, limit: int = CACHED_BYTES) -> None:
         self.limit = limit
         self.bytes = 0
-        self._kept: OrderedDict[tuple[object, Any], tuple[Any, int]] = OrderedDict()
+        self._entries: OrderedDict[tuple[object, Any], tuple[Any, int]] = OrderedDict()
         self._lock = Lock()  # an evaluation may read while a rollout plays
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
-    def remember(
+    def memoize(
         self, function: Callable[[Key], Value], size: Callable[[Value], int] | None = None
     ) -> Callable[[Key], Value]:
         """Return a function of the same results, which are kept here.
@@ -49,26 +49,26 @@ class TextCache:
         """
         weigh = size_of if size is None else size
 
-        def remembered(key: Key) -> Value:
+        def memoized(key: Key) -> Value:
             name = (function, key)
             with self._lock:
-                found = self._kept.get(name)
+                found = self._entries.get(name)
                 if found is not None:
-                    self._kept.move_to_end(name)
+                    self._entries.move_to_end(name)
                     return cast(Value, found[0])
             value = function(key)
-            self._keep(name, value, ENTRY_BYTES + size_of(key) + weigh(value))
+            self._store(name, value, ENTRY_BYTES + size_of(key) + weigh(value))
             return value
 
-        return remembered
+        return memoized
 
-    def _keep(self, name: tuple[object, Any], value: Any, size: int) -> None:
+    def _store(self, name: tuple[object, Any], value: Any, size: int) -> None:
         with self._lock:
-            if name in self._kept or size > self.limit:
+            if name in self._entries or size > self.limit:
                 return
             while self.bytes + size > self.limit:
-                self.bytes -= self._kept.popitem(last=False)[1][1]
-            self._kept[name] = (value, size)
+                self.bytes -= self._entries.popitem(last=False)[1][1]
+            self._entries[name] = (value, size)
             self.bytes += size
 
 

@@ -19,11 +19,11 @@ class Ending:
     pieces: Mapping[int, str]
 
     @property
-    def beyond(self) -> set[str]:
-        """All that a token may have beyond the ending that it completes."""
+    def overhangs(self) -> set[str]:
+        """Return every text that a token may have after the ending that it completes."""
         begins = [self.text[:size] for size in range(len(self.text))]
         cut = ((begin + piece).partition(self.text) for begin in begins for piece in self.pieces.values())
-        return {beyond for _, found, beyond in cut if found}
+        return {overhang for _, found, overhang in cut if found}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Thinking:
         opening: written before the thoughts.
         ending: of the thoughts.
         closing: stands for the ending where the thoughts did not come to it.
-        leads: written before the choice, by what the last thought has beyond the ending; "" is among them and
-            stands for all that are not.
+        leads: Ids written before the choice, by the text that follows the ending in the last token of the
+            thoughts; "" is a key and stands for every text that is not.
     """
 
     opening: tuple[int, ...]
@@ -66,11 +66,11 @@ class Thinking:
         return all(0 <= token < vocabulary for token in written)
 
 
-class Watch:
+class EndingMatcher:
     r"""Looks for the ending in tokens as they come.
 
-    >>> watch = Watch(Ending("</t>", {1: "</", 2: "t", 3: ">\n"}))
-    >>> [watch.take(token) for token in (2, 1, 7, 1, 2, 3)]
+    >>> matcher = EndingMatcher(Ending("</t>", {1: "</", 2: "t", 3: ">\n"}))
+    >>> [matcher.take(token) for token in (2, 1, 7, 1, 2, 3)]
     [None, None, None, None, None, '\n']
     """
 
@@ -83,17 +83,17 @@ class Watch:
             self.take(token)
 
     def take(self, token: int) -> str | None:
-        """The text that a token has beyond the ending; None while it has not come."""
+        """Read a token and return its text after the ending; None while the ending has not come."""
         piece = self._ending.pieces.get(token)
         if piece is None:
             self._seen = ""
             return None
         text = self._seen + piece
-        _, found, beyond = text.partition(self._ending.text)
+        _, found, overhang = text.partition(self._ending.text)
         if found:
             self._seen = ""
-            return beyond
-        self._seen = _begun(text, self._ending.text)
+            return overhang
+        self._seen = _partial_match(text, self._ending.text)
         return None
 
 
@@ -110,21 +110,21 @@ class Thought:
         left: tokens that may still be added.
     """
 
-    __slots__ = ("_stop_ids", "_thinking", "_watch", "left")
+    __slots__ = ("_matcher", "_stop_ids", "_thinking", "left")
 
     def __init__(
         self, thinking: Thinking, limit: int, stop_ids: Collection[int], begun: Sequence[int] = ()
     ) -> None:
         self._thinking, self.left, self._stop_ids = thinking, limit, stop_ids
-        self._watch = Watch(thinking.ending, begun)
+        self._matcher = EndingMatcher(thinking.ending, begun)
 
     def take(self, token: int) -> tuple[int, ...] | None:
         """What is written between a last thought and the choice; None where the token was not the last."""
         self.left -= 1
-        beyond = self._watch.take(token)
-        if beyond is not None:
+        overhang = self._matcher.take(token)
+        if overhang is not None:
             leads = self._thinking.leads
-            return leads.get(beyond, leads[""])
+            return leads.get(overhang, leads[""])
         return self._thinking.cut if self.left < 1 or token in self._stop_ids else None
 
 
@@ -138,11 +138,11 @@ def pieces_of(end: str, texts: Mapping[int, str]) -> dict[int, str]:
     return {
         token: text
         for token, text in texts.items()
-        if text and any(end in begin + text or _begun(begin + text, end) for begin in begins)
+        if text and any(end in begin + text or _partial_match(begin + text, end) for begin in begins)
     }
 
 
-def _begun(text: str, end: str) -> str:
+def _partial_match(text: str, end: str) -> str:
     """The longest part at the end of `text` that begins `end` and is not all of it."""
     sizes = range(min(len(text), len(end) - 1), 0, -1)
     return next((text[-size:] for size in sizes if end.startswith(text[-size:])), "")

@@ -41,10 +41,15 @@ History = Sequence[tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the policy reads before a reply: ids to append to the sequence, or a new one when `fresh`."""
+    """Token ids that the policy reads before a reply.
+
+    Args:
+        ids: Ids to append to the sequence, or all of its ids when `new_sequence`.
+        new_sequence: Whether the ids start a new sequence.
+    """
 
     ids: tuple[int, ...]
-    fresh: bool
+    new_sequence: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,18 +207,18 @@ class RoleDialogue:
         self._encode = plain_encoder(tokenizer)
         self._decode = decoder(tokenizer, special_ids(tokenizer))
         self.cache = TextCache()
-        self._seen = cut_encoder(tokenizer, self._encode, max_observation_tokens, self.cache)
-        self.encode_reply = self.cache.remember(self._reply)
-        self._parsed = self.cache.remember(self._parse)
+        self._encode_observation = cut_encoder(tokenizer, self._encode, max_observation_tokens, self.cache)
+        self.encode_reply = self.cache.memoize(self._encode_reply)
+        self._cached_parse = self.cache.memoize(self._parse)
 
     def prompt(self, history: History, observation: str) -> Prompt:
         role = self._observation if history else self._task
-        return Prompt((role, *self._seen(observation), self._act), fresh=not history)
+        return Prompt((role, *self._encode_observation(observation), self._act), new_sequence=not history)
 
     def parse(self, ids: Sequence[int]) -> ParsedReply:
-        return self._parsed(tuple(ids))
+        return self._cached_parse(tuple(ids))
 
-    def _reply(self, text: str) -> tuple[int, ...]:
+    def _encode_reply(self, text: str) -> tuple[int, ...]:
         return (*self._encode(text), self._end)
 
     def _parse(self, ids: tuple[int, ...]) -> ParsedReply:
@@ -325,8 +330,8 @@ class ChatDialogue:
             self._format = _AFTER_THOUGHTS
         self._encode = plain_encoder(tokenizer)
         self.cache = TextCache()
-        self._seen = cut_encoder(tokenizer, self._encode, max_observation_tokens, self.cache)
-        self._markup = self.cache.remember(self._encode_markup)
+        self._encode_observation = cut_encoder(tokenizer, self._encode, max_observation_tokens, self.cache)
+        self._markup = self.cache.memoize(self._encode_markup)
         self._added = frozenset(tokenizer.added_tokens_decoder)
         self._tags = {
             token.content: id
@@ -334,14 +339,18 @@ class ChatDialogue:
             if token.content in REPLY_TAGS
         }
         markup = markup_ids(tokenizer) - {*self._tags.values()}
-        self._instructions, self._texts = self._written(
+        self._instructions, self._texts = self._prepare_instructions(
             self._format.instructions if instructions is None else instructions, markup
         )
         self._knows_reasoning = END_THINK in str(tokenizer.chat_template)
         pieces = probe_template(self._render, self._instructions)
-        self.appends, self._opens, self._recalled = pieces.appends, pieces.opens, pieces.recalled
+        self.appends, self._opens_thinking, self._reply_prefix = (
+            pieces.appends,
+            pieces.opens,
+            pieces.reply_prefix,
+        )
         self._lead = pieces.lead
-        self._opening = self._filled(pieces.opening, self._texts)
+        self._opening = self._fill_slots(pieces.opening, self._texts)
         self._before_reply, self._between = self._markup(pieces.before_reply), self._markup(pieces.between)
         self._rendered_opening = pieces.opening
         self.wording = Wording(
@@ -354,7 +363,7 @@ class ChatDialogue:
         around = markup.intersection((*self._opening, *self._before_reply, *self._between))
         self._control = special_ids(tokenizer) - {*self._tags.values()} | around
         self._decode = decoder(tokenizer, self._control)
-        self._end_of_turn, self._after_end = self._find_end(markup)
+        self._end_of_turn, self._after_end = self._find_end_of_turn(markup)
         ends = [self._end_of_turn, tokenizer.eos_token_id, *sorted(stop_ids)]
         self.stop_ids: frozenset[int] = frozenset(id for id in ends if id is not None)
         if not self.stop_ids:
@@ -362,53 +371,55 @@ class ChatDialogue:
                 "the tokenizer has no eos_token and its chat template ends a reply with no token of its own"
             )
         self._stop = next(id for id in ends if id is not None)
-        self._before, self.thinking = self._think(pieces.begun)
-        self.encode_reply = self.cache.remember(self._reply)
-        self.encode_choice = self.cache.remember(self._choice)
-        self._parsed = self.cache.remember(self._parse)
-        self._told = self.cache.remember(self._tell)
+        self._before, self.thinking = self._build_thinking(pieces.begun)
+        self.encode_reply = self.cache.memoize(self._encode_reply)
+        self.encode_choice = self.cache.memoize(self._encode_choice)
+        self._cached_parse = self.cache.memoize(self._parse)
+        self._split_reply = self.cache.memoize(self._split_reply_uncached)
 
     def prompt(self, history: History, observation: str) -> Prompt:
         if not self.appends:
-            return Prompt(self._whole(history, observation), fresh=True)
-        seen = self._seen(observation)
+            return Prompt(self._encode_whole(history, observation), new_sequence=True)
+        seen = self._encode_observation(observation)
         if not history:
-            return Prompt((*self._opening, *seen, *self._before_reply), fresh=True)
+            return Prompt((*self._opening, *seen, *self._before_reply), new_sequence=True)
         # A sampled end of turn is already there; a reply that was cut off, or ended otherwise, lacks it.
         ended = history[-1][1][-1:] == (self._end_of_turn,)
         return Prompt(
-            (*(self._after_end if ended else self._between), *seen, *self._before_reply), fresh=False
+            (*(self._after_end if ended else self._between), *seen, *self._before_reply), new_sequence=False
         )
 
     def parse(self, ids: Sequence[int]) -> ParsedReply:
-        return self._parsed(tuple(ids))
+        return self._cached_parse(tuple(ids))
 
-    def _reply(self, text: str) -> tuple[int, ...]:
-        return (*self._before, *self._choice(text))
+    def _encode_reply(self, text: str) -> tuple[int, ...]:
+        return (*self._before, *self._encode_choice(text))
 
-    def _choice(self, text: str) -> tuple[int, ...]:
+    def _encode_choice(self, text: str) -> tuple[int, ...]:
         """Return a reply from where the thoughts before it are over."""
         before, after = self._format.wrap.split("{}")
         if self._format.thinks:
             return (*self._encode(text), *self._markup(after), self._stop)
         lead = "" if self._before else self._lead
-        return (*self._tagged(lead + before, text, after), self._stop)
+        return (*self._encode_tagged(lead + before, text, after), self._stop)
 
-    def _think(self, begun: str) -> tuple[tuple[int, ...], Thinking | None]:
+    def _build_thinking(self, begun: str) -> tuple[tuple[int, ...], Thinking | None]:
         """Return what stands before the choice in a reply without thoughts, and how one has thoughts."""
-        if not (self._opens or self._format.thinks):
+        if not (self._opens_thinking or self._format.thinks):
             return (), None
         silenced = partial(self._render, enable_thinking=False)
         block = think_block(partial(self._render, add_generation_prompt=False), silenced)
-        opening, empty = ("", block.closing + block.gap) if self._opens else (block.opening, block.empty)
-        if self._opens and block.empty.startswith(begun):
+        opening, empty = (
+            ("", block.closing + block.gap) if self._opens_thinking else (block.opening, block.empty)
+        )
+        if self._opens_thinking and block.empty.startswith(begun):
             empty = block.empty.removeprefix(begun)
         if not self._format.thinks:
             return self._markup(empty), None
         tag = self._format.wrap.split("{}")[0]
         ending = Ending(END_THINK, pieces_of(END_THINK, _texts_of_parts(self._tokenizer, END_THINK)))
         leads = {"": self._markup(block.gap + tag)}
-        for beyond in ending.beyond - {""}:
+        for beyond in ending.overhangs - {""}:
             said = beyond.lstrip()
             if tag.startswith(said):
                 leads[beyond] = self._markup(tag.removeprefix(said))
@@ -419,7 +430,7 @@ class ChatDialogue:
         written = _without_end(ids, self.stop_ids)
         text = self._decode(written).strip()
         said, thought_over = text, True
-        if self._opens and not self._format.thinks:
+        if self._opens_thinking and not self._format.thinks:
             thoughts, end, rest = text.partition(END_THINK)
             said, thought_over = (rest.strip() if end else thoughts), bool(end)
         found = self._format.pattern.fullmatch(said)
@@ -429,23 +440,23 @@ class ChatDialogue:
             return ParsedReply(text, valid=False)
         return ParsedReply(found["command"].strip(), valid=True)
 
-    def _whole(self, history: History, observation: str) -> tuple[int, ...]:
+    def _encode_whole(self, history: History, observation: str) -> tuple[int, ...]:
         observations = [*(text for text, _ in history), observation]
-        texts = self._texts | dict(enumerate(map(self._seen, observations)))
+        texts = self._texts | dict(enumerate(map(self._encode_observation, observations)))
         replies = []
         for _, reply in history:
-            (first, *shown), said = self._told(tuple(reply))
+            (first, *shown), said = self._split_reply(tuple(reply))
             numbers = range(len(texts), len(texts) + len(said))
             texts |= zip(numbers, said, strict=True)
             rest = "".join(map("".join, zip(map(slot, numbers), shown, strict=True)))
-            replies.append(self._recalled + first + rest)
+            replies.append(self._reply_prefix + first + rest)
         slots = list(map(slot, range(len(observations))))
         rendered = self._render(messages(slots, replies, self._instructions))
         if not history:
-            self._look_at_opening(rendered)
-        return self._filled(rendered, texts)
+            self._warn_if_opening_changed(rendered)
+        return self._fill_slots(rendered, texts)
 
-    def _look_at_opening(self, rendered: str) -> None:
+    def _warn_if_opening_changed(self, rendered: str) -> None:
         """Warn when the clock has changed what the template writes first, anew for every prompt."""
         opening = rendered.partition(slot(0))[0]
         if opening != self._rendered_opening:
@@ -457,7 +468,7 @@ class ChatDialogue:
             )
             self._rendered_opening = opening
 
-    def _filled(self, rendered: str, texts: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
+    def _fill_slots(self, rendered: str, texts: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
         """Return the ids of rendered text, with those of texts from outside in place of their slots."""
         ids: list[int] = []
         for markup, number in split_slots(rendered):
@@ -466,7 +477,9 @@ class ChatDialogue:
                 ids.extend(texts[number])
         return tuple(ids)
 
-    def _tell(self, reply: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+    def _split_reply_uncached(
+        self, reply: tuple[int, ...]
+    ) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
         """Return what the template is shown of a reply, and the ids that stand between those parts."""
         ids = [id for id in _without_end(reply, self.stop_ids) if id not in self._control]
         pieces: list[tuple[str, tuple[int, ...]]] = []
@@ -478,9 +491,9 @@ class ChatDialogue:
                 pieces.append((text, run))
             pieces.append((self._decode(added), added))
         shown, said = split_reply([text for text, _ in pieces], reasoning=self._knows_reasoning)
-        return tuple(shown), tuple(self._trimmed([pieces[place] for place in places]) for places in said)
+        return tuple(shown), tuple(self._trim([pieces[place] for place in places]) for places in said)
 
-    def _trimmed(self, pieces: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
+    def _trim(self, pieces: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
         """Return the ids of pieces of a reply, without the white space around all of them."""
         words = [place for place, (text, _) in enumerate(pieces) if text.strip()]
         kept: list[int] = []
@@ -488,10 +501,10 @@ class ChatDialogue:
             text, ids = pieces[place]
             wanted = text.lstrip() if place == words[0] else text
             wanted = wanted.rstrip() if place == words[-1] else wanted
-            kept += ids if wanted == text else self._without_space(ids, wanted)
+            kept += ids if wanted == text else self._strip_space(ids, wanted)
         return tuple(kept)
 
-    def _without_space(self, ids: tuple[int, ...], wanted: str) -> tuple[int, ...]:
+    def _strip_space(self, ids: tuple[int, ...], wanted: str) -> tuple[int, ...]:
         """Return those of the ids that say what is wanted; where its white space is not apart, new ones."""
         start, end = 0, len(ids)
         while start < end and not self._decode(ids[start : start + 1]).strip():
@@ -500,14 +513,16 @@ class ChatDialogue:
             end -= 1
         return ids[start:end] if self._decode(ids[start:end]) == wanted else self._encode(wanted)
 
-    def _written(self, instructions: str, markup: Collection[int]) -> tuple[str, dict[int, tuple[int, ...]]]:
+    def _prepare_instructions(
+        self, instructions: str, markup: Collection[int]
+    ) -> tuple[str, dict[int, tuple[int, ...]]]:
         """Return instructions as they are rendered, and the ids of a slot where they would spell markup."""
         spelled = any(id in markup for id in self._markup(instructions))
         if not spelled and len(split_slots(instructions)) == 1:
             return instructions, {}
-        return slot(INSTRUCTIONS_SLOT), {INSTRUCTIONS_SLOT: self._tagged(instructions)}
+        return slot(INSTRUCTIONS_SLOT), {INSTRUCTIONS_SLOT: self._encode_tagged(instructions)}
 
-    def _tagged(self, before: str, text: str = "", after: str = "") -> tuple[int, ...]:
+    def _encode_tagged(self, before: str, text: str = "", after: str = "") -> tuple[int, ...]:
         """Encode what the reply format writes, where tags are tokens, around a text in which they are not."""
         runs: list[str | int] = [""]
         for part, own in ((before, True), (text, False), (after, True)):
@@ -529,7 +544,7 @@ class ChatDialogue:
         call = cast(Callable[..., Any], self._tokenizer)
         return tuple(call(text, add_special_tokens=False)["input_ids"]) if text else ()
 
-    def _find_end(self, markup: Collection[int]) -> tuple[int | None, tuple[int, ...]]:
+    def _find_end_of_turn(self, markup: Collection[int]) -> tuple[int | None, tuple[int, ...]]:
         """The token of markup with which the template ends a reply, if it has one, and what follows it."""
         for place, token in enumerate(self._between):
             if token in markup:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from agentrl.policy.attention import KVCache, cached_layout
 from agentrl.policy.engine import Generation, GenerationRequest, token_versions
 from agentrl.policy.model import context_length, output_weight, packed_forward
-from agentrl.policy.requests import begun_thought, request_mistake
+from agentrl.policy.requests import find_request_error, start_thought
 from agentrl.policy.sampling import Array, Draws, draw
 from agentrl.policy.thinking import Thought
 from agentrl.policy.trie import ChoiceError, Edge, Node, TokenTrie, token_trie
@@ -122,7 +122,7 @@ class TorchEngine:
             trie = None if request.choices is None else token_trie(request.choices)
         except ChoiceError as mistake:
             error = str(mistake)
-        error = error or request_mistake(
+        error = error or find_request_error(
             request,
             trie,
             held=None if sequence is None else len(sequence.ids),
@@ -136,10 +136,10 @@ class TorchEngine:
             return
         if sequence is None:
             sequence = self._sequences[request.sequence] = _Sequence(request.sequence)
-            self._inherit(sequence, request)
-        elif request.fresh:
+            self._copy_parent_cache(sequence, request)
+        elif request.new_sequence:
             # A prompt written anew often begins as the last one did.
-            sequence.cached = min(sequence.cached, _shared(sequence.ids, request.prompt_ids))
+            sequence.cached = min(sequence.cached, _common_prefix_length(sequence.ids, request.prompt_ids))
             sequence.ids.clear()
         self._start(sequence, request, trie)
 
@@ -172,7 +172,7 @@ class TorchEngine:
         self._running.pop(sequence, None)
         if gone in self._waiting:
             self._waiting.remove(gone)
-        self._give_up_slot(gone)
+        self._release_slot(gone)
 
     def refresh(self, version: int) -> None:
         """Note that the weights changed: what the old ones left in the cache is made anew when needed."""
@@ -198,11 +198,11 @@ class TorchEngine:
         if trie is None:
             sequence.limit = min(request.sampling.max_tokens, room)
         else:
-            before = begun_thought(request, trie, room=room, stop_ids=self.stop_ids)
+            before = start_thought(request, trie, room=room, stop_ids=self.stop_ids)
             if isinstance(before, Thought):
                 sequence.thought = before
             else:
-                self._come_to_choice(sequence, before)
+                self._begin_choice(sequence, before)
             if sequence.request is None:
                 return
         sequence.random = Random(request.seed)
@@ -212,12 +212,12 @@ class TorchEngine:
             self._waiting.append(sequence)
 
     @torch.inference_mode()
-    def _inherit(self, sequence: _Sequence, request: GenerationRequest) -> None:
+    def _copy_parent_cache(self, sequence: _Sequence, request: GenerationRequest) -> None:
         """Copy what the parent's cache holds of a prompt, as long as nobody has to make room for it."""
         parent = None if request.parent is None else self._sequences.get(request.parent)
         if parent is None:
             return
-        common = min(parent.cached, _shared(parent.ids, request.prompt_ids))
+        common = min(parent.cached, _common_prefix_length(parent.ids, request.prompt_ids))
         slot = self._empty_slot() if common else None
         if slot is None:
             return
@@ -226,7 +226,7 @@ class TorchEngine:
         self._cache.copy(parent.slot, [slot], common)
         sequence.cached = common
 
-    def _come_to_choice(self, sequence: _Sequence, written: tuple[int, ...]) -> None:
+    def _begin_choice(self, sequence: _Sequence, written: tuple[int, ...]) -> None:
         assert sequence.trie is not None
         self._append_forced(sequence, (*written, *sequence.trie.forced))
         sequence.thought, sequence.node = None, sequence.trie.root
@@ -288,10 +288,10 @@ class TorchEngine:
             return None
         oldest = min(idle, key=lambda held: held.used)
         slot = oldest.slot
-        self._give_up_slot(oldest)
+        self._release_slot(oldest)
         return slot
 
-    def _give_up_slot(self, sequence: _Sequence) -> None:
+    def _release_slot(self, sequence: _Sequence) -> None:
         if sequence.slot >= 0:
             self._slots[sequence.slot] = None
         sequence.slot, sequence.cached = -1, 0
@@ -320,7 +320,7 @@ class TorchEngine:
     @torch.inference_mode()
     def _advance(self, rows: list[_Sequence]) -> None:
         self._close_gaps()
-        rows, twins = _without_twins(sorted(rows, key=lambda row: row.slot))
+        rows, duplicates = _deduplicate(sorted(rows, key=lambda row: row.slot))
         tokens: list[int] = []
         counts, ready = [], []
         for row in rows:
@@ -339,19 +339,19 @@ class TorchEngine:
             end += count
             row.cached += count
             if complete:
-                alike = [row, *self._copied(row, twins.get(row.name, ()))]
+                alike = [row, *self._copied(row, duplicates.get(row.name, ()))]
                 deciding += alike
                 ends += [end] * len(alike)
         if deciding:
             self._decide(deciding, hidden[torch.tensor(ends, device=self._device)])
 
-    def _copied(self, row: _Sequence, twins: Sequence[_Sequence]) -> Sequence[_Sequence]:
+    def _copied(self, row: _Sequence, duplicates: Sequence[_Sequence]) -> Sequence[_Sequence]:
         """Give the cache of `row` to the sequences that hold the same tokens."""
-        if twins:
-            self._cache.copy(row.slot, [twin.slot for twin in twins], row.cached)
-            for twin in twins:
-                twin.cached = row.cached
-        return twins
+        if duplicates:
+            self._cache.copy(row.slot, [duplicate.slot for duplicate in duplicates], row.cached)
+            for duplicate in duplicates:
+                duplicate.cached = row.cached
+        return duplicates
 
     def _forward(self, rows: list[_Sequence], tokens: list[int], counts: Array) -> torch.Tensor:
         slots = np.array([row.slot for row in rows])
@@ -419,7 +419,7 @@ class TorchEngine:
                 row.allowed.append(None)
                 written = row.thought.take(token)
                 if written is not None:
-                    self._come_to_choice(row, written)
+                    self._begin_choice(row, written)
             elif token in self.stop_ids:
                 self._finish(row)
             elif len(row.logprobs) == row.limit:
@@ -433,28 +433,28 @@ def _rounded(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+def _common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two sequences have in common from the start."""
     pairs = zip(first, second, strict=False)
     return next((k for k, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
 
 
-def _without_twins(rows: list[_Sequence]) -> tuple[list[_Sequence], dict[str, list[_Sequence]]]:
+def _deduplicate(rows: list[_Sequence]) -> tuple[list[_Sequence], dict[str, list[_Sequence]]]:
     """Leave out new sequences that hold the same tokens as another, as the members of a group do at first.
 
     Returns:
         The rest, and by name of the one that stays those that wait for its result.
     """
     first: dict[tuple[int, ...], str] = {}
-    twins: dict[str, list[_Sequence]] = {}
+    duplicates: dict[str, list[_Sequence]] = {}
     kept = []
     for row in rows:
         name = row.name if row.cached else first.setdefault(tuple(row.ids), row.name)
         if name == row.name:
             kept.append(row)
         else:
-            twins.setdefault(name, []).append(row)
-    return kept, twins
+            duplicates.setdefault(name, []).append(row)
+    return kept, duplicates
 
 
 def _without_empty(

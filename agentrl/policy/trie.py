@@ -165,11 +165,11 @@ def admissible_replies(actions: Iterable[str], encode: Encode) -> dict[tuple[int
     for action in actions:
         first = replies.setdefault(encode(action), action)
         if first != action:
-            _warn_of_twins(first, action, encode)
+            _warn_of_duplicates(first, action, encode)
     return replies
 
 
-def _warn_of_twins(first: str, other: str, encode: Encode) -> None:
+def _warn_of_duplicates(first: str, other: str, encode: Encode) -> None:
     warned = _WARNED.setdefault(encode, set())
     if (first, other) in warned or len(warned) >= MOST_WARNINGS:
         return
@@ -192,9 +192,9 @@ def _new_trie(choices: Choices) -> TokenTrie:
 
 
 TRIES = TextCache()
-_kept_trie = TRIES.remember(_new_trie, _trie_bytes)
+_cached_trie = TRIES.memoize(_new_trie, _trie_bytes)
 
 
 def token_trie(choices: Choices) -> TokenTrie:
     """Return the trie of a tuple of choices; the same menu is built once."""
-    return _kept_trie(choices)
+    return _cached_trie(choices)

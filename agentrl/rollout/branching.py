@@ -8,7 +8,7 @@ from agentrl.data.trajectory import BranchPoint, Episode, Group
 from agentrl.rollout.play import EpisodeSpec, Fork, Path
 
 if TYPE_CHECKING:
-    from agentrl.algorithms.algorithm import Growth
+    from agentrl.algorithms.branching import Growth
     from agentrl.rollout.collector import Collection
 
 Wish = BranchPoint | None

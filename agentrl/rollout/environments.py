@@ -15,15 +15,15 @@ from typing import Any, Self, cast
 import gymnasium
 
 from agentrl.data.trajectory import StopReason
-from agentrl.env.answers import reset_answer, step_answer
 from agentrl.env.containment import (
     EscapeError,
+    call_contained,
     check_size,
     close_contained,
-    contained,
-    described,
+    describe_error,
     signals,
 )
+from agentrl.env.contract.answers import reset_answer, step_answer
 from agentrl.errors import AgentRLError, EnvironmentContractError
 from agentrl.rollout.play import EnvironmentCall, Restore, Step, Stop, Transition
 from agentrl.rollout.settings import WorkersConfig
@@ -134,7 +134,7 @@ class EnvironmentPool(Environments):
     def borrow(self) -> Iterator[TextGym]:
         with signals:
             try:
-                env = contained(self.take)
+                env = call_contained(self.take)
             except EscapeError as error:
                 raise EnvironmentContractError(f"the environment's constructor raised {error}") from error
             try:
@@ -240,7 +240,7 @@ class ThreadedEnvironments(Environments):
             except AgentRLError as error:
                 answer = error
             except BaseException as error:
-                answer = Stop(StopReason.ENV_ERROR, described(error))
+                answer = Stop(StopReason.ENV_ERROR, describe_error(error))
             self._answers.put((seat, answer))
 
     def _answer(self, seat: "_Seat", effect: EnvironmentCall) -> Transition | Stop:
@@ -277,11 +277,11 @@ class _Seat:
 def transition_or_stop(env: TextGym, effect: EnvironmentCall) -> Transition | Stop:
     """Ask an environment; what it does wrong is a value."""
     try:
-        return contained(lambda: _transition(env, effect))
+        return call_contained(lambda: _transition(env, effect))
     except EnvironmentContractError as error:
         return Stop(StopReason.CONTRACT, str(error))
     except Exception as error:
-        return Stop(StopReason.ENV_ERROR, described(error))
+        return Stop(StopReason.ENV_ERROR, describe_error(error))
 
 
 def _transition(env: TextGym, effect: EnvironmentCall) -> Transition:
@@ -313,11 +313,11 @@ def _snapshot(known: Any) -> Any:
 def made_or_stop(take: Make) -> TextGym | Stop:
     """Make an environment. An `AgentRLError` passes: every other attempt would say the same."""
     try:
-        return contained(take)
+        return call_contained(take)
     except AgentRLError:
         raise
     except Exception as error:
-        return Stop(StopReason.ENV_ERROR, described(error))
+        return Stop(StopReason.ENV_ERROR, describe_error(error))
 
 
 def answer_of(env: TextGym, name: str, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any]) -> Any:
@@ -328,7 +328,7 @@ def answer_of(env: TextGym, name: str, args: tuple[Any, ...] | None, kwargs: Map
         Exception: whatever else it raised.
     """
     try:
-        return contained(lambda: _answer_of(env, name, args, kwargs))
+        return call_contained(lambda: _answer_of(env, name, args, kwargs))
     except EscapeError as error:
         raise EnvironmentContractError(f"the environment's {name} raised {error}") from error
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from agentrl.data.trajectory import BranchPoint, Episode, StopReason, Turn
 from agentrl.errors import EnvironmentContractError
 from agentrl.seeds import derive_seed
-from agentrl.values import ValueFaultError, as_text, keepable
+from agentrl.values import ValueFaultError, as_text, storable
 
 # Of `info` after a reply; `state_key` is of the state that was acted in.
 STORED_INFO = ("success", "score", "valid", "task_type", "tool", "tool_error", "other_success")
@@ -104,7 +104,7 @@ class Reply:
     logprobs: tuple[float, ...] = ()
     entropies: tuple[float, ...] = ()
     allowed: tuple[tuple[int, ...] | None, ...] | None = None
-    fresh: bool = False
+    new_sequence: bool = False
     valid: bool = True
     imitable: bool = True
     finish: str = "stop"
@@ -125,7 +125,7 @@ class Stop:
 
     def __post_init__(self) -> None:
         if self.error is not None:  # it may be somebody else's, and is stored
-            object.__setattr__(self, "error", keepable(self.error))
+            object.__setattr__(self, "error", storable(self.error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +280,7 @@ def _turn(before: Transition, reply: Reply, answer: Answer) -> Turn:
         entropies=reply.entropies,
         allowed=reply.allowed,
         reward=after.reward,
-        fresh=reply.fresh,
+        new_sequence=reply.new_sequence,
         valid=reply.valid and bool(after.info.get("valid", True)),
         imitable=reply.imitable,
         finish=reply.finish,

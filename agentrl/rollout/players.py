@@ -118,16 +118,16 @@ class _Conversation:
     submitted: bool = False  # whether the engine knows the sequence
     inheritance: _Inheritance = _Inheritance()
 
-    def extend(self, observation: str, prompt: int, fresh: bool, action_ids: tuple[int, ...]) -> None:
+    def extend(self, observation: str, prompt: int, new_sequence: bool, action_ids: tuple[int, ...]) -> None:
         self.history.append((observation, action_ids))
-        self.held = (0 if fresh else self.held) + prompt + len(action_ids)
+        self.held = (0 if new_sequence else self.held) + prompt + len(action_ids)
 
     @classmethod
     def of(cls, turns: Sequence[Turn]) -> "_Conversation":
         """As it was after the turns."""
         conversation = cls()
         for turn in turns:
-            conversation.extend(turn.observation, len(turn.prompt_ids), turn.fresh, turn.action_ids)
+            conversation.extend(turn.observation, len(turn.prompt_ids), turn.new_sequence, turn.action_ids)
         return conversation
 
 
@@ -135,7 +135,7 @@ class _Conversation:
 class _Pending:
     request: ActionRequest
     prompt_ids: tuple[int, ...]
-    fresh: bool
+    new_sequence: bool
     menu: "_Menu | None"  # where the reply ends in a choice
     given: tuple[int, ...] = ()  # what the engine was given of the reply
 
@@ -198,20 +198,20 @@ class LanguagePlayer:
             self._stopped.append((request.episode_id, Stop(StopReason.ENGINE_ERROR, error)))
             return
         room = self._sampling.max_tokens if menu is None else self._room(menu)
-        length = (0 if prompt.fresh else conversation.held) + len(prompt.ids) + room
+        length = (0 if prompt.new_sequence else conversation.held) + len(prompt.ids) + room
         if length > self._engine.max_context:
             self._stopped.append((request.episode_id, _too_long(length, self._engine.max_context)))
             return
         given = inherited.begun if menu is None else menu.given
         free = menu is None or menu.thinking is not None
-        pending = _Pending(request, tuple(prompt.ids), prompt.fresh, menu, given)
+        pending = _Pending(request, tuple(prompt.ids), prompt.new_sequence, menu, given)
         self._pending[request.episode_id] = pending
         conversation.submitted = True
         self._engine.submit(
             GenerationRequest(
                 sequence=request.episode_id,
-                prompt_ids=(*(() if prompt.fresh else inherited.ids), *prompt.ids, *given),
-                fresh=prompt.fresh or bool(inherited.ids),
+                prompt_ids=(*(() if prompt.new_sequence else inherited.ids), *prompt.ids, *given),
+                new_sequence=prompt.new_sequence or bool(inherited.ids),
                 choices=None if menu is None else tuple(menu.texts),
                 seed=derive_seed(request.seed, "turn", request.turn),
                 sampling=self._shortened(len(given)) if free else self._sampling,
@@ -261,7 +261,7 @@ class LanguagePlayer:
         conversation = self._conversations[child_id] = _Conversation.of(turns)
         ids: list[int] = []
         for turn in turns:
-            if turn.fresh:
+            if turn.new_sequence:
                 ids.clear()
             ids += [*turn.prompt_ids, *turn.action_ids]
         conversation.inheritance = _Inheritance(parent_id, tuple(ids), prefix_ids)
@@ -297,7 +297,7 @@ class LanguagePlayer:
         if versions:
             versions = (*versions[:1] * len(given), *versions)
         self._conversations[generation.sequence].extend(
-            pending.request.observation, len(pending.prompt_ids), pending.fresh, ids
+            pending.request.observation, len(pending.prompt_ids), pending.new_sequence, ids
         )
         chosen = None if pending.menu is None else pending.menu.chosen(generation.token_ids)
         text, valid = (chosen, True) if chosen is not None else self._parse(ids)
@@ -308,7 +308,7 @@ class LanguagePlayer:
             logprobs=(*known, *generation.logprobs),
             entropies=(*known, *generation.entropies),
             allowed=allowed,
-            fresh=pending.fresh,
+            new_sequence=pending.new_sequence,
             valid=valid,
             finish=generation.finish,
             policy_version=generation.policy_version,
@@ -372,7 +372,7 @@ class DemonstrationPlayer(_Immediate):
         conversation = self._conversations.setdefault(request.episode_id, _Conversation())
         prompt = self._dialogue.prompt(conversation.history, request.observation)
         action_ids = self._dialogue.encode_reply(text)
-        conversation.extend(request.observation, len(prompt.ids), prompt.fresh, action_ids)
+        conversation.extend(request.observation, len(prompt.ids), prompt.new_sequence, action_ids)
         needed = conversation.held + max(0, self._room(request) - len(action_ids))
         if self._max_context is not None and needed > self._max_context:
             return _too_long(needed, self._max_context)
@@ -384,7 +384,7 @@ class DemonstrationPlayer(_Immediate):
             logprobs=zeros,
             entropies=zeros,
             allowed=self._allowed(request, action_ids),
-            fresh=prompt.fresh,
+            new_sequence=prompt.new_sequence,
             imitable=disturbance is None,
         )
 

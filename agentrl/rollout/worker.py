@@ -22,7 +22,7 @@ from typing import Any
 import cloudpickle
 
 from agentrl.data.trajectory import StopReason
-from agentrl.env.containment import LARGEST_ANSWER, close_contained, described, too_large
+from agentrl.env.containment import MAX_ANSWER_BYTES, close_contained, describe_error, too_large
 from agentrl.errors import AgentRLError
 from agentrl.rollout.environments import Make, TextGym, answer_of, made_or_stop, transition_or_stop
 from agentrl.rollout.play import EnvironmentCall, Reset, Restore, Step, Stop
@@ -111,7 +111,7 @@ class Server:
         except AgentRLError as error:
             kind, payload = "refused", error
         except BaseException as error:
-            stop = Stop(StopReason.ENV_ERROR, described(error))
+            stop = Stop(StopReason.ENV_ERROR, describe_error(error))
             kind, payload = ("raised", error) if kind == "ask" else ("stop", astuple(stop))
         return place, kind, payload
 
@@ -219,12 +219,12 @@ def _packed(answer: Answer) -> bytes:
             pickle.loads(memoryview(content)[_LENGTH.size :])
     except BaseException as error:
         if kind == "refused":
-            return pack((place, kind, AgentRLError(described(payload))))
+            return pack((place, kind, AgentRLError(describe_error(payload))))
         if isinstance(payload, BaseException):
-            return pack((place, kind, RuntimeError(described(payload))))
-        what = f"its {kind} cannot leave its process: {described(error)}"
+            return pack((place, kind, RuntimeError(describe_error(payload))))
+        what = f"its {kind} cannot leave its process: {describe_error(error)}"
     else:
-        if kind != "transition" or len(content) <= _LARGEST_SNAPSHOT + LARGEST_ANSWER:
+        if kind != "transition" or len(content) <= _LARGEST_SNAPSHOT + MAX_ANSWER_BYTES:
             return content
         what = str(too_large(len(content)))
     if kind == "transition":

@@ -25,7 +25,7 @@ import cloudpickle
 import psutil
 
 from agentrl.data.trajectory import StopReason
-from agentrl.env.containment import described
+from agentrl.env.containment import describe_error
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.rollout.environments import Answered, Environments, Make, RemoteEnv, TextGym, overdue
 from agentrl.rollout.keeper import Kept
@@ -374,7 +374,7 @@ def _answer(worker: "_Worker", message: bytes) -> Answer:
     try:
         number, found, payload = pickle.loads(message)
     except (Exception, SystemExit) as error:
-        what = f"its {kind} answered what cannot be read here: {described(error)}"
+        what = f"its {kind} answered what cannot be read here: {describe_error(error)}"
         if place.borrowed:
             return place.index, "raised", EnvironmentLostError(what)
         return place.index, "stop", astuple(Stop(StopReason.CONTRACT, what))

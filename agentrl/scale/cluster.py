@@ -1,4 +1,4 @@
-"""The connection to Ray: made for its first user, ended with its last where it was ours to make."""
+"""The process-wide connection to Ray: opened for its first user, closed after its last."""
 
 import logging
 import os
@@ -13,61 +13,61 @@ from typing import Any, cast
 import ray
 import torch
 
-from agentrl.errors import AgentRLError, ConfigError
+from agentrl.errors import ClusterLostError, ConfigError
 from agentrl.policy.settings import EngineConfig
 from agentrl.terminal import echo
 
-_KNOCK_TIMEOUT = 5.0  # seconds; Ray itself would try for minutes, and not be interrupted
-_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # with empty settings
-_SETTINGS = 4  # a frame's type, in its fourth byte
-_LAST_WORDS = 200  # characters of what Ray says of a loss that go into an error
+_PING_TIMEOUT = 5.0  # seconds; Ray itself tries for minutes and cannot be interrupted
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
+    [0, 0, 0, 4, 0, 0, 0, 0, 0]
+)  # with empty settings
+_SETTINGS_FRAME = 4  # the frame type, in the fourth byte
+_REASON_LENGTH = 200  # characters of Ray's reason that go into an error message
 
 
-_LOOK_EVERY = 2.0  # seconds between two looks at whether the cluster's head is there
-_LOST_AFTER = 15.0  # seconds without it; Ray itself ends the process after 60 without a word of advice
-
-
-class ClusterLostError(AgentRLError):
-    """Ray is gone: its head or the part of it on this machine ended. The message says how to go on."""
+_CHECK_INTERVAL = 2.0  # seconds between two pings of the cluster's head
+_LOST_AFTER = 15.0  # seconds without an answer; Ray itself ends the process after 60, without advice
 
 
 class _Connection:
-    """How many use it, and whether it ends with them."""
+    """State of the connection: the number of its users, and whether they opened it."""
 
     def __init__(self) -> None:
         self.users = 0
         self.ours = False
         self.address: str | None = None
-        self.watch: _Watch | None = None
+        self.monitor: _HeadMonitor | None = None
 
 
-class _Watch(threading.Thread):
-    """Looks now and then whether the head is there: a process that does not call it would not learn.
+class _HeadMonitor(threading.Thread):
+    """Thread that pings the head regularly, since a process that makes no calls would not notice its loss.
 
     Args:
-        head: its address.
+        head: The address of the head, "host:port".
     """
 
     def __init__(self, head: str) -> None:
         super().__init__(daemon=True)
         self.head = head
         self._over = threading.Event()
-        self.lost: str | None = None  # why
+        self.lost: str | None = None  # the reason, once the head is lost
 
     def run(self) -> None:
+        """Ping the head until `end`, and warn once when it is lost."""
         last_seen = time.monotonic()
-        while not self._over.wait(_LOOK_EVERY):
+        while not self._over.wait(_CHECK_INTERVAL):
             try:
-                knock(self.head)
+                ping(self.head)
                 last_seen, self.lost = time.monotonic(), None
             except ConfigError:
                 away = time.monotonic() - last_seen
                 if away >= _LOST_AFTER and self.lost is None and not self._over.is_set():
                     self.lost = f"its head at {self.head} has not answered for {away:.0f} s"
-                    # Whoever is busy elsewhere learns of it too late to say anything.
+                    # A main thread inside a Ray call may be ended by Ray before it can print this.
                     echo(f"warning: {cluster_lost(self.lost)}", err=True)
 
     def end(self) -> None:
+        """Stop the thread before its next ping."""
         self._over.set()
 
 
@@ -76,57 +76,57 @@ _connection = _Connection()
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """Be connected to Ray for the length of a `with` block; these may overlap.
+    """Keep this process connected to Ray during a `with` block; blocks may overlap.
 
-    What a script has connected by itself is used, whatever the address, and left as it is.
+    A connection that the script itself has opened is used, whatever the address, and left open.
 
     Args:
-        address: of a cluster, "host:port", or "auto" for the one of this machine; None starts Ray on this
-            machine, and stops it afterwards.
+        address: The address of a cluster, "host:port", or "auto" for the one on this machine; None starts
+            Ray on this machine and stops it afterwards.
 
     Raises:
-        ConfigError: no cluster answers there, or Ray does not start here.
+        ConfigError: If no cluster answers there, or Ray does not start here.
     """
     if not _connection.users:
         _connection.ours = not ray.is_initialized()
         if _connection.ours:
             _connect(address)
         _connection.address = address
-        _connection.watch = _Watch(ray.get_runtime_context().gcs_address)
-        _connection.watch.start()
+        _connection.monitor = _HeadMonitor(ray.get_runtime_context().gcs_address)
+        _connection.monitor.start()
     _connection.users += 1
     try:
         yield
     finally:
         _connection.users -= 1
         if not _connection.users:
-            if _connection.watch is not None:
-                _connection.watch.end()
+            if _connection.monitor is not None:
+                _connection.monitor.end()
             if _connection.ours:
-                with _own_signals():
+                with _preserve_signal_handlers():
                     ray.shutdown()
 
 
 def check_cluster() -> None:
-    """Make sure that Ray is still there, as far as is known.
+    """Raise if the monitor has found the cluster to be lost.
 
     Raises:
-        ClusterLostError: it is not.
+        ClusterLostError: If the head has not answered for too long.
     """
-    if _connection.watch is not None and _connection.watch.lost is not None:
-        raise cluster_lost(_connection.watch.lost)
+    if _connection.monitor is not None and _connection.monitor.lost is not None:
+        raise cluster_lost(_connection.monitor.lost)
 
 
-def reach_head() -> None:
-    """Wait until the head answers: what is asked of Ray without it hangs, and then ends the process.
+def wait_for_head() -> None:
+    """Wait until the head answers a ping: a call to Ray without it hangs, and then ends the process.
 
     Raises:
-        ClusterLostError: it does not, for as long as it is waited for.
+        ClusterLostError: If the head has not answered for too long.
     """
-    while (watch := _connection.watch) is not None:
+    while (monitor := _connection.monitor) is not None:
         check_cluster()
         try:
-            knock(watch.head)
+            ping(monitor.head)
         except ConfigError:
             time.sleep(0.2)
         else:
@@ -134,15 +134,15 @@ def reach_head() -> None:
 
 
 def is_lost() -> bool:
-    """Whether there is no use in asking it for anything."""
-    return _connection.watch is not None and _connection.watch.lost is not None
+    """Return whether the cluster is known to be lost, so that calls to it would hang."""
+    return _connection.monitor is not None and _connection.monitor.lost is not None
 
 
 def cluster_lost(why: str) -> ClusterLostError:
-    """Build the error that says why Ray is lost, and what its user can do."""
+    """Build the error that says why Ray is lost, and what the user can do."""
     address = _connection.address
     if address is None and _connection.ours:
-        start = "it is started again with the run"
+        start = "it starts again with the run"
     elif address in (None, "auto"):
         start = "start it again with: ray stop --force; ray start --head"
     else:
@@ -156,11 +156,14 @@ def cluster_lost(why: str) -> ClusterLostError:
 
 
 def check_actors(config: EngineConfig, address: str | None) -> None:
-    """Refuse more engine actors than there is room for, before anything is made for them.
+    """Refuse engine actors that do not fit on the cluster, before anything is made for them.
 
     Args:
-        config: of the engines.
-        address: of the cluster; without one, Ray is not started to ask what this machine has.
+        config: The configuration of the engines.
+        address: The address of the cluster; None checks this machine's resources without starting Ray.
+
+    Raises:
+        ConfigError: If there is no cluster, or it has too few CPUs or GPUs.
     """
     if config.actors is None:
         return
@@ -169,15 +172,15 @@ def check_actors(config: EngineConfig, address: str | None) -> None:
         here = [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}]
     with connected(address) if here is None else nullcontext():
         cpus, gpus = config.actor_cpus, config.actor_gpus
-        check_room("engine.actors", config.actors, cpus=cpus, gpus=gpus, offered=here)
+        check_capacity("engine.actors", config.actors, cpus=cpus, gpus=gpus, offered=here)
 
 
 def machines() -> list[dict[str, Any]]:
-    """The machines of the cluster that can do work: `ray start --num-cpus=0` keeps one free of it."""
+    """Return the nodes of the cluster that accept work; `ray start --num-cpus=0` makes one that does not."""
     return [node for node in cast(Any, ray).nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
-def check_room(
+def check_capacity(
     key: str,
     count: int,
     *,
@@ -185,17 +188,17 @@ def check_room(
     gpus: float = 0.0,
     offered: Sequence[Mapping[str, float]] | None = None,
 ) -> None:
-    """Refuse more actors than the machines of the cluster hold.
+    """Refuse more actors than the machines of the cluster can hold.
 
     Args:
-        key: of the configuration.
-        count: of actors.
-        cpus: of each.
-        gpus: of each.
-        offered: what each machine has; None asks the cluster.
+        key: The configuration key that sets the number of actors.
+        count: The number of actors.
+        cpus: The number of CPUs of each actor.
+        gpus: The number of GPUs of each actor.
+        offered: The resources of each machine; None asks the cluster.
 
     Raises:
-        ConfigError: one line that says what there is.
+        ConfigError: If they do not fit, with the resources that there are.
     """
     if offered is None:
         offered = [node["Resources"] for node in machines()]
@@ -210,9 +213,9 @@ def check_room(
             )
 
 
-def in_short(error: Exception) -> str:
-    """The cause of a loss, with which Ray ends what it has to say."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1][:_LAST_WORDS]
+def short_reason(error: Exception) -> str:
+    """Return the last line of an error, in which Ray names the cause, cut to a readable length."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1][:_REASON_LENGTH]
 
 
 def _connect(address: str | None) -> None:
@@ -221,9 +224,9 @@ def _connect(address: str | None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options = {"address": "local", "include_dashboard": False}
     elif address != "auto":
-        knock(address)
+        ping(address)
     try:
-        with _own_signals():
+        with _preserve_signal_handlers():
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         ray.shutdown()
@@ -231,28 +234,28 @@ def _connect(address: str | None) -> None:
         raise ConfigError(f"rollout.ray.address: {where}: {type(error).__name__}: {error}") from error
 
 
-def knock(address: str) -> None:
-    """Find out in a few seconds whether somebody listens who speaks HTTP/2, as Ray's head does.
+def ping(address: str) -> None:
+    """Check within seconds that an HTTP/2 server, as Ray's head is, answers at an address.
 
     Raises:
-        ConfigError: nobody does.
+        ConfigError: If nothing answers there, or something that does not speak HTTP/2.
     """
     host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), _KNOCK_TIMEOUT) as connection:
+        with socket.create_connection((host.strip("[]"), int(port)), _PING_TIMEOUT) as connection:
             if os.environ.get("RAY_USE_TLS", "0") == "1":
                 return
-            connection.sendall(_GREETING)
+            connection.sendall(_HTTP2_PREFACE)
             answer = connection.recv(9)
     except OSError as error:
         raise ConfigError(f"rollout.ray.address: nothing answers at {address}: {error}") from error
-    if len(answer) < 4 or answer[3] != _SETTINGS:
-        raise ConfigError(f"rollout.ray.address: what answers at {address} is no Ray cluster")
+    if len(answer) < 4 or answer[3] != _SETTINGS_FRAME:
+        raise ConfigError(f"rollout.ray.address: the server at {address} is not a Ray cluster")
 
 
 @contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep the handlers of this process: Ray puts its own in their place."""
+def _preserve_signal_handlers() -> Iterator[None]:
+    """Restore this process's signal handlers after the block, in which Ray replaces them."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
     try:

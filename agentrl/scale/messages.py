@@ -1,4 +1,4 @@
-"""What travels between a driver and its actors: the tokens of many replies in one array, not a list each."""
+"""Messages between a driver and its actors: the tokens of many replies in one array, not one list each."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple
@@ -10,51 +10,71 @@ from numpy.typing import NDArray
 
 from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
 
-Rows = tuple[NDArray[Any], NDArray[np.int64]]  # values end to end, and how many each row has; -1 for None
-Menus = tuple[Rows, NDArray[np.int64]]  # rows end to end, and how many belong together; -1 for None
+Rows = tuple[NDArray[Any], NDArray[np.int64]]  # concatenated values, and the length of each row; -1 for None
+Menus = tuple[Rows, NDArray[np.int64]]  # concatenated rows, and the number of rows of each menu; -1 for None
 Requests = tuple[list[Any], Rows, Menus, Rows]
 Generations = tuple[list[Any], Rows, Rows, Rows, Menus, Rows]
 
 
-def worthwhile(company: int, owed: int) -> int:
-    """How many answers make a message worth while, where so many are owed."""
-    return max(1, min(company, owed * 3 // 4))
+def replies_to_await(target: int, owed: int) -> int:
+    """Return how many answers to wait for before sending a message, when `owed` are outstanding.
+
+    Waiting for `target` answers saves messages; three quarters of those outstanding keep stragglers from
+    delaying the others.
+    """
+    return max(1, min(target, owed * 3 // 4))
 
 
-def packed_requests(requests: Sequence[tuple[int, GenerationRequest]]) -> Requests:
-    """Requests, each with the number that its generation will bear."""
+def pack_requests(requests: Sequence[tuple[int, GenerationRequest]]) -> Requests:
+    """Pack requests, each with the number that its generation will carry."""
     heads = [
-        # One object is sent once, however many requests think by it.
-        (number, each.sequence, each.fresh, each.seed, astuple(each.sampling), each.parent, each.thinking)
+        # pickle sends an object once, however many requests share it.
+        (
+            number,
+            each.sequence,
+            each.new_sequence,
+            each.seed,
+            astuple(each.sampling),
+            each.parent,
+            each.thinking,
+        )
         for number, each in requests
     ]
     asked = [each for _, each in requests]
     return (
         heads,
-        _rows([each.prompt_ids for each in asked]),
-        _menus([each.choices for each in asked]),
-        _rows([each.begun for each in asked]),
+        _pack_rows([each.prompt_ids for each in asked]),
+        _pack_menus([each.choices for each in asked]),
+        _pack_rows([each.begun for each in asked]),
     )
 
 
-def unpacked_requests(message: Requests) -> list[tuple[int, GenerationRequest]]:
-    """What `packed_requests` was given."""
+def unpack_requests(message: Requests) -> list[tuple[int, GenerationRequest]]:
+    """Unpack the message of `pack_requests`."""
     heads, prompts, choices, begun = message
     return [
         (
             number,
             GenerationRequest(
-                sequence, prompt, fresh, menu, seed, SamplingParams(*sampling), parent, thinking, thoughts
+                sequence,
+                prompt,
+                new_sequence,
+                menu,
+                seed,
+                SamplingParams(*sampling),
+                parent,
+                thinking,
+                thoughts,
             ),
         )
-        for (number, sequence, fresh, seed, sampling, parent, thinking), prompt, menu, thoughts in zip(
-            heads, _tuples(prompts), _menu_tuples(choices), _tuples(begun), strict=True
+        for (number, sequence, new_sequence, seed, sampling, parent, thinking), prompt, menu, thoughts in zip(
+            heads, _unpack_rows(prompts), _unpack_menus(choices), _unpack_rows(begun), strict=True
         )
     ]
 
 
-def packed_generations(generations: Sequence[tuple[int, Generation]]) -> Generations:
-    """Generations, each with the number of its request."""
+def pack_generations(generations: Sequence[tuple[int, Generation]]) -> Generations:
+    """Pack generations, each with the number of its request."""
     heads = [
         (number, each.sequence, each.finish, each.policy_version, each.error, each.lost)
         for number, each in generations
@@ -62,16 +82,16 @@ def packed_generations(generations: Sequence[tuple[int, Generation]]) -> Generat
     found = [each for _, each in generations]
     return (
         heads,
-        _rows([each.token_ids for each in found]),
-        _rows([each.logprobs for each in found], np.float64),
-        _rows([each.entropies for each in found], np.float64),
-        _menus([each.allowed for each in found]),
-        _rows([each.policy_versions for each in found]),
+        _pack_rows([each.token_ids for each in found]),
+        _pack_rows([each.logprobs for each in found], np.float64),
+        _pack_rows([each.entropies for each in found], np.float64),
+        _pack_menus([each.allowed for each in found]),
+        _pack_rows([each.policy_versions for each in found]),
     )
 
 
-def unpacked_generations(message: Generations) -> list[tuple[int, Generation]]:
-    """What `packed_generations` was given."""
+def unpack_generations(message: Generations) -> list[tuple[int, Generation]]:
+    """Unpack the message of `pack_generations`."""
     heads, tokens, logprobs, entropies, allowed, versions = message
     return [
         (
@@ -89,34 +109,34 @@ def unpacked_generations(message: Generations) -> list[tuple[int, Generation]]:
             lost,
         ), ids, of_tokens, spread, menus, drawn_with in zip(
             heads,
-            _tuples(tokens),
-            _tuples(logprobs),
-            _tuples(entropies),
-            _menu_tuples(allowed),
-            _tuples(versions),
+            _unpack_rows(tokens),
+            _unpack_rows(logprobs),
+            _unpack_rows(entropies),
+            _unpack_menus(allowed),
+            _unpack_rows(versions),
             strict=True,
         )
     ]
 
 
-def _rows(rows: Sequence[Sequence[Any] | None], dtype: Any = np.int64) -> Rows:
+def _pack_rows(rows: Sequence[Sequence[Any] | None], dtype: Any = np.int64) -> Rows:
     lengths = np.array([-1 if row is None else len(row) for row in rows], np.int64)
     values = np.fromiter(chain.from_iterable(row or () for row in rows), dtype)
     return values, lengths
 
 
-def _tuples(rows: Rows) -> Iterator[Any]:
+def _unpack_rows(rows: Rows) -> Iterator[Any]:
     values, lengths = rows
     left = iter(values.tolist())
     return (None if length < 0 else tuple(islice(left, length)) for length in lengths.tolist())
 
 
-def _menus(menus: Sequence[Sequence[Sequence[int] | None] | None]) -> Menus:
+def _pack_menus(menus: Sequence[Sequence[Sequence[int] | None] | None]) -> Menus:
     counts = np.array([-1 if menu is None else len(menu) for menu in menus], np.int64)
-    return _rows(list(chain.from_iterable(menu or () for menu in menus))), counts
+    return _pack_rows(list(chain.from_iterable(menu or () for menu in menus))), counts
 
 
-def _menu_tuples(menus: Menus) -> Iterator[Any]:
+def _unpack_menus(menus: Menus) -> Iterator[Any]:
     rows, counts = menus
-    left = _tuples(rows)
+    left = _unpack_rows(rows)
     return (None if count < 0 else tuple(islice(left, count)) for count in counts.tolist())

@@ -1,7 +1,7 @@
-"""Engines on a Ray cluster: actors that hold a copy of the weights each, and are asked in batches.
+"""Engines on a Ray cluster: actors that each hold a copy of the weights and receive requests in batches.
 
-A sequence stays with the actor that has its keys and values. An actor that is lost takes its sequences along;
-what is asked of them is answered as lost, which is no episode's fault, and another actor takes its place.
+A sequence stays on the actor that holds its keys and values. When an actor is lost, so are its sequences:
+their requests are answered with `lost=True`, which no episode is blamed for, and a new actor replaces it.
 """
 
 import sys
@@ -19,34 +19,42 @@ from transformers import PreTrainedModel
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.policy.engine import Generation, GenerationRequest
 from agentrl.policy.settings import EngineConfig
-from agentrl.scale.cluster import check_cluster, check_room, connected, in_short, is_lost, reach_head
-from agentrl.scale.engine_host import Blueprint, EngineHost, hollow, weights_of
-from agentrl.scale.messages import packed_requests, unpacked_generations
+from agentrl.scale.cluster import (
+    check_capacity,
+    check_cluster,
+    connected,
+    is_lost,
+    short_reason,
+    wait_for_head,
+)
+from agentrl.scale.engine_host import EngineHost, EngineSpec, export_weights, strip_weights
+from agentrl.scale.messages import pack_requests, unpack_generations
 
-_COMPANY = 16  # replies that are worth a message
-_PATIENCE = 0.05  # seconds that one waits for company, and a request for the actor to look up
-_START = 600.0  # seconds that an actor has to load its model
-_GOODBYE = 30.0  # seconds that one has to end what it has started
-_SILENCE = 600.0  # seconds beyond that without an answer after which it is given up
+_REPLY_TARGET = 16  # finished replies for which an actor returns a message at once
+_MAX_WAIT = 0.05  # seconds that a finished reply waits for others, and `step` for a message
+_START_TIMEOUT = 600.0  # seconds for an actor to load its model
+_CLOSE_TIMEOUT = 30.0  # seconds for an actor to close its engine
+_RESPONSE_TIMEOUT = 600.0  # seconds without an answer after which an actor counts as lost
 
 
 class RayEngines:
-    """An `Engine` of several actors.
+    """`Engine` that spreads sequences over several actors.
 
     Args:
-        model: whose weights they generate with; `refresh` sends them, through the object store once for all.
-        config: the engine of each actor, and their number.
-        stop_ids: see `open_engine`, as the two below.
-        max_context: tokens that a sequence may hold.
-        max_sequences: of all actors together.
-        address: of the cluster; see `RayConfig`.
+        model: The model whose weights they generate with; `refresh` puts them into the object store once for
+            all actors.
+        config: The engine of each actor, and the number of actors.
+        stop_ids: The ids that end a free reply; every choice ends in one of them.
+        max_context: The largest number of tokens in a sequence.
+        max_sequences: The largest number of sequences on all actors together.
+        address: The address of the cluster; see `RayConfig`.
 
     Attributes:
-        messages: sent to actors with requests.
-        restarts: actors that were lost and replaced.
+        messages: The number of messages with requests sent to actors.
+        restarts: The number of actors that were lost and replaced.
 
     Raises:
-        ConfigError: there is no cluster, it is smaller than what is asked, or an actor cannot start.
+        ConfigError: If there is no cluster, it is too small, or an actor cannot start.
     """
 
     def __init__(
@@ -63,167 +71,177 @@ class RayEngines:
         self.provides, self.messages, self.restarts = config.provides, 0, 0
         self._model, self._config, self._version = model, config, 0
         self._hosts: list[_Host] = []
-        self._where: dict[str, _Host | None] = {}  # None: its actor is gone
-        self._in_flight: dict[str, int] = {}  # the number of its request, by sequence
+        self._host_of: dict[str, _Host | None] = {}  # by sequence; None where its actor is lost
+        self._in_flight: dict[str, int] = {}  # by sequence: the number of its request
         self._ready: deque[Generation] = deque()
         self._numbers = 0
         self._connection = ExitStack()
         self._connection.enter_context(connected(address))
         try:
-            check_room("engine.actors", count, cpus=config.actor_cpus, gpus=config.actor_gpus)
+            check_capacity("engine.actors", count, cpus=config.actor_cpus, gpus=config.actor_gpus)
             share = -(-max_sequences // count)
-            blueprint = Blueprint(hollow(model), config, tuple(stop_ids), max_context, share, sys.path)
-            self._blueprint, self._weights = ray.put(blueprint), ray.put(weights_of(model))
+            spec = EngineSpec(strip_weights(model), config, tuple(stop_ids), max_context, share, sys.path)
+            self._spec, self._weights = ray.put(spec), ray.put(export_weights(model))
             for _ in range(count):
                 self._start()
-            self.max_context = min(self._begun())
+            self.max_context = min(self._wait_until_started())
         except BaseException:
             self.close()
             raise
 
     def submit(self, request: GenerationRequest) -> None:
+        """Queue a request for the actor that holds its sequence, or its parent's, or for the least loaded."""
         sequence = request.sequence
         if sequence in self._in_flight:
             error = f"sequence {sequence!r} has a request in flight; wait for its generation"
             self._ready.append(Generation(sequence, policy_version=self._version, error=error))
             return
-        host = self._where.get(sequence)
-        if host is None and sequence in self._where and not request.fresh:
-            self._say_lost(sequence, "its actor was lost between two requests")
+        host = self._host_of.get(sequence)
+        if host is None and sequence in self._host_of and not request.new_sequence:
+            self._report_lost(sequence, "its actor was lost between two requests")
             return
         if host is None:
-            host = self._where[sequence] = self._where.get(request.parent or "") or self._idlest()
+            host = self._host_of[sequence] = self._host_of.get(request.parent or "") or self._least_loaded()
             host.sequences.add(sequence)
         self._numbers += 1
         self._in_flight[sequence] = self._numbers
         host.outbox[sequence] = self._numbers, request
 
     def step(self) -> Sequence[Generation]:
-        """Send what waits to be sent, and return what has been generated since; waits a moment for some."""
+        """Send queued requests to idle actors, and return the generations that came back.
+
+        Waits for `_MAX_WAIT` seconds at most when there are none.
+        """
         check_cluster()
         for host in self._hosts:
             if host.call is None and any(sequence in self._in_flight for sequence in host.sequences):
                 released, host.released = host.released, []
                 requests, host.outbox = list(host.outbox.values()), {}
-                host.begin("exchange", released, packed_requests(requests), _COMPANY, _PATIENCE)
+                host.start_call("exchange", released, pack_requests(requests), _REPLY_TARGET, _MAX_WAIT)
                 self.messages += 1
         calls = {host.call: host for host in self._hosts if host.call is not None}
         if calls:
-            ray.wait(list(calls), timeout=0.0 if self._ready else _PATIENCE)
+            ray.wait(list(calls), timeout=0.0 if self._ready else _MAX_WAIT)
             for call in ray.wait(list(calls), num_returns=len(calls), timeout=0)[0]:
-                self._take_in(calls[call])
-        for host in [host for host in self._hosts if host.is_late()]:
-            self._lose(host, f"no answer in {_SILENCE:g} s")
+                self._receive(calls[call])
+        for host in [host for host in self._hosts if host.is_overdue()]:
+            self._drop_host(host, f"no answer in {_RESPONSE_TIMEOUT:g} s")
         found = list(self._ready)
         self._ready.clear()
         return found
 
     def release(self, sequence: str) -> None:
+        """Forget a sequence and its request in flight; unknown names are fine."""
         self._in_flight.pop(sequence, None)
-        host = self._where.pop(sequence, None)
+        host = self._host_of.pop(sequence, None)
         if host is not None:
             host.sequences.remove(sequence)
             host.outbox.pop(sequence, None)
             host.released.append(sequence)
 
     def refresh(self, version: int) -> None:
-        self._version, self._weights = version, ray.put(weights_of(self._model))
+        """Send the model's current weights to every actor, and wait until all have loaded them."""
+        self._version, self._weights = version, ray.put(export_weights(self._model))
         calls = {
-            host.actor.refresh.remote(self._weights, version): host for host in self._hosts if host.begun
+            host.actor.refresh.remote(self._weights, version): host for host in self._hosts if host.started
         }
-        late = ray.wait(list(calls), num_returns=len(calls), timeout=_SILENCE)[1] if calls else []
+        late = ray.wait(list(calls), num_returns=len(calls), timeout=_RESPONSE_TIMEOUT)[1] if calls else []
         for call, host in calls.items():
             if call in late:
-                self._lose(host, f"it took no weights in {_SILENCE:g} s")
+                self._drop_host(host, f"it took no weights in {_RESPONSE_TIMEOUT:g} s")
                 continue
             try:
                 ray.get(call)
             except RayError as error:
-                self._fail(host, error)
-        # One that is still starting began with the weights before; what is sent to it comes behind these.
+                self._handle_failure(host, error)
+        # An actor that is still starting was given older weights. Ray runs its calls in order, so it loads
+        # these before it sees the next requests.
         for host in self._hosts:
-            if not host.begun:
+            if not host.started:
                 host.actor.refresh.remote(self._weights, version)
 
     def close(self) -> None:
+        """Close the engines, end the actors and leave the cluster."""
         hosts, self._hosts = self._hosts, []
         if not is_lost():
             with suppress(RayError):
-                if goodbyes := [host.actor.close.remote() for host in hosts if host.begun]:
-                    ray.wait(goodbyes, num_returns=len(goodbyes), timeout=_GOODBYE)
+                if closing := [host.actor.close.remote() for host in hosts if host.started]:
+                    ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT)
             for host in hosts:
                 host.kill()
-        self._where.clear()
+        self._host_of.clear()
         self._in_flight.clear()
         self._ready.clear()
         self._connection.close()
 
-    def _idlest(self) -> "_Host":
+    def _least_loaded(self) -> "_Host":
         return min(self._hosts, key=lambda host: len(host.sequences))
 
-    def _take_in(self, host: "_Host") -> None:
-        """Take in what an actor answered, or that it is no more."""
+    def _receive(self, host: "_Host") -> None:
+        """Collect the generations that an actor returned, or handle its failure."""
         call, host.call = host.call, None
         try:
             answer = ray.get(call)
         except RayError as error:
-            self._fail(host, error)
+            self._handle_failure(host, error)
             return
-        host.begun = True
-        for number, generation in unpacked_generations(answer):
-            if self._in_flight.get(generation.sequence) == number:  # else it was released meanwhile
+        host.started = True
+        for number, generation in unpack_generations(answer):
+            if self._in_flight.get(generation.sequence) == number:  # else the sequence was released meanwhile
                 del self._in_flight[generation.sequence]
                 self._ready.append(generation)
 
-    # The life of an actor.
+    # Actors
 
     def _start(self) -> None:
         actor = _Actor.options(num_cpus=self._config.actor_cpus, num_gpus=self._config.actor_gpus).remote(
-            self._blueprint, self._weights, self._version
+            self._spec, self._weights, self._version
         )
         self._hosts.append(_Host(actor))
 
-    def _begun(self) -> list[int]:
-        """Wait until every actor has its model; what each says of its context."""
+    def _wait_until_started(self) -> list[int]:
+        """Wait until every actor has loaded its model; return the context limit of each."""
         try:
-            found = ray.get([host.actor.max_context.remote() for host in self._hosts], timeout=_START)
+            found = ray.get([host.actor.max_context.remote() for host in self._hosts], timeout=_START_TIMEOUT)
         except GetTimeoutError:
             raise ConfigError(
-                f"engine.actors={len(self._hosts)} did not start within {_START:g} s: are the CPUs and GPUs "
-                "that they ask for held by others?"
+                f"engine.actors={len(self._hosts)} did not start within {_START_TIMEOUT:g} s; check that "
+                "other jobs leave enough CPUs and GPUs free (engine.actor_cpus, engine.actor_gpus)"
             ) from None
         except RayError as error:
-            raise _own(error) or ConfigError(f"an engine actor cannot start: {in_short(error)}") from None
+            raise _user_error(error) or ConfigError(
+                f"an engine actor cannot start: {short_reason(error)}"
+            ) from None
         for host in self._hosts:
-            host.begun = True
+            host.started = True
         return cast(list[int], found)
 
-    def _fail(self, host: "_Host", error: RayError) -> None:
-        """An engine that raised is as lost as an actor that died, unless its user can mend the cause."""
-        if (own := _own(error)) is not None:
+    def _handle_failure(self, host: "_Host", error: RayError) -> None:
+        """Raise an error that the user can fix; treat any other like the death of the actor."""
+        if (own := _user_error(error)) is not None:
             raise own
-        self._lose(host, in_short(error))
+        self._drop_host(host, short_reason(error))
 
-    def _lose(self, host: "_Host", reason: str) -> None:
-        """Give up an actor; its sequences are gone, and no episode is to blame."""
-        reach_head()
+    def _drop_host(self, host: "_Host", reason: str) -> None:
+        """Remove an actor, answer its requests as lost, and start a replacement while restarts are left."""
+        wait_for_head()
         self._hosts.remove(host)
         host.kill()
         for sequence in host.sequences:
-            self._where[sequence] = None
+            self._host_of[sequence] = None
             if self._in_flight.pop(sequence, None) is not None:
-                self._say_lost(sequence, f"its actor was lost: {reason}")
+                self._report_lost(sequence, f"its actor was lost: {reason}")
         if self.restarts < self._config.actor_restarts:
             self.restarts += 1
             self._start()
         elif not self._hosts:
             raise AgentRLError(
                 f"an engine actor was lost: {reason}; it was the last one, and engine.actor_restarts="
-                f"{self._config.actor_restarts} have been replaced. With the cause mended, a run goes on "
-                "from its last checkpoint: agentrl train --resume RUN"
+                f"{self._config.actor_restarts} replacements are used up. Fix the cause, then go on from the "
+                "last checkpoint: agentrl train --resume RUN"
             )
 
-    def _say_lost(self, sequence: str, why: str) -> None:
+    def _report_lost(self, sequence: str, why: str) -> None:
         self._ready.append(Generation(sequence, policy_version=self._version, error=why, lost=True))
 
 
@@ -232,24 +250,24 @@ _Actor = ray.remote(EngineHost)
 
 @dataclass(eq=False)
 class _Host:
-    """An actor, its sequences, and what waits to be sent to it."""
+    """An actor with its sequences and the messages queued for it."""
 
     actor: Any
     sequences: set[str] = field(default_factory=set)
     outbox: dict[str, tuple[int, GenerationRequest]] = field(default_factory=dict)
     released: list[str] = field(default_factory=list)
-    begun: bool = False
-    call: Any = None  # the one that is under way
+    started: bool = False
+    call: Any = None  # the object reference of the call under way
     since: float = 0.0
 
-    def begin(self, name: str, *arguments: Any) -> None:
-        """Call a method; `call` is its result to come."""
+    def start_call(self, name: str, *arguments: Any) -> None:
+        """Call a method of the actor without waiting; `call` becomes the reference to its result."""
         self.since = time.monotonic()
         self.call = getattr(self.actor, name).remote(*arguments)
 
-    def is_late(self) -> bool:
-        """Whether to give it up."""
-        limit = _SILENCE if self.begun else _START + _SILENCE
+    def is_overdue(self) -> bool:
+        """Return whether the call under way has taken so long that the actor counts as lost."""
+        limit = _RESPONSE_TIMEOUT if self.started else _START_TIMEOUT + _RESPONSE_TIMEOUT
         return self.call is not None and time.monotonic() - self.since > limit
 
     def kill(self) -> None:
@@ -258,7 +276,7 @@ class _Host:
             ray.kill(self.actor)
 
 
-def _own(error: RayError) -> AgentRLError | None:
-    """What an actor raised that its user can mend."""
+def _user_error(error: RayError) -> AgentRLError | None:
+    """Return the error of ours that an actor raised, which its user can fix; None for any other failure."""
     cause = error.cause if isinstance(error, RayTaskError) else None
     return cause if isinstance(cause, AgentRLError) else None

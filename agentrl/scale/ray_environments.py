@@ -1,7 +1,7 @@
-"""Environments on the machines of a Ray cluster, through actors that are asked in batches.
+"""Environments on the machines of a Ray cluster, behind actors that are called in batches.
 
-An actor holds processes of its machine as `rollout.workers` describes them, and what can go wrong in an
-environment is dealt with there. What can go wrong here, an actor or machine is lost, is no episode's fault.
+An actor runs the worker processes of `rollout.workers` on its machine, which handle the failures of an
+environment. This module handles the loss of an actor or a machine, which no episode is blamed for.
 """
 
 import sys
@@ -24,47 +24,48 @@ from agentrl.rollout.play import EnvironmentCall, Step, Stop
 from agentrl.rollout.settings import RayConfig, WorkersConfig
 from agentrl.rollout.workers import EnvironmentLostError
 from agentrl.scale.cluster import (
+    check_capacity,
     check_cluster,
-    check_room,
     cluster_lost,
     connected,
-    in_short,
     is_lost,
     machines,
-    reach_head,
+    short_reason,
+    wait_for_head,
 )
 from agentrl.scale.environment_host import (
     EnvironmentHost,
     Message,
     Release,
     Report,
-    packed,
-    unpacked,
+    pack_call,
+    unpack_result,
 )
-from agentrl.scale.messages import worthwhile
+from agentrl.scale.messages import replies_to_await
 
-_COMPANY = 16  # episodes that are worth a message
-_PATIENCE = 0.1  # seconds that one waits for company
-_LOOK_EVERY = 2.0  # seconds between two looks at whether the cluster is there
-_SILENCE = 60.0  # seconds beyond its own deadlines after which an actor is given up
+_REPLY_TARGET = 16  # answers for which an actor returns a message at once
+_MAX_WAIT = 0.1  # seconds that an answer waits for others
+_CHECK_INTERVAL = 2.0  # seconds between two checks that the cluster is there
+_RESPONSE_TIMEOUT = 60.0  # seconds beyond the workers' own deadlines after which an actor counts as lost
 
 
 class RayEnvironments(Environments):
-    """Environments in worker processes of several machines.
+    """Environments in worker processes on several machines.
 
-    The actors are there when this returns; one that is lost later is replaced while the others go on.
+    The actors have started when the constructor returns; one that is lost later is replaced while the others
+    continue.
 
     Args:
-        make: makes an environment; see `ProcessEnvironments`.
-        places: episodes at a time, on all machines together.
-        workers: of each actor.
-        config: the cluster, and the number of actors.
+        make: The factory of environments; see `ProcessEnvironments`.
+        places: The number of episodes played at a time, on all machines together.
+        workers: The configuration of each actor's workers.
+        config: The cluster, and the number of actors.
 
     Attributes:
-        messages: sent to actors with what episodes ask for.
+        messages: The number of messages with requests sent to actors.
 
     Raises:
-        ConfigError: there is no cluster, it is smaller than what is asked, or an actor cannot start.
+        ConfigError: If there is no cluster, it is too small, or an actor cannot start.
     """
 
     places: int
@@ -76,22 +77,27 @@ class RayEnvironments(Environments):
         self._workers, self._config = workers or WorkersConfig(), config or RayConfig()
         self.messages = 0
         self._replaced = 0
-        self._borrowings = 0
+        self._borrow_count = 0
         self._hosts: list[_Host] = []
-        self._where: dict[str, _Host | None] = {}  # None: its actor is gone
+        self._host_of: dict[str, _Host | None] = {}  # by episode; None where its actor is lost
         self._backlog: deque[tuple[str, EnvironmentCall]] = deque()
         self._ready: deque[Answered] = deque()
         self._connection = ExitStack()
         self._open()
 
-    # What the collector calls.
+    # Interface of `Environments`
 
     def submit(self, episode: str, effect: EnvironmentCall) -> None:
-        host = self._where.get(episode)
+        """Queue a call for the episode's actor; an episode that has none yet waits for a free place.
+
+        Raises:
+            ValueError: For a step of an episode that is not being played.
+        """
+        host = self._host_of.get(episode)
         if host is not None:
             host.request(episode, effect)
-        elif episode in self._where:
-            lost = "its actor was lost while it was not being asked"
+        elif episode in self._host_of:
+            lost = "its actor was lost between two of its calls"
             self._ready.append((episode, Stop(StopReason.WORKER_ERROR, lost, bystander=True)))
         elif isinstance(effect, Step):
             raise ValueError(f"{episode!r} is not being played, so it cannot step")
@@ -99,72 +105,84 @@ class RayEnvironments(Environments):
             self._backlog.append((episode, effect))
 
     def poll(self, *, wait: bool) -> Sequence[Answered]:
+        """Exchange messages with the actors and return the answers so far.
+
+        Args:
+            wait: Whether to wait until there is an answer, if any is expected.
+        """
         self._open()
         check_cluster()
-        self._turn(0.0, hurry=wait)
-        while wait and not self._ready and self._owes():
-            self._turn(_LOOK_EVERY, hurry=True)
+        self._exchange(0.0, hurry=wait)
+        while wait and not self._ready and self._expects_answers():
+            self._exchange(_CHECK_INTERVAL, hurry=True)
             check_cluster()
         answers = list(self._ready)
         self._ready.clear()
         return answers
 
     def release(self, episode: str, *, broken: bool = False) -> None:
-        host = self._where.pop(episode, None)
+        """Free the environment of an episode; a broken one is not used again."""
+        host = self._host_of.pop(episode, None)
         if host is not None:
             del host.playing[episode]
             host.outbox.append((episode, Release(broken)))
 
     @contextmanager
     def borrow(self) -> Iterator[TextGym]:
+        """Reserve an environment for direct calls during a `with` block.
+
+        Raises:
+            RuntimeError: If every place is taken by an episode.
+        """
         self._open()
         host = self._free_host()
         if host is None:
             raise RuntimeError("every place is being played in; borrow before or after a collection")
-        self._borrowings += 1
-        number = self._borrowings
-        self._tell(host, "borrow", number)
-        host.lent += 1
+        self._borrow_count += 1
+        number = self._borrow_count
+        self._call_now(host, "borrow", number)
+        host.borrowed += 1
         broken = True
         try:
-            yield cast(TextGym, RemoteEnv(lambda *asked: self._tell(host, "ask", number, *asked)))
+            yield cast(TextGym, RemoteEnv(lambda *asked: self._call_now(host, "ask", number, *asked)))
             broken = False
         finally:
-            host.lent -= 1
+            host.borrowed -= 1
             if host in self._hosts:
-                self._tell(host, "give_back", number, broken)
+                self._call_now(host, "give_back", number, broken)
 
     def close(self) -> None:
+        """End the workers and actors, and leave the cluster."""
         hosts, self._hosts = self._hosts, []
         if not is_lost():
             with suppress(RayError):
-                goodbyes = [host.actor.call.remote(packed("close", ())) for host in hosts if host.places]
-                if goodbyes:
-                    ray.wait(goodbyes, num_returns=len(goodbyes), timeout=_SILENCE)
+                closing = [host.actor.call.remote(pack_call("close", ())) for host in hosts if host.capacity]
+                if closing:
+                    ray.wait(closing, num_returns=len(closing), timeout=_RESPONSE_TIMEOUT)
             for host in hosts:
                 host.kill()
-        self._where.clear()
+        self._host_of.clear()
         self._backlog.clear()
         self._ready.clear()
         self._connection.close()
 
-    # Requests and answers.
+    # Requests and answers
 
-    def _owes(self) -> bool:
-        """Whether an answer is owed, or will be as soon as an actor has started or who waits is seated."""
+    def _expects_answers(self) -> bool:
+        """Return whether an answer will come: a call is in flight, or a waiting episode can get a place."""
         waiting = bool(self._backlog)
         return any(
-            any(host.playing.values()) or (waiting and (not host.places or host.taken < host.places))
+            any(host.playing.values()) or (waiting and (not host.capacity or host.taken < host.capacity))
             for host in self._hosts
         )
 
-    def _turn(self, timeout: float, *, hurry: bool) -> None:
-        """Seat who waits, send what is to be sent, and take in what comes before `timeout` or a deadline."""
-        self._seat_waiting()
+    def _exchange(self, timeout: float, *, hurry: bool) -> None:
+        """Send due messages, and collect the answers that come before `timeout` or a deadline."""
+        self._assign_backlog()
         for host in self._hosts:
             if host.call is None and host.is_due(hurry):
                 messages, host.outbox = host.outbox, []
-                host.begin(_SILENCE, "exchange", messages, _COMPANY, _PATIENCE)
+                host.start_call(_RESPONSE_TIMEOUT, "exchange", messages, _REPLY_TARGET, _MAX_WAIT)
                 self.messages += 1
         calls = {host.call: host for host in self._hosts if host.call is not None}
         if not calls:
@@ -172,32 +190,32 @@ class RayEnvironments(Environments):
         patience = min(host.deadline for host in calls.values()) - time.monotonic()
         if ray.wait(list(calls), timeout=max(0.0, min(timeout, patience)))[0]:
             for call in ray.wait(list(calls), num_returns=len(calls), timeout=0)[0]:
-                self._take_in(calls[call])
+                self._receive(calls[call])
         now = time.monotonic()
         for host in [host for host in calls.values() if host.call is not None and now >= host.deadline]:
-            self._lose(host, f"no answer in {host.limit:g} s")
+            self._drop_host(host, f"no answer in {host.limit:g} s")
 
-    def _seat_waiting(self) -> None:
+    def _assign_backlog(self) -> None:
         while self._backlog and (host := self._free_host()) is not None:
             episode, call = self._backlog.popleft()
-            self._where[episode] = host
+            self._host_of[episode] = host
             host.request(episode, call)
 
     def _free_host(self) -> "_Host | None":
-        """The actor with the smallest share of its places taken."""
-        free = [host for host in self._hosts if host.taken < host.places]
-        return min(free, key=lambda host: host.taken / host.places, default=None)
+        """Return the actor with the smallest share of its places taken; None where all are full."""
+        free = [host for host in self._hosts if host.taken < host.capacity]
+        return min(free, key=lambda host: host.taken / host.capacity, default=None)
 
-    def _take_in(self, host: "_Host") -> None:
-        """Take in what an actor answered, or that it is no more."""
+    def _receive(self, host: "_Host") -> None:
+        """Collect what an actor returned, or handle its loss."""
         call, host.call, host.waiting = host.call, None, time.monotonic()
         try:
-            outcome = unpacked(ray.get(call))
+            outcome = unpack_result(ray.get(call))
         except RayError as error:
-            self._lose(host, in_short(error))
+            self._drop_host(host, short_reason(error))
             return
-        if not host.places:
-            host.places = outcome
+        if not host.capacity:
+            host.capacity = outcome
             return
         report = cast(Report, outcome)
         host.playing.update((episode, False) for episode, _ in report.answers)
@@ -206,81 +224,91 @@ class RayEnvironments(Environments):
         self.recycled += report.recycled - host.recycled
         host.restarts, host.recycled = report.restarts, report.recycled
 
-    def _tell(self, host: "_Host", name: str, *arguments: Any) -> Any:
-        """Have an actor do something at once."""
+    def _call_now(self, host: "_Host", name: str, *arguments: Any) -> Any:
+        """Call a method of an actor and wait for its result.
+
+        Raises:
+            EnvironmentLostError: If the actor is lost.
+        """
         if host in self._hosts:
             config = self._workers
-            limit = _SILENCE + max(config.construct_timeout, config.reset_timeout, config.step_timeout)
+            limit = _RESPONSE_TIMEOUT + max(
+                config.construct_timeout, config.reset_timeout, config.step_timeout
+            )
             try:
-                return unpacked(ray.get(host.actor.call.remote(packed(name, arguments)), timeout=limit))
+                return unpack_result(
+                    ray.get(host.actor.call.remote(pack_call(name, arguments)), timeout=limit)
+                )
             except RayError as error:
-                self._lose(host, in_short(error))
-        raise EnvironmentLostError(f"{name}: {host.obituary}")
+                self._drop_host(host, short_reason(error))
+        raise EnvironmentLostError(f"{name}: {host.exit_reason}")
 
-    # The life of an actor.
+    # Actors
 
     def _open(self) -> None:
-        """Start the actors, unless they are there."""
+        """Connect to the cluster and start the actors, unless they have started."""
         if self._hosts:
             return
         self.places = 0
         self._connection.enter_context(connected(self._config.address))
         try:
             count = self._config.actors or max(1, len(machines()))
-            check_room("rollout.ray.actors", count, cpus=self._config.cpus)
+            check_capacity("rollout.ray.actors", count, cpus=self._config.cpus)
             self._share = -(-self._most // count)
             for _ in range(count):
                 self._start()
-            while any(not host.places for host in self._hosts):
-                self._turn(_LOOK_EVERY, hurry=False)
+            while any(not host.capacity for host in self._hosts):
+                self._exchange(_CHECK_INTERVAL, hurry=False)
                 check_cluster()
         except BaseException:
             self.close()
             raise
-        self.places = min(self._most, sum(host.places for host in self._hosts))
+        self.places = min(self._most, sum(host.capacity for host in self._hosts))
 
     def _start(self) -> None:
-        """Start an actor where there are fewest; nobody plays there before it has told its places."""
+        """Start an actor on the machine with the fewest; it plays nothing before it reports its capacity."""
         taken = Counter(host.node for host in self._hosts)
         there = machines()
         if not there:
             raise cluster_lost("no machine of the cluster is alive")
         node = min(there, key=lambda each: taken[each["NodeID"]])
-        # Soft: a machine may be gone before Ray knows.
+        # Soft, since a machine may be gone before Ray knows.
         where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
         actor = _Actor.options(num_cpus=self._config.cpus, scheduling_strategy=where).remote(
             self._make, self._share, self._workers, sys.path
         )
         host = _Host(actor, node["NodeID"], node["NodeManagerAddress"])
-        host.begin(self._workers.construct_timeout, "places")
+        host.start_call(self._workers.construct_timeout, "capacity")
         self._hosts.append(host)
 
-    def _lose(self, host: "_Host", reason: str) -> None:
-        """Give up an actor that died or has to; none of its episodes is to blame."""
+    def _drop_host(self, host: "_Host", reason: str) -> None:
+        """Remove an actor, answer its calls as lost, and start a replacement while restarts are left."""
         if host not in self._hosts:
             return
-        reach_head()
+        wait_for_head()
         self._hosts.remove(host)
         host.kill()
-        host.obituary = f"the actor on {host.machine} was lost: {reason}"
+        host.exit_reason = f"the actor on {host.machine} was lost: {reason}"
         if not self.places:
             raise ConfigError(f"an environment actor cannot start on {host.machine}: {reason}")
         self.restarts += 1
         for episode, owed in host.playing.items():
-            self._where[episode] = None
+            self._host_of[episode] = None
             if owed:
-                self._ready.append((episode, Stop(StopReason.WORKER_ERROR, host.obituary, bystander=True)))
+                self._ready.append((episode, Stop(StopReason.WORKER_ERROR, host.exit_reason, bystander=True)))
         if self._replaced < self._config.max_restarts:
             self._replaced += 1
             try:
                 self._start()
             except RayError as error:
-                raise cluster_lost(f"{host.obituary}, and no other starts: {in_short(error)}") from error
+                raise cluster_lost(
+                    f"{host.exit_reason}, and no other starts: {short_reason(error)}"
+                ) from error
         elif not self._hosts:
             raise EnvironmentLostError(
-                f"{host.obituary}; it was the last one, and rollout.ray.max_restarts="
-                f"{self._config.max_restarts} have been replaced. With the cause mended, a run goes on from "
-                "its last checkpoint: agentrl train --resume RUN"
+                f"{host.exit_reason}; it was the last one, and rollout.ray.max_restarts="
+                f"{self._config.max_restarts} replacements are used up. Fix the cause, then go on from the "
+                "last checkpoint: agentrl train --resume RUN"
             )
 
 
@@ -289,50 +317,52 @@ _Actor = ray.remote(EnvironmentHost)
 
 @dataclass(eq=False)
 class _Host:
-    """An actor, and what it owes."""
+    """An actor with its episodes and the messages queued for it."""
 
     actor: Any
     node: str
-    machine: str  # its address
-    places: int = 0  # not known until it has started
-    playing: dict[str, bool] = field(default_factory=dict)  # by episode: whether an answer is owed
-    lent: int = 0
+    machine: str  # the address of the node
+    capacity: int = 0  # 0 until the actor has started
+    playing: dict[str, bool] = field(default_factory=dict)  # by episode: whether an answer is expected
+    borrowed: int = 0
     outbox: list[Message] = field(default_factory=list)
-    waiting: float = 0.0  # since when there is something to be sent or fetched
-    call: Any = None  # the one that is under way
+    waiting: float = 0.0  # since when calls wait to be sent, or answers to be fetched
+    call: Any = None  # the object reference of the call under way
     since: float = 0.0
     limit: float = 0.0
     restarts: int = 0
     recycled: int = 0
-    obituary: str = ""
+    exit_reason: str = ""
 
     @property
     def deadline(self) -> float:
+        """Return the time by which the call under way must have returned."""
         return self.since + self.limit
 
     @property
     def taken(self) -> int:
-        return len(self.playing) + self.lent
+        """Return the number of places in use."""
+        return len(self.playing) + self.borrowed
 
     def request(self, episode: str, call: EnvironmentCall) -> None:
-        """Have it asked with the next message."""
+        """Queue a call of an episode for the next message."""
         if not any(self.playing.values()):
             self.waiting = time.monotonic()
         self.outbox.append((episode, call))
         self.playing[episode] = True
 
     def is_due(self, hurry: bool) -> bool:
-        """Whether to send a message now, with what is in the outbox and for the answers that are owed."""
+        """Return whether to send a message now: `hurry`, enough calls, or a long enough wait."""
         owed = sum(self.playing.values())
-        waited = time.monotonic() - self.waiting >= _PATIENCE
-        return owed > 0 and (hurry or waited or owed >= worthwhile(_COMPANY, len(self.playing)))
+        waited = time.monotonic() - self.waiting >= _MAX_WAIT
+        return owed > 0 and (hurry or waited or owed >= replies_to_await(_REPLY_TARGET, len(self.playing)))
 
-    def begin(self, limit: float, name: str, *arguments: Any) -> None:
-        """Call a method; `call` is its result to come, due within `limit` seconds."""
+    def start_call(self, limit: float, name: str, *arguments: Any) -> None:
+        """Call a method of the actor without waiting; its result is due within `limit` seconds."""
         self.since, self.limit = time.monotonic(), limit
-        self.call = self.actor.call.remote(packed(name, arguments))
+        self.call = self.actor.call.remote(pack_call(name, arguments))
 
     def kill(self) -> None:
-        """End the actor; its workers end by themselves when it is gone."""
+        """Kill the actor; its workers end by themselves when it is gone."""
         with suppress(Exception):  # it may be dead, and its machine with it
             ray.kill(self.actor)

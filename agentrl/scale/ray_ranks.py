@@ -1,6 +1,6 @@
-"""The processes that learn together as Ray actors, on a cluster where nobody starts torchrun.
+"""Learner ranks as Ray actors: a replacement for torchrun on a cluster.
 
-Each actor sets the variables that torchrun would have set, and then does what torchrun's processes do.
+Each actor sets the environment variables that torchrun would set, and then does the same work.
 """
 
 import io
@@ -23,69 +23,69 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.plugins import load_imports, loaded_imports
-from agentrl.scale.cluster import check_cluster, check_room, connected, in_short, is_lost
+from agentrl.scale.cluster import check_capacity, check_cluster, connected, is_lost, short_reason
 
 T = TypeVar("T")
 
-_START = 300.0  # seconds that the actors have to be there
-_LOOK = 0.2  # seconds between two looks at what the first rank printed
-_GRACE = 30.0  # seconds that ranks have to end by themselves when one of them has failed
+_START_TIMEOUT = 300.0  # seconds for the actors to start
+_POLL_INTERVAL = 0.2  # seconds between two reads of the first rank's output
+_GRACE_PERIOD = 30.0  # seconds for the other ranks to end by themselves after one has failed
 
 
 def run_on_ray(work: Callable[[], T], count: int, *, address: str | None = None, gpus: float = 0.0) -> T:
-    """Do the same on several ranks, see `learn.ranks.process_group`; wait, and show what the first prints.
+    """Run a function on several ranks, see `learn.ranks.process_group`, and print the first rank's output.
 
-    Ctrl-C here is a SIGTERM there, once; at the second one the ranks are killed.
+    The first Ctrl-C is passed on to the ranks as SIGTERM; the second one kills them.
 
     Args:
-        work: what each rank does; cloudpickle can send it.
-        count: of ranks.
-        address: of the cluster; see `RayConfig`.
-        gpus: of each rank, 0 or 1.
+        work: The function that each rank runs; cloudpickle must be able to send it.
+        count: The number of ranks.
+        address: The address of the cluster; see `RayConfig`.
+        gpus: The number of GPUs of each rank, 0 or 1.
 
     Returns:
-        What it came to on the first rank.
+        The result of the first rank.
 
     Raises:
-        ConfigError: there is no cluster, or it is smaller than what is asked.
-        AgentRLError: what `work` raised, or a rank was lost.
-        KeyboardInterrupt: what `work` made of an interrupt.
+        ConfigError: If there is no cluster, or it is too small.
+        AgentRLError: If `work` raised it, or a rank was lost.
+        KeyboardInterrupt: If `work` raised it after an interrupt.
     """
     with connected(address):
-        check_room("learner.processes", count, gpus=gpus)
-        screen = Queue(actor_options={"num_cpus": 0})
+        check_capacity("learner.processes", count, gpus=gpus)
+        output = Queue(actor_options={"num_cpus": 0})
         options = {"num_cpus": 0, "num_gpus": gpus}
         same = sys.path, os.getcwd(), loaded_imports(), logging.getLogger("agentrl").level
-        actors = [_Rank.options(**options).remote(*same) for _ in range(count)]
+        actors = [_RankActor.options(**options).remote(*same) for _ in range(count)]
         try:
-            ranks = _placed(actors)
-            sealed = cloudpickle.dumps(work)
+            ranks = _assign_ranks(actors)
+            pickled = cloudpickle.dumps(work)
             calls = {
-                rank.actor.run.remote(rank.variables, sealed, None if number else screen): number
+                rank.actor.run.remote(rank.variables, pickled, None if number else output): number
                 for number, rank in enumerate(ranks)
             }
             try:
-                return cast(T, _results(calls, ranks, screen)[0])
+                return cast(T, _wait_for_results(calls, ranks, output)[0])
             except KeyboardInterrupt:
                 for rank in ranks:
                     rank.interrupt()
-                return cast(T, _results(calls, ranks, screen)[0])
+                return cast(T, _wait_for_results(calls, ranks, output)[0])
         finally:
             if not is_lost():
                 for actor in actors:
                     with suppress(Exception):  # it may be dead already
                         ray.kill(cast(Any, actor))
-                screen.shutdown(force=True)
+                output.shutdown(force=True)
 
 
 class RankHost:
-    """What an actor runs: a process among its equals.
+    """Actor class: the process of one rank.
 
     Args:
-        path: of the driver's imports.
-        folder: that the driver is in; where it exists, relative paths mean the same here.
-        imports: of the driver, see `agentrl.plugins`.
-        level: of the driver's logger.
+        path: The driver's `sys.path`.
+        folder: The driver's working directory, entered where it exists, so that relative paths agree.
+        imports: The driver's imported plugins, see `agentrl.plugins`.
+        level: The level of the driver's logger.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class RankHost:
             os.chdir(folder)
 
     def place(self) -> tuple[str, str, list[str], int, int]:
-        """Its machine, that one's address, its accelerators, a free port and the process."""
+        """Return the node id, its address, the ids of the actor's GPUs, a free port and the process id."""
         context = ray.get_runtime_context()
         accelerators = [str(each) for each in context.get_accelerator_ids().get("GPU", [])]
         address = cast(Any, ray.util).get_node_ip_address()
@@ -108,30 +108,30 @@ class RankHost:
         return context.get_node_id(), address, accelerators, port, os.getpid()
 
     def run(
-        self, variables: dict[str, str], work: bytes, screen: Queue | None
+        self, variables: dict[str, str], work: bytes, output: Queue | None
     ) -> tuple[Any, BaseException | None]:
-        """Do the work; its result, or what it raised on purpose."""
+        """Run the pickled function; return its result, and the error if it raised one of ours."""
         os.environ.update(variables)
-        with redirect_stdout(_Screen(screen)):
+        with redirect_stdout(_QueueWriter(output)):
             try:
-                load_imports(self._imports)  # what is in `work` may be of theirs
+                load_imports(self._imports)  # `work` may need their definitions
                 return cloudpickle.loads(work)(), None
-            except (AgentRLError, KeyboardInterrupt) as error:  # Ray would end the process at an interrupt
+            except (AgentRLError, KeyboardInterrupt) as error:  # Ray ends the process at an interrupt
                 return None, error
 
 
 def terminate(process: int) -> None:
-    """Ask a process of this machine to stop."""
+    """Send SIGTERM to a process on this machine."""
     with suppress(ProcessLookupError):
         os.kill(process, signal.SIGTERM)
 
 
-_Rank, _terminate = ray.remote(RankHost), ray.remote(terminate)
+_RankActor, _terminate = ray.remote(RankHost), ray.remote(terminate)
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """A rank, and where it is."""
+class _PlacedRank:
+    """A rank with its actor, node and environment variables."""
 
     actor: Any
     machine: str
@@ -140,26 +140,26 @@ class _Placed:
     variables: dict[str, str]
 
     def interrupt(self) -> None:
-        """Ask it to stop. Ray's workers have SIGINT blocked."""
+        """Send SIGTERM to the rank, since Ray's workers block SIGINT."""
         there = NodeAffinitySchedulingStrategy(self.machine, soft=False)
         _terminate.options(num_cpus=0, scheduling_strategy=there).remote(self.process)
 
 
-def _placed(actors: Sequence[Any]) -> list[_Placed]:
-    """The ranks, those of a machine side by side, and the variables of each."""
+def _assign_ranks(actors: Sequence[Any]) -> list[_PlacedRank]:
+    """Assign ranks to actors, consecutive ones on the same machine, and the variables of each."""
     try:
-        found = ray.get([actor.place.remote() for actor in actors], timeout=_START)
+        found = ray.get([actor.place.remote() for actor in actors], timeout=_START_TIMEOUT)
     except GetTimeoutError:
         raise ConfigError(
-            f"learner.processes={len(actors)} did not start within {_START:g} s: are the GPUs that they ask "
-            "for held by others?"
+            f"learner.processes={len(actors)} did not start within {_START_TIMEOUT:g} s; check that other "
+            "jobs leave enough GPUs free"
         ) from None
     except RayError as error:
-        raise ConfigError(f"a rank cannot start: {in_short(error)}") from None
+        raise ConfigError(f"a rank cannot start: {short_reason(error)}") from None
     machines = list(dict.fromkeys(machine for machine, *_ in found))
     ordered = sorted(zip(actors, found, strict=True), key=lambda each: machines.index(each[1][0]))
     _, (_, master, _, port, _) = ordered[0]
-    ranks: list[_Placed] = []
+    ranks: list[_PlacedRank] = []
     for number, (actor, (machine, address, _, _, process)) in enumerate(ordered):
         variables = {
             "RANK": str(number),
@@ -168,16 +168,16 @@ def _placed(actors: Sequence[Any]) -> list[_Placed]:
             "MASTER_ADDR": master,
             "MASTER_PORT": str(port),
         }
-        # Ray shows each process its own accelerator only; LOCAL_RANK counts those of all on the machine.
+        # Ray hides the other ranks' GPUs from each process, but LOCAL_RANK indexes all of the machine's.
         shared = [each for _, (other, _, own, _, _) in ordered if other == machine for each in own]
         if shared:
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(shared)
-        ranks.append(_Placed(actor, machine, address, process, variables))
+        ranks.append(_PlacedRank(actor, machine, address, process, variables))
     return ranks
 
 
-def _results(calls: dict[Any, int], ranks: Sequence[_Placed], screen: Queue) -> list[Any]:
-    """What the ranks came to, in order; raises what the first of those that failed raised."""
+def _wait_for_results(calls: dict[Any, int], ranks: Sequence[_PlacedRank], output: Queue) -> list[Any]:
+    """Wait for the ranks and return their results in order, or raise the error of the first that failed."""
     results: list[Any] = [None] * len(ranks)
     raised: dict[int, BaseException] = {}
     died: dict[int, BaseException] = {}
@@ -185,15 +185,15 @@ def _results(calls: dict[Any, int], ranks: Sequence[_Placed], screen: Queue) -> 
     waiting, until = list(calls), float("inf")
     while waiting and time.monotonic() < until:
         check_cluster()
-        done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_LOOK)
-        _show(screen)
+        done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_POLL_INTERVAL)
+        _print_output(output)
         for call in done:
             number = calls[call]
             try:
                 results[number], error = ray.get(call)
             except RayError as failure:
                 error = AgentRLError(
-                    f"rank {number} on {ranks[number].address} was lost: {in_short(failure)}; the run's "
+                    f"rank {number} on {ranks[number].address} was lost: {short_reason(failure)}; the run's "
                     "folder keeps its last checkpoint: agentrl train --resume FOLDER"
                 )
                 error.__cause__ = failure
@@ -202,28 +202,30 @@ def _results(calls: dict[Any, int], ranks: Sequence[_Placed], screen: Queue) -> 
             if error is not None:
                 raised[number] = error
         if raised or died or failed:
-            until = min(until, time.monotonic() + _GRACE)
-    _show(screen)
-    for errors in (died, raised, failed):  # whoever loses touch with one that died fails as well
+            until = min(until, time.monotonic() + _GRACE_PERIOD)
+    _print_output(output)
+    for errors in (died, raised, failed):  # a rank that died makes the others fail too
         if errors:
             raise errors[min(errors)]
     return results
 
 
-def _show(screen: Queue) -> None:
+def _print_output(output: Queue) -> None:
+    """Write the text that is in the queue to standard output."""
     with suppress(Empty):
         while True:
-            sys.stdout.write(screen.get_nowait())
+            sys.stdout.write(output.get_nowait())
             sys.stdout.flush()
 
 
-class _Screen(io.TextIOBase):
-    """Standard output whose reader is elsewhere, or nowhere."""
+class _QueueWriter(io.TextIOBase):
+    """Text stream that puts what is written into a queue, or discards it where there is none."""
 
-    def __init__(self, screen: Queue | None) -> None:
-        self._screen = screen
+    def __init__(self, output: Queue | None) -> None:
+        self._output = output
 
     def write(self, text: str) -> int:
-        if self._screen is not None:
-            self._screen.put(text)
+        """Put text into the queue; return its length."""
+        if self._output is not None:
+            self._output.put(text)
         return len(text)

@@ -15,7 +15,7 @@ import gymnasium
 from gymnasium.error import ResetNeeded
 
 from agentrl.env import TextSpace, unknown
-from agentrl.env.numbers import MOST_STEPS, real_number, whole_number
+from agentrl.env.numbers import MAX_STEPS, real_number, whole_number
 from agentrl.errors import ConfigError
 from agentrl_envs.scienceworld.expert import GoldExpert
 from agentrl_envs.scienceworld.lexicon import Meaning, Reach, lexicon, numbers, same_action, valid_actions
@@ -88,7 +88,7 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
         ):
             if value not in choices:
                 raise unknown(name, value, map(str, choices))
-        whole_number("max_steps", max_steps, 1, MOST_STEPS)
+        whole_number("max_steps", max_steps, 1, MAX_STEPS)
         real_number("timeout", timeout, 0, 1_000_000)
         self._heap = check_heap(heap)
         require()

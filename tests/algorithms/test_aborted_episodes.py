@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agentrl.algorithms.algorithm import Context, compute_advantages, prepare
+from agentrl.algorithms.credit import compute_advantages, prepare
+from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.recipe import build_recipe, recipe_names
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch
@@ -25,7 +26,7 @@ def episode(draw: random.Random, name: str) -> Episode:
             logprobs=(-draw.random(), -draw.random()),
             entropies=(draw.random(), draw.random()),
             reward=draw.choice((0.0, 0.1, 1 / 3, 1.0)),
-            fresh=index == 0,
+            new_sequence=index == 0,
         )
         for index in range(draw.randint(1, 4))
     )

@@ -5,20 +5,13 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from agentrl.algorithms import aepo, functional
-from agentrl.algorithms.aepo import AEPO, branch_score, initial_rollouts, opening_entropy
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Context,
-    MiniBatch,
-    Outputs,
-    RolloutPlan,
-    check_requirements,
-    compute_advantages,
-    excludes,
-    prepare,
-    trait,
-)
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import Algorithm, check_requirements
+from agentrl.algorithms.branching import RolloutPlan
+from agentrl.algorithms.credit import compute_advantages, prepare
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, excludes, trait
+from agentrl.algorithms.methods import aepo
+from agentrl.algorithms.methods.aepo import AEPO, branch_score, initial_rollouts, opening_entropy
 from agentrl.algorithms.recipe import Recipe, build_recipe, recipe_tree
 from agentrl.data import BranchPoint, Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate
@@ -31,7 +24,9 @@ UNIT = math.log(3)
 PLAIN = {"divide_by_std": False, "aggregation": "token", "dual_clip": 3.0}
 
 
-def a_turn(*entropies: float, reward: float = 0.0, fresh: bool = False, observation: str = "o") -> Turn:
+def a_turn(
+    *entropies: float, reward: float = 0.0, new_sequence: bool = False, observation: str = "o"
+) -> Turn:
     """One decision per entropy, given in units of the logarithm of the vocabulary."""
     return Turn(
         observation,
@@ -41,7 +36,7 @@ def a_turn(*entropies: float, reward: float = 0.0, fresh: bool = False, observat
         logprobs=(-0.5,) * len(entropies),
         entropies=tuple(value * UNIT for value in entropies),
         reward=reward,
-        fresh=fresh,
+        new_sequence=new_sequence,
     )
 
 
@@ -258,7 +253,7 @@ def two_rows(**settings) -> tuple[Algorithm, MiniBatch]:
     """Advantages 1 and -1, three and two decisions of known entropy, in double precision."""
     rows = [[0.1, 0.5, 1.2], [2.0, 0.3]]
     episodes = [
-        an_episode(a_turn(*row, reward=reward, fresh=True), id=f"e{reward}")
+        an_episode(a_turn(*row, reward=reward, new_sequence=True), id=f"e{reward}")
         for row, reward in zip(rows, (1.0, -1.0), strict=True)
     ]
     algorithm = AEPO(base=build_recipe("grpo", PLAIN), **settings).build()
@@ -344,7 +339,7 @@ def trees(seed: int = 0) -> list[Group]:
                 a_turn(
                     *[draw.random() for _ in range(draw.randint(1, 3))],
                     reward=draw.random(),
-                    fresh=index == 0,
+                    new_sequence=index == 0,
                 )
                 for index in range(draw.randint(2, 4))
             ]
@@ -423,7 +418,7 @@ def test_missing_entropies_are_refused_before_and_while_training():
 
 
 def test_a_shared_turn_weighs_as_much_as_one_that_is_not():
-    root = an_episode(a_turn(0.5, fresh=True), a_turn(0.5, reward=1.0), id="root")
+    root = an_episode(a_turn(0.5, new_sequence=True), a_turn(0.5, reward=1.0), id="root")
     branch = an_episode(root.turns[0], a_turn(0.5), id="branch", parent=BranchPoint("root", 1))
     batch = scored([Group("t", (root, branch))])
     for weight, first in (("full", 0.25), ("shared", 0.125)):

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agentrl.algorithms.algorithm import Bounds, Context, MiniBatch, Outputs, compute_advantages, prepare
-from agentrl.algorithms.fr3e import FR3E, anchor_points, state_modulation, state_values
+from agentrl.algorithms.credit import compute_advantages, prepare
+from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs
+from agentrl.algorithms.methods.fr3e import FR3E, anchor_points, state_modulation, state_values
 from agentrl.algorithms.recipe import build_recipe, recipe_tree
 from agentrl.data import BranchPoint, Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate
@@ -16,7 +17,7 @@ from agentrl.learn.objective import build_objective
 CONTEXT = Context()
 
 
-def a_turn(*entropies: float, reward: float = 0.0, fresh: bool = False) -> Turn:
+def a_turn(*entropies: float, reward: float = 0.0, new_sequence: bool = False) -> Turn:
     """One decision per entropy, in nats."""
     count = len(entropies)
     return Turn(
@@ -27,7 +28,7 @@ def a_turn(*entropies: float, reward: float = 0.0, fresh: bool = False) -> Turn:
         logprobs=(-0.5,) * count,
         entropies=entropies,
         reward=reward,
-        fresh=fresh,
+        new_sequence=new_sequence,
     )
 
 
@@ -224,13 +225,14 @@ def test_each_base_has_a_first_state_and_a_sum_of_its_own():
 def tree(rewards: list[list[float]], name: str = "base", turns: int | None = None) -> list[Episode]:
     """A base, and continuations that leave it before turn 0, 1, ... and end with the given rewards."""
     base = an_episode(
-        *[a_turn(0.5 + index, 0.5, fresh=index == 0) for index in range(turns or len(rewards))], id=name
+        *[a_turn(0.5 + index, 0.5, new_sequence=index == 0) for index in range(turns or len(rewards))],
+        id=name,
     )
     episodes = [base]
     for turn, row in enumerate(rewards):
         for member, reward in enumerate(row):
             end = a_turn(*[0.1] * (3 - member % 2), reward=reward)
-            own = (a_turn(0.3, fresh=turn == 0), end)
+            own = (a_turn(0.3, new_sequence=turn == 0), end)
             path = (*base.turns[:turn], *own)
             point = BranchPoint(name, turn)
             episodes.append(an_episode(*path, id=f"{name}.{turn}.{member}", parent=point))
@@ -322,8 +324,8 @@ def test_a_branch_that_went_astray_counts_for_the_beginning():
 
 
 def test_tokens_that_a_continuation_was_given_are_not_its_own():
-    base = an_episode(a_turn(0.5, 0.9, 0.1, fresh=True))
-    given = replace(a_turn(0.0, 0.4, 0.4, fresh=True), allowed=((2,), (2, 3), (2, 3)))
+    base = an_episode(a_turn(0.5, 0.9, 0.1, new_sequence=True))
+    given = replace(a_turn(0.0, 0.4, 0.4, new_sequence=True), allowed=((2,), (2, 3), (2, 3)))
     more = replace(given, allowed=((2,), (2,), (2, 3)))
     episodes = [base] + [
         an_episode(replace(turn, reward=reward), id=f"{token}.{reward}", parent=BranchPoint("base", 0, token))
@@ -363,7 +365,7 @@ def test_only_what_continuations_decided_where_they_differ_is_in_the_mean():
 
 def test_groups_in_which_no_state_differs_are_left_out():
     useful, useless = tree([[1, 0], [1, 1]]), tree([[0, 0], [1, 1]])  # the second differ between states only
-    luckier = an_episode(a_turn(0.5, reward=1.0, fresh=True), id="another base")
+    luckier = an_episode(a_turn(0.5, reward=1.0, new_sequence=True), id="another base")
     groups = [
         Group("a", (*useless, luckier)),
         Group("b", tuple(useful)),
@@ -374,7 +376,7 @@ def test_groups_in_which_no_state_differs_are_left_out():
 
 def test_a_batch_without_continuations_has_nothing_to_learn_and_no_nan():
     algorithm = FR3E().build()
-    for episodes in ((), (an_episode(a_turn(0.5, reward=1.0, fresh=True)),)):
+    for episodes in ((), (an_episode(a_turn(0.5, reward=1.0, new_sequence=True)),)):
         batch = collate([Group("t", episodes)])
         batch = replace(batch, old_logprobs=batch.logprobs)
         mini = MiniBatch(batch, compute_advantages(algorithm, batch, CONTEXT))

@@ -144,7 +144,7 @@ def test_the_mean_factor_of_a_step_is_one():
 GENERATOR = torch.Generator().manual_seed(1)
 
 
-def turn(replies, decided, fresh=False):
+def turn(replies, decided, new_sequence=False):
     """A reply of which the given tokens were decisions; the others were forced."""
     numbers = torch.randn(2, replies, generator=GENERATOR).tolist()
     return Turn(
@@ -155,7 +155,7 @@ def turn(replies, decided, fresh=False):
         logprobs=tuple(numbers[0]),
         entropies=tuple(numbers[1]),
         allowed=tuple((2, 3) if place in decided else (2,) for place in range(replies)),
-        fresh=fresh,
+        new_sequence=new_sequence,
         reward=1.0,
     )
 
@@ -167,10 +167,16 @@ def episode(name, *turns):
 GROUP = Group(
     "t",
     (
-        episode("a", turn(3, (0, 1), fresh=True), turn(2, ()), turn(2, (1,)), turn(4, (0, 2), fresh=True)),
-        episode("b", turn(1, (0,), fresh=True)),
-        episode("c", turn(2, (), fresh=True)),
-        episode("d", turn(3, (0, 1, 2), fresh=True), turn(3, (1,))),
+        episode(
+            "a",
+            turn(3, (0, 1), new_sequence=True),
+            turn(2, ()),
+            turn(2, (1,)),
+            turn(4, (0, 2), new_sequence=True),
+        ),
+        episode("b", turn(1, (0,), new_sequence=True)),
+        episode("c", turn(2, (), new_sequence=True)),
+        episode("d", turn(3, (0, 1, 2), new_sequence=True), turn(3, (1,))),
     ),
 )
 LAYOUTS = [collate([GROUP], layout=layout) for layout in ("trajectory", "turn")]

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, Rehearsal
+from agentrl.algorithms.algorithm import Algorithm, Rehearsal
+from agentrl.algorithms.hooks import Context, MiniBatch
+from agentrl.algorithms.methods.spear import decayed, recalibrated
 from agentrl.algorithms.replay import ReplayBuffer
-from agentrl.algorithms.spear import decayed, recalibrated
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Layout, collate
 from agentrl.errors import CheckpointError
@@ -35,7 +36,7 @@ def episode(name: str, reward: float, replies: Sequence[Sequence[int]] = ((7, 8)
             action_ids=tuple(ids),
             logprobs=(-0.5,) * len(ids),
             entropies=(0.5,) * len(ids),
-            fresh=number == 0,
+            new_sequence=number == 0,
             **turn,
         )
         for number, ids in enumerate(replies)

@@ -15,7 +15,7 @@ CHOICE = Turn(
     entropies=(0.69, 0.0),
     allowed=((7, 8), (3,)),
     reward=0.25,
-    fresh=True,
+    new_sequence=True,
 )
 FREE = Turn(
     "hall", "go", prompt_ids=(6,), action_ids=(1, 2), logprobs=(-1.0, -2.0), entropies=(0.5, 0.4), reward=1.0
@@ -60,7 +60,7 @@ def test_in_the_turn_layout_each_turn_is_a_row_with_its_history_as_context():
 
 @pytest.mark.parametrize("layout", ["trajectory", "turn"])
 def test_a_fresh_turn_forgets_what_came_before(layout):
-    batch = batch_of(episode(CHOICE, replace(FREE, fresh=True)), layout=layout)
+    batch = batch_of(episode(CHOICE, replace(FREE, new_sequence=True)), layout=layout)
     assert batch.tokens.tolist() == [[5, 9, 7, 3], [6, 1, 2, 0]]
     assert batch.trajectory.tolist() == [0, 0]
     assert batch.turns.tolist() == [[-1, -1, 0, 0], [-1, 1, 1, -1]]

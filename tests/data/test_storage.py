@@ -25,7 +25,7 @@ EPISODES = [
                 entropies=(0.1 + 0.2, 0.0, 5e-324),
                 allowed=((7, 8), (3,), None),
                 reward=1 / 3,
-                fresh=True,
+                new_sequence=True,
                 info={
                     "score": 0.5,
                     "valid": True,

@@ -14,8 +14,10 @@ from torch.multiprocessing.spawn import spawn
 from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from agentrl.algorithms.algorithm import Algorithm, Context, prepare
-from agentrl.algorithms.off_policy import with_drift
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import prepare
+from agentrl.algorithms.hooks import Context
+from agentrl.algorithms.importance import with_drift
 from agentrl.algorithms.recipe import build_recipe, recipe_names
 from agentrl.data import Group, StopReason
 from agentrl.data.batch import collate

@@ -9,9 +9,11 @@ import torch
 from toy_policy import VOCABULARY, ToyPolicy, make_groups, make_turn, toy_forward
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Algorithm, Context, clipped_policy_loss, prepare, requires
-from agentrl.algorithms.cloning import BehaviourCloning
-from agentrl.algorithms.grpo import GRPO
+from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss
+from agentrl.algorithms.credit import prepare
+from agentrl.algorithms.hooks import Context, requires
+from agentrl.algorithms.methods.cloning import BehaviourCloning
+from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate
 from agentrl.errors import CheckpointError, RequirementError
@@ -148,7 +150,7 @@ def test_a_forced_token_is_worth_as_much_as_a_token_of_the_prompt():
     draw = random.Random(3)
     forced, told = [], []
     for member in range(4):
-        turn = make_turn(draw, constrained=False, reward=float(member % 2), fresh=True)
+        turn = make_turn(draw, constrained=False, reward=float(member % 2), new_sequence=True)
         count = len(turn.action_ids)
         a, b, c = (draw.randrange(VOCABULARY) for _ in range(3))
         fixed = replace(
@@ -220,7 +222,7 @@ def slope_after(learner: Learner, batch: Batch, algorithm: Algorithm) -> tuple[d
 def choose(id: str, token: int, reward: float = 0.0) -> Episode:
     choices = ((0, 1),)
     turn = Turn(
-        "o", "a", (2,), (token,), (math.log(0.5),), (math.log(2),), choices, reward=reward, fresh=True
+        "o", "a", (2,), (token,), (math.log(0.5),), (math.log(2),), choices, reward=reward, new_sequence=True
     )
     return episode(id, turn)
 

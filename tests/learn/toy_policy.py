@@ -43,7 +43,9 @@ def toy_forward(temperature: float = 1.0) -> Forward:
     return Forward(hidden_states, output_weight, temperature)
 
 
-def make_turn(draw: random.Random, *, constrained: bool, reward: float = 0.0, fresh: bool = False) -> Turn:
+def make_turn(
+    draw: random.Random, *, constrained: bool, reward: float = 0.0, new_sequence: bool = False
+) -> Turn:
     """Two to four reply tokens; constrained ones have one to four allowed ids."""
     reply = tuple(draw.randrange(VOCABULARY) for _ in range(draw.randint(2, 4)))
     choices = tuple(
@@ -58,7 +60,7 @@ def make_turn(draw: random.Random, *, constrained: bool, reward: float = 0.0, fr
         entropies=tuple(draw.random() for _ in reply),
         allowed=choices if constrained else None,
         reward=reward,
-        fresh=fresh,
+        new_sequence=new_sequence,
     )
 
 
@@ -75,7 +77,7 @@ def make_groups(seed: int = 0, groups: int = 3, size: int = 4) -> list[Group]:
                     draw,
                     constrained=draw.random() < 0.7,
                     reward=float(member % 2) if index == count - 1 else 0.0,
-                    fresh=index == 0 or draw.random() < 0.15,
+                    new_sequence=index == 0 or draw.random() < 0.15,
                 )
                 for index in range(count)
             )

@@ -66,7 +66,7 @@ def _dialogue_ids(dialogue: ChatDialogue | RoleDialogue, replies: Sequence[tuple
     history: list[tuple[str, tuple[int, ...]]] = []
     for observation, reply in zip(OBSERVATIONS, [*replies, ()], strict=False):
         prompt = dialogue.prompt(history, observation)
-        held = [*prompt.ids, *reply] if prompt.fresh else [*held, *prompt.ids, *reply]
+        held = [*prompt.ids, *reply] if prompt.new_sequence else [*held, *prompt.ids, *reply]
         history.append((observation, reply))
     return held
 
@@ -120,8 +120,8 @@ def test_a_role_dialogue_is_one_token_per_role_around_the_texts(tokenizer: PreTr
     first, second = dialogue.encode_reply("a mug")[:-1], dialogue.encode_reply("a desk")[:-1]
     opening = dialogue.prompt([], "a mug")
     following = dialogue.prompt([("a mug", (9, end))], "a desk")
-    assert (opening.ids, opening.fresh) == ((task, *first, act), True)
-    assert (following.ids, following.fresh) == ((obs, *second, act), False)
+    assert (opening.ids, opening.new_sequence) == ((task, *first, act), True)
+    assert (following.ids, following.new_sequence) == ((obs, *second, act), False)
     assert dialogue.stop_ids == {end}
     assert pad == 0
 
@@ -191,7 +191,7 @@ def test_a_template_that_rewrites_history_starts_a_new_sequence_every_turn(
     for observation, command in zip(OBSERVATIONS, COMMANDS, strict=False):
         history.append((observation, dialogue.encode_reply(command)))
     prompt = dialogue.prompt(history, OBSERVATIONS[2])
-    assert prompt.fresh
+    assert prompt.new_sequence
     assert _squeezed(chat.decode(list(prompt.ids))) == _squeezed(_rendered(chat))
     assert dialogue.stop_ids == {chat.eos_token_id, chat.get_vocab()["<|im_end|>"]}
 
@@ -356,7 +356,7 @@ def _with(chat: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFa
 def _whole(dialogue: ChatDialogue, observation: str, reply: tuple[int, ...], later: str = "x") -> list[int]:
     """All ids that the policy has read when it replies for the second time."""
     first, second = dialogue.prompt([], observation), dialogue.prompt([(observation, reply)], later)
-    return list(second.ids) if second.fresh else [*first.ids, *reply, *second.ids]
+    return list(second.ids) if second.new_sequence else [*first.ids, *reply, *second.ids]
 
 
 @pytest.mark.parametrize("name", MARKUP)
@@ -449,7 +449,7 @@ def test_templates_treat_earlier_replies_as_they_treat_their_text(
     chat = _with(plain_tokens, template)
     dialogue = ChatDialogue(chat, instructions="")
     assert not dialogue.appends
-    encode = dialogue._tagged if tokens else dialogue._encode
+    encode = dialogue._encode_tagged if tokens else dialogue._encode
     ids = _whole(dialogue, "room", (*encode(reply), dialogue._stop), "hall")
     told = [("user", "room"), ("assistant", reply.strip()), ("user", "hall")]
     messages = [{"role": role, "content": content} for role, content in told]

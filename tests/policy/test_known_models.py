@@ -32,7 +32,7 @@ from transformers import (
 
 from agentrl.errors import CheckpointError, RequirementError
 from agentrl.policy import architecture
-from agentrl.policy.architecture import called_maps, probe_copy, without_weights
+from agentrl.policy.architecture import called_linear_layers, probe_copy, without_weights
 from agentrl.policy.attention import PackedLayout
 from agentrl.policy.model import check_packed_forward, load_policy, output_weight, save_policy
 
@@ -98,7 +98,7 @@ def test_what_does_more_is_refused_before_it_has_weights(config: PreTrainedConfi
 @pytest.mark.parametrize("config", [REFUSED[0][0], REFUSED[4][0], REFUSED[6][0], REFUSED[8][0]], ids=_named)
 def test_the_numbers_alone_refuse_it_too(config: PreTrainedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """At weights of 0.02 the caps and scales of these change next to nothing; at spread ones they do."""
-    monkeypatch.setattr(architecture, "_known_extras", lambda model: iter(()))
+    monkeypatch.setattr(architecture, "_unsupported_features", lambda model: iter(()))
     with pytest.raises(RequirementError, match="gives other logprobs over packed sequences"):
         check_packed_forward(without_weights(config))
 
@@ -213,8 +213,8 @@ def test_an_architecture_is_refused_before_its_weights_are_read(
 
 
 def test_the_maps_of_all_layers_are_called_and_the_output_layer_is_not() -> None:
-    called = called_maps(without_weights(LlamaConfig(**SIZES)))
+    called = called_linear_layers(without_weights(LlamaConfig(**SIZES)))
     maps = {name.rpartition(".")[2] for name in called}
     assert maps == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert len(called) == 4 * 7
-    assert called_maps(without_weights(TAKEN[5])) == set()  # GPT-2 has no linear map but its head
+    assert called_linear_layers(without_weights(TAKEN[5])) == set()  # GPT-2 has no linear map but its head

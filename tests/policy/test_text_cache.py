@@ -28,28 +28,28 @@ def test_what_is_remembered_is_computed_once_and_what_was_used_longest_ago_is_fo
 
     entry = ENTRY_BYTES + 2 * sys.getsizeof("a")
     cache = TextCache(2 * entry)
-    remembered = cache.remember(shout)
-    assert [remembered(text) for text in "abab"] == list("ABAB")
+    memoized = cache.memoize(shout)
+    assert [memoized(text) for text in "abab"] == list("ABAB")
     assert (asked, len(cache), cache.bytes) == (["a", "b"], 2, 2 * entry)
-    remembered("a")
-    remembered("c")  # there is no room for b beside it
-    remembered("a")
+    memoized("a")
+    memoized("c")  # there is no room for b beside it
+    memoized("a")
     assert asked == ["a", "b", "c"]
-    remembered("b")
+    memoized("b")
     assert asked == ["a", "b", "c", "b"]
     assert cache.bytes == 2 * entry
 
 
 def test_two_functions_share_a_bound_but_no_results() -> None:
     cache = TextCache()
-    lower, upper = cache.remember(str.lower), cache.remember(str.upper)
+    lower, upper = cache.memoize(str.lower), cache.memoize(str.upper)
     assert (lower("Go"), upper("Go"), lower("Go")) == ("go", "GO", "go")
     assert len(cache) == 2
 
 
 def test_a_result_that_is_larger_than_the_cache_is_returned_and_not_kept() -> None:
     cache = TextCache(1000)
-    assert cache.remember(str.upper)("a" * 5000) == "A" * 5000
+    assert cache.memoize(str.upper)("a" * 5000) == "A" * 5000
     assert (len(cache), cache.bytes) == (0, 0)
 
 

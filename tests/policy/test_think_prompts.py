@@ -113,10 +113,10 @@ def test_no_think_tag_of_an_earlier_reply_stands_alone(chat, template: str, prom
     for turn, text in enumerate(replies):
         prompt, ids = dialogue.prompt(history, f"room {turn}"), ids_of(dialogue, text)
         assert dialogue.parse(ids).valid
-        held = ("" if prompt.fresh else held) + read(dialogue, (*prompt.ids, *ids))
+        held = ("" if prompt.new_sequence else held) + read(dialogue, (*prompt.ids, *ids))
         history.append((f"room {turn}", ids))
     prompt = dialogue.prompt(history, "room 2")
-    held = ("" if prompt.fresh else held) + read(dialogue, prompt.ids)
+    held = ("" if prompt.new_sequence else held) + read(dialogue, prompt.ids)
     earlier = held.partition("room 0")[2].partition("room 2")[0]
     assert earlier.count("<think>") == earlier.count("</think>") == (0 if template == DROPS else 2)
     assert ("the mug?" in earlier) == (template != DROPS)
@@ -171,7 +171,7 @@ def test_a_lead_goes_on_from_what_the_closing_token_says_beyond_the_tag(chat) ->
     thinking = dialogue.thinking
     assert thinking is not None
     assert set(thinking.leads) == {""} | {
-        beyond for beyond in thinking.ending.beyond if beyond in ("<", "\n\n")
+        beyond for beyond in thinking.ending.overhangs if beyond in ("<", "\n\n")
     }
     for beyond, lead in thinking.leads.items():
         assert beyond + read(dialogue, lead) in ("<action>", "\n\n<action>")

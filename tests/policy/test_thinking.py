@@ -15,7 +15,7 @@ from agentrl.data.trajectory import Episode, Group, StopReason, Turn
 from agentrl.learn.forward import Forward
 from agentrl.policy.attention import PACKED
 from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
-from agentrl.policy.thinking import Ending, Thinking, Thought, Watch, pieces_of
+from agentrl.policy.thinking import Ending, EndingMatcher, Thinking, Thought, pieces_of
 from agentrl.policy.tokens import ChatDialogue
 from agentrl.policy.torch_engine import TorchEngine
 
@@ -62,9 +62,9 @@ def test_thoughts_end_where_the_text_of_their_tokens_does_however_it_is_cut(adde
     assert len(likely) > 20
     for _ in range(3000):
         ids = draw.choices(likely, k=8) if draw.random() < 0.5 else cut("a</think>\nb", likely, texts, draw)
-        watch, read = Watch(ending), ""
+        matcher, read = EndingMatcher(ending), ""
         for token in ids:
-            beyond = watch.take(token)
+            beyond = matcher.take(token)
             read += texts[token]
             if beyond is None:
                 assert "</think>" not in read
@@ -101,14 +101,14 @@ def test_only_tokens_that_may_be_part_of_the_ending_are_looked_at() -> None:
         9: "x</think>y",
     }
     assert pieces_of("</think>", texts) == {1: "<", 2: "think", 3: ">\n", 8: "></", 9: "x</think>y"}
-    assert Ending("</think>", pieces_of("</think>", texts)).beyond == {"\n", "</", "y"}
+    assert Ending("</think>", pieces_of("</think>", texts)).overhangs == {"\n", "</", "y"}
 
 
 def test_thoughts_that_have_begun_count_for_their_ending() -> None:
     pieces = {1: "<", 2: "/think", 3: ">"}
     ending = Ending("</think>", pieces)
-    assert Watch(ending, (9, 9, 1, 2)).take(3) == ""
-    assert Watch(ending, (1, 2, 9)).take(3) is None
+    assert EndingMatcher(ending, (9, 9, 1, 2)).take(3) == ""
+    assert EndingMatcher(ending, (1, 2, 9)).take(3) is None
 
 
 def test_a_stop_id_and_the_limit_cut_thoughts_short() -> None:
@@ -132,7 +132,7 @@ def asked(
     temperature: float = 1.0,
     **more: object,
 ) -> GenerationRequest:
-    given = {"thinking": THINKING, "choices": MENU, "fresh": True} | more
+    given = {"thinking": THINKING, "choices": MENU, "new_sequence": True} | more
     return GenerationRequest(
         sequence,
         tuple(prompt),
@@ -222,7 +222,7 @@ def test_a_draw_does_not_depend_on_the_batch_and_a_sequence_goes_on_after_it(mod
     for k in range(6):
         alone = finish(engine, asked(str(k), (1, 9 + k, 7), k))[str(k)]
         assert (alone.token_ids, alone.allowed) == (together[str(k)].token_ids, together[str(k)].allowed)
-        again = finish(engine, asked(str(k), (12, 7), k + 50, fresh=False))[str(k)]
+        again = finish(engine, asked(str(k), (12, 7), k + 50, new_sequence=False))[str(k)]
         check(model, (1, 9 + k, 7, *alone.token_ids, 12, 7), again)
     assert engine.tokens_forwarded < sum(3 + len(each.token_ids) for each in together.values()) + 6 * 40
 
@@ -306,7 +306,9 @@ def played(model: PreTrainedModel, turns: int = 2, temperature: float = 1.0) -> 
         written = []
         for turn in range(turns):
             prompt = (1, 9 + seed) if turn == 0 else (12, 13)
-            request = asked(str(seed), (*prompt, 7), 10 * seed + turn, 30, temperature, fresh=turn == 0)
+            request = asked(
+                str(seed), (*prompt, 7), 10 * seed + turn, 30, temperature, new_sequence=turn == 0
+            )
             generation = finish(engine, request)[str(seed)]
             # The opening is part of the reply, as a player has it.
             written.append(
@@ -319,7 +321,7 @@ def played(model: PreTrainedModel, turns: int = 2, temperature: float = 1.0) -> 
                     (0.0, *generation.entropies),
                     ((7,), *(generation.allowed or ())),
                     reward=1.0,
-                    fresh=turn == 0,
+                    new_sequence=turn == 0,
                 )
             )
         episodes.append(

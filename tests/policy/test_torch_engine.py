@@ -25,7 +25,7 @@ def _request(
     sequence: str,
     prompt: Sequence[int],
     *,
-    fresh: bool = True,
+    new_sequence: bool = True,
     choices: tuple[tuple[int, ...], ...] | None = None,
     seed: int = 0,
     temperature: float = 1.0,
@@ -33,7 +33,7 @@ def _request(
     parent: str | None = None,
 ) -> GenerationRequest:
     return GenerationRequest(
-        sequence, tuple(prompt), fresh, choices, seed, SamplingParams(temperature, max_tokens), parent
+        sequence, tuple(prompt), new_sequence, choices, seed, SamplingParams(temperature, max_tokens), parent
     )
 
 
@@ -128,7 +128,12 @@ def _play(
             menu = MENU if int(name) % 2 == 0 else None
             requests.append(
                 _request(
-                    name, prompt, fresh=turn == 0, choices=menu, seed=turn * 100 + int(name), max_tokens=5
+                    name,
+                    prompt,
+                    new_sequence=turn == 0,
+                    choices=menu,
+                    seed=turn * 100 + int(name),
+                    max_tokens=5,
                 )
             )
             held[name] += prompt
@@ -196,7 +201,7 @@ def test_sequences_that_start_alike_share_the_pass_and_nothing_else(
     if max_step_tokens == 1000:
         replies = sum(len(generation.token_ids) for generation in done.values())
         assert engine.tokens_forwarded < len(prompt) + replies
-    again = _finish(engine, *(_request(str(k), (2, 12 + k, 3), fresh=False, seed=k) for k in range(6)))
+    again = _finish(engine, *(_request(str(k), (2, 12 + k, 3), new_sequence=False, seed=k) for k in range(6)))
     for name, generation in again.items():
         before = [*prompt, *done[name].token_ids, 2, 12 + int(name), 3]
         _check_against_plain_forward(model, before, generation)
@@ -276,7 +281,7 @@ def test_after_a_refresh_the_history_is_read_by_the_new_weights(model: PreTraine
         for weight in model.parameters():
             weight.mul_(1.05)
     engine.refresh(7)
-    second = _finish(engine, _request("a", (2, 12, 3), fresh=False, seed=2, max_tokens=4))["a"]
+    second = _finish(engine, _request("a", (2, 12, 3), new_sequence=False, seed=2, max_tokens=4))["a"]
     assert (first.policy_version, second.policy_version) == (0, 7)
     _check_against_plain_forward(model, [1, 9, 10, *first.token_ids, 2, 12, 3], second)
 
@@ -330,7 +335,8 @@ def test_a_sequence_reads_what_its_parent_has_not_read(
     _check_against_plain_forward(model, prompt, child)
     # Both go on by themselves.
     one, other = (
-        _finish(engine, _request(name, (14, 15), fresh=False, seed=3, max_tokens=3))[name] for name in "ab"
+        _finish(engine, _request(name, (14, 15), new_sequence=False, seed=3, max_tokens=3))[name]
+        for name in "ab"
     )
     _check_against_plain_forward(model, (*prompt[: len(prompt) - len(tail)], 14, 15), one)
     _check_against_plain_forward(model, (*prompt, *child.token_ids, 14, 15), other)
@@ -349,7 +355,7 @@ def test_a_sequence_reads_from_where_it_differs_from_its_parent(model: PreTraine
 def test_a_sequence_can_have_a_parent_that_is_being_extended(model: PreTrainedModel) -> None:
     engine = _engine(model)
     held = _parent(engine)
-    engine.submit(_request("a", (20, 21), fresh=False, seed=4, max_tokens=6))
+    engine.submit(_request("a", (20, 21), new_sequence=False, seed=4, max_tokens=6))
     engine.step()
     engine.step()
     before = engine.tokens_forwarded
@@ -399,7 +405,7 @@ def test_copies_survive_growth_and_moves_of_the_cache(model: PreTrainedModel) ->
         engine.release(name)
     before = engine.tokens_forwarded
     again = _finish(
-        engine, *(_request(name, (14,), fresh=False, seed=7, max_tokens=1) for name in children[30:])
+        engine, *(_request(name, (14,), new_sequence=False, seed=7, max_tokens=1) for name in children[30:])
     )
     assert engine.tokens_forwarded - before == 2 * 10
     for k, name in list(enumerate(children))[30:]:
@@ -460,7 +466,7 @@ def test_released_slots_are_filled_and_moved_without_harm(model: PreTrainedModel
                 _request(
                     name,
                     prompt,
-                    fresh=name in new,
+                    new_sequence=name in new,
                     seed=draw.randint(0, 999),
                     choices=draw.choice((MENU, None)),
                     max_tokens=4,
@@ -492,7 +498,7 @@ def test_long_prompts_are_fed_in_pieces(model: PreTrainedModel) -> None:
         (_request("bad", (1,), choices=((9999, STOP),)), "outside the model's vocabulary"),
         (_request("bad", (1, 9999)), "outside the model's vocabulary"),
         (_request("bad", ()), "empty"),
-        (_request("bad", (1,), fresh=False), "must be fresh"),
+        (_request("bad", (1,), new_sequence=False), "needs new_sequence=True"),
         (_request("bad", (1,), max_tokens=0), "max_tokens is 0"),
         (_request("bad", (1,), temperature=-1.0), "temperature is -1.0"),
         (_request("bad", (1,) * 256), "context overflow: 256 tokens and a reply of 1 exceed max_context=256"),

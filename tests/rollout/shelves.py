@@ -107,7 +107,7 @@ class CountingPlayer:
 @dataclass(frozen=True)
 class Prompt:
     ids: tuple[int, ...]
-    fresh: bool
+    new_sequence: bool
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class Letters:
 
     def prompt(self, history: Sequence[tuple[str, tuple[int, ...]]], observation: str) -> Prompt:
         self.histories.append(list(history))
-        fresh = not history or self.window is not None
-        return Prompt(tuple(map(ord, observation)), fresh)
+        new_sequence = not history or self.window is not None
+        return Prompt(tuple(map(ord, observation)), new_sequence)
 
     def encode_reply(self, text: str) -> tuple[int, ...]:
         return (*map(ord, text), 0)

@@ -71,7 +71,7 @@ class Anew(RoleDialogue):
         if not history:
             return prompt
         seen, reply = history[-1]
-        return type(prompt)((*super().prompt(history[:-1], seen).ids, *reply, *prompt.ids), fresh=True)
+        return type(prompt)((*super().prompt(history[:-1], seen).ids, *reply, *prompt.ids), new_sequence=True)
 
 
 @dataclass
@@ -97,7 +97,7 @@ def check_against_plain_forward(model: PreTrainedModel, episode: Episode) -> Non
     """Each reply's logprobs and entropies are what one pass of the library over all tokens says."""
     ids: list[int] = []
     for turn in episode.turns:
-        ids = [*(() if turn.fresh else ids), *turn.prompt_ids, *turn.action_ids]
+        ids = [*(() if turn.new_sequence else ids), *turn.prompt_ids, *turn.action_ids]
         model.set_attn_implementation("eager")
         with torch.no_grad():
             logits = model(torch.tensor([ids]), use_cache=False).logits[0].double()
@@ -141,7 +141,7 @@ def test_what_a_child_records_is_what_a_fresh_pass_over_its_tokens_says(
         turn, parent = child.parent.turn, named[child.parent.parent]
         assert child.turns[:turn] == parent.turns[:turn]
         assert child.turns[turn].prompt_ids == parent.turns[turn].prompt_ids
-        assert child.turns[turn].fresh == parent.turns[turn].fresh
+        assert child.turns[turn].new_sequence == parent.turns[turn].new_sequence
         begun = parent.turns[turn].action_ids[: child.parent.token]
         assert child.turns[turn].action_ids[: child.parent.token] == begun
     assert len({tuple(turn.action_ids for turn in episode.turns) for episode in episodes}) > 3
@@ -262,10 +262,14 @@ def test_the_first_request_of_a_child_holds_all_its_tokens_and_names_the_parent(
     _, child = grown({"a-0": [at("a-0", 2)]}, 2, player)
     first, second = asked(engine, "a-1")
     assert text(first.prompt_ids) == "4 shelvesgo on|go on: 3 lefttake mug 1|take mug 1: 2 left"
-    assert (first.fresh, first.parent) == (True, "a-0")
-    assert (text(second.prompt_ids), second.fresh, second.parent) == ("take pen 1: 1 left", False, None)
+    assert (first.new_sequence, first.parent) == (True, "a-0")
+    assert (text(second.prompt_ids), second.new_sequence, second.parent) == (
+        "take pen 1: 1 left",
+        False,
+        None,
+    )
     assert text(child.turns[2].prompt_ids) == "take mug 1: 2 left"
-    assert not child.turns[2].fresh
+    assert not child.turns[2].new_sequence
     assert first.seed != asked(engine, "a-0")[2].seed
     assert {request.parent for request in asked(engine, "a-0")} == {None}
     assert engine.released == ["a-0", "a-1"]
@@ -287,15 +291,15 @@ def test_a_prompt_that_is_written_anew_needs_no_earlier_tokens() -> None:
     player = LanguagePlayer(Letters(window=1), engine, SAMPLING, choices=False)
     _, child = grown({"a-0": [at("a-0", 2)]}, 2, player)
     first = asked(engine, "a-1")[0]
-    assert (text(first.prompt_ids), first.fresh, first.parent) == ("go on: 2 left", True, "a-0")
-    assert child.turns[2].fresh
+    assert (text(first.prompt_ids), first.new_sequence, first.parent) == ("go on: 2 left", True, "a-0")
+    assert child.turns[2].new_sequence
 
 
 def test_only_the_current_sequence_is_held() -> None:
     class Restarting(Letters):
         def prompt(self, history: Any, observation: str) -> Any:
             made = super().prompt(history, observation)
-            return type(made)(made.ids, fresh=len(history) % 2 == 0)
+            return type(made)(made.ids, new_sequence=len(history) % 2 == 0)
 
     engine = ScriptedEngine(["go on"] * 5)
     player = LanguagePlayer(Restarting(), engine, SAMPLING, choices=False)
@@ -376,7 +380,13 @@ def _turns(*actions: str) -> list[Turn]:
     seen = "4 shelves"
     for action in actions:
         turns.append(
-            Turn(seen, action, tuple(map(ord, seen)), made.encode_reply(action), fresh=seen == "4 shelves")
+            Turn(
+                seen,
+                action,
+                tuple(map(ord, seen)),
+                made.encode_reply(action),
+                new_sequence=seen == "4 shelves",
+            )
         )
         left -= 1
         seen = f"{action}: {left} left"
@@ -389,6 +399,6 @@ def test_a_demonstration_goes_on_from_its_parents_turns() -> None:
     player.submit(ActionRequest("b", 2, "go on: 2 left", None, {"expert": "go on"}, 1))
     ((_, reply),) = player.poll()
     assert isinstance(reply, Reply)
-    assert (text(reply.prompt_ids), reply.fresh) == ("go on: 2 left", False)
+    assert (text(reply.prompt_ids), reply.new_sequence) == ("go on: 2 left", False)
     with pytest.raises(ValueError, match="'c' begins inside a reply"):
         player.fork("c", "a", (), (1,))

@@ -12,7 +12,7 @@ import pytest
 from shelves import CountingPlayer, Shelves, by_id, specs
 
 from agentrl.data.trajectory import Episode, Outcome, StopReason
-from agentrl.env.containment import LARGEST_ANSWER, opened
+from agentrl.env.containment import MAX_ANSWER_BYTES, open_env
 from agentrl.errors import ConfigError, EnvironmentContractError
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
@@ -231,7 +231,7 @@ WRONGS: list[tuple[str, Callable[[Any], Any], StopReason, str]] = [
         StopReason.CONTRACT,
         "info['actions'] is 'look' (str), wanted a list of str",
     ),
-    ("step", with_info(actions=["look", 3]), StopReason.CONTRACT, "info['actions'] holds 3 (int)"),
+    ("step", with_info(actions=["look", 3]), StopReason.CONTRACT, "info['actions'] contains 3 (int)"),
     ("step", with_info(valid=None), StopReason.CONTRACT, "info['valid'] is None"),
     ("step", with_info(state_key=["k"]), StopReason.CONTRACT, "info['state_key'] is ['k'] (list)"),
     ("step", with_info(score="high"), StopReason.CONTRACT, "info['score'] is 'high' (str), wanted a finite"),
@@ -379,9 +379,9 @@ def test_tasks_that_are_asked_for_in_this_process_do_not_end_it() -> None:
         def close(self) -> None:
             raise SystemExit(4)
 
-    with pytest.raises(EnvironmentContractError, match="constructor raised SystemExit: 0"), opened(unmade):
+    with pytest.raises(EnvironmentContractError, match="constructor raised SystemExit: 0"), open_env(unmade):
         pass
-    with pytest.raises(EnvironmentContractError, match="raised SystemExit: 3"), opened(Leaving) as env:
+    with pytest.raises(EnvironmentContractError, match="raised SystemExit: 3"), open_env(Leaving) as env:
         env.tasks("train")
 
 
@@ -406,7 +406,7 @@ def test_a_fork_that_comes_back_from_an_environment_ends_there(tmp_path: Path) -
 @pytest.mark.parametrize("part", ["observation", "info"])
 @pytest.mark.parametrize("where", ["reset", "step"])
 def test_an_answer_of_hundreds_of_megabytes_is_refused(where: str, part: str) -> None:
-    huge = "x" * (LARGEST_ANSWER + 1)
+    huge = "x" * (MAX_ANSWER_BYTES + 1)
     wrong = with_part(0, huge) if part == "observation" else with_info(map={"rows": [[huge]]})
     found = by_id(
         collect(specs([3, 2]), CountingPlayer(), EnvironmentPool(spoil(where, wrong)), max_active=2).episodes

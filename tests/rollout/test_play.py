@@ -49,7 +49,14 @@ def test_an_episode_asks_for_reset_reply_and_step_in_turn_and_records_them() -> 
         [
             Transition("a room", info=info(actions=["look", "win"], task_type="easy")),
             Reply(
-                "look", (1, 2), (3, 9), (-0.5, -0.1), (0.7, 0.2), ((3, 4), (9,)), fresh=True, policy_version=4
+                "look",
+                (1, 2),
+                (3, 9),
+                (-0.5, -0.1),
+                (0.7, 0.2),
+                ((3, 4), (9,)),
+                new_sequence=True,
+                policy_version=4,
             ),
             Transition("a lamp", 0.25, info=info(actions=["win"], score=0.5)),
             Reply("win", (5,), (6,), (-0.2,), (0.1,)),
@@ -74,7 +81,7 @@ def test_an_episode_asks_for_reset_reply_and_step_in_turn_and_records_them() -> 
         (0.7, 0.2),
         ((3, 4), (9,)),
     )
-    assert (first.fresh, first.policy_version) == (True, 4)
+    assert (first.new_sequence, first.policy_version) == (True, 4)
     assert (episode.outcome, episode.stop, episode.episode_return) == (
         Outcome.SUCCESS,
         StopReason.TERMINATED,

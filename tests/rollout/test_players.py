@@ -202,13 +202,13 @@ def test_what_was_generated_is_stored_token_by_token() -> None:
         (0.7, 0.0, 0.3),
     )
     assert (turn.allowed, turn.finish, turn.policy_version) == (((103, 116), (111,), None), "length", 7)
-    assert (turn.fresh, turn.imitable) == (True, True)
+    assert (turn.new_sequence, turn.imitable) == (True, True)
 
 
 def test_each_turn_appends_to_the_sequence_and_its_prompt_is_made_from_the_sampled_ids() -> None:
     dialogue, engine = Letters(), ScriptedEngine(["go on", "take mug", "go on"])
     play_all(LanguagePlayer(dialogue, engine, SAMPLING, choices=False), [3])
-    assert [asked.fresh for asked in engine.requests] == [True, False, False]
+    assert [asked.new_sequence for asked in engine.requests] == [True, False, False]
     assert ["".join(map(chr, asked.prompt_ids)) for asked in engine.requests] == [
         "3 shelves",
         "go on: 2 left",
@@ -271,14 +271,14 @@ def test_a_new_sequence_begins_with_an_empty_context() -> None:
     engine = ScriptedEngine(["go on"] * 9, max_context=40)
     (episode,) = play_all(LanguagePlayer(Letters(window=0), engine, SAMPLING, choices=False), [9])
     assert (episode.outcome, len(episode.turns)) == (Outcome.SUCCESS, 9)
-    assert all(turn.fresh for turn in episode.turns)
+    assert all(turn.new_sequence for turn in episode.turns)
 
 
 def test_a_sequence_that_began_anew_is_counted_from_there() -> None:
     class Restarting(Letters):
         def prompt(self, history: Any, observation: str) -> Any:
             made = super().prompt(history, observation)
-            return type(made)(made.ids, fresh=len(history) % 2 == 0)
+            return type(made)(made.ids, new_sequence=len(history) % 2 == 0)
 
     # Every second turn begins anew: a sequence holds 13 + 6 and 13 tokens, and a reply of up to 20.
     engine = ScriptedEngine(["go on"] * 9, max_context=13 + 6 + 13 + 20)
@@ -318,10 +318,10 @@ def test_a_demonstration_looks_as_if_the_policy_had_written_it() -> None:
     (sampled,) = play_all(LanguagePlayer(Letters(), engine, SAMPLING, choices=False), [3])
     (shown,) = play_all(DemonstrationPlayer(Letters(), choices=False), [3], expert=True)
     for mine, theirs in zip(shown.turns, sampled.turns, strict=True):
-        assert (mine.prompt_ids, mine.action_ids, mine.fresh) == (
+        assert (mine.prompt_ids, mine.action_ids, mine.new_sequence) == (
             theirs.prompt_ids,
             theirs.action_ids,
-            theirs.fresh,
+            theirs.new_sequence,
         )
         assert mine.action == theirs.action == "go on"
         assert mine.logprobs == mine.entropies == (0.0,) * 6

@@ -14,8 +14,8 @@ from agentrl.rollout.environments import Answered
 from agentrl.rollout.play import Reset, Step, Stop, Transition
 from agentrl.rollout.settings import WorkersConfig
 from agentrl.rollout.workers import EnvironmentLostError
-from agentrl.scale.environment_host import EnvironmentHost, Release, Report, packed, unpacked
-from agentrl.scale.messages import worthwhile
+from agentrl.scale.environment_host import EnvironmentHost, Release, Report, pack_call, unpack_result
+from agentrl.scale.messages import replies_to_await
 
 ONE = WorkersConfig(count=1)
 
@@ -28,7 +28,7 @@ def host() -> Iterator[EnvironmentHost]:
 
 
 def told(host: EnvironmentHost, name: str, *arguments: Any) -> Any:
-    return unpacked(host.call(packed(name, arguments)))
+    return unpack_result(host.call(pack_call(name, arguments)))
 
 
 def said(report: Report) -> dict[str, str]:
@@ -66,7 +66,7 @@ def slow(host: EnvironmentHost, monkeypatch: pytest.MonkeyPatch) -> Slow:
 
 
 def test_episodes_are_played_by_messages(host: EnvironmentHost) -> None:
-    assert told(host, "places") == 6
+    assert told(host, "capacity") == 6
     begin = [("a", Reset("2", 0)), ("b", Reset("5", 0))]
     first = said(told(host, "exchange", begin, 1, math.inf))
     if len(first) == 1:
@@ -76,10 +76,10 @@ def test_episodes_are_played_by_messages(host: EnvironmentHost) -> None:
 
 
 @pytest.mark.parametrize(
-    ("company", "playing", "wanted"), [(9, 1, 1), (9, 2, 1), (9, 3, 2), (9, 8, 6), (9, 12, 9), (9, 64, 9)]
+    ("target", "playing", "wanted"), [(9, 1, 1), (9, 2, 1), (9, 3, 2), (9, 8, 6), (9, 12, 9), (9, 64, 9)]
 )
-def test_so_many_are_company_or_three_of_four(company: int, playing: int, wanted: int) -> None:
-    assert worthwhile(company, playing) == wanted
+def test_so_many_are_company_or_three_of_four(target: int, playing: int, wanted: int) -> None:
+    assert replies_to_await(target, playing) == wanted
 
 
 def test_an_exchange_ends_with_enough_answers_and_the_next_brings_the_others(
@@ -91,7 +91,7 @@ def test_an_exchange_ends_with_enough_answers_and_the_next_brings_the_others(
     assert host.exchange([], 10, math.inf).answers == []
 
 
-def test_an_exchange_without_patience_takes_messages_and_waits_for_nothing(
+def test_an_exchange_that_may_not_wait_takes_messages_and_waits_for_nothing(
     host: EnvironmentHost, slow: Slow
 ) -> None:
     assert host.exchange([("a", Reset("1", 0))], 1, 0.0).answers == []

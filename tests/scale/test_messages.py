@@ -10,10 +10,10 @@ import pytest
 from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
 from agentrl.policy.thinking import Ending, Thinking
 from agentrl.scale.messages import (
-    packed_generations,
-    packed_requests,
-    unpacked_generations,
-    unpacked_requests,
+    pack_generations,
+    pack_requests,
+    unpack_generations,
+    unpack_requests,
 )
 
 THINKING = Thinking((1,), Ending("</t>", {5: "</", 6: "t", 7: ">"}), (5, 6, 7), {"": (8, 9), "\n": (9,)})
@@ -34,13 +34,13 @@ GENERATIONS = [
 
 def test_requests_come_out_as_they_went_in() -> None:
     numbered = list(enumerate(REQUESTS, start=5))
-    assert unpacked_requests(packed_requests(numbered)) == numbered
-    assert unpacked_requests(packed_requests([])) == []
+    assert unpack_requests(pack_requests(numbered)) == numbered
+    assert unpack_requests(pack_requests([])) == []
 
 
 def test_generations_come_out_as_they_went_in() -> None:
     numbered = list(enumerate(GENERATIONS, start=5))
-    assert unpacked_generations(packed_generations(numbered)) == numbered
+    assert unpack_generations(pack_generations(numbered)) == numbered
 
 
 @pytest.mark.parametrize(("kind", "sent"), [(GenerationRequest, REQUESTS), (Generation, GENERATIONS)])
@@ -50,17 +50,17 @@ def test_every_field_is_among_what_is_sent(kind: Any, sent: Any) -> None:
 
 
 def test_tokens_of_all_lie_in_one_array() -> None:
-    _, (values, lengths), _, _ = packed_requests(list(enumerate(REQUESTS)))
+    _, (values, lengths), _, _ = pack_requests(list(enumerate(REQUESTS)))
     assert isinstance(values, np.ndarray)
     assert (values.tolist(), lengths.tolist()) == ([1, 2, 3, 9, 1, 2, 1], [3, 0, 1, 2, 1])
 
 
 def test_how_requests_think_is_sent_once_and_read_as_one() -> None:
     alone, together = (
-        len(pickle.dumps(packed_requests([*enumerate(some)]))) for some in (REQUESTS[3:4], REQUESTS[3:])
+        len(pickle.dumps(pack_requests([*enumerate(some)]))) for some in (REQUESTS[3:4], REQUESTS[3:])
     )
     assert together - alone < len(pickle.dumps(THINKING))
-    read = pickle.loads(pickle.dumps(packed_requests([*enumerate(REQUESTS)])))
-    third, fourth = (each.thinking for _, each in unpacked_requests(read)[3:])
+    read = pickle.loads(pickle.dumps(pack_requests([*enumerate(REQUESTS)])))
+    third, fourth = (each.thinking for _, each in unpack_requests(read)[3:])
     assert third is fourth
     assert third == THINKING

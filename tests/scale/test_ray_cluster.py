@@ -19,8 +19,9 @@ from agentrl.errors import ConfigError
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
+from agentrl.errors import ClusterLostError
 from agentrl.scale import cluster as cluster_module
-from agentrl.scale.cluster import ClusterLostError, connected, knock
+from agentrl.scale.cluster import connected, ping
 
 
 def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
@@ -28,7 +29,7 @@ def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ConfigError, match=f"nothing answers at {address}: .*refused"):
-            knock(address)
+            ping(address)
 
 
 def test_an_address_where_somebody_else_listens_is_refused_at_once() -> None:
@@ -41,8 +42,8 @@ def test_an_address_where_somebody_else_listens_is_refused_at_once() -> None:
             connection.close()
 
         threading.Thread(target=answer, daemon=True).start()
-        with pytest.raises(ConfigError, match=f"what answers at {address} is no Ray cluster"):
-            knock(address)
+        with pytest.raises(ConfigError, match=f"the server at {address} is not a Ray cluster"):
+            ping(address)
 
 
 def test_a_head_that_answers_no_more_is_noticed_with_a_remedy(
@@ -51,13 +52,13 @@ def test_a_head_that_answers_no_more_is_noticed_with_a_remedy(
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        monkeypatch.setattr(cluster_module, "_LOOK_EVERY", 0.01)
+        monkeypatch.setattr(cluster_module, "_CHECK_INTERVAL", 0.01)
         monkeypatch.setattr(cluster_module, "_LOST_AFTER", 0.02)
-        watch = cluster_module._Watch(address)
-        monkeypatch.setattr(cluster_module._connection, "watch", watch)
+        monitor = cluster_module._HeadMonitor(address)
+        monkeypatch.setattr(cluster_module._connection, "monitor", monitor)
         monkeypatch.setattr(cluster_module._connection, "address", address)
-        watch.start()
-        wait_for(lambda: watch.lost is not None)
+        monitor.start()
+        wait_for(lambda: monitor.lost is not None)
         port = address.rpartition(":")[2]
         with pytest.raises(
             ClusterLostError,
@@ -66,8 +67,8 @@ def test_a_head_that_answers_no_more_is_noticed_with_a_remedy(
         ):
             cluster_module.check_cluster()
         wait_for(lambda: "agentrl train --resume RUN" in capsys.readouterr().err)
-        watch.end()
-        watch.join(20)
+        monitor.end()
+        monitor.join(20)
 
 
 @pytest.mark.slow
@@ -88,7 +89,7 @@ OPENING = f"""
     from agentrl.rollout.play import EpisodeSpec, Reply
     from agentrl.rollout.players import RandomPlayer
     from agentrl.rollout.settings import RayConfig, WorkersConfig
-    from agentrl.scale.cluster import connected, knock
+    from agentrl.scale.cluster import connected, ping
     from agentrl.scale.ray_environments import RayEnvironments
 
     class Mine(gymnasium.Env):
@@ -259,5 +260,5 @@ def test_a_loss_of_ray_that_cannot_be_made_good_ends_with_a_remedy(what: str, tm
     answer = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     said = answer.stderr.strip().splitlines()[-1]
     assert answer.returncode == 1
-    assert said.startswith("agentrl.scale.cluster.ClusterLostError: Ray is lost: ")
+    assert said.startswith("agentrl.errors.ClusterLostError: Ray is lost: ")
     assert said.endswith("Then go on from the last checkpoint: agentrl train --resume RUN")

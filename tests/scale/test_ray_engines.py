@@ -21,9 +21,16 @@ from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import LanguagePlayer
-from agentrl.scale.engine_host import Blueprint, EngineHost, assembled, fill, hollow, weights_of
+from agentrl.scale.engine_host import (
+    EngineHost,
+    EngineSpec,
+    export_weights,
+    load_weights,
+    restore_model,
+    strip_weights,
+)
 from agentrl.scale.engines import open_engine
-from agentrl.scale.messages import packed_requests, unpacked_generations
+from agentrl.scale.messages import pack_requests, unpack_generations
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
@@ -64,13 +71,13 @@ def _no_sequence_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "engines" in request.fixturenames:
         kept = request.getfixturevalue("engines")
-        for name in list(kept._where):
+        for name in list(kept._host_of):
             kept.release(name)
 
 
-def ask(name: str, ids: Sequence[int], *, fresh: bool = True, **more: Any) -> GenerationRequest:
+def ask(name: str, ids: Sequence[int], *, new_sequence: bool = True, **more: Any) -> GenerationRequest:
     settings = {"choices": None, "seed": len(name) + sum(map(ord, name)), "sampling": SamplingParams(1.0, 12)}
-    return GenerationRequest(name, tuple(ids), fresh, **(settings | more))
+    return GenerationRequest(name, tuple(ids), new_sequence, **(settings | more))
 
 
 def replies(engine: Engine, requests: Sequence[GenerationRequest]) -> dict[str, Generation]:
@@ -94,7 +101,7 @@ def test_replies_are_those_of_engines_here(engines: RayEngines, dialogue: Dialog
     menu = tuple(dialogue.encode_reply(text) for text in ("go on", "take mug", "take pen"))
     names = [f"s{number}" for number in range(8)]
     first = [ask(name, [5, 6, 7 + at], choices=menu if at % 3 else None) for at, name in enumerate(names)]
-    second = [ask(name, [8, 9], fresh=False) for name in names]
+    second = [ask(name, [8, 9], new_sequence=False) for name in names]
     here = [TorchEngine(engines._model, stop_ids=dialogue.stop_ids, **LIMITS) for _ in range(2)]
     for requests in (first, second):
         expected = replies(here[0], requests[::2]) | replies(here[1], requests[1::2])
@@ -122,7 +129,7 @@ def test_thoughts_before_a_choice_are_those_of_engines_here(engines: RayEngines,
 
 def test_all_actors_take_up_new_weights(engines: RayEngines, dialogue: Dialogue) -> None:
     own, other = engines._model, policy(seed=1)
-    before = weights_of(own)
+    before = export_weights(own)
     requests = [ask(name, [5, 6, 7]) for name in ("x", "y")]
     old = replies(engines, requests)
     own.load_state_dict(other.state_dict())
@@ -133,17 +140,17 @@ def test_all_actors_take_up_new_weights(engines: RayEngines, dialogue: Dialogue)
     for name in ("x", "y"):
         assert_same(found[name], expected[name])
         assert found[name].logprobs != old[name].logprobs
-    fill(dict(own.named_parameters()), before)
+    load_weights(dict(own.named_parameters()), before)
     engines.refresh(0)
 
 
 def test_what_is_wrong_with_a_request_comes_back(engines: RayEngines) -> None:
-    found = replies(engines, [ask("n", [5], fresh=False), ask("o", [5] * 300), ask("p", [5])])
+    found = replies(engines, [ask("n", [5], new_sequence=False), ask("o", [5] * 300), ask("p", [5])])
     assert "'n' is unknown" in str(found["n"].error)
     assert "context overflow" in str(found["o"].error)
     assert (found["p"].error, found["n"].lost) == (None, False)
-    engines.submit(ask("p", [5], fresh=False))
-    engines.submit(ask("p", [5], fresh=False))
+    engines.submit(ask("p", [5], new_sequence=False))
+    engines.submit(ask("p", [5], new_sequence=False))
     (twice,) = engines.step()[:1]
     assert "'p' has a request in flight" in str(twice.error)
 
@@ -162,14 +169,14 @@ def test_nothing_is_returned_of_what_was_released(engines: RayEngines) -> None:
 def test_who_has_a_parent_goes_where_it_is(engines: RayEngines) -> None:
     replies(engines, [ask("a", [5, 6]), ask("b", [5, 6])])
     replies(engines, [ask("c", [5, 6, 7], parent="b"), ask("d", [5, 6, 7], parent="b")])
-    where = engines._where
+    where = engines._host_of
     assert where["c"] is where["d"] is where["b"] is not where["a"]
 
 
 def test_32_sequences_need_one_message_for_ten_replies(
     engines: RayEngines, dialogue: Dialogue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_engines, "_PATIENCE", 60.0)  # else it were a question of speed
+    monkeypatch.setattr(ray_engines, "_MAX_WAIT", 60.0)  # else it were a question of speed
     menu = tuple(dialogue.encode_reply(text) for text in ("go on", "take mug"))
     before, answered = engines.messages, 0
     for number in range(32):
@@ -218,9 +225,9 @@ def test_numbers_below_their_least_are_refused(wrong: Any) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_travels_without_its_weights_and_gets_them_back(dtype: str) -> None:
     model = policy(dtype=dtype)
-    travelling = hollow(model)
-    assert len(travelling) < 20_000 < sum(each.nbytes for each in weights_of(model).values())
-    _, again = assembled(travelling, weights_of(model), torch.device("cpu"))
+    travelling = strip_weights(model)
+    assert len(travelling) < 20_000 < sum(each.nbytes for each in export_weights(model).values())
+    _, again = restore_model(travelling, export_weights(model), torch.device("cpu"))
     assert again.config.to_dict() == model.config.to_dict()
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight  # tied, as they were
     for name, tensor in model.state_dict().items():
@@ -229,17 +236,17 @@ def test_a_model_travels_without_its_weights_and_gets_them_back(dtype: str) -> N
 
 def test_an_exchange_ends_with_enough_replies(dialogue: Dialogue) -> None:
     model = policy()
-    blueprint = Blueprint(hollow(model), EngineConfig(), tuple(dialogue.stop_ids), 256, 8, [])
-    host = EngineHost(blueprint, weights_of(model), 3)
+    spec = EngineSpec(strip_weights(model), EngineConfig(), tuple(dialogue.stop_ids), 256, 8, [])
+    host = EngineHost(spec, export_weights(model), 3)
     limits = [1, 1, 1, 6, 6]
     asked = [
         (number, ask(str(number), [5], sampling=SamplingParams(1.0, limit)))
         for number, limit in enumerate(limits)
     ]
-    found = unpacked_generations(host.exchange([], packed_requests(asked), 16, 60.0))
+    found = unpack_generations(host.exchange([], pack_requests(asked), 16, 60.0))
     assert [number for number, _ in found] == [0, 1, 2]  # three of four, and of those there are five
     assert {generation.policy_version for _, generation in found} == {3}
-    (one,) = unpacked_generations(host.exchange(["3"], packed_requests([]), 16, 60.0))
+    (one,) = unpack_generations(host.exchange(["3"], pack_requests([]), 16, 60.0))
     assert one[0] == 4
 
 
@@ -281,9 +288,9 @@ def test_a_sequence_learns_of_its_loss_and_the_last_actor_is_replaced_as_often_a
     replies(engines, [ask("a", [5, 6])])
     ray.kill(engines._hosts[0].actor)
     assert replies(engines, [ask("b", [5, 6])])["b"].lost
-    again = replies(engines, [ask("a", [7], fresh=False), ask("b", [5, 6])])
+    again = replies(engines, [ask("a", [7], new_sequence=False), ask("b", [5, 6])])
     assert (again["a"].lost, again["b"].error) == (True, None)
     ray.kill(engines._hosts[0].actor)
-    with pytest.raises(AgentRLError, match=r"the last one, and engine.actor_restarts=1 have been replaced"):
+    with pytest.raises(AgentRLError, match=r"the last one, and engine.actor_restarts=1 replacements"):
         replies(engines, [ask("c", [7])])
     engines.close()

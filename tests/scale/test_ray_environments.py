@@ -222,7 +222,7 @@ class Replying(CountingPlayer):
 
 @pytest.mark.parametrize("at_once", [32, *(pytest.param(few, marks=pytest.mark.slow) for few in (3, 1))])
 def test_32_episodes_need_one_message_for_ten_steps(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_environments, "_PATIENCE", math.inf)  # else it were a question of speed
+    monkeypatch.setattr(ray_environments, "_MAX_WAIT", math.inf)  # else it were a question of speed
     player = Replying(largest=at_once)
     counts: list[tuple[int, int]] = []
     with RayEnvironments(Corridor, 32, ONE, TWO) as environments:
@@ -287,7 +287,7 @@ def test_the_last_actor_is_replaced_as_often_as_was_allowed() -> None:
 @pytest.mark.slow
 def test_an_actor_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     environments = RayEnvironments(Corridor, 2, ONE, RayConfig(actors=1))
-    monkeypatch.setattr(ray_environments, "_SILENCE", 2.0)
+    monkeypatch.setattr(ray_environments, "_RESPONSE_TIMEOUT", 2.0)
     pid = next(pid for pid in children() if any("EnvironmentHost" in part for part in _command(pid)))
     player = Killing(lambda: None if environments.restarts else os.kill(pid, signal.SIGSTOP))
     found = played(["6"] * 2, environments, 2, player)

@@ -114,10 +114,10 @@ def test_more_prompts_than_fit_into_a_step_take_several(engine: Any) -> None:
 def test_a_second_turn_goes_on_where_the_first_ended(engine: Any) -> None:
     prompt = tuple(range(5, 150))
     first = finish(engine, request("t", prompt, choices=MENU))["t"]
-    second = finish(engine, request("t", (9, 8, 7), fresh=False, seed=1))["t"]
+    second = finish(engine, request("t", (9, 8, 7), new_sequence=False, seed=1))["t"]
     before = [*prompt, *first.token_ids, 9, 8, 7]
     assert second.logprobs == pytest.approx(plain(engine.model, before, second)[0], abs=1e-3)
-    again = finish(engine, request("t", (9, 8, 7), fresh=True, seed=1))["t"]
+    again = finish(engine, request("t", (9, 8, 7), new_sequence=True, seed=1))["t"]
     assert again.logprobs == pytest.approx(plain(engine.model, (9, 8, 7), again)[0], abs=1e-3)
 
 
@@ -177,7 +177,9 @@ def test_a_released_sequence_gets_no_reply_and_others_go_on(engine: Any) -> None
     engine.release("never heard of")
     assert set(finish(engine, request("here", (5, 6), max_tokens=40))) == {"here"}
     assert not engine.step()
-    assert "unknown or released" in str(finish(engine, request("gone", (5,), fresh=False))["gone"].error)
+    assert "unknown or released" in str(
+        finish(engine, request("gone", (5,), new_sequence=False))["gone"].error
+    )
 
 
 def test_weights_that_are_not_finite_are_an_error_of_the_reply(engine: Any) -> None:

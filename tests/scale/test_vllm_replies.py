@@ -19,7 +19,7 @@ def sequences() -> Sequences:
 
 
 def asked(name: str = "a", prompt: tuple[int, ...] = (1, 1), **more: object) -> GenerationRequest:
-    given = {"fresh": True, "choices": None, "seed": 0, "sampling": SamplingParams(1.0, 3)} | more
+    given = {"new_sequence": True, "choices": None, "seed": 0, "sampling": SamplingParams(1.0, 3)} | more
     return GenerationRequest(name, prompt, **given)  # type: ignore[arg-type]
 
 
@@ -76,7 +76,7 @@ def test_a_sequence_holds_its_prompts_and_replies() -> None:
     held = sequences()
     reply = begun(held, asked(choices=MENU[:1]))
     held.end(reply)
-    assert begun(held, asked(prompt=(7,), fresh=False)).prompt == [1, 1, 2, 3, 9, 7]
+    assert begun(held, asked(prompt=(7,), new_sequence=False)).prompt == [1, 1, 2, 3, 9, 7]
 
 
 def test_every_token_has_the_version_of_the_weights_that_drew_it() -> None:
@@ -91,7 +91,7 @@ def test_every_token_has_the_version_of_the_weights_that_drew_it() -> None:
 @pytest.mark.parametrize(
     ("request_", "wanted"),
     [
-        (asked(fresh=False), "is unknown or released"),
+        (asked(new_sequence=False), "is unknown or released"),
         (asked(prompt=()), "at least one prompt token"),
         (asked(prompt=(20,)), "outside the model's vocabulary of 20"),
         (asked(choices=()), "choices is empty"),
@@ -197,7 +197,20 @@ def test_thoughts_are_asked_for_first_and_the_choice_when_they_are_over() -> Non
         0,
         (0, 0, 0, 0, 0, 1, 1, 1, 1),
     )
-    assert begun(held, asked(prompt=(7,), fresh=False)).prompt == [15, 1, 14, 2, 3, 5, 7, 8, 11, 12, 9, 7]
+    assert begun(held, asked(prompt=(7,), new_sequence=False)).prompt == [
+        15,
+        1,
+        14,
+        2,
+        3,
+        5,
+        7,
+        8,
+        11,
+        12,
+        9,
+        7,
+    ]
 
 
 @pytest.mark.parametrize("thoughts", [(14, 14, 14, 14, 14), (14, 9)], ids=["limit", "stop id"])

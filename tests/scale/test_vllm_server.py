@@ -175,7 +175,7 @@ def test_greedy_replies_of_the_server_are_those_of_the_torch_engine(engine: Any,
 
 def test_a_second_turn_and_the_end_of_the_context(engine: Any) -> None:
     first = finish(engine, request("t", (5, 6, 7), choices=MENU))["t"]
-    second = finish(engine, request("t", (9, 8), fresh=False, seed=1))["t"]
+    second = finish(engine, request("t", (9, 8), new_sequence=False, seed=1))["t"]
     before = [5, 6, 7, *first.token_ids, 9, 8]
     assert second.logprobs == pytest.approx(plain(engine.model, before, second)[0], abs=1e-3)
     assert len(finish(engine, request("f", [7] * (SERVED - 2)))["f"].token_ids) <= 2
@@ -239,7 +239,7 @@ def test_a_model_of_the_same_shape_that_computes_otherwise_is_one_error(server: 
     other = policy()
     for layer in other.model.layers:
         layer.self_attn.scaling *= 2  # as of another architecture
-    with pytest.raises(ConfigError, match=r"with our weights the server at .* gives other logprobs"):
+    with pytest.raises(ConfigError, match=r"with the same weights the server at .* gives other logprobs"):
         _open(server, other)
 
 

@@ -57,7 +57,7 @@ def request(
     sequence: str,
     prompt: Sequence[int],
     *,
-    fresh: bool = True,
+    new_sequence: bool = True,
     choices: tuple[tuple[int, ...], ...] | None = None,
     seed: int = 0,
     temperature: float = 1.0,
@@ -67,7 +67,7 @@ def request(
     return GenerationRequest(
         sequence,
         tuple(prompt),
-        fresh,
+        new_sequence,
         choices,
         seed,
         SamplingParams(temperature, max_tokens),
@@ -169,7 +169,7 @@ def thoughtful(engine: Engine, model: PreTrainedModel, context: int = CONTEXT) -
     assert len(forms) > 1
     # The next turn goes on behind thoughts and choice.
     first = asked[2]
-    second = request(first.sequence, (9, 8), fresh=False, seed=9, choices=MENU, thinking=THINKING)
+    second = request(first.sequence, (9, 8), new_sequence=False, seed=9, choices=MENU, thinking=THINKING)
     before = [*first.prompt_ids, *replies[first.sequence].token_ids, 9, 8]
     found = finish(engine, second)[first.sequence]
     assert found.logprobs == pytest.approx(plain(model, before, found)[0], abs=1e-3)

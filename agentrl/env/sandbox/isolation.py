@@ -85,12 +85,12 @@ class Namespaces:
             _unshare(separate | _CLONE_NEWUSER, "new user namespace")
         if not self._drops_root:
             self._map_user(user, user, group)
-        self._step_inside()
+        self._enter_process_namespace()
         self._processes = os.open("self/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._proc)
         _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
 
     @staticmethod
-    def _step_inside() -> None:
+    def _enter_process_namespace() -> None:
         """Go on as the first process of the new process namespace; with it, everything in there ends."""
         pid = os.fork()
         if pid:
@@ -110,7 +110,7 @@ class Namespaces:
         finally:
             os.close(file)
 
-    def hide_files(self, files: Files) -> None:
+    def restrict_files(self, files: Files) -> None:
         """Make a root folder that holds `files`, read-only, and nothing else."""
         root = "/proc"  # nothing that is to be bound lies under it
         _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=755,size=4m")
@@ -153,16 +153,16 @@ class Namespaces:
         try:
             pid = os.fork()
         except OSError:
-            self._back()
+            self._leave_child_namespace()
             raise
         if pid:
-            self._back()
+            self._leave_child_namespace()
         return pid
 
-    def _back(self) -> None:
+    def _leave_child_namespace(self) -> None:
         _check(_libc.setns(self._processes, _CLONE_NEWPID), "back to the process namespace")
 
-    def enclose(self, file_mb: int) -> None:
+    def isolate_child(self, file_mb: int) -> None:
         """In the child: its own user, mount and IPC namespace, and `file_mb` of space to write to."""
         self._write("oom_score_adj", "1000")  # should memory run out, then at the cost of model code
         if self._drops_root:
@@ -196,7 +196,7 @@ def die_with_parent() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def give_up_rights() -> None:
+def drop_privileges() -> None:
     """No capability now and none to be won by running a program; not to be traced."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _prctl(_PR_SET_DUMPABLE, 0)

@@ -34,10 +34,10 @@ def describe(fault: BaseException, label: str) -> str:
         message = "its message cannot be shown"
     kind = type(fault).__name__
     text = f"{kind}: {message[:_ERROR_CHARS]}" if message else kind
-    return text + where(fault, label)
+    return text + line_suffix(fault, label)
 
 
-def where(fault: BaseException, label: str) -> str:
+def line_suffix(fault: BaseException, label: str) -> str:
     """The line of the code, as it is added to a message."""
     line = fault.lineno if isinstance(fault, SyntaxError) and fault.filename == label else None
     trace = fault.__traceback__

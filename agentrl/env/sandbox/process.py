@@ -31,7 +31,7 @@ _START_SECONDS = 60.0
 _END_SECONDS = 30.0
 _ANSWER_BYTES = 1 << 16
 _ERROR_CHARS = 2_000
-_LOST = "; all variables are lost"
+_VARIABLES_LOST = "; all variables are lost"
 
 # The server sees these three packages as bare folders: importing them for real would make it heavy.
 _BOOT = """
@@ -53,7 +53,7 @@ class SandboxError(AgentRLError):
     """The sandbox itself failed: it cannot start here, or its server died. Never something that code did."""
 
 
-_MOST = {
+_MAX = {
     "seconds": 86_400,
     "cpu_seconds": 86_400,
     "memory_mb": 2**24,
@@ -89,7 +89,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            whole, most = not name.endswith("seconds"), _MOST[name]
+            whole, most = not name.endswith("seconds"), _MAX[name]
             right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
             if not right or not 0 < value <= most:
                 wanted = "a whole number" if whole else "a number"
@@ -190,10 +190,10 @@ class ServerProcess:
             child = ChildProcess(self, self._limits)
         except OSError as fault:
             raise SandboxError(str(fault)) from fault
-        child.greet()
+        child.wait_ready()
         return child
 
-    def hand_over(self, *descriptors: int) -> None:
+    def send_descriptors(self, *descriptors: int) -> None:
         socket.send_fds(self._control, [b"f"], descriptors)
 
     def close(self) -> None:
@@ -244,16 +244,16 @@ def _bubblewrap(settings: Mapping[str, Any], limits: Limits) -> list[str]:
     return [*command, "--remount-ro", "/", "--"]
 
 
-class _GoneError(Exception):
+class _ChildLostError(Exception):
     """The child does not answer any more, or not in the way agreed upon."""
 
 
-class _LateError(Exception):
+class _TimeLimitError(Exception):
     """A limit of time has passed; the message says which."""
 
 
 class ChildProcess:
-    """A process for one session: a channel to it, a leash on it, and the file that it prints to.
+    """A process for one session: a channel to it, a monitor on it, and the file that it prints to.
 
     Raises:
         SandboxError: there is none to be had.
@@ -264,21 +264,21 @@ class ChildProcess:
         self._limits, self._runs, self._pid, self._cpu_before = limits, 0, 0, 0.0
         self._handle = -1  # a descriptor of the process, by which no other can be meant
         self._channel, channel = socket.socketpair()
-        self._leash, leash = socket.socketpair()
+        self._monitor, monitor = socket.socketpair()
         self._output = _unnamed_file()
         self._poll = select.poll()
-        with channel, leash:
+        with channel, monitor:
             if hasattr(socket, "SO_PASSCRED"):
                 self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             try:
-                server.hand_over(channel.fileno(), self._output.fileno(), leash.fileno())
+                server.send_descriptors(channel.fileno(), self._output.fileno(), monitor.fileno())
             except OSError:
-                self._let_go()
+                self._close_descriptors()
                 raise
         self._channel.setblocking(False)
         self._poll.register(self._channel, select.POLLIN)
 
-    def greet(self) -> None:
+    def wait_ready(self) -> None:
         """Wait until the process is shut in; the kernel says along with its greeting which one it is."""
         deadline = time.monotonic() + _START_SECONDS
         try:
@@ -290,10 +290,10 @@ class ChildProcess:
             else:
                 head = self._channel.recv(4)
             if len(head) < 4:
-                raise _GoneError("it said nothing")
+                raise _ChildLostError("it said nothing")
             (size,) = struct.unpack(">I", head)
             error = json.loads(self._receive(size, deadline)).get("error")
-        except (_LateError, _GoneError, OSError) as fault:
+        except (_TimeLimitError, _ChildLostError, OSError) as fault:
             error = self._end().get("error", f"{fault}")
         if error:
             self.close()
@@ -318,11 +318,11 @@ class ChildProcess:
             error = self._ask(code.encode("utf-8", "replace"))
             self._signal("SIGSTOP")
             ended = "error" if error else "ok"
-        except _LateError as late:
+        except _TimeLimitError as late:
             self._end()
-            error, ended = f"{late}{_LOST}", "timeout"
-        except (_GoneError, OSError) as fault:
-            error, ended = f"{_cause(self._end().get('status', 0), str(fault))}{_LOST}", "killed"
+            error, ended = f"{late}{_VARIABLES_LOST}", "timeout"
+        except (_ChildLostError, OSError) as fault:
+            error, ended = f"{_cause(self._end().get('status', 0), str(fault))}{_VARIABLES_LOST}", "killed"
         self._cpu_before = self._cpu()
         size = self._limits.file_mb << 20
         output = os.pread(self._output.fileno(), size, 0)
@@ -330,7 +330,9 @@ class ChildProcess:
             error, ended = f"printed more than {self._limits.file_mb} MB", "error"
         if output:
             os.ftruncate(self._output.fileno(), 0)
-        return Execution(cut(output.decode("utf-8", "replace"), self._limits.output_chars), error, ended)
+        return Execution(
+            truncate_middle(output.decode("utf-8", "replace"), self._limits.output_chars), error, ended
+        )
 
     def _ask(self, code: bytes) -> str | None:
         # What threads used since the last execution counts as well.
@@ -338,15 +340,15 @@ class ChildProcess:
         self._send(struct.pack(">I", len(code)) + code, deadline, cpu)
         (size,) = struct.unpack(">I", self._receive(4, deadline, cpu))
         if size > _ANSWER_BYTES:
-            raise _GoneError("it answered nonsense")
+            raise _ChildLostError("it answered nonsense")
         answer = self._receive(size, deadline, cpu)
         try:
             said = json.loads(answer)
             number, error = said["number"], said["error"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise _GoneError("it answered nonsense") from None
+            raise _ChildLostError("it answered nonsense") from None
         if number != self._runs or not (error is None or isinstance(error, str)):
-            raise _GoneError("it answered nonsense")
+            raise _ChildLostError("it answered nonsense")
         return None if error is None else _one_line(error[:_ERROR_CHARS])
 
     def _send(self, data: bytes, deadline: float, cpu: float) -> None:
@@ -366,7 +368,7 @@ class ChildProcess:
                 self._wait(select.POLLIN, deadline, cpu)
                 continue
             if not part:
-                raise _GoneError("it closed its channel")
+                raise _ChildLostError("it closed its channel")
             data += part
         return data
 
@@ -377,11 +379,11 @@ class ChildProcess:
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise _LateError(f"took longer than {limits.seconds:g} s")
+                raise _TimeLimitError(f"took longer than {limits.seconds:g} s")
             if cpu is not None and self._pid:
                 spare = cpu + limits.cpu_seconds - self._cpu()
                 if spare <= 0:
-                    raise _LateError(f"used more than {limits.cpu_seconds:g} s of processor time")
+                    raise _TimeLimitError(f"used more than {limits.cpu_seconds:g} s of processor time")
                 # Several threads use it up faster than the clock runs.
                 left = min(left, max(spare / (os.cpu_count() or 1), 0.005))
             if self._poll.poll(left * 1000):
@@ -397,13 +399,13 @@ class ChildProcess:
     def _end(self) -> dict[str, Any]:
         """Kill the process and wait until it is gone; what the server says of its end."""
         try:
-            self._leash.settimeout(_END_SECONDS)
+            self._monitor.settimeout(_END_SECONDS)
             with suppress(BrokenPipeError):
-                self._leash.send(b"k")
-            answer = self._leash.recv(4096)
+                self._monitor.send(b"k")
+            answer = self._monitor.recv(4096)
         except OSError:
             answer = b""
-        self._let_go()
+        self._close_descriptors()
         if not answer:
             raise SandboxError("the sandbox's server died, or was closed, with a session open")
         return dict(json.loads(answer))
@@ -413,16 +415,16 @@ class ChildProcess:
             with suppress(OSError):  # it has ended, or may not be stopped by this user
                 signal.pidfd_send_signal(self._handle, getattr(signal, name))
 
-    def _let_go(self) -> None:
+    def _close_descriptors(self) -> None:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
-        self._leash.close()
+        self._monitor.close()
         self._channel.close()
 
     def close(self) -> None:
         """End the process, and with it everything that it started."""
-        if self._leash.fileno() >= 0:
+        if self._monitor.fileno() >= 0:
             with suppress(SandboxError):  # without a server there is no process either
                 self._end()
         self._output.close()
@@ -450,7 +452,7 @@ def _cause(status: int, fault: str) -> str:
     return f"the process crashed ({signal.Signals(number).name})"
 
 
-def cut(text: str, limit: int) -> str:
+def truncate_middle(text: str, limit: int) -> str:
     """Keep so many characters of a text, half from its head and half from its tail."""
     if len(text) <= limit:
         return text

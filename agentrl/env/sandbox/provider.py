@@ -16,10 +16,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from agentrl.env.containment import described
+from agentrl.env.containment import describe_error
 from agentrl.env.names import unknown
 from agentrl.env.sandbox import notebook
-from agentrl.env.sandbox.process import Execution, Limits, SandboxError, cut
+from agentrl.env.sandbox.process import Execution, Limits, SandboxError, truncate_middle
 from agentrl.errors import ConfigError
 
 GROUP = "agentrl.sandboxes"
@@ -118,7 +118,7 @@ def provider(name: str) -> SandboxProvider:
         try:
             register_sandbox(name, offered[0].load())
         except (Exception, SystemExit) as error:  # a module that exits on import must not end the process
-            raise ConfigError(f"sandbox {name!r} ({offered[0].value}): {described(error)}") from error
+            raise ConfigError(f"sandbox {name!r} ({offered[0].value}): {describe_error(error)}") from error
     return _registered[name]()
 
 
@@ -200,7 +200,7 @@ class PipedSession:
             output, error, ended = "", f"the process ended itself ({fault}); all variables are lost", "killed"
         if ended in ("timeout", "killed"):
             self.close()
-        return Execution(cut(output, self._limits.output_chars), error, ended)
+        return Execution(truncate_middle(output, self._limits.output_chars), error, ended)
 
     def _exchange(self, line: bytes, seconds: float) -> dict[str, Any]:
         """Send a line and read one, by a deadline."""

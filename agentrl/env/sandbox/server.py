@@ -1,8 +1,9 @@
 """The warm fork server and its children. Runs as a program of its own, never in the process that learns.
 
-Over the control socket come, once, the settings, and then for every session three descriptors: the channel
-and the output file, which become the child's, and the leash, which stays here. Anything on the leash, or its
-end, kills the child; how the child ended goes back over it. The server ends with the process that started it.
+The control socket first delivers the settings, then three descriptors per session: the channel and the output
+file, which become the child's, and the monitor socket, which stays here. Any data on the monitor socket, or
+its closing, kills the child; the child's exit status is sent back over it. The server ends with the process
+that started it.
 """
 
 import builtins
@@ -30,18 +31,18 @@ from agentrl.env.sandbox.isolation import (
     Files,
     Namespaces,
     die_with_parent,
+    drop_privileges,
     drop_root,
-    give_up_rights,
     limit_resources,
 )
-from agentrl.env.sandbox.notebook import describe, execute, where
+from agentrl.env.sandbox.notebook import describe, execute, line_suffix
 
 _CHANNEL = 3
 _SHARED_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
-_BESIDE_THEM = ("/etc/ld.so.cache", "/lib/locale", "/usr/lib/locale")
-_INSTALLED = ("site-packages", "dist-packages")
-_DEPTH = 3  # folders below one of shared libraries, in which other Pythons are looked for
-_PYTHONS = ("python", "pypy")  # folders of others, by how their names begin
+_LOADER_FILES = ("/etc/ld.so.cache", "/lib/locale", "/usr/lib/locale")
+_PACKAGE_FOLDERS = ("site-packages", "dist-packages")
+_MAX_DEPTH = 3  # folders below one of shared libraries, in which other Pythons are looked for
+_PYTHON_PREFIXES = ("python", "pypy")  # folders of others, by how their names begin
 _OPENS = {"namespaces": "write", "bubblewrap": "read", "seccomp": "none"}
 
 
@@ -61,9 +62,9 @@ def main(control_fd: int, parent_fd: int) -> None:
         for name in settings["imports"]:
             importlib.import_module(name)
         stage = "start"
-        files = _readable(library)
+        files = _readable_files(library)
         if namespaces:
-            namespaces.hide_files(files)
+            namespaces.restrict_files(files)
         server = Server(control, parent_fd, settings, namespaces, program)
     except BaseException as fault:
         control.send(json.dumps({"error": _line(fault), "stage": stage}).encode())
@@ -72,21 +73,21 @@ def main(control_fd: int, parent_fd: int) -> None:
     server.serve()
 
 
-def _readable(library: list[str]) -> Files:
+def _readable_files(library: list[str]) -> Files:
     def within(path: str, folders: list[str]) -> bool:
         return any(path.startswith(folder + os.sep) for folder in folders)
 
     shared = _shared_libraries()
-    possible = {*sys.path, *(f"{folder}/{name}" for folder in library for name in _INSTALLED)}
+    possible = {*sys.path, *(f"{folder}/{name}" for folder in library for name in _PACKAGE_FOLDERS)}
     others = [path for folder in shared for path in _other_pythons(folder, library)]
-    library = [*library, *shared, *filter(os.path.exists, _BESIDE_THEM)]
+    library = [*library, *shared, *filter(os.path.exists, _LOADER_FILES)]
     masked = sorted(
         path
         for path in {*possible, *others}
         if os.path.isdir(path)
         and within(path, library)
         and not within(path, others)
-        and (path in others or path.endswith(_INSTALLED))
+        and (path in others or path.endswith(_PACKAGE_FOLDERS))
     )
     packages = []
     for name, module in list(sys.modules.items()):
@@ -113,7 +114,7 @@ def _shared_libraries() -> list[str]:
     for path in sorted(loaded):
         folder = os.path.dirname(path)
         shared = path.startswith(tuple(f"{known}/" for known in _SHARED_LIBRARIES))
-        if shared and not any(part in path.split("/") for part in _INSTALLED):
+        if shared and not any(part in path.split("/") for part in _PACKAGE_FOLDERS):
             covered = any(f"{path}/".startswith(f"{known}/") for known in found)
             found += [] if covered or folder in _SHARED_LIBRARIES else [folder]
     return found
@@ -126,13 +127,13 @@ def _other_pythons(folder: str, library: list[str]) -> list[str]:
     for here, names, _ in os.walk(folder):
         for name in list(names):
             path = os.path.join(here, name)
-            other = name.startswith(_PYTHONS) and not any(
+            other = name.startswith(_PYTHON_PREFIXES) and not any(
                 f"{own}/".startswith(f"{os.path.realpath(path)}/") for own in ours
             )
-            if other or name in _INSTALLED:
+            if other or name in _PACKAGE_FOLDERS:
                 found.append(path)
                 names.remove(name)
-        if here.count("/") - folder.count("/") >= _DEPTH:
+        if here.count("/") - folder.count("/") >= _MAX_DEPTH:
             names.clear()
     return found
 
@@ -154,7 +155,7 @@ class Server:
         self._limits: dict[str, int] = settings["limits"]
         self._file_mb: int = settings["file_mb"]
         self._memory_mb: int = settings["memory_mb"]
-        self._leashes: dict[int, socket.socket] = {}
+        self._monitors: dict[int, socket.socket] = {}
         self._life, self._alive = os.pipe()
         self._ready = selectors.DefaultSelector()
         if "numpy" in sys.modules:
@@ -186,9 +187,9 @@ class Server:
                 else:
                     serving = False
             self._reap()
-        for pid in self._leashes:
+        for pid in self._monitors:
             self._kill(pid)
-        for pid in self._leashes:
+        for pid in self._monitors:
             os.waitpid(pid, 0)
 
     def _open_session(self) -> bool:
@@ -200,16 +201,16 @@ class Server:
         if not message:
             return False
         if len(handed) == 3:
-            channel, output, leash = handed[0], handed[1], socket.socket(fileno=handed[2])
+            channel, output, monitor = handed[0], handed[1], socket.socket(fileno=handed[2])
             try:
                 pid = self._namespaces.fork() if self._namespaces else os.fork()
             except OSError as fault:
-                _tell(leash, {"error": _line(fault)})
+                _report(monitor, {"error": _line(fault)})
             else:
                 if pid == 0:
                     self._become_child(channel, output)
-                self._leashes[pid] = leash
-                self._ready.register(leash, selectors.EVENT_READ, pid)
+                self._monitors[pid] = monitor
+                self._ready.register(monitor, selectors.EVENT_READ, pid)
         for end in handed[:2]:
             os.close(end)
         return True
@@ -221,17 +222,17 @@ class Server:
                 stop(pid, signal.SIGKILL)
 
     def _reap(self) -> None:
-        for _ in range(len(self._leashes)):
+        for _ in range(len(self._monitors)):
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
             with suppress(OSError):
                 os.killpg(pid, signal.SIGKILL)
-            leash = self._leashes.pop(pid, None)
-            if leash:
+            monitor = self._monitors.pop(pid, None)
+            if monitor:
                 with suppress(KeyError):
-                    self._ready.unregister(leash)
-                _tell(leash, {"status": status})
+                    self._ready.unregister(monitor)
+                _report(monitor, {"status": status})
 
     def _become_child(self, channel: int, output: int) -> NoReturn:
         """Shut this process in, say so on the channel, and run what comes through it."""
@@ -240,7 +241,7 @@ class Server:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             # What is said now, before any model code ran, is the only thing that is believed of a child.
             try:
-                self._separate()
+                self._detach()
                 channel = _keep_only(channel, output)
                 self._restrict()
             except BaseException as fault:
@@ -251,11 +252,11 @@ class Server:
         finally:
             os._exit(0)
 
-    def _separate(self) -> None:
+    def _detach(self) -> None:
         os.setsid()
         os.close(self._alive)
         if self._namespaces:
-            self._namespaces.enclose(self._file_mb)
+            self._namespaces.isolate_child(self._file_mb)
         elif self._level == "seccomp":
             drop_root()
         if sys.platform == "linux":
@@ -266,7 +267,7 @@ class Server:
     def _restrict(self) -> None:
         limit_resources(self._limits)
         if self._level != "none":
-            give_up_rights()
+            drop_privileges()
         if self._filter:
             install_filter(self._filter)
 
@@ -280,9 +281,9 @@ def _keep_only(channel: int, output: int) -> int:
     return _CHANNEL
 
 
-def _tell(leash: socket.socket, message: dict[str, Any]) -> None:
-    with leash, suppress(OSError):
-        leash.send(json.dumps(message).encode(), socket.MSG_DONTWAIT)
+def _report(monitor: socket.socket, message: dict[str, Any]) -> None:
+    with monitor, suppress(OSError):
+        monitor.send(json.dumps(message).encode(), socket.MSG_DONTWAIT)
 
 
 def _line(fault: BaseException) -> str:
@@ -326,10 +327,10 @@ def _work(memory_mb: int, file_mb: int) -> None:
             execute(code, module.__dict__, label)
             stream.flush()
         except MemoryError as fault:
-            error = f"needed more than {memory_mb} MB{where(fault, label)}"
+            error = f"needed more than {memory_mb} MB{line_suffix(fault, label)}"
         except BaseException as fault:
             if isinstance(fault, OSError) and fault.errno in (errno.EFBIG, errno.ENOSPC):
-                error = f"printed or wrote more than {file_mb} MB{where(fault, label)}"
+                error = f"printed or wrote more than {file_mb} MB{line_suffix(fault, label)}"
             elif not isinstance(fault, SystemExit) or fault.code not in (None, 0):
                 error = describe(fault, label)
         os.write(_CHANNEL, _frame({"number": number, "error": error}))
