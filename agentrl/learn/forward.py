@@ -45,6 +45,7 @@ class Forward:
         width = batch.tokens.shape[1]
         kept = torch.arange(width, device=lengths.device) < lengths[:, None]
         hidden = self.hidden_states(policy, batch.tokens[kept], lengths[lengths > 0])
+        # Rows are concatenated without padding, so row r begins at starts[r].
         starts = lengths.cumsum(0) - lengths
         states = hidden.index_select(0, starts[rows] + positions - 1)
         found = [
@@ -102,7 +103,7 @@ def _statistics(
         others = free.nonzero().squeeze(1)
         parts.append(token_statistics(hidden[others], weight, targets[others], temperature=temperature))
         order = torch.cat([constrained, others])
-    back = order.argsort()
+    back = order.argsort()  # to the order of the given tokens
     logprobs, entropies = (torch.cat(values)[back] for values in zip(*parts, strict=True))
     return logprobs, entropies
 

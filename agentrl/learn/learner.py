@@ -76,7 +76,7 @@ class Learner:
             self.forward = replace(self.forward, hidden_states=in_bfloat16(self.forward.hidden_states))
         self.ranks = ranks
         self.value_head = self._new_value_head() if critic else None
-        if config.lora is not None:
+        if config.lora is not None:  # before sharding, so that the adapters are sharded too
             add_adapters(policy, config.lora)
         learned = ScoringModule(policy, self.value_head)
         frozen = None if reference is None else ScoringModule(reference)
@@ -93,6 +93,7 @@ class Learner:
     def _new_value_head(self) -> nn.Linear:
         weight = self.forward.output_weight(self.policy)
         head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
+        # Random values would add noise to the first advantages.
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         return head
@@ -146,6 +147,7 @@ class Learner:
         batch = with_targets(algorithm, zero_unsampled(batch.to(self._device)), context)
         rollout = MiniBatch(batch, compute_advantages(algorithm, batch, context))
 
+        # Read before this batch is added, so that nothing is learned twice in one step.
         replay = None if algorithm.replay is None else algorithm.replay.recall(context)
         mixed, separate = (replay, None) if replay is not None and replay.mixed else (None, replay)
         steps, outputs = self._learn_rollout(rollout, mixed, algorithm, context, scored=scored)
@@ -199,7 +201,7 @@ class Learner:
                 parts = [LossPart(mini, algorithm), *replayed[index : index + 1]]
                 numbers, found = optimizer_step(parts, context, self._state, self._scorer)
                 write_rows(outputs, rows, found)
-                if numbers:
+                if numbers:  # a mini-batch without a signal takes no step
                     steps.append(numbers | {"learning_rate": rate})
         return steps, outputs
 
@@ -226,6 +228,7 @@ class Learner:
     def _set_learning_rate(self, context: Context, done: int) -> float:
         per_step = self.config.updates_per_step
         index = context.step * per_step + done
+        # The schedule counts the planned steps: a step without a signal does not stretch it.
         factor = rate_factor(self.config, index, context.total_steps * per_step)
         set_rates(self._state.optimizers, factor)
         return self.config.learning_rate * factor
@@ -247,6 +250,7 @@ class Learner:
         if model is self.policy:
             return
         targets = dict(model.named_parameters())
+        # One at a time, so that no more than one full weight is held beside the shards.
         with torch.no_grad():
             for name, values in merged_weights(self.policy):
                 targets[name].copy_(values)

@@ -72,6 +72,7 @@ class Objective:
     def _ratio_metrics(self, outputs: Outputs, part: MiniBatch) -> dict[str, Tensor]:
         mask, held = part.counted, held_back(part, outputs)
         gap = given(part.batch.old_logprobs, "old_logprobs") - outputs.logprobs.detach()
+        # Of the whole mini-batch, so that contributions add up.
         tokens = self.mask.sum().clamp(min=1)
         return {
             "clip_share": (held & mask).sum() / tokens,
@@ -93,6 +94,7 @@ def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> 
             mini = replace(mini, current=replace(mini.current, ratio=ratio))
         mini = replace(mini, bounds=None if algorithm.clip is None else algorithm.clip(mini, context))
         factors = _token_weights(algorithm.aggregation(mini.counted, mini.batch.turns, mini.batch.trajectory))
+        # After the aggregation: hooks change a token's weight, not the count that losses are divided by.
         for hook in algorithm.weights:
             factors = factors * _check_shape("weights", hook(mini, context), factors)
         terms = tuple((term, _term_factors(term, algorithm, mini)) for term in algorithm.terms)

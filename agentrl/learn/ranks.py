@@ -121,7 +121,7 @@ def process_group(device: torch.device) -> Iterator[Ranks]:
     if dist.is_initialized() or "RANK" not in os.environ:
         yield Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
         return
-    # Before the group is made: NCCL binds a rank to the accelerator that is current then.
+    # NCCL refuses two ranks on one accelerator.
     if device.type == "cuda":
         _select_accelerator(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group(_backend(device), timeout=_TIMEOUT)

@@ -53,7 +53,7 @@ class Scorer:
         with torch.no_grad():
             for rows, weight in self.micro_batches(needed_lengths(batch)):
                 found = self.score_rows(module, batch.select(rows))
-                if weight:
+                if weight:  # a filler's rows belong to another rank
                     write_rows(outputs, rows, found)
         reshard(module)
         return self.sum_over_ranks(outputs)
@@ -91,7 +91,7 @@ def _last_row_lengths(batch: Batch) -> Tensor:
         truncated = batch.episodes[owner].stop in _TRUNCATING
         if truncated and (owner not in ends or latest[row] > latest[ends[owner]]):
             ends[owner] = row
-    lengths = torch.zeros_like(batch.lengths)
+    lengths = torch.zeros_like(batch.lengths)  # rows of length 0 are in no micro-batch
     lengths[list(ends.values())] = batch.lengths[list(ends.values())]
     return lengths
 

@@ -82,7 +82,7 @@ def layers(policy: nn.Module) -> Iterator[nn.Module]:
 def recompute_activations(policy: nn.Module) -> None:
     """Keep only the input of each layer, and recompute the layer in the backward pass."""
     for layer in layers(policy):
-        # A forward pass draws no random numbers, so there is no generator state to restore.
+        # No dropout is active, so there is no generator state to restore.
         cast(Any, layer).forward = partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
         )
@@ -131,7 +131,7 @@ def _tensors(modules: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) 
         name: {key: parameter.detach() for key, parameter in module.named_parameters()}
         for name, module in modules.items()
     }
-    if optimizers:  # PyTorch fills in zeros for an optimiser that has not stepped yet
+    if optimizers:  # this also creates the state of one that has not stepped yet, to load into
         state["optimizers"] = get_optimizer_state_dict(_first(modules), list(optimizers))
     return state
 

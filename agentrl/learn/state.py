@@ -47,6 +47,7 @@ class LearnerState:
     def non_finite(self) -> list[str]:
         """Return the names of weights and states that hold nan or inf; every rank must call it."""
         found = self.ranks.gather(non_finite(self.local_tensors()))
+        # Ranks that hold parts of the same tensor name it more than once.
         return list(dict.fromkeys(name for names in found for name in names))
 
     def local_tensors(self, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -106,6 +107,7 @@ class LearnerState:
             if self.config.backend == "single":
                 for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
                     optimizer.load_state_dict(stored)
+                # Under fsdp the tensors are in the shards, see `read_shards`.
                 for name, part in parts.items():
                     if part is not None:
                         part.load_state_dict(state[name])
@@ -116,6 +118,7 @@ class LearnerState:
 
     def write_shards(self, folder: Path) -> None:
         """Write this rank's part of all modules and optimiser states; every rank must call it."""
+        # To ask PyTorch for the state of an optimiser that has not stepped would create it.
         stepped = [optimizer for optimizer in self.optimizers if optimizer.state]
         write_shards(folder, self._sharded_modules(), stepped)
 

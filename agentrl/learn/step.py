@@ -57,6 +57,7 @@ def _accumulate_gradient(
 ) -> tuple[dict[str, float], Outputs]:
     """Add the gradient of a part's loss; return its numbers, summed over ranks, and its outputs."""
     mini = part.mini
+    # Hooks see the current outputs of the whole mini-batch, so they come before the first micro-batch.
     if "current" in part.algorithm.requires and mini.current is None:
         mini = replace(mini, current=scorer.score(state.learned, mini.batch))
     objective = build_objective(mini, part.algorithm, context)
@@ -69,7 +70,7 @@ def _accumulate_gradient(
     for rows, weight in scorer.micro_batches(needed_lengths(mini.batch)):
         found = scorer.score_rows(state.learned, mini.batch.select(rows))
         loss, numbers = objective.contribution(rows, found)
-        # A filler has weight 0 but must go backward too: FSDP2 reduces gradients on every rank at once.
+        # A filler has weight 0 but needs a backward pass too: FSDP2 reduces gradients on all ranks at once.
         (loss * (weight * part.coefficient)).backward()  # type: ignore[no-untyped-call]
         if weight:
             write_rows(outputs, rows, found)
@@ -90,6 +91,7 @@ def _apply_gradient(loss: float, state: LearnerState) -> dict[str, float]:
     norm = float(full_tensor(nn.utils.clip_grad_norm_(state.parameters, limit)))
     finite = math.isfinite(loss) and math.isfinite(norm)
     numbers = {"grad_norm": norm, **_step_optimizers(state)} if finite else {}
+    # Also after a skipped step, or its NaN would reach the next one.
     for parameter in state.parameters:
         parameter.grad = None
     state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
