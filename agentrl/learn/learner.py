@@ -147,7 +147,7 @@ class Learner:
         batch = with_targets(algorithm, zero_unsampled(batch.to(self._device)), context)
         rollout = MiniBatch(batch, compute_advantages(algorithm, batch, context))
 
-        # Read before this batch is added, so that nothing is learned twice in one step.
+        # Read before this batch is added, so that it holds earlier steps only.
         replay = None if algorithm.replay is None else algorithm.replay.recall(context)
         mixed, separate = (replay, None) if replay is not None and replay.mixed else (None, replay)
         steps, outputs = self._learn_rollout(rollout, mixed, algorithm, context, scored=scored)
