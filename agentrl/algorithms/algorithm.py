@@ -165,7 +165,7 @@ class Term:
         return self.coefficient(context) if callable(self.coefficient) else self.coefficient
 
 
-class Growth(Protocol):
+class BranchPolicy(Protocol):
     """Which episodes one task gets, decided while they are played.
 
     A start is None for an episode from the first observation, or the point of another episode at which the
@@ -192,7 +192,7 @@ class Growth(Protocol):
         ...
 
 
-Grow = Callable[[int, int, Context], Growth]
+BranchPolicyFactory = Callable[[int, int, Context], BranchPolicy]
 
 
 @dataclass(frozen=True)
@@ -204,14 +204,14 @@ class RolloutPlan:
         rounds: times that a step's tasks are drawn and played at most, until `select` has kept as many
             groups as the configuration wants; the last round's groups all fill up what is missing.
         episodes: of each task; None takes the configuration's group size.
-        grow: (episodes of the task, seed, context) -> which they are; None starts all from the first
+        branch_policy: (episodes of the task, seed, context) -> which they are; None starts all from the first
             observation.
     """
 
     temperature: Coefficient | None = None
     rounds: int = 1
     episodes: int | None = None
-    grow: Grow | None = None
+    branch_policy: BranchPolicyFactory | None = None
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def requires(*names: str) -> Callable[[F], F]:
     The learner provides `old_logprobs` and `entropy` ([B, T] of the scoring pass, without gradient),
     `entropy:grad` (`Outputs.entropies` with gradient) and `current`; with a reference policy `reference`;
     with a value head `values` ([B, T] of the scoring pass), `last_values` and `values:grad`. An engine
-    provides `rollout:entropy` where it records entropies, for a `Growth` that goes by them.
+    provides `rollout:entropy` where it records entropies, for a `BranchPolicy` that goes by them.
     """
     return _marked(_REQUIRES, names)
 
@@ -455,7 +455,7 @@ class Algorithm:
             if isinstance(component, Term):
                 yield f"{slot}/{component.name}", requirements(component.loss)
             elif isinstance(component, RolloutPlan):
-                yield slot, requirements(component.grow)
+                yield slot, requirements(component.branch_policy)
             else:
                 yield slot, requirements(component)
 

@@ -8,7 +8,7 @@ from agentrl.data.trajectory import BranchPoint, Episode, Group
 from agentrl.rollout.play import EpisodeSpec, Fork, Path
 
 if TYPE_CHECKING:
-    from agentrl.algorithms.algorithm import Growth
+    from agentrl.algorithms.algorithm import BranchPolicy
     from agentrl.rollout.collector import Collection
 
 Wish = BranchPoint | None
@@ -24,7 +24,7 @@ class Start:
 
 
 class Director:
-    """Starts the episodes of several tasks as their growths wish, exactly `episodes` of each.
+    """Starts the episodes of several tasks as their policies wish, exactly `episodes` of each.
 
     They are named after the task's template and numbered as they are started: "train-3-0-0", "train-3-0-1".
     All share the template's seed. What is wished beyond `episodes` is left out; when all episodes of a task
@@ -33,19 +33,19 @@ class Director:
 
     Args:
         templates: one per task; ids must differ.
-        growths: of the tasks, in the same order.
+        policies: of the tasks, in the same order.
         episodes: of each task, aborted ones included.
     """
 
-    def __init__(self, templates: Sequence[EpisodeSpec], growths: "Sequence[Growth]", episodes: int) -> None:
-        if len(templates) != len(growths):
-            raise ValueError(f"{len(growths)} growths for {len(templates)} tasks, wanted one for each")
+    def __init__(self, templates: Sequence[EpisodeSpec], policies: "Sequence[BranchPolicy]", episodes: int) -> None:
+        if len(templates) != len(policies):
+            raise ValueError(f"{len(policies)} policies for {len(templates)} tasks, wanted one for each")
         if len({template.id for template in templates}) != len(templates):
             raise ValueError("two of the task templates have the same id")
         if episodes < 1:
             raise ValueError(f"episodes is {episodes}, wanted at least 1 of each task")
-        pairs = zip(templates, growths, strict=True)
-        self._trees = [_Tree(template, growth, episodes) for template, growth in pairs]
+        pairs = zip(templates, policies, strict=True)
+        self._trees = [_Tree(template, policy, episodes) for template, policy in pairs]
         self._where: dict[str, _Tree] = {}
 
     @property
@@ -91,24 +91,24 @@ class _Tree:
     """One task's episodes."""
 
     template: EpisodeSpec
-    growth: "Growth"
+    policy: "BranchPolicy"
     budget: int
     paths: dict[str, Path] = field(default_factory=dict)
     finished: dict[str, Episode] = field(default_factory=dict)
     parents: set[str] = field(default_factory=set)
 
     def begin(self) -> list[Start]:
-        return self._grown(self.growth.begin())
+        return self._start_requested(self.policy.begin())
 
     def reached(self, episode: str) -> list[Start]:
         path = self.paths[episode]
-        return self._grown(self.growth.reached(episode, path.parent, tuple(path.turns)))
+        return self._start_requested(self.policy.reached(episode, path.parent, tuple(path.turns)))
 
     def ended(self, episode: Episode) -> list[Start]:
         self.finished[episode.id] = episode
-        return self._grown(self.growth.ended(episode))
+        return self._start_requested(self.policy.ended(episode))
 
-    def _grown(self, wishes: Sequence[Wish]) -> list[Start]:
+    def _start_requested(self, wishes: Sequence[Wish]) -> list[Start]:
         left = self.budget - len(self.paths)
         if not wishes and len(self.finished) == len(self.paths):
             wishes = [None] * left

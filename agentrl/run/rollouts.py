@@ -138,7 +138,7 @@ class Rollouts:
         groups = self._ranks.collect(dealt)
         for failures, branches in self._ranks.gather((collection.failures, collection.branches)):
             played.failures += failures
-            played.branches.update(branches if self._algorithm.rollout.grow is not None else {})
+            played.branches.update(branches if self._algorithm.rollout.branch_policy is not None else {})
         for shunned in self._ranks.gather(self.quarantine.tasks):
             self.quarantine.tasks.update(shunned)
         played.groups += groups
@@ -149,14 +149,14 @@ class Rollouts:
     def _groups(
         self, templates: Sequence[EpisodeSpec], player: Player, context: Context
     ) -> tuple[list[Group], Collection]:
-        grow, size = self._algorithm.rollout.grow, self.group_size
-        if grow is None:
+        branch_policy, size = self._algorithm.rollout.branch_policy, self.group_size
+        if branch_policy is None:
             specs = [replace(item, id=f"{item.id}-{member}") for item in templates for member in range(size)]
             collection = self._collect(specs, player)
             members = [collection.episodes[start : start + size] for start in range(0, len(specs), size)]
             return [Group(item.task, each) for item, each in zip(templates, members, strict=True)], collection
-        growths = [grow(size, item.seed, context) for item in templates]
-        director = Director(templates, growths, size)
+        policies = [branch_policy(size, item.seed, context) for item in templates]
+        director = Director(templates, policies, size)
         collection = self._collect((), player, director)
         return director.groups(collection), collection
 

@@ -47,7 +47,7 @@ def at(parent: str, turn: int, token: int = 0) -> BranchPoint:
     return BranchPoint(parent, turn, token)
 
 
-def grown(
+def play_branches(
     wishes: dict[Any, list[Wish]],
     k: int,
     make: Any = Kept,
@@ -71,7 +71,7 @@ def actions(episode: Episode) -> list[str]:
 
 
 def test_an_episode_leaves_another_with_its_first_turns_and_goes_on_by_itself() -> None:
-    played = by_id(grown({("a-0", 2): [at("a-0", 2)]}, k=2).episodes)
+    played = by_id(play_branches({("a-0", 2): [at("a-0", 2)]}, k=2).episodes)
     parent, child = played["a-0"], played["a-1"]
     assert child.parent == at("a-0", 2)
     assert parent.parent is None
@@ -84,7 +84,7 @@ def test_an_episode_leaves_another_with_its_first_turns_and_goes_on_by_itself() 
 
 def test_an_episode_that_has_ended_can_be_left() -> None:
     wishes: dict[Any, list[Wish]] = {"a-0": [at("a-0", 1), at("a-0", 3), at("a-0", 0)]}
-    played = by_id(grown(wishes, k=4).episodes)
+    played = by_id(play_branches(wishes, k=4).episodes)
     assert [actions(played[f"a-{k}"])[:n] for k, n in ((1, 1), (2, 3))] == [
         actions(played["a-0"])[:1],
         actions(played["a-0"])[:3],
@@ -96,7 +96,7 @@ def test_an_episode_that_has_ended_can_be_left() -> None:
 
 def test_a_child_can_be_left_in_its_turn_where_it_was_not_yet_itself() -> None:
     wishes: dict[Any, list[Wish]] = {("a-0", 2): [at("a-0", 2)], "a-1": [at("a-1", 1), at("a-1", 3)]}
-    played = by_id(grown(wishes, k=4).episodes)
+    played = by_id(play_branches(wishes, k=4).episodes)
     assert actions(played["a-2"])[:1] == actions(played["a-0"])[:1]
     assert actions(played["a-3"])[:3] == actions(played["a-1"])[:3]
     assert [played[name].parent for name in ("a-2", "a-3")] == [at("a-1", 1), at("a-1", 3)]
@@ -117,7 +117,7 @@ def test_a_growth_hears_of_every_turn_that_was_played_and_of_every_end() -> None
 
 def test_what_is_wished_is_started_before_the_parents_next_reply_is_asked_for() -> None:
     player = CountingPlayer()
-    grown({("a-0", 1): [at("a-0", 1)] * 3}, k=4, player=player, task="3")
+    play_branches({("a-0", 1): [at("a-0", 1)] * 3}, k=4, player=player, task="3")
     # One reply, then all four have come as far.
     assert player.rounds == [1, 4, 4]
 
@@ -135,14 +135,14 @@ def test_what_is_wished_is_started_before_the_parents_next_reply_is_asked_for() 
     ],
 )
 def test_exactly_as_many_are_played_as_there_shall_be(k: int, wishes: dict[Any, list[Wish]]) -> None:
-    played = grown(wishes, k)
+    played = play_branches(wishes, k)
     assert [episode.id for episode in played.episodes] == [f"a-{n}" for n in range(k)]
     assert all(episode.outcome == Outcome.SUCCESS for episode in played.episodes)
     assert all(episode.seed == 7 for episode in played.episodes)
 
 
 def test_what_is_left_when_all_have_ended_begins_at_the_first_observation() -> None:
-    played = by_id(grown({("a-0", 1): [at("a-0", 1)]}, k=5).episodes)
+    played = by_id(play_branches({("a-0", 1): [at("a-0", 1)]}, k=5).episodes)
     assert [played[f"a-{k}"].parent for k in range(5)] == [None, at("a-0", 1), None, None, None]
 
 
@@ -167,16 +167,16 @@ def test_nothing_is_filled_up_while_one_is_still_playing() -> None:
 def test_a_place_that_nobody_has_reached_is_the_first_observation(
     wish: BranchPoint, recorded: BranchPoint | None
 ) -> None:
-    found = grown({("a-0", 1): [wish]}, k=2)
+    found = play_branches({("a-0", 1): [wish]}, k=2)
     assert found.episodes[1].parent == recorded
     assert len(found.episodes[1].turns) == 4
     assert found.branches == {"restored": 0, "replayed": 0, "diverged": 0}
 
 
 def test_the_place_after_the_last_reply_cannot_be_left() -> None:
-    played = grown({"a-0": [at("a-0", 4), at("a-0", 3)]}, k=3).episodes
+    played = play_branches({"a-0": [at("a-0", 4), at("a-0", 3)]}, k=3).episodes
     assert [episode.parent for episode in played] == [None, at("a-0", 0), at("a-0", 3)]
-    limited = grown({"a-0": [at("a-0", 2)]}, k=2, max_turns=2).episodes
+    limited = play_branches({"a-0": [at("a-0", 2)]}, k=2, max_turns=2).episodes
     assert [episode.parent for episode in limited] == [None, at("a-0", 0)]
 
 
@@ -226,19 +226,19 @@ def test_other_episodes_are_played_beside_those_of_a_director() -> None:
 
 
 @pytest.mark.parametrize(
-    ("templates", "growths", "episodes", "words"),
+    ("templates", "policies", "episodes", "words"),
     [
-        ("ab", 1, 3, "1 growths for 2 tasks"),
+        ("ab", 1, 3, "1 policies for 2 tasks"),
         ("aa", 2, 3, "same id"),
         ("a", 1, 0, "episodes is 0"),
     ],
 )
 def test_a_director_that_makes_no_sense_is_refused(
-    templates: str, growths: int, episodes: int, words: str
+    templates: str, policies: int, episodes: int, words: str
 ) -> None:
     made = [EpisodeSpec(name, "e", "1", 0) for name in templates]
     with pytest.raises(ValueError, match=words):
-        Director(made, [Script() for _ in range(growths)], episodes)
+        Director(made, [Script() for _ in range(policies)], episodes)
 
 
 # How they get there.
@@ -251,7 +251,7 @@ TREE: dict[Any, list[Wish]] = {
 
 
 def test_a_snapshot_and_a_replay_lead_to_the_same_episodes() -> None:
-    restored, replayed = grown(TREE, k=5, make=Kept), grown(TREE, k=5, make=Shelves)
+    restored, replayed = play_branches(TREE, k=5, make=Kept), play_branches(TREE, k=5, make=Shelves)
     assert restored.episodes == replayed.episodes
     assert restored.branches == {"restored": 4, "replayed": 0, "diverged": 0}
     assert replayed.branches == {"restored": 0, "replayed": 4, "diverged": 0}
@@ -259,14 +259,14 @@ def test_a_snapshot_and_a_replay_lead_to_the_same_episodes() -> None:
 
 def test_snapshots_are_taken_until_all_have_been_started_and_never_of_an_end() -> None:
     Kept.calls.clear()
-    grown({("a-0", 2): [at("a-0", 1), at("a-0", 2)]}, k=3, task="5")
+    play_branches({("a-0", 2): [at("a-0", 1), at("a-0", 2)]}, k=3, task="5")
     # The parent's reset and two steps; then nobody can branch any more. 5 + 4 + 3 turns are played.
     assert Kept.calls == {"reset": 1, "snapshot": 3, "restore": 2, "step": 12}
     Kept.calls.clear()
-    grown({"begin": [None, None]}, k=2, task="5")
+    play_branches({"begin": [None, None]}, k=2, task="5")
     assert Kept.calls == {"reset": 2, "step": 10}
     Kept.calls.clear()
-    grown({}, k=2, task="5")
+    play_branches({}, k=2, task="5")
     assert Kept.calls["snapshot"] == 5
 
 
@@ -313,9 +313,9 @@ def test_a_snapshot_that_cannot_be_taken_or_restored_is_replaced_by_a_replay() -
     class Undeclared(Kept):
         snapshot = restore = None  # type: ignore[assignment]
 
-    expected = grown(TREE, k=5, make=Kept).episodes
+    expected = play_branches(TREE, k=5, make=Kept).episodes
     for kind in (Untakeable, Unusable, Undeclared):
-        found = grown(TREE, k=5, make=kind)
+        found = play_branches(TREE, k=5, make=kind)
         assert found.episodes == expected
         assert found.branches["replayed"] == 4
         assert found.failures == ()
@@ -356,7 +356,7 @@ def test_the_player_takes_over_from_a_parent_that_it_still_knows() -> None:
         "a-0": [at("a-0", 2), at("a-0", 3)],
         "a-2": [at("a-2", 3)],
     }
-    grown(wishes, k=5, player=player, max_active=1)
+    play_branches(wishes, k=5, player=player, max_active=1)
     # Newer ones first. a-0 has ended when the others leave it; it is forgotten when the last of them has.
     assert player.forked == [("a-2", "a-0", 2), ("a-4", "a-2", 3), ("a-3", "a-0", 3), ("a-1", "a-0", 1)]
     assert player.closed == ["a-2", "a-4", "a-3", "a-0", "a-1"]
@@ -385,8 +385,8 @@ def test_where_branches_are_played_does_not_change_them(
     place: Callable[[Any], Environments], make: Any, portable: bool
 ) -> None:
     # One at a time: who is started when, and so called what, follows from the order of the answers.
-    expected = grown(TREE, k=5, make=Shelves, player=RandomPlayer(), max_active=1)
-    found = grown(TREE, k=5, make=place(make), player=RandomPlayer(), max_active=1)
+    expected = play_branches(TREE, k=5, make=Shelves, player=RandomPlayer(), max_active=1)
+    found = play_branches(TREE, k=5, make=place(make), player=RandomPlayer(), max_active=1)
     assert found.episodes == expected.episodes
     here = place is not PLACES[2]
     restored = make is not worker_worlds.Corridor and (portable or here)
@@ -397,7 +397,7 @@ def test_where_branches_are_played_does_not_change_them(
 def test_a_worker_that_is_lost_in_a_restore_is_replaced_and_the_actions_played_again(trouble: str) -> None:
     quick = WorkersConfig(count=1, construct_timeout=20, reset_timeout=0.7, step_timeout=0.7)
     environments = ProcessEnvironments(worker_worlds.Kept, 1, quick)
-    found = grown(
+    found = play_branches(
         {("a-0", 1): [at("a-0", 1)]}, k=2, make=environments, task=f"3 {trouble}", player=RandomPlayer()
     )
     assert found.branches == {"restored": 0, "replayed": 1, "diverged": 0}
@@ -410,7 +410,7 @@ def test_a_worker_that_is_lost_in_a_restore_is_replaced_and_the_actions_played_a
 
 def test_a_snapshot_is_restored_in_another_process_than_it_was_made_in(tmp_path: Path) -> None:
     with ProcessEnvironments(_Noting(tmp_path), 2, WorkersConfig(count=2)) as environments:
-        found = grown({("a-0", 1): [at("a-0", 1)]}, k=2, make=environments, player=RandomPlayer())
+        found = play_branches({("a-0", 1): [at("a-0", 1)]}, k=2, make=environments, player=RandomPlayer())
     assert found.branches["restored"] == 1
     notes = [note.name.split("-") for note in tmp_path.iterdir()]
     played, restored = ([note for note in notes if (note[0] == "restored") is kind] for kind in (False, True))
@@ -449,7 +449,7 @@ def failing(steps: Callable[[int], bool], base: type[Shelves] = Kept) -> type[Sh
 def test_aborted_episodes_count_and_the_tree_never_lies(
     every: int, attempts: int, base: type[Shelves]
 ) -> None:
-    found = grown(TREE, k=6, make=failing(lambda n: n % every == 0, base), max_attempts=attempts)
+    found = play_branches(TREE, k=6, make=failing(lambda n: n % every == 0, base), max_attempts=attempts)
     assert [episode.id for episode in found.episodes] == [f"a-{n}" for n in range(6)]
     assert any(episode.stop.aborted for episode in found.episodes) or found.failures
     played = by_id(found.episodes)
@@ -462,7 +462,7 @@ def test_aborted_episodes_count_and_the_tree_never_lies(
 def test_an_episode_is_played_again_in_its_place_until_others_have_left_it() -> None:
     # Step 2 fails, and nobody has left a-0. Its second attempt is left after two turns, and fails in step 5.
     spoilt = failing(lambda n: n in (2, 5))
-    found = grown({("a-0", 2): [at("a-0", 2)]}, k=2, make=spoilt, max_attempts=5, max_active=1)
+    found = play_branches({("a-0", 2): [at("a-0", 2)]}, k=2, make=spoilt, max_attempts=5, max_active=1)
     assert [failure.id for failure in found.failures] == ["a-0"]
     parent, child = found.episodes
     assert (parent.stop, len(parent.turns)) == (StopReason.ENV_ERROR, 3)
@@ -473,8 +473,8 @@ def test_an_episode_is_played_again_in_its_place_until_others_have_left_it() -> 
 def test_a_child_that_failed_leaves_its_parent_at_the_same_place_again() -> None:
     # Step 5 is the child's first.
     wishes: dict[Any, list[Wish]] = {"a-0": [at("a-0", 2)]}
-    healthy = grown(wishes, k=2)
-    found = grown(wishes, k=2, make=failing(lambda n: n == 5), max_attempts=2)
+    healthy = play_branches(wishes, k=2)
+    found = play_branches(wishes, k=2, make=failing(lambda n: n == 5), max_attempts=2)
     assert found.episodes == healthy.episodes
     assert [failure.id for failure in found.failures] == ["a-1"]
     assert found.branches == {"restored": 1, "replayed": 0, "diverged": 0}
@@ -483,14 +483,14 @@ def test_a_child_that_failed_leaves_its_parent_at_the_same_place_again() -> None
 def test_an_attempt_that_failed_cannot_be_left() -> None:
     # a-0 fails in its second step and waits to be played again while a-1 plays.
     wishes: dict[Any, list[Wish]] = {"begin": [None, None], ("a-1", 1): [at("a-0", 1)]}
-    found = grown(wishes, k=3, make=failing(lambda n: n == 2), max_attempts=2, max_active=1)
+    found = play_branches(wishes, k=3, make=failing(lambda n: n == 2), max_attempts=2, max_active=1)
     assert [failure.id for failure in found.failures] == ["a-0"]
     assert [episode.parent for episode in found.episodes] == [None, None, at("a-0", 0)]
     assert all(episode.outcome == Outcome.SUCCESS for episode in found.episodes)
 
 
 def test_an_episode_that_was_aborted_cannot_be_left() -> None:
-    found = grown({"a-0": [at("a-0", 1)]}, k=2, make=failing(lambda n: n == 3))
+    found = play_branches({"a-0": [at("a-0", 1)]}, k=2, make=failing(lambda n: n == 3))
     assert [episode.stop.aborted for episode in found.episodes] == [True, False]
     assert found.episodes[1].parent == at("a-0", 0)
     assert len(found.episodes[1].turns) == 4
@@ -499,11 +499,11 @@ def test_an_episode_that_was_aborted_cannot_be_left() -> None:
 def test_a_failure_in_the_replay_is_an_attempt_like_any_other() -> None:
     # a-0 takes steps 1 to 4; step 5 plays its first action again.
     wishes: dict[Any, list[Wish]] = {"a-0": [at("a-0", 2)]}
-    healthy = grown(wishes, k=2, make=Shelves)
-    found = grown(wishes, k=2, make=failing(lambda n: n == 5, Shelves), max_attempts=2)
+    healthy = play_branches(wishes, k=2, make=Shelves)
+    found = play_branches(wishes, k=2, make=failing(lambda n: n == 5, Shelves), max_attempts=2)
     assert found.episodes == healthy.episodes
     assert (len(found.failures), found.branches["replayed"]) == (1, 1)
-    (aborted,) = grown(wishes, k=2, make=failing(lambda n: n == 5, Shelves)).episodes[1:]
+    (aborted,) = play_branches(wishes, k=2, make=failing(lambda n: n == 5, Shelves)).episodes[1:]
     assert (aborted.stop, aborted.parent) == (StopReason.ENV_ERROR, at("a-0", 2))
 
 
@@ -511,7 +511,7 @@ def test_a_task_in_quarantine_gets_its_aborted_episodes_without_being_played() -
     quarantine = Quarantine(after=1)
     wishes: dict[Any, list[Wish]] = {("a-0", 1): [at("a-0", 1)]}
     Kept.calls.clear()
-    found = grown(wishes, k=4, make=failing(lambda n: n == 2), max_active=1, quarantine=quarantine)
+    found = play_branches(wishes, k=4, make=failing(lambda n: n == 2), max_active=1, quarantine=quarantine)
     assert [episode.stop for episode in found.episodes] == [
         StopReason.ENV_ERROR,
         *[StopReason.WORKER_ERROR] * 3,
@@ -526,9 +526,9 @@ def test_the_share_of_aborted_episodes_is_of_all_that_will_be(share: float, stop
     spoilt = failing(lambda n: n in (5, 10))
     if stops:
         with pytest.raises(TooManyAbortedError, match=r"2 episodes were aborted, more than 1\.96 allowed"):
-            grown({}, k=4, make=spoilt, max_aborted_share=share, max_active=1)
+            play_branches({}, k=4, make=spoilt, max_aborted_share=share, max_active=1)
     else:
-        found = grown({}, k=4, make=spoilt, max_aborted_share=share, max_active=1)
+        found = play_branches({}, k=4, make=spoilt, max_aborted_share=share, max_active=1)
         assert [episode.stop.aborted for episode in found.episodes] == [False, True, False, True]
 
 

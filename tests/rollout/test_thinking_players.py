@@ -68,7 +68,7 @@ class Table:
         self.engine = TorchEngine(self.model, stop_ids=self.dialogue.stop_ids)
         self.player = LanguagePlayer(self.dialogue, self.engine, SamplingParams(1.0, MOST))
 
-    def grow(self, wishes: dict[Any, list[Any]], k: int) -> tuple[Episode, ...]:
+    def play_branches(self, wishes: dict[Any, list[Any]], k: int) -> tuple[Episode, ...]:
         director = Director([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [Script(wishes)], episodes=k)
         return collect((), self.player, EnvironmentPool(Shop), max_active=8, director=director).episodes
 
@@ -94,7 +94,7 @@ class Table:
 
 
 def test_every_turn_thinks_for_itself_and_ends_in_an_admissible_command(table: Table) -> None:
-    episodes = table.grow({}, 6)
+    episodes = table.play_branches({}, 6)
     turns = [turn for episode in episodes for turn in episode.turns]
     assert {episode.outcome for episode in episodes} == {Outcome.SUCCESS}
     assert len(turns) == 24
@@ -109,10 +109,10 @@ def test_every_turn_thinks_for_itself_and_ends_in_an_admissible_command(table: T
 
 
 def test_a_fork_from_anywhere_in_a_reply_goes_on_as_the_reply_would(table: Table) -> None:
-    (base,) = table.grow({}, 1)
+    (base,) = table.play_branches({}, 1)
     reply = base.turns[1]
     places = range(1, len(reply.action_ids))
-    parent, *children = table.grow({"a-0": [at("a-0", 1, place) for place in places]}, 1 + len(places))
+    parent, *children = table.play_branches({"a-0": [at("a-0", 1, place) for place in places]}, 1 + len(places))
     assert parent.turns == base.turns
     assert [child.parent.token for child in children if child.parent is not None] == [*places]
     free = [place for place, ids in enumerate(reply.allowed or ()) if ids is None]
@@ -161,7 +161,7 @@ def test_a_command_that_leaves_no_room_for_thoughts_is_written_without_any() -> 
 def test_an_episode_ends_where_its_next_reply_may_not_fit() -> None:
     table = Table(TEMPLATES["appending"])
     table.engine.max_context = 120
-    (episode,) = table.grow({}, 1)
+    (episode,) = table.play_branches({}, 1)
     assert episode.stop == StopReason.CONTEXT_LIMIT
     assert len(episode.turns) < 4
     held = sum(len(turn.prompt_ids) + len(turn.action_ids) for turn in episode.turns)
@@ -185,16 +185,16 @@ def test_what_an_expert_says_ends_in_the_tokens_that_the_policy_would_choose(tab
 
 
 def test_methods_that_branch_at_tokens_leave_thoughts_and_commands(table: Table) -> None:
-    def explored(growth: Any, k: int) -> tuple[Episode, ...]:
-        director = Director([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [growth], episodes=k)
+    def explored(branch_policy: Any, k: int) -> tuple[Episode, ...]:
+        director = Director([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [branch_policy], episodes=k)
         return collect((), table.player, EnvironmentPool(Shop), max_active=8, director=director).episodes
 
     context = Context(0, 1, {}, 0, 300)
     fr3e = FR3E(anchors=3, continuations=2, anchor="token").build()
     aepo = AEPO().build()
     for algorithm, k in ((fr3e, 9), (aepo, 6)):
-        assert algorithm.rollout.grow is not None
-        episodes = explored(algorithm.rollout.grow(k, 7, context), k)
+        assert algorithm.rollout.branch_policy is not None
+        episodes = explored(algorithm.rollout.branch_policy(k, 7, context), k)
         for episode in episodes:
             assert episode.outcome == Outcome.SUCCESS
             for turn in episode.turns:
