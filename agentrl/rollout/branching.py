@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from agentrl.algorithms.algorithm import BranchPolicy
     from agentrl.rollout.collector import Collection
 
-Wish = BranchPoint | None
+BranchRequest = BranchPoint | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,8 @@ class Start:
     path: Path = field(default_factory=Path)
 
 
-class Director:
-    """Starts the episodes of several tasks as their policies wish, exactly `episodes` of each.
+class BranchScheduler:
+    """Starts the episodes of several tasks as their policies request, exactly `episodes` of each.
 
     They are named after the task's template and numbered as they are started: "train-3-0-0", "train-3-0-1".
     All share the template's seed. What is wished beyond `episodes` is left out; when all episodes of a task
@@ -108,11 +108,11 @@ class _Tree:
         self.finished[episode.id] = episode
         return self._start_requested(self.policy.ended(episode))
 
-    def _start_requested(self, wishes: Sequence[Wish]) -> list[Start]:
+    def _start_requested(self, requests: Sequence[BranchRequest]) -> list[Start]:
         left = self.budget - len(self.paths)
-        if not wishes and len(self.finished) == len(self.paths):
-            wishes = [None] * left
-        starts = [self._start(wish) for wish in wishes[:left]]
+        if not requests and len(self.finished) == len(self.paths):
+            requests = [None] * left
+        starts = [self._start(request) for request in requests[:left]]
         if len(self.paths) == self.budget:
             self._fence()
         return starts
@@ -124,17 +124,17 @@ class _Tree:
             if name in self.finished:
                 path.transitions.clear()
 
-    def _start(self, wish: Wish) -> Start:
+    def _start(self, request: BranchRequest) -> Start:
         fork = None
-        if wish is not None:
-            fork = self._fork(wish)
+        if request is not None:
+            fork = self._fork(request)
             if fork is not None:
-                self.parents.add(wish.parent)
-            elif wish.parent in self.paths:
-                wish = BranchPoint(wish.parent, 0)
+                self.parents.add(request.parent)
+            elif request.parent in self.paths:
+                request = BranchPoint(request.parent, 0)
             else:
-                wish = None
-        spec = replace(self.template, id=f"{self.template.id}-{len(self.paths)}", parent=wish)
+                request = None
+        spec = replace(self.template, id=f"{self.template.id}-{len(self.paths)}", parent=request)
         path = self.paths[spec.id] = Path(keep=True)
         return Start(spec, fork, path)
 

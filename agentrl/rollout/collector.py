@@ -9,7 +9,7 @@ from time import perf_counter
 from agentrl.data.trajectory import Episode, StopReason
 from agentrl.env.containment import signals
 from agentrl.errors import TooManyAbortedError
-from agentrl.rollout.branching import Director, Start
+from agentrl.rollout.branching import BranchScheduler, Start
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import ActionRequest, Answer, Effect, EpisodeSpec, Restore, Stop, play
 from agentrl.rollout.players import Player
@@ -24,7 +24,7 @@ class Collection:
     """What was played, and where the time went.
 
     Args:
-        episodes: in the order of their specs; those of a director by task, as they were started.
+        episodes: in the order of their specs; those of a scheduler by task, as they were started.
         failures: attempts that were aborted and made again; each is of an id that `episodes` holds as well.
         environment_seconds: that the collector spent in environments, or waiting for them.
         player_seconds: the same of the player.
@@ -73,7 +73,7 @@ def collect(
     max_aborted_share: float = 1.0,
     quarantine: Quarantine | None = None,
     on_episode: Callable[[Episode], None] | None = None,
-    director: Director | None = None,
+    scheduler: BranchScheduler | None = None,
 ) -> Collection:
     """Play episodes to their end, at most `max_active` at a time.
 
@@ -92,11 +92,11 @@ def collect(
         quarantine: tasks not to be tried, and where failures are counted; None starts with none, and puts no
             task there.
         on_episode: called with each episode as it ends for good.
-        director: starts further episodes while these are played, some from the middle of others. An episode
+        scheduler: starts further episodes while these are played, some from the middle of others. An episode
             that others have left is not played again when it fails: they hold what it had come to.
 
     Returns:
-        The episodes in the order of `specs`, each once, and then the director's.
+        The episodes in the order of `specs`, each once, and then the scheduler's.
 
     Raises:
         AgentRLError: an environment could not be made, for a reason that its user can mend.
@@ -108,16 +108,16 @@ def collect(
         raise ValueError(f"max_active is {max_active}, wanted at least 1")
     if len({spec.id for spec in specs}) != len(specs):
         raise ValueError("two of the episode specs have the same id")
-    director = director or Director((), (), episodes=1)
+    scheduler = scheduler or BranchScheduler((), (), episodes=1)
     drive = _Drive(
         player,
         environments,
         _MOST_TURNS if max_turns is None else max_turns,
         max_attempts,
-        max_aborted_share * (len(specs) + director.total),
+        max_aborted_share * (len(specs) + scheduler.total),
         quarantine or Quarantine(),
         on_episode,
-        director,
+        scheduler,
     )
     try:
         with signals:
@@ -153,7 +153,7 @@ class _Drive:
     max_aborted: float
     quarantine: Quarantine
     on_episode: Callable[[Episode], None] | None
-    director: Director
+    scheduler: BranchScheduler
     waiting: deque[tuple[Start, int]] = field(default_factory=deque)
     active: dict[str, _Running] = field(default_factory=dict)
     finished: dict[str, Episode] = field(default_factory=dict)
@@ -168,7 +168,7 @@ class _Drive:
 
     def run(self, specs: Sequence[EpisodeSpec], max_active: int) -> Collection:
         self.waiting.extend((Start(spec), 1) for spec in specs)
-        self._line_up(self.director.begin())
+        self._line_up(self.scheduler.begin())
         while True:
             while self.waiting and len(self.active) < max_active:
                 self._start(*self.waiting.popleft())
@@ -180,7 +180,7 @@ class _Drive:
             if not self.thinking:
                 raise RuntimeError("the environments were closed while episodes were played in them")
             self._player_answers()
-        ids = [*(spec.id for spec in specs), *self.director.ids]
+        ids = [*(spec.id for spec in specs), *self.scheduler.ids]
         return Collection(
             tuple(self.finished[name] for name in ids),
             tuple(self.failures),
@@ -257,7 +257,7 @@ class _Drive:
         """Before a reply: let the episode take over what it inherits, and others leave it."""
         name, fork, path = running.spec.id, running.start.fork, running.start.path
         if turn > path.inherited:
-            self._line_up(self.director.reached(name))
+            self._line_up(self.scheduler.reached(name))
         elif fork is not None and path.parent is not None and path.branching != "diverged":
             began = perf_counter()
             self.player.fork(name, path.parent.parent, fork.turns, fork.prefix_ids)
@@ -277,7 +277,7 @@ class _Drive:
             self.player.close(episode.id)
             self.failures.append(episode)
             return
-        self._line_up(self.director.ended(episode))
+        self._line_up(self.scheduler.ended(episode))
         self.leaving.add(episode.id)
         self._inherited(episode.id)
         if running.start.path.branching is not None:
@@ -302,7 +302,7 @@ class _Drive:
             again = running.attempt + 1
         if again > self.max_attempts or self.blameless[spec.id] >= _MOST_ATTEMPTS:
             return False
-        if self.director.branched(spec.id):
+        if self.scheduler.branched(spec.id):
             return False
         running.start.path.begin(spec.parent)  # what failed is not there to be left
         self.waiting.append((running.start, again))

@@ -8,7 +8,7 @@ from math import gcd
 from agentrl.algorithms.algorithm import Algorithm, Context
 from agentrl.data.trajectory import Episode, Group
 from agentrl.learn.ranks import ALONE, Ranks
-from agentrl.rollout.branching import Director
+from agentrl.rollout.branching import BranchScheduler
 from agentrl.rollout.collector import Collection, Quarantine, collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import EpisodeSpec
@@ -156,12 +156,12 @@ class Rollouts:
             members = [collection.episodes[start : start + size] for start in range(0, len(specs), size)]
             return [Group(item.task, each) for item, each in zip(templates, members, strict=True)], collection
         policies = [branch_policy(size, item.seed, context) for item in templates]
-        director = Director(templates, policies, size)
-        collection = self._collect((), player, director)
-        return director.groups(collection), collection
+        scheduler = BranchScheduler(templates, policies, size)
+        collection = self._collect((), player, scheduler)
+        return scheduler.groups(collection), collection
 
     def _collect(
-        self, specs: Sequence[EpisodeSpec], player: Player, director: Director | None = None
+        self, specs: Sequence[EpisodeSpec], player: Player, scheduler: BranchScheduler | None = None
     ) -> Collection:
         block = self._config.rollout
         return collect(
@@ -173,5 +173,5 @@ class Rollouts:
             max_attempts=block.max_attempts,
             max_aborted_share=block.max_aborted_share,
             quarantine=self.quarantine,
-            director=director,
+            scheduler=scheduler,
         )

@@ -13,7 +13,7 @@ from shelves import CountingPlayer, Kept, Shelves, by_id, specs
 
 from agentrl.data.trajectory import BranchPoint, Episode, Outcome, StopReason, Turn
 from agentrl.errors import TooManyAbortedError
-from agentrl.rollout.branching import Director, Wish
+from agentrl.rollout.branching import BranchScheduler, BranchRequest
 from agentrl.rollout.collector import Collection, Quarantine, collect
 from agentrl.rollout.environments import EnvironmentPool, Environments, ThreadedEnvironments
 from agentrl.rollout.play import EpisodeSpec
@@ -26,21 +26,21 @@ from agentrl.rollout.workers import ProcessEnvironments
 class Script:
     """Wishes by what happens: "begin", ("a-0", 2) reached so many turns, "a-0" ended. Notes what it hears."""
 
-    wishes: dict[Any, list[Wish]] = field(default_factory=dict)
+    requests: dict[Any, list[BranchRequest]] = field(default_factory=dict)
     heard: list[Any] = field(default_factory=list)
     parents: dict[str, BranchPoint | None] = field(default_factory=dict)
 
-    def begin(self) -> Sequence[Wish]:
-        return self.wishes.get("begin", [None])
+    def begin(self) -> Sequence[BranchRequest]:
+        return self.requests.get("begin", [None])
 
-    def reached(self, episode: str, parent: BranchPoint | None, turns: Sequence[Turn]) -> Sequence[Wish]:
+    def reached(self, episode: str, parent: BranchPoint | None, turns: Sequence[Turn]) -> Sequence[BranchRequest]:
         self.heard.append((episode, len(turns)))
         self.parents[episode] = parent
-        return self.wishes.get((episode, len(turns)), [])
+        return self.requests.get((episode, len(turns)), [])
 
-    def ended(self, episode: Episode) -> Sequence[Wish]:
+    def ended(self, episode: Episode) -> Sequence[BranchRequest]:
         self.heard.append(episode.id)
-        return self.wishes.get(episode.id, [])
+        return self.requests.get(episode.id, [])
 
 
 def at(parent: str, turn: int, token: int = 0) -> BranchPoint:
@@ -48,7 +48,7 @@ def at(parent: str, turn: int, token: int = 0) -> BranchPoint:
 
 
 def play_branches(
-    wishes: dict[Any, list[Wish]],
+    requests: dict[Any, list[BranchRequest]],
     k: int,
     make: Any = Kept,
     task: str = "4",
@@ -56,11 +56,11 @@ def play_branches(
     **more: Any,
 ) -> Collection:
     """One task, "a", played as wished."""
-    director = Director([EpisodeSpec("a", "test/Shelves-v0", task, 7)], [Script(wishes)], episodes=k)
+    scheduler = BranchScheduler([EpisodeSpec("a", "test/Shelves-v0", task, 7)], [Script(requests)], episodes=k)
     pool = make if isinstance(make, Environments) else EnvironmentPool(make)
     with pool:
         more = {"max_active": 4} | more
-        return collect((), player or CountingPlayer(), pool, director=director, **more)
+        return collect((), player or CountingPlayer(), pool, scheduler=scheduler, **more)
 
 
 def actions(episode: Episode) -> list[str]:
@@ -83,8 +83,8 @@ def test_an_episode_leaves_another_with_its_first_turns_and_goes_on_by_itself() 
 
 
 def test_an_episode_that_has_ended_can_be_left() -> None:
-    wishes: dict[Any, list[Wish]] = {"a-0": [at("a-0", 1), at("a-0", 3), at("a-0", 0)]}
-    played = by_id(play_branches(wishes, k=4).episodes)
+    requests: dict[Any, list[BranchRequest]] = {"a-0": [at("a-0", 1), at("a-0", 3), at("a-0", 0)]}
+    played = by_id(play_branches(requests, k=4).episodes)
     assert [actions(played[f"a-{k}"])[:n] for k, n in ((1, 1), (2, 3))] == [
         actions(played["a-0"])[:1],
         actions(played["a-0"])[:3],
@@ -95,8 +95,8 @@ def test_an_episode_that_has_ended_can_be_left() -> None:
 
 
 def test_a_child_can_be_left_in_its_turn_where_it_was_not_yet_itself() -> None:
-    wishes: dict[Any, list[Wish]] = {("a-0", 2): [at("a-0", 2)], "a-1": [at("a-1", 1), at("a-1", 3)]}
-    played = by_id(play_branches(wishes, k=4).episodes)
+    requests: dict[Any, list[BranchRequest]] = {("a-0", 2): [at("a-0", 2)], "a-1": [at("a-1", 1), at("a-1", 3)]}
+    played = by_id(play_branches(requests, k=4).episodes)
     assert actions(played["a-2"])[:1] == actions(played["a-0"])[:1]
     assert actions(played["a-3"])[:3] == actions(played["a-1"])[:3]
     assert [played[name].parent for name in ("a-2", "a-3")] == [at("a-1", 1), at("a-1", 3)]
@@ -104,13 +104,13 @@ def test_a_child_can_be_left_in_its_turn_where_it_was_not_yet_itself() -> None:
 
 def test_a_growth_hears_of_every_turn_that_was_played_and_of_every_end() -> None:
     script = Script({("a-0", 2): [at("a-0", 2)]})
-    director = Director([EpisodeSpec("a", "e", "3", 0)], [script], episodes=2)
-    collect((), CountingPlayer(), EnvironmentPool(Kept), max_active=1, director=director)
+    scheduler = BranchScheduler([EpisodeSpec("a", "e", "3", 0)], [script], episodes=2)
+    collect((), CountingPlayer(), EnvironmentPool(Kept), max_active=1, scheduler=scheduler)
     # The child begins after its parent has ended, at a state that was reached before.
     assert script.heard == [("a-0", 1), ("a-0", 2), "a-0", "a-1"]
     script = Script({("a-0", 1): [at("a-0", 1)]})
-    director = Director([EpisodeSpec("a", "e", "3", 0)], [script], episodes=2)
-    collect((), CountingPlayer(), EnvironmentPool(Kept), max_active=1, director=director)
+    scheduler = BranchScheduler([EpisodeSpec("a", "e", "3", 0)], [script], episodes=2)
+    collect((), CountingPlayer(), EnvironmentPool(Kept), max_active=1, scheduler=scheduler)
     assert script.heard == [("a-0", 1), ("a-0", 2), "a-0", ("a-1", 2), "a-1"]
     assert script.parents == {"a-0": None, "a-1": at("a-0", 1)}
 
@@ -124,7 +124,7 @@ def test_what_is_wished_is_started_before_the_parents_next_reply_is_asked_for() 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize(
-    "wishes",
+    "requests",
     [
         {},
         {"begin": []},
@@ -134,8 +134,8 @@ def test_what_is_wished_is_started_before_the_parents_next_reply_is_asked_for() 
         {("a-0", 3): [at("a-0", 9), at("nobody", 1), at("a-0", -1)]},
     ],
 )
-def test_exactly_as_many_are_played_as_there_shall_be(k: int, wishes: dict[Any, list[Wish]]) -> None:
-    played = play_branches(wishes, k)
+def test_exactly_as_many_are_played_as_there_shall_be(k: int, requests: dict[Any, list[BranchRequest]]) -> None:
+    played = play_branches(requests, k)
     assert [episode.id for episode in played.episodes] == [f"a-{n}" for n in range(k)]
     assert all(episode.outcome == Outcome.SUCCESS for episode in played.episodes)
     assert all(episode.seed == 7 for episode in played.episodes)
@@ -148,14 +148,14 @@ def test_what_is_left_when_all_have_ended_begins_at_the_first_observation() -> N
 
 def test_nothing_is_filled_up_while_one_is_still_playing() -> None:
     script = Script()
-    director = Director([EpisodeSpec("a", "e", "2", 0)], [script], episodes=3)
-    collect((), CountingPlayer(), EnvironmentPool(Kept), max_active=9, director=director)
+    scheduler = BranchScheduler([EpisodeSpec("a", "e", "2", 0)], [script], episodes=3)
+    collect((), CountingPlayer(), EnvironmentPool(Kept), max_active=9, scheduler=scheduler)
     assert script.heard.index("a-0") < script.heard.index(("a-1", 1))
     assert script.heard.index(("a-2", 1)) < script.heard.index("a-1")
 
 
 @pytest.mark.parametrize(
-    ("wish", "recorded"),
+    ("request", "recorded"),
     [
         (at("a-0", 9), at("a-0", 0)),
         (at("a-0", 2), at("a-0", 0)),  # it will get there, but has not yet
@@ -165,9 +165,9 @@ def test_nothing_is_filled_up_while_one_is_still_playing() -> None:
     ],
 )
 def test_a_place_that_nobody_has_reached_is_the_first_observation(
-    wish: BranchPoint, recorded: BranchPoint | None
+    request: BranchPoint, recorded: BranchPoint | None
 ) -> None:
-    found = play_branches({("a-0", 1): [wish]}, k=2)
+    found = play_branches({("a-0", 1): [request]}, k=2)
     assert found.episodes[1].parent == recorded
     assert len(found.episodes[1].turns) == 4
     assert found.branches == {"restored": 0, "replayed": 0, "diverged": 0}
@@ -183,20 +183,20 @@ def test_the_place_after_the_last_reply_cannot_be_left() -> None:
 def test_groups_hold_the_episodes_of_each_task_in_the_order_of_their_start() -> None:
     templates = [EpisodeSpec(name, "e", task, 0) for name, task in (("b", "5"), ("a", "1"))]
     scripts = [Script({("b-0", 1): [at("b-0", 1)]}), Script()]
-    director = Director(templates, scripts, episodes=3)
+    scheduler = BranchScheduler(templates, scripts, episodes=3)
     ended: list[str] = []
     found = collect(
         (),
         CountingPlayer(),
         EnvironmentPool(Kept),
         max_active=2,
-        director=director,
+        scheduler=scheduler,
         on_episode=lambda episode: ended.append(episode.id),
     )
     names = ["b-0", "b-1", "b-2", "a-0", "a-1", "a-2"]
     assert [episode.id for episode in found.episodes] == names
     assert ended[0] == "a-0"
-    assert [(group.task, [episode.id for episode in group.episodes]) for group in director.groups(found)] == [
+    assert [(group.task, [episode.id for episode in group.episodes]) for group in scheduler.groups(found)] == [
         ("5", names[:3]),
         ("1", names[3:]),
     ]
@@ -211,15 +211,15 @@ def test_who_branches_comes_before_those_that_have_not_begun() -> None:
         CountingPlayer(),
         EnvironmentPool(Kept),
         max_active=1,
-        director=Director(templates, scripts, episodes=2),
+        scheduler=BranchScheduler(templates, scripts, episodes=2),
         on_episode=lambda episode: ended.append(episode.id),
     )
     assert ended == ["a-0", "a-1", "b-0", "b-1", "c-0", "c-1"]
 
 
 def test_other_episodes_are_played_beside_those_of_a_director() -> None:
-    director = Director([EpisodeSpec("a", "e", "3", 0)], [Script()], episodes=2)
-    found = collect(specs([2, 4]), CountingPlayer(), EnvironmentPool(Kept), max_active=3, director=director)
+    scheduler = BranchScheduler([EpisodeSpec("a", "e", "3", 0)], [Script()], episodes=2)
+    found = collect(specs([2, 4]), CountingPlayer(), EnvironmentPool(Kept), max_active=3, scheduler=scheduler)
     alone = collect(specs([2, 4]), CountingPlayer(), EnvironmentPool(Kept), max_active=3)
     assert [episode.id for episode in found.episodes] == ["e0", "e1", "a-0", "a-1"]
     assert found.episodes[:2] == alone.episodes
@@ -238,12 +238,12 @@ def test_a_director_that_makes_no_sense_is_refused(
 ) -> None:
     made = [EpisodeSpec(name, "e", "1", 0) for name in templates]
     with pytest.raises(ValueError, match=words):
-        Director(made, [Script() for _ in range(policies)], episodes)
+        BranchScheduler(made, [Script() for _ in range(policies)], episodes)
 
 
 # How they get there.
 
-TREE: dict[Any, list[Wish]] = {
+TREE: dict[Any, list[BranchRequest]] = {
     ("a-0", 1): [at("a-0", 1)],
     ("a-0", 3): [at("a-0", 3), at("a-0", 2)],
     ("a-1", 2): [at("a-1", 2)],
@@ -285,11 +285,11 @@ def test_snapshots_are_given_up_with_the_last_start_that_could_need_them() -> No
         def restore(self, snapshot: Any) -> None:
             super().restore(snapshot.kept)
 
-    director = Director([EpisodeSpec("a", "e", "4", 0)], [Script({"a-0": [at("a-0", 2)]})], episodes=2)
-    found = collect((), CountingPlayer(), EnvironmentPool(Noted), max_active=2, director=director)
+    scheduler = BranchScheduler([EpisodeSpec("a", "e", "4", 0)], [Script({"a-0": [at("a-0", 2)]})], episodes=2)
+    found = collect((), CountingPlayer(), EnvironmentPool(Noted), max_active=2, scheduler=scheduler)
     assert (len(taken), found.branches["restored"]) == (4, 1)
     assert [snapshot for snapshot in taken if snapshot() is not None] == []
-    assert len(director.groups(found)[0].episodes) == 2
+    assert len(scheduler.groups(found)[0].episodes) == 2
 
 
 def test_without_a_director_no_snapshot_is_taken() -> None:
@@ -335,9 +335,9 @@ def test_where_the_environment_plays_otherwise_the_second_time_the_episode_is_be
             return (f"{observation}, mood {self.mood}" if self.steps == 2 else observation, *rest)
 
     script = Script({("a-0", 2): [at("a-0", 1), at("a-0", 2)], ("a-2", 1): [at("a-2", 1)]})
-    director = Director([EpisodeSpec("a", "e", "4", 7)], [script], episodes=4)
+    scheduler = BranchScheduler([EpisodeSpec("a", "e", "4", 7)], [script], episodes=4)
     player = CountingPlayer()
-    found = collect((), player, EnvironmentPool(Moody), max_active=4, director=director)
+    found = collect((), player, EnvironmentPool(Moody), max_active=4, scheduler=scheduler)
     # Before turn 1 all is as it was; what turn 1 was answered with differs.
     assert found.branches == {"restored": 0, "replayed": 2, "diverged": 1}
     root, one, two, three = found.episodes
@@ -351,12 +351,12 @@ def test_where_the_environment_plays_otherwise_the_second_time_the_episode_is_be
 
 def test_the_player_takes_over_from_a_parent_that_it_still_knows() -> None:
     player = CountingPlayer()
-    wishes: dict[Any, list[Wish]] = {
+    requests: dict[Any, list[BranchRequest]] = {
         ("a-0", 1): [at("a-0", 1)],
         "a-0": [at("a-0", 2), at("a-0", 3)],
         "a-2": [at("a-2", 3)],
     }
-    play_branches(wishes, k=5, player=player, max_active=1)
+    play_branches(requests, k=5, player=player, max_active=1)
     # Newer ones first. a-0 has ended when the others leave it; it is forgotten when the last of them has.
     assert player.forked == [("a-2", "a-0", 2), ("a-4", "a-2", 3), ("a-3", "a-0", 3), ("a-1", "a-0", 1)]
     assert player.closed == ["a-2", "a-4", "a-3", "a-0", "a-1"]
@@ -472,9 +472,9 @@ def test_an_episode_is_played_again_in_its_place_until_others_have_left_it() -> 
 
 def test_a_child_that_failed_leaves_its_parent_at_the_same_place_again() -> None:
     # Step 5 is the child's first.
-    wishes: dict[Any, list[Wish]] = {"a-0": [at("a-0", 2)]}
-    healthy = play_branches(wishes, k=2)
-    found = play_branches(wishes, k=2, make=failing(lambda n: n == 5), max_attempts=2)
+    requests: dict[Any, list[BranchRequest]] = {"a-0": [at("a-0", 2)]}
+    healthy = play_branches(requests, k=2)
+    found = play_branches(requests, k=2, make=failing(lambda n: n == 5), max_attempts=2)
     assert found.episodes == healthy.episodes
     assert [failure.id for failure in found.failures] == ["a-1"]
     assert found.branches == {"restored": 1, "replayed": 0, "diverged": 0}
@@ -482,8 +482,8 @@ def test_a_child_that_failed_leaves_its_parent_at_the_same_place_again() -> None
 
 def test_an_attempt_that_failed_cannot_be_left() -> None:
     # a-0 fails in its second step and waits to be played again while a-1 plays.
-    wishes: dict[Any, list[Wish]] = {"begin": [None, None], ("a-1", 1): [at("a-0", 1)]}
-    found = play_branches(wishes, k=3, make=failing(lambda n: n == 2), max_attempts=2, max_active=1)
+    requests: dict[Any, list[BranchRequest]] = {"begin": [None, None], ("a-1", 1): [at("a-0", 1)]}
+    found = play_branches(requests, k=3, make=failing(lambda n: n == 2), max_attempts=2, max_active=1)
     assert [failure.id for failure in found.failures] == ["a-0"]
     assert [episode.parent for episode in found.episodes] == [None, None, at("a-0", 0)]
     assert all(episode.outcome == Outcome.SUCCESS for episode in found.episodes)
@@ -498,20 +498,20 @@ def test_an_episode_that_was_aborted_cannot_be_left() -> None:
 
 def test_a_failure_in_the_replay_is_an_attempt_like_any_other() -> None:
     # a-0 takes steps 1 to 4; step 5 plays its first action again.
-    wishes: dict[Any, list[Wish]] = {"a-0": [at("a-0", 2)]}
-    healthy = play_branches(wishes, k=2, make=Shelves)
-    found = play_branches(wishes, k=2, make=failing(lambda n: n == 5, Shelves), max_attempts=2)
+    requests: dict[Any, list[BranchRequest]] = {"a-0": [at("a-0", 2)]}
+    healthy = play_branches(requests, k=2, make=Shelves)
+    found = play_branches(requests, k=2, make=failing(lambda n: n == 5, Shelves), max_attempts=2)
     assert found.episodes == healthy.episodes
     assert (len(found.failures), found.branches["replayed"]) == (1, 1)
-    (aborted,) = play_branches(wishes, k=2, make=failing(lambda n: n == 5, Shelves)).episodes[1:]
+    (aborted,) = play_branches(requests, k=2, make=failing(lambda n: n == 5, Shelves)).episodes[1:]
     assert (aborted.stop, aborted.parent) == (StopReason.ENV_ERROR, at("a-0", 2))
 
 
 def test_a_task_in_quarantine_gets_its_aborted_episodes_without_being_played() -> None:
     quarantine = Quarantine(after=1)
-    wishes: dict[Any, list[Wish]] = {("a-0", 1): [at("a-0", 1)]}
+    requests: dict[Any, list[BranchRequest]] = {("a-0", 1): [at("a-0", 1)]}
     Kept.calls.clear()
-    found = play_branches(wishes, k=4, make=failing(lambda n: n == 2), max_active=1, quarantine=quarantine)
+    found = play_branches(requests, k=4, make=failing(lambda n: n == 2), max_active=1, quarantine=quarantine)
     assert [episode.stop for episode in found.episodes] == [
         StopReason.ENV_ERROR,
         *[StopReason.WORKER_ERROR] * 3,
@@ -538,8 +538,8 @@ def test_an_interrupt_lets_the_player_forget_those_that_wait_to_be_left() -> Non
             raise KeyboardInterrupt
 
     player = CountingPlayer()
-    wishes: dict[Any, list[Wish]] = {"begin": [None, None], "a-0": [at("a-0", 1)] * 2, "a-1": [at("a-1", 1)]}
-    director = Director([EpisodeSpec("a", "e", "2", 0)], [Script(wishes)], episodes=5)
+    requests: dict[Any, list[BranchRequest]] = {"begin": [None, None], "a-0": [at("a-0", 1)] * 2, "a-1": [at("a-1", 1)]}
+    scheduler = BranchScheduler([EpisodeSpec("a", "e", "2", 0)], [Script(requests)], episodes=5)
     with pytest.raises(KeyboardInterrupt):
-        collect((), player, EnvironmentPool(Kept), max_active=2, director=director, on_episode=interrupt)
+        collect((), player, EnvironmentPool(Kept), max_active=2, scheduler=scheduler, on_episode=interrupt)
     assert sorted(player.closed) == ["a-0", "a-1"]  # a-2 to a-4 had not begun

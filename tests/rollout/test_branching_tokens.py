@@ -19,7 +19,7 @@ from agentrl.policy.model import build_model
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import RoleDialogue, fit_tokenizer
 from agentrl.policy.torch_engine import TorchEngine
-from agentrl.rollout.branching import Director, Wish
+from agentrl.rollout.branching import BranchScheduler, BranchRequest
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.play import ActionRequest, EpisodeSpec, Reply, Stop
@@ -36,11 +36,11 @@ class Shop(Kept):
         return super().info() | {"actions": ACTIONS}
 
 
-def play_branches(wishes: dict[Any, list[Wish]], k: int, player: Player, max_active: int = 8) -> tuple[Episode, ...]:
+def play_branches(requests: dict[Any, list[BranchRequest]], k: int, player: Player, max_active: int = 8) -> tuple[Episode, ...]:
     """One task of four turns, "a", played as wished."""
-    director = Director([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [Script(wishes)], episodes=k)
+    scheduler = BranchScheduler([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [Script(requests)], episodes=k)
     pool = EnvironmentPool(Shop)
-    return collect((), player, pool, max_active=max_active, director=director).episodes
+    return collect((), player, pool, max_active=max_active, scheduler=scheduler).episodes
 
 
 # With a model.
@@ -89,8 +89,8 @@ class Table:
         self.engine = TorchEngine(self.model, stop_ids=dialogue.stop_ids, max_sequences=self.slots)
         self.player = LanguagePlayer(dialogue, self.engine, SAMPLING, choices=self.choices)
 
-    def play_branches(self, wishes: dict[Any, list[Wish]], k: int, **more: Any) -> tuple[Episode, ...]:
-        return play_branches(wishes, k, self.player, **more)
+    def play_branches(self, requests: dict[Any, list[BranchRequest]], k: int, **more: Any) -> tuple[Episode, ...]:
+        return play_branches(requests, k, self.player, **more)
 
 
 def check_against_plain_forward(model: PreTrainedModel, episode: Episode) -> None:
@@ -112,7 +112,7 @@ def check_against_plain_forward(model: PreTrainedModel, episode: Episode) -> Non
             assert turn.entropies[t] == pytest.approx(entropy, abs=1e-5)
 
 
-TREE: dict[Any, list[Wish]] = {
+TREE: dict[Any, list[BranchRequest]] = {
     ("a-0", 2): [at("a-0", 2), at("a-0", 1)],
     ("a-1", 3): [at("a-1", 3)],
     "a-0": [at("a-0", 3), at("a-0", 2, 1), at("a-0", 0, 1)],
@@ -186,9 +186,9 @@ def test_where_there_is_no_room_for_a_copy_all_is_read_again_and_the_same_comes_
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     roomy, full = Table(model, tokenizer, choices=False), Table(model, tokenizer, choices=False, slots=1)
-    wishes: dict[Any, list[Wish]] = {"a-0": [at("a-0", 3)]}
-    episodes = roomy.play_branches(wishes, 2)
-    again = full.play_branches(wishes, 2)
+    requests: dict[Any, list[BranchRequest]] = {"a-0": [at("a-0", 3)]}
+    episodes = roomy.play_branches(requests, 2)
+    again = full.play_branches(requests, 2)
     assert [[turn.action_ids for turn in episode.turns] for episode in again] == [
         [turn.action_ids for turn in episode.turns] for episode in episodes
     ]

@@ -18,7 +18,7 @@ from agentrl.policy.model import build_model
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import ChatDialogue, fit_tokenizer
 from agentrl.policy.torch_engine import TorchEngine
-from agentrl.rollout.branching import Director
+from agentrl.rollout.branching import BranchScheduler
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.play import EpisodeSpec
@@ -68,9 +68,9 @@ class Table:
         self.engine = TorchEngine(self.model, stop_ids=self.dialogue.stop_ids)
         self.player = LanguagePlayer(self.dialogue, self.engine, SamplingParams(1.0, MOST))
 
-    def play_branches(self, wishes: dict[Any, list[Any]], k: int) -> tuple[Episode, ...]:
-        director = Director([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [Script(wishes)], episodes=k)
-        return collect((), self.player, EnvironmentPool(Shop), max_active=8, director=director).episodes
+    def play_branches(self, requests: dict[Any, list[Any]], k: int) -> tuple[Episode, ...]:
+        scheduler = BranchScheduler([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [Script(requests)], episodes=k)
+        return collect((), self.player, EnvironmentPool(Shop), max_active=8, scheduler=scheduler).episodes
 
     def thoughts(self, turn: Turn) -> tuple[int, ...]:
         return tuple(
@@ -146,13 +146,13 @@ def test_a_command_that_leaves_no_room_for_thoughts_is_written_without_any() -> 
         assert table.thoughts(turn) == ()
         assert table.dialogue.parse(turn.action_ids).valid
     # Left in the middle of what was written, it goes on from there.
-    director = Director(
+    scheduler = BranchScheduler(
         [EpisodeSpec("a", "test/Shelves-v0", "2", 7)],
         [Script({"a-0": [at("a-0", 0, 3), at("a-0", 0, len(episode.turns[0].action_ids) - 2)]})],
         episodes=3,
     )
     parent, *children = collect(
-        (), table.player, EnvironmentPool(Short), max_active=1, director=director
+        (), table.player, EnvironmentPool(Short), max_active=1, scheduler=scheduler
     ).episodes
     assert [child.turns[0].action_ids for child in children][1] == parent.turns[0].action_ids
     assert all(table.dialogue.parse(child.turns[0].action_ids).valid for child in children)
@@ -186,8 +186,8 @@ def test_what_an_expert_says_ends_in_the_tokens_that_the_policy_would_choose(tab
 
 def test_methods_that_branch_at_tokens_leave_thoughts_and_commands(table: Table) -> None:
     def explored(branch_policy: Any, k: int) -> tuple[Episode, ...]:
-        director = Director([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [branch_policy], episodes=k)
-        return collect((), table.player, EnvironmentPool(Shop), max_active=8, director=director).episodes
+        scheduler = BranchScheduler([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [branch_policy], episodes=k)
+        return collect((), table.player, EnvironmentPool(Shop), max_active=8, scheduler=scheduler).episodes
 
     context = Context(0, 1, {}, 0, 300)
     fr3e = FR3E(anchors=3, continuations=2, anchor="token").build()
