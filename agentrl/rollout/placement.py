@@ -32,7 +32,7 @@ CHEAP_CALL = 0.002
 
 
 def open_environments(make: Make, config: RolloutConfig) -> Environments:
-    """Environments of this machine as configured; see `settle` for `auto`."""
+    """Environments of this machine as configured; see `resolve_placement` for `auto`."""
     if config.placement == "inline":
         return EnvironmentPool(make)
     if config.placement == "thread":
@@ -40,7 +40,7 @@ def open_environments(make: Make, config: RolloutConfig) -> Environments:
     return ProcessEnvironments(make, config.max_active, config.workers)
 
 
-def settle(make: Make, config: RolloutConfig, split: str, seed: int = 0) -> tuple[RolloutConfig, str | None]:
+def resolve_placement(make: Make, config: RolloutConfig, split: str, seed: int = 0) -> tuple[RolloutConfig, str | None]:
     """Decide what the configuration leaves open: the placement, and how many environments a worker holds.
 
     A few calls are timed, in a worker, so that nothing they do can hurt this process. Cheap calls then stay
@@ -63,18 +63,18 @@ def settle(make: Make, config: RolloutConfig, split: str, seed: int = 0) -> tupl
     if config.placement == "process" and workers.environments is not None:
         return config, None
     try:
-        times = _timed(make, workers, split, seed)
+        times = _time_environment(make, workers, split, seed)
     except EnvironmentLostError as error:
         return replace(config, placement="process"), f"placement process: not measured, {error}"
-    placement = config.placement if config.placement != "auto" else _placement(times, config)
+    placement = config.placement if config.placement != "auto" else _choose_placement(times, config)
     if placement == "process" and times.heavy and workers.environments is None:
         workers = replace(workers, environments=1)
-    settled = replace(config, placement=placement, workers=workers)
+    resolved = replace(config, placement=placement, workers=workers)
     _log.debug("placement %s, %s", placement, workers)
-    return settled, f"placement {placement}: {_in_words(times)}"
+    return resolved, f"placement {placement}: {_describe_times(times)}"
 
 
-def _timed(make: Make, workers: WorkersConfig, split: str, seed: int) -> CallTimes:
+def _time_environment(make: Make, workers: WorkersConfig, split: str, seed: int) -> CallTimes:
     with ProcessEnvironments(make, 1, replace(workers, count=1, environments=1)) as environments:
         with environments.borrow() as environment:
             known: Any = environment.unwrapped
@@ -82,7 +82,7 @@ def _timed(make: Make, workers: WorkersConfig, split: str, seed: int) -> CallTim
         return environments.time_calls(tasks, seed)
 
 
-def _placement(times: CallTimes, config: RolloutConfig) -> Placement:
+def _choose_placement(times: CallTimes, config: RolloutConfig) -> Placement:
     if config.workers.interpreter is None and config.backend == "local":
         if times.wall < CHEAP_CALL:
             return "inline"
@@ -91,7 +91,7 @@ def _placement(times: CallTimes, config: RolloutConfig) -> Placement:
     return "process"
 
 
-def _in_words(times: CallTimes) -> str:
+def _describe_times(times: CallTimes) -> str:
     safe = "thread-safe" if times.thread_safe else "not declared thread-safe"
     return (
         f"a call takes {times.wall * 1e3:.2f} ms, of which {times.cpu * 1e3:.2f} ms CPU in its process "

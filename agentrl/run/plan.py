@@ -14,7 +14,7 @@ from agentrl.data.trajectory import Episode
 from agentrl.env.registry import check_id
 from agentrl.policy.model import check_packed_forward, context_length, resolve_device, shortened
 from agentrl.policy.settings import PolicyConfig
-from agentrl.rollout.placement import settle
+from agentrl.rollout.placement import resolve_placement
 from agentrl.run import shortcomings
 from agentrl.run.footprint import (
     checkpoint_bytes,
@@ -182,7 +182,7 @@ def _settled(config: RunConfig) -> tuple[RunConfig, str]:
     """The configuration with a placement, and what was measured for it, in words."""
     if config.rollout.workers.interpreter is None:
         check_id(config.env.id)
-    rollout, measured = settle(environment_factory(config), config.rollout, config.env.split, config.seed)
+    rollout, measured = resolve_placement(environment_factory(config), config.rollout, config.env.split, config.seed)
     given = f"not timed: rollout.placement={rollout.placement} was given"
     return replace(config, rollout=rollout), measured or given
 

@@ -38,7 +38,7 @@ from agentrl.policy.model import (
 from agentrl.policy.precision import engine_copy, named_in_short, non_finite
 from agentrl.policy.tokens import ChatDialogue, fingerprint
 from agentrl.rollout.environments import Environments
-from agentrl.rollout.placement import settle
+from agentrl.rollout.placement import resolve_placement
 from agentrl.rollout.players import ExpertPlayer, Player, RandomPlayer
 from agentrl.run.checkpoint import (
     Progress,
@@ -181,7 +181,7 @@ class Trainer:
         if config.rollout.workers.interpreter is None:
             check_id(config.env.id)
         rollout, self.settled = ranks.by_first(
-            lambda: settle(_factory(config), config.rollout, config.env.split, config.seed)
+            lambda: resolve_placement(_factory(config), config.rollout, config.env.split, config.seed)
         )
         self.config = config = replace(config, rollout=rollout)
         self.lock: RunLock | None = None  # of the first rank

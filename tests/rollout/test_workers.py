@@ -36,7 +36,7 @@ from agentrl.data.trajectory import Episode, Outcome, StopReason
 from agentrl.errors import ConfigError, TooManyAbortedError
 from agentrl.rollout.collector import Collection, Quarantine, collect
 from agentrl.rollout.environments import EnvironmentPool, Environments, ThreadedEnvironments
-from agentrl.rollout.placement import open_environments, settle
+from agentrl.rollout.placement import open_environments, resolve_placement
 from agentrl.rollout.play import EpisodeSpec, Reset, Step
 from agentrl.rollout.players import RandomPlayer
 from agentrl.rollout.settings import RolloutConfig, WorkersConfig
@@ -578,23 +578,23 @@ def test_threads_wait_together() -> None:
 def test_auto_decides_by_the_time_a_call_takes_and_what_is_declared(
     make: Any, placement: str, each: int | None
 ) -> None:
-    config, note = settle(make, RolloutConfig(), "train")
+    config, note = resolve_placement(make, RolloutConfig(), "train")
     assert (config.placement, config.workers.environments) == (placement, each)
     assert f"placement {placement}: a call takes" in str(note)
-    assert settle(make, RolloutConfig(placement="inline"), "train")[1] is None
+    assert resolve_placement(make, RolloutConfig(placement="inline"), "train")[1] is None
 
 
 def test_an_interpreter_leaves_only_processes(other_python: Path) -> None:
     workers = WorkersConfig(interpreter=str(other_python / "bin" / "python"))
-    assert settle(Corridor, RolloutConfig(workers=workers), "train")[0].placement == "process"
+    assert resolve_placement(Corridor, RolloutConfig(workers=workers), "train")[0].placement == "process"
     with pytest.raises(ConfigError, match="placement=inline plays in this process"):
         RolloutConfig(placement="inline", workers=workers)
 
 
 def test_an_environment_that_dies_while_it_is_measured_gets_a_process() -> None:
-    config, note = settle(partial(Corridor, notes="/nowhere"), RolloutConfig(), "train")
+    config, note = resolve_placement(partial(Corridor, notes="/nowhere"), RolloutConfig(), "train")
     assert config.placement == "inline"  # errors are cheap as well
-    config, note = settle(Dying, RolloutConfig(), "train")
+    config, note = resolve_placement(Dying, RolloutConfig(), "train")
     assert config.placement == "process"
     assert "exited with 3" in str(note)
     with open_environments(Dying, config) as environments:
