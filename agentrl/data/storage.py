@@ -52,7 +52,7 @@ _TURN_COLUMNS = [
     ("policy_versions", pa.list_(pa.int32())),
     ("info", pa.string()),  # JSON
 ]
-_FIELDS = {"fresh": "new_sequence"}  # by column: the field of a turn, where its name differs
+_FIELDS = {"fresh": "new_sequence", "imitable": "trainable"}  # by column: the field of a turn, where its name differs
 SCHEMA = pa.schema(_EPISODE_COLUMNS + _TURN_COLUMNS, metadata={_VERSION_KEY: str(VERSION).encode()})
 
 

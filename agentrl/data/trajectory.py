@@ -73,7 +73,7 @@ class Turn:
     reward: float = 0.0  # the environment's, for this reply
     new_sequence: bool = False
     valid: bool = True  # the reply was parsed and understood
-    imitable: bool = True  # False: written by noise or a tool; it stays in the context and out of every loss
+    trainable: bool = True  # False: written by noise or a tool; it stays in the context and out of every loss
     finish: str = "stop"  # stop | length
     policy_version: int = 0
     policy_versions: tuple[int, ...] = ()
@@ -82,7 +82,7 @@ class Turn:
     @property
     def sampled(self) -> tuple[bool, ...]:
         """Per reply token, whether it was a decision: a token with a single allowed id was not."""
-        if not self.imitable:
+        if not self.trainable:
             return (False,) * len(self.action_ids)
         if self.allowed is None:
             return (True,) * len(self.action_ids)

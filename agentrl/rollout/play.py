@@ -106,7 +106,7 @@ class Reply:
     allowed: tuple[tuple[int, ...] | None, ...] | None = None
     new_sequence: bool = False
     valid: bool = True
-    imitable: bool = True
+    trainable: bool = True
     finish: str = "stop"
     policy_version: int = 0
     policy_versions: tuple[int, ...] = ()
@@ -282,7 +282,7 @@ def _turn(before: Transition, reply: Reply, answer: Answer) -> Turn:
         reward=after.reward,
         new_sequence=reply.new_sequence,
         valid=reply.valid and bool(after.info.get("valid", True)),
-        imitable=reply.imitable,
+        trainable=reply.trainable,
         finish=reply.finish,
         policy_version=reply.policy_version,
         policy_versions=reply.policy_versions,

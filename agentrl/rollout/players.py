@@ -385,7 +385,7 @@ class DemonstrationPlayer(_Immediate):
             entropies=zeros,
             allowed=self._allowed(request, action_ids),
             new_sequence=prompt.new_sequence,
-            imitable=disturbance is None,
+            trainable=disturbance is None,
         )
 
     def _room(self, request: ActionRequest) -> int:
