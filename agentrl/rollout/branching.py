@@ -37,7 +37,9 @@ class BranchScheduler:
         episodes: of each task, aborted ones included.
     """
 
-    def __init__(self, templates: Sequence[EpisodeSpec], policies: "Sequence[BranchPolicy]", episodes: int) -> None:
+    def __init__(
+        self, templates: Sequence[EpisodeSpec], policies: "Sequence[BranchPolicy]", episodes: int
+    ) -> None:
         if len(templates) != len(policies):
             raise ValueError(f"{len(policies)} policies for {len(templates)} tasks, wanted one for each")
         if len({template.id for template in templates}) != len(templates):

@@ -121,7 +121,7 @@ def collect(
     )
     try:
         with signals:
-            return drive.run(specs, min(max_active, environments.places or max_active))
+            return drive.run(specs, min(max_active, environments.capacity or max_active))
     except BaseException:
         environments.close()
         for episode_id in [*drive.active, *drive.leaving]:

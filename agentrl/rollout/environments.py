@@ -39,12 +39,12 @@ class Environments(ABC):
     Closing it, as the end of a `with` block does, closes them all; it makes new ones if asked again.
 
     Attributes:
-        places: how many episodes can be played at a time; None for any number.
+        capacity: how many episodes can be played at a time; None for any number.
         restarts: workers that were lost or killed, and replaced.
         recycled: workers that were replaced because of their age or memory.
     """
 
-    places: int | None = None
+    capacity: int | None = None
     restarts: int = 0
     recycled: int = 0
 
@@ -164,12 +164,12 @@ class ThreadedEnvironments(Environments):
 
     Args:
         make: makes an environment.
-        places: threads, and so environments.
+        capacity: threads, and so environments.
         deadlines: of calls, in seconds.
     """
 
-    def __init__(self, make: Make, places: int, deadlines: WorkersConfig | None = None) -> None:
-        self.places = places
+    def __init__(self, make: Make, capacity: int, deadlines: WorkersConfig | None = None) -> None:
+        self.capacity = capacity
         self._pool = EnvironmentPool(make)
         self._deadlines = deadlines or WorkersConfig()
         self._lock = threading.Lock()

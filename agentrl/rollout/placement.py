@@ -40,7 +40,9 @@ def open_environments(make: Make, config: RolloutConfig) -> Environments:
     return ProcessEnvironments(make, config.max_active, config.workers)
 
 
-def resolve_placement(make: Make, config: RolloutConfig, split: str, seed: int = 0) -> tuple[RolloutConfig, str | None]:
+def resolve_placement(
+    make: Make, config: RolloutConfig, split: str, seed: int = 0
+) -> tuple[RolloutConfig, str | None]:
     """Decide what the configuration leaves open: the placement, and how many environments a worker holds.
 
     A few calls are timed, in a worker, so that nothing they do can hurt this process. Cheap calls then stay

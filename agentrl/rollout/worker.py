@@ -27,9 +27,9 @@ from agentrl.errors import AgentRLError
 from agentrl.rollout.environments import Make, TextGym, answer_of, made_or_stop, transition_or_stop
 from agentrl.rollout.play import EnvironmentCall, Reset, Restore, Step, Stop
 
-# (place, kind, payload): construct | reset | step | restore | discard | ask | time
+# (slot, kind, payload): construct | reset | step | restore | discard | ask | time
 Request = tuple[int, str, Any]
-# (place, kind, payload): transition | stop | void | refused | value | raised, or outgrown of the process
+# (slot, kind, payload): transition | stop | void | refused | value | raised, or outgrown of the process
 Answer = tuple[int, str, Any]
 
 _LENGTH = struct.Struct(">Q")
@@ -105,40 +105,40 @@ class Server:
         self._envs: dict[int, TextGym] = {}
 
     def answer(self, request: Request) -> Answer:
-        place, kind, payload = request
+        slot, kind, payload = request
         try:
-            kind, payload = getattr(self, f"_{kind}")(place, payload)
+            kind, payload = getattr(self, f"_{kind}")(slot, payload)
         except AgentRLError as error:
             kind, payload = "refused", error
         except BaseException as error:
             stop = Stop(StopReason.ENV_ERROR, describe_error(error))
             kind, payload = ("raised", error) if kind == "ask" else ("stop", astuple(stop))
-        return place, kind, payload
+        return slot, kind, payload
 
     def close(self) -> None:
         while self._envs:
             close_contained(self._envs.popitem()[1])
 
-    def _construct(self, place: int, payload: None) -> tuple[str, Any]:
+    def _construct(self, slot: int, payload: None) -> tuple[str, Any]:
         made = made_or_stop(self._make)
         if isinstance(made, Stop):
             return "stop", astuple(made)
-        self._envs[place] = made
+        self._envs[slot] = made
         return "value", None
 
-    def _reset(self, place: int, payload: tuple[str, int, bool]) -> tuple[str, Any]:
-        return self._effect(place, Reset(*payload))
+    def _reset(self, slot: int, payload: tuple[str, int, bool]) -> tuple[str, Any]:
+        return self._effect(slot, Reset(*payload))
 
-    def _step(self, place: int, payload: tuple[str, bool]) -> tuple[str, Any]:
-        return self._effect(place, Step(*payload))
+    def _step(self, slot: int, payload: tuple[str, bool]) -> tuple[str, Any]:
+        return self._effect(slot, Step(*payload))
 
-    def _restore(self, place: int, payload: tuple[bytes]) -> tuple[str, Any]:
-        return self._effect(place, Restore(pickle.loads(payload[0])))
+    def _restore(self, slot: int, payload: tuple[bytes]) -> tuple[str, Any]:
+        return self._effect(slot, Restore(pickle.loads(payload[0])))
 
-    def _effect(self, place: int, effect: EnvironmentCall) -> tuple[str, Any]:
-        if place not in self._envs:
+    def _effect(self, slot: int, effect: EnvironmentCall) -> tuple[str, Any]:
+        if slot not in self._envs:
             return "void", None  # it could not be constructed, which has been said already
-        answer = transition_or_stop(self._envs[place], effect)
+        answer = transition_or_stop(self._envs[slot], effect)
         if isinstance(answer, Stop):
             return "stop", astuple(answer)
         return "transition", (
@@ -150,21 +150,19 @@ class Server:
             _portable(answer.snapshot),
         )
 
-    def _discard(self, place: int, payload: None) -> tuple[str, Any]:
-        if place in self._envs:
-            close_contained(self._envs.pop(place))
+    def _discard(self, slot: int, payload: None) -> tuple[str, Any]:
+        if slot in self._envs:
+            close_contained(self._envs.pop(slot))
         return "value", None
 
-    def _ask(
-        self, place: int, payload: tuple[str, tuple[Any, ...] | None, dict[str, Any]]
-    ) -> tuple[str, Any]:
-        value = answer_of(self._envs[place], *payload)
+    def _ask(self, slot: int, payload: tuple[str, tuple[Any, ...] | None, dict[str, Any]]) -> tuple[str, Any]:
+        value = answer_of(self._envs[slot], *payload)
         if isinstance(value, Sequence) and not isinstance(value, str | bytes | tuple):
             value = list(value)  # task ids may be made when asked for, which does not travel
         return "value", value
 
-    def _time(self, place: int, payload: tuple[Sequence[str], int]) -> tuple[str, Any]:
-        return "value", astuple(time_calls(self._envs[place], *payload))
+    def _time(self, slot: int, payload: tuple[Sequence[str], int]) -> tuple[str, Any]:
+        return "value", astuple(time_calls(self._envs[slot], *payload))
 
 
 def _portable(snapshot: Any) -> bytes | None:
@@ -183,7 +181,7 @@ def serve(connection: socket.socket, megabytes: float | None = None) -> None:
 
     Args:
         connection: to the supervisor.
-        megabytes: that this process may hold; it is told of more, in the place of an answer, and ends it.
+        megabytes: that this process may hold; it is told of more, in the slot of an answer, and ends it.
     """
     buffer = bytearray()
     server: Server | None = None
@@ -212,24 +210,24 @@ def serve(connection: socket.socket, megabytes: float | None = None) -> None:
 
 
 def _packed(answer: Answer) -> bytes:
-    place, kind, payload = answer
+    slot, kind, payload = answer
     try:
         content = pack(answer)
         if isinstance(payload, BaseException):  # some can be written and not read
             pickle.loads(memoryview(content)[_LENGTH.size :])
     except BaseException as error:
         if kind == "refused":
-            return pack((place, kind, AgentRLError(describe_error(payload))))
+            return pack((slot, kind, AgentRLError(describe_error(payload))))
         if isinstance(payload, BaseException):
-            return pack((place, kind, RuntimeError(describe_error(payload))))
+            return pack((slot, kind, RuntimeError(describe_error(payload))))
         what = f"its {kind} cannot leave its process: {describe_error(error)}"
     else:
         if kind != "transition" or len(content) <= _LARGEST_SNAPSHOT + MAX_ANSWER_BYTES:
             return content
         what = str(too_large(len(content)))
     if kind == "transition":
-        return pack((place, "stop", astuple(Stop(StopReason.CONTRACT, what))))
-    return pack((place, "raised", RuntimeError(what)))
+        return pack((slot, "stop", astuple(Stop(StopReason.CONTRACT, what))))
+    return pack((slot, "raised", RuntimeError(what)))
 
 
 def _megabytes() -> float:

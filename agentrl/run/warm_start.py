@@ -107,7 +107,7 @@ def demonstrations(
                 ranks.deal(specs),
                 player,
                 environments,
-                max_active=environments.places or 1,
+                max_active=environments.capacity or 1,
                 max_turns=_most_turns(config),
                 max_attempts=config.rollout.max_attempts,
                 quarantine=Quarantine(config.rollout.max_attempts),

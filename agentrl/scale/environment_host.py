@@ -41,14 +41,14 @@ class EnvironmentHost:
 
     Args:
         make: makes an environment, pickled; only the workers open it.
-        places: episodes at a time.
+        capacity: episodes at a time.
         config: of the workers.
         path: of the driver's imports; what of it this machine has, its workers can import as well.
     """
 
-    def __init__(self, make: bytes, places: int, config: WorkersConfig, path: Sequence[str]) -> None:
+    def __init__(self, make: bytes, capacity: int, config: WorkersConfig, path: Sequence[str]) -> None:
         sys.path.extend(folder for folder in path if folder not in sys.path)
-        self._environments = ProcessEnvironments(_PickledMake(make), places, config)
+        self._environments = ProcessEnvironments(_PickledMake(make), capacity, config)
         self._playing: set[str] = set()
         self._owed = 0
         self._borrowed: dict[int, tuple[ExitStack, Any]] = {}
@@ -63,7 +63,7 @@ class EnvironmentHost:
 
     def capacity(self) -> int:
         """How many episodes there is room for."""
-        return cast(int, self._environments.places)
+        return cast(int, self._environments.capacity)
 
     def exchange(self, messages: Sequence[Message], target: int, max_wait: float) -> Report:
         """Take messages, and return once some of the answers that are owed make it worth while.

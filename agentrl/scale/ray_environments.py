@@ -56,7 +56,7 @@ class RayEnvironments(Environments):
 
     Args:
         make: makes an environment; see `ProcessEnvironments`.
-        places: episodes at a time, on all machines together.
+        capacity: episodes at a time, on all machines together.
         workers: of each actor.
         config: the cluster, and the number of actors.
 
@@ -67,12 +67,12 @@ class RayEnvironments(Environments):
         ConfigError: there is no cluster, it is smaller than what is asked, or an actor cannot start.
     """
 
-    places: int
+    capacity: int
 
     def __init__(
-        self, make: Make, places: int, workers: WorkersConfig | None = None, config: RayConfig | None = None
+        self, make: Make, capacity: int, workers: WorkersConfig | None = None, config: RayConfig | None = None
     ) -> None:
-        self._make, self._most = cloudpickle.dumps(make), places
+        self._make, self._most = cloudpickle.dumps(make), capacity
         self._workers, self._config = workers or WorkersConfig(), config or RayConfig()
         self.messages = 0
         self._replaced = 0
@@ -227,7 +227,7 @@ class RayEnvironments(Environments):
         """Start the actors, unless they are there."""
         if self._hosts:
             return
-        self.places = 0
+        self.capacity = 0
         self._connection.enter_context(connected(self._config.address))
         try:
             count = self._config.actors or max(1, len(machines()))
@@ -241,7 +241,7 @@ class RayEnvironments(Environments):
         except BaseException:
             self.close()
             raise
-        self.places = min(self._most, sum(host.capacity for host in self._hosts))
+        self.capacity = min(self._most, sum(host.capacity for host in self._hosts))
 
     def _start(self) -> None:
         """Start an actor where there are fewest; nobody plays there before it has told its places."""
@@ -267,7 +267,7 @@ class RayEnvironments(Environments):
         self._hosts.remove(host)
         host.kill()
         host.exit_reason = f"the actor on {host.machine} was lost: {reason}"
-        if not self.places:
+        if not self.capacity:
             raise ConfigError(f"an environment actor cannot start on {host.machine}: {reason}")
         self.restarts += 1
         for episode, owed in host.playing.items():

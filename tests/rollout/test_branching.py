@@ -33,7 +33,9 @@ class Script:
     def begin(self) -> Sequence[BranchRequest]:
         return self.requests.get("begin", [None])
 
-    def reached(self, episode: str, parent: BranchPoint | None, turns: Sequence[Turn]) -> Sequence[BranchRequest]:
+    def reached(
+        self, episode: str, parent: BranchPoint | None, turns: Sequence[Turn]
+    ) -> Sequence[BranchRequest]:
         self.heard.append((episode, len(turns)))
         self.parents[episode] = parent
         return self.requests.get((episode, len(turns)), [])
@@ -56,7 +58,9 @@ def play_branches(
     **more: Any,
 ) -> Collection:
     """One task, "a", played as wished."""
-    scheduler = BranchScheduler([EpisodeSpec("a", "test/Shelves-v0", task, 7)], [Script(requests)], episodes=k)
+    scheduler = BranchScheduler(
+        [EpisodeSpec("a", "test/Shelves-v0", task, 7)], [Script(requests)], episodes=k
+    )
     pool = make if isinstance(make, Environments) else EnvironmentPool(make)
     with pool:
         more = {"max_active": 4} | more
@@ -95,7 +99,10 @@ def test_an_episode_that_has_ended_can_be_left() -> None:
 
 
 def test_a_child_can_be_left_in_its_turn_where_it_was_not_yet_itself() -> None:
-    requests: dict[Any, list[BranchRequest]] = {("a-0", 2): [at("a-0", 2)], "a-1": [at("a-1", 1), at("a-1", 3)]}
+    requests: dict[Any, list[BranchRequest]] = {
+        ("a-0", 2): [at("a-0", 2)],
+        "a-1": [at("a-1", 1), at("a-1", 3)],
+    }
     played = by_id(play_branches(requests, k=4).episodes)
     assert actions(played["a-2"])[:1] == actions(played["a-0"])[:1]
     assert actions(played["a-3"])[:3] == actions(played["a-1"])[:3]
@@ -134,7 +141,9 @@ def test_what_is_wished_is_started_before_the_parents_next_reply_is_asked_for() 
         {("a-0", 3): [at("a-0", 9), at("nobody", 1), at("a-0", -1)]},
     ],
 )
-def test_exactly_as_many_are_played_as_there_shall_be(k: int, requests: dict[Any, list[BranchRequest]]) -> None:
+def test_exactly_as_many_are_played_as_there_shall_be(
+    k: int, requests: dict[Any, list[BranchRequest]]
+) -> None:
     played = play_branches(requests, k)
     assert [episode.id for episode in played.episodes] == [f"a-{n}" for n in range(k)]
     assert all(episode.outcome == Outcome.SUCCESS for episode in played.episodes)
@@ -196,7 +205,9 @@ def test_groups_hold_the_episodes_of_each_task_in_the_order_of_their_start() -> 
     names = ["b-0", "b-1", "b-2", "a-0", "a-1", "a-2"]
     assert [episode.id for episode in found.episodes] == names
     assert ended[0] == "a-0"
-    assert [(group.task, [episode.id for episode in group.episodes]) for group in scheduler.groups(found)] == [
+    assert [
+        (group.task, [episode.id for episode in group.episodes]) for group in scheduler.groups(found)
+    ] == [
         ("5", names[:3]),
         ("1", names[3:]),
     ]
@@ -285,7 +296,9 @@ def test_snapshots_are_given_up_with_the_last_start_that_could_need_them() -> No
         def restore(self, snapshot: Any) -> None:
             super().restore(snapshot.kept)
 
-    scheduler = BranchScheduler([EpisodeSpec("a", "e", "4", 0)], [Script({"a-0": [at("a-0", 2)]})], episodes=2)
+    scheduler = BranchScheduler(
+        [EpisodeSpec("a", "e", "4", 0)], [Script({"a-0": [at("a-0", 2)]})], episodes=2
+    )
     found = collect((), CountingPlayer(), EnvironmentPool(Noted), max_active=2, scheduler=scheduler)
     assert (len(taken), found.branches["restored"]) == (4, 1)
     assert [snapshot for snapshot in taken if snapshot() is not None] == []
@@ -538,7 +551,11 @@ def test_an_interrupt_lets_the_player_forget_those_that_wait_to_be_left() -> Non
             raise KeyboardInterrupt
 
     player = CountingPlayer()
-    requests: dict[Any, list[BranchRequest]] = {"begin": [None, None], "a-0": [at("a-0", 1)] * 2, "a-1": [at("a-1", 1)]}
+    requests: dict[Any, list[BranchRequest]] = {
+        "begin": [None, None],
+        "a-0": [at("a-0", 1)] * 2,
+        "a-1": [at("a-1", 1)],
+    }
     scheduler = BranchScheduler([EpisodeSpec("a", "e", "2", 0)], [Script(requests)], episodes=5)
     with pytest.raises(KeyboardInterrupt):
         collect((), player, EnvironmentPool(Kept), max_active=2, scheduler=scheduler, on_episode=interrupt)

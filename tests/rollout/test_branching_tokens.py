@@ -36,7 +36,9 @@ class Shop(Kept):
         return super().info() | {"actions": ACTIONS}
 
 
-def play_branches(requests: dict[Any, list[BranchRequest]], k: int, player: Player, max_active: int = 8) -> tuple[Episode, ...]:
+def play_branches(
+    requests: dict[Any, list[BranchRequest]], k: int, player: Player, max_active: int = 8
+) -> tuple[Episode, ...]:
     """One task of four turns, "a", played as wished."""
     scheduler = BranchScheduler([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [Script(requests)], episodes=k)
     pool = EnvironmentPool(Shop)
@@ -89,7 +91,9 @@ class Table:
         self.engine = TorchEngine(self.model, stop_ids=dialogue.stop_ids, max_sequences=self.slots)
         self.player = LanguagePlayer(dialogue, self.engine, SAMPLING, choices=self.choices)
 
-    def play_branches(self, requests: dict[Any, list[BranchRequest]], k: int, **more: Any) -> tuple[Episode, ...]:
+    def play_branches(
+        self, requests: dict[Any, list[BranchRequest]], k: int, **more: Any
+    ) -> tuple[Episode, ...]:
         return play_branches(requests, k, self.player, **more)
 
 

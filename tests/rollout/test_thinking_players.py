@@ -69,7 +69,9 @@ class Table:
         self.player = LanguagePlayer(self.dialogue, self.engine, SamplingParams(1.0, MOST))
 
     def play_branches(self, requests: dict[Any, list[Any]], k: int) -> tuple[Episode, ...]:
-        scheduler = BranchScheduler([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [Script(requests)], episodes=k)
+        scheduler = BranchScheduler(
+            [EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [Script(requests)], episodes=k
+        )
         return collect((), self.player, EnvironmentPool(Shop), max_active=8, scheduler=scheduler).episodes
 
     def thoughts(self, turn: Turn) -> tuple[int, ...]:
@@ -112,7 +114,9 @@ def test_a_fork_from_anywhere_in_a_reply_goes_on_as_the_reply_would(table: Table
     (base,) = table.play_branches({}, 1)
     reply = base.turns[1]
     places = range(1, len(reply.action_ids))
-    parent, *children = table.play_branches({"a-0": [at("a-0", 1, place) for place in places]}, 1 + len(places))
+    parent, *children = table.play_branches(
+        {"a-0": [at("a-0", 1, place) for place in places]}, 1 + len(places)
+    )
     assert parent.turns == base.turns
     assert [child.parent.token for child in children if child.parent is not None] == [*places]
     free = [place for place, ids in enumerate(reply.allowed or ()) if ids is None]
@@ -186,7 +190,9 @@ def test_what_an_expert_says_ends_in_the_tokens_that_the_policy_would_choose(tab
 
 def test_methods_that_branch_at_tokens_leave_thoughts_and_commands(table: Table) -> None:
     def explored(branch_policy: Any, k: int) -> tuple[Episode, ...]:
-        scheduler = BranchScheduler([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [branch_policy], episodes=k)
+        scheduler = BranchScheduler(
+            [EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [branch_policy], episodes=k
+        )
         return collect((), table.player, EnvironmentPool(Shop), max_active=8, scheduler=scheduler).episodes
 
     context = Context(0, 1, {}, 0, 300)

@@ -485,7 +485,7 @@ def test_64_episodes_survive_a_hail_of_kills() -> None:
     def kill_at_random() -> None:
         draw = random.Random(0)
         while not over.wait(0.03):
-            workers = [worker for worker in list(environments._workers) if worker.owed]
+            workers = [worker for worker in list(environments._workers) if worker.pending]
             if not workers or sum(hits.values()) >= 24:
                 continue
             worker = draw.choice(workers)

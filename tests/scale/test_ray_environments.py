@@ -76,7 +76,7 @@ def healthy(tasks: Sequence[str]) -> dict[str, Episode]:
 
 def test_where_episodes_are_played_does_not_change_them() -> None:
     with RayEnvironments(Corridor, 6, ONE, TWO) as environments:
-        assert environments.places == 6
+        assert environments.capacity == 6
         for most in (1, 4, 100):
             found = collect(specs(TASKS), RandomPlayer(), environments, max_active=most)
             assert by_id(found.episodes) == healthy(TASKS)

@@ -2,7 +2,7 @@
 
 Processes that a worker leaves behind become children of its keeper (Linux), those in sessions of their own as
 well, so that none can get away. The keeper runs this file as a program, without site-packages, in a few
-megabytes; `Kept` is the other side.
+megabytes; `ProcessTree` is the other side.
 """
 
 import os
@@ -16,14 +16,14 @@ from contextlib import suppress
 from typing import IO
 
 _GRACE = 5.0  # seconds that a worker has to close what it holds when whoever started it has died
-_LOOKED_AT_EVERY = 0.2  # seconds between two looks at the memory of processes that are known
-_SEARCH_SHARE = 100  # at most one part in so many of the time is spent on searching for them
+_CHECK_INTERVAL = 0.2  # seconds between two looks at the memory of processes that are known
+_SEARCH_FRACTION = 100  # at most one part in so many of the time is spent on searching for them
 _END_SECONDS = 5.0  # a process that cannot be killed for so long (another user's, a broken disk's) is left
 _ANSWER_SECONDS = 15.0
 _CHILD_SUBREAPER, _DEATH_SIGNAL = 36, 1
 
 
-class Kept:
+class ProcessTree:
     """A running process, and all that it will ever start.
 
     Args:
@@ -50,7 +50,7 @@ class Kept:
         os.set_blocking(self._report, False)
         said = [str(life), str(report), str(megabytes or 0)]
         try:
-            self._keeper = subprocess.Popen(
+            self._supervisor = subprocess.Popen(
                 [sys.executable, "-I", "-S", __file__, *said, *command],
                 pass_fds=(life, report, *handed),
                 stdin=subprocess.DEVNULL,
@@ -64,41 +64,41 @@ class Kept:
             raise
         finally:
             self._close(life, report)
-        self._told: dict[str, str] = {}
+        self._reports: dict[str, str] = {}
         self._pending = b""
 
     @property
     def pid(self) -> int:
         """Number of the process itself; 0 if it could not be started."""
-        self._listen_for(("pid", "failed", "ended"))
-        return int(self._told.get("pid", 0))
+        self._wait_for(("pid", "failed", "ended"))
+        return int(self._reports.get("pid", 0))
 
     @property
-    def keeper(self) -> int:
+    def supervisor(self) -> int:
         """Number of the process whose descendants are all that is kept."""
-        return self._keeper.pid
+        return self._supervisor.pid
 
     @property
-    def fault(self) -> str | None:
+    def start_error(self) -> str | None:
         """Why the process could not be started, if it could not."""
-        self._listen()
-        return self._told.get("failed")
+        self._read_reports()
+        return self._reports.get("failed")
 
     @property
-    def outgrown(self) -> float | None:
+    def memory_exceeded(self) -> float | None:
         """Megabytes that it held when it was ended for them."""
-        self._listen()
-        return float(self._told["outgrown"]) if "outgrown" in self._told else None
+        self._read_reports()
+        return float(self._reports["outgrown"]) if "outgrown" in self._reports else None
 
-    def ending(self) -> int | None:
+    def exit_code(self) -> int | None:
         """Return the exit code of the process, the negative number of the signal that ended it, or None."""
-        self._listen()
-        if "ended" in self._told:
-            return int(self._told["ended"])
-        if self._keeper.poll() is None:
+        self._read_reports()
+        if "ended" in self._reports:
+            return int(self._reports["ended"])
+        if self._supervisor.poll() is None:
             return None
-        self._listen()  # its last words may have come in between
-        return int(self._told.get("ended", -signal.SIGKILL))
+        self._read_reports()  # its last words may have come in between
+        return int(self._reports.get("ended", -signal.SIGKILL))
 
     def kill(self) -> None:
         """End the process and all that it started, and wait until they are gone."""
@@ -106,28 +106,28 @@ class Kept:
             with suppress(OSError):
                 os.write(self._life, b"k")
         try:
-            self._keeper.wait(_ANSWER_SECONDS)
+            self._supervisor.wait(_ANSWER_SECONDS)
         except subprocess.TimeoutExpired:
-            self._listen()
-            for group in filter(None, (int(self._told.get("pid", 0)), self._keeper.pid)):
+            self._read_reports()
+            for group in filter(None, (int(self._reports.get("pid", 0)), self._supervisor.pid)):
                 with suppress(OSError):
                     os.killpg(group, signal.SIGKILL)
-            self._keeper.wait()
+            self._supervisor.wait()
         if self._life >= 0:
-            self._listen()
+            self._read_reports()
             self._close(self._life, self._report)
             self._life = self._report = -1
 
-    def _listen_for(self, wanted: Iterable[str]) -> None:
+    def _wait_for(self, wanted: Iterable[str]) -> None:
         until = time.monotonic() + _ANSWER_SECONDS
-        while not any(each in self._told for each in wanted) and (left := until - time.monotonic()) > 0:
-            if self._report < 0 or self._keeper.poll() is not None:
-                self._listen()
+        while not any(each in self._reports for each in wanted) and (left := until - time.monotonic()) > 0:
+            if self._report < 0 or self._supervisor.poll() is not None:
+                self._read_reports()
                 return
             select.select([self._report], [], [], min(left, 0.5))
-            self._listen()
+            self._read_reports()
 
-    def _listen(self) -> None:
+    def _read_reports(self) -> None:
         if self._report < 0:
             return
         with suppress(BlockingIOError):
@@ -136,7 +136,7 @@ class Kept:
         *lines, self._pending = self._pending.split(b"\n")
         for line in lines:
             kind, _, value = line.decode().partition(" ")
-            self._told[kind] = value
+            self._reports[kind] = value
 
     @staticmethod
     def _close(*descriptors: int) -> None:
@@ -144,7 +144,7 @@ class Kept:
             os.close(each)
 
 
-class _Keeper:
+class _Supervisor:
     """Starts the process, waits for its end, its time or its owner's, and clears up after it."""
 
     def __init__(self, life: int, report: int, megabytes: float, command: Sequence[str]) -> None:
@@ -157,14 +157,14 @@ class _Keeper:
             os.set_blocking(each, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
-        self._family: set[int] = set()
+        self._known: set[int] = set()
         self._search_at = 0.0
-        self._ended: int | None = None
+        self._exit_code: int | None = None
         self._pid = self._start(command)
-        self._say("pid", self._pid)
+        self._report_line("pid", self._pid)
 
     def _start(self, command: Sequence[str]) -> int:
-        keeper, pid = os.getpid(), os.fork()
+        supervisor, pid = os.getpid(), os.fork()
         if pid:
             return pid
         try:
@@ -172,36 +172,36 @@ class _Keeper:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.setsid()
             _ask_kernel(_DEATH_SIGNAL, signal.SIGKILL)
-            if os.getppid() == keeper:  # else it died before it could be followed
+            if os.getppid() == supervisor:  # else it died before it could be followed
                 os.execvp(command[0], list(command))
         except OSError as error:
-            self._say("failed", error.strerror)
+            self._report_line("failed", error.strerror)
         finally:
             os._exit(127)
 
     def keep(self) -> None:
         """Wait until the process ends or has to."""
-        ears = select.poll()
-        ears.register(self._wake, select.POLLIN)
-        ears.register(self._life, select.POLLIN)
+        poller = select.poll()
+        poller.register(self._wake, select.POLLIN)
+        poller.register(self._life, select.POLLIN)
         until = float("inf")
-        while self._ended is None and (now := time.monotonic()) < until:
-            patience = _LOOKED_AT_EVERY if self._megabytes else 60.0
-            for descriptor, _ in ears.poll(1000 * max(0.0, min(patience, until - now))):
+        while self._exit_code is None and (now := time.monotonic()) < until:
+            timeout = _CHECK_INTERVAL if self._megabytes else 60.0
+            for descriptor, _ in poller.poll(1000 * max(0.0, min(timeout, until - now))):
                 if descriptor == self._wake:
                     os.read(self._wake, 4096)
                 elif os.read(self._life, 1):
                     until = 0.0
                 else:  # its owner is gone without a word
-                    ears.unregister(self._life)
+                    poller.unregister(self._life)
                     until = time.monotonic() + _GRACE
             self._reap()
-            if self._ended is None and self._megabytes and (held := self._held()) > self._megabytes:
-                self._say("outgrown", f"{held:.0f}")
+            if self._exit_code is None and self._megabytes and (held := self._memory()) > self._megabytes:
+                self._report_line("outgrown", f"{held:.0f}")
                 until = 0.0
-        if self._ended is not None:
-            self._say("ended", self._ended)
-        self._end_all()
+        if self._exit_code is not None:
+            self._report_line("ended", self._exit_code)
+        self._kill_all()
 
     def _reap(self) -> bool:
         """Take in who has ended; False when nobody is left."""
@@ -211,24 +211,24 @@ class _Keeper:
                 if not pid:
                     return True
                 if pid == self._pid:
-                    self._ended = os.waitstatus_to_exitcode(status)
+                    self._exit_code = os.waitstatus_to_exitcode(status)
         except ChildProcessError:
             return False
 
-    def _held(self) -> float:
+    def _memory(self) -> float:
         """Megabytes of resident memory."""
         now = time.monotonic()
         if now >= self._search_at:
-            self._family = _descendants(os.getpid())
-            self._search_at = now + max(1.0, _SEARCH_SHARE * (time.monotonic() - now))
-        return sum(map(_resident, self._family | {self._pid})) * os.sysconf("SC_PAGE_SIZE") / 2**20
+            self._known = _descendants(os.getpid())
+            self._search_at = now + max(1.0, _SEARCH_FRACTION * (time.monotonic() - now))
+        return sum(map(_resident, self._known | {self._pid})) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
-    def _end_all(self) -> None:
+    def _kill_all(self) -> None:
         """Kill until there is nobody left: first stop them all, so that nobody starts others meanwhile."""
         until = time.monotonic() + _END_SECONDS
-        known = self._ended is not None
+        known = self._exit_code is not None
         while True:
-            if self._ended is None:  # its number is its own until it has been reaped
+            if self._exit_code is None:  # its number is its own until it has been reaped
                 with suppress(OSError):
                     os.killpg(self._pid, signal.SIGKILL)
             stopped: set[int] = set()
@@ -239,10 +239,10 @@ class _Keeper:
             if not self._reap() or time.monotonic() > until:
                 break
             time.sleep(0.002)
-        if not known and self._ended is not None:
-            self._say("ended", self._ended)
+        if not known and self._exit_code is not None:
+            self._report_line("ended", self._exit_code)
 
-    def _say(self, kind: str, value: object) -> None:
+    def _report_line(self, kind: str, value: object) -> None:
         with suppress(OSError):
             os.write(self._report, f"{kind} {value}\n".encode())
 
@@ -286,5 +286,5 @@ def _resident(pid: int) -> int:
 
 if __name__ == "__main__":
     life, report, megabytes, *command = sys.argv[1:]
-    _Keeper(int(life), int(report), float(megabytes), command).keep()
+    _Supervisor(int(life), int(report), float(megabytes), command).keep()
     os._exit(0)
