@@ -28,8 +28,8 @@ from agentrl.data.trajectory import StopReason
 from agentrl.env.containment import describe_error
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.rollout.environments import Answered, Environments, Make, RemoteEnv, TextGym, overdue
-from agentrl.rollout.process_tree import ProcessTree
 from agentrl.rollout.play import EnvironmentCall, Step, Stop, Transition
+from agentrl.rollout.process_tree import ProcessTree
 from agentrl.rollout.settings import WorkersConfig
 from agentrl.rollout.worker import Answer, CallTimes, Request, pack, unpack
 

@@ -13,7 +13,7 @@ from shelves import CountingPlayer, Kept, Shelves, by_id, specs
 
 from agentrl.data.trajectory import BranchPoint, Episode, Outcome, StopReason, Turn
 from agentrl.errors import TooManyAbortedError
-from agentrl.rollout.branching import BranchScheduler, BranchRequest
+from agentrl.rollout.branching import BranchRequest, BranchScheduler
 from agentrl.rollout.collector import Collection, Quarantine, collect
 from agentrl.rollout.environments import EnvironmentPool, Environments, ThreadedEnvironments
 from agentrl.rollout.play import EpisodeSpec
@@ -164,7 +164,7 @@ def test_nothing_is_filled_up_while_one_is_still_playing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("request", "recorded"),
+    ("requested", "recorded"),
     [
         (at("a-0", 9), at("a-0", 0)),
         (at("a-0", 2), at("a-0", 0)),  # it will get there, but has not yet
@@ -174,9 +174,9 @@ def test_nothing_is_filled_up_while_one_is_still_playing() -> None:
     ],
 )
 def test_a_place_that_nobody_has_reached_is_the_first_observation(
-    request: BranchPoint, recorded: BranchPoint | None
+    requested: BranchPoint, recorded: BranchPoint | None
 ) -> None:
-    found = play_branches({("a-0", 1): [request]}, k=2)
+    found = play_branches({("a-0", 1): [requested]}, k=2)
     assert found.episodes[1].parent == recorded
     assert len(found.episodes[1].turns) == 4
     assert found.branches == {"restored": 0, "replayed": 0, "diverged": 0}

@@ -19,7 +19,7 @@ from agentrl.policy.model import build_model
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import RoleDialogue, fit_tokenizer
 from agentrl.policy.torch_engine import TorchEngine
-from agentrl.rollout.branching import BranchScheduler, BranchRequest
+from agentrl.rollout.branching import BranchRequest, BranchScheduler
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.play import ActionRequest, EpisodeSpec, Reply, Stop
