@@ -52,7 +52,8 @@ _TURN_COLUMNS = [
     ("policy_versions", pa.list_(pa.int32())),
     ("info", pa.string()),  # JSON
 ]
-_FIELDS = {"fresh": "new_sequence", "imitable": "trainable"}  # by column: the field of a turn, where its name differs
+# The fields of a turn whose column has another name, by column.
+_FIELDS = {"fresh": "new_sequence", "imitable": "trainable"}
 SCHEMA = pa.schema(_EPISODE_COLUMNS + _TURN_COLUMNS, metadata={_VERSION_KEY: str(VERSION).encode()})
 
 

@@ -178,6 +178,27 @@ class Path:
         self.turns[:], self.transitions[:] = turns, transitions
 
 
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """The episodes of a collection, and where its time went.
+
+    Args:
+        episodes: The episodes in the order of their specs; those of a scheduler by task, in the order in which
+            they were started.
+        failures: The aborted attempts that were made again; `episodes` holds an episode of the same id.
+        environment_seconds: The time spent waiting for environments, or running them.
+        player_seconds: The time spent in the player.
+        branches: The number of episodes that reached their branch point, "restored" from a snapshot or
+            "replayed", and of those that "diverged" in the replay and were started anew.
+    """
+
+    episodes: tuple[Episode, ...]
+    failures: tuple[Episode, ...]
+    environment_seconds: float
+    player_seconds: float
+    branches: Mapping[str, int] = field(default_factory=dict)
+
+
 EnvironmentCall = Reset | Step | Restore
 Effect = EnvironmentCall | ActionRequest
 Answer = Transition | Reply | Stop

@@ -17,10 +17,11 @@ from agentrl.env.names import unknown
 from agentrl.env.panel import Panel, load_panel, make_panel, verify
 from agentrl.env.registry import Factory, callers_arguments, make
 from agentrl.errors import ConfigError, EnvironmentContractError
-from agentrl.rollout.collector import Collection, Quarantine, abort_reasons, collect
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
+from agentrl.rollout.failures import Quarantine, abort_reasons
 from agentrl.rollout.placement import resolve_placement
-from agentrl.rollout.play import EpisodeSpec
+from agentrl.rollout.play import Collection, EpisodeSpec
 from agentrl.rollout.players import Player
 from agentrl.rollout.settings import Placement, RolloutConfig
 from agentrl.run.folder import Run

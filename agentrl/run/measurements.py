@@ -12,8 +12,8 @@ from agentrl.data.trajectory import Episode
 from agentrl.env.panel import Panel
 from agentrl.files import write_atomic
 from agentrl.learn.ranks import Ranks
-from agentrl.rollout.collector import Collection
 from agentrl.rollout.environments import Environments
+from agentrl.rollout.play import Collection
 from agentrl.rollout.players import Player
 from agentrl.run.clocks import Clocks
 from agentrl.run.evaluate import (

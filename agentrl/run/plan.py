@@ -182,7 +182,9 @@ def _settled(config: RunConfig) -> tuple[RunConfig, str]:
     """The configuration with a placement, and what was measured for it, in words."""
     if config.rollout.workers.interpreter is None:
         check_id(config.env.id)
-    rollout, measured = resolve_placement(environment_factory(config), config.rollout, config.env.split, config.seed)
+    rollout, measured = resolve_placement(
+        environment_factory(config), config.rollout, config.env.split, config.seed
+    )
     given = f"not timed: rollout.placement={rollout.placement} was given"
     return replace(config, rollout=rollout), measured or given
 

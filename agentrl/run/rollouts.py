@@ -9,9 +9,10 @@ from agentrl.algorithms.algorithm import Algorithm, Context
 from agentrl.data.trajectory import Episode, Group
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.rollout.branching import BranchScheduler
-from agentrl.rollout.collector import Collection, Quarantine, collect
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
-from agentrl.rollout.play import EpisodeSpec
+from agentrl.rollout.failures import Quarantine
+from agentrl.rollout.play import Collection, EpisodeSpec
 from agentrl.rollout.players import Player
 from agentrl.run.settings import RunConfig
 from agentrl.seeds import derive_seed

@@ -13,8 +13,9 @@ from agentrl.data.trajectory import Episode, Group, StopReason
 from agentrl.errors import ConfigError
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.policy.tokens import Dialogue
-from agentrl.rollout.collector import Quarantine, collect
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
+from agentrl.rollout.failures import Quarantine
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import DemonstrationPlayer, Player
 from agentrl.run.settings import RunConfig

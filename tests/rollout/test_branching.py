@@ -14,9 +14,10 @@ from shelves import CountingPlayer, Kept, Shelves, by_id, specs
 from agentrl.data.trajectory import BranchPoint, Episode, Outcome, StopReason, Turn
 from agentrl.errors import TooManyAbortedError
 from agentrl.rollout.branching import BranchRequest, BranchScheduler
-from agentrl.rollout.collector import Collection, Quarantine, collect
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool, Environments, ThreadedEnvironments
-from agentrl.rollout.play import EpisodeSpec
+from agentrl.rollout.failures import Quarantine
+from agentrl.rollout.play import Collection, EpisodeSpec
 from agentrl.rollout.players import RandomPlayer
 from agentrl.rollout.settings import WorkersConfig
 from agentrl.rollout.workers import ProcessEnvironments
@@ -239,7 +240,7 @@ def test_other_episodes_are_played_beside_those_of_a_director() -> None:
 @pytest.mark.parametrize(
     ("templates", "policies", "episodes", "words"),
     [
-        ("ab", 1, 3, "1 policies for 2 tasks"),
+        ("ab", 1, 3, "1 branch policies for 2 tasks"),
         ("aa", 2, 3, "same id"),
         ("a", 1, 0, "episodes is 0"),
     ],

@@ -547,7 +547,7 @@ def test_a_reply_for_nobody_is_refused() -> None:
         def poll(self) -> Any:
             return [("e7", Reply("x"))]
 
-    with pytest.raises(ValueError, match="replied for 'e7'"):
+    with pytest.raises(ValueError, match="replied to 'e7'"):
         collect(specs([1]), Confused(), EnvironmentPool(Shelves), max_active=1)
 
 

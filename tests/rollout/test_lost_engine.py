@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from shelves import Shelves
 
 from agentrl.data.trajectory import StopReason
-from agentrl.rollout.collector import Collection, Quarantine, collect
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
-from agentrl.rollout.play import EpisodeSpec, Stop
+from agentrl.rollout.failures import Quarantine
+from agentrl.rollout.play import Collection, EpisodeSpec, Stop
 from agentrl.rollout.players import Answered, RandomPlayer
 
 

@@ -34,10 +34,11 @@ from worker_worlds import (
 
 from agentrl.data.trajectory import Episode, Outcome, StopReason
 from agentrl.errors import ConfigError, TooManyAbortedError
-from agentrl.rollout.collector import Collection, Quarantine, collect
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool, Environments, ThreadedEnvironments
+from agentrl.rollout.failures import Quarantine
 from agentrl.rollout.placement import open_environments, resolve_placement
-from agentrl.rollout.play import EpisodeSpec, Reset, Step
+from agentrl.rollout.play import Collection, EpisodeSpec, Reset, Step
 from agentrl.rollout.players import RandomPlayer
 from agentrl.rollout.settings import RolloutConfig, WorkersConfig
 from agentrl.rollout.workers import EnvironmentLostError, ProcessEnvironments

@@ -22,9 +22,9 @@ from agentrl.policy.model import build_model
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import fit_tokenizer, make_dialogue
 from agentrl.policy.torch_engine import TorchEngine
-from agentrl.rollout.collector import Collection, collect
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool, Environments
-from agentrl.rollout.play import ActionRequest, EpisodeSpec, Reset, Step, Stop
+from agentrl.rollout.play import ActionRequest, Collection, EpisodeSpec, Reset, Step, Stop
 from agentrl.rollout.players import LanguagePlayer, RandomPlayer
 from agentrl.rollout.settings import RayConfig, WorkersConfig
 from agentrl.rollout.workers import EnvironmentLostError
