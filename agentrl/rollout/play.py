@@ -183,8 +183,8 @@ class Collection:
     """The episodes of a collection, and where its time went.
 
     Args:
-        episodes: The episodes in the order of their specs; those of a scheduler by task, in the order in which
-            they were started.
+        episodes: The episodes in the order of their specs; those of a scheduler by task, as they were
+            started.
         failures: The aborted attempts that were made again; `episodes` holds an episode of the same id.
         environment_seconds: The time spent waiting for environments, or running them.
         player_seconds: The time spent in the player.

@@ -85,7 +85,7 @@ class EnvironmentHost:
         answers: list[Answered] = []
         until = time.monotonic() + max_wait
         while self._owed and len(answers) < wanted and (left := until - time.monotonic()) > 0:
-            found = self._environments.poll(wait=True, patience=left)
+            found = self._environments.poll(wait=True, max_wait=left)
             self._owed -= len(found)
             answers += found
         return Report(answers, self._environments.restarts, self._environments.recycled)

@@ -105,7 +105,7 @@ def test_workers_are_used_again_by_the_next_collection() -> None:
 
 
 TROUBLES = [
-    ("exit", StopReason.WORKER_ERROR, "exited with 3; its last words: the last thing I say"),
+    ("exit", StopReason.WORKER_ERROR, "exited with 3; its last output: the last thing I say"),
     ("leave", StopReason.ENV_ERROR, "SystemExit: 4"),
     ("segfault", StopReason.WORKER_ERROR, "its worker was killed by SIGSEGV"),
     ("kill", StopReason.WORKER_ERROR, "its worker was killed by SIGKILL"),
@@ -115,7 +115,7 @@ TROUBLES = [
     ("close everything", StopReason.WORKER_ERROR, "its worker"),
     ("raise", StopReason.ENV_ERROR, "ValueError: no such shelf"),
     ("unpicklable", StopReason.CONTRACT, "cannot leave its process"),
-    ("unreadable", StopReason.CONTRACT, "answered what cannot be read here: SystemExit: 0"),
+    ("unreadable", StopReason.CONTRACT, "cannot be read here: SystemExit: 0"),
     ("huge", StopReason.CONTRACT, "the observation and info of one call take 200 MB, wanted at most 16 MB"),
     ("interrupt", StopReason.ENV_ERROR, "KeyboardInterrupt: not by a key"),
     ("fork and leave", StopReason.WORKER_ERROR, "exited with 3"),

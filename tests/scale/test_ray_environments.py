@@ -131,7 +131,7 @@ def test_a_policy_acts_as_here_and_its_logprobs_are_the_same() -> None:
 
 
 TROUBLES = [
-    ("exit", StopReason.WORKER_ERROR, "exited with 3; its last words: the last thing I say"),
+    ("exit", StopReason.WORKER_ERROR, "exited with 3; its last output: the last thing I say"),
     ("leave", StopReason.ENV_ERROR, "SystemExit: 4"),
     ("segfault", StopReason.WORKER_ERROR, "its worker was killed by SIGSEGV"),
     ("kill", StopReason.WORKER_ERROR, "its worker was killed by SIGKILL"),
