@@ -1,8 +1,8 @@
-"""The process between this one and a worker: whatever the worker started ends with it, however it ends.
+"""A process and all its descendants: whatever the process starts ends with it, however it ends.
 
-Processes that a worker leaves behind become children of its keeper (Linux), those in sessions of their own as
-well, so that none can get away. The keeper runs this file as a program, without site-packages, in a few
-megabytes; `ProcessTree` is the other side.
+A supervisor process stands between this process and the supervised one. On Linux it is the subreaper of all
+descendants, including those in sessions of their own, so that none of them can escape. It runs this file as a
+program, without site-packages, in a few megabytes; `ProcessTree` is the interface to it.
 """
 
 import os
@@ -15,44 +15,46 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import IO
 
-_GRACE = 5.0  # seconds that a worker has to close what it holds when whoever started it has died
-_CHECK_INTERVAL = 0.2  # seconds between two looks at the memory of processes that are known
-_SEARCH_FRACTION = 100  # at most one part in so many of the time is spent on searching for them
-_END_SECONDS = 5.0  # a process that cannot be killed for so long (another user's, a broken disk's) is left
+_GRACE = 5.0  # seconds for the process to end by itself after its owner has died
+_CHECK_INTERVAL = 0.2  # seconds between two measurements of the memory of known processes
+_SEARCH_FACTOR = 100  # the next search for descendants starts after 100 times the length of the last one
+_END_SECONDS = (
+    5.0  # a process that survives SIGKILL for longer (blocked in the kernel, another user's) is left
+)
 _ANSWER_SECONDS = 15.0
 _CHILD_SUBREAPER, _DEATH_SIGNAL = 36, 1
 
 
 class ProcessTree:
-    """A running process, and all that it will ever start.
+    """A running process with all its descendants.
 
     Args:
-        command: to run, in a session of its own.
-        environment: variables.
-        handed: descriptors that it inherits.
-        log: where it prints to.
-        megabytes: that it may hold with all it started; None for any number.
+        command: The command to run, in a session of its own.
+        environment: The environment variables.
+        inherited: The file descriptors that it inherits.
+        log: The file for its standard output and error.
+        megabytes: The resident memory of process and descendants at which they are killed; None for no limit.
 
     Raises:
-        OSError: no process can be started.
+        OSError: No process can be started.
     """
 
     def __init__(
         self,
         command: Sequence[str],
         environment: Mapping[str, str],
-        handed: Sequence[int],
+        inherited: Sequence[int],
         log: IO[bytes],
         megabytes: float | None = None,
     ) -> None:
         life, self._life = os.pipe()
         self._report, report = os.pipe()
         os.set_blocking(self._report, False)
-        said = [str(life), str(report), str(megabytes or 0)]
+        arguments = [str(life), str(report), str(megabytes or 0)]
         try:
             self._supervisor = subprocess.Popen(
-                [sys.executable, "-I", "-S", __file__, *said, *command],
-                pass_fds=(life, report, *handed),
+                [sys.executable, "-I", "-S", __file__, *arguments, *command],
+                pass_fds=(life, report, *inherited),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -69,39 +71,39 @@ class ProcessTree:
 
     @property
     def pid(self) -> int:
-        """Number of the process itself; 0 if it could not be started."""
+        """Return the id of the process itself; 0 if it could not be started."""
         self._wait_for(("pid", "failed", "ended"))
         return int(self._reports.get("pid", 0))
 
     @property
     def supervisor(self) -> int:
-        """Number of the process whose descendants are all that is kept."""
+        """Return the id of the supervisor, of which the process and its descendants are descendants."""
         return self._supervisor.pid
 
     @property
     def start_error(self) -> str | None:
-        """Why the process could not be started, if it could not."""
+        """Return why the process could not be started; None if it was."""
         self._read_reports()
         return self._reports.get("failed")
 
     @property
     def memory_exceeded(self) -> float | None:
-        """Megabytes that it held when it was ended for them."""
+        """Return the memory in MB for which it was killed; None if it was not killed for its memory."""
         self._read_reports()
         return float(self._reports["outgrown"]) if "outgrown" in self._reports else None
 
     def exit_code(self) -> int | None:
-        """Return the exit code of the process, the negative number of the signal that ended it, or None."""
+        """Return the exit code, negative for a signal as in `subprocess`; None while the process runs."""
         self._read_reports()
         if "ended" in self._reports:
             return int(self._reports["ended"])
         if self._supervisor.poll() is None:
             return None
-        self._read_reports()  # its last words may have come in between
+        self._read_reports()  # the last report may have come in between
         return int(self._reports.get("ended", -signal.SIGKILL))
 
     def kill(self) -> None:
-        """End the process and all that it started, and wait until they are gone."""
+        """Kill the process and its descendants, and wait until they have ended."""
         if self._life >= 0:
             with suppress(OSError):
                 os.write(self._life, b"k")
@@ -145,13 +147,13 @@ class ProcessTree:
 
 
 class _Supervisor:
-    """Starts the process, waits for its end, its time or its owner's, and clears up after it."""
+    """Program between owner and process: it starts the process, supervises it and kills what it leaves."""
 
     def __init__(self, life: int, report: int, megabytes: float, command: Sequence[str]) -> None:
         self._life, self._report, self._megabytes = life, report, megabytes
         for each in (life, report):
             os.set_inheritable(each, False)
-        _ask_kernel(_CHILD_SUBREAPER, 1)
+        _set_process_option(_CHILD_SUBREAPER, 1)
         self._wake, woken = os.pipe()
         for each in (self._wake, woken):
             os.set_blocking(each, False)
@@ -161,7 +163,7 @@ class _Supervisor:
         self._search_at = 0.0
         self._exit_code: int | None = None
         self._pid = self._start(command)
-        self._report_line("pid", self._pid)
+        self._write_report("pid", self._pid)
 
     def _start(self, command: Sequence[str]) -> int:
         supervisor, pid = os.getpid(), os.fork()
@@ -171,16 +173,16 @@ class _Supervisor:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.setsid()
-            _ask_kernel(_DEATH_SIGNAL, signal.SIGKILL)
-            if os.getppid() == supervisor:  # else it died before it could be followed
+            _set_process_option(_DEATH_SIGNAL, signal.SIGKILL)
+            if os.getppid() == supervisor:  # else the supervisor died before the signal was set
                 os.execvp(command[0], list(command))
         except OSError as error:
-            self._report_line("failed", error.strerror)
+            self._write_report("failed", error.strerror)
         finally:
             os._exit(127)
 
-    def keep(self) -> None:
-        """Wait until the process ends or has to."""
+    def run(self) -> None:
+        """Wait until the process ends or must be killed, and kill all that is left."""
         poller = select.poll()
         poller.register(self._wake, select.POLLIN)
         poller.register(self._life, select.POLLIN)
@@ -192,19 +194,19 @@ class _Supervisor:
                     os.read(self._wake, 4096)
                 elif os.read(self._life, 1):
                     until = 0.0
-                else:  # its owner is gone without a word
+                else:  # the owner died: its end of the pipe is closed
                     poller.unregister(self._life)
                     until = time.monotonic() + _GRACE
             self._reap()
-            if self._exit_code is None and self._megabytes and (held := self._memory()) > self._megabytes:
-                self._report_line("outgrown", f"{held:.0f}")
+            if self._exit_code is None and self._megabytes and (memory := self._memory()) > self._megabytes:
+                self._write_report("outgrown", f"{memory:.0f}")
                 until = 0.0
         if self._exit_code is not None:
-            self._report_line("ended", self._exit_code)
+            self._write_report("ended", self._exit_code)
         self._kill_all()
 
     def _reap(self) -> bool:
-        """Take in who has ended; False when nobody is left."""
+        """Reap the children that have ended; return whether any are left."""
         try:
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -216,19 +218,19 @@ class _Supervisor:
             return False
 
     def _memory(self) -> float:
-        """Megabytes of resident memory."""
+        """Return the resident memory of the process and its known descendants, in MB."""
         now = time.monotonic()
         if now >= self._search_at:
             self._known = _descendants(os.getpid())
-            self._search_at = now + max(1.0, _SEARCH_FRACTION * (time.monotonic() - now))
+            self._search_at = now + max(1.0, _SEARCH_FACTOR * (time.monotonic() - now))
         return sum(map(_resident, self._known | {self._pid})) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     def _kill_all(self) -> None:
-        """Kill until there is nobody left: first stop them all, so that nobody starts others meanwhile."""
+        """Kill all descendants; they are stopped first, so that none starts another in the meantime."""
         until = time.monotonic() + _END_SECONDS
-        known = self._exit_code is not None
+        reported = self._exit_code is not None
         while True:
-            if self._exit_code is None:  # its number is its own until it has been reaped
+            if self._exit_code is None:  # until it is reaped, no other process can have its id
                 with suppress(OSError):
                     os.killpg(self._pid, signal.SIGKILL)
             stopped: set[int] = set()
@@ -239,15 +241,15 @@ class _Supervisor:
             if not self._reap() or time.monotonic() > until:
                 break
             time.sleep(0.002)
-        if not known and self._exit_code is not None:
-            self._report_line("ended", self._exit_code)
+        if not reported and self._exit_code is not None:
+            self._write_report("ended", self._exit_code)
 
-    def _report_line(self, kind: str, value: object) -> None:
+    def _write_report(self, kind: str, value: object) -> None:
         with suppress(OSError):
             os.write(self._report, f"{kind} {value}\n".encode())
 
 
-def _ask_kernel(option: int, value: int) -> None:
+def _set_process_option(option: int, value: int) -> None:
     if sys.platform == "linux":
         import ctypes
 
@@ -261,7 +263,7 @@ def _send(number: int, processes: Iterable[int]) -> None:
 
 
 def _descendants(pid: int) -> set[int]:
-    """Processes that one has started, and those that these have."""
+    """Return the ids of all descendants of a process."""
     children: dict[int, list[int]] = {}
     with suppress(OSError):
         for name in filter(str.isdigit, os.listdir("/proc")):
@@ -278,7 +280,7 @@ def _descendants(pid: int) -> set[int]:
 
 
 def _resident(pid: int) -> int:
-    """Pages of memory that a process holds."""
+    """Return the resident memory of a process, in pages; 0 if it is gone."""
     with suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/statm", "rb") as statm:
         return int(statm.read().split()[1])
     return 0
@@ -286,5 +288,5 @@ def _resident(pid: int) -> int:
 
 if __name__ == "__main__":
     life, report, megabytes, *command = sys.argv[1:]
-    _Supervisor(int(life), int(report), float(megabytes), command).keep()
+    _Supervisor(int(life), int(report), float(megabytes), command).run()
     os._exit(0)

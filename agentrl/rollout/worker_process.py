@@ -1,4 +1,4 @@
-"""One worker process as its supervisor sees it: its socket, its pending requests and its end."""
+"""One worker process as the pool in `workers` sees it: its socket, its pending requests and its end."""
 
 import os
 import signal

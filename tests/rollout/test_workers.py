@@ -114,7 +114,7 @@ TROUBLES = [
     ("hang in reset", StopReason.WORKER_ERROR, "reset took longer than 0.7 s"),
     ("close everything", StopReason.WORKER_ERROR, "its worker"),
     ("raise", StopReason.ENV_ERROR, "ValueError: no such shelf"),
-    ("unpicklable", StopReason.CONTRACT, "cannot leave its process"),
+    ("unpicklable", StopReason.CONTRACT, "cannot be sent from its process"),
     ("unreadable", StopReason.CONTRACT, "cannot be read here: SystemExit: 0"),
     ("huge", StopReason.CONTRACT, "the observation and info of one call take 200 MB, wanted at most 16 MB"),
     ("interrupt", StopReason.ENV_ERROR, "KeyboardInterrupt: not by a key"),

@@ -138,7 +138,7 @@ TROUBLES = [
     ("hang", StopReason.WORKER_ERROR, "step took longer than 5 s"),
     ("hang without yielding", StopReason.WORKER_ERROR, "step took longer than 5 s"),
     ("raise", StopReason.ENV_ERROR, "ValueError: no such shelf"),
-    ("unpicklable", StopReason.CONTRACT, "cannot leave its process"),
+    ("unpicklable", StopReason.CONTRACT, "cannot be sent from its process"),
 ]
 
 
