@@ -20,8 +20,8 @@ STORED_INFO = ("success", "score", "valid", "task_type", "tool", "tool_error", "
 class EpisodeSpec:
     """An episode to be played.
 
-# Keys of `info` that a turn keeps from the answer to its reply; `state_key` is of the state before it.
-    the player is derived from `seed` and `id`.
+    The members of a group can share `seed`, and with it their first state, and still differ, since the seed
+    of the player is derived from `seed` and `id`.
 
     Args:
         id: The unique name of the episode.
