@@ -4,18 +4,19 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from agentrl.data.trajectory import StopReason, Turn
 from agentrl.env.spaces import TextSpace
 from agentrl.policy.engine import Engine, Generation, GenerationRequest, SamplingParams
-from agentrl.policy.thinking import Thinking, Thought
+from agentrl.policy.thinking import Thinking
 from agentrl.policy.trie import admissible_replies, token_trie
+from agentrl.rollout.menus import Menu, build_menu
 from agentrl.rollout.play import ActionRequest, Reply, Stop
 from agentrl.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from agentrl.policy.tokens import ChatDialogue, Dialogue
+    from agentrl.policy.tokens import Dialogue
 
 Answered = tuple[str, Reply | Stop]
 
@@ -136,33 +137,8 @@ class _Pending:
     request: ActionRequest
     prompt_ids: tuple[int, ...]
     new_sequence: bool
-    menu: "_Menu | None"  # where the reply ends in a choice
+    menu: Menu | None  # None for a reply of free text
     given: tuple[int, ...] = ()  # what the engine was given of the reply
-
-
-@dataclass(frozen=True, slots=True)
-class _Menu:
-    """What a reply chooses from, and what it does before.
-
-    Args:
-        texts: the admissible actions, by the tokens that the reply ends in.
-        given: tokens of the reply that are there already.
-        begun: those of them that are thoughts which go on.
-        thinking: how the reply thinks before its choice; None where it does not, or has done so.
-    """
-
-    texts: dict[tuple[int, ...], str]
-    given: tuple[int, ...] = ()
-    begun: tuple[int, ...] = ()
-    thinking: Thinking | None = None
-
-    def chosen(self, ids: tuple[int, ...]) -> str | None:
-        """The action that tokens after `given` end in."""
-        if self.thinking is None:
-            return self.texts.get(ids)
-        # No action begins in what is written before it, so the longest is the whole of it.
-        found = max((end for end in self.texts if ids[-len(end) :] == end), key=len, default=())
-        return self.texts.get(found)
 
 
 class LanguagePlayer:
@@ -197,12 +173,13 @@ class LanguagePlayer:
             error = f"none of info['actions'] begins as the reply that was left: {inherited.begun}"
             self._stopped.append((request.episode_id, Stop(StopReason.ENGINE_ERROR, error)))
             return
-        room = self._sampling.max_tokens if menu is None else self._room(menu)
+        max_tokens = self._sampling.max_tokens
+        room = max_tokens if menu is None else menu.reply_tokens(max_tokens)
         length = (0 if prompt.new_sequence else conversation.held) + len(prompt.ids) + room
         if length > self._engine.max_context:
             self._stopped.append((request.episode_id, _too_long(length, self._engine.max_context)))
             return
-        given = inherited.begun if menu is None else menu.given
+        given = inherited.begun if menu is None else menu.prefix
         free = menu is None or menu.thinking is not None
         pending = _Pending(request, tuple(prompt.ids), prompt.new_sequence, menu, given)
         self._pending[request.episode_id] = pending
@@ -217,41 +194,16 @@ class LanguagePlayer:
                 sampling=self._shortened(len(given)) if free else self._sampling,
                 parent=inherited.parent,
                 thinking=None if menu is None else menu.thinking,
-                begun=() if menu is None else menu.begun,
+                begun=() if menu is None else menu.thoughts,
             )
         )
 
-    def _menu(self, request: ActionRequest, begun: tuple[int, ...]) -> _Menu | None:
-        """The admissible replies that begin so; None where any text is one."""
+    def _menu(self, request: ActionRequest, begun: tuple[int, ...]) -> Menu | None:
+        """Return the admissible replies that begin with `begun`; None if any text is admissible."""
         if not self._choices or not request.actions:
             return None
-        thinking = self._thinking
-        if thinking is None:
-            texts = admissible_replies(request.actions, self._dialogue.encode_reply)
-            return _Menu(_that_begin(texts, (), begun))  # choices lead there by themselves
-        dialogue = cast("ChatDialogue", self._dialogue)
-        texts = admissible_replies(request.actions, dialogue.encode_choice)
-        opening = thinking.opening
-        given = begun if len(begun) > len(opening) else opening
-        thoughts = given[len(opening) :]
-        limit = thinking.room(self._sampling.max_tokens, texts)
-        if limit < 1:
-            return _Menu(_that_begin(texts, thinking.cut, thoughts), opening)
-        thought = Thought(thinking, limit, self._dialogue.stop_ids)
-        for place, token in enumerate(given):
-            if place < len(opening):
-                continue
-            written = thought.take(token)
-            if written is not None:
-                return _Menu(_that_begin(texts, written, given[place + 1 :]), given[: place + 1])
-        return _Menu(texts, given, thoughts, thinking)
-
-    def _room(self, menu: _Menu) -> int:
-        """Tokens that a reply may have which ends in a choice."""
-        longest = len(menu.given) + max(map(len, menu.texts))
-        if menu.thinking is None:
-            return longest
-        return max(longest + menu.thinking.written, self._sampling.max_tokens)
+        max_tokens = self._sampling.max_tokens
+        return build_menu(self._dialogue, self._thinking, request.actions, begun, max_tokens)
 
     def _shortened(self, tokens: int) -> SamplingParams:
         sampling = self._sampling
@@ -421,14 +373,6 @@ class DemonstrationPlayer(_Immediate):
             return None
         replies = admissible_replies(request.actions, self._dialogue.encode_reply)
         return token_trie(tuple(replies)).trace(action_ids)
-
-
-def _that_begin(
-    texts: Mapping[tuple[int, ...], str], written: tuple[int, ...], begun: tuple[int, ...]
-) -> dict[tuple[int, ...], str]:
-    """The texts behind what is written before each, as far as they begin so."""
-    whole = (((*written, *ids), text) for ids, text in texts.items())
-    return {ids: text for ids, text in whole if ids[: len(begun)] == begun}
 
 
 def _too_long(length: int, limit: int) -> Stop:
