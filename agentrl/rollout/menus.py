@@ -19,7 +19,7 @@ class Menu:
         texts: The admissible actions, by the tokens in which the reply ends.
         prefix: The first tokens of the reply, which are given.
         thoughts: The tokens of `prefix` that are unfinished thoughts.
-        thinking: How the reply thinks before its choice; None if it does not, or if its thoughts are finished.
+        thinking: How the reply thinks before its choice; None if it does not, or if its thoughts are over.
     """
 
     texts: dict[tuple[int, ...], str]

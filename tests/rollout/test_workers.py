@@ -296,7 +296,7 @@ def test_workers_are_recycled_by_the_number_of_their_episodes() -> None:
 
 
 def test_workers_are_recycled_by_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentrl.rollout.workers._WEIGHED_EVERY", 0.0)
+    monkeypatch.setattr("agentrl.rollout.worker_process._MEMORY_CHECK_INTERVAL", 0.0)
     environments = ProcessEnvironments(Growing, 1, WorkersConfig(count=1, recycle_megabytes=150))
     found = played(["1"] * 8, environments, 1)
     assert all(episode.outcome is Outcome.SUCCESS for episode in found.episodes)
