@@ -140,8 +140,8 @@ class Rollouts:
         for failures, branches in self._ranks.gather((collection.failures, collection.branches)):
             played.failures += failures
             played.branches.update(branches if self._algorithm.rollout.branch_policy is not None else {})
-        for shunned in self._ranks.gather(self.quarantine.tasks):
-            self.quarantine.tasks.update(shunned)
+        for excluded in self._ranks.gather(self.quarantine.tasks):
+            self.quarantine.tasks.update(excluded)
         played.groups += groups
         played.environment_seconds += collection.environment_seconds
         played.player_seconds += collection.player_seconds
