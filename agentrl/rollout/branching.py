@@ -114,6 +114,7 @@ class _Tree:
 
     def _start_requested(self, requests: Sequence[BranchRequest]) -> list[Start]:
         left = self.budget - len(self.paths)
+        # With all episodes ended, no later event could request the rest of the budget.
         if not requests and len(self.finished) == len(self.paths):
             requests = [None] * left
         starts = [self._start(request) for request in requests[:left]]
@@ -134,7 +135,7 @@ class _Tree:
             fork = self._fork(request)
             if fork is not None:
                 self.parents.add(request.parent)
-            elif request.parent in self.paths:
+            elif request.parent in self.paths:  # the first state is shared, as all have the same seed
                 request = BranchPoint(request.parent, 0)
             else:
                 request = None
@@ -147,6 +148,7 @@ class _Tree:
         path, ended = self.paths.get(point.parent), self.finished.get(point.parent)
         if path is None or (point.turn, point.token) == (0, 0) or (ended is not None and ended.stop.aborted):
             return None
+        # Before its reply, an episode in progress has one state more than it has turns.
         running = ended is None and len(path.transitions) == len(path.turns) + 1
         if not 0 <= point.turn < len(path.turns) + running:
             return None

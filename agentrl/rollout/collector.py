@@ -181,6 +181,7 @@ class _Collector:
                 self.parents.pending_children[start.spec.id] = start.spec.parent.parent
 
     def _start(self, start: Start, attempt: int) -> None:
+        # An episode of a task in quarantine is recorded as aborted without any call.
         reason = self.quarantine.tasks.get(start.spec.task)
         fork = start.fork if reason is None else None
         loop = play(start.spec, self.max_turns, fork=fork, path=start.path)
@@ -230,6 +231,7 @@ class _Collector:
         if not isinstance(effect, ActionRequest):
             self.environments.submit(running.id, effect)
             return
+        # Branches are scheduled before the reply, so that the player can generate all of them in one batch.
         self._branch(running, effect.turn)
         with self.player_time.running():
             self.player.submit(effect)
@@ -240,7 +242,7 @@ class _Collector:
     def _branch(self, running: _Running, turn: int) -> None:
         """Let others branch from an episode before its reply, or fork its parent's tokens for it."""
         fork, path = running.start.fork, running.start.path
-        if turn > path.inherited:
+        if turn > path.inherited:  # inherited turns were reported for the parent already
             self._schedule(self.scheduler.reached(running.id))
         elif fork is not None and path.parent is not None and path.branching != "diverged":
             with self.player_time.running():
@@ -256,6 +258,7 @@ class _Collector:
         del self.active[episode.id]
         self.environments.release(episode.id, broken=episode.stop.aborted)
         attempt = self.retries.next_attempt(episode, running.attempt, bystander=running.bystander)
+        # A new attempt would replace the turns that children of the episode hold.
         if attempt is None or self.scheduler.branched(episode.id):
             self._finish(running, episode)
             return

@@ -212,6 +212,7 @@ class ThreadedEnvironments(Environments):
                     answers.append(
                         (episode, Stop(StopReason.WORKER_ERROR, overdue(thread.call_name, thread.limit)))
                     )
+                    # The late thread keeps its environment; its answer is dropped when it comes.
                     self._thread_of[episode] = self._start_thread()
                     self.restarts += 1
             if answers or not wait or all(thread.deadline is None for thread in self._thread_of.values()):
@@ -240,6 +241,7 @@ class ThreadedEnvironments(Environments):
             return
         if broken and thread.env is not None:
             env, thread.env = thread.env, None
+            # Closing may hang, so it gets a thread of its own.
             threading.Thread(target=self._pool.discard, args=(env,), daemon=True).start()
         self._idle.append(thread)
 
@@ -261,7 +263,7 @@ class ThreadedEnvironments(Environments):
 
     def _answer(self, thread: "_EnvThread", effect: EnvironmentCall) -> Transition | Stop:
         if thread.env is None:
-            with self._lock:
+            with self._lock:  # the pool and the constructor need not be thread-safe
                 made = made_or_stop(self._pool.take)
             if isinstance(made, Stop):
                 return made

@@ -150,7 +150,7 @@ class ProcessEnvironments(Environments):
     def close(self) -> None:
         """End all workers, and wait until they have gone."""
         with self._closing:
-            for worker in list(self._workers):
+            for worker in list(self._workers):  # all at once, so that they close in parallel
                 self._stop_worker(worker)
             self._slot_of.clear()
             self._backlog.clear()
@@ -186,6 +186,7 @@ class ProcessEnvironments(Environments):
 
     def _find_slot(self, episode: str | None) -> Slot | None:
         """Return a slot of an idle worker, else of a new one, else of the least busy one."""
+        # A retry avoids the worker in which the episode failed, as long as another one has room.
         staying = [worker for worker in self._workers if not worker.retiring]
         candidates = [worker for worker in staying if worker.free]
         elsewhere = [worker for worker in candidates if worker is not self._excluded.get(episode or "")]
@@ -194,7 +195,7 @@ class ProcessEnvironments(Environments):
         if not candidates:
             return None
         worker = min(elsewhere or candidates, key=lambda worker: worker.busy)
-        return max(worker.free, key=lambda slot: slot.has_env)
+        return max(worker.free, key=lambda slot: slot.has_env)  # reuse an environment if there is one
 
     def _start(self) -> WorkerProcess:
         limit = self._config.recycle_megabytes
@@ -251,7 +252,7 @@ class ProcessEnvironments(Environments):
             return False
         worker.buffer += data
         for message in unpack(worker.buffer):
-            if not worker.ready:
+            if not worker.ready:  # the first message says that the process has started
                 worker.ready = self._any_ready = True
                 continue
             if not worker.pending:
@@ -281,7 +282,7 @@ class ProcessEnvironments(Environments):
             return  # "void" follows a failed "construct", which has been reported
         if slot.borrowed:
             self._borrow_answers[slot] = answer
-        elif found == "refused":
+        elif found == "refused":  # an AgentRLError: every other environment would fail alike
             raise payload
         elif found == "transition":
             self._ready.append((cast(str, slot.episode), Transition(*payload)))
@@ -325,12 +326,13 @@ class ProcessEnvironments(Environments):
         self.restarts += 1
         if cannot_start:
             raise ConfigError(f"an environment worker cannot start: {reason}")
+        # Answers come in order, so the first pending request is the one that the worker was carrying out.
         blamed = worker.pending[0][0] if worker.pending else None
         waiting = {slot.index for slot, _, _ in worker.pending} | {index for index, _, _ in worker.outbox}
         for slot in worker.slots:
             if slot.episode is None or slot.borrowed:
                 continue
-            self._slot_of[slot.episode] = None
+            self._slot_of[slot.episode] = None  # an episode without a request learns of it at its next one
             if slot.index in waiting:
                 what = reason if slot is blamed else f"its worker died: {reason}"
                 stop = Stop(StopReason.WORKER_ERROR, what, bystander=slot is not blamed)

@@ -1,4 +1,4 @@
-"""Episodes that leave others: how many there are, what they share, and what is recorded of it."""
+"""Branching episodes: how many there are, what they share with their parents, and what is recorded."""
 
 import weakref
 from collections import Counter
@@ -25,7 +25,7 @@ from agentrl.rollout.workers import ProcessEnvironments
 
 @dataclass
 class Script:
-    """Wishes by what happens: "begin", ("a-0", 2) reached so many turns, "a-0" ended. Notes what it hears."""
+    """Branch policy with a request per event: "begin", ("a-0", 2) for two turns reached, "a-0" for ended."""
 
     requests: dict[Any, list[BranchRequest]] = field(default_factory=dict)
     heard: list[Any] = field(default_factory=list)
@@ -58,7 +58,7 @@ def play_branches(
     player: Any = None,
     **more: Any,
 ) -> Collection:
-    """One task, "a", played as wished."""
+    """Play one task, "a", with the requested branches."""
     scheduler = BranchScheduler(
         [EpisodeSpec("a", "test/Shelves-v0", task, 7)], [Script(requests)], episodes=k
     )
@@ -72,7 +72,7 @@ def actions(episode: Episode) -> list[str]:
     return [turn.action for turn in episode.turns]
 
 
-# What is started.
+# Starts.
 
 
 def test_an_episode_leaves_another_with_its_first_turns_and_goes_on_by_itself() -> None:
@@ -94,7 +94,7 @@ def test_an_episode_that_has_ended_can_be_left() -> None:
         actions(played["a-0"])[:1],
         actions(played["a-0"])[:3],
     ]
-    # The first observation is left by beginning anew.
+    # A branch at the first observation is a new start.
     assert (played["a-3"].parent, len(played["a-3"].turns)) == (at("a-0", 0), 4)
     assert actions(played["a-3"])[0] != actions(played["a-0"])[0]
 
@@ -253,7 +253,7 @@ def test_a_director_that_makes_no_sense_is_refused(
         BranchScheduler(made, [Script() for _ in range(policies)], episodes)
 
 
-# How they get there.
+# Restoring and replaying.
 
 TREE: dict[Any, list[BranchRequest]] = {
     ("a-0", 1): [at("a-0", 1)],
@@ -272,7 +272,7 @@ def test_a_snapshot_and_a_replay_lead_to_the_same_episodes() -> None:
 def test_snapshots_are_taken_until_all_have_been_started_and_never_of_an_end() -> None:
     Kept.calls.clear()
     play_branches({("a-0", 2): [at("a-0", 1), at("a-0", 2)]}, k=3, task="5")
-    # The parent's reset and two steps; then nobody can branch any more. 5 + 4 + 3 turns are played.
+    # The parent's reset and two steps; after that, nothing can branch any more. 5 + 4 + 3 turns are played.
     assert Kept.calls == {"reset": 1, "snapshot": 3, "restore": 2, "step": 12}
     Kept.calls.clear()
     play_branches({"begin": [None, None]}, k=2, task="5")
@@ -352,7 +352,7 @@ def test_where_the_environment_plays_otherwise_the_second_time_the_episode_is_be
     scheduler = BranchScheduler([EpisodeSpec("a", "e", "4", 7)], [script], episodes=4)
     player = CountingPlayer()
     found = collect((), player, EnvironmentPool(Moody), max_active=4, scheduler=scheduler)
-    # Before turn 1 all is as it was; what turn 1 was answered with differs.
+    # Up to turn 1 all is the same; the answer to turn 1 differs.
     assert found.branches == {"restored": 0, "replayed": 2, "diverged": 1}
     root, one, two, three = found.episodes
     assert (one.parent, one.turns[0]) == (at("a-0", 1), root.turns[0])
@@ -371,12 +371,12 @@ def test_the_player_takes_over_from_a_parent_that_it_still_knows() -> None:
         "a-2": [at("a-2", 3)],
     }
     play_branches(requests, k=5, player=player, max_active=1)
-    # Newer ones first. a-0 has ended when the others leave it; it is forgotten when the last of them has.
+    # Newer ones first. a-0 has ended when the others branch from it; it is closed after the last of them.
     assert player.forked == [("a-2", "a-0", 2), ("a-4", "a-2", 3), ("a-3", "a-0", 3), ("a-1", "a-0", 1)]
     assert player.closed == ["a-2", "a-4", "a-3", "a-0", "a-1"]
 
 
-# Where they are played.
+# Workers and threads.
 
 PLACES: list[Callable[[Any], Environments]] = [
     EnvironmentPool,
@@ -398,7 +398,7 @@ PLACES: list[Callable[[Any], Environments]] = [
 def test_where_branches_are_played_does_not_change_them(
     place: Callable[[Any], Environments], make: Any, portable: bool
 ) -> None:
-    # One at a time: who is started when, and so called what, follows from the order of the answers.
+    # One at a time, since the order of starts, and with it the names, depends on the order of the answers.
     expected = play_branches(TREE, k=5, make=Shelves, player=RandomPlayer(), max_active=1)
     found = play_branches(TREE, k=5, make=place(make), player=RandomPlayer(), max_active=1)
     assert found.episodes == expected.episodes
@@ -444,7 +444,7 @@ class _Noting:
 
 
 def failing(steps: Callable[[int], bool], base: type[Shelves] = Kept) -> type[Shelves]:
-    """An environment whose n-th step of all fails if `steps(n)`."""
+    """Return an environment class whose n-th step in total fails if `steps(n)`."""
     played = Counter[str]()
 
     class Failing(base):  # type: ignore[misc, valid-type]
@@ -474,7 +474,8 @@ def test_aborted_episodes_count_and_the_tree_never_lies(
 
 
 def test_an_episode_is_played_again_in_its_place_until_others_have_left_it() -> None:
-    # Step 2 fails, and nobody has left a-0. Its second attempt is left after two turns, and fails in step 5.
+    # Step 2 fails before anything branches from a-0. Its second attempt has a child after two turns and
+    # fails in step 5.
     spoilt = failing(lambda n: n in (2, 5))
     found = play_branches({("a-0", 2): [at("a-0", 2)]}, k=2, make=spoilt, max_attempts=5, max_active=1)
     assert [failure.id for failure in found.failures] == ["a-0"]

@@ -1,4 +1,4 @@
-"""Forks of a language model: the same tokens go on, and what was read of them is not read again."""
+"""Forks of a language model: the tokens continue, and those that were read are not read again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Shop(Kept):
 def play_branches(
     requests: dict[Any, list[BranchRequest]], k: int, player: Player, max_active: int = 8
 ) -> tuple[Episode, ...]:
-    """One task of four turns, "a", played as wished."""
+    """Play one task of four turns, "a", with the requested branches."""
     scheduler = BranchScheduler([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [Script(requests)], episodes=k)
     pool = EnvironmentPool(Shop)
     return collect((), player, pool, max_active=max_active, scheduler=scheduler).episodes
@@ -55,7 +55,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """Small, with weights so large that what was read before matters to what comes next."""
+    """A small model with weights so large that the context matters to the next token."""
     torch.set_num_threads(1)
     model = build_model(PolicyConfig(device="cpu", max_context=256, initial_std=0.02), tokenizer, seed=0)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 
 
 class Anew(RoleDialogue):
-    """Writes every prompt anew, with the turn before, as a history window does."""
+    """Dialogue that writes every prompt anew, with the turn before, as a history window does."""
 
     def prompt(self, history: Any, observation: str) -> Any:
         prompt = super().prompt(history, observation)
@@ -78,7 +78,7 @@ class Anew(RoleDialogue):
 
 @dataclass
 class Table:
-    """A policy at a table: who plays, and what its engine did."""
+    """A policy with its player and engine."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -156,7 +156,7 @@ def tokens(turns: Sequence[Turn]) -> int:
 
 
 def unread(episode: Episode) -> int:
-    """Tokens at the end that wait for a next turn: the last decision, and what was forced after it."""
+    """Return the number of final tokens that are read with the next turn: the last decision and forced ones."""
     decided = episode.turns[-1].sampled
     return len(decided) - max(t for t, choice in enumerate(decided) if choice)
 
@@ -249,7 +249,7 @@ def test_a_batch_holds_the_parents_tokens_before_the_childs(
     assert tuple(read_episodes(tmp_path / "episodes.parquet")) == episodes
 
 
-# What the engine is asked.
+# Requests to the engine.
 
 
 def asked(engine: ScriptedEngine, sequence: str) -> list[GenerationRequest]:

@@ -1,4 +1,4 @@
-"""An engine that is lost is no episode's fault: what it was generating is played again."""
+"""The loss of an engine does not count against its episodes: they are played again."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from agentrl.rollout.players import Answered, RandomPlayer
 
 
 class Losing(RandomPlayer):
-    """Fails the replies of its first polls."""
+    """Player whose first polls fail."""
 
     def __init__(self, polls: int, bystander: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Who replies, and with which tokens."""
+"""Players: their replies and tokens."""
 
 from collections import Counter
 from collections.abc import Sequence

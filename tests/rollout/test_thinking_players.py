@@ -1,4 +1,4 @@
-"""Episodes of a policy that thinks before it chooses, and forks from anywhere in its replies."""
+"""Episodes of a policy that thinks before it chooses, and forks anywhere in its replies."""
 
 from typing import Any
 
@@ -53,7 +53,7 @@ def table(request: pytest.FixtureRequest) -> "Table":
 
 
 class Table:
-    """A policy at a table."""
+    """A policy with its player and engine."""
 
     def __init__(self, template: str) -> None:
         torch.set_num_threads(1)
@@ -149,7 +149,7 @@ def test_a_command_that_leaves_no_room_for_thoughts_is_written_without_any() -> 
     for turn in episode.turns:
         assert table.thoughts(turn) == ()
         assert table.dialogue.parse(turn.action_ids).valid
-    # Left in the middle of what was written, it goes on from there.
+    # A fork in the middle of the reply continues from there.
     scheduler = BranchScheduler(
         [EpisodeSpec("a", "test/Shelves-v0", "2", 7)],
         [Script({"a-0": [at("a-0", 0, 3), at("a-0", 0, len(episode.turns[0].action_ids) - 2)]})],
@@ -184,7 +184,7 @@ def test_what_an_expert_says_ends_in_the_tokens_that_the_policy_would_choose(tab
         assert table.dialogue.parse(turn.action_ids).text == turn.action == "take mug 2"
         choice = table.dialogue.encode_choice("take mug 2")
         assert turn.action_ids[-len(choice) :] == choice
-        assert not any(turn.sampled[: -len(choice)])  # an empty block teaches nothing
+        assert not any(turn.sampled[: -len(choice)])  # an empty block holds nothing to learn
         assert any(turn.sampled)
 
 

@@ -1,4 +1,4 @@
-"""What lives in a worker can crash, hang or grow: every episode is played or reported, nothing is left."""
+"""Environments in workers crash, hang or grow: every episode is played or reported, no process is left."""
 
 import os
 import random
@@ -249,7 +249,7 @@ def test_a_task_that_is_played_to_its_end_in_between_is_not_quarantined() -> Non
 
 
 def test_those_who_shared_a_worker_with_a_crash_are_not_blamed() -> None:
-    # One worker: each of the three crashes takes all of the other episodes with it.
+    # One worker: each of the three crashes ends all other episodes.
     tasks = ["3 exit", *["8"] * 5]
     found = played(tasks, ProcessEnvironments(Corridor, 6, WorkersConfig(count=1)), 6, max_attempts=3)
     assert [episode.outcome for episode in found.episodes] == [Outcome.ABORTED] + [Outcome.SUCCESS] * 5
@@ -303,7 +303,7 @@ def test_workers_are_recycled_by_their_memory(monkeypatch: pytest.MonkeyPatch) -
     assert 2 <= environments.recycled <= 8
 
 
-# Borrowing: what a run asks about tasks.
+# Borrowed environments.
 
 
 def test_a_borrowed_environment_answers_as_if_it_were_here() -> None:
@@ -389,7 +389,7 @@ def test_an_environment_that_a_script_registers_travels_to_its_workers(tmp_path:
     assert (answer.stdout.split(), answer.stderr) == (["success", "hello"], "")
 
 
-# The end.
+# The end of workers.
 
 
 def test_an_interrupt_closes_everything_and_the_same_environments_can_go_on() -> None:
@@ -493,7 +493,7 @@ def test_64_episodes_survive_a_hail_of_kills() -> None:
             try:
                 engines = psutil.Process(worker.process.pid).children()
                 if len(engines) < 2:
-                    continue  # it has hardly begun: nobody is being played with
+                    continue  # it has hardly begun: no episode is played in it
                 victim = "engine" if sum(hits.values()) % 2 else "worker"
                 os.kill(
                     draw.choice(engines).pid if victim == "engine" else worker.process.pid, signal.SIGKILL
@@ -564,7 +564,7 @@ def test_threads_wait_together() -> None:
     assert most[0] == 4
 
 
-# Choosing.
+# Choosing a placement.
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ class Engine(Corridor):
 
 
 class Kept(Corridor):
-    """Declares snapshots, each as large as `weight`. A note says of what a restored one was."""
+    """Corridor with snapshots of size `weight`; a note is written for each that is restored."""
 
     weight = 10
 
@@ -175,7 +175,7 @@ class Heaped(Kept):
 
 
 class Stuck(Kept):
-    """Its snapshots hold what cannot leave the process."""
+    """Corridor whose snapshots cannot be pickled."""
 
     def snapshot(self) -> Any:
         return *super().snapshot()[:4], lambda: None
@@ -233,7 +233,7 @@ class Growing(Corridor):
 
 
 class Whereabouts(Corridor):
-    """Says which Python it runs in."""
+    """Corridor whose observation is the path of its Python."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         _, info = super().reset(seed=seed, options=options)
