@@ -156,7 +156,7 @@ def tokens(turns: Sequence[Turn]) -> int:
 
 
 def unread(episode: Episode) -> int:
-    """Return the number of final tokens that are read with the next turn: the last decision and forced ones."""
+    """Return the number of final tokens read with the next turn: the last decision and the forced ones."""
     decided = episode.turns[-1].sampled
     return len(decided) - max(t for t, choice in enumerate(decided) if choice)
 
