@@ -1,17 +1,17 @@
-"""LLM agents that learn multi-turn text tasks by reinforcement learning.
+"""Train LLM agents on multi-turn text tasks by reinforcement learning.
 
     config = agentrl.load_config("configs/quickstart.yaml", "seed=1")
     run = agentrl.train(config)
     print(agentrl.evaluate(run))
 
-The names below are loaded when first used: importing this package loads neither torch nor transformers.
+The names below are imported on first use, so importing this package loads neither torch nor transformers.
 """
 
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if sys.platform == "win32":  # a traceback would bury the one line that helps
+if sys.platform == "win32":  # a traceback would hide the one line that helps
     sys.stderr.write(
         "agentrl runs on Linux and macOS; on Windows use it inside WSL (https://learn.microsoft.com/windows/wsl)\n"
     )
@@ -20,25 +20,25 @@ if sys.platform == "win32":  # a traceback would bury the one line that helps
 if TYPE_CHECKING:
     from agentrl.env.panel import Panel, load_panel, make_panel
     from agentrl.env.registry import make
+    from agentrl.evaluation.evaluate import evaluate
     from agentrl.plugins import load_imports
-    from agentrl.run.evaluate import evaluate
     from agentrl.run.folder import Run, open_run
     from agentrl.run.settings import RunConfig, load_config
-    from agentrl.run.trainer import resume, train
+    from agentrl.training.trainer import resume, train
 
 _HOME = {
     "Panel": "agentrl.env.panel",
     "Run": "agentrl.run.folder",
     "RunConfig": "agentrl.run.settings",
-    "evaluate": "agentrl.run.evaluate",
+    "evaluate": "agentrl.evaluation.evaluate",
     "load_config": "agentrl.run.settings",
     "load_imports": "agentrl.plugins",
     "load_panel": "agentrl.env.panel",
     "make": "agentrl.env.registry",
     "make_panel": "agentrl.env.panel",
     "open_run": "agentrl.run.folder",
-    "resume": "agentrl.run.trainer",
-    "train": "agentrl.run.trainer",
+    "resume": "agentrl.training.trainer",
+    "train": "agentrl.training.trainer",
 }
 
 __all__ = [
@@ -63,7 +63,7 @@ def __getattr__(name: str) -> Any:
 
         try:
             return version("agentrl")
-        except PackageNotFoundError:  # a source tree on the path
+        except PackageNotFoundError:  # a source tree that is not installed
             return "0+unknown"
     if name not in _HOME:
         raise AttributeError(f"module 'agentrl' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m agentrl` is the `agentrl` command."""
+"""Run the `agentrl` command as `python -m agentrl`."""
 
 from agentrl.cli import main
 

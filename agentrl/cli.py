@@ -1,4 +1,4 @@
-"""The `agentrl` command. Each command imports what it needs, so that help and listings are instant."""
+"""The `agentrl` command. Each subcommand imports what it needs, so that help and listings stay fast."""
 
 import errno
 import inspect
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class ExitCode(IntEnum):
-    """Name the exit codes of a command, which docs/errors.md explains."""
+    """Exit codes of the command, explained in docs/errors.md."""
 
     DONE = 0
     MISSING = 1
@@ -39,13 +39,14 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
-_GLOBAL_OPTIONS = {"--debug", "-v", "--verbose", "-q", "--quiet"}  # options of every command
+_GLOBAL_OPTIONS = {"--debug", "-v", "--verbose", "-q", "--quiet"}  # accepted after the subcommand too
 
 
 class _Commands(TyperGroup):
-    """Ends every foreseen failure with one message and its exit code."""
+    """Command group that turns expected errors into one message and an exit code."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Move global options to the front, so that they may follow the subcommand."""
         ctx.meta["agentrl.arguments"] = list(args)
         end = args.index("--") if "--" in args else len(args)
         first = [each for each in args[:end] if each in _GLOBAL_OPTIONS]
@@ -53,6 +54,7 @@ class _Commands(TyperGroup):
         return super().parse_args(ctx, [*first, *rest, *args[end:]])
 
     def invoke(self, ctx: Any) -> Any:
+        """Run the command and report its errors."""
         try:
             with plain_warnings():
                 return super().invoke(ctx)
@@ -67,12 +69,12 @@ class _Commands(TyperGroup):
             echo("error: ", err=True, nl=False, style="bold red")
             echo(str(error) if isinstance(error, AgentRLError) else _describe_os_error(error), err=True)
             if (hint := withheld_hint()) and hint in str(error):
-                echo(f"the whole command: {_with_imports(ctx.meta['agentrl.arguments'])}", err=True)
+                echo(f"full command: {_with_imports(ctx.meta['agentrl.arguments'])}", err=True)
             raise typer.Exit(ExitCode.REFUSED) from error
 
 
 def _with_imports(arguments: Sequence[str]) -> str:
-    """The command that was given, with what it has to import."""
+    """Return the command line with an `--import` option for each withheld import."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options = [f"--import {shell_quoted(name)}" for name in withheld_imports()]
     return " ".join(
@@ -90,8 +92,8 @@ app = typer.Typer(
 
 
 def _complete_configuration(incomplete: str) -> list[str]:
-    """Config files, and the values of the keys that name something."""
-    words = os.environ.get("COMP_WORDS", "").split()  # bash ends a word at "="
+    """Complete config files, and the values of `algorithm.name` and `env.id`."""
+    words = os.environ.get("COMP_WORDS", "").split()  # bash splits words at "="
     key, equals, begun = incomplete.rpartition("=")
     for named, known in (("algorithm.name", _recipe_names), ("env.id", _env_ids)):
         if key == named:
@@ -110,7 +112,7 @@ def _complete_configuration(incomplete: str) -> list[str]:
 
 
 def _recipe_names(incomplete: str) -> list[str]:
-    """The algorithms that are installed, by the names of their entry points, without importing them."""
+    """Return the names of the installed algorithms from their entry points, without importing them."""
     found = entry_points(group="agentrl.algorithms")
     return sorted(each.name for each in found if each.name.startswith(incomplete))
 
@@ -122,7 +124,7 @@ def _env_ids(incomplete: str) -> list[str]:
 
 
 def _policies(incomplete: str) -> list[str]:
-    """The scripts, and the runs below `runs/`."""
+    """Return the scripted policies and the runs below `runs/`."""
     runs = [str(path.parent) for path in sorted(Path("runs").glob("*/config.yaml"))]
     return [name for name in ("human", "random", "expert", *runs) if name.startswith(incomplete)]
 
@@ -131,7 +133,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[CONFIG] [KEY=VALUE]...",
-        help="A YAML file, then changes to it.",
+        help="A YAML file, and overrides such as seed=1.",
         show_default=False,
         autocompletion=_complete_configuration,
     ),
@@ -141,7 +143,7 @@ Imports = Annotated[
     typer.Option(
         "--import",
         metavar="FILE|MODULE",
-        help="Python that registers environments or algorithms; may be repeated.",
+        help="Load a Python file or module with environments or algorithms. Repeatable.",
         show_default=False,
     ),
 ]
@@ -154,32 +156,32 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback(
-    epilog="Exit codes: 0 done; 1 something is missing (plan) or broken (check-env); 2 refused, with the "
-    "reason; 130 interrupted. docs/errors.md says what each error means and what to do."
+    epilog="Exit codes: 0 done; 1 a problem was found (plan, check-env); 2 refused, with the reason; "
+    "130 interrupted. See docs/errors.md for what each error means and what to do."
 )
 def every_command(
     ctx: typer.Context,
     debug: Annotated[
-        bool, typer.Option("--debug", envvar="AGENTRL_DEBUG", help="Show an error's traceback.")
+        bool, typer.Option("--debug", envvar="AGENTRL_DEBUG", help="Show the traceback of an error.")
     ] = False,
     verbose: Annotated[
         bool,
-        typer.Option("--verbose", "-v", help="Show what is decided on the way, and all warnings."),
+        typer.Option("--verbose", "-v", help="Show debug messages and all warnings."),
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show warnings, errors and results only.")
+        bool, typer.Option("--quiet", "-q", help="Show only warnings, errors and results.")
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """LLM agents that learn multi-turn text tasks by reinforcement learning.
+    """Train LLM agents on multi-turn text tasks by reinforcement learning.
 
-    `agentrl train` trains the default agent on household games in a few minutes on a CPU.
-    Each command explains itself: `agentrl train --help`.
+    Run `agentrl train` to train a small agent on household games in a few minutes on a CPU.
+    Run `agentrl train --help` for help on a command.
     """
     ctx.with_resource(_logging(_level(verbose, quiet)))
-    # OpenMP threads that spin while they wait take whole cores from the environments; read when torch loads.
+    # OpenMP threads that spin while waiting take cores from the environments. Torch reads this when imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
@@ -194,7 +196,7 @@ _LEVELS = {
 
 def _level(verbose: bool, quiet: bool) -> int:
     if verbose and quiet:
-        raise ConfigError("-v and -q contradict each other: wanted one of them")
+        raise ConfigError("-v and -q contradict each other; give one of them")
     if verbose or quiet:
         return logging.DEBUG if verbose else logging.WARNING
     named = os.environ.get("AGENTRL_LOG_LEVEL") or "info"
@@ -205,7 +207,7 @@ def _level(verbose: bool, quiet: bool) -> int:
 
 @contextmanager
 def _logging(level: int) -> Iterator[None]:
-    """Show what is logged, for the length of a command: ours from `level` on, others' warnings."""
+    """Show log records during a command: agentrl's from `level` up, and warnings of other packages."""
     ours, screen = logging.getLogger("agentrl"), _StderrHandler()
     before = ours.level
     ours.setLevel(level)
@@ -213,7 +215,7 @@ def _logging(level: int) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             if level == logging.DEBUG:
-                warnings.simplefilter("default")  # those meant for developers as well
+                warnings.simplefilter("default")  # includes DeprecationWarning
             yield
     finally:
         ours.setLevel(before)
@@ -221,9 +223,10 @@ def _logging(level: int) -> Iterator[None]:
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to standard error, whatever that is by then: a progress bar puts itself in its place."""
+    """Log handler for the current `sys.stderr`, which a progress bar may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
         echo(f"{record.levelname.lower()}: {record.name}: {record.getMessage()}", err=True)
 
 
@@ -231,13 +234,13 @@ class _StderrHandler(logging.Handler):
 def train(
     arguments: Overrides = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Continue an interrupted run: its folder or name.")
+        str | None, typer.Option(metavar="RUN", help="Continue this run, given by folder or name.")
     ] = None,
     imports: Imports = None,
 ) -> None:
-    """Train a policy and write a run's folder, with its report.
+    """Train a policy and write a run folder with a report.
 
-    Without CONFIG, the defaults: the quickstart.
+    Without CONFIG, train the quickstart.
 
     - `agentrl train`
     - `agentrl train configs/quickstart.yaml algorithm.name=dr_grpo learner.learning_rate=3e-4 seed=1`
@@ -245,12 +248,12 @@ def train(
     - `agentrl train --resume runs/NAME`
     """
     from agentrl.run.settings import load_config
-    from agentrl.run.trainer import resume as resume_run
-    from agentrl.run.trainer import train as train_run
+    from agentrl.training.trainer import resume as resume_run
+    from agentrl.training.trainer import train as train_run
 
     path, overrides = _split_config(arguments)
     if resume is not None and path is not None:
-        raise ConfigError(f"a resumed run has its own configuration: leave out {path}")
+        raise ConfigError(f"--resume uses the configuration of the run: leave out {path}")
     imported = load_imports(imports or ())
     if resume is not None:
         run = resume_run(resume, *overrides)
@@ -266,7 +269,7 @@ def evaluate(
         str,
         typer.Option(
             metavar="RUN|FOLDER|random|expert",
-            help="A run, a Hugging Face folder, or a script.",
+            help="A run, a Hugging Face model folder, or a scripted policy.",
             autocompletion=_policies,
         ),
     ],
@@ -276,25 +279,29 @@ def evaluate(
     ] = None,
     env: Annotated[
         str | None,
-        typer.Option(metavar="ID", help="Environment; a run brings its own.", autocompletion=_env_ids),
+        typer.Option(metavar="ID", help="Environment; default: the run's.", autocompletion=_env_ids),
     ] = None,
-    panel: Annotated[Path | None, typer.Option(metavar="FILE", help="Panel, not a split.")] = None,
+    panel: Annotated[Path | None, typer.Option(metavar="FILE", help="Task panel to play.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to take tasks from.")] = None,
-    tasks: Annotated[int | None, typer.Option(min=1, help="Number of tasks, from the first.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Plays of each task.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the environments and of the policy's draws.")] = 0,
+    tasks: Annotated[int | None, typer.Option(min=1, help="Number of tasks to play.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Episodes per task.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of environments and sampling.")] = 0,
     greedy: Annotated[
-        bool, typer.Option("--greedy/--sampled", help="Take the first choice, or draw.")
+        bool, typer.Option("--greedy/--sampled", help="Decode greedily, or sample at temperature 1.")
     ] = False,
     placement: Annotated[
         str | None,
-        typer.Option(metavar="auto|inline|thread|process", help="Where environments live; else as trained."),
+        typer.Option(
+            metavar="auto|inline|thread|process", help="Where environments run; default: as in training."
+        ),
     ] = None,
     interpreter: Annotated[
         str | None,
-        typer.Option(metavar="PYTHON", help="Of the environments; one that a run names is not started."),
+        typer.Option(metavar="PYTHON", help="Interpreter for the environments; a run's own is not trusted."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the scores as JSON too.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the scores as JSON.")
+    ] = None,
     imports: Imports = None,
 ) -> None:
     """Measure a policy on a fixed panel of tasks, with 95 % intervals.
@@ -306,9 +313,9 @@ def evaluate(
     import json
 
     from agentrl.config import merge
+    from agentrl.evaluation.evaluate import evaluate as measure
+    from agentrl.evaluation.report import results_table
     from agentrl.files import write_atomic
-    from agentrl.run.evaluate import evaluate as measure
-    from agentrl.run.report import results_table
 
     load_imports(imports or ())
     if output is not None and not output.parent.is_dir():
@@ -343,30 +350,31 @@ def evaluate(
 
 @app.command()
 def play(
-    env: Annotated[str, typer.Argument(metavar="ENV", help="Environment's id.", autocompletion=_env_ids)],
+    env: Annotated[str, typer.Argument(metavar="ENV", help="Environment id.", autocompletion=_env_ids)],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="The environment's own arguments.", show_default=False),
     ] = None,
     policy: Annotated[
-        str, typer.Option(metavar="human|random|expert|RUN", help="Who plays.", autocompletion=_policies)
+        str,
+        typer.Option(metavar="human|random|expert|RUN", help="Policy to watch.", autocompletion=_policies),
     ] = "human",
-    task: Annotated[str | None, typer.Option(metavar="ID", help="A task; else the seed takes one.")] = None,
+    task: Annotated[str | None, typer.Option(metavar="ID", help="Task; default: drawn by the seed.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to take the task from.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the environment and of the policy's draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of environment and sampling.")] = 0,
     greedy: Annotated[
-        bool, typer.Option("--greedy/--sampled", help="Take the first choice, or draw.")
+        bool, typer.Option("--greedy/--sampled", help="Decode greedily, or sample at temperature 1.")
     ] = False,
     imports: Imports = None,
 ) -> None:
-    """Play one episode yourself, or read one that a policy plays.
+    """Play one episode yourself, or watch a policy play it.
 
     - `agentrl play agentrl/ALFWorld-v0`
     - `agentrl play agentrl/ALFWorld-v0 --policy expert --seed 3 max_steps=30`
     - `agentrl play agentrl/ALFWorld-v0 --policy runs/NAME --greedy`
     """
     from agentrl.config import merge
-    from agentrl.run.watch import watch
+    from agentrl.evaluation.watch import watch
 
     load_imports(imports or ())
     episode = watch(
@@ -400,11 +408,11 @@ def envs(imports: Imports = None) -> None:
 @app.command()
 def algorithms(
     name: Annotated[
-        str | None, typer.Argument(help="describe this one", autocompletion=_recipe_names)
+        str | None, typer.Argument(help="Algorithm to describe.", autocompletion=_recipe_names)
     ] = None,
     imports: Imports = None,
 ) -> None:
-    """List the algorithms, the values of `algorithm.name`, or describe one with its keys and defaults.
+    """List the values of `algorithm.name`, or describe one with its keys and defaults.
 
     - `agentrl algorithms epo`
     """
@@ -424,7 +432,7 @@ def algorithms(
 
 @app.command()
 def config(arguments: Overrides = None, imports: Imports = None) -> None:
-    """Print a configuration with every default filled in, and what it `extends`.
+    """Print a configuration with defaults filled in and `extends` resolved.
 
     - `agentrl config configs/quickstart.yaml seed=1 > mine.yaml`
     """
@@ -439,20 +447,20 @@ def config(arguments: Overrides = None, imports: Imports = None) -> None:
 @app.command()
 def plan(
     arguments: Overrides = None,
-    processes: Annotated[int, typer.Option(min=1, help="That torchrun will start, on all machines.")] = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines that it will start them on.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that torchrun starts in total.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines that torchrun runs on.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     imports: Imports = None,
 ) -> None:
-    """Say what a run will take and what is missing, before anything starts; exit code 1 when something is.
+    """Show what a run needs and what is missing, without starting it; exit with 1 if anything is missing.
 
     - `agentrl plan configs/quickstart.yaml rollout.max_active=128`
     - `agentrl plan configs/cluster.yaml --nodes 2 --json`
     """
     import json
 
-    from agentrl.run.plan import plan as make_plan
-    from agentrl.run.plan import plan_table
+    from agentrl.planning.plan import plan as make_plan
+    from agentrl.planning.plan import plan_table
     from agentrl.run.settings import load_config
 
     path, overrides = _split_config(arguments)
@@ -474,18 +482,19 @@ def check_env(
         list[str] | None,
         typer.Argument(
             metavar="[ID]... [KEY=VALUE]...",
-            help="Environments to be checked, and their own arguments.",
+            help="Environments to check, and arguments for them.",
             show_default=False,
             autocompletion=_env_ids,
         ),
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="Check all that are registered; skip those that lack an extra.")
+        bool,
+        typer.Option("--all", help="Check all registered environments; skip those with a missing extra."),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the episodes that are played.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the episodes.")] = 0,
     imports: Imports = None,
 ) -> None:
-    """Check environments against the contract; exit code 1 when one breaks it.
+    """Check environments against the contract; exit with 1 if one breaks it.
 
     - `agentrl check-env agentrl/ALFWorld-v0 max_steps=10`
     - `agentrl check-env --all`
@@ -511,11 +520,13 @@ def check_env(
 @app.command("new-env")
 def new_env(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Such as GuessNumber or my_lab/GuessNumber-v0.")
+        str, typer.Argument(metavar="NAME", help="Name, such as GuessNumber or my_lab/GuessNumber-v0.")
     ],
-    folder: Annotated[Path, typer.Option(metavar="DIR", help="Where to; made if need be.")] = Path(),
+    folder: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder to write to; created if missing.")
+    ] = Path(),
 ) -> None:
-    """Write an environment of your own: one short file that works, its test and its entry point.
+    """Create a new environment: a short working example, its test and its entry point.
 
     - `agentrl new-env GuessNumber`
     - `agentrl new-env my_lab/GuessNumber-v0 --folder guess_number`
@@ -526,35 +537,39 @@ def new_env(
     for path, what in made.files.items():
         echo(f"{path}: {what}")
     if made.to_add is not None:
-        echo(f"{folder / 'pyproject.toml'} stays as it is; add to it:\n\n{made.to_add}")
+        echo(f"{folder / 'pyproject.toml'} is left unchanged; add to it:\n\n{made.to_add}")
     given = f"--import {shlex.quote(str(folder / f'{made.names.module}.py'))}"
     echo(f"\nNext:\n  agentrl check-env {made.names.id} {given}")
     echo(f"  agentrl train env.id={made.names.id} evaluation.split=test evaluation.tasks=30 {given}")
-    echo(f"\nInstalled, it needs no --import:\n  python -m pip install -e {shlex.quote(str(folder))}")
+    echo(f"\nOnce installed, it needs no --import:\n  python -m pip install -e {shlex.quote(str(folder))}")
 
 
 @app.command()
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or name.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder or name of a run.")],
     imports: Imports = None,
 ) -> None:
-    """Write a run's report.html anew, also of a run that is not finished. Nothing of the run is executed."""
+    """Rewrite the report.html of a run, finished or not. Executes no code of the run."""
+    from agentrl.evaluation.report import write_report
     from agentrl.run.folder import find_run
-    from agentrl.run.report import write_report
 
     load_imports(imports or ())
     echo(write_report(find_run(run)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; `arguments` are those of the shell unless given. Ends in SystemExit."""
+    """Run the command line and raise SystemExit.
+
+    Args:
+        arguments: The arguments; None takes them from the shell.
+    """
     app(arguments, prog_name="agentrl")
 
 
 def _check_env(env: str, kwargs: dict[str, Any], seed: int, *, tolerant: bool) -> tuple[str, bool]:
-    """Print what was found of an environment; say in a line what came of it, and whether that is all right.
+    """Print the contract report of an environment, and return a summary line and whether it passed.
 
-    A tolerant check of one that cannot be made is told in the line; else it raises.
+    If the environment cannot be made, a tolerant check says so in the summary; otherwise it raises.
     """
     from time import perf_counter
 
@@ -576,7 +591,7 @@ def _check_env(env: str, kwargs: dict[str, Any], seed: int, *, tolerant: bool) -
 
 
 def _lacks_another_package(error: ImportError, env: str) -> bool:
-    """Whether it is only not installed; else its own package, or what it takes from another, is broken."""
+    """Return whether another package is not installed, rather than the environment's own being broken."""
     import gymnasium
 
     cause = error.__cause__
@@ -587,7 +602,7 @@ def _lacks_another_package(error: ImportError, env: str) -> bool:
 
 
 def _split_config(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
-    """CONFIG, if the first argument is one, and the overrides."""
+    """Split the arguments into CONFIG, if given, and overrides."""
     given = list(arguments or ())
     if given and "=" not in given[0]:
         return given[0], given[1:]
@@ -598,9 +613,7 @@ def _describe_os_error(error: OSError) -> str:
     path = str(error.filename or "a file").removesuffix(".partial")
     message = f"{path}: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"{message}. What was written before is whole: free some space, then agentrl train --resume RUN"
-        )
+        return f"{message}. Existing files are intact: free some space, then agentrl train --resume RUN"
     return message
 
 
@@ -611,7 +624,7 @@ def _console() -> "Console":
 
 
 class _EpisodeCounter:
-    """Counts episodes on a terminal's last line while an evaluation plays."""
+    """Live count of episodes on the terminal during an evaluation."""
 
     def __init__(self, what: str) -> None:
         from agentrl.terminal import Terminal

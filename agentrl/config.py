@@ -1,4 +1,4 @@
-"""Read YAML and `key=value` overrides into any frozen dataclass. This file knows no schema.
+"""Read YAML and `key=value` overrides into any frozen dataclass. This module knows no schema.
 
     tree = merge(read_yaml("configs/quickstart.yaml"), ["seed=1", "learner.learning_rate=1e-5"])
     config = build(RunConfig, tree)
@@ -29,10 +29,10 @@ Tree = dict[str, Any]
 Dotted = tuple[str, ...]
 T = TypeVar("T")
 
-# Numbers with declared bounds, for fields of settings and recipes; one with bounds of its own says so in its
-# place, as in `beam: Annotated[int, Interval(ge=2, le=1000)] = 2`. The upper bounds are where a value stops
-# to make sense, and starts to overflow or to fill the memory.
-# Where the optimisers multiply rates, and correct for the first steps, the product still fits into a float32.
+# Number types with bounds, for fields of settings and recipes. A field with other bounds declares its own, as
+# in `beam: Annotated[int, Interval(ge=2, le=1000)] = 2`. Values above the upper bounds make no sense, and
+# would overflow or exhaust the memory.
+# Products of rates in the optimisers, with their corrections for the first steps, still fit into a float32.
 MAX_RATE = 1e30
 
 # Integers.
@@ -56,9 +56,9 @@ PositiveRate = Annotated[float, Interval(gt=0, le=MAX_RATE)]
 Seconds = Annotated[float, Interval(gt=0, le=1e6)]
 Devices = Annotated[float, Interval(ge=0, le=1024)]
 
-_MAX_DIGITS = 4_000  # of an integer: Python itself writes and reads no more than 4,300
-_MAX_DEPTH = 100  # blocks and lists inside each other
-_MAX_VALUES = 100_000  # of a file, with each alias counted as all that it stands for
+_MAX_DIGITS = 4_000  # of an integer: Python converts at most 4,300 digits
+_MAX_DEPTH = 100  # of nested blocks and lists
+_MAX_VALUES = 100_000  # of a file, with aliases expanded
 
 _SCALARS = (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
@@ -69,7 +69,7 @@ _SCALARS = (
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars; a key written twice in one block is a mistake."""
+    """YAML loader with the scalars of YAML 1.2 that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -77,13 +77,13 @@ class _Loader(yaml.SafeLoader):
             if key.tag != "tag:yaml.org,2002:str":
                 raise yaml.MarkedYAMLError(None, None, "a key must be text", key.start_mark)
             if key.value in seen:
-                raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                raise yaml.MarkedYAMLError(None, None, f"duplicate key {key.value!r}", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes exactly the text that `_Loader` would take for something else."""
+    """YAML dumper that quotes exactly the strings that `_Loader` would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -100,7 +100,7 @@ for _kind in (_Loader, _Dumper):
 
 
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    """PyYAML's own constructor reads a leading zero as octal."""
+    """Construct a decimal integer; PyYAML's own constructor reads a leading zero as octal."""
     digits = len(node.value.lstrip("+-"))
     if digits > _MAX_DIGITS:
         fault = f"an integer of {digits} digits, wanted at most {_MAX_DIGITS}"
@@ -108,7 +108,7 @@ def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     return int(node.value)
 
 
-# Nothing but the kinds of values that a configuration holds: no dates, bytes or sets, and no Python objects.
+# Construct only the types that a configuration uses: no dates, bytes, sets or Python objects.
 _Loader.yaml_constructors = {
     tag: constructor
     for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
@@ -118,10 +118,10 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def read_yaml(path: str | Path) -> Tree:
-    """Read a YAML file whose top level is a block of keys; an empty file is an empty block.
+    """Read a YAML file whose top level is a mapping; an empty file gives an empty one.
 
     Raises:
-        ConfigError: naming the file, and the line where one is to blame.
+        ConfigError: The file cannot be read or parsed; the message names the file and, if known, the line.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -140,11 +140,11 @@ def read_yaml(path: str | Path) -> Tree:
 
 
 def key_lines(path: str | Path) -> dict[Dotted, int]:
-    """Return the line of each key of a file that `read_yaml` can read; members of a list count from 0."""
+    """Return the line number of each key of a valid YAML file; list items are numbered from 0."""
     root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     lines: dict[Dotted, int] = {}
     waiting: list[tuple[Dotted, Any]] = [((), root)]
-    seen: set[int] = set()  # an alias may stand in many places, or in the block that it names
+    seen: set[int] = set()  # an aliased node occurs more than once, possibly inside itself
     while waiting:
         above, node = waiting.pop()
         if id(node) in seen:
@@ -163,13 +163,13 @@ def key_lines(path: str | Path) -> dict[Dotted, int]:
 
 
 def parse_overrides(overrides: Iterable[str]) -> list[tuple[Dotted, Any]]:
-    """Split each `dotted.key=value`, the value read as YAML.
+    """Split each `dotted.key=value`, parsing the value as YAML.
 
     >>> parse_overrides(["learner.learning_rate=1e-5"])
     [(('learner', 'learning_rate'), 1e-05)]
 
     Raises:
-        ConfigError: with one line for each override that is none.
+        ConfigError: An override is malformed; the message has one line for each mistake.
     """
     parsed: list[tuple[Dotted, Any]] = []
     mistakes: list[str] = []
@@ -179,7 +179,7 @@ def parse_overrides(overrides: Iterable[str]) -> list[tuple[Dotted, Any]]:
         if not equals or not all(dotted):
             mistakes.append(f"{text!r} is not an override (wanted key=value, as in learner.clip=0.5)")
         elif not value.strip():
-            mistakes.append(f"{text!r} has no value ({name}=null means none, {name}='\"\"' empty text)")
+            mistakes.append(f"{text!r} has no value ({name}=null sets none, {name}='\"\"' empty text)")
         else:
             try:
                 parsed.append((dotted, _parse(value, f"override {_describe_value(text)}")))
@@ -191,19 +191,19 @@ def parse_overrides(overrides: Iterable[str]) -> list[tuple[Dotted, Any]]:
 
 
 def merge(tree: Mapping[str, Any], overrides: Iterable[str]) -> Tree:
-    """Return a copy of `tree` with the overrides set in order; missing levels are made.
+    """Return a copy of `tree` with the overrides applied in order, creating missing blocks.
 
     Raises:
-        ConfigError: for a malformed override, or one that goes through a plain value as if it were a block.
+        ConfigError: An override is malformed, or its path leads through a value that is not a block.
     """
     return set_values(tree, parse_overrides(overrides))
 
 
 def set_values(tree: Mapping[str, Any], changes: Iterable[tuple[Dotted, Any]]) -> Tree:
-    """Return a copy of `tree` with the values set in order; missing levels are made.
+    """Return a copy of `tree` with the values set in order, creating missing blocks.
 
     Raises:
-        ConfigError: for a path that goes through a plain value as if it were a block.
+        ConfigError: A path leads through a value that is not a block.
     """
     result = deepcopy(dict(tree))
     mistakes = []
@@ -227,18 +227,19 @@ def set_values(tree: Mapping[str, Any], changes: Iterable[tuple[Dotted, Any]]) -
 
 
 def build(cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
-    """Make the dataclass `cls`, and those nested in it, from a tree of plain values.
+    """Build the dataclass `cls`, and those nested in it, from a tree of plain values.
 
-    Unknown keys are refused and types are strict: `true` and `"8"` are no integers, an integer is a number.
+    Unknown keys are refused and types are strict: `true` and `"8"` are not integers; an integer is a number.
 
     Args:
-        cls: a dataclass; a ValueError of its `__post_init__` counts as a mistake of its block.
-        tree: keys are field names; missing ones take their defaults; a value of the top level that already is
-            a dataclass is taken as it is.
-        where: dotted path of the block, put in front of every path in the message.
+        cls: The dataclass. A ValueError from `__post_init__` is reported as a mistake of its block.
+        tree: The values by field name; missing fields take their defaults. Top-level values that already are
+            dataclasses are used as they are.
+        where: The dotted path of the block, prefixed to every path in the message.
 
     Raises:
-        ConfigError: with one line for each mistake, `path: what is wrong (got X, wanted Y)`.
+        ConfigError: Values are invalid; the message has one line for each mistake,
+            `path: what is wrong (got X, wanted Y)`.
     """
     made = {name: value for name, value in tree.items() if dataclasses.is_dataclass(value)}
     plain = {name: value for name, value in tree.items() if name not in made}
@@ -256,30 +257,30 @@ def build(cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
 
 
 def check_numbers(cls: type, values: Mapping[str, Any], where: str = "") -> None:
-    """Hold numbers against the types and the bounds that the fields of a dataclass declare.
+    """Check numbers against the types and bounds that the fields of a dataclass declare.
 
-    For whoever makes a dataclass without `build`: fields that hold no number are passed over.
+    This is for dataclasses that are not constructed by `build`. Fields that do not hold numbers are ignored.
 
     Args:
-        cls: the dataclass.
-        values: of some or all of its fields.
-        where: dotted path of the block, put in front of every path in the message.
+        cls: The dataclass.
+        values: The values of some or all of its fields.
+        where: The dotted path of the block, prefixed to every path in the message.
 
     Raises:
-        ConfigError: with one line for each mistake.
+        ConfigError: Numbers are invalid; the message has one line for each mistake.
     """
     numbers = {name: values[name] for name in _number_fields(cls) if name in values}
     _validated(cls, tuple(numbers), numbers, where)
 
 
 def check_own_numbers(settings: Any, where: str = "") -> None:
-    """Hold all numbers of a dataclass against what its fields declare, as its `__post_init__` does."""
+    """Check all numbers of a dataclass instance against its fields; called in `__post_init__`."""
     names = _number_fields(cast(Hashable, type(settings)))
     check_numbers(type(settings), {name: getattr(settings, name) for name in names}, where)
 
 
 def number_types(cls: type) -> dict[str, Any]:
-    """The types, with their bounds, of the fields of a dataclass that hold numbers, or tuples of them."""
+    """Return the types, including bounds, of the dataclass fields that hold numbers or tuples of them."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {
         field.name: hints[field.name] for field in dataclasses.fields(cls) if _holds_number(hints[field.name])
@@ -287,7 +288,7 @@ def number_types(cls: type) -> dict[str, Any]:
 
 
 def bounds_of(kind: Any) -> str:
-    """Say what the bounds of a type are, in words; empty where it has none.
+    """Return the bounds of a type in words; empty if it has none.
 
     >>> bounds_of(Annotated[int, Ge(1), Le(8)] | None)
     'at least 1 and at most 8'
@@ -315,8 +316,8 @@ def _metadata(kind: Any) -> Iterator[Any]:
 
 
 def _validated(cls: type, names: tuple[str, ...], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of some fields as their types have them; ConfigError with every mistake."""
-    # As JSON, a list may fill a tuple and a text an enum or a path, while all else stays strict.
+    """Return the values of some fields converted to their types; raise `ConfigError` with every mistake."""
+    # In JSON mode, a list can fill a tuple and a string an enum or a path, while all else stays strict.
     content = to_json(_without_huge_integers(values), inf_nan_mode="constants", fallback=repr)
     try:
         given: Any = _fields_adapter(cls, names).validate_json(
@@ -328,7 +329,7 @@ def _validated(cls: type, names: tuple[str, ...], values: Mapping[str, Any], whe
 
 
 def _without_huge_integers(value: Any) -> Any:
-    """Put infinity for every integer that is too long to be read again."""
+    """Return `value` with infinity in place of every integer that is too long to be parsed again."""
     if isinstance(value, Mapping):
         return {name: _without_huge_integers(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -342,10 +343,10 @@ _MAX_BITS = 8192
 
 @cache
 def _fields_adapter(cls: Any, names: tuple[str, ...]) -> TypeAdapter[Any]:
-    """Check some fields of `cls`, as a dataclass of those alone."""
-    hints = typing.get_type_hints(cls, include_extras=True)  # a field may bring its own validator
+    """Return the pydantic adapter of a dataclass that has only the fields `names` of `cls`."""
+    hints = typing.get_type_hints(cls, include_extras=True)  # keeps validators in Annotated
     chosen: Any = dataclasses.make_dataclass(cls.__name__, [(name, hints[name]) for name in names])
-    chosen.__pydantic_config__ = ConfigDict(allow_inf_nan=False)  # of nested ones as well
+    chosen.__pydantic_config__ = ConfigDict(allow_inf_nan=False)  # applies to nested dataclasses too
     return TypeAdapter(chosen)
 
 
@@ -355,7 +356,7 @@ def _number_fields(cls: Hashable) -> tuple[str, ...]:
 
 
 def _holds_number(kind: Any) -> bool:
-    """Whether values of a type are numbers, may be, or are tuples of such."""
+    """Return whether values of a type can be numbers or tuples of numbers."""
     if kind in (int, float):
         return True
     return typing.get_origin(kind) is not Callable and any(map(_holds_number, typing.get_args(kind)))
@@ -366,7 +367,7 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 
 
 def to_tree(value: Any) -> Any:
-    """Turn a dataclass, and all inside it, into what YAML and JSON hold; `build` turns it back."""
+    """Convert a dataclass, recursively, to values of YAML and JSON; the inverse of `build`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_tree(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -381,12 +382,12 @@ def to_tree(value: Any) -> Any:
 
 
 def to_yaml(tree: Any) -> str:
-    """Write a tree in its own key order; `read_yaml` of the text gives the tree back."""
+    """Return a tree as YAML in its own key order; the inverse of `read_yaml`."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def suggestion(unknown: str, known: Iterable[str]) -> str:
-    """Say which known name was probably meant, or list them all.
+    """Return a hint with the known name that was probably meant, or with all known names.
 
     >>> suggestion("sede", ["seed", "env"])
     'did you mean seed?'
@@ -397,9 +398,9 @@ def suggestion(unknown: str, known: Iterable[str]) -> str:
 
 
 def _check_size(text: str) -> None:
-    """Refuse YAML that refers to itself, or is deeper or larger than any configuration; in one pass."""
+    """Refuse YAML that contains itself, or is deeper or larger than any configuration, in one pass."""
     sizes: dict[str, int] = {}
-    opened: list[tuple[str | None, int]] = []  # anchor and size so far of each block or list that is open
+    opened: list[tuple[str | None, int]] = []  # anchor and size so far of each open block or list
 
     def refuse(event: yaml.Event, fault: str) -> NoReturn:
         raise yaml.MarkedYAMLError(problem=fault, problem_mark=cast(Any, event.start_mark))
@@ -408,14 +409,14 @@ def _check_size(text: str) -> None:
         size = 0
         if isinstance(event, yaml.CollectionStartEvent):
             if len(opened) == _MAX_DEPTH:
-                refuse(event, f"more than {_MAX_DEPTH} blocks inside each other")
+                refuse(event, f"more than {_MAX_DEPTH} nested blocks")
             opened.append((event.anchor, 1))
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, size = opened.pop()
             sizes |= {} if anchor is None else {anchor: size}
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in opened):
-                refuse(event, f"*{event.anchor} stands inside what it refers to")
+                refuse(event, f"alias *{event.anchor} is inside the block that it refers to")
             size = sizes.get(event.anchor or "", 1)
         elif isinstance(event, yaml.ScalarEvent):
             size = 1
@@ -423,7 +424,7 @@ def _check_size(text: str) -> None:
         if opened and size:
             opened[-1] = (opened[-1][0], opened[-1][1] + size)
         if sum(inner for _, inner in opened) > _MAX_VALUES:
-            refuse(event, f"more than {_MAX_VALUES:,} values, aliases included")
+            refuse(event, f"more than {_MAX_VALUES:,} values, with aliases expanded")
 
 
 def _parse(text: str, place: str) -> Any:
@@ -458,7 +459,7 @@ _NUMBER_TYPES = {"int_type", "int_from_float", "float_type", *_OUT_OF_BOUNDS}
 
 
 def _describe(error: ValidationError, cls: type, tree: Mapping[str, Any], where: str) -> list[str]:
-    """One line per path: the branches of a union complain about the same value and are joined by "or"."""
+    """Return one line per path; the complaints of the members of a union are joined by "or"."""
     wrong: dict[str, tuple[Any, list[str]]] = {}
     lines: list[str] = []
     for item in error.errors(include_url=False):
@@ -475,25 +476,26 @@ def _describe(error: ValidationError, cls: type, tree: Mapping[str, Any], where:
         elif kind in ("value_error", "assertion_error"):
             lines.append(_with_path(path, message))
         else:
-            wish = _WRONG_TYPE.get(kind, message)
-            if kind in _NUMBER_TYPES and not isinstance(got, bool):  # of true and false the type says all
+            expected = _WRONG_TYPE.get(kind, message)
+            if kind in _NUMBER_TYPES and not isinstance(got, bool):  # for true and false, the type is enough
                 limits = next(filter(None, map(bounds_of, _types_at(cls, keys))), "")
-                # A number of the right type lacks only the bounds.
-                wish = limits or wish if kind in _OUT_OF_BOUNDS else ", ".join(filter(None, (wish, limits)))
-            wrong.setdefault(path, (got, []))[1].append(wish)
+                # A number of the right type only violates the bounds.
+                parts = (limits or expected,) if kind in _OUT_OF_BOUNDS else (expected, limits)
+                expected = ", ".join(filter(None, parts))
+            wrong.setdefault(path, (got, []))[1].append(expected)
     for path, (got, wanted) in wrong.items():
-        wish = " or ".join(dict.fromkeys(wanted))
-        lines.append(f"{path or 'here'}: wrong value (got {_describe_value(got)}, wanted {wish})")
+        expected = " or ".join(dict.fromkeys(wanted))
+        lines.append(f"{path or 'here'}: wrong value (got {_describe_value(got)}, wanted {expected})")
     return lines
 
 
 def _with_path(path: str, message: str) -> str:
-    """Put the path in front, unless the block's own check has already named it."""
+    """Return the message prefixed with the path, unless it already begins with it."""
     return message if not path or message.startswith(path) else f"{path}: {message}"
 
 
 def _locate(tree: Any, loc: Sequence[int | str]) -> tuple[list[str], Any]:
-    """Follow pydantic's location through the tree, skipping the parts that name a branch of a union."""
+    """Return the keys and the value at a pydantic location, skipping parts that name members of a union."""
     keys = []
     for part in loc:
         inside = part in tree if isinstance(tree, Mapping) else isinstance(tree, list | tuple)
@@ -504,13 +506,13 @@ def _locate(tree: Any, loc: Sequence[int | str]) -> tuple[list[str], Any]:
 
 
 def _fields(cls: Any, keys: Sequence[str]) -> set[str]:
-    """Names of the fields that the dataclass at the path `keys` below `cls` has."""
+    """Return the names of the fields of the dataclass at the path `keys` below `cls`."""
     found = [outer for kind in _types_at(cls, keys) for outer in _dataclasses_in(kind)]
     return {field.name for outer in found for field in dataclasses.fields(outer)}
 
 
 def _types_at(cls: Any, keys: Sequence[str]) -> list[Any]:
-    """Describe what a value at the path `keys` below `cls` may be, bounds included."""
+    """Return the types, including bounds, that a value at the path `keys` below `cls` may have."""
     found = [cls]
     for key in keys:
         if key.isdigit():
@@ -523,7 +525,7 @@ def _types_at(cls: Any, keys: Sequence[str]) -> list[Any]:
 
 
 def _items(kind: Any, place: int) -> list[Any]:
-    """Types of what stands at a place of a list; of a union, of its members that are lists."""
+    """Return the types of the item at index `place` of a sequence type, or of the sequences in a union."""
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
         return [inside[0 if inside[-1] is ... else min(place, len(inside) - 1)]]
@@ -541,6 +543,6 @@ def _dataclasses_in(kind: Any) -> list[Any]:
 def _describe_value(value: Any) -> str:
     try:
         text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    except ValueError:  # Python writes no integer of more than some thousand digits
+    except ValueError:  # Python does not convert integers of more than 4,300 digits
         return "a very large integer"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""Files and folders on disk: they appear whole or not at all, and are read as what they should hold."""
+"""Write files and folders atomically, and check the contents of JSON files on reading."""
 
 import itertools
 import json
@@ -19,11 +19,11 @@ _COUNT = itertools.count()
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Have the block write a file beside `path`, which takes its place once it is whole and on the disk.
+    """Yield a temporary path to write to, and move that file to `path` at the end of the `with` block.
 
     Raises:
-        CheckpointError: when a folder stands in its place.
-        OSError: naming `path`, when it cannot be written; what was there is as before.
+        CheckpointError: `path` is a folder.
+        OSError: `path` cannot be written; the error names it, and an existing file is unchanged.
     """
     target = Path(path)
     partial = _beside(target, "partial")
@@ -31,7 +31,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield partial
         _flush(partial)
         if target.is_dir() and not target.is_symlink():
-            raise CheckpointError(f"{target}: a folder stands where a file is to be written; remove it")
+            raise CheckpointError(f"{target}: is a folder, but a file is to be written there; remove it")
         os.replace(partial, target)
         _flush(target.parent)
     except OSError as error:
@@ -43,29 +43,34 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_atomic(path: str | Path, text: str) -> None:
-    """Write a file so that a reader, a kill, a full disk or a power cut never leaves half of it."""
+    """Write a text file that is never left half-written, even by a kill, a full disk or a power failure."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def begin_folder(target: Path) -> Path:
-    """Make a folder beside `target`, to be filled and then given to `finish_folder`."""
+    """Create a temporary folder next to `target`, to be filled and passed to `finish_folder`."""
     partial = _beside(target, "partial")
     partial.mkdir()
     return partial
 
 
 def finish_folder(partial: Path, target: Path, *, over: bool = True) -> None:
-    """Put a filled folder in the place of `target` once all of it is on the disk.
+    """Flush a filled folder to disk and move it to `target`.
+
+    Args:
+        partial: The folder from `begin_folder`.
+        target: The final path.
+        over: Whether to replace an existing folder.
 
     Raises:
-        OSError: when it cannot, as where `target` is there and not to be written `over`.
+        OSError: The folder cannot be moved, for example because `target` exists and `over` is False.
     """
     for root, _, names in os.walk(partial):
         for name in names:
             _flush(Path(root, name))
         _flush(Path(root))
-    old = _beside(target, "old")  # a folder cannot replace one that holds files, so that one steps aside
+    old = _beside(target, "old")  # rename() cannot replace a folder that is not empty, so move that one away
     if not over or not os.path.lexists(target):
         partial.rename(target)
     else:
@@ -82,10 +87,10 @@ def finish_folder(partial: Path, target: Path, *, over: bool = True) -> None:
 
 @contextmanager
 def replacing_folder(target: Path, *, over: bool = True) -> Iterator[Path]:
-    """Have the block fill a folder beside `target`, which takes its place once it is whole and on the disk.
+    """Yield a temporary folder to fill, and move it to `target` at the end of the `with` block.
 
     Raises:
-        OSError: when it cannot, as where `target` is there and not to be written `over`.
+        OSError: The folder cannot be moved, for example because `target` exists and `over` is False.
     """
     partial = begin_folder(target)
     try:
@@ -96,29 +101,29 @@ def replacing_folder(target: Path, *, over: bool = True) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder; a kill in between leaves nothing that could be taken for a whole one."""
+    """Remove a folder; a kill midway never leaves part of it under its name."""
     old = _beside(path, "old")
     path.rename(old)
     _discard(old)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in a folder. Only for one that nobody else writes into."""
+    """Remove the temporary files of killed writers from a folder that no other process is writing to."""
     for pattern in ("*.partial", ".*.old", ".*.new"):
         for path in folder.glob(pattern):
             _discard(path)
 
 
 def read_json(path: Path, shape: Any, remedy: str) -> Any:
-    """Read a JSON file.
+    """Read a JSON file and check the type of its content.
 
     Args:
-        path: of the file.
-        shape: type that the content must have, as pydantic reads it: `dict[str, float]`, a TypedDict.
-        remedy: what to do about a damaged file.
+        path: The path of the file.
+        shape: The type of the content as pydantic understands it, such as `dict[str, float]` or a TypedDict.
+        remedy: What to do about a damaged file; ends the error message.
 
     Raises:
-        CheckpointError: when it cannot be read, is no JSON, or holds something else.
+        CheckpointError: The file cannot be read, is not JSON, or its content has another type.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -131,10 +136,10 @@ def read_json(path: Path, shape: Any, remedy: str) -> Any:
 
 
 def check_shape(path: Path | str, tree: Any, shape: Any, remedy: str) -> None:
-    """Refuse what was read from `path` unless it has a shape.
+    """Check that content read from `path` has the type `shape`; see `read_json`.
 
     Raises:
-        CheckpointError: naming the first place that has not.
+        CheckpointError: It does not; the message names the first place where it differs.
     """
     try:
         _adapter(shape).validate_python(tree, strict=True)
@@ -157,7 +162,7 @@ def _brief(what: object) -> str:
 
 
 def _beside(target: Path, kind: str) -> Path:
-    """A name that no other process or thread takes."""
+    """Return a path next to `target` that no other process or thread uses."""
     return target.with_name(f".{target.name}.{os.getpid()}-{next(_COUNT)}.{kind}")
 
 
@@ -170,8 +175,8 @@ def _discard(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or what a folder lists, is on the disk."""
-    with suppress(OSError) if path.is_dir() else nullcontext():  # some file systems cannot flush a folder
+    """Flush a file, or the entries of a folder, to disk."""
+    with suppress(OSError) if path.is_dir() else nullcontext():  # some file systems cannot fsync a folder
         number = os.open(path, os.O_RDONLY)
         try:
             os.fsync(number)

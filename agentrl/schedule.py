@@ -1,10 +1,10 @@
-"""Schedules are plain functions of the step."""
+"""Schedules as pure functions of the training step."""
 
 import math
 
 
 def warmup(step: int, steps: int) -> float:
-    """Rise linearly to 1 over the first `steps` steps: (step + 1) / steps, and 1 from then on.
+    """Increase linearly to 1 over the first `steps` steps: min(1, (step + 1) / steps).
 
     >>> [warmup(step, 4) for step in (0, 1, 3, 9)]
     [0.25, 0.5, 1.0, 1.0]
@@ -13,7 +13,7 @@ def warmup(step: int, steps: int) -> float:
 
 
 def linear(step: int, total: int, start: float, end: float) -> float:
-    """Go from `start` at step 0 to `end` at the last step, total - 1; outside, the nearer of the two.
+    """Interpolate linearly from `start` at step 0 to `end` at step `total - 1`, clamped outside this range.
 
     >>> linear(1, 3, 0.0, 1.0)
     0.5
@@ -22,7 +22,7 @@ def linear(step: int, total: int, start: float, end: float) -> float:
 
 
 def cosine(step: int, total: int, floor: float = 0.1) -> float:
-    """Fall from 1 at step 0 to `floor` at the last step along half a cosine.
+    """Decay from 1 at step 0 to `floor` at step `total - 1` along half a cosine.
 
     floor + (1 - floor) * (1 + cos(pi * step / (total - 1))) / 2
 

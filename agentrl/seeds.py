@@ -1,4 +1,4 @@
-"""Seeds derived from names, so that adding one draw never shifts another."""
+"""Seeds derived from names, so that adding a random draw never changes another one."""
 
 from hashlib import blake2b
 
@@ -6,7 +6,7 @@ from hashlib import blake2b
 def derive_seed(*parts: int | str) -> int:
     """Hash `parts` into a seed in [0, 2**31).
 
-    The same parts give the same seed on every machine and under every PYTHONHASHSEED.
+    The same parts give the same seed on every machine and with every PYTHONHASHSEED.
 
     >>> derive_seed(0, "train", 3, 1) == derive_seed(0, "train", 3, 1)
     True

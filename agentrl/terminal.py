@@ -1,6 +1,6 @@
-"""Write to a terminal what came from outside: nothing in it steers the terminal, or is read as markup.
+"""Print untrusted text safely: no control sequence reaches the terminal, and nothing is parsed as markup.
 
-Everything that agentrl prints goes through `echo` or a `Terminal`, and so through `printable`.
+Everything that agentrl prints goes through `echo` or a `Terminal`, and thereby through `printable`.
 """
 
 import re
@@ -14,28 +14,35 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.text import Text
 
-# C0 and C1 but for newline and tab, what turns the direction of writing, other ends of lines, and surrogates.
-_STEERING = re.compile(
+# C0 and C1 controls except newline and tab, bidirectional controls, Unicode line separators, and surrogates.
+_CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb\ud800-\udfff]"
 )
 
 
 def printable(text: str) -> str:
-    r"""Return a text in which a sign stands for each control character but newline and tab.
+    r"""Replace every control character except newline and tab with the replacement character.
 
     >>> printable("\x1b[31mred")
     '�[31mred'
     """
-    return _STEERING.sub("�", text.replace("\r\n", "\n"))
+    return _CONTROL.sub("�", text.replace("\r\n", "\n"))
 
 
 def plain(text: object, style: str = "") -> Text:
-    """Return what rich prints as it is written."""
+    """Return a rich `Text` that is printed literally, without markup."""
     return Text(printable(str(text)), style=style)
 
 
 def echo(text: object = "", *, err: bool = False, nl: bool = True, style: str = "") -> None:
-    """Print a line of text; in a style, such as "bold red", where a terminal shows it."""
+    """Print a line of text.
+
+    Args:
+        text: The text to print.
+        err: Whether to print to standard error.
+        nl: Whether to end the line.
+        style: A rich style such as "bold red"; ignored if the output is not a terminal.
+    """
     import typer
 
     shown = printable(str(text))
@@ -47,14 +54,15 @@ def echo(text: object = "", *, err: bool = False, nl: bool = True, style: str = 
 
 
 class Terminal(Console):
-    """A console that takes text for text, wherever a renderable brings it."""
+    """Rich console that prints all text literally, including the text inside renderables."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        """Render to segments without control characters."""
         for segment in super().render(renderable, options):
-            if segment.control or not _STEERING.search(segment.text):
+            if segment.control or not _CONTROL.search(segment.text):
                 yield segment
             else:
                 yield Segment(printable(segment.text), segment.style)
@@ -62,7 +70,7 @@ class Terminal(Console):
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Have warnings printed by `echo`."""
+    """Print Python warnings without control characters inside a `with` block."""
 
     def show(
         message: Warning | str,

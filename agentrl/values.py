@@ -1,7 +1,7 @@
-"""Turn what comes from outside, such as an environment's answers, into plain Python values, or say why not.
+"""Convert untrusted values, such as those an environment returns, to plain Python values, or say why not.
 
-Numbers of numpy, Fraction and Decimal become Python's, texts of a subclass plain ones. Nothing is guessed:
-what has no plain value is a fault, and named.
+NumPy, Fraction and Decimal numbers become Python numbers, and instances of subclasses of str plain strings.
+Nothing is guessed: a value without a plain equivalent raises `ValueFaultError`.
 """
 
 import math
@@ -12,47 +12,47 @@ from typing import Any
 
 import numpy as np
 
-MAX_TEXT_CHARS = 1_000_000  # characters
-MAX_INTEGER_BITS = 1024  # of an integer: more would be no number to whoever reads the JSON
+MAX_TEXT_CHARS = 1_000_000
+MAX_INTEGER_BITS = 1024  # JSON readers turn larger integers into infinity
 MAX_DEPTH = 16
 MAX_ITEMS = 10_000
-MAX_MESSAGE_CHARS = 4_000  # characters of an error that are kept
+MAX_MESSAGE_CHARS = 4_000  # of an error message; the rest is cut
 
 
 class ValueFaultError(Exception):
-    """Says what is wrong with a value, as in `is {1, 2} (set), wanted text`."""
+    """Raised for an invalid value; the message is a predicate such as `is {1, 2} (set), wanted text`."""
 
 
-def as_text(value: object, most: int | None = MAX_TEXT_CHARS) -> str:
-    """Return a text as a plain str that can be written as UTF-8.
+def as_text(value: object, maximum: int | None = MAX_TEXT_CHARS) -> str:
+    """Return a string as a plain str that can be encoded as UTF-8.
 
     Args:
-        value: a str or one of numpy's.
-        most: characters; None for any number.
+        value: A str or an instance of a subclass, such as `numpy.str_`.
+        maximum: The maximum length in characters; None for no limit.
 
     Raises:
-        ValueFaultError: it is none, is longer, or holds a lone surrogate.
+        ValueFaultError: The value is not a string, is too long, or contains a lone surrogate.
     """
     if not isinstance(value, str):
         raise ValueFaultError(f"is {describe_value(value)}, wanted a str")
     text = str.__str__(value)
-    if most is not None and len(text) > most:
-        raise ValueFaultError(f"has {len(text):,} characters, wanted at most {most:,}")
+    if maximum is not None and len(text) > maximum:
+        raise ValueFaultError(f"has {len(text):,} characters, wanted at most {maximum:,}")
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueFaultError(
-                f"holds a lone surrogate at character {error.start}, which is no text"
+                f"contains a lone surrogate at character {error.start}, wanted valid Unicode"
             ) from error
     return text
 
 
 def as_flag(value: object) -> bool:
-    """Return a bool or one of numpy's as a bool.
+    """Return a Python or NumPy bool as a Python bool.
 
     Raises:
-        ValueFaultError: it is neither.
+        ValueFaultError: The value is not a bool.
     """
     value = _unboxed(value)
     if not isinstance(value, bool | np.bool_):
@@ -61,10 +61,10 @@ def as_flag(value: object) -> bool:
 
 
 def as_number(value: object) -> float:
-    """Return a finite real number of any kind as a float.
+    """Return a finite real number of any type as a float.
 
     Raises:
-        ValueFaultError: it is no real number, or none that a float can hold.
+        ValueFaultError: The value is not a real number, or does not fit into a finite float.
     """
     value = _unboxed(value)
     if isinstance(value, Real | Decimal | np.bool_):
@@ -78,10 +78,10 @@ def as_number(value: object) -> float:
 
 
 def as_key(value: object) -> str | int:
-    """Return a text or an integer that tells things apart.
+    """Return a string or an integer that serves as an identifier.
 
     Raises:
-        ValueFaultError: it is neither, or too long.
+        ValueFaultError: The value is neither, or is too long.
     """
     value = _unboxed(value)
     if isinstance(value, Integral | np.bool_):
@@ -92,19 +92,19 @@ def as_key(value: object) -> str | int:
 
 
 def as_json(value: object) -> Any:
-    """Return what JSON can hold: null, bools, numbers, texts, and lists and mappings of these.
+    """Return a value as JSON types: null, bools, numbers, strings, and lists and mappings of these.
 
     Raises:
-        ValueFaultError: something in it is none of these, or there is too much of it.
+        ValueFaultError: A value has another type, or the structure is too deep or too large.
     """
     return _as_json(value, MAX_DEPTH, [MAX_ITEMS])
 
 
-def _as_json(value: object, deepest: int, left: list[int]) -> Any:
+def _as_json(value: object, depth: int, left: list[int]) -> Any:
     value = _unboxed(value)
     left[0] -= 1
     if left[0] < 0:
-        raise ValueFaultError(f"holds more than {MAX_ITEMS:,} values")
+        raise ValueFaultError(f"contains more than {MAX_ITEMS:,} values")
     if value is None:
         return None
     if isinstance(value, bool | np.bool_):
@@ -117,30 +117,30 @@ def _as_json(value: object, deepest: int, left: list[int]) -> Any:
         return as_text(value)
     if not isinstance(value, Mapping | list | tuple | np.ndarray):
         raise ValueFaultError(
-            f"is {describe_value(value)}, wanted null, a bool, a number, text, a list or a mapping of text to "
-            "these"
+            f"is {describe_value(value)}, wanted null, a bool, a number, text, a list or a mapping "
+            "of text to these"
         )
-    if deepest == 0:
+    if depth == 0:
         raise ValueFaultError(f"is nested more than {MAX_DEPTH} deep")
     if isinstance(value, Mapping):
         plain = {}
         for key, item in value.items():
             try:
-                plain[as_text(key)] = _as_json(item, deepest - 1, left)
+                plain[as_text(key)] = _as_json(item, depth - 1, left)
             except ValueFaultError as fault:
                 where = "has a key that" if not isinstance(key, str) else f"at {describe_value(key)}"
                 raise ValueFaultError(f"{where} {fault}") from fault
         return plain
     if isinstance(value, np.ndarray) and value.size > MAX_ITEMS:
-        raise ValueFaultError(f"holds more than {MAX_ITEMS:,} values")
-    return [_as_json(item, deepest - 1, left) for item in value]
+        raise ValueFaultError(f"contains more than {MAX_ITEMS:,} values")
+    return [_as_json(item, depth - 1, left) for item in value]
 
 
 def as_text_list(value: object) -> list[str]:
-    """Return a list, a tuple or an array of texts as a list.
+    """Return a list, a tuple or a 1-D array of strings as a list.
 
     Raises:
-        ValueFaultError: it is none of these, or holds something else.
+        ValueFaultError: The value is none of these, or contains something other than strings.
     """
     if isinstance(value, np.ndarray) and value.ndim == 1:
         value = list(value)
@@ -149,29 +149,29 @@ def as_text_list(value: object) -> list[str]:
     texts = []
     for item in value:
         if not isinstance(item, str):
-            raise ValueFaultError(f"holds {describe_value(item)}, wanted only str")
+            raise ValueFaultError(f"contains {describe_value(item)}, wanted only str")
         try:
             texts.append(as_text(item))
         except ValueFaultError as fault:
-            raise ValueFaultError(f"holds {describe_value(item)}, which {fault}") from fault
+            raise ValueFaultError(f"contains {describe_value(item)}, which {fault}") from fault
     return texts
 
 
 def describe_value(value: object) -> str:
-    """Describe a value for a message: its repr, cut, and its type; whatever it is, this does not fail."""
+    """Return the truncated repr of a value and its type, for a message; never fails."""
     if isinstance(value, str | bytes):
         value, kind = value[:200], type(value).__name__
     else:
         kind = type(value).__name__
     try:
         text = repr(value)
-    except Exception:  # of an integer with thousands of digits, or as its class would have it
+    except Exception:  # an integer of thousands of digits, or an object with a broken __repr__
         text = "a value without a repr"
     return f"{storable(text if len(text) <= 80 else text[:80] + '…')} ({kind})"
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the type and message of somebody else's exception, as text that can be kept."""
+    """Return the type and message of an exception from untrusted code, as text that can be stored."""
     try:
         message = str(error)
     except BaseException:
@@ -180,7 +180,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def storable(text: str) -> str:
-    """Return a text that can be written as UTF-8 and is not endless: surrogates escaped, the rest cut."""
+    """Return a text with lone surrogates escaped, truncated to `MAX_MESSAGE_CHARS`."""
     text = text.encode("utf-8", "backslashreplace").decode()
     if len(text) <= MAX_MESSAGE_CHARS:
         return text
@@ -188,7 +188,7 @@ def storable(text: str) -> str:
 
 
 def _unboxed(value: object) -> object:
-    """The one value of an array without dimensions."""
+    """Return the scalar inside a zero-dimensional array, and any other value unchanged."""
     return value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
 
 

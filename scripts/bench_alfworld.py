@@ -87,9 +87,9 @@ def load(made: GeneratedGame) -> Game:
 def walk(games: Sequence[Game], steps: int) -> None:
     rng = Random(0)
     for game in games:
-        moment = game.start
+        state = game.start
         for _ in range(steps):
-            moment = game.advance(moment, rng.choice(moment.admissible))
+            state = game.advance(state, rng.choice(state.admissible))
 
 
 def episodes(environment: object, count: int, steps: int) -> float:
@@ -113,10 +113,10 @@ def rival(ours: dict[str, float], steps: int, games: int = 6) -> None:
             for index in range(games):
                 file = game_file(generate("train", index, options))
                 loading += cpu(lambda f=file: engine.begin(f))
-                moment = engine.reset()
+                state = engine.reset()
                 started = time.process_time()
                 for _ in range(steps):
-                    moment = engine.step(rng.choice(moment.admissible))[0]
+                    state = engine.step(rng.choice(state.admissible))[0]
                 stepping += time.process_time() - started
             rate = games * steps / stepping
             print(

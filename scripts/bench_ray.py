@@ -26,7 +26,7 @@ from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import Player, RandomPlayer
 from agentrl.rollout.settings import RayConfig, RolloutConfig, WorkersConfig
 from agentrl.rollout.workers import ProcessEnvironments
-from agentrl.run.players import fit_policy
+from agentrl.run.policies import fit_policy
 from agentrl.run.settings import load_config
 from agentrl.scale.cluster import connected
 from agentrl.scale.ray_environments import RayEnvironments

@@ -1,4 +1,4 @@
-"""Compare the ALFWorld engine with TextWorld's on generated and on odd games; exit 1 on any difference.
+"""Compare the ALFWorld engine with TextWorld's, on generated and adversarial games; exit 1 on a difference.
 
 Needs the extra `alfworld-reference`:
     python scripts/check_alfworld_engine.py --games 60 --odd 60 --steps 50
@@ -15,7 +15,7 @@ from agentrl_envs.alfworld.differential import Tally, compare_texts, run
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--games", type=int, default=60, help="games as the generator makes them")
-    parser.add_argument("--odd", type=int, default=60, help="games made odd on purpose")
+    parser.add_argument("--odd", type=int, default=60, help="adversarial games")
     parser.add_argument(
         "--steps", type=int, default=50, help="mixed commands per game, before its walkthrough"
     )
@@ -24,10 +24,10 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         tallies = [
-            _report(name, count, arguments.steps, arguments.seed, odd)
-            for name, count, odd in (
+            _report(name, count, arguments.steps, arguments.seed, adversarial)
+            for name, count, adversarial in (
                 ("generated", arguments.games, False),
-                ("odd", arguments.odd, True),
+                ("adversarial", arguments.odd, True),
             )
             if count
         ]
@@ -40,9 +40,15 @@ def main() -> int:
     return int(any(tally.differences or not tally.comparisons for tally in tallies))
 
 
-def _report(name: str, count: int, steps: int, seed: int, odd: bool) -> Tally:
+def _report(name: str, count: int, steps: int, seed: int, adversarial: bool) -> Tally:
     started = time.process_time()
-    tally = run(count, steps=steps, seed=seed, odd=odd, report=lambda line: print(f"  {line}", flush=True))
+    tally = run(
+        count,
+        steps=steps,
+        seed=seed,
+        adversarial=adversarial,
+        report=lambda line: print(f"  {line}", flush=True),
+    )
     for difference in tally.differences:
         print(f"DIFFERENCE {difference}")
     print(

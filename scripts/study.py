@@ -10,7 +10,7 @@ from pathlib import Path
 
 from agentrl.errors import AgentRLError
 from agentrl.run.settings import RunFolderConfig
-from agentrl.run.study import load_study, run_study
+from agentrl.study.study import load_study, run_study
 
 
 def main() -> int:

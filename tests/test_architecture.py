@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import agentrl
-from agentrl.algorithms.algorithm import recipe_names
+from agentrl.algorithms.recipe import recipe_names
 from agentrl.run.settings import RunConfig, config_tree, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,8 +32,12 @@ FLOORS = {
     "learn": 3,
     "scale": 4,
     "run": 5,
-    "cli": 6,
-    "__main__": 7,
+    "evaluation": 6,
+    "planning": 7,
+    "training": 8,
+    "study": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 HEAVY = {"torch", "ray", "vllm", "transformers", "matplotlib"}
 

@@ -135,7 +135,7 @@ def test_a_broken_contract_is_exit_code_1_and_cannot_steer_the_terminal() -> Non
     lines = rows(result.stdout)
     assert lines[0] == "check-env-tests/Deaf-v0 breaks the contract: 2 passed, 1 failed, 19 skipped"
     assert "answers failed raised RuntimeError: �[31mout of doors" in lines
-    assert any(line.startswith("19 others skipped not looked at: no episode could be") for line in lines)
+    assert any(line.startswith("19 others skipped not checked: no episode could be") for line in lines)
 
 
 def test_several_are_checked_and_summed_up() -> None:

@@ -17,16 +17,16 @@ import gymnasium
 import pytest
 from typer.testing import CliRunner
 
-import agentrl.run.report
+import agentrl.evaluation.report
 import agentrl.run.settings
-import agentrl.run.trainer
+import agentrl.training.trainer
 from agentrl import errors
 from agentrl.cli import ExitCode, app
 from agentrl.config import read_yaml
 from agentrl.env import TextSpace, make_panel, register
 from agentrl.errors import CheckpointError, ConfigError
-from agentrl.run.interruption import RunInterrupted
-from agentrl.run.logbook import Logbook
+from agentrl.run.logger import Logbook
+from agentrl.run.signals import RunInterrupted
 
 ENV = "agentrl-tests/Coin-v0"
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,8 +97,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((folder, overrides))
         return SimpleNamespace(folder=Path(folder))
 
-    monkeypatch.setattr(agentrl.run.trainer, "train", train)
-    monkeypatch.setattr(agentrl.run.trainer, "resume", resume)
+    monkeypatch.setattr(agentrl.training.trainer, "train", train)
+    monkeypatch.setattr(agentrl.training.trainer, "resume", resume)
     return calls
 
 
@@ -351,7 +351,7 @@ def test_a_full_disk_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -
     def full(_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/summary.json.partial")
 
-    monkeypatch.setattr(agentrl.run.trainer, "train", full)
+    monkeypatch.setattr(agentrl.training.trainer, "train", full)
     message = refused("train")
     assert message.startswith("error: runs/x/summary.json: No space left on device")
     assert "agentrl train --resume" in message
@@ -361,7 +361,7 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -
     def interrupted(_: Any) -> None:
         raise RunInterrupted("stopped; continue with: agentrl train --resume runs/x")
 
-    monkeypatch.setattr(agentrl.run.trainer, "train", interrupted)
+    monkeypatch.setattr(agentrl.training.trainer, "train", interrupted)
     result = run("train")
     assert result.exit_code == 130
     assert result.stderr.strip() == "stopped; continue with: agentrl train --resume runs/x"
@@ -371,7 +371,7 @@ def test_an_error_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None
     def broken(_: Any) -> None:
         raise KeyError("bug")
 
-    monkeypatch.setattr(agentrl.run.trainer, "train", broken)
+    monkeypatch.setattr(agentrl.training.trainer, "train", broken)
     assert isinstance(run("train").exception, KeyError)
 
 
@@ -484,7 +484,7 @@ def test_a_report_of_a_damaged_run_is_refused(tmp_path: Path, monkeypatch: pytes
     def damaged(_: Path) -> None:
         raise CheckpointError("x: damaged")
 
-    monkeypatch.setattr(agentrl.run.report, "write_report", damaged)
+    monkeypatch.setattr(agentrl.evaluation.report, "write_report", damaged)
     (tmp_path / "config.yaml").write_text("{}")
     assert "x: damaged" in refused("report", str(tmp_path))
 

@@ -108,8 +108,8 @@ def test_an_empty_file_is_an_empty_block(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\nb: 2\na: 3\n", "a.yaml, line 3: the key 'a' stands twice"),
-        ("a:\n  b: 1\n  b: 2\n", "a.yaml, line 3: the key 'b' stands twice"),
+        ("a: 1\nb: 2\na: 3\n", "a.yaml, line 3: duplicate key 'a'"),
+        ("a:\n  b: 1\n  b: 2\n", "a.yaml, line 3: duplicate key 'b'"),
         ("a: 1\nb: [1, 2\n", "a.yaml, line 3: "),
         ("a:\n\t- 1\n", "a.yaml, line 2: "),
         ("1: a\n", "a.yaml, line 1: a key must be text"),
@@ -186,8 +186,8 @@ def test_every_malformed_override_is_reported() -> None:
     lines = str(caught.value).splitlines()
     assert len(lines) == 6
     assert lines[0].startswith("'seed' is not an override (wanted key=value")
-    assert lines[1] == "'seed=' has no value (seed=null means none, seed='\"\"' empty text)"
-    assert lines[5] == "override 'a={b: 1, b: 2}', line 1: the key 'b' stands twice"
+    assert lines[1] == "'seed=' has no value (seed=null sets none, seed='\"\"' empty text)"
+    assert lines[5] == "override 'a={b: 1, b: 2}', line 1: duplicate key 'b'"
 
 
 def test_an_override_through_a_plain_value_is_refused() -> None:
@@ -334,13 +334,13 @@ def test_a_suggestion_is_the_nearest_name_or_all_of_them() -> None:
 @pytest.mark.parametrize(
     ("text", "line", "fault"),
     [
-        ("seed: 1\na: &a [1, *a]\n", 2, "stands inside what it refers to"),
-        ("a: &a\n  b: *a\n", 2, "stands inside what it refers to"),
-        ("a: &a " + "[" * 5000 + "]" * 5000, 1, "more than 100 blocks inside each other"),
+        ("seed: 1\na: &a [1, *a]\n", 2, "is inside the block that it refers to"),
+        ("a: &a\n  b: *a\n", 2, "is inside the block that it refers to"),
+        ("a: &a " + "[" * 5000 + "]" * 5000, 1, "more than 100 nested blocks"),
         (
             "".join(f"{'  ' * depth}a:\n" for depth in range(300)),
             101,
-            "more than 100 blocks inside each other",
+            "more than 100 nested blocks",
         ),
         (f"seed: 1\nb: {'9' * 4301}\n", 2, "an integer of 4301 digits"),
         (f"b: -{'9' * 4200}\n", 1, "an integer of 4200 digits"),
@@ -371,7 +371,7 @@ def test_aliases_that_stand_for_a_billion_values_are_refused(tmp_path: Path) -> 
 
 
 def test_an_override_is_bounded_as_a_file_is() -> None:
-    with pytest.raises(ConfigError, match="stands inside"):
+    with pytest.raises(ConfigError, match="is inside the block"):
         merge({}, ["a=&a [*a]"])
     with pytest.raises(ConfigError, match="digits"):
         merge({}, [f"a={'1' * 5000}"])

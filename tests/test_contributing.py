@@ -12,7 +12,8 @@ import torch
 from shell import ROOT, commands, installed, run_all, smaller, working_tree
 
 import agentrl
-from agentrl.algorithms.algorithm import Context, build_recipe
+from agentrl.algorithms.hooks import Context
+from agentrl.algorithms.recipe import build_recipe
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate
 from agentrl.env import check_text_env, make

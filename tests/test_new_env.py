@@ -87,17 +87,17 @@ def test_a_name_gives_the_others(name: str, id: str, class_name: str, module: st
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("guess_number", "'guess_number' cannot be its class; wanted a name such as GuessNumber"),
-        ("Guess Number", "'Guess Number' cannot be its class"),
-        ("lab/sub/Guess", "'sub/Guess' cannot be its class"),
-        ("Guess-v", "'Guess-v' cannot be its class"),
-        ("Guess\n", "cannot be its class"),
-        ("Größe", "'Größe' cannot be its class"),
-        ("", "'' cannot be its class"),
-        ("None", "'None' cannot be its class"),
-        ("MultiTurnEnv", "'MultiTurnEnv' cannot be its class"),
-        ("../Guess", "'..' cannot be its namespace; wanted letters"),
-        ("/Guess", "'' cannot be its namespace"),
+        ("guess_number", "'guess_number' is not a class name; wanted a name such as GuessNumber"),
+        ("Guess Number", "'Guess Number' is not a class name"),
+        ("lab/sub/Guess", "'sub/Guess' is not a class name"),
+        ("Guess-v", "'Guess-v' is not a class name"),
+        ("Guess\n", "is not a class name"),
+        ("Größe", "'Größe' is not a class name"),
+        ("", "'' is not a class name"),
+        ("None", "'None' is not a class name"),
+        ("MultiTurnEnv", "'MultiTurnEnv' is not a class name"),
+        ("../Guess", "'..' is not a namespace; wanted letters"),
+        ("/Guess", "'' is not a namespace"),
     ],
 )
 def test_a_name_that_will_not_do_is_refused_with_the_reason(name: str, reason: str, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_name_that_will_not_do_is_refused_with_the_reason(name: str, reason: s
 
 def test_an_id_that_is_taken_is_refused(tmp_path: Path) -> None:
     register("agentrl-tests/Taken-v0", "no.module:Env")
-    with pytest.raises(ConfigError, match="agentrl-tests/Taken-v0 is installed already"):
+    with pytest.raises(ConfigError, match="agentrl-tests/Taken-v0 is already installed"):
         write_new_env("agentrl-tests/Taken", tmp_path)
 
 
@@ -118,7 +118,7 @@ def test_nothing_is_overwritten(there: str, tmp_path: Path) -> None:
     (tmp_path / there).write_text("mine")
     result = new_env("GuessNumber", "--folder", str(tmp_path))
     assert result.exit_code == 2
-    assert f"{there} is there already" in result.stderr
+    assert f"{there} already exists" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == [there]
     assert (tmp_path / there).read_text() == "mine"
 
@@ -169,7 +169,7 @@ def test_a_pyproject_that_cannot_be_changed_safely_stays_and_the_lines_are_told(
     project.write_text(before)
     result = new_env("GuessNumber", "--folder", str(tmp_path))
     assert result.exit_code == 0, result.output
-    assert f"stays as it is; add to it:\n\n{ENTRY}\n{LINE}\n" in result.stdout
+    assert f"is left unchanged; add to it:\n\n{ENTRY}\n{LINE}\n" in result.stdout
     assert project.read_text() == before
     assert (tmp_path / "guess_number_env.py").exists()
 
@@ -177,7 +177,7 @@ def test_a_pyproject_that_cannot_be_changed_safely_stays_and_the_lines_are_told(
 @pytest.mark.parametrize(
     ("before", "reason"),
     [
-        (f"{KEPT}{ENTRY}\n{LINE}\n", "has an entry point 'guess_number_env' in agentrl.envs already"),
+        (f"{KEPT}{ENTRY}\n{LINE}\n", "already has an entry point 'guess_number_env' in agentrl.envs"),
         ("[project\n", "cannot be read"),
     ],
 )
@@ -199,7 +199,7 @@ def test_it_says_what_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "  agentrl check-env my/GuessNumber-v0 --import guess_number_env.py",
         f"  {train} --import guess_number_env.py",
         "",
-        "Installed, it needs no --import:",
+        "Once installed, it needs no --import:",
         "  python -m pip install -e .",
     ]
 

@@ -44,7 +44,8 @@ AT_IMPORT = GAME + "\nregister({id!r}, Door)\n"
 PLUG_IN = GAME + "\ndef plug_in():\n    register({id!r}, Door)\n"
 RECIPE = """
 from dataclasses import dataclass
-from agentrl.algorithms.algorithm import Algorithm, Recipe, recipe
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.recipe import Recipe, recipe
 
 @recipe({name!r})
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def test_a_file_may_use_what_lies_beside_it(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("gone.py", None, "{file}: no such file"),
-        ("silent.py", "x = 1\n", "{file}: registers nothing; wanted agentrl.env.register"),
+        ("silent.py", "x = 1\n", "{file}: registers nothing; wanted a call of agentrl.env.register"),
         ("raising.py", "import os\nx = {}['key']\n", "{file}, line 2: KeyError: 'key'"),
         ("garbled.py", "x = 1\nif x\n", "{file}, line 2: SyntaxError: expected ':'"),
         ("leaving.py", "import sys\n\nsys.exit(0)\n", "{file}, line 3: SystemExit: 0"),
@@ -287,11 +288,13 @@ def test_a_run_executes_nothing_that_it_names_and_says_what_to_add(
     monkeypatch.chdir(tmp_path)
     if command[0] == "evaluate":  # its weights are beside the point
         opened = (None, open_run(strange_run).config)
-        monkeypatch.setattr("agentrl.run.players.open_player", lambda *_, **__: opened)
+        monkeypatch.setattr("agentrl.run.policies.open_player", lambda *_, **__: opened)
     message = refused(*command)
     file = tmp_path / "plugins_strange.py"
-    assert f"was made with --import {file}: nothing that a run's folder names is executed unasked" in message
-    assert message.splitlines()[-1] == f"the whole command: agentrl {' '.join(command)} --import {file}"
+    assert (
+        f"was made with --import {file}: code named in a run folder is not executed automatically" in message
+    )
+    assert message.splitlines()[-1] == f"full command: agentrl {' '.join(command)} --import {file}"
     assert not (tmp_path / "executed").exists()
 
 

@@ -21,11 +21,11 @@ from agentrl.cli import app
 from agentrl.data.storage import read_episodes
 from agentrl.env import TextSpace, register
 from agentrl.errors import AgentRLError
+from agentrl.evaluation.report import results_table, write_report
+from agentrl.evaluation.watch import watch
 from agentrl.rollout.play import ActionRequest
 from agentrl.rollout.players import HumanPlayer
-from agentrl.run.comparison_report import write_comparison
-from agentrl.run.report import results_table, write_report
-from agentrl.run.watch import watch
+from agentrl.study.tables import write_comparison
 from agentrl.terminal import Terminal, echo, plain, plain_warnings, printable
 
 PACKAGE = Path(agentrl.__file__).parent
@@ -284,7 +284,7 @@ def test_figures_are_images_whatever_their_labels() -> None:
     import base64
     from xml.etree import ElementTree
 
-    from agentrl.run.figures import draw_success
+    from agentrl.evaluation.figures import draw_success
 
     uri = draw_success({ATTACK: {"greedy": _score()}})
     image = ElementTree.fromstring(base64.b64decode(uri.partition(",")[2]))

@@ -14,17 +14,17 @@ import pytest
 from agentrl.data.storage import read_episodes, write_episodes
 from agentrl.data.trajectory import Episode, StopReason
 from agentrl.env import OneStepEnv, check_text_env
-from agentrl.env.answers import plain_info, reset_answer, step_answer
+from agentrl.env.contract.answers import plain_info, reset_answer, step_answer
 from agentrl.env.panel import Panel, load_panel
 from agentrl.env.spaces import TextSpace
 from agentrl.errors import CheckpointError, ConfigError, EnvironmentContractError, PanelError
+from agentrl.evaluation.evaluate import data_label
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.play import EpisodeSpec, Stop
 from agentrl.rollout.players import RandomPlayer
 from agentrl.rollout.settings import WorkersConfig
 from agentrl.rollout.workers import ProcessEnvironments
-from agentrl.run.evaluate import data_label
 from agentrl.values import ValueFaultError, as_json, as_number, describe_error, describe_value
 
 
@@ -121,7 +121,7 @@ REFUSED = [
     ("score", np.array([1.0, 2.0]), r"info\['score'\] is array"),
     ("task_type", b"cook", r"info\['task_type'\] is b'cook' \(bytes\), wanted a str"),
     ("task_type", "x" * 1001, r"info\['task_type'\] has 1,001 characters, wanted at most 1,000"),
-    ("task_type", "\udc80", r"info\['task_type'\] holds a lone surrogate at character 0"),
+    ("task_type", "\udc80", r"info\['task_type'\] contains a lone surrogate at character 0"),
     ("expert", 3, r"info\['expert'\] is 3 \(int\), wanted a str"),
     ("state_key", 1.5, r"info\['state_key'\] is 1.5 \(float\), wanted str or int"),
     ("state_key", b"s", r"info\['state_key'\] is b's' \(bytes\), wanted str or int"),
@@ -130,14 +130,18 @@ REFUSED = [
     ("valid", 1, r"info\['valid'\] is 1 \(int\), wanted a bool"),
     ("success", None, r"info\['success'\] is None \(NoneType\), wanted a bool"),
     ("actions", {"go"}, r"info\['actions'\] is \{'go'\} \(set\), wanted a list of str"),
-    ("actions", ["go", b"stay"], r"info\['actions'\] holds b'stay' \(bytes\), wanted only str"),
-    ("actions", ["go", "\ud800"], r"info\['actions'\] holds '\\ud800' \(str\), which holds a lone surrogate"),
+    ("actions", ["go", b"stay"], r"info\['actions'\] contains b'stay' \(bytes\), wanted only str"),
+    (
+        "actions",
+        ["go", "\ud800"],
+        r"info\['actions'\] contains '\\ud800' \(str\), which contains a lone surrogate",
+    ),
     ("tool", {1, 2}, r"info\['tool'\] is \{1, 2\} \(set\), wanted null, a bool, a number, text, a list"),
     ("tool", {"a": object}, r"info\['tool'\] at 'a' \(str\) is <class 'object'>"),
     ("tool", {3: "x"}, r"info\['tool'\] has a key that is 3 \(int\), wanted a str"),
     ("tool", [float("nan")], r"info\['tool'\] is nan \(float\), wanted a finite"),
     ("tool", CYCLE, r"info\['tool'\] is nested more than 16 deep"),
-    ("tool", [0] * 10_001, r"info\['tool'\] holds more than 10,000 values"),
+    ("tool", [0] * 10_001, r"info\['tool'\] contains more than 10,000 values"),
     ("tool_error", ValueError("no"), r"info\['tool_error'\] is ValueError\('no'\) \(ValueError\)"),
     (7, "x", r"info has the key 7 \(int\), wanted only str"),
 ]
@@ -264,7 +268,7 @@ def test_a_number_that_only_claims_to_be_one_is_refused() -> None:
 def test_an_id_of_a_task_is_text(task: Any) -> None:
     with pytest.raises(EnvironmentContractError, match="lamp: the id of a task "):
         EpisodeSpec("e", "lamp", task, 0)
-    with pytest.raises(PanelError, match=r"Panel\.tasks: what is named there "):
+    with pytest.raises(PanelError, match=r"Panel\.tasks: a text "):
         Panel("lamp", "train", (task,), ("0" * 64,))
 
 

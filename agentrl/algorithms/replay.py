@@ -11,15 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from agentrl.algorithms.algorithm import (
-    EQUAL_RETURNS,
-    Algorithm,
-    Coefficient,
-    Context,
-    MiniBatch,
-    Rehearsal,
-    given,
-)
+from agentrl.algorithms.algorithm import EQUAL_RETURNS, Algorithm, Rehearsal
+from agentrl.algorithms.hooks import Coefficient, Context, MiniBatch, given
 from agentrl.data.batch import AllowedIds, Batch
 from agentrl.data.trajectory import Episode, StopReason
 from agentrl.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""What happened (records, stdlib only) and its tensors (`agentrl.data.batch`)."""
+"""Records of episodes in plain Python, their tensors (`batch`) and their files (`storage`)."""
 
 from agentrl.data.trajectory import BranchPoint, Episode, Group, Outcome, StopReason, Turn
 

@@ -1,4 +1,4 @@
-"""Episodes as tensors. Position t always describes token t: its logprob, entropy, reward and mask."""
+"""Episodes as tensors. Index t always refers to token t: its log-probability, entropy, reward and mask."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -14,7 +14,7 @@ Layout = Literal["trajectory", "turn"]
 
 @dataclass(frozen=True)
 class AllowedIds:
-    """The choices at constrained decisions: token (rows[m], positions[m]) was drawn among ids[m]."""
+    """The choices at constrained decisions: token (rows[m], positions[m]) was sampled from ids[m]."""
 
     rows: Tensor  # [M] int64
     positions: Tensor  # [M] int64
@@ -23,35 +23,36 @@ class AllowedIds:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows of tokens and what is known about each token.
+    """Right-padded rows of tokens with per-token data.
 
-    A row is a sequence that the policy saw: a trajectory, a part of one where its dialogue began anew, or one
-    turn with its history, as `collate` was told. E counts trajectories; one without any row still has a
-    return, and so a place in the baseline of its group.
+    A row is a sequence that the policy saw: a trajectory, a part of one if its dialogue was restarted, or one
+    turn with its history, depending on the `layout` of `collate`. B is the number of rows, T the width and E
+    the number of trajectories. A trajectory without rows still has a return, which enters the baseline of its
+    group.
 
-    Example: one trajectory [5, 9 | 7, 3] whose reply 7 was a decision and whose 3 was forced has
-    lengths [4], sampled [[F, F, T, F]], turns [[-1, -1, 0, 0]], trajectory [0].
+    Example: a trajectory [5, 9 | 7, 3] in which 7 was a decision and 3 was forced has lengths [4],
+    sampled [[F, F, T, F]], turns [[-1, -1, 0, 0]] and trajectory [0].
     """
 
     tokens: Tensor  # [B, T] int64
     lengths: Tensor  # [B] int64
-    sampled: Tensor  # [B, T] bool, decisions of the policy: the only tokens that are learned from
+    sampled: Tensor  # [B, T] bool, decisions of the policy: the only tokens that contribute to the loss
     logprobs: Tensor  # [B, T] float32, nats under the sampling distribution, 0 where not sampled
     entropies: Tensor  # [B, T] float32, nats, likewise
-    rewards: Tensor  # [B, T] float32, each turn's reward at its last reply token
+    rewards: Tensor  # [B, T] float32, reward of each turn at its last reply token
     turns: Tensor  # [B, T] int64, index of the turn at its reply tokens, else -1
     trajectory: Tensor  # [B] int64, index into `episodes`
-    returns: Tensor  # [E] float64, sum of each trajectory's rewards
+    returns: Tensor  # [E] float64, sum of the rewards of each trajectory
     groups: Tensor  # [E] int64, equal for trajectories of one task
     episodes: tuple[Episode, ...] = field(repr=False)  # E
     allowed: AllowedIds | None = None
-    old_logprobs: Tensor | None = None  # [B, T] float32, the learner's own, before the first update
+    old_logprobs: Tensor | None = None  # [B, T] float32, by the learner before its first update
     old_entropies: Tensor | None = None  # [B, T] float32
     reference_logprobs: Tensor | None = None  # [B, T] float32, under the reference policy
-    values: Tensor | None = None  # [B, T] float32, return expected before a sampled token
-    targets: Tensor | None = None  # [B, T] float32, what `values` are to become
-    last_values: Tensor | None = None  # [E] float32, return expected after a trajectory's last token
-    # Where the aborted episodes, by group and id, left another one: others of the batch may have left them.
+    values: Tensor | None = None  # [B, T] float32, expected return before a sampled token
+    targets: Tensor | None = None  # [B, T] float32, regression targets of `values`
+    last_values: Tensor | None = None  # [E] float32, expected return after the last token of a trajectory
+    # Branch points of aborted episodes by (group, id), since episodes of this batch may descend from them.
     aborted: Mapping[tuple[int, str], BranchPoint | None] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,11 +69,15 @@ class Batch:
 
     @property
     def group(self) -> Tensor:
-        """[B] int64, the group of each row."""
+        """Return the group of each row, [B] int64."""
         return self.groups[self.trajectory]
 
     def select(self, rows: Tensor | Sequence[int]) -> "Batch":
-        """Keep the given rows, each at most once, in that order; the width shrinks to the longest of them."""
+        """Return the given distinct rows in that order, cropped to the longest of them.
+
+        Args:
+            rows: The indices of the rows, [N].
+        """
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.tokens.device)
         lengths = self.lengths[index]
         width = int(lengths.max()) if len(index) else 0
@@ -88,6 +93,7 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch with all tensors on `device`."""
         moved: dict[str, Any] = {
             item.name: value.to(device)
             for item in fields(self)
@@ -117,16 +123,16 @@ _PER_TOKEN = (
 
 
 def collate(groups: Sequence[Group], *, layout: Layout = "trajectory") -> Batch:
-    """Turn finished episodes into one batch; of aborted ones only the place in the tree of branches is kept.
+    """Collate finished episodes into one batch, keeping only the branch points of aborted ones.
 
     Args:
-        groups: episodes whose returns are compared with each other.
-        layout: `trajectory` merges turns into one row as long as prompts extend it (a turn with
-            `new_sequence` begins a new row); `turn` gives every turn its own row, with all it saw before as
-            context.
+        groups: The groups of episodes whose returns are compared.
+        layout: "trajectory" merges turns into one row while prompts extend it (a `new_sequence` turn begins a
+            new row); "turn" gives every turn its own row, with everything before it as context.
 
     Raises:
-        ValueError: naming the episode and turn whose reply has no tokens, or a token outside its allowed ids.
+        ValueError: A reply has no tokens, or a token outside its allowed ids; the message names episode and
+            turn.
     """
     episodes: list[Episode] = []
     group_ids: list[int] = []
@@ -214,7 +220,7 @@ def _rows(episode: Episode, trajectory: int, layout: Layout) -> Iterator[_Row]:
 def _check(episode: Episode, index: int, turn: Turn) -> None:
     place = f"episode {episode.id!r}, turn {index}"
     if not turn.action_ids:
-        raise ValueError(f"{place}: the reply has no tokens, wanted an episode of a player with a tokenizer")
+        raise ValueError(f"{place}: the reply has no tokens, wanted an episode of a policy with a tokenizer")
     for name in ("logprobs", "entropies", "allowed"):
         values = getattr(turn, name)
         if values and len(values) != len(turn.action_ids):

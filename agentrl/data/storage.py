@@ -1,4 +1,4 @@
-"""Episodes on disk: Parquet, one row per turn, readable by anything that reads Parquet."""
+"""Episodes on disk as standard Parquet files with one row per turn."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ _VERSION_KEY = b"agentrl.episodes"
 
 _IDS = pa.list_(pa.int32())
 _EPISODE_COLUMNS = [
-    ("number", pa.int32()),  # position of the episode in the file: ids need not be unique
+    ("number", pa.int32()),  # index of the episode in the file, since ids need not be unique
     ("episode", pa.string()),
     ("env", pa.string()),
     ("task", pa.string()),
@@ -35,7 +35,7 @@ _EPISODE_COLUMNS = [
     ("final_observation", pa.string()),
 ]
 _TURN_COLUMNS = [
-    ("turn", pa.int32()),  # null in the one row of an episode that ended before its first turn
+    ("turn", pa.int32()),  # null in the single row of an episode that ended before its first turn
     ("observation", pa.string()),
     ("action", pa.string()),
     ("prompt_ids", _IDS),
@@ -58,11 +58,11 @@ SCHEMA = pa.schema(_EPISODE_COLUMNS + _TURN_COLUMNS, metadata={_VERSION_KEY: str
 
 
 def write_episodes(path: str | Path, episodes: Sequence[Episode]) -> None:
-    """Write a file that appears whole or not at all; one that was there is replaced only on success.
+    """Write episodes to a file atomically; an existing file is replaced only on success.
 
     Raises:
-        CheckpointError: naming the file, when the folder is missing, the disk is full, or what an
-            episode holds is nothing that can be written.
+        CheckpointError: The folder is missing, the disk is full, or an episode contains a value that cannot
+            be stored; the message names the file.
     """
     target = Path(path)
     try:
@@ -71,21 +71,21 @@ def write_episodes(path: str | Path, episodes: Sequence[Episode]) -> None:
             pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial, compression="zstd")
     except OSError as error:
         raise CheckpointError(
-            f"{target}: cannot be written ({error.strerror or error}); make room or choose another folder. "
-            "What was there before is unharmed"
+            f"{target}: cannot be written ({error.strerror or error}); free some space or choose another "
+            "folder. An existing file is unchanged"
         ) from error
     except (ValueFaultError, pa.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{target}: an episode cannot be stored: {error}") from error
 
 
 def read_episodes(path: str | Path) -> list[Episode]:
-    """Read back what `write_episodes` wrote, equal in every field.
+    """Read the episodes written by `write_episodes`, equal in every field.
 
     Raises:
-        CheckpointError: naming the file, when it is missing, damaged, or of another schema version.
+        CheckpointError: The file is missing, damaged, or of another schema version; the message names it.
     """
     try:
-        # Reading the file alone: a dataset would take columns from the names of the folders above it.
+        # Read as a single file: a Parquet dataset would infer columns from the names of parent folders.
         table = pq.ParquetFile(path).read()
         version = (table.schema.metadata or {}).get(_VERSION_KEY)
         if version not in _READABLE:

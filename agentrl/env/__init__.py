@@ -1,7 +1,7 @@
-"""Environments: text in, text out. Nothing here knows tokens or policies."""
+"""Text environments: contract, base classes, registry and task panels, independent of tokens and policies."""
 
-from agentrl.env.answers import reset_answer, step_answer
 from agentrl.env.contract import Check, ContractReport, TextEnv, check_text_env, text_env
+from agentrl.env.contract.answers import reset_answer, step_answer
 from agentrl.env.multi_turn import MultiTurnEnv
 from agentrl.env.names import unknown
 from agentrl.env.panel import Panel, load_panel, make_panel, verify

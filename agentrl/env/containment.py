@@ -1,8 +1,8 @@
-"""Keep what an environment does wrong to its call: the process that called it goes on.
+"""Call environments so that their failures do not end or corrupt the calling process.
 
-An environment may raise what is meant to end a program (SystemExit, KeyboardInterrupt, ...), fork and come
-back twice, or answer with hundreds of megabytes. None of that may pass for something that its caller did; a
-signal that somebody sends to this process, as Ctrl-C does, must, even where an environment catches it.
+An environment may raise exceptions that are meant to end a program (SystemExit, KeyboardInterrupt, ...), fork
+and return twice, or return hundreds of megabytes. None of this must affect the caller. A signal sent to this
+process, such as Ctrl-C, must still reach it, even if an environment catches the exception.
 """
 
 import os
@@ -19,7 +19,7 @@ import gymnasium
 from agentrl import values
 from agentrl.errors import EnvironmentContractError
 
-MAX_ANSWER_BYTES = 16 << 20  # bytes of an observation with its info
+MAX_ANSWER_BYTES = 16 << 20  # of an observation with its info
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM")
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -28,20 +28,21 @@ Env = TypeVar("Env", bound=gymnasium.Env[str, str])
 
 
 class EscapeError(Exception):
-    """An environment raised what no `except Exception` stops; the message is what it was."""
+    """An environment raised an exception that is not an `Exception`; the message describes it."""
 
 
 def call_contained(call: Callable[[], T]) -> T:
-    """Call an environment.
+    """Call a function of an environment and return its result.
 
-    In a copy of this process that the environment forked and let come back, nothing goes on.
+    If the environment forks this process and returns in the child, the child exits here.
 
     Raises:
-        EscapeError: it raised an exception that is not an `Exception`.
-        BaseException: what it raised otherwise, or the handler of a signal did meanwhile.
+        EscapeError: The function raised an exception that is not an `Exception`.
+        BaseException: Any other exception of the function, or the exception of a signal handler during the
+            call.
     """
     process = os.getpid()
-    signals.forget()
+    signals.clear()
     try:
         answer = call()
     except BaseException as error:
@@ -56,7 +57,7 @@ def call_contained(call: Callable[[], T]) -> T:
 
 
 def close_contained(env: Any) -> None:
-    """Close an environment that nobody needs any more, whatever that raises."""
+    """Close an environment and ignore every error."""
     try:
         with signals:
             call_contained(env.close)
@@ -66,10 +67,10 @@ def close_contained(env: Any) -> None:
 
 @contextmanager
 def open_env(make: Callable[[], Env]) -> Iterator[Env]:
-    """Make an environment of this process, to be asked about its tasks in a `with` block, and close it.
+    """Make an environment, yield it for questions about its tasks, and close it.
 
     Raises:
-        EnvironmentContractError: it raised what would have ended this process.
+        EnvironmentContractError: The environment raised an exception that would have ended this process.
     """
     env: Env | None = None
     with signals:
@@ -87,15 +88,15 @@ def open_env(make: Callable[[], Env]) -> Iterator[Env]:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the kind of an exception and what it says, bounded and writable."""
+    """Return the type and message of an exception, as text that can be stored."""
     return str(error) if isinstance(error, EscapeError) else values.describe_error(error)
 
 
 def check_size(observation: str, info: Mapping[str, Any]) -> None:
-    """Refuse an answer that is too large to be kept or sent.
+    """Refuse an observation and info that are too large to be stored or sent.
 
     Raises:
-        EnvironmentContractError: saying how large it is, or at least is.
+        EnvironmentContractError: They are; the message gives a lower bound of the size.
     """
     size = sys.getsizeof(observation) + _size(info, MAX_ANSWER_BYTES)
     if size > MAX_ANSWER_BYTES:
@@ -103,7 +104,7 @@ def check_size(observation: str, info: Mapping[str, Any]) -> None:
 
 
 def too_large(size: int) -> EnvironmentContractError:
-    """Build the error for an answer of so many bytes."""
+    """Return the error for an observation and info of `size` bytes."""
     return EnvironmentContractError(
         f"the observation and info of one call take {size / 2**20:.0f} MB, wanted at most "
         f"{MAX_ANSWER_BYTES >> 20} MB"
@@ -111,7 +112,7 @@ def too_large(size: int) -> EnvironmentContractError:
 
 
 def _size(value: object, enough: int) -> int:
-    """Bytes that a value takes with what it holds; where that is more than `enough`, how much was found."""
+    """Return the bytes of a value and its contents, stopping once the sum exceeds `enough`."""
     total, seen, left = 0, set[int](), [value]
     while left and total <= enough:
         each = left.pop()
@@ -120,7 +121,7 @@ def _size(value: object, enough: int) -> int:
             continue
         try:
             total += max(sys.getsizeof(each, 0), int(getattr(each, "nbytes", 0)))
-        except (TypeError, ValueError):  # of an object of the environment's own
+        except (TypeError, ValueError):  # from an object of a class of the environment
             continue
         if isinstance(each, Mapping | list | tuple | set | frozenset) and id(each) not in seen:
             seen.add(id(each))
@@ -134,10 +135,10 @@ def _end_copy(process: int) -> None:
 
 
 class _Signals:
-    """Knows whether the handler of a signal raised while an environment was called.
+    """Record of exceptions that signal handlers raise while an environment is called.
 
-    Within a `with` block of the main thread, which alone is interrupted by signals, the handlers that were
-    there are called through this one.
+    Inside a `with` block of the main thread, the only thread that runs signal handlers, the existing handlers
+    are wrapped to record what they raise.
     """
 
     def __init__(self) -> None:
@@ -161,16 +162,16 @@ class _Signals:
             self._depth -= 1
             if self._depth == 0:
                 for number, handler in self._handlers.items():
-                    if signal.getsignal(number) == self._handle:  # else an environment has put its own there
+                    if signal.getsignal(number) == self._handle:  # an environment may have installed its own
                         signal.signal(number, handler)
 
-    def forget(self) -> None:
-        """Begin anew."""
+    def clear(self) -> None:
+        """Discard the recorded exception."""
         if _in_main_thread():
             self._raised = None
 
     def raise_again(self) -> None:
-        """Raise what a handler raised, if one did since it was last forgotten."""
+        """Raise the recorded exception of a signal handler, if there is one."""
         if self._raised is not None and _in_main_thread():
             raised, self._raised = self._raised, None
             raise raised

@@ -1,4 +1,4 @@
-"""A base for environments of several turns: the author writes how a task begins and what an action does."""
+"""Base class for multi-turn environments: authors define how a task begins and what an action does."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,11 @@ _OUTSIDE_EPISODES = ("spec", "_problems")  # never part of a snapshot
 
 
 class MultiTurnEnv(gymnasium.Env[str, str], ABC):
-    """A text environment as its author thinks of it; the rest of the contract of `TextEnv` is kept here.
+    """Base class of a text environment that implements the contract of `TextEnv`.
 
-    To be written: `problems(split)`, `start(problem)` and `act(action)`. May be written: `actions()`,
-    `info()`, `expert()`, and, as class attributes, `splits`, `max_steps`, `data`, `thread_safe`. What an
-    episode is made of belongs on `self`; chance comes from `self.np_random`.
+    Subclasses implement `problems(split)`, `start(problem)` and `act(action)`. They may define `actions()`,
+    `info()` and `expert()`, and the class attributes `splits`, `max_steps`, `data` and `thread_safe`. Keep
+    the state of an episode in attributes of `self`, and draw random numbers from `self.np_random`.
 
     >>> class Echo(MultiTurnEnv):
     ...     def problems(self, split):
@@ -39,13 +39,13 @@ class MultiTurnEnv(gymnasium.Env[str, str], ABC):
     ('thanks', 1.0, True, False, {'success': True})
 
     Args:
-        split: where `reset` without a task draws from; None takes the first.
-        max_steps: steps after which an episode is truncated; None takes the class's own.
-        expert: tell in `info["expert"]` what the expert would do next.
+        split: The split that `reset` draws a task from if none is given; None takes the first split.
+        max_steps: The number of steps after which an episode is truncated; None takes that of the class.
+        expert: Whether to put the next action of the expert into `info["expert"]`.
 
     Attributes:
-        task: id of the task that is played.
-        steps: taken in this episode.
+        task: The id of the current task.
+        steps: The number of steps taken in this episode.
     """
 
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
@@ -58,7 +58,7 @@ class MultiTurnEnv(gymnasium.Env[str, str], ABC):
             raise unknown("split", split, self.splits)
         limit = whole_number("max_steps", self.max_steps if max_steps is None else max_steps, 1, MAX_STEPS)
         if expert and not callable(getattr(self, "expert", None)):
-            raise ConfigError(f"expert: {type(self).__name__} has no expert() to be asked")
+            raise ConfigError(f"expert: {type(self).__name__} has no method expert()")
         self.split = self.splits[0] if split is None else split
         self.max_steps = limit
         self.task: str | None = None
@@ -69,44 +69,46 @@ class MultiTurnEnv(gymnasium.Env[str, str], ABC):
 
     @abstractmethod
     def problems(self, split: str) -> Sequence[Any]:
-        """The problems of one of the splits, in a fixed order.
+        """Return the problems of a split, in a fixed order.
 
-        Asked for once per environment and split. A problem is a JSON value that, with the class's name, says
-        all about the task: its hash covers nothing else. For generated tasks a `range` of seeds will do.
+        Called once per environment and split. A problem is a JSON value that fully describes the task, since
+        the task hash covers only the problem and the name of the class. For generated tasks, a `range` of
+        seeds is enough.
         """
 
     @abstractmethod
     def start(self, problem: Any) -> str:
-        """Begin the task, and return what is observed first."""
+        """Begin the task and return the first observation."""
 
     @abstractmethod
     def act(self, action: str) -> tuple[str, float, bool]:
-        """Answer any text with (observation, reward, whether the task is over).
+        """Execute an action, which may be any text, and return (observation, reward, done).
 
-        A task that is over with a positive reward counts as solved, unless `info` holds another `success`.
+        A task that ends with a positive reward counts as solved, unless `info()` sets `success`.
         """
 
     def actions(self) -> Sequence[str] | None:
-        """The admissible actions of the current state; None where no list is offered."""
+        """Return the admissible actions of the current state, or None for no list."""
         return None
 
     def info(self) -> Mapping[str, Any]:
-        """What else `info` shall hold about the current state, such as score, task_type and state_key."""
+        """Return further entries of `info` for the current state, such as score, task_type and state_key."""
         return {}
 
     def tasks(self, split: str) -> Sequence[str]:
-        """Ids of the split's problems: "test/0", "test/1", …."""
+        """Return the task ids of a split: "test/0", "test/1", …."""
         if split not in self.splits:
             raise unknown("split", split, self.splits)
         return TaskIds(split, len(self._of(split)))
 
     def task_hash(self, task: str) -> str:
-        """SHA-256 of the class's name and the problem."""
+        """Return the SHA-256 of the class name and the problem, as 64 hex digits."""
         return content_hash(task, type(self).__name__, find_problem(task, self.splits, self._of))
 
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
+        """Start the task `options["task"]`, or one drawn from the split, and return (observation, info)."""
         super().reset(seed=seed)
         task = (options or {}).get("task")
         if task is None:
@@ -118,6 +120,11 @@ class MultiTurnEnv(gymnasium.Env[str, str], ABC):
         return observation, self._info(valid=True)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Execute an action and return (observation, reward, terminated, truncated, info).
+
+        Raises:
+            ResetNeeded: No episode is running.
+        """
         if not self._running:
             raise ResetNeeded("the episode is over or has not begun: call reset first")
         offered = self.actions()
@@ -140,17 +147,17 @@ class MultiTurnEnv(gymnasium.Env[str, str], ABC):
         return info | dict(self.info())
 
     def snapshot(self) -> dict[str, Any]:
-        """Copy this point of the episode, the random numbers included.
+        """Return a copy of the state of the episode, including the random number generator.
 
-        All attributes are copied; an environment that holds what cannot be, such as a process, sets
-        `snapshot = restore = None`.
+        All attributes are deep-copied. An environment with attributes that cannot be copied, such as a
+        process, sets `snapshot = restore = None`.
         """
         if self.task is None:
             raise ResetNeeded("the episode has not begun: call reset first")
         return deepcopy({name: value for name, value in vars(self).items() if name not in _OUTSIDE_EPISODES})
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Go back to a copied point, of this environment or of one that was constructed alike."""
+        """Restore a state from `snapshot` of this environment or of one with the same arguments."""
         kept = {name: vars(self)[name] for name in _OUTSIDE_EPISODES if name in vars(self)}
         vars(self).clear()
         vars(self).update(deepcopy(dict(snapshot)), **kept)

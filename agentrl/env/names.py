@@ -1,4 +1,4 @@
-"""Refusing a name that is not known, with the nearest ones that are."""
+"""Errors for unknown names, with suggestions."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -10,12 +10,12 @@ _SHOWN = 8
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> ConfigError:
-    """Build the error for `name`, which is not one of `known`.
+    """Return the error for a name that is not one of the known ones.
 
     Args:
-        what: what was named, with its place, such as "environment" or "split of agentrl/ALFWorld-v0".
-        name: what was asked for.
-        known: the names that exist; at most 1000 of them are looked at.
+        what: The kind of name, such as "environment" or "split of agentrl/ALFWorld-v0".
+        name: The unknown name.
+        known: The existing names; only the first 1000 are considered.
 
     >>> str(unknown("split", "trian", ["train", "test"]))
     "split 'trian' is unknown; did you mean 'train'? Known: train, test"

@@ -1,4 +1,4 @@
-"""A new environment for somebody to begin with: one file that works, its test, and its entry point."""
+"""Create the files of a new environment: a working example, its test, and its entry point."""
 
 import keyword
 import re
@@ -20,7 +20,7 @@ _HEADER = re.compile(
 
 @dataclass(frozen=True)
 class Names:
-    """What a new environment is called where.
+    """Names of a new environment: its id, class and module.
 
     >>> Names.parse("my_lab/GuessNumber-v1")
     Names(id='my_lab/GuessNumber-v1', class_name='GuessNumber', module='guess_number_env')
@@ -32,10 +32,10 @@ class Names:
 
     @classmethod
     def parse(cls, name: str) -> "Names":
-        """Read "GuessNumber", which gets a namespace and a version, or "my_lab/GuessNumber-v1".
+        """Parse "my_lab/GuessNumber-v1", or "GuessNumber" with a default namespace and version.
 
         Raises:
-            ConfigError: it is neither.
+            ConfigError: The name has another form.
         """
         found = _NAME.fullmatch(name)
         namespace, plain, version = (
@@ -47,11 +47,11 @@ class Names:
             or plain == "MultiTurnEnv"
         ):
             raise ConfigError(
-                f"name {name!r}: {plain!r} cannot be its class; wanted a name such as GuessNumber"
+                f"name {name!r}: {plain!r} is not a class name; wanted a name such as GuessNumber"
             )
         if namespace is not None and not re.fullmatch(r"[A-Za-z][\w-]*", namespace, re.A):
             raise ConfigError(
-                f"name {name!r}: {namespace!r} cannot be its namespace; wanted letters, digits, '_' and '-'"
+                f"name {name!r}: {namespace!r} is not a namespace; wanted letters, digits, '_' and '-'"
             )
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", plain).lower()
         return cls(
@@ -61,12 +61,12 @@ class Names:
 
 @dataclass(frozen=True)
 class NewEnv:
-    """What was written.
+    """The files written for a new environment.
 
     Attributes:
-        names: of the environment.
-        files: path -> what it is.
-        to_add: lines for a pyproject.toml that could not be changed without risk; None where there are none.
+        names: The names of the environment.
+        files: The path and a description of each file.
+        to_add: Lines to add to a pyproject.toml that could not be edited safely, or None.
     """
 
     names: Names
@@ -75,36 +75,34 @@ class NewEnv:
 
 
 def write_new_env(name: str, folder: str | Path = ".") -> NewEnv:
-    """Write an environment that can be trained on at once, for its author to change.
+    """Write a small environment that can be trained on immediately, for its author to modify.
 
-    Nothing is overwritten. A pyproject.toml that is there gets its entry only where that changes nothing
-    else in it.
+    No file is overwritten. An existing pyproject.toml gets the entry point only if nothing else in it
+    changes.
 
     Args:
-        name: such as "GuessNumber" or "my_lab/GuessNumber-v0".
-        folder: made if need be.
+        name: A name such as "GuessNumber" or "my_lab/GuessNumber-v0".
+        folder: The folder to write to; created if missing.
 
     Raises:
-        ConfigError: the name will not do, it is registered already, or a file is in the way.
+        ConfigError: The name is invalid or already registered, or a file already exists.
     """
     names, folder = Names.parse(name), Path(folder)
     if names.id in env_ids():
-        raise ConfigError(f"name {name!r}: an environment {names.id} is installed already; choose another")
+        raise ConfigError(f"name {name!r}: environment {names.id} is already installed; choose another name")
     files = {
-        folder / f"{names.module}.py": ("the environment: a game to be replaced by yours", "environment.py"),
+        folder / f"{names.module}.py": ("the environment: a game to replace with your own", "environment.py"),
         folder / f"test_{names.module}.py": ("its test, for pytest", "test_environment.py"),
     }
     project, to_add = folder / "pyproject.toml", None
     changed = _with_entry(project, names.module) if project.exists() else None
     if not project.exists():
-        files[project] = ("its distribution, with the entry point", "pyproject.toml")
+        files[project] = ("its package metadata, with the entry point", "pyproject.toml")
     elif changed is None:
         to_add = "\n".join(_entry(names.module))
     for path in files:
         if path.exists():
-            raise ConfigError(
-                f"{path} is there already and is not overwritten; choose another name or folder"
-            )
+            raise ConfigError(f"{path} already exists and is not overwritten; choose another name or folder")
     folder.mkdir(parents=True, exist_ok=True)
     for path, (_, template) in files.items():
         with path.open("x", encoding="utf-8") as file:
@@ -112,7 +110,7 @@ def write_new_env(name: str, folder: str | Path = ".") -> NewEnv:
     written = {path: what for path, (what, _) in files.items()}
     if changed is not None:
         _replace(project, changed)
-        written[project] = "got its entry point"
+        written[project] = "entry point added"
     return NewEnv(names, written, to_add)
 
 
@@ -130,7 +128,7 @@ def _entry(module: str) -> tuple[str, str]:
 
 
 def _with_entry(project: Path, module: str) -> str | None:
-    """The file's text with the entry point; None unless that is certain to be the only change."""
+    """Return the text of pyproject.toml with the entry point added, or None if more would change."""
     try:
         text = project.read_bytes().decode()
         before = tomllib.loads(text)
@@ -141,7 +139,7 @@ def _with_entry(project: Path, module: str) -> str | None:
         return None
     entries = project_table.get("entry-points", {}).get(GROUP, {})
     if module in entries:
-        raise ConfigError(f"{project} has an entry point {module!r} in {GROUP} already; choose another name")
+        raise ConfigError(f"{project} already has an entry point {module!r} in {GROUP}; choose another name")
     newline = "\r\n" if "\r\n" in text else "\n"
     header, line = _entry(module)
     found = _HEADER.search(text)
@@ -158,7 +156,7 @@ def _with_entry(project: Path, module: str) -> str | None:
 
 
 def _replace(path: Path, text: str) -> None:
-    path = path.resolve()  # a link stays one
+    path = path.resolve()  # keeps a symbolic link
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(text.encode())
     shutil.copymode(path, partial)

@@ -1,4 +1,4 @@
-"""Fixed sets of tasks that scores are compared on, pinned by the content of each task."""
+"""Task panels: fixed sets of tasks that scores are compared on, identified by a hash of each task."""
 
 import hashlib
 import json
@@ -22,16 +22,16 @@ FORMAT = "agentrl panel 1"
 
 @dataclass(frozen=True)
 class Panel:
-    """Tasks of one environment, with the SHA-256 of each one's content.
+    """Fixed list of tasks of one environment, with the SHA-256 of the content of each task.
 
     Example: Panel("agentrl/ALFWorld-v0", "valid_unseen", ("valid_unseen-0",), ("9f86d0…",))
 
     Args:
-        env: environment id.
-        split: where the tasks are from.
-        tasks: task ids, in the order in which they are played; no two equal.
-        hashes: the environment's `task_hash` of each.
-        env_kwargs: arguments that made the environment; JSON values.
+        env: The environment id.
+        split: The split of the tasks.
+        tasks: The distinct task ids, in the order of play.
+        hashes: The `task_hash` of each task.
+        env_kwargs: The arguments of the environment; JSON values.
     """
 
     env: str
@@ -57,26 +57,26 @@ class Panel:
                 try:
                     as_text(text)
                 except ValueFaultError as fault:
-                    raise PanelError(f"Panel.{name}: what is named there {fault}") from fault
+                    raise PanelError(f"Panel.{name}: a text {fault}") from fault
         if len(set(self.tasks)) != len(self.tasks):
             raise PanelError("Panel.tasks names a task twice")
         _canonical(self.env_kwargs)
 
     @property
     def hash(self) -> str:
-        """SHA-256 over environment, arguments, split and the (task, content) pairs, whatever their order."""
+        """Return the SHA-256 of environment, arguments, split and tasks, independent of the task order."""
         pairs = sorted(zip(self.tasks, self.hashes, strict=True))
         text = _canonical([self.env, self.env_kwargs, self.split, pairs])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def first(self, count: int) -> "Panel":
-        """The panel of the first `count` tasks, with a hash of its own."""
+        """Return the panel of the first `count` tasks."""
         if not 1 <= count <= len(self.tasks):
             raise PanelError(f"asked for the first {count} tasks of a panel of {len(self.tasks)}")
         return replace(self, tasks=self.tasks[:count], hashes=self.hashes[:count])
 
     def save(self, path: str | Path) -> None:
-        """Write the panel as JSON, one task a line; a file that is there is replaced whole or not at all."""
+        """Write the panel as JSON, atomically."""
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,21 +103,22 @@ def make_panel(
     env_kwargs: Mapping[str, Any] | None = None,
     environment: gymnasium.Env[str, str] | None = None,
 ) -> Panel:
-    """Fix the first `tasks` tasks of a split.
+    """Return the panel of the first tasks of a split.
 
     Args:
-        env: environment id.
-        split: one of the environment's splits.
-        tasks: how many.
-        env_kwargs: arguments that say what the tasks are; leave out what only concerns who plays them.
-        environment: one that was made with them; None makes one.
+        env: The environment id.
+        split: A split of the environment.
+        tasks: The number of tasks.
+        env_kwargs: The arguments that determine the tasks, without those that only affect how they are
+            played.
+        environment: An environment made with these arguments; None makes one.
 
     Raises:
-        ConfigError: the environment, the split or an argument is unknown.
-        PanelError: the split has fewer tasks.
+        ConfigError: The environment, the split or an argument is unknown.
+        PanelError: The split has fewer tasks.
     """
     if tasks < 1:
-        raise PanelError(f"a panel of {tasks} tasks was asked for, wanted at least 1")
+        raise PanelError(f"a panel of {tasks} tasks was requested, wanted at least 1")
     if environment is None:
         with open_env(lambda: make(env, split=split, **(env_kwargs or {}))) as environment:
             return make_panel(env, split, tasks, env_kwargs, environment)
@@ -132,10 +133,10 @@ def make_panel(
 
 
 def load_panel(path: str | Path) -> Panel:
-    """Read a panel.
+    """Read a panel from a file.
 
     Raises:
-        PanelError: the file cannot be read, is no panel, or was edited: its tasks no longer have its hash.
+        PanelError: The file cannot be read, is not a panel, or was edited, so that its hash does not match.
     """
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
@@ -151,22 +152,22 @@ def load_panel(path: str | Path) -> Panel:
     )
     if panel.hash != tree["hash"]:
         raise PanelError(
-            f"panel {path} says that its hash is {tree['hash']}, but its content has {panel.hash}: "
-            "it was edited; make it anew instead"
+            f"panel {path} states the hash {tree['hash']}, but its content has {panel.hash}: "
+            "it was edited; make a new panel instead"
         )
     return panel
 
 
 def verify(panel: Panel, environment: gymnasium.Env[str, str] | None = None) -> None:
-    """Generate the panel's tasks again and refuse it unless every one has the content it was made with.
+    """Check that every task of a panel still has the content it had when the panel was made.
 
     Args:
-        panel: to be verified.
-        environment: where its tasks are from; None makes one from the panel.
+        panel: The panel to verify.
+        environment: The environment of the tasks; None makes one.
 
     Raises:
-        ConfigError: the panel's environment is unknown here.
-        PanelError: a task is gone or has other content.
+        ConfigError: The environment of the panel is unknown.
+        PanelError: A task no longer exists or has changed.
     """
     if environment is None:
         with open_env(lambda: make(panel.env, split=panel.split, **panel.env_kwargs)) as environment:
@@ -178,13 +179,13 @@ def verify(panel: Panel, environment: gymnasium.Env[str, str] | None = None) -> 
         try:
             found = known.task_hash(task)
         except AgentRLError as error:
-            raise PanelError(f"task {task!r} of the panel is not in {panel.env} any more: {error}") from error
+            raise PanelError(f"panel task {task!r} no longer exists in {panel.env}: {error}") from error
         if found != expected:
             changed.append(task)
     if changed:
         raise PanelError(
             f"{len(changed)} of the panel's {len(panel.tasks)} tasks have other content in this version of "
-            f"{panel.env}, first {changed[0]!r}: scores on it could not be compared; make a new panel"
+            f"{panel.env}, first {changed[0]!r}: scores would not be comparable; make a new panel"
         )
 
 
@@ -193,9 +194,9 @@ def _format_fault(tree: Any) -> str | None:
         return f"is not a file of the format {FORMAT!r}"
     for key, kind in (("env", str), ("split", str), ("hash", str), ("tasks", dict), ("env_kwargs", dict)):
         if not isinstance(tree.get(key), kind):
-            return f"has no {key!r}, or one that is no {kind.__name__}"
+            return f"has no {key!r}, or one that is not a {kind.__name__}"
     if not all(isinstance(content, str) for content in tree["tasks"].values()):
-        return "has a task whose hash is no str"
+        return "has a task whose hash is not a str"
     return None
 
 

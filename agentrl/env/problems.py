@@ -1,4 +1,4 @@
-"""Problems that are numbered per split: "test/3" is the fourth problem of the split "test"."""
+"""Task ids and hashes of problems that are numbered per split: "test/3" is the fourth problem of "test"."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from agentrl.values import ValueFaultError, as_json
 
 
 class TaskIds(Sequence[str]):
-    """Ids "split/0", "split/1", …, made when asked for."""
+    """Lazy sequence of the ids "split/0", "split/1", …."""
 
     def __init__(self, split: str, count: int) -> None:
         self._split, self._range = split, range(count)
@@ -35,15 +35,15 @@ class TaskIds(Sequence[str]):
 
 
 def find_problem(task: object, splits: Sequence[str], problems: Callable[[str], Sequence[Any]]) -> Any:
-    """Return the problem that an id names.
+    """Return the problem with the given id.
 
     Args:
-        task: the id.
-        splits: names of the splits.
-        problems: split -> its problems.
+        task: The task id, "split/index".
+        splits: The names of the splits.
+        problems: A function that returns the problems of a split.
 
     Raises:
-        ConfigError: there is no such id.
+        ConfigError: There is no such task.
     """
     split, _, number = task.rpartition("/") if isinstance(task, str) else ("", "", "")
     if split in splits and number.isascii() and number.isdigit() and len(number) < 16:
@@ -54,16 +54,16 @@ def find_problem(task: object, splits: Sequence[str], problems: Callable[[str], 
 
 
 def content_hash(task: str, *content: Any) -> str:
-    """SHA-256 of JSON values in their canonical form, as 64 hex digits.
+    """Return the SHA-256 of several JSON values in canonical form, as 64 hex digits.
 
     Raises:
-        ConfigError: something is no JSON value; the message names the task.
+        ConfigError: A value is not a JSON value; the message names the task.
     """
     return hash_json(task, content)
 
 
 def hash_json(task: str, content: object) -> str:
-    """SHA-256 of one value, as `content_hash` has it of several."""
+    """Return the SHA-256 of one JSON value in canonical form; see `content_hash`."""
     try:
         text = json.dumps(
             content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=_as_json

@@ -1,7 +1,7 @@
-"""Environments by id, over Gymnasium's registry, which itself knows no plug-ins.
+"""Registry of environments by id, based on Gymnasium's registry with plug-ins added.
 
-A distribution offers environments with an entry point in the group `agentrl.envs`: a callable without
-arguments that calls `register` for each of its ids. What is not installed is imported, see `agentrl.plugins`.
+A package provides environments through an entry point in the group `agentrl.envs`: a callable without
+arguments that calls `register` for each id. For files that are not installed, see `agentrl.plugins`.
 """
 
 import inspect
@@ -30,13 +30,13 @@ Creator = Callable[..., gymnasium.Env[str, str]]
 
 
 class _Plugins:
-    """What the plug-ins of this process registered."""
+    """State of the plug-ins of this process."""
 
     def __init__(self) -> None:
         self.lock = RLock()
         self.loaded = False
-        self.loading: str | None = None  # the plug-in whose callable runs now
-        self.owners: dict[str, str] = {}  # environment id -> who registered it
+        self.loading: str | None = None  # the plug-in that is being loaded
+        self.owners: dict[str, str] = {}  # environment id -> plug-in, import or module that registered it
         self.broken: dict[str, str] = {}  # plug-in -> error
         self.conflicts: list[str] = []
 
@@ -48,12 +48,12 @@ def register(id: str, entry_point: str | Creator, **kwargs: Any) -> None:
     """Register an environment.
 
     Args:
-        id: versioned, with a namespace, such as "agentrl/ALFWorld-v0".
-        entry_point: "module:Class", which is imported when the first one is made, or a callable.
-        kwargs: defaults for the constructor's arguments.
+        id: The id, with namespace and version, such as "agentrl/ALFWorld-v0".
+        entry_point: A string "module:Class", imported on first use, or a callable.
+        kwargs: Default arguments of the constructor.
 
     Raises:
-        ConfigError: the id is malformed, or somebody else has registered it.
+        ConfigError: The id is malformed, or already registered by another module.
     """
     module, imported = _calling_module(), current_import()
     owner = _plugins.loading or (f"{_IMPORT} {imported}" if imported is not None else f"module {module}")
@@ -71,7 +71,7 @@ def register(id: str, entry_point: str | Creator, **kwargs: Any) -> None:
 
 
 def _repeats(id: str, entry_point: str | Creator, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a script said before what a plug-in says now, or the other way round."""
+    """Return whether a script and a plug-in register the same environment."""
     if _plugins.loading is not None and _plugins.owners.get(id, "").startswith(_PLUGIN):
         return False
     spec = gymnasium.registry[id]
@@ -88,11 +88,11 @@ def load_plugins() -> None:
     A plug-in that fails is skipped with a warning and listed by `broken_plugins`.
 
     Raises:
-        ConfigError: two plug-ins register one id; raised again by every later call.
+        ConfigError: Two plug-ins register the same id; every later call raises this again.
     """
     with _plugins.lock:
         if not _plugins.loaded:
-            _plugins.loaded = True  # first: a plug-in may ask for environments while it registers its own
+            _plugins.loaded = True  # set first, since a plug-in may query the registry while it is loaded
             for entry in sorted(entry_points(group=GROUP), key=_origin):
                 _load(entry)
             for plugin, error in _plugins.broken.items():
@@ -107,7 +107,7 @@ def _load(entry: EntryPoint) -> None:
         entry.load()()
     except _DuplicateIdError as error:
         _plugins.conflicts.append(str(error))
-    except (Exception, SystemExit) as error:  # a module that exits on import must not end the process
+    except (Exception, SystemExit) as error:  # a module that calls exit() must not end the process
         _plugins.broken[_plugins.loading] = f"{type(error).__name__}: {error}"
     finally:
         _plugins.loading = None
@@ -119,13 +119,13 @@ def _origin(entry: EntryPoint) -> str:
 
 
 def broken_plugins() -> Mapping[str, str]:
-    """Map each plug-in that failed to load to its error."""
+    """Return the error of each plug-in that failed to load."""
     load_plugins()
     return MappingProxyType(_plugins.broken)
 
 
 def env_ids() -> list[str]:
-    """List the ids of all registered text environments, sorted."""
+    """Return the sorted ids of all registered text environments."""
     load_plugins()
     return sorted(id for id in _plugins.owners if id in gymnasium.registry)
 
@@ -134,12 +134,12 @@ def make(id: str, **kwargs: Any) -> gymnasium.Env[str, str]:
     """Make an environment.
 
     Args:
-        id: one of `env_ids()`, or any text environment that was registered with Gymnasium itself.
-        kwargs: for the environment's constructor.
+        id: An id of `env_ids()`, or of a text environment registered with Gymnasium directly.
+        kwargs: The arguments of the constructor.
 
     Raises:
-        ConfigError: the id, an argument's name or its value is not accepted.
-        MissingDependencyError: the environment needs a module that is not installed.
+        ConfigError: The id, or the name or value of an argument, is invalid.
+        MissingDependencyError: The environment needs a module that is not installed.
     """
     check_id(id)
     try:
@@ -161,38 +161,40 @@ def make(id: str, **kwargs: Any) -> gymnasium.Env[str, str]:
 
 
 def callers_arguments(id: str, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return which of these arguments an environment declares to be its caller's alone to name.
+    """Return the names in `kwargs` that only the user may set, not a run folder.
 
-    They are in the attribute `callers_arguments` of its class. One that nobody has registered declares none.
+    The class of the environment declares them in its attribute `callers_arguments`. An unregistered
+    environment declares none.
     """
     load_plugins()
     if not kwargs or id not in gymnasium.registry:
         return ()
     try:
         declared = getattr(_creator(id), "callers_arguments", ())
-    except Exception:  # it cannot be made either, which is told then
+    except Exception:  # making the environment will raise the error
         return ()
     return tuple(name for name in kwargs if name in declared)
 
 
 class Factory:
-    """Makes environments of one id, in another process as well: what was registered by hand travels along.
+    """Picklable factory of environments with one id.
 
-    Files and modules that were imported for their environments are imported there, see `agentrl.plugins`.
+    In another process, it loads the same imports (see `agentrl.plugins`) and repeats a registration that no
+    plug-in or import makes.
 
     Args:
-        id: of the environment.
-        kwargs: for its constructor.
+        id: The environment id.
+        kwargs: The arguments of the constructor.
 
     Attributes:
-        where: what stands in front of an argument's name where it was given, such as "env.kwargs.".
+        where: The prefix of argument names in error messages, such as "env.kwargs.".
     """
 
     def __init__(self, id: str, **kwargs: Any) -> None:
         self.id = id
         self.kwargs = kwargs
         self.where = ""
-        self._imports: tuple[str, ...] = ()  # of the process that it comes from
+        self._imports: tuple[str, ...] = ()  # loaded in the process that pickled it
 
     def __call__(self) -> gymnasium.Env[str, str]:
         load_imports(self._imports)
@@ -206,18 +208,18 @@ class Factory:
 
     def __reduce__(self) -> tuple[Any, ...]:
         spec = gymnasium.registry.get(self.id)
-        is_found_there = _plugins.owners.get(self.id, "").startswith((_PLUGIN, _IMPORT))
-        registration = None if spec is None or is_found_there else (spec.entry_point, spec.kwargs)
+        is_registered_there = _plugins.owners.get(self.id, "").startswith((_PLUGIN, _IMPORT))
+        registration = None if spec is None or is_registered_there else (spec.entry_point, spec.kwargs)
         if registration is not None:
-            _let_travel(registration[0])
+            _pickle_by_value(registration[0])
         imports = dict.fromkeys((*self._imports, *loaded_imports("environment")))
         return _rebuilt, (self.id, self.kwargs, registration, self.where, tuple(imports))
 
 
-def _let_travel(entry_point: Any) -> None:
-    """Have a class whose module no other process would find pickled by value."""
+def _pickle_by_value(entry_point: Any) -> None:
+    """Pickle the module of a class by value if other processes cannot import it."""
     module = sys.modules.get(getattr(entry_point, "__module__", ""))
-    if module is not None and module.__name__ != "__main__":  # cloudpickle does so for that one by itself
+    if module is not None and module.__name__ != "__main__":  # cloudpickle always pickles __main__ by value
         top = module.__name__.partition(".")[0]
         if top not in sys.builtin_module_names and PathFinder.find_spec(top) is None:
             cloudpickle.register_pickle_by_value(module)
@@ -240,10 +242,10 @@ def _rebuilt(
 
 
 def check_id(id: str) -> None:
-    """Refuse an id that nobody has registered.
+    """Check that an environment id is registered.
 
     Raises:
-        ConfigError: naming the nearest ones.
+        ConfigError: It is not; the message suggests similar ids.
     """
     load_plugins()
     if id not in gymnasium.registry:

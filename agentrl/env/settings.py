@@ -5,7 +5,7 @@ from typing import Any
 
 
 def quickstart_kwargs() -> dict[str, Any]:
-    """Small generated rooms, two task types, short text: what a tiny policy learns in minutes on a CPU."""
+    """Return the arguments of a small ALFWorld that a tiny policy learns in minutes on a CPU."""
     return {
         "task_types": ["pick_and_place_simple", "look_at_obj_in_light"],
         "max_receptacles": 6,
@@ -18,12 +18,12 @@ def quickstart_kwargs() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """Which environment is trained on.
+    """The environment to train on.
 
     Args:
-        id: a registered environment; `agentrl envs` lists them.
-        split: the tasks to train on.
-        kwargs: arguments of the environment; those of another `id` start empty.
+        id: The id of a registered environment; `agentrl envs` lists them.
+        split: The split of tasks to train on.
+        kwargs: The arguments of the environment; if `id` is changed, they start empty.
     """
 
     id: str = "agentrl/ALFWorld-v0"

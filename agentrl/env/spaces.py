@@ -1,4 +1,4 @@
-"""The space of texts."""
+"""The observation and action space of text environments."""
 
 import string
 from typing import Any
@@ -9,19 +9,21 @@ _SAMPLED_LENGTH = 32
 
 
 class TextSpace(Text):
-    """Every string of at most `max_length` characters.
+    """Space of all strings of at most `max_length` characters.
 
-    Gymnasium's own `Text` refuses by default the empty string and whatever is neither an ASCII letter nor a
-    digit, such as a space. `sample` draws short printable ASCII.
+    By default, `gymnasium.spaces.Text` refuses the empty string and every character that is not an ASCII
+    letter or digit, including spaces. `sample` draws short strings of printable ASCII.
     """
 
     def __init__(self, max_length: int = 1_000_000, *, seed: int | None = None) -> None:
         super().__init__(max_length, min_length=0, charset=string.printable, seed=seed)
 
     def contains(self, x: Any) -> bool:
+        """Return whether `x` is a string of at most `max_length` characters."""
         return isinstance(x, str) and len(x) <= self.max_length
 
     def sample(self, mask: Any = None, probability: Any = None) -> str:
+        """Return a random string of up to 32 printable ASCII characters."""
         if mask is not None or probability is not None:
             return super().sample(mask, probability)
         length = int(self.np_random.integers(0, min(self.max_length, _SAMPLED_LENGTH) + 1))

@@ -1,4 +1,4 @@
-"""Environments made of something simpler."""
+"""Environments built from simpler parts, such as a list of problems and a grading function."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -15,10 +15,10 @@ Problem = Mapping[str, Any]
 
 
 class OneStepEnv(gymnasium.Env[str, str]):
-    """A reasoning problem as an episode of one action: the prompt is observed, the reply is graded, the end.
+    """Environment whose episodes have one step: the prompt is observed, and the reply is graded.
 
-    A problem is a mapping of JSON values with at least `prompt`; `task_type`, where present, is passed on in
-    `info`. Its id is "split/index", its content hash covers all of it.
+    A problem is a mapping of JSON values with at least `prompt`. An entry `task_type` is copied to `info`.
+    The task id is "split/index", and the task hash covers the whole problem.
 
     >>> problems = {"train": [{"prompt": "2 + 3 = ?", "answer": "5"}]}
     >>> env = OneStepEnv(problems, lambda problem, reply: float(problem["answer"] in reply))
@@ -28,14 +28,15 @@ class OneStepEnv(gymnasium.Env[str, str]):
     1.0
 
     Args:
-        tasks: split -> its problems.
-        grade: (problem, reply) -> reward.
-        split: where `reset` without a task draws from; None takes the first.
-        success_at: a reward from which on the problem counts as solved.
-        max_steps: every episode has one step, so any positive limit is kept.
-        data: label shown with every score, such as "generated".
-        solve: problem -> a reply that solves it, or None; with it the environment declares an expert.
-        expert: tell in `info["expert"]` what `solve` says.
+        tasks: The problems of each split.
+        grade: A function from (problem, reply) to the reward.
+        split: The split that `reset` draws a task from if none is given; None takes the first split.
+        success_at: The minimum reward of a solved problem.
+        max_steps: Any positive number, since every episode has one step.
+        data: A label shown with every score, such as "generated".
+        solve: A function from a problem to a reply that solves it, or None; it makes the environment declare
+            an expert.
+        expert: Whether to put the reply of `solve` into `info["expert"]`.
     """
 
     determinism: ClassVar[Literal["episode", "instance"]] = "episode"
@@ -56,7 +57,7 @@ class OneStepEnv(gymnasium.Env[str, str]):
             raise ConfigError("OneStepEnv: wanted at least one split, and in each at least one problem")
         whole_number("max_steps", max_steps, 1, MAX_STEPS)
         if expert and solve is None:
-            raise ConfigError("OneStepEnv: expert is True, but nobody knows the answers to these problems")
+            raise ConfigError("OneStepEnv: expert is True, but no answers to these problems are known")
         self.splits: tuple[str, ...] = tuple(tasks)
         self.observation_space = TextSpace()
         self.action_space = TextSpace()
@@ -70,19 +71,20 @@ class OneStepEnv(gymnasium.Env[str, str]):
         self._solve = solve
         self._tells_expert = expert
         if solve is None:
-            vars(self)["expert"] = None  # not declared
+            vars(self)["expert"] = None  # hides the method, so that no expert is declared
 
     def tasks(self, split: str) -> Sequence[str]:
-        """Ids of the split's problems."""
+        """Return the task ids of a split."""
         return TaskIds(self._known(split), len(self._problems[split]))
 
     def task_hash(self, task: str) -> str:
-        """SHA-256 of the problem as canonical JSON."""
+        """Return the SHA-256 of the problem as canonical JSON, as 64 hex digits."""
         return hash_json(task, self._find(task))
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
+        """Start the task `options["task"]`, or one drawn from the split, and return (prompt, info)."""
         super().reset(seed=seed)
         task = (options or {}).get("task")
         if task is None:
@@ -92,6 +94,11 @@ class OneStepEnv(gymnasium.Env[str, str]):
         return self._problem["prompt"], info | ({"expert": self.expert()} if self._tells_expert else {})
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Grade the reply and end the episode.
+
+        Raises:
+            EnvironmentContractError: No episode is running.
+        """
         if self._problem is None:
             raise EnvironmentContractError("OneStepEnv: step() without a running episode; call reset() first")
         problem, self._problem = self._problem, None
@@ -99,14 +106,15 @@ class OneStepEnv(gymnasium.Env[str, str]):
         return "", reward, True, False, self._info(problem, reward)
 
     def expert(self) -> str | None:
-        """A reply that solves the running problem; None where none is known, and after the end."""
+        """Return a reply that solves the current problem; None if unknown, or after the end."""
         return None if self._problem is None or self._solve is None else self._solve(self._problem)
 
     def snapshot(self) -> Problem | None:
-        """The state of the episode; problems are never changed, so it is shared."""
+        """Return the state of the episode, which is the current problem."""
         return self._problem
 
     def restore(self, snapshot: Problem | None) -> None:
+        """Restore a state from `snapshot`."""
         self._problem = snapshot
 
     def _info(self, problem: Problem, score: float) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Learning: tensors in, better weights out."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agentrl.algorithms.algorithm import Outputs
+from agentrl.algorithms.hooks import Outputs
 from agentrl.data.batch import Batch
 from agentrl.learn.fused import token_statistics
 from agentrl.policy import model

@@ -12,17 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Context,
-    MiniBatch,
-    Outputs,
-    Rehearsal,
-    compute_advantages,
-    given,
-    with_mask,
-    with_targets,
-)
+from agentrl.algorithms.algorithm import Algorithm, Rehearsal
+from agentrl.algorithms.credit import compute_advantages, with_mask, with_targets
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, given
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import StopReason
 from agentrl.errors import CheckpointError, NonFiniteError, RequirementError
@@ -30,17 +22,17 @@ from agentrl.learn.forward import Forward, in_bfloat16, needed_lengths
 from agentrl.learn.lora import add_adapters, plain_weights
 from agentrl.learn.objective import build_objective
 from agentrl.learn.optimizer import build_optimizers, rate_factor, set_rates
-from agentrl.learn.packing import mini_batches, shares
+from agentrl.learn.packing import mini_batches, rank_micro_batches
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.learn.settings import LearnerConfig
 from agentrl.learn.sharding import (
-    Readable,
+    ScoringModule,
+    full_tensor,
     own_part,
-    put_away,
     read_shards,
     recompute_activations,
+    reshard,
     shard,
-    whole,
     write_shards,
 )
 from agentrl.policy.precision import named_in_short, non_finite
@@ -108,12 +100,12 @@ class Learner:
         self.value_head = self._new_value_head() if critic else None
         if config.lora is not None:
             add_adapters(policy, config.lora)
-        self._readable = Readable(policy, self.value_head)
-        self._reference = None if reference is None else Readable(reference)
+        self._scoring = ScoringModule(policy, self.value_head)
+        self._reference = None if reference is None else ScoringModule(reference)
         if config.recompute_activations:
             recompute_activations(policy)
         if config.backend == "fsdp":
-            for module in (self._readable, self._reference):
+            for module in (self._scoring, self._reference):
                 if module is not None:
                     shard(module, config)
         self.skipped_updates = 0
@@ -142,7 +134,7 @@ class Learner:
             RequirementError: when `reference` is required and there is none.
         """
         batch = batch.to(self._device)
-        own = self._read(self._readable, batch)
+        own = self._read(self._scoring, batch)
         batch = replace(batch, old_logprobs=own.logprobs, old_entropies=own.entropies, values=own.values)
         if "last_values" in requires:
             batch = replace(batch, last_values=self._last_values(batch))
@@ -212,9 +204,9 @@ class Learner:
     def _deal_out(self, rehearsal: Rehearsal, count: int, context: Context, epoch: int) -> list[_Part]:
         """Deal what is rehearsed out to so many optimiser steps."""
         batch = rehearsal.batch.to(self._device)
-        whole = MiniBatch(batch, rehearsal.advantages.to(self._device))
+        everything = MiniBatch(batch, rehearsal.advantages.to(self._device))
         return [
-            _Part(whole.select(rows), rehearsal.algorithm, rehearsal.coefficient)
+            _Part(everything.select(rows), rehearsal.algorithm, rehearsal.coefficient)
             for rows in mini_batches(batch, count, context.step, epoch)
         ]
 
@@ -306,7 +298,7 @@ class Learner:
         read_shards(folder, self._dealt(), stepped)
 
     def _dealt(self) -> dict[str, nn.Module]:
-        modules: dict[str, nn.Module] = {"learned": self._readable}
+        modules: dict[str, nn.Module] = {"learned": self._scoring}
         return modules if self._reference is None else modules | {"reference": self._reference}
 
     @property
@@ -320,25 +312,25 @@ class Learner:
         set_rates(self._optimizers, factor)
         return self.config.learning_rate * factor
 
-    def _read(self, module: Readable, batch: Batch) -> Outputs:
+    def _read(self, module: ScoringModule, batch: Batch) -> Outputs:
         outputs = _nothing(batch, values=module.value_head is not None)
         with torch.no_grad():
-            for rows, weight in self._shares(needed_lengths(batch)):
+            for rows, weight in self._micro_batches(needed_lengths(batch)):
                 found = self._describe(module, batch.select(rows))
                 if weight:
                     _store(outputs, rows, found)
-        put_away(module)
+        reshard(module)
         return self._combined(outputs)
 
-    def _describe(self, module: Readable, part: Batch) -> Outputs:
+    def _describe(self, module: ScoringModule, part: Batch) -> Outputs:
         def read(policy: nn.Module, head: nn.Module | None) -> tuple[Tensor | None, ...]:
             found = self.forward.describe(policy, part, head)
             return found.logprobs, found.entropies, found.values
 
         return Outputs(*module(read))
 
-    def _shares(self, lengths: Tensor) -> list[tuple[Tensor, float]]:
-        return shares(lengths, self.config.micro_batch_tokens, self.ranks)
+    def _micro_batches(self, lengths: Tensor) -> list[tuple[Tensor, float]]:
+        return rank_micro_batches(lengths, self.config.micro_batch_tokens, self.ranks)
 
     def _combined(self, outputs: Outputs) -> Outputs:
         """What the ranks read, each of its own rows and 0 elsewhere."""
@@ -359,12 +351,12 @@ class Learner:
         lengths = torch.zeros_like(batch.lengths)
         lengths[list(ends.values())] = batch.lengths[list(ends.values())]
         with torch.no_grad():
-            for rows, weight in self._shares(lengths):
+            for rows, weight in self._micro_batches(lengths):
                 part = batch.select(rows)
-                found = self._readable(partial(self._last_values_of, part))
+                found = self._scoring(partial(self._last_values_of, part))
                 if weight:
                     values[part.trajectory] = found.to(values)
-        put_away(self._readable)
+        reshard(self._scoring)
         return self.ranks.total(values)
 
     def _last_values_of(self, part: Batch, policy: nn.Module, head: nn.Module | None) -> Tensor:
@@ -387,15 +379,15 @@ class Learner:
         """Add the gradient of a part's loss to what there is."""
         mini = part.mini
         if "current" in part.algorithm.requires and mini.current is None:
-            mini = replace(mini, current=self._read(self._readable, mini.batch))
+            mini = replace(mini, current=self._read(self._scoring, mini.batch))
         objective = build_objective(mini, part.algorithm, context)
         seen = _nothing(mini.batch)
-        if not objective.teaches:
+        if not objective.has_signal:
             unread = mini.batch.old_logprobs is None
-            return {}, self._read(self._readable, mini.batch) if unread else seen
+            return {}, self._read(self._scoring, mini.batch) if unread else seen
         sums = defaultdict[str, float](float, loss=0.0)
-        for rows, weight in self._shares(needed_lengths(mini.batch)):
-            outputs = self._describe(self._readable, mini.batch.select(rows))
+        for rows, weight in self._micro_batches(needed_lengths(mini.batch)):
+            outputs = self._describe(self._scoring, mini.batch.select(rows))
             loss, numbers = objective.contribution(rows, outputs)
             (loss * (weight * part.coefficient)).backward()  # type: ignore[no-untyped-call]
             if weight:
@@ -407,7 +399,7 @@ class Learner:
     def _apply(self, loss: float) -> dict[str, float]:
         """Step the optimisers and report the gradient's norm, unless something is not finite."""
         limit = math.inf if self.config.clip_gradient is None else self.config.clip_gradient
-        norm = float(whole(nn.utils.clip_grad_norm_(self._parameters, limit)))
+        norm = float(full_tensor(nn.utils.clip_grad_norm_(self._parameters, limit)))
         finite = math.isfinite(loss) and math.isfinite(norm)
         numbers = {"grad_norm": norm, **self._take_step()} if finite else {}
         for parameter in self._parameters:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from agentrl.errors import ConfigError, missing_extra
 from agentrl.learn.settings import LoraConfig
-from agentrl.learn.sharding import whole
+from agentrl.learn.sharding import full_tensor
 from agentrl.policy.architecture import called_linear_layers
 
 _ADAPTER = "default"  # peft's name for the only one
@@ -90,11 +90,11 @@ def plain_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
         owner, _, own = name.partition(".base_layer.")
         if owner in adapted:
             added = _product(adapted[owner]) if own == "weight" else 0.0
-            yield f"{owner}.{own}", whole(parameter) + added
+            yield f"{owner}.{own}", full_tensor(parameter) + added
         elif ".lora_" not in name:
-            yield name, whole(parameter)
+            yield name, full_tensor(parameter)
 
 
 def _product(module: Any) -> Tensor:
-    down, up = (whole(part[_ADAPTER].weight) for part in (module.lora_A, module.lora_B))
+    down, up = (full_tensor(part[_ADAPTER].weight) for part in (module.lora_A, module.lora_B))
     return cast(Tensor, module.scaling[_ADAPTER] * (up @ down))

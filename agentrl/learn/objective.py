@@ -5,18 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Bounds,
-    Context,
-    MiniBatch,
-    Outputs,
-    Term,
-    Weights,
-    given,
-    held_back,
-    with_mask,
-)
+from agentrl.algorithms.algorithm import Algorithm, held_back
+from agentrl.algorithms.credit import with_mask
+from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs, Term, Weights, given
 
 
 @dataclass(frozen=True)
@@ -48,7 +39,7 @@ class Objective:
         return self.mini.bounds
 
     @property
-    def teaches(self) -> bool:
+    def has_signal(self) -> bool:
         """Whether a token counts in the surrogate, or in a term that is switched on."""
         return bool(self.mask.any()) or any(
             term.scale(self.context) and bool(factors.any()) for term, factors in self.terms
@@ -97,7 +88,7 @@ def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> 
             ratio = algorithm.ratio(mini.current, _with_ratio_base(mini, mini.current))
             mini = replace(mini, current=replace(mini.current, ratio=ratio))
         mini = replace(mini, bounds=None if algorithm.clip is None else algorithm.clip(mini, context))
-        factors = _shares(algorithm.aggregation(mini.counted, mini.batch.turns, mini.batch.trajectory))
+        factors = _token_weights(algorithm.aggregation(mini.counted, mini.batch.turns, mini.batch.trajectory))
         for hook in algorithm.weights:
             factors = factors * _checked("weights", hook(mini, context), factors)
         terms = tuple((term, _term_factors(term, algorithm, mini)) for term in algorithm.terms)
@@ -106,10 +97,10 @@ def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> 
 
 def _term_factors(term: Term, algorithm: Algorithm, mini: MiniBatch) -> Tensor:
     aggregation = term.aggregation or algorithm.aggregation
-    return _shares(aggregation(mini.batch.sampled, mini.batch.turns, mini.batch.trajectory))
+    return _token_weights(aggregation(mini.batch.sampled, mini.batch.turns, mini.batch.trajectory))
 
 
-def _shares(weights: Weights) -> Tensor:
+def _token_weights(weights: Weights) -> Tensor:
     values, count = weights
     return values / count.clamp(min=1)
 

@@ -33,7 +33,7 @@ def micro_batches(lengths: Tensor, budget: int) -> list[Tensor]:
     return [torch.tensor(part) for part in parts]
 
 
-def shares(lengths: Tensor, budget: int, ranks: Ranks) -> list[tuple[Tensor, float]]:
+def rank_micro_batches(lengths: Tensor, budget: int, ranks: Ranks) -> list[tuple[Tensor, float]]:
     """The micro-batches of this rank: as many as every other has, of about as many tokens.
 
     Args:
@@ -71,12 +71,12 @@ def mini_batches(batch: Batch, count: int, step: int, epoch: int) -> Iterator[Te
     if count > 1:
         present.sort(key=lambda index: (derive_seed(batch.episodes[index].id, step, epoch), index))
     owners = batch.trajectory.cpu()
-    for part in _deal(present, count):
+    for part in _split_evenly(present, count):
         rows = torch.isin(owners, torch.tensor(part, dtype=torch.int64)).nonzero().squeeze(1)
         if len(rows):
             yield rows
 
 
-def _deal(items: Sequence[int], count: int) -> list[Sequence[int]]:
+def _split_evenly(items: Sequence[int], count: int) -> list[Sequence[int]]:
     bounds = [round(index * len(items) / count) for index in range(count + 1)]
     return [items[start:end] for start, end in pairwise(bounds)]

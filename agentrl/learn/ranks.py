@@ -71,7 +71,7 @@ class Ranks:
         size = sum(map(len, hands))
         return [hands[place % self.count][place // self.count] for place in range(size)]
 
-    def agreed(self, work: Callable[[], T]) -> T:
+    def raise_on_any_rank(self, work: Callable[[], T]) -> T:
         """Do what may fail on some ranks only; then every rank raises what the first of those raised.
 
         Args:
@@ -92,9 +92,9 @@ class Ranks:
                 raise found
         return result
 
-    def by_first(self, work: Callable[[], T]) -> T:
+    def run_on_rank0(self, work: Callable[[], T]) -> T:
         """Have the first rank do what only one may do; all get its result, or raise what it raised."""
-        done = self.agreed(lambda: work() if self.first else None)
+        done = self.raise_on_any_rank(lambda: work() if self.first else None)
         return cast(T, self.gather(done)[0])
 
 

@@ -28,7 +28,7 @@ from agentrl.learn.settings import LearnerConfig
 T = TypeVar("T")
 
 
-class Readable(nn.Module):
+class ScoringModule(nn.Module):
     """A policy and its value head as one module, for weights are whole only inside a module's `forward`."""
 
     def __init__(self, policy: nn.Module, value_head: nn.Module | None = None) -> None:
@@ -41,7 +41,7 @@ class Readable(nn.Module):
         return read(self.policy, self.value_head)
 
 
-def shard(module: Readable, config: LearnerConfig) -> None:
+def shard(module: ScoringModule, config: LearnerConfig) -> None:
     """Deal out the weights, layer by layer, in place; all ranks take those of the first one.
 
     Gradients are summed over ranks, not averaged: each rank's loss is its own part of the whole one.
@@ -135,13 +135,13 @@ def _first(modules: Mapping[str, nn.Module]) -> nn.Module:
     return next(iter(modules.values()))
 
 
-def put_away(module: nn.Module) -> None:
+def reshard(module: nn.Module) -> None:
     """Drop the whole weights that a pass without gradients leaves behind."""
     if isinstance(module, FSDPModule):
         module.reshard()
 
 
-def whole(values: Tensor) -> Tensor:
+def full_tensor(values: Tensor) -> Tensor:
     """All of a tensor, on every rank."""
     return values.full_tensor() if isinstance(values, DTensor) else values
 

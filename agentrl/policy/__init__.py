@@ -1,0 +1,1 @@
+"""The policy: its network, tokenizer and dialogues, and the engine that samples replies from it."""

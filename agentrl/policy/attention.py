@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -64,6 +64,44 @@ _scatter = cast(Callable[[Tensor, Tensor, int], Tensor], _Scatter.apply)
 _gather = cast(Callable[[Tensor, Tensor], Tensor], _Gather.apply)
 
 
+class AttentionLayout(Protocol):
+    """How the tokens [N] of a forward pass belong to sequences, and how they attend to each other."""
+
+    @property
+    def longest(self) -> int:
+        """Return the number of tokens in the longest sequence."""
+        ...
+
+    @property
+    def positions(self) -> Tensor:
+        """Return the position of each token in its sequence, [N] int64."""
+        ...
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None = None,
+    ) -> Tensor:
+        """Compute causal attention within each sequence.
+
+        Args:
+            layer: The index of the layer.
+            query: The queries, [1, H, N, D].
+            key: The keys, [1, Hkv, N, D].
+            value: The values, [1, Hkv, N, D].
+            scaling: The factor on the scores; None takes 1 / sqrt(D).
+            window: The number of tokens that a token sees, itself included; None is no limit.
+
+        Returns:
+            The weighted values, [1, N, H, D].
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
     """Whole sequences: token n lies at `places[n]` of a [batch * longest] grid, causal within a row."""
@@ -82,10 +120,7 @@ class PackedLayout:
         scaling: float | None,
         window: int | None = None,
     ) -> Tensor:
-        """Causal attention per sequence: [1, H, N, D] in, [1, N, H, D] out.
-
-        With a `window`, a token sees so many, itself the last of them.
-        """
+        """Compute causal attention within each sequence; see `AttentionLayout.attend`."""
         attention = partial(
             F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
@@ -226,7 +261,7 @@ class CachedLayout:
         scaling: float | None,
         window: int | None = None,
     ) -> Tensor:
-        """Store the new keys and values, then attend: [1, H, N, D] in, [1, N, H, D] out."""
+        """Store the new keys and values in the cache, then attend to it; see `AttentionLayout.attend`."""
         heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[3]
         keys, values = self.cache.layer(layer, key, value)
         keys.view(-1, kv_heads, width).index_copy_(0, self.writes, key[0].transpose(0, 1))
@@ -373,7 +408,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    layout: PackedLayout | CachedLayout | None = None,
+    layout: AttentionLayout | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:

@@ -49,6 +49,7 @@ __all__ = [
     "resolve_device",
     "save_policy",
     "shortened",
+    "skeleton",
     "without_weights",
 ]
 
@@ -170,6 +171,38 @@ def _model_without_weights(folder: Path) -> PreTrainedModel:
         raise
     except Exception as error:  # the library raises whatever its parsers raise
         raise _unreadable(folder, error) from error
+
+
+def skeleton(config: PolicyConfig) -> PreTrainedModel:
+    """Return the policy that generates, on torch's meta device: every shape and no weights.
+
+    Args:
+        config: The policy; without a `path`, its vocabulary has the size that the configuration asks for.
+
+    Raises:
+        CheckpointError: If there is no model at `policy.path`.
+        RequirementError: If its attention cannot be replaced.
+        ConfigError: If the sizes contradict each other.
+    """
+    if config.path is None:
+        return _on_meta(decoder_settings(config, config.vocab_size), config.dtype)
+    try:
+        if not (Path(config.path) / "config.json").is_file():
+            raise FileNotFoundError("no config.json is there")
+        settings = AutoConfig.from_pretrained(config.path, local_files_only=True, trust_remote_code=False)
+        return _on_meta(settings, config.dtype)
+    except RequirementError:
+        raise
+    except Exception as error:  # the library raises whatever its parsers raise
+        raise CheckpointError(
+            f"policy.path is {config.path!r}, wanted the folder of a Hugging Face causal language model on "
+            f"this machine ({' '.join(str(error).split())[:160]})"
+        ) from error
+
+
+def _on_meta(settings: Any, dtype: str) -> PreTrainedModel:
+    model = cast(nn.Module, without_weights(settings))
+    return cast(PreTrainedModel, model.to(getattr(torch, dtype)))
 
 
 def check_finite(folder: Path, model: PreTrainedModel) -> None:

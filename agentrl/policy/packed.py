@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from agentrl.errors import RequirementError
-from agentrl.policy.attention import CachedLayout, PackedLayout, packed_layout
+from agentrl.policy.attention import AttentionLayout, packed_layout
 from agentrl.policy.context import context_limit
 
 
@@ -29,7 +29,7 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Te
     return packed_forward(model, tokens, packed_layout(lengths, tokens.device))
 
 
-def packed_forward(model: PreTrainedModel, tokens: Tensor, layout: PackedLayout | CachedLayout) -> Tensor:
+def packed_forward(model: PreTrainedModel, tokens: Tensor, layout: AttentionLayout) -> Tensor:
     """Run the decoder without its head over tokens [N] in any layout; [N, d].
 
     Raises:

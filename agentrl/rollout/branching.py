@@ -8,7 +8,7 @@ from agentrl.data.trajectory import BranchPoint, Episode, Group
 from agentrl.rollout.play import Collection, EpisodeSpec, Fork, Path
 
 if TYPE_CHECKING:
-    from agentrl.algorithms.algorithm import BranchPolicy
+    from agentrl.algorithms.branching import BranchPolicy
 
 BranchRequest = BranchPoint | None
 

@@ -15,7 +15,6 @@ from typing import Any, Self, cast
 import gymnasium
 
 from agentrl.data.trajectory import StopReason
-from agentrl.env.answers import reset_answer, step_answer
 from agentrl.env.containment import (
     EscapeError,
     call_contained,
@@ -24,6 +23,7 @@ from agentrl.env.containment import (
     describe_error,
     signals,
 )
+from agentrl.env.contract.answers import reset_answer, step_answer
 from agentrl.errors import AgentRLError, EnvironmentContractError
 from agentrl.rollout.play import EnvironmentCall, Restore, Step, Stop, Transition
 from agentrl.rollout.settings import WorkersConfig

@@ -1,0 +1,1 @@
+"""A run's configuration, folder and files, and the policies that it holds."""

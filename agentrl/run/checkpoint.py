@@ -100,11 +100,11 @@ def save_checkpoint(
             finish_folder(partial, target)
         _rotate(folder)
 
-    partial = ranks.by_first(begin)
+    partial = ranks.run_on_rank0(begin)
     if sharded:
         with _saving(target, partial):
             learner.write_shards(partial / "shards")
-    ranks.by_first(finish)
+    ranks.run_on_rank0(finish)
     return target
 
 
@@ -128,7 +128,7 @@ def load_progress(path: Path, ranks: Ranks = ALONE) -> Progress:
         CheckpointError: when a file of the checkpoint is missing, its content is not what was written, or
             not all of it is finite.
     """
-    ranks.by_first(lambda: _check(path))
+    ranks.run_on_rank0(lambda: _check(path))
     stored = read_progress(path)
     return Progress(**{item.name: stored[item.name] for item in fields(Progress)})
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -285,6 +285,24 @@ def config_from_tree(tree: Mapping[str, Any]) -> RunConfig:
     if config is None or recipe is None:
         raise ConfigError("\n".join(mistakes))
     return replace(config, algorithm=recipe)
+
+
+def rank_mistakes(config: RunConfig, ranks: int) -> Iterator[str]:
+    """What so many processes that learn together could not share."""
+    if ranks == 1:
+        return
+    if config.learner.backend == "single":
+        yield f"learner.backend is single, wanted fsdp for {ranks} processes"
+    if config.rollout.groups_per_step % ranks:
+        yield (
+            f"rollout.groups_per_step is {config.rollout.groups_per_step}, wanted a multiple of the "
+            f"{ranks} processes"
+        )
+    if config.evaluation.panel is None and config.evaluation.tasks < ranks:
+        yield (
+            f"evaluation.tasks is {config.evaluation.tasks}, wanted at least one for each of the "
+            f"{ranks} processes"
+        )
 
 
 def config_tree(config: RunConfig) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""The seams of the floors below, on many machines."""
+"""Engines, environments and learner ranks on a Ray cluster, and generation with vLLM."""

@@ -1,4 +1,4 @@
-"""The connection to Ray: made for its first user, ended with its last where it was ours to make."""
+"""The process-wide connection to Ray: opened for its first user, closed after its last."""
 
 import logging
 import os
@@ -17,20 +17,20 @@ from agentrl.errors import ClusterLostError, ConfigError
 from agentrl.policy.settings import EngineConfig
 from agentrl.terminal import echo
 
-_PING_TIMEOUT = 5.0  # seconds; Ray itself would try for minutes, and not be interrupted
+_PING_TIMEOUT = 5.0  # seconds; Ray itself tries for minutes and cannot be interrupted
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
     [0, 0, 0, 4, 0, 0, 0, 0, 0]
 )  # with empty settings
-_SETTINGS_FRAME = 4  # a frame's type, in its fourth byte
-_REASON_LENGTH = 200  # characters of what Ray says of a loss that go into an error
+_SETTINGS_FRAME = 4  # the frame type, in the fourth byte
+_REASON_LENGTH = 200  # characters of Ray's reason that go into an error message
 
 
-_CHECK_INTERVAL = 2.0  # seconds between two looks at whether the cluster's head is there
-_LOST_AFTER = 15.0  # seconds without it; Ray itself ends the process after 60 without a word of advice
+_CHECK_INTERVAL = 2.0  # seconds between two pings of the cluster's head
+_LOST_AFTER = 15.0  # seconds without an answer; Ray itself ends the process after 60, without advice
 
 
 class _Connection:
-    """How many use it, and whether it ends with them."""
+    """State of the connection: the number of its users, and whether they opened it."""
 
     def __init__(self) -> None:
         self.users = 0
@@ -40,19 +40,20 @@ class _Connection:
 
 
 class _HeadMonitor(threading.Thread):
-    """Looks now and then whether the head is there: a process that does not call it would not learn.
+    """Thread that pings the head regularly, since a process that makes no calls would not notice its loss.
 
     Args:
-        head: its address.
+        head: The address of the head, "host:port".
     """
 
     def __init__(self, head: str) -> None:
         super().__init__(daemon=True)
         self.head = head
         self._over = threading.Event()
-        self.lost: str | None = None  # why
+        self.lost: str | None = None  # the reason, once the head is lost
 
     def run(self) -> None:
+        """Ping the head until `end`, and warn once when it is lost."""
         last_seen = time.monotonic()
         while not self._over.wait(_CHECK_INTERVAL):
             try:
@@ -62,10 +63,11 @@ class _HeadMonitor(threading.Thread):
                 away = time.monotonic() - last_seen
                 if away >= _LOST_AFTER and self.lost is None and not self._over.is_set():
                     self.lost = f"its head at {self.head} has not answered for {away:.0f} s"
-                    # Whoever is busy elsewhere learns of it too late to say anything.
+                    # A main thread inside a Ray call may be ended by Ray before it can print this.
                     echo(f"warning: {cluster_lost(self.lost)}", err=True)
 
     def end(self) -> None:
+        """Stop the thread before its next ping."""
         self._over.set()
 
 
@@ -74,16 +76,16 @@ _connection = _Connection()
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """Be connected to Ray for the length of a `with` block; these may overlap.
+    """Keep this process connected to Ray during a `with` block; blocks may overlap.
 
-    What a script has connected by itself is used, whatever the address, and left as it is.
+    A connection that the script itself has opened is used, whatever the address, and left open.
 
     Args:
-        address: of a cluster, "host:port", or "auto" for the one of this machine; None starts Ray on this
-            machine, and stops it afterwards.
+        address: The address of a cluster, "host:port", or "auto" for the one on this machine; None starts
+            Ray on this machine and stops it afterwards.
 
     Raises:
-        ConfigError: no cluster answers there, or Ray does not start here.
+        ConfigError: If no cluster answers there, or Ray does not start here.
     """
     if not _connection.users:
         _connection.ours = not ray.is_initialized()
@@ -106,20 +108,20 @@ def connected(address: str | None) -> Iterator[None]:
 
 
 def check_cluster() -> None:
-    """Make sure that Ray is still there, as far as is known.
+    """Raise if the monitor has found the cluster to be lost.
 
     Raises:
-        ClusterLostError: it is not.
+        ClusterLostError: If the head has not answered for too long.
     """
     if _connection.monitor is not None and _connection.monitor.lost is not None:
         raise cluster_lost(_connection.monitor.lost)
 
 
 def wait_for_head() -> None:
-    """Wait until the head answers: what is asked of Ray without it hangs, and then ends the process.
+    """Wait until the head answers a ping: a call to Ray without it hangs, and then ends the process.
 
     Raises:
-        ClusterLostError: it does not, for as long as it is waited for.
+        ClusterLostError: If the head has not answered for too long.
     """
     while (monitor := _connection.monitor) is not None:
         check_cluster()
@@ -132,15 +134,15 @@ def wait_for_head() -> None:
 
 
 def is_lost() -> bool:
-    """Whether there is no use in asking it for anything."""
+    """Return whether the cluster is known to be lost, so that calls to it would hang."""
     return _connection.monitor is not None and _connection.monitor.lost is not None
 
 
 def cluster_lost(why: str) -> ClusterLostError:
-    """Build the error that says why Ray is lost, and what its user can do."""
+    """Build the error that says why Ray is lost, and what the user can do."""
     address = _connection.address
     if address is None and _connection.ours:
-        start = "it is started again with the run"
+        start = "it starts again with the run"
     elif address in (None, "auto"):
         start = "start it again with: ray stop --force; ray start --head"
     else:
@@ -154,11 +156,14 @@ def cluster_lost(why: str) -> ClusterLostError:
 
 
 def check_actors(config: EngineConfig, address: str | None) -> None:
-    """Refuse more engine actors than there is room for, before anything is made for them.
+    """Refuse engine actors that do not fit on the cluster, before anything is made for them.
 
     Args:
-        config: of the engines.
-        address: of the cluster; without one, Ray is not started to ask what this machine has.
+        config: The configuration of the engines.
+        address: The address of the cluster; None checks this machine's resources without starting Ray.
+
+    Raises:
+        ConfigError: If there is no cluster, or it has too few CPUs or GPUs.
     """
     if config.actors is None:
         return
@@ -171,7 +176,7 @@ def check_actors(config: EngineConfig, address: str | None) -> None:
 
 
 def machines() -> list[dict[str, Any]]:
-    """The machines of the cluster that can do work: `ray start --num-cpus=0` keeps one free of it."""
+    """Return the nodes of the cluster that accept work; `ray start --num-cpus=0` makes one that does not."""
     return [node for node in cast(Any, ray).nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
@@ -183,17 +188,17 @@ def check_capacity(
     gpus: float = 0.0,
     offered: Sequence[Mapping[str, float]] | None = None,
 ) -> None:
-    """Refuse more actors than the machines of the cluster hold.
+    """Refuse more actors than the machines of the cluster can hold.
 
     Args:
-        key: of the configuration.
-        count: of actors.
-        cpus: of each.
-        gpus: of each.
-        offered: what each machine has; None asks the cluster.
+        key: The configuration key that sets the number of actors.
+        count: The number of actors.
+        cpus: The number of CPUs of each actor.
+        gpus: The number of GPUs of each actor.
+        offered: The resources of each machine; None asks the cluster.
 
     Raises:
-        ConfigError: one line that says what there is.
+        ConfigError: If they do not fit, with the resources that there are.
     """
     if offered is None:
         offered = [node["Resources"] for node in machines()]
@@ -209,7 +214,7 @@ def check_capacity(
 
 
 def short_reason(error: Exception) -> str:
-    """The cause of a loss, with which Ray ends what it has to say."""
+    """Return the last line of an error, in which Ray names the cause, cut to a readable length."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1][:_REASON_LENGTH]
 
 
@@ -230,10 +235,10 @@ def _connect(address: str | None) -> None:
 
 
 def ping(address: str) -> None:
-    """Find out in a few seconds whether somebody listens who speaks HTTP/2, as Ray's head does.
+    """Check within seconds that an HTTP/2 server, as Ray's head is, answers at an address.
 
     Raises:
-        ConfigError: nobody does.
+        ConfigError: If nothing answers there, or something that does not speak HTTP/2.
     """
     host, _, port = address.rpartition(":")
     try:
@@ -245,12 +250,12 @@ def ping(address: str) -> None:
     except OSError as error:
         raise ConfigError(f"rollout.ray.address: nothing answers at {address}: {error}") from error
     if len(answer) < 4 or answer[3] != _SETTINGS_FRAME:
-        raise ConfigError(f"rollout.ray.address: what answers at {address} is no Ray cluster")
+        raise ConfigError(f"rollout.ray.address: the server at {address} is not a Ray cluster")
 
 
 @contextmanager
 def _preserve_signal_handlers() -> Iterator[None]:
-    """Keep the handlers of this process: Ray puts its own in their place."""
+    """Restore this process's signal handlers after the block, in which Ray replaces them."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
     try:

@@ -1,11 +1,11 @@
-"""An engine that is asked in batches: what an actor of `ray_engines` runs."""
+"""The actor of `ray_engines`: an engine that receives requests and returns generations in batches."""
 
 import io
 import pickle
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from agentrl.policy.engine import Generation
 from agentrl.policy.settings import EngineConfig
-from agentrl.scale.engines import open_engine
+from agentrl.scale.local_engine import open_local_engine
 from agentrl.scale.messages import Generations, Requests, pack_generations, replies_to_await, unpack_requests
 
 Weights = Mapping[str, NDArray[np.uint8]]
@@ -25,15 +25,15 @@ Weights = Mapping[str, NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What an actor needs to make its engine, beside the weights.
+    """Everything that an actor needs to create its engine, except the weights.
 
     Args:
-        model: pickled without what its parameters and buffers hold.
-        config: which engine.
-        stop_ids: see `open_engine`, as the two below.
-        max_context: tokens that a sequence may hold.
-        max_sequences: of the actor.
-        path: of the driver's imports.
+        model: The pickled model without the contents of its parameters and buffers.
+        config: The engine to create.
+        stop_ids: The ids that end a free reply; see `open_local_engine`.
+        max_context: The largest number of tokens in a sequence.
+        max_sequences: The largest number of sequences on this actor.
+        path: The driver's `sys.path`.
     """
 
     model: bytes
@@ -45,43 +45,46 @@ class EngineSpec:
 
 
 class EngineHost:
-    """What an actor runs: an engine with its own copy of the model.
+    """Actor class: an engine with its own copy of the model.
 
     Args:
-        spec: of the engine.
-        weights: of the model.
-        version: of the weights.
+        spec: The engine to create.
+        weights: The weights of the model.
+        version: The version of the weights.
     """
 
     def __init__(self, spec: EngineSpec, weights: Weights, version: int) -> None:
         sys.path.extend(folder for folder in spec.path if folder not in sys.path)
-        own = spec.config.actor_gpus > 0 and spec.config.name == "torch"
-        device = torch.device("cuda" if own else "cpu")  # other engines place their copy by themselves
+        on_gpu = spec.config.actor_gpus > 0 and spec.config.name == "torch"
+        device = torch.device("cuda" if on_gpu else "cpu")  # vLLM places its own copy
         self._tensors, self._model = restore_model(spec.model, weights, device)
-        self._engine = open_engine(
+        self._engine = open_local_engine(
             self._model,
-            replace(spec.config, actors=None),
+            spec.config,
             stop_ids=spec.stop_ids,
             max_context=spec.max_context,
             max_sequences=spec.max_sequences,
         )
         self._engine.refresh(version)
-        self._numbers: dict[str, int] = {}  # of the requests that are in flight, by sequence
+        self._numbers: dict[str, int] = {}  # by sequence: the number of its request in flight
 
     def max_context(self) -> int:
-        """Tokens that a sequence may hold."""
+        """Return the largest number of tokens in a sequence."""
         return self._engine.max_context
 
     def exchange(
         self, released: Sequence[str], requests: Requests, target: int, max_wait: float
     ) -> Generations:
-        """Take messages, and generate until some of the replies that are owed make it worth while.
+        """Submit requests, and generate until enough replies are finished.
 
         Args:
-            released: sequences to forget, before the requests are looked at.
-            requests: packed.
-            target: so many replies are enough; so are those of three requests in four.
-            max_wait: seconds after which it returns with what there is.
+            released: The sequences to forget before the requests are submitted.
+            requests: The new requests, packed.
+            target: The number of replies that is enough; see `replies_to_await`.
+            max_wait: The time in seconds after which the call returns with what there is.
+
+        Returns:
+            The finished generations, packed.
         """
         for sequence in released:
             self._engine.release(sequence)
@@ -101,17 +104,17 @@ class EngineHost:
         return pack_generations(done)
 
     def refresh(self, weights: Weights, version: int) -> None:
-        """Take up weights."""
+        """Load new weights into the model and the engine."""
         load_weights(self._tensors, weights)
         self._engine.refresh(version)
 
     def close(self) -> None:
-        """End what the engine has started."""
+        """Close the engine."""
         self._engine.close()
 
 
 def strip_weights(model: PreTrainedModel) -> bytes:
-    """A model pickled without what its parameters and buffers hold."""
+    """Pickle a model without the contents of its parameters and buffers."""
     buffer = io.BytesIO()
     pickler = _WeightStrippingPickler(buffer, protocol=5)
     pickler.names = {id(tensor): name for name, tensor in _named_tensors(model).items()}
@@ -120,7 +123,7 @@ def strip_weights(model: PreTrainedModel) -> bytes:
 
 
 def export_weights(model: PreTrainedModel) -> Weights:
-    """What the parameters and buffers of a model hold, as bytes: numpy does not know bfloat16."""
+    """Return the contents of a model's parameters and buffers by name, as bytes: numpy has no bfloat16."""
     return {
         name: tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         for name, tensor in _named_tensors(model).items()
@@ -130,7 +133,7 @@ def export_weights(model: PreTrainedModel) -> Weights:
 def restore_model(
     stripped: bytes, weights: Weights, device: torch.device
 ) -> tuple[dict[str, Tensor], PreTrainedModel]:
-    """A model from `strip_weights` with weights, on a device; also its tensors, by name."""
+    """Rebuild a model from `strip_weights` with weights on a device; return its tensors by name, and it."""
     unpickler = _EmptyTensorUnpickler(io.BytesIO(stripped))
     unpickler.device, unpickler.tensors = device, {}
     model = unpickler.load()
@@ -139,7 +142,7 @@ def restore_model(
 
 
 def load_weights(tensors: Mapping[str, Tensor], weights: Weights) -> None:
-    """Write weights into the tensors of their names."""
+    """Copy weights into the tensors of the same names, in place."""
     with torch.no_grad():
         for name, tensor in tensors.items():
             content = torch.frombuffer(bytearray(weights[name]), dtype=tensor.dtype)
@@ -147,13 +150,13 @@ def load_weights(tensors: Mapping[str, Tensor], weights: Weights) -> None:
 
 
 def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters and buffers, each once."""
+    """Return the parameters and buffers by name; shared ones appear once."""
     module = cast(nn.Module, model)
     return dict(chain(module.named_parameters(), module.named_buffers()))
 
 
 class _WeightStrippingPickler(pickle.Pickler):
-    """Writes the name, shape and type of a tensor in place of what it holds."""
+    """Pickler that writes a tensor's name, shape and dtype in place of its contents."""
 
     names: dict[int, str]
 
@@ -165,7 +168,7 @@ class _WeightStrippingPickler(pickle.Pickler):
 
 
 class _EmptyTensorUnpickler(pickle.Unpickler):
-    """Makes the tensors whose names it reads, with nothing in them."""
+    """Unpickler that creates an uninitialized tensor for every name that it reads."""
 
     device: torch.device
     tensors: dict[str, Tensor]

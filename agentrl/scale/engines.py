@@ -1,17 +1,15 @@
-"""From a configuration to an engine, wherever it generates."""
+"""Creation and checks of the engine that a configuration names, in this process or on a cluster."""
 
-import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
-from agentrl.errors import ConfigError, MissingDependencyError
+from agentrl.errors import ConfigError
 from agentrl.policy.engine import Engine
 from agentrl.policy.settings import EngineConfig
-from agentrl.policy.torch_engine import TorchEngine
 from agentrl.scale.extras import check_ray
+from agentrl.scale.local_engine import check_local_engine, check_vllm, open_local_engine
 
 
 def open_engine(
@@ -23,21 +21,21 @@ def open_engine(
     max_sequences: int,
     address: str | None = None,
 ) -> Engine:
-    """Have an engine for a model; its owner closes it.
+    """Create an engine for a model; the caller closes it.
 
     Args:
-        model: whose weights it generates with, see `Engine`.
-        config: which engine.
-        stop_ids: end a free reply; every choice ends in one of them.
-        max_context: tokens that a sequence may hold.
-        max_sequences: in flight at once, or waiting between two turns.
-        address: of the cluster that `engine.actors` are on; see `RayConfig`.
+        model: The model whose weights it generates with, see `Engine`.
+        config: The engine to create.
+        stop_ids: The ids that end a free reply; every choice ends in one of them.
+        max_context: The largest number of tokens in a sequence.
+        max_sequences: The largest number of sequences that are in flight or wait between two turns.
+        address: The address of the cluster that runs `engine.actors`; see `RayConfig`.
 
     Raises:
-        ConfigError, MissingDependencyError: see `check_engine`, or the engine does not start.
+        ConfigError, MissingDependencyError: See `check_engine`; also if the engine does not start.
     """
-    check_engine(config)
     if config.actors is not None:
+        check_engine(config)
         check_ray(f"engine.actors={config.actors}")
         from agentrl.scale.ray_engines import RayEngines
 
@@ -49,39 +47,21 @@ def open_engine(
             max_sequences=max_sequences,
             address=address,
         )
-    if config.name == "vllm" and config.vllm.url is not None:
-        from agentrl.scale.vllm_server import VllmServerEngine
-
-        return VllmServerEngine(
-            model,
-            config.vllm,
-            stop_ids=stop_ids,
-            max_context=max_context,
-            max_sequences=max_sequences,
-        )
-    if config.name == "vllm":
-        from agentrl.scale.vllm_engine import VllmEngine
-
-        return VllmEngine(
-            model,
-            config.vllm,
-            stop_ids=stop_ids,
-            max_context=max_context,
-            max_sequences=max_sequences,
-        )
-    return TorchEngine(model, stop_ids=stop_ids, max_context=max_context, max_sequences=max_sequences)
+    return open_local_engine(
+        model, config, stop_ids=stop_ids, max_context=max_context, max_sequences=max_sequences
+    )
 
 
 def check_actors(config: EngineConfig, address: str | None) -> None:
-    """Refuse engine actors that the cluster has no room for, before anything is made for them.
+    """Refuse engine actors that do not fit on the cluster, before anything is made for them.
 
     Args:
-        config: which engine.
-        address: of the cluster; see `RayConfig`.
+        config: The engine to check.
+        address: The address of the cluster; see `RayConfig`.
 
     Raises:
-        MissingDependencyError: without Ray.
-        ConfigError: there is no cluster, or it is smaller than what is asked.
+        MissingDependencyError: If Ray is not installed.
+        ConfigError: If there is no cluster, or it has too few CPUs or GPUs.
     """
     if config.actors is not None:
         check_ray(f"engine.actors={config.actors}")
@@ -91,10 +71,10 @@ def check_actors(config: EngineConfig, address: str | None) -> None:
 
 
 def check_server(config: EngineConfig) -> None:
-    """Refuse a server that does not answer, or a folder that is not there, before anything is made for it.
+    """Refuse a server that does not answer, or a missing weights folder, before anything is made for it.
 
     Raises:
-        ConfigError: with the command that starts one.
+        ConfigError: With the command that starts a server, or naming the folder.
     """
     folder = config.vllm.weights_folder
     if config.name == "vllm" and folder is not None and not Path(folder).is_dir():
@@ -106,56 +86,28 @@ def check_server(config: EngineConfig) -> None:
 
 
 def check_engine(config: EngineConfig, *, ranks: int = 1) -> None:
-    """Refuse an engine that cannot be had here, before anything is made for it.
+    """Refuse an engine that cannot run here, before anything is made for it.
 
     Args:
-        config: which engine.
-        ranks: processes that share the run, each with an engine of its own.
+        config: The engine to check.
+        ranks: The number of processes that share the run, each with an engine of its own.
 
     Raises:
-        MissingDependencyError: without the packages of the engine.
-        ConfigError: its settings contradict each other, or ask for more GPUs than there are.
+        MissingDependencyError: If the packages of the engine are absent.
+        ConfigError: If its settings contradict each other, or ask for more GPUs than there are.
     """
-    if config.name != "vllm":
-        return
-    vllm, gpus = config.vllm, torch.cuda.device_count()
-    if vllm.url is not None:
-        if config.actors is not None:
+    if config.actors is None:
+        check_local_engine(config, ranks=ranks)
+    elif config.name == "vllm":
+        vllm = config.vllm
+        if vllm.url is not None:
             raise ConfigError(
-                f"engine.actors is {config.actors} beside engine.vllm.url: the server batches what all ask; "
-                "wanted one of the two"
+                f"engine.actors is {config.actors} beside engine.vllm.url, but the server batches all "
+                "requests itself; wanted one of the two"
             )
-        if vllm.weights_folder is None and not gpus:
-            raise ConfigError(
-                "engine.vllm.weights_folder is null, which sends weights by NCCL, but this machine has no "
-                "GPU; wanted a folder that the server sees as well"
-            )
-        if vllm.weights_folder is None and ranks > 1:
-            raise ConfigError(
-                f"engine.vllm.weights_folder is null, which sends weights by NCCL from one process, but "
-                f"{ranks} share the run; wanted a folder that the server sees as well"
-            )
-        if importlib.util.find_spec("httpx2") is None:
-            raise MissingDependencyError("engine.vllm.url needs httpx2: pip install httpx2")
-        return
-    if config.actors is not None:
         if config.actor_gpus and config.actor_gpus < vllm.tensor_parallel_size:
             raise ConfigError(
                 f"engine.actor_gpus is {config.actor_gpus}, wanted at least "
                 f"engine.vllm.tensor_parallel_size={vllm.tensor_parallel_size}"
             )
-    elif vllm.tensor_parallel_size > max(1, gpus):
-        raise ConfigError(
-            f"engine.vllm.tensor_parallel_size is {vllm.tensor_parallel_size}, but this machine has {gpus} "
-            "GPUs"
-        )
-    elif ranks > 1:
-        raise ConfigError(
-            f"engine.name=vllm cannot share a process with one of {ranks} ranks; set engine.actors, or "
-            "engine.vllm.url of a server"
-        )
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingDependencyError(
-            "engine.name=vllm needs vLLM, in an environment of its own: "
-            "pip install -c constraints-vllm.txt -e '.[vllm]'"
-        )
+        check_vllm()

@@ -1,4 +1,4 @@
-"""The environments of one machine, asked in batches: what an actor of `ray_environments` runs."""
+"""The actor of `ray_environments`: the environments of one machine, called in batches."""
 
 import pickle
 import sys
@@ -19,17 +19,17 @@ from agentrl.scale.messages import replies_to_await
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """An episode's environment is free again, or is not to be used again."""
+    """Message that ends an episode: its environment is free again, or broken and not to be reused."""
 
     broken: bool
 
 
-Message = tuple[str, EnvironmentCall | Release]  # of an episode
+Message = tuple[str, EnvironmentCall | Release]  # with the id of the episode
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an actor has to say after an exchange; workers are counted since it began."""
+    """Result of an exchange: the answers, and the numbers of workers replaced since the actor started."""
 
     answers: Sequence[Answered]
     restarts: int
@@ -37,13 +37,13 @@ class Report:
 
 
 class EnvironmentHost:
-    """What an actor runs: the environments of one machine.
+    """Actor class: the environments of one machine.
 
     Args:
-        make: makes an environment, pickled; only the workers open it.
-        capacity: episodes at a time.
-        config: of the workers.
-        path: of the driver's imports; what of it this machine has, its workers can import as well.
+        make: The pickled factory of environments; only the workers unpickle it.
+        capacity: The number of episodes that are played at a time.
+        config: The configuration of the workers.
+        path: The driver's `sys.path`, so that the workers can import what exists on this machine too.
     """
 
     def __init__(self, make: bytes, capacity: int, config: WorkersConfig, path: Sequence[str]) -> None:
@@ -54,7 +54,7 @@ class EnvironmentHost:
         self._borrowed: dict[int, tuple[ExitStack, Any]] = {}
 
     def call(self, request: bytes) -> bytes:
-        """Do what is asked; what it raises is an answer as well."""
+        """Call a method with arguments from `pack_call`; return its result or error for `unpack_result`."""
         name, arguments = pickle.loads(request)
         try:
             return pickle.dumps((getattr(self, name)(*arguments), None), protocol=5)
@@ -62,16 +62,16 @@ class EnvironmentHost:
             return pickle.dumps((None, error), protocol=5)
 
     def capacity(self) -> int:
-        """How many episodes there is room for."""
+        """Return the number of episodes that can be played at a time."""
         return cast(int, self._environments.capacity)
 
     def exchange(self, messages: Sequence[Message], target: int, max_wait: float) -> Report:
-        """Take messages, and return once some of the answers that are owed make it worth while.
+        """Process messages, and return once enough answers have come.
 
         Args:
-            messages: in the order they were sent.
-            target: so many answers are enough; so are all, or those of three episodes in four.
-            max_wait: seconds after which it returns with what there is.
+            messages: The messages, in the order in which they were sent.
+            target: The number of answers that is enough; see `replies_to_await`.
+            max_wait: The time in seconds after which the call returns with what there is.
         """
         for episode, content in messages:
             if isinstance(content, Release):
@@ -91,36 +91,36 @@ class EnvironmentHost:
         return Report(answers, self._environments.restarts, self._environments.recycled)
 
     def borrow(self, number: int) -> None:
-        """Set an environment aside under a number."""
+        """Reserve an environment under a number, see `Environments.borrow`."""
         borrowed = ExitStack()
         self._borrowed[number] = borrowed, borrowed.enter_context(self._environments.borrow())
 
     def ask(self, number: int, name: str, args: tuple[Any, ...] | None, kwargs: dict[str, Any]) -> Any:
-        """Ask one that was set aside; see `RemoteEnv`."""
+        """Call a method or read an attribute of a reserved environment; see `RemoteEnv`."""
         value = getattr(self._borrowed[number][1], name)
         if args is not None:
             return value(*args, **kwargs)
         return ... if callable(value) else value
 
     def give_back(self, number: int, broken: bool) -> None:
-        """Take back one that was set aside."""
+        """End a reservation; a broken environment is not used again."""
         borrowed, _ = self._borrowed.pop(number)
         with suppress(EnvironmentLostError), borrowed:
             if broken:
-                raise EnvironmentLostError("whoever borrowed it failed")
+                raise EnvironmentLostError("its borrower failed")
 
     def close(self) -> None:
-        """End every process."""
+        """End all worker processes."""
         self._environments.close()
 
 
 def pack_call(name: str, arguments: tuple[Any, ...]) -> bytes:
-    """What `EnvironmentHost.call` is given: pickled here, since Ray is slower at it."""
+    """Pack the request of `EnvironmentHost.call`; Ray's own pickling is slower."""
     return pickle.dumps((name, arguments), protocol=5)
 
 
 def unpack_result(answer: bytes) -> Any:
-    """What `EnvironmentHost.call` answered, or was raised in it."""
+    """Unpack the result of `EnvironmentHost.call`, or raise the error that it caught."""
     outcome, error = pickle.loads(answer)
     if error is not None:
         raise error
@@ -129,7 +129,7 @@ def unpack_result(answer: bytes) -> Any:
 
 @dataclass(frozen=True)
 class _PickledMake:
-    """Makes environments, and travels without being opened: what is in it may be absent here."""
+    """Factory of environments that only workers unpickle, since this process may lack its modules."""
 
     content: bytes
 

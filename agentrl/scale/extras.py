@@ -1,4 +1,4 @@
-"""Packages that only some runs need."""
+"""Checks for packages that only some runs need."""
 
 import importlib.util
 
@@ -6,10 +6,13 @@ from agentrl.errors import missing_extra
 
 
 def check_ray(who: str) -> None:
-    """Refuse what needs Ray where it is absent.
+    """Refuse to go on where Ray is not installed.
 
     Args:
-        who: asks for it, as in the configuration.
+        who: The setting that needs Ray, as written in the configuration.
+
+    Raises:
+        MissingDependencyError: With the command that installs it.
     """
     if importlib.util.find_spec("ray") is None:
         raise missing_extra(f"{who} needs Ray", "ray")

@@ -1,4 +1,4 @@
-"""What travels between a driver and its actors: the tokens of many replies in one array, not a list each."""
+"""Messages between a driver and its actors: the tokens of many replies in one array, not one list each."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple
@@ -10,21 +10,25 @@ from numpy.typing import NDArray
 
 from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
 
-Rows = tuple[NDArray[Any], NDArray[np.int64]]  # values end to end, and how many each row has; -1 for None
-Menus = tuple[Rows, NDArray[np.int64]]  # rows end to end, and how many belong together; -1 for None
+Rows = tuple[NDArray[Any], NDArray[np.int64]]  # concatenated values, and the length of each row; -1 for None
+Menus = tuple[Rows, NDArray[np.int64]]  # concatenated rows, and the number of rows of each menu; -1 for None
 Requests = tuple[list[Any], Rows, Menus, Rows]
 Generations = tuple[list[Any], Rows, Rows, Rows, Menus, Rows]
 
 
 def replies_to_await(target: int, owed: int) -> int:
-    """How many answers make a message worth while, where so many are owed."""
+    """Return how many answers to wait for before sending a message, when `owed` are outstanding.
+
+    Waiting for `target` answers saves messages; three quarters of those outstanding keep stragglers from
+    delaying the others.
+    """
     return max(1, min(target, owed * 3 // 4))
 
 
 def pack_requests(requests: Sequence[tuple[int, GenerationRequest]]) -> Requests:
-    """Requests, each with the number that its generation will bear."""
+    """Pack requests, each with the number that its generation will carry."""
     heads = [
-        # One object is sent once, however many requests think by it.
+        # pickle sends an object once, however many requests share it.
         (
             number,
             each.sequence,
@@ -46,7 +50,7 @@ def pack_requests(requests: Sequence[tuple[int, GenerationRequest]]) -> Requests
 
 
 def unpack_requests(message: Requests) -> list[tuple[int, GenerationRequest]]:
-    """What `pack_requests` was given."""
+    """Unpack the message of `pack_requests`."""
     heads, prompts, choices, begun = message
     return [
         (
@@ -70,7 +74,7 @@ def unpack_requests(message: Requests) -> list[tuple[int, GenerationRequest]]:
 
 
 def pack_generations(generations: Sequence[tuple[int, Generation]]) -> Generations:
-    """Generations, each with the number of its request."""
+    """Pack generations, each with the number of its request."""
     heads = [
         (number, each.sequence, each.finish, each.policy_version, each.error, each.lost)
         for number, each in generations
@@ -87,7 +91,7 @@ def pack_generations(generations: Sequence[tuple[int, Generation]]) -> Generatio
 
 
 def unpack_generations(message: Generations) -> list[tuple[int, Generation]]:
-    """What `pack_generations` was given."""
+    """Unpack the message of `pack_generations`."""
     heads, tokens, logprobs, entropies, allowed, versions = message
     return [
         (

@@ -1,7 +1,7 @@
-"""Engines on a Ray cluster: actors that hold a copy of the weights each, and are asked in batches.
+"""Engines on a Ray cluster: actors that each hold a copy of the weights and receive requests in batches.
 
-A sequence stays with the actor that has its keys and values. An actor that is lost takes its sequences along;
-what is asked of them is answered as lost, which is no episode's fault, and another actor takes its place.
+A sequence stays on the actor that holds its keys and values. When an actor is lost, so are its sequences:
+their requests are answered with `lost=True`, which no episode is blamed for, and a new actor replaces it.
 """
 
 import sys
@@ -30,30 +30,31 @@ from agentrl.scale.cluster import (
 from agentrl.scale.engine_host import EngineHost, EngineSpec, export_weights, strip_weights
 from agentrl.scale.messages import pack_requests, unpack_generations
 
-_REPLY_TARGET = 16  # replies that are worth a message
-_MAX_WAIT = 0.05  # seconds that one waits for company, and a request for the actor to look up
-_START_TIMEOUT = 600.0  # seconds that an actor has to load its model
-_CLOSE_TIMEOUT = 30.0  # seconds that one has to end what it has started
-_RESPONSE_TIMEOUT = 600.0  # seconds beyond that without an answer after which it is given up
+_REPLY_TARGET = 16  # finished replies for which an actor returns a message at once
+_MAX_WAIT = 0.05  # seconds that a finished reply waits for others, and `step` for a message
+_START_TIMEOUT = 600.0  # seconds for an actor to load its model
+_CLOSE_TIMEOUT = 30.0  # seconds for an actor to close its engine
+_RESPONSE_TIMEOUT = 600.0  # seconds without an answer after which an actor counts as lost
 
 
 class RayEngines:
-    """An `Engine` of several actors.
+    """`Engine` that spreads sequences over several actors.
 
     Args:
-        model: whose weights they generate with; `refresh` sends them, through the object store once for all.
-        config: the engine of each actor, and their number.
-        stop_ids: see `open_engine`, as the two below.
-        max_context: tokens that a sequence may hold.
-        max_sequences: of all actors together.
-        address: of the cluster; see `RayConfig`.
+        model: The model whose weights they generate with; `refresh` puts them into the object store once for
+            all actors.
+        config: The engine of each actor, and the number of actors.
+        stop_ids: The ids that end a free reply; every choice ends in one of them.
+        max_context: The largest number of tokens in a sequence.
+        max_sequences: The largest number of sequences on all actors together.
+        address: The address of the cluster; see `RayConfig`.
 
     Attributes:
-        messages: sent to actors with requests.
-        restarts: actors that were lost and replaced.
+        messages: The number of messages with requests sent to actors.
+        restarts: The number of actors that were lost and replaced.
 
     Raises:
-        ConfigError: there is no cluster, it is smaller than what is asked, or an actor cannot start.
+        ConfigError: If there is no cluster, it is too small, or an actor cannot start.
     """
 
     def __init__(
@@ -70,8 +71,8 @@ class RayEngines:
         self.provides, self.messages, self.restarts = config.provides, 0, 0
         self._model, self._config, self._version = model, config, 0
         self._hosts: list[_Host] = []
-        self._host_of: dict[str, _Host | None] = {}  # None: its actor is gone
-        self._in_flight: dict[str, int] = {}  # the number of its request, by sequence
+        self._host_of: dict[str, _Host | None] = {}  # by sequence; None where its actor is lost
+        self._in_flight: dict[str, int] = {}  # by sequence: the number of its request
         self._ready: deque[Generation] = deque()
         self._numbers = 0
         self._connection = ExitStack()
@@ -89,6 +90,7 @@ class RayEngines:
             raise
 
     def submit(self, request: GenerationRequest) -> None:
+        """Queue a request for the actor that holds its sequence, or its parent's, or for the least loaded."""
         sequence = request.sequence
         if sequence in self._in_flight:
             error = f"sequence {sequence!r} has a request in flight; wait for its generation"
@@ -106,7 +108,10 @@ class RayEngines:
         host.outbox[sequence] = self._numbers, request
 
     def step(self) -> Sequence[Generation]:
-        """Send what waits to be sent, and return what has been generated since; waits a moment for some."""
+        """Send queued requests to idle actors, and return the generations that came back.
+
+        Waits for `_MAX_WAIT` seconds at most when there are none.
+        """
         check_cluster()
         for host in self._hosts:
             if host.call is None and any(sequence in self._in_flight for sequence in host.sequences):
@@ -126,6 +131,7 @@ class RayEngines:
         return found
 
     def release(self, sequence: str) -> None:
+        """Forget a sequence and its request in flight; unknown names are fine."""
         self._in_flight.pop(sequence, None)
         host = self._host_of.pop(sequence, None)
         if host is not None:
@@ -134,6 +140,7 @@ class RayEngines:
             host.released.append(sequence)
 
     def refresh(self, version: int) -> None:
+        """Send the model's current weights to every actor, and wait until all have loaded them."""
         self._version, self._weights = version, ray.put(export_weights(self._model))
         calls = {
             host.actor.refresh.remote(self._weights, version): host for host in self._hosts if host.started
@@ -147,12 +154,14 @@ class RayEngines:
                 ray.get(call)
             except RayError as error:
                 self._handle_failure(host, error)
-        # One that is still starting began with the weights before; what is sent to it comes behind these.
+        # An actor that is still starting was given older weights. Ray runs its calls in order, so it loads
+        # these before it sees the next requests.
         for host in self._hosts:
             if not host.started:
                 host.actor.refresh.remote(self._weights, version)
 
     def close(self) -> None:
+        """Close the engines, end the actors and leave the cluster."""
         hosts, self._hosts = self._hosts, []
         if not is_lost():
             with suppress(RayError):
@@ -169,7 +178,7 @@ class RayEngines:
         return min(self._hosts, key=lambda host: len(host.sequences))
 
     def _receive(self, host: "_Host") -> None:
-        """Take in what an actor answered, or that it is no more."""
+        """Collect the generations that an actor returned, or handle its failure."""
         call, host.call = host.call, None
         try:
             answer = ray.get(call)
@@ -178,11 +187,11 @@ class RayEngines:
             return
         host.started = True
         for number, generation in unpack_generations(answer):
-            if self._in_flight.get(generation.sequence) == number:  # else it was released meanwhile
+            if self._in_flight.get(generation.sequence) == number:  # else the sequence was released meanwhile
                 del self._in_flight[generation.sequence]
                 self._ready.append(generation)
 
-    # The life of an actor.
+    # Actors
 
     def _start(self) -> None:
         actor = _Actor.options(num_cpus=self._config.actor_cpus, num_gpus=self._config.actor_gpus).remote(
@@ -191,7 +200,7 @@ class RayEngines:
         self._hosts.append(_Host(actor))
 
     def _wait_until_started(self) -> list[int]:
-        """Wait until every actor has its model; what each says of its context."""
+        """Wait until every actor has loaded its model; return the context limit of each."""
         try:
             found = ray.get([host.actor.max_context.remote() for host in self._hosts], timeout=_START_TIMEOUT)
         except GetTimeoutError:
@@ -208,13 +217,13 @@ class RayEngines:
         return cast(list[int], found)
 
     def _handle_failure(self, host: "_Host", error: RayError) -> None:
-        """An engine that raised is as lost as an actor that died, unless its user can mend the cause."""
+        """Raise an error that the user can fix; treat any other like the death of the actor."""
         if (own := _user_error(error)) is not None:
             raise own
         self._drop_host(host, short_reason(error))
 
     def _drop_host(self, host: "_Host", reason: str) -> None:
-        """Give up an actor; its sequences are gone, and no episode is to blame."""
+        """Remove an actor, answer its requests as lost, and start a replacement while restarts are left."""
         wait_for_head()
         self._hosts.remove(host)
         host.kill()
@@ -228,8 +237,8 @@ class RayEngines:
         elif not self._hosts:
             raise AgentRLError(
                 f"an engine actor was lost: {reason}; it was the last one, and engine.actor_restarts="
-                f"{self._config.actor_restarts} have been replaced. With the cause mended, a run goes on "
-                "from its last checkpoint: agentrl train --resume RUN"
+                f"{self._config.actor_restarts} replacements are used up. Fix the cause, then go on from the "
+                "last checkpoint: agentrl train --resume RUN"
             )
 
     def _report_lost(self, sequence: str, why: str) -> None:
@@ -241,23 +250,23 @@ _Actor = ray.remote(EngineHost)
 
 @dataclass(eq=False)
 class _Host:
-    """An actor, its sequences, and what waits to be sent to it."""
+    """An actor with its sequences and the messages queued for it."""
 
     actor: Any
     sequences: set[str] = field(default_factory=set)
     outbox: dict[str, tuple[int, GenerationRequest]] = field(default_factory=dict)
     released: list[str] = field(default_factory=list)
     started: bool = False
-    call: Any = None  # the one that is under way
+    call: Any = None  # the object reference of the call under way
     since: float = 0.0
 
     def start_call(self, name: str, *arguments: Any) -> None:
-        """Call a method; `call` is its result to come."""
+        """Call a method of the actor without waiting; `call` becomes the reference to its result."""
         self.since = time.monotonic()
         self.call = getattr(self.actor, name).remote(*arguments)
 
     def is_overdue(self) -> bool:
-        """Whether to give it up."""
+        """Return whether the call under way has taken so long that the actor counts as lost."""
         limit = _RESPONSE_TIMEOUT if self.started else _START_TIMEOUT + _RESPONSE_TIMEOUT
         return self.call is not None and time.monotonic() - self.since > limit
 
@@ -268,6 +277,6 @@ class _Host:
 
 
 def _user_error(error: RayError) -> AgentRLError | None:
-    """What an actor raised that its user can mend."""
+    """Return the error of ours that an actor raised, which its user can fix; None for any other failure."""
     cause = error.cause if isinstance(error, RayTaskError) else None
     return cause if isinstance(cause, AgentRLError) else None

@@ -1,7 +1,7 @@
-"""Environments on the machines of a Ray cluster, through actors that are asked in batches.
+"""Environments on the machines of a Ray cluster, behind actors that are called in batches.
 
-An actor holds processes of its machine as `rollout.workers` describes them, and what can go wrong in an
-environment is dealt with there. What can go wrong here, an actor or machine is lost, is no episode's fault.
+An actor runs the worker processes of `rollout.workers` on its machine, which handle the failures of an
+environment. This module handles the loss of an actor or a machine, which no episode is blamed for.
 """
 
 import sys
@@ -43,28 +43,29 @@ from agentrl.scale.environment_host import (
 )
 from agentrl.scale.messages import replies_to_await
 
-_REPLY_TARGET = 16  # episodes that are worth a message
-_MAX_WAIT = 0.1  # seconds that one waits for company
-_CHECK_INTERVAL = 2.0  # seconds between two looks at whether the cluster is there
-_RESPONSE_TIMEOUT = 60.0  # seconds beyond its own deadlines after which an actor is given up
+_REPLY_TARGET = 16  # answers for which an actor returns a message at once
+_MAX_WAIT = 0.1  # seconds that an answer waits for others
+_CHECK_INTERVAL = 2.0  # seconds between two checks that the cluster is there
+_RESPONSE_TIMEOUT = 60.0  # seconds beyond the workers' own deadlines after which an actor counts as lost
 
 
 class RayEnvironments(Environments):
-    """Environments in worker processes of several machines.
+    """Environments in worker processes on several machines.
 
-    The actors are there when this returns; one that is lost later is replaced while the others go on.
+    The actors have started when the constructor returns; one that is lost later is replaced while the others
+    continue.
 
     Args:
-        make: makes an environment; see `ProcessEnvironments`.
-        capacity: episodes at a time, on all machines together.
-        workers: of each actor.
-        config: the cluster, and the number of actors.
+        make: The factory of environments; see `ProcessEnvironments`.
+        capacity: The number of episodes played at a time, on all machines together.
+        workers: The configuration of each actor's workers.
+        config: The cluster, and the number of actors.
 
     Attributes:
-        messages: sent to actors with what episodes ask for.
+        messages: The number of messages with requests sent to actors.
 
     Raises:
-        ConfigError: there is no cluster, it is smaller than what is asked, or an actor cannot start.
+        ConfigError: If there is no cluster, it is too small, or an actor cannot start.
     """
 
     capacity: int
@@ -78,20 +79,25 @@ class RayEnvironments(Environments):
         self._replaced = 0
         self._borrow_count = 0
         self._hosts: list[_Host] = []
-        self._host_of: dict[str, _Host | None] = {}  # None: its actor is gone
+        self._host_of: dict[str, _Host | None] = {}  # by episode; None where its actor is lost
         self._backlog: deque[tuple[str, EnvironmentCall]] = deque()
         self._ready: deque[Answered] = deque()
         self._connection = ExitStack()
         self._open()
 
-    # What the collector calls.
+    # Interface of `Environments`
 
     def submit(self, episode: str, effect: EnvironmentCall) -> None:
+        """Queue a call for the episode's actor; an episode that has none yet waits for a free place.
+
+        Raises:
+            ValueError: For a step of an episode that is not being played.
+        """
         host = self._host_of.get(episode)
         if host is not None:
             host.request(episode, effect)
         elif episode in self._host_of:
-            lost = "its actor was lost while it was not being asked"
+            lost = "its actor was lost between two of its calls"
             self._ready.append((episode, Stop(StopReason.WORKER_ERROR, lost, bystander=True)))
         elif isinstance(effect, Step):
             raise ValueError(f"{episode!r} is not being played, so it cannot step")
@@ -99,6 +105,11 @@ class RayEnvironments(Environments):
             self._backlog.append((episode, effect))
 
     def poll(self, *, wait: bool) -> Sequence[Answered]:
+        """Exchange messages with the actors and return the answers so far.
+
+        Args:
+            wait: Whether to wait until there is an answer, if any is expected.
+        """
         self._open()
         check_cluster()
         self._exchange(0.0, hurry=wait)
@@ -110,6 +121,7 @@ class RayEnvironments(Environments):
         return answers
 
     def release(self, episode: str, *, broken: bool = False) -> None:
+        """Free the environment of an episode; a broken one is not used again."""
         host = self._host_of.pop(episode, None)
         if host is not None:
             del host.playing[episode]
@@ -117,6 +129,11 @@ class RayEnvironments(Environments):
 
     @contextmanager
     def borrow(self) -> Iterator[TextGym]:
+        """Reserve an environment for direct calls during a `with` block.
+
+        Raises:
+            RuntimeError: If every place is taken by an episode.
+        """
         self._open()
         host = self._free_host()
         if host is None:
@@ -135,6 +152,7 @@ class RayEnvironments(Environments):
                 self._call_now(host, "give_back", number, broken)
 
     def close(self) -> None:
+        """End the workers and actors, and leave the cluster."""
         hosts, self._hosts = self._hosts, []
         if not is_lost():
             with suppress(RayError):
@@ -148,10 +166,10 @@ class RayEnvironments(Environments):
         self._ready.clear()
         self._connection.close()
 
-    # Requests and answers.
+    # Requests and answers
 
     def _expects_answers(self) -> bool:
-        """Whether an answer is owed, or will be as soon as an actor has started or who waits is seated."""
+        """Return whether an answer will come: a call is in flight, or a waiting episode can get a place."""
         waiting = bool(self._backlog)
         return any(
             any(host.playing.values()) or (waiting and (not host.capacity or host.taken < host.capacity))
@@ -159,7 +177,7 @@ class RayEnvironments(Environments):
         )
 
     def _exchange(self, timeout: float, *, hurry: bool) -> None:
-        """Seat who waits, send what is to be sent, and take in what comes before `timeout` or a deadline."""
+        """Send due messages, and collect the answers that come before `timeout` or a deadline."""
         self._assign_backlog()
         for host in self._hosts:
             if host.call is None and host.is_due(hurry):
@@ -184,12 +202,12 @@ class RayEnvironments(Environments):
             host.request(episode, call)
 
     def _free_host(self) -> "_Host | None":
-        """The actor with the smallest share of its places taken."""
+        """Return the actor with the smallest share of its places taken; None where all are full."""
         free = [host for host in self._hosts if host.taken < host.capacity]
         return min(free, key=lambda host: host.taken / host.capacity, default=None)
 
     def _receive(self, host: "_Host") -> None:
-        """Take in what an actor answered, or that it is no more."""
+        """Collect what an actor returned, or handle its loss."""
         call, host.call, host.waiting = host.call, None, time.monotonic()
         try:
             outcome = unpack_result(ray.get(call))
@@ -207,7 +225,11 @@ class RayEnvironments(Environments):
         host.restarts, host.recycled = report.restarts, report.recycled
 
     def _call_now(self, host: "_Host", name: str, *arguments: Any) -> Any:
-        """Have an actor do something at once."""
+        """Call a method of an actor and wait for its result.
+
+        Raises:
+            EnvironmentLostError: If the actor is lost.
+        """
         if host in self._hosts:
             config = self._workers
             limit = _RESPONSE_TIMEOUT + max(
@@ -221,10 +243,10 @@ class RayEnvironments(Environments):
                 self._drop_host(host, short_reason(error))
         raise EnvironmentLostError(f"{name}: {host.exit_reason}")
 
-    # The life of an actor.
+    # Actors
 
     def _open(self) -> None:
-        """Start the actors, unless they are there."""
+        """Connect to the cluster and start the actors, unless they have started."""
         if self._hosts:
             return
         self.capacity = 0
@@ -244,13 +266,13 @@ class RayEnvironments(Environments):
         self.capacity = min(self._most, sum(host.capacity for host in self._hosts))
 
     def _start(self) -> None:
-        """Start an actor where there are fewest; nobody plays there before it has told its places."""
+        """Start an actor on the machine with the fewest; it plays nothing before it reports its capacity."""
         taken = Counter(host.node for host in self._hosts)
         there = machines()
         if not there:
             raise cluster_lost("no machine of the cluster is alive")
         node = min(there, key=lambda each: taken[each["NodeID"]])
-        # Soft: a machine may be gone before Ray knows.
+        # Soft, since a machine may be gone before Ray knows.
         where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
         actor = _Actor.options(num_cpus=self._config.cpus, scheduling_strategy=where).remote(
             self._make, self._share, self._workers, sys.path
@@ -260,7 +282,7 @@ class RayEnvironments(Environments):
         self._hosts.append(host)
 
     def _drop_host(self, host: "_Host", reason: str) -> None:
-        """Give up an actor that died or has to; none of its episodes is to blame."""
+        """Remove an actor, answer its calls as lost, and start a replacement while restarts are left."""
         if host not in self._hosts:
             return
         wait_for_head()
@@ -285,8 +307,8 @@ class RayEnvironments(Environments):
         elif not self._hosts:
             raise EnvironmentLostError(
                 f"{host.exit_reason}; it was the last one, and rollout.ray.max_restarts="
-                f"{self._config.max_restarts} have been replaced. With the cause mended, a run goes on from "
-                "its last checkpoint: agentrl train --resume RUN"
+                f"{self._config.max_restarts} replacements are used up. Fix the cause, then go on from the "
+                "last checkpoint: agentrl train --resume RUN"
             )
 
 
@@ -295,17 +317,17 @@ _Actor = ray.remote(EnvironmentHost)
 
 @dataclass(eq=False)
 class _Host:
-    """An actor, and what it owes."""
+    """An actor with its episodes and the messages queued for it."""
 
     actor: Any
     node: str
-    machine: str  # its address
-    capacity: int = 0  # not known until it has started
-    playing: dict[str, bool] = field(default_factory=dict)  # by episode: whether an answer is owed
+    machine: str  # the address of the node
+    capacity: int = 0  # 0 until the actor has started
+    playing: dict[str, bool] = field(default_factory=dict)  # by episode: whether an answer is expected
     borrowed: int = 0
     outbox: list[Message] = field(default_factory=list)
-    waiting: float = 0.0  # since when there is something to be sent or fetched
-    call: Any = None  # the one that is under way
+    waiting: float = 0.0  # since when calls wait to be sent, or answers to be fetched
+    call: Any = None  # the object reference of the call under way
     since: float = 0.0
     limit: float = 0.0
     restarts: int = 0
@@ -314,31 +336,33 @@ class _Host:
 
     @property
     def deadline(self) -> float:
+        """Return the time by which the call under way must have returned."""
         return self.since + self.limit
 
     @property
     def taken(self) -> int:
+        """Return the number of places in use."""
         return len(self.playing) + self.borrowed
 
     def request(self, episode: str, call: EnvironmentCall) -> None:
-        """Have it asked with the next message."""
+        """Queue a call of an episode for the next message."""
         if not any(self.playing.values()):
             self.waiting = time.monotonic()
         self.outbox.append((episode, call))
         self.playing[episode] = True
 
     def is_due(self, hurry: bool) -> bool:
-        """Whether to send a message now, with what is in the outbox and for the answers that are owed."""
+        """Return whether to send a message now: `hurry`, enough calls, or a long enough wait."""
         owed = sum(self.playing.values())
         waited = time.monotonic() - self.waiting >= _MAX_WAIT
         return owed > 0 and (hurry or waited or owed >= replies_to_await(_REPLY_TARGET, len(self.playing)))
 
     def start_call(self, limit: float, name: str, *arguments: Any) -> None:
-        """Call a method; `call` is its result to come, due within `limit` seconds."""
+        """Call a method of the actor without waiting; its result is due within `limit` seconds."""
         self.since, self.limit = time.monotonic(), limit
         self.call = self.actor.call.remote(pack_call(name, arguments))
 
     def kill(self) -> None:
-        """End the actor; its workers end by themselves when it is gone."""
+        """Kill the actor; its workers end by themselves when it is gone."""
         with suppress(Exception):  # it may be dead, and its machine with it
             ray.kill(self.actor)

@@ -1,6 +1,6 @@
-"""The processes that learn together as Ray actors, on a cluster where nobody starts torchrun.
+"""Learner ranks as Ray actors: a replacement for torchrun on a cluster.
 
-Each actor sets the variables that torchrun would have set, and then does what torchrun's processes do.
+Each actor sets the environment variables that torchrun would set, and then does the same work.
 """
 
 import io
@@ -27,29 +27,29 @@ from agentrl.scale.cluster import check_capacity, check_cluster, connected, is_l
 
 T = TypeVar("T")
 
-_START_TIMEOUT = 300.0  # seconds that the actors have to be there
-_POLL_INTERVAL = 0.2  # seconds between two looks at what the first rank printed
-_GRACE_PERIOD = 30.0  # seconds that ranks have to end by themselves when one of them has failed
+_START_TIMEOUT = 300.0  # seconds for the actors to start
+_POLL_INTERVAL = 0.2  # seconds between two reads of the first rank's output
+_GRACE_PERIOD = 30.0  # seconds for the other ranks to end by themselves after one has failed
 
 
 def run_on_ray(work: Callable[[], T], count: int, *, address: str | None = None, gpus: float = 0.0) -> T:
-    """Do the same on several ranks, see `agentrl.learn.ranks.joined`; wait, and show what the first prints.
+    """Run a function on several ranks, see `agentrl.learn.ranks.joined`, and print the first rank's output.
 
-    Ctrl-C here is a SIGTERM there, once; at the second one the ranks are killed.
+    The first Ctrl-C is passed on to the ranks as SIGTERM; the second one kills them.
 
     Args:
-        work: what each rank does; cloudpickle can send it.
-        count: of ranks.
-        address: of the cluster; see `RayConfig`.
-        gpus: of each rank, 0 or 1.
+        work: The function that each rank runs; cloudpickle must be able to send it.
+        count: The number of ranks.
+        address: The address of the cluster; see `RayConfig`.
+        gpus: The number of GPUs of each rank, 0 or 1.
 
     Returns:
-        What it came to on the first rank.
+        The result of the first rank.
 
     Raises:
-        ConfigError: there is no cluster, or it is smaller than what is asked.
-        AgentRLError: what `work` raised, or a rank was lost.
-        KeyboardInterrupt: what `work` made of an interrupt.
+        ConfigError: If there is no cluster, or it is too small.
+        AgentRLError: If `work` raised it, or a rank was lost.
+        KeyboardInterrupt: If `work` raised it after an interrupt.
     """
     with connected(address):
         check_capacity("learner.processes", count, gpus=gpus)
@@ -79,13 +79,13 @@ def run_on_ray(work: Callable[[], T], count: int, *, address: str | None = None,
 
 
 class RankHost:
-    """What an actor runs: a process among its equals.
+    """Actor class: the process of one rank.
 
     Args:
-        path: of the driver's imports.
-        folder: that the driver is in; where it exists, relative paths mean the same here.
-        imports: of the driver, see `agentrl.plugins`.
-        level: of the driver's logger.
+        path: The driver's `sys.path`.
+        folder: The driver's working directory, entered where it exists, so that relative paths agree.
+        imports: The driver's imported plugins, see `agentrl.plugins`.
+        level: The level of the driver's logger.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class RankHost:
             os.chdir(folder)
 
     def place(self) -> tuple[str, str, list[str], int, int]:
-        """Its machine, that one's address, its accelerators, a free port and the process."""
+        """Return the node id, its address, the ids of the actor's GPUs, a free port and the process id."""
         context = ray.get_runtime_context()
         accelerators = [str(each) for each in context.get_accelerator_ids().get("GPU", [])]
         address = cast(Any, ray.util).get_node_ip_address()
@@ -110,18 +110,18 @@ class RankHost:
     def run(
         self, variables: dict[str, str], work: bytes, output: Queue | None
     ) -> tuple[Any, BaseException | None]:
-        """Do the work; its result, or what it raised on purpose."""
+        """Run the pickled function; return its result, and the error if it raised one of ours."""
         os.environ.update(variables)
         with redirect_stdout(_QueueWriter(output)):
             try:
-                load_imports(self._imports)  # what is in `work` may be of theirs
+                load_imports(self._imports)  # `work` may need their definitions
                 return cloudpickle.loads(work)(), None
-            except (AgentRLError, KeyboardInterrupt) as error:  # Ray would end the process at an interrupt
+            except (AgentRLError, KeyboardInterrupt) as error:  # Ray ends the process at an interrupt
                 return None, error
 
 
 def terminate(process: int) -> None:
-    """Ask a process of this machine to stop."""
+    """Send SIGTERM to a process on this machine."""
     with suppress(ProcessLookupError):
         os.kill(process, signal.SIGTERM)
 
@@ -131,7 +131,7 @@ _RankActor, _terminate = ray.remote(RankHost), ray.remote(terminate)
 
 @dataclass(frozen=True)
 class _PlacedRank:
-    """A rank, and where it is."""
+    """A rank with its actor, node and environment variables."""
 
     actor: Any
     machine: str
@@ -140,13 +140,13 @@ class _PlacedRank:
     variables: dict[str, str]
 
     def interrupt(self) -> None:
-        """Ask it to stop. Ray's workers have SIGINT blocked."""
+        """Send SIGTERM to the rank, since Ray's workers block SIGINT."""
         there = NodeAffinitySchedulingStrategy(self.machine, soft=False)
         _terminate.options(num_cpus=0, scheduling_strategy=there).remote(self.process)
 
 
 def _assign_ranks(actors: Sequence[Any]) -> list[_PlacedRank]:
-    """The ranks, those of a machine side by side, and the variables of each."""
+    """Assign ranks to actors, consecutive ones on the same machine, and the variables of each."""
     try:
         found = ray.get([actor.place.remote() for actor in actors], timeout=_START_TIMEOUT)
     except GetTimeoutError:
@@ -168,7 +168,7 @@ def _assign_ranks(actors: Sequence[Any]) -> list[_PlacedRank]:
             "MASTER_ADDR": master,
             "MASTER_PORT": str(port),
         }
-        # Ray shows each process its own accelerator only; LOCAL_RANK counts those of all on the machine.
+        # Ray hides the other ranks' GPUs from each process, but LOCAL_RANK indexes all of the machine's.
         shared = [each for _, (other, _, own, _, _) in ordered if other == machine for each in own]
         if shared:
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(shared)
@@ -177,7 +177,7 @@ def _assign_ranks(actors: Sequence[Any]) -> list[_PlacedRank]:
 
 
 def _wait_for_results(calls: dict[Any, int], ranks: Sequence[_PlacedRank], output: Queue) -> list[Any]:
-    """What the ranks came to, in order; raises what the first of those that failed raised."""
+    """Wait for the ranks and return their results in order, or raise the error of the first that failed."""
     results: list[Any] = [None] * len(ranks)
     raised: dict[int, BaseException] = {}
     died: dict[int, BaseException] = {}
@@ -204,13 +204,14 @@ def _wait_for_results(calls: dict[Any, int], ranks: Sequence[_PlacedRank], outpu
         if raised or died or failed:
             until = min(until, time.monotonic() + _GRACE_PERIOD)
     _print_output(output)
-    for errors in (died, raised, failed):  # whoever loses touch with one that died fails as well
+    for errors in (died, raised, failed):  # a rank that died makes the others fail too
         if errors:
             raise errors[min(errors)]
     return results
 
 
 def _print_output(output: Queue) -> None:
+    """Write the text that is in the queue to standard output."""
     with suppress(Empty):
         while True:
             sys.stdout.write(output.get_nowait())
@@ -218,12 +219,13 @@ def _print_output(output: Queue) -> None:
 
 
 class _QueueWriter(io.TextIOBase):
-    """Standard output whose reader is elsewhere, or nowhere."""
+    """Text stream that puts what is written into a queue, or discards it where there is none."""
 
     def __init__(self, output: Queue | None) -> None:
         self._output = output
 
     def write(self, text: str) -> int:
+        """Put text into the queue; return its length."""
         if self._output is not None:
             self._output.put(text)
         return len(text)

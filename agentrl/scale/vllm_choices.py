@@ -1,6 +1,7 @@
-"""What runs inside vLLM's workers: the token trie's mask, and the entropies of what is sampled.
+"""Extensions that run inside vLLM's workers: the token trie's mask, and the entropies of sampled tokens.
 
-In a server: `vllm serve FOLDER --logits-processors agentrl.scale.vllm_choices:TokenTrieProcessor
+To load them into a server: `vllm serve FOLDER
+--logits-processors agentrl.scale.vllm_choices:TokenTrieProcessor
 --worker-extension-cls agentrl.scale.vllm_choices.PolicyWorker`.
 """
 
@@ -19,27 +20,30 @@ from agentrl.scale.vllm_weights import shape_of
 
 
 class TokenTrieProcessor(LogitsProcessor):  # type: ignore[misc]
-    """Lets requests of agentrl sample admissible ids only; others are left as they are."""
+    """Logits processor that restricts requests of agentrl to admissible ids; others are left unchanged."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.decisions = Decisions()
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse choices that cannot be told apart.
+        """Refuse invalid choices.
 
         Raises:
-            ChoiceError: for such.
+            ChoiceError: If a choice is empty or a prefix of another; see `TokenTrie`.
         """
         row(sampling_params.extra_args, sampling_params.temperature, ())
 
     def is_argmax_invariant(self) -> bool:
+        """Return False: the mask can exclude the most likely id."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Add, move and remove the rows of a batch that changed."""
         process_dict_updates(self.decisions.rows, batch_update, _row)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Mask logits [R, V] in place; see `Decisions.apply`."""
         return self.decisions.apply(logits)
 
 
@@ -48,30 +52,30 @@ def _row(params: SamplingParams, _: list[int] | None, output_ids: list[int]) -> 
 
 
 class PolicyWorker:
-    """Methods that every worker of vLLM gets, to be called by `collective_rpc`."""
+    """Methods that vLLM adds to each of its workers, called by `collective_rpc`."""
 
     model_runner: Any
     model_config: Any
 
     def take_entropies(self, keys: list[str]) -> dict[str, list[tuple[int, float]]]:
-        """See `Decisions.take`; empty on workers that do not sample."""
+        """Return and forget the entropies of some keys; empty on workers that do not sample."""
         found: dict[str, list[tuple[int, float]]] = {}
         for processor in self._processors():
             found |= processor.decisions.take(keys)
         return found
 
     def renew_head(self) -> None:
-        """Take up new weights where vLLM's `reload_weights` leaves old ones.
+        """Repack the output layer, which vLLM's `reload_weights` can leave with old weights.
 
-        On a CPU, a head that is tied to the embedding computes with a packed copy of it, which is not made
-        anew: seen in vLLM 0.32.
+        On a CPU, a head that is tied to the embedding computes with a packed copy of it, which
+        `reload_weights` does not renew (seen in vLLM 0.32).
         """
         for module in self.model_runner.get_model().modules():
             if hasattr(module, "cpu_linear") and module.weight.numel():
                 module.quant_method.process_weights_after_loading(module)
 
     def describe_policy(self) -> dict[str, Any]:
-        """What is served, and how its logprobs are made."""
+        """Return the served model's shape, dtype and context limit, and how logprobs are computed."""
         return {
             "shape": dict(shape_of(self.model_config.hf_text_config)),
             "dtype": str(self.model_config.dtype).removeprefix("torch."),

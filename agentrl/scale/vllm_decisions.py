@@ -1,4 +1,4 @@
-"""Masks and entropies of the logits that a batch of requests is sampled from: loads no vLLM."""
+"""Masks and entropies for the logits of a batch of requests; does not import vLLM."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 from agentrl.policy.thinking import Ending, EndingMatcher
 from agentrl.policy.trie import ChoiceError, TokenTrie, token_trie
 
-REQUEST = "agentrl"  # the key of a request's own arguments among those of vLLM's sampling parameters
+REQUEST = "agentrl"  # the key of our arguments in the `extra_args` of vLLM's sampling parameters
 CHUNK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A request's place in the batch.
+    """One request of the batch.
 
     Args:
-        key: entropies are noted under it; None notes none.
-        trie: what it may choose from; None allows every id.
-        temperature: of the draw; 0 counts as 1.
-        output_ids: what was sampled for it so far, kept up to date by vLLM.
-        thoughts: that it has; None for another request.
+        key: The name under which entropies are recorded; None records none.
+        trie: The choices of the reply; None allows every id.
+        temperature: The sampling temperature, where 0 has been replaced by 1.
+        output_ids: The ids sampled for it so far; vLLM appends to this list.
+        thoughts: How its reasoning ends; None for a request without reasoning.
     """
 
     key: str | None
@@ -37,12 +37,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Thoughts:
-    """Those of a request that ends with them; the choice after them is another request.
+    """The end of a request that generates reasoning only; the choice after it is a request of its own.
 
     Args:
-        ending: of them.
-        begun: the last thoughts of its prompt.
-        stop: an id that vLLM stops at.
+        ending: The text that ends the reasoning.
+        begun: The last reasoning tokens of its prompt.
+        stop: An id at which vLLM stops.
     """
 
     ending: Ending
@@ -50,22 +50,22 @@ class Thoughts:
     stop: int
 
     def over(self, output_ids: Sequence[int]) -> bool:
-        """Whether they have come to their ending."""
-        last = len(self.ending.text)  # tokens that it may take, each of a character or more
+        """Return whether the reasoning has reached its ending."""
+        last = len(self.ending.text)  # the most tokens that the ending can span: each has a character or more
         matcher = EndingMatcher(self.ending, self.begun if len(output_ids) < last else ())
         return any(matcher.take(token) is not None for token in output_ids[-last:])
 
 
 def row(arguments: Mapping[str, Any] | None, temperature: float, output_ids: Sequence[int]) -> Row | None:
-    """The row of a request; None for one that did not come from here.
+    """Build the row of a request; return None for a request that is not agentrl's.
 
     Args:
-        arguments: the `extra_args` of its sampling parameters.
-        temperature: of its draws.
-        output_ids: see `Row`.
+        arguments: The `extra_args` of its sampling parameters.
+        temperature: Its sampling temperature.
+        output_ids: See `Row`.
 
     Raises:
-        ChoiceError: for choices that cannot be told apart.
+        ChoiceError: If its choices are invalid; see `TokenTrie`.
     """
     own = (arguments or {}).get(REQUEST)
     if own is None:
@@ -80,19 +80,20 @@ def row(arguments: Mapping[str, Any] | None, temperature: float, output_ids: Seq
 
 
 class Decisions:
-    """What the rows of a batch may be sampled from.
+    """Masks of a batch's rows, and the entropies of what is sampled under them.
 
     Attributes:
-        rows: by their index in the batch.
+        rows: The rows by their index in the batch.
     """
 
     def __init__(self) -> None:
         self.rows: dict[int, Row] = {}
-        self._pending: list[tuple[list[tuple[str, int]], Tensor]] = []  # not yet waited for
+        # Entropies that are still on the device; reading them waits for it.
+        self._pending: list[tuple[list[tuple[str, int]], Tensor]] = []
         self._entropies: dict[str, list[tuple[int, float]]] = {}
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Mask what is not allowed in logits [R, V], in place, and note entropies under the sampling."""
+        """Mask forbidden ids in logits [R, V] in place, and record the entropies of sampling."""
         free: list[int] = []
         menus: dict[int, tuple[int, ...]] = {}
         for place, each in self.rows.items():
@@ -112,7 +113,11 @@ class Decisions:
         return logits
 
     def take(self, keys: Collection[str]) -> dict[str, list[tuple[int, float]]]:
-        """What was noted for some keys since the last call: places in the reply, with entropies in nats."""
+        """Return and forget what was recorded for some keys.
+
+        Returns:
+            By key, pairs of a token's index in the reply and its entropy in nats.
+        """
         for names, entropies in self._pending:
             for (key, place), entropy in zip(names, entropies.tolist(), strict=True):
                 self._entropies.setdefault(key, []).append((place, entropy))
@@ -121,13 +126,13 @@ class Decisions:
 
     def _mask(self, logits: Tensor, menus: Mapping[int, tuple[int, ...]]) -> None:
         width = max(map(len, menus.values()))
-        # A menu that is shorter repeats its first id, which is written twice with the same value.
+        # A shorter menu is padded with its first id, which is then written twice with the same value.
         padded = [(*menu, *menu[:1] * (width - len(menu))) for menu in menus.values()]
         ids = torch.tensor(padded, device=logits.device)
         sizes = torch.tensor([len(menu) for menu in menus.values()], device=logits.device)
         rows = torch.tensor(list(menus), device=logits.device)
         values = logits[rows.unsqueeze(1), ids]
-        # What is forced has no logit of its own to be judged by: nan in it must not matter.
+        # A forced token has probability 1 whatever its logit, so nan there must not spread.
         values = values.masked_fill((sizes == 1).unsqueeze(1), 0.0)
         beyond = torch.arange(width, device=logits.device) >= sizes.unsqueeze(1)
         self._record_entropies(list(menus), values.masked_fill(beyond, -torch.inf))
@@ -150,7 +155,7 @@ class Decisions:
 
 
 def _allowed(each: Row) -> tuple[int, ...]:
-    """The ids that may come next; none where all may, or where the reply has ended already."""
+    """Return the ids that may come next; empty where all may, or where the reply has already ended."""
     if each.thoughts is not None:
         return (each.thoughts.stop,) if each.thoughts.over(each.output_ids) else ()
     if each.trie is None:
@@ -158,4 +163,4 @@ def _allowed(each: Row) -> tuple[int, ...]:
     try:
         return each.trie.allowed(each.output_ids)
     except ChoiceError:
-        return ()  # vLLM ran a step ahead of what it will throw away: the reply was complete before
+        return ()  # the reply was complete: vLLM ran a step ahead, and discards this token

@@ -1,4 +1,4 @@
-"""`VllmEngine`: vLLM in this process, driven step by step."""
+"""`VllmEngine`: vLLM inside this process, driven step by step."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from agentrl.policy.settings import VllmConfig
 from agentrl.scale.vllm_replies import PendingReply, Sequences, sampling_arguments
 from agentrl.scale.vllm_weights import named_weights, write_architecture
 
-# Read by vLLM as it is imported; what the user has set stays.
+# vLLM reads these on import; values that the user has set are kept.
 for _name, _value in {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its core shall run here, where a step is a call
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other one has another interface for logits processors
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # runs its core in this process, where a step is a call
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # version 2 has another interface for logits processors
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -45,29 +45,29 @@ CPU_STEP_TOKENS = 4096
 
 
 class VllmEngine:
-    """Continuous batching by vLLM, over a copy of a model's weights that `refresh` writes anew in place.
+    """Continuous batching by vLLM, over a copy of a model's weights that `refresh` overwrites in place.
 
-    Token ids go in and out. vLLM's prefix cache holds what earlier turns and siblings have computed. Choices
+    Token ids go in and out. vLLM's prefix cache keeps what earlier turns and siblings have computed. Choices
     are decoded by a token trie as in `TorchEngine`, and entropies are exact: a logits processor computes them
-    where vLLM samples. Replies in flight during a `refresh` keep their tokens and go on with the new
-    weights. A request draws the same again from the same seed and weights, but not what `TorchEngine` draws:
-    the generators differ.
+    where vLLM samples. Replies in flight during a `refresh` keep their tokens and continue with the new
+    weights. The same seed and weights give the same reply again, but not the reply of `TorchEngine`, whose
+    random generator differs.
 
-    When vLLM fails, what was in flight comes back as lost and vLLM is started again.
+    When vLLM fails, requests in flight come back as lost and vLLM is restarted.
 
     Args:
-        model: whose weights it copies, of an architecture that vLLM knows.
-        config: of vLLM; `url` is not looked at.
-        stop_ids: end a free reply; every choice ends in one of them.
-        max_context: tokens that a sequence may hold; None takes the model's own limit.
-        max_sequences: replies in flight at once; further ones wait.
+        model: The model whose weights it copies, of an architecture that vLLM supports.
+        config: The settings of vLLM; `url` is ignored.
+        stop_ids: The ids that end a free reply; every choice ends in one of them.
+        max_context: The largest number of tokens in a sequence; None takes the model's own limit.
+        max_sequences: The largest number of replies in flight; further requests wait.
 
     Attributes:
-        restarts: how often vLLM was started again.
+        restarts: The number of times that vLLM was restarted.
 
     Raises:
-        ConfigError: vLLM does not start with this model or these settings, or shares this process with
-            another one.
+        ConfigError: If vLLM does not start with this model or these settings, or this process is already in
+            a torch.distributed group.
     """
 
     provides = frozenset({"rollout:entropy"})
@@ -82,7 +82,7 @@ class VllmEngine:
         max_sequences: int = 256,
     ) -> None:
         if dist.is_initialized():
-            # vLLM makes groups of its own, and on its end destroys all that there are.
+            # vLLM creates its own groups, and destroys every group of the process when it closes.
             raise ConfigError(
                 "engine.name=vllm: this process is in a torch.distributed group already, of torchrun or of "
                 "another vLLM; wanted a process of its own, as engine.actors gives it one"
@@ -96,7 +96,7 @@ class VllmEngine:
             stop_ids=stop_ids, vocabulary=output_weight(model).shape[0], max_context=self.max_context
         )
         self._running: dict[str, PendingReply] = {}
-        self._abandoned_keys: list[str] = []  # keys that entropies may be noted under for nobody
+        self._abandoned_keys: list[str] = []  # keys whose entropies nobody will read
         self._finished: list[Generation] = []
         self._version = 0
         self._folder = TemporaryDirectory(prefix="agentrl-vllm-")
@@ -114,7 +114,7 @@ class VllmEngine:
             ) from error
 
     def submit(self, request: GenerationRequest) -> None:
-        """Take a request; one that cannot be served comes back from the next `step` with its error."""
+        """Queue a request; one that cannot be served comes back from the next `step` with an error."""
         reply = self._sequences.begin(request, self._version)
         if isinstance(reply, str):
             self._finished.append(Generation(request.sequence, policy_version=self._version, error=reply))
@@ -125,10 +125,10 @@ class VllmEngine:
             self._add(reply)
 
     def step(self) -> Sequence[Generation]:
-        """Let vLLM advance every request; return those that finished.
+        """Advance every request by one step of vLLM; return those that finished.
 
         Raises:
-            AgentRLError: vLLM failed more often than it may be started again.
+            AgentRLError: If vLLM failed and no restarts are left.
         """
         if self._running:
             try:
@@ -139,17 +139,17 @@ class VllmEngine:
         return finished
 
     def release(self, sequence: str) -> None:
-        """Forget a sequence and what is running for it; unknown names are fine."""
+        """Forget a sequence and its request in flight; unknown names are fine."""
         reply = self._sequences.release(sequence)
         if reply is not None and self._running.pop(reply.key, None) is not None:
             self._llm.abort_request([reply.key])
             self._abandoned_keys.append(reply.key)
 
     def refresh(self, version: int) -> None:
-        """Write the model's weights of now into vLLM; what the old ones left in its cache is made anew.
+        """Copy the model's current weights into vLLM, which then recomputes its cache as needed.
 
         Raises:
-            AgentRLError: vLLM failed more often than it may be started again.
+            AgentRLError: If vLLM failed and no restarts are left.
         """
         self._version = version
         try:
@@ -159,7 +159,7 @@ class VllmEngine:
             self._fail(error)
 
     def close(self) -> None:
-        """End vLLM and give back its memory."""
+        """Shut vLLM down and free its memory."""
         self._shut_down()
         self._folder.cleanup()
 
@@ -179,7 +179,7 @@ class VllmEngine:
                 kv_cache_memory_bytes=int(config.cpu_cache_gib * GIB) if cpu else None,
                 enforce_eager=cpu if config.eager is None else config.eager,
                 enable_prefix_caching=True,
-                # A prompt in parts needs an offset in its generator, which torch has on GPUs only.
+                # Chunked prompts need an offset in the random generator, which torch has on GPUs only.
                 enable_chunked_prefill=False if cpu else None,
                 max_num_batched_tokens=max(self.max_context, CPU_STEP_TOKENS) if cpu else None,
                 logprobs_mode="processed_logprobs",
@@ -192,7 +192,7 @@ class VllmEngine:
         self._copy_weights()
 
     def _check_generation(self) -> None:
-        """Generate a token: what vLLM cannot compute it says here first."""
+        """Generate one token, so that a model that vLLM cannot run fails at the start."""
         params = SamplingParams(max_tokens=1, detokenize=False)
         self._llm.add_request("try-out", {"prompt_token_ids": [0]}, params)
         while self._llm.has_unfinished_requests():
@@ -201,14 +201,16 @@ class VllmEngine:
     def _copy_weights(self) -> None:
         weights: Iterable[tuple[str, Tensor]] = named_weights(self.model)
         if self._config.tensor_parallel_size > 1:
-            weights = [(name, weight.cpu()) for name, weight in weights]  # to be sent to other processes
+            weights = [
+                (name, weight.cpu()) for name, weight in weights
+            ]  # since they are sent to other processes
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self._llm.collective_rpc("renew_head")
 
     def _add(self, reply: PendingReply) -> None:
         try:
             params = SamplingParams(**sampling_arguments(reply), output_kind=RequestOutputKind.DELTA)
-            params.skip_clone = True  # a menu is large, and nobody else holds these
+            params.skip_clone = True  # a menu is large, and these are not shared
             self._llm.add_request(reply.key, {"prompt_token_ids": reply.prompt}, params)
         except Exception as error:
             self._end(reply, f"vLLM refused the request: {type(error).__name__}: {error}")
@@ -231,7 +233,7 @@ class VllmEngine:
             try:
                 for token, candidates in zip(sampled.token_ids, sampled.logprobs or (), strict=True):
                     if reply.key != asked:
-                        break  # what comes after its thoughts is asked for anew
+                        break  # its reasoning ended; the choice is a new request
                     entropy = entropies[reply.received]
                     reply.take(token, candidates[token].logprob, entropy, self._version)
             except ValueError as mistake:
@@ -248,7 +250,7 @@ class VllmEngine:
                 ended.append(asked)
             elif output.finished:
                 self._end(reply, f"vLLM ended the reply early: {sampled.finish_reason}")
-        # Those that vLLM would go on with, as after the last decision of a choice.
+        # vLLM would continue these, for example past the last decision of a choice.
         self._llm.abort_request(ended)
         for reply in renewed:
             if reply.done:
@@ -263,7 +265,7 @@ class VllmEngine:
         )
 
     def _fail(self, error: Exception) -> None:
-        """Give up what is in flight and start vLLM again, as often as is allowed."""
+        """Answer the requests in flight as lost, and restart vLLM while restarts are left."""
         why = f"{type(error).__name__}: {error}"
         for reply in list(self._running.values()):
             self._end(reply, f"vLLM failed: {why}", lost=True)
@@ -271,7 +273,7 @@ class VllmEngine:
             if self.restarts >= self._config.max_restarts:
                 raise AgentRLError(
                     f"vLLM failed {self.restarts + 1} times, more than engine.vllm.max_restarts="
-                    f"{self._config.max_restarts} allows; the last time: {why}"
+                    f"{self._config.max_restarts} allows; last error: {why}"
                 ) from error
             self.restarts += 1
             self._shut_down()
@@ -287,14 +289,14 @@ class VllmEngine:
         if llm is not None:
             llm.engine_core.shutdown()
         del llm
-        if dist.is_initialized():  # a start that failed leaves what it had made
+        if dist.is_initialized():  # a failed start leaves its groups behind
             cleanup_dist_env_and_memory()
-        gc.collect()  # its parts refer to each other, and hold the cache's memory
+        gc.collect()  # its objects form cycles that hold the memory of the cache
 
 
 @contextmanager
 def _preserve_generators() -> Iterator[None]:
-    """Keep the global generators as they are: vLLM seeds them all."""
+    """Restore the global random generators after the block, in which vLLM seeds them."""
     python, arrays = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

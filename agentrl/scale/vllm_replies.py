@@ -1,4 +1,4 @@
-"""Replies in the making, from tokens that vLLM sampled: loads no vLLM."""
+"""Replies assembled from tokens that vLLM sampled; does not import vLLM."""
 
 from __future__ import annotations
 
@@ -13,32 +13,34 @@ from agentrl.policy.trie import ChoiceError, Node, TokenTrie, token_trie
 from agentrl.scale.vllm_decisions import REQUEST
 from agentrl.seeds import derive_seed
 
-TEMPERATURES = (0.01, 2.0)  # beside 0; vLLM would raise lower ones in silence
+TEMPERATURES = (0.01, 2.0)  # besides 0; vLLM silently raises lower ones
 NOT_FINITE = "the model's logits are not finite: its weights hold nan or inf"
 
 
 class PendingReply:
-    """What was sampled for a request, and the forced tokens that follow from it.
+    """The tokens sampled for a request so far, and the forced tokens that follow from them.
 
-    One that thinks is asked of vLLM twice, first for its thoughts and then for its choice: when the thoughts
-    are over, `key` and all that vLLM is told change.
+    A reply with reasoning takes two requests to vLLM, first for the reasoning and then for the choice: when
+    the reasoning ends, `key`, `seed`, `prompt` and `max_tokens` change.
 
     Args:
-        request: what is replied to.
-        context: the tokens of its sequence, with those of the request.
-        trie: of its choices.
-        room: tokens that its sequence may still hold.
-        stop_ids: that end a free reply, and thoughts.
-        version: of the weights when it began.
+        request: The request that is replied to.
+        key: The id of the first request to vLLM.
+        context: The tokens of its sequence, including those of the request.
+        trie: The trie of its choices.
+        room: The number of tokens that its sequence may still take.
+        stop_ids: The ids that end a free reply, and reasoning.
+        version: The version of the weights when it began.
 
     Attributes:
-        key: names it to vLLM.
-        seed: of what vLLM draws under that name.
-        prompt: the tokens that vLLM continues: the context, thoughts, and what every choice begins with.
-        max_tokens: that vLLM may add.
-        thought: that is being had before the choice.
-        forced: how many tokens of every choice are part of the prompt.
-        done: whether nothing is left to be drawn.
+        key: The id of the current request to vLLM.
+        seed: The seed of that request.
+        prompt: The tokens that vLLM continues: the context, the reasoning, and the common start of all
+            choices.
+        max_tokens: The number of tokens that vLLM may add.
+        thought: The reasoning under way; None otherwise.
+        forced: The number of tokens of every choice that are part of the prompt.
+        done: Whether the reply is complete.
     """
 
     def __init__(
@@ -56,11 +58,11 @@ class PendingReply:
         self.logprobs: list[float] = []
         self.entropies: list[float] = []
         self.allowed: list[tuple[int, ...] | None] = []
-        self.versions = [(0, version)]  # from which of its tokens on, which version
-        self.received = 0  # tokens from vLLM under this key; it samples the forced ones as well
+        self.versions = [(0, version)]  # (index of the first token, version of the weights)
+        self.received = 0  # tokens from vLLM under this key, forced ones included
         self.finish = "stop"
         self.stop_ids = stop_ids
-        self._known = 0  # tokens to come from vLLM that are here already
+        self._known = 0  # forced tokens that are already in `ids` and will still come from vLLM
         self._trie = trie
         self._node: Node | None = None
         self.seed, self.forced = request.seed, 0
@@ -74,10 +76,10 @@ class PendingReply:
                 self._begin_choice(before)
 
     def take(self, token: int, logprob: float, entropy: float, version: int) -> None:
-        """Add a token as vLLM sampled it; what comes after the reply's end is left out.
+        """Add a token that vLLM sampled; tokens after the end of the reply are dropped.
 
         Raises:
-            ValueError: for a token that was not allowed, or whose logits were not finite.
+            ValueError: If the token was not allowed, or its logits were not finite.
         """
         self.received += 1
         if self.done:
@@ -105,7 +107,9 @@ class PendingReply:
         if written is not None:
             self.thought, self.received = None, 0
             self.key = f"{self.key}-choice"
-            self.seed = derive_seed(self.seed, "choice")  # else it would begin with the draws of the thoughts
+            self.seed = derive_seed(
+                self.seed, "choice"
+            )  # else the choice would repeat the random numbers of the reasoning
             self._begin_choice(written)
 
     def _begin_choice(self, written: tuple[int, ...]) -> None:
@@ -142,12 +146,12 @@ class PendingReply:
 
 
 class Sequences:
-    """The tokens of every sequence and the reply that each waits for.
+    """The tokens of every sequence, and the reply that each waits for.
 
     Args:
-        stop_ids: end a free reply; every choice ends in one of them.
-        vocabulary: number of ids of the model.
-        max_context: tokens that a sequence may hold.
+        stop_ids: The ids that end a free reply; every choice ends in one of them.
+        vocabulary: The number of ids of the model.
+        max_context: The largest number of tokens in a sequence.
     """
 
     def __init__(self, *, stop_ids: Iterable[int], vocabulary: int, max_context: int) -> None:
@@ -155,10 +159,13 @@ class Sequences:
         self._vocabulary, self._max_context = vocabulary, max_context
         self._held: dict[str, list[int]] = {}
         self._pending: dict[str, PendingReply] = {}
-        self._prefix, self._count = f"agentrl-{uuid4().hex[:12]}", 0  # others may use the same server
+        self._prefix, self._count = (
+            f"agentrl-{uuid4().hex[:12]}",
+            0,
+        )  # unique, since others may use the same server
 
     def begin(self, request: GenerationRequest, version: int) -> PendingReply | str:
-        """Begin a reply with weights of a version; text says why it cannot be."""
+        """Begin a reply with weights of a version; return an error message if it cannot be served."""
         held = self._held.get(request.sequence)
         try:
             trie = None if request.choices is None else token_trie(request.choices)
@@ -191,7 +198,7 @@ class Sequences:
         return reply
 
     def end(self, reply: PendingReply) -> Generation:
-        """The finished reply, which its sequence holds from now on."""
+        """Append a finished reply to its sequence, and return it."""
         del self._pending[reply.request.sequence]
         reply.context.extend(reply.ids)
         return Generation(
@@ -205,20 +212,26 @@ class Sequences:
         )
 
     def fail(self, reply: PendingReply, error: str, *, lost: bool = False) -> Generation:
-        """The reply that did not come about; `lost` where the engine failed, whatever was asked."""
+        """End a reply with an error, and return it.
+
+        Args:
+            reply: The reply that could not be finished.
+            error: The reason.
+            lost: Whether the engine failed, whatever the request was.
+        """
         del self._pending[reply.request.sequence]
         return Generation(
             reply.request.sequence, policy_version=reply.versions[-1][1], error=error, lost=lost
         )
 
     def release(self, name: str) -> PendingReply | None:
-        """Forget a sequence; also the reply it was waiting for."""
+        """Forget a sequence, and return the reply that it was waiting for, if any."""
         self._held.pop(name, None)
         return self._pending.pop(name, None)
 
 
 def sampling_arguments(reply: PendingReply) -> dict[str, Any]:
-    """How vLLM shall sample a reply: its `SamplingParams`, as data."""
+    """Return the arguments of vLLM's `SamplingParams` for a reply, as data for JSON."""
     request = reply.request
     own: dict[str, Any] = {"key": reply.key}
     stops = reply.stop_ids
@@ -232,7 +245,7 @@ def sampling_arguments(reply: PendingReply) -> dict[str, Any]:
         }
     elif request.choices is not None:
         own["choices"] = [choice[reply.forced :] for choice in request.choices]
-        # One that stands inside a choice as well must not end it; `PendingReply` knows where the end is.
+        # A stop id inside a choice must not end it; `PendingReply` knows where the choice ends.
         stops = stops - {token for choice in request.choices for token in choice[:-1]}
     return {
         "temperature": request.sampling.temperature,

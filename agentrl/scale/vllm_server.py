@@ -1,4 +1,4 @@
-"""`VllmServerEngine`: a vLLM server that somebody has started, over HTTP."""
+"""`VllmServerEngine`: generation over HTTP on a vLLM server that is already running."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SERVE = (
     "(on a CPU also --no-enable-chunked-prefill --max-num-batched-tokens N, of at least max_model_len)"
 )
 _CONNECT_TIMEOUT = 10.0  # seconds
-_WAIT = 0.05  # seconds that a step waits for a reply before environments are looked after again
+_WAIT = 0.05  # seconds that a step waits for a reply, so that environments are served in between
 _PROBE_TOKENS = 16
 
 
@@ -37,41 +37,41 @@ def check_answers(url: str) -> None:
     """Refuse an address where no vLLM server answers.
 
     Raises:
-        ConfigError: with the command that starts one.
+        ConfigError: With the command that starts a server.
     """
     try:
         models = httpx2.get(f"{url.rstrip('/')}/v1/models", timeout=_CONNECT_TIMEOUT)
         kind = models.json()["data"][0]["owned_by"]
     except httpx2.HTTPError as error:
         raise ConfigError(
-            f"engine.vllm.url: nobody answers at {url} ({error}); start a server there: {SERVE}"
+            f"engine.vllm.url: nothing answers at {url} ({error}); start a server there: {SERVE}"
         ) from error
     except (ValueError, LookupError, TypeError):
         kind = None
     if kind != "vllm":
         raise ConfigError(
-            f"engine.vllm.url: what answers at {url} is no vLLM server; start one at a free port: {SERVE}"
+            f"engine.vllm.url: the server at {url} is not a vLLM server; start one on a free port: {SERVE}"
         )
 
 
 class VllmServerEngine:
-    """Generates on a server; requests in flight are batched there.
+    """Generation on a vLLM server, which batches the requests in flight.
 
-    The server is started by its user, in an environment that has agentrl, with `SERVE`: its workers mask
-    logits by the same token trie and compute exact entropies as `VllmEngine`'s do. `refresh` pauses it, hands
-    the weights over and lets replies in flight go on with them; every token's version is known. A reply that
-    fails comes back as lost, and nothing is started again from here.
+    The user starts the server with the command `SERVE`, in an environment that has agentrl: its workers then
+    mask logits with the same token trie and compute exact entropies as those of `VllmEngine` do. `refresh`
+    pauses the server, sends the weights and lets replies in flight continue with them; the version of every
+    token is known. A reply that fails comes back as lost; the server is never restarted from here.
 
     Args:
-        model: whose weights the server shall have; it must serve a model of the same shape.
-        config: where it is, and how weights get there.
-        stop_ids: end a free reply; every choice ends in one of them.
-        max_context: tokens that a sequence may hold; None takes the model's own limit.
-        max_sequences: replies in flight at once; further ones wait.
+        model: The model whose weights are sent; the server must serve a model of the same shape.
+        config: The address of the server, and the way in which weights are sent.
+        stop_ids: The ids that end a free reply; every choice ends in one of them.
+        max_context: The largest number of tokens in a sequence; None takes the model's own limit.
+        max_sequences: The largest number of replies in flight; further requests wait.
 
     Raises:
-        ConfigError: nobody answers at the url, it is not started as wanted, it serves another model, its
-            context is too short, or with our weights it does not give our logprobs.
+        ConfigError: If nothing answers at the url, or the server lacks the options of `SERVE`, serves another
+            model, has too short a context, or gives other logprobs than the model with the same weights.
     """
 
     provides = frozenset({"rollout:entropy"})
@@ -86,7 +86,7 @@ class VllmServerEngine:
         max_sequences: int = 256,
     ) -> None:
         if config.url is None:
-            raise ValueError("config.url is None, wanted that of a server")
+            raise ValueError("config.url is None, wanted the address of a server")
         self.model = model
         self.max_context = context_length(model, max_context)
         self._url, self._config = config.url, config
@@ -100,7 +100,7 @@ class VllmServerEngine:
         )
         self._threads = ThreadPoolExecutor(max_sequences, "vllm-server")
         self._running: dict[Future[Mapping[str, Any]], PendingReply] = {}
-        self._abandoned_keys: list[str] = []  # keys that entropies may be noted under for nobody
+        self._abandoned_keys: list[str] = []  # keys whose entropies nobody will read
         self._finished: list[Generation] = []
         self._version = 0
         self._sender: Any = None
@@ -113,7 +113,7 @@ class VllmServerEngine:
             raise
 
     def submit(self, request: GenerationRequest) -> None:
-        """Take a request; one that cannot be served comes back from the next `step` with its error."""
+        """Send a request; one that cannot be served comes back from the next `step` with an error."""
         reply = self._sequences.begin(request, self._version)
         if isinstance(reply, str):
             self._finished.append(Generation(request.sequence, policy_version=self._version, error=reply))
@@ -123,7 +123,7 @@ class VllmServerEngine:
             self._running[self._threads.submit(self._generate, reply)] = reply
 
     def step(self) -> Sequence[Generation]:
-        """Return the replies that have come; wait a moment for the first where none has."""
+        """Return the replies that have arrived; wait `_WAIT` seconds at most for the first."""
         if self._running and not self._finished:
             wait(self._running, timeout=_WAIT, return_when=FIRST_COMPLETED)
         come = {future: reply for future, reply in self._running.items() if future.done()}
@@ -133,7 +133,7 @@ class VllmServerEngine:
         return finished
 
     def release(self, sequence: str) -> None:
-        """Forget a sequence and what is running for it; unknown names are fine."""
+        """Forget a sequence and its request in flight; unknown names are fine."""
         reply = self._sequences.release(sequence)
         for future, running in list(self._running.items()):
             if running is reply:
@@ -143,11 +143,11 @@ class VllmServerEngine:
                     self._threads.submit(self._abort, [running.key])
 
     def refresh(self, version: int) -> None:
-        """Hand the model's weights of now to the server; what the old ones left in its cache is made anew.
+        """Send the model's current weights to the server, which then recomputes its cache as needed.
 
         Raises:
-            ConfigError: the server cannot read the folder of the weights.
-            AgentRLError: it does not answer any more, or fails.
+            ConfigError: If the server cannot read the folder of the weights.
+            AgentRLError: If it no longer answers, or fails.
         """
         self._version = version
         self._call("POST", "/pause", params={"mode": "keep"})
@@ -162,7 +162,7 @@ class VllmServerEngine:
             self._call("POST", "/resume")
 
     def close(self) -> None:
-        """Leave the server, with the weights that it has."""
+        """Abort the requests in flight and disconnect; the server keeps running with its weights."""
         keys = [reply.key for reply in self._running.values()]
         for future in self._running:
             future.cancel()
@@ -203,7 +203,7 @@ class VllmServerEngine:
                 continue
             if reply.done:
                 self._finished.append(self._sequences.end(reply))
-            else:  # its thoughts are over, and its choice comes next
+            else:  # its reasoning ended; the choice is a new request
                 self._running[self._threads.submit(self._generate, reply)] = reply
 
     def _fill(self, reply: PendingReply, answer: Mapping[str, Any], entropies: Mapping[int, float]) -> None:
@@ -225,8 +225,8 @@ class VllmServerEngine:
         return found
 
     def _abort(self, keys: Sequence[str]) -> None:
-        names = [f"generate-tokens-{key}" for key in keys]  # as the server calls them
-        with suppress(AgentRLError):  # what does not answer computes nothing either
+        names = [f"generate-tokens-{key}" for key in keys]  # the prefix that the server adds
+        with suppress(AgentRLError):  # a server that does not answer generates nothing either
             self._call("POST", "/abort_requests", {"request_ids": names})
 
     # Weights
@@ -244,7 +244,7 @@ class VllmServerEngine:
                 self._rpc("reload_weights", weights_path=str(place))
             except AgentRLError as error:
                 raise ConfigError(
-                    f"engine.vllm.weights_folder: the server at {self._url} cannot take the weights in "
+                    f"engine.vllm.weights_folder: the server at {self._url} cannot load the weights in "
                     f"{place}, which it must see under this path: {error}"
                 ) from error
             self._rpc("renew_head")
@@ -252,9 +252,9 @@ class VllmServerEngine:
             shutil.rmtree(place, ignore_errors=True)
 
     def _send_weights(self) -> None:
-        """Broadcast from GPU to GPU.
+        """Broadcast the weights from GPU to GPU by NCCL.
 
-        Written against vLLM 0.32's documented interface, and never run: it takes GPUs on both sides. The
+        Written against the documented interface of vLLM 0.32 and never run, since both sides need GPUs. The
         server needs `--weight-transfer-config '{"backend": "nccl"}'` as well.
         """
         from vllm.distributed.weight_transfer import nccl_engine
@@ -281,7 +281,8 @@ class VllmServerEngine:
             served = self._rpc("describe_policy")[0]
         except AgentRLError as error:
             raise ConfigError(
-                f"engine.vllm.url: the server at {self._url} is not started as wanted ({error}): {SERVE}"
+                f"engine.vllm.url: the server at {self._url} lacks options that agentrl needs ({error}); "
+                f"start it with: {SERVE}"
             ) from error
         self._check_served(served)
 
@@ -303,10 +304,13 @@ class VllmServerEngine:
                 f"wanted at least {self.max_context} (policy.max_context)"
             )
         if not served["masks"] or served["logprobs_mode"] != "processed_logprobs":
-            raise ConfigError(f"engine.vllm.url: the server at {self._url} is not started as wanted: {SERVE}")
+            raise ConfigError(
+                f"engine.vllm.url: the server at {self._url} lacks options that agentrl needs; start it "
+                f"with: {SERVE}"
+            )
 
     def _check_logprobs(self) -> None:
-        """Let the server continue a few tokens, and compare its logprobs with the model's."""
+        """Sample a few tokens on the server, and compare its logprobs with the model's."""
         vocabulary = output_weight(self.model).shape[0]
         length = min(8, self.max_context - 1)
         prompt = tuple(7919 * (place + 1) % vocabulary for place in range(length))
@@ -329,9 +333,9 @@ class VllmServerEngine:
         tolerance = 1e-3 if exact else 0.1
         if not worst <= tolerance:
             raise ConfigError(
-                f"engine.vllm.url: with our weights the server at {self._url} gives other logprobs than the "
-                f"model (largest difference {worst:.3g} nats, wanted at most {tolerance}); it serves another "
-                f"architecture, in {self._dtype}"
+                f"engine.vllm.url: with the same weights the server at {self._url} gives other logprobs than "
+                f"the model (largest difference {worst:.3g} nats, wanted at most {tolerance}); it serves "
+                f"another architecture, in {self._dtype}"
             )
 
     def _rpc(self, method: str, **arguments: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A model's architecture and weights in the form that vLLM reads: loads no vLLM."""
+"""A model's architecture and weights in the form that vLLM reads; does not import vLLM."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SHAPE = (
 
 
 def shape_of(config: Any) -> Mapping[str, Any]:
-    """What two configurations of models must have in common for the weights of one to fit the other."""
+    """Return the settings in which two models must agree for the weights of one to fit the other."""
     return {name: getattr(config, name, None) for name in SHAPE}
 
 
 def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The weights by the names that their files have; tied ones once."""
+    """Yield the weights by the names that their files have; tied weights appear once."""
     for name, weight in cast(nn.Module, model).named_parameters():
         yield name, weight.detach()
 

@@ -14,33 +14,33 @@ from gymnasium.error import ResetNeeded
 from agentrl.env import TextSpace, unknown
 from agentrl.env.numbers import MAX_STEPS, whole_number
 from agentrl.errors import ConfigError
-from agentrl_envs.alfworld.engine import Snapshot
+from agentrl_envs.alfworld.engine import GameState
 from agentrl_envs.alfworld.expert import SearchingExpert
 from agentrl_envs.alfworld.games import Games, GeneratedGames, LoadedGame, OfficialGames
 from agentrl_envs.alfworld.generate import SPLITS, TASK_TYPES, Options
 from agentrl_envs.alfworld.wording import compact, compact_opening
 
-LEFT_OUT = ("look", "inventory", "examine", "slice", "help")
+OPTIONAL_COMMANDS = ("look", "inventory", "examine", "slice", "help")
 
 
 class Engine(Protocol):
     """What plays a game: the native engine, or TextWorld's."""
 
-    def start(self, loaded: LoadedGame) -> Snapshot: ...
+    def start(self, loaded: LoadedGame) -> GameState: ...
 
-    def advance(self, loaded: LoadedGame, moment: Snapshot, command: str) -> Snapshot: ...
+    def advance(self, loaded: LoadedGame, state: GameState, command: str) -> GameState: ...
 
-    def other_reached(self, loaded: LoadedGame, moment: Snapshot) -> bool: ...
+    def other_reached(self, loaded: LoadedGame, state: GameState) -> bool: ...
 
     def close(self) -> None: ...
 
 
-class Saved(NamedTuple):
+class EpisodeState(NamedTuple):
     """A point of an episode to come back to; immutable, made and restored in no time."""
 
     task: str
     loaded: LoadedGame
-    moment: Snapshot
+    state: GameState
     observation: str
     steps: int
     finished: bool
@@ -114,7 +114,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self._engine = _engine(engine)
         if engine == "textworld":  # it cannot go back, so it does not claim to
             vars(self).update(snapshot=None, restore=None)
-        self._saved: Saved | None = None
+        self._episode: EpisodeState | None = None
         self._expert: tuple[SearchingExpert, LoadedGame, tuple[tuple[str, str], ...]] | None = None
         self.observation_space = TextSpace()
         self.action_space = TextSpace()
@@ -150,108 +150,108 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         elif not isinstance(task, str):
             raise ConfigError(f"options: task is {task!r}, wanted a task id")
         loaded = self._games.load(task)
-        moment = self._engine.start(loaded)
+        state = self._engine.start(loaded)
         self._expert = None
-        text = compact_opening(moment.observation, loaded.wanted) if self._compact else moment.observation
-        self._saved = Saved(
-            task, loaded, moment, text, 0, False, self._engine.other_reached(loaded, moment), ()
+        text = compact_opening(state.observation, loaded.wanted) if self._compact else state.observation
+        self._episode = EpisodeState(
+            task, loaded, state, text, 0, False, self._engine.other_reached(loaded, state), ()
         )
-        return text, self._info(self._saved, True)
+        return text, self._info(self._episode, True)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        before = self._saved
+        before = self._episode
         if before is None or before.finished:
             raise ResetNeeded("the episode is over or has not begun: call reset first")
-        moment = self._engine.advance(before.loaded, before.moment, action)
+        state = self._engine.advance(before.loaded, before.state, action)
         steps = before.steps + 1
-        truncated = steps >= self.max_steps and not moment.won
-        text = compact(moment.observation) if self._compact else moment.observation
-        saved = Saved(
+        truncated = steps >= self.max_steps and not state.won
+        text = compact(state.observation) if self._compact else state.observation
+        episode = EpisodeState(
             before.task,
             before.loaded,
-            moment,
+            state,
             text,
             steps,
-            moment.won or truncated,
-            before.other_success or self._engine.other_reached(before.loaded, moment),
-            (*before.history, (action.strip(), moment.observation)),
+            state.won or truncated,
+            before.other_success or self._engine.other_reached(before.loaded, state),
+            (*before.history, (action.strip(), state.observation)),
         )
-        self._saved = saved
-        info = self._info(saved, moment.moves > before.moment.moves)
-        return text, float(moment.won), moment.won, truncated, info
+        self._episode = episode
+        info = self._info(episode, state.moves > before.state.moves)
+        return text, float(state.won), state.won, truncated, info
 
-    def _info(self, saved: Saved, valid: bool) -> dict[str, Any]:
-        moment = saved.moment
+    def _info(self, episode: EpisodeState, valid: bool) -> dict[str, Any]:
+        state = episode.state
         info: dict[str, Any] = {
-            "success": moment.won,
-            "score": float(moment.won),
-            "actions": self._menu(moment),
+            "success": state.won,
+            "score": float(state.won),
+            "actions": self._menu(state),
             "valid": valid,
-            "task_type": saved.loaded.wanted.task_type,
-            "state_key": moment.key,
-            "other_success": saved.other_success,
+            "task_type": episode.loaded.wanted.task_type,
+            "state_key": state.key,
+            "other_success": episode.other_success,
         }
         if self._with_expert:
             info["expert"] = self.expert()
         return info
 
-    def _menu(self, moment: Snapshot) -> list[str]:
+    def _menu(self, state: GameState) -> list[str]:
         if not self._short_menu:
-            return list(moment.admissible)
-        return [command for command in moment.admissible if not command.startswith(LEFT_OUT)]
+            return list(state.admissible)
+        return [command for command in state.admissible if not command.startswith(OPTIONAL_COMMANDS)]
 
     def expert(self) -> str | None:
         """Give the searching expert's next command, from what this episode has shown; None after its end."""
-        saved = self._saved
-        if saved is None:
+        episode = self._episode
+        if episode is None:
             raise ResetNeeded("the episode has not begun: call reset first")
-        if saved.finished:
+        if episode.finished:
             return None
-        return self._expert_for(saved).next(self._menu(saved.moment))
+        return self._expert_for(episode).next(self._menu(episode.state))
 
-    def _expert_for(self, saved: Saved) -> SearchingExpert:
+    def _expert_for(self, episode: EpisodeState) -> SearchingExpert:
         expert, loaded, read = self._expert or (None, None, ())
-        if expert is None or loaded is not saved.loaded or saved.history[: len(read)] != read:
-            opening = saved.loaded.game.start.observation
-            expert, read = SearchingExpert(saved.loaded.wanted, opening, saved.loaded.holds), ()
-        for command, text in saved.history[len(read) :]:
+        if expert is None or loaded is not episode.loaded or episode.history[: len(read)] != read:
+            opening = episode.loaded.game.start.observation
+            expert, read = SearchingExpert(episode.loaded.wanted, opening, episode.loaded.holds), ()
+        for command, text in episode.history[len(read) :]:
             expert.observe(command, text)
-        self._expert = expert, saved.loaded, saved.history
+        self._expert = expert, episode.loaded, episode.history
         return expert
 
     @property
     def walkthrough(self) -> tuple[str, ...]:
         """Commands that win the current task from its start, by someone who knows where everything is."""
-        if self._saved is None:
+        if self._episode is None:
             raise ResetNeeded("the episode has not begun: call reset first")
-        return self._saved.loaded.game.walkthrough
+        return self._episode.loaded.game.walkthrough
 
     def close(self) -> None:
         self._engine.close()
 
-    def snapshot(self) -> Saved:
+    def snapshot(self) -> EpisodeState:
         """Keep this point of the episode."""
-        if self._saved is None:
+        if self._episode is None:
             raise ResetNeeded("the episode has not begun: call reset first")
-        return self._saved
+        return self._episode
 
-    def restore(self, snapshot: Saved) -> tuple[str, dict[str, Any]]:
+    def restore(self, snapshot: EpisodeState) -> tuple[str, dict[str, Any]]:
         """Go back to a kept point; return its observation and info."""
-        self._saved = snapshot
+        self._episode = snapshot
         return snapshot.observation, self._info(snapshot, True)
 
 
 class NativeEngine:
     """Our own engine: a moment is a value, so there is nothing to hold."""
 
-    def start(self, loaded: LoadedGame) -> Snapshot:
+    def start(self, loaded: LoadedGame) -> GameState:
         return loaded.game.start
 
-    def advance(self, loaded: LoadedGame, moment: Snapshot, command: str) -> Snapshot:
-        return loaded.game.advance(moment, command)
+    def advance(self, loaded: LoadedGame, state: GameState, command: str) -> GameState:
+        return loaded.game.advance(state, command)
 
-    def other_reached(self, loaded: LoadedGame, moment: Snapshot) -> bool:
-        return loaded.game.other_reached(moment)
+    def other_reached(self, loaded: LoadedGame, state: GameState) -> bool:
+        return loaded.game.other_reached(state)
 
     def close(self) -> None:
         pass

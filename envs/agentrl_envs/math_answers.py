@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from agentrl.errors import ConfigError, missing_extra
-from agentrl_envs import bounded
+from agentrl_envs import limited_calls
 from agentrl_envs.math_judge import has_calculus
 from agentrl_envs.mathematics.equality import NeedsTimeError, same
 
@@ -179,7 +179,9 @@ def _same(gold: str, answer: str, rounded_digits: int | None, mathematics: bool)
 def _judged(gold: str, answer: str, rounded_digits: int | None, mathematics: bool) -> bool:
     try:
         return bool(
-            bounded.calls.call("agentrl_envs.math_judge", "judge", gold, answer, rounded_digits, mathematics)
+            limited_calls.calls.call(
+                "agentrl_envs.math_judge", "judge", gold, answer, rounded_digits, mathematics
+            )
         )
-    except bounded.OverLimitError:
+    except limited_calls.OverLimitError:
         return False

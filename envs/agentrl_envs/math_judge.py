@@ -1,4 +1,4 @@
-"""What is found out about an answer in a process with a limit; run by `bounded`."""
+"""What is found out about an answer in a process with a limit; run by `limited_calls`."""
 
 import re
 

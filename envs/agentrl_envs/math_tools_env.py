@@ -15,7 +15,7 @@ from agentrl.env import TextSpace, unknown
 from agentrl.env.numbers import MAX_STEPS, whole_number
 from agentrl.env.problems import TaskIds, content_hash, find_problem
 from agentrl.env.sandbox import Limits, Sandbox, Session
-from agentrl_envs import bounded
+from agentrl_envs import limited_calls
 from agentrl_envs.calculator import CalculatorError, calculate
 from agentrl_envs.math_answers import ROUNDED_DIGITS, checked_digits, judged_by, last_boxed
 from agentrl_envs.problem_files import choose_problems
@@ -36,7 +36,7 @@ class Call(NamedTuple):
     text: str
 
 
-class Saved(NamedTuple):
+class EpisodeState(NamedTuple):
     """A point of an episode to come back to."""
 
     task: str
@@ -127,7 +127,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         if self._python is not None:
             vars(self).update(snapshot=None, restore=None)
         self._with_expert = expert
-        self._saved: Saved | None = None
+        self._episode: EpisodeState | None = None
         self.observation_space = TextSpace()
         self.action_space = TextSpace()
 
@@ -156,8 +156,8 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         if self._python is not None:
             self._python.end_session()
         usage = f"\n{self._usage()}" if self._plain else ""
-        self._saved = Saved(task, problem, f"{problem.question}{usage}{self._hurry(0)}")
-        return self._saved.observation, self._info(self._saved)
+        self._episode = EpisodeState(task, problem, f"{problem.question}{usage}{self._hurry(0)}")
+        return self._episode.observation, self._info(self._episode)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         before = self._running()
@@ -179,7 +179,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         answered = call is not None and call.tool == ANSWER
         if not answered:
             observation += self._hurry(steps)
-        self._saved = before._replace(
+        self._episode = before._replace(
             observation=observation,
             steps=steps,
             finished=last,
@@ -191,7 +191,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         )
         if last and self._python is not None:
             self._python.end_session()
-        return observation, float(success), answered, last and not answered, self._info(self._saved)
+        return observation, float(success), answered, last and not answered, self._info(self._episode)
 
     def _read(self, reply: str) -> Call | None:
         found = []
@@ -215,7 +215,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
             return f"error: {error}", True
 
     def _solved(self, problem: Problem, answer: str) -> bool:
-        bounded.calls.join(self)
+        limited_calls.calls.join(self)
         return problem.solved_by(f"<{ANSWER}>{answer}</{ANSWER}>", self._rounded_digits)
 
     def _usage(self) -> str:
@@ -227,19 +227,19 @@ class MathToolsEnv(gymnasium.Env[str, str]):
     def _hurry(self, steps: int) -> str:
         return "\nThis is the last turn: answer now." if steps == self.max_steps - 1 else ""
 
-    def _running(self) -> Saved:
-        if self._saved is None:
+    def _running(self) -> EpisodeState:
+        if self._episode is None:
             raise ResetNeeded("the episode has not begun: call reset first")
-        return self._saved
+        return self._episode
 
-    def _info(self, saved: Saved) -> dict[str, Any]:
+    def _info(self, episode: EpisodeState) -> dict[str, Any]:
         info: dict[str, Any] = {
-            "success": saved.success,
-            "score": float(saved.success),
-            "valid": saved.valid,
-            "task_type": saved.problem.task_type,
-            "tool": saved.call.tool if saved.call else None,
-            "tool_error": saved.tool_error,
+            "success": episode.success,
+            "score": float(episode.success),
+            "valid": episode.valid,
+            "task_type": episode.problem.task_type,
+            "tool": episode.call.tool if episode.call else None,
+            "tool_error": episode.tool_error,
         }
         if self._with_expert:
             info["expert"] = self.expert()
@@ -247,12 +247,12 @@ class MathToolsEnv(gymnasium.Env[str, str]):
 
     def expert(self) -> str | None:
         """The next tool call that leads to the answer, or the answer; None after the end."""
-        saved = self._running()
-        if saved.finished:
+        episode = self._running()
+        if episode.finished:
             return None
-        left = saved.problem.work[saved.worked :]
-        if not left or not self._tags or saved.steps == self.max_steps - 1:
-            return f"<{ANSWER}>{saved.problem.answer}</{ANSWER}>"
+        left = episode.problem.work[episode.worked :]
+        if not left or not self._tags or episode.steps == self.max_steps - 1:
+            return f"<{ANSWER}>{episode.problem.answer}</{ANSWER}>"
         return f"<{self._tags[0]}>{self._written(left[0])}</{self._tags[0]}>"
 
     def _written(self, expression: str) -> str:
@@ -269,15 +269,15 @@ class MathToolsEnv(gymnasium.Env[str, str]):
     def close(self) -> None:
         if self._python is not None:
             self._python.close()
-        bounded.calls.leave(self)
+        limited_calls.calls.leave(self)
 
-    def snapshot(self) -> Saved:
+    def snapshot(self) -> EpisodeState:
         """Keep this point of the episode."""
         return self._running()
 
-    def restore(self, snapshot: Saved) -> tuple[str, dict[str, Any]]:
+    def restore(self, snapshot: EpisodeState) -> tuple[str, dict[str, Any]]:
         """Go back to a kept point; return its observation and info."""
-        self._saved = snapshot
+        self._episode = snapshot
         return snapshot.observation, self._info(snapshot)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from agentrl.env import OneStepEnv, unknown
-from agentrl_envs import bounded
+from agentrl_envs import limited_calls
 from agentrl_envs.math_answers import ROUNDED_DIGITS, checked_digits, judged_by
 from agentrl_envs.problem_files import choose_problems
 from agentrl_envs.problems import Check, Problem
@@ -68,11 +68,11 @@ class ReasoningEnv(OneStepEnv):
 
     def _score(self, task: Mapping[str, Any], reply: str) -> float:
         problem = Problem(**task["problem"])
-        bounded.calls.join(self)
+        limited_calls.calls.join(self)
         return float(problem.solved_by(reply, self._rounded_digits))
 
     def close(self) -> None:
-        bounded.calls.leave(self)
+        limited_calls.calls.leave(self)
 
 
 class _Prompts(Sequence[Mapping[str, Any]]):

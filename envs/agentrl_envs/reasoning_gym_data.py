@@ -20,7 +20,7 @@ import numpy as np
 
 from agentrl.env import unknown
 from agentrl.errors import ConfigError, missing_extra
-from agentrl_envs import bounded
+from agentrl_envs import limited_calls
 from agentrl_envs.calculator import CalculatorError, parse, whole_numbers
 
 LONGEST_ANSWER = 20_000  # characters
@@ -120,8 +120,8 @@ class Dataset:
         if self._compares_texts():
             return self.score(answer, item)
         try:
-            return float(bounded.calls.call(__name__, "scored", self, answer, item))
-        except bounded.OverLimitError:
+            return float(limited_calls.calls.call(__name__, "scored", self, answer, item))
+        except limited_calls.OverLimitError:
             return 0.0
 
     def _compares_texts(self) -> bool:
@@ -164,7 +164,7 @@ class Dataset:
 
 
 def scored(dataset: Dataset, answer: str, item: Mapping[str, Any]) -> float:
-    """Run by `bounded`."""
+    """Run by `limited_calls`."""
     return dataset.score(answer, item)
 
 

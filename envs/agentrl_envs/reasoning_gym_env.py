@@ -6,7 +6,7 @@ from typing import Any
 
 from agentrl.env import OneStepEnv, unknown
 from agentrl.errors import ConfigError
-from agentrl_envs import bounded
+from agentrl_envs import limited_calls
 from agentrl_envs.math_answers import last_tagged
 from agentrl_envs.reasoning_env import INSTRUCTIONS, TEXTS
 from agentrl_envs.reasoning_gym_data import Dataset, checked_dataset
@@ -88,7 +88,7 @@ class ReasoningGymEnv(OneStepEnv):
         )
 
     def _score(self, task: Mapping[str, Any], reply: str) -> float:
-        bounded.calls.join(self)
+        limited_calls.calls.join(self)
         tagged = last_tagged(reply)
         answer = reply.strip() if tagged is None else tagged
         return self._datasets[task["split"]].score_reply(answer, task["index"])
@@ -99,7 +99,7 @@ class ReasoningGymEnv(OneStepEnv):
         return observation, reward, terminated, truncated, info
 
     def close(self) -> None:
-        bounded.calls.leave(self)
+        limited_calls.calls.leave(self)
 
 
 class _Items(Sequence[Mapping[str, Any]]):

@@ -27,7 +27,7 @@ from agentrl_envs.webshop.shop import Shop, cache_folder, open_shop, require, so
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class EpisodeState:
     """A point of an episode to come back to; nothing of it is ever changed.
 
     Attributes:
@@ -160,12 +160,12 @@ class WebShopEnv(gymnasium.Env[str, str]):
         self._rich = text == "text_rich"
         self._faithful = draw == "original"
         self._searches = searches
-        self._before = num_prev_obs, num_prev_actions
+        self._history_lengths = num_prev_obs, num_prev_actions
         self._with_expert = expert
         self._draw: Draw | None = None
         self._offered: tuple[int, list[str]] = (-1, [])
         self._plan: tuple[int, Plan] | None = None
-        self._saved: Saved | None = None
+        self._episode: EpisodeState | None = None
         self.observation_space = TextSpace()
         self.action_space = TextSpace()
 
@@ -196,11 +196,11 @@ class WebShopEnv(gymnasium.Env[str, str]):
         goal = self._goal(task)
         nodes = self.shop.page(goal, START)
         page = self._render(nodes)
-        self._saved = Saved(task, goal, START, nodes, clickable(nodes), page, page)
-        return page, self._info(self._saved, True)
+        self._episode = EpisodeState(task, goal, START, nodes, clickable(nodes), page, page)
+        return page, self._info(self._episode, True)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        before = self._saved
+        before = self._episode
         if before is None or before.finished:
             raise ResetNeeded("the episode is over or has not begun: call reset first")
         state = act(before.state, action, before.clicks)
@@ -212,8 +212,12 @@ class WebShopEnv(gymnasium.Env[str, str]):
         else:
             nodes = self.shop.page(before.goal, state, score)
             clicks, page = clickable(nodes), self._render(nodes)
-        earlier = (*before.earlier, (before.page, action))[-max(self._before) :] if any(self._before) else ()
-        self._saved = saved = Saved(
+        earlier = (
+            (*before.earlier, (before.page, action))[-max(self._history_lengths) :]
+            if any(self._history_lengths)
+            else ()
+        )
+        self._episode = episode = EpisodeState(
             before.task,
             before.goal,
             before.state if state is None else state,
@@ -226,61 +230,61 @@ class WebShopEnv(gymnasium.Env[str, str]):
             reward,
             earlier,
         )
-        info = self._info(saved, state is not None)
-        return saved.observation, score, bought, saved.finished and not bought, info
+        info = self._info(episode, state is not None)
+        return episode.observation, score, bought, episode.finished and not bought, info
 
     def expert(self) -> str | None:
         """Give the oracle's next action, from wherever this episode is; None after its end."""
-        saved = self._saved
-        if saved is None:
+        episode = self._episode
+        if episode is None:
             raise ResetNeeded("the episode has not begun: call reset first")
-        if saved.finished:
+        if episode.finished:
             return None
-        return advise(self.shop, saved.goal, self._planned(saved.goal), saved.state, saved.clicks)
+        return advise(self.shop, episode.goal, self._planned(episode.goal), episode.state, episode.clicks)
 
-    def snapshot(self) -> Saved:
+    def snapshot(self) -> EpisodeState:
         """Keep this point of the episode."""
-        if self._saved is None:
+        if self._episode is None:
             raise ResetNeeded("the episode has not begun: call reset first")
-        return self._saved
+        return self._episode
 
-    def restore(self, snapshot: Saved) -> tuple[str, dict[str, Any]]:
+    def restore(self, snapshot: EpisodeState) -> tuple[str, dict[str, Any]]:
         """Go back to a kept point; return its observation and info."""
-        self._saved = snapshot
+        self._episode = snapshot
         return snapshot.observation, self._info(snapshot, True)
 
     def _with_earlier(self, page: str, earlier: Sequence[tuple[str, str]]) -> str:
-        pages, actions = self._before
+        pages, actions = self._history_lengths
         shown: list[str] = []
         for back, (old, action) in zip(range(len(earlier), 0, -1), earlier, strict=True):
             shown += [old] * (back <= pages) + [action] * (back <= actions)
         return SEPARATOR.join((*shown, page)) if shown else page
 
-    def _info(self, saved: Saved, valid: bool) -> dict[str, Any]:
-        score = 0.0 if saved.reward is None else saved.reward.total
+    def _info(self, episode: EpisodeState, valid: bool) -> dict[str, Any]:
+        score = 0.0 if episode.reward is None else episode.reward.total
         info: dict[str, Any] = {
             "success": score == 1.0,
             "score": score,
-            "actions": list(self._menu(saved)),
+            "actions": list(self._menu(episode)),
             "valid": valid,
-            "task_type": saved.goal.product.category,
-            "state_key": self._key(saved.state),
+            "task_type": episode.goal.product.category,
+            "state_key": self._key(episode.state),
         }
-        if saved.reward is not None:
-            info["reward_parts"] = saved.reward.parts()
+        if episode.reward is not None:
+            info["reward_parts"] = episode.reward.parts()
         if self._with_expert:
             info["expert"] = self.expert()
         return info
 
-    def _menu(self, saved: Saved) -> Iterator[str]:
-        if saved.state.page == "index":
-            offered = self._queries(saved.goal)
+    def _menu(self, episode: EpisodeState) -> Iterator[str]:
+        if episode.state.page == "index":
+            offered = self._queries(episode.goal)
             if self._with_expert:
-                query = self._planned(saved.goal).query
+                query = self._planned(episode.goal).query
                 offered = offered if not query or query in offered else [*offered, query]
             for query in offered:
                 yield f"search[{query}]"
-        for name in playable(saved.clicks):
+        for name in playable(episode.clicks):
             yield f"click[{name}]"
 
     def _key(self, state: State) -> str:

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agentrl.algorithms.algorithm import Context, compute_advantages, prepare
+from agentrl.algorithms.credit import compute_advantages, prepare
+from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.recipe import build_recipe, recipe_names
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch

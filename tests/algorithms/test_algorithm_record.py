@@ -4,21 +4,10 @@ from functools import partial
 import pytest
 import torch
 
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Context,
-    Term,
-    build_recipe,
-    check_requirements,
-    compute_advantages,
-    drop_equal_returns,
-    excludes,
-    given,
-    prepare,
-    requirements,
-    requires,
-    trait,
-)
+from agentrl.algorithms.algorithm import Algorithm, check_requirements, drop_equal_returns
+from agentrl.algorithms.credit import compute_advantages, prepare
+from agentrl.algorithms.hooks import Context, Term, excludes, given, requirements, requires, trait
+from agentrl.algorithms.recipe import build_recipe
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.errors import ConfigError, RequirementError
 

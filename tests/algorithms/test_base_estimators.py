@@ -10,24 +10,18 @@ import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Context,
-    MiniBatch,
-    Outputs,
-    compute_advantages,
-    prepare,
-    with_targets,
-)
-from agentrl.algorithms.dapo import DAPO
-from agentrl.algorithms.empg import EMPG
-from agentrl.algorithms.gigpo import GiGPO, step_advantage
-from agentrl.algorithms.grpo import GRPO, DrGRPO
-from agentrl.algorithms.gspo import GSPO
-from agentrl.algorithms.ppo import PPO, value_numbers
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import compute_advantages, prepare, with_targets
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
+from agentrl.algorithms.methods.dapo import DAPO
+from agentrl.algorithms.methods.empg import EMPG
+from agentrl.algorithms.methods.gigpo import GiGPO, step_advantage
+from agentrl.algorithms.methods.grpo import GRPO, DrGRPO
+from agentrl.algorithms.methods.gspo import GSPO
+from agentrl.algorithms.methods.ppo import PPO, value_numbers
+from agentrl.algorithms.methods.reinforce_pp import ReinforcePlusPlus
+from agentrl.algorithms.methods.rloo import RLOO
 from agentrl.algorithms.recipe import Recipe
-from agentrl.algorithms.reinforce_pp import ReinforcePlusPlus
-from agentrl.algorithms.rloo import RLOO
 from agentrl.data import BranchPoint, Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate
 from agentrl.errors import ConfigError, RequirementError

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, Outputs, requires, with_mask
-from agentrl.algorithms.dapo import DAPO
-from agentrl.algorithms.dr_bot import DrBot
-from agentrl.algorithms.grpo import GRPO
-from agentrl.algorithms.gspo import GSPO
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import with_mask
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, requires
+from agentrl.algorithms.methods.dapo import DAPO
+from agentrl.algorithms.methods.dr_bot import DrBot
+from agentrl.algorithms.methods.grpo import GRPO
+from agentrl.algorithms.methods.gspo import GSPO
+from agentrl.algorithms.methods.spear import Spear
 from agentrl.algorithms.recipe import Base, Recipe, build_recipe
-from agentrl.algorithms.spear import Spear
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate
 from agentrl.learn.objective import build_objective

@@ -5,12 +5,14 @@ import pytest
 import torch
 from torch import tensor
 
-from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, compute_advantages, trait
-from agentrl.algorithms.empg import EMPG
-from agentrl.algorithms.epo import EPO
-from agentrl.algorithms.grpo import GRPO
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import compute_advantages
+from agentrl.algorithms.hooks import Context, MiniBatch, trait
+from agentrl.algorithms.methods.empg import EMPG
+from agentrl.algorithms.methods.epo import EPO
+from agentrl.algorithms.methods.grpo import GRPO
+from agentrl.algorithms.methods.reinforce_pp import ReinforcePlusPlus
 from agentrl.algorithms.recipe import Recipe, build_recipe, recipe_tree
-from agentrl.algorithms.reinforce_pp import ReinforcePlusPlus
 from agentrl.data import BranchPoint, Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate
 from agentrl.errors import ConfigError, RequirementError

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import tensor
 
-from agentrl.algorithms.algorithm import Context, MiniBatch, Outputs, check_requirements, compute_advantages
-from agentrl.algorithms.epo import EPO, entropy_levels, released_decay
-from agentrl.algorithms.grpo import GRPO
+from agentrl.algorithms.algorithm import check_requirements
+from agentrl.algorithms.credit import compute_advantages
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
+from agentrl.algorithms.methods.epo import EPO, entropy_levels, released_decay
+from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.algorithms.recipe import build_recipe, recipe_tree
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate

@@ -9,14 +9,17 @@ from typing import Any, ClassVar
 import pytest
 
 from agentrl.algorithms import recipe as registry
-from agentrl.algorithms.aepo import AEPO
-from agentrl.algorithms.algorithm import Algorithm, Context
-from agentrl.algorithms.dr_bot import DrBot
-from agentrl.algorithms.epo import EPO
-from agentrl.algorithms.fr3e import FR3E
-from agentrl.algorithms.gigpo import GiGPO
-from agentrl.algorithms.grpo import GRPO
-from agentrl.algorithms.gspo import GSPO
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.hooks import Context
+from agentrl.algorithms.methods.aepo import AEPO
+from agentrl.algorithms.methods.dr_bot import DrBot
+from agentrl.algorithms.methods.epo import EPO
+from agentrl.algorithms.methods.fr3e import FR3E
+from agentrl.algorithms.methods.gigpo import GiGPO
+from agentrl.algorithms.methods.grpo import GRPO
+from agentrl.algorithms.methods.gspo import GSPO
+from agentrl.algorithms.methods.rloo import RLOO
+from agentrl.algorithms.methods.spear import Spear
 from agentrl.algorithms.recipe import (
     Presets,
     Recipe,
@@ -28,8 +31,6 @@ from agentrl.algorithms.recipe import (
     recipe_names,
     recipe_tree,
 )
-from agentrl.algorithms.rloo import RLOO
-from agentrl.algorithms.spear import Spear
 from agentrl.errors import ConfigError
 
 PRESETS = ("paper", "released", "ours")

@@ -5,13 +5,17 @@ import pytest
 import torch
 
 from agentrl.algorithms import recipe as registry
-from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, Outputs, prepare
-from agentrl.algorithms.cloning import BehaviourCloning
-from agentrl.algorithms.dapo import DAPO
-from agentrl.algorithms.gigpo import GiGPO
-from agentrl.algorithms.grpo import GRPO, DrGRPO
-from agentrl.algorithms.gspo import GSPO
-from agentrl.algorithms.ppo import PPO
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import prepare
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
+from agentrl.algorithms.methods.cloning import BehaviourCloning
+from agentrl.algorithms.methods.dapo import DAPO
+from agentrl.algorithms.methods.gigpo import GiGPO
+from agentrl.algorithms.methods.grpo import GRPO, DrGRPO
+from agentrl.algorithms.methods.gspo import GSPO
+from agentrl.algorithms.methods.ppo import PPO
+from agentrl.algorithms.methods.reinforce_pp import ReinforcePlusPlus
+from agentrl.algorithms.methods.rloo import RLOO
 from agentrl.algorithms.recipe import (
     Recipe,
     build_recipe,
@@ -20,8 +24,6 @@ from agentrl.algorithms.recipe import (
     recipe_names,
     recipe_tree,
 )
-from agentrl.algorithms.reinforce_pp import ReinforcePlusPlus
-from agentrl.algorithms.rloo import RLOO
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.errors import ConfigError
 
@@ -178,7 +180,7 @@ def test_official_runs_keep_groups_that_all_did_the_same():
 
 @pytest.mark.usefixtures("own_registry")
 def test_two_recipes_of_one_name_are_refused_naming_both():
-    with pytest.raises(ConfigError, match=r"agentrl\.algorithms\.grpo\.GRPO and .*Other"):
+    with pytest.raises(ConfigError, match=r"agentrl\.algorithms\.methods\.grpo\.GRPO and .*Other"):
 
         @recipe("grpo")
         @dataclass(frozen=True)

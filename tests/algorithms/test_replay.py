@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agentrl.algorithms.algorithm import Algorithm, Context, MiniBatch, Rehearsal
+from agentrl.algorithms.algorithm import Algorithm, Rehearsal
+from agentrl.algorithms.hooks import Context, MiniBatch
+from agentrl.algorithms.methods.spear import decayed, recalibrated
 from agentrl.algorithms.replay import ReplayBuffer
-from agentrl.algorithms.spear import decayed, recalibrated
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Layout, collate
 from agentrl.errors import CheckpointError

@@ -7,23 +7,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Context,
-    MiniBatch,
-    Outputs,
-    compute_advantages,
-    prepare,
-)
-from agentrl.algorithms.clip_cov import covariance_clip, covariance_numbers
-from agentrl.algorithms.dapo import DAPO
-from agentrl.algorithms.dr_bot import DrBot, fault, keep_most_varied
-from agentrl.algorithms.gigpo import GiGPO
-from agentrl.algorithms.grpo import GRPO, DrGRPO
-from agentrl.algorithms.gspo import GSPO
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import compute_advantages, prepare
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
+from agentrl.algorithms.methods.clip_cov import covariance_clip, covariance_numbers
+from agentrl.algorithms.methods.dapo import DAPO
+from agentrl.algorithms.methods.dr_bot import DrBot, fault, keep_most_varied
+from agentrl.algorithms.methods.gigpo import GiGPO
+from agentrl.algorithms.methods.grpo import GRPO, DrGRPO
+from agentrl.algorithms.methods.gspo import GSPO
+from agentrl.algorithms.methods.rloo import RLOO
+from agentrl.algorithms.methods.spear import Spear, rising, tool_bonus
 from agentrl.algorithms.recipe import build_recipe, recipe_tree
-from agentrl.algorithms.rloo import RLOO
-from agentrl.algorithms.spear import Spear, rising, tool_bonus
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Layout, collate
 from agentrl.errors import ConfigError, RequirementError

@@ -10,8 +10,8 @@ from agentrl.env.numbers import real_number, whole_number
 from agentrl.env.registry import Factory, make
 from agentrl.env.sandbox import Limits
 from agentrl.errors import ConfigError
+from agentrl.planning.env_probe import environment_factory
 from agentrl.run.settings import config_from_tree
-from agentrl.run.trial import environment_factory
 
 SENSELESS = (-1, 1e308, math.nan, math.inf, "", [3], int("7" * 400), 10**5000, True)
 ARGUMENTS = {

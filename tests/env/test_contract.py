@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from text_worlds import Corridor
 
-from agentrl.env import ContractReport, check_text_env, trials
-from agentrl.env.checks import CHECKS
-from agentrl.env.probe import running_processes
+from agentrl.env import ContractReport, check_text_env
+from agentrl.env.contract import trials
+from agentrl.env.contract.checks import CHECKS
+from agentrl.env.contract.probe import running_processes
 from agentrl.errors import ConfigError, EnvironmentContractError, MissingDependencyError
 
 NAMES = [name for name, _ in CHECKS]
@@ -584,7 +585,7 @@ FAULTS: list[tuple[str, Callable[..., Any], str]] = [
     ("interface", WordyThreadSafe, "thread_safe is 'yes'"),
     ("interface", StockSpace, "action_space refuses some texts"),
     ("task ids", RepeatedId, r"tasks\('train'\) lists an id twice"),
-    ("task ids", NumberedTasks, r"holds 7 \(int\)"),
+    ("task ids", NumberedTasks, r"contains 7 \(int\)"),
     ("task ids", NoTestTasks, r"tasks\('test'\) is \[\]"),
     ("task ids", ShuffledTasks, "other ids"),
     ("task ids", ShrinkingTasks, "other ids"),

@@ -130,7 +130,7 @@ def test_an_edited_file_is_refused(tmp_path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
-    with pytest.raises(PanelError, match=r"panel .*panel.json says that its hash is .* it was edited"):
+    with pytest.raises(PanelError, match=r"panel .*panel.json states the hash .* it was edited"):
         load_panel(path)
 
 

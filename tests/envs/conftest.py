@@ -3,7 +3,7 @@
 import pytest
 
 from agentrl_envs.alfworld.engine import Game
-from agentrl_envs.alfworld.wheel import load_wheel
+from agentrl_envs.alfworld.package_data import load_package_data
 
 KITCHEN = """
 (define (problem kitchen) (:domain alfred)
@@ -34,8 +34,8 @@ KITCHEN = """
 def make_kitchen(
     problem: str = KITCHEN, sentence: str = "put a cool mug on the table", **kwargs: str
 ) -> Game:
-    wheel = load_wheel()
-    return Game(wheel.domain, problem, wheel.grammar.replace("UNKNOWN GOAL", sentence), **kwargs)
+    data = load_package_data()
+    return Game(data.domain, problem, data.grammar.replace("UNKNOWN GOAL", sentence), **kwargs)
 
 
 @pytest.fixture(scope="session")

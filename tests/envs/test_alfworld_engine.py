@@ -11,17 +11,17 @@ from random import Random
 
 import pytest
 
-from agentrl_envs.alfworld.engine import NOTHING, Game, Snapshot, display_names
+from agentrl_envs.alfworld.engine import NOTHING, Game, GameState, display_names
 from agentrl_envs.alfworld.generate import Options, generate
+from agentrl_envs.alfworld.package_data import load_package_data
 from agentrl_envs.alfworld.pddl import GameFileError, PddlError
-from agentrl_envs.alfworld.wheel import load_wheel
 
 
-def play(game: Game, *commands: str) -> list[Snapshot]:
-    moments = [game.start]
+def play(game: Game, *commands: str) -> list[GameState]:
+    states = [game.start]
     for command in commands:
-        moments.append(game.advance(moments[-1], command))
-    return moments
+        states.append(game.advance(states[-1], command))
+    return states
 
 
 def test_the_opening_lists_the_room_and_the_task(kitchen: Game) -> None:
@@ -45,12 +45,12 @@ def test_away_from_everything_one_can_go_and_look_about(kitchen: Game) -> None:
 
 
 def test_the_kitchen_is_won_as_its_rules_say(kitchen: Game) -> None:
-    moments = play(
+    states = play(
         kitchen,
         *("go to fridge 1", "open fridge 1", "take mug 1 from fridge 1", "cool mug 1 with fridge 1"),
         *("go to table 2", "move mug 1 to table 2", "take mug 1 from table 2"),
     )
-    assert [moment.observation for moment in moments[1:]] == [
+    assert [state.observation for state in states[1:]] == [
         "You arrive at fridge 1. The fridge 1 is closed.",
         "You open the fridge 1. The fridge 1 is open. In it, you see a mug 1.",
         "You pick up the mug 1 from the fridge 1.",
@@ -59,8 +59,8 @@ def test_the_kitchen_is_won_as_its_rules_say(kitchen: Game) -> None:
         "You move the mug 1 to the table 2.",
         "You pick up the mug 1 from the table 2.",
     ]
-    assert [moment.won for moment in moments] == [False] * 6 + [True, False]
-    assert [moment.moves for moment in moments] == list(range(8))
+    assert [state.won for state in states] == [False] * 6 + [True, False]
+    assert [state.moves for state in states] == list(range(8))
 
 
 def test_receptacles_at_one_view_point_are_here_together(kitchen: Game) -> None:
@@ -84,12 +84,12 @@ def test_an_object_can_be_examined_only_while_held(kitchen: Game) -> None:
 
 
 def test_slicing_needs_a_knife_in_the_hand_and_the_food_here(kitchen: Game) -> None:
-    moments = play(
+    states = play(
         kitchen, "go to table 2", "take knife 1 from table 2", "slice apple 1 with knife 1", "go to fridge 1"
     )
-    assert "slice apple 1 with knife 1" not in moments[1].admissible
-    assert moments[3].observation == "You sliced the apple 1 with the knife 1."
-    assert "slice apple 1 with knife 1" not in moments[4].admissible
+    assert "slice apple 1 with knife 1" not in states[1].admissible
+    assert states[3].observation == "You sliced the apple 1 with the knife 1."
+    assert "slice apple 1 with knife 1" not in states[4].admissible
 
 
 @pytest.mark.parametrize(
@@ -117,10 +117,10 @@ def test_a_snapshot_stays_as_it_was_while_others_go_on(kitchen: Game) -> None:
 
 
 def test_a_pickled_snapshot_goes_on_in_an_equal_game(kitchen: Game, kitchen_problem: str) -> None:
-    wheel = load_wheel()
-    elsewhere = Game(wheel.domain, kitchen_problem, wheel.grammar)
-    moment = pickle.loads(pickle.dumps(play(kitchen, "go to fridge 1", "open fridge 1")[-1]))
-    assert elsewhere.advance(moment, "take mug 1 from fridge 1").observation.startswith(
+    data = load_package_data()
+    elsewhere = Game(data.domain, kitchen_problem, data.grammar)
+    state = pickle.loads(pickle.dumps(play(kitchen, "go to fridge 1", "open fridge 1")[-1]))
+    assert elsewhere.advance(state, "take mug 1 from fridge 1").observation.startswith(
         "You pick up the mug 1"
     )
 
@@ -130,7 +130,7 @@ def test_equal_states_have_equal_keys_however_reached(kitchen: Game) -> None:
     assert there_and_back[1].key == there_and_back[4].key
     opened = play(kitchen, "go to fridge 1", "open fridge 1", "close fridge 1")
     assert opened[1].key == opened[3].key != opened[2].key
-    assert len({moment.key for moment in play(kitchen, "go to table 1", "take mug 2 from table 2")}) == 3
+    assert len({state.key for state in play(kitchen, "go to table 1", "take mug 2 from table 2")}) == 3
 
 
 def test_numbers_count_down_in_the_order_of_ids_within_a_class() -> None:
@@ -140,22 +140,22 @@ def test_numbers_count_down_in_the_order_of_ids_within_a_class() -> None:
 
 def test_threads_on_one_game_see_what_a_single_one_sees() -> None:
     made = generate("train", 3, Options())
-    wheel = load_wheel()
+    data = load_package_data()
 
     def walk(game: Game, seed: int) -> list[str]:
-        rng, moment, seen = Random(seed), game.start, []
+        rng, state, seen = Random(seed), game.start, []
         for _ in range(60):
-            moment = game.advance(moment, rng.choice(moment.admissible))
-            seen.append(moment.observation)
+            state = game.advance(state, rng.choice(state.admissible))
+            seen.append(state.observation)
         return seen
 
-    alone = [walk(Game(wheel.domain, made.problem, made.grammar), seed) for seed in range(8)]
-    shared = Game(wheel.domain, made.problem, made.grammar)
+    alone = [walk(Game(data.domain, made.problem, made.grammar), seed) for seed in range(8)]
+    shared = Game(data.domain, made.problem, made.grammar)
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda seed: walk(shared, seed), range(8)))
-        loaded = list(pool.map(lambda _: Game(wheel.domain, made.problem, made.grammar).start, range(8)))
+        loaded = list(pool.map(lambda _: Game(data.domain, made.problem, made.grammar).start, range(8)))
     assert together == alone
-    assert all(moment.observation == shared.start.observation for moment in loaded)
+    assert all(state.observation == shared.start.observation for state in loaded)
 
 
 @pytest.mark.parametrize(
@@ -178,23 +178,23 @@ def test_threads_on_one_game_see_what_a_single_one_sees() -> None:
     ],
 )
 def test_a_corrupt_problem_is_refused_by_name(kitchen_problem: str, old: str, new: str, message: str) -> None:
-    wheel = load_wheel()
+    data = load_package_data()
     assert old in kitchen_problem
     with pytest.raises(PddlError) as caught:
-        Game(wheel.domain, kitchen_problem.replace(old, new), wheel.grammar)
+        Game(data.domain, kitchen_problem.replace(old, new), data.grammar)
     assert message in str(caught.value)
 
 
 def test_a_fact_about_an_object_of_another_type_than_declared_offers_nothing(kitchen_problem: str) -> None:
     odd = "(:init (receptacleAtLocation apple_bar_1 here) (opened apple_bar_1) (openable mug_bar_1)"
-    wheel = load_wheel()
-    game = Game(wheel.domain, kitchen_problem.replace("(:init", odd), wheel.grammar)
+    data = load_package_data()
+    game = Game(data.domain, kitchen_problem.replace("(:init", odd), data.grammar)
     at_fridge = game.advance(game.start, "go to fridge 1")
     assert not [command for command in (*game.start.admissible, *at_fridge.admissible) if "apple" in command]
 
 
 def test_derived_predicates_are_refused() -> None:
-    domain = load_wheel().domain.rstrip()[:-1] + "(:derived (full ?r - receptacle) (openable ?r)))"
+    domain = load_package_data().domain.rstrip()[:-1] + "(:derived (full ?r - receptacle) (openable ?r)))"
     with pytest.raises(GameFileError, match="':derived' is not supported"):
         Game(domain, "", "")
 
@@ -202,12 +202,12 @@ def test_derived_predicates_are_refused() -> None:
 def test_quantifiers_conditions_and_equality_mean_what_pddl_says(kitchen_problem: str) -> None:
     everything_opened = "(:goal (forall (?r - receptacle) (or (not (openable ?r)) (opened ?r)))))"
     problem = kitchen_problem[: kitchen_problem.index("(:goal")] + everything_opened
-    wheel = load_wheel()
-    game = Game(wheel.domain, problem, wheel.grammar)
-    assert [moment.won for moment in play(game, "go to fridge 1", "open fridge 1")] == [False, False, True]
+    data = load_package_data()
+    game = Game(data.domain, problem, data.grammar)
+    assert [state.won for state in play(game, "go to fridge 1", "open fridge 1")] == [False, False, True]
     two_mugs_together = """(:goal (exists (?a - object ?b - object ?r - receptacle) (and (not (= ?a ?b))
         (objectType ?a MugType) (objectType ?b MugType) (inReceptacle ?a ?r) (inReceptacle ?b ?r)))))"""
-    game = Game(wheel.domain, problem[: problem.index("(:goal")] + two_mugs_together, wheel.grammar)
+    game = Game(data.domain, problem[: problem.index("(:goal")] + two_mugs_together, data.grammar)
     commands = (
         "go to table 2",
         "take mug 2 from table 2",
@@ -215,7 +215,7 @@ def test_quantifiers_conditions_and_equality_mean_what_pddl_says(kitchen_problem
         "open fridge 1",
         "move mug 2 to fridge 1",
     )
-    assert [moment.won for moment in play(game, *commands)] == [False] * 5 + [True]
+    assert [state.won for state in play(game, *commands)] == [False] * 5 + [True]
 
 
 def test_a_conditional_effect_fires_only_under_its_condition() -> None:
@@ -231,8 +231,8 @@ def test_a_conditional_effect_fires_only_under_its_condition() -> None:
       action press { template :: "press {l}"; feedback :: "done"; }'''
     game = Game(domain, problem, grammar)
     assert game.start.admissible == ("press lamp 1", "press lamp 2")
-    assert [moment.won for moment in play(game, "press lamp 1", "press lamp 2")] == [False, False, True]
-    assert [moment.won for moment in play(game, "press lamp 1", "press lamp 2", "press lamp 2")][-1] is False
+    assert [state.won for state in play(game, "press lamp 1", "press lamp 2")] == [False, False, True]
+    assert [state.won for state in play(game, "press lamp 1", "press lamp 2", "press lamp 2")][-1] is False
 
 
 @pytest.mark.reference
@@ -240,20 +240,20 @@ def test_recorded_traces_of_textworld_are_met_exactly(
     reference_folder: Path, record_property: Callable[[str, object], None]
 ) -> None:
     recorded = json.loads(gzip.decompress((reference_folder / "alfworld" / "golden.json.gz").read_bytes()))
-    wheel = load_wheel()
-    assert hashlib.sha256(wheel.domain.encode()).hexdigest() == recorded["domain_sha256"]
-    assert hashlib.sha256(wheel.grammar.encode()).hexdigest() == recorded["grammar_sha256"]
+    data = load_package_data()
+    assert hashlib.sha256(data.domain.encode()).hexdigest() == recorded["domain_sha256"]
+    assert hashlib.sha256(data.grammar.encode()).hexdigest() == recorded["grammar_sha256"]
     compared = 0
     for trace in recorded["games"]:
-        game = Game(wheel.domain, trace["pddl_problem"], wheel.grammar.replace("UNKNOWN GOAL", trace["desc"]))
-        moment = game.start
+        game = Game(data.domain, trace["pddl_problem"], data.grammar.replace("UNKNOWN GOAL", trace["desc"]))
+        state = game.start
         for command, observation, digest in trace["steps"]:
-            moment = game.start if command is None else game.advance(moment, command)
-            shown = json.dumps([moment.observation, list(moment.admissible), moment.won])
-            assert moment.observation == observation
+            state = game.start if command is None else game.advance(state, command)
+            shown = json.dumps([state.observation, list(state.admissible), state.won])
+            assert state.observation == observation
             assert hashlib.sha256(shown.encode()).hexdigest()[:16] == digest, (trace["desc"], command)
             compared += 1
-        assert moment.won
+        assert state.won
     record_property("steps_compared", compared)
     print(f"{compared} recorded steps of {len(recorded['games'])} games compared")
     assert compared > 0

@@ -15,7 +15,7 @@ from agentrl.env import check_text_env, load_plugins, make, make_panel, verify
 from agentrl.env.settings import quickstart_kwargs
 from agentrl.errors import ConfigError, PanelError
 from agentrl_envs.alfworld.wording import compact
-from agentrl_envs.alfworld_env import LEFT_OUT, ALFWorldEnv
+from agentrl_envs.alfworld_env import OPTIONAL_COMMANDS, ALFWorldEnv
 
 ID = "agentrl/ALFWorld-v0"
 TINY = quickstart_kwargs()
@@ -71,7 +71,7 @@ def test_the_task_menu_leaves_out_what_no_task_needs() -> None:
     full, task = make(ID), make(ID, menu="task")
     whole = full.reset(options={"task": "train/7"})[1]["actions"]
     menu = task.reset(options={"task": "train/7"})[1]["actions"]
-    assert menu == [command for command in whole if not command.startswith(LEFT_OUT)]
+    assert menu == [command for command in whole if not command.startswith(OPTIONAL_COMMANDS)]
     assert {"help", "inventory", "look"} == set(whole) - set(menu)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agentrl.errors import ConfigError, MissingDependencyError
-from agentrl_envs.alfworld import wheel as wheel_module
+from agentrl_envs.alfworld import package_data
 from agentrl_envs.alfworld.engine import Game
 from agentrl_envs.alfworld.games import GeneratedGames, TaskIds
 from agentrl_envs.alfworld.generate import (
@@ -23,7 +23,7 @@ from agentrl_envs.alfworld.generate import (
     generate,
     scenes,
 )
-from agentrl_envs.alfworld.wheel import load_wheel
+from agentrl_envs.alfworld.package_data import load_package_data
 
 SMALL = Options(max_receptacles=6, object_types=8)
 ROOMS = {"whole": Options(), "small": SMALL, "smallest": Options(max_receptacles=4, object_types=2)}
@@ -31,7 +31,7 @@ ROOMS = {"whole": Options(), "small": SMALL, "smallest": Options(max_receptacles
 
 def load(made: GeneratedGame) -> Game:
     other = made.other.pddl if made.other else ""
-    return Game(load_wheel().domain, made.problem, made.grammar, made.goal.walkthrough, other)
+    return Game(load_package_data().domain, made.problem, made.grammar, made.goal.walkthrough, other)
 
 
 def test_the_twelve_unseen_scenes_occur_in_no_other_split() -> None:
@@ -53,14 +53,14 @@ def test_every_oracle_plan_wins_and_no_goal_holds_at_the_start(rooms: str) -> No
             made = generate(split, index, ROOMS[rooms])
             for game in [made, made.swapped()] if made.other else [made]:
                 loaded = load(game)
-                moment = loaded.start
-                assert not moment.won
-                assert not loaded.other_reached(moment)
+                state = loaded.start
+                assert not state.won
+                assert not loaded.other_reached(state)
                 for command in game.goal.walkthrough:
-                    assert command in moment.admissible
-                    assert not moment.won
-                    moment = loaded.advance(moment, command)
-                assert moment.won, (split, index)
+                    assert command in state.admissible
+                    assert not state.won
+                    state = loaded.advance(state, command)
+                assert state.won, (split, index)
                 types.add(made.task_type)
     assert types == set(TASK_TYPES)
 
@@ -106,11 +106,11 @@ def test_the_other_goal_names_another_object_in_the_same_room_and_place() -> Non
 def test_reaching_one_goal_is_seen_from_the_other() -> None:
     made = generate("train", 0, SMALL)
     told_the_other = load(made.swapped())
-    moment = told_the_other.start
+    state = told_the_other.start
     for command in made.goal.walkthrough:
-        moment = told_the_other.advance(moment, command)
-    assert told_the_other.other_reached(moment)
-    assert not moment.won
+        state = told_the_other.advance(state, command)
+    assert told_the_other.other_reached(state)
+    assert not state.won
 
 
 def test_sentences_hold_no_character_that_the_grammar_reads() -> None:
@@ -191,14 +191,14 @@ def test_impossible_options_are_refused(options: dict[str, object], message: str
         Options(**options)
 
 
-def test_without_the_wheel_the_one_command_that_helps_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wheel_module.importlib.util, "find_spec", lambda name: None)
-    load_wheel.cache_clear()
+def test_without_the_package_the_one_command_that_helps_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package_data.importlib.util, "find_spec", lambda name: None)
+    load_package_data.cache_clear()
     try:
         with pytest.raises(MissingDependencyError, match=r"run: pip install --no-deps alfworld==0\.4\.2$"):
             GeneratedGames(Options())
     finally:
-        load_wheel.cache_clear()
+        load_package_data.cache_clear()
 
 
 def test_files_of_another_version_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -206,18 +206,18 @@ def test_files_of_another_version_are_refused(monkeypatch: pytest.MonkeyPatch, t
     (tmp_path / "data" / "alfred.pddl").write_text("(define (domain other))")
     spec = ModuleSpec("alfworld", None, is_package=True)
     spec.submodule_search_locations = [str(tmp_path)]
-    monkeypatch.setattr(wheel_module.importlib.util, "find_spec", lambda name: spec)
-    load_wheel.cache_clear()
+    monkeypatch.setattr(package_data.importlib.util, "find_spec", lambda name: spec)
+    load_package_data.cache_clear()
     try:
         with pytest.raises(MissingDependencyError, match=r"alfred\.pddl is not the file of alfworld 0\.4\.2"):
-            load_wheel()
+            load_package_data()
     finally:
-        load_wheel.cache_clear()
+        load_package_data.cache_clear()
 
 
-def test_the_wheel_is_read_without_importing_the_package() -> None:
+def test_the_package_data_are_read_without_importing_the_package() -> None:
     code = (
-        "import sys; from agentrl_envs.alfworld.wheel import load_wheel; load_wheel(); "
+        "import sys; from agentrl_envs.alfworld.package_data import load_package_data; load_package_data(); "
         "print([m for m in sys.modules if m.split('.')[0] in ('alfworld', 'textworld', 'torch', 'numpy')])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -28,8 +28,8 @@ def test_a_game_of_every_type_is_played_equally() -> None:
 
 
 @needs_textworld
-def test_odd_games_are_played_equally() -> None:
-    assert_equal(differential.run(4, steps=10, odd=True, seed=1), least=2)
+def test_adversarial_games_are_played_equally() -> None:
+    assert_equal(differential.run(4, steps=10, adversarial=True, seed=1), least=2)
 
 
 @needs_textworld

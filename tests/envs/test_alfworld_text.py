@@ -4,7 +4,7 @@ import pytest
 
 from agentrl_envs.alfworld.engine import Game
 from agentrl_envs.alfworld.grammar import GrammarError, Part, parse_grammar, parse_query, split_text
-from agentrl_envs.alfworld.wheel import load_wheel
+from agentrl_envs.alfworld.package_data import load_package_data
 
 DOMAIN = """(define (domain shelf) (:types box thing)
   (:predicates (in ?t - thing ?b - box) (near ?t - thing ?u - thing) (wet ?t - thing))
@@ -139,7 +139,7 @@ def test_texts_and_queries_are_cut_into_their_parts() -> None:
 
 
 def test_a_command_must_not_depend_on_what_changes() -> None:
-    wheel = load_wheel()
-    grammar = wheel.grammar.replace('"open {r}"', '"open {r | opened(r:receptacle)}"')
+    data = load_package_data()
+    grammar = data.grammar.replace('"open {r}"', '"open {r | opened(r:receptacle)}"')
     with pytest.raises(GrammarError, match="depends on 'opened', which changes"):
-        Game(wheel.domain, "(define (problem p) (:domain d) (:objects) (:init) (:goal (and)))", grammar)
+        Game(data.domain, "(define (problem p) (:domain d) (:objects) (:init) (:goal (and)))", grammar)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from answer_pairs import MATHEMATICS, NUMBERS
 
-from agentrl_envs import bounded
+from agentrl_envs import limited_calls
 from agentrl_envs.math_answers import extract_answer, number, same_mathematics, same_number
 
 FORMS = (r"\boxed{%s}", "<answer>%s</answer>", "%s")
@@ -152,7 +152,7 @@ def test_what_is_too_much_is_not_equal(answer: str) -> None:
 
 
 def test_megabytes_are_not_equal_and_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded, "calls", None)
+    monkeypatch.setattr(limited_calls, "calls", None)
     for reply in ("7" * 2_000_000, "$7" * 900_000, r"\boxed{" * 100_000, "the answer is " * 100_000):
         for text in (reply, f"<answer>{reply}</answer>"):
             assert same_mathematics("7", text) is False
@@ -160,7 +160,7 @@ def test_megabytes_are_not_equal_and_start_no_process(monkeypatch: pytest.Monkey
 
 
 def test_numbers_and_garbage_are_judged_without_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded, "calls", None)
+    monkeypatch.setattr(limited_calls, "calls", None)
     assert same_number("48", r"6 \times 2^3\text{ km}")
     assert not same_number("48", "xq zj 4w8 ~~ {{")
     assert same_mathematics(r"\{1,2\}", r"\boxed{2, \frac{3}{3}}")

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from agentrl.errors import MissingDependencyError
-from agentrl_envs import bounded, math_answers
-from agentrl_envs.bounded import BoundedCalls, JudgeError, OverLimitError
+from agentrl_envs import limited_calls, math_answers
+from agentrl_envs.limited_calls import JudgeError, LimitedCalls, OverLimitError
 from agentrl_envs.math_answers import extract_answer, last_boxed, number, same_mathematics, same_number
 
 
@@ -101,7 +101,7 @@ def test_a_number_may_be_said_in_several_ways(gold: str, answer: str, same: bool
 
 
 def test_plain_numbers_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded, "calls", None)
+    monkeypatch.setattr(limited_calls, "calls", None)
     assert same_mathematics("1,000", r"\boxed{1000}")
     assert same_mathematics(r"\frac12", r"\boxed{\frac12}")
     assert not same_mathematics("12", "13")
@@ -147,35 +147,35 @@ def test_a_tower_of_powers_is_not_equal_and_the_next_answer_is_judged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("math_verify")
-    monkeypatch.setattr(bounded, "CPU_SECONDS", 1.0)
-    monkeypatch.setattr(bounded, "_BOOT", bounded._BOOT.replace("serve()", BRIEF))
-    bounded.calls.close()
+    monkeypatch.setattr(limited_calls, "CPU_SECONDS", 1.0)
+    monkeypatch.setattr(limited_calls, "_BOOT", limited_calls._BOOT.replace("serve()", BRIEF))
+    limited_calls.calls.close()
     assert same_mathematics("5", r"\boxed{2^{2^{2^{30}}}}") is False
     assert same_mathematics(r"\sqrt{3}", r"\boxed{3^{1/2}}") is True
-    bounded.calls.close()
+    limited_calls.calls.close()
 
 
 BRIEF = """
-import agentrl_envs.bounded as bounded
-bounded.CPU_SECONDS = 1.0
-bounded.serve()
+from agentrl_envs import limited_calls
+limited_calls.CPU_SECONDS = 1.0
+limited_calls.serve()
 """
 
 
 def processes() -> list[psutil.Process]:
     """Running ones that judge answers for this process."""
     found = psutil.Process().children(recursive=True)
-    return [one for one in found if any("agentrl_envs.bounded" in word for word in one.cmdline())]
+    return [one for one in found if any("agentrl_envs.limited_calls" in word for word in one.cmdline())]
 
 
 @pytest.fixture
-def alone() -> BoundedCalls:
-    bounded.calls.close()
+def alone() -> LimitedCalls:
+    limited_calls.calls.close()
     assert processes() == []
-    return BoundedCalls()
+    return LimitedCalls()
 
 
-def test_processes_end_with_the_last_user(alone: BoundedCalls) -> None:
+def test_processes_end_with_the_last_user(alone: LimitedCalls) -> None:
     class User:
         pass
 
@@ -195,14 +195,14 @@ def test_processes_end_with_the_last_user(alone: BoundedCalls) -> None:
     assert processes() == []
 
 
-def test_a_process_lost_between_calls_is_replaced(alone: BoundedCalls) -> None:
+def test_a_process_lost_between_calls_is_replaced(alone: LimitedCalls) -> None:
     assert alone.call("math", "gcd", 12, 18) == 6
     processes()[0].kill()
     assert alone.call("math", "gcd", 12, 18) == 6
     alone.close()
 
 
-def test_what_crashes_its_process_is_to_blame_and_what_is_killed_is_not(alone: BoundedCalls) -> None:
+def test_what_crashes_its_process_is_to_blame_and_what_is_killed_is_not(alone: LimitedCalls) -> None:
     with pytest.raises(OverLimitError):
         alone.call("os", "abort")
     with pytest.raises(OverLimitError):
@@ -214,17 +214,17 @@ def test_what_crashes_its_process_is_to_blame_and_what_is_killed_is_not(alone: B
     alone.close()
 
 
-def test_a_process_that_cannot_start_raises(alone: BoundedCalls, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded, "_BOOT", "raise SystemExit('no room')")
+def test_a_process_that_cannot_start_raises(alone: LimitedCalls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limited_calls, "_BOOT", "raise SystemExit('no room')")
     with pytest.raises(JudgeError, match="does not start: no room"):
         alone.call("math", "gcd", 1, 2)
 
 
 SCRIPT = """
 import os, threading, time
-from agentrl_envs import bounded
-bounded.calls.call("math", "gcd", 1, 2)
-threading.Thread(target=bounded.calls.call, args=("time", "sleep", 1), daemon=True).start()
+from agentrl_envs import limited_calls
+limited_calls.calls.call("math", "gcd", 1, 2)
+threading.Thread(target=limited_calls.calls.call, args=("time", "sleep", 1), daemon=True).start()
 import psutil
 while len(psutil.Process().children()) < 1: time.sleep(0.01)
 print(*(child.pid for child in psutil.Process().children()), flush=True)

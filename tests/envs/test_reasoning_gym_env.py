@@ -15,7 +15,7 @@ import pytest
 
 from agentrl.env import check_text_env, make, make_panel, verify
 from agentrl.errors import ConfigError, MissingDependencyError
-from agentrl_envs import bounded, reasoning_gym_data
+from agentrl_envs import limited_calls, reasoning_gym_data
 from agentrl_envs.reasoning_gym_data import BY_HASH_SEED, FUNCTIONS, open_dataset
 from agentrl_envs.reasoning_gym_env import LARGEST, ReasoningGymEnv
 
@@ -39,10 +39,10 @@ def _keep_judges() -> Iterator[None]:
         pass
 
     user = User()
-    bounded.calls.join(user)
-    bounded.calls.call("math", "gcd", 1, 2)
+    limited_calls.calls.join(user)
+    limited_calls.calls.call("math", "gcd", 1, 2)
     yield
-    bounded.calls.leave(user)
+    limited_calls.calls.leave(user)
 
 
 slow = pytest.mark.slow
@@ -114,13 +114,13 @@ def test_a_scorer_that_fails_on_a_reply_scores_zero() -> None:
 def test_replies_that_would_hang_their_scorer_score_zero(
     monkeypatch: pytest.MonkeyPatch, dataset: str, reply: str
 ) -> None:
-    brief = "import agentrl_envs.bounded as bounded\nbounded.CPU_SECONDS = 1.0\nbounded.serve()"
-    monkeypatch.setattr(bounded, "_BOOT", bounded._BOOT.replace("serve()", brief))
-    bounded.calls.close()
+    brief = "from agentrl_envs import limited_calls\nlimited_calls.CPU_SECONDS = 1.0\nlimited_calls.serve()"
+    monkeypatch.setattr(limited_calls, "_BOOT", limited_calls._BOOT.replace("serve()", brief))
+    limited_calls.calls.close()
     env = ReasoningGymEnv(dataset=dataset)
     assert step(env, "train/0", reply)[0] == 0.0
     env.close()
-    bounded.calls.close()
+    limited_calls.calls.close()
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_items_that_differ_between_processes_are_refused() -> None:
         ({"size": LARGEST + 1}, f"size: {LARGEST + 1}"),
         ({"seed": -1}, "seed: -1"),
         ({"level": True}, "level: True"),
-        ({"dataset": "graph_color", "expert": True}, "nobody knows the answers"),
+        ({"dataset": "graph_color", "expert": True}, "no answers to these problems are known"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:

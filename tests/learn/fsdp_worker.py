@@ -14,8 +14,10 @@ from torch.multiprocessing.spawn import spawn
 from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from agentrl.algorithms.algorithm import Algorithm, Context, prepare
-from agentrl.algorithms.off_policy import with_drift
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import prepare
+from agentrl.algorithms.hooks import Context
+from agentrl.algorithms.importance import with_drift
 from agentrl.algorithms.recipe import build_recipe, recipe_names
 from agentrl.data import Group, StopReason
 from agentrl.data.batch import collate
@@ -25,7 +27,7 @@ from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.learn.settings import LearnerConfig, LoraConfig
-from agentrl.learn.sharding import own_part, stored_shards, whole
+from agentrl.learn.sharding import full_tensor, own_part, stored_shards
 from agentrl.policy.attention import PACKED
 from agentrl.policy.precision import non_finite
 
@@ -85,7 +87,7 @@ def taught(learner: Learner, algorithm: Algorithm, steps: Iterable[int]) -> tupl
     def look(parameters: list[nn.Parameter], limit: float) -> Tensor:
         if not any(value.any() for value in gradients):
             gradients[:] = (
-                torch.zeros(value.shape) if value.grad is None else whole(value.grad).clone()
+                torch.zeros(value.shape) if value.grad is None else full_tensor(value.grad).clone()
                 for value in parameters
             )
         return clip(parameters, limit)
@@ -115,7 +117,7 @@ def played(algorithm: Algorithm, seed: int) -> list[Group]:
 
 def weights(learner: Learner) -> list[Tensor]:
     heads = [] if learner.value_head is None else list(learner.value_head.parameters())
-    return [whole(value.detach()).clone() for value in (*learner.policy.parameters(), *heads)]
+    return [full_tensor(value.detach()).clone() for value in (*learner.policy.parameters(), *heads)]
 
 
 def distance(one: list[Tensor], other: list[Tensor]) -> float:
@@ -295,7 +297,7 @@ def lost_numbers(ranks: Ranks, folder: Path) -> Figures:
         found["told"] = ranks.gather(str(error))
     found["after"] = ranks.gather(learner.non_finite())
     learner.write_shards(folder / "lost")  # as no checkpoint is written
-    ranks.agreed(lambda: None)
+    ranks.raise_on_any_rank(lambda: None)
     found["stored"] = [name for tensor in stored_shards(folder / "lost") for name in non_finite([tensor])]
     return found
 
@@ -324,7 +326,7 @@ def an_error(ranks: Ranks, folder: Path) -> Figures:
             raise CheckpointError("the disk of the last rank")
 
     try:
-        ranks.agreed(work)
+        ranks.raise_on_any_rank(work)
     except CheckpointError as error:
         told = str(error)
     return {"told": ranks.gather(told), "dealt": ranks.collect(ranks.deal(range(5)))}

@@ -7,7 +7,9 @@ import pytest
 import torch
 from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
 
-from agentrl.algorithms.algorithm import Algorithm, Context, prepare
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import prepare
+from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.recipe import build_recipe, recipe_names
 from agentrl.data import Episode, Group, StopReason
 from agentrl.data.batch import collate

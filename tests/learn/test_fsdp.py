@@ -9,7 +9,7 @@ import torch.distributed as dist
 from fsdp_worker import KEPT, Figures, keep, measured, take_up, taught
 
 from agentrl.algorithms.recipe import recipe_names
-from agentrl.learn.packing import shares
+from agentrl.learn.packing import rank_micro_batches
 from agentrl.learn.ranks import ALONE, Ranks
 
 
@@ -134,7 +134,7 @@ def test_a_checkpoint_goes_from_two_ranks_to_one_and_back(figures: Figures, fold
 @pytest.mark.parametrize("budget", [5, 20, 1000])
 def test_ranks_share_rows_evenly_and_keep_step(count: int, budget: int) -> None:
     lengths = torch.tensor([9, 0, 4, 4, 7, 2, 0, 1])
-    hands = [shares(lengths, budget, Ranks(index, count)) for index in range(count)]
+    hands = [rank_micro_batches(lengths, budget, Ranks(index, count)) for index in range(count)]
     assert len({len(hand) for hand in hands}) == 1
     real = [int(row) for hand in hands for rows, weight in hand for row in rows if weight]
     assert sorted(real) == [0, 2, 3, 4, 5, 7]
@@ -144,4 +144,4 @@ def test_ranks_share_rows_evenly_and_keep_step(count: int, budget: int) -> None:
 
 
 def test_nothing_to_do_is_shared_by_all() -> None:
-    assert shares(torch.tensor([0, 0]), 10, Ranks(0, 2)) == []
+    assert rank_micro_batches(torch.tensor([0, 0]), 10, Ranks(0, 2)) == []

@@ -9,9 +9,11 @@ import torch
 from toy_policy import VOCABULARY, ToyPolicy, make_groups, make_turn, toy_forward
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Algorithm, Context, clipped_policy_loss, prepare, requires
-from agentrl.algorithms.cloning import BehaviourCloning
-from agentrl.algorithms.grpo import GRPO
+from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss
+from agentrl.algorithms.credit import prepare
+from agentrl.algorithms.hooks import Context, requires
+from agentrl.algorithms.methods.cloning import BehaviourCloning
+from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate
 from agentrl.errors import CheckpointError, RequirementError

@@ -9,7 +9,8 @@ from fsdp_worker import double_qwen, played
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from agentrl.algorithms.algorithm import Context, prepare
+from agentrl.algorithms.credit import prepare
+from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.recipe import build_recipe
 from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl.learn.learner import Learner

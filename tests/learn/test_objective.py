@@ -5,15 +5,9 @@ import pytest
 import torch
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Bounds,
-    Context,
-    MiniBatch,
-    Outputs,
-    Term,
-    compute_advantages,
-)
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import compute_advantages
+from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs, Term
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate
 from agentrl.learn.objective import build_objective

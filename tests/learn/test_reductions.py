@@ -6,7 +6,9 @@ import pytest
 import torch
 from toy_policy import ToyPolicy, make_groups, toy_forward
 
-from agentrl.algorithms.algorithm import Algorithm, Context, compute_advantages, prepare
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import compute_advantages, prepare
+from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.recipe import build_recipe
 from agentrl.data.batch import collate
 from agentrl.learn.learner import Learner

@@ -8,14 +8,9 @@ import pytest
 import torch
 from toy_policy import ToyPolicy, make_groups, toy_forward
 
-from agentrl.algorithms.algorithm import (
-    Algorithm,
-    Context,
-    MiniBatch,
-    Rehearsal,
-    compute_advantages,
-    requires,
-)
+from agentrl.algorithms.algorithm import Algorithm, Rehearsal
+from agentrl.algorithms.credit import compute_advantages
+from agentrl.algorithms.hooks import Context, MiniBatch, requires
 from agentrl.data.batch import collate
 from agentrl.errors import NonFiniteError
 from agentrl.learn.learner import Learner

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
 
-from agentrl.algorithms.algorithm import Algorithm, Context
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.recipe import build_recipe
 from agentrl.data.batch import collate
 from agentrl.errors import ConfigError, NonFiniteError

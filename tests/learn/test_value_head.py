@@ -7,8 +7,9 @@ import pytest
 import torch
 from toy_policy import WIDTH, ToyPolicy, hidden_states, make_groups, toy_forward
 
-from agentrl.algorithms.algorithm import Algorithm, Context, Term, check_requirements, given, requires
-from agentrl.algorithms.ppo import PPO
+from agentrl.algorithms.algorithm import Algorithm, check_requirements
+from agentrl.algorithms.hooks import Context, Term, given, requires
+from agentrl.algorithms.methods.ppo import PPO
 from agentrl.data import StopReason
 from agentrl.data.batch import Batch, collate
 from agentrl.errors import CheckpointError, ConfigError, RequirementError

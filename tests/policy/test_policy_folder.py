@@ -12,7 +12,7 @@ from agentrl.policy.model import end_ids, hidden_states, load_policy, output_wei
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import RoleDialogue
 from agentrl.policy.torch_engine import TorchEngine
-from agentrl.run.players import load
+from agentrl.run.policies import load
 
 
 @pytest.fixture

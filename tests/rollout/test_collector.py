@@ -231,7 +231,7 @@ WRONGS: list[tuple[str, Callable[[Any], Any], StopReason, str]] = [
         StopReason.CONTRACT,
         "info['actions'] is 'look' (str), wanted a list of str",
     ),
-    ("step", with_info(actions=["look", 3]), StopReason.CONTRACT, "info['actions'] holds 3 (int)"),
+    ("step", with_info(actions=["look", 3]), StopReason.CONTRACT, "info['actions'] contains 3 (int)"),
     ("step", with_info(valid=None), StopReason.CONTRACT, "info['valid'] is None"),
     ("step", with_info(state_key=["k"]), StopReason.CONTRACT, "info['state_key'] is ['k'] (list)"),
     ("step", with_info(score="high"), StopReason.CONTRACT, "info['score'] is 'high' (str), wanted a finite"),

@@ -9,9 +9,9 @@ from test_branching import Script, at
 from test_branching_tokens import ACTIONS, Shop, check_against_plain_forward
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from agentrl.algorithms.aepo import AEPO
-from agentrl.algorithms.algorithm import Context
-from agentrl.algorithms.fr3e import FR3E
+from agentrl.algorithms.hooks import Context
+from agentrl.algorithms.methods.aepo import AEPO
+from agentrl.algorithms.methods.fr3e import FR3E
 from agentrl.data.trajectory import Episode, Outcome, StopReason, Turn
 from agentrl.policy.engine import SamplingParams
 from agentrl.policy.model import build_model

@@ -13,9 +13,9 @@ import pytest
 
 import agentrl
 from agentrl.errors import CheckpointError, ConfigError
+from agentrl.evaluation.report import write_report
 from agentrl.run.folder import create_run, open_run
 from agentrl.run.lock import RunLock
-from agentrl.run.report import write_report
 
 
 def lock_of(folder: Path) -> dict[str, object]:

@@ -21,9 +21,9 @@ from agentrl.algorithms.recipe import Recipe, build_recipe, recipe, recipe_class
 from agentrl.cli import app
 from agentrl.config import bounds_of
 from agentrl.errors import ConfigError
-from agentrl.run.logbook import Logbook
+from agentrl.run.logger import Logbook
 from agentrl.run.settings import RunConfig, config_from_tree
-from agentrl.run.study import StudyConfig
+from agentrl.study.study import StudyConfig
 
 HUGE = int("7" * 400)
 VALUES = (-1, 0, 1e308, math.nan, math.inf, "", [3], HUGE)

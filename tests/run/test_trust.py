@@ -24,9 +24,9 @@ from agentrl.config import read_yaml, to_yaml
 from agentrl.env import TextSpace, register
 from agentrl.env.panel import Panel
 from agentrl.errors import AgentRLError, CheckpointError, ConfigError
+from agentrl.evaluation.report import write_report
 from agentrl.policy.chat import check_arguments
 from agentrl.policy.model import load_policy
-from agentrl.run.report import write_report
 from agentrl.run.settings import (
     CALLERS_KEYS,
     RunConfig,
@@ -37,7 +37,7 @@ from agentrl.run.settings import (
     foreign,
     load_config,
 )
-from agentrl.run.study import StudyRun
+from agentrl.study.study import StudyRun
 
 ENV = "trust-tests/Door-v0"
 
@@ -150,7 +150,7 @@ def opened_in_every_way(run: Path) -> None:
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take their time, and read nothing but numbers."""
-    monkeypatch.setattr("agentrl.run.trainer.write_report", lambda folder: None)
+    monkeypatch.setattr("agentrl.training.trainer.write_report", lambda folder: None)
 
 
 def test_a_program_is_not_started(trained: Path, tmp_path: Path, program: tuple[Path, Path]) -> None:

@@ -42,7 +42,7 @@ def test_an_address_where_somebody_else_listens_is_refused_at_once() -> None:
             connection.close()
 
         threading.Thread(target=answer, daemon=True).start()
-        with pytest.raises(ConfigError, match=f"what answers at {address} is no Ray cluster"):
+        with pytest.raises(ConfigError, match=f"the server at {address} is not a Ray cluster"):
             ping(address)
 
 

@@ -291,6 +291,6 @@ def test_a_sequence_learns_of_its_loss_and_the_last_actor_is_replaced_as_often_a
     again = replies(engines, [ask("a", [7], new_sequence=False), ask("b", [5, 6])])
     assert (again["a"].lost, again["b"].error) == (True, None)
     ray.kill(engines._hosts[0].actor)
-    with pytest.raises(AgentRLError, match=r"the last one, and engine.actor_restarts=1 have been replaced"):
+    with pytest.raises(AgentRLError, match=r"the last one, and engine.actor_restarts=1 replacements"):
         replies(engines, [ask("c", [7])])
     engines.close()

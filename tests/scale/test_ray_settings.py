@@ -13,7 +13,7 @@ from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.placement import resolve_placement
 from agentrl.rollout.settings import RolloutConfig
-from agentrl.run.places import open_environments
+from agentrl.run.env_backend import open_environments
 from agentrl.run.settings import config_tree, load_config
 
 
@@ -73,7 +73,7 @@ def test_an_explicit_placement_measures_a_run_of_a_cluster_on_this_machine(
 ) -> None:
     on_cluster = load_config(None, "rollout.backend=ray", "rollout.ray.address=10.0.0.1:6379")
     monkeypatch.setattr(
-        "agentrl.run.players.open_player",
+        "agentrl.run.policies.open_player",
         lambda name, **kwargs: (agentrl.rollout.players.RandomPlayer(), on_cluster),
     )
     found = agentrl.evaluate("random", tasks=1, placement="inline")

@@ -239,7 +239,7 @@ def test_a_model_of_the_same_shape_that_computes_otherwise_is_one_error(server: 
     other = policy()
     for layer in other.model.layers:
         layer.self_attn.scaling *= 2  # as of another architecture
-    with pytest.raises(ConfigError, match=r"with our weights the server at .* gives other logprobs"):
+    with pytest.raises(ConfigError, match=r"with the same weights the server at .* gives other logprobs"):
         _open(server, other)
 
 

@@ -15,9 +15,9 @@ from vllm_cases import policy
 from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl.policy.settings import EngineConfig, VllmConfig
 from agentrl.run.settings import load_config
-from agentrl.run.trainer import train
 from agentrl.scale.engines import check_engine
 from agentrl.scale.vllm_server import VllmServerEngine
+from agentrl.training.trainer import train
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def _connect(port: int) -> None:
 def test_nobody_at_the_url_is_one_error_with_the_command_that_starts_a_server() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        with pytest.raises(ConfigError, match=r"(?s)nobody answers at http://127.0.0.1:\d+.*vllm serve"):
+        with pytest.raises(ConfigError, match=r"(?s)nothing answers at http://127.0.0.1:\d+.*vllm serve"):
             _connect(free.getsockname()[1])
 
 
@@ -122,7 +122,7 @@ def test_a_server_that_does_not_answer_is_found_before_a_folder_is_made(tmp_path
         server = ("engine.name=vllm", url, f"engine.vllm.weights_folder={tmp_path}")
         runs = tmp_path / "runs"
         config = load_config(None, *server, f"run.folder={runs}")
-        with pytest.raises(ConfigError, match="nobody answers"):
+        with pytest.raises(ConfigError, match="nothing answers"):
             train(config, quiet=True)
     assert not runs.exists()
 
@@ -151,7 +151,7 @@ def someone() -> Iterator[int]:
 
 
 def test_a_port_that_something_else_uses_is_one_error(someone: int) -> None:
-    with pytest.raises(ConfigError, match=r"what answers at http://127.0.0.1:\d+ is no vLLM server"):
+    with pytest.raises(ConfigError, match=r"the server at http://127.0.0.1:\d+ is not a vLLM server"):
         _connect(someone)
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from agentrl_envs.alfworld.engine import Game, Snapshot
+from agentrl_envs.alfworld.adversarial_games import files
+from agentrl_envs.alfworld.engine import Game, GameState
 from agentrl_envs.alfworld.grammar import Part, split_text
-from agentrl_envs.alfworld.odd_games import files
 from agentrl_envs.alfworld.pddl import GameFileError
 from agentrl_envs.alfworld.reference import ReferenceEngine
 
@@ -77,17 +77,17 @@ def _try(make: Callable[[], Any]) -> tuple[Any, str | None]:
         return None, f"refuses ({type(error).__name__}: {str(error)[:80]})"
 
 
-def _compare_start(tally: Tally, place: str, ours: Snapshot, theirs: Snapshot) -> None:
+def _compare_start(tally: Tally, place: str, ours: GameState, theirs: GameState) -> None:
     tally.compare(place, (*_shown(ours), 0, False), (*_shown(theirs), 0, False))
 
 
-def _shown(moment: Snapshot) -> tuple[Any, ...]:
-    return moment.observation, moment.admissible, moment.won, moment.moves
+def _shown(state: GameState) -> tuple[Any, ...]:
+    return state.observation, state.admissible, state.won, state.moves
 
 
 def _step_both(
-    engine: ReferenceEngine, game: Game, ours: Snapshot, command: str, tally: Tally, place: str
-) -> Snapshot:
+    engine: ReferenceEngine, game: Game, ours: GameState, command: str, tally: Tally, place: str
+) -> GameState:
     tally.steps += 1
     tally.verbs[command.split()[0] if command in ours.admissible else "invalid"] += 1
     after = game.advance(ours, command)
@@ -98,21 +98,21 @@ def _step_both(
     return after
 
 
-def _mixed(rng: Random, moment: Snapshot, plan: tuple[str, ...]) -> str:
+def _mixed(rng: Random, state: GameState, plan: tuple[str, ...]) -> str:
     draw = rng.random()
     if draw < 0.45:
         verbs: dict[str, list[str]] = {}
-        for command in moment.admissible:
+        for command in state.admissible:
             verbs.setdefault(command.split()[0], []).append(command)
         return rng.choice(verbs[rng.choice(sorted(verbs))])
     if draw < 0.65:
-        return rng.choice(moment.admissible)
+        return rng.choice(state.admissible)
     if draw < 0.8 and plan:
         return rng.choice(plan)
     if draw < 0.9:
         return rng.choice(INVALID)
     if draw < 0.93:
-        return rng.choice([" {} ", "{}\n", "{}  "]).format(rng.choice(moment.admissible))
+        return rng.choice([" {} ", "{}\n", "{}  "]).format(rng.choice(state.admissible))
     return rng.choice(("help", "look", "inventory"))
 
 
@@ -172,13 +172,13 @@ def _joined(parts: Iterable[Part]) -> list[Part]:
 
 
 def run(
-    count: int, *, steps: int, seed: int = 0, odd: bool = False, report: Callable[[str], None] = print
+    count: int, *, steps: int, seed: int = 0, adversarial: bool = False, report: Callable[[str], None] = print
 ) -> Tally:
     """Compare `count` games; `report` gets a line per game."""
     engine = ReferenceEngine()
     tally = Tally()
     try:
-        for name, task_type, file in files(count, seed, odd):
+        for name, task_type, file in files(count, seed, adversarial):
             before = tally.comparisons
             compare_game(engine, name, file, tally, steps=steps, seed=seed)
             made = tally.comparisons - before

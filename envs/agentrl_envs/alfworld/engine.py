@@ -8,8 +8,8 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from agentrl_envs.alfworld.grammar import parse_grammar
-from agentrl_envs.alfworld.joins import NEGATED, TYPE, Fact, Index, Tables
 from agentrl_envs.alfworld.pddl import Domain, GameFileError, Problem, parse_goal, parse_problem
+from agentrl_envs.alfworld.query_compiler import NEGATED, TYPE, Fact, Index, Tables
 from agentrl_envs.alfworld.rules import rules_of
 from agentrl_envs.alfworld.text import Words, action_texts, opening_writer
 
@@ -18,7 +18,7 @@ Menu = list[tuple[str, Operator]]  # the commands of one action
 NOTHING = "Nothing happens."
 
 
-class Snapshot(NamedTuple):
+class GameState(NamedTuple):
     """A moment of a game. It never changes; pickled, it is continued by an equal Game elsewhere.
 
     `admissible` is sorted. `won` is about this moment: taking the object away again unmakes it. `key` is
@@ -96,40 +96,38 @@ class Game:
                 tables[index.slot] = index.build(rows.get(predicate, ()))
         return tuple(tables)
 
-    def _first(self, text: str, tables: Tables) -> Snapshot:
+    def _first(self, text: str, tables: Tables) -> GameState:
         menus = tuple(self._menu(place, tables) for place in range(len(self._actions)))
         commands = self._operators_of(menus)
         won = self._goal.holds(tables, self._goal_constants)
-        return Snapshot(text, tuple(sorted(commands)), won, 0, 0, tables, commands, menus)
+        return GameState(text, tuple(sorted(commands)), won, 0, 0, tables, commands, menus)
 
-    def advance(self, snapshot: Snapshot, command: str) -> Snapshot:
+    def advance(self, state: GameState, command: str) -> GameState:
         """Return the moment after `command`; what is not admissible changes nothing but the observation."""
-        operator = snapshot.commands.get(command) or snapshot.commands.get(command.strip())
+        operator = state.commands.get(command) or state.commands.get(command.strip())
         if operator is None:
-            return Snapshot(NOTHING, *snapshot[1:])
-        step = self._operators.get(operator) or self._step(operator, snapshot.tables)
-        key = snapshot.key
+            return GameState(NOTHING, *state[1:])
+        step = self._operators.get(operator) or self._step(operator, state.tables)
+        key = state.key
         for index, fact, present, code in step.flips:
-            if index.contains(snapshot.tables[index.slot], fact) != present:
+            if index.contains(state.tables[index.slot], fact) != present:
                 key ^= code
-        changed = list(snapshot.tables)
+        changed = list(state.tables)
         for index, fact, present in step.updates:
             changed[index.slot] = index.update(changed[index.slot], fact, present)
         tables = tuple(changed)
         place, arguments = operator
         text = self._texts.feedback[place](tables, self._words, self._texts.links, *arguments)
-        won = self._goal.holds(tables, self._goal_constants) if step.goal_stale else snapshot.won
-        moves = snapshot.moves + 1
+        won = self._goal.holds(tables, self._goal_constants) if step.goal_stale else state.won
+        moves = state.moves + 1
         if not step.stale:
-            return Snapshot(
-                text, snapshot.admissible, won, moves, key, tables, snapshot.commands, snapshot.menus
-            )
-        renewed = list(snapshot.menus)
+            return GameState(text, state.admissible, won, moves, key, tables, state.commands, state.menus)
+        renewed = list(state.menus)
         for stale in step.stale:
             renewed[stale] = self._menu(stale, tables)
         menus = tuple(renewed)
         commands = self._operators_of(menus)
-        return Snapshot(text, tuple(sorted(commands)), won, moves, key, tables, commands, menus)
+        return GameState(text, tuple(sorted(commands)), won, moves, key, tables, commands, menus)
 
     def _menu(self, place: int, tables: Tables) -> Menu:
         uses, texts = self._texts.uses[place], self._commands[place]
@@ -187,14 +185,14 @@ class Game:
             )
         return self._readers[touched]
 
-    def other_reached(self, snapshot: Snapshot) -> bool:
+    def other_reached(self, state: GameState) -> bool:
         """Say whether the second goal holds at this moment; False when the game has none."""
-        return self._other is not None and self._other[0].holds(snapshot.tables, self._other[1])
+        return self._other is not None and self._other[0].holds(state.tables, self._other[1])
 
-    def facts(self, snapshot: Snapshot, predicate: str) -> list[tuple[str, ...]]:
+    def facts(self, state: GameState, predicate: str) -> list[tuple[str, ...]]:
         """List the true facts of a predicate that some rule looks up, in the order of object names."""
         for index in self._indexes.get(predicate, ()):
-            rows = index.rows(snapshot.tables[index.slot])
+            rows = index.rows(state.tables[index.slot])
             return [tuple(self.objects[number] for number in row) for row in sorted(rows)]
         raise GameFileError(f"this game never looks up the predicate '{predicate}'")
 

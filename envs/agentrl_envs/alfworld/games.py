@@ -14,8 +14,8 @@ from typing import Any, Protocol, overload
 from agentrl.errors import ConfigError
 from agentrl_envs.alfworld.engine import Game
 from agentrl_envs.alfworld.generate import SPLITS, TASK_TYPES, GeneratedGame, Options, generate
+from agentrl_envs.alfworld.package_data import load_package_data
 from agentrl_envs.alfworld.pddl import GameFileError
-from agentrl_envs.alfworld.wheel import load_wheel
 from agentrl_envs.alfworld.wording import Wanted
 
 OTHER = "#other"
@@ -88,7 +88,7 @@ class GeneratedGames:
     label = "generated"
 
     def __init__(self, options: Options) -> None:
-        load_wheel()
+        load_package_data()
         self.options = options
 
     def tasks(self, split: str) -> TaskIds:
@@ -134,7 +134,7 @@ def _loaded(game: Game, wanted: Wanted, file: Mapping[str, Any]) -> LoadedGame:
 def game_file(made: GeneratedGame) -> dict[str, Any]:
     """Give the content of a `game.tw-pddl` file."""
     return {
-        "pddl_domain": load_wheel().domain,
+        "pddl_domain": load_package_data().domain,
         "grammar": made.grammar,
         "pddl_problem": made.problem,
         "solvable": True,

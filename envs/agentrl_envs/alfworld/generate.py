@@ -12,8 +12,17 @@ from random import Random
 from agentrl.env.numbers import whole_number
 from agentrl.errors import ConfigError
 from agentrl_envs.alfworld.engine import display_names
-from agentrl_envs.alfworld.rooms import LAMP_STANDS, TOOLS, Room, Scene, Walk, Wish, homes_of, room_text
-from agentrl_envs.alfworld.wheel import MOVABLE, FloorPlan, Wheel, load_wheel
+from agentrl_envs.alfworld.package_data import MOVABLE, FloorPlan, PackageData, load_package_data
+from agentrl_envs.alfworld.rooms import (
+    LAMP_STANDS,
+    TOOLS,
+    GoalSpec,
+    Room,
+    Scene,
+    WalkthroughWriter,
+    fitting_receptacles,
+    room_text,
+)
 
 TASK_TYPES = (
     "pick_and_place_simple",
@@ -79,7 +88,7 @@ class GeneratedGame:
 
     @property
     def grammar(self) -> str:
-        return load_wheel().grammar.replace("UNKNOWN GOAL", self.goal.sentence)
+        return load_package_data().grammar.replace("UNKNOWN GOAL", self.goal.sentence)
 
     def swapped(self) -> "GeneratedGame":
         """Give the same room with the two goals exchanged."""
@@ -91,44 +100,48 @@ class GeneratedGame:
 
     def hash(self) -> str:
         """Hash everything that the game is made of."""
-        parts = (load_wheel().domain, self.problem, self.grammar)
+        parts = (load_package_data().domain, self.problem, self.grammar)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def scenes(split: str) -> list[int]:
     """List the floor plans of a split."""
     unseen = split == "valid_unseen"
-    return [number for number in load_wheel().plans if (number in UNSEEN_SCENES) == unseen]
+    return [number for number in load_package_data().plans if (number in UNSEEN_SCENES) == unseen]
 
 
 def generate(split: str, index: int, options: Options) -> GeneratedGame:
     """Make game `index` of a split; consecutive indices take the task types in turn."""
     rng = Random(f"agentrl alfworld 1 {split} {index}")
     task_type = options.task_types[index % len(options.task_types)]
-    wheel = load_wheel()
-    scene = rng.choice(_able_scenes(split, task_type))
-    item = rng.choice(tuple(scene.wishes[task_type]))
-    target = rng.choice(scene.wishes[task_type][item])
+    data = load_package_data()
+    scene = rng.choice(_scenes_allowing(split, task_type))
+    item = rng.choice(tuple(scene.possible_goals[task_type]))
+    target = rng.choice(scene.possible_goals[task_type][item])
     if task_type == "look_at_obj_in_light":
         stands = [kind for kind in scene.furniture if kind in LAMP_STANDS[target]]
-        wish = Wish(task_type, item, rng.choice(stands), target)
+        spec = GoalSpec(task_type, item, rng.choice(stands), target)
     else:
-        wish = Wish(task_type, item, target, None)
-    twins = [kind for kind, places in scene.wishes[task_type].items() if kind != item and target in places]
-    twin = rng.choice(twins) if twins else None
-    room = Room(rng, wheel, scene, wish, twin, options.max_receptacles, options.object_types)
-    text = room_text(wheel, f"{split}_{index}", room)
-    template = rng.randrange(len(wheel.goals[task_type][1]))
+        spec = GoalSpec(task_type, item, target, None)
+    alternatives = [
+        kind for kind, places in scene.possible_goals[task_type].items() if kind != item and target in places
+    ]
+    other_object = rng.choice(alternatives) if alternatives else None
+    room = Room(rng, data, scene, spec, other_object, options.max_receptacles, options.object_types)
+    text = room_text(data, f"{split}_{index}", room)
+    template = rng.randrange(len(data.goals[task_type][1]))
     names = dict(zip(room.ids, display_names(room.ids), strict=True))
-    goals = [_goal(wheel, room, names, wish, kind, template) for kind in (item, twin) if kind is not None]
+    goals = [
+        _goal(data, room, names, spec, kind, template) for kind in (item, other_object) if kind is not None
+    ]
     other = goals[1] if len(goals) > 1 else None
-    shown = wish.lamp or wish.receptacle
+    shown = spec.lamp or spec.receptacle
     return GeneratedGame(f"{split}/{index}", task_type, scene.plan.number, shown, text, goals[0], other)
 
 
 @lru_cache(maxsize=64)
-def _able_scenes(split: str, task_type: str) -> tuple[Scene, ...]:
-    found = tuple(scene for number in scenes(split) if (scene := _scene(number)).wishes[task_type])
+def _scenes_allowing(split: str, task_type: str) -> tuple[Scene, ...]:
+    found = tuple(scene for number in scenes(split) if (scene := _scene(number)).possible_goals[task_type])
     if not found:
         raise ConfigError(f"no scene of split {split!r} allows the task type {task_type!r}")
     return found
@@ -136,18 +149,20 @@ def _able_scenes(split: str, task_type: str) -> tuple[Scene, ...]:
 
 @lru_cache(maxsize=256)
 def _scene(number: int) -> Scene:
-    wheel = load_wheel()
-    plan = wheel.plans[number]
-    movable = set().union(*wheel.holds.values()) - (wheel.holds.keys() - MOVABLE)
-    fixed = {kind for kind in plan.types if kind in wheel.holds and kind not in MOVABLE}
+    data = load_package_data()
+    plan = data.plans[number]
+    movable = set().union(*data.holds.values()) - (data.holds.keys() - MOVABLE)
+    fixed = {kind for kind in plan.types if kind in data.holds and kind not in MOVABLE}
     furniture = sorted(fixed | {receptacle.type for receptacle in plan.receptacles})
-    objects = tuple(sorted(kind for kind in plan.types & movable if homes_of(wheel, kind, furniture)))
-    wishes = {kind: _wishes(wheel, plan, furniture, objects, kind) for kind in TASK_TYPES}
-    return Scene(plan, tuple(furniture), objects, wishes)
+    objects = tuple(
+        sorted(kind for kind in plan.types & movable if fitting_receptacles(data, kind, furniture))
+    )
+    possible_goals = {kind: _possible_goals(data, plan, furniture, objects, kind) for kind in TASK_TYPES}
+    return Scene(plan, tuple(furniture), objects, possible_goals)
 
 
-def _wishes(
-    wheel: Wheel, plan: FloorPlan, furniture: Sequence[str], objects: Sequence[str], task_type: str
+def _possible_goals(
+    data: PackageData, plan: FloorPlan, furniture: Sequence[str], objects: Sequence[str], task_type: str
 ) -> dict[str, tuple[str, ...]]:
     if task_type == "look_at_obj_in_light":
         lamps = tuple(
@@ -159,18 +174,22 @@ def _wishes(
     ability, tool, _ = TOOLS.get(task_type, (None, None, None))
     if tool is not None and tool not in furniture:
         return {}
-    wishes = {}
+    possible_goals = {}
     for item in objects:
-        homes = homes_of(wheel, item, furniture)
-        targets = tuple(kind for kind in homes if kind != tool and homes != [kind])
-        if targets and (ability is None or item in wheel.able[ability]):
-            wishes[item] = targets
-    return wishes
+        fitting = fitting_receptacles(data, item, furniture)
+        targets = tuple(kind for kind in fitting if kind != tool and fitting != [kind])
+        if targets and (ability is None or item in data.able[ability]):
+            possible_goals[item] = targets
+    return possible_goals
 
 
-def _goal(wheel: Wheel, room: Room, names: Mapping[str, str], wish: Wish, item: str, template: int) -> Goal:
-    pddl, sentences = wheel.goals[wish.task_type]
-    toggle = wish.lamp or ""
-    words = {"obj": item.lower(), "recep": wish.receptacle.lower(), "toggle": toggle.lower()}
-    goal = pddl.format(obj=item, recep=wish.receptacle, toggle=toggle)
-    return Goal(item, sentences[template].format(**words), goal, Walk(wheel, room, names).plan(wish, item))
+def _goal(
+    data: PackageData, room: Room, names: Mapping[str, str], spec: GoalSpec, item: str, template: int
+) -> Goal:
+    pddl, sentences = data.goals[spec.task_type]
+    toggle = spec.lamp or ""
+    words = {"obj": item.lower(), "recep": spec.receptacle.lower(), "toggle": toggle.lower()}
+    goal = pddl.format(obj=item, recep=spec.receptacle, toggle=toggle)
+    return Goal(
+        item, sentences[template].format(**words), goal, WalkthroughWriter(data, room, names).plan(spec, item)
+    )

@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import Any
 
 from agentrl.errors import ConfigError, missing_extra
-from agentrl_envs.alfworld.engine import Snapshot
+from agentrl_envs.alfworld.engine import GameState
 from agentrl_envs.alfworld.games import LoadedGame
-from agentrl_envs.alfworld.wheel import REMEDY
+from agentrl_envs.alfworld.package_data import REMEDY
 
 _in_use = threading.Lock()
 
@@ -21,7 +21,7 @@ class ReferenceEngine:
     """Plays a `game.tw-pddl` with TextWorld, named by ALFWorld's own `Demangler`.
 
     The library keeps global parsers and solver state: threads break it, so there is one engine per process,
-    and a moment cannot be gone back to.
+    and a state cannot be gone back to.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class ReferenceEngine:
             self._open = False
             _in_use.release()
 
-    def begin(self, file: Mapping[str, Any]) -> Snapshot:
+    def begin(self, file: Mapping[str, Any]) -> GameState:
         """Load the content of a `game.tw-pddl` and begin it."""
         self._env.load(dict(file))
         infos = self._env._entity_infos
@@ -58,28 +58,28 @@ class ReferenceEngine:
             info.name = demangler.demangle_alfred_name(info.id)
         return self.reset()
 
-    def reset(self) -> Snapshot:
+    def reset(self) -> GameState:
         """Begin the loaded game anew."""
-        return _moment(self._env.reset())
+        return _game_state(self._env.reset())
 
-    def step(self, command: str) -> tuple[Snapshot, int, bool]:
+    def step(self, command: str) -> tuple[GameState, int, bool]:
         """Return the next moment, the score and whether the engine calls the game done."""
         state, score, done = self._env.step(command)
-        return _moment(state), score, done
+        return _game_state(state), score, done
 
-    def start(self, loaded: LoadedGame) -> Snapshot:
+    def start(self, loaded: LoadedGame) -> GameState:
         return self.begin(loaded.file)
 
-    def advance(self, loaded: LoadedGame, moment: Snapshot, command: str) -> Snapshot:
+    def advance(self, loaded: LoadedGame, state: GameState, command: str) -> GameState:
         return self.step(command)[0]
 
-    def other_reached(self, loaded: LoadedGame, moment: Snapshot) -> bool:
+    def other_reached(self, loaded: LoadedGame, state: GameState) -> bool:
         """Say no: TextWorld knows one goal per game."""
         return False
 
 
-def _moment(state: Any) -> Snapshot:
+def _game_state(state: Any) -> GameState:
     shown = json.dumps([state.feedback, state["admissible_commands"]])
     key = int.from_bytes(hashlib.blake2b(shown.encode(), digest_size=7).digest(), "big")
     commands = tuple(state["admissible_commands"])
-    return Snapshot(state.feedback, commands, bool(state["won"]), state["moves"], key, (), {}, ())
+    return GameState(state.feedback, commands, bool(state["won"]), state["moves"], key, (), {}, ())

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
 
-from agentrl_envs.alfworld.wheel import FloorPlan, Receptacle, Wheel, location_id
+from agentrl_envs.alfworld.package_data import FloorPlan, PackageData, Receptacle, location_id
 
 START = location_id(0, 0, 0, 0)
 
@@ -38,7 +38,7 @@ class Thing:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class GoalSpec:
     """A goal to make a room for."""
 
     task_type: str
@@ -54,12 +54,12 @@ class Scene:
     plan: FloorPlan
     furniture: tuple[str, ...]
     objects: tuple[str, ...]
-    wishes: Mapping[str, Mapping[str, tuple[str, ...]]]
+    possible_goals: Mapping[str, Mapping[str, tuple[str, ...]]]
 
 
-def homes_of(wheel: Wheel, item: str, furniture: Iterable[str]) -> list[str]:
+def fitting_receptacles(data: PackageData, item: str, furniture: Iterable[str]) -> list[str]:
     """List the receptacle types that an object type fits into."""
-    return [kind for kind in furniture if item in wheel.holds[kind]]
+    return [kind for kind in furniture if item in data.holds[kind]]
 
 
 class Room:
@@ -68,56 +68,60 @@ class Room:
     def __init__(
         self,
         rng: Random,
-        wheel: Wheel,
+        data: PackageData,
         scene: Scene,
-        wish: Wish,
-        twin: str | None,
+        spec: GoalSpec,
+        other_object: str | None,
         max_receptacles: int | None,
         object_types: int | None,
     ) -> None:
         self.rng = rng
-        self.wheel = wheel
+        self.data = data
         # A goal object may lie anywhere but where it shall go; for look, where it lies does not matter.
-        self.forbidden = None if wish.lamp else wish.receptacle
-        self.wanted = (wish.object,) if twin is None else (wish.object, twin)
-        self.receptacles = self._furnish(scene, wish, max_receptacles)
-        self.lamps = self._light(scene, wish)
-        self.things = self._fill(scene, wish, object_types)
+        self.forbidden = None if spec.lamp else spec.receptacle
+        self.goal_objects = (spec.object,) if other_object is None else (spec.object, other_object)
+        self.receptacles = self._place_receptacles(scene, spec, max_receptacles)
+        self.lamps = self._place_lamps(scene, spec)
+        self.things = self._place_objects(scene, spec, object_types)
         self.locations = sorted({START, *(receptacle.location for receptacle in self.receptacles)})
         self.ids = [thing.id for thing in self.lamps + self.things]
         self.ids += [receptacle.id for receptacle in self.receptacles]
 
-    def _furnish(self, scene: Scene, wish: Wish, limit: int | None) -> list[Receptacle]:
+    def _place_receptacles(self, scene: Scene, spec: GoalSpec, limit: int | None) -> list[Receptacle]:
         present = list(scene.plan.receptacles)
         used = {receptacle.location for receptacle in present} | {START}
         known = {receptacle.type for receptacle in present}
         for kind in scene.furniture:
             if kind not in known:
                 count = 1 if limit is not None else _USUAL_COUNT.get(kind, 1)
-                present += [self._somewhere(kind, used) for _ in range(count)]
+                present += [self._at_random_location(kind, used) for _ in range(count)]
         if limit is None:
             return present
         by_type: dict[str, list[Receptacle]] = {}
         for receptacle in present:
             by_type.setdefault(receptacle.type, []).append(receptacle)
-        keep = self._required(scene, wish)
+        keep = self._required(scene, spec)
         rest = sorted(by_type.keys() - keep)
         self.rng.shuffle(rest)
         chosen = sorted(keep) + rest[: max(0, limit - len(keep))]
         return [self.rng.choice(by_type[kind]) for kind in chosen]
 
-    def _required(self, scene: Scene, wish: Wish) -> set[str]:
+    def _required(self, scene: Scene, spec: GoalSpec) -> set[str]:
         """Name receptacle types that both goals need: the target, the tool, and where the objects may lie."""
-        keep = {wish.receptacle}
-        if wish.task_type in TOOLS:
-            keep.add(TOOLS[wish.task_type][1])
-        for item in self.wanted:
-            homes = [kind for kind in homes_of(self.wheel, item, scene.furniture) if kind != self.forbidden]
-            if not keep.intersection(homes):
-                keep.add(self.rng.choice(homes))
+        keep = {spec.receptacle}
+        if spec.task_type in TOOLS:
+            keep.add(TOOLS[spec.task_type][1])
+        for item in self.goal_objects:
+            fitting = [
+                kind
+                for kind in fitting_receptacles(self.data, item, scene.furniture)
+                if kind != self.forbidden
+            ]
+            if not keep.intersection(fitting):
+                keep.add(self.rng.choice(fitting))
         return keep
 
-    def _somewhere(self, kind: str, used: set[str]) -> Receptacle:
+    def _at_random_location(self, kind: str, used: set[str]) -> Receptacle:
         rng = self.rng
         while True:
             location = location_id(
@@ -133,39 +137,39 @@ class Room:
         name = "_bar_".join([kind.removesuffix("Basin"), *numbers]).replace(".", "_dot_")
         return f"{name}_bar_{kind}" if kind.endswith("Basin") else name
 
-    def _light(self, scene: Scene, wish: Wish) -> list[Thing]:
+    def _place_lamps(self, scene: Scene, spec: GoalSpec) -> list[Thing]:
         lamps = []
         for lamp, stands in LAMP_STANDS.items():
             if lamp not in scene.plan.types:
                 continue
             places = [r for r in self.receptacles if r.type in stands]
-            if lamp == wish.lamp:
-                places = [r for r in places if r.type == wish.receptacle]
+            if lamp == spec.lamp:
+                places = [r for r in places if r.type == spec.receptacle]
             if places:
                 lamps.append(Thing(self._new_id(lamp), lamp, self.rng.choice(places)))
         return lamps
 
-    def _fill(self, scene: Scene, wish: Wish, limit: int | None) -> list[Thing]:
+    def _place_objects(self, scene: Scene, spec: GoalSpec, limit: int | None) -> list[Thing]:
         places = {kind: self._places(kind) for kind in scene.objects}
-        possible = [kind for kind in scene.objects if places[kind] and kind not in self.wanted]
+        possible = [kind for kind in scene.objects if places[kind] and kind not in self.goal_objects]
         if limit is not None:
-            extra = max(0, limit - len(self.wanted))
+            extra = max(0, limit - len(self.goal_objects))
             possible = self.rng.sample(possible, min(extra, len(possible)))
         things = []
-        for kind in sorted({*possible, *self.wanted}):
+        for kind in sorted({*possible, *self.goal_objects}):
             (count,) = self.rng.choices(_INSTANCES, cum_weights=_INSTANCE_WEIGHTS)
-            if kind in self.wanted and wish.task_type == "pick_two_obj_and_place":
+            if kind in self.goal_objects and spec.task_type == "pick_two_obj_and_place":
                 count = max(2, count)
             things += [Thing(self._new_id(kind), kind, self.rng.choice(places[kind])) for _ in range(count)]
         return things
 
     def _places(self, kind: str) -> list[Receptacle]:
-        avoided = self.forbidden if kind in self.wanted else None
-        holds = self.wheel.holds
+        avoided = self.forbidden if kind in self.goal_objects else None
+        holds = self.data.holds
         return [r for r in self.receptacles if r.type != avoided and kind in holds[r.type]]
 
 
-def room_text(wheel: Wheel, name: str, room: Room) -> str:
+def room_text(data: PackageData, name: str, room: Room) -> str:
     """Write a PDDL problem up to its goal."""
     things = room.lamps + room.things
     object_types = sorted({thing.type for thing in things}.union(_RULES_NEED_OBJECT))
@@ -180,17 +184,17 @@ def room_text(wheel: Wheel, name: str, room: Room) -> str:
     for receptacle in room.receptacles:
         lines.append(f"  (receptacleType {receptacle.id} {receptacle.type}Type)")
         lines.append(f"  (receptacleAtLocation {receptacle.id} {receptacle.location})")
-        if receptacle.type in wheel.openable:
+        if receptacle.type in data.openable:
             lines.append(f"  (openable {receptacle.id})")
     for kind in receptacle_types:
-        held = wheel.holds[kind]
+        held = data.holds[kind]
         lines += [f"  (canContain {kind}Type {item}Type)" for item in object_types if item in held]
     for thing in things:
-        lines += _thing_facts(wheel, thing)
+        lines += _thing_facts(data, thing)
     return "\n".join([*lines, " )"])
 
 
-def _thing_facts(wheel: Wheel, thing: Thing) -> list[str]:
+def _thing_facts(data: PackageData, thing: Thing) -> list[str]:
     facts = [
         f"  (objectType {thing.id} {thing.type}Type)",
         f"  (inReceptacle {thing.id} {thing.place.id})",
@@ -199,33 +203,33 @@ def _thing_facts(wheel: Wheel, thing: Thing) -> list[str]:
     if thing.type in LAMP_STANDS:
         return [*facts, f"  (toggleable {thing.id})"]
     facts.append(f"  (pickupable {thing.id})")
-    return facts + [f"  ({verb.lower()} {thing.id})" for verb in _ABILITIES if thing.type in wheel.able[verb]]
+    return facts + [f"  ({verb.lower()} {thing.id})" for verb in _ABILITIES if thing.type in data.able[verb]]
 
 
-class Walk:
+class WalkthroughWriter:
     """Writes down the commands of someone who knows where everything is."""
 
-    def __init__(self, wheel: Wheel, room: Room, names: Mapping[str, str]) -> None:
-        self.openable = wheel.openable
+    def __init__(self, data: PackageData, room: Room, names: Mapping[str, str]) -> None:
+        self.openable = data.openable
         self.room = room
         self.names = names
         self.commands: list[str] = []
         self.location = START
         self.opened: set[str] = set()
 
-    def plan(self, wish: Wish, item: str) -> tuple[str, ...]:
+    def plan(self, spec: GoalSpec, item: str) -> tuple[str, ...]:
         things = [thing for thing in self.room.things if thing.type == item]
-        if wish.lamp:
-            lamp = next(lamp for lamp in self.room.lamps if lamp.type == wish.lamp)
+        if spec.lamp:
+            lamp = next(lamp for lamp in self.room.lamps if lamp.type == spec.lamp)
             self._take(things[0])
             self._go(lamp.place)
             self.commands.append(f"use {self.names[lamp.id]}")
             return tuple(self.commands)
-        target = next(r for r in self.room.receptacles if r.type == wish.receptacle)
-        for thing in things[: 2 if wish.task_type == "pick_two_obj_and_place" else 1]:
+        target = next(r for r in self.room.receptacles if r.type == spec.receptacle)
+        for thing in things[: 2 if spec.task_type == "pick_two_obj_and_place" else 1]:
             self._take(thing)
-            if wish.task_type in TOOLS:
-                self._treat(thing, *TOOLS[wish.task_type][1:])
+            if spec.task_type in TOOLS:
+                self._treat(thing, *TOOLS[spec.task_type][1:])
             self._go(target, open_it=True)
             self.commands.append(f"move {self.names[thing.id]} to {self.names[target.id]}")
         return tuple(self.commands)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from agentrl_envs.alfworld.joins import NEGATED, TYPE, Code, Fact, Schema, Tables
 from agentrl_envs.alfworld.pddl import (
     TRUE,
     Action,
@@ -19,6 +18,7 @@ from agentrl_envs.alfworld.pddl import (
     constants_of,
     parse_domain,
 )
+from agentrl_envs.alfworld.query_compiler import NEGATED, TYPE, Code, Fact, Schema, Tables
 
 Change = tuple[str, Fact, bool]
 

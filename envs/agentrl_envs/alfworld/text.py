@@ -20,8 +20,8 @@ from agentrl_envs.alfworld.grammar import (
     parse_query,
     split_text,
 )
-from agentrl_envs.alfworld.joins import NEGATED, Code, Fact, Schema, Tables
 from agentrl_envs.alfworld.pddl import Atom, PddlError
+from agentrl_envs.alfworld.query_compiler import NEGATED, Code, Fact, Schema, Tables
 from agentrl_envs.alfworld.rules import CompiledAction, Rules
 
 _ATTRIBUTES = ("id", "name", "type", "definite", "indefinite")

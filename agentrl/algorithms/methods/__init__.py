@@ -1,0 +1,1 @@
+"""The methods: one file for each, registered by entry points as a third party's are."""

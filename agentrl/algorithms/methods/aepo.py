@@ -1,0 +1,363 @@
+"""AEPO: entropy decides where rollouts branch, how much credit a token gets, and which gradients are kept."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Interval
+from torch import Tensor
+
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss
+from agentrl.algorithms.features import branch_shares
+from agentrl.algorithms.hooks import (
+    Bounds,
+    Context,
+    Diagnostic,
+    MiniBatch,
+    Outputs,
+    Transform,
+    excludes,
+    given,
+    requires,
+    trait,
+)
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
+from agentrl.config import Count, Share, SignedWeight, Weight
+from agentrl.data.batch import Batch
+from agentrl.data.trajectory import BranchPoint, Episode, Turn
+from agentrl.errors import ConfigError
+from agentrl.seeds import derive_seed
+
+OPENING = 20  # decisions of a turn whose entropy stands for the turn
+
+Limits = tuple[SignedWeight, SignedWeight]
+
+
+@recipe("aepo")
+@dataclass(frozen=True)
+class AEPO(Recipe):
+    """Agentic entropy-balanced policy optimisation: branches, credit and clipping that follow entropy.
+
+    This is the AEPO of arXiv 2510.14545; arbitrary entropy policy optimisation (arXiv 2510.08141) and the
+    adaptive one of ARES, other methods, are called so as well.
+
+    A task's first rollout is played alone. The entropies of its first turn and of the later ones decide how
+    many more begin at the first observation; the rest of the group size is left for branches. A branch
+    starts, in the state that the environment has just reached, where a turn was less certain than the first
+    of its path; the more replies in a row have branched on a path, the less. What is left when all have ended
+    begins at the first observation, all at once, and so without branches of its own. A turn's entropy is the
+    mean over its first 20 decisions, in units of the logarithm of the vocabulary; a turn without decisions
+    starts no branch.
+
+    The preset `released` does what the released code does, as far as it is to be had without lock step:
+    - the released scripts leave the measured split off: half of the group begins at the first observation
+      (`initial_rollouts: measured` brings the split back);
+    - the measured split is rounded down and 1 is added, and the first turn counts among the later ones;
+    - a turn's entropy is the sum, not the mean, over its first decisions (exact entropies all the same,
+      where the released code adds up the ten likeliest tokens);
+    - a branch is compared with its own first turn, not with its path's;
+    - replies in a row are counted over all paths of the task;
+    - the entropy advantage is left out: the released scripts never compute the entropies that it needs.
+
+        field             | paper     | released   | ours
+        base.name         | grpo      | grpo       | grpo
+        base.preset       | ours      | released   | ours
+        base.dual_clip    | 3.0       | 3.0        | null
+        base.aggregation  | token     | token      | sequence
+        entropy_advantage | 0.2       | 0.0        | 0.2
+        advantage_limits  | null      | null       | [0.0, 2.0]
+        initial_rollouts  | measured  | half       | measured
+        allocation_slope  | 4.0       | 0.5        | 4.0
+        branch_rule       | threshold | stochastic | stochastic
+
+    The paper's slope, offset, weight and threshold of branching are not known to us, and ours. The scripts
+    ran groups of 16, 8 of them at the first observation.
+
+    Args:
+        base: what is modified.
+        entropy_advantage: change of an advantage's factor per standard deviation of the token's entropy, over
+            the rollout batch; 0 leaves advantages alone.
+        advantage_limits: of that factor; null lets advantages change sign.
+        stop_gradient_clip: keep the gradient of ratios above the upper bound, at the bound's size.
+        branch: whether rollouts branch at all.
+        initial_rollouts: that begin at the first observation; `measured` by the first of them; `half` of the
+            group; null is what the preset has.
+        allocation_slope: of the measured split (the released code has 0.5, which hardly moves it).
+        branch_rule: `stochastic` draws a number in [0, 1) for every attempt, `threshold` takes
+            `branch_offset` instead.
+        branch_probability: what must be reached (`stochastic`) or passed (`threshold`).
+        branch_offset: of `threshold`.
+        entropy_weight: of the turn's entropy above the first one's.
+        branch_penalty: taken off, as a share, for every reply in a row that has branched.
+        beam: paths that one may become at a reply; `branch: false` starts no branches.
+        prefix_weight: of turns that branches share: `full` trains them once per branch with the advantage of
+            each, as released; `shared` divides the weight by the number of branches.
+        parity: `official` is the preset `released`, but of the table it takes entropy_advantage, which it
+            allows no other value, and initial_rollouts, unless given; `paper` says nothing.
+    """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {
+            "base": {"name": "grpo", "aggregation": "token", "dual_clip": 3.0},
+            "advantage_limits": None,
+            "branch_rule": "threshold",
+        },
+        "released": {
+            "base": {"name": "grpo", "preset": "released"},
+            "entropy_advantage": 0.0,
+            "advantage_limits": None,
+            "initial_rollouts": "half",
+            "allocation_slope": 0.5,
+        },
+    }
+    OFFICIAL: ClassVar[Collection[str]] = ("entropy_advantage",)
+    OPEN: ClassVar[Collection[str]] = ("initial_rollouts",)
+
+    base: Base = field(default_factory=lambda: build_recipe("grpo"))
+    entropy_advantage: Weight = 0.2
+    advantage_limits: Limits | None = (0.0, 2.0)
+    stop_gradient_clip: bool = True
+    branch: bool = True
+    initial_rollouts: Count | Literal["measured", "half"] = "measured"
+    allocation_slope: Weight = 4.0
+    branch_rule: Literal["stochastic", "threshold"] = "stochastic"
+    branch_probability: Share = 0.5
+    branch_offset: SignedWeight = 0.5
+    entropy_weight: SignedWeight = 0.2
+    branch_penalty: Share = 0.05
+    beam: Annotated[int, Interval(ge=2, le=1000)] = 2
+    prefix_weight: Literal["full", "shared"] = "full"
+    parity: Literal["paper", "official"] = "paper"
+
+    def __post_init__(self) -> None:
+        limits = self.advantage_limits
+        if limits is not None and not limits[0] <= 1 <= limits[1]:
+            raise ConfigError(
+                f"advantage_limits is {limits}, wanted a range that holds 1, the factor at mean entropy"
+            )
+
+    def build(self) -> Algorithm:
+        base = without_replay(self.base)
+        if self.stop_gradient_clip and base.surrogate is not clipped_policy_loss:
+            raise ConfigError(
+                f"stop_gradient_clip is true, but base {self.base.name} has another loss than the clipped one"
+            )
+        if self.branch and base.rollout.branch_policy is not None:
+            raise ConfigError(f"branch is true, but base {self.base.name} has its own way to start episodes")
+        branch_policy = partial(EntropyBranching, self) if self.branch else base.rollout.branch_policy
+        return replace(
+            base,
+            rollout=replace(base.rollout, branch_policy=branch_policy),
+            transforms=(*base.transforms, *self._transforms()),
+            weights=(*base.weights, shared_turn_weight) if self.prefix_weight == "shared" else base.weights,
+            surrogate=stop_gradient_policy_loss if self.stop_gradient_clip else base.surrogate,
+            diagnostics=(*base.diagnostics, *self._diagnostics()),
+        )
+
+    def _transforms(self) -> Sequence[Transform]:
+        if not self.entropy_advantage:
+            return ()
+        return (partial(scale_by_entropy, scale=self.entropy_advantage, limits=self.advantage_limits),)
+
+    def _diagnostics(self) -> Sequence[Diagnostic]:
+        if not self.entropy_advantage:
+            return ()
+        return (partial(entropy_factors, scale=self.entropy_advantage, limits=self.advantage_limits),)
+
+
+@requires("rollout:entropy")
+@dataclass
+class EntropyBranching:
+    """The rollouts of one task, as `AEPO` says; a `BranchPolicy`.
+
+    Args:
+        settings: of the method.
+        budget: episodes of the task.
+        seed: of the draws, each of which depends on the episode, the turn and the attempt too.
+        context: for the size of the vocabulary; where that is unknown, entropies stay in nats.
+    """
+
+    settings: AEPO
+    budget: int
+    seed: int
+    context: Context
+    _measuring: bool = field(default=False, init=False)
+    _streaks: dict[tuple[str, int], int] = field(default_factory=dict, init=False)  # by path and turns so far
+    _task_streak: int = field(default=0, init=False)
+
+    def begin(self) -> Sequence[BranchPoint | None]:
+        initial = self.settings.initial_rollouts
+        self._measuring = initial == "measured"
+        if initial == "measured":
+            return [None]
+        return [None] * (max(self.budget // 2, 1) if initial == "half" else min(initial, self.budget))
+
+    def reached(
+        self, episode: str, parent: BranchPoint | None, turns: Sequence[Turn]
+    ) -> Sequence[BranchPoint | None]:
+        entropy = self._entropy(turns[-1])
+        if self._measuring or entropy is None:
+            return ()
+        known = turns[parent.turn :] if parent is not None and self._official else turns
+        change = entropy - next(value for turn in known if (value := self._entropy(turn)) is not None)
+        streak = self._streak(episode, parent, len(turns) - 1)
+        attempts = range(self.settings.beam - 1)
+        fired = sum(self._fires(change, streak, episode, len(turns), attempt) for attempt in attempts)
+        self._streaks[episode, len(turns)] = self._task_streak = streak + 1 if fired else 0
+        return [BranchPoint(episode, len(turns))] * fired
+
+    def ended(self, episode: Episode) -> Sequence[BranchPoint | None]:
+        if not self._measuring:
+            return ()
+        self._measuring = False
+        root, tool = self._profile(episode.turns)
+        count = initial_rollouts(
+            self.budget, root, tool, slope=self.settings.allocation_slope, round_up=self._official
+        )
+        return [None] * (count - 1)
+
+    @property
+    def _official(self) -> bool:
+        return self.settings.preset == "released"
+
+    def _entropy(self, turn: Turn) -> float | None:
+        return opening_entropy(turn, self.context.vocabulary, total=self._official)
+
+    def _profile(self, turns: Sequence[Turn]) -> tuple[float, float]:
+        """Entropy of the first turn and of the later ones; equal where one is unknown."""
+        found = [self._entropy(turn) for turn in turns]
+        root = found[0] if found else None
+        later = [value for value in found[0 if self._official else 1 :] if value is not None]
+        if root is None or not later:
+            return 0.0, 0.0
+        return root, sum(later) / len(later)
+
+    def _streak(self, episode: str, parent: BranchPoint | None, before: int) -> int:
+        """Replies in a row, up to the last but one, at which the path branched; a branch has its parent's."""
+        if self._official:
+            return self._task_streak
+        if parent is not None and parent.turn == before:
+            return self._streaks.get((parent.parent, before), 0)
+        return self._streaks.get((episode, before), 0)
+
+    def _fires(self, change: float, streak: int, episode: str, turns: int, attempt: int) -> bool:
+        settings = self.settings
+        stochastic = settings.branch_rule == "stochastic"
+        drawn = derive_seed(self.seed, "branch", episode, turns, attempt) / 2**31
+        score = branch_score(
+            change,
+            streak,
+            offset=drawn if stochastic else settings.branch_offset,
+            weight=settings.entropy_weight,
+            penalty=settings.branch_penalty,
+        )
+        wanted = settings.branch_probability
+        return score >= wanted if stochastic else score > wanted
+
+
+def opening_entropy(turn: Turn, vocabulary: int, *, total: bool = False) -> float | None:
+    """Mean entropy of a turn's first 20 decisions, over the logarithm of the vocabulary; None without any.
+
+    Args:
+        turn: with the entropies of its decisions.
+        vocabulary: number of tokens; below 2, as when unknown, the result is in nats.
+        total: add up the entropies instead.
+    """
+    decisions = [value for value, decided in zip(turn.entropies, turn.sampled, strict=False) if decided]
+    opening = decisions[:OPENING]
+    if not opening:
+        return None
+    scale = math.log(vocabulary) if vocabulary > 1 else 1.0
+    return sum(opening) / (1 if total else len(opening)) / scale
+
+
+def initial_rollouts(budget: int, root: float, tool: float, *, slope: float, round_up: bool = False) -> int:
+    """How many rollouts of a task begin at the first observation; the others are left for branches.
+
+        m = clamp( floor( k * sigmoid(slope * (H_root - H_tool)) + 1/2 ), 1, k )
+
+    Args:
+        budget: k, rollouts of the task.
+        root: H_root, entropy of the first turn, over the logarithm of the vocabulary.
+        tool: H_tool, likewise of the turns that answer the environment.
+        slope: how sharply the difference decides.
+        round_up: add 1 instead of 1/2, as the released code does.
+
+    Source: Dong et al. 2025, arXiv:2510.14545.
+    """
+    share = 0.5 * (1 + math.tanh(0.5 * slope * (root - tool)))  # the sigmoid, without its overflow
+    return min(max(math.floor(budget * share + (1.0 if round_up else 0.5)), 1), budget)
+
+
+def branch_score(change: float, streak: int, *, offset: float, weight: float, penalty: float) -> float:
+    """How much speaks for a branch.
+
+        P = clamp( (offset + weight * change) * max(0, 1 - penalty * streak), 0, 1 )
+
+    Args:
+        change: of entropy since the first turn of the path, over the logarithm of the vocabulary.
+        streak: replies in a row at which the path has branched.
+        offset: a constant (the paper) or a fresh uniform draw (the released code).
+        weight: of the change.
+        penalty: per reply of the streak.
+
+    Source: Dong et al. 2025, arXiv:2510.14545.
+    """
+    return min(max((offset + weight * change) * max(0.0, 1 - penalty * streak), 0.0), 1.0)
+
+
+@requires("entropy")
+@trait("token entropy advantage")
+def scale_by_entropy(
+    advantages: Tensor, batch: Batch, context: Context, *, scale: float, limits: Limits | None
+) -> Tensor:
+    """Multiply advantages by the standing of the token's entropy in the rollout batch; [B, T].
+
+    See `entropy_scaled_advantage`.
+    """
+    entropies = given(batch.old_entropies, "old_entropies")
+    return functional.entropy_scaled_advantage(
+        advantages, entropies, batch.sampled, scale=scale, limits=limits
+    )
+
+
+@excludes(sequence_ratio="it holds the ratio of one token, not that of a sequence")
+def stop_gradient_policy_loss(outputs: Outputs, mini: MiniBatch, bounds: Bounds | None) -> Tensor:
+    """The clipped surrogate's value, with a gradient above the upper bound; [B, T]."""
+    if bounds is None:
+        return clipped_policy_loss(outputs, mini, None)
+    return functional.stop_gradient_clipped_surrogate(
+        given(outputs.ratio, "ratio"), mini.advantages, bounds.lower, bounds.upper, bounds.dual
+    )
+
+
+def shared_turn_weight(mini: MiniBatch, context: Context) -> Tensor:
+    """One over the number of trajectories of the rollout batch that share a turn; [B, T]."""
+    batch = mini.batch
+    return functional.spread_steps(branch_shares(batch), batch.turns, batch.trajectory, batch.sampled)
+
+
+@requires("entropy")
+def entropy_factors(
+    mini: MiniBatch, context: Context, *, scale: float, limits: Limits | None
+) -> Mapping[str, float]:
+    """Range of the standardised entropies, and how many advantages changed sign or met a limit."""
+    batch = mini.batch
+    entropies = given(batch.old_entropies, "old_entropies")
+    if not bool(batch.sampled.any()):
+        return {}
+    ones = torch.ones_like(entropies)
+    factor = functional.entropy_scaled_advantage(ones, entropies, batch.sampled, scale=scale, limits=None)
+    factor = factor[batch.sampled]
+    low, high = limits or (-math.inf, math.inf)
+    flipped = (factor.clamp(low, high) < 0) & (mini.advantages[batch.sampled] != 0)
+    return {
+        "entropy_score_min": float(factor.min() - 1) / scale,
+        "entropy_score_max": float(factor.max() - 1) / scale,
+        "advantage_factor_limited": float(((factor < low) | (factor > high)).double().mean()),
+        "advantages_flipped": float(flipped.sum()),
+    }

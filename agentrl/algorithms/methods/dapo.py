@@ -1,0 +1,112 @@
+"""DAPO: four changes to any recipe with a clipped ratio."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Interval
+
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import Algorithm, drop_equal_returns
+from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, Select, excludes, traits
+from agentrl.algorithms.methods.dr_bot import SHAPED, by_shaped_returns
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
+from agentrl.config import Share, Tokens, Weight
+from agentrl.data.trajectory import Episode, Group
+from agentrl.errors import ConfigError
+
+
+@recipe("dapo")
+@dataclass(frozen=True)
+class DAPO(Recipe):
+    """Decoupled clip and dynamic sampling: a wider upper bound, only groups that differ, the token mean.
+
+    Returns are compared before any penalty; a base that selects by shaped returns then sees the penalties.
+    With equal bounds it is its base with dynamic sampling and the token mean.
+
+        field               | paper | released | ours
+        base.name           | grpo  | grpo     | grpo
+        base.preset         | paper | released | ours
+        base.kl_coefficient | 0.0   | 0.0      | 0.0
+        max_rounds          | 10    | 10       | 3
+        overlong_limit      | 20480 | null     | null
+        overlong_cache      | 4096  | 0        | 0
+
+    The paper draws tasks until the batch is full, for which 10 rounds stand; its lengths are those of long
+    mathematics, its groups of 16. Released is verl-agent, without the overlong penalty.
+
+    Args:
+        base: whose advantage, rewards, terms and dual clip these are.
+        clip_low: the ratio is held above 1 - clip_low.
+        clip_high: and below 1 + clip_high.
+        max_rounds: times that tasks are played at most, until enough groups differ (10 in verl-agent).
+        overlong_limit: an episode with more reply tokens than this loses 1 of its last reward; None for no
+            penalty.
+        overlong_cache: last tokens before the limit, over which that penalty grows.
+
+    Source: Yu et al. 2025, arXiv:2503.14476.
+    """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {
+            "base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0},
+            "max_rounds": 10,
+            "overlong_limit": 20480,
+            "overlong_cache": 4096,
+        },
+        "released": {"base": {"name": "grpo", "preset": "released"}, "max_rounds": 10},
+    }
+
+    base: Base = field(default_factory=lambda: build_recipe("grpo"))
+    clip_low: Share = 0.2
+    clip_high: Weight = 0.28
+    max_rounds: Annotated[int, Interval(ge=1, le=1000)] = 3
+    overlong_limit: Tokens | None = None
+    overlong_cache: Annotated[int, Interval(ge=0, le=2**30)] = 0
+
+    def __post_init__(self) -> None:
+        if self.overlong_limit is not None and not 0 < self.overlong_cache <= self.overlong_limit:
+            raise ConfigError(
+                f"overlong_cache is {self.overlong_cache}, wanted above 0, at most overlong_limit"
+            )
+
+    def build(self) -> Algorithm:
+        base = without_replay(self.base)
+        if base.clip is None:
+            raise ConfigError(f"dapo: base {self.base.name!r} has no clipped ratio, wanted one that has")
+        select, shape_reward = base.select, base.shape_reward
+        if self.overlong_limit is not None:
+            penalty = partial(penalise_overlong, limit=self.overlong_limit, cache=self.overlong_cache)
+            shape_reward = (*shape_reward, penalty)
+            if SHAPED in traits(select):
+                select = by_shaped_returns(select, (penalty,))
+        return replace(
+            base,
+            select=partial(drop_equal_then, select=select),
+            rollout=replace(base.rollout, rounds=self.max_rounds),
+            shape_reward=shape_reward,
+            clip=partial(clip_higher, low=self.clip_low, high=self.clip_high, base=base.clip),
+            aggregation=functional.token_weights,
+        )
+
+
+def drop_equal_then(groups: Sequence[Group], context: Context, *, select: Select) -> Sequence[Group]:
+    """What another selection keeps of the groups whose returns differ."""
+    return select(drop_equal_returns(groups, context), context)
+
+
+@excludes(sequence_ratio="its bounds are those of single tokens; gspo over dapo keeps the bounds of gspo")
+def clip_higher(mini: MiniBatch, context: Context, *, low: float, high: float, base: Clip) -> Bounds:
+    """Bounds [1 - low, 1 + high] for every token; the dual clip is that of the base."""
+    return replace(base(mini, context), lower=1 - low, upper=1 + high)
+
+
+def penalise_overlong(episode: Episode, context: Context, *, limit: int, cache: int) -> Sequence[float]:
+    """Take the overlong penalty of all its reply tokens off an episode's last reward."""
+    rewards = [turn.reward for turn in episode.turns]
+    length = torch.tensor(sum(len(turn.action_ids) for turn in episode.turns))
+    if rewards:
+        rewards[-1] += float(functional.overlong_penalty(length, limit, cache))
+    return rewards

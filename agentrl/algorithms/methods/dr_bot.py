@@ -1,0 +1,175 @@
+"""Dr.BoT: the tricks that group-relative training of agents profits from, in one bag."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import pstdev
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import shaped
+from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Select, ShapeReward, excludes, trait
+from agentrl.algorithms.methods.grpo import GRPO
+from agentrl.algorithms.recipe import Base, Presets, Recipe, recipe, without_replay
+from agentrl.config import PositiveShare, Share, Tokens, Weight
+from agentrl.data.batch import Batch
+from agentrl.data.trajectory import Group, Turn
+
+NGRAM, REPEATS = 20, 10  # a reply in which so many tokens occur so often is going round in circles
+SHAPED = "selection by shaped returns"
+FAULTS = ("overlong", "incomplete", "repetitive", "unreadable")
+
+
+@recipe("dr_bot")
+@dataclass(frozen=True)
+class DrBot(Recipe):
+    """Dr.BoT: centred returns, a higher upper clip, a constant length, and nothing learned from bad replies.
+
+    Takes the advantage and the terms of `base`, and puts its own clip, aggregation and choice of groups in
+    the place of the base's. Replies with a fault stay in the returns and baselines and leave the loss, its
+    normaliser included: those that were cut off at the token limit (overlong), that hold no action the
+    environment understood (incomplete), in which 20 tokens occur 10 times in a row or apart (repetitive), or
+    whose action has characters that are none (unreadable). Which groups vary most is decided by shaped
+    returns.
+
+        field              | paper | released | ours
+        base.name          | grpo  | grpo     | grpo
+        base.preset        | ours  | released | ours
+        base.divide_by_std | false | false    | false
+        sequence           | turn  | turn     | trajectory
+        sequence_length    | 512   | 512      | 32
+
+    512 is the most tokens of a reply in the published runs on text games (4096 in mathematics); 32 suits
+    short commands. Released divides by the width of the padding instead, which is not reproduced.
+
+    Args:
+        base: whose advantage is used.
+        clip_low: the ratio is held above 1 - clip_low.
+        clip_high: and below 1 + clip_high.
+        sequence: what is averaged over after dividing by the length; the published runs take turns.
+        sequence_length: constant that sums over a sequence are divided by, in tokens that were decisions.
+        keep_groups: share of a round's groups that is kept, rounded up: those whose returns vary most.
+
+    Source: Qin et al. 2025, arXiv:2509.22601.
+    """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"sequence": "turn", "sequence_length": 512},
+        "released": {
+            "base": {"name": "grpo", "preset": "released", "divide_by_std": False},
+            "sequence": "turn",
+            "sequence_length": 512,
+        },
+    }
+
+    base: Base = field(default_factory=lambda: GRPO(divide_by_std=False))
+    clip_low: Share = 0.2
+    clip_high: Weight = 0.28
+    sequence: functional.Unit = "trajectory"
+    sequence_length: Tokens = 32
+    keep_groups: PositiveShare = 0.75
+
+    def build(self) -> Algorithm:
+        base = without_replay(self.base)
+        return replace(
+            base,
+            select=by_shaped_returns(partial(keep_most_varied, share=self.keep_groups), base.shape_reward),
+            masks=(*base.masks, without_faults),
+            clip=partial(token_clip, low=self.clip_low, high=self.clip_high),
+            aggregation=partial(
+                functional.constant_weights, length=self.sequence_length, sequence=self.sequence
+            ),
+            diagnostics=(*base.diagnostics, fault_numbers),
+        )
+
+
+@excludes(sequence_ratio="its bounds are those of single tokens; gspo over dr_bot keeps the bounds of gspo")
+def token_clip(mini: MiniBatch, context: Context, *, low: float, high: float) -> Bounds:
+    """Bounds [1 - low, 1 + high] for every token, without a dual clip."""
+    return Bounds(1 - low, 1 + high)
+
+
+def by_shaped_returns(select: Select, shapers: Sequence[ShapeReward]) -> Select:
+    """Have a selection see the returns that shaping gives; what shapes rewards later is to be added to it."""
+    return trait(SHAPED)(partial(select_shaped, select=select, shapers=shapers))
+
+
+def select_shaped(
+    groups: Sequence[Group], context: Context, *, select: Select, shapers: Sequence[ShapeReward]
+) -> Sequence[Group]:
+    """Have `select` choose by the returns that shaping gives; the groups that stay are as they were."""
+    played = {(group.task, episode.id): episode for group in groups for episode in group.episodes}
+    seen = groups
+    for shape in shapers:
+        seen = [
+            replace(group, episodes=tuple(shaped(episode, shape, context) for episode in group.episodes))
+            for group in seen
+        ]
+    return [
+        replace(group, episodes=tuple(played[group.task, episode.id] for episode in group.episodes))
+        for group in select(seen, context)
+    ]
+
+
+def keep_most_varied(groups: Sequence[Group], context: Context, *, share: float) -> Sequence[Group]:
+    """Keep ceil(share * groups) of the groups, in their order: those whose returns deviate most.
+
+    The deviation is that of the population; of equal ones the earlier group stays. Groups without a finished
+    episode are left out first.
+    """
+    played = [group for group in groups if group.finished]
+    # Rounded, so that neither deviations nor counts differ by the binary form of their numbers.
+    spreads = [round(pstdev(episode.episode_return for episode in group.finished), 9) for group in played]
+    most = sorted(range(len(played)), key=lambda index: -spreads[index])
+    return [played[index] for index in sorted(most[: math.ceil(round(share * len(played), 9))])]
+
+
+def fault(turn: Turn) -> str | None:
+    """Why a reply is not to be learned from, one of `FAULTS`; None if it is."""
+    if turn.finish == "length":
+        return "overlong"
+    if not turn.valid:
+        return "incomplete"
+    if _repeats(turn.action_ids):
+        return "repetitive"
+    return "unreadable" if "\N{REPLACEMENT CHARACTER}" in turn.action else None
+
+
+def without_faults(mini: MiniBatch, context: Context) -> Tensor:
+    """Whether a decision belongs to a reply without a fault; [B, T] bool."""
+    batch = mini.batch
+    found = _faults(batch)
+    turns = max(map(len, found.values()), default=0)
+    table = torch.zeros(len(batch.episodes), turns)
+    for owner, row in found.items():
+        table[owner, : len(row)] = torch.tensor([reason is None for reason in row], dtype=table.dtype)
+    good = table.to(batch.tokens.device)
+    return functional.spread_steps(good, batch.turns, batch.trajectory, batch.sampled) > 0
+
+
+def fault_numbers(rollout: MiniBatch, context: Context) -> Mapping[str, float]:
+    """The share of replies with each fault; a reply counts for the first that it has."""
+    reasons = [reason for row in _faults(rollout.batch).values() for reason in row]
+    counts = Counter(reasons)
+    return {f"replies_{name}": counts[name] / max(1, len(reasons)) for name in FAULTS}
+
+
+def _faults(batch: Batch) -> dict[int, list[str | None]]:
+    """Of every reply, by trajectory; trajectories without a row are left out."""
+    return {
+        owner: [fault(turn) for turn in batch.episodes[owner].turns]
+        for owner in set(batch.trajectory.tolist())
+    }
+
+
+def _repeats(ids: Sequence[int]) -> bool:
+    if len(ids) < NGRAM + REPEATS - 1:
+        return False
+    counts = Counter(zip(*(ids[start:] for start in range(NGRAM)), strict=False))
+    return max(counts.values()) >= REPEATS

@@ -1,0 +1,178 @@
+"""GiGPO: beside whole episodes, turns that acted in the same state are compared with each other."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.features import (
+    State,
+    anchor_states,
+    branch_shares,
+    has_state_key,
+    turn_exists,
+    turn_penalties,
+    turn_rewards,
+)
+from agentrl.algorithms.hooks import Advantage, Context, MiniBatch
+from agentrl.algorithms.methods.grpo import GRPO, comparing
+from agentrl.algorithms.recipe import Presets, recipe
+from agentrl.config import PositiveShare, Share, Weight
+from agentrl.data.batch import Batch
+
+
+@recipe("gigpo")
+@dataclass(frozen=True)
+class GiGPO(GRPO):
+    """Group-in-group policy optimisation: the advantage of the episode plus that of the turn in its state.
+
+        A = A_episode + step_weight * A_step
+
+    where A_episode is that of `grpo` and A_step is the discounted return from a turn on, compared with those
+    of all turns of the group that acted in the same state. In episodes of one turn both are the same, and
+    step_weight only scales them: leave it at 0 there. Groups of equal returns are kept, since their turns may
+    still differ.
+
+        field             | paper      | released   | ours
+        dual_clip         | null       | 3.0        | null
+        aggregation       | sequence   | token      | sequence
+        sequence          | turn       | trajectory | trajectory
+        kl_coefficient    | 0.01       | 0.0        | 0.0
+        invalid_penalty   | 0.1        | 0.0        | 0.0
+        drop_equal_groups | false      | false      | false
+        weighting         | trajectory | row        | trajectory
+        singleton         | zero       | raw        | zero
+
+    The paper's loss is a mean over the turns of all episodes, ours over episodes first, so that a token of a
+    short episode weighs more. kl_coefficient 0.01 and invalid_penalty 0.1 are its settings for text games,
+    and those of the released scripts, which ran groups of 8 at a learning rate of 1e-6. Released, a turn's
+    invalid penalty is taken off its own discounted return, and not off those of earlier turns.
+
+    Args:
+        step_weight: of A_step.
+        gamma: discount from one turn to the next.
+        similarity: below 1, observations of at least this `difflib` ratio are the same state.
+        state: what tells states apart: the text of the `observation`, or the environment's
+            `info["state_key"]`. At turns without a key the text stands in its place, and `states_named` in
+            the log is the share of the others; where no turn has one, the first update is refused.
+        divide_by_std: False is the paper's mode mean_norm, for both terms; True its mean_std_norm.
+
+    The other fields are those of `grpo`.
+
+    Source: Feng et al. 2025, arXiv:2505.10978.
+    """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"sequence": "turn", "kl_coefficient": 0.01, "invalid_penalty": 0.1},
+    }
+
+    drop_equal_groups: bool = False
+    step_weight: Weight = 1.0
+    gamma: Share = 0.95
+    similarity: PositiveShare = 1.0
+    state: State = "observation"
+
+    def build(self) -> Algorithm:
+        plain = super().build()
+        step = partial(
+            step_advantage,
+            gamma=self.gamma,
+            divide_by_std=self.divide_by_std,
+            similarity=self.similarity,
+            state=self.state,
+            late_penalty=self.invalid_penalty if self.preset == "released" else 0.0,
+        )
+        advantage = partial(
+            two_level_advantage, episode=plain.advantage, step=step, step_weight=self.step_weight
+        )
+        numbers = partial(
+            level_numbers,
+            episode=plain.advantage,
+            step=step,
+            similarity=self.similarity,
+            state=self.state,
+        )
+        compared = comparing(advantage, self.singleton)
+        return replace(plain, advantage=compared, diagnostics=(*plain.diagnostics, numbers))
+
+    def _contradictions(self) -> Sequence[tuple[bool, str]]:
+        return [
+            *super()._contradictions(),
+            (
+                self.similarity < 1 and self.state == "state_key",
+                f"similarity is {self.similarity} and compares observations, wanted 1 with state=state_key",
+            ),
+        ]
+
+
+def two_level_advantage(
+    batch: Batch, context: Context, *, episode: Advantage, step: Advantage, step_weight: float
+) -> Tensor:
+    """The sum of both levels; [B, T]."""
+    return episode(batch, context) + step_weight * step(batch, context)
+
+
+def step_advantage(
+    batch: Batch,
+    context: Context,
+    *,
+    gamma: float,
+    divide_by_std: bool,
+    similarity: float,
+    state: State = "observation",
+    late_penalty: float = 0.0,
+) -> Tensor:
+    """Compare the discounted return from each turn on with those of the turns in the same state; [B, T].
+
+    Every visit to a state counts, also a second one of the same trajectory, and one in which there was
+    nothing to decide. A turn that several branches share was played once: each of their returns counts by
+    its share. A state that was visited once gives 0. Rewards hold the penalties of invalid actions, so that
+    earlier turns answer for later ones; `late_penalty` is what they were, to be taken off the discounted
+    return of their own turn alone.
+    """
+    exists = turn_exists(batch)
+    penalties = turn_penalties(batch, late_penalty)
+    returns = functional.discounted_returns(turn_rewards(batch) + penalties, exists, gamma=gamma) - penalties
+    compared = torch.zeros_like(returns)
+    compared[exists] = functional.group_relative_advantage(
+        returns[exists],
+        anchor_states(batch, similarity=similarity, state=state)[exists],
+        divide_by_std=divide_by_std,
+        copies=branch_shares(batch)[exists],
+    )
+    return functional.spread_steps(compared, batch.turns, batch.trajectory, batch.sampled)
+
+
+def level_numbers(
+    mini: MiniBatch,
+    context: Context,
+    *,
+    episode: Advantage,
+    step: Advantage,
+    similarity: float,
+    state: State = "observation",
+) -> Mapping[str, float]:
+    """Measure how much each level says, and the share of turns whose state other turns visited as well.
+
+    Where states are told apart by keys, `states_named` is the share of turns that have one.
+    """
+    batch = mini.batch
+    states = anchor_states(batch, similarity=similarity, state=state)
+    _, visits = states[states >= 0].unique(return_counts=True)  # type: ignore[no-untyped-call]
+    visited = int(visits.sum())
+    named = has_state_key(batch).sum() / max(1, visited)
+    return {
+        "advantage_episode": _mean_size(episode(batch, context), batch),
+        "advantage_step": _mean_size(step(batch, context), batch),
+        "states_shared": int(visits[visits > 1].sum()) / visited if visited else 0.0,
+        **({"states_named": float(named)} if state == "state_key" else {}),
+    }
+
+
+def _mean_size(advantages: Tensor, batch: Batch) -> float:
+    return float(functional.masked_mean(advantages.abs(), batch.sampled))

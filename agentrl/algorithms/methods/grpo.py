@@ -1,0 +1,269 @@
+"""GRPO, the corrected form that leaves out its two biases, and what every recipe with a clipped ratio has."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from annotated_types import Interval
+from torch import Tensor
+
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import Algorithm, drop_equal_returns, keep_all
+from agentrl.algorithms.features import row_scores, turn_exists
+from agentrl.algorithms.hooks import (
+    COMPARES,
+    Advantage,
+    Aggregation,
+    Bounds,
+    Context,
+    MiniBatch,
+    Outputs,
+    Term,
+    given,
+    requires,
+    trait,
+    traits,
+)
+from agentrl.algorithms.recipe import Presets, Recipe, recipe
+from agentrl.config import Share, SignedWeight, Tokens, Weight
+from agentrl.data.batch import Batch
+from agentrl.data.trajectory import Episode
+from agentrl.errors import ConfigError
+
+Weighting = Literal["trajectory", "row"]
+Estimate = Callable[[Tensor, Tensor], Tensor]
+
+K3_LIMIT = 10.0  # of the released code, nats
+_KL = {"k1": functional.kl_k1, "k2": functional.kl_k2, "k3": functional.kl_k3}
+
+
+@dataclass(frozen=True)
+class ClippedRecipe(Recipe):
+    """What GRPO, PPO, RLOO, REINFORCE++ and GiGPO have in common: all but where the advantage comes from.
+
+    Args:
+        clip_low: the ratio is held above 1 - clip_low.
+        clip_high: and below 1 + clip_high.
+        dual_clip: where the advantage is negative, the loss is at most -advantage times this; None for no
+            limit.
+        aggregation: how token losses become one number; `token` is the mean over tokens, `sequence` over the
+            tokens of a sequence, then over sequences, `trajectory` goes by tokens, turns and trajectories,
+            `constant` divides by a length.
+        sequence: what a sequence is, for `sequence` and `constant`.
+        sequence_length: divisor of `constant`, in tokens that were decisions.
+        kl_coefficient: of the divergence from the policy that training started from.
+        kl_estimator: k2 has the gradient of the true divergence, k3 the lowest variance of its value.
+        entropy_coefficient: of the entropy bonus, in reward-free loss units per nat.
+        invalid_penalty: taken off a turn's reward when its action was not understood.
+        drop_equal_groups: leave out groups whose episodes all have the same return.
+        parity: `official` is the preset `released`, in what the recipe's table says and in what no field says
+            (the divergence k3 held within +-10), and refuses other values; `paper` says nothing.
+    """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"drop_equal_groups": False},
+        "released": {"dual_clip": 3.0, "aggregation": "token", "drop_equal_groups": False},
+    }
+    OFFICIAL: ClassVar[Collection[str]] = ("dual_clip", "aggregation", "drop_equal_groups")
+
+    clip_low: Share = 0.2
+    clip_high: Weight = 0.2
+    dual_clip: Annotated[float, Interval(gt=1, le=1e7)] | None = None
+    aggregation: Literal["token", "sequence", "trajectory", "constant"] = "sequence"
+    sequence: Literal["turn", "trajectory"] = "trajectory"
+    sequence_length: Tokens | None = None
+    kl_coefficient: Weight = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coefficient: SignedWeight = 0.0
+    invalid_penalty: Weight = 0.0
+    drop_equal_groups: bool = True
+    parity: Literal["paper", "official"] = "paper"
+
+    def __post_init__(self) -> None:
+        mistakes = [text for wrong, text in self._contradictions() if wrong]
+        if mistakes:
+            raise ConfigError("; ".join(mistakes))
+
+    def build(self) -> Algorithm:
+        return Algorithm(
+            select=drop_equal_returns if self.drop_equal_groups else keep_all,
+            shape_reward=(partial(penalise_invalid, penalty=self.invalid_penalty),)
+            if self.invalid_penalty
+            else (),
+            clip=partial(fixed_clip, low=self.clip_low, high=self.clip_high, dual=self.dual_clip),
+            aggregation=aggregation(self.aggregation, self.sequence, self.sequence_length),
+            terms=tuple(self._terms()),
+        )
+
+    def _terms(self) -> Sequence[Term]:
+        terms = []
+        if self.kl_coefficient:
+            limit = K3_LIMIT if self.preset == "released" and self.kl_estimator == "k3" else None
+            divergence = partial(kl_to_reference, estimator=self.kl_estimator, limit=limit)
+            terms.append(Term("kl", divergence, self.kl_coefficient))
+        if self.entropy_coefficient:
+            terms.append(Term("entropy", entropy_bonus, -self.entropy_coefficient))
+        return terms
+
+    def _contradictions(self) -> Sequence[tuple[bool, str]]:
+        return [
+            (
+                self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high,
+                f"dual_clip is {self.dual_clip}, wanted above 1 + clip_high ({1 + self.clip_high}): "
+                "below, it would undo the first clip",
+            ),
+            (
+                self.aggregation == "constant" and self.sequence_length is None,
+                "aggregation=constant needs sequence_length, the divisor in tokens",
+            ),
+        ]
+
+
+@recipe("grpo")
+@dataclass(frozen=True)
+class GRPO(ClippedRecipe):
+    """Group-relative policy optimisation: returns centred within the group, a clipped ratio, no critic.
+
+    Released, rows are weighted: a long trajectory moves the mean more; and the divergence k3 is held within
+    +-10.
+
+        field             | paper      | released | ours
+        dual_clip         | null       | 3.0      | null
+        aggregation       | sequence   | token    | sequence
+        kl_coefficient    | 0.04       | 0.0      | 0.0
+        drop_equal_groups | false      | false    | true
+        weighting         | trajectory | row      | trajectory
+        singleton         | zero       | raw      | zero
+
+    The published runs had groups of 64, a learning rate of 1e-6 and one update per batch. Released is
+    verl-agent, whose scripts for text games add kl_coefficient 0.01 and invalid_penalty 0.1.
+
+    Args:
+        divide_by_std: divide centred returns by their standard deviation within the group.
+        weighting: what is compared within a group: trajectories by their returns, or rows, every turn one,
+            each with the return of its episode, of which only its own invalid penalty is taken off.
+        singleton: advantage of the only member of a group; `raw` is its return.
+
+    The other fields are those of `ClippedRecipe`.
+
+    Source: Shao et al. 2024, arXiv:2402.03300.
+    """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"kl_coefficient": 0.04},
+        "released": {"weighting": "row", "singleton": "raw"},
+    }
+    OFFICIAL: ClassVar[Collection[str]] = (*ClippedRecipe.OFFICIAL, "weighting", "singleton")
+
+    divide_by_std: bool = True
+    weighting: Weighting = "trajectory"
+    singleton: functional.Singleton = "zero"
+
+    def build(self) -> Algorithm:
+        estimate = partial(
+            functional.group_relative_advantage,
+            divide_by_std=self.divide_by_std,
+            singleton=self.singleton,
+        )
+        advantage = partial(
+            compare_in_groups,
+            estimate=estimate,
+            weighting=self.weighting,
+            invalid_penalty=self.invalid_penalty,
+        )
+        return replace(super().build(), advantage=comparing(advantage, self.singleton))
+
+
+@recipe("dr_grpo")
+@dataclass(frozen=True)
+class DrGRPO(GRPO):
+    """GRPO done right: no division by the deviation, and no discount for long trajectories.
+
+    The fields are those of `grpo`; two defaults differ.
+
+        field             | paper      | released | ours
+        dual_clip         | null       | 3.0      | null
+        aggregation       | constant   | constant | constant
+        sequence_length   | 3000       | 32       | 32
+        kl_coefficient    | 0.0        | 0.0      | 0.0
+        drop_equal_groups | false      | false    | true
+        weighting         | trajectory | row      | trajectory
+        singleton         | zero       | raw      | zero
+
+    The paper divides by the reply tokens that there may be, 3000 in its runs (groups of 8, learning rate
+    1e-6); `sequence_length` 32 suits short commands. Released is verl-agent, which divides by the width of
+    the padding: not reproduced, and no number of its own.
+
+    Source: Liu et al. 2025, arXiv:2503.20783.
+    """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"kl_coefficient": 0.0, "sequence_length": 3000},
+        "released": {"aggregation": "constant"},
+    }
+    OFFICIAL: ClassVar[Collection[str]] = tuple(name for name in GRPO.OFFICIAL if name != "aggregation")
+
+    divide_by_std: bool = False
+    aggregation: Literal["token", "sequence", "trajectory", "constant"] = "constant"
+    sequence_length: Tokens | None = 32
+
+
+def compare_in_groups(
+    batch: Batch, context: Context, *, estimate: Estimate, weighting: Weighting, invalid_penalty: float
+) -> Tensor:
+    """Compare returns within their groups, and give every decision the result; [B, T] float64.
+
+    Args:
+        batch: whose returns.
+        context: not read.
+        estimate: (returns, groups) -> advantages, of as many as are compared.
+        weighting: `trajectory` compares trajectories by their returns, `row` turns by `row_scores`.
+        invalid_penalty: that the rewards of turns hold, for `row`.
+    """
+    if weighting == "trajectory":
+        return functional.spread(estimate(batch.returns, batch.groups), batch.trajectory, batch.sampled)
+    scores, exists = row_scores(batch, invalid_penalty), turn_exists(batch)
+    compared = torch.zeros_like(scores)
+    compared[exists] = estimate(scores[exists], batch.groups[:, None].expand_as(scores)[exists])
+    return functional.spread_steps(compared, batch.turns, batch.trajectory, batch.sampled)
+
+
+def comparing(advantage: Advantage, singleton: functional.Singleton) -> Advantage:
+    """Say of an advantage that it is 0 for an episode alone, where the `singleton` has none."""
+    return trait(COMPARES, *traits(advantage))(advantage) if singleton == "zero" else advantage
+
+
+def aggregation(kind: str, sequence: functional.Unit, length: int | None) -> Aggregation:
+    """Choose an aggregation of `functional` by name."""
+    if kind == "sequence":
+        return partial(functional.sequence_weights, sequence=sequence)
+    if kind == "constant" and length is not None:
+        return partial(functional.constant_weights, length=length, sequence=sequence)
+    return functional.token_weights if kind == "token" else functional.trajectory_weights
+
+
+def fixed_clip(mini: MiniBatch, context: Context, *, low: float, high: float, dual: float | None) -> Bounds:
+    """Bounds [1 - low, 1 + high] for every token."""
+    return Bounds(1 - low, 1 + high, dual)
+
+
+def penalise_invalid(episode: Episode, context: Context, *, penalty: float) -> Sequence[float]:
+    """The environment's rewards, less `penalty` at every turn whose action was not understood."""
+    return [turn.reward - (0.0 if turn.valid else penalty) for turn in episode.turns]
+
+
+@requires("reference")
+def kl_to_reference(
+    outputs: Outputs, mini: MiniBatch, context: Context, *, estimator: str = "k3", limit: float | None = None
+) -> Tensor:
+    """Divergence from the reference policy at the sampled tokens, within +-limit if any; [B, T] nats."""
+    found = _KL[estimator](outputs.logprobs, given(mini.batch.reference_logprobs, "reference_logprobs"))
+    return found if limit is None else found.clamp(-limit, limit)
+
+
+@requires("entropy:grad")
+def entropy_bonus(outputs: Outputs, mini: MiniBatch, context: Context) -> Tensor:
+    """Entropy of the policy at every decision; [B, T] nats. Its coefficient is negative: a loss goes down."""
+    return outputs.entropies

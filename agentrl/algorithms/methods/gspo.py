@@ -1,0 +1,67 @@
+"""GSPO: one ratio per turn instead of one per token."""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar
+
+from torch import Tensor
+
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.hooks import MiniBatch, Outputs, given, trait
+from agentrl.algorithms.methods.grpo import fixed_clip
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
+from agentrl.config import Share, Weight
+from agentrl.errors import ConfigError
+
+
+@recipe("gspo")
+@dataclass(frozen=True)
+class GSPO(Recipe):
+    """Group sequence policy optimisation: a turn's tokens share one ratio, and are clipped all or none.
+
+    What a sequence is in a dialogue: one turn, in both layouts of a batch. The loss is the mean over the
+    decisions of a turn, then over turns; there is no dual clip.
+
+        field               | paper | released | ours
+        base.name           | grpo  | grpo     | grpo
+        base.preset         | paper | released | ours
+        base.kl_coefficient | 0.0   | 0.0      | 0.0
+
+    All bounds are the published ones; for short replies ARL-Arena has 0.03 and 0.04. Released is verl-agent.
+
+    Args:
+        base: whose advantage, selection, rewards and terms these are.
+        clip_low: the ratio of a turn, a geometric mean over its decisions, is held above 1 - clip_low.
+        clip_high: and below 1 + clip_high.
+
+    Source: Zheng et al. 2025, arXiv:2507.18071.
+    """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0}},
+        "released": {"base": {"name": "grpo", "preset": "released"}},
+    }
+
+    base: Base = field(default_factory=lambda: build_recipe("grpo"))
+    clip_low: Share = 3e-4
+    clip_high: Weight = 4e-4
+
+    def build(self) -> Algorithm:
+        base = without_replay(self.base)
+        if base.clip is None:
+            raise ConfigError(f"gspo: base {self.base.name!r} has no clipped ratio, wanted one that has")
+        return replace(
+            base,
+            ratio=turn_ratio,
+            clip=partial(fixed_clip, low=self.clip_low, high=self.clip_high, dual=None),
+            aggregation=partial(functional.sequence_weights, sequence="turn"),
+        )
+
+
+@trait("sequence ratio")
+def turn_ratio(outputs: Outputs, mini: MiniBatch) -> Tensor:
+    """New over old probability of a turn, per decision; the same at all its tokens; [B, T]."""
+    batch = mini.batch
+    old = given(batch.old_logprobs, "old_logprobs")
+    return functional.sequence_ratio(outputs.logprobs, old, batch.sampled, batch.turns, batch.trajectory)

@@ -1,0 +1,134 @@
+"""REINFORCE++: discounted returns of every token, whitened over the batch."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.features import at_last_decisions, decision_rewards, decisions, row_scores
+from agentrl.algorithms.hooks import Advantage, Context, given, requires, trait
+from agentrl.algorithms.methods.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups, comparing
+from agentrl.algorithms.recipe import Presets, recipe
+from agentrl.config import Share, Weight
+from agentrl.data.batch import Batch
+
+
+@recipe("reinforce_pp")
+@dataclass(frozen=True)
+class ReinforcePlusPlus(ClippedRecipe):
+    """REINFORCE++: what is still to come at each token, made mean 0 and variance 1 over the batch.
+
+    With `baseline` it is REINFORCE++-baseline: the mean return of the group is taken off the return of the
+    trajectory, and all its tokens share the result.
+
+        field             | paper      | released | ours
+        dual_clip         | null       | 3.0      | null
+        aggregation       | token      | token    | token
+        drop_equal_groups | false      | false    | false
+        weighting         | trajectory | row      | trajectory
+        singleton         | zero       | raw      | zero
+
+    The paper's divergence penalty differs between its experiments; the default has none. Released is
+    verl-agent.
+
+    Args:
+        gamma: discount from one decision to the next.
+        baseline: compare returns within groups, instead of the returns of tokens over the batch.
+        weighting: `row` takes every turn for an episode of its own, that ends in the return of the whole.
+        singleton: as in `grpo`, for `baseline`.
+        reward_kl_coefficient: of the divergence from the policy that training started from, taken off the
+            rewards token by token; `kl_coefficient` makes it a loss instead.
+
+    The other fields are those of `ClippedRecipe`; two defaults differ.
+
+    Source: Hu et al. 2025, arXiv:2501.03262.
+    """
+
+    PRESETS: ClassVar[Presets] = {"released": {"weighting": "row", "singleton": "raw"}}
+    OFFICIAL: ClassVar[Collection[str]] = GRPO.OFFICIAL
+
+    aggregation: Literal["token", "sequence", "trajectory", "constant"] = "token"
+    drop_equal_groups: bool = False
+    gamma: Share = 1.0
+    baseline: bool = False
+    weighting: Weighting = "trajectory"
+    singleton: functional.Singleton = "zero"
+    reward_kl_coefficient: Weight = 0.0
+
+    def build(self) -> Algorithm:
+        return replace(super().build(), advantage=self._advantage())
+
+    def _advantage(self) -> Advantage:
+        if self.baseline:
+            estimate = partial(
+                functional.group_relative_advantage, divide_by_std=False, singleton=self.singleton
+            )
+            compared = partial(
+                whitened_comparison,
+                estimate=estimate,
+                weighting=self.weighting,
+                invalid_penalty=self.invalid_penalty,
+            )
+            return comparing(compared, self.singleton)
+        returns = partial(
+            whitened_returns,
+            gamma=self.gamma,
+            weighting=self.weighting,
+            invalid_penalty=self.invalid_penalty,
+        )
+        if self.reward_kl_coefficient:
+            return partial(charge_divergence, returns=returns, coefficient=self.reward_kl_coefficient)
+        return returns if self.gamma == 1 else trait("advantage within a turn")(returns)
+
+    def _contradictions(self) -> Sequence[tuple[bool, str]]:
+        return [
+            *super()._contradictions(),
+            (
+                self.baseline and (self.gamma != 1 or self.reward_kl_coefficient != 0),
+                "baseline compares whole returns, wanted neither gamma nor reward_kl_coefficient with it",
+            ),
+        ]
+
+
+def whitened_comparison(batch: Batch, context: Context, **settings: Any) -> Tensor:
+    """`compare_in_groups`, whitened over all decisions; [B, T]."""
+    return functional.whiten(compare_in_groups(batch, context, **settings), batch.sampled)
+
+
+def whitened_returns(
+    batch: Batch,
+    context: Context,
+    *,
+    gamma: float,
+    weighting: Weighting,
+    invalid_penalty: float,
+    cost: Tensor | float = 0.0,
+) -> Tensor:
+    """The discounted return from each decision on, whitened over all decisions; [B, T].
+
+    `cost`, a number or [B, T], is taken off the reward of every decision.
+    """
+    made = decisions(batch)
+    if weighting == "row":
+        rewards, restart = at_last_decisions(row_scores(batch, invalid_penalty), made), made.last
+    else:
+        rewards, restart = decision_rewards(batch), None
+    returns = functional.discounted_returns(
+        made.read(rewards - cost), made.valid, gamma=gamma, restart=restart
+    )
+    return functional.whiten(made.write(returns), batch.sampled)
+
+
+@trait("advantage within a turn")
+@requires("old_logprobs", "reference")
+def charge_divergence(
+    batch: Batch, context: Context, *, returns: Callable[..., Tensor], coefficient: float
+) -> Tensor:
+    """Returns where drifting away from the reference policy costs reward, token by token; [B, T]."""
+    old = given(batch.old_logprobs, "old_logprobs")
+    divergence = functional.kl_k1(old, given(batch.reference_logprobs, "reference"))
+    return returns(batch, context, cost=coefficient * divergence)

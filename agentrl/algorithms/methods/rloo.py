@@ -1,0 +1,56 @@
+"""RLOO: the mean return of the others in the group is the baseline."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
+
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.methods.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups, comparing
+from agentrl.algorithms.recipe import Presets, recipe
+
+
+@recipe("rloo")
+@dataclass(frozen=True)
+class RLOO(ClippedRecipe):
+    """REINFORCE with a leave-one-out baseline: each return is compared with the mean of the others.
+
+        field             | paper      | released   | ours
+        dual_clip         | null       | 3.0        | null
+        aggregation       | constant   | token      | sequence
+        sequence          | turn       | trajectory | trajectory
+        sequence_length   | 1          | null       | null
+        drop_equal_groups | false      | false      | true
+        weighting         | trajectory | row        | trajectory
+        singleton         | zero       | raw        | zero
+
+    The paper takes a whole reply for one action, and so sums over the tokens of a turn; it has neither ratio
+    nor clip, which with one update per batch make no difference. Released is verl-agent.
+
+    Args:
+        weighting: as in `grpo`.
+        singleton: likewise.
+
+    The other fields are those of `ClippedRecipe`.
+
+    Source: Ahmadian et al. 2024, arXiv:2402.14740.
+    """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"aggregation": "constant", "sequence": "turn", "sequence_length": 1},
+        "released": {"weighting": "row", "singleton": "raw"},
+    }
+    OFFICIAL: ClassVar[Collection[str]] = GRPO.OFFICIAL
+
+    weighting: Weighting = "trajectory"
+    singleton: functional.Singleton = "zero"
+
+    def build(self) -> Algorithm:
+        advantage = partial(
+            compare_in_groups,
+            estimate=partial(functional.leave_one_out_advantage, singleton=self.singleton),
+            weighting=self.weighting,
+            invalid_penalty=self.invalid_penalty,
+        )
+        return replace(super().build(), advantage=comparing(advantage, self.singleton))

@@ -1,0 +1,269 @@
+"""Claims of the environment contract about an environment that is driven to its limits; see `checks`."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from random import Random
+from threading import Barrier
+from time import monotonic, sleep
+from typing import Any
+
+import gymnasium
+
+from agentrl.env.contract.answers import observation_fault
+from agentrl.env.contract.probe import (
+    MAX_EPISODE_STEPS,
+    FaultError,
+    Gym,
+    Probe,
+    SkipError,
+    Walk,
+    admissible,
+    comparable,
+    idle_action,
+    oversize_fault,
+    raise_fault,
+    running_processes,
+    scripted,
+    started_since,
+    step_limit,
+)
+from agentrl.errors import AgentRLError
+from agentrl.values import describe_value
+
+ODD_ACTIONS = (
+    *("", " ", "\n", "\t\x00\x7f", "ä ß 漢字 🎲 \u202e", "<task><obs><act><end>", "{}%s\\"),
+    "a" * 100_000,
+)
+CLEAR_ERRORS = (AgentRLError, gymnasium.error.Error, RuntimeError)
+SINGLES = 4  # admissible actions per task that are tried each on its own
+THREADS = 3
+PATIENCE = 10.0  # seconds for a closed environment's processes to end
+
+
+def max_steps(probe: Probe) -> str:
+    """The step limit ends an episode, not earlier and not later."""
+    reached = 0
+    env, limit = probe.limited(3), step_limit(probe.twins()[0])
+    if env is not None:
+        limit = 3
+    env = env or probe.twins()[0]
+    if limit is None:
+        raise SkipError("make takes no max_steps and env.unwrapped has none")
+    if limit > MAX_EPISODE_STEPS:
+        raise SkipError(f"max_steps is {limit}: too long to be waited for")
+    for task in probe.tasks():
+        for choose in (idle_action, probe.random_actions(task)):
+            walk = probe.walk(env, task, choose, limit)
+            if len(walk.actions) == limit and not walk.ended:
+                raise FaultError(f"task {task!r} goes on after max_steps={limit}")
+            truncated = walk.ended and walk.answers[-1][3]
+            if truncated and len(walk.actions) < limit:
+                raise FaultError(
+                    f"task {task!r} is truncated after {len(walk.actions)} steps, max_steps={limit}"
+                )
+            reached += bool(truncated)
+    return f"max_steps={limit} ended {reached} episodes, none went on after it"
+
+
+def step_after_end(probe: Probe) -> str:
+    """A step that no running episode can take raises a clear error."""
+    _refuses_step(probe.new_env(), "before the first reset")
+    env = probe.limited(2) or probe.twins()[0]
+    for task in probe.tasks():
+        if probe.walk(env, task, None, MAX_EPISODE_STEPS).ended:
+            _refuses_step(env, "after the end of an episode")
+            probe.walk(env, task, None, 1)
+            return "refused before the first reset and after the end; a reset helps"
+    raise SkipError(f"no episode ended within {MAX_EPISODE_STEPS} steps")
+
+
+def _refuses_step(env: Gym, when: str) -> None:
+    try:
+        env.step("look")
+    except CLEAR_ERRORS as error:
+        if not str(error):
+            raise FaultError(f"step {when} raised {type(error).__name__} without a message") from error
+    except Exception as error:
+        wanted = "an AgentRLError or a RuntimeError that says so"
+        raise FaultError(f"step {when} raised {type(error).__name__}: {error}; wanted {wanted}") from error
+    else:
+        raise FaultError(f"step {when} was accepted")
+
+
+def odd_actions(probe: Probe) -> str:
+    """Whatever a policy writes is accepted."""
+    env = probe.twins()[0]
+    task = probe.tasks()[0]
+    for action in ODD_ACTIONS:
+        try:
+            observation = probe.walk(env, task, scripted((action,)), 1).answers[-1][0]
+        except Exception as error:
+            raise FaultError(
+                f"the action {describe_value(action)} raised {type(error).__name__}: {error}"
+            ) from error
+        fault = observation_fault(observation) or oversize_fault(env, observation)
+        if fault is not None and isinstance(observation, str):  # another type is what "observations" is about
+            raise FaultError(f"the action {describe_value(action)}: {fault}")
+    return f"{len(ODD_ACTIONS)} accepted: empty, blank, control codes, Unicode, markup, 100,000 characters"
+
+
+def admissible_actions(probe: Probe) -> str:
+    """Actions that are told to be admissible are valid."""
+    tried, told = 0, False
+    env, draw = probe.twins()[0], Random(probe.seed)
+    for walk in probe.walks():
+        first = admissible(walk.answers[0][-1])
+        some = draw.sample(first, min(SINGLES, len(first)))
+        singles = [probe.walk(env, walk.task, scripted((action,)), 1) for action in some]
+        for played in [walk, *singles]:
+            for turn, action in enumerate(played.actions):
+                if action not in admissible(played.answers[turn][-1]):
+                    continue
+                info = played.answers[turn + 1][-1]
+                if isinstance(info, Mapping) and info.get("valid") is False:
+                    raise_fault(f"{action!r} is in info['actions'] but was not valid", walk, turn + 1)
+                tried, told = tried + 1, told or (isinstance(info, Mapping) and "valid" in info)
+    if not tried:
+        raise SkipError("info holds no actions")
+    return f"{tried} tried, " + ("all valid" if told else "none raised; info['valid'] would say more")
+
+
+def global_randomness(probe: Probe) -> str:
+    """The global random number generators are left alone."""
+    probe.walks()
+    if probe.changed_generators:
+        names = " and ".join(probe.changed_generators)
+        raise FaultError(f"an episode changed the global state of {names}; use self.np_random")
+    return "the global states of random and numpy.random are untouched"
+
+
+def snapshots(probe: Probe) -> str:
+    """A snapshot goes on as its original, which notices nothing of it: twice, and in another environment."""
+    env = probe.twins()[0]
+    known: Any = env.unwrapped
+    if not callable(getattr(known, "snapshot", None)) or not callable(getattr(known, "restore", None)):
+        raise SkipError("not declared")
+    branch = probe.new_env()  # was never reset: the snapshot is all it knows
+    other: Any = branch.unwrapped
+    for walk in probe.walks():
+        half = max(0, min(len(walk.actions) - 1, len(walk.actions) // 2))
+        begun = probe.walk(env, walk.task, scripted(walk.actions[:half]), max(1, half))
+
+        def onwards(env: Gym, begun: Walk = begun, rest: tuple[str, ...] = walk.actions[half:]) -> list[str]:
+            return list(
+                map(
+                    comparable, probe.continue_episode(env, begun.answers[-1], scripted(rest), probe.steps)[1]
+                )
+            )
+
+        snapshot = known.snapshot()
+        other.restore(snapshot)
+        branched = onwards(branch)
+        original = onwards(env)
+        if branched != original:
+            raise FaultError(
+                f"task {walk.task!r}: the {half}th state goes on differently in another environment"
+            )
+        for time in ("once", "twice"):
+            known.restore(snapshot)
+            if onwards(env) != original:
+                raise FaultError(
+                    f"task {walk.task!r}: the {half}th state, restored {time}, goes on differently"
+                )
+    return (
+        f"{len(probe.walks())} states went on alike: the original, restored twice, and in another environment"
+    )
+
+
+def expert(probe: Probe) -> str:
+    """Following the expert solves tasks, and what it says is admissible."""
+    walks = probe.expert_walks()
+    if walks is None:
+        raise SkipError("not declared")
+    for walk in walks:
+        for turn, action in enumerate(walk.actions):
+            offered = admissible(walk.answers[turn][-1])
+            if offered and action not in offered:
+                raise_fault(f"the expert's {action!r} is not in info['actions']", walk, turn)
+    steps = sorted(len(walk.actions) for walk in walks if walk.solved)
+    if 2 * len(steps) < len(walks):
+        raise FaultError(f"the expert solved {len(steps)} of {len(walks)} tasks, wanted at least half")
+    limit = step_limit(probe.twins()[0])
+    late = f"; max_steps={limit} is enough for {sum(count <= limit for count in steps)}" if limit else ""
+    return f"solved {len(steps)} of {len(walks)} tasks, in {steps[0]} to {steps[-1]} steps{late}"
+
+
+def threads(probe: Probe) -> str:
+    """Environments that are used from different threads at once do not get in each other's way."""
+    known: Any = probe.twins()[0].unwrapped
+    if not getattr(known, "thread_safe", False):
+        raise SkipError("not declared")
+    # What does not repeat itself alone need not do so in company.
+    whole = probe.proven == getattr(known, "determinism", "episode") == "episode"
+    walks, start = probe.walks(), Barrier(THREADS)
+
+    def play(index: int, env: Gym) -> list[tuple[Walk, Walk]]:
+        start.wait()
+        turn = index % len(walks)  # not the same task everywhere, or what is shared would agree by chance
+        return [(walk, probe.replay(env, walk)) for walk in (walks[turn:] + walks[:turn])[:2]]
+
+    envs = [probe.new_env() for _ in range(THREADS)]
+    with _eager_threads(), ThreadPoolExecutor(THREADS) as pool:
+        pairs = [pair for played in pool.map(play, range(THREADS), envs) for pair in played]
+    for walk, again in pairs:
+        how = f"task {walk.task!r}, played while other threads play"
+        if probe.proven and walk.beginning != again.beginning:
+            raise FaultError(f"{how}, has another first observation or task_type")
+        difference = walk.difference(again) if whole else None
+        if difference is not None:
+            raise FaultError(f"{how}, {difference}")
+    same = "the same as alone" if whole else "nothing raised"
+    return f"{len(pairs)} episodes on {THREADS} environments in {THREADS} threads: {same}"
+
+
+@contextmanager
+def _eager_threads() -> Iterator[None]:
+    """Let threads take turns far more often than usual, so that they meet within short episodes."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def processes(probe: Probe) -> str:
+    """No process starts before the first reset, and none is left after `close`."""
+    walk = probe.expert_or_random_walks()[0]
+    if probe.started_early:
+        raise FaultError(
+            f"constructing it, listing tasks and hashing one started {', '.join(probe.started_early)}"
+        )
+    probe.close_envs(failed=True)  # all: they may share what they start
+    before = running_processes()
+    env = probe.new_env()
+    probe.replay(env, walk.prefix(5))
+    started = started_since(before)
+    env.close()
+    deadline = monotonic() + PATIENCE
+    while (left := started_since(probe.processes_before)) and monotonic() < deadline:
+        sleep(0.05)
+    if left:
+        raise FaultError(f"{', '.join(left)} still running {PATIENCE:.0f} s after all were closed")
+    if not started:
+        return "none started"
+    return f"an episode starts {', '.join(started)}, nothing before; none left after close()"
+
+
+def closing(probe: Probe) -> str:
+    """`close` may be called twice, at any time, and a reset opens the environment again."""
+    unused, used = probe.new_env(), probe.twins()[0]
+    for env in (unused, used):
+        env.close()
+        env.close()
+    probe.walk(used, probe.tasks()[0], None, 1)
+    used.close()
+    used.close()
+    return "close() twice, before and after episodes; a reset opens it again"

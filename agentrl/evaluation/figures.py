@@ -1,0 +1,277 @@
+"""The figures of a report, as SVG images that stand on their own."""
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from agentrl.evaluation.statistics import Interval
+from agentrl.terminal import printable
+
+Row = Mapping[str, Any]
+Point = tuple[int, float, Interval]  # step, success rate, its interval
+
+COLOURS = {"sampled": "#2563eb", "greedy": "#d97706"}
+_GREY, _INK = "#94a3b8", "#1e293b"
+_STYLE: Any = {
+    "axes.edgecolor": _GREY,
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "font.size": 9.5,
+    "grid.color": "#e2e8f0",
+    "legend.frameon": False,
+    "svg.hashsalt": "agentrl",
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+def draw_success(policies: Mapping[str, Mapping[str, Row]]) -> str:
+    """Success of each policy, greedy and sampled, with its interval.
+
+    Args:
+        policies: policy -> decoding -> `success_rate`, `interval`; policies from top to bottom.
+
+    Returns:
+        A `data:` URI, as all of these.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 0.9 + 0.46 * len(policies)), layout="constrained")
+        axes = figure.subplots()
+        for place, decodings in enumerate(policies.values()):
+            for index, (decoding, score) in enumerate(decodings.items()):
+                if score["success_rate"] is None:
+                    continue
+                height = place + (index - (len(decodings) - 1) / 2) * 0.3
+                _interval(axes, score["success_rate"], height, score["interval"], decoding)
+        axes.set_yticks(range(len(policies)), [_plain(name) for name in policies])
+        axes.set_ylim(len(policies) - 0.5, -0.5)
+        axes.set_xlim(-0.02, 1.02)
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.set_xlabel("success rate, with its 95 % interval")
+        axes.grid(axis="x")
+        _legend(axes)
+        return _uri(figure)
+
+
+def draw_learning_curve(
+    rows: Sequence[Row], evaluations: Mapping[str, Sequence[Point]], window: int = 9
+) -> str:
+    """Success while training, smoothed, and the evaluations on the panel.
+
+    Args:
+        rows: of the training stage, from metrics.jsonl.
+        evaluations: decoding -> points.
+        window: steps of the centred moving mean.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 3.1), layout="constrained")
+        axes = figure.subplots()
+        steps, values = _series(rows, "success")
+        axes.plot(steps, values, color=_GREY, alpha=0.45, linewidth=0.8)
+        axes.plot(
+            steps,
+            moving_mean(values, window),
+            color=_INK,
+            linewidth=1.6,
+            label=f"training tasks, mean of {window} steps",
+        )
+        for place, (decoding, points) in enumerate(evaluations.items()):
+            aside = (
+                0.006 * max(steps, default=0) * (2 * place - len(evaluations) + 1)
+            )  # neither hides the other
+            for index, (step, rate, (low, high)) in enumerate(points):
+                axes.errorbar(
+                    step + aside,
+                    rate,
+                    yerr=[[rate - low], [high - rate]],
+                    fmt="o",
+                    markersize=5,
+                    capsize=3,
+                    color=COLOURS.get(decoding, _GREY),
+                    label=f"held-out panel, {decoding}" if index == 0 else None,
+                )
+        axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.set_xlabel("step of reinforcement learning")
+        axes.set_ylabel("success rate")
+        axes.grid(axis="y")
+        _legend(axes)
+        return _uri(figure)
+
+
+def draw_entropy_over_steps(rows: Sequence[Row]) -> str:
+    """Mean entropy per token, turn and trajectory while training."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(3.8, 2.9), layout="constrained")
+        axes = figure.subplots()
+        for level, colour in (("token", "#2563eb"), ("turn", "#059669"), ("trajectory", "#9333ea")):
+            steps, values = _series(rows, f"entropy/{level}")
+            if values:
+                axes.plot(steps, moving_mean(values, 5), color=colour, linewidth=1.4, label=level)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("step of reinforcement learning")
+        axes.set_ylabel("entropy of decisions, nats")
+        axes.grid(axis="y")
+        _legend(axes)
+        return _uri(figure)
+
+
+def draw_signals(rows: Sequence[Row]) -> str | None:
+    """What else was logged while training, in small panels: what a method says about itself.
+
+    Signals of one kind stand beside each other; turns by number, and task types, share a panel. What never
+    changes is left out.
+
+    Args:
+        rows: of the training stage.
+
+    Returns:
+        None where nothing is left.
+    """
+    kinds: dict[str, dict[str, list[str]]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row if _is_signal(name)):
+        if len(set(_series(rows, name)[1])) > 1:
+            panel = _panel(name)
+            kinds.setdefault(panel.rpartition("/")[0], {}).setdefault(panel, []).append(name)
+    panels = [panel for kind in kinds.values() for panel in kind.items()]
+    if not panels:
+        return None
+    with mpl.rc_context(_STYLE | {"axes.titlesize": 7.5, "font.size": 6.5}):
+        lines = -(-len(panels) // 4)
+        figure = Figure(figsize=(7.6, 1.25 * lines), layout="constrained")
+        grid = figure.subplots(lines, 4, squeeze=False)
+        for axes in grid.flat[len(panels) :]:
+            axes.remove()
+        for axes, (panel, names) in zip(grid.flat, panels, strict=False):
+            _draw_panel(axes, panel, {name: _series(rows, name) for name in names})
+        return _uri(figure)
+
+
+def _draw_panel(axes: Axes, title: str, curves: Mapping[str, tuple[list[int], list[float]]]) -> None:
+    """One curve and its moving mean, or the moving means of several, from light to dark."""
+    last = len(curves) - 1
+    for index, (name, (steps, values)) in enumerate(sorted(curves.items())):
+        colour, label = _INK, None
+        if not last:
+            axes.plot(steps, values, color=_GREY, alpha=0.5, linewidth=0.6)
+        else:
+            colour = to_hex(mpl.colormaps["viridis_r"](0.1 + 0.9 * index / last))
+            label = _plain(name.rpartition("/")[2]) if index in (0, last) or last < 6 else None
+        axes.plot(steps, moving_mean(values, 9), color=colour, linewidth=1.1, label=label)
+    if last:
+        axes.legend(fontsize=5, handlelength=0.8, borderpad=0, labelspacing=0.1)
+    axes.set_title(_plain((title if last else next(iter(curves))).removeprefix("learner/")))
+    axes.grid(axis="y")
+
+
+def draw_entropy_by_turn(by_turn: Mapping[str, Sequence[float]]) -> str:
+    """Entropy of each turn of an episode, on the panel.
+
+    Args:
+        by_turn: policy -> mean entropy of its first, second, … turn.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(3.8, 2.9), layout="constrained")
+        axes = figure.subplots()
+        colours = dict(zip(by_turn, (_GREY, "#059669", "#2563eb", "#9333ea") * len(by_turn), strict=False))
+        for name, values in by_turn.items():
+            turns = range(1, len(values) + 1)
+            axes.plot(
+                turns, values, "o-", markersize=3, linewidth=1.3, color=colours[name], label=_plain(name)
+            )
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("turn of the episode (sampled)")
+        axes.set_ylabel("entropy of decisions, nats")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y")
+        _legend(axes)
+        return _uri(figure)
+
+
+def moving_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean over the `window` values around each; fewer at the ends.
+
+    >>> moving_mean([0.0, 3.0, 6.0], window=3)
+    [1.5, 3.0, 4.5]
+    """
+    half = window // 2
+    around = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
+    return [sum(near) / len(near) for near in around]
+
+
+def _is_signal(name: str) -> bool:
+    """Whether no other figure shows it."""
+    return _by_type(name) or name.startswith(
+        ("learner/", "branches/", "staleness/", "stop/", "groups_kept", "rounds", "invalid", "turns")
+    )
+
+
+def _by_type(name: str) -> bool:
+    """Whether it is a task type's, as in success/TYPE and entropy/turn/TYPE."""
+    return bool(re.match("(success|entropy/[a-z]+)/", name))
+
+
+def _panel(name: str) -> str:
+    """The panel that shows a signal: those of turns by number, task types or stop reasons share one."""
+    head, _, last = name.rpartition("/")
+    return f"{head}/*" if last.isdigit() or head == "stop" or _by_type(name) else name
+
+
+def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
+    known = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return [step for step, _ in known], [value for _, value in known]
+
+
+def _interval(axes: Axes, rate: float, height: float, interval: Interval, decoding: str) -> None:
+    low, high = interval
+    axes.errorbar(
+        rate,
+        height,
+        xerr=[[max(0.0, rate - low)], [max(0.0, high - rate)]],
+        fmt="o",
+        markersize=5,
+        capsize=3,
+        color=COLOURS.get(decoding, _GREY),
+        label=decoding,
+    )
+
+
+def _legend(axes: Axes) -> None:
+    """One entry per label, below the axes' title line; none without labels."""
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    if unique:
+        axes.legend(
+            unique.values(),
+            unique,
+            loc="lower left",
+            bbox_to_anchor=(0, 1.0),
+            ncols=3,
+            handlelength=1.4,
+            borderpad=0,
+        )
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib takes for neither mathematics nor a label to be hidden."""
+    return re.sub(r"^_", " _", printable(text).replace("$", r"\$"))
+
+
+def _uri(figure: Figure) -> str:
+    stream = BytesIO()
+    # Transparent, so that a page of either scheme can have it.
+    figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
+    return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -1,0 +1,365 @@
+"""What a run reached, for a person: a table in the terminal and one self-contained HTML page."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from agentrl.data.storage import read_episodes
+from agentrl.data.trajectory import Episode, Outcome
+from agentrl.errors import AgentRLError
+from agentrl.evaluation.statistics import intervals_separate
+from agentrl.files import write_atomic
+from agentrl.run.logger import read_metrics
+from agentrl.run.records import read_manifest, read_summary
+from agentrl.terminal import plain, printable
+
+Tree = Mapping[str, Any]
+
+_MOST_COLUMNS = 6  # task types beside each other
+_LONGEST_TEXT = 4000  # characters of one observation or reply that are shown
+
+
+def results_table(summary: Tree) -> RenderableType:
+    """Success of each policy and decoding, overall and per task type, as percentages with 95 % intervals.
+
+    More task types than a terminal has room for stand in a table of their own, below each other.
+
+    Args:
+        summary: the content of a run's summary.json; of it only `policies` is needed.
+    """
+    policies = _final_policies(summary)
+    types = _task_types(policies)
+    if len(types) > _MOST_COLUMNS:
+        return Group(_policies_table(summary, policies, []), _types_table(policies, types))
+    return _policies_table(summary, policies, types)
+
+
+def _types_table(policies: Mapping[str, Mapping[str, Tree]], types: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("success %", no_wrap=True)
+    scores = [score for decodings in policies.values() for score in decodings.values()]
+    for name, decodings in policies.items():
+        for decoding in decodings:
+            table.add_column(plain(f"{name}\n{decoding}"), justify="right")
+    for kind in types:
+        cells = [_terminal_cell(score["by_task_type"].get(kind), narrow=False, digits=0) for score in scores]
+        table.add_row(*map(plain, (kind.replace("_", " "), *cells)))
+    return table
+
+
+def _policies_table(summary: Tree, policies: Mapping[str, Mapping[str, Tree]], types: Sequence[str]) -> Table:
+    narrow = len(types) > 3  # so that six of them fit a terminal, intervals stand below their rates
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0 if narrow else 1, 0, 0), pad_edge=False)
+    lines = _instruction_lines(summary)
+    table.title = plain(_panel_line(summary), "table.title")
+    table.caption = plain(lines, "table.caption") if lines else None
+    table.title_justify = table.caption_justify = "left"
+    for name in ("policy", "decoding"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("success %", justify="right", no_wrap=True)
+    for name in (*(kind.replace("_", " ") for kind in types), "turns"):
+        table.add_column(plain(name), justify="right")
+    for name, decodings in policies.items():
+        for index, (decoding, score) in enumerate(decodings.items()):
+            cells = [_terminal_cell(score, narrow, digits=1)]
+            cells += [_terminal_cell(score["by_task_type"].get(kind), narrow, digits=0) for kind in types]
+            cells += [_number(score.get("mean_turns"), 1)]
+            last = index == len(decodings) - 1
+            table.add_row(*map(plain, (name if index == 0 else "", decoding, *cells)), end_section=last)
+    return table
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Write `report.html` from what stands in the run's folder; what is not there yet is left out.
+
+    Raises:
+        CheckpointError: when a file in the folder is damaged.
+        OSError: when the disk is full; an older report stays as it was.
+    """
+    folder = Path(run_folder)
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+    )
+    path = folder / "report.html"
+    write_atomic(path, templates.get_template("report.html.j2").render(_content(folder)))
+    return path
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    from agentrl.evaluation import figures  # matplotlib: half a second that a table does not need
+
+    summary, manifest = read_summary(folder), read_manifest(folder) or {}
+    policies = _final_policies(summary)
+    training = read_metrics(folder / "metrics.jsonl", "train")
+    by_turn = {
+        name: values
+        for name, decodings in policies.items()
+        if (values := decodings.get("sampled", {}).get("entropy", {}).get("by_turn"))
+    }
+    entropy_figures = [figures.draw_entropy_over_steps(training)] if training else []
+    entropy_figures += [figures.draw_entropy_by_turn(by_turn)] if by_turn else []
+    source, episodes = _sample_episodes(folder / "episodes")
+    config = folder / "config.yaml"
+    return {
+        "name": folder.resolve().name,
+        "subtitle": " · ".join(str(part) for part in (summary.get("env"), _data_line(summary)) if part),
+        "tiles": _tiles(policies),
+        "success_figure": figures.draw_success(policies) if policies else "",
+        "verdicts": _verdicts(policies),
+        "columns": ["success", *_task_types(policies)],
+        "rows": list(_rows(policies)),
+        "panel": _panel_line(summary),
+        "instruction": list(_instruction(summary)),
+        "curve_figure": figures.draw_learning_curve(training, _evaluations(summary, training))
+        if training
+        else "",
+        "entropy_figures": entropy_figures,
+        "signals_figure": figures.draw_signals(training) if training else None,
+        "waiting": _waiting(summary.get("times", {})),
+        "episodes_source": source,
+        "episodes": _shown_episodes(episodes),
+        "facts": list(_facts(summary, manifest)),
+        "config": config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+    }
+
+
+def _final_policies(summary: Tree) -> dict[str, dict[str, Any]]:
+    """The policies to be compared; `step-N` are points of the learning curve."""
+    return {name: decodings for name, decodings in summary.get("policies", {}).items() if _step(name) is None}
+
+
+def _step(name: str) -> int | None:
+    found = re.fullmatch(r"step-(\d+)", name)
+    return int(found[1]) if found else None
+
+
+def _task_types(policies: Mapping[str, Mapping[str, Tree]]) -> list[str]:
+    return sorted(
+        {
+            kind
+            for decodings in policies.values()
+            for score in decodings.values()
+            for kind in score["by_task_type"]
+        }
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _cell(score: Tree | None) -> tuple[str, str]:
+    """Rate and interval, e.g. ("54.6", "[48.3, 60.8]")."""
+    if score is None or score["success_rate"] is None:
+        return "–", ""
+    low, high = score["interval"]
+    return _percent(score["success_rate"]), f"[{_percent(low)}, {_percent(high)}]"
+
+
+def _terminal_cell(score: Tree | None, narrow: bool, digits: int) -> str:
+    if score is None or score["success_rate"] is None:
+        return "–"
+    rate, low, high = (f"{100 * share:.{digits}f}" for share in (score["success_rate"], *score["interval"]))
+    return f"{rate}\n{low}–{high.removesuffix('.0')}" if narrow else f"{rate} [{low}, {high}]"
+
+
+def _rows(policies: Mapping[str, Mapping[str, Tree]]) -> Iterable[dict[str, Any]]:
+    types = _task_types(policies)
+    for name, decodings in policies.items():
+        for index, (decoding, score) in enumerate(decodings.items()):
+            cells = [_cell(score), *(_cell(score["by_task_type"].get(kind)) for kind in types)]
+            yield {
+                "policy": name,
+                "decoding": decoding,
+                "first": index == 0,
+                "cells": [{"rate": rate, "interval": interval} for rate, interval in cells],
+                "turns": _number(score.get("mean_turns"), 1),
+                "returned": _number(score.get("mean_return"), 2),
+                "aborted": _aborted(score),
+            }
+
+
+def _aborted(score: Tree) -> str:
+    aborted = score.get("aborted", 0)
+    if not aborted:
+        return "0"
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in score.get("aborted_reasons", {}).items())
+    return f"{aborted} of {aborted + score['episodes']} ({reasons})"
+
+
+def _tiles(policies: Mapping[str, Mapping[str, Tree]]) -> list[dict[str, str]]:
+    """The four numbers of the story: cloned and trained, sampled and greedy."""
+    tiles = []
+    for decoding in ("sampled", "greedy"):
+        for name in ("cloned", "trained"):
+            score = policies.get(name, {}).get(decoding)
+            if score is not None:
+                rate, interval = _cell(score)
+                tiles.append(
+                    {"label": f"{name}, {decoding}", "value": f"{rate} %", "note": f"{interval} success"}
+                )
+    return tiles
+
+
+def _verdicts(policies: Mapping[str, Mapping[str, Tree]]) -> list[str]:
+    before, after = policies.get("cloned", {}), policies.get("trained", {})
+    sentences = []
+    for decoding in after:
+        if decoding not in before or None in (
+            before[decoding]["success_rate"],
+            after[decoding]["success_rate"],
+        ):
+            continue
+        apart = intervals_separate(before[decoding]["interval"], after[decoding]["interval"])
+        side = "above" if after[decoding]["success_rate"] > before[decoding]["success_rate"] else "below"
+        verdict = (
+            f"the trained policy's interval lies wholly {side} that of the cloned one"
+            if apart
+            else "the two intervals overlap, so this panel does not tell trained and cloned apart"
+        )
+        sentences.append(f"{decoding.capitalize()}: {verdict}.")
+    return sentences
+
+
+def _panel_line(summary: Tree) -> str:
+    scores = [score for decodings in summary.get("policies", {}).values() for score in decodings.values()]
+    if not scores:
+        return ""
+    first = scores[0]
+    plays = first["episodes"] + first.get("aborted", 0)
+    parts = (
+        [f"{plays} episodes", f"panel {first['panel_hash'][:12]}"]
+        if first.get("panel_hash")
+        else [f"{plays} episodes"]
+    )
+    return ", ".join([*parts, *([line] if (line := _data_line(summary)) else [])])
+
+
+def _data_line(summary: Tree) -> str:
+    scores = (score for decodings in summary.get("policies", {}).values() for score in decodings.values())
+    labels = sorted({str(score["data"]) for score in scores if score.get("data")})
+    return f"data: {', '.join(labels)}" if labels else ""
+
+
+def _instruction(summary: Tree) -> Iterable[dict[str, Any]]:
+    for decoding, check in (summary.get("instruction_check") or {}).items():
+        for key, goal in (
+            ("new_goal", "the goal that it was told"),
+            ("old_goal", "the panel's goal, not told"),
+        ):
+            rate, interval = _cell(check[key])
+            reached = {"rate": f"{rate} %", "interval": interval, "episodes": check[key]["episodes"]}
+            yield reached | {"decoding": decoding, "goal": goal}
+
+
+def _instruction_lines(summary: Tree) -> str | None:
+    lines = ["Told another goal of the same room, the trained policy reached"]
+    for decoding, check in (summary.get("instruction_check") or {}).items():
+        new, old = (" ".join(_cell(check[key])) for key in ("new_goal", "old_goal"))
+        lines.append(f"{decoding:8} that goal in {new} %, the panel's in {old} %")
+    return "\n".join(lines) if len(lines) > 1 else None
+
+
+def _evaluations(summary: Tree, training: Sequence[Tree]) -> dict[str, list[tuple[int, float, Any]]]:
+    """Decoding -> points of the learning curve: before, during and after training."""
+    last = training[-1]["step"]
+    points: dict[str, list[tuple[int, float, Any]]] = {}
+    for name, decodings in summary.get("policies", {}).items():
+        step = {"cloned": 0, "trained": last}.get(name, _step(name))
+        for decoding, score in decodings.items():
+            if step is not None and score["success_rate"] is not None:
+                points.setdefault(decoding, []).append(
+                    (step, score["success_rate"], tuple(score["interval"]))
+                )
+    return {decoding: sorted(found) for decoding, found in points.items()}
+
+
+def _sample_episodes(folder: Path) -> tuple[str, list[Episode]]:
+    """Two successes and two failures of the newest file that has both, else of the newest."""
+    files = sorted(
+        folder.glob("*.parquet"), key=lambda path: (path.name.startswith("trained"), path.name), reverse=True
+    )
+    chosen: tuple[str, list[Episode]] = "", []
+    for path in files:
+        try:
+            episodes = read_episodes(path)
+        except AgentRLError:
+            continue  # a report of the rest is worth more than none
+        kinds = [
+            [e for e in episodes if e.outcome is outcome][:2]
+            for outcome in (Outcome.SUCCESS, Outcome.FAILURE)
+        ]
+        if not chosen[1] or all(kinds):
+            chosen = f"From {path.name}.", [episode for kind in kinds for episode in kind]
+        if all(kinds):
+            break
+    return chosen
+
+
+def _shown_episodes(episodes: Sequence[Episode]) -> list[dict[str, Any]]:
+    known = [turn.entropy for episode in episodes for turn in episode.turns if turn.entropy is not None]
+    most = max(known, default=0.0) or 1.0
+    return [
+        {
+            "task": episode.task,
+            "type": episode.task_type or "",
+            "outcome": episode.outcome.value,
+            "stop": episode.stop.value,
+            "entropy": "" if episode.entropy is None else f"{episode.entropy:.3f}",
+            "last": _cut(episode.final_observation),
+            "turns": [
+                {
+                    "observation": _cut(turn.observation),
+                    "action": _cut(turn.action),
+                    "entropy": _number(turn.entropy, 3),
+                    "reward": f"{turn.reward:g}",
+                    "shade": f"{0.45 * (turn.entropy or 0.0) / most:.3f}",
+                }
+                for turn in episode.turns
+            ],
+        }
+        for episode in episodes
+    ]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} … ({len(text)} characters)"
+
+
+def _facts(summary: Tree, manifest: Tree) -> Iterable[tuple[str, str]]:
+    """Everything else that the two files hold, one line each."""
+    for tree in (summary, manifest):
+        for key, value in tree.items():
+            if key not in ("policies", "instruction_check"):
+                yield "seconds" if key == "times" else key.replace("_", " "), _flat(value)
+
+
+def _waiting(times: Mapping[str, float]) -> str:
+    """Who held up whom where playing and learning went on side by side."""
+    if "learning.waited.wall" not in times:
+        return ""
+    return (
+        f"Playing beside learning, the learner waited {times['learning.waited.wall']:,.0f} s for episodes, "
+        f"and the player {times['rollout.waited.wall']:,.0f} s for newer weights."
+    )
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_flat(item) for item in value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,140 @@
+"""One episode in the terminal: read what a policy does, or play yourself."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.rule import Rule
+
+from agentrl.data.trajectory import Episode, Turn
+from agentrl.env.registry import make
+from agentrl.rollout.collector import collect
+from agentrl.rollout.environments import EnvironmentPool
+from agentrl.rollout.play import ActionRequest, EpisodeSpec, Reply, Stop
+from agentrl.rollout.players import HumanPlayer, Player
+from agentrl.terminal import plain
+
+
+def watch(
+    console: Console,
+    env: str,
+    policy: str = "human",
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    task: str | None = None,
+    split: str | None = None,
+    seed: int = 0,
+    temperature: float = 1.0,
+) -> Episode:
+    """Play one episode and print it as it goes.
+
+    Args:
+        console: to print to, and to ask a human player.
+        env: environment id.
+        policy: `human`, `random`, `expert`, a run's folder or name, or a Hugging Face folder.
+        kwargs: arguments of the environment; a run adds those that it was trained with.
+        task: id of a task; None takes one by the seed.
+        split: where that one is from; None takes a run's held-out split, else the environment's first.
+        seed: of the environment and of the policy's draws.
+        temperature: of the policy's draws; 0 always takes its first choice.
+
+    Raises:
+        ConfigError: the environment, the split or an argument is unknown.
+        CheckpointError: there is no such policy.
+        KeyboardInterrupt: the human player left.
+    """
+    player, kwargs, split = _cast(console, env, policy, dict(kwargs or {}), split, temperature)
+    if split is not None:
+        kwargs["split"] = split
+    with EnvironmentPool(lambda: make(env, **kwargs)) as environments:
+        if task is None:
+            with environments.borrow() as environment:
+                known: Any = environment.unwrapped
+                tasks = known.tasks(split or known.splits[0])
+                task = str(tasks[seed % len(tasks)])
+        spec = EpisodeSpec("watched", env, task, seed)
+        (episode,) = collect([spec], _Narrator(player, console), environments, max_active=1).episodes
+    if not episode.stop.aborted:
+        _curtain(console, episode)
+    return episode
+
+
+def _cast(
+    console: Console, env: str, policy: str, kwargs: dict[str, Any], split: str | None, temperature: float
+) -> tuple[Player, dict[str, Any], str | None]:
+    """Who plays, in which environment."""
+    if policy == "human":
+        return HumanPlayer(_Prompt(console)), kwargs, split
+    from agentrl.run.policies import open_player  # it loads torch, which a human can do without
+
+    player, config = open_player(policy, temperature=temperature)
+    if policy == "expert":
+        return player, kwargs | {"expert": True}, split
+    if policy == "random" or config.env.id != env:
+        return player, kwargs, split
+    return player, {**config.env.kwargs, **kwargs}, split or config.evaluation.split
+
+
+class _Prompt:
+    """Asks for a command, by its number or as text."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __call__(self, request: ActionRequest) -> str:
+        actions = request.actions or ()
+        self._console.print(
+            Columns([plain(f"{i:>3} {name}") for i, name in enumerate(actions, start=1)], padding=(0, 2))
+        )
+        while True:
+            try:
+                answer = self._console.input("number or command (Ctrl-D leaves) > ").strip()
+            except EOFError as error:
+                raise KeyboardInterrupt("left the game") from error
+            if answer.isdecimal() and actions:
+                if 1 <= int(answer) <= len(actions):
+                    return actions[int(answer) - 1]
+                self._console.print(f"there are {len(actions)} commands")
+            elif answer:
+                return answer
+
+
+class _Narrator:
+    """Prints what another player reads and replies."""
+
+    def __init__(self, player: Player, console: Console) -> None:
+        self._player = player
+        self._console = console
+
+    def submit(self, request: ActionRequest) -> None:
+        self._console.print(Rule(f"turn {request.turn + 1}", align="left", style="dim"))
+        self._console.print(plain(request.observation))
+        self._player.submit(request)
+
+    def poll(self) -> Sequence[tuple[str, Reply | Stop]]:
+        answers = self._player.poll()
+        for _, answer in answers:
+            if isinstance(answer, Reply) and not isinstance(self._player, HumanPlayer):
+                self._console.print(plain(f"> {answer.text}", "bold"), plain(_entropy(answer), "dim"))
+        return answers
+
+    def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
+        self._player.fork(child_id, parent_id, turns, prefix_ids)
+
+    def close(self, episode_id: str) -> None:
+        self._player.close(episode_id)
+
+
+def _entropy(reply: Reply) -> str:
+    value = Turn(
+        "", "", action_ids=reply.action_ids, entropies=reply.entropies, allowed=reply.allowed
+    ).entropy
+    return "" if value is None else f"entropy {value:.3f}"
+
+
+def _curtain(console: Console, episode: Episode) -> None:
+    ending = f"after {len(episode.turns)} turns ({episode.stop.value}), return {episode.episode_return:g}"
+    console.print(Rule(style="dim"))
+    console.print(plain(episode.final_observation))
+    console.print(plain(episode.outcome.value, "bold"), plain(f"{ending}, task {episode.task}"))

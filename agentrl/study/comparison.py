@@ -1,0 +1,260 @@
+"""What the methods of a study reached, side by side, with the intervals that their design allows."""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import ceil
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+from warnings import catch_warnings, simplefilter
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import bootstrap, trim_mean
+
+from agentrl.data.storage import read_episodes
+from agentrl.data.trajectory import Outcome
+from agentrl.errors import ConfigError
+from agentrl.evaluation.statistics import Interval, wilson
+from agentrl.run.folder import open_run
+from agentrl.run.logger import read_metrics
+from agentrl.run.records import read_summary
+
+Tree = Mapping[str, Any]
+Folders = Mapping[int, Mapping[str, Path]]  # seed -> method -> its finished run
+Outcomes = Mapping[str, float]  # task -> share of its plays that succeeded; NaN where all were aborted
+
+DECODINGS = ("greedy", "sampled")
+CURVES = ("entropy/token", "entropy/trajectory", "success")
+RESAMPLES = 10_000
+_TRIMMED = 0.25  # share of the seeds that is cut at each end
+_POINTS = 40  # of a curve
+
+
+def compare(folders: Folders, methods: Sequence[str], baseline: str, clone: str) -> dict[str, Any]:
+    """Read finished runs and put their numbers side by side.
+
+    Args:
+        folders: of finished runs, by seed and method.
+        methods: in the order in which they are shown.
+        baseline: the method that the others are compared with.
+        clone: name of the runs that the methods started from.
+
+    Returns:
+        JSON values: `methods` (each with its `runs` by seed and, per decoding, the interquartile mean over
+        seeds and the paired difference to the baseline), `baseline`, `clone`, `panel`, `caption`, `warnings`.
+
+    Raises:
+        ConfigError: when two runs were not measured on the same panel.
+    """
+    names = [name for name in (clone, *methods) if any(name in found for found in folders.values())]
+    runs = {
+        name: {seed: _measured(found[name]) for seed, found in folders.items() if name in found}
+        for name in names
+    }
+    panel = _common_panel(runs)
+    compared: dict[str, Any] = {
+        name: {"runs": {str(seed): run for seed, run in runs[name].items()}} for name in names
+    }
+    for decoding in DECODINGS:
+        plays = {
+            name: {seed: _outcomes(folders[seed][name], decoding) for seed in runs[name]} for name in names
+        }
+        for name in names:
+            compared[name][decoding] = _success(plays[name])
+            if name != baseline:
+                compared[name][decoding]["difference"] = _difference(plays[name], plays.get(baseline, {}))
+    return {
+        "baseline": baseline,
+        "clone": clone,
+        "panel": panel,
+        "methods": compared,
+        "caption": _caption(panel, len(folders)),
+        "warnings": _warnings({name: runs.get(name, {}) for name in methods}, len(folders)),
+    }
+
+
+def interquartile_mean(
+    outcomes: NDArray[np.float64], *, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, Interval] | None:
+    """Interquartile mean over seeds of their means over tasks, with its 95 % percentile interval.
+
+        trim_mean(x, 0.25),   x[s] = mean over tasks n of outcomes[s, n]
+
+    A resample draws the N tasks with replacement, one draw for all seeds: they play the same panel, and what
+    makes a task hard for one makes it hard for another. Seeds are not drawn: the interval is about tasks.
+
+    Args:
+        outcomes: [S, N], of any unit; NaN is left out of its seed's mean, and a seed of nothing else
+            altogether. For a paired difference, the outcomes of one method less those of the other.
+        seed: of the resampling.
+        resamples: number of redrawn panels.
+
+    Returns:
+        The mean and its interval, of no width where all tasks are alike; None without any outcome.
+
+    Source: Agarwal et al. 2021, arXiv:2108.13264, for the mean; there, the runs are drawn and not the tasks.
+    """
+    known = ~np.isnan(outcomes)
+    outcomes = outcomes[known.any(axis=1)]
+    if not outcomes.size:
+        return None
+    value = float(_interquartile(*outcomes, axis=-1))
+    if outcomes.shape[1] < 2:  # one task drawn again is the same task
+        return value, (value, value)
+    with catch_warnings():
+        simplefilter("ignore", RuntimeWarning)  # a draw of aborted tasks alone says nothing, and is left out
+        drawn = bootstrap(
+            tuple(outcomes),
+            _interquartile,
+            paired=True,
+            n_resamples=resamples,
+            batch=max(1, 10**6 // outcomes.size),
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+    low, high = np.nanquantile(drawn.bootstrap_distribution, [0.025, 0.975])
+    return value, (float(low), float(high))
+
+
+def _interquartile(*outcomes: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    means: NDArray[np.float64] = trim_mean([np.nanmean(each, axis=axis) for each in outcomes], _TRIMMED)
+    return means
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    """What one run did and how it went."""
+    summary = read_summary(folder)
+    rows = read_metrics(folder / "metrics.jsonl", "train")
+    regular = open_run(folder).config.learner.updates_per_step
+    learned = [row for row in rows if "learner/updates" in row]
+    # What a batch of rollouts is not worth by itself was taken on replayed episodes.
+    replayed = sum(
+        max(0.0, row["learner/updates"] + row["learner/skipped_updates"] - regular) for row in learned
+    )
+    trained = summary["policies"]["trained"]
+    return {
+        "panel": summary["panel"],
+        "episodes": round(sum(row["episodes"] for row in rows)),
+        "updates": round(sum(row["learner/updates"] for row in learned) - replayed),
+        "replay_updates": round(replayed),
+        "success": {decoding: trained[decoding]["success_rate"] for decoding in DECODINGS},
+        "aborted": {
+            "training": round(sum(row["aborted"] * row["episodes"] for row in rows)),
+            **{decoding: trained[decoding]["aborted"] for decoding in DECODINGS},
+        },
+        "cpu_seconds": round(
+            sum(summary["times"].get(f"{name}.cpu", 0.0) for name in ("rollout", "learning")), 1
+        ),
+        "curves": {name: thin(rows, name) for name in CURVES},
+    }
+
+
+def thin(rows: Sequence[Tree], key: str, points: int = _POINTS) -> dict[str, list[float]]:
+    """A logged number over the steps, as at most `points` means over as many consecutive steps each.
+
+    >>> thin([{"step": step, "loss": float(step)} for step in (1, 2, 3, 4)], "loss", points=2)
+    {'step': [1.5, 3.5], 'value': [1.5, 3.5]}
+    """
+    known = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    width = max(1, ceil(len(known) / points))
+    windows = [known[first : first + width] for first in range(0, len(known), width)]
+    return {
+        "step": [fmean(step for step, _ in window) for window in windows],
+        "value": [fmean(value for _, value in window) for window in windows],
+    }
+
+
+def _outcomes(folder: Path, decoding: str) -> Outcomes:
+    plays: dict[str, list[bool]] = defaultdict(list)
+    for episode in read_episodes(folder / "episodes" / f"trained-{decoding}.parquet"):
+        plays[episode.task] += [episode.success] if episode.outcome is not Outcome.ABORTED else []
+    return {task: fmean(each) if each else float("nan") for task, each in plays.items()}
+
+
+def _success(plays: Mapping[int, Outcomes]) -> dict[str, Any]:
+    table = np.array([[found[task] for task in sorted(found)] for found in plays.values()])
+    tasks = table.shape[1]
+    score = _estimate(plays, table)
+    if score["value"] in (0.0, 1.0):  # redrawn tasks would all be alike, and say nothing
+        score["interval"] = list(wilson(round(score["value"] * tasks), tasks))
+    return score
+
+
+def _difference(plays: Mapping[int, Outcomes], rivals: Mapping[int, Outcomes]) -> dict[str, Any] | None:
+    """Over the tasks that both played on the same seed; None without a common seed."""
+    common = [seed for seed in plays if seed in rivals]
+    if not common:
+        return None
+    table = np.array(
+        [[plays[seed][task] - rivals[seed][task] for task in sorted(plays[seed])] for seed in common]
+    )
+    return _estimate(common, table)
+
+
+def _estimate(seeds: Iterable[int], table: NDArray[np.float64]) -> dict[str, Any]:
+    value, interval = interquartile_mean(table) or (None, None)
+    means = (None if np.isnan(row).all() else float(np.nanmean(row)) for row in table)
+    by_seed = {str(seed): mean for seed, mean in zip(seeds, means, strict=True)}
+    return {"value": value, "interval": interval and list(interval), "by_seed": by_seed}
+
+
+def _common_panel(runs: Mapping[str, Mapping[int, Tree]]) -> dict[str, Any] | None:
+    """The panel that all were measured on; None without any run."""
+    panels = {
+        f"seed-{seed}/{name}": run["panel"] for name, found in runs.items() for seed, run in found.items()
+    }
+    first = next(iter(panels), None)
+    other = [name for name, panel in panels.items() if panel != panels[first or name]]
+    if other:
+        raise ConfigError(
+            f"{first} was measured on panel {panels[first or '']}, but {other[0]} on {panels[other[0]]}: "
+            "their scores cannot be compared"
+        )
+    return None if first is None else panels[first]
+
+
+def _caption(panel: Tree | None, seeds: int) -> list[str]:
+    if panel is None:
+        return []
+    cut = int(_TRIMMED * seeds)
+    dropped = f"the {cut} lowest and the {cut} highest" if cut else "none, so that it is their mean"
+    return [
+        "success: interquartile mean over seeds of the success rate, "
+        f"scipy.stats.trim_mean(x, {_TRIMMED}); of {seeds} values it drops {dropped} "
+        f"(int({_TRIMMED} * {seeds}) = {cut} at each end).",
+        f"[ ]: 95 % percentile bootstrap. Each of {RESAMPLES:,} resamples draws the {panel['tasks']} tasks "
+        f"of panel {panel['hash'][:12]} ({panel['split']}) with replacement, one draw for all seeds and "
+        "methods, since all play the same tasks; rates and their interquartile mean follow from it. "
+        "Seeds are not drawn again: an interval says how far other tasks could move these runs, not how far "
+        "other seeds could. It is not widened for the number of methods. Where all plays ended alike, it is "
+        "Wilson's.",
+        "difference: outcome less the baseline's on the same seed and task, where neither was aborted; "
+        "percentage points.",
+        "updates: optimiser steps on a step's own episodes; those on replayed ones stand beside them. CPU: "
+        "seconds of rollout and learning in the run's own process, mean over seeds.",
+    ]
+
+
+def _warnings(runs: Mapping[str, Mapping[int, Tree]], seeds: int) -> list[str]:
+    found = [
+        f"{name}: {len(by_seed)} of {seeds} seeds finished"
+        for name, by_seed in runs.items()
+        if len(by_seed) < seeds
+    ]
+    for key in ("episodes", "updates"):
+        counts = {name: {run[key] for run in by_seed.values()} for name, by_seed in runs.items() if by_seed}
+        if len(set().union(*counts.values())) > 1:
+            listed = ", ".join(f"{name} {between(values)}" for name, values in counts.items())
+            found.append(f"runs differ in {key}: {listed}")
+    return found
+
+
+def between(counts: Collection[int]) -> str:
+    """The lowest and the highest of some counts; one number where they are alike.
+
+    >>> between([1200, 1200]), between([7, 5, 6])
+    ('1,200', '5–7')
+    """
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"

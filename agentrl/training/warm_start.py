@@ -1,0 +1,119 @@
+"""What comes before reinforcement learning: text for a tokenizer, demonstrations, behaviour cloning."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from agentrl.data.batch import Batch, collate
+from agentrl.data.trajectory import Episode, Group, StopReason
+from agentrl.errors import ConfigError
+from agentrl.learn.ranks import ALONE, Ranks
+from agentrl.policy.tokens import Dialogue
+from agentrl.rollout.collector import collect
+from agentrl.rollout.environments import Environments
+from agentrl.rollout.failures import Quarantine
+from agentrl.rollout.players import DemonstrationPlayer
+from agentrl.run.policies import ENDLESS, MOST_TURNS, drawn_specs, is_endless, turn_limit
+from agentrl.run.settings import RunConfig
+from agentrl.seeds import derive_seed
+
+OnEpisode = Callable[[Episode], None]
+
+
+def names_actions(tasks: Sequence[str], environments: Environments) -> bool:
+    """Whether the environment offers a list of actions to choose from; else replies are free text."""
+    info: Any = {}
+    with suppress(Exception), environments.borrow() as environment:  # its episodes will record it
+        _, info = environment.reset(seed=0, options={"task": tasks[0]})
+    return info.get("actions") is not None
+
+
+def demonstrations(
+    config: RunConfig,
+    tasks: Sequence[str],
+    environments: Environments,
+    dialogue: Dialogue,
+    on_episode: OnEpisode | None = None,
+    ranks: Ranks = ALONE,
+    say: Callable[[str], None] | None = None,
+) -> list[Episode]:
+    """Successful episodes of the environment's expert, in a fixed order; each rank plays its part of them.
+
+    Those with a turn that the policy could not play, for its context is full, are left out; `say` is told
+    how many.
+
+    Raises:
+        ConfigError: when the environment has no expert, or it solves too few of its tasks.
+    """
+    block = config.warm_start
+    player = DemonstrationPlayer(
+        dialogue,
+        noise=block.noise,
+        seed=derive_seed(config.seed, "noise"),
+        noise_prefers=block.noise_prefers,
+        choices=config.rollout.constrained,
+        max_context=config.policy.max_context,
+        max_tokens=config.engine.max_tokens,
+    )
+    specs = list(drawn_specs(config, "demonstration", block.demonstrations, tasks))
+    solved_or_endless = [0, 0]
+
+    def watch(episode: Episode) -> None:
+        solved_or_endless[0] += episode.success
+        solved_or_endless[1] += is_endless(config, episode)
+        if solved_or_endless[0] == 0 and solved_or_endless[1] >= ENDLESS:
+            raise ConfigError(
+                f"warm_start.steps is {block.steps}, but the expert of {config.env.id} solved none of its "
+                f"first tasks, and came to no end in {ENDLESS} of them within {MOST_TURNS} turns; if they "
+                "are that long, set rollout.max_turns"
+            )
+        if on_episode is not None:
+            on_episode(episode)
+
+    own = ranks.raise_on_any_rank(
+        lambda: (
+            collect(
+                ranks.deal(specs),
+                player,
+                environments,
+                max_active=environments.capacity or 1,
+                max_turns=turn_limit(config),
+                max_attempts=config.rollout.max_attempts,
+                quarantine=Quarantine(config.rollout.max_attempts),
+                on_episode=watch,
+            ).episodes
+        )
+    )
+    played = ranks.collect(own)
+    solved = [episode for episode in played if episode.success]
+    long = sum(episode.stop is StopReason.CONTEXT_LIMIT for episode in played)
+    too_long = f"{long} did not fit policy.max_context={config.policy.max_context}"
+    if len(solved) < block.batch_size:
+        others = Counter(
+            episode.error for episode in played if episode.error and episode.stop != StopReason.CONTEXT_LIMIT
+        )
+        reasons = [too_long] * bool(long) + [f"{count} x {error}" for error, count in others.most_common(3)]
+        raise ConfigError(
+            f"warm_start.steps is {block.steps}, but the expert of {config.env.id} solved "
+            f"{len(solved)} of {len(played)} tasks ({'; '.join(reasons) or 'it did not solve them'}); "
+            f"wanted at least {block.batch_size}"
+        )
+    if long and say is not None:
+        say(f"warning: of {len(played)} demonstrations {too_long} and are left out")
+    return solved
+
+
+def cloning_batches(config: RunConfig, episodes: Sequence[Episode], first: int = 0) -> Iterator[Batch]:
+    """One batch for each step from `first` on; each epoch has an order that depends only on the seed."""
+    size = config.warm_start.batch_size
+    per_epoch = len(episodes) // size
+    order: list[int] = []
+    for step in range(first, config.warm_start.steps):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0 or not order:
+            order = list(range(len(episodes)))
+            random.Random(derive_seed(config.seed, "cloning", epoch)).shuffle(order)
+        chosen = [episodes[index] for index in order[place * size : (place + 1) * size]]
+        yield collate([Group(episode.task, (episode,)) for episode in chosen])
