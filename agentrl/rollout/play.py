@@ -247,7 +247,7 @@ def play(
     while True:
         if isinstance(answer, Stop):
             known = path.transitions[-1].info if path.transitions else {}
-            last = Transition("", info=known)  # there is no observation after the last reply
+            last = Transition("", info=known)  # no observation followed the last reply
             return _episode(spec, path, answer.reason, last, answer.error)
         before = _checked(answer, Transition)
         path.transitions.append(before)
@@ -273,7 +273,7 @@ def _open(spec: EpisodeSpec, fork: Fork | None, path: Path) -> Generator[Effect,
     *earlier, branch_state = fork.transitions
     if branch_state.snapshot is not None:
         answer = yield Restore(branch_state.snapshot)
-        if not isinstance(answer, Stop):
+        if not isinstance(answer, Stop):  # else the actions are replayed
             path.inherit(fork.turns, earlier, "restored")
             return branch_state
     answer = yield Reset(spec.task, spec.seed, path.keep)
@@ -288,6 +288,7 @@ def _open(spec: EpisodeSpec, fork: Fork | None, path: Path) -> Generator[Effect,
     if len(path.turns) == len(fork.turns) and _repeats(answer, branch_state):
         path.inherit(fork.turns, list(path.transitions), "replayed")
         return answer
+    # The environment is not deterministic: what it answered so far is dropped.
     path.begin(spec.parent and BranchPoint(spec.parent.parent, 0), "diverged")
     return (yield Reset(spec.task, spec.seed, path.keep))
 

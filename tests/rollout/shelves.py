@@ -48,7 +48,7 @@ class Shelves(gymnasium.Env[str, str]):
         self.closed += 1
 
 
-class Kept(Shelves):
+class SnapshotShelves(Shelves):
     """Shelves with snapshots, which count the calls by name."""
 
     calls: ClassVar[Counter[str]] = Counter()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import worker_worlds
-from shelves import CountingPlayer, Kept, Shelves, by_id, specs
+from shelves import CountingPlayer, Shelves, SnapshotShelves, by_id, specs
 
 from agentrl.data.trajectory import BranchPoint, Episode, Outcome, StopReason, Turn
 from agentrl.errors import TooManyAbortedError
@@ -53,7 +53,7 @@ def at(parent: str, turn: int, token: int = 0) -> BranchPoint:
 def play_branches(
     requests: dict[Any, list[BranchRequest]],
     k: int,
-    make: Any = Kept,
+    make: Any = SnapshotShelves,
     task: str = "4",
     player: Any = None,
     **more: Any,
@@ -113,12 +113,12 @@ def test_a_child_can_be_left_in_its_turn_where_it_was_not_yet_itself() -> None:
 def test_a_growth_hears_of_every_turn_that_was_played_and_of_every_end() -> None:
     script = Script({("a-0", 2): [at("a-0", 2)]})
     scheduler = BranchScheduler([EpisodeSpec("a", "e", "3", 0)], [script], episodes=2)
-    collect((), CountingPlayer(), EnvironmentPool(Kept), max_active=1, scheduler=scheduler)
+    collect((), CountingPlayer(), EnvironmentPool(SnapshotShelves), max_active=1, scheduler=scheduler)
     # The child begins after its parent has ended, at a state that was reached before.
     assert script.heard == [("a-0", 1), ("a-0", 2), "a-0", "a-1"]
     script = Script({("a-0", 1): [at("a-0", 1)]})
     scheduler = BranchScheduler([EpisodeSpec("a", "e", "3", 0)], [script], episodes=2)
-    collect((), CountingPlayer(), EnvironmentPool(Kept), max_active=1, scheduler=scheduler)
+    collect((), CountingPlayer(), EnvironmentPool(SnapshotShelves), max_active=1, scheduler=scheduler)
     assert script.heard == [("a-0", 1), ("a-0", 2), "a-0", ("a-1", 2), "a-1"]
     assert script.parents == {"a-0": None, "a-1": at("a-0", 1)}
 
@@ -159,7 +159,7 @@ def test_what_is_left_when_all_have_ended_begins_at_the_first_observation() -> N
 def test_nothing_is_filled_up_while_one_is_still_playing() -> None:
     script = Script()
     scheduler = BranchScheduler([EpisodeSpec("a", "e", "2", 0)], [script], episodes=3)
-    collect((), CountingPlayer(), EnvironmentPool(Kept), max_active=9, scheduler=scheduler)
+    collect((), CountingPlayer(), EnvironmentPool(SnapshotShelves), max_active=9, scheduler=scheduler)
     assert script.heard.index("a-0") < script.heard.index(("a-1", 1))
     assert script.heard.index(("a-2", 1)) < script.heard.index("a-1")
 
@@ -198,7 +198,7 @@ def test_groups_hold_the_episodes_of_each_task_in_the_order_of_their_start() -> 
     found = collect(
         (),
         CountingPlayer(),
-        EnvironmentPool(Kept),
+        EnvironmentPool(SnapshotShelves),
         max_active=2,
         scheduler=scheduler,
         on_episode=lambda episode: ended.append(episode.id),
@@ -221,7 +221,7 @@ def test_who_branches_comes_before_those_that_have_not_begun() -> None:
     collect(
         (),
         CountingPlayer(),
-        EnvironmentPool(Kept),
+        EnvironmentPool(SnapshotShelves),
         max_active=1,
         scheduler=BranchScheduler(templates, scripts, episodes=2),
         on_episode=lambda episode: ended.append(episode.id),
@@ -231,8 +231,10 @@ def test_who_branches_comes_before_those_that_have_not_begun() -> None:
 
 def test_other_episodes_are_played_beside_those_of_a_director() -> None:
     scheduler = BranchScheduler([EpisodeSpec("a", "e", "3", 0)], [Script()], episodes=2)
-    found = collect(specs([2, 4]), CountingPlayer(), EnvironmentPool(Kept), max_active=3, scheduler=scheduler)
-    alone = collect(specs([2, 4]), CountingPlayer(), EnvironmentPool(Kept), max_active=3)
+    found = collect(
+        specs([2, 4]), CountingPlayer(), EnvironmentPool(SnapshotShelves), max_active=3, scheduler=scheduler
+    )
+    alone = collect(specs([2, 4]), CountingPlayer(), EnvironmentPool(SnapshotShelves), max_active=3)
     assert [episode.id for episode in found.episodes] == ["e0", "e1", "a-0", "a-1"]
     assert found.episodes[:2] == alone.episodes
 
@@ -263,23 +265,26 @@ TREE: dict[Any, list[BranchRequest]] = {
 
 
 def test_a_snapshot_and_a_replay_lead_to_the_same_episodes() -> None:
-    restored, replayed = play_branches(TREE, k=5, make=Kept), play_branches(TREE, k=5, make=Shelves)
+    restored, replayed = (
+        play_branches(TREE, k=5, make=SnapshotShelves),
+        play_branches(TREE, k=5, make=Shelves),
+    )
     assert restored.episodes == replayed.episodes
     assert restored.branches == {"restored": 4, "replayed": 0, "diverged": 0}
     assert replayed.branches == {"restored": 0, "replayed": 4, "diverged": 0}
 
 
 def test_snapshots_are_taken_until_all_have_been_started_and_never_of_an_end() -> None:
-    Kept.calls.clear()
+    SnapshotShelves.calls.clear()
     play_branches({("a-0", 2): [at("a-0", 1), at("a-0", 2)]}, k=3, task="5")
     # The parent's reset and two steps; after that, nothing can branch any more. 5 + 4 + 3 turns are played.
-    assert Kept.calls == {"reset": 1, "snapshot": 3, "restore": 2, "step": 12}
-    Kept.calls.clear()
+    assert SnapshotShelves.calls == {"reset": 1, "snapshot": 3, "restore": 2, "step": 12}
+    SnapshotShelves.calls.clear()
     play_branches({"begin": [None, None]}, k=2, task="5")
-    assert Kept.calls == {"reset": 2, "step": 10}
-    Kept.calls.clear()
+    assert SnapshotShelves.calls == {"reset": 2, "step": 10}
+    SnapshotShelves.calls.clear()
     play_branches({}, k=2, task="5")
-    assert Kept.calls["snapshot"] == 5
+    assert SnapshotShelves.calls["snapshot"] == 5
 
 
 def test_snapshots_are_given_up_with_the_last_start_that_could_need_them() -> None:
@@ -290,7 +295,7 @@ def test_snapshots_are_given_up_with_the_last_start_that_could_need_them() -> No
             self.kept = kept
             taken.append(weakref.ref(self))
 
-    class Noted(Kept):
+    class Noted(SnapshotShelves):
         def snapshot(self) -> Any:
             return Point(super().snapshot())
 
@@ -307,27 +312,27 @@ def test_snapshots_are_given_up_with_the_last_start_that_could_need_them() -> No
 
 
 def test_without_a_director_no_snapshot_is_taken() -> None:
-    Kept.calls.clear()
+    SnapshotShelves.calls.clear()
     plain = collect(specs([3, 2]), CountingPlayer(), EnvironmentPool(Shelves), max_active=2)
-    found = collect(specs([3, 2]), CountingPlayer(), EnvironmentPool(Kept), max_active=2)
+    found = collect(specs([3, 2]), CountingPlayer(), EnvironmentPool(SnapshotShelves), max_active=2)
     assert found.episodes == plain.episodes
-    assert Kept.calls == {"reset": 2, "step": 5}
+    assert SnapshotShelves.calls == {"reset": 2, "step": 5}
 
 
 def test_a_snapshot_that_cannot_be_taken_or_restored_is_replaced_by_a_replay() -> None:
-    class Untakeable(Kept):
+    class Untakeable(SnapshotShelves):
         def snapshot(self) -> Any:
             raise OSError("no")
 
-    class Unusable(Kept):
+    class Unusable(SnapshotShelves):
         def restore(self, snapshot: Any) -> None:
             self.task = "1"  # half of it
             raise OSError("no")
 
-    class Undeclared(Kept):
+    class Undeclared(SnapshotShelves):
         snapshot = restore = None  # type: ignore[assignment]
 
-    expected = play_branches(TREE, k=5, make=Kept).episodes
+    expected = play_branches(TREE, k=5, make=SnapshotShelves).episodes
     for kind in (Untakeable, Unusable, Undeclared):
         found = play_branches(TREE, k=5, make=kind)
         assert found.episodes == expected
@@ -390,7 +395,7 @@ PLACES: list[Callable[[Any], Environments]] = [
     ("make", "portable"),
     [
         (worker_worlds.Corridor, False),
-        (worker_worlds.Kept, True),
+        (worker_worlds.SnapshotCorridor, True),
         (worker_worlds.Heaped, False),
         (worker_worlds.Stuck, False),
     ],
@@ -410,7 +415,7 @@ def test_where_branches_are_played_does_not_change_them(
 @pytest.mark.parametrize("trouble", ["exit in restore", "hang in restore"])
 def test_a_worker_that_is_lost_in_a_restore_is_replaced_and_the_actions_played_again(trouble: str) -> None:
     quick = WorkersConfig(count=1, construct_timeout=20, reset_timeout=0.7, step_timeout=0.7)
-    environments = ProcessEnvironments(worker_worlds.Kept, 1, quick)
+    environments = ProcessEnvironments(worker_worlds.SnapshotCorridor, 1, quick)
     found = play_branches(
         {("a-0", 1): [at("a-0", 1)]}, k=2, make=environments, task=f"3 {trouble}", player=RandomPlayer()
     )
@@ -436,14 +441,14 @@ def test_a_snapshot_is_restored_in_another_process_than_it_was_made_in(tmp_path:
 class _Noting:
     folder: Path
 
-    def __call__(self) -> worker_worlds.Kept:
-        return worker_worlds.Kept(notes=str(self.folder))
+    def __call__(self) -> worker_worlds.SnapshotCorridor:
+        return worker_worlds.SnapshotCorridor(notes=str(self.folder))
 
 
 # Failures.
 
 
-def failing(steps: Callable[[int], bool], base: type[Shelves] = Kept) -> type[Shelves]:
+def failing(steps: Callable[[int], bool], base: type[Shelves] = SnapshotShelves) -> type[Shelves]:
     """Return an environment class whose n-th step in total fails if `steps(n)`."""
     played = Counter[str]()
 
@@ -457,7 +462,7 @@ def failing(steps: Callable[[int], bool], base: type[Shelves] = Kept) -> type[Sh
     return Failing
 
 
-@pytest.mark.parametrize("base", [Kept, Shelves])
+@pytest.mark.parametrize("base", [SnapshotShelves, Shelves])
 @pytest.mark.parametrize("every", [2, 3, 5, 7])
 @pytest.mark.parametrize("attempts", [1, 3])
 def test_aborted_episodes_count_and_the_tree_never_lies(
@@ -525,14 +530,14 @@ def test_a_failure_in_the_replay_is_an_attempt_like_any_other() -> None:
 def test_a_task_in_quarantine_gets_its_aborted_episodes_without_being_played() -> None:
     quarantine = Quarantine(after=1)
     requests: dict[Any, list[BranchRequest]] = {("a-0", 1): [at("a-0", 1)]}
-    Kept.calls.clear()
+    SnapshotShelves.calls.clear()
     found = play_branches(requests, k=4, make=failing(lambda n: n == 2), max_active=1, quarantine=quarantine)
     assert [episode.stop for episode in found.episodes] == [
         StopReason.ENV_ERROR,
         *[StopReason.WORKER_ERROR] * 3,
     ]
     assert all("quarantined" in (episode.error or "") for episode in found.episodes[1:])
-    assert (Kept.calls["reset"], Kept.calls["restore"]) == (1, 0)
+    assert (SnapshotShelves.calls["reset"], SnapshotShelves.calls["restore"]) == (1, 0)
 
 
 @pytest.mark.parametrize(("share", "stops"), [(0.5, False), (0.49, True)])
@@ -560,5 +565,12 @@ def test_an_interrupt_lets_the_player_forget_those_that_wait_to_be_left() -> Non
     }
     scheduler = BranchScheduler([EpisodeSpec("a", "e", "2", 0)], [Script(requests)], episodes=5)
     with pytest.raises(KeyboardInterrupt):
-        collect((), player, EnvironmentPool(Kept), max_active=2, scheduler=scheduler, on_episode=interrupt)
+        collect(
+            (),
+            player,
+            EnvironmentPool(SnapshotShelves),
+            max_active=2,
+            scheduler=scheduler,
+            on_episode=interrupt,
+        )
     assert sorted(player.closed) == ["a-0", "a-1"]  # a-2 to a-4 had not begun

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from shelves import Kept, Letters, ScriptedEngine
+from shelves import Letters, ScriptedEngine, SnapshotShelves
 from test_branching import Script, at
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -29,8 +29,8 @@ SAMPLING = SamplingParams(temperature=1.0, max_tokens=6)
 ACTIONS = ["go on", "go up", "take mug 1", "take mug 2", "take pen 1", "take pen 2"]
 
 
-class Shop(Kept):
-    """Kept, with actions that begin alike."""
+class Shop(SnapshotShelves):
+    """SnapshotShelves, with actions that begin alike."""
 
     def info(self) -> dict[str, Any]:
         return super().info() | {"actions": ACTIONS}

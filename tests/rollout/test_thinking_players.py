@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from shelves import Kept
+from shelves import SnapshotShelves
 from test_branching import Script, at
 from test_branching_tokens import ACTIONS, Shop, check_against_plain_forward
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -173,7 +173,7 @@ def test_an_episode_ends_where_its_next_reply_may_not_fit() -> None:
 
 
 def test_what_an_expert_says_ends_in_the_tokens_that_the_policy_would_choose(table: Table) -> None:
-    class Taught(Kept):
+    class Taught(SnapshotShelves):
         def info(self) -> dict[str, Any]:
             return super().info() | {"actions": ACTIONS, "expert": "take mug 2"}
 

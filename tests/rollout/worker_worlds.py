@@ -152,7 +152,7 @@ class Engine(Corridor):
             self.child.communicate()
 
 
-class Kept(Corridor):
+class SnapshotCorridor(Corridor):
     """Corridor with snapshots of size `weight`; a note is written for each that is restored."""
 
     weight = 10
@@ -170,11 +170,11 @@ class Kept(Corridor):
             time.sleep(3600)
 
 
-class Heaped(Kept):
+class Heaped(SnapshotCorridor):
     weight = 1 << 16
 
 
-class Stuck(Kept):
+class Stuck(SnapshotCorridor):
     """Corridor whose snapshots cannot be pickled."""
 
     def snapshot(self) -> Any:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from shelves import CountingPlayer, Shelves, by_id
 from test_branching import TREE, play_branches
-from worker_worlds import Corridor, Kept, Unmakeable
+from worker_worlds import Corridor, SnapshotCorridor, Unmakeable
 
 from agentrl.data.trajectory import Episode, Outcome, StopReason
 from agentrl.errors import ConfigError
@@ -176,7 +176,7 @@ def test_workers_that_are_replaced_are_counted() -> None:
 @pytest.mark.slow
 def test_snapshots_travel_and_are_restored() -> None:
     expected = play_branches(TREE, k=5, make=Shelves, player=RandomPlayer(), max_active=1)
-    environments = RayEnvironments(Kept, 3, ONE, TWO)
+    environments = RayEnvironments(SnapshotCorridor, 3, ONE, TWO)
     found = play_branches(TREE, k=5, make=environments, player=RandomPlayer(), max_active=1)
     assert found.episodes == expected.episodes
     assert found.branches["restored"] == 4
