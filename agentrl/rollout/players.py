@@ -149,6 +149,7 @@ class _Conversation:
     inheritance: _Inheritance = _Inheritance()
 
     def extend(self, observation: str, prompt: int, new_sequence: bool, action_ids: tuple[int, ...]) -> None:
+        """Add a turn whose prompt has `prompt` tokens."""
         self.history.append((observation, action_ids))
         self.length = (0 if new_sequence else self.length) + prompt + len(action_ids)
 
@@ -221,6 +222,7 @@ class LanguagePlayer:
             GenerationRequest(
                 sequence=request.episode_id,
                 prompt_ids=(*(() if prompt.new_sequence else inherited.ids), *prompt.ids, *prefix),
+                # A child is a sequence of its own; the engine copies what it has read of the parent's.
                 new_sequence=prompt.new_sequence or bool(inherited.ids),
                 choices=None if menu is None else tuple(menu.texts),
                 seed=derive_seed(request.seed, "turn", request.turn),
@@ -239,6 +241,7 @@ class LanguagePlayer:
         return build_menu(self._dialogue, self._thinking, request.actions, begun, max_tokens)
 
     def _shortened(self, tokens: int) -> SamplingParams:
+        """Return the sampling parameters with `tokens` fewer tokens to generate."""
         sampling = self._sampling
         return replace(sampling, max_tokens=sampling.max_tokens - tokens) if tokens else sampling
 
@@ -276,6 +279,7 @@ class LanguagePlayer:
         if generation.error is not None:
             return Stop(StopReason.ENGINE_ERROR, generation.error, bystander=generation.lost)
         prefix = pending.prefix
+        # The given tokens had no alternative: log probability and entropy 0, and one allowed id.
         ids, known = (*prefix, *generation.token_ids), (0.0,) * len(prefix)
         allowed = generation.allowed
         if prefix:
