@@ -18,10 +18,11 @@ from agentrl.env.panel import Panel, load_panel, make_panel, verify
 from agentrl.env.registry import Factory, callers_arguments, make
 from agentrl.errors import ConfigError, EnvironmentContractError
 from agentrl.evaluation.statistics import Rate, success_rate
-from agentrl.rollout.collector import Collection, Quarantine, abort_reasons, collect
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
-from agentrl.rollout.placement import settle
-from agentrl.rollout.play import EpisodeSpec
+from agentrl.rollout.failures import Quarantine, abort_reasons
+from agentrl.rollout.placement import resolve_placement
+from agentrl.rollout.play import Collection, EpisodeSpec
 from agentrl.rollout.players import Player
 from agentrl.rollout.settings import Placement, RolloutConfig
 from agentrl.run.env_backend import open_environments
@@ -172,7 +173,7 @@ def evaluate(
     if interpreter is not None:
         workers = replace(rollout.workers, interpreter=interpreter)
         rollout = replace(rollout, placement=placement or "process", workers=workers)
-    rollout, _ = settle(Factory(env, split=split, **kwargs), rollout, split, seed)
+    rollout, _ = resolve_placement(Factory(env, split=split, **kwargs), rollout, split, seed)
     with open_panel_environments(env, split, kwargs, rollout, expert=name == "expert") as environments:
         with environments.borrow() as environment:
             if given is not None:

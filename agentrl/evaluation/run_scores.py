@@ -20,8 +20,8 @@ from agentrl.evaluation.evaluate import (
 )
 from agentrl.files import write_atomic
 from agentrl.learn.ranks import Ranks
-from agentrl.rollout.collector import Collection
 from agentrl.rollout.environments import Environments
+from agentrl.rollout.play import Collection
 from agentrl.rollout.players import Player
 from agentrl.run.logger import Logbook
 from agentrl.run.policies import scripted_player

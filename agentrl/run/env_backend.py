@@ -7,7 +7,7 @@ from agentrl.scale.extras import check_ray
 
 
 def open_environments(make: Make, config: RolloutConfig) -> Environments:
-    """Environments as configured; see `placement.settle` for the placement `auto`.
+    """Environments as configured; see `placement.resolve_placement` for the placement `auto`.
 
     Raises:
         MissingDependencyError: for the backend `ray` without Ray.

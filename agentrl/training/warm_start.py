@@ -11,8 +11,9 @@ from agentrl.data.trajectory import Episode, Group, StopReason
 from agentrl.errors import ConfigError
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.policy.tokens import Dialogue
-from agentrl.rollout.collector import Quarantine, collect
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
+from agentrl.rollout.failures import Quarantine
 from agentrl.rollout.players import DemonstrationPlayer
 from agentrl.run.logger import Logbook
 from agentrl.run.policies import ENDLESS, MOST_TURNS, drawn_specs, is_endless, turn_limit
@@ -108,7 +109,7 @@ def demonstrations(
                 ranks.split(specs),
                 player,
                 environments,
-                max_active=environments.places or 1,
+                max_active=environments.capacity or 1,
                 max_turns=turn_limit(config),
                 max_attempts=config.rollout.max_attempts,
                 quarantine=Quarantine(config.rollout.max_attempts),

@@ -39,7 +39,7 @@ def test_64_episodes_survive_while_workers_and_jvms_are_killed() -> None:
     def kill_at_random() -> None:
         draw = random.Random(1)
         while not over.wait(0.5):
-            busy = [worker for worker in list(environments._workers) if worker.owed]
+            busy = [worker for worker in list(environments._workers) if worker.pending]
             if not busy or sum(hits.values()) >= 14:
                 continue
             worker = draw.choice(busy)

@@ -107,7 +107,7 @@ def played(algorithm: Algorithm, seed: int) -> list[Group]:
     groups = make_groups(seed)
     cut = tuple(replace(episode, stop=StopReason.CONTEXT_LIMIT) for episode in groups[0].episodes)
     groups[0] = replace(groups[0], episodes=cut)
-    if algorithm.rollout.grow is None:
+    if algorithm.rollout.branch_policy is None:
         return groups
     return [
         Group(task, (first, *(replace(other, parent=BranchPoint(first.id, 0)) for other in others)))
