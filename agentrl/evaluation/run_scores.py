@@ -28,7 +28,7 @@ from agentrl.run.policies import scripted_player
 from agentrl.run.records import read_evaluations
 from agentrl.run.settings import RunConfig
 from agentrl.run.signals import Interruption
-from agentrl.run.timers import Clocks
+from agentrl.run.timers import Timers
 
 _DECODINGS = {"greedy": 0.0, "sampled": 1.0}
 
@@ -42,7 +42,7 @@ class Measurements:
         panel: of tasks that all policies play.
         player: makes one of the run's policy, given a temperature.
         logbook: shows progress.
-        clocks: run while episodes are played.
+        timers: run while episodes are played.
         ranks: that play a part of the tasks each.
         interruption: held back while the folder is written.
     """
@@ -54,12 +54,12 @@ class Measurements:
         panel: Panel,
         player: Callable[[float], Player],
         logbook: Logbook,
-        clocks: Clocks,
+        timers: Timers,
         ranks: Ranks,
         interruption: Interruption,
     ) -> None:
         self._folder, self._config, self._panel, self._player = folder, config, panel, player
-        self._logbook, self._clocks, self._ranks, self._interruption = logbook, clocks, ranks, interruption
+        self._logbook, self._timers, self._ranks, self._interruption = logbook, timers, ranks, interruption
 
     def missing(self, name: str) -> list[str]:
         """Decodings of a policy that were not measured yet."""
@@ -70,7 +70,7 @@ class Measurements:
     def measure(self, name: str, decoding: str) -> Evaluation:
         """Play the panel with `random`, `expert`, or the run's policy as it is now, called `name`."""
         repeats = self._config.evaluation.repeats
-        with self._clocks.running("evaluation"):
+        with self._timers.running("evaluation"):
             played, label = self._ranks.raise_on_any_rank(partial(self._play, name, decoding))
             of_task = [played.episodes[at : at + repeats] for at in range(0, len(played.episodes), repeats)]
             episodes = [episode for plays in self._ranks.collect(of_task) for episode in plays]
@@ -89,7 +89,7 @@ class Measurements:
         if not self._config.evaluation.instruction_check or "instruction_check" in results:
             return
         with (
-            self._clocks.running("evaluation"),
+            self._timers.running("evaluation"),
             self._logbook.stage("instruction check"),
             self._environments() as environments,
         ):
@@ -129,7 +129,7 @@ class Measurements:
             },
             "seeds": {"run": config.seed},
             "steps": {"warm_start": config.warm_start.steps, "train": config.trainer.steps},
-            "times": self._clocks.read(),
+            "times": self._timers.read(),
         }
 
     def _play(self, name: str, decoding: str) -> tuple[Collection, str | None]:
@@ -169,4 +169,4 @@ class Measurements:
     def _keep(self, results: dict[str, Any]) -> None:
         with self._interruption.shield():
             write_atomic(self._folder / "evaluations.json", json.dumps(results, indent=1))
-            self._clocks.save()
+            self._timers.save()

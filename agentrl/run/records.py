@@ -96,7 +96,7 @@ def read_evaluations(folder: Path) -> dict[str, Any]:
     return tree
 
 
-def read_clocks(path: Path) -> dict[str, float]:
+def read_timers(path: Path) -> dict[str, float]:
     """Seconds by activity; none where no clock was kept yet."""
     if not _stands(path):
         return {}

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from agentrl.files import write_atomic
-from agentrl.run.records import read_clocks
+from agentrl.run.records import read_timers
 
 
-class Clocks:
+class Timers:
     """Seconds per activity, kept in a file.
 
     Args:
@@ -22,7 +22,7 @@ class Clocks:
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self._path, self._writes = path, writes
         self._seconds = defaultdict[str, float](float)
-        self._seconds.update(read_clocks(path))
+        self._seconds.update(read_timers(path))
 
     @contextmanager
     def running(self, activity: str) -> Iterator[None]:

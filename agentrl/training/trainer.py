@@ -69,7 +69,7 @@ from agentrl.run.logger import Logbook, Row, read_metrics
 from agentrl.run.policies import Policy, fit_policy, load
 from agentrl.run.settings import RunConfig, check_named_again, rank_mistakes
 from agentrl.run.signals import Interruption, RunInterrupted
-from agentrl.run.timers import Clocks
+from agentrl.run.timers import Timers
 from agentrl.scale.engines import check_actors, check_engine, check_server
 from agentrl.scale.extras import check_ray
 from agentrl.training.metrics import rollout_metrics, staleness
@@ -199,7 +199,7 @@ class Trainer:
     def _set_up(self) -> None:
         """Have what the stages work with."""
         config, ranks = self.config, self.ranks
-        self.clocks = Clocks(self.active.folder / "clocks.json", writes=ranks.first)
+        self.clocks = Timers(self.active.folder / "clocks.json", writes=ranks.first)
         self.engine = self.policy.engine(config)
         self.beside = ranks.apart()
         self.rollouts = Rollouts(config, self.algorithm, self.tasks, self.environments, self.beside)
