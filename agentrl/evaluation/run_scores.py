@@ -23,7 +23,7 @@ from agentrl.learn.ranks import Ranks
 from agentrl.rollout.collector import Collection
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.players import Player
-from agentrl.run.logger import Logbook
+from agentrl.run.logger import RunLogger
 from agentrl.run.policies import scripted_player
 from agentrl.run.records import read_evaluations
 from agentrl.run.settings import RunConfig
@@ -41,7 +41,7 @@ class Measurements:
         config: of the run.
         panel: of tasks that all policies play.
         player: makes one of the run's policy, given a temperature.
-        logbook: shows progress.
+        logger: shows progress.
         timers: run while episodes are played.
         ranks: that play a part of the tasks each.
         interruption: held back while the folder is written.
@@ -53,13 +53,13 @@ class Measurements:
         config: RunConfig,
         panel: Panel,
         player: Callable[[float], Player],
-        logbook: Logbook,
+        logger: RunLogger,
         timers: Timers,
         ranks: Ranks,
         interruption: Interruption,
     ) -> None:
         self._folder, self._config, self._panel, self._player = folder, config, panel, player
-        self._logbook, self._timers, self._ranks, self._interruption = logbook, timers, ranks, interruption
+        self._logger, self._timers, self._ranks, self._interruption = logger, timers, ranks, interruption
 
     def missing(self, name: str) -> list[str]:
         """Decodings of a policy that were not measured yet."""
@@ -90,7 +90,7 @@ class Measurements:
             return
         with (
             self._timers.running("evaluation"),
-            self._logbook.stage("instruction check"),
+            self._logger.stage("instruction check"),
             self._environments() as environments,
         ):
             for decoding, temperature in _DECODINGS.items():
@@ -138,7 +138,7 @@ class Measurements:
         tasks, hashes = (tuple(self._ranks.deal(each)) for each in (panel.tasks, panel.hashes))
         own = replace(panel, tasks=tasks, hashes=hashes)
         with (
-            self._logbook.stage(f"evaluating {name}, {decoding}", total=len(own.tasks)),
+            self._logger.stage(f"evaluating {name}, {decoding}", total=len(own.tasks)),
             self._environments(expert=name == "expert") as environments,
         ):
             scripted = name in ("random", "expert")
@@ -147,7 +147,7 @@ class Measurements:
 
             def count(episode: Episode) -> None:
                 finished.append(episode)
-                self._logbook.advance(len({episode.task for episode in finished}))
+                self._logger.advance(len({episode.task for episode in finished}))
 
             played = play_panel(
                 own,

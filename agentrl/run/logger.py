@@ -33,7 +33,7 @@ _SHOWN = {
 _SHOWN_IF_ANY = ("aborted", "stop/context_limit")
 
 
-class Logbook:
+class RunLogger:
     """Appends to `metrics.jsonl` and shows progress: live in a terminal, else a plain line every few seconds.
 
     Args:
@@ -59,7 +59,7 @@ class Logbook:
         self._file: TextIO | None = None
         self._stage: _Stage | None = None
 
-    def __enter__(self) -> "Logbook":
+    def __enter__(self) -> "RunLogger":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -65,7 +65,7 @@ from agentrl.run.folder import (
     with_overrides,
 )
 from agentrl.run.lock import RunLock
-from agentrl.run.logger import Logbook, Row, read_metrics
+from agentrl.run.logger import Row, RunLogger, read_metrics
 from agentrl.run.policies import Policy, fit_policy, load
 from agentrl.run.settings import RunConfig, check_named_again, rank_mistakes
 from agentrl.run.signals import Interruption, RunInterrupted
@@ -204,7 +204,7 @@ class Trainer:
         self.beside = ranks.apart()
         self.rollouts = Rollouts(config, self.algorithm, self.tasks, self.environments, self.beside)
         self.logbook = (
-            Logbook(self.active.folder, quiet=self.quiet) if ranks.first else _NoBook(self.active.folder)
+            RunLogger(self.active.folder, quiet=self.quiet) if ranks.first else _NoBook(self.active.folder)
         )
         self.measurements = Measurements(
             self.active.folder,
@@ -787,7 +787,7 @@ class Trainer:
                 self._warn(f"evaluations.json holds no scores of {', '.join(gone)}, whose weights are gone")
 
 
-class _NoBook(Logbook):
+class _NoBook(RunLogger):
     """What ranks have that are not the first: it writes and shows nothing."""
 
     def __init__(self, folder: str | Path) -> None:
