@@ -33,7 +33,7 @@ from agentrl.run.timers import Timers
 _DECODINGS = {"greedy": 0.0, "sampled": 1.0}
 
 
-class Measurements:
+class RunScores:
     """Measures policies, and keeps what was found in the run's folder; what it holds is not measured again.
 
     Args:

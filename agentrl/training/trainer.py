@@ -26,7 +26,7 @@ from agentrl.env.registry import Factory, check_id
 from agentrl.errors import CheckpointError, ConfigError, NonFiniteError, TooManyAbortedError
 from agentrl.evaluation.evaluate import configured_panel
 from agentrl.evaluation.report import results_table, write_report
-from agentrl.evaluation.run_scores import Measurements
+from agentrl.evaluation.run_scores import RunScores
 from agentrl.files import remove_leftovers, write_atomic
 from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner, provided
@@ -206,7 +206,7 @@ class Trainer:
         self.logbook = (
             RunLogger(self.active.folder, quiet=self.quiet) if ranks.first else _NoBook(self.active.folder)
         )
-        self.measurements = Measurements(
+        self.measurements = RunScores(
             self.active.folder,
             config,
             self.panel,
