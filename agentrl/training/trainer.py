@@ -610,8 +610,8 @@ class Trainer:
         """Stop here if any rank was told to, or if the folder is no longer this run's."""
         self.ranks.run_on_rank0(self._check_folder)
         if self.ranks.count == 1:
-            self.interruption.heed()
-        if self.ranks.count > 1 and any(self.ranks.gather(self.interruption.asked())):
+            self.interruption.check_stop()
+        if self.ranks.count > 1 and any(self.ranks.gather(self.interruption.pop_request())):
             raise KeyboardInterrupt
 
     def _check_folder(self) -> None:
@@ -716,7 +716,7 @@ class Trainer:
         try:
             with self.interruption.shield():
                 self._save()
-                self.interruption.asked()
+                self.interruption.pop_request()
         except NonFiniteError:
             good = self.ranks.run_on_rank0(lambda: latest_finite(folder / "checkpoints"))
             if good is None:
