@@ -29,7 +29,8 @@ from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import ExpertPlayer, LanguagePlayer, Player, RandomPlayer
 from agentrl.run.folder import Run, changed_wording, open_run
-from agentrl.run.settings import RunConfig, callers_values, foreign
+from agentrl.run.settings import RunConfig
+from agentrl.run.trust import caller_only_values, drop_caller_only_values
 from agentrl.scale.engines import open_engine
 from agentrl.seeds import derive_seed
 
@@ -179,7 +180,7 @@ def open_player(
         return scripted_player(policy), config or RunConfig()
     opened, asked = _run_or_none(policy), config is not None
     if opened is not None:
-        config, folder, asked = foreign(opened.config), opened.model, True
+        config, folder, asked = drop_caller_only_values(opened.config), opened.model, True
         _warn_of_unused(opened)
     else:
         config, folder = config or RunConfig(), Path(policy)
@@ -195,7 +196,7 @@ def open_player(
 
 
 def _warn_of_unused(run: Run) -> None:
-    if named := ", ".join(callers_values(run.config)):
+    if named := ", ".join(caller_only_values(run.config)):
         warnings.warn(
             f"{run.folder} names {named}: not used, since only who plays it may name programs, servers and "
             "what shuts code in",

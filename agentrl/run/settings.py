@@ -1,8 +1,6 @@
 """The configuration of a run: every room's own block, composed, validated at once, printed and read back."""
 
-import json
 import logging
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
@@ -25,7 +23,6 @@ from agentrl.config import (
     set_values,
     to_tree,
 )
-from agentrl.env.registry import callers_arguments
 from agentrl.env.settings import EnvConfig
 from agentrl.errors import ConfigError
 from agentrl.learn.settings import LearnerConfig
@@ -203,15 +200,6 @@ class RunConfig:
 
 _VLLM_TEMPERATURES = (0.01, 2.0)
 
-# What is started, imported or contacted: only the configuration and the command line of who runs it name
-# that, and never a run's folder, which may be somebody else's. See `foreign` and `check_named_again`.
-CALLERS_KEYS = (
-    "rollout.workers.interpreter",
-    "rollout.ray.address",
-    "engine.vllm.weights_folder",
-    "engine.vllm.url",
-)
-
 # Keys of a block that a new value of its naming key makes meaningless.
 _NAMING_KEYS = {"algorithm": "name", "env": "id"}
 
@@ -309,76 +297,6 @@ def config_tree(config: RunConfig) -> dict[str, Any]:
     """Plain values, ready for YAML; `config_from_tree` reads them back."""
     tree = {item.name: to_tree(getattr(config, item.name)) for item in fields(config)}
     tree["algorithm"] = recipe_tree(config.algorithm)
-    return tree
-
-
-def callers_values(config: RunConfig) -> dict[str, Any]:
-    """Return what a configuration says that only its caller may name: dotted keys and values.
-
-    Beside `CALLERS_KEYS`, these are the arguments that the environment declares, see `agentrl.env.TextEnv`.
-    """
-    tree, usual = config_tree(config), config_tree(RunConfig())
-    named = {key: _value(tree, key) for key in CALLERS_KEYS if _value(tree, key) != _value(usual, key)}
-    kwargs = config.env.kwargs
-    return named | {f"env.kwargs.{name}": kwargs[name] for name in callers_arguments(config.env.id, kwargs)}
-
-
-def foreign(config: RunConfig) -> RunConfig:
-    """Return a run's configuration for who did not write it: what it names is not started or contacted.
-
-    What `callers_values` lists takes its default. Without the servers that it names, a policy is played on
-    this machine, by torch.
-    """
-    named = callers_values(config)
-    tree, usual = config_tree(config), config_tree(RunConfig())
-    for key in named:
-        *path, name = key.split(".")
-        block = _block(tree, path)
-        if path == ["env", "kwargs"]:
-            del block[name]
-        else:
-            block[name] = _value(usual, key)
-    if "engine.vllm.url" in named:
-        tree["engine"] |= {"name": "torch", "actors": None}
-    if "rollout.ray.address" in named:
-        tree["rollout"] |= {"backend": "local"}
-    return config_from_tree(tree)
-
-
-def check_named_again(run: str, config: RunConfig, overrides: Sequence[str]) -> None:
-    """Refuse to take up a run that names what only the caller may name, unless the caller does so as well.
-
-    Args:
-        run: its folder.
-        config: that stands there.
-        overrides: `key=value` of the caller.
-
-    Raises:
-        ConfigError: with the command that says all of it.
-    """
-    given = {".".join(dotted) for dotted, _ in parse_overrides(overrides)}
-    missing = {
-        key: value
-        for key, value in callers_values(config).items()
-        if not any(f"{key}.".startswith(f"{said}.") for said in given)
-    }
-    if missing:
-        words = [*overrides, *as_overrides(missing)]
-        raise ConfigError(
-            f"{run} names what it would start, contact or let loose: {', '.join(missing)}. Nothing that a "
-            "run's folder names is used unasked; if you trust it, name it again:\n"
-            f"agentrl train --resume {shlex.join([run, *words])}"
-        )
-
-
-def as_overrides(values: Mapping[str, Any]) -> list[str]:
-    """Return keys and values as `key=value`, the value in YAML."""
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
-
-
-def _value(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree[part]
     return tree
 
 

@@ -20,13 +20,12 @@ from agentrl.run.config_files import ConfigFile, blamed, find_config
 from agentrl.run.records import read_summary
 from agentrl.run.settings import (
     RunConfig,
-    as_overrides,
-    callers_values,
     config_from_tree,
     config_tree,
     load_config,
 )
 from agentrl.run.signals import Interruption, RunInterrupted
+from agentrl.run.trust import as_overrides, caller_only_values
 from agentrl.study.comparison import compare
 from agentrl.study.tables import write_comparison
 from agentrl.terminal import Terminal, plain
@@ -128,7 +127,7 @@ class StudyRun:
         imports = [f"--import={name}" for name in self.config.run.imports]
         if not self.folder.exists():
             return ["train", str(self.file), *imports]
-        again = as_overrides(callers_values(self.config))
+        again = as_overrides(caller_only_values(self.config))
         return ["train", "--resume", str(self.folder), *again, *imports]
 
 

@@ -67,9 +67,10 @@ from agentrl.run.folder import (
 from agentrl.run.lock import RunLock
 from agentrl.run.logger import Row, RunLogger, read_metrics
 from agentrl.run.policies import Policy, fit_policy, load
-from agentrl.run.settings import RunConfig, check_named_again, rank_mistakes
+from agentrl.run.settings import RunConfig, rank_mistakes
 from agentrl.run.signals import Interruption, RunInterrupted
 from agentrl.run.timers import Timers
+from agentrl.run.trust import check_confirmed
 from agentrl.scale.engines import check_actors, check_engine, check_server
 from agentrl.scale.extras import check_ray
 from agentrl.training.metrics import rollout_metrics, staleness
@@ -102,7 +103,7 @@ def resume(folder: str | Path, *overrides: str, quiet: bool = False) -> Run:
     Args:
         folder: of the run, or its name below `runs/`.
         overrides: `key=value` of what may change. The programs, servers and folders that the run names, see
-            `settings.CALLERS_KEYS`, are used where they are named again here.
+            `trust.CALLER_ONLY_KEYS`, are used where they are named again here.
         quiet: show no progress.
 
     Raises:
@@ -110,7 +111,7 @@ def resume(folder: str | Path, *overrides: str, quiet: bool = False) -> Run:
         AgentRLError: see `train`.
     """
     stored = open_run(folder)
-    check_named_again(str(stored.folder), stored.config, overrides)
+    check_confirmed(str(stored.folder), stored.config, overrides)
     active = with_overrides(stored, overrides)
     return _run(active.config, active, quiet)
 
