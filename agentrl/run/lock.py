@@ -17,8 +17,8 @@ from typing_extensions import TypedDict
 from agentrl.errors import CheckpointError
 from agentrl.files import read_json, write_atomic
 
-_BEAT = 20.0  # seconds between two signs of life
-_SILENT = 300.0  # seconds after which an owner that cannot be asked counts as dead
+_HEARTBEAT_SECONDS = 20.0  # seconds between two signs of life
+_TIMEOUT_SECONDS = 300.0  # seconds after which an owner that cannot be asked counts as dead
 
 
 class _Owner(TypedDict):
@@ -30,7 +30,7 @@ class _Owner(TypedDict):
 
 
 class RunLock:
-    """Ownership of a run's folder, from `take` to `release`; a killed owner's is taken over.
+    """Ownership of a run's folder, from `acquire` to `release`; a killed owner's is taken over.
 
     An owner on this machine is asked for: it lives if there is a process of its pid that began when it did.
     One elsewhere is believed to live while it touches the file, which it does every 20 seconds.
@@ -41,25 +41,25 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._path = folder, folder / "lock.json"
-        self._known: tuple[int, int] | None = None
-        self._over = threading.Event()
+        self._held: tuple[int, int] | None = None
+        self._released = threading.Event()
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Become the owner.
 
         Raises:
             CheckpointError: when another process is, or the file that says so is damaged.
         """
-        with _one_at_a_time(self._folder):
+        with _exclusive(self._folder):
             owner = self._owner()
-            if owner is not None and (why := self._lives(owner)):
+            if owner is not None and (why := self._alive(owner)):
                 raise CheckpointError(
                     f"{self._folder}: in use by process {owner['pid']} on {owner['host']} since "
                     f"{owner['started']}; {why}"
                 )
-            write_atomic(self._path, json.dumps(_myself(), indent=1))
-            self._known = _identity(self._path)
-        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+            write_atomic(self._path, json.dumps(_this_process(), indent=1))
+            self._held = _identity(self._path)
+        threading.Thread(target=self._heartbeat, name="lock", daemon=True).start()
 
     def check(self) -> None:
         """Refuse to go on in a folder that was removed, replaced or taken over.
@@ -67,8 +67,8 @@ class RunLock:
         Raises:
             CheckpointError: when it was.
         """
-        if self._known is not None and _identity(self._path) != self._known:
-            self._known = None
+        if self._held is not None and _identity(self._path) != self._held:
+            self._held = None
             raise CheckpointError(
                 f"{self._folder}: the run's folder, or its lock.json, was removed or replaced while the run "
                 "went on, so nothing more is written; put it back and resume it, or start a new run"
@@ -76,11 +76,11 @@ class RunLock:
 
     def release(self) -> None:
         """Give up ownership, if it is still held."""
-        self._over.set()
-        if self._known is not None and _identity(self._path) == self._known:
+        self._released.set()
+        if self._held is not None and _identity(self._path) == self._held:
             with suppress(OSError):
                 self._path.unlink()
-        self._known = None
+        self._held = None
 
     def _owner(self) -> _Owner | None:
         if not os.path.lexists(self._path):
@@ -89,16 +89,16 @@ class RunLock:
         owner: _Owner = read_json(self._path, _Owner, remedy)
         return owner
 
-    def _lives(self, owner: _Owner) -> str | None:
+    def _alive(self, owner: _Owner) -> str | None:
         """What to do about an owner that lives; None where it does not."""
         if owner["machine"] == _machine():
-            return "wait for it, or stop it" if _began(owner["pid"]) == owner["created"] else None
+            return "wait for it, or stop it" if _start_time(owner["pid"]) == owner["created"] else None
         silent = self._now() - self._path.stat().st_mtime
-        if silent > _SILENT:
+        if silent > _TIMEOUT_SECONDS:
             return None
         return (
             f"its last sign of life is {max(0.0, silent):.0f} s old. Wait for it, or stop it there; after "
-            f"{_SILENT:.0f} s of silence it is taken for dead, or delete {self._path} if you know that it is"
+            f"{_TIMEOUT_SECONDS:.0f} s of silence it is taken for dead, or delete {self._path} if you know that it is"
         )
 
     def _now(self) -> float:
@@ -113,16 +113,16 @@ class RunLock:
             with suppress(OSError):
                 probe.unlink()
 
-    def _beat(self) -> None:
-        while not self._over.wait(_BEAT):
-            if _identity(self._path) != self._known:
+    def _heartbeat(self) -> None:
+        while not self._released.wait(_HEARTBEAT_SECONDS):
+            if _identity(self._path) != self._held:
                 return
             with suppress(OSError):
                 os.utime(self._path)
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
+def _exclusive(folder: Path) -> Iterator[None]:
     """Let one process of a machine look at the lock and write it."""
     number = os.open(folder, os.O_RDONLY)
     try:
@@ -135,13 +135,13 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         os.close(number)
 
 
-def _myself() -> dict[str, Any]:
+def _this_process() -> dict[str, Any]:
     pid = os.getpid()
     return {
         "pid": pid,
         "host": socket.gethostname(),
         "machine": _machine(),
-        "created": _began(pid),
+        "created": _start_time(pid),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
@@ -156,7 +156,7 @@ def _machine() -> str:
     return " ".join(parts)
 
 
-def _began(pid: int) -> float | None:
+def _start_time(pid: int) -> float | None:
     """When a process began, which tells it from a later one of the same pid; None for one that ended."""
     try:
         process = psutil.Process(pid)

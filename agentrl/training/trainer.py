@@ -248,7 +248,7 @@ class Trainer:
         """Own the folder, and clear what a kill left in it."""
         folder = self.active.folder
         lock = RunLock(folder)
-        lock.take()
+        lock.acquire()
         self.lock = lock
         for inner in (folder, folder / "episodes", folder / "checkpoints"):
             remove_leftovers(inner)
