@@ -63,7 +63,7 @@ def leaves(tree: Mapping[str, Any], above: Dotted = ()) -> Iterator[tuple[Dotted
             yield (*above, key), value
 
 
-def blamed(message: str, files: Sequence[ConfigFile], overrides: Iterable[str] = ()) -> str:
+def with_origins(message: str, files: Sequence[ConfigFile], overrides: Iterable[str] = ()) -> str:
     """Say of each mistake which file and line, or which override, it comes from.
 
     Args:

@@ -29,7 +29,7 @@ from agentrl.learn.settings import LearnerConfig
 from agentrl.plugins import load_imports
 from agentrl.policy.settings import EngineConfig, PolicyConfig
 from agentrl.rollout.settings import RolloutConfig
-from agentrl.run.config_files import blamed, leaves, read_config_files
+from agentrl.run.config_files import leaves, read_config_files, with_origins
 from agentrl.terminal import echo
 
 _log = logging.getLogger(__name__)
@@ -225,14 +225,14 @@ def load_config(
     dropped: list[str] = []
     try:
         for change in (*(list(leaves(file.tree)) for file in files[1:]), parse_overrides(overrides)):
-            tree, lost = with_names(tree, change)
+            tree, lost = apply_changes(tree, change)
             dropped += lost
         _log.debug("read %s, then %s", [str(file.path) for file in files], list(overrides))
         for key in dropped:
             (warn or _print)(f"dropped {key}: it belongs to another {_NAMING_KEYS[key.split('.')[0]]}")
         config = config_from_tree(_with_imports(tree, imports))
     except ConfigError as error:
-        raise ConfigError(blamed(str(error), files, overrides)) from error
+        raise ConfigError(with_origins(str(error), files, overrides)) from error
     for line in kept_from_preset(config.algorithm):
         (warn or _print)(line)
     return config
@@ -310,7 +310,7 @@ def _recipe(block: Any) -> Recipe:
     return build_recipe(name, {k: v for k, v in block.items() if k != "name"})
 
 
-def with_names(
+def apply_changes(
     tree: Mapping[str, Any], changes: Iterable[tuple[Dotted, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
     """Change values; a new name empties its block first, whatever the order of the changes.

@@ -16,7 +16,7 @@ from rich.console import Console
 from agentrl.config import Seed, build, check_own_numbers, merge, read_yaml, suggestion, to_tree, to_yaml
 from agentrl.errors import ConfigError
 from agentrl.files import write_atomic
-from agentrl.run.config_files import ConfigFile, blamed, find_config
+from agentrl.run.config_files import ConfigFile, find_config, with_origins
 from agentrl.run.records import read_summary
 from agentrl.run.settings import (
     RunConfig,
@@ -147,7 +147,7 @@ def load_study(path: str | Path, *overrides: str) -> StudyConfig:
     try:
         study = build(StudyConfig, merge(file.tree, own))
     except ConfigError as error:
-        raise ConfigError(blamed(str(error), [file], own)) from error
+        raise ConfigError(with_origins(str(error), [file], own)) from error
     beside = Path(path).parent / study.base
     return replace(
         study,

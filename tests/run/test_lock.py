@@ -66,7 +66,7 @@ def test_a_pid_that_is_another_process_now_does_not_count(tmp_path: Path) -> Non
     lock.release()
 
 
-def test_an_owner_elsewhere_lives_as_long_as_it_gives_a_sign(tmp_path: Path) -> None:
+def test_an_owner_on_another_machine_is_alive_while_it_touches_the_file(tmp_path: Path) -> None:
     write_lock(tmp_path, host="far", machine="far 1", pid=7)
     with pytest.raises(CheckpointError, match=r"process 7 on far .*sign of life.*delete .*lock\.json"):
         RunLock(tmp_path).acquire()
@@ -77,7 +77,7 @@ def test_an_owner_elsewhere_lives_as_long_as_it_gives_a_sign(tmp_path: Path) -> 
     lock.release()
 
 
-def test_an_owner_is_told_that_its_folder_is_gone(tmp_path: Path) -> None:
+def test_check_raises_when_the_folder_is_gone(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     lock.acquire()
     lock.check()
@@ -86,8 +86,8 @@ def test_an_owner_is_told_that_its_folder_is_gone(tmp_path: Path) -> None:
         lock.check()
 
 
-def test_of_two_that_take_at_once_one_does(tmp_path: Path) -> None:
-    def acquire(_: int) -> bool:
+def test_of_several_that_acquire_at_once_one_succeeds(tmp_path: Path) -> None:
+    def acquired(_: int) -> bool:
         try:
             RunLock(tmp_path).acquire()
         except CheckpointError:
@@ -95,7 +95,7 @@ def test_of_two_that_take_at_once_one_does(tmp_path: Path) -> None:
         return True
 
     with ThreadPoolExecutor(16) as pool:
-        assert sum(pool.map(take, range(16))) == 1
+        assert sum(pool.map(acquired, range(16))) == 1
 
 
 MAKE = """

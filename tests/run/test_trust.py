@@ -1,4 +1,4 @@
-"""A run's folder may come from someone else: nothing that it names is started, imported, contacted or unlocked."""
+"""A run's folder may come from someone else: nothing in it is started, imported, contacted or unlocked."""
 
 import json
 import os
@@ -443,7 +443,7 @@ def test_every_key_that_holds_text_has_been_thought_about() -> None:
     assert config_from_tree(config_tree(RunConfig())) == RunConfig()
 
 
-def test_a_report_of_a_foreign_run_starts_nothing(
+def test_a_report_of_someone_elses_run_starts_nothing(
     trained: Path, tmp_path: Path, program: tuple[Path, Path], server: tuple[str, list[str]]
 ) -> None:
     names = {"rollout__workers__interpreter": str(program[0]), "rollout__ray__address": server[0]}
