@@ -78,8 +78,7 @@ def save_checkpoint(
     def begin() -> Path:
         if lost:
             raise NonFiniteError(
-                f"{target}: not written, for nan or inf is in {named_in_short(lost)}; "
-                f"{_where_to_go_on(folder)}"
+                f"{target}: not written, for nan or inf is in {named_in_short(lost)}; {_resume_hint(folder)}"
             )
         with _saving(target):
             folder.mkdir(exist_ok=True)
@@ -128,7 +127,7 @@ def load_progress(path: Path, ranks: Ranks = ALONE) -> Progress:
         CheckpointError: when a file of the checkpoint is missing, its content is not what was written, or
             not all of it is finite.
     """
-    ranks.run_on_rank0(lambda: _check(path))
+    ranks.run_on_rank0(lambda: _check_checkpoint(path))
     stored = read_progress(path)
     return Progress(**{item.name: stored[item.name] for item in fields(Progress)})
 
@@ -160,13 +159,13 @@ def latest_finite(folder: Path) -> Path | None:
     """The newest whole checkpoint that holds no nan or inf; they are read from the newest on."""
     for path in sorted(_checkpoints(folder), key=_order, reverse=True):
         with suppress(CheckpointError):
-            _verify(path)
+            _verify_hashes(path)
             if not _non_finite(path):
                 return path
     return None
 
 
-def _where_to_go_on(folder: Path) -> str:
+def _resume_hint(folder: Path) -> str:
     good = latest_finite(folder)
     if good is None:
         return "no checkpoint there is finite: start anew, at a lower learning rate"
@@ -184,7 +183,7 @@ def _order(path: Path) -> tuple[bool, int]:
 
 def _rotate(folder: Path) -> None:
     ordered = sorted(_checkpoints(folder), key=_order)
-    told = {path: _told(path) for path in ordered}
+    told = {path: _stored_progress(path) for path in ordered}
     regular = [path for path in ordered if not told[path].get("between")]
     scored = [(score, path) for path in regular if (score := told[path].get("score")) is not None]
     kept = {*regular[-2:], *ordered[-1:], *([max(scored)[1]] if scored else [])}
@@ -193,7 +192,7 @@ def _rotate(folder: Path) -> None:
             remove_folder(path)
 
 
-def _told(path: Path) -> Mapping[str, Any]:
+def _stored_progress(path: Path) -> Mapping[str, Any]:
     """What a checkpoint says of itself; nothing where it was half removed, as by a kill."""
     try:
         return read_progress(path)
@@ -201,22 +200,22 @@ def _told(path: Path) -> Mapping[str, Any]:
         return {}
 
 
-def _check(path: Path) -> None:
+def _check_checkpoint(path: Path) -> None:
     """Refuse what is damaged, and what a run cannot go on from."""
-    _verify(path)
+    _verify_hashes(path)
     if lost := _non_finite(path):
         raise CheckpointError(
-            f"{path}: nan or inf is in {named_in_short(lost)}; {_where_to_go_on(path.parent)}. "
+            f"{path}: nan or inf is in {named_in_short(lost)}; {_resume_hint(path.parent)}. "
             "Remove those that came after it to resume from there"
         )
 
 
 def _non_finite(path: Path) -> list[str]:
     """Names of the tensors of a checkpoint that hold nan or inf; they are read one by one."""
-    return [name for tensor in _tensors(path) for name in non_finite([tensor])]
+    return [name for tensor in _checkpoint_tensors(path) for name in non_finite([tensor])]
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _checkpoint_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Weights and states of a checkpoint by name; what a replay remembers is none of them."""
     if (path / "weights.safetensors").exists():
         with safe_open(path / "weights.safetensors", framework="pt") as weights:
@@ -224,16 +223,16 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     if (path / "shards").exists():
         yield from stored_shards(path / "shards")
     state = _read_state(path, mmap=True)
-    yield from _within({name: value for name, value in state.items() if name != "replay"})
+    yield from _named_tensors({name: value for name, value in state.items() if name != "replay"})
 
 
-def _within(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors of nested containers, each by the path that leads to it."""
     if isinstance(tree, Tensor):
         yield name, tree
     elif isinstance(tree, Mapping | list | tuple):
         for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-            yield from _within(value, f"{name}.{key}".removeprefix("."))
+            yield from _named_tensors(value, f"{name}.{key}".removeprefix("."))
 
 
 def _read_state(path: Path, *, mmap: bool = False) -> dict[str, Any]:
@@ -247,7 +246,7 @@ def _read_state(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     return state
 
 
-def _verify(path: Path) -> None:
+def _verify_hashes(path: Path) -> None:
     remedy = "remove it to resume from an older one"
     try:
         hashes = read_hashes(path)

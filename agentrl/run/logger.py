@@ -22,7 +22,7 @@ from agentrl.terminal import Terminal, plain, printable
 Row = Mapping[str, Any]
 
 # Metric -> how the progress line names and prints it, in this order.
-_SHOWN = {
+_SHOWN_METRICS = {
     "success": "success {:.3f}",
     "return": "return {:.3f}",
     "loss": "loss {:.3f}",
@@ -30,7 +30,7 @@ _SHOWN = {
     "aborted": "aborted {:.1%}",
     "stop/context_limit": "context full {:.1%}",
 }
-_SHOWN_IF_ANY = ("aborted", "stop/context_limit")
+_SHOWN_IF_NONZERO = ("aborted", "stop/context_limit")
 
 
 class RunLogger:
@@ -55,7 +55,7 @@ class RunLogger:
         self.path = Path(folder) / "metrics.jsonl"
         self._console = console or Terminal(quiet=quiet)
         self._progress = logging.getLogger("agentrl").level <= logging.INFO
-        self._pause = seconds_between_lines
+        self._line_interval = seconds_between_lines
         self._file: TextIO | None = None
         self._stage: _Stage | None = None
 
@@ -65,11 +65,11 @@ class RunLogger:
     def __exit__(self, *_: object) -> None:
         file, self._file = self._file, None
         if file is not None:
-            with self._naming_the_file():
+            with self._with_path_in_errors():
                 file.close()
 
     @contextmanager
-    def _naming_the_file(self) -> Iterator[None]:
+    def _with_path_in_errors(self) -> Iterator[None]:
         """A disk that is full says so without saying where."""
         try:
             yield
@@ -88,8 +88,8 @@ class RunLogger:
             OSError: when the disk is full; the rows before stay readable.
             CheckpointError: when the file was removed since the row before.
         """
-        finite = {key: None if _not_finite(value) else value for key, value in row.items()}
-        with self._naming_the_file():
+        finite = {key: None if _is_not_finite(value) else value for key, value in row.items()}
+        with self._with_path_in_errors():
             if self._file is None:
                 self._file = self.path.open("a", encoding="utf-8")
             if not os.fstat(self._file.fileno()).st_nlink:
@@ -100,7 +100,7 @@ class RunLogger:
             self._file.write(json.dumps(finite, allow_nan=False) + "\n")
             self._file.flush()
         if self._stage is not None:
-            self._stage.numbers = _numbers(finite, seconds)
+            self._stage.numbers = _format_metrics(finite, seconds)
             self.advance(int(row.get("step", self._stage.done + 1)))
 
     def truncate(self, stage: str, step: int) -> None:
@@ -123,7 +123,7 @@ class RunLogger:
     def sync(self) -> None:
         """Wait until the rows are on the disk."""
         if self._file is not None:
-            with self._naming_the_file():
+            with self._with_path_in_errors():
                 os.fsync(self._file.fileno())
 
     @contextmanager
@@ -164,7 +164,7 @@ class RunLogger:
         if stage is None:
             return
         stage.show(done)
-        if not self._console.is_terminal and time.monotonic() - stage.printed_at >= self._pause:
+        if not self._console.is_terminal and time.monotonic() - stage.printed_at >= self._line_interval:
             stage.printed, stage.printed_at = done, time.monotonic()
             self.say(stage.line())
 
@@ -232,17 +232,17 @@ def read_metrics(path: str | Path, stage: str | None = None) -> list[dict[str, A
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}); {remedy}") from error
     for number, line in enumerate(lines, start=1):
-        row = _row(line)
+        row = _parse_row(line)
         if row is not None and stage not in (None, row.get("stage")):
             continue
-        if row is not None and (stage is None or _is_numbers(row)):
+        if row is not None and (stage is None or _is_numeric(row)):
             rows.append(row)
         elif number < len(lines):  # the last one has no end
             raise CheckpointError(f"{file}, line {number}: damaged, not a row of metrics; {remedy}")
     return rows
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _parse_row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -250,7 +250,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and type(row.get("step", 0)) is int else None
 
 
-def _is_numbers(row: Row) -> bool:
+def _is_numeric(row: Row) -> bool:
     values = [value for key, value in row.items() if key != "stage" and value is not None]
     try:
         return "step" in row and all(not isinstance(each, str) and math.isfinite(each) for each in values)
@@ -258,13 +258,17 @@ def _is_numbers(row: Row) -> bool:
         return False
 
 
-def _numbers(row: Row, seconds: float | None) -> str:
-    shown = [key for key in _SHOWN if row.get(key) is not None and (row[key] or key not in _SHOWN_IF_ANY)]
-    parts = [_SHOWN[key].format(row[key]) for key in shown]
+def _format_metrics(row: Row, seconds: float | None) -> str:
+    shown = [
+        key
+        for key in _SHOWN_METRICS
+        if row.get(key) is not None and (row[key] or key not in _SHOWN_IF_NONZERO)
+    ]
+    parts = [_SHOWN_METRICS[key].format(row[key]) for key in shown]
     if seconds and row.get("reply_tokens"):
         parts.append(f"{row['reply_tokens'] / seconds:,.0f} tokens/s")
     return " · ".join(parts)
 
 
-def _not_finite(value: Any) -> bool:
+def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)

@@ -79,17 +79,17 @@ class _Progress(TypedDict):
 def read_summary(folder: Path) -> dict[str, Any]:
     """What a run reached; empty until it has finished."""
     path = folder / "summary.json"
-    if not _stands(path):
+    if not _exists(path):
         return {}
-    return _dict(path, _Summary, f"delete it, and `agentrl train --resume {folder}` writes it anew")
+    return _read_dict(path, _Summary, f"delete it, and `agentrl train --resume {folder}` writes it anew")
 
 
 def read_evaluations(folder: Path) -> dict[str, Any]:
     """What was measured so far: policy, decoding, numbers; empty before the first measurement."""
     path, remedy = folder / "evaluations.json", "restore it from a copy, or start a new run"
-    if not _stands(path):
+    if not _exists(path):
         return {}
-    tree = _dict(path, dict[str, dict[str, Any]], remedy)
+    tree = _read_dict(path, dict[str, dict[str, Any]], remedy)
     policies = {name: found for name, found in tree.items() if name != "instruction_check"}
     check_shape(path, policies, _Policies, remedy)
     check_shape(path, tree.get("instruction_check", {}), dict[str, _Check], remedy)
@@ -98,34 +98,36 @@ def read_evaluations(folder: Path) -> dict[str, Any]:
 
 def read_timers(path: Path) -> dict[str, float]:
     """Seconds by activity; none where no clock was kept yet."""
-    if not _stands(path):
+    if not _exists(path):
         return {}
-    return _dict(path, _Seconds, "delete it to have the clocks start anew; nothing else depends on it")
+    return _read_dict(path, _Seconds, "delete it to have the clocks start anew; nothing else depends on it")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What a run was made with; None where it has no manifest, as one that was moved by hand."""
     path = folder / "manifest.json"
-    if not _stands(path):
+    if not _exists(path):
         return None
-    return _dict(path, _Manifest, "restore it, or delete it: it says what the run was made with")
+    return _read_dict(path, _Manifest, "restore it, or delete it: it says what the run was made with")
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
     """How far a checkpoint had come."""
-    return _dict(checkpoint / "progress.json", _Progress, "remove the checkpoint to resume from an older one")
+    return _read_dict(
+        checkpoint / "progress.json", _Progress, "remove the checkpoint to resume from an older one"
+    )
 
 
 def read_hashes(checkpoint: Path) -> dict[str, str]:
     """The digest of each file of a checkpoint."""
     shape = Annotated[dict[str, str], Field(min_length=1)]
-    return _dict(checkpoint / "hashes.json", shape, "remove the checkpoint to resume from an older one")
+    return _read_dict(checkpoint / "hashes.json", shape, "remove the checkpoint to resume from an older one")
 
 
-def _dict(path: Path, shape: Any, remedy: str) -> dict[str, Any]:
+def _read_dict(path: Path, shape: Any, remedy: str) -> dict[str, Any]:
     return cast(dict[str, Any], read_json(path, shape, remedy))
 
 
-def _stands(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     """Whether anything is there, be it a folder or a link to nothing, which reading refuses."""
     return path.exists() or path.is_symlink()

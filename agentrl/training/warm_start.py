@@ -14,7 +14,7 @@ from agentrl.policy.tokens import Dialogue
 from agentrl.rollout.collector import Quarantine, collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.players import DemonstrationPlayer
-from agentrl.run.policies import ENDLESS, MOST_TURNS, drawn_specs, is_endless, turn_limit
+from agentrl.run.policies import FALLBACK_MAX_TURNS, MAX_ENDLESS_EPISODES, drawn_specs, is_endless, turn_limit
 from agentrl.run.settings import RunConfig
 from agentrl.seeds import derive_seed
 
@@ -62,11 +62,11 @@ def demonstrations(
     def watch(episode: Episode) -> None:
         solved_or_endless[0] += episode.success
         solved_or_endless[1] += is_endless(config, episode)
-        if solved_or_endless[0] == 0 and solved_or_endless[1] >= ENDLESS:
+        if solved_or_endless[0] == 0 and solved_or_endless[1] >= MAX_ENDLESS_EPISODES:
             raise ConfigError(
                 f"warm_start.steps is {block.steps}, but the expert of {config.env.id} solved none of its "
-                f"first tasks, and came to no end in {ENDLESS} of them within {MOST_TURNS} turns; if they "
-                "are that long, set rollout.max_turns"
+                f"first tasks, and came to no end in {MAX_ENDLESS_EPISODES} of them within "
+                f"{FALLBACK_MAX_TURNS} turns; if they are that long, set rollout.max_turns"
             )
         if on_episode is not None:
             on_episode(episode)
