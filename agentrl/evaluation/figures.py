@@ -55,15 +55,15 @@ def draw_success(policies: Mapping[str, Mapping[str, Row]]) -> str:
                 if score["success_rate"] is None:
                     continue
                 height = place + (index - (len(decodings) - 1) / 2) * 0.3
-                _interval(axes, score["success_rate"], height, score["interval"], decoding)
-        axes.set_yticks(range(len(policies)), [_plain(name) for name in policies])
+                _draw_interval(axes, score["success_rate"], height, score["interval"], decoding)
+        axes.set_yticks(range(len(policies)), [_label_text(name) for name in policies])
         axes.set_ylim(len(policies) - 0.5, -0.5)
         axes.set_xlim(-0.02, 1.02)
         axes.xaxis.set_major_formatter("{x:.0%}")
         axes.set_xlabel("success rate, with its 95 % interval")
         axes.grid(axis="x")
-        _legend(axes)
-        return _uri(figure)
+        _draw_legend(axes)
+        return _to_data_uri(figure)
 
 
 def draw_learning_curve(
@@ -108,8 +108,8 @@ def draw_learning_curve(
         axes.set_xlabel("step of reinforcement learning")
         axes.set_ylabel("success rate")
         axes.grid(axis="y")
-        _legend(axes)
-        return _uri(figure)
+        _draw_legend(axes)
+        return _to_data_uri(figure)
 
 
 def draw_entropy_over_steps(rows: Sequence[Row]) -> str:
@@ -125,8 +125,8 @@ def draw_entropy_over_steps(rows: Sequence[Row]) -> str:
         axes.set_xlabel("step of reinforcement learning")
         axes.set_ylabel("entropy of decisions, nats")
         axes.grid(axis="y")
-        _legend(axes)
-        return _uri(figure)
+        _draw_legend(axes)
+        return _to_data_uri(figure)
 
 
 def draw_signals(rows: Sequence[Row]) -> str | None:
@@ -144,7 +144,7 @@ def draw_signals(rows: Sequence[Row]) -> str | None:
     kinds: dict[str, dict[str, list[str]]] = {}
     for name in dict.fromkeys(name for row in rows for name in row if _is_signal(name)):
         if len(set(_series(rows, name)[1])) > 1:
-            panel = _panel(name)
+            panel = _panel_name(name)
             kinds.setdefault(panel.rpartition("/")[0], {}).setdefault(panel, []).append(name)
     panels = [panel for kind in kinds.values() for panel in kind.items()]
     if not panels:
@@ -157,7 +157,7 @@ def draw_signals(rows: Sequence[Row]) -> str | None:
             axes.remove()
         for axes, (panel, names) in zip(grid.flat, panels, strict=False):
             _draw_panel(axes, panel, {name: _series(rows, name) for name in names})
-        return _uri(figure)
+        return _to_data_uri(figure)
 
 
 def _draw_panel(axes: Axes, title: str, curves: Mapping[str, tuple[list[int], list[float]]]) -> None:
@@ -169,11 +169,11 @@ def _draw_panel(axes: Axes, title: str, curves: Mapping[str, tuple[list[int], li
             axes.plot(steps, values, color=_GREY, alpha=0.5, linewidth=0.6)
         else:
             colour = to_hex(mpl.colormaps["viridis_r"](0.1 + 0.9 * index / last))
-            label = _plain(name.rpartition("/")[2]) if index in (0, last) or last < 6 else None
+            label = _label_text(name.rpartition("/")[2]) if index in (0, last) or last < 6 else None
         axes.plot(steps, moving_mean(values, 9), color=colour, linewidth=1.1, label=label)
     if last:
         axes.legend(fontsize=5, handlelength=0.8, borderpad=0, labelspacing=0.1)
-    axes.set_title(_plain((title if last else next(iter(curves))).removeprefix("learner/")))
+    axes.set_title(_label_text((title if last else next(iter(curves))).removeprefix("learner/")))
     axes.grid(axis="y")
 
 
@@ -190,15 +190,15 @@ def draw_entropy_by_turn(by_turn: Mapping[str, Sequence[float]]) -> str:
         for name, values in by_turn.items():
             turns = range(1, len(values) + 1)
             axes.plot(
-                turns, values, "o-", markersize=3, linewidth=1.3, color=colours[name], label=_plain(name)
+                turns, values, "o-", markersize=3, linewidth=1.3, color=colours[name], label=_label_text(name)
             )
         axes.set_ylim(bottom=0)
         axes.set_xlabel("turn of the episode (sampled)")
         axes.set_ylabel("entropy of decisions, nats")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
-        _legend(axes)
-        return _uri(figure)
+        _draw_legend(axes)
+        return _to_data_uri(figure)
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
@@ -214,20 +214,20 @@ def moving_mean(values: Sequence[float], window: int) -> list[float]:
 
 def _is_signal(name: str) -> bool:
     """Whether no other figure shows it."""
-    return _by_type(name) or name.startswith(
+    return _is_by_task_type(name) or name.startswith(
         ("learner/", "branches/", "staleness/", "stop/", "groups_kept", "rounds", "invalid", "turns")
     )
 
 
-def _by_type(name: str) -> bool:
+def _is_by_task_type(name: str) -> bool:
     """Whether it is a task type's, as in success/TYPE and entropy/turn/TYPE."""
     return bool(re.match("(success|entropy/[a-z]+)/", name))
 
 
-def _panel(name: str) -> str:
+def _panel_name(name: str) -> str:
     """The panel that shows a signal: those of turns by number, task types or stop reasons share one."""
     head, _, last = name.rpartition("/")
-    return f"{head}/*" if last.isdigit() or head == "stop" or _by_type(name) else name
+    return f"{head}/*" if last.isdigit() or head == "stop" or _is_by_task_type(name) else name
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
@@ -235,7 +235,7 @@ def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in known], [value for _, value in known]
 
 
-def _interval(axes: Axes, rate: float, height: float, interval: Interval, decoding: str) -> None:
+def _draw_interval(axes: Axes, rate: float, height: float, interval: Interval, decoding: str) -> None:
     low, high = interval
     axes.errorbar(
         rate,
@@ -249,7 +249,7 @@ def _interval(axes: Axes, rate: float, height: float, interval: Interval, decodi
     )
 
 
-def _legend(axes: Axes) -> None:
+def _draw_legend(axes: Axes) -> None:
     """One entry per label, below the axes' title line; none without labels."""
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
@@ -265,12 +265,12 @@ def _legend(axes: Axes) -> None:
         )
 
 
-def _plain(text: str) -> str:
+def _label_text(text: str) -> str:
     """Text that matplotlib takes for neither mathematics nor a label to be hidden."""
     return re.sub(r"^_", " _", printable(text).replace("$", r"\$"))
 
 
-def _uri(figure: Figure) -> str:
+def _to_data_uri(figure: Figure) -> str:
     stream = BytesIO()
     # Transparent, so that a page of either scheme can have it.
     figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)

@@ -21,8 +21,8 @@ from agentrl.terminal import plain, printable
 
 Tree = Mapping[str, Any]
 
-_MOST_COLUMNS = 6  # task types beside each other
-_LONGEST_TEXT = 4000  # characters of one observation or reply that are shown
+_MAX_COLUMNS = 6  # task types beside each other
+_MAX_TEXT_CHARS = 4000  # characters of one observation or reply that are shown
 
 
 def results_table(summary: Tree) -> RenderableType:
@@ -35,7 +35,7 @@ def results_table(summary: Tree) -> RenderableType:
     """
     policies = _final_policies(summary)
     types = _task_types(policies)
-    if len(types) > _MOST_COLUMNS:
+    if len(types) > _MAX_COLUMNS:
         return Group(_policies_table(summary, policies, []), _types_table(policies, types))
     return _policies_table(summary, policies, types)
 
@@ -56,7 +56,7 @@ def _types_table(policies: Mapping[str, Mapping[str, Tree]], types: Sequence[str
 def _policies_table(summary: Tree, policies: Mapping[str, Mapping[str, Tree]], types: Sequence[str]) -> Table:
     narrow = len(types) > 3  # so that six of them fit a terminal, intervals stand below their rates
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0 if narrow else 1, 0, 0), pad_edge=False)
-    lines = _instruction_lines(summary)
+    lines = _instruction_caption(summary)
     table.title = plain(_panel_line(summary), "table.title")
     table.caption = plain(lines, "table.caption") if lines else None
     table.title_justify = table.caption_justify = "left"
@@ -69,7 +69,7 @@ def _policies_table(summary: Tree, policies: Mapping[str, Mapping[str, Tree]], t
         for index, (decoding, score) in enumerate(decodings.items()):
             cells = [_terminal_cell(score, narrow, digits=1)]
             cells += [_terminal_cell(score["by_task_type"].get(kind), narrow, digits=0) for kind in types]
-            cells += [_number(score.get("mean_turns"), 1)]
+            cells += [_format_number(score.get("mean_turns"), 1)]
             last = index == len(decodings) - 1
             table.add_row(*map(plain, (name if index == 0 else "", decoding, *cells)), end_section=last)
     return table
@@ -107,7 +107,7 @@ def _content(folder: Path) -> dict[str, Any]:
     }
     entropy_figures = [figures.draw_entropy_over_steps(training)] if training else []
     entropy_figures += [figures.draw_entropy_by_turn(by_turn)] if by_turn else []
-    source, episodes = _sample_episodes(folder / "episodes")
+    source, episodes = _select_episodes(folder / "episodes")
     config = folder / "config.yaml"
     return {
         "name": folder.resolve().name,
@@ -116,28 +116,30 @@ def _content(folder: Path) -> dict[str, Any]:
         "success_figure": figures.draw_success(policies) if policies else "",
         "verdicts": _verdicts(policies),
         "columns": ["success", *_task_types(policies)],
-        "rows": list(_rows(policies)),
+        "rows": list(_score_rows(policies)),
         "panel": _panel_line(summary),
-        "instruction": list(_instruction(summary)),
-        "curve_figure": figures.draw_learning_curve(training, _evaluations(summary, training))
+        "instruction": list(_instruction_rows(summary)),
+        "curve_figure": figures.draw_learning_curve(training, _curve_points(summary, training))
         if training
         else "",
         "entropy_figures": entropy_figures,
         "signals_figure": figures.draw_signals(training) if training else None,
-        "waiting": _waiting(summary.get("times", {})),
+        "waiting": _waiting_line(summary.get("times", {})),
         "episodes_source": source,
-        "episodes": _shown_episodes(episodes),
-        "facts": list(_facts(summary, manifest)),
+        "episodes": _episode_rows(episodes),
+        "facts": list(_fact_rows(summary, manifest)),
         "config": config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
     }
 
 
 def _final_policies(summary: Tree) -> dict[str, dict[str, Any]]:
     """The policies to be compared; `step-N` are points of the learning curve."""
-    return {name: decodings for name, decodings in summary.get("policies", {}).items() if _step(name) is None}
+    return {
+        name: decodings for name, decodings in summary.get("policies", {}).items() if _step_of(name) is None
+    }
 
 
-def _step(name: str) -> int | None:
+def _step_of(name: str) -> int | None:
     found = re.fullmatch(r"step-(\d+)", name)
     return int(found[1]) if found else None
 
@@ -157,7 +159,7 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _number(value: float | None, digits: int) -> str:
+def _format_number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
@@ -176,7 +178,7 @@ def _terminal_cell(score: Tree | None, narrow: bool, digits: int) -> str:
     return f"{rate}\n{low}–{high.removesuffix('.0')}" if narrow else f"{rate} [{low}, {high}]"
 
 
-def _rows(policies: Mapping[str, Mapping[str, Tree]]) -> Iterable[dict[str, Any]]:
+def _score_rows(policies: Mapping[str, Mapping[str, Tree]]) -> Iterable[dict[str, Any]]:
     types = _task_types(policies)
     for name, decodings in policies.items():
         for index, (decoding, score) in enumerate(decodings.items()):
@@ -186,13 +188,13 @@ def _rows(policies: Mapping[str, Mapping[str, Tree]]) -> Iterable[dict[str, Any]
                 "decoding": decoding,
                 "first": index == 0,
                 "cells": [{"rate": rate, "interval": interval} for rate, interval in cells],
-                "turns": _number(score.get("mean_turns"), 1),
-                "returned": _number(score.get("mean_return"), 2),
-                "aborted": _aborted(score),
+                "turns": _format_number(score.get("mean_turns"), 1),
+                "returned": _format_number(score.get("mean_return"), 2),
+                "aborted": _format_aborted(score),
             }
 
 
-def _aborted(score: Tree) -> str:
+def _format_aborted(score: Tree) -> str:
     aborted = score.get("aborted", 0)
     if not aborted:
         return "0"
@@ -254,7 +256,7 @@ def _data_line(summary: Tree) -> str:
     return f"data: {', '.join(labels)}" if labels else ""
 
 
-def _instruction(summary: Tree) -> Iterable[dict[str, Any]]:
+def _instruction_rows(summary: Tree) -> Iterable[dict[str, Any]]:
     for decoding, check in (summary.get("instruction_check") or {}).items():
         for key, goal in (
             ("new_goal", "the goal that it was told"),
@@ -265,7 +267,7 @@ def _instruction(summary: Tree) -> Iterable[dict[str, Any]]:
             yield reached | {"decoding": decoding, "goal": goal}
 
 
-def _instruction_lines(summary: Tree) -> str | None:
+def _instruction_caption(summary: Tree) -> str | None:
     lines = ["Told another goal of the same room, the trained policy reached"]
     for decoding, check in (summary.get("instruction_check") or {}).items():
         new, old = (" ".join(_cell(check[key])) for key in ("new_goal", "old_goal"))
@@ -273,12 +275,12 @@ def _instruction_lines(summary: Tree) -> str | None:
     return "\n".join(lines) if len(lines) > 1 else None
 
 
-def _evaluations(summary: Tree, training: Sequence[Tree]) -> dict[str, list[tuple[int, float, Any]]]:
+def _curve_points(summary: Tree, training: Sequence[Tree]) -> dict[str, list[tuple[int, float, Any]]]:
     """Decoding -> points of the learning curve: before, during and after training."""
     last = training[-1]["step"]
     points: dict[str, list[tuple[int, float, Any]]] = {}
     for name, decodings in summary.get("policies", {}).items():
-        step = {"cloned": 0, "trained": last}.get(name, _step(name))
+        step = {"cloned": 0, "trained": last}.get(name, _step_of(name))
         for decoding, score in decodings.items():
             if step is not None and score["success_rate"] is not None:
                 points.setdefault(decoding, []).append(
@@ -287,7 +289,7 @@ def _evaluations(summary: Tree, training: Sequence[Tree]) -> dict[str, list[tupl
     return {decoding: sorted(found) for decoding, found in points.items()}
 
 
-def _sample_episodes(folder: Path) -> tuple[str, list[Episode]]:
+def _select_episodes(folder: Path) -> tuple[str, list[Episode]]:
     """Two successes and two failures of the newest file that has both, else of the newest."""
     files = sorted(
         folder.glob("*.parquet"), key=lambda path: (path.name.startswith("trained"), path.name), reverse=True
@@ -309,7 +311,7 @@ def _sample_episodes(folder: Path) -> tuple[str, list[Episode]]:
     return chosen
 
 
-def _shown_episodes(episodes: Sequence[Episode]) -> list[dict[str, Any]]:
+def _episode_rows(episodes: Sequence[Episode]) -> list[dict[str, Any]]:
     known = [turn.entropy for episode in episodes for turn in episode.turns if turn.entropy is not None]
     most = max(known, default=0.0) or 1.0
     return [
@@ -319,12 +321,12 @@ def _shown_episodes(episodes: Sequence[Episode]) -> list[dict[str, Any]]:
             "outcome": episode.outcome.value,
             "stop": episode.stop.value,
             "entropy": "" if episode.entropy is None else f"{episode.entropy:.3f}",
-            "last": _cut(episode.final_observation),
+            "last": _truncate(episode.final_observation),
             "turns": [
                 {
-                    "observation": _cut(turn.observation),
-                    "action": _cut(turn.action),
-                    "entropy": _number(turn.entropy, 3),
+                    "observation": _truncate(turn.observation),
+                    "action": _truncate(turn.action),
+                    "entropy": _format_number(turn.entropy, 3),
                     "reward": f"{turn.reward:g}",
                     "shade": f"{0.45 * (turn.entropy or 0.0) / most:.3f}",
                 }
@@ -335,19 +337,19 @@ def _shown_episodes(episodes: Sequence[Episode]) -> list[dict[str, Any]]:
     ]
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} … ({len(text)} characters)"
+def _truncate(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT_CHARS else f"{text[:_MAX_TEXT_CHARS]} … ({len(text)} characters)"
 
 
-def _facts(summary: Tree, manifest: Tree) -> Iterable[tuple[str, str]]:
+def _fact_rows(summary: Tree, manifest: Tree) -> Iterable[tuple[str, str]]:
     """Everything else that the two files hold, one line each."""
     for tree in (summary, manifest):
         for key, value in tree.items():
             if key not in ("policies", "instruction_check"):
-                yield "seconds" if key == "times" else key.replace("_", " "), _flat(value)
+                yield "seconds" if key == "times" else key.replace("_", " "), _format_value(value)
 
 
-def _waiting(times: Mapping[str, float]) -> str:
+def _waiting_line(times: Mapping[str, float]) -> str:
     """Who held up whom where playing and learning went on side by side."""
     if "learning.waited.wall" not in times:
         return ""
@@ -357,9 +359,9 @@ def _waiting(times: Mapping[str, float]) -> str:
     )
 
 
-def _flat(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_format_value(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_flat(item) for item in value)
+        return ", ".join(_format_value(item) for item in value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)

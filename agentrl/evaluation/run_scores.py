@@ -80,7 +80,7 @@ class RunScores:
             write_episodes(self._folder / "episodes" / f"{name}-{decoding}.parquet", episodes)
             results = self.results()
             results.setdefault(name, {})[decoding] = found.to_dict()
-            self._keep(results)
+            self._save(results)
         return found
 
     def check_instructions(self) -> None:
@@ -103,7 +103,7 @@ class RunScores:
                 )
                 if found is not None:
                     results.setdefault("instruction_check", {})[decoding] = found.to_dict()
-        self._keep(results)
+        self._save(results)
 
     def results(self) -> dict[str, Any]:
         """What was found so far: policy, decoding, numbers."""
@@ -166,7 +166,7 @@ class RunScores:
             panel.env, panel.split, panel.env_kwargs, self._config.rollout, expert=expert
         )
 
-    def _keep(self, results: dict[str, Any]) -> None:
+    def _save(self, results: dict[str, Any]) -> None:
         with self._interruption.shield():
             write_atomic(self._folder / "evaluations.json", json.dumps(results, indent=1))
             self._timers.save()

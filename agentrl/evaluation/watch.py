@@ -44,7 +44,7 @@ def watch(
         CheckpointError: there is no such policy.
         KeyboardInterrupt: the human player left.
     """
-    player, kwargs, split = _cast(console, env, policy, dict(kwargs or {}), split, temperature)
+    player, kwargs, split = _open_player(console, env, policy, dict(kwargs or {}), split, temperature)
     if split is not None:
         kwargs["split"] = split
     with EnvironmentPool(lambda: make(env, **kwargs)) as environments:
@@ -54,18 +54,18 @@ def watch(
                 tasks = known.tasks(split or known.splits[0])
                 task = str(tasks[seed % len(tasks)])
         spec = EpisodeSpec("watched", env, task, seed)
-        (episode,) = collect([spec], _Narrator(player, console), environments, max_active=1).episodes
+        (episode,) = collect([spec], _PrintingPlayer(player, console), environments, max_active=1).episodes
     if not episode.stop.aborted:
-        _curtain(console, episode)
+        _print_ending(console, episode)
     return episode
 
 
-def _cast(
+def _open_player(
     console: Console, env: str, policy: str, kwargs: dict[str, Any], split: str | None, temperature: float
 ) -> tuple[Player, dict[str, Any], str | None]:
     """Who plays, in which environment."""
     if policy == "human":
-        return HumanPlayer(_Prompt(console)), kwargs, split
+        return HumanPlayer(_CommandPrompt(console)), kwargs, split
     from agentrl.run.policies import open_player  # it loads torch, which a human can do without
 
     player, config = open_player(policy, temperature=temperature)
@@ -76,7 +76,7 @@ def _cast(
     return player, {**config.env.kwargs, **kwargs}, split or config.evaluation.split
 
 
-class _Prompt:
+class _CommandPrompt:
     """Asks for a command, by its number or as text."""
 
     def __init__(self, console: Console) -> None:
@@ -100,7 +100,7 @@ class _Prompt:
                 return answer
 
 
-class _Narrator:
+class _PrintingPlayer:
     """Prints what another player reads and replies."""
 
     def __init__(self, player: Player, console: Console) -> None:
@@ -116,7 +116,7 @@ class _Narrator:
         answers = self._player.poll()
         for _, answer in answers:
             if isinstance(answer, Reply) and not isinstance(self._player, HumanPlayer):
-                self._console.print(plain(f"> {answer.text}", "bold"), plain(_entropy(answer), "dim"))
+                self._console.print(plain(f"> {answer.text}", "bold"), plain(_format_entropy(answer), "dim"))
         return answers
 
     def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
@@ -126,14 +126,14 @@ class _Narrator:
         self._player.close(episode_id)
 
 
-def _entropy(reply: Reply) -> str:
+def _format_entropy(reply: Reply) -> str:
     value = Turn(
         "", "", action_ids=reply.action_ids, entropies=reply.entropies, allowed=reply.allowed
     ).entropy
     return "" if value is None else f"entropy {value:.3f}"
 
 
-def _curtain(console: Console, episode: Episode) -> None:
+def _print_ending(console: Console, episode: Episode) -> None:
     ending = f"after {len(episode.turns)} turns ({episode.stop.value}), return {episode.episode_return:g}"
     console.print(Rule(style="dim"))
     console.print(plain(episode.final_observation))

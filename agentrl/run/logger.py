@@ -259,11 +259,8 @@ def _is_numeric(row: Row) -> bool:
 
 
 def _format_metrics(row: Row, seconds: float | None) -> str:
-    shown = [
-        key
-        for key in _SHOWN_METRICS
-        if row.get(key) is not None and (row[key] or key not in _SHOWN_IF_NONZERO)
-    ]
+    known = [key for key in _SHOWN_METRICS if row.get(key) is not None]
+    shown = [key for key in known if row[key] or key not in _SHOWN_IF_NONZERO]
     parts = [_SHOWN_METRICS[key].format(row[key]) for key in shown]
     if seconds and row.get("reply_tokens"):
         parts.append(f"{row['reply_tokens'] / seconds:,.0f} tokens/s")

@@ -34,11 +34,9 @@ from agentrl.run.trust import caller_only_values, drop_caller_only_values
 from agentrl.scale.engines import open_engine
 from agentrl.seeds import derive_seed
 
-FALLBACK_MAX_TURNS = (
-    1_000  # of an episode, where the configuration names no limit: an environment may have no end
-)
-MAX_ENDLESS_EPISODES = 10  # episodes that came to that limit, after which no other end is expected
-_MAX_TEXT_CHARS = 1 << 26  # characters that a tokenizer is fitted on
+FALLBACK_MAX_TURNS = 1_000  # limit where rollout.max_turns is None: an environment may never end an episode
+MAX_ENDLESS_EPISODES = 10  # number of episodes at that limit after which no other outcome is expected
+_MAX_TEXT_CHARS = 1 << 26  # limit of the text that a tokenizer is fitted on
 
 
 @dataclass(frozen=True)

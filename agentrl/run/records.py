@@ -10,6 +10,8 @@ from agentrl.files import check_shape, read_json
 
 SCHEMA = 2  # of the runs that are written; 1 did not say its number
 
+_OLDER_CHECKPOINT = "remove the checkpoint to resume from an older one"
+
 _Interval = Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
 
 
@@ -113,15 +115,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
     """How far a checkpoint had come."""
-    return _read_dict(
-        checkpoint / "progress.json", _Progress, "remove the checkpoint to resume from an older one"
-    )
+    return _read_dict(checkpoint / "progress.json", _Progress, _OLDER_CHECKPOINT)
 
 
 def read_hashes(checkpoint: Path) -> dict[str, str]:
     """The digest of each file of a checkpoint."""
     shape = Annotated[dict[str, str], Field(min_length=1)]
-    return _read_dict(checkpoint / "hashes.json", shape, "remove the checkpoint to resume from an older one")
+    return _read_dict(checkpoint / "hashes.json", shape, _OLDER_CHECKPOINT)
 
 
 def _read_dict(path: Path, shape: Any, remedy: str) -> dict[str, Any]:
