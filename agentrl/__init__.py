@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from agentrl.plugins import load_imports
     from agentrl.run.folder import Run, open_run
     from agentrl.run.settings import RunConfig, load_config
-    from agentrl.training.trainer import resume, train
+    from agentrl.training.launch import resume, train
 
 _HOME = {
     "Panel": "agentrl.env.panel",
@@ -37,8 +37,8 @@ _HOME = {
     "make": "agentrl.env.registry",
     "make_panel": "agentrl.env.panel",
     "open_run": "agentrl.run.folder",
-    "resume": "agentrl.training.trainer",
-    "train": "agentrl.training.trainer",
+    "resume": "agentrl.training.launch",
+    "train": "agentrl.training.launch",
 }
 
 __all__ = [

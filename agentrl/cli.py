@@ -248,8 +248,8 @@ def train(
     - `agentrl train --resume runs/NAME`
     """
     from agentrl.run.settings import load_config
-    from agentrl.training.trainer import resume as resume_run
-    from agentrl.training.trainer import train as train_run
+    from agentrl.training.launch import resume as resume_run
+    from agentrl.training.launch import train as train_run
 
     path, overrides = _split_config(arguments)
     if resume is not None and path is not None:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import agentrl.evaluation.report
 import agentrl.run.settings
-import agentrl.training.trainer
+import agentrl.training.launch
 from agentrl import errors
 from agentrl.cli import ExitCode, app
 from agentrl.config import read_yaml
@@ -97,8 +97,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((folder, overrides))
         return SimpleNamespace(folder=Path(folder))
 
-    monkeypatch.setattr(agentrl.training.trainer, "train", train)
-    monkeypatch.setattr(agentrl.training.trainer, "resume", resume)
+    monkeypatch.setattr(agentrl.training.launch, "train", train)
+    monkeypatch.setattr(agentrl.training.launch, "resume", resume)
     return calls
 
 
@@ -351,7 +351,7 @@ def test_a_full_disk_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -
     def full(_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/summary.json.partial")
 
-    monkeypatch.setattr(agentrl.training.trainer, "train", full)
+    monkeypatch.setattr(agentrl.training.launch, "train", full)
     message = refused("train")
     assert message.startswith("error: runs/x/summary.json: No space left on device")
     assert "agentrl train --resume" in message
@@ -361,7 +361,7 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -
     def interrupted(_: Any) -> None:
         raise RunInterrupted("stopped; continue with: agentrl train --resume runs/x")
 
-    monkeypatch.setattr(agentrl.training.trainer, "train", interrupted)
+    monkeypatch.setattr(agentrl.training.launch, "train", interrupted)
     result = run("train")
     assert result.exit_code == 130
     assert result.stderr.strip() == "stopped; continue with: agentrl train --resume runs/x"
@@ -371,7 +371,7 @@ def test_an_error_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None
     def broken(_: Any) -> None:
         raise KeyError("bug")
 
-    monkeypatch.setattr(agentrl.training.trainer, "train", broken)
+    monkeypatch.setattr(agentrl.training.launch, "train", broken)
     assert isinstance(run("train").exception, KeyError)
 
 

@@ -178,6 +178,19 @@ class RunLogger:
         self._console.print(renderable)
 
 
+class SilentRunLogger(RunLogger):
+    """RunLogger of the ranks after the first: writes and shows nothing."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder, quiet=True)
+
+    def write(self, row: Row, *, seconds: float | None = None) -> None:
+        """Write nothing."""
+
+    def truncate(self, stage: str, step: int) -> None:
+        """Cut nothing."""
+
+
 @dataclass
 class _Stage:
     """The stage in progress; the clock is read for the display alone."""

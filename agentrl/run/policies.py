@@ -3,8 +3,10 @@
 import random
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,6 +94,14 @@ def fit_policy(
     block = replace(config.policy, dtype="float32")
     model = build_model(block, tokenizer, derive_seed(config.seed, "weights"))
     return _make_policy(model, tokenizer, config.policy)
+
+
+def names_actions(tasks: Sequence[str], environments: Environments) -> bool:
+    """Whether the environment offers a list of actions to choose from; else replies are free text."""
+    info: Any = {}
+    with suppress(Exception), environments.borrow() as environment:  # its episodes will record it
+        _, info = environment.reset(seed=0, options={"task": tasks[0]})
+    return info.get("actions") is not None
 
 
 def environment_text(

@@ -1,7 +1,7 @@
 """The episodes of a training step: which tasks, how many rounds of them, and who branches off whom."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd
 
@@ -34,7 +34,7 @@ class TaskOrder:
 
 
 @dataclass
-class Played:
+class RolloutResult:
     """What a training step played.
 
     Args:
@@ -59,7 +59,7 @@ class Played:
     def episodes(self) -> list[Episode]:
         return [episode for group in self.groups for episode in group.episodes]
 
-    def metrics(self) -> Mapping[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Counts of the step, to be logged."""
         return {
             "groups_kept": len(self.kept) / len(self.groups),
@@ -102,7 +102,7 @@ class Rollouts:
         schedule = self._algorithm.rollout.temperature
         return self._config.rollout.temperature if schedule is None else schedule(context)
 
-    def play(self, player: Player, cursor: int, context: Context) -> Played:
+    def play(self, player: Player, cursor: int, context: Context) -> RolloutResult:
         """Play a step's groups, in as many rounds as the plan allows and `select` makes necessary.
 
         Environments draw from (seed, step, group), replies also from the episode's id.
@@ -113,7 +113,7 @@ class Rollouts:
             context: of the step.
         """
         wanted, most = self._config.rollout.groups_per_step, self._algorithm.rollout.rounds
-        played = Played()
+        played = RolloutResult()
         while not played.rounds or (played.rounds < most and len(played.kept) < wanted):
             groups = self._round(played, player, cursor, context)
             played.rounds += 1
@@ -123,7 +123,7 @@ class Rollouts:
         played.kept = played.kept[:wanted]
         return played
 
-    def _round(self, played: Played, player: Player, cursor: int, context: Context) -> list[Group]:
+    def _round(self, played: RolloutResult, player: Player, cursor: int, context: Context) -> list[Group]:
         count, done = self._config.rollout.groups_per_step, len(played.groups)
         templates = [
             EpisodeSpec(

@@ -3,9 +3,9 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from typing import Any
 
+from agentrl.algorithms.hooks import Context
+from agentrl.algorithms.methods.cloning import cloning
 from agentrl.data.batch import Batch, collate
 from agentrl.data.trajectory import Episode, Group, StopReason
 from agentrl.errors import ConfigError
@@ -14,19 +14,50 @@ from agentrl.policy.tokens import Dialogue
 from agentrl.rollout.collector import Quarantine, collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.players import DemonstrationPlayer
+from agentrl.run.logger import RunLogger
 from agentrl.run.policies import FALLBACK_MAX_TURNS, MAX_ENDLESS_EPISODES, drawn_specs, is_endless, turn_limit
 from agentrl.run.settings import RunConfig
+from agentrl.run.timers import Timers
 from agentrl.seeds import derive_seed
+from agentrl.training.alarms import Alarms
+from agentrl.training.setup import Session, open_training_environments
+from agentrl.training.state import TrainingState
 
 OnEpisode = Callable[[Episode], None]
 
 
-def names_actions(tasks: Sequence[str], environments: Environments) -> bool:
-    """Whether the environment offers a list of actions to choose from; else replies are free text."""
-    info: Any = {}
-    with suppress(Exception), environments.borrow() as environment:  # its episodes will record it
-        _, info = environment.reset(seed=0, options={"task": tasks[0]})
-    return info.get("actions") is not None
+def clone_expert(
+    session: Session, state: TrainingState, logger: RunLogger, timers: Timers, alarms: Alarms
+) -> None:
+    """Clone the demonstrations of the environment's expert, for what is left of `warm_start.steps`."""
+    config, steps = session.config, session.config.warm_start.steps
+    if state.step >= steps:
+        return
+    with (
+        timers.running("demonstrations"),
+        logger.stage("demonstrations"),
+        open_training_environments(config, expert=True) as environments,
+    ):
+        episodes = demonstrations(
+            config,
+            session.tasks,
+            environments,
+            session.policy.dialogue,
+            ranks=session.ranks,
+            say=logger.say,
+        )
+    algorithm = cloning()
+    with logger.stage("cloning", total=steps, done=state.step):
+        for batch in cloning_batches(config, episodes, first=state.step):
+            session.check_stop()
+            with session.interruption.shield(), timers.running("cloning"):
+                learned = state.learner.update(batch, algorithm, Context(state.step, steps, {}))
+                state.step += 1
+                metrics = {f"learner/{key}": value for key, value in learned.items()}
+                logger.write({"stage": state.stage, "step": state.step} | metrics)
+                alarms.check_rounding(state.stage, state.step, metrics, state.learner)
+            state.save_when_due()
+    state.save()
 
 
 def demonstrations(

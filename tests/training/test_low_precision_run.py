@@ -25,7 +25,7 @@ from agentrl.policy.precision import non_finite
 from agentrl.policy.tokens import fit_tokenizer
 from agentrl.run.checkpoint import latest_finite
 from agentrl.run.signals import RunInterrupted
-from agentrl.training.trainer import Trainer
+from agentrl.training.state import TrainingState
 
 ALL_TEACH = "algorithm.drop_equal_groups=false"
 QUICK = (*TINY, "evaluation.baselines=[]", "evaluation.tasks=2", "trainer.checkpoint_every=2")
@@ -104,18 +104,19 @@ def test_the_engine_generates_with_the_weights_of_now_rounded(
     examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    serve = Trainer._serve
+    refresh_engine = TrainingState.refresh_engine
 
-    def watching(self: Trainer) -> None:
-        serve(self)
-        assert self.policy.served is not self.policy.model
+    def watching(self: TrainingState) -> None:
+        refresh_engine(self)
+        served = self._session.policy.served
+        assert served is not self.learner.policy
         learned = dict(self.learner.policy.named_parameters())
-        for name, value in self.policy.served.named_parameters():
+        for name, value in served.named_parameters():
             assert value.dtype == torch.bfloat16
             assert torch.equal(learned[name].detach().bfloat16(), value.detach())
         seen.append(self.learner.config.compute_dtype == "bfloat16")
 
-    monkeypatch.setattr(Trainer, "_serve", watching)
+    monkeypatch.setattr(TrainingState, "refresh_engine", watching)
     run = trained(tmp_path, "policy.dtype=bfloat16")
     assert seen == [True] * 7  # at first, cloned, with the next learner, and after each of four steps
     gaps = [row["learner/logprob_gap_max"] for row in rows(run.folder)[4:]]

@@ -24,7 +24,7 @@ from agentrl.run.folder import with_overrides
 from agentrl.run.logger import RunLogger
 from agentrl.run.signals import RunInterrupted
 from agentrl.training.rollouts import TaskOrder
-from agentrl.training.trainer import Trainer
+from agentrl.training.state import TrainingState
 
 TINY = (
     "env.id=example/HotCold-v0",
@@ -139,14 +139,14 @@ def interrupt_tokenizer(stage: str, step: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def interrupt_learner(stage: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Trainer._learner
+    make_learner = TrainingState.make_learner
 
-    def interrupting(self: Trainer) -> Any:
+    def interrupting(self: TrainingState, model: Any) -> Any:
         if (self.stage, self.step) == (stage, step):
             os.kill(os.getpid(), signal.SIGINT)
-        return made(self)
+        return make_learner(self, model)
 
-    monkeypatch.setattr(Trainer, "_learner", interrupting)
+    monkeypatch.setattr(TrainingState, "make_learner", interrupting)
 
 
 RESUME = """
@@ -195,14 +195,14 @@ def test_a_resumed_run_equals_one_that_never_stopped(
 def test_a_stop_between_a_checkpoint_and_its_evaluation_loses_none(
     examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = Trainer._save_now_and_then
+    save = TrainingState.save_when_due
 
-    def stopping(self: Trainer) -> None:
+    def stopping(self: TrainingState) -> None:
         save(self)
         if self.step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "_save_now_and_then", stopping)
+    monkeypatch.setattr(TrainingState, "save_when_due", stopping)
     short = ("warm_start.steps=0", "evaluation.every=2", "evaluation.baselines=[]", "trainer.steps=3")
     with pytest.raises(RunInterrupted):
         agentrl.train(config(tmp_path, *short, "trainer.checkpoint_every=2"), quiet=True)
