@@ -10,14 +10,9 @@ from typing import Any
 from agentrl.data.storage import write_episodes
 from agentrl.data.trajectory import Episode
 from agentrl.env.panel import Panel
-from agentrl.evaluation.evaluate import (
-    Evaluation,
-    data_label,
-    instruction_check,
-    open_panel_environments,
-    play_panel,
-    summarise,
-)
+from agentrl.evaluation.panels import data_label, open_panel_environments
+from agentrl.evaluation.playing import check_instructions, play_panel
+from agentrl.evaluation.scores import Evaluation, summarise
 from agentrl.files import write_atomic
 from agentrl.learn.ranks import Ranks
 from agentrl.rollout.collector import Collection
@@ -94,7 +89,7 @@ class RunScores:
             self._environments() as environments,
         ):
             for decoding, temperature in _DECODINGS.items():
-                found = instruction_check(
+                found = check_instructions(
                     self._panel,
                     self._player(temperature),
                     environments,

@@ -97,9 +97,9 @@ class RunLock:
         if silent > _TIMEOUT_SECONDS:
             return None
         return (
-            f"its last sign of life is {max(0.0, silent):.0f} s old. Wait for it, or stop it there; after "
-            f"{_TIMEOUT_SECONDS:.0f} s of silence it is taken for dead, or delete {self._path} if you know that "
-            "it is"
+            f"its last heartbeat is {max(0.0, silent):.0f} s old. Wait for it, or stop it there; after "
+            f"{_TIMEOUT_SECONDS:.0f} s without one it counts as dead, or delete {self._path} if you know that "
+            "it is dead"
         )
 
     def _now(self) -> float:

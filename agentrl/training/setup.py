@@ -14,7 +14,7 @@ from agentrl.algorithms.importance import with_drift
 from agentrl.env.panel import Panel
 from agentrl.env.registry import Factory
 from agentrl.errors import ConfigError
-from agentrl.evaluation.evaluate import configured_panel
+from agentrl.evaluation.panels import configured_panel
 from agentrl.files import remove_leftovers
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.planning.preflight import check_run

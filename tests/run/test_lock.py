@@ -68,7 +68,7 @@ def test_a_pid_that_is_another_process_now_does_not_count(tmp_path: Path) -> Non
 
 def test_an_owner_on_another_machine_is_alive_while_it_touches_the_file(tmp_path: Path) -> None:
     write_lock(tmp_path, host="far", machine="far 1", pid=7)
-    with pytest.raises(CheckpointError, match=r"process 7 on far .*sign of life.*delete .*lock\.json"):
+    with pytest.raises(CheckpointError, match=r"process 7 on far .*last heartbeat.*delete .*lock\.json"):
         RunLock(tmp_path).acquire()
     past = time.time() - 3600
     os.utime(tmp_path / "lock.json", (past, past))

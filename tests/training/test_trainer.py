@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import agentrl
 import agentrl.env
 from agentrl.errors import AgentRLError, CheckpointError, ConfigError, TooManyAbortedError
-from agentrl.evaluation.evaluate import Evaluation
+from agentrl.evaluation.scores import Evaluation
 from agentrl.rollout.players import LanguagePlayer, RandomPlayer
 from agentrl.run.folder import with_overrides
 from agentrl.run.logger import RunLogger
