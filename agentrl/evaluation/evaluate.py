@@ -35,28 +35,29 @@ def evaluate(
     interpreter: str | None = None,
     on_episode: OnEpisode | None = None,
 ) -> Evaluation:
-    """Measure a policy.
+    """Evaluate a policy on a panel and return its scores.
 
     Args:
-        policy: a `Run`, the folder or name of one, a Hugging Face folder, `random` or `expert`.
-        panel: a panel or its file; None takes the first `tasks` of `split` of `env`, which fall back on the
-            configuration of the run, or on the defaults.
-        env: id of an environment.
-        split: of its tasks; the last where the environment has none of the configured name.
-        tasks: how many of them.
-        env_kwargs: arguments of the environment, on top of those of a run that was trained on it.
-        repeats: plays of each task.
-        seed: of the environments and of the policy's draws.
-        temperature: of the policy's draws; 0 always takes its first choice.
-        placement: where environments live, on this machine; None takes a run's own for its own environment,
-            else `auto`.
-        interpreter: another Python that environments live in; what a run names is not used.
-        on_episode: called with each episode as it ends.
+        policy: A `Run`, the folder or name of one, a Hugging Face folder, `random` or `expert`.
+        panel: A panel or its file. None takes the first `tasks` tasks of `split` of `env`, each of which
+            defaults to the run's configuration, or to the default one if `policy` is not a run.
+        env: The id of an environment.
+        split: The split of its tasks; by default the configured one, or the environment's last split if it
+            has none of that name.
+        tasks: The number of tasks.
+        env_kwargs: Arguments of the environment, added to those of a run that was trained on it.
+        repeats: The number of episodes per task.
+        seed: The seed of the environments and of the policy's sampling.
+        temperature: The sampling temperature; 0 is greedy.
+        placement: Where the environments run on this machine. None takes the run's placement for the run's
+            environment, and `auto` for any other.
+        interpreter: Another Python interpreter to run the environments in. One that a run names is not used.
+        on_episode: Called with each episode when it ends.
 
     Raises:
-        ConfigError: for contradicting or unknown arguments.
-        PanelError: when the panel's tasks are not what they were when it was made.
-        CheckpointError: when there is no such policy.
+        ConfigError: If arguments are unknown or contradict each other.
+        PanelError: If the panel's tasks are no longer what they were when it was made.
+        CheckpointError: If there is no such policy.
     """
     if repeats < 1:
         raise ConfigError(f"repeats is {repeats}, wanted at least 1")
@@ -90,9 +91,7 @@ def _rollout_config(
 ) -> RolloutConfig:
     """Return the rollout settings of the run, adapted to the environment and the caller's choices."""
     rollout = config.rollout
-    if (
-        placement is not None or env != config.env.id
-    ):  # its placement suited its own environment
+    if placement is not None or env != config.env.id:  # its placement suited its own environment
         rollout = replace(rollout, backend="local", placement=placement or "auto")
     if interpreter is not None:
         workers = replace(rollout.workers, interpreter=interpreter)

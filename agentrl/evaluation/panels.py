@@ -97,7 +97,12 @@ def choose_panel(
 
 
 def configured_panel(config: RunConfig, environment: gymnasium.Env[str, str] | None = None) -> Panel:
-    """The panel of a configuration; `environment` is one made for it, None makes one."""
+    """Return the panel that a configuration describes.
+
+    Args:
+        config: The configuration of a run.
+        environment: An environment made for it; None makes one.
+    """
     panel = _configured_file(config)
     if panel is not None:
         verify(panel)
@@ -109,9 +114,9 @@ def configured_panel(config: RunConfig, environment: gymnasium.Env[str, str] | N
 def open_panel_environments(
     env: str, split: str, kwargs: Mapping[str, Any], rollout: RolloutConfig, *, expert: bool = False
 ) -> Environments:
-    """Environments for a panel; with `expert`, they say what their expert would do next."""
-    told = {"expert": True} if expert else {}
-    return open_environments(Factory(env, split=split, **{**kwargs, **told}), rollout)
+    """Open the environments of a panel; with `expert`, they report their expert's next action."""
+    extra = {"expert": True} if expert else {}
+    return open_environments(Factory(env, split=split, **{**kwargs, **extra}), rollout)
 
 
 def data_label(environments: Environments) -> str | None:
@@ -142,14 +147,15 @@ def _configured_file(config: RunConfig) -> Panel | None:
     for name in callers_arguments(panel.env, panel.env_kwargs):
         if name not in known or known[name] != panel.env_kwargs[name]:
             raise ConfigError(
-                f"evaluation.panel: {path} gives {panel.env} the argument {name}, which only its caller may; "
-                "wanted a panel without it, the same in env.kwargs, or --panel on the command line"
+                f"evaluation.panel: {path} sets the argument {name} of {panel.env}, which only its caller "
+                "may set; remove it from the panel, set the same value in env.kwargs, or name the panel on "
+                "the command line (--panel)"
             )
     return panel
 
 
 def _find_split(env: str, kwargs: Mapping[str, Any], preferred: str) -> str:
-    """The preferred split where the environment has it, else its last, which is held out by convention."""
+    """Return the preferred split if the environment has it, else its last one, held out by convention."""
     with open_env(lambda: make(env, **kwargs)) as environment:
         splits: tuple[str, ...] = cast(Any, environment.unwrapped).splits
     return preferred if preferred in splits else splits[-1]

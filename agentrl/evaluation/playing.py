@@ -25,19 +25,21 @@ def play_panel(
     seed: int = 0,
     on_episode: OnEpisode | None = None,
 ) -> Collection:
-    """Play each task of the panel exactly `repeats` times; every draw depends on (seed, task, repeat) alone.
+    """Play each task of the panel exactly `repeats` times.
+
+    Every random draw depends on the seed, the task and the repeat alone.
 
     Args:
-        panel: of tasks.
-        player: who is measured.
-        environments: of the panel.
-        rollout: how many episodes at a time, limits and attempts; None takes the defaults.
-        repeats: plays of each task.
-        seed: of environments and player.
-        on_episode: called with each episode as it ends.
+        panel: The panel of tasks.
+        player: The player that is evaluated.
+        environments: The environments of the panel.
+        rollout: The concurrency, the limits and the number of attempts; None takes the defaults.
+        repeats: The number of episodes per task.
+        seed: The seed of the environments and the player.
+        on_episode: Called with each episode when it ends.
 
     Returns:
-        The episodes, task by task in the panel's order.
+        The episodes, task by task in the panel's order, and the failed attempts.
     """
     return _play(_specs(panel.env, panel.tasks, repeats, seed), player, environments, rollout, on_episode)
 
@@ -51,20 +53,28 @@ def check_instructions(
     seed: int = 0,
     on_episode: OnEpisode | None = None,
 ) -> InstructionCheck | None:
-    """Play, for each task of the panel, the task of the same room that asks for something else.
+    """Play, for each task of the panel, a task with the same initial state and another goal.
 
-    The environment names it (`unwrapped.other_goal(task)`, None where there is none) and says in
-    `info["other_success"]` whether the goal of the panel's own task was reached meanwhile.
+    The environment names that task (`unwrapped.other_goal(task)`, or None) and reports in
+    `info["other_success"]` whether the goal of the panel's task was reached as well.
+
+    Args:
+        panel: The panel of tasks.
+        player: The player that is evaluated.
+        environments: The environments of the panel.
+        rollout: The concurrency, the limits and the number of attempts; None takes the defaults.
+        seed: The seed of the environments and the player.
+        on_episode: Called with each episode when it ends.
 
     Returns:
-        Both rates; None when the environment knows no other goals.
+        How often each of the two goals was reached; None if the environment has no other goals.
     """
     with environments.borrow() as environment:
         other_goal = getattr(environment.unwrapped, "other_goal", lambda task: None)
         others = [other for task in panel.tasks if (other := other_goal(task)) is not None]
     if not others:
         return None
-    # Two tasks of one room may name each other's goal, or the same third.
+    # Several tasks may name the same other task, which is played once.
     specs = _specs(panel.env, tuple(dict.fromkeys(others)), 1, derive_seed(seed, "instruction"))
     played = _play(specs, player, environments, rollout, on_episode)
     return summarise_instruction_check(played.episodes)

@@ -1,4 +1,4 @@
-"""What a run reached, for a person: a table in the terminal and one self-contained HTML page."""
+"""The results of a run as a table in the terminal and as a self-contained HTML page."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,17 +21,17 @@ from agentrl.terminal import plain, printable
 
 Tree = Mapping[str, Any]
 
-_MAX_COLUMNS = 6  # task types beside each other
-_MAX_TEXT_CHARS = 4000  # characters of one observation or reply that are shown
+_MAX_COLUMNS = 6  # task types shown as columns
+_MAX_TEXT_CHARS = 4000  # of one observation or reply
 
 
 def results_table(summary: Tree) -> RenderableType:
-    """Success of each policy and decoding, overall and per task type, as percentages with 95 % intervals.
+    """Return the success rates of each policy, overall and per task type, in percent with 95 % intervals.
 
-    More task types than a terminal has room for stand in a table of their own, below each other.
+    If there are more task types than fit in a terminal, they become the rows of a second table.
 
     Args:
-        summary: the content of a run's summary.json; of it only `policies` is needed.
+        summary: The content of a run's summary.json, of which only `policies` is needed.
     """
     policies = _final_policies(summary)
     types = _task_types(policies)
@@ -54,7 +54,7 @@ def _types_table(policies: Mapping[str, Mapping[str, Tree]], types: Sequence[str
 
 
 def _policies_table(summary: Tree, policies: Mapping[str, Mapping[str, Tree]], types: Sequence[str]) -> Table:
-    narrow = len(types) > 3  # so that six of them fit a terminal, intervals stand below their rates
+    narrow = len(types) > 3  # put intervals below their rates, so that six task types fit in a terminal
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0 if narrow else 1, 0, 0), pad_edge=False)
     lines = _instruction_caption(summary)
     table.title = plain(_panel_line(summary), "table.title")
@@ -76,11 +76,14 @@ def _policies_table(summary: Tree, policies: Mapping[str, Mapping[str, Tree]], t
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Write `report.html` from what stands in the run's folder; what is not there yet is left out.
+    """Write `report.html` from the files in the run's folder, without the sections whose files are missing.
+
+    Returns:
+        The path of the report.
 
     Raises:
-        CheckpointError: when a file in the folder is damaged.
-        OSError: when the disk is full; an older report stays as it was.
+        CheckpointError: If a file in the folder is damaged.
+        OSError: If the disk is full; an older report is left as it was.
     """
     folder = Path(run_folder)
     templates = Environment(
@@ -95,7 +98,7 @@ def write_report(run_folder: str | Path) -> Path:
 
 
 def _content(folder: Path) -> dict[str, Any]:
-    from agentrl.evaluation import figures  # matplotlib: half a second that a table does not need
+    from agentrl.evaluation import figures  # loads matplotlib (half a second), which a table does not need
 
     summary, manifest = read_summary(folder), read_manifest(folder) or {}
     policies = _final_policies(summary)
@@ -133,7 +136,7 @@ def _content(folder: Path) -> dict[str, Any]:
 
 
 def _final_policies(summary: Tree) -> dict[str, dict[str, Any]]:
-    """The policies to be compared; `step-N` are points of the learning curve."""
+    """Return the policies to compare, without the points of the learning curve (`step-N`)."""
     return {
         name: decodings for name, decodings in summary.get("policies", {}).items() if _step_of(name) is None
     }
@@ -203,7 +206,7 @@ def _format_aborted(score: Tree) -> str:
 
 
 def _tiles(policies: Mapping[str, Mapping[str, Tree]]) -> list[dict[str, str]]:
-    """The four numbers of the story: cloned and trained, sampled and greedy."""
+    """Return the headline numbers: the cloned and the trained policy, sampled and greedy."""
     tiles = []
     for decoding in ("sampled", "greedy"):
         for name in ("cloned", "trained"):
@@ -228,9 +231,9 @@ def _verdicts(policies: Mapping[str, Mapping[str, Tree]]) -> list[str]:
         apart = intervals_separate(before[decoding]["interval"], after[decoding]["interval"])
         side = "above" if after[decoding]["success_rate"] > before[decoding]["success_rate"] else "below"
         verdict = (
-            f"the trained policy's interval lies wholly {side} that of the cloned one"
+            f"the interval of the trained policy lies entirely {side} that of the cloned policy"
             if apart
-            else "the two intervals overlap, so this panel does not tell trained and cloned apart"
+            else "the intervals overlap, so this panel does not separate the trained from the cloned policy"
         )
         sentences.append(f"{decoding.capitalize()}: {verdict}.")
     return sentences
@@ -259,8 +262,8 @@ def _data_line(summary: Tree) -> str:
 def _instruction_rows(summary: Tree) -> Iterable[dict[str, Any]]:
     for decoding, check in (summary.get("instruction_check") or {}).items():
         for key, goal in (
-            ("new_goal", "the goal that it was told"),
-            ("old_goal", "the panel's goal, not told"),
+            ("new_goal", "the new goal, which it was given"),
+            ("old_goal", "the panel's goal, which it was not given"),
         ):
             rate, interval = _cell(check[key])
             reached = {"rate": f"{rate} %", "interval": interval, "episodes": check[key]["episodes"]}
@@ -268,15 +271,15 @@ def _instruction_rows(summary: Tree) -> Iterable[dict[str, Any]]:
 
 
 def _instruction_caption(summary: Tree) -> str | None:
-    lines = ["Told another goal of the same room, the trained policy reached"]
+    lines = ["Given another goal for the same initial state, the trained policy reached"]
     for decoding, check in (summary.get("instruction_check") or {}).items():
         new, old = (" ".join(_cell(check[key])) for key in ("new_goal", "old_goal"))
-        lines.append(f"{decoding:8} that goal in {new} %, the panel's in {old} %")
+        lines.append(f"{decoding:8} the new goal in {new} %, the panel's goal in {old} %")
     return "\n".join(lines) if len(lines) > 1 else None
 
 
 def _curve_points(summary: Tree, training: Sequence[Tree]) -> dict[str, list[tuple[int, float, Any]]]:
-    """Decoding -> points of the learning curve: before, during and after training."""
+    """Return the points of the learning curve of each decoding: before, during and after training."""
     last = training[-1]["step"]
     points: dict[str, list[tuple[int, float, Any]]] = {}
     for name, decodings in summary.get("policies", {}).items():
@@ -290,7 +293,7 @@ def _curve_points(summary: Tree, training: Sequence[Tree]) -> dict[str, list[tup
 
 
 def _select_episodes(folder: Path) -> tuple[str, list[Episode]]:
-    """Two successes and two failures of the newest file that has both, else of the newest."""
+    """Select two successes and two failures of the newest file that has both, else of the newest file."""
     files = sorted(
         folder.glob("*.parquet"), key=lambda path: (path.name.startswith("trained"), path.name), reverse=True
     )
@@ -299,7 +302,7 @@ def _select_episodes(folder: Path) -> tuple[str, list[Episode]]:
         try:
             episodes = read_episodes(path)
         except AgentRLError:
-            continue  # a report of the rest is worth more than none
+            continue  # a damaged file must not prevent the report of the rest
         kinds = [
             [e for e in episodes if e.outcome is outcome][:2]
             for outcome in (Outcome.SUCCESS, Outcome.FAILURE)
@@ -342,7 +345,7 @@ def _truncate(text: str) -> str:
 
 
 def _fact_rows(summary: Tree, manifest: Tree) -> Iterable[tuple[str, str]]:
-    """Everything else that the two files hold, one line each."""
+    """Yield everything else that the two files hold, one row each."""
     for tree in (summary, manifest):
         for key, value in tree.items():
             if key not in ("policies", "instruction_check"):
@@ -350,12 +353,12 @@ def _fact_rows(summary: Tree, manifest: Tree) -> Iterable[tuple[str, str]]:
 
 
 def _waiting_line(times: Mapping[str, float]) -> str:
-    """Who held up whom where playing and learning went on side by side."""
+    """Return how long rollout and learning waited for each other in an async run."""
     if "learning.waited.wall" not in times:
         return ""
     return (
-        f"Playing beside learning, the learner waited {times['learning.waited.wall']:,.0f} s for episodes, "
-        f"and the player {times['rollout.waited.wall']:,.0f} s for newer weights."
+        f"In async mode, the learner waited {times['learning.waited.wall']:,.0f} s for episodes, "
+        f"and rollout waited {times['rollout.waited.wall']:,.0f} s for newer weights."
     )
 
 

@@ -1,4 +1,4 @@
-"""What the policies of a run score: on its panel, and when told another goal."""
+"""Scores of the policies of a run: measure them, keep them in its folder and summarise them."""
 
 import json
 from collections.abc import Callable
@@ -29,17 +29,17 @@ _DECODINGS = {"greedy": 0.0, "sampled": 1.0}
 
 
 class RunScores:
-    """Measures policies, and keeps what was found in the run's folder; what it holds is not measured again.
+    """Scores of the policies of a run, kept in its folder so that nothing is measured twice.
 
     Args:
-        folder: of the run.
-        config: of the run.
-        panel: of tasks that all policies play.
-        player: makes one of the run's policy, given a temperature.
-        logger: shows progress.
-        timers: run while episodes are played.
-        ranks: that play a part of the tasks each.
-        interruption: held back while the folder is written.
+        folder: The run's folder.
+        config: The run's configuration.
+        panel: The panel that every policy plays.
+        player: Makes a player of the run's policy for a given temperature.
+        logger: Shows progress.
+        timers: Measure the time spent on evaluation.
+        ranks: The ranks, each of which plays a part of the tasks.
+        interruption: Holds signals back while the folder is written.
     """
 
     def __init__(
@@ -57,13 +57,18 @@ class RunScores:
         self._logger, self._timers, self._ranks, self._interruption = logger, timers, ranks, interruption
 
     def missing(self, name: str) -> list[str]:
-        """Decodings of a policy that were not measured yet."""
+        """Return the decodings of a policy that have no scores yet."""
         known = self._ranks.run_on_rank0(self.results).get(name, {})
         wanted = {"random": ("sampled",), "expert": ("greedy",)}.get(name, tuple(_DECODINGS))
         return [decoding for decoding in wanted if decoding not in known]
 
     def measure(self, name: str, decoding: str) -> Evaluation:
-        """Play the panel with `random`, `expert`, or the run's policy as it is now, called `name`."""
+        """Play the panel, and return and keep the scores.
+
+        Args:
+            name: `random`, `expert`, or the name under which to keep the scores of the run's current policy.
+            decoding: `greedy` or `sampled`.
+        """
         repeats = self._config.evaluation.repeats
         with self._timers.running("evaluation"):
             played, label = self._ranks.raise_on_any_rank(partial(self._play, name, decoding))
@@ -79,7 +84,7 @@ class RunScores:
         return found
 
     def check_instructions(self) -> None:
-        """Tell the policy another goal of the same room, where the environment can; once per run."""
+        """Run the instruction check once, if it is configured and the environment has other goals."""
         results = self.results()
         if not self._config.evaluation.instruction_check or "instruction_check" in results:
             return
@@ -101,11 +106,11 @@ class RunScores:
         self._save(results)
 
     def results(self) -> dict[str, Any]:
-        """What was found so far: policy, decoding, numbers."""
+        """Return the scores so far, by policy and decoding."""
         return read_evaluations(self._folder)
 
     def summary(self) -> dict[str, Any]:
-        """The whole run in one record."""
+        """Return the content of summary.json."""
         config, panel, results = self._config, self._panel, self.results()
         policies = {name: found for name, found in results.items() if name != "instruction_check"}
         repeats = config.evaluation.repeats
@@ -128,7 +133,7 @@ class RunScores:
         }
 
     def _play(self, name: str, decoding: str) -> tuple[Collection, str | None]:
-        """Play this rank's tasks of the panel; also what the tasks are, as their environment labels them."""
+        """Play this rank's tasks of the panel; return the episodes and the environment's data label."""
         panel = self._panel
         tasks, hashes = (tuple(self._ranks.deal(each)) for each in (panel.tasks, panel.hashes))
         own = replace(panel, tasks=tasks, hashes=hashes)

@@ -14,13 +14,13 @@ from agentrl.rollout.collector import abort_reasons
 
 @dataclass(frozen=True)
 class Entropy:
-    """Mean entropies of a policy's decisions in nats; None for a policy that records none.
+    """Mean entropies of a policy's sampled tokens in nats; None for a policy that records none.
 
     Args:
-        token: mean over all decided tokens.
-        turn: mean over turns of each turn's mean.
-        trajectory: mean over episodes of each episode's mean over turns.
-        by_turn: mean of the turns with that index, over the episodes that got there.
+        token: The mean over all sampled tokens.
+        turn: The mean over turns of each turn's mean.
+        trajectory: The mean over episodes of each episode's mean over turns.
+        by_turn: For each turn index, the mean over the episodes that reached that turn.
     """
 
     token: float | None = None
@@ -31,22 +31,25 @@ class Entropy:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A policy's score on a panel. Aborted episodes are in no rate and no mean; their reasons are counted.
+    """Score of a policy on a panel.
+
+    Aborted episodes are left out of every rate and mean; they and their reasons are counted.
 
     Args:
-        success: over all task types.
-        by_task_type: the same, per task type.
-        aborted: episodes that say nothing about the policy.
-        aborted_reasons: how often each stopped them.
-        mean_return: in the environment's reward units; None without a finished episode.
-        mean_turns: replies per episode.
-        stop_reasons: of all episodes, the aborted included.
-        entropy: of the policy's decisions.
-        panel_hash: of the panel's tasks and their content.
-        data: what the tasks are, as the environment labels them, e.g. `generated`.
-        repeats: plays of each task.
-        retried: attempts that were aborted and played again.
-        steps_per_second: of all episodes together, the policy's time included; None where nobody timed it.
+        success: The success rate over all task types.
+        by_task_type: The success rate of each task type.
+        aborted: The number of aborted episodes, which say nothing about the policy.
+        aborted_reasons: The number of aborted episodes for each reason.
+        mean_return: The mean return in the environment's reward units; None without a finished episode.
+        mean_turns: The mean number of turns per episode.
+        stop_reasons: The number of episodes for each stop reason, aborted ones included.
+        entropy: The entropies of the policy's sampled tokens.
+        panel_hash: The hash of the panel's tasks and their content.
+        data: The environment's label of the data behind its tasks, e.g. `generated`.
+        repeats: The number of episodes per task.
+        retried: The number of attempts that were aborted and played again.
+        steps_per_second: Environment steps per second over all episodes, the policy's time included; None if
+            it was not measured.
     """
 
     success: Rate
@@ -64,7 +67,7 @@ class Evaluation:
     steps_per_second: float | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; the shape of one decoding of one policy in a run's summary.json."""
+        """Return JSON values, as summary.json holds them for one policy and decoding."""
         tree = asdict(self)
         overall: dict[str, Any] = tree.pop("success")
         return overall | tree
@@ -72,13 +75,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class InstructionCheck:
-    """What a policy does when told another goal of the same room: whether it reads the instruction.
+    """Score of a policy that is given another goal for the same initial state: whether it reads instructions.
 
     Args:
-        new_goal: how often the goal that it was told was reached.
-        old_goal: how often the goal of the panel's own task was, of which it was told nothing.
-        aborted: episodes in neither rate.
-        stop_reasons: of all episodes, the aborted included.
+        new_goal: The rate at which the given goal was reached.
+        old_goal: The rate at which the goal of the panel's task was reached, which the policy was not given.
+        aborted: The number of aborted episodes, which count in neither rate.
+        stop_reasons: The number of episodes for each stop reason, aborted ones included.
     """
 
     new_goal: Rate
@@ -87,16 +90,23 @@ class InstructionCheck:
     stop_reasons: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, as summary.json holds them for one decoding."""
         return asdict(self)
 
 
 def summarise(
     episodes: Sequence[Episode], panel: Panel, repeats: int = 1, *, data: str | None = None
 ) -> Evaluation:
-    """Score episodes of a panel.
+    """Compute the scores of the episodes that were played on a panel.
+
+    Args:
+        episodes: The episodes, in any order.
+        panel: The panel that they were played on.
+        repeats: The number of episodes per task.
+        data: The environment's label of the data behind its tasks.
 
     Raises:
-        ValueError: unless each of the panel's tasks was played `repeats` times, and nothing else.
+        ValueError: If a task of the panel was not played exactly `repeats` times, or another task was played.
     """
     plays = Counter(episode.task for episode in episodes)
     if plays != dict.fromkeys(panel.tasks, repeats):
@@ -123,7 +133,7 @@ def summarise(
 
 
 def summarise_instruction_check(episodes: Sequence[Episode]) -> InstructionCheck:
-    """Score episodes of which each was told another goal than that of the panel's task."""
+    """Compute the scores of episodes that were given another goal than that of the panel's task."""
     finished = [episode for episode in episodes if not episode.stop.aborted]
     return InstructionCheck(
         new_goal=_rate(finished),
@@ -134,7 +144,7 @@ def summarise_instruction_check(episodes: Sequence[Episode]) -> InstructionCheck
 
 
 def mean_entropy(episodes: Iterable[Episode]) -> Entropy:
-    """Entropies of episodes at each level; forced tokens and noise count in none of them."""
+    """Compute the mean entropies of episodes at each level, over sampled tokens only."""
     tokens: list[float] = []
     trajectories: list[float] = []
     by_turn: dict[int, list[float]] = defaultdict(list)

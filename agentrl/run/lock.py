@@ -98,8 +98,8 @@ class RunLock:
             return None
         return (
             f"its last heartbeat is {max(0.0, silent):.0f} s old. Wait for it, or stop it there; after "
-            f"{_TIMEOUT_SECONDS:.0f} s without one it counts as dead, or delete {self._path} if you know that "
-            "it is dead"
+            f"{_TIMEOUT_SECONDS:.0f} s without one it counts as dead, or delete {self._path} if you know "
+            "that it is dead"
         )
 
     def _now(self) -> float:
