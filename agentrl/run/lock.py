@@ -1,4 +1,4 @@
-"""One process at a time goes on with a run: its folder says who that is."""
+"""Lock of a run's folder: only one process at a time may continue the run."""
 
 import fcntl
 import json
@@ -17,8 +17,8 @@ from typing_extensions import TypedDict
 from agentrl.errors import CheckpointError
 from agentrl.files import read_json, write_atomic
 
-_HEARTBEAT_SECONDS = 20.0  # seconds between two signs of life
-_TIMEOUT_SECONDS = 300.0  # seconds after which an owner that cannot be asked counts as dead
+_HEARTBEAT_SECONDS = 20.0
+_TIMEOUT_SECONDS = 300.0  # without a heartbeat, an owner on another machine counts as dead
 
 
 class _Owner(TypedDict):
@@ -30,13 +30,13 @@ class _Owner(TypedDict):
 
 
 class RunLock:
-    """Ownership of a run's folder, from `acquire` to `release`; a killed owner's is taken over.
+    """Ownership of a run's folder, from `acquire` to `release`; the lock of a dead process is replaced.
 
-    An owner on this machine is asked for: it lives if there is a process of its pid that began when it did.
-    One elsewhere is believed to live while it touches the file, which it does every 20 seconds.
+    An owner on this machine is alive if a process with its pid and start time exists. An owner on another
+    machine counts as alive as long as it touches the lock file, which it does every 20 seconds.
 
     Args:
-        folder: of the run.
+        folder: The run's folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,7 +48,7 @@ class RunLock:
         """Become the owner.
 
         Raises:
-            CheckpointError: when another process is, or the file that says so is damaged.
+            CheckpointError: If another process owns the folder, or its lock file is damaged.
         """
         with _exclusive(self._folder):
             owner = self._owner()
@@ -62,20 +62,20 @@ class RunLock:
         threading.Thread(target=self._heartbeat, name="lock", daemon=True).start()
 
     def check(self) -> None:
-        """Refuse to go on in a folder that was removed, replaced or taken over.
+        """Check that this process still owns the folder.
 
         Raises:
-            CheckpointError: when it was.
+            CheckpointError: If the folder was removed, replaced or taken over.
         """
         if self._held is not None and _identity(self._path) != self._held:
             self._held = None
             raise CheckpointError(
-                f"{self._folder}: the run's folder, or its lock.json, was removed or replaced while the run "
-                "went on, so nothing more is written; put it back and resume it, or start a new run"
+                f"{self._folder}: the run's folder, or its lock.json, was removed or replaced during the "
+                "run, so nothing more is written; restore it and resume the run, or start a new one"
             )
 
     def release(self) -> None:
-        """Give up ownership, if it is still held."""
+        """Release the ownership, if it is still held."""
         self._released.set()
         if self._held is not None and _identity(self._path) == self._held:
             with suppress(OSError):
@@ -90,7 +90,7 @@ class RunLock:
         return owner
 
     def _alive(self, owner: _Owner) -> str | None:
-        """What to do about an owner that lives; None where it does not."""
+        """Return a hint on what to do about a live owner; None if the owner is dead."""
         if owner["machine"] == _machine():
             return "wait for it, or stop it" if _start_time(owner["pid"]) == owner["created"] else None
         silent = self._now() - self._path.stat().st_mtime
@@ -103,7 +103,7 @@ class RunLock:
         )
 
     def _now(self) -> float:
-        """By the clock that stamps the folder's files, which may be another machine's."""
+        """Return the time of the clock that stamps the folder's files, which may be another machine's."""
         probe = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
         try:
             probe.touch()
@@ -124,7 +124,7 @@ class RunLock:
 
 @contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
-    """Let one process of a machine look at the lock and write it."""
+    """Keep other processes of this machine from reading and writing the lock meanwhile."""
     number = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -148,7 +148,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Within which a pid means one process: a host since it was booted, and the container on it."""
+    """Identify the scope in which a pid is unique: the host, its boot and the container."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -158,7 +158,7 @@ def _machine() -> str:
 
 
 def _start_time(pid: int) -> float | None:
-    """When a process began, which tells it from a later one of the same pid; None for one that ended."""
+    """Return the start time of a process, which tells it from a later one of its pid; None if it ended."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()

@@ -1,4 +1,4 @@
-"""Where a run's time goes, over all its sessions."""
+"""Timers of a run's activities, summed over all its sessions."""
 
 import json
 import time
@@ -15,8 +15,8 @@ class Timers:
     """Seconds per activity, kept in a file.
 
     Args:
-        path: of the file; what it holds is where the clocks go on.
-        writes: whether this process is the one that writes it.
+        path: The file; the timers continue from its content.
+        writes: Whether this process writes the file.
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
@@ -26,7 +26,7 @@ class Timers:
 
     @contextmanager
     def running(self, activity: str) -> Iterator[None]:
-        """Measure the block: `ACTIVITY.wall`, and `ACTIVITY.cpu` of this process and all its threads."""
+        """Time the block: `ACTIVITY.wall`, and `ACTIVITY.cpu` over all threads of this process."""
         wall, cpu = time.perf_counter(), time.process_time()
         try:
             yield
@@ -35,12 +35,14 @@ class Timers:
             self.add(f"{activity}.cpu", time.process_time() - cpu)
 
     def add(self, name: str, seconds: float) -> None:
+        """Add seconds to a timer."""
         self._seconds[name] += seconds
 
     def save(self) -> None:
+        """Write the file, if this process is the one that writes it."""
         if self._writes:
             write_atomic(self._path, json.dumps(self._seconds, indent=1))
 
     def read(self) -> Mapping[str, float]:
-        """Seconds so far, by name, rounded to hundredths."""
+        """Return the seconds so far by name, rounded to hundredths."""
         return {name: round(value, 2) for name, value in sorted(self._seconds.items())}

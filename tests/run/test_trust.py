@@ -327,7 +327,7 @@ def test_neither_does_a_runs_panel_say_them(trained: Path, tmp_path: Path) -> No
     panel.save(tmp_path / "panel.json")
     run = altered(trained, tmp_path / "run", evaluation__panel=str(tmp_path / "panel.json"))
     Door.locks.clear()
-    with pytest.raises(ConfigError, match=r"gives trust-tests/Door-v0 the argument lock, which"):
+    with pytest.raises(ConfigError, match=r"the argument lock of trust-tests/Door-v0, which"):
         agentrl.evaluate(run)
     assert set(Door.locks) <= {"shut"}
     agentrl.evaluate(run, tmp_path / "panel.json")  # the caller's own words

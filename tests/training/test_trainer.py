@@ -258,7 +258,7 @@ def test_a_corrupt_checkpoint_is_refused_by_name(unbroken: agentrl.Run, tmp_path
     with pytest.raises(CheckpointError, match=r"train-000004.*weights\.safetensors.*older"):
         agentrl.resume(run, quiet=True)
     (run / "checkpoints" / "train-000004" / "hashes.json").unlink()
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="incomplete checkpoint"):
         agentrl.resume(run, quiet=True)
 
 
