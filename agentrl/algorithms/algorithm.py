@@ -44,7 +44,7 @@ from agentrl.algorithms.hooks import (
     TokenHook,
     Transform,
     declarations,
-    given,
+    require_tensor,
     requirements,
     requires,
     trait,
@@ -58,7 +58,7 @@ EQUAL_RETURNS = 1e-9  # returns that differ by less are the same outcome
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class ReplayBatch:
     """What is learned from again.
 
     Args:
@@ -80,16 +80,16 @@ class Rehearsal:
 class Replay(Protocol):
     """A memory of what was learned from; its state is part of a checkpoint."""
 
-    def recall(self, context: Context) -> Rehearsal | None:
+    def sample(self, context: Context) -> ReplayBatch | None:
         """What to learn from in this step, beside the rollout batch."""
         ...
 
-    def keep(self, rollout: MiniBatch, context: Context) -> None:
+    def add(self, rollout: MiniBatch, context: Context) -> None:
         """Look at a step's scored rollout batch and its advantages, after its updates."""
         ...
 
-    def numbers(self) -> Mapping[str, float]:
-        """What to log of the step, after `keep`."""
+    def metrics(self) -> Mapping[str, float]:
+        """What to log of the step, after `add`."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def keep_all(groups: Sequence[Group], context: Context) -> Sequence[Group]:
 def group_advantage(batch: Batch, context: Context) -> Tensor:
     """Each trajectory's return, centred within its group; [B, T]. See `group_relative_advantage`."""
     values = functional.group_relative_advantage(batch.returns, batch.groups)
-    return functional.spread(values.float(), batch.trajectory, batch.sampled)
+    return functional.broadcast_to_tokens(values.float(), batch.trajectory, batch.sampled)
 
 
 def symmetric_clip(mini: MiniBatch, context: Context) -> Bounds:
@@ -125,7 +125,7 @@ def symmetric_clip(mini: MiniBatch, context: Context) -> Bounds:
 
 def clipped_policy_loss(outputs: Outputs, mini: MiniBatch, bounds: Bounds | None) -> Tensor:
     """The clipped surrogate of the ratio to the scoring pass; [B, T]."""
-    ratio = given(outputs.ratio, "ratio")
+    ratio = require_tensor(outputs.ratio, "ratio")
     if bounds is None:
         return -mini.advantages * ratio
     return functional.clipped_surrogate(ratio, mini.advantages, bounds.lower, bounds.upper, bounds.dual)
@@ -133,14 +133,16 @@ def clipped_policy_loss(outputs: Outputs, mini: MiniBatch, bounds: Bounds | None
 
 def token_ratio(outputs: Outputs, mini: MiniBatch) -> Tensor:
     """New over old probability of each token; [B, T]."""
-    return functional.probability_ratio(outputs.logprobs, given(mini.batch.old_logprobs, "old_logprobs"))
+    return functional.probability_ratio(
+        outputs.logprobs, require_tensor(mini.batch.old_logprobs, "old_logprobs")
+    )
 
 
-def held_back(mini: MiniBatch, outputs: Outputs) -> Tensor:
+def clipped_tokens(mini: MiniBatch, outputs: Outputs) -> Tensor:
     """Mark where the bounds of a mini-batch stop a ratio, the dual clip not counted; [B, T] bool."""
     if mini.bounds is None:
         return torch.zeros_like(mini.batch.sampled)
-    ratio = given(outputs.ratio, "ratio").detach()
+    ratio = require_tensor(outputs.ratio, "ratio").detach()
     return functional.clipped(ratio, mini.advantages, mini.bounds.lower, mini.bounds.upper)
 
 
@@ -148,7 +150,9 @@ def held_back(mini: MiniBatch, outputs: Outputs) -> Tensor:
 def rollout_gap(mini: MiniBatch, context: Context) -> Mapping[str, float]:
     """How far the learner's logprobs are from those the episodes were sampled with, in nats."""
     batch = mini.batch
-    gap = torch.where(batch.sampled, given(batch.old_logprobs, "old_logprobs") - batch.logprobs, 0.0).abs()
+    gap = torch.where(
+        batch.sampled, require_tensor(batch.old_logprobs, "old_logprobs") - batch.logprobs, 0.0
+    ).abs()
     return {
         "logprob_gap_max": float(gap.max()) if gap.numel() else 0.0,
         "logprob_gap_mean": float(functional.masked_mean(gap, batch.sampled)),
@@ -196,7 +200,7 @@ class Algorithm:
 
     def __post_init__(self) -> None:
         contradictions = [
-            f"{slot} does not go with {other_slot}: {why} ({_called(component)}, {_called(other)})"
+            f"{slot} does not go with {other_slot}: {why} ({_name(component)}, {_name(other)})"
             for slot, component in self.components()
             for name, why in dict(declarations(_hook(component), EXCLUDES)).items()
             for other_slot, other in self.components()
@@ -243,7 +247,7 @@ def _hook(component: object) -> object:
     return component.loss if isinstance(component, Term) else component
 
 
-def _called(component: object) -> str:
+def _name(component: object) -> str:
     function = _hook(component)
     while isinstance(function, partial):
         function = function.func
@@ -272,8 +276,15 @@ def _differ(returns: Sequence[float]) -> bool:
     return len(returns) > 1 and max(returns) - min(returns) > EQUAL_RETURNS
 
 
+_RENAMED = {"Rehearsal": "ReplayBatch", "held_back": "clipped_tokens", "given": "require_tensor"}
+
+
 def __getattr__(name: str) -> Any:
-    """Find a name that other packages may still import from here, although it has moved."""
+    """Find a name that other packages may still import from here, although it has moved or is new."""
+    if name in _RENAMED:
+        new = _RENAMED[name]
+        warnings.warn(f"agentrl.algorithms.algorithm.{name} is now {new}", DeprecationWarning, stacklevel=2)
+        return globals()[new]
     for home in ("hooks", "branching", "credit", "recipe"):
         module = import_module(f"agentrl.algorithms.{home}")
         if not name.startswith("_") and hasattr(module, name):

@@ -31,7 +31,9 @@ def prepare(
     kept = groups if selected else algorithm.select(groups, context)
     for shape in algorithm.shape_reward:
         kept = [
-            replace(group, episodes=tuple(shaped(episode, shape, context) for episode in group.episodes))
+            replace(
+                group, episodes=tuple(shape_episode(episode, shape, context) for episode in group.episodes)
+            )
             for group in kept
         ]
     return collate(kept, layout=layout)
@@ -80,7 +82,7 @@ def _checked(slot: str, values: Tensor, batch: Batch) -> Tensor:
     return values
 
 
-def shaped(episode: Episode, shape: ShapeReward, context: Context) -> Episode:
+def shape_episode(episode: Episode, shape: ShapeReward, context: Context) -> Episode:
     """Give an episode's turns the rewards that `shape` says.
 
     Raises:

@@ -22,7 +22,7 @@ State = Literal["observation", "state_key"]
 
 
 @dataclass(frozen=True)
-class Decisions:
+class ActionTokens:
     """The decisions of every trajectory in the order in which they were made, whichever rows they are in."""
 
     index: Tensor  # [E, L] int64, into the flattened tokens of the batch
@@ -53,11 +53,11 @@ class Decisions:
         return self.valid & (self.turns != after)
 
 
-def decisions(batch: Batch) -> Decisions:
+def decisions(batch: Batch) -> ActionTokens:
     """Order the decisions of a batch by trajectory, turn and position."""
     index, valid = functional.unroll(batch.sampled, batch.turns, batch.trajectory, len(batch.episodes))
     turns = torch.where(valid, batch.turns.flatten()[index], -1)
-    return Decisions(index, valid, turns, batch.tokens.shape)
+    return ActionTokens(index, valid, turns, batch.tokens.shape)
 
 
 def turn_rewards(batch: Batch) -> Tensor:
@@ -119,7 +119,7 @@ def decision_rewards(batch: Batch) -> Tensor:
     return at_last_decisions(step_rewards(batch), decisions(batch))
 
 
-def at_last_decisions(table: Tensor, made: Decisions) -> Tensor:
+def at_last_decisions(table: Tensor, made: ActionTokens) -> Tensor:
     """Put the value of every turn, [E, K], at the last decision of it; [B, T]."""
     return made.write(torch.where(made.last, table.gather(1, made.turns.clamp(min=0)), 0.0))
 
@@ -154,7 +154,7 @@ def anchor_states(batch: Batch, *, similarity: float = 1.0, state: State = "obse
             key = turn.info.get("state_key") if state == "state_key" else None
             found = turn.observation if key is None else ("key", key)
             if found not in states:
-                alike = _alike(turn.observation, states, similarity) if similarity < 1 else None
+                alike = _similar_state(turn.observation, states, similarity) if similarity < 1 else None
                 states[found] = numbers if alike is None else alike
                 numbers += alike is None
             row.append(float(states[found]))
@@ -168,7 +168,7 @@ def has_state_key(batch: Batch) -> Tensor:
     return _table(batch, named) > 0
 
 
-def branch_shares(batch: Batch) -> Tensor:
+def branch_weights(batch: Batch) -> Tensor:
     """One over the number of trajectories of the batch that share a turn; [E, K] float64.
 
     A trajectory that branched off another holds the other's turns up to there, though they were played once.
@@ -186,7 +186,7 @@ def branch_shares(batch: Batch) -> Tensor:
     return _table(batch, [[1 / counts[place] for place in row] for row in owners])
 
 
-def _alike(observation: str, states: dict[object, int], similarity: float) -> int | None:
+def _similar_state(observation: str, states: dict[object, int], similarity: float) -> int | None:
     """The number of the first known state whose first observation is similar enough."""
     matcher = SequenceMatcher(None, "", observation)
     seen: set[int] = set()

@@ -76,7 +76,7 @@ class MiniBatch:
     """The rows of one optimiser step, or of a part of it.
 
     The objective fills in `mask`, `current.ratio` and `bounds` in this order, each before the next slot is
-    asked. Diagnostics and `Replay.keep` see the mask of the whole rollout batch.
+    asked. Diagnostics and `Replay.add` see the mask of the whole rollout batch.
 
     Args:
         batch: the rows.
@@ -199,7 +199,7 @@ def declarations(component: object, kind: str) -> Any:
     return getattr(component, kind, ())
 
 
-def given(values: Tensor | None, name: str) -> Tensor:
+def require_tensor(values: Tensor | None, name: str) -> Tensor:
     """Read an optional field of a batch or of outputs.
 
     Raises:

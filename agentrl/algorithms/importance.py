@@ -9,10 +9,10 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.hooks import Context, MiniBatch, given, requires
+from agentrl.algorithms.hooks import Context, MiniBatch, require_tensor, requires
 
 
-def with_drift(algorithm: Algorithm, cap: float | None) -> Algorithm:
+def with_importance_correction(algorithm: Algorithm, cap: float | None) -> Algorithm:
     """Have an algorithm log the drift of its decisions, and weigh them by importance.
 
     Args:
@@ -23,7 +23,7 @@ def with_drift(algorithm: Algorithm, cap: float | None) -> Algorithm:
     return replace(
         algorithm,
         weights=(*algorithm.weights, *weights),
-        diagnostics=(*algorithm.diagnostics, partial(drift_numbers, cap=cap)),
+        diagnostics=(*algorithm.diagnostics, partial(mismatch_metrics, cap=cap)),
     )
 
 
@@ -31,13 +31,13 @@ def with_drift(algorithm: Algorithm, cap: float | None) -> Algorithm:
 def importance_weights(mini: MiniBatch, context: Context, *, cap: float) -> Tensor:
     """Truncated importance of each decision, 1 elsewhere; [B, T], see `functional.truncated_importance`."""
     batch = mini.batch
-    old = given(batch.old_logprobs, "old_logprobs")
+    old = require_tensor(batch.old_logprobs, "old_logprobs")
     weights = functional.truncated_importance(old, batch.logprobs, cap)
     return torch.where(batch.sampled, weights, 1.0)
 
 
 @requires("old_logprobs")
-def drift_numbers(rollout: MiniBatch, context: Context, *, cap: float | None) -> Mapping[str, float]:
+def mismatch_metrics(rollout: MiniBatch, context: Context, *, cap: float | None) -> Mapping[str, float]:
     """How far apart the learner and whoever drew are, before the update, over the decisions of a batch.
 
     Returns:
@@ -45,7 +45,10 @@ def drift_numbers(rollout: MiniBatch, context: Context, *, cap: float | None) ->
         KL(rollout || old); with a cap drift_capped, the share of decisions that it holds.
     """
     batch = rollout.batch
-    old, drawn = given(batch.old_logprobs, "old_logprobs")[batch.sampled], batch.logprobs[batch.sampled]
+    old, drawn = (
+        require_tensor(batch.old_logprobs, "old_logprobs")[batch.sampled],
+        batch.logprobs[batch.sampled],
+    )
     if not len(old):
         return {}
     apart = (old - drawn).abs()

@@ -68,10 +68,12 @@ def recipe(name: str) -> Callable[[R], R]:
 
     def register(cls: R) -> R:
         known = _recipes.get(name)
-        if known is not None and _place(known) != _place(cls):
-            raise ConfigError(f"two recipes are named {name!r}: {_place(known)} and {_place(cls)}")
+        if known is not None and _qualified_name(known) != _qualified_name(cls):
+            raise ConfigError(
+                f"two recipes are named {name!r}: {_qualified_name(known)} and {_qualified_name(cls)}"
+            )
         if not is_dataclass(cls):
-            raise ConfigError(f"recipe {name!r} ({_place(cls)}) is not a dataclass")
+            raise ConfigError(f"recipe {name!r} ({_qualified_name(cls)}) is not a dataclass")
         record_registration("recipe", cls.__module__)
         cls.name = name
         cls.__init__ = _with_preset(cls)  # type: ignore[method-assign]
@@ -95,7 +97,7 @@ def preset_values(cls: type[Recipe], preset: str) -> dict[str, Any]:
     return values
 
 
-def kept_from_preset(recipe: Recipe, where: str = "algorithm") -> list[str]:
+def preset_overrides(recipe: Recipe, where: str = "algorithm") -> list[str]:
     """Tell each field, also of recipes inside, in which a given value stands in the place of the preset's."""
     lines = []
     wanted = (
@@ -103,13 +105,13 @@ def kept_from_preset(recipe: Recipe, where: str = "algorithm") -> list[str]:
     )
     for item in fields(recipe):
         value, path = getattr(recipe, item.name), f"{where}.{item.name}"
-        if item.name in wanted and value == _made(wanted[item.name]):
+        if item.name in wanted and value == _as_recipe(wanted[item.name]):
             continue
         if item.name in wanted:
             shown = "as given" if isinstance(value, Recipe) else repr(value)
             lines.append(f"{path} stays {shown}; preset={recipe.preset} has {wanted[item.name]!r}")
         if isinstance(value, Recipe):
-            lines += kept_from_preset(value, path)
+            lines += preset_overrides(value, path)
     return lines
 
 
@@ -123,23 +125,23 @@ def _with_preset(cls: type[Recipe]) -> Callable[..., None]:
         named = dict(zip(order, args, strict=False))
         if len(args) > len(order) or named.keys() & given.keys():
             plain(self, *args, **given)  # which is a TypeError
-        values = _settled(cls, named | given)
+        values = _resolved_fields(cls, named | given)
         check_numbers(type(self), values)
         plain(self, **values)
 
     return filled
 
 
-def _settled(cls: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
+def _resolved_fields(cls: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
     """Complete what is given by what the preset and `parity: official` say of the rest.
 
     Raises:
         ConfigError: when parity contradicts what is given.
     """
-    stated = _stated(cls, given)
+    stated = _without_open_nulls(cls, given)
     preset = stated.get("preset", "ours")
     if stated.get("parity") != "official":
-        return {name: _made(value) for name, value in preset_values(cls, preset).items()} | stated
+        return {name: _as_recipe(value) for name, value in preset_values(cls, preset).items()} | stated
     if preset == "paper":
         raise ConfigError("preset is 'paper', and parity=official is the preset 'released'")
     released = preset_values(cls, "released")
@@ -153,18 +155,18 @@ def _settled(cls: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("; ".join(overruled))
     filled = {name: released[name] for name in (released if preset == "released" else cls.OPEN)}
     return (
-        {name: _made(value) for name, value in filled.items()}
+        {name: _as_recipe(value) for name, value in filled.items()}
         | stated
         | {name: released[name] for name in cls.OFFICIAL}
         | {"preset": "released"}
     )
 
 
-def _stated(cls: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
+def _without_open_nulls(cls: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None or name not in cls.OPEN}
 
 
-def _made(value: Any) -> Any:
+def _as_recipe(value: Any) -> Any:
     """The recipe of a block; any other value as it is."""
     if not isinstance(value, Mapping):
         return value
@@ -206,7 +208,7 @@ def build_recipe(name: str, settings: Mapping[str, Any] | None = None, where: st
             contradict each other.
     """
     cls = recipe_class(name, where)
-    made = build(cls, _stated(cls, settings or {}), where)
+    made = build(cls, _without_open_nulls(cls, settings or {}), where)
     try:
         made.build()
         if name in _names_inside(made):
@@ -292,5 +294,5 @@ def _load(point: EntryPoint) -> None:
         )
 
 
-def _place(cls: type) -> str:
+def _qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"

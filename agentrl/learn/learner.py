@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Algorithm, Rehearsal
+from agentrl.algorithms.algorithm import Algorithm, ReplayBatch
 from agentrl.algorithms.credit import compute_advantages, with_mask, with_targets
-from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, given
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, require_tensor
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import StopReason
 from agentrl.errors import CheckpointError, NonFiniteError, RequirementError
@@ -165,7 +165,7 @@ class Learner:
             batch = self.score(batch, algorithm.requires)
         batch = with_targets(algorithm, _without_unsampled(batch.to(self._device)), context)
         rollout = MiniBatch(batch, compute_advantages(algorithm, batch, context))
-        rehearsal = None if algorithm.replay is None else algorithm.replay.recall(context)
+        rehearsal = None if algorithm.replay is None else algorithm.replay.sample(context)
         seen = _nothing(batch)
         steps: list[dict[str, float]] = []
         for epoch in range(self.config.epochs):
@@ -187,8 +187,8 @@ class Learner:
         rollout = with_mask(algorithm, replace(rollout, batch=batch), context)
         replayed: dict[str, float] = {}
         if algorithm.replay is not None:
-            algorithm.replay.keep(rollout, context)
-            replayed = {**_means(rehearsed), **algorithm.replay.numbers()}
+            algorithm.replay.add(rollout, context)
+            replayed = {**_means(rehearsed), **algorithm.replay.metrics()}
         everything = steps + rehearsed
         skipped = sum("grad_norm" not in numbers for numbers in everything)
         return (
@@ -201,7 +201,7 @@ class Learner:
             }
         )
 
-    def _deal_out(self, rehearsal: Rehearsal, count: int, context: Context, epoch: int) -> list[_Part]:
+    def _deal_out(self, rehearsal: ReplayBatch, count: int, context: Context, epoch: int) -> list[_Part]:
         """Deal what is rehearsed out to so many optimiser steps."""
         batch = rehearsal.batch.to(self._device)
         everything = MiniBatch(batch, rehearsal.advantages.to(self._device))
@@ -210,7 +210,7 @@ class Learner:
             for rows in mini_batches(batch, count, context.step, epoch)
         ]
 
-    def _rehearse(self, rehearsal: Rehearsal, context: Context) -> list[dict[str, float]]:
+    def _rehearse(self, rehearsal: ReplayBatch, context: Context) -> list[dict[str, float]]:
         """Take optimiser steps on what is rehearsed alone, at the rate of the last one."""
         parts = self._deal_out(rehearsal, self.config.mini_batches, context, self.config.epochs)
         taken = [self._step(part, [], context)[0] for part in parts]
@@ -455,7 +455,7 @@ class Learner:
 def _sample(parameter: nn.Parameter) -> tuple[int, Tensor, Tensor]:
     """Take every so many weights of a parameter: how many, the weights, and which of them have a gradient."""
     step = max(1, own_part(parameter).numel() // _WATCHED)
-    return step, _every(parameter, step).clone(), _every(given(parameter.grad, "grad"), step) != 0
+    return step, _every(parameter, step).clone(), _every(require_tensor(parameter.grad, "grad"), step) != 0
 
 
 def _every(values: Tensor, step: int) -> Tensor:
@@ -470,7 +470,9 @@ def _nothing(batch: Batch, *, values: bool = False) -> Outputs:
 def _scores(batch: Batch) -> Outputs:
     """What the scoring pass said, as the outputs of the policy that is still the same."""
     return Outputs(
-        given(batch.old_logprobs, "old_logprobs"), given(batch.old_entropies, "old_entropies"), batch.values
+        require_tensor(batch.old_logprobs, "old_logprobs"),
+        require_tensor(batch.old_entropies, "old_entropies"),
+        batch.values,
     )
 
 
@@ -496,7 +498,7 @@ def _without_unsampled(batch: Batch) -> Batch:
 def _batch_numbers(rollout: MiniBatch, algorithm: Algorithm, context: Context) -> dict[str, float]:
     batch = rollout.batch
     entropies = functional.entropy_means(
-        given(batch.old_entropies, "old_entropies"), batch.sampled, batch.turns, batch.trajectory
+        require_tensor(batch.old_entropies, "old_entropies"), batch.sampled, batch.turns, batch.trajectory
     )
     numbers = {f"entropy_{level}": float(value) for level, value in entropies.items()}
     for diagnostic in algorithm.diagnostics:

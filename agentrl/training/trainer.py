@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from agentrl.algorithms.algorithm import check_requirements
 from agentrl.algorithms.credit import prepare
 from agentrl.algorithms.hooks import Context
-from agentrl.algorithms.importance import with_drift
+from agentrl.algorithms.importance import with_importance_correction
 from agentrl.algorithms.methods.cloning import cloning
 from agentrl.data.storage import write_episodes
 from agentrl.data.trajectory import StopReason
@@ -174,7 +174,7 @@ class Trainer:
         check_server(config.engine)
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
-        self.algorithm = with_drift(config.algorithm.build(), config.trainer.correction)
+        self.algorithm = with_importance_correction(config.algorithm.build(), config.trainer.correction)
         wanted = self.algorithm.requires
         check_requirements(
             self.algorithm,

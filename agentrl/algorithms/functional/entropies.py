@@ -59,7 +59,7 @@ def entropy_means(entropies: Tensor, mask: Tensor, turns: Tensor, trajectory: Te
     return {name: (weights * values).sum() / count.clamp(min=1) for name, (weights, count) in levels.items()}
 
 
-def corridor_violation(entropies: Tensor, reference: Tensor | float, low: float, high: float) -> Tensor:
+def entropy_band_violation(entropies: Tensor, reference: Tensor | float, low: float, high: float) -> Tensor:
     """How far entropy is outside a corridor around its reference (EPO).
 
         S = max(low * ref - H, 0) + max(H - high * ref, 0)
@@ -75,14 +75,14 @@ def corridor_violation(entropies: Tensor, reference: Tensor | float, low: float,
 
     Source: Xu et al. 2025, arXiv:2509.22576.
     """
-    floor, ceiling = _corridor(entropies, reference, low, high)
+    floor, ceiling = _entropy_band(entropies, reference, low, high)
     return (floor - entropies).relu() + (entropies - ceiling).relu()
 
 
-def corridor_indicator(
+def entropy_band_indicator(
     entropies: Tensor, reference: Tensor | float, low: float, high: float, *, strict: bool = True
 ) -> Tensor:
-    """Whether entropy is outside the corridor of `corridor_violation`; a constant, so nothing learns from it.
+    """Whether entropy is outside the corridor of `entropy_band_violation`; a constant, so nothing learns from it.
 
     Args:
         entropies: [B, T] float, nats.
@@ -96,13 +96,15 @@ def corridor_indicator(
 
     Source: Xu et al. 2025, arXiv:2509.22576 (its released code).
     """
-    floor, ceiling = _corridor(entropies, reference, low, high)
+    floor, ceiling = _entropy_band(entropies, reference, low, high)
     inside = (floor < entropies) & (entropies < ceiling)
     if not strict:
         inside |= (entropies == floor) | (entropies == ceiling)
     return (~inside).to(entropies.dtype)
 
 
-def _corridor(entropies: Tensor, reference: Tensor | float, low: float, high: float) -> tuple[Tensor, Tensor]:
+def _entropy_band(
+    entropies: Tensor, reference: Tensor | float, low: float, high: float
+) -> tuple[Tensor, Tensor]:
     centre = torch.as_tensor(reference, dtype=entropies.dtype, device=entropies.device).detach()
     return low * centre, high * centre

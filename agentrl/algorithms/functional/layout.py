@@ -6,7 +6,7 @@ from torch import Tensor
 from agentrl.algorithms.functional.shapes import same_shape
 
 
-def spread(values: Tensor, trajectory: Tensor, sampled: Tensor) -> Tensor:
+def broadcast_to_tokens(values: Tensor, trajectory: Tensor, sampled: Tensor) -> Tensor:
     """Give every sampled token the value of its trajectory.
 
         out[b, t] = values[trajectory[b]] where sampled, else 0
@@ -54,7 +54,7 @@ def unroll(mask: Tensor, turns: Tensor, trajectory: Tensor, episodes: int) -> tu
     return index, valid
 
 
-def step_means(
+def turn_means(
     values: Tensor, mask: Tensor, turns: Tensor, trajectory: Tensor, episodes: int
 ) -> tuple[Tensor, Tensor]:
     """Average over the decisions of every turn.
@@ -86,7 +86,7 @@ def step_means(
     return means.reshape(episodes, width), (counts > 0).reshape(episodes, width)
 
 
-def spread_steps(table: Tensor, turns: Tensor, trajectory: Tensor, mask: Tensor) -> Tensor:
+def broadcast_turns_to_tokens(table: Tensor, turns: Tensor, trajectory: Tensor, mask: Tensor) -> Tensor:
     """Give every decision the value of its turn.
 
         out[b, t] = table[trajectory[b], turns[b, t]] where mask, else 0

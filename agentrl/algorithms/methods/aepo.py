@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss
-from agentrl.algorithms.features import branch_shares
+from agentrl.algorithms.features import branch_weights
 from agentrl.algorithms.hooks import (
     Bounds,
     Context,
@@ -21,7 +21,7 @@ from agentrl.algorithms.hooks import (
     Outputs,
     Transform,
     excludes,
-    given,
+    require_tensor,
     requires,
     trait,
 )
@@ -319,7 +319,7 @@ def scale_by_entropy(
 
     See `entropy_scaled_advantage`.
     """
-    entropies = given(batch.old_entropies, "old_entropies")
+    entropies = require_tensor(batch.old_entropies, "old_entropies")
     return functional.entropy_scaled_advantage(
         advantages, entropies, batch.sampled, scale=scale, limits=limits
     )
@@ -331,14 +331,16 @@ def stop_gradient_policy_loss(outputs: Outputs, mini: MiniBatch, bounds: Bounds 
     if bounds is None:
         return clipped_policy_loss(outputs, mini, None)
     return functional.stop_gradient_clipped_surrogate(
-        given(outputs.ratio, "ratio"), mini.advantages, bounds.lower, bounds.upper, bounds.dual
+        require_tensor(outputs.ratio, "ratio"), mini.advantages, bounds.lower, bounds.upper, bounds.dual
     )
 
 
 def shared_turn_weight(mini: MiniBatch, context: Context) -> Tensor:
     """One over the number of trajectories of the rollout batch that share a turn; [B, T]."""
     batch = mini.batch
-    return functional.spread_steps(branch_shares(batch), batch.turns, batch.trajectory, batch.sampled)
+    return functional.broadcast_turns_to_tokens(
+        branch_weights(batch), batch.turns, batch.trajectory, batch.sampled
+    )
 
 
 @requires("entropy")
@@ -347,7 +349,7 @@ def entropy_factors(
 ) -> Mapping[str, float]:
     """Range of the standardised entropies, and how many advantages changed sign or met a limit."""
     batch = mini.batch
-    entropies = given(batch.old_entropies, "old_entropies")
+    entropies = require_tensor(batch.old_entropies, "old_entropies")
     if not bool(batch.sampled.any()):
         return {}
     ones = torch.ones_like(entropies)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Algorithm, held_back
-from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, given, requires
+from agentrl.algorithms.algorithm import Algorithm, clipped_tokens
+from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, require_tensor, requires
 from agentrl.config import SignedWeight
 from agentrl.errors import RequirementError
 from agentrl.seeds import derive_seed
@@ -33,7 +33,7 @@ def with_covariance_clip(algorithm: Algorithm, share: float, band: Band) -> Algo
         algorithm,
         clip=None if algorithm.clip is None else partial(without_dual, clip=algorithm.clip),
         weights=(*algorithm.weights, partial(covariance_clip, share=share, band=band)),
-        diagnostics=(*algorithm.diagnostics, partial(covariance_numbers, share=share, band=band)),
+        diagnostics=(*algorithm.diagnostics, partial(covariance_metrics, share=share, band=band)),
     )
 
 
@@ -68,7 +68,7 @@ def covariance_clip(mini: MiniBatch, context: Context, *, share: float, band: Ba
         raise RequirementError("MiniBatch.current is empty; covariance clipping reads it")
     counted = mini.counted
     covariance = functional.covariance(mini.advantages, current.logprobs, counted)
-    candidates = counted & (band[0] < covariance) & (covariance < band[1]) & ~held_back(mini, current)
+    candidates = counted & (band[0] < covariance) & (covariance < band[1]) & ~clipped_tokens(mini, current)
     rows, positions = candidates.nonzero(as_tuple=True)
     turns = batch.turns[rows, positions].tolist()
     names = [batch.episodes[owner].id for owner in batch.trajectory[rows].tolist()]
@@ -85,7 +85,7 @@ def covariance_clip(mini: MiniBatch, context: Context, *, share: float, band: Ba
 
 
 @requires("old_logprobs")
-def covariance_numbers(
+def covariance_metrics(
     rollout: MiniBatch, context: Context, *, share: float, band: Band
 ) -> Mapping[str, float]:
     """Covariance of advantage and logprob over a rollout batch, and the share of decisions clipped for it.
@@ -93,7 +93,7 @@ def covariance_numbers(
     The share is that of one optimiser step on the whole batch.
     """
     counted = rollout.counted
-    logprobs = given(rollout.batch.old_logprobs, "old_logprobs")
+    logprobs = require_tensor(rollout.batch.old_logprobs, "old_logprobs")
     values = functional.covariance(rollout.advantages, logprobs, counted)[counted]
     if not len(values):
         return {"covariance_mean": 0.0, "covariance_max": 0.0, "covariance_clip_share": 0.0}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.credit import shaped
+from agentrl.algorithms.credit import shape_episode
 from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Select, ShapeReward, excludes, trait
 from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.algorithms.recipe import Base, Presets, Recipe, recipe, without_replay
@@ -85,7 +85,7 @@ class DrBot(Recipe):
             aggregation=partial(
                 functional.constant_weights, length=self.sequence_length, sequence=self.sequence
             ),
-            diagnostics=(*base.diagnostics, fault_numbers),
+            diagnostics=(*base.diagnostics, fault_metrics),
         )
 
 
@@ -108,7 +108,9 @@ def select_shaped(
     seen = groups
     for shape in shapers:
         seen = [
-            replace(group, episodes=tuple(shaped(episode, shape, context) for episode in group.episodes))
+            replace(
+                group, episodes=tuple(shape_episode(episode, shape, context) for episode in group.episodes)
+            )
             for group in seen
         ]
     return [
@@ -150,10 +152,10 @@ def without_faults(mini: MiniBatch, context: Context) -> Tensor:
     for owner, row in found.items():
         table[owner, : len(row)] = torch.tensor([reason is None for reason in row], dtype=table.dtype)
     good = table.to(batch.tokens.device)
-    return functional.spread_steps(good, batch.turns, batch.trajectory, batch.sampled) > 0
+    return functional.broadcast_turns_to_tokens(good, batch.turns, batch.trajectory, batch.sampled) > 0
 
 
-def fault_numbers(rollout: MiniBatch, context: Context) -> Mapping[str, float]:
+def fault_metrics(rollout: MiniBatch, context: Context) -> Mapping[str, float]:
     """The share of replies with each fault; a reply counts for the first that it has."""
     reasons = [reason for row in _faults(rollout.batch).values() for reason in row]
     counts = Counter(reasons)

@@ -10,8 +10,8 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import compute_advantages
-from agentrl.algorithms.features import branch_shares
-from agentrl.algorithms.hooks import Context, MiniBatch, excludes, given, requires
+from agentrl.algorithms.features import branch_weights
+from agentrl.algorithms.hooks import Context, MiniBatch, excludes, require_tensor, requires
 from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe
 from agentrl.config import Weight
 from agentrl.data.batch import Batch
@@ -78,7 +78,7 @@ class EMPG(Recipe):
             ValueError: when the advantage differs between the decisions of one turn.
         """
         final = self._final(_steps(advantages, batch), self.zeta)
-        return functional.spread_steps(final, batch.turns, batch.trajectory, batch.sampled)
+        return functional.broadcast_turns_to_tokens(final, batch.turns, batch.trajectory, batch.sampled)
 
     @requires("entropy")
     def modulation(self, mini: MiniBatch, context: Context, *, base: Algorithm) -> Mapping[str, float]:
@@ -131,10 +131,14 @@ class _Steps:
 def _steps(advantages: Tensor, batch: Batch) -> _Steps:
     where = (batch.sampled, batch.turns, batch.trajectory, len(batch.episodes))
     values = torch.where(batch.sampled, advantages, 0.0).double()
-    credit, present = functional.step_means(values, *where)
+    credit, present = functional.turn_means(values, *where)
     if not torch.allclose(
-        functional.spread_steps(credit, batch.turns, batch.trajectory, batch.sampled), values, equal_nan=True
+        functional.broadcast_turns_to_tokens(credit, batch.turns, batch.trajectory, batch.sampled),
+        values,
+        equal_nan=True,
     ):
         raise ValueError("empg: the base's advantage differs within a turn, wanted one number for each turn")
-    entropies, _ = functional.step_means(given(batch.old_entropies, "old_entropies").double(), *where)
-    return _Steps(credit, entropies, present, branch_shares(batch)[:, : present.shape[1]])
+    entropies, _ = functional.turn_means(
+        require_tensor(batch.old_entropies, "old_entropies").double(), *where
+    )
+    return _Steps(credit, entropies, present, branch_weights(batch)[:, : present.shape[1]])

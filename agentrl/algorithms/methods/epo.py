@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, given, requires
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, require_tensor, requires
 from agentrl.algorithms.methods.grpo import entropy_bonus
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Count, PositiveWeight, Steps, Weight
@@ -143,7 +143,9 @@ class EPO(Recipe):
             Term("epo_smoothing", self.smoothing_loss, self.smoothing_coefficient, weights),
         )
         return replace(
-            base, terms=(*base.terms, *terms), diagnostics=(*base.diagnostics, entropy_levels, self.corridor)
+            base,
+            terms=(*base.terms, *terms),
+            diagnostics=(*base.diagnostics, entropy_levels, self.entropy_band),
         )
 
     def smoothing_coefficient(self, context: Context) -> float:
@@ -161,9 +163,9 @@ class EPO(Recipe):
         known = ~reference.isnan()
         reference = torch.where(known, reference, 0.0)
         if self.smoothing == "hinge":
-            outside = functional.corridor_violation(outputs.entropies, reference, self.low, self.high)
+            outside = functional.entropy_band_violation(outputs.entropies, reference, self.low, self.high)
         else:
-            outside = functional.corridor_indicator(
+            outside = functional.entropy_band_indicator(
                 outputs.entropies, reference, self.low, self.high, strict=self.preset == "released"
             )
         return torch.where(known, outside, 0.0)
@@ -180,9 +182,9 @@ class EPO(Recipe):
         return torch.tensor([*table, math.nan], dtype=torch.float64, device=batch.turns.device)[batch.turns]
 
     @requires("entropy")
-    def corridor(self, mini: MiniBatch, context: Context) -> Mapping[str, float]:
+    def entropy_band(self, mini: MiniBatch, context: Context) -> Mapping[str, float]:
         """Where the corridor was before the update, and how many decisions were outside it."""
-        entropies = given(mini.batch.old_entropies, "old_entropies")
+        entropies = require_tensor(mini.batch.old_entropies, "old_entropies")
         reference = self.reference_entropies(mini.batch, context)
         known = mini.batch.sampled & ~reference.isnan()
         numbers = {
@@ -253,8 +255,8 @@ def entropy_levels(mini: MiniBatch, context: Context) -> Mapping[str, float]:
     Later steps have their reference from these numbers.
     """
     batch = mini.batch
-    entropies = given(batch.old_entropies, "old_entropies").double()
-    means, present = functional.step_means(
+    entropies = require_tensor(batch.old_entropies, "old_entropies").double()
+    means, present = functional.turn_means(
         entropies, batch.sampled, batch.turns, batch.trajectory, len(batch.episodes)
     )
     return _levels(

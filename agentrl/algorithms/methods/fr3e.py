@@ -24,7 +24,7 @@ from agentrl.data.trajectory import BranchPoint, Episode, Group, Turn
 from agentrl.errors import ConfigError
 from agentrl.seeds import derive_seed
 
-NEAR = 3  # decisions: points this close are one moment of doubt, to `quantile`
+MIN_GAP = 3  # decisions: points this close are one moment of doubt, to `quantile`
 
 Unit = Literal["auto", "token", "turn"]
 Score = Literal["entropy", "surprisal", "quantile"]
@@ -126,13 +126,13 @@ class FR3E(Recipe):
             skip_equal=self.preset == "released",
         )
         return Algorithm(
-            select=keep_instructive,
+            select=drop_uninformative,
             rollout=RolloutPlan(episodes=episodes, grow=partial(Exploration, self)),
             advantage=partial(exploration_advantage, modulate=modulate, divide_by_std=self.divide_by_std),
-            masks=(instructive_tokens,),
+            masks=(informative_tokens,),
             clip=partial(fixed_clip, low=self.clip_low, high=self.clip_high, dual=None),
             aggregation=functional.token_weights,
-            diagnostics=(rollout_gap, partial(exploration_numbers, modulate=modulate, unit=self.anchor)),
+            diagnostics=(rollout_gap, partial(exploration_metrics, modulate=modulate, unit=self.anchor)),
         )
 
 
@@ -211,7 +211,7 @@ def anchor_points(
     places, values = list(scores), list(scores.values())
     order = sorted(range(len(values)), key=lambda index: -values[index])
     if score == "quantile":
-        order = _apart(order, values)
+        order = _spaced_apart(order, values)
     return [BranchPoint(base.id, *places[index]) for index in sorted(order[:count])]
 
 
@@ -239,14 +239,14 @@ def _decisions(turn: Turn, score: Score) -> dict[int, float]:
     }
 
 
-def _apart(order: Sequence[int], values: Sequence[float]) -> list[int]:
+def _spaced_apart(order: Sequence[int], values: Sequence[float]) -> list[int]:
     """Those of the upper quarter, each only if no better one is near."""
     if len(values) < 2:
         return list(order)
     bar = quantiles(values, n=4, method="inclusive")[2]
     chosen: list[int] = []
     for index in order:
-        if values[index] >= bar and all(abs(index - other) > NEAR for other in chosen):
+        if values[index] >= bar and all(abs(index - other) > MIN_GAP for other in chosen):
             chosen.append(index)
     return chosen
 
@@ -361,10 +361,10 @@ def exploration_advantage(
     centred = functional.group_relative_advantage(batch.returns, states.member, divide_by_std=divide_by_std)
     # The 0 at the end is what the index -1 finds.
     advantages = centred * torch.cat([alpha, alpha.new_zeros(1)])[states.member]
-    return functional.spread(advantages, batch.trajectory, _own_tokens(batch))
+    return functional.broadcast_to_tokens(advantages, batch.trajectory, _own_tokens(batch))
 
 
-def instructive_tokens(mini: MiniBatch, context: Context) -> Tensor:
+def informative_tokens(mini: MiniBatch, context: Context) -> Tensor:
     """What continuations decided themselves, in states whose continuations differ; [B, T] bool."""
     batch = mini.batch
     states = explored_states(batch)
@@ -373,12 +373,12 @@ def instructive_tokens(mini: MiniBatch, context: Context) -> Tensor:
     return _own_tokens(batch) & learned[batch.trajectory][:, None]
 
 
-def keep_instructive(groups: Sequence[Group], context: Context) -> Sequence[Group]:
+def drop_uninformative(groups: Sequence[Group], context: Context) -> Sequence[Group]:
     """Keep the groups in which some state's continuations have different returns."""
-    return [group for group in groups if _instructive(group)]
+    return [group for group in groups if _informative(group)]
 
 
-def exploration_numbers(
+def exploration_metrics(
     mini: MiniBatch, context: Context, *, modulate: Modulate, unit: Unit
 ) -> Mapping[str, float]:
     """States: the share that is learned from, mean value, factor and entropy at the anchors (nats)."""
@@ -412,7 +412,7 @@ def _own_tokens(batch: Batch) -> Tensor:
     return batch.sampled & (batch.turns >= first[batch.trajectory][:, None])
 
 
-def _instructive(group: Group) -> bool:
+def _informative(group: Group) -> bool:
     returns: dict[BranchPoint, list[float]] = defaultdict(list)
     for episode in group.finished:
         if episode.parent is not None:

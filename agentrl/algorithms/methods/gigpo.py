@@ -13,14 +13,14 @@ from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.features import (
     State,
     anchor_states,
-    branch_shares,
+    branch_weights,
     has_state_key,
     turn_exists,
     turn_penalties,
     turn_rewards,
 )
 from agentrl.algorithms.hooks import Advantage, Context, MiniBatch
-from agentrl.algorithms.methods.grpo import GRPO, comparing
+from agentrl.algorithms.methods.grpo import GRPO, mark_comparing
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.config import PositiveShare, Share, Weight
 from agentrl.data.batch import Batch
@@ -91,13 +91,13 @@ class GiGPO(GRPO):
             two_level_advantage, episode=plain.advantage, step=step, step_weight=self.step_weight
         )
         numbers = partial(
-            level_numbers,
+            level_metrics,
             episode=plain.advantage,
             step=step,
             similarity=self.similarity,
             state=self.state,
         )
-        compared = comparing(advantage, self.singleton)
+        compared = mark_comparing(advantage, self.singleton)
         return replace(plain, advantage=compared, diagnostics=(*plain.diagnostics, numbers))
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
@@ -143,12 +143,12 @@ def step_advantage(
         returns[exists],
         anchor_states(batch, similarity=similarity, state=state)[exists],
         divide_by_std=divide_by_std,
-        copies=branch_shares(batch)[exists],
+        copies=branch_weights(batch)[exists],
     )
-    return functional.spread_steps(compared, batch.turns, batch.trajectory, batch.sampled)
+    return functional.broadcast_turns_to_tokens(compared, batch.turns, batch.trajectory, batch.sampled)
 
 
-def level_numbers(
+def level_metrics(
     mini: MiniBatch,
     context: Context,
     *,
@@ -167,12 +167,12 @@ def level_numbers(
     visited = int(visits.sum())
     named = has_state_key(batch).sum() / max(1, visited)
     return {
-        "advantage_episode": _mean_size(episode(batch, context), batch),
-        "advantage_step": _mean_size(step(batch, context), batch),
+        "advantage_episode": _mean_magnitude(episode(batch, context), batch),
+        "advantage_step": _mean_magnitude(step(batch, context), batch),
         "states_shared": int(visits[visits > 1].sum()) / visited if visited else 0.0,
         **({"states_named": float(named)} if state == "state_key" else {}),
     }
 
 
-def _mean_size(advantages: Tensor, batch: Batch) -> float:
+def _mean_magnitude(advantages: Tensor, batch: Batch) -> float:
     return float(functional.masked_mean(advantages.abs(), batch.sampled))

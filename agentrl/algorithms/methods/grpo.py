@@ -21,7 +21,7 @@ from agentrl.algorithms.hooks import (
     MiniBatch,
     Outputs,
     Term,
-    given,
+    require_tensor,
     requires,
     trait,
     traits,
@@ -173,7 +173,7 @@ class GRPO(ClippedRecipe):
             weighting=self.weighting,
             invalid_penalty=self.invalid_penalty,
         )
-        return replace(super().build(), advantage=comparing(advantage, self.singleton))
+        return replace(super().build(), advantage=mark_comparing(advantage, self.singleton))
 
 
 @recipe("dr_grpo")
@@ -223,14 +223,16 @@ def compare_in_groups(
         invalid_penalty: that the rewards of turns hold, for `row`.
     """
     if weighting == "trajectory":
-        return functional.spread(estimate(batch.returns, batch.groups), batch.trajectory, batch.sampled)
+        return functional.broadcast_to_tokens(
+            estimate(batch.returns, batch.groups), batch.trajectory, batch.sampled
+        )
     scores, exists = row_scores(batch, invalid_penalty), turn_exists(batch)
     compared = torch.zeros_like(scores)
     compared[exists] = estimate(scores[exists], batch.groups[:, None].expand_as(scores)[exists])
-    return functional.spread_steps(compared, batch.turns, batch.trajectory, batch.sampled)
+    return functional.broadcast_turns_to_tokens(compared, batch.turns, batch.trajectory, batch.sampled)
 
 
-def comparing(advantage: Advantage, singleton: functional.Singleton) -> Advantage:
+def mark_comparing(advantage: Advantage, singleton: functional.Singleton) -> Advantage:
     """Say of an advantage that it is 0 for an episode alone, where the `singleton` has none."""
     return trait(COMPARES, *traits(advantage))(advantage) if singleton == "zero" else advantage
 
@@ -259,7 +261,9 @@ def kl_to_reference(
     outputs: Outputs, mini: MiniBatch, context: Context, *, estimator: str = "k3", limit: float | None = None
 ) -> Tensor:
     """Divergence from the reference policy at the sampled tokens, within +-limit if any; [B, T] nats."""
-    found = _KL[estimator](outputs.logprobs, given(mini.batch.reference_logprobs, "reference_logprobs"))
+    found = _KL[estimator](
+        outputs.logprobs, require_tensor(mini.batch.reference_logprobs, "reference_logprobs")
+    )
     return found if limit is None else found.clamp(-limit, limit)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.hooks import MiniBatch, Outputs, given, trait
+from agentrl.algorithms.hooks import MiniBatch, Outputs, require_tensor, trait
 from agentrl.algorithms.methods.grpo import fixed_clip
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
 from agentrl.config import Share, Weight
@@ -63,5 +63,5 @@ class GSPO(Recipe):
 def turn_ratio(outputs: Outputs, mini: MiniBatch) -> Tensor:
     """New over old probability of a turn, per decision; the same at all its tokens; [B, T]."""
     batch = mini.batch
-    old = given(batch.old_logprobs, "old_logprobs")
+    old = require_tensor(batch.old_logprobs, "old_logprobs")
     return functional.sequence_ratio(outputs.logprobs, old, batch.sampled, batch.turns, batch.trajectory)

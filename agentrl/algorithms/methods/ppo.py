@@ -11,7 +11,7 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.features import decision_rewards, decisions, has_decision, row_scores, step_rewards
-from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, given, requires, trait
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, require_tensor, requires, trait
 from agentrl.algorithms.methods.grpo import ClippedRecipe
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.config import PositiveWeight, Share, Weight
@@ -86,7 +86,7 @@ class PPO(ClippedRecipe):
             advantage=requires(*read)(partial(gae_advantage, estimate=estimate)),
             targets=partial(gae_returns, estimate=estimate),
             terms=(*plain.terms, value),
-            diagnostics=(*plain.diagnostics, value_numbers),
+            diagnostics=(*plain.diagnostics, value_metrics),
         )
 
     def estimate(self) -> Estimate:
@@ -129,12 +129,12 @@ def trajectory_gae(batch: Batch, *, gamma: float, lam: float, bootstrap: bool) -
     made = decisions(batch)
     estimates = functional.gae(
         made.read(decision_rewards(batch)),
-        made.read(given(batch.values, "values").double()),
+        made.read(require_tensor(batch.values, "values").double()),
         made.valid,
         made.turns,
         gamma_turn=gamma,
         lam_turn=lam,
-        last_values=_cut_off_values(batch) if bootstrap else None,
+        last_values=_truncation_values(batch) if bootstrap else None,
     )
     return made.write(estimates[0]), made.write(estimates[1])
 
@@ -147,9 +147,9 @@ def turn_gae(batch: Batch, *, gamma: float, lam: float, bootstrap: bool) -> tupl
     made, rewards = decisions(batch), step_rewards(batch)
     values = torch.zeros_like(rewards)
     owners = torch.arange(len(rewards), device=rewards.device)[:, None].expand_as(made.turns)
-    values[owners[made.first], made.turns[made.first]] = made.read(given(batch.values, "values").double())[
-        made.first
-    ]
+    values[owners[made.first], made.turns[made.first]] = made.read(
+        require_tensor(batch.values, "values").double()
+    )[made.first]
     estimates = functional.gae(
         rewards,
         values,
@@ -157,10 +157,11 @@ def turn_gae(batch: Batch, *, gamma: float, lam: float, bootstrap: bool) -> tupl
         torch.arange(rewards.shape[1], device=rewards.device).expand_as(rewards),
         gamma_turn=gamma,
         lam_turn=lam,
-        last_values=_cut_off_values(batch) if bootstrap else None,
+        last_values=_truncation_values(batch) if bootstrap else None,
     )
     advantages, returns = (
-        functional.spread_steps(table, batch.turns, batch.trajectory, batch.sampled) for table in estimates
+        functional.broadcast_turns_to_tokens(table, batch.turns, batch.trajectory, batch.sampled)
+        for table in estimates
     )
     return advantages, returns
 
@@ -170,10 +171,10 @@ def row_gae(batch: Batch, *, invalid_penalty: float) -> tuple[Tensor, Tensor]:
 
     That is GAE without discounts over the decisions of a turn, the score being the reward of the last.
     """
-    scores = functional.spread_steps(
+    scores = functional.broadcast_turns_to_tokens(
         row_scores(batch, invalid_penalty), batch.turns, batch.trajectory, batch.sampled
     )
-    return torch.where(batch.sampled, scores - given(batch.values, "values"), 0.0), scores
+    return torch.where(batch.sampled, scores - require_tensor(batch.values, "values"), 0.0), scores
 
 
 @requires("values", "values:grad")
@@ -181,19 +182,19 @@ def value_error(outputs: Outputs, mini: MiniBatch, context: Context, *, clip: fl
     """Half the squared error of the values, clipped around those of the scoring pass; [B, T]."""
     batch = mini.batch
     return functional.value_loss(
-        given(outputs.values, "values:grad"),
-        given(batch.values, "values"),
-        given(batch.targets, "targets"),
+        require_tensor(outputs.values, "values:grad"),
+        require_tensor(batch.values, "values"),
+        require_tensor(batch.targets, "targets"),
         clip,
     )
 
 
 @requires("values")
-def value_numbers(mini: MiniBatch, context: Context) -> Mapping[str, float]:
+def value_metrics(mini: MiniBatch, context: Context) -> Mapping[str, float]:
     """The share of the returns' variance that the values explain (1 is all), where returns differ."""
     batch = mini.batch
-    targets = given(batch.targets, "targets")[batch.sampled].double()
-    values = given(batch.values, "values")[batch.sampled].double()
+    targets = require_tensor(batch.targets, "targets")[batch.sampled].double()
+    values = require_tensor(batch.values, "values")[batch.sampled].double()
     if not len(targets):
         return {}
     numbers = {"value_mean": float(values.mean()), "return_mean": float(targets.mean())}
@@ -203,9 +204,9 @@ def value_numbers(mini: MiniBatch, context: Context) -> Mapping[str, float]:
     return numbers
 
 
-def _cut_off_values(batch: Batch) -> Tensor | None:
+def _truncation_values(batch: Batch) -> Tensor | None:
     """The value after the last token where a limit ended an episode, 0 where it came to its end; [E]."""
     cut = torch.tensor([episode.stop in _CUT_OFF for episode in batch.episodes], device=batch.tokens.device)
     if not bool(cut.any()):
         return None
-    return torch.where(cut, given(batch.last_values, "last_values"), 0.0)
+    return torch.where(cut, require_tensor(batch.last_values, "last_values"), 0.0)

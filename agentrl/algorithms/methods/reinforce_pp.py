@@ -10,8 +10,8 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.features import at_last_decisions, decision_rewards, decisions, row_scores
-from agentrl.algorithms.hooks import Advantage, Context, given, requires, trait
-from agentrl.algorithms.methods.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups, comparing
+from agentrl.algorithms.hooks import Advantage, Context, require_tensor, requires, trait
+from agentrl.algorithms.methods.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups, mark_comparing
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.config import Share, Weight
 from agentrl.data.batch import Batch
@@ -73,7 +73,7 @@ class ReinforcePlusPlus(ClippedRecipe):
                 weighting=self.weighting,
                 invalid_penalty=self.invalid_penalty,
             )
-            return comparing(compared, self.singleton)
+            return mark_comparing(compared, self.singleton)
         returns = partial(
             whitened_returns,
             gamma=self.gamma,
@@ -81,7 +81,7 @@ class ReinforcePlusPlus(ClippedRecipe):
             invalid_penalty=self.invalid_penalty,
         )
         if self.reward_kl_coefficient:
-            return partial(charge_divergence, returns=returns, coefficient=self.reward_kl_coefficient)
+            return partial(returns_less_divergence, returns=returns, coefficient=self.reward_kl_coefficient)
         return returns if self.gamma == 1 else trait("advantage within a turn")(returns)
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
@@ -125,10 +125,10 @@ def whitened_returns(
 
 @trait("advantage within a turn")
 @requires("old_logprobs", "reference")
-def charge_divergence(
+def returns_less_divergence(
     batch: Batch, context: Context, *, returns: Callable[..., Tensor], coefficient: float
 ) -> Tensor:
     """Returns where drifting away from the reference policy costs reward, token by token; [B, T]."""
-    old = given(batch.old_logprobs, "old_logprobs")
-    divergence = functional.kl_k1(old, given(batch.reference_logprobs, "reference"))
+    old = require_tensor(batch.old_logprobs, "old_logprobs")
+    divergence = functional.kl_k1(old, require_tensor(batch.reference_logprobs, "reference"))
     return returns(batch, context, cost=coefficient * divergence)

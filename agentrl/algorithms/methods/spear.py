@@ -19,7 +19,7 @@ from agentrl.data.trajectory import Episode
 from agentrl.errors import ConfigError
 from agentrl.schedule import cosine
 
-MOST_CALLS = 10  # from so many on, further tool calls earn nothing
+MAX_REWARDED_CALLS = 10  # from so many on, further tool calls earn nothing
 ANSWER = "answer"  # what `info["tool"]` calls the turn that ends an episode with an answer
 
 
@@ -77,7 +77,7 @@ class Spear(Recipe):
         mode: `burst` takes optimiser steps on recalled rows alone, and starts anew; `mixed` gives every
             optimiser step of the rollout batch a share of them.
         require_tool_call: keep no row of an episode without a tool call.
-        tool_reward: the most that calls of tools earn, in reward units, at MOST_CALLS of them; 0 for none. A
+        tool_reward: the most that calls of tools earn, in reward units, at MAX_REWARDED_CALLS of them; 0 for none. A
             tenth of what success earns on the published text games, as much as it in maths. Calls are turns
             whose `info["tool"]` names one that is no answer; where no turn has such an info, all turns.
         tool_steps: training steps over which that falls to 0 along half a cosine.
@@ -156,7 +156,7 @@ class Spear(Recipe):
 
     def _replay(self, base: Algorithm) -> ReplayBuffer:
         official = self.preset == "released"
-        rehearsed = Algorithm(
+        replayed = Algorithm(
             ratio=base.ratio,
             clip=base.clip,
             surrogate=base.surrogate,
@@ -165,17 +165,19 @@ class Spear(Recipe):
             diagnostics=(),
         )
         return ReplayBuffer(
-            with_covariance_clip(rehearsed, self.replay_covariance_share, self.replay_covariance_band),
+            with_covariance_clip(replayed, self.replay_covariance_share, self.replay_covariance_band),
             size=self.buffer_size,
             baselines=self.baseline_size,
             tolerance=self.tolerate_steps,
-            coefficient=partial(rising, most=self.coefficient, steps=self.warmup, first=self._first_step),
-            revalue=recalibrated
+            coefficient=partial(
+                cosine_warmup, most=self.coefficient, steps=self.warmup, first=self._first_step
+            ),
+            recompute_advantage=recalibrated
             if self.advantage_decay is None
             else partial(decayed, factor=self.advantage_decay),
-            admits=calls_tool if self.require_tool_call else None,
+            episode_filter=calls_tool if self.require_tool_call else None,
             mixed=self.mode == "mixed",
-            lenient=official,
+            released=official,
             count_all=official and self.advantage_decay is not None,
         )
 
@@ -187,7 +189,7 @@ class Spear(Recipe):
         ]
 
 
-def rising(context: Context, *, most: float, steps: int, first: int = 0) -> float:
+def cosine_warmup(context: Context, *, most: float, steps: int, first: int = 0) -> float:
     """From 0 at step 0 to `most` at step `steps`, along half a cosine: most * (1 - cos(pi t / steps)) / 2.
 
     `first` is the number t of the first training step.
@@ -211,23 +213,23 @@ def tool_bonus(
 ) -> Sequence[float]:
     """Add to the reward of the last turn what the calls of tools earn.
 
-        most * min(1, calls / MOST_CALLS) * (1 + cos(pi t / steps)) / 2
+        most * min(1, calls / MAX_REWARDED_CALLS) * (1 + cos(pi t / steps)) / 2
 
     at step t, and 0 from `steps` on; `first` is the number of the first training step.
     """
     rewards = [turn.reward for turn in episode.turns]
     if rewards:
-        earned = most * min(1.0, tool_calls(episode) / MOST_CALLS)
-        rewards[-1] += earned * cosine(context.step + first, steps + 1, floor=0.0)
+        bonus = most * min(1.0, tool_calls(episode) / MAX_REWARDED_CALLS)
+        rewards[-1] += bonus * cosine(context.step + first, steps + 1, floor=0.0)
     return rewards
 
 
-def recalibrated(advantages: Tensor, earned: float, baseline: float) -> Tensor:
+def recalibrated(advantages: Tensor, episode_return: float, baseline: float) -> Tensor:
     """The return less the baseline, at every token; [T] reward units. Equal up to rounding is equal."""
-    gain = earned - baseline
+    gain = episode_return - baseline
     return torch.full_like(advantages, gain if abs(gain) > EQUAL_RETURNS else 0.0)
 
 
-def decayed(advantages: Tensor, earned: float, baseline: float, *, factor: float) -> Tensor:
+def decayed(advantages: Tensor, episode_return: float, baseline: float, *, factor: float) -> Tensor:
     """The advantage of the first time, times a factor; [T]."""
     return advantages * factor
