@@ -43,15 +43,15 @@ Grow = Callable[[int, int, Context], Growth]
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """What an algorithm asks of the rollout.
+    """Settings of the rollout that an algorithm asks for.
 
     Args:
-        temperature: of sampling, by step; None leaves it to the configuration.
-        rounds: times that a step's tasks are drawn and played at most, until `select` has kept as many
-            groups as the configuration wants; the last round's groups all fill up what is missing.
-        episodes: of each task; None takes the configuration's group size.
-        grow: (episodes of the task, seed, context) -> which they are; None starts all from the first
-            observation.
+        temperature: The sampling temperature as a function of the context; None takes the configured one.
+        rounds: The maximum number of rounds in which a step's tasks are drawn and played until `select` has
+            kept as many groups as configured. The groups of the last round fill up what is missing.
+        episodes: The number of episodes per task; None takes the configured group size.
+        grow: (episodes of the task, seed, context) -> the policy that decides where episodes start; None
+            starts all of them at the first observation.
     """
 
     temperature: Coefficient | None = None

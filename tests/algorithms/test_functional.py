@@ -142,12 +142,12 @@ def test_a_step_that_branches_share_is_counted_once_in_the_means():
     # Two branches share their first step; dropping one of the twins leaves the means as they are.
     entropies = tensor([[0.2, 0.9], [0.2, 0.4]], dtype=DOUBLE)
     present, share = torch.ones(2, 2, dtype=torch.bool), tensor([[0.5, 1.0], [0.5, 1.0]], dtype=DOUBLE)
-    scale, _ = f.entropy_modulation(entropies, present, k=1.0, k_future=1.0, share=share)
+    scale, _ = f.entropy_modulation(entropies, present, k=1.0, k_future=1.0, weights=share)
     once = tensor([[True, True], [False, True]])
     wanted, _ = f.entropy_modulation(entropies, once, k=1.0, k_future=1.0)
     close(scale, [wanted[0].tolist(), [wanted[0, 0].item(), wanted[1, 1].item()]], 1e-12)
     out = f.entropy_modulated_advantage(
-        entropies, entropies, present, k=1.0, k_future=1.0, zeta=0.1, share=share
+        entropies, entropies, present, k=1.0, k_future=1.0, zeta=0.1, weights=share
     )
     assert (share * out).sum().abs() < 1e-12
 

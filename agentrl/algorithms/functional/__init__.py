@@ -1,8 +1,8 @@
-"""The mathematics, as pure functions. Position t describes token t; no value at a masked position matters.
+"""Mathematics of the algorithms as pure functions. Position t describes token t; masked ones are ignored.
 
-Letters: B rows, T tokens per row, E trajectories, K turns of the longest of them, V size of the vocabulary.
-A decision is a token that the policy sampled; masks say which tokens count, mostly the decisions. Entropies
-and logprobs are in nats.
+Letters: B rows, T tokens per row, E trajectories, K turns of the longest one, V size of the vocabulary. An
+action token is a token that the policy sampled. Masks say which tokens count, usually the action tokens.
+Entropies and logprobs are in nats.
 """
 
 from agentrl.algorithms.functional.advantage import (

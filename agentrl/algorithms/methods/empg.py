@@ -91,10 +91,10 @@ class EMPG(Recipe):
         if not bool(steps.present.any()):
             return {}
         scale, _ = functional.entropy_modulation(
-            steps.entropies, steps.present, k=self.k, k_future=self.k_future, share=steps.share
+            steps.entropies, steps.present, k=self.k, k_future=self.k_future, weights=steps.weights
         )
         final, scaled = self._final(steps, self.zeta), self._final(steps, 0.0)
-        weight = torch.where(steps.present, steps.share, 0.0)
+        weight = torch.where(steps.present, steps.weights, 0.0)
         bonus = float((weight * (final - scaled).abs()).sum())
         total = bonus + float((weight * scaled.abs()).sum())
         flipped = (final * steps.advantages < 0).double()
@@ -114,7 +114,7 @@ class EMPG(Recipe):
             k=self.k,
             k_future=self.k_future,
             zeta=zeta,
-            share=steps.share,
+            weights=steps.weights,
         )
 
 
@@ -125,7 +125,7 @@ class _Steps:
     advantages: Tensor  # float64
     entropies: Tensor  # float64, nats, mean over the decisions
     present: Tensor  # bool
-    share: Tensor  # float64, one over the number of branches that have the turn in common
+    weights: Tensor  # float64, one over the number of branches that have the turn in common
 
 
 def _steps(advantages: Tensor, batch: Batch) -> _Steps:
