@@ -227,9 +227,7 @@ class Algorithm:
 
     @property
     def reads_scores(self) -> bool:
-        """Return whether a component of the update reads the scoring pass; the ratio and diagnostics do not
-        count.
-        """
+        """Return whether a component of the update reads the scoring pass, apart from the ratio."""
         return any(names & SCORED for slot, names in self.declared() if slot != "diagnostics")
 
     def components(self) -> Iterable[tuple[str, object]]:

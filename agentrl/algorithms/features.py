@@ -126,7 +126,7 @@ def at_last_decisions(table: Tensor, made: ActionTokens) -> Tensor:
 
 
 def anchor_states(batch: Batch, *, similarity: float = 1.0, state: State = "observation") -> Tensor:
-    """Number the states in which turns acted; [E, K] int64, -1 where there is no turn.
+    """Assign a number to the state of each turn; [E, K] int64, -1 where there is no turn.
 
     Two turns get the same number if their trajectories belong to one group and their states are the same.
 
@@ -186,6 +186,48 @@ def branch_weights(batch: Batch) -> Tensor:
     ]
     counts = Counter(place for row in owners for place in row)
     return _table(batch, [[1 / counts[place] for place in row] for row in owners])
+
+
+@dataclass(frozen=True)
+class BranchStates:
+    """States in which the branches of a batch start, in order along each base episode.
+
+    Args:
+        points: S branch points, each with the group that it belongs to.
+        bases: [S] int64, equal for states of one base.
+        member: [E] int64, the state in which each trajectory starts, -1 for a trajectory that is not a
+            branch.
+    """
+
+    points: tuple[tuple[int, BranchPoint], ...]
+    bases: Tensor
+    member: Tensor
+
+
+def branch_states(batch: Batch) -> BranchStates:
+    """Return the states in which branches start; the order of rows and episodes does not matter."""
+    device = batch.tokens.device
+    found = [
+        None if (point := episode.parent) is None else (group, point.parent, point.turn, point.token)
+        for group, episode in zip(batch.groups.tolist(), batch.episodes, strict=True)
+    ]
+    keys = sorted({key for key in found if key is not None})
+    number = {key: index for index, key in enumerate(keys)}
+    lines = {line: index for index, line in enumerate(dict.fromkeys(key[:2] for key in keys))}
+    return BranchStates(
+        tuple((group, BranchPoint(base, turn, token)) for group, base, turn, token in keys),
+        torch.tensor([lines[key[:2]] for key in keys], dtype=torch.int64, device=device),
+        torch.tensor([-1 if key is None else number[key] for key in found], dtype=torch.int64, device=device),
+    )
+
+
+def tokens_after_branching(batch: Batch) -> Tensor:
+    """Mark the action tokens of branches after their branch point; [B, T] bool, nothing of a base."""
+    turns = [
+        len(episode.turns) if episode.parent is None else episode.parent.turn for episode in batch.episodes
+    ]
+    first = torch.tensor(turns, dtype=torch.int64, device=batch.tokens.device)
+    return batch.sampled & (batch.turns >= first[batch.trajectory][:, None])
 
 
 def _similar_state(observation: str, states: dict[object, int], similarity: float) -> int | None:

@@ -162,9 +162,7 @@ class ReplayBuffer:
         self._remember([float(batch.returns[batch.groups == group].mean()) for group in groups])
 
     def metrics(self) -> Mapping[str, float]:
-        """Return the buffer's size in rows, the share of rows kept, the sampled rows, the baseline and ages in
-        steps.
-        """
+        """Return the size, the rows kept and sampled, the baseline in reward units and the ages in steps."""
         return {"size": float(len(self._rows)), "kept_share": self._kept, **self._metrics}
 
     def state_dict(self) -> dict[str, Any]:

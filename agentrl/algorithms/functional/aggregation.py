@@ -91,7 +91,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def sequence_members(mask: Tensor, turns: Tensor, trajectory: Tensor, sequence: Unit) -> tuple[Tensor, int]:
-    """Number the sequences that tokens belong to; return the numbers, [B, T] int64, and their count."""
+    """Return the number of each token's sequence, [B, T] int64, and how many sequences there are."""
     same_shape("mask", mask, "turns", turns)
     owner = trajectory[:, None].expand_as(turns)
     if sequence == "turn":

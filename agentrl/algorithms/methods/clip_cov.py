@@ -87,10 +87,9 @@ def covariance_clip(mini: MiniBatch, context: Context, *, share: float, band: Ba
 def covariance_metrics(
     rollout: MiniBatch, context: Context, *, share: float, band: Band
 ) -> Mapping[str, float]:
-    """Measure the covariance of advantage and logprob over a rollout batch, and the share of tokens clipped by
-    it.
+    """Measure the covariance of advantage and logprob, and the share of action tokens clipped by it.
 
-    The share is that of one optimiser step on the whole batch.
+    The share is that of one optimiser step on the whole rollout batch.
     """
     counted = rollout.counted
     logprobs = require_tensor(rollout.batch.old_logprobs, "old_logprobs")

@@ -34,6 +34,7 @@ class BehaviourCloning(Recipe):
     sequence: Literal["turn", "trajectory"] = "trajectory"
 
     def build(self) -> Algorithm:
+        """Build the algorithm."""
         return Algorithm(
             select=keep_all,
             advantage=equal_advantage,

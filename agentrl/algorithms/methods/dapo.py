@@ -21,8 +21,7 @@ from agentrl.errors import ConfigError
 @recipe("dapo")
 @dataclass(frozen=True)
 class DAPO(Recipe):
-    """Decoupled clip and dynamic sampling: a wider upper bound, only groups whose returns differ, the token
-    mean.
+    """Decoupled clip and dynamic sampling: a wider upper bound, only groups that differ, the token mean.
 
         loss = mean over tokens of max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))
 
@@ -77,6 +76,7 @@ class DAPO(Recipe):
             )
 
     def build(self) -> Algorithm:
+        """Build the base with the changes of DAPO."""
         base = without_replay(self.base)
         if base.clip is None:
             raise ConfigError(f"dapo: base {self.base.name!r} has no clipped ratio, wanted one that has")

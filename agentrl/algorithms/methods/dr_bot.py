@@ -77,6 +77,7 @@ class DrBot(Recipe):
     keep_groups: PositiveShare = 0.75
 
     def build(self) -> Algorithm:
+        """Build the base with the changes of Dr.BoT."""
         base = without_replay(self.base)
         return replace(
             base,

@@ -29,8 +29,7 @@ from agentrl.data.batch import Batch
 @recipe("gigpo")
 @dataclass(frozen=True)
 class GiGPO(GRPO):
-    """Group-in-group policy optimisation: the advantage of the episode plus the advantage of the turn in its
-    state.
+    """Group-in-group policy optimisation: the advantage of the episode plus that of the turn in its state.
 
         A      = A_episode + step_weight * A_step
         A_step = (G - mean G) / std G,   over all turns of the group that acted in the same state
@@ -80,6 +79,7 @@ class GiGPO(GRPO):
     state: State = "observation"
 
     def build(self) -> Algorithm:
+        """Build the algorithm."""
         plain = super().build()
         step = partial(
             step_advantage,

@@ -90,6 +90,7 @@ class ClippedRecipe(Recipe):
             raise ConfigError("; ".join(mistakes))
 
     def build(self) -> Algorithm:
+        """Build the algorithm, without the advantage of the method."""
         return Algorithm(
             select=drop_equal_returns if self.drop_equal_groups else keep_all,
             shape_reward=(partial(penalise_invalid, penalty=self.invalid_penalty),)
@@ -168,6 +169,7 @@ class GRPO(ClippedRecipe):
     singleton: functional.Singleton = "zero"
 
     def build(self) -> Algorithm:
+        """Build the algorithm."""
         estimate = partial(
             functional.group_relative_advantage,
             divide_by_std=self.divide_by_std,

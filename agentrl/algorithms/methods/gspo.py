@@ -52,6 +52,7 @@ class GSPO(Recipe):
     clip_high: Weight = 4e-4
 
     def build(self) -> Algorithm:
+        """Build the base with one ratio per turn."""
         base = without_replay(self.base)
         if base.clip is None:
             raise ConfigError(f"gspo: base {self.base.name!r} has no clipped ratio, wanted one that has")

@@ -80,6 +80,7 @@ class PPO(ClippedRecipe):
     value_clip: PositiveWeight = 0.5
 
     def build(self) -> Algorithm:
+        """Build the algorithm."""
         plain = super().build()
         estimate = self.estimate()
         read = ("values", "last_values") if self.bootstrap_truncated else ("values",)

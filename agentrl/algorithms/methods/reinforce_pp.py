@@ -63,6 +63,7 @@ class ReinforcePlusPlus(ClippedRecipe):
     reward_kl_coefficient: Weight = 0.0
 
     def build(self) -> Algorithm:
+        """Build the algorithm."""
         return replace(super().build(), advantage=self._advantage())
 
     def _advantage(self) -> Advantage:

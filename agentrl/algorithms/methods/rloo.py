@@ -49,6 +49,7 @@ class RLOO(ClippedRecipe):
     singleton: functional.Singleton = "zero"
 
     def build(self) -> Algorithm:
+        """Build the algorithm."""
         advantage = partial(
             compare_in_groups,
             estimate=partial(functional.leave_one_out_advantage, singleton=self.singleton),
