@@ -59,7 +59,7 @@ class Objective:
         outputs = replace(outputs, ratio=self.algorithm.ratio(outputs, part))
         loss = self.algorithm.surrogate(outputs, part, part.bounds)
         loss = _masked_sum(loss, part.counted, self.factors[rows, :width])
-        logged = {"loss_policy": loss.detach()}
+        logged = {"policy_loss": loss.detach()}
         for term, factors in self.terms:
             sampled = part.batch.sampled
             value = _masked_sum(term.loss(outputs, part, self.context), sampled, factors[rows, :width])
@@ -75,9 +75,9 @@ class Objective:
         # Of the whole mini-batch, so that contributions add up.
         tokens = self.mask.sum().clamp(min=1)
         return {
-            "clip_share": (held & mask).sum() / tokens,
-            "clip_share_high": (held & mask & (part.advantages > 0)).sum() / tokens,
-            "approx_kl": torch.where(mask, gap, 0.0).sum() / tokens,
+            "clip_ratio": (held & mask).sum() / tokens,
+            "clip_ratio_high": (held & mask & (part.advantages > 0)).sum() / tokens,
+            "kl": torch.where(mask, gap, 0.0).sum() / tokens,
         }
 
 

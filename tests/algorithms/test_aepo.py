@@ -299,7 +299,7 @@ def test_the_loss_is_that_of_the_plain_clip_and_its_gradient_is_not():
         algorithm, mini = two_rows(**settings)
         loss, gradient, numbers = loss_and_gradient(algorithm, mini, ratios)
         assert loss.item() == pytest.approx(-0.1294006708, abs=5e-11)
-        assert (numbers["clip_share"].item(), numbers["clip_share_high"].item()) == (
+        assert (numbers["clip_ratio"].item(), numbers["clip_ratio_high"].item()) == (
             pytest.approx(3 / 5),
             pytest.approx(2 / 5),
         )

@@ -98,7 +98,7 @@ def taught(learner: Learner, algorithm: Algorithm, steps: Iterable[int]) -> tupl
             context = replace(CONTEXT, step=step, history=history)
             batch = prepare(algorithm, played(algorithm, step), context, selected=True)
             for name, value in learner.update(batch, algorithm, context).items():
-                history.setdefault(f"learner/{name}", []).append(value)
+                history.setdefault(f"train/{name}", []).append(value)
     return gradients, history
 
 
@@ -215,7 +215,7 @@ def in_bfloat16(ranks: Ranks, folder: Path) -> Figures:
     return {
         "gradient": relative(rounded, exact),
         "dtypes": sorted({str(value.dtype) for value in (*rounded, *weights(learner))}),
-        "entropy": abs(log["learner/entropy_token"][0] - exact_log["learner/entropy_token"][0]),
+        "entropy": abs(log["train/learner/entropy/token"][0] - exact_log["train/learner/entropy/token"][0]),
     }
 
 
@@ -318,7 +318,7 @@ def widened(ranks: Ranks, folder: Path) -> Figures:
         "dtypes": sorted({str(value.dtype) for _, value in learner._state.local_tensors()}),
     }
     _, log = taught(learner, algorithm, [1])
-    return found | {"moved": log["learner/weights_moved"][0]}
+    return found | {"moved": log["train/learner/weights_moved"][0]}
 
 
 def an_error(ranks: Ranks, folder: Path) -> Figures:

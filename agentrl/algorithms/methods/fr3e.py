@@ -12,7 +12,7 @@ from annotated_types import Interval
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import EQUAL_RETURNS, Algorithm, rollout_gap
+from agentrl.algorithms.algorithm import EQUAL_RETURNS, Algorithm, mismatch_metrics
 from agentrl.algorithms.branching import AnchorUnit, RolloutPlan, Uncertainty, anchor_points, point_scores
 from agentrl.algorithms.features import branch_states, tokens_after_branching
 from agentrl.algorithms.hooks import Context, MiniBatch, requires
@@ -133,7 +133,7 @@ class FR3E(Recipe):
             masks=(informative_tokens,),
             clip=partial(fixed_clip, low=self.clip_low, high=self.clip_high, dual=None),
             aggregation=functional.token_weights,
-            diagnostics=(rollout_gap, partial(exploration_metrics, modulate=modulate, unit=self.anchor)),
+            diagnostics=(mismatch_metrics, partial(exploration_metrics, modulate=modulate, unit=self.anchor)),
         )
 
 
