@@ -3,7 +3,20 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
+from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Episode, Outcome, StopReason
+from agentrl.training.rollouts import RolloutResult
+
+
+def step_metrics(result: RolloutResult, batch: Batch) -> dict[str, float]:
+    """Return what the episodes of a step say.
+
+    Args:
+        result: What was played.
+        batch: What of it is learned from.
+    """
+    kept = {"episodes_kept": len(batch.episodes) / len(result.episodes)}
+    return rollout_metrics(result.episodes) | kept | result.metrics()
 
 
 def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:

@@ -356,7 +356,7 @@ def test_the_learner_gives_free_and_chosen_tokens_the_engines_numbers(
     batch = collate([Group("t", tuple(played(model, temperature=temperature)))], layout=layout)  # type: ignore[arg-type]
     batch = batch.select([3, 1, 5, 0])  # also of a part of it, in another order
     with torch.no_grad():
-        found = Forward(temperature=temperature).describe(model, batch)
+        found = Forward(temperature=temperature).score(model, batch)
     assert batch.sampled.any(dim=1).all()
     torch.testing.assert_close(
         found.logprobs[batch.sampled], batch.logprobs[batch.sampled], atol=1e-5, rtol=0

@@ -17,7 +17,7 @@ from agentrl.policy.settings import EngineConfig, VllmConfig
 from agentrl.run.settings import load_config
 from agentrl.scale.engines import check_engine
 from agentrl.scale.vllm_server import VllmServerEngine
-from agentrl.training.trainer import train
+from agentrl.training.launch import train
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from agentrl.policy.precision import non_finite
 from agentrl.policy.tokens import fit_tokenizer
 from agentrl.run.checkpoint import latest_finite
 from agentrl.run.signals import RunInterrupted
-from agentrl.training.trainer import Trainer
+from agentrl.training.state import TrainingState
 
 ALL_TEACH = "algorithm.drop_equal_groups=false"
 QUICK = (*TINY, "evaluation.baselines=[]", "evaluation.tasks=2", "trainer.checkpoint_every=2")
@@ -104,18 +104,19 @@ def test_the_engine_generates_with_the_weights_of_now_rounded(
     examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    serve = Trainer._serve
+    refresh_engine = TrainingState.refresh_engine
 
-    def watching(self: Trainer) -> None:
-        serve(self)
-        assert self.policy.served is not self.policy.model
+    def watching(self: TrainingState) -> None:
+        refresh_engine(self)
+        served = self._session.policy.served
+        assert served is not self.learner.policy
         learned = dict(self.learner.policy.named_parameters())
-        for name, value in self.policy.served.named_parameters():
+        for name, value in served.named_parameters():
             assert value.dtype == torch.bfloat16
             assert torch.equal(learned[name].detach().bfloat16(), value.detach())
         seen.append(self.learner.config.compute_dtype == "bfloat16")
 
-    monkeypatch.setattr(Trainer, "_serve", watching)
+    monkeypatch.setattr(TrainingState, "refresh_engine", watching)
     run = trained(tmp_path, "policy.dtype=bfloat16")
     assert seen == [True] * 7  # at first, cloned, with the next learner, and after each of four steps
     gaps = [row["learner/logprob_gap_max"] for row in rows(run.folder)[4:]]
@@ -231,15 +232,13 @@ def test_a_checkpoint_that_is_not_finite_is_no_place_to_go_on_from(
     name = poison(newest, where)
     with pytest.raises(CheckpointError, match=rf"train-000004: nan or inf is in {name}; the newest"):
         agentrl.resume(run, quiet=True)
-    with pytest.raises(
-        CheckpointError, match=r"that is finite is train-000003\. Remove those that came after"
-    ):
+    with pytest.raises(CheckpointError, match=r"newest finite checkpoint is train-000003\. Remove the newer"):
         agentrl.resume(run, quiet=True)
     poison(older, where)
     others = [path for path in (run / "checkpoints").iterdir() if path not in (newest, older)]
     for path in others:
         shutil.rmtree(path)
-    with pytest.raises(CheckpointError, match="no checkpoint there is finite: start anew"):
+    with pytest.raises(CheckpointError, match="no checkpoint there is finite: start a new run"):
         agentrl.resume(run, quiet=True)
     shutil.rmtree(newest)
     for path in (older, *others):
@@ -336,7 +335,7 @@ def test_no_way_of_saving_keeps_what_nobody_noticed(
     with monkeypatch.context() as patch:
         spoil_at("train", 4, patch, told=True)
         with pytest.raises(
-            NonFiniteError, match=r"train-000004: not written, for nan or inf is in model\.norm"
+            NonFiniteError, match=r"train-000004: not written, because nan or inf is in model\.norm"
         ):
             trained(tmp_path / "saved", ALL_TEACH)
     with monkeypatch.context() as patch:
