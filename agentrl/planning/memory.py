@@ -51,7 +51,7 @@ def held_bytes(
     """
     block, wanted, sharded = config.policy, algorithm.requires, learner.backend == "fsdp"
     model = _learned(learned_skeleton(block), learner)
-    rounded = learner.beside(block.dtype).compute_dtype == "bfloat16"
+    rounded = learner.resolve_compute_dtype(block.dtype).compute_dtype == "bfloat16"
     # Dealt out, the weights are rounded as they come together; else each product rounds what it multiplies.
     narrow = replace(block, dtype="bfloat16")
     computed = _learned(skeleton(narrow), learner) if rounded and sharded else model

@@ -250,9 +250,10 @@ def changed_wording(run: Run, wording: "Wording") -> str | None:
         return f"the prompts of {run.folder} read as before, but with other token ids: its tokenizer changed"
     then, today = _unlike(str(before.get(parts[0])), str(now[parts[0]]))
     return (
-        f"the prompts of {run.folder} were other ones when it was made: their {parts[0]} had {then!r}, and "
-        f"has {today!r} now; the policy reads what it was not trained on. To pin a date, give the chat "
-        "template one as its argument, such as date_string, or write it into the tokenizer's chat_template"
+        f"the prompts of {run.folder} have changed since it was made: their {parts[0]} had {then!r} and now "
+        f"has {today!r}, which the policy was not trained on. To fix a date, pass it to the chat template by "
+        "policy.template_arguments (such as policy.template_arguments.date_string), or write it "
+        "into the tokenizer's chat_template"
     )
 
 

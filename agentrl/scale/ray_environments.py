@@ -214,12 +214,13 @@ class RayEnvironments(Environments):
         except RayError as error:
             self._drop_host(host, short_reason(error))
             return
-        if not host.capacity:
+        if not host.capacity:  # the first call of an actor asks for its capacity
             host.capacity = outcome
             return
         report = cast(Report, outcome)
         host.playing.update((episode, False) for episode, _ in report.answers)
         self._ready.extend(report.answers)
+        # An actor counts from its own start, so only the growth is added.
         self.restarts += report.restarts - host.restarts
         self.recycled += report.recycled - host.recycled
         host.restarts, host.recycled = report.restarts, report.recycled
@@ -285,11 +286,11 @@ class RayEnvironments(Environments):
         """Remove an actor, answer its calls as lost, and start a replacement while restarts are left."""
         if host not in self._hosts:
             return
-        wait_for_head()
+        wait_for_head()  # without the head every actor seems lost, and no new one can start
         self._hosts.remove(host)
         host.kill()
         host.exit_reason = f"the actor on {host.machine} was lost: {reason}"
-        if not self.capacity:
+        if not self.capacity:  # while the first actors start, a failure is one of the configuration
             raise ConfigError(f"an environment actor cannot start on {host.machine}: {reason}")
         self.restarts += 1
         for episode, owed in host.playing.items():

@@ -135,9 +135,9 @@ class Rollouts:
             )
             for index in range(done, done + count)
         ]
-        own = self._ranks.deal(templates)
+        own = self._ranks.split(templates)
         dealt, collection = self._ranks.raise_on_any_rank(lambda: self._groups(own, player, context))
-        groups = self._ranks.collect(dealt)
+        groups = self._ranks.merge(dealt)
         for failures, branches in self._ranks.gather((collection.failures, collection.branches)):
             played.failures += failures
             played.branches.update(branches if self._algorithm.rollout.branch_policy is not None else {})

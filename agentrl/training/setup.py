@@ -187,7 +187,7 @@ def open_session(
         engine=engine,
         interruption=interruption or Interruption(),
         ranks=ranks,
-        rollout_ranks=ranks.apart(),
+        rollout_ranks=ranks.new_group(),
         notes=tuple(note for note in (placement, limit_note) if note is not None),
         other_prompts=other_prompts,
     )

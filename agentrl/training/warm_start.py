@@ -106,7 +106,7 @@ def demonstrations(
     own = ranks.raise_on_any_rank(
         lambda: (
             collect(
-                ranks.deal(specs),
+                ranks.split(specs),
                 player,
                 environments,
                 max_active=environments.capacity or 1,
@@ -117,7 +117,7 @@ def demonstrations(
             ).episodes
         )
     )
-    played = ranks.collect(own)
+    played = ranks.merge(own)
     solved = [episode for episode in played if episode.success]
     long = sum(episode.stop is StopReason.CONTEXT_LIMIT for episode in played)
     too_long = f"{long} did not fit policy.max_context={config.policy.max_context}"

@@ -1,4 +1,4 @@
-"""What an actor runs needs no Ray: batches go in, and answers come out when there are enough of them."""
+"""The environments of an actor, tested without Ray: batches go in, and enough answers come out."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ def said(report: Report) -> dict[str, str]:
 
 
 class Slow:
-    """Stands for the environments: each poll gives one answer, the oldest."""
+    """Stand-in for the environments whose every poll returns one answer, the oldest."""
 
     restarts = recycled = 0
 

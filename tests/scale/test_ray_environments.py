@@ -1,4 +1,4 @@
-"""Environments behind Ray's actors: played as here, whatever is lost is played again, and nothing is left."""
+"""Environments in Ray actors: played as in this process, lost episodes are played again, none is left."""
 
 import math
 import os
@@ -222,7 +222,9 @@ class Replying(CountingPlayer):
 
 @pytest.mark.parametrize("at_once", [32, *(pytest.param(few, marks=pytest.mark.slow) for few in (3, 1))])
 def test_32_episodes_need_one_message_for_ten_steps(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_environments, "_MAX_WAIT", math.inf)  # else it were a question of speed
+    monkeypatch.setattr(
+        ray_environments, "_MAX_WAIT", math.inf
+    )  # so that the result does not depend on speed
     player = Replying(largest=at_once)
     counts: list[tuple[int, int]] = []
     with RayEnvironments(Corridor, 32, ONE, TWO) as environments:
@@ -233,7 +235,7 @@ def test_32_episodes_need_one_message_for_ten_steps(at_once: int, monkeypatch: p
             max_active=32,
             on_episode=lambda episode: counts.append((environments.messages, player.replies)),
         )
-    messages, steps = counts[96 - 32 - 1]  # as long as there were more to take the place of who ended
+    messages, steps = counts[96 - 32 - 1]  # while there were more episodes to replace those that ended
     assert steps > 400
     assert 10 * messages <= steps
 
@@ -242,7 +244,7 @@ def test_32_episodes_need_one_message_for_ten_steps(at_once: int, monkeypatch: p
 
 
 class Killing(CountingPlayer):
-    """Does something at its third poll."""
+    """Calls a function at its third poll."""
 
     def __init__(self, deed: Any) -> None:
         super().__init__()

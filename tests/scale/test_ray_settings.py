@@ -1,4 +1,4 @@
-"""What is wrong with `rollout.ray` is said before anything starts; none of it needs Ray."""
+"""Mistakes in `rollout.ray` are reported before anything starts; no test needs Ray."""
 
 import sys
 from pathlib import Path
