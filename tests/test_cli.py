@@ -24,7 +24,7 @@ from agentrl.cli import ExitCode, app
 from agentrl.config import read_yaml
 from agentrl.env import TextSpace, make_panel, register
 from agentrl.errors import CheckpointError, ConfigError
-from agentrl.run.logger import Logbook
+from agentrl.run.logger import RunLogger
 from agentrl.run.signals import RunInterrupted
 
 ENV = "agentrl-tests/Coin-v0"
@@ -187,17 +187,17 @@ def test_a_command_ends_with_a_named_code() -> None:
 
 @pytest.fixture
 def speaking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that logs at every level, and whose logbook speaks too."""
+    """A command that logs at every level, and whose run logger speaks too."""
 
     def config(*_: Any, **__: Any) -> Any:
         log = logging.getLogger("agentrl.somewhere")
         log.debug("a detail")
         log.info("a step")
         log.warning("a worry")
-        book = Logbook("unused")
-        book.say("playing")
-        book.say("warning: nothing was learned")
-        book.show("the table")
+        logger = RunLogger("unused")
+        logger.say("playing")
+        logger.say("warning: nothing was learned")
+        logger.show("the table")
         raise ConfigError("that was all")
 
     monkeypatch.setattr(agentrl.run.settings, "load_config", config)

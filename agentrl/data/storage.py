@@ -52,7 +52,7 @@ _TURN_COLUMNS = [
     ("policy_versions", pa.list_(pa.int32())),
     ("info", pa.string()),  # JSON
 ]
-# column -> field of `Turn`, where the names differ
+# Column -> field of `Turn`, where the names differ.
 _FIELDS = {"fresh": "new_sequence", "imitable": "trainable"}
 SCHEMA = pa.schema(_EPISODE_COLUMNS + _TURN_COLUMNS, metadata={_VERSION_KEY: str(VERSION).encode()})
 

@@ -15,7 +15,7 @@ from agentrl.data.storage import write_episodes
 from agentrl.data.trajectory import Episode, StopReason, Turn
 from agentrl.env.registry import Factory
 from agentrl.errors import ConfigError
-from agentrl.evaluation.evaluate import configured_panel
+from agentrl.evaluation.panels import configured_panel
 from agentrl.policy.model import load_tokenizer
 from agentrl.policy.tokens import Dialogue, fit_tokenizer, make_dialogue
 from agentrl.rollout.collector import collect

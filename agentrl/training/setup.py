@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.importance import with_drift
+from agentrl.algorithms.importance import with_importance_correction
 from agentrl.env.panel import Panel
 from agentrl.env.registry import Factory
 from agentrl.errors import ConfigError
-from agentrl.evaluation.evaluate import configured_panel
+from agentrl.evaluation.panels import configured_panel
 from agentrl.files import remove_leftovers
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.planning.preflight import check_run
@@ -103,9 +103,9 @@ class Session:
         """
         self.ranks.run_on_rank0(self.check_lock)
         if self.ranks.count == 1:
-            self.interruption.heed()
+            self.interruption.check_stop()
         # Ranks stop together: one that stopped alone would leave the others waiting for it.
-        elif any(self.ranks.gather(self.interruption.asked())):
+        elif any(self.ranks.gather(self.interruption.pop_request())):
             raise KeyboardInterrupt
 
     def check_lock(self) -> None:
@@ -176,7 +176,7 @@ def open_session(
         undo.pop_all()
     return Session(
         config=config,
-        algorithm=with_drift(config.algorithm.build(), config.trainer.correction),
+        algorithm=with_importance_correction(config.algorithm.build(), config.trainer.correction),
         run=run,
         lock=lock,
         environments=environments,
@@ -246,7 +246,7 @@ def _offers_expert(config: RunConfig) -> bool:
 def _own_folder(folder: Path, lock: RunLock | None) -> None:
     """Lock the folder, and clear what a killed process left in it."""
     assert lock is not None
-    lock.take()
+    lock.acquire()
     for inner in (folder, folder / "episodes", folder / "checkpoints"):
         remove_leftovers(inner)
     (folder / "episodes").mkdir(exist_ok=True)

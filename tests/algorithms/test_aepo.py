@@ -7,11 +7,11 @@ import torch
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, check_requirements
-from agentrl.algorithms.branching import RolloutPlan
+from agentrl.algorithms.branching import RolloutPlan, opening_entropy
 from agentrl.algorithms.credit import compute_advantages, prepare
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, excludes, trait
 from agentrl.algorithms.methods import aepo
-from agentrl.algorithms.methods.aepo import AEPO, branch_score, initial_rollouts, opening_entropy
+from agentrl.algorithms.methods.aepo import AEPO, branch_score, initial_rollouts
 from agentrl.algorithms.recipe import Recipe, build_recipe, recipe_tree
 from agentrl.data import BranchPoint, Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate

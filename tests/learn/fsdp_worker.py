@@ -17,7 +17,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import prepare
 from agentrl.algorithms.hooks import Context
-from agentrl.algorithms.importance import with_drift
+from agentrl.algorithms.importance import with_importance_correction
 from agentrl.algorithms.recipe import build_recipe, recipe_names
 from agentrl.data import Group, StopReason
 from agentrl.data.batch import collate
@@ -137,7 +137,7 @@ def compared(
     results = []
     for backend, who in (("single", ALONE), ("fsdp", ranks)):
         algorithm = build_recipe(name).build()
-        algorithm = algorithm if cap is None else with_drift(algorithm, cap)
+        algorithm = algorithm if cap is None else with_importance_correction(algorithm, cap)
         learner = learner_of(make, algorithm, who, backend, **settings)
         before = weights(learner)
         results.append((*taught(learner, algorithm, range(5)), weights(learner), before))
