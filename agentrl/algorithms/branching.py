@@ -57,8 +57,8 @@ class RolloutPlan:
         rounds: The maximum number of rounds in which a step's tasks are drawn and played until `select` has
             kept as many groups as configured. The groups of the last round fill up what is missing.
         episodes: The number of episodes per task; None takes the configured group size.
-        branch_policy: (episodes of the task, seed, context) -> the policy that decides where episodes start; None
-            starts all of them at the first observation.
+        branch_policy: (episodes of the task, seed, context) -> the policy that decides where episodes
+            start; None starts all of them at the first observation.
     """
 
     temperature: Coefficient | None = None
