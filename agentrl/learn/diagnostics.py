@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.hooks import Context, MiniBatch, given
+from agentrl.algorithms.hooks import Context, MiniBatch, require_tensor
 
 
 def batch_numbers(rollout: MiniBatch, algorithm: Algorithm, context: Context) -> dict[str, float]:
     """Return the entropies, sizes and diagnostics of a scored rollout batch."""
     batch = rollout.batch
     entropies = functional.entropy_means(
-        given(batch.old_entropies, "old_entropies"), batch.sampled, batch.turns, batch.trajectory
+        require_tensor(batch.old_entropies, "old_entropies"), batch.sampled, batch.turns, batch.trajectory
     )
     numbers = {f"entropy_{level}": float(value) for level, value in entropies.items()}
     for diagnostic in algorithm.diagnostics:

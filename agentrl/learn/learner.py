@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from agentrl.algorithms.algorithm import Algorithm, Rehearsal
+from agentrl.algorithms.algorithm import Algorithm, ReplayBatch
 from agentrl.algorithms.credit import compute_advantages, with_mask, with_targets
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
 from agentrl.data.batch import Batch
@@ -148,7 +148,7 @@ class Learner:
         rollout = MiniBatch(batch, compute_advantages(algorithm, batch, context))
 
         # Read before this batch is added, so that it holds earlier steps only.
-        replay = None if algorithm.replay is None else algorithm.replay.recall(context)
+        replay = None if algorithm.replay is None else algorithm.replay.sample(context)
         mixed, separate = (replay, None) if replay is not None and replay.mixed else (None, replay)
         steps, outputs = self._learn_rollout(rollout, mixed, algorithm, context, scored=scored)
         replay_steps = self._learn_replay(separate, context)
@@ -158,8 +158,8 @@ class Learner:
         rollout = with_mask(algorithm, replace(rollout, batch=batch), context)
         replay_numbers: dict[str, float] = {}
         if algorithm.replay is not None:
-            algorithm.replay.keep(rollout, context)
-            replay_numbers = {**step_means(replay_steps), **algorithm.replay.numbers()}
+            algorithm.replay.add(rollout, context)
+            replay_numbers = {**step_means(replay_steps), **algorithm.replay.metrics()}
         return (
             step_means(steps)
             | batch_numbers(rollout, algorithm, context)
@@ -170,7 +170,7 @@ class Learner:
     def _learn_rollout(
         self,
         rollout: MiniBatch,
-        mixed: Rehearsal | None,
+        mixed: ReplayBatch | None,
         algorithm: Algorithm,
         context: Context,
         *,
@@ -205,7 +205,7 @@ class Learner:
                     steps.append(numbers | {"learning_rate": rate})
         return steps, outputs
 
-    def _learn_replay(self, replay: Rehearsal | None, context: Context) -> list[_Numbers]:
+    def _learn_replay(self, replay: ReplayBatch | None, context: Context) -> list[_Numbers]:
         """Take optimiser steps on replayed rows alone, at the learning rate of the step before."""
         # The epoch after the last one: an order of its own for the split.
         parts = self._split_replay(replay, self.config.mini_batches, context, self.config.epochs)
@@ -213,7 +213,7 @@ class Learner:
         return [numbers for numbers in steps if numbers]
 
     def _split_replay(
-        self, replay: Rehearsal | None, count: int, context: Context, epoch: int
+        self, replay: ReplayBatch | None, count: int, context: Context, epoch: int
     ) -> list[LossPart]:
         """Split replayed rows over `count` optimiser steps; without any, return no part."""
         if replay is None:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from agentrl.algorithms.algorithm import Algorithm, held_back
+from agentrl.algorithms.algorithm import Algorithm, clipped_tokens
 from agentrl.algorithms.credit import with_mask
-from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs, Term, Weights, given
+from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs, Term, Weights, require_tensor
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Objective:
         return loss, logged | {"loss": loss.detach()}
 
     def _ratio_metrics(self, outputs: Outputs, part: MiniBatch) -> dict[str, Tensor]:
-        mask, held = part.counted, held_back(part, outputs)
-        gap = given(part.batch.old_logprobs, "old_logprobs") - outputs.logprobs.detach()
+        mask, held = part.counted, clipped_tokens(part, outputs)
+        gap = require_tensor(part.batch.old_logprobs, "old_logprobs") - outputs.logprobs.detach()
         # Of the whole mini-batch, so that contributions add up.
         tokens = self.mask.sum().clamp(min=1)
         return {

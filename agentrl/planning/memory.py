@@ -102,7 +102,7 @@ def generation_bytes(config: RunConfig, sequences: int) -> tuple[int, str]:
     branched from are kept as well.
     """
     model = skeleton(config.policy)
-    branching = config.algorithm.build().rollout.grow is not None
+    branching = config.algorithm.build().rollout.branch_policy is not None
     sequences, context = sequences * (2 if branching else 1), context_length(model, config.policy.max_context)
     whole = cache_bytes(model, sequences, context)
     depth: int = model.config.get_text_config().num_hidden_layers

@@ -202,7 +202,7 @@ def _wait_for_results(calls: dict[Any, int], ranks: Sequence[_PlacedRank], outpu
             if error is not None:
                 raised[number] = error
         if raised or died or failed:
-            until = min(until, time.monotonic() + _GRACE_PERIOD)
+            until = min(until, time.monotonic() + _GRACE_PERIOD)  # counts from the first failure
     _print_output(output)
     for errors in (died, raised, failed):  # a rank that died makes the others fail too
         if errors:

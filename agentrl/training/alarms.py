@@ -9,7 +9,7 @@ from agentrl.data.trajectory import StopReason
 from agentrl.learn.learner import Learner
 from agentrl.policy.model import context_limit
 from agentrl.policy.tokens import ChatDialogue
-from agentrl.run.logger import Logbook, Row
+from agentrl.run.logger import Row, RunLogger
 from agentrl.training.setup import Session
 
 _IDLE_STEPS = 10  # steps without an update before the warning
@@ -27,7 +27,7 @@ class Alarms:
         quiet: Whether the logger shows nothing.
     """
 
-    def __init__(self, session: Session, logger: Logbook, *, quiet: bool) -> None:
+    def __init__(self, session: Session, logger: RunLogger, *, quiet: bool) -> None:
         self._session, self._logger, self._quiet = session, logger, quiet
         self._idle_steps = 0
         self._warned_of_rounding = self._warned_of_full_contexts = False

@@ -9,8 +9,9 @@ import torch
 from agentrl.learn.ranks import process_group
 from agentrl.policy.model import resolve_device
 from agentrl.run.folder import Run, open_run, with_overrides
-from agentrl.run.settings import RunConfig, check_named_again
+from agentrl.run.settings import RunConfig
 from agentrl.run.signals import Interruption
+from agentrl.run.trust import check_confirmed
 from agentrl.scale.extras import check_ray
 from agentrl.training.setup import open_session
 from agentrl.training.trainer import Trainer
@@ -36,7 +37,7 @@ def resume(folder: str | Path, *overrides: str, quiet: bool = False) -> Run:
     Args:
         folder: The folder of the run, or its name below `runs/`.
         overrides: `key=value` for the keys that may change. Programs, servers and folders that the run's
-            configuration names are used only if they are named again here, see `settings.CALLERS_KEYS`.
+            configuration names are used only if they are named again here, see `trust.CALLER_ONLY_KEYS`.
         quiet: Show no progress.
 
     Raises:
@@ -44,7 +45,7 @@ def resume(folder: str | Path, *overrides: str, quiet: bool = False) -> Run:
         AgentRLError: As in `train`.
     """
     stored = open_run(folder)
-    check_named_again(str(stored.folder), stored.config, overrides)
+    check_confirmed(str(stored.folder), stored.config, overrides)
     active = with_overrides(stored, overrides)
     return _run(active.config, active, quiet)
 

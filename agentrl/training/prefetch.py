@@ -15,7 +15,7 @@ from functools import partial
 
 from agentrl.algorithms.hooks import Context
 from agentrl.policy.engine import Engine, Generation, GenerationRequest
-from agentrl.run.timers import Clocks
+from agentrl.run.timers import Timers
 from agentrl.training.rollouts import RolloutResult, Rollouts
 from agentrl.training.setup import Session
 from agentrl.training.state import TrainingState
@@ -260,7 +260,7 @@ class SharedEngine:
 
 @contextmanager
 def open_source(
-    session: Session, rollouts: Rollouts, state: TrainingState, timers: Clocks
+    session: Session, rollouts: Rollouts, state: TrainingState, timers: Timers
 ) -> Iterator[SyncRollouts | AsyncRollouts]:
     """Open what plays the training steps, one after the other or ahead, as `trainer.mode` says."""
     config, ranks = session.config, session.rollout_ranks

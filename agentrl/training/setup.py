@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.importance import with_drift
+from agentrl.algorithms.importance import with_importance_correction
 from agentrl.env.panel import Panel
 from agentrl.env.registry import Factory
 from agentrl.errors import ConfigError
-from agentrl.evaluation.evaluate import configured_panel
+from agentrl.evaluation.panels import configured_panel
 from agentrl.files import remove_leftovers
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.planning.preflight import check_run
 from agentrl.policy.engine import Engine
 from agentrl.policy.model import context_length, shortened
 from agentrl.rollout.environments import Environments
-from agentrl.rollout.placement import settle
+from agentrl.rollout.placement import resolve_placement
 from agentrl.rollout.players import ExpertPlayer, RandomPlayer
 from agentrl.run.env_backend import open_environments
 from agentrl.run.folder import Run, changed_wording, create_run, note_wording
@@ -103,9 +103,9 @@ class Session:
         """
         self.ranks.run_on_rank0(self.check_lock)
         if self.ranks.count == 1:
-            self.interruption.heed()
+            self.interruption.check_stop()
         # Ranks stop together: one that stopped alone would leave the others waiting for it.
-        elif any(self.ranks.gather(self.interruption.asked())):
+        elif any(self.ranks.gather(self.interruption.pop_request())):
             raise KeyboardInterrupt
 
     def check_lock(self) -> None:
@@ -147,7 +147,7 @@ def open_session(
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     rollout, placement = ranks.run_on_rank0(
-        lambda: settle(environment_factory(config), config.rollout, config.env.split, config.seed)
+        lambda: resolve_placement(environment_factory(config), config.rollout, config.env.split, config.seed)
     )
     config = replace(config, rollout=rollout)
     with ExitStack() as undo:  # closes what is open already if a later part fails
@@ -176,7 +176,7 @@ def open_session(
         undo.pop_all()
     return Session(
         config=config,
-        algorithm=with_drift(config.algorithm.build(), config.trainer.correction),
+        algorithm=with_importance_correction(config.algorithm.build(), config.trainer.correction),
         run=run,
         lock=lock,
         environments=environments,
@@ -246,7 +246,7 @@ def _offers_expert(config: RunConfig) -> bool:
 def _own_folder(folder: Path, lock: RunLock | None) -> None:
     """Lock the folder, and clear what a killed process left in it."""
     assert lock is not None
-    lock.take()
+    lock.acquire()
     for inner in (folder, folder / "episodes", folder / "checkpoints"):
         remove_leftovers(inner)
     (folder / "episodes").mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from agentrl.algorithms.hooks import Context
 from agentrl.errors import CheckpointError, NonFiniteError
-from agentrl.evaluation.run_scores import Measurements
+from agentrl.evaluation.run_scores import RunScores
 from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner
 from agentrl.learn.ranks import ALONE
@@ -24,8 +24,8 @@ from agentrl.run.checkpoint import (
     load_progress,
     save_checkpoint,
 )
-from agentrl.run.logger import Logbook, read_metrics
-from agentrl.run.timers import Clocks
+from agentrl.run.logger import RunLogger, read_metrics
+from agentrl.run.timers import Timers
 from agentrl.training.setup import Session
 
 
@@ -47,7 +47,7 @@ class TrainingState:
     """
 
     def __init__(
-        self, session: Session, logger: Logbook, timers: Clocks, warn: Callable[[str], None]
+        self, session: Session, logger: RunLogger, timers: Timers, warn: Callable[[str], None]
     ) -> None:
         self._session, self._logger, self._timers, self._warn = session, logger, timers, warn
         self._folder = session.run.folder / "checkpoints"
@@ -168,7 +168,7 @@ class TrainingState:
         try:
             with self._session.interruption.shield():
                 self.save()
-                self._session.interruption.asked()
+                self._session.interruption.pop_request()
         except NonFiniteError:
             good = self._session.ranks.run_on_rank0(lambda: latest_finite(self._folder))
             if good is None:
@@ -176,7 +176,7 @@ class TrainingState:
             return f"{advice}, from {good.name}, the newest checkpoint that is finite"
         return advice
 
-    def restore(self, scores: Measurements) -> bool:
+    def restore(self, scores: RunScores) -> bool:
         """Load the newest checkpoint, if there is one, and drop the rows that were logged after it.
 
         Args:
@@ -214,7 +214,7 @@ class TrainingState:
         del self.learner  # its states may be as large as memory allows
         self.learner = self.make_learner(model)
 
-    def _check_records(self, scores: Measurements) -> None:
+    def _check_records(self, scores: RunScores) -> None:
         """Refuse to continue without the rows and evaluations that came before the checkpoint."""
         self._check_rows()
         config, training = self._session.config, self.stage == "train"

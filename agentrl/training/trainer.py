@@ -14,13 +14,13 @@ from agentrl.data.batch import Batch
 from agentrl.data.storage import write_episodes
 from agentrl.errors import NonFiniteError, TooManyAbortedError
 from agentrl.evaluation.report import results_table, write_report
-from agentrl.evaluation.run_scores import Measurements
+from agentrl.evaluation.run_scores import RunScores
 from agentrl.files import write_atomic
 from agentrl.policy.model import save_policy
 from agentrl.run.folder import Run
-from agentrl.run.logger import Logbook, SilentLogbook
+from agentrl.run.logger import RunLogger, SilentRunLogger
 from agentrl.run.signals import RunInterrupted
-from agentrl.run.timers import Clocks
+from agentrl.run.timers import Timers
 from agentrl.training.alarms import Alarms
 from agentrl.training.metrics import staleness, step_metrics
 from agentrl.training.prefetch import AsyncRollouts, StepRollout, SyncRollouts, open_source
@@ -42,14 +42,14 @@ class Trainer:
         self.session, self.config, self.algorithm = session, session.config, session.algorithm
         self.ranks, self.interruption = session.ranks, session.interruption
         folder = session.run.folder
-        self.logger = Logbook(folder, quiet=quiet) if self.ranks.first else SilentLogbook(folder)
-        self.timers = Clocks(folder / "clocks.json", writes=self.ranks.first)
+        self.logger = RunLogger(folder, quiet=quiet) if self.ranks.first else SilentRunLogger(folder)
+        self.timers = Timers(folder / "clocks.json", writes=self.ranks.first)
         self.alarms = Alarms(session, self.logger, quiet=quiet)
         self.state = TrainingState(session, self.logger, self.timers, self.alarms.warn)
         self.rollouts = Rollouts(
             self.config, self.algorithm, session.tasks, session.environments, session.rollout_ranks
         )
-        self.scores = Measurements(
+        self.scores = RunScores(
             folder,
             self.config,
             session.panel,

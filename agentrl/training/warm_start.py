@@ -11,13 +11,14 @@ from agentrl.data.trajectory import Episode, Group, StopReason
 from agentrl.errors import ConfigError
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.policy.tokens import Dialogue
-from agentrl.rollout.collector import Quarantine, collect
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
+from agentrl.rollout.failures import Quarantine
 from agentrl.rollout.players import DemonstrationPlayer
-from agentrl.run.logger import Logbook
-from agentrl.run.policies import ENDLESS, MOST_TURNS, drawn_specs, is_endless, turn_limit
+from agentrl.run.logger import RunLogger
+from agentrl.run.policies import FALLBACK_MAX_TURNS, MAX_ENDLESS_EPISODES, drawn_specs, is_endless, turn_limit
 from agentrl.run.settings import RunConfig
-from agentrl.run.timers import Clocks
+from agentrl.run.timers import Timers
 from agentrl.seeds import derive_seed
 from agentrl.training.alarms import Alarms
 from agentrl.training.setup import Session, open_training_environments
@@ -27,7 +28,7 @@ OnEpisode = Callable[[Episode], None]
 
 
 def clone_expert(
-    session: Session, state: TrainingState, logger: Logbook, timers: Clocks, alarms: Alarms
+    session: Session, state: TrainingState, logger: RunLogger, timers: Timers, alarms: Alarms
 ) -> None:
     """Clone the demonstrations of the environment's expert, for what is left of `warm_start.steps`."""
     config, steps = session.config, session.config.warm_start.steps
@@ -93,11 +94,11 @@ def demonstrations(
     def watch(episode: Episode) -> None:
         solved_or_endless[0] += episode.success
         solved_or_endless[1] += is_endless(config, episode)
-        if solved_or_endless[0] == 0 and solved_or_endless[1] >= ENDLESS:
+        if solved_or_endless[0] == 0 and solved_or_endless[1] >= MAX_ENDLESS_EPISODES:
             raise ConfigError(
                 f"warm_start.steps is {block.steps}, but the expert of {config.env.id} solved none of its "
-                f"first tasks, and came to no end in {ENDLESS} of them within {MOST_TURNS} turns; if they "
-                "are that long, set rollout.max_turns"
+                f"first tasks, and came to no end in {MAX_ENDLESS_EPISODES} of them within "
+                f"{FALLBACK_MAX_TURNS} turns; if they are that long, set rollout.max_turns"
             )
         if on_episode is not None:
             on_episode(episode)
@@ -108,7 +109,7 @@ def demonstrations(
                 ranks.split(specs),
                 player,
                 environments,
-                max_active=environments.places or 1,
+                max_active=environments.capacity or 1,
                 max_turns=turn_limit(config),
                 max_attempts=config.rollout.max_attempts,
                 quarantine=Quarantine(config.rollout.max_attempts),

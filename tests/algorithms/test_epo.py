@@ -361,7 +361,7 @@ def test_a_batch_without_a_decision_has_no_penalty_and_no_nan():
         loss, _, slope, _ = learn(flat(recipe), batch, HISTORY)
         assert loss == 0
         assert not slope.any()
-        assert recipe.corridor(mini, HISTORY)["corridor/active"] == 0
+        assert recipe.entropy_band(mini, HISTORY)["corridor/active"] == 0
     assert entropy_levels(mini, HISTORY) == {}
 
 
@@ -373,7 +373,7 @@ def test_the_corridor_is_logged_with_the_share_of_decisions_outside_it():
     mini = MiniBatch(scored(EXPLODED, masked=math.nan), torch.zeros(1))
     context = past(Context(step=60, total_steps=100), turn0=[0.6] * 5, turn1=[1.0] * 5)
     # Corridors [.3, .9] for four decisions, of which .2 is below and 1.0 above, and [.5, 1.5] for 1.8 and .1.
-    assert recipe.corridor(mini, context) == pytest.approx(
+    assert recipe.entropy_band(mini, context) == pytest.approx(
         {
             "corridor/beta": 1.3678794412,
             "corridor/active": 1,
@@ -384,10 +384,10 @@ def test_the_corridor_is_logged_with_the_share_of_decisions_outside_it():
         },
         abs=1e-10,
     )
-    partly = recipe.corridor(mini, past(turn1=[1.0] * 5))
+    partly = recipe.entropy_band(mini, past(turn1=[1.0] * 5))
     assert partly["corridor/active"] == pytest.approx(2 / 6)
     assert partly["corridor/low"] == 0.5
-    assert recipe.corridor(mini, START) == {"corridor/beta": 2, "corridor/active": 0}
+    assert recipe.entropy_band(mini, START) == {"corridor/beta": 2, "corridor/active": 0}
 
 
 # The configuration

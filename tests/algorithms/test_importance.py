@@ -8,7 +8,7 @@ import torch
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.hooks import Context, MiniBatch
-from agentrl.algorithms.importance import drift_numbers, importance_weights, with_drift
+from agentrl.algorithms.importance import importance_weights, mismatch_metrics, with_importance_correction
 from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate
@@ -43,7 +43,7 @@ def test_where_nothing_was_sampled_the_weight_is_1_whatever_stands_there() -> No
 
 
 def test_drift_is_told_in_nats_and_as_a_divergence() -> None:
-    numbers = drift_numbers(mini(batch((-0.5, -1.5, -2.0))), CONTEXT, cap=1.2)
+    numbers = mismatch_metrics(mini(batch((-0.5, -1.5, -2.0))), CONTEXT, cap=1.2)
     assert numbers["drift_mean"] == pytest.approx(0.5)
     assert numbers["drift_max"] == pytest.approx(1.0)
     # k3 of KL(rollout || old): exp(d) - 1 - d with d = old - rollout = 0, 0.5, -1
@@ -54,10 +54,13 @@ def test_drift_is_told_in_nats_and_as_a_divergence() -> None:
 
 def test_without_a_cap_drift_is_told_and_nothing_is_weighted() -> None:
     base = GRPO().build()
-    watched = with_drift(base, None)
+    watched = with_importance_correction(base, None)
     assert watched.weights == base.weights
-    assert "drift_capped" not in drift_numbers(mini(batch(DRAWN)), CONTEXT, cap=None)
-    assert (watched.reads_scores, with_drift(base, 2.0).reads_scores) == (base.reads_scores, True)
+    assert "drift_capped" not in mismatch_metrics(mini(batch(DRAWN)), CONTEXT, cap=None)
+    assert (watched.reads_scores, with_importance_correction(base, 2.0).reads_scores) == (
+        base.reads_scores,
+        True,
+    )
 
 
 def test_the_truncation_is_that_of_the_ratio() -> None:

@@ -168,11 +168,16 @@ def test_what_a_policy_or_environment_says_is_text_and_never_markup(run: Path) -
 
 def test_a_report_tells_the_story_in_numbers(run: Path) -> None:
     text = re.sub(r"\s+", " ", page_of(run).text)
-    assert "Sampled: the trained policy's interval lies wholly above that of the cloned one." in text
-    assert "Greedy: the two intervals overlap, so this panel does not tell trained and cloned apart." in text
+    assert (
+        "Sampled: the interval of the trained policy lies entirely above that of the cloned policy." in text
+    )
+    assert (
+        "Greedy: the intervals overlap, so this panel does not separate the trained from the cloned policy."
+        in text
+    )
     assert "data: generated" in text
     assert "50.0 [43.1, 56.9]" in text  # 100 of 200
-    assert "the panel's goal, not told 5.0 % [2.7, 9.2] 180" in text
+    assert "the panel's goal, which it was not given 5.0 % [2.7, 9.2] 180" in text
     assert "torch 2.13.0" in text
     assert "wall 201.25" in text
 
@@ -201,7 +206,7 @@ def test_an_unfinished_run_has_a_report_of_what_there_is(run: Path) -> None:
     assert "Episodes" not in page.text
     empty = run.parent / "empty"
     empty.mkdir()
-    assert "What was run" in page_of(empty).text
+    assert "Run details" in page_of(empty).text
 
 
 def test_aborted_episodes_are_counted_with_their_reasons(run: Path) -> None:
@@ -297,7 +302,7 @@ def test_every_signal_that_moves_is_drawn_and_named() -> None:
     assert draw_signals([{"step": 1, "success": 0.1}]) is None
 
 
-def test_who_waited_for_whom_is_told_where_both_went_on_side_by_side(run: Path) -> None:
+def test_the_waiting_times_of_an_async_run_are_reported(run: Path) -> None:
     (run / "metrics.jsonl").write_text(
         "".join(json.dumps({"stage": "train", "step": step, "turns": step}) + "\n" for step in (1, 2))
     )

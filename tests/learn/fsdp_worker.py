@@ -17,7 +17,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import prepare
 from agentrl.algorithms.hooks import Context
-from agentrl.algorithms.importance import with_drift
+from agentrl.algorithms.importance import with_importance_correction
 from agentrl.algorithms.recipe import build_recipe, recipe_names
 from agentrl.data import Group, StopReason
 from agentrl.data.batch import collate
@@ -107,7 +107,7 @@ def played(algorithm: Algorithm, seed: int) -> list[Group]:
     groups = make_groups(seed)
     cut = tuple(replace(episode, stop=StopReason.CONTEXT_LIMIT) for episode in groups[0].episodes)
     groups[0] = replace(groups[0], episodes=cut)
-    if algorithm.rollout.grow is None:
+    if algorithm.rollout.branch_policy is None:
         return groups
     return [
         Group(task, (first, *(replace(other, parent=BranchPoint(first.id, 0)) for other in others)))
@@ -137,7 +137,7 @@ def compared(
     results = []
     for backend, who in (("single", ALONE), ("fsdp", ranks)):
         algorithm = build_recipe(name).build()
-        algorithm = algorithm if cap is None else with_drift(algorithm, cap)
+        algorithm = algorithm if cap is None else with_importance_correction(algorithm, cap)
         learner = learner_of(make, algorithm, who, backend, **settings)
         before = weights(learner)
         results.append((*taught(learner, algorithm, range(5)), weights(learner), before))

@@ -302,7 +302,9 @@ def test_the_second_mini_batch_sees_other_ratios_and_the_same_advantages():
     computed, ratios, used = [], [], []
 
     def counted(batch, context):
-        values = functional.spread(torch.where(batch.returns > 0, 1.0, -1.0), batch.trajectory, batch.sampled)
+        values = functional.broadcast_to_tokens(
+            torch.where(batch.returns > 0, 1.0, -1.0), batch.trajectory, batch.sampled
+        )
         computed.append(values)
         return values
 

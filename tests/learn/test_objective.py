@@ -34,7 +34,7 @@ def outputs(values: float | list[list[float]], entropies: float = 0.0) -> Output
 
 
 def centred(batch, context):
-    return functional.spread(torch.tensor([0.5, -0.5]), batch.trajectory, batch.sampled)
+    return functional.broadcast_to_tokens(torch.tensor([0.5, -0.5]), batch.trajectory, batch.sampled)
 
 
 PLAIN = Algorithm(advantage=centred)

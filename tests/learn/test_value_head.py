@@ -8,7 +8,7 @@ import torch
 from toy_policy import WIDTH, ToyPolicy, hidden_states, make_groups, toy_forward
 
 from agentrl.algorithms.algorithm import Algorithm, check_requirements
-from agentrl.algorithms.hooks import Context, Term, given, requires
+from agentrl.algorithms.hooks import Context, Term, require_tensor, requires
 from agentrl.algorithms.methods.ppo import PPO
 from agentrl.data import StopReason
 from agentrl.data.batch import Batch, collate
@@ -26,7 +26,7 @@ def ones(batch: Batch, context: Context) -> torch.Tensor:
 
 @requires("values:grad")
 def squared_error(outputs, mini, context):
-    return (given(outputs.values, "values") - given(mini.batch.targets, "targets")).square()
+    return (require_tensor(outputs.values, "values") - require_tensor(mini.batch.targets, "targets")).square()
 
 
 CRITIC = Algorithm(

@@ -1,4 +1,4 @@
-"""Ranks as Ray's actors do what torchrun's processes do; none is left when one fails or is interrupted."""
+"""Ranks in Ray actors do what torchrun's processes do; none is left after a failure or an interrupt."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_ranks_join_and_the_first_is_heard(ray_is_there: None, capsys: pytest.Ca
     [
         ("die", "rank 1 on .* was lost: .*; the run's folder keeps its last checkpoint: agentrl train --res"),
         ("refuse", "^it is wrong$"),
-        ("break", "no such shelf|Connection"),  # whoever is heard first
+        ("break", "no such shelf|Connection"),  # whichever error comes first
     ],
 )
 def test_one_that_fails_ends_all(ray_is_there: None, deed: str, message: str) -> None:

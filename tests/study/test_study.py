@@ -28,7 +28,7 @@ from agentrl.run.logger import read_metrics
 from agentrl.run.settings import RunConfig, config_tree
 from agentrl.run.signals import RunInterrupted
 from agentrl.study import study
-from agentrl.study.comparison import compare, interquartile_mean, thin
+from agentrl.study.comparison import compare, downsample, interquartile_mean
 from agentrl.study.study import StudyRun, load_study, plan, run_study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -272,7 +272,7 @@ def test_a_folder_belongs_to_one_study_at_a_time(
     unbroken: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = unbroken
-    with study._alone_in(folder / "study"), pytest.raises(ConfigError, match="is at work in it"):
+    with study._exclusive(folder / "study"), pytest.raises(ConfigError, match="is at work in it"):
         run_study(load_study(folder / "tiny.yaml"), folder / "study")
 
 
@@ -381,10 +381,10 @@ def test_what_is_not_known_is_in_no_mean() -> None:
     assert interquartile_mean(np.array([[nothing, nothing]])) is None
 
 
-def test_a_thinned_curve_has_means_over_as_many_steps() -> None:
+def test_a_downsampled_curve_has_means_over_as_many_steps() -> None:
     rows = [{"step": step, "success": step / 4} for step in (1, 2, 3, 4, 5)] + [{"step": 6}]
-    assert thin(rows, "success", points=3) == {"step": [1.5, 3.5, 5], "value": [0.375, 0.875, 1.25]}
-    assert thin(rows, "entropy", points=3) == {"step": [], "value": []}
+    assert downsample(rows, "success", points=3) == {"step": [1.5, 3.5, 5], "value": [0.375, 0.875, 1.25]}
+    assert downsample(rows, "entropy", points=3) == {"step": [], "value": []}
 
 
 def made_up(folder: Path, plays: str, *, panel: str = "p", steps: Sequence[Mapping[str, Any]] = ()) -> Path:

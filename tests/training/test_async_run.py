@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import agentrl
 from agentrl.data.storage import read_episodes
 from agentrl.errors import TooManyAbortedError
-from agentrl.run.logger import Logbook
+from agentrl.run.logger import RunLogger
 from agentrl.run.signals import RunInterrupted
 
 TINY = (
@@ -86,15 +86,15 @@ def test_stale_tokens_are_known_bounded_and_weighted(tmp_path: Path) -> None:
 def test_an_interrupt_leaves_a_run_that_can_be_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Logbook.write
+    write = RunLogger.write
 
-    def interrupting(self: Logbook, row: dict[str, Any], **kwargs: Any) -> None:
+    def interrupting(self: RunLogger, row: dict[str, Any], **kwargs: Any) -> None:
         write(self, row, **kwargs)
         if (row["stage"], row["step"]) == ("train", 3):
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Logbook, "write", interrupting)
+        patched.setattr(RunLogger, "write", interrupting)
         with pytest.raises(RunInterrupted, match="stopped after train step 3"):
             agentrl.train(config(tmp_path, "trainer.mode=async"), quiet=True)
     assert not [thread for thread in threading.enumerate() if thread.name == "rollout"]

@@ -17,7 +17,7 @@ from agentrl.errors import ConfigError, RequirementError
 from agentrl.learn.learner import Learner
 from agentrl.planning.plan import plan
 from agentrl.policy.model import load_policy
-from agentrl.run.logger import Logbook
+from agentrl.run.logger import RunLogger
 from agentrl.run.policies import open_player
 
 SHORT = 190
@@ -88,7 +88,7 @@ def ran(
         return update(self, batch, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Logbook, "say", lambda self, text: said.append(text))
+        patch.setattr(RunLogger, "say", lambda self, text: said.append(text))
         patch.setattr(Learner, "update", remembered)
         run = agentrl.train(config(folder, model), quiet=True)
     return run, said, batches
@@ -154,7 +154,7 @@ def test_full_contexts_are_warned_of_once_with_the_keys(
 def test_a_run_within_its_context_says_nothing_of_it(examples: dict[str, ModuleType], tmp_path: Path) -> None:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Logbook, "say", lambda self, text: said.append(text))
+        patch.setattr(RunLogger, "say", lambda self, text: said.append(text))
         model = folder_of(tmp_path / "model", LlamaConfig, **WIDTHS)
         run = agentrl.train(config(tmp_path, model, "trainer.steps=1", "evaluation.tasks=2"), quiet=True)
     assert not [line for line in said if "max_context" in line]

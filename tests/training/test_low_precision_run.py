@@ -232,15 +232,13 @@ def test_a_checkpoint_that_is_not_finite_is_no_place_to_go_on_from(
     name = poison(newest, where)
     with pytest.raises(CheckpointError, match=rf"train-000004: nan or inf is in {name}; the newest"):
         agentrl.resume(run, quiet=True)
-    with pytest.raises(
-        CheckpointError, match=r"that is finite is train-000003\. Remove those that came after"
-    ):
+    with pytest.raises(CheckpointError, match=r"newest finite checkpoint is train-000003\. Remove the newer"):
         agentrl.resume(run, quiet=True)
     poison(older, where)
     others = [path for path in (run / "checkpoints").iterdir() if path not in (newest, older)]
     for path in others:
         shutil.rmtree(path)
-    with pytest.raises(CheckpointError, match="no checkpoint there is finite: start anew"):
+    with pytest.raises(CheckpointError, match="no checkpoint there is finite: start a new run"):
         agentrl.resume(run, quiet=True)
     shutil.rmtree(newest)
     for path in (older, *others):
@@ -337,7 +335,7 @@ def test_no_way_of_saving_keeps_what_nobody_noticed(
     with monkeypatch.context() as patch:
         spoil_at("train", 4, patch, told=True)
         with pytest.raises(
-            NonFiniteError, match=r"train-000004: not written, for nan or inf is in model\.norm"
+            NonFiniteError, match=r"train-000004: not written, because nan or inf is in model\.norm"
         ):
             trained(tmp_path / "saved", ALL_TEACH)
     with monkeypatch.context() as patch:
@@ -360,7 +358,7 @@ def test_a_model_folder_that_is_not_finite_is_not_written(llama: Path, tmp_path:
     save_policy(model, tokenizer, tmp_path / "model")
     with torch.no_grad():
         dict(model.named_parameters())["model.norm.weight"][0] = math.nan
-    with pytest.raises(NonFiniteError, match=r"model: not saved, for nan or inf is in model.norm.weight"):
+    with pytest.raises(NonFiniteError, match=r"model: not saved, since model.norm.weight holds nan or inf"):
         save_policy(model, tokenizer, tmp_path / "model")
     assert weights(tmp_path / "model").keys() == weights(llama).keys()
     assert moved(weights(tmp_path / "model"), weights(llama)) == 0.0

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 import agentrl
-from agentrl.run.logger import Logbook
+from agentrl.run.logger import RunLogger
 
 SMALL = (
     "rollout.placement=inline",
@@ -135,15 +135,15 @@ def test_a_run_that_stopped_in_the_middle_of_what_a_method_remembers_goes_on_bit
 ) -> None:
     """SPEAR's buffer is filled in step 1 and recalled later; EPO's corridor is that of the steps before."""
     whole = agentrl.train(config(clone, tmp_path / "whole", name, steps=step + 1), quiet=True)
-    write = Logbook.write
+    write = RunLogger.write
 
-    def interrupting(self: Logbook, row: dict[str, Any], **kwargs: Any) -> None:
+    def interrupting(self: RunLogger, row: dict[str, Any], **kwargs: Any) -> None:
         write(self, row, **kwargs)
         if row["step"] == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Logbook, "write", interrupting)
+        patch.setattr(RunLogger, "write", interrupting)
         with pytest.raises(KeyboardInterrupt):
             agentrl.train(config(clone, tmp_path / "parts", name, steps=step + 1), quiet=True)
     assert len(rows(tmp_path / "parts" / "run")) == step

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 import agentrl
 import agentrl.env
 from agentrl.errors import AgentRLError, CheckpointError, ConfigError, TooManyAbortedError
-from agentrl.evaluation.evaluate import Evaluation
+from agentrl.evaluation.scores import Evaluation
 from agentrl.rollout.players import LanguagePlayer, RandomPlayer
 from agentrl.run.folder import with_overrides
-from agentrl.run.logger import Logbook
+from agentrl.run.logger import RunLogger
 from agentrl.run.signals import RunInterrupted
 from agentrl.training.rollouts import TaskOrder
 from agentrl.training.state import TrainingState
@@ -104,14 +104,14 @@ def test_the_learner_agrees_with_the_rollout_about_what_was_sampled(unbroken: ag
 
 
 def interrupt_at(stage: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = Logbook.write
+    write = RunLogger.write
 
-    def interrupting(self: Logbook, row: dict[str, Any], **kwargs: Any) -> None:
+    def interrupting(self: RunLogger, row: dict[str, Any], **kwargs: Any) -> None:
         write(self, row, **kwargs)
         if (row["stage"], row["step"]) == (stage, step):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Logbook, "write", interrupting)
+    monkeypatch.setattr(RunLogger, "write", interrupting)
 
 
 def interrupt_rollout(stage: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_a_corrupt_checkpoint_is_refused_by_name(unbroken: agentrl.Run, tmp_path
     with pytest.raises(CheckpointError, match=r"train-000004.*weights\.safetensors.*older"):
         agentrl.resume(run, quiet=True)
     (run / "checkpoints" / "train-000004" / "hashes.json").unlink()
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="incomplete checkpoint"):
         agentrl.resume(run, quiet=True)
 
 
@@ -399,7 +399,7 @@ def test_steps_that_teach_nothing_are_told(examples: dict[str, ModuleType], tmp_
     said: list[str] = []
     alone = config(tmp_path, "rollout.group_size=1", "rollout.groups_per_step=1", "trainer.steps=11")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Logbook, "say", lambda self, text: said.append(text))
+        patch.setattr(RunLogger, "say", lambda self, text: said.append(text))
         agentrl.train(alone, quiet=True)
     told = [text for text in said if "nothing was learned in 10 steps: no group of 1" in text]
     assert len(told) == 1
