@@ -1,4 +1,4 @@
-"""What two processes find out about an FSDP2 learner, each beside a learner of its own that is alone."""
+"""Measurements of an FSDP2 learner on two ranks, each compared with a single-process learner."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -36,7 +36,7 @@ CONTEXT = Context(total_steps=10, vocabulary=VOCABULARY, tokenizer="toy")
 
 
 def measured(folder: Path, *names: str) -> Figures:
-    """Run the named functions of this file on two ranks; what the first one returned, by name."""
+    """Run the named functions of this file on two ranks; return the results of rank 0 by name."""
     (folder / "meet").unlink(missing_ok=True)
     spawn(_rank, (str(folder), names), nprocs=2)
     return dict(json.loads((folder / "figures.json").read_text()))
@@ -80,7 +80,7 @@ def learner_of(
 
 
 def taught(learner: Learner, algorithm: Algorithm, steps: Iterable[int]) -> tuple[list[Tensor], Figures]:
-    """The gradients of the first optimiser step that had any, and what was logged."""
+    """Return the gradients of the first optimiser step that had any, and the logged numbers."""
     gradients: list[Tensor] = []
     clip = nn.utils.clip_grad_norm_
 
@@ -103,7 +103,7 @@ def taught(learner: Learner, algorithm: Algorithm, steps: Iterable[int]) -> tupl
 
 
 def played(algorithm: Algorithm, seed: int) -> list[Group]:
-    """One group was cut short by a limit; where an algorithm branches, its episodes have left their first."""
+    """Return groups, one truncated by a limit; if the algorithm branches, episodes branch off their first."""
     groups = make_groups(seed)
     cut = tuple(replace(episode, stop=StopReason.CONTEXT_LIMIT) for episode in groups[0].episodes)
     groups[0] = replace(groups[0], episodes=cut)
@@ -125,7 +125,7 @@ def distance(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 def relative(one: list[Tensor], other: list[Tensor]) -> float:
-    """Norm of the difference over that of `other`, all tensors together."""
+    """Return the norm of the difference over the norm of `other`, over all tensors together."""
     flat = [torch.cat([value.double().flatten() for value in values]) for values in (one, other)]
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
@@ -133,7 +133,7 @@ def relative(one: list[Tensor], other: list[Tensor]) -> float:
 def compared(
     make: Callable[[int], nn.Module], name: str, ranks: Ranks, cap: float | None = None, **settings: Any
 ) -> Figures:
-    """How far a learner on all ranks is from one that is alone."""
+    """Return how far a learner on all ranks is from a single-process learner."""
     results = []
     for backend, who in (("single", ALONE), ("fsdp", ranks)):
         algorithm = build_recipe(name).build()
@@ -184,7 +184,7 @@ def muon(ranks: Ranks, folder: Path) -> Figures:
 
 
 def in_float32(ranks: Ranks, folder: Path) -> Figures:
-    """By optimiser; and how far one process is from itself with other micro-batches."""
+    """Compare both optimisers, and one process with itself at other micro-batches."""
     return {name: _in_float32(name, ranks) for name in ("adamw", "muon")}
 
 
@@ -203,7 +203,7 @@ def _in_float32(optimizer: str, ranks: Ranks) -> Figures:
 
 
 def recomputed(ranks: Ranks, folder: Path) -> Figures:
-    """With rows one by one, of which one rank often has one less than the other."""
+    """Compare with one row per micro-batch, so that one rank often needs a filler."""
     return compared(double_qwen, "grpo", ranks, recompute_activations=True, micro_batch_tokens=1)
 
 
@@ -219,7 +219,7 @@ def in_bfloat16(ranks: Ranks, folder: Path) -> Figures:
     }
 
 
-# With a value head; with a reference: what a checkpoint holds beside the weights and two optimisers.
+# A learner with a value head and one with a reference; both have two optimisers.
 CHECKPOINTED: dict[str, tuple[str, Figures]] = {
     "values": ("ppo", {}),
     "reference": ("grpo", {"kl_coefficient": 0.1}),
@@ -233,7 +233,7 @@ def checkpointed_learner(kind: str, ranks: Ranks) -> tuple[Learner, Algorithm]:
 
 
 def saved(ranks: Ranks, folder: Path) -> Figures:
-    """Two updates, a checkpoint, and the sums of the weights after two more and one more."""
+    """Take two updates, write a checkpoint, and return the weights after three more updates."""
     return {kind: _saved(kind, ranks, folder) for kind in CHECKPOINTED}
 
 
@@ -259,7 +259,7 @@ def restore(kind: str, folder: Path, ranks: Ranks) -> tuple[Learner, Algorithm]:
 
 
 def restored(ranks: Ranks, folder: Path) -> Figures:
-    """The weights after the last two updates, from the checkpoint that one process left before them."""
+    """Return the weights after two updates from the checkpoint that one process wrote."""
     ends = {}
     for kind in CHECKPOINTED:
         learner, algorithm = restore(kind, folder / f"{kind}-one", ranks)
@@ -273,7 +273,7 @@ def flat(learner: Learner) -> list[float]:
 
 
 def exported(ranks: Ranks, folder: Path) -> Figures:
-    """Whether a model that has its weights whole gets all of them, those of the first rank to begin with."""
+    """Return how far an exported model is from the weights that rank 0 started with."""
     algorithm = build_recipe("grpo").build()
     model, other = qwen(), qwen(seed=2 + ranks.index)  # every rank begins elsewhere
     learner = learner_of(lambda seed: other, algorithm, ranks, "fsdp")
@@ -282,7 +282,7 @@ def exported(ranks: Ranks, folder: Path) -> Figures:
 
 
 def lost_numbers(ranks: Ranks, folder: Path) -> Figures:
-    """What all ranks know of a number that one of them lost, in a part that only it holds."""
+    """Return what all ranks report about an inf in a shard that only one of them holds."""
     algorithm = build_recipe("grpo").build()
     learner = learner_of(qwen, algorithm, ranks, "fsdp")
     taught(learner, algorithm, [0])
@@ -306,7 +306,7 @@ def lost_numbers(ranks: Ranks, folder: Path) -> Figures:
 
 
 def widened(ranks: Ranks, folder: Path) -> Figures:
-    """Weights that two ranks dealt out and wrote in bfloat16, taken up by learners of float32."""
+    """Load weights that two ranks wrote in bfloat16 into learners of float32."""
     algorithm = build_recipe("grpo").build()
     old = learner_of(lambda seed: qwen(seed).bfloat16(), algorithm, ranks, "fsdp")
     taught(old, algorithm, [0])
@@ -322,7 +322,7 @@ def widened(ranks: Ranks, folder: Path) -> Figures:
 
 
 def an_error(ranks: Ranks, folder: Path) -> Figures:
-    """What every rank raises when only the last one fails."""
+    """Return what every rank raises if only the last one fails, and items that were split and merged."""
 
     def work() -> None:
         if not ranks.first:
