@@ -82,7 +82,8 @@ def save_checkpoint(
     def begin() -> Path:
         if lost:
             raise NonFiniteError(
-                f"{target}: not written, because nan or inf is in {named_in_short(lost)}; {_resume_hint(folder)}"
+                f"{target}: not written, because nan or inf is in {named_in_short(lost)}; "
+                f"{_resume_hint(folder)}"
             )
         with _saving(target):
             folder.mkdir(exist_ok=True)

@@ -211,9 +211,9 @@ def test_a_run_whose_prompts_read_otherwise_today_says_so_and_goes_on(
     assert shown.count("warning: the prompts of") == 1
     assert "'Today: 03 May 2031'" in shown
     assert "'Today: 04 May 2031'" in shown
-    with pytest.warns(RuntimeWarning, match="had 'Today: 03 May 2031', and has 'Today: 04 May 2031' now"):
+    with pytest.warns(RuntimeWarning, match="had 'Today: 03 May 2031' and now has 'Today: 04 May 2031'"):
         agentrl.resume(dated.folder, quiet=True)
-    with pytest.warns(RuntimeWarning, match="had 'Today: 03 May 2031', and has 'Today: 04 May 2031' now"):
+    with pytest.warns(RuntimeWarning, match="had 'Today: 03 May 2031' and now has 'Today: 04 May 2031'"):
         agentrl.evaluate(dated, temperature=0.0)
     assert (dated.folder / "manifest.json").read_text() == before
 
