@@ -242,7 +242,7 @@ def note_wording(run: Run, wording: "Wording") -> None:
 
 
 def changed_wording(run: Run, wording: "Wording") -> str | None:
-    """Describe how prompts differ from those that the run recorded; None if they do not, or without a record.
+    """Describe how prompts differ from the recorded ones; None if they do not, or none are recorded.
 
     A chat template may write the date, so that prompts differ from day to day.
     """

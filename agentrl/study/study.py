@@ -1,4 +1,4 @@
-"""A study: several methods from the same start, on the same seeds, measured on the same panel."""
+"""Studies: several methods trained from the same clone on the same seeds, evaluated on the same panel."""
 
 import fcntl
 import re
@@ -32,7 +32,7 @@ from agentrl.terminal import Terminal, plain
 
 CLONE = "clone"
 _POLL_SECONDS = 0.1
-# What decides how a policy is measured, or where it starts: a method that changed it would not be compared.
+# Keys that determine how a policy is evaluated or where it starts: methods must not differ in them.
 _SHARED_KEYS = (
     "env.",
     "engine.",
@@ -44,21 +44,21 @@ _SHARED_KEYS = (
     "rollout.max_turns",
     "rollout.constrained",
 )
-# Says where something stands, which may differ when a study's folder was moved.
+# Keys that hold paths, which may differ after a study's folder was moved.
 _PATH_KEYS = ("policy.path", "run.")
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Which methods are compared, and from where.
+    """Configuration of a study.
 
     Args:
-        base: configuration of a run that all have in common; found beside the study's file too.
-        methods: name -> the blocks in which a method differs from `base`, as they stand in a run's file. An
-            `algorithm` of another name or preset replaces the whole block.
-        baseline: the method that the others are compared with.
-        seeds: each method is run once with each.
-        overrides: `key=value` changes to `base`.
+        base: The configuration file that all runs share; also looked up next to the study's file.
+        methods: For each method, the blocks in which it differs from `base`, as in a run's file. An
+            `algorithm` with another name or preset replaces the whole block.
+        baseline: The method that the others are compared with.
+        seeds: The seeds; each method is run once with each of them.
+        overrides: `key=value` overrides of `base`.
     """
 
     base: str
@@ -76,14 +76,14 @@ class StudyConfig:
         ]
         if self.baseline not in self.methods:
             mistakes.append(
-                f"baseline: is no method (got {self.baseline!r}; {suggestion(self.baseline, self.methods)})"
+                f"baseline: not a method (got {self.baseline!r}; {suggestion(self.baseline, self.methods)})"
             )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             mistakes.append(
-                f"seeds: wanted at least one, and no two alike (got {', '.join(map(str, self.seeds))})"
+                f"seeds: wanted at least one, without duplicates (got {', '.join(map(str, self.seeds))})"
             )
         mistakes += [
-            f"overrides: {item!r} is for the study to say (seeds, --folder)"
+            f"overrides: {item!r} is set by the study itself (seeds, --folder)"
             for item in self.overrides
             if re.match(r"(seed|run)\b", item)
         ]
@@ -93,37 +93,40 @@ class StudyConfig:
 
 @dataclass(frozen=True, eq=False)
 class StudyRun:
-    """One run of a study: a method on a seed, or the clone that the methods of that seed start from."""
+    """Run of a study: a method on a seed, or the clone that all methods of that seed start from."""
 
     name: str
     config: RunConfig
-    clone: "StudyRun | None" = None  # None for the clone itself
+    clone: "StudyRun | None" = None  # None if this run is the clone
 
     @property
     def folder(self) -> Path:
+        """Return the run's folder."""
         return Path(self.config.run.folder) / self.name
 
     @property
     def file(self) -> Path:
-        """The configuration that it is started with."""
+        """Return the configuration file that the run is started with."""
         return self.folder.with_name(f"{self.name}.yaml")
 
     @property
     def log(self) -> Path:
-        """What it printed since it was last started."""
+        """Return the file with the output since the last start."""
         return self.folder.with_name(f"{self.name}.log")
 
     @property
     def label(self) -> str:
+        """Return the name and seed for messages."""
         return f"{self.name}, seed {self.config.seed}"
 
     @property
     def finished(self) -> bool:
+        """Return whether the run has finished."""
         return (self.folder / "summary.json").exists()
 
     @property
     def arguments(self) -> list[str]:
-        """Of the `agentrl` command that starts it, or takes it up where it stopped."""
+        """Return the arguments of the `agentrl` command that starts or resumes the run."""
         imports = [f"--import={name}" for name in self.config.run.imports]
         if not self.folder.exists():
             return ["train", str(self.file), *imports]
@@ -132,14 +135,14 @@ class StudyRun:
 
 
 def load_study(path: str | Path, *overrides: str) -> StudyConfig:
-    """Read a study's file.
+    """Read the configuration file of a study.
 
     Args:
-        path: of the YAML file.
-        overrides: `key=value`; a key of the study changes the study, any other changes every run.
+        path: The YAML file.
+        overrides: `key=value` overrides; a key of the study changes the study, any other changes every run.
 
     Raises:
-        ConfigError: listing every mistake with its path.
+        ConfigError: If there are mistakes; each is listed with its key.
     """
     keys = {item.name for item in fields(StudyConfig)}
     own = [item for item in overrides if re.split(r"[.=]", item, maxsplit=1)[0] in keys]
@@ -157,10 +160,14 @@ def load_study(path: str | Path, *overrides: str) -> StudyConfig:
 
 
 def plan(study: StudyConfig, folder: str | Path) -> list[StudyRun]:
-    """All runs of a study, seed by seed, each clone before the methods that start from it.
+    """Return all runs of a study, seed by seed, each clone before the methods that start from it.
+
+    Args:
+        study: The configuration of the study.
+        folder: The folder of the study.
 
     Raises:
-        ConfigError: listing every mistake of every method.
+        ConfigError: If there are mistakes; each is listed with its method.
     """
     base = load_config(study.base, *study.overrides)
     methods, mistakes = {}, []
@@ -189,22 +196,22 @@ def plan(study: StudyConfig, folder: str | Path) -> list[StudyRun]:
 def run_study(
     study: StudyConfig, folder: str | Path, *, jobs: int = 1, console: Console | None = None
 ) -> dict[str, Any]:
-    """Run what is missing of a study, and write what came of it.
+    """Run the missing runs of a study and write the comparison.
 
-    Finished runs are left alone and interrupted ones go on; a run that fails is told and the others go on.
+    Finished runs are skipped and interrupted ones resumed. A run that fails is reported; the others continue.
 
     Args:
-        study: to run.
-        folder: that holds its runs, and then `results.json`, `table.md` and `study.svg`.
-        jobs: runs at a time.
-        console: where to show; standard output unless told.
+        study: The configuration of the study.
+        folder: The folder of the runs, and of `results.json`, `table.md` and `study.svg`.
+        jobs: The number of runs at a time.
+        console: The console to print to; standard output by default.
 
     Returns:
-        The content of `results.json`; its `failed` says which runs have not finished, and why.
+        The content of `results.json`; `failed` lists the runs that have not finished, and why.
 
     Raises:
-        ConfigError: when a configuration is wrong, or the folder holds a run of another one.
-        RunInterrupted: after Ctrl-C or SIGTERM, when every run has stopped; the same call continues.
+        ConfigError: If a configuration is wrong, or the folder holds runs of another one.
+        RunInterrupted: After Ctrl-C or SIGTERM, when every run has stopped; the same call continues.
     """
     if jobs < 1:
         raise ConfigError(f"jobs is {jobs}, wanted at least 1")
@@ -224,20 +231,20 @@ def run_study(
 
 
 def start(run: StudyRun, lock: int) -> "subprocess.Popen[bytes]":
-    """Start a run as a process of its own, which holds the open file `lock` as long as it lives."""
+    """Start a run in a new process, which holds the open file `lock` as long as it is alive."""
     with run.log.open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-P", "-c", "from agentrl.cli import main; main()", *run.arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a terminal's Ctrl-C reaches the study alone, which tells its runs once
+            start_new_session=True,  # Ctrl-C reaches only the study, which stops its runs itself
             pass_fds=(lock,),
         )
 
 
 class _Processes:
-    """The processes of a study's runs."""
+    """Processes of the runs of a study."""
 
     def __init__(
         self, runs: Sequence[StudyRun], jobs: int, lock: int, interruption: Interruption, console: Console
@@ -249,10 +256,10 @@ class _Processes:
         self._done = 0
 
     def finish(self) -> dict[str, str]:
-        """Have every run finished that can be; those that failed, with the reason."""
+        """Finish all runs that can be finished; return the failed ones with the reasons."""
         waiting = [run for run in self._runs if not run.finished]
         self._done = len(self._runs) - len(waiting)
-        self._say(f"{len(self._runs)} runs, {self._done} of them finished before; {self._jobs} at a time")
+        self._say(f"{len(self._runs)} runs, {self._done} of them already finished; {self._jobs} at a time")
         try:
             while waiting or self._running:
                 waiting = [run for run in waiting if not self._start_or_fail(run)]
@@ -269,13 +276,13 @@ class _Processes:
         return {f"seed-{run.config.seed}/{run.name}": why for run, why in self._failed.items()}
 
     def _start_or_fail(self, run: StudyRun) -> bool:
-        """Start a run if it is its turn, or give it up with the clone that it needs."""
+        """Start the run if a slot is free and its clone has finished; fail it if its clone failed."""
         if run.clone in self._failed:
             self._fail(run, "its clone failed")
             return True
         if len(self._running) >= self._jobs or not (run.clone is None or run.clone.finished):
             return False
-        with self._interruption.shield():  # a process that nobody knows of would not be stopped
+        with self._interruption.shield():  # a stop must not come before the process is registered
             self._running[run] = start(run, self._lock)
         return True
 
@@ -293,7 +300,7 @@ class _Processes:
         self._say(f"failed: {run.label}: {why}")
 
     def _stop(self) -> None:
-        """Ask every process to save what it has, and wait until it has ended."""
+        """Ask every process to save its state, and wait until all have ended."""
         for process in self._running.values():
             process.terminate()
         for process in self._running.values():
@@ -306,30 +313,30 @@ class _Processes:
 
 @contextmanager
 def _exclusive(folder: Path) -> Iterator[int]:
-    """Hold the folder's lock; so do the runs, so that none outlives its study unseen."""
+    """Hold the folder's lock, which the runs inherit, so that a run left behind is noticed."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"{folder}: a study, or a run that one left behind, is at work in it; "
+                f"{folder}: in use by a study, or by a run that a study left behind; "
                 "wait for it, or choose another --folder"
             ) from error
         yield file.fileno()
 
 
 def _method_config(base: RunConfig, block: Mapping[str, Any]) -> RunConfig:
-    """The base with a method's blocks on top.
+    """Return the base configuration with the blocks of a method applied.
 
     Raises:
-        ConfigError: also where they change what all methods must have in common.
+        ConfigError: If a block is wrong, or changes a key that all methods must share.
     """
     before = config_tree(base)
     config = config_from_tree(_merge_blocks(before, block))
     changed = [key for key in _differences(before, config_tree(config)) if key.startswith(_SHARED_KEYS)]
     if changed:
-        wanted = "must be the same for all methods; change it for all by overrides"
+        wanted = "must be the same for all methods; use overrides to change it for all"
         raise ConfigError("\n".join(f"{key}: {wanted}" for key in changed))
     return config
 
@@ -339,7 +346,7 @@ def _merge_blocks(tree: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str
     for key, value in block.items():
         old = result.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
-            # A preset fills in what a block leaves open, and nothing is open in the base's.
+            # A preset sets only keys that the block omits, and the base's complete block omits none.
             names = {name: old[name] for name in ("name", "preset") if name in old}
             same_recipe = names == names | {name: value[name] for name in names if name in value}
             value = _merge_blocks(old, value) if same_recipe else {"name": old.get("name"), **value}
@@ -358,10 +365,10 @@ def _study_run(
 
 
 def _write_configurations(runs: Sequence[StudyRun]) -> None:
-    """Write each run's file, unless it was started with one that says the same.
+    """Write the configuration file of each run that was not started yet.
 
     Raises:
-        ConfigError: naming each run that was started with other values.
+        ConfigError: If a run was started with other values; each such run is listed.
     """
     mistakes = []
     for run in runs:
@@ -370,13 +377,13 @@ def _write_configurations(runs: Sequence[StudyRun]) -> None:
         try:
             stored = config_tree(config_from_tree(read_yaml(run.file)))
         except ConfigError as error:
-            mistakes.append(f"{run.folder} was made with a configuration that cannot be read: {error}")
+            mistakes.append(f"{run.folder} was created with a configuration that cannot be read: {error}")
             continue
         changed = _differences(stored, config_tree(run.config))
         if changed := [key for key in changed if not key.startswith(_PATH_KEYS)]:
-            mistakes.append(f"{run.folder} was made with other values of {', '.join(changed)}")
+            mistakes.append(f"{run.folder} was created with other values of {', '.join(changed)}")
     if mistakes:
-        mistakes.append("remove what is to be made anew, or choose another --folder")
+        mistakes.append("remove the runs to create them again, or choose another --folder")
         raise ConfigError("\n".join(mistakes))
     for run in runs:
         if not run.folder.exists():
@@ -385,7 +392,7 @@ def _write_configurations(runs: Sequence[StudyRun]) -> None:
 
 
 def _differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Dotted keys at which two trees differ."""
+    """Return the dotted keys at which two trees differ."""
     if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
         return [] if one == other else [path]
     return [
@@ -396,7 +403,7 @@ def _differences(one: Any, other: Any, path: str = "") -> list[str]:
 
 
 def _last_error(log: Path) -> str:
-    """The error that ends a log, else its last line."""
+    """Return the error message that ends a log, or else its last line."""
     text = log.read_text(encoding="utf-8", errors="replace").strip()
     _, found, words = f"\n{text}".rpartition("\nerror: ")
     return words if found else text.rpartition("\n")[2]

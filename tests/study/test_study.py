@@ -212,10 +212,10 @@ def test_without_its_clone_a_method_does_not_start(
     ("changes", "overrides", "message"),
     [
         ({"methodz": {}}, (), "methodz: unknown key (got {}; did you mean methods?)"),
-        ({"baseline": "grop"}, (), "baseline: is no method (got 'grop'; did you mean grpo?)"),
-        ({"seeds": [1, 1]}, (), "seeds: wanted at least one, and no two alike (got 1, 1)"),
+        ({"baseline": "grop"}, (), "baseline: not a method (got 'grop'; did you mean grpo?)"),
+        ({"seeds": [1, 1]}, (), "seeds: wanted at least one, without duplicates (got 1, 1)"),
         ({"base": "bases.yaml"}, (), "bases.yaml: no such config file"),
-        ({"overrides": ["seed=3"]}, (), "overrides: 'seed=3' is for the study to say"),
+        ({"overrides": ["seed=3"]}, (), "overrides: 'seed=3' is set by the study itself"),
         ({}, ("trainer.stepz=3",), "trainer.stepz: unknown key"),
         ({}, ("methods.clone={}",), "methods.clone: wanted a name"),
         ({}, ("methods.a={algorithm: {name: gpo}}",), "methods.a: algorithm.name: unknown recipe (got 'gpo'"),
@@ -264,7 +264,7 @@ def test_a_run_that_was_made_with_other_values_is_not_taken_for_this_one(
         run_study(changed, folder / "study")
     told = str(error.value).splitlines()
     assert len(told) == 7  # six runs, and what to do
-    assert told[1].endswith("seed-0/grpo was made with other values of learner.learning_rate")
+    assert told[1].endswith("seed-0/grpo was created with other values of learner.learning_rate")
     assert not (folder / "study/seed-0/new.yaml").exists()
 
 
@@ -272,7 +272,7 @@ def test_a_folder_belongs_to_one_study_at_a_time(
     unbroken: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = unbroken
-    with study._exclusive(folder / "study"), pytest.raises(ConfigError, match="is at work in it"):
+    with study._exclusive(folder / "study"), pytest.raises(ConfigError, match="in use by a study"):
         run_study(load_study(folder / "tiny.yaml"), folder / "study")
 
 
@@ -455,7 +455,7 @@ def test_updates_on_replayed_episodes_are_counted_apart(tmp_path: Path) -> None:
 
 def test_runs_of_two_panels_are_not_compared(tmp_path: Path) -> None:
     folders = {0: {"a": made_up(tmp_path / "a", "10"), "b": made_up(tmp_path / "b", "10", panel="q")}}
-    with pytest.raises(ConfigError, match=r"seed-0/a was measured on panel .*'p'.* seed-0/b on .*'q'"):
+    with pytest.raises(ConfigError, match=r"seed-0/a was evaluated on panel .*'p'.* seed-0/b on .*'q'"):
         compare(folders, ["a", "b"], "a", "clone")
 
 
