@@ -234,7 +234,7 @@ class Algorithm:
             if isinstance(component, Term):
                 yield f"{slot}/{component.name}", requirements(component.loss)
             elif isinstance(component, RolloutPlan):
-                yield slot, requirements(component.grow)
+                yield slot, requirements(component.branch_policy)
             else:
                 yield slot, requirements(component)
 

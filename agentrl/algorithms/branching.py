@@ -11,7 +11,7 @@ from agentrl.algorithms.hooks import (
 from agentrl.data.trajectory import BranchPoint, Episode, Turn
 
 
-class Growth(Protocol):
+class BranchPolicy(Protocol):
     """Which episodes one task gets, decided while they are played.
 
     A start is None for an episode from the first observation, or the point of another episode at which the
@@ -38,7 +38,7 @@ class Growth(Protocol):
         ...
 
 
-Grow = Callable[[int, int, Context], Growth]
+BranchPolicyFactory = Callable[[int, int, Context], BranchPolicy]
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class RolloutPlan:
         rounds: times that a step's tasks are drawn and played at most, until `select` has kept as many
             groups as the configuration wants; the last round's groups all fill up what is missing.
         episodes: of each task; None takes the configuration's group size.
-        grow: (episodes of the task, seed, context) -> which they are; None starts all from the first
+        branch_policy: (episodes of the task, seed, context) -> which they are; None starts all from the first
             observation.
     """
 
     temperature: Coefficient | None = None
     rounds: int = 1
     episodes: int | None = None
-    grow: Grow | None = None
+    branch_policy: BranchPolicyFactory | None = None

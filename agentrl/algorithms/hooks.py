@@ -151,7 +151,7 @@ def requires(*names: str) -> Callable[[F], F]:
     The learner provides `old_logprobs` and `entropy` ([B, T] of the scoring pass, without gradient),
     `entropy:grad` (`Outputs.entropies` with gradient) and `current`; with a reference policy `reference`;
     with a value head `values` ([B, T] of the scoring pass), `last_values` and `values:grad`. An engine
-    provides `rollout:entropy` where it records entropies, for a `Growth` that goes by them.
+    provides `rollout:entropy` where it records entropies, for a `BranchPolicy` that goes by them.
     """
     return _marked(REQUIRES, names)
 

@@ -13,7 +13,7 @@ from agentrl.errors import ConfigError
 from agentrl.evaluation.panels import choose_panel, given_panel, open_panel_environments, read_data_label
 from agentrl.evaluation.playing import OnEpisode, play_panel
 from agentrl.evaluation.scores import Evaluation, summarise
-from agentrl.rollout.placement import settle
+from agentrl.rollout.placement import resolve_placement
 from agentrl.rollout.settings import Placement, RolloutConfig
 from agentrl.run.folder import Run
 from agentrl.run.policies import open_player
@@ -69,7 +69,7 @@ def evaluate(
     source = choose_panel(config, given, env, split, tasks, env_kwargs)
     rollout = _rollout_config(config, source.env, placement, interpreter)
     factory = Factory(source.env, split=source.split, **source.kwargs)
-    rollout, _ = settle(factory, rollout, source.split, seed)
+    rollout, _ = resolve_placement(factory, rollout, source.split, seed)
     with open_panel_environments(
         source.env, source.split, source.kwargs, rollout, expert=name == "expert"
     ) as environments:

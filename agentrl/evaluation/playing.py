@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from agentrl.data.trajectory import Episode
 from agentrl.env.panel import Panel
 from agentrl.evaluation.scores import InstructionCheck, summarise_instruction_check
-from agentrl.rollout.collector import Collection, Quarantine, collect
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
-from agentrl.rollout.play import EpisodeSpec
+from agentrl.rollout.failures import Quarantine
+from agentrl.rollout.play import Collection, EpisodeSpec
 from agentrl.rollout.players import Player
 from agentrl.rollout.settings import RolloutConfig
 from agentrl.seeds import derive_seed

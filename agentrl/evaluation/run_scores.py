@@ -15,8 +15,8 @@ from agentrl.evaluation.playing import check_instructions, play_panel
 from agentrl.evaluation.scores import Evaluation, summarise
 from agentrl.files import write_atomic
 from agentrl.learn.ranks import Ranks
-from agentrl.rollout.collector import Collection
 from agentrl.rollout.environments import Environments
+from agentrl.rollout.play import Collection
 from agentrl.rollout.players import Player
 from agentrl.run.logger import RunLogger
 from agentrl.run.policies import scripted_player
@@ -73,7 +73,7 @@ class RunScores:
         with self._timers.running("evaluation"):
             played, label = self._ranks.raise_on_any_rank(partial(self._play, name, decoding))
             of_task = [played.episodes[at : at + repeats] for at in range(0, len(played.episodes), repeats)]
-            episodes = [episode for plays in self._ranks.collect(of_task) for episode in plays]
+            episodes = [episode for plays in self._ranks.merge(of_task) for episode in plays]
         found = summarise(episodes, self._panel, repeats, data=label)
         found = replace(found, retried=sum(self._ranks.gather(len(played.failures))))
         if self._ranks.first:
@@ -135,7 +135,7 @@ class RunScores:
     def _play(self, name: str, decoding: str) -> tuple[Collection, str | None]:
         """Play this rank's tasks of the panel; return the episodes and the environment's data label."""
         panel = self._panel
-        tasks, hashes = (tuple(self._ranks.deal(each)) for each in (panel.tasks, panel.hashes))
+        tasks, hashes = (tuple(self._ranks.split(each)) for each in (panel.tasks, panel.hashes))
         own = replace(panel, tasks=tasks, hashes=hashes)
         with (
             self._logger.stage(f"evaluating {name}, {decoding}", total=len(own.tasks)),

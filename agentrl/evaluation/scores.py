@@ -9,7 +9,7 @@ from typing import Any
 from agentrl.data.trajectory import Episode
 from agentrl.env.panel import Panel
 from agentrl.evaluation.statistics import Rate, success_rate
-from agentrl.rollout.collector import abort_reasons
+from agentrl.rollout.failures import abort_reasons
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from agentrl.scale.extras import check_ray
 
 
 def open_environments(make: Make, config: RolloutConfig) -> Environments:
-    """Open environments as configured; see `placement.settle` for the placement `auto`.
+    """Open environments as configured; see `placement.resolve_placement` for the placement `auto`.
 
     Args:
         make: Makes one environment.

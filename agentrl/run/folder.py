@@ -255,9 +255,10 @@ def changed_wording(run: Run, wording: "Wording") -> str | None:
         return f"the prompts of {run.folder} are the same text with other token ids: its tokenizer changed"
     then, today = _differing_lines(str(before.get(parts[0])), str(now[parts[0]]))
     return (
-        f"the prompts of {run.folder} have changed since it was created: their {parts[0]} had {then!r} and "
-        f"now has {today!r}; the policy was not trained on these prompts. To pin a date, pass one to the "
-        "chat template as an argument such as date_string, or write it into the tokenizer's chat_template"
+        f"the prompts of {run.folder} have changed since it was made: their {parts[0]} had {then!r} and now "
+        f"has {today!r}, which the policy was not trained on. To fix a date, pass it to the chat template by "
+        "policy.template_arguments (such as policy.template_arguments.date_string), or write it "
+        "into the tokenizer's chat_template"
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from agentrl.learn.ranks import joined
+from agentrl.learn.ranks import process_group
 from agentrl.policy.model import resolve_device
 from agentrl.run.folder import Run, open_run, with_overrides
 from agentrl.run.settings import RunConfig
@@ -54,7 +54,7 @@ def _run(config: RunConfig, active: Run | None, quiet: bool) -> Run:
     if config.learner.launcher == "ray" and "RANK" not in os.environ:
         return _run_on_ray(config, active, quiet)
     device = resolve_device(config.policy.device)
-    with joined(device) as ranks, Interruption().listening() as interruption:
+    with process_group(device) as ranks, Interruption().listening() as interruption:
         session = open_session(config, active, interruption=interruption, ranks=ranks)
         try:
             return Trainer(session, quiet=quiet).run()

@@ -21,7 +21,7 @@ from agentrl.planning.preflight import check_run
 from agentrl.policy.engine import Engine
 from agentrl.policy.model import context_length, shortened
 from agentrl.rollout.environments import Environments
-from agentrl.rollout.placement import settle
+from agentrl.rollout.placement import resolve_placement
 from agentrl.rollout.players import ExpertPlayer, RandomPlayer
 from agentrl.run.env_backend import open_environments
 from agentrl.run.folder import Run, changed_wording, create_run, note_wording
@@ -147,7 +147,7 @@ def open_session(
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     rollout, placement = ranks.run_on_rank0(
-        lambda: settle(environment_factory(config), config.rollout, config.env.split, config.seed)
+        lambda: resolve_placement(environment_factory(config), config.rollout, config.env.split, config.seed)
     )
     config = replace(config, rollout=rollout)
     with ExitStack() as undo:  # closes what is open already if a later part fails
@@ -187,7 +187,7 @@ def open_session(
         engine=engine,
         interruption=interruption or Interruption(),
         ranks=ranks,
-        rollout_ranks=ranks.apart(),
+        rollout_ranks=ranks.new_group(),
         notes=tuple(note for note in (placement, limit_note) if note is not None),
         other_prompts=other_prompts,
     )

@@ -87,7 +87,9 @@ class TrainingState:
         """Return a learner of the stage that starts from the weights of `model`."""
         config, algorithm = self._session.config, self._session.algorithm
         cloning = self.stage == "warm_start"
-        block = (config.warm_start.learner if cloning else config.learner).beside(config.policy.dtype)
+        block = (config.warm_start.learner if cloning else config.learner).resolve_compute_dtype(
+            config.policy.dtype
+        )
         sharded = block.backend == "fsdp"
         # The engine needs weights of its own where the learner's are sharded, wrapped, or changed meanwhile.
         apart = sharded or block.lora is not None or (config.trainer.mode == "async" and not cloning)

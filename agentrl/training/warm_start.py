@@ -11,8 +11,9 @@ from agentrl.data.trajectory import Episode, Group, StopReason
 from agentrl.errors import ConfigError
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.policy.tokens import Dialogue
-from agentrl.rollout.collector import Quarantine, collect
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
+from agentrl.rollout.failures import Quarantine
 from agentrl.rollout.players import DemonstrationPlayer
 from agentrl.run.logger import RunLogger
 from agentrl.run.policies import FALLBACK_MAX_TURNS, MAX_ENDLESS_EPISODES, drawn_specs, is_endless, turn_limit
@@ -105,10 +106,10 @@ def demonstrations(
     own = ranks.raise_on_any_rank(
         lambda: (
             collect(
-                ranks.deal(specs),
+                ranks.split(specs),
                 player,
                 environments,
-                max_active=environments.places or 1,
+                max_active=environments.capacity or 1,
                 max_turns=turn_limit(config),
                 max_attempts=config.rollout.max_attempts,
                 quarantine=Quarantine(config.rollout.max_attempts),
@@ -116,7 +117,7 @@ def demonstrations(
             ).episodes
         )
     )
-    played = ranks.collect(own)
+    played = ranks.merge(own)
     solved = [episode for episode in played if episode.success]
     long = sum(episode.stop is StopReason.CONTEXT_LIMIT for episode in played)
     too_long = f"{long} did not fit policy.max_context={config.policy.max_context}"

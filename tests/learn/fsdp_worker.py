@@ -27,7 +27,7 @@ from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.learn.settings import LearnerConfig, LoraConfig
-from agentrl.learn.sharding import full_tensor, own_part, stored_shards
+from agentrl.learn.sharding import full_tensor, local_tensor, stored_shards
 from agentrl.policy.attention import PACKED
 from agentrl.policy.precision import non_finite
 
@@ -107,7 +107,7 @@ def played(algorithm: Algorithm, seed: int) -> list[Group]:
     groups = make_groups(seed)
     cut = tuple(replace(episode, stop=StopReason.CONTEXT_LIMIT) for episode in groups[0].episodes)
     groups[0] = replace(groups[0], episodes=cut)
-    if algorithm.rollout.grow is None:
+    if algorithm.rollout.branch_policy is None:
         return groups
     return [
         Group(task, (first, *(replace(other, parent=BranchPoint(first.id, 0)) for other in others)))
@@ -220,46 +220,49 @@ def in_bfloat16(ranks: Ranks, folder: Path) -> Figures:
 
 
 # With a value head; with a reference: what a checkpoint holds beside the weights and two optimisers.
-KEPT: dict[str, tuple[str, Figures]] = {"values": ("ppo", {}), "reference": ("grpo", {"kl_coefficient": 0.1})}
+CHECKPOINTED: dict[str, tuple[str, Figures]] = {
+    "values": ("ppo", {}),
+    "reference": ("grpo", {"kl_coefficient": 0.1}),
+}
 
 
-def learner_to_keep(kind: str, ranks: Ranks) -> tuple[Learner, Algorithm]:
-    name, options = KEPT[kind]
+def checkpointed_learner(kind: str, ranks: Ranks) -> tuple[Learner, Algorithm]:
+    name, options = CHECKPOINTED[kind]
     algorithm = build_recipe(name, options).build()
     return learner_of(ToyPolicy, algorithm, ranks, "fsdp", optimizer="muon"), algorithm
 
 
-def kept(ranks: Ranks, folder: Path) -> Figures:
+def saved(ranks: Ranks, folder: Path) -> Figures:
     """Two updates, a checkpoint, and the sums of the weights after two more and one more."""
-    return {kind: _kept(kind, ranks, folder) for kind in KEPT}
+    return {kind: _saved(kind, ranks, folder) for kind in CHECKPOINTED}
 
 
-def _kept(kind: str, ranks: Ranks, folder: Path) -> list[float]:
-    learner, algorithm = learner_to_keep(kind, ranks)
+def _saved(kind: str, ranks: Ranks, folder: Path) -> list[float]:
+    learner, algorithm = checkpointed_learner(kind, ranks)
     taught(learner, algorithm, [0, 1])
-    keep(learner, folder / f"{kind}-two", ranks)
+    save(learner, folder / f"{kind}-two", ranks)
     taught(learner, algorithm, [2, 3, 4])
     return flat(learner)
 
 
-def keep(learner: Learner, folder: Path, ranks: Ranks) -> None:
+def save(learner: Learner, folder: Path, ranks: Ranks) -> None:
     learner.write_shards(folder)
     if ranks.first:
         torch.save(learner.state_dict(), folder / "state.pt")
 
 
-def take_up(kind: str, folder: Path, ranks: Ranks) -> tuple[Learner, Algorithm]:
-    learner, algorithm = learner_to_keep(kind, ranks)
+def restore(kind: str, folder: Path, ranks: Ranks) -> tuple[Learner, Algorithm]:
+    learner, algorithm = checkpointed_learner(kind, ranks)
     learner.score(collate(make_groups()))  # whatever it has done before
     learner.read_shards(folder, torch.load(folder / "state.pt"))
     return learner, algorithm
 
 
-def taken_up(ranks: Ranks, folder: Path) -> Figures:
+def restored(ranks: Ranks, folder: Path) -> Figures:
     """The weights after the last two updates, from the checkpoint that one process left before them."""
     ends = {}
-    for kind in KEPT:
-        learner, algorithm = take_up(kind, folder / f"{kind}-one", ranks)
+    for kind in CHECKPOINTED:
+        learner, algorithm = restore(kind, folder / f"{kind}-one", ranks)
         taught(learner, algorithm, [3, 4])
         ends[kind] = flat(learner)
     return ends
@@ -288,9 +291,9 @@ def lost_numbers(ranks: Ranks, folder: Path) -> Figures:
 
     def spoil(*_: object) -> None:
         if not ranks.first:
-            own_part(norm.detach())[0] = torch.inf
+            local_tensor(norm.detach())[0] = torch.inf
 
-    learner._optimizers[0].register_step_post_hook(spoil)
+    learner._state.optimizers[0].register_step_post_hook(spoil)
     try:
         taught(learner, algorithm, [1])
     except NonFiniteError as error:
@@ -312,7 +315,7 @@ def widened(ranks: Ranks, folder: Path) -> Figures:
     learner.read_shards(folder / "old", old.state_dict())
     found = {
         "apart": distance([value.float() for value in weights(old)], weights(learner)),
-        "dtypes": sorted({str(value.dtype) for _, value in learner._own_parts()}),
+        "dtypes": sorted({str(value.dtype) for _, value in learner._state.local_tensors()}),
     }
     _, log = taught(learner, algorithm, [1])
     return found | {"moved": log["learner/weights_moved"][0]}
@@ -329,4 +332,4 @@ def an_error(ranks: Ranks, folder: Path) -> Figures:
         ranks.raise_on_any_rank(work)
     except CheckpointError as error:
         told = str(error)
-    return {"told": ranks.gather(told), "dealt": ranks.collect(ranks.deal(range(5)))}
+    return {"told": ranks.gather(told), "dealt": ranks.merge(ranks.split(range(5)))}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_worker import KEPT, Figures, keep, measured, take_up, taught
+from fsdp_worker import CHECKPOINTED, Figures, measured, restore, save, taught
 
 from agentrl.algorithms.recipe import recipe_names
 from agentrl.learn.packing import rank_micro_batches
@@ -35,7 +35,7 @@ def figures(folder: Path) -> Figures:
         "lost_numbers",
         "widened",
         "an_error",
-        "kept",
+        "saved",
     )
 
 
@@ -120,14 +120,14 @@ def test_what_one_rank_raises_all_raise_and_what_is_dealt_comes_back_in_order(fi
 
 
 def test_a_checkpoint_goes_from_two_ranks_to_one_and_back(figures: Figures, folder: Path) -> None:
-    for kind in KEPT:
-        learner, algorithm = take_up(kind, folder / f"{kind}-two", ALONE)
+    for kind in CHECKPOINTED:
+        learner, algorithm = restore(kind, folder / f"{kind}-two", ALONE)
         taught(learner, algorithm, [2])
-        keep(learner, folder / f"{kind}-one", ALONE)
+        save(learner, folder / f"{kind}-one", ALONE)
     dist.destroy_process_group()  # that of one, which FSDP2 wanted
-    resumed = measured(folder, "taken_up")["taken_up"]
-    for kind in KEPT:
-        torch.testing.assert_close(resumed[kind], figures["kept"][kind], rtol=0, atol=1e-9)
+    resumed = measured(folder, "restored")["restored"]
+    for kind in CHECKPOINTED:
+        torch.testing.assert_close(resumed[kind], figures["saved"][kind], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

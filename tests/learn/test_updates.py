@@ -66,7 +66,7 @@ def test_layers_in_bfloat16_leave_weights_gradients_and_states_in_float32(
     learner = learner_of(qwen(), critic=critic, compute_dtype="bfloat16", **settings)
     rounded = gradients(learner, algorithm)
     assert 1e-4 < relative(rounded, exact) < 5e-2
-    states = [value for _, value in learner._own_parts(changed=True)]
+    states = [value for _, value in learner._state.local_tensors(trained=True)]
     assert {value.dtype for value in (*rounded.values(), *states)} == {torch.float32}
 
 
@@ -123,7 +123,7 @@ def test_products_and_attention_are_rounded_and_what_is_made_of_the_states_is_no
 def test_layers_are_computed_as_asked_and_else_as_a_bfloat16_engine_does(
     asked: Any, engine: str, computed: str
 ) -> None:
-    assert LearnerConfig(compute_dtype=asked).beside(engine).compute_dtype == computed
+    assert LearnerConfig(compute_dtype=asked).resolve_compute_dtype(engine).compute_dtype == computed
 
 
 def test_asking_for_float32_changes_no_bit() -> None:
@@ -194,7 +194,7 @@ def test_an_update_that_leaves_no_numbers_stops_and_is_not_counted(optimizer: st
             states = [value for value in stepped.state[matrix].values() if value.dim() == 2]
             (matrix.data if lost == "weight" else states[0])[0, 0] = math.inf
 
-    for each in learner._optimizers:
+    for each in learner._state.optimizers:
         each.register_step_post_hook(spoil)
     assert learner.non_finite() == []
     with pytest.raises(NonFiniteError, match=r"were finite left nan or inf in .*up_proj.weight at a"):
@@ -219,7 +219,7 @@ def test_whatever_a_learner_holds_is_looked_at(where: str) -> None:
             dict(learner.reference.named_parameters())["model.norm.weight"],
             "reference.model.norm.weight",
         ),
-        "state": (learner._optimizers[0].state[norm]["exp_avg"], "exp_avg of model.norm.weight"),
+        "state": (learner._state.optimizers[0].state[norm]["exp_avg"], "exp_avg of model.norm.weight"),
     }
     tensor, name = wrong[where]
     assert learner.non_finite() == []

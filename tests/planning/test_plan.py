@@ -82,7 +82,7 @@ def tried(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker would find is known: no process is started."""
     monkeypatch.setattr(planning, "try_out", lambda config: trial)
     monkeypatch.setattr(planning, "check_expert", lambda config: None)
-    monkeypatch.setattr(planning, "settle", lambda make, rollout, split, seed: (rollout, None))
+    monkeypatch.setattr(planning, "resolve_placement", lambda make, rollout, split, seed: (rollout, None))
 
 
 def test_a_run_does_what_was_planned(planned: tuple[Plan, agentrl.Run]) -> None:

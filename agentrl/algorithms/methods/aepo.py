@@ -146,12 +146,12 @@ class AEPO(Recipe):
             raise ConfigError(
                 f"stop_gradient_clip is true, but base {self.base.name} has another loss than the clipped one"
             )
-        if self.branch and base.rollout.grow is not None:
+        if self.branch and base.rollout.branch_policy is not None:
             raise ConfigError(f"branch is true, but base {self.base.name} has its own way to start episodes")
-        grow = partial(EntropyBranching, self) if self.branch else base.rollout.grow
+        branch_policy = partial(EntropyBranching, self) if self.branch else base.rollout.branch_policy
         return replace(
             base,
-            rollout=replace(base.rollout, grow=grow),
+            rollout=replace(base.rollout, branch_policy=branch_policy),
             transforms=(*base.transforms, *self._transforms()),
             weights=(*base.weights, shared_turn_weight) if self.prefix_weight == "shared" else base.weights,
             surrogate=stop_gradient_policy_loss if self.stop_gradient_clip else base.surrogate,
@@ -172,7 +172,7 @@ class AEPO(Recipe):
 @requires("rollout:entropy")
 @dataclass
 class EntropyBranching:
-    """The rollouts of one task, as `AEPO` says; a `Growth`.
+    """The rollouts of one task, as `AEPO` says; a `BranchPolicy`.
 
     Args:
         settings: of the method.

@@ -127,7 +127,7 @@ class FR3E(Recipe):
         )
         return Algorithm(
             select=keep_instructive,
-            rollout=RolloutPlan(episodes=episodes, grow=partial(Exploration, self)),
+            rollout=RolloutPlan(episodes=episodes, branch_policy=partial(Exploration, self)),
             advantage=partial(exploration_advantage, modulate=modulate, divide_by_std=self.divide_by_std),
             masks=(instructive_tokens,),
             clip=partial(fixed_clip, low=self.clip_low, high=self.clip_high, dual=None),
@@ -139,7 +139,7 @@ class FR3E(Recipe):
 @requires("rollout:entropy")
 @dataclass
 class Exploration:
-    """The rollouts of one task, as `FR3E` says; a `Growth`.
+    """The rollouts of one task, as `FR3E` says; a `BranchPolicy`.
 
     Args:
         settings: of the method.
