@@ -27,9 +27,10 @@ from agentrl.run.checkpoint import latest_checkpoint
 from agentrl.run.logger import read_metrics
 from agentrl.run.settings import RunConfig, config_tree
 from agentrl.run.signals import RunInterrupted
-from agentrl.study import study
+from agentrl.study import processes, study
 from agentrl.study.comparison import compare, downsample, interquartile_mean
-from agentrl.study.study import StudyRun, load_study, plan, run_study
+from agentrl.study.config import StudyRun, load_study, plan
+from agentrl.study.study import run_study
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE: dict[str, Any] = {
@@ -78,7 +79,7 @@ def unbroken(
 ) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("unbroken")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "start", started_here)
+        patch.setattr(processes, "start", started_here)
         return folder, run_study(load_study(written(folder)), folder / "study")
 
 
@@ -90,7 +91,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         commands.append(run.arguments)
         return started_here(run, lock)
 
-    monkeypatch.setattr(study, "start", recording)
+    monkeypatch.setattr(processes, "start", recording)
     return commands
 
 
@@ -186,7 +187,7 @@ def test_a_method_that_fails_is_told_and_the_others_go_on(
     rates = {"learning_rate": 1e15, "matrix_learning_rate": 1e15, "warmup_steps": 0}
     wild = {"learner": rates | {"clip_gradient": None}}
     methods = {"wild": wild, **STUDY["methods"]}
-    monkeypatch.setattr(study, "start", started_here)
+    monkeypatch.setattr(processes, "start", started_here)
     results = run_study(load_study(written(tmp_path, methods=methods, seeds=[0])), tmp_path / "study")
     assert list(results["failed"]) == ["seed-0/wild"]
     assert list(results["methods"]) == ["clone", "grpo", "still"]
