@@ -1,14 +1,15 @@
-"""What an algorithm is: a record of functions over [B, T]. Every slot defaults to plain GRPO.
+"""An algorithm as a record of functions over [B, T]. Every slot defaults to plain GRPO.
 
 A method sets the slots in which it differs:
 
     Algorithm(transforms=(modulate_by_turn_entropy,))
 
-Order of a training step: `rollout`, `select` and `shape_reward` (see `prepare`), one scoring pass,
-`targets`, `advantage`, `transforms`; then per mini-batch `masks`, `ratio` (of what the policy says now),
-`clip`, `aggregation`, `weights`; per micro-batch `ratio`, `surrogate` and `terms`; then `replay`;
-`diagnostics` last. A mini-batch carries what came of the slots before (`mask`, `current.ratio`, `bounds`): a
-hook reads it there, and never keeps a slot of the recipe that it was built over, which may be replaced.
+A training step runs the slots in this order: `rollout`, `select` and `shape_reward` (see `prepare`), one
+scoring pass, `targets`, `advantage`, `transforms`; then, per mini-batch, `masks`, `ratio` (under the current
+policy), `clip`, `aggregation`, `weights`; per micro-batch `ratio`, `surrogate` and `terms`; then `replay`;
+and `diagnostics` last. A mini-batch carries the results of the earlier slots (`mask`, `current.ratio`,
+`bounds`). A hook must read them there and must not keep a copy of another slot, because that slot may be
+replaced later.
 """
 
 import warnings
@@ -44,7 +45,7 @@ from agentrl.algorithms.hooks import (
     TokenHook,
     Transform,
     declarations,
-    given,
+    require_tensor,
     requirements,
     requires,
     trait,
@@ -54,20 +55,22 @@ from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Group
 from agentrl.errors import ConfigError, RequirementError
 
-EQUAL_RETURNS = 1e-9  # returns that differ by less are the same outcome
+EQUAL_RETURNS = 1e-9  # returns that differ by less count as equal
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """What is learned from again.
+class ReplayBatch:
+    """A batch of earlier experience to train on again.
 
     Args:
-        batch: `old_logprobs` are those of its first time, so that ratios are to the policy that acted.
+        batch: The rows. `old_logprobs` are those of the step that collected them, so ratios are relative to
+            the policy that acted.
         advantages: [B, T], final.
-        algorithm: of its loss: masks, weights, clip, ratio, surrogate, aggregation. The rest is not asked.
-        coefficient: of its loss, above 0.
-        mixed: a part of it in every optimiser step of the rollout batch; else in steps of its own, after
-            those.
+        algorithm: The algorithm that defines the loss: its masks, weights, clip, ratio, surrogate and
+            aggregation. Its other slots are not used.
+        coefficient: The factor of the loss, above 0.
+        mixed: If true, every optimiser step on the rollout batch also gets a part of these rows. If false,
+            they get optimiser steps of their own, after those on the rollout batch.
     """
 
     batch: Batch
@@ -78,32 +81,32 @@ class Rehearsal:
 
 
 class Replay(Protocol):
-    """A memory of what was learned from; its state is part of a checkpoint."""
+    """Memory of earlier experience. Its state is part of a checkpoint."""
 
-    def recall(self, context: Context) -> Rehearsal | None:
-        """What to learn from in this step, beside the rollout batch."""
+    def sample(self, context: Context) -> ReplayBatch | None:
+        """Return the batch to train on in this step beside the rollout batch, or None."""
         ...
 
-    def keep(self, rollout: MiniBatch, context: Context) -> None:
-        """Look at a step's scored rollout batch and its advantages, after its updates."""
+    def add(self, rollout: MiniBatch, context: Context) -> None:
+        """Add a step's scored rollout batch and its advantages, after the step's updates."""
         ...
 
-    def numbers(self) -> Mapping[str, float]:
-        """What to log of the step, after `keep`."""
+    def metrics(self) -> Mapping[str, float]:
+        """Return the metrics of the step, after `add`."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and text, in dicts and lists."""
+        """Return the state: tensors, numbers and text, in dicts and lists."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any], context: Context) -> None:
-        """Take up a state; `CheckpointError` when it does not fit, as with another tokenizer."""
+        """Restore a state; raise `CheckpointError` if it does not fit, for example for another tokenizer."""
         ...
 
 
 @trait(COMPARES)
 def drop_equal_returns(groups: Sequence[Group], context: Context) -> Sequence[Group]:
-    """Keep the groups that teach something: two finished episodes at least, with different returns."""
+    """Keep the groups with at least two finished episodes and different returns."""
     return [group for group in groups if _differ([episode.episode_return for episode in group.finished])]
 
 
@@ -113,45 +116,57 @@ def keep_all(groups: Sequence[Group], context: Context) -> Sequence[Group]:
 
 
 def group_advantage(batch: Batch, context: Context) -> Tensor:
-    """Each trajectory's return, centred within its group; [B, T]. See `group_relative_advantage`."""
+    """Centre each trajectory's return within its group; [B, T]. See `group_relative_advantage`."""
     values = functional.group_relative_advantage(batch.returns, batch.groups)
-    return functional.spread(values.float(), batch.trajectory, batch.sampled)
+    return functional.broadcast_to_tokens(values.float(), batch.trajectory, batch.sampled)
 
 
 def symmetric_clip(mini: MiniBatch, context: Context) -> Bounds:
-    """Ratios within [0.8, 1.2]."""
+    """Bound ratios to [0.8, 1.2]."""
     return Bounds(0.8, 1.2)
 
 
 def clipped_policy_loss(outputs: Outputs, mini: MiniBatch, bounds: Bounds | None) -> Tensor:
-    """The clipped surrogate of the ratio to the scoring pass; [B, T]."""
-    ratio = given(outputs.ratio, "ratio")
+    """Return the clipped surrogate of the ratio; [B, T]."""
+    ratio = require_tensor(outputs.ratio, "ratio")
     if bounds is None:
         return -mini.advantages * ratio
     return functional.clipped_surrogate(ratio, mini.advantages, bounds.lower, bounds.upper, bounds.dual)
 
 
 def token_ratio(outputs: Outputs, mini: MiniBatch) -> Tensor:
-    """New over old probability of each token; [B, T]."""
-    return functional.probability_ratio(outputs.logprobs, given(mini.batch.old_logprobs, "old_logprobs"))
+    """Return the new over the old probability of each token; [B, T]."""
+    return functional.probability_ratio(
+        outputs.logprobs, require_tensor(mini.batch.old_logprobs, "old_logprobs")
+    )
 
 
-def held_back(mini: MiniBatch, outputs: Outputs) -> Tensor:
-    """Mark where the bounds of a mini-batch stop a ratio, the dual clip not counted; [B, T] bool."""
+def clipped_tokens(mini: MiniBatch, outputs: Outputs) -> Tensor:
+    """Mark the tokens whose ratio the mini-batch's bounds clip, without the dual clip; [B, T] bool."""
     if mini.bounds is None:
         return torch.zeros_like(mini.batch.sampled)
-    ratio = given(outputs.ratio, "ratio").detach()
+    ratio = require_tensor(outputs.ratio, "ratio").detach()
     return functional.clipped(ratio, mini.advantages, mini.bounds.lower, mini.bounds.upper)
 
 
 @requires("old_logprobs")
-def rollout_gap(mini: MiniBatch, context: Context) -> Mapping[str, float]:
-    """How far the learner's logprobs are from those the episodes were sampled with, in nats."""
-    batch = mini.batch
-    gap = torch.where(batch.sampled, given(batch.old_logprobs, "old_logprobs") - batch.logprobs, 0.0).abs()
+def mismatch_metrics(rollout: MiniBatch, context: Context) -> Mapping[str, float]:
+    """Measure the mismatch of learner (before the update) and sampling policy over the action tokens.
+
+    Returns:
+        mismatch/mean and mismatch/max of |old logprob - rollout logprob| in nats, and mismatch/kl, the k3
+        estimate of KL(rollout || old).
+    """
+    batch = rollout.batch
+    old = require_tensor(batch.old_logprobs, "old_logprobs")[batch.sampled]
+    drawn = batch.logprobs[batch.sampled]
+    if not len(old):
+        return {}
+    gap = (old - drawn).abs()
     return {
-        "logprob_gap_max": float(gap.max()) if gap.numel() else 0.0,
-        "logprob_gap_mean": float(functional.masked_mean(gap, batch.sampled)),
+        "mismatch/mean": float(gap.mean()),
+        "mismatch/max": float(gap.max()),
+        "mismatch/kl": float(functional.kl_k3(drawn, old).mean()),
     }
 
 
@@ -160,22 +175,25 @@ class Algorithm:
     """One function, or one tuple of functions, per slot.
 
     Args:
-        select: which groups stay. (groups, context) -> groups
-        rollout: what is asked of the rollout.
-        shape_reward: (episode, context) -> reward per turn; each sees the episode as the one before left it.
-        advantage: over the whole rollout batch. (batch, context) -> [B, T]
-        targets: what values are to become, likewise, into `Batch.targets`. (batch, context) -> [B, T]
-        transforms: likewise. (advantages, batch, context) -> [B, T]
-        masks: tokens that stay in the surrogate; they CHANGE its normaliser. (mini-batch, context) -> [B, T]
-            bool
-        weights: factors of the surrogate; they do NOT change its normaliser. (mini-batch, context) -> [B, T]
-        ratio: of new to old probability. (outputs, mini-batch) -> [B, T], with gradient
-        clip: bounds of the ratio. (mini-batch, context) -> Bounds; None when `surrogate` takes no ratio.
-        surrogate: the policy loss. (outputs, mini-batch, bounds) -> [B, T]
+        select: Chooses the groups to learn from. (groups, context) -> groups
+        rollout: What the algorithm asks of the rollout.
+        shape_reward: Reward shapers: (episode, context) -> reward per turn. Each sees the episode as the
+            previous one left it.
+        advantage: Advantages over the whole rollout batch. (batch, context) -> [B, T]
+        targets: Regression targets of the value function, stored in `Batch.targets`. (batch, context) -> [B,
+            T]
+        transforms: Functions that change the advantages. (advantages, batch, context) -> [B, T]
+        masks: Tokens that stay in the surrogate. A mask CHANGES its normaliser. (mini-batch, context) -> [B,
+            T] bool
+        weights: Factors of the surrogate. A weight does NOT change its normaliser. (mini-batch, context) ->
+            [B, T]
+        ratio: Ratio of new to old probability, with gradient. (outputs, mini-batch) -> [B, T]
+        clip: Bounds of the ratio. (mini-batch, context) -> Bounds; None if `surrogate` uses no ratio.
+        surrogate: The policy loss. (outputs, mini-batch, bounds) -> [B, T]
         aggregation: (mask, turns, trajectory) -> weights [B, T] and the count that divides their sum.
-        terms: losses beside the surrogate.
-        replay: what is kept across steps.
-        diagnostics: numbers to log. (rollout batch with advantages, context) -> by name
+        terms: Losses beside the surrogate.
+        replay: Memory of earlier experience.
+        diagnostics: Metrics to log, by name. (rollout batch with advantages, context) -> mapping
     """
 
     select: Select = drop_equal_returns
@@ -192,11 +210,11 @@ class Algorithm:
     aggregation: Aggregation = functional.sequence_weights
     terms: tuple[Term, ...] = ()
     replay: Replay | None = None
-    diagnostics: tuple[Diagnostic, ...] = (rollout_gap,)
+    diagnostics: tuple[Diagnostic, ...] = (mismatch_metrics,)
 
     def __post_init__(self) -> None:
         contradictions = [
-            f"{slot} does not go with {other_slot}: {why} ({_called(component)}, {_called(other)})"
+            f"{slot} does not go with {other_slot}: {why} ({_name(component)}, {_name(other)})"
             for slot, component in self.components()
             for name, why in dict(declarations(_hook(component), EXCLUDES)).items()
             for other_slot, other in self.components()
@@ -207,21 +225,21 @@ class Algorithm:
 
     @property
     def requires(self) -> frozenset[str]:
-        """The union of what its components declare."""
+        """Return the union of the requirements of all components."""
         return frozenset().union(*(names for _, names in self.declared()))
 
     @property
     def compares(self) -> bool:
-        """Whether it learns from how the episodes of a group differ."""
+        """Return whether the algorithm learns from differences between the episodes of a group."""
         return COMPARES in traits(self.select) | traits(self.advantage)
 
     @property
     def reads_scores(self) -> bool:
-        """Whether a component before or inside the update reads the scoring pass, not counting the ratio."""
+        """Return whether a component of the update reads the scoring pass, apart from the ratio."""
         return any(names & SCORED for slot, names in self.declared() if slot != "diagnostics")
 
     def components(self) -> Iterable[tuple[str, object]]:
-        """Every filled slot, as (slot, function or record)."""
+        """Yield every filled slot as (slot, function or record)."""
         for item in fields(self):
             value = getattr(self, item.name)
             for component in value if isinstance(value, tuple) else (value,):
@@ -229,7 +247,7 @@ class Algorithm:
                     yield item.name, component
 
     def declared(self) -> Iterable[tuple[str, frozenset[str]]]:
-        """What each component requires, by slot."""
+        """Yield the requirements of each component as (slot, names)."""
         for slot, component in self.components():
             if isinstance(component, Term):
                 yield f"{slot}/{component.name}", requirements(component.loss)
@@ -243,7 +261,7 @@ def _hook(component: object) -> object:
     return component.loss if isinstance(component, Term) else component
 
 
-def _called(component: object) -> str:
+def _name(component: object) -> str:
     function = _hook(component)
     while isinstance(function, partial):
         function = function.func
@@ -251,10 +269,10 @@ def _called(component: object) -> str:
 
 
 def check_requirements(algorithm: Algorithm, provided: Iterable[str]) -> None:
-    """Refuse, before the first rollout, an algorithm of which a component would find nothing to work on.
+    """Refuse, before the first rollout, an algorithm with a requirement that the run does not meet.
 
     Raises:
-        RequirementError: naming every slot and what it lacks.
+        RequirementError: Names every slot and what it lacks.
     """
     offered = frozenset(provided)
     missing = [
@@ -272,8 +290,15 @@ def _differ(returns: Sequence[float]) -> bool:
     return len(returns) > 1 and max(returns) - min(returns) > EQUAL_RETURNS
 
 
+_RENAMED = {"Rehearsal": "ReplayBatch", "held_back": "clipped_tokens", "given": "require_tensor"}
+
+
 def __getattr__(name: str) -> Any:
-    """Find a name that other packages may still import from here, although it has moved."""
+    """Return a name that has moved or was renamed, for packages that still import it from here."""
+    if name in _RENAMED:
+        new = _RENAMED[name]
+        warnings.warn(f"agentrl.algorithms.algorithm.{name} is now {new}", DeprecationWarning, stacklevel=2)
+        return globals()[new]
     for home in ("hooks", "branching", "credit", "recipe"):
         module = import_module(f"agentrl.algorithms.{home}")
         if not name.startswith("_") and hasattr(module, name):

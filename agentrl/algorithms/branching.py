@@ -1,40 +1,47 @@
-"""Branching: which episodes a task gets, decided while they are played."""
+"""Branching: episodes that start at a point of another episode, and the uncertain points to start them at."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
+from statistics import fmean, quantiles
+from typing import Literal, Protocol
 
-from agentrl.algorithms.hooks import (
-    Coefficient,
-    Context,
-)
+from agentrl.algorithms.hooks import Coefficient, Context
 from agentrl.data.trajectory import BranchPoint, Episode, Turn
+
+OPENING = 20  # action tokens of a turn whose entropy stands for the turn
+MIN_GAP = 3  # points: closer ones count as the same uncertain moment, with `quantile`
+
+AnchorUnit = Literal["auto", "token", "turn"]
+Uncertainty = Literal["entropy", "surprisal", "quantile"]
 
 
 class BranchPolicy(Protocol):
-    """Which episodes one task gets, decided while they are played.
+    """Policy that decides, while episodes are played, which episodes one task gets.
 
-    A start is None for an episode from the first observation, or the point of another episode at which the
-    new one leaves it: `BranchPoint(parent, turn, token)` begins in the state before that turn, with that many
-    tokens of the parent's reply. The rollout names the episodes, never starts more than the budget, and fills
-    up with episodes from the first observation when all have ended and some are left.
+    A start is None for an episode from the first observation, or a point of another episode at which the new
+    one branches off: `BranchPoint(parent, turn, token)` starts in the state before that turn, with the first
+    `token` tokens of the parent's reply. The rollout names the episodes and never starts more than the
+    budget. When all have ended and the budget is not used up, it starts the rest from the first observation.
     """
 
     def begin(self) -> Sequence[BranchPoint | None]:
-        """What is started first."""
+        """Return the starts of the first episodes."""
         ...
 
     def reached(
         self, episode: str, parent: BranchPoint | None, turns: Sequence[Turn]
     ) -> Sequence[BranchPoint | None]:
-        """What is started when the environment has answered the last of `turns` and the episode goes on.
+        """Return the starts of new episodes after the environment's answer to the last turn.
 
-        `turns` are those since the first observation, the parent's included.
+        It is not called if that answer ended the episode. `turns` are those since the first observation,
+        including the parent's.
         """
         ...
 
     def ended(self, episode: Episode) -> Sequence[BranchPoint | None]:
-        """What is started when an episode has ended, for good or aborted."""
+        """Return the starts of new episodes once an episode has ended or was aborted."""
         ...
 
 
@@ -43,18 +50,97 @@ BranchPolicyFactory = Callable[[int, int, Context], BranchPolicy]
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """What an algorithm asks of the rollout.
+    """Settings of the rollout that an algorithm asks for.
 
     Args:
-        temperature: of sampling, by step; None leaves it to the configuration.
-        rounds: times that a step's tasks are drawn and played at most, until `select` has kept as many
-            groups as the configuration wants; the last round's groups all fill up what is missing.
-        episodes: of each task; None takes the configuration's group size.
-        branch_policy: (episodes of the task, seed, context) -> which they are; None starts all from the first
-            observation.
+        temperature: The sampling temperature as a function of the context; None takes the configured one.
+        rounds: The maximum number of rounds in which a step's tasks are drawn and played until `select` has
+            kept as many groups as configured. The groups of the last round fill up what is missing.
+        episodes: The number of episodes per task; None takes the configured group size.
+        branch_policy: (episodes of the task, seed, context) -> the policy that decides where episodes start;
+            None starts all of them at the first observation.
     """
 
     temperature: Coefficient | None = None
     rounds: int = 1
     episodes: int | None = None
     branch_policy: BranchPolicyFactory | None = None
+
+
+def opening_entropy(turn: Turn, vocabulary: int, *, total: bool = False) -> float | None:
+    """Return the mean entropy of a turn's first 20 action tokens, or None if it has none.
+
+    The unit is the logarithm of the vocabulary size.
+
+    Args:
+        turn: A turn with the entropies of its action tokens.
+        vocabulary: The number of tokens; below 2 (unknown), the result is in nats.
+        total: Return the sum of the entropies instead of the mean.
+    """
+    opening = list(action_token_values(turn, turn.entropies).values())[:OPENING]
+    if not opening:
+        return None
+    scale = math.log(vocabulary) if vocabulary > 1 else 1.0
+    return sum(opening) / (1 if total else len(opening)) / scale
+
+
+def anchor_points(
+    base: Episode, count: int, *, unit: AnchorUnit = "auto", score: Uncertainty = "entropy"
+) -> list[BranchPoint]:
+    """Return the most uncertain points of an episode, in order; ties go to the earlier point.
+
+    Args:
+        base: An episode with the entropies and logprobs of its action tokens.
+        count: The maximum number of points.
+        unit: `token` or `turn` points; `auto` takes turns if the episode has more than one.
+        score: The measure of uncertainty: `entropy`, `surprisal`, or `quantile`, see `FR3E`.
+
+    Source: Zheng et al. 2025, arXiv:2507.07017.
+    """
+    scores = point_scores(base, unit, score)
+    places, values = list(scores), list(scores.values())
+    order = sorted(range(len(values)), key=lambda index: -values[index])
+    if score == "quantile":
+        order = _spaced_apart(order, values)
+    return [BranchPoint(base.id, *places[index]) for index in sorted(order[:count])]
+
+
+def point_scores(base: Episode, unit: AnchorUnit, score: Uncertainty) -> dict[tuple[int, int], float]:
+    """Return the uncertainty of each point of an episode, in nats, by (turn, token) in order.
+
+    The point before the first action token is left out, because it is the start of the episode.
+    """
+    decided = [
+        action_token_values(
+            turn, [-logprob for logprob in turn.logprobs] if score == "surprisal" else turn.entropies
+        )
+        for turn in base.turns
+    ]
+    if unit == "turn" or (unit == "auto" and len(base.turns) > 1):
+        points = {(turn, 0): fmean(values.values()) for turn, values in enumerate(decided) if values}
+    else:
+        points = {
+            (turn, token): value for turn, values in enumerate(decided) for token, value in values.items()
+        }
+    return dict(islice(points.items(), 1, None))
+
+
+def action_token_values(turn: Turn, values: Sequence[float]) -> dict[int, float]:
+    """Return the values of a turn's action tokens, by position in the reply."""
+    return {
+        token: value
+        for token, (value, sampled) in enumerate(zip(values, turn.sampled, strict=False))
+        if sampled
+    }
+
+
+def _spaced_apart(order: Sequence[int], values: Sequence[float]) -> list[int]:
+    """Return the points of the upper quarter that are not close to a more uncertain one."""
+    if len(values) < 2:
+        return list(order)
+    bar = quantiles(values, n=4, method="inclusive")[2]
+    chosen: list[int] = []
+    for index in order:
+        if values[index] >= bar and all(abs(index - other) > MIN_GAP for other in chosen):
+            chosen.append(index)
+    return chosen

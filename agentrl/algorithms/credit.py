@@ -1,4 +1,4 @@
-"""From episodes to the advantage of every token: the part of an algorithm that runs before the updates."""
+"""Advantages of tokens from episodes: the part of an algorithm that runs before the updates."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,24 +24,26 @@ def prepare(
     layout: Layout = "trajectory",
     selected: bool = False,
 ) -> Batch:
-    """Turn a step's groups into what is learned from: select (unless `selected`), shape rewards, collate.
+    """Turn a step's groups into a batch: select (unless `selected`), shape rewards, collate.
 
-    Selection sees the environment's rewards; the batch and its episodes hold the shaped ones.
+    Selection sees the environment's rewards. The batch and its episodes hold the shaped ones.
     """
     kept = groups if selected else algorithm.select(groups, context)
     for shape in algorithm.shape_reward:
         kept = [
-            replace(group, episodes=tuple(shaped(episode, shape, context) for episode in group.episodes))
+            replace(
+                group, episodes=tuple(shape_episode(episode, shape, context) for episode in group.episodes)
+            )
             for group in kept
         ]
     return collate(kept, layout=layout)
 
 
 def compute_advantages(algorithm: Algorithm, batch: Batch, context: Context) -> Tensor:
-    """Advantage and transforms over the whole rollout batch; [B, T], no gradient, 0 where not sampled.
+    """Return the transformed advantages of the whole rollout batch; [B, T], no gradient, 0 where not sampled.
 
     Raises:
-        ValueError: when a hook returns another shape, naming it.
+        ValueError: If a hook returns another shape; names the hook.
     """
     with torch.no_grad():
         advantages = _checked("advantage", algorithm.advantage(batch, context), batch)
@@ -51,7 +53,7 @@ def compute_advantages(algorithm: Algorithm, batch: Batch, context: Context) -> 
 
 
 def with_targets(algorithm: Algorithm, batch: Batch, context: Context) -> Batch:
-    """Fill in what values are to become, if the algorithm says; over the whole rollout batch, no gradient."""
+    """Return the batch with the value targets that the algorithm defines, if any; without gradient."""
     if algorithm.targets is None:
         return batch
     with torch.no_grad():
@@ -60,10 +62,10 @@ def with_targets(algorithm: Algorithm, batch: Batch, context: Context) -> Batch:
 
 
 def with_mask(algorithm: Algorithm, mini: MiniBatch, context: Context) -> MiniBatch:
-    """Fill in which decisions are in the surrogate.
+    """Return the mini-batch with the mask of the tokens in the surrogate.
 
     Raises:
-        ValueError: when a hook returns another shape, naming it.
+        ValueError: If a hook returns another shape; names the hook.
     """
     with torch.no_grad():
         mask = mini.batch.sampled
@@ -80,11 +82,11 @@ def _checked(slot: str, values: Tensor, batch: Batch) -> Tensor:
     return values
 
 
-def shaped(episode: Episode, shape: ShapeReward, context: Context) -> Episode:
-    """Give an episode's turns the rewards that `shape` says.
+def shape_episode(episode: Episode, shape: ShapeReward, context: Context) -> Episode:
+    """Return the episode with the rewards that `shape` gives its turns.
 
     Raises:
-        ValueError: when they are not one per turn.
+        ValueError: If `shape` does not return one reward per turn.
     """
     rewards = shape(episode, context)
     if len(rewards) != len(episode.turns):

@@ -1,7 +1,7 @@
-"""What a batch says about the turns of its trajectories: rewards, anchor states, shared beginnings.
+"""Features of a batch by turn: rewards, anchor states, turns that branches share.
 
-Letters: E trajectories, K turns of the longest, L decisions of the longest; a turn that a trajectory does not
-have is 0.
+Letters: E trajectories, K turns of the longest one, L action tokens of the longest one. Tables hold 0 for
+turns that a trajectory does not have.
 """
 
 from collections import Counter
@@ -22,65 +22,66 @@ State = Literal["observation", "state_key"]
 
 
 @dataclass(frozen=True)
-class Decisions:
-    """The decisions of every trajectory in the order in which they were made, whichever rows they are in."""
+class ActionTokens:
+    """Action tokens of every trajectory in the order of sampling, whichever rows they are in."""
 
-    index: Tensor  # [E, L] int64, into the flattened tokens of the batch
+    index: Tensor  # [E, L] int64, into the batch's flattened tokens
     valid: Tensor  # [E, L] bool
     turns: Tensor  # [E, L] int64, -1 where not valid
     shape: torch.Size  # of the batch: B, T
 
     def read(self, values: Tensor) -> Tensor:
-        """Take the decisions out of [B, T]; [E, L], 0 where not valid."""
+        """Gather the values of action tokens from [B, T]; [E, L], 0 where not valid."""
         return torch.where(self.valid, values.flatten()[self.index], 0)
 
     def write(self, values: Tensor) -> Tensor:
-        """Put [E, L] back to where the decisions are; [B, T], 0 elsewhere."""
+        """Scatter [E, L] back to the positions of the action tokens; [B, T], 0 elsewhere."""
         flat = torch.zeros(self.shape.numel(), dtype=values.dtype, device=values.device)
         flat[self.index[self.valid]] = values[self.valid]
         return flat.view(self.shape)
 
     @property
     def first(self) -> Tensor:
-        """The first decision of each turn; [E, L] bool."""
+        """Mark the first action token of each turn; [E, L] bool."""
         before = torch.nn.functional.pad(self.turns[:, :-1], (1, 0), value=-1)
         return self.valid & (self.turns != before)
 
     @property
     def last(self) -> Tensor:
-        """The last decision of each turn; [E, L] bool."""
+        """Mark the last action token of each turn; [E, L] bool."""
         after = torch.nn.functional.pad(self.turns[:, 1:], (0, 1), value=-1)
         return self.valid & (self.turns != after)
 
 
-def decisions(batch: Batch) -> Decisions:
-    """Order the decisions of a batch by trajectory, turn and position."""
+def decisions(batch: Batch) -> ActionTokens:
+    """Order the action tokens of a batch by trajectory, turn and position."""
     index, valid = functional.unroll(batch.sampled, batch.turns, batch.trajectory, len(batch.episodes))
     turns = torch.where(valid, batch.turns.flatten()[index], -1)
-    return Decisions(index, valid, turns, batch.tokens.shape)
+    return ActionTokens(index, valid, turns, batch.tokens.shape)
 
 
 def turn_rewards(batch: Batch) -> Tensor:
-    """The reward of every turn; [E, K] float64, in the environment's units."""
+    """Return the reward of every turn; [E, K] float64, in the environment's units."""
     return _table(batch, [[turn.reward for turn in episode.turns] for episode in batch.episodes])
 
 
 def turn_exists(batch: Batch) -> Tensor:
-    """Whether a trajectory has a turn; [E, K] bool."""
+    """Return whether a trajectory has a turn; [E, K] bool."""
     return _table(batch, [[1.0] * len(episode.turns) for episode in batch.episodes]) > 0
 
 
 def turn_penalties(batch: Batch, penalty: float) -> Tensor:
-    """`penalty` at every turn whose action was not understood; [E, K] float64."""
+    """Return `penalty` at every turn with an invalid action, 0 elsewhere; [E, K] float64."""
     return penalty * _table(
         batch, [[float(not turn.valid) for turn in episode.turns] for episode in batch.episodes]
     )
 
 
 def row_scores(batch: Batch, invalid_penalty: float) -> Tensor:
-    """The return of the whole episode at each of its turns, as verl-agent scores its rows; [E, K] float64.
+    """Return the return of the whole episode at each of its turns, as verl-agent scores rows; [E, K] float64.
 
-    A turn answers for its own penalty only: those of the other turns, `invalid_penalty` each, are given back.
+    A turn is charged its own penalty only: the penalties of the other turns, `invalid_penalty` each, are
+    added back.
     """
     penalties = turn_penalties(batch, invalid_penalty)
     others = penalties.sum(dim=1, keepdim=True) - penalties
@@ -88,10 +89,10 @@ def row_scores(batch: Batch, invalid_penalty: float) -> Tensor:
 
 
 def step_rewards(batch: Batch) -> Tensor:
-    """The reward of every turn that holds a decision; [E, K] float64, in the environment's units.
+    """Return the reward of every turn that has an action token; [E, K] float64, in the environment's units.
 
-    That of a turn without one belongs to the last turn with one before; what comes before the first decision
-    of a trajectory is left out.
+    The reward of a turn without action tokens goes to the last earlier turn that has one. Rewards before the
+    first action token of a trajectory are dropped.
     """
     rewards, decided = turn_rewards(batch), has_decision(batch)
     out = torch.zeros_like(rewards)
@@ -104,7 +105,7 @@ def step_rewards(batch: Batch) -> Tensor:
 
 
 def has_decision(batch: Batch) -> Tensor:
-    """Whether a turn of a trajectory holds a decision; [E, K] bool."""
+    """Return whether a turn of a trajectory has an action token; [E, K] bool."""
     decided = torch.zeros_like(turn_exists(batch))
     owners = batch.trajectory[:, None].expand_as(batch.turns)
     decided[owners[batch.sampled], batch.turns[batch.sampled]] = True
@@ -112,37 +113,37 @@ def has_decision(batch: Batch) -> Tensor:
 
 
 def decision_rewards(batch: Batch) -> Tensor:
-    """`step_rewards`, each at the last decision of its turn; [B, T] float64.
+    """Place `step_rewards` at the last action token of each turn; [B, T] float64.
 
-    A reply may end in tokens that were forced.
+    This is not always the last token of the reply, because a reply may end in forced tokens.
     """
     return at_last_decisions(step_rewards(batch), decisions(batch))
 
 
-def at_last_decisions(table: Tensor, made: Decisions) -> Tensor:
-    """Put the value of every turn, [E, K], at the last decision of it; [B, T]."""
+def at_last_decisions(table: Tensor, made: ActionTokens) -> Tensor:
+    """Place the values of turns, [E, K], at the last action token of each turn; [B, T]."""
     return made.write(torch.where(made.last, table.gather(1, made.turns.clamp(min=0)), 0.0))
 
 
 def anchor_states(batch: Batch, *, similarity: float = 1.0, state: State = "observation") -> Tensor:
-    """Number the states that turns acted in; [E, K] int64, -1 where there is no turn.
+    """Assign a number to the state of each turn; [E, K] int64, -1 where there is no turn.
 
-    Two turns have the same number if their trajectories are of one group and their states are the same.
+    Two turns get the same number if their trajectories belong to one group and their states are the same.
 
     Args:
-        batch: whose turns.
-        similarity: below 1, states are the same if the ratio of `difflib` between an observation and that
-            of the state's first turn is at least this.
-        state: the text of the observation, or `info["state_key"]`, in whose place the text stands at turns
-            without a key.
+        batch: The batch of the turns.
+        similarity: Below 1, an observation matches a state if the `difflib` ratio between it and the
+            observation of the state's first turn is at least this.
+        state: `observation` compares the text of the observation, `state_key` compares `info["state_key"]`.
+            Turns without a key use the text.
 
     Raises:
-        RequirementError: when keys are asked for and no turn has one.
+        RequirementError: If keys are asked for and no turn has one.
     """
     if state == "state_key" and not bool(has_state_key(batch).any()) and any(e.turns for e in batch.episodes):
         raise RequirementError(
-            f"algorithm: states are told apart by info['state_key'], and no turn of "
-            f"{batch.episodes[0].env!r} has one; wanted an environment that gives it, or state=observation"
+            f"algorithm: states are identified by info['state_key'], but no turn of "
+            f"{batch.episodes[0].env!r} has one; use an environment that sets it, or state=observation"
         )
     known: dict[int, dict[object, int]] = {}
     numbers = 0
@@ -154,7 +155,7 @@ def anchor_states(batch: Batch, *, similarity: float = 1.0, state: State = "obse
             key = turn.info.get("state_key") if state == "state_key" else None
             found = turn.observation if key is None else ("key", key)
             if found not in states:
-                alike = _alike(turn.observation, states, similarity) if similarity < 1 else None
+                alike = _similar_state(turn.observation, states, similarity) if similarity < 1 else None
                 states[found] = numbers if alike is None else alike
                 numbers += alike is None
             row.append(float(states[found]))
@@ -163,15 +164,16 @@ def anchor_states(batch: Batch, *, similarity: float = 1.0, state: State = "obse
 
 
 def has_state_key(batch: Batch) -> Tensor:
-    """Whether the environment named the state that a turn acted in; [E, K] bool."""
+    """Return whether the environment gave the state of a turn a key; [E, K] bool."""
     named = [[turn.info.get("state_key") is not None for turn in item.turns] for item in batch.episodes]
     return _table(batch, named) > 0
 
 
-def branch_shares(batch: Batch) -> Tensor:
-    """One over the number of trajectories of the batch that share a turn; [E, K] float64.
+def branch_weights(batch: Batch) -> Tensor:
+    """Return one over the number of trajectories of the batch that share a turn; [E, K] float64.
 
-    A trajectory that branched off another holds the other's turns up to there, though they were played once.
+    A trajectory that branched off another one holds that trajectory's turns up to the branch point, although
+    they were played only once.
     """
     parents = {
         (group, episode.id): episode.parent
@@ -186,8 +188,50 @@ def branch_shares(batch: Batch) -> Tensor:
     return _table(batch, [[1 / counts[place] for place in row] for row in owners])
 
 
-def _alike(observation: str, states: dict[object, int], similarity: float) -> int | None:
-    """The number of the first known state whose first observation is similar enough."""
+@dataclass(frozen=True)
+class BranchStates:
+    """States in which the branches of a batch start, in order along each base episode.
+
+    Args:
+        points: S branch points, each with the group that it belongs to.
+        bases: [S] int64, equal for states of one base.
+        member: [E] int64, the state in which each trajectory starts, -1 for a trajectory that is not a
+            branch.
+    """
+
+    points: tuple[tuple[int, BranchPoint], ...]
+    bases: Tensor
+    member: Tensor
+
+
+def branch_states(batch: Batch) -> BranchStates:
+    """Return the states in which branches start; the order of rows and episodes does not matter."""
+    device = batch.tokens.device
+    found = [
+        None if (point := episode.parent) is None else (group, point.parent, point.turn, point.token)
+        for group, episode in zip(batch.groups.tolist(), batch.episodes, strict=True)
+    ]
+    keys = sorted({key for key in found if key is not None})
+    number = {key: index for index, key in enumerate(keys)}
+    lines = {line: index for index, line in enumerate(dict.fromkeys(key[:2] for key in keys))}
+    return BranchStates(
+        tuple((group, BranchPoint(base, turn, token)) for group, base, turn, token in keys),
+        torch.tensor([lines[key[:2]] for key in keys], dtype=torch.int64, device=device),
+        torch.tensor([-1 if key is None else number[key] for key in found], dtype=torch.int64, device=device),
+    )
+
+
+def tokens_after_branching(batch: Batch) -> Tensor:
+    """Mark the action tokens of branches after their branch point; [B, T] bool, nothing of a base."""
+    turns = [
+        len(episode.turns) if episode.parent is None else episode.parent.turn for episode in batch.episodes
+    ]
+    first = torch.tensor(turns, dtype=torch.int64, device=batch.tokens.device)
+    return batch.sampled & (batch.turns >= first[batch.trajectory][:, None])
+
+
+def _similar_state(observation: str, states: dict[object, int], similarity: float) -> int | None:
+    """Return the number of the first known state whose first observation is similar enough, or None."""
     matcher = SequenceMatcher(None, "", observation)
     seen: set[int] = set()
     for state, number in states.items():
@@ -195,7 +239,7 @@ def _alike(observation: str, states: dict[object, int], similarity: float) -> in
             continue
         seen.add(number)
         matcher.set_seq1(str(state))
-        # The first two are cheap upper bounds of the third.
+        # The first two are cheap upper bounds of the last.
         bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
         if all(bound() >= similarity for bound in bounds):
             return number
@@ -203,7 +247,7 @@ def _alike(observation: str, states: dict[object, int], similarity: float) -> in
 
 
 def _owner(group: int, episode: str, turn: int, parents: Mapping[tuple[int, str], BranchPoint | None]) -> str:
-    """The id of the episode that played a turn of this one's path."""
+    """Return the id of the episode in which a turn of this episode's path was played."""
     while (parent := parents.get((group, episode))) is not None and turn < parent.turn:
         episode = parent.parent
     return episode

@@ -1,4 +1,4 @@
-"""What a hook of an algorithm receives and returns, and how it declares what it needs."""
+"""Inputs and outputs of an algorithm's hooks, and the declarations of what a hook needs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,22 +13,23 @@ from agentrl.errors import RequirementError
 
 F = TypeVar("F", bound=Callable[..., Any])
 REQUIRES, TRAITS, EXCLUDES = "requires", "traits", "excludes"
-SCORED = frozenset({"old_logprobs", "entropy", "reference", "values"})  # filled in by the scoring pass
-COMPARES = "comparison within a group"  # a trait: an episode that is alone in its group teaches nothing
+SCORED = frozenset({"old_logprobs", "entropy", "reference", "values"})  # results of the scoring pass
+COMPARES = "comparison within a group"  # a trait: an episode alone in its group gives no signal
 
 
 @dataclass(frozen=True)
 class Context:
-    """State across steps, as hooks see it.
+    """State across training steps, as hooks see it.
 
     Args:
-        step: of training, from 0.
-        total_steps: how many there will be.
-        history: past per-step values of every logged scalar, oldest first, by the name in the log (what a
-            diagnostic calls `x` is `learner/x`); a step that did not log it has no entry.
-        seed: of the run; a draw is `derive_seed(context.seed, ...)` of what it is for.
-        vocabulary: size of the policy's, for entropies in units of its logarithm.
-        tokenizer: fingerprint of the policy's; token ids mean something under this one only.
+        step: The training step, from 0.
+        total_steps: The number of training steps of the run.
+        history: Past per-step values of every logged metric, oldest first, by its key in the log; see
+            `past`. A step that did not log the metric has no entry.
+        seed: The seed of the run. A random draw uses `derive_seed(context.seed, ...)` with what the draw is
+            for.
+        vocabulary: The size of the policy's vocabulary, to express entropies in units of its logarithm.
+        tokenizer: The fingerprint of the policy's tokenizer. Token ids are valid under this one only.
     """
 
     step: int = 0
@@ -38,32 +39,36 @@ class Context:
     vocabulary: int = 0
     tokenizer: str = ""
 
+    def past(self, name: str) -> Sequence[float]:
+        """Return the past values of a diagnostic of the algorithm, by the name that it reports."""
+        return self.history.get(f"train/algorithm/{name}", ())
+
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a policy says about every token: 0 where not sampled."""
+    """Output of a policy for every token; 0 where not sampled."""
 
     logprobs: Tensor  # [B, T] float, nats
     entropies: Tensor  # [B, T] float, nats
-    values: Tensor | None = None  # [B, T] float, return expected before the token; with a value head
-    ratio: Tensor | None = None  # [B, T] float, of new to old probability, by `Algorithm.ratio`
+    values: Tensor | None = None  # [B, T] float, expected return before the token; with a value head
+    ratio: Tensor | None = None  # [B, T] float, new over old probability, by `Algorithm.ratio`
 
     def select(self, rows: Tensor, width: int) -> "Outputs":
-        """Keep the given rows, cut to a width."""
+        """Return the given rows, cut to a width."""
         values, ratio = (None if kept is None else kept[rows, :width] for kept in (self.values, self.ratio))
         return Outputs(self.logprobs[rows, :width], self.entropies[rows, :width], values, ratio)
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far the ratio of new to old probability may go before `surrogate` stops rewarding it."""
+    """Bounds of the ratio of new to old probability, beyond which `surrogate` gives no gradient."""
 
     lower: Tensor | float  # [B, T] or a number
     upper: Tensor | float
     dual: float | None = None
 
     def select(self, rows: Tensor, width: int) -> "Bounds":
-        """Keep the given rows, cut to a width."""
+        """Return the given rows, cut to a width."""
         lower, upper = (
             bound[rows, :width] if isinstance(bound, Tensor) and bound.dim() else bound
             for bound in (self.lower, self.upper)
@@ -73,17 +78,17 @@ class Bounds:
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """The rows of one optimiser step, or of a part of it.
+    """Rows of one optimiser step, or of a part of it.
 
-    The objective fills in `mask`, `current.ratio` and `bounds` in this order, each before the next slot is
-    asked. Diagnostics and `Replay.keep` see the mask of the whole rollout batch.
+    The objective fills in `mask`, `current.ratio` and `bounds` in this order, each before it calls the next
+    slot. Diagnostics and `Replay.add` see the mask of the whole rollout batch.
 
     Args:
-        batch: the rows.
+        batch: The rows.
         advantages: [B, T], final: transformed, without gradient, 0 where not sampled.
-        current: what the policy says now, without gradient; only if a component requires `current`.
-        mask: [B, T] bool, the decisions that `Algorithm.masks` leave in the surrogate; None before.
-        bounds: of the ratio, by `Algorithm.clip`; None before, and where nothing is clipped.
+        current: The output of the current policy, without gradient; only if a component requires `current`.
+        mask: [B, T] bool, the action tokens that `Algorithm.masks` leave in the surrogate; None before that.
+        bounds: The bounds that `Algorithm.clip` returned; None before that, and if nothing is clipped.
     """
 
     batch: Batch
@@ -94,11 +99,11 @@ class MiniBatch:
 
     @property
     def counted(self) -> Tensor:
-        """The mask; all decisions where nothing has filled it."""
+        """Return the mask, or all action tokens if it is not filled in."""
         return self.batch.sampled if self.mask is None else self.mask
 
     def select(self, rows: Tensor) -> "MiniBatch":
-        """Keep the given rows in the given order."""
+        """Return the given rows in the given order."""
         batch = self.batch.select(rows)
         width = batch.tokens.shape[1]
         return MiniBatch(
@@ -110,7 +115,7 @@ class MiniBatch:
         )
 
 
-Weights = tuple[Tensor, Tensor]  # [B, T] and the count to divide by
+Weights = tuple[Tensor, Tensor]  # [B, T], and the count that divides their sum
 Coefficient = Callable[[Context], float]
 Select = Callable[[Sequence[Group], Context], Sequence[Group]]
 ShapeReward = Callable[[Episode, Context], Sequence[float]]
@@ -127,13 +132,13 @@ Diagnostic = Callable[[MiniBatch, Context], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Term:
-    """A loss beside the surrogate: coefficient * mean over tokens of `loss`, over all sampled tokens.
+    """Loss beside the surrogate: coefficient * mean of `loss` over all sampled tokens.
 
     Args:
-        name: in the log, as `term/NAME`, without the coefficient.
-        loss: -> [B, T].
-        coefficient: a number, or a function of the context.
-        aggregation: None takes the algorithm's.
+        name: The name in the log, as `term/NAME`; the logged value excludes the coefficient.
+        loss: (outputs, mini-batch, context) -> [B, T].
+        coefficient: A number, or a function of the context.
+        aggregation: How tokens are averaged; None takes the algorithm's aggregation.
     """
 
     name: str
@@ -142,27 +147,28 @@ class Term:
     aggregation: Aggregation | None = None
 
     def scale(self, context: Context) -> float:
+        """Return the coefficient of this step."""
         return self.coefficient(context) if callable(self.coefficient) else self.coefficient
 
 
 def requires(*names: str) -> Callable[[F], F]:
-    """Declare what a component reads: a function so marked runs only where all of it is provided.
+    """Declare what a component reads. The component runs only if the run provides all of it.
 
     The learner provides `old_logprobs` and `entropy` ([B, T] of the scoring pass, without gradient),
     `entropy:grad` (`Outputs.entropies` with gradient) and `current`; with a reference policy `reference`;
-    with a value head `values` ([B, T] of the scoring pass), `last_values` and `values:grad`. An engine
-    provides `rollout:entropy` where it records entropies, for a `BranchPolicy` that goes by them.
+    with a value head `values` ([B, T] of the scoring pass), `last_values` and `values:grad`. An engine that
+    records entropies provides `rollout:entropy`, for a `BranchPolicy` that reads them.
     """
     return _marked(REQUIRES, names)
 
 
 def trait(*names: str) -> Callable[[F], F]:
-    """Say what a component is, for others to exclude: "token advantage", "sequence ratio", ..."""
+    """Declare a property of a component that others may exclude: "token advantage", "sequence ratio", ..."""
     return _marked(TRAITS, names)
 
 
 def excludes(**reasons: str) -> Callable[[F], F]:
-    """Say which traits of other components make nonsense of this one, and why.
+    """Declare the traits of other components that this one cannot be combined with, and why.
 
     Names are those of `trait`, with an underscore for a space.
     """
@@ -183,27 +189,27 @@ def _marked(kind: str, names: Iterable[str]) -> Callable[[F], F]:
 
 
 def requirements(component: object) -> frozenset[str]:
-    """What a component declared, itself or through `functools.partial`."""
+    """Return the requirements that a component declared, itself or through `functools.partial`."""
     return frozenset(declarations(component, REQUIRES))
 
 
 def traits(component: object) -> frozenset[str]:
-    """Return what a component said that it is, itself or through `functools.partial`."""
+    """Return the traits that a component declared, itself or through `functools.partial`."""
     return frozenset(declarations(component, TRAITS))
 
 
 def declarations(component: object, kind: str) -> Any:
-    """Return what a component declared of a kind, itself or through `functools.partial`."""
+    """Return the declarations of one kind of a component, its own or those below `functools.partial`."""
     while isinstance(component, partial) and not hasattr(component, kind):
         component = component.func
     return getattr(component, kind, ())
 
 
-def given(values: Tensor | None, name: str) -> Tensor:
-    """Read an optional field of a batch or of outputs.
+def require_tensor(values: Tensor | None, name: str) -> Tensor:
+    """Return an optional field of a batch or of outputs, or raise if it is empty.
 
     Raises:
-        RequirementError: when nothing filled it.
+        RequirementError: If nothing filled the field.
     """
     if values is None:
         raise RequirementError(f"{name} is empty; a component that reads it is marked @requires({name!r})")

@@ -1,4 +1,4 @@
-"""Decisions that other weights or another engine drew: how far off they are, and what to do about it."""
+"""Mismatch between the policy that sampled the action tokens and the learner, and its correction."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,51 +9,42 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.hooks import Context, MiniBatch, given, requires
+from agentrl.algorithms.hooks import Context, MiniBatch, require_tensor, requires
 
 
-def with_drift(algorithm: Algorithm, cap: float | None) -> Algorithm:
-    """Have an algorithm log the drift of its decisions, and weigh them by importance.
+def with_importance_correction(algorithm: Algorithm, cap: float | None) -> Algorithm:
+    """Return an algorithm that weights its action tokens by importance.
 
     Args:
-        algorithm: any.
-        cap: of the weights, see `truncated_importance`; None weighs nothing.
+        algorithm: Any algorithm.
+        cap: The upper limit of the weights, see `truncated_importance`; None returns the algorithm as it is.
     """
-    weights = () if cap is None else (partial(importance_weights, cap=cap),)
+    if cap is None:
+        return algorithm
     return replace(
         algorithm,
-        weights=(*algorithm.weights, *weights),
-        diagnostics=(*algorithm.diagnostics, partial(drift_numbers, cap=cap)),
+        weights=(*algorithm.weights, partial(importance_weights, cap=cap)),
+        diagnostics=(*algorithm.diagnostics, partial(capped_share, cap=cap)),
     )
 
 
 @requires("old_logprobs")
 def importance_weights(mini: MiniBatch, context: Context, *, cap: float) -> Tensor:
-    """Truncated importance of each decision, 1 elsewhere; [B, T], see `functional.truncated_importance`."""
+    """Return the truncated importance of each action token, 1 elsewhere; [B, T].
+
+    See `functional.truncated_importance`.
+    """
     batch = mini.batch
-    old = given(batch.old_logprobs, "old_logprobs")
+    old = require_tensor(batch.old_logprobs, "old_logprobs")
     weights = functional.truncated_importance(old, batch.logprobs, cap)
     return torch.where(batch.sampled, weights, 1.0)
 
 
 @requires("old_logprobs")
-def drift_numbers(rollout: MiniBatch, context: Context, *, cap: float | None) -> Mapping[str, float]:
-    """How far apart the learner and whoever drew are, before the update, over the decisions of a batch.
-
-    Returns:
-        drift_mean and drift_max, of |old logprob - rollout logprob| in nats; drift_kl, the estimate k3 of
-        KL(rollout || old); with a cap drift_capped, the share of decisions that it holds.
-    """
+def capped_share(rollout: MiniBatch, context: Context, *, cap: float) -> Mapping[str, float]:
+    """Measure the share of action tokens whose importance weight the cap limits: mismatch/capped."""
     batch = rollout.batch
-    old, drawn = given(batch.old_logprobs, "old_logprobs")[batch.sampled], batch.logprobs[batch.sampled]
+    old = require_tensor(batch.old_logprobs, "old_logprobs")[batch.sampled]
     if not len(old):
         return {}
-    apart = (old - drawn).abs()
-    numbers = {
-        "drift_mean": float(apart.mean()),
-        "drift_max": float(apart.max()),
-        "drift_kl": float(functional.kl_k3(drawn, old).mean()),
-    }
-    if cap is not None:
-        numbers["drift_capped"] = float(((old - drawn).exp() > cap).float().mean())
-    return numbers
+    return {"mismatch/capped": float(((old - batch.logprobs[batch.sampled]).exp() > cap).float().mean())}

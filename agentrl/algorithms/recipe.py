@@ -1,4 +1,4 @@
-"""Recipes: hyper-parameters by name. The dataclass is the schema of a configuration's `algorithm` block."""
+"""Recipes: named sets of hyper-parameters, and the schema of a configuration's `algorithm` block."""
 
 import warnings
 from abc import abstractmethod
@@ -28,31 +28,31 @@ _broken: dict[str, str] = {}
 
 @dataclass(frozen=True)
 class Recipe:
-    """Base of every recipe: a frozen dataclass that builds an algorithm.
+    """Base class of recipes: a frozen dataclass that builds an algorithm.
 
-    The type of a number declares its bounds, see `agentrl.config`; a number that is not given within them is
-    refused, from Python as from a configuration. Contradictions between fields are refused in
-    `__post_init__`, with a `ConfigError` that names them.
+    The type annotation of a number declares its bounds, see `agentrl.config`. A number outside its bounds is
+    refused, whether it comes from Python or from a configuration. `__post_init__` refuses contradictory
+    fields with a `ConfigError` that names them.
 
-    PRESETS says, by preset, the values that differ from the defaults, on top of those of the base classes. A
-    field that is given wins over its preset; a `base` that is given has a preset of its own. A preset cannot
-    set what stands in other blocks, such as group size, learning rate and temperature.
+    PRESETS holds, by preset, the values that differ from the defaults, in addition to those of the base
+    classes. An explicit field takes precedence over the preset. An explicit `base` has its own preset. A
+    preset cannot set values of other config blocks, such as group size, learning rate and temperature.
 
     Args:
-        preset: `paper`, `released` (the code published with the paper, also in what no field says), or
-            `ours`, the defaults. What a paper or its code does not state is ours.
+        preset: `paper`, `released` (the code published with the paper, including behaviour that no field
+            describes), or `ours`, the defaults. Where a paper or its code gives no value, ours is used.
     """
 
     name: ClassVar[str]
     PRESETS: ClassVar[Presets] = {}
-    OFFICIAL: ClassVar[Collection[str]] = ()  # fields that `parity: official` sets, refusing other values
-    OPEN: ClassVar[Collection[str]] = ()  # fields in which null stands for the preset's value
+    OFFICIAL: ClassVar[Collection[str]] = ()  # fields that `parity: official` sets; other values are refused
+    OPEN: ClassVar[Collection[str]] = ()  # fields in which null means the preset's value
 
     preset: Preset = field(default="ours", kw_only=True)
 
     @abstractmethod
     def build(self) -> "Algorithm":
-        """Put the algorithm together; cheap, and the same every time."""
+        """Build the algorithm. This is cheap and deterministic."""
         raise NotImplementedError
 
 
@@ -63,15 +63,17 @@ def recipe(name: str) -> Callable[[R], R]:
     """Register a recipe class under the name that configurations use.
 
     Raises:
-        ConfigError: when another class has the name.
+        ConfigError: If another class has the name.
     """
 
     def register(cls: R) -> R:
         known = _recipes.get(name)
-        if known is not None and _place(known) != _place(cls):
-            raise ConfigError(f"two recipes are named {name!r}: {_place(known)} and {_place(cls)}")
+        if known is not None and _qualified_name(known) != _qualified_name(cls):
+            raise ConfigError(
+                f"two recipes are named {name!r}: {_qualified_name(known)} and {_qualified_name(cls)}"
+            )
         if not is_dataclass(cls):
-            raise ConfigError(f"recipe {name!r} ({_place(cls)}) is not a dataclass")
+            raise ConfigError(f"recipe {name!r} ({_qualified_name(cls)}) is not a dataclass")
         record_registration("recipe", cls.__module__)
         cls.name = name
         cls.__init__ = _with_preset(cls)  # type: ignore[method-assign]
@@ -82,10 +84,10 @@ def recipe(name: str) -> Callable[[R], R]:
 
 
 def preset_values(cls: type[Recipe], preset: str) -> dict[str, Any]:
-    """Return what a preset sets, recipes inside it as blocks; nothing for `ours`.
+    """Return the values that a preset sets, with nested recipes as blocks; empty for `ours`.
 
     Raises:
-        ConfigError: for an unknown preset.
+        ConfigError: For an unknown preset.
     """
     if preset not in get_args(Preset):
         raise ConfigError(f"preset is {preset!r}, wanted one of {', '.join(get_args(Preset))}")
@@ -95,26 +97,26 @@ def preset_values(cls: type[Recipe], preset: str) -> dict[str, Any]:
     return values
 
 
-def kept_from_preset(recipe: Recipe, where: str = "algorithm") -> list[str]:
-    """Tell each field, also of recipes inside, in which a given value stands in the place of the preset's."""
+def preset_overrides(recipe: Recipe, where: str = "algorithm") -> list[str]:
+    """Describe every field, also of nested recipes, whose explicit value replaces the preset's value."""
     lines = []
     wanted = (
         {} if getattr(recipe, "parity", None) == "official" else preset_values(type(recipe), recipe.preset)
     )
     for item in fields(recipe):
         value, path = getattr(recipe, item.name), f"{where}.{item.name}"
-        if item.name in wanted and value == _made(wanted[item.name]):
+        if item.name in wanted and value == _as_recipe(wanted[item.name]):
             continue
         if item.name in wanted:
             shown = "as given" if isinstance(value, Recipe) else repr(value)
             lines.append(f"{path} stays {shown}; preset={recipe.preset} has {wanted[item.name]!r}")
         if isinstance(value, Recipe):
-            lines += kept_from_preset(value, path)
+            lines += preset_overrides(value, path)
     return lines
 
 
 def _with_preset(cls: type[Recipe]) -> Callable[..., None]:
-    """The constructor of a recipe, its preset filling in what is not given."""
+    """Return a constructor that takes the fields that are not given from the preset."""
     plain = cls.__init__
     order = [item.name for item in fields(cls) if item.init and not item.kw_only]
 
@@ -122,24 +124,24 @@ def _with_preset(cls: type[Recipe]) -> Callable[..., None]:
     def filled(self: Recipe, *args: Any, **given: Any) -> None:
         named = dict(zip(order, args, strict=False))
         if len(args) > len(order) or named.keys() & given.keys():
-            plain(self, *args, **given)  # which is a TypeError
-        values = _settled(cls, named | given)
+            plain(self, *args, **given)  # raises the usual TypeError
+        values = _resolved_fields(cls, named | given)
         check_numbers(type(self), values)
         plain(self, **values)
 
     return filled
 
 
-def _settled(cls: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete what is given by what the preset and `parity: official` say of the rest.
+def _resolved_fields(cls: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the given fields, completed by the preset and by `parity: official`.
 
     Raises:
-        ConfigError: when parity contradicts what is given.
+        ConfigError: If a given field contradicts parity.
     """
-    stated = _stated(cls, given)
+    stated = _without_open_nulls(cls, given)
     preset = stated.get("preset", "ours")
     if stated.get("parity") != "official":
-        return {name: _made(value) for name, value in preset_values(cls, preset).items()} | stated
+        return {name: _as_recipe(value) for name, value in preset_values(cls, preset).items()} | stated
     if preset == "paper":
         raise ConfigError("preset is 'paper', and parity=official is the preset 'released'")
     released = preset_values(cls, "released")
@@ -153,35 +155,36 @@ def _settled(cls: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("; ".join(overruled))
     filled = {name: released[name] for name in (released if preset == "released" else cls.OPEN)}
     return (
-        {name: _made(value) for name, value in filled.items()}
+        {name: _as_recipe(value) for name, value in filled.items()}
         | stated
         | {name: released[name] for name in cls.OFFICIAL}
         | {"preset": "released"}
     )
 
 
-def _stated(cls: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
+def _without_open_nulls(cls: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the fields in which null means the preset's value."""
     return {name: value for name, value in given.items() if value is not None or name not in cls.OPEN}
 
 
-def _made(value: Any) -> Any:
-    """The recipe of a block; any other value as it is."""
+def _as_recipe(value: Any) -> Any:
+    """Return the recipe of a block, and any other value unchanged."""
     if not isinstance(value, Mapping):
         return value
     return build_recipe(value["name"], {name: item for name, item in value.items() if name != "name"})
 
 
 def recipe_names() -> list[str]:
-    """Names of all recipes, those of installed plug-ins included."""
+    """Return the sorted names of all recipes, including those of installed plug-ins."""
     _load_plugins()
     return sorted(_recipes)
 
 
 def recipe_class(name: str, where: str = "algorithm") -> type[Recipe]:
-    """Find a recipe by name; `where` is the block that names it.
+    """Return the recipe class with this name; `where` is the config block that names it.
 
     Raises:
-        ConfigError: for an unknown name, with a suggestion; it also lists the plug-ins that failed to load.
+        ConfigError: For an unknown name, with a suggestion and the plug-ins that failed to load.
     """
     _load_plugins()
     if name not in _recipes:
@@ -194,19 +197,19 @@ def recipe_class(name: str, where: str = "algorithm") -> type[Recipe]:
 
 
 def build_recipe(name: str, settings: Mapping[str, Any] | None = None, where: str = "algorithm") -> Recipe:
-    """Make the recipe `name` from plain values, its defaults filling the rest.
+    """Make the recipe `name` from plain values; missing fields take their defaults.
 
     Args:
-        name: of the recipe.
-        settings: values of its fields.
-        where: dotted path of the block, for messages.
+        name: The name of the recipe.
+        settings: The values of its fields.
+        where: The dotted path of the block, for messages.
 
     Raises:
-        ConfigError: for an unknown name, with one line per mistake in the settings, and where components
+        ConfigError: For an unknown name, for invalid settings (one line per mistake), and for components that
             contradict each other.
     """
     cls = recipe_class(name, where)
-    made = build(cls, _stated(cls, settings or {}), where)
+    made = build(cls, _without_open_nulls(cls, settings or {}), where)
     try:
         made.build()
         if name in _names_inside(made):
@@ -230,27 +233,27 @@ def _nested(block: Any, info: ValidationInfo) -> Recipe:
     return build_recipe(block["name"], settings, ".".join(filter(None, (info.context, info.field_name))))
 
 
-# The type of a field that holds another recipe, `{name: gigpo, ...}` in a configuration.
+# Type of a field that holds another recipe, `{name: gigpo, ...}` in a configuration.
 Base = Annotated[Recipe, PlainValidator(_nested)]
 
 
 def without_replay(base: Recipe) -> "Algorithm":
-    """Build the base of a recipe that changes the loss itself.
+    """Build the base of a recipe that changes the loss.
 
     Raises:
-        ConfigError: when the base replays with a loss of its own, which would stay what it was.
+        ConfigError: If the base replays experience with a loss of its own, which would not change.
     """
     built = base.build()
     if built.replay is not None:
         raise ConfigError(
-            f"base is {base.name!r}, whose replay would keep the loss that this recipe changes; wanted "
+            f"base is {base.name!r}, whose replay would not use the loss that this recipe changes; wanted "
             f"{base.name} outermost, with this recipe as its base"
         )
     return built
 
 
 def recipe_tree(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain values with its name, those inside it as well; `build_recipe` reads them back."""
+    """Return a recipe and its nested recipes as plain values with names; the inverse of `build_recipe`."""
     values = {item.name: getattr(recipe, item.name) for item in fields(recipe)}
     return {"name": recipe.name} | {
         name: recipe_tree(value) if isinstance(value, Recipe) else to_tree(value)
@@ -259,12 +262,12 @@ def recipe_tree(recipe: Recipe) -> dict[str, Any]:
 
 
 def describe_recipe(name: str) -> str:
-    """The first line of a recipe's docstring."""
+    """Return the first line of a recipe's docstring."""
     return (recipe_class(name).__doc__ or "").strip().split("\n", 1)[0]
 
 
 def broken_plugins() -> dict[str, str]:
-    """Plug-ins that failed to load, with the reason."""
+    """Return the plug-ins that failed to load, with the reason."""
     _load_plugins()
     return dict(_broken)
 
@@ -276,7 +279,7 @@ def _load_plugins() -> None:
 
 
 def _load(point: EntryPoint) -> None:
-    """Import a plug-in; whatever it raises is its own failure, except two recipes of one name."""
+    """Import a plug-in. Any exception but a `ConfigError` marks the plug-in as broken."""
     before = dict(_recipes)
     try:
         point.load()
@@ -292,5 +295,5 @@ def _load(point: EntryPoint) -> None:
         )
 
 
-def _place(cls: type) -> str:
+def _qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,4 +1,4 @@
-"""A memory of what went well, and what it is worth by the time it is recalled."""
+"""Replay buffer of trajectories with positive advantages, whose advantages are recomputed when sampled."""
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -11,62 +11,64 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from agentrl.algorithms.algorithm import EQUAL_RETURNS, Algorithm, Rehearsal
-from agentrl.algorithms.hooks import Coefficient, Context, MiniBatch, given
+from agentrl.algorithms.algorithm import EQUAL_RETURNS, Algorithm, ReplayBatch
+from agentrl.algorithms.hooks import Coefficient, Context, MiniBatch, require_tensor
 from agentrl.data.batch import AllowedIds, Batch
 from agentrl.data.trajectory import Episode, StopReason
 from agentrl.errors import CheckpointError
 from agentrl.seeds import derive_seed
 
-RELEASED_TOLERANCE = 10  # steps, the most of the released code
+RELEASED_TOLERANCE = 10  # steps, the limit of the released code
 
-Revalue = Callable[[Tensor, float, float], Tensor]
+RecomputeAdvantage = Callable[[Tensor, float, float], Tensor]
 _PER_DECISION = ("logprobs", "entropies", "old_logprobs", "old_entropies")
+_STORED_NAMES = {"episode_return": "earned"}  # fields of a row that have another name in checkpoints
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of the batch of an earlier step; only the decisions that went well count as sampled."""
+    """Row of an earlier step's batch. Only action tokens with a positive advantage count as sampled."""
 
     episode: str
     env: str
     task: str
     step: int
-    earned: float  # return of its trajectory, as shaped in that step
-    tokens: dict[str, Tensor]  # [T] each: advantages, and by their names what a batch knows of tokens
+    episode_return: float  # shaped return of its trajectory in that step
+    tokens: dict[str, Tensor]  # [T] each: advantages, and token fields of a batch by name
     allowed: tuple[Tensor, Tensor] | None  # positions [M], ids [M, K]
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """What no other row has: its first decision is in no other row of the episode."""
+        """Return a unique key: no two rows of an episode have the same first action token."""
         return self.episode, self.step, int(self.tokens["turns"][self.tokens["sampled"]][0])
 
 
 class ReplayBuffer:
-    """Keeps the rows of good decisions, and recalls some when enough of them are better than usual.
+    """Replay buffer that keeps rows with positive advantages and samples some once enough of them are good.
 
-    A row is kept if one of its decisions that are in the loss has a positive advantage; its other decisions
-    no longer count. Its baseline is the median of recent groups' mean returns. As soon as more than 1.5 *
-    `size` rows have a return above it, those whose advantage by `revalue` is still positive are drawn from,
-    each with the same chance: the largest power of two of them, at most `size`. So `size` bounds what is
-    recalled; what is remembered is bounded by `tolerance`.
+    A row is kept if one of its action tokens in the loss has a positive advantage; its other action tokens no
+    longer count. The baseline is the median of recent groups' mean returns. Once more than 1.5 * `size` rows
+    have a return above the baseline, rows are sampled uniformly from those whose advantage by
+    `recompute_advantage` is still positive. Their number is the largest power of two available, at most
+    `size`. So `size` limits the sample, and `tolerance` limits how long rows are kept.
 
-    Recalled in steps of its own, everything is forgotten at once, and gathered anew. Mixed into the steps of
-    the rollout batch, nothing is forgotten but by age: it goes on as long as there is enough.
+    If rows are sampled for optimiser steps of their own, the buffer is emptied and filled anew. If they are
+    mixed into the steps of the rollout batch, rows leave the buffer only by age.
 
     Args:
-        algorithm: how recalled rows are learned from; see `Rehearsal`.
-        size: in rows.
-        baselines: mean returns that the median is taken of, the newest.
-        tolerance: age in steps up to which a row is recalled.
-        coefficient: of the recalled rows' loss, by step; while it is 0 nothing is recalled.
-        revalue: (advantages [T], return, baseline) -> advantages [T] of now.
-        admits: which episodes are kept at all; None for all.
-        mixed: see `Rehearsal`.
-        lenient: as released: an advantage of 0 will do, and rows expire after they could be recalled, by
-            their distance from the newest, so that ages go up to `tolerance` + 2, but the tolerance to
-            RELEASED_TOLERANCE only; baselines are forgotten by whole steps, the newest step never.
-        count_all: every row counts as enough, whatever its return.
+        algorithm: The algorithm that defines the loss of sampled rows, see `ReplayBatch`.
+        size: The maximum sample, in rows.
+        baselines: The number of latest mean returns in the median.
+        tolerance: The maximum age of a sampled row, in steps.
+        coefficient: The factor of the loss of sampled rows, as a function of the context; at 0 nothing is
+            sampled.
+        recompute_advantage: (advantages [T], return, baseline) -> current advantages [T].
+        episode_filter: Says which episodes are kept at all; None keeps all.
+        mixed: See `ReplayBatch`.
+        released: Follow the released code: advantages of 0 also qualify; rows expire after sampling, by their
+            distance from the newest row, so that ages reach `tolerance` + 2, but `tolerance` is at most
+            RELEASED_TOLERANCE; baselines are dropped by whole steps, but never those of the newest step.
+        count_all: Count every row as good enough, whatever its return.
     """
 
     def __init__(
@@ -77,31 +79,35 @@ class ReplayBuffer:
         baselines: int,
         tolerance: int,
         coefficient: Coefficient,
-        revalue: Revalue,
-        admits: Callable[[Episode], bool] | None = None,
+        recompute_advantage: RecomputeAdvantage,
+        episode_filter: Callable[[Episode], bool] | None = None,
         mixed: bool = False,
-        lenient: bool = False,
+        released: bool = False,
         count_all: bool = False,
     ) -> None:
-        self._algorithm, self._coefficient, self._revalue = algorithm, coefficient, revalue
+        self._algorithm, self._coefficient, self._recompute_advantage = (
+            algorithm,
+            coefficient,
+            recompute_advantage,
+        )
         self._size, self._most_baselines = size, baselines
-        self._tolerance = min(tolerance, RELEASED_TOLERANCE) if lenient else tolerance
-        self._admits, self._mixed = admits, mixed
-        self._lenient, self._count_all = lenient, count_all
+        self._tolerance = min(tolerance, RELEASED_TOLERANCE) if released else tolerance
+        self._episode_filter, self._mixed = episode_filter, mixed
+        self._released, self._count_all = released, count_all
         self._rows: list[_Row] = []
         self._baselines: deque[list[float]] = deque()  # by step
         self._policy: tuple[str, int] | None = None  # tokenizer and vocabulary, once known
-        self._recalled: dict[str, float] = {}
+        self._metrics: dict[str, float] = {}
         self._kept = 0.0
 
-    def recall(self, context: Context) -> Rehearsal | None:
-        """What to learn from again in this step, if there is enough of it."""
-        if not self._lenient:
+    def sample(self, context: Context) -> ReplayBatch | None:
+        """Return the rows to train on again in this step, or None if there are not enough."""
+        if not self._released:
             self._expire(context.step)
         coefficient = self._coefficient(context)
         baseline = median([mean for means in self._baselines for mean in means] or (0.0,))
-        usable = sum(self._count_all or row.earned - baseline > EQUAL_RETURNS for row in self._rows)
-        self._recalled = {
+        usable = sum(self._count_all or row.episode_return - baseline > EQUAL_RETURNS for row in self._rows)
+        self._metrics = {
             "coefficient": coefficient,
             "baseline": baseline,
             "usable": float(usable),
@@ -109,15 +115,18 @@ class ReplayBuffer:
         }
         if coefficient <= 0 or usable <= 1.5 * self._size:
             return None
-        worth = [self._revalue(row.tokens["advantages"], row.earned, baseline) for row in self._rows]
+        worth = [
+            self._recompute_advantage(row.tokens["advantages"], row.episode_return, baseline)
+            for row in self._rows
+        ]
         good = [index for index, row in enumerate(self._rows) if self._good(worth[index], row)]
         chosen = self._draw(good, context)
-        self._recalled["rejected_share"] = 1 - len(good) / len(self._rows)
+        self._metrics["rejected_share"] = 1 - len(good) / len(self._rows)
         if not chosen:
             return None
         rows = [self._rows[index] for index in chosen]
         ages = [context.step - row.step for row in rows]
-        self._recalled |= {
+        self._metrics |= {
             "recalled": float(len(rows)),
             "age_mean": sum(ages) / len(ages),
             "age_max": float(max(ages)),
@@ -125,7 +134,7 @@ class ReplayBuffer:
         advantages = [torch.where(self._rows[i].tokens["sampled"], worth[i], 0.0) for i in chosen]
         if not self._mixed:
             self._rows = []
-        return Rehearsal(
+        return ReplayBatch(
             _batch(rows),
             pad_sequence(advantages, batch_first=True),
             self._algorithm,
@@ -133,9 +142,9 @@ class ReplayBuffer:
             self._mixed,
         )
 
-    def keep(self, rollout: MiniBatch, context: Context) -> None:
-        """Remember the rows of a step that went well, and what its groups earned."""
-        if self._lenient and self._rows:
+    def add(self, rollout: MiniBatch, context: Context) -> None:
+        """Keep the rows with positive advantages and the mean returns of the groups."""
+        if self._released and self._rows:
             self._expire(self._rows[-1].step)
         self._policy = context.tokenizer, context.vocabulary
         batch = rollout.batch
@@ -144,57 +153,58 @@ class ReplayBuffer:
         found = [
             _row(moved.select(row), good[row].cpu(), context.step)
             for row in good.any(dim=1).nonzero().cpu()
-            if self._admits is None or self._admits(batch.episodes[int(batch.trajectory[row])])
+            if self._episode_filter is None
+            or self._episode_filter(batch.episodes[int(batch.trajectory[row])])
         ]
         self._rows += found
         self._kept = len(found) / max(1, len(batch.lengths))
         groups = batch.groups.unique()  # type: ignore[no-untyped-call]
         self._remember([float(batch.returns[batch.groups == group].mean()) for group in groups])
 
-    def numbers(self) -> Mapping[str, float]:
-        """Rows held, kept of the step's and recalled, the baseline (in reward units), and ages in steps."""
-        return {"size": float(len(self._rows)), "kept_share": self._kept, **self._recalled}
+    def metrics(self) -> Mapping[str, float]:
+        """Return the size, the rows kept and sampled, the baseline in reward units and the ages in steps."""
+        return {"size": float(len(self._rows)), "kept_share": self._kept, **self._metrics}
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows and baselines, and the tokenizer under which the rows mean something."""
+        """Return the rows, the baselines, and the tokenizer under which the tokens are valid."""
         return {
             "policy": self._policy,
-            "rows": [vars(row) for row in self._rows],
+            "rows": [_stored(row) for row in self._rows],
             "baselines": [mean for means in self._baselines for mean in means],
             "baseline_steps": [len(means) for means in self._baselines],
         }
 
     def load_state_dict(self, state: Mapping[str, Any], context: Context) -> None:
-        """Take up a state.
+        """Restore a state.
 
         Raises:
-            CheckpointError: when it is that of another tokenizer or vocabulary, or none.
+            CheckpointError: If the state is malformed or belongs to another tokenizer or vocabulary.
         """
         try:
             policy, rows, baselines = state["policy"], state["rows"], state["baselines"]
             if policy is not None and tuple(policy) != (context.tokenizer, context.vocabulary):
                 raise CheckpointError(
-                    f"replay: (tokenizer, vocabulary) is {tuple(policy)}, wanted that of this policy, "
-                    f"{(context.tokenizer, context.vocabulary)}: its tokens mean nothing here"
+                    f"replay: (tokenizer, vocabulary) is {tuple(policy)}, wanted this policy's "
+                    f"{(context.tokenizer, context.vocabulary)}: its token ids mean something else here"
                 )
-            self._rows = [_Row(**row) for row in rows]
+            self._rows = [_loaded(row) for row in rows]
             means = iter(map(float, baselines))
-            counts = state.get("baseline_steps", [1] * len(baselines))  # older states do not know the steps
+            counts = state.get("baseline_steps", [1] * len(baselines))  # older states lack the steps
             self._baselines = deque(list(islice(means, count)) for count in counts)
             self._policy = policy
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"replay: not the state of a replay buffer ({error!r})") from error
 
     def _remember(self, means: list[float]) -> None:
-        """Note a step's baselines, and forget the oldest beyond as many as are wanted."""
+        """Add a step's baselines and drop the oldest ones beyond the limit."""
         if means:
             self._baselines.append(means)
         while (excess := sum(map(len, self._baselines)) - self._most_baselines) > 0:
-            if not self._lenient:
+            if not self._released:
                 del self._baselines[0][:excess]
             elif len(self._baselines) == 1:
                 return
-            if self._lenient or not self._baselines[0]:
+            if self._released or not self._baselines[0]:
                 self._baselines.popleft()
 
     def _expire(self, step: int) -> None:
@@ -202,7 +212,7 @@ class ReplayBuffer:
 
     def _good(self, advantages: Tensor, row: _Row) -> bool:
         values = advantages[row.tokens["sampled"]]
-        return bool((values >= 0).all() if self._lenient else (values > 0).all())
+        return bool((values >= 0).all() if self._released else (values > 0).all())
 
     def _draw(self, good: Sequence[int], context: Context) -> Sequence[int]:
         if not good:
@@ -215,11 +225,22 @@ class ReplayBuffer:
         return sorted(sorted(good, key=draw)[:count])
 
 
+def _stored(row: _Row) -> dict[str, Any]:
+    """Return the fields of a row under the names that checkpoints use."""
+    return {_STORED_NAMES.get(name, name): value for name, value in vars(row).items()}
+
+
+def _loaded(values: Mapping[str, Any]) -> _Row:
+    """Make a row from the fields that `_stored` returned."""
+    names = {stored: name for name, stored in _STORED_NAMES.items()}
+    return _Row(**{names.get(name, name): value for name, value in values.items()})
+
+
 def _row(mini: MiniBatch, good: Tensor, step: int) -> _Row:
-    """Make a record of a mini-batch of one row, of which `good` [1, T] are the decisions that count."""
+    """Make a row from a mini-batch of one row; `good` [1, T] marks the action tokens that count."""
     batch = mini.batch
-    good = good[0, : batch.tokens.shape[1]].clone()  # a view would keep the whole batch alive
-    values = {name: given(getattr(batch, name), name)[0] for name in _PER_DECISION}
+    good = good[0, : batch.tokens.shape[1]].clone()  # a view would keep the whole batch in memory
+    values = {name: require_tensor(getattr(batch, name), name)[0] for name in _PER_DECISION}
     allowed = None
     if batch.allowed is not None:
         kept = good[batch.allowed.positions]
@@ -230,7 +251,7 @@ def _row(mini: MiniBatch, good: Tensor, step: int) -> _Row:
         env=episode.env,
         task=episode.task,
         step=step,
-        earned=float(batch.returns[batch.trajectory]),
+        episode_return=float(batch.returns[batch.trajectory]),
         tokens={"tokens": batch.tokens[0], "turns": batch.turns[0], "sampled": good}
         | {
             name: torch.where(good, value, 0.0)
@@ -241,7 +262,7 @@ def _row(mini: MiniBatch, good: Tensor, step: int) -> _Row:
 
 
 def _batch(rows: Sequence[_Row]) -> Batch:
-    """Collate rows; those of one episode and step are one trajectory, of which only the return is known."""
+    """Collate rows. Rows of one episode and step form one trajectory, of which only the return is known."""
     owners: dict[tuple[str, int], int] = {}
     trajectory = [owners.setdefault((row.episode, row.step), len(owners)) for row in rows]
     of = dict(zip(trajectory, rows, strict=True))
@@ -254,7 +275,7 @@ def _batch(rows: Sequence[_Row]) -> Batch:
         lengths=torch.tensor([len(row.tokens["tokens"]) for row in rows]),
         rewards=torch.zeros_like(padded["logprobs"]),
         trajectory=torch.tensor(trajectory),
-        returns=torch.tensor([of[owner].earned for owner in range(len(of))], dtype=torch.float64),
+        returns=torch.tensor([of[owner].episode_return for owner in range(len(of))], dtype=torch.float64),
         groups=torch.arange(len(of)),
         episodes=tuple(_episode(of[owner]) for owner in range(len(of))),
         allowed=_allowed(rows),
@@ -263,7 +284,7 @@ def _batch(rows: Sequence[_Row]) -> Batch:
 
 
 def _episode(row: _Row) -> Episode:
-    # The step is in the id, for what is drawn by it: two steps may have episodes of one name.
+    # The id includes the step, because two steps may have episodes of the same name.
     return Episode(f"{row.episode}@{row.step}", row.env, row.task, 0, (), StopReason.TERMINATED)
 
 

@@ -80,7 +80,7 @@ def draw_learning_curve(
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(7.6, 3.1), layout="constrained")
         axes = figure.subplots()
-        steps, values = _series(rows, "success")
+        steps, values = _series(rows, "train/rollout/success_rate")
         axes.plot(steps, values, color=_GREY, alpha=0.45, linewidth=0.8)
         axes.plot(
             steps,
@@ -119,7 +119,7 @@ def draw_entropy_over_steps(rows: Sequence[Row]) -> str:
         figure = Figure(figsize=(3.8, 2.9), layout="constrained")
         axes = figure.subplots()
         for level, colour in (("token", "#2563eb"), ("turn", "#059669"), ("trajectory", "#9333ea")):
-            steps, values = _series(rows, f"entropy/{level}")
+            steps, values = _series(rows, f"train/rollout/entropy/{level}")
             if values:
                 axes.plot(steps, moving_mean(values, 5), color=colour, linewidth=1.4, label=level)
         axes.set_ylim(bottom=0)
@@ -174,7 +174,7 @@ def _draw_panel(axes: Axes, title: str, curves: Mapping[str, tuple[list[int], li
         axes.plot(steps, moving_mean(values, 9), color=colour, linewidth=1.1, label=label)
     if last:
         axes.legend(fontsize=5, handlelength=0.8, borderpad=0, labelspacing=0.1)
-    axes.set_title(_label_text((title if last else next(iter(curves))).removeprefix("learner/")))
+    axes.set_title(_label_text((title if last else next(iter(curves))).removeprefix("train/")))
     axes.grid(axis="y")
 
 
@@ -213,22 +213,38 @@ def moving_mean(values: Sequence[float], window: int) -> list[float]:
     return [sum(near) / len(near) for near in around]
 
 
+_SIGNALS = (
+    "train/learner/",
+    "train/algorithm/",
+    *(
+        f"train/rollout/{name}"
+        for name in (
+            "branches/",
+            "staleness/",
+            "stop/",
+            "groups_kept",
+            "rounds",
+            "invalid_rate",
+            "turns_mean",
+        )
+    ),
+)
+
+
 def _is_signal(name: str) -> bool:
     """Return whether a metric belongs into the grid of signals: no other figure shows it."""
-    return _is_by_task_type(name) or name.startswith(
-        ("learner/", "branches/", "staleness/", "stop/", "groups_kept", "rounds", "invalid", "turns")
-    )
+    return _is_by_task_type(name) or name.startswith(_SIGNALS)
 
 
 def _is_by_task_type(name: str) -> bool:
-    """Return whether a metric is of one task type, as success/TYPE and entropy/turn/TYPE are."""
-    return bool(re.match("(success|entropy/[a-z]+)/", name))
+    """Return whether a metric is of one task type, as success_rate/TYPE and entropy/turn/TYPE."""
+    return bool(re.match("train/rollout/(success_rate|entropy/[a-z]+)/", name))
 
 
 def _panel_name(name: str) -> str:
     """Return the panel of a metric: numbered turns, task types and stop reasons share one."""
     head, _, last = name.rpartition("/")
-    return f"{head}/*" if last.isdigit() or head == "stop" or _is_by_task_type(name) else name
+    return f"{head}/*" if last.isdigit() or head == "train/rollout/stop" or _is_by_task_type(name) else name
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:

@@ -6,22 +6,36 @@ from collections.abc import Mapping, Sequence
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.hooks import Context, MiniBatch, given
+from agentrl.algorithms.hooks import Context, MiniBatch, require_tensor
 
 
-def batch_numbers(rollout: MiniBatch, algorithm: Algorithm, context: Context) -> dict[str, float]:
-    """Return the entropies, sizes and diagnostics of a scored rollout batch."""
+def diagnose(rollout: MiniBatch, algorithm: Algorithm, context: Context) -> dict[str, float]:
+    """Return the metrics of the algorithm's diagnostics.
+
+    Raises:
+        ValueError: Two diagnostics report the same name.
+    """
+    metrics: dict[str, float] = {}
+    for diagnostic in algorithm.diagnostics:
+        found = diagnostic(rollout, context)
+        if twice := sorted(metrics.keys() & found.keys()):
+            raise ValueError(
+                f"algorithm.diagnostics: two report {', '.join(twice)}, wanted one for each name"
+            )
+        metrics |= found
+    return metrics
+
+
+def batch_metrics(rollout: MiniBatch) -> dict[str, float]:
+    """Return the entropies and sizes of a scored rollout batch."""
     batch = rollout.batch
     entropies = functional.entropy_means(
-        given(batch.old_entropies, "old_entropies"), batch.sampled, batch.turns, batch.trajectory
+        require_tensor(batch.old_entropies, "old_entropies"), batch.sampled, batch.turns, batch.trajectory
     )
-    numbers = {f"entropy_{level}": float(value) for level, value in entropies.items()}
-    for diagnostic in algorithm.diagnostics:
-        numbers |= diagnostic(rollout, context)
-    return numbers | {
+    return {f"entropy/{level}": float(value) for level, value in entropies.items()} | {
         "trajectories": float(len(batch.episodes)),
         "tokens": float(batch.lengths.sum()),
-        "decisions": float(batch.sampled.sum()),
+        "action_tokens": float(batch.sampled.sum()),
     }
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from agentrl.algorithms.algorithm import Algorithm, Rehearsal
+from agentrl.algorithms.algorithm import Algorithm, ReplayBatch
 from agentrl.algorithms.credit import compute_advantages, with_mask, with_targets
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
 from agentrl.data.batch import Batch
 from agentrl.errors import RequirementError
-from agentrl.learn.diagnostics import batch_numbers, step_counts, step_means
+from agentrl.learn.diagnostics import batch_metrics, diagnose, step_counts, step_means
 from agentrl.learn.forward import Forward, in_bfloat16
 from agentrl.learn.lora import add_adapters, merged_weights
 from agentrl.learn.optimizer import build_optimizers, rate_factor, set_rates
@@ -132,10 +132,11 @@ class Learner:
         separate pass is left out unless a component reads it.
 
         Returns:
-            The numbers to log: means over the optimiser steps (loss, grad_norm, clip_share, ...) and over the
-            batch (entropy_token, entropy_turn, entropy_trajectory, ...). A step whose loss or gradient is not
-            finite is not applied, and is counted in `skipped_updates`. `weights_moved` is the share of the
-            weights with a gradient that a step changed; the changes of the others were rounded away.
+            The metrics to log: as `learner/NAME` means over the optimiser steps (loss, grad_norm, clip_ratio,
+            ...) and over the batch (entropy/token, ...), as `algorithm/NAME` what the algorithm's diagnostics
+            and replay report. A step whose loss or gradient is not finite is not applied, and is counted in
+            `learner/skipped_updates`. `learner/weights_moved` is the share of the weights with a gradient
+            that a step changed; the changes of the others were rounded away.
 
         Raises:
             NonFiniteError: After `max_skipped_updates` skipped steps in a row, or if a step left weights or
@@ -148,7 +149,7 @@ class Learner:
         rollout = MiniBatch(batch, compute_advantages(algorithm, batch, context))
 
         # Read before this batch is added, so that it holds earlier steps only.
-        replay = None if algorithm.replay is None else algorithm.replay.recall(context)
+        replay = None if algorithm.replay is None else algorithm.replay.sample(context)
         mixed, separate = (replay, None) if replay is not None and replay.mixed else (None, replay)
         steps, outputs = self._learn_rollout(rollout, mixed, algorithm, context, scored=scored)
         replay_steps = self._learn_replay(separate, context)
@@ -156,21 +157,20 @@ class Learner:
         if batch.old_logprobs is None:  # its only step scored it on the way
             batch = replace(batch, old_logprobs=outputs.logprobs, old_entropies=outputs.entropies)
         rollout = with_mask(algorithm, replace(rollout, batch=batch), context)
-        replay_numbers: dict[str, float] = {}
+        own = step_means(steps) | batch_metrics(rollout) | step_counts(steps + replay_steps)
+        method = diagnose(rollout, algorithm, context)
         if algorithm.replay is not None:
-            algorithm.replay.keep(rollout, context)
-            replay_numbers = {**step_means(replay_steps), **algorithm.replay.numbers()}
-        return (
-            step_means(steps)
-            | batch_numbers(rollout, algorithm, context)
-            | {f"replay/{name}": value for name, value in replay_numbers.items()}
-            | step_counts(steps + replay_steps)
-        )
+            algorithm.replay.add(rollout, context)
+            replayed = {**step_means(replay_steps), **algorithm.replay.metrics()}
+            method |= {f"replay/{name}": value for name, value in replayed.items()}
+        return {f"learner/{name}": value for name, value in own.items()} | {
+            f"algorithm/{name}": value for name, value in method.items()
+        }
 
     def _learn_rollout(
         self,
         rollout: MiniBatch,
-        mixed: Rehearsal | None,
+        mixed: ReplayBatch | None,
         algorithm: Algorithm,
         context: Context,
         *,
@@ -205,7 +205,7 @@ class Learner:
                     steps.append(numbers | {"learning_rate": rate})
         return steps, outputs
 
-    def _learn_replay(self, replay: Rehearsal | None, context: Context) -> list[_Numbers]:
+    def _learn_replay(self, replay: ReplayBatch | None, context: Context) -> list[_Numbers]:
         """Take optimiser steps on replayed rows alone, at the learning rate of the step before."""
         # The epoch after the last one: an order of its own for the split.
         parts = self._split_replay(replay, self.config.mini_batches, context, self.config.epochs)
@@ -213,7 +213,7 @@ class Learner:
         return [numbers for numbers in steps if numbers]
 
     def _split_replay(
-        self, replay: Rehearsal | None, count: int, context: Context, epoch: int
+        self, replay: ReplayBatch | None, count: int, context: Context, epoch: int
     ) -> list[LossPart]:
         """Split replayed rows over `count` optimiser steps; without any, return no part."""
         if replay is None:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from agentrl.algorithms.algorithm import Algorithm, held_back
+from agentrl.algorithms.algorithm import Algorithm, clipped_tokens
 from agentrl.algorithms.credit import with_mask
-from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs, Term, Weights, given
+from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs, Term, Weights, require_tensor
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Objective:
         outputs = replace(outputs, ratio=self.algorithm.ratio(outputs, part))
         loss = self.algorithm.surrogate(outputs, part, part.bounds)
         loss = _masked_sum(loss, part.counted, self.factors[rows, :width])
-        logged = {"loss_policy": loss.detach()}
+        logged = {"policy_loss": loss.detach()}
         for term, factors in self.terms:
             sampled = part.batch.sampled
             value = _masked_sum(term.loss(outputs, part, self.context), sampled, factors[rows, :width])
@@ -70,14 +70,14 @@ class Objective:
         return loss, logged | {"loss": loss.detach()}
 
     def _ratio_metrics(self, outputs: Outputs, part: MiniBatch) -> dict[str, Tensor]:
-        mask, held = part.counted, held_back(part, outputs)
-        gap = given(part.batch.old_logprobs, "old_logprobs") - outputs.logprobs.detach()
+        mask, held = part.counted, clipped_tokens(part, outputs)
+        gap = require_tensor(part.batch.old_logprobs, "old_logprobs") - outputs.logprobs.detach()
         # Of the whole mini-batch, so that contributions add up.
         tokens = self.mask.sum().clamp(min=1)
         return {
-            "clip_share": (held & mask).sum() / tokens,
-            "clip_share_high": (held & mask & (part.advantages > 0)).sum() / tokens,
-            "approx_kl": torch.where(mask, gap, 0.0).sum() / tokens,
+            "clip_ratio": (held & mask).sum() / tokens,
+            "clip_ratio_high": (held & mask & (part.advantages > 0)).sum() / tokens,
+            "kl": torch.where(mask, gap, 0.0).sum() / tokens,
         }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agentrl.algorithms.hooks import Outputs, given
+from agentrl.algorithms.hooks import Outputs, require_tensor
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import StopReason
 from agentrl.learn.forward import Forward, needed_lengths
@@ -105,7 +105,9 @@ def empty_outputs(batch: Batch, *, values: bool = False) -> Outputs:
 def scored_outputs(batch: Batch) -> Outputs:
     """Return the results of the scoring pass as outputs of the policy, which has not changed since."""
     return Outputs(
-        given(batch.old_logprobs, "old_logprobs"), given(batch.old_entropies, "old_entropies"), batch.values
+        require_tensor(batch.old_logprobs, "old_logprobs"),
+        require_tensor(batch.old_entropies, "old_entropies"),
+        batch.values,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, given
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, require_tensor
 from agentrl.errors import NonFiniteError
 from agentrl.learn.forward import needed_lengths
 from agentrl.learn.objective import build_objective
@@ -143,7 +143,7 @@ class _WeightSample:
 
 def _sample_weights(parameter: nn.Parameter) -> _WeightSample:
     stride = max(1, local_tensor(parameter).numel() // _SAMPLED_WEIGHTS)
-    has_gradient = _strided(given(parameter.grad, "grad"), stride) != 0
+    has_gradient = _strided(require_tensor(parameter.grad, "grad"), stride) != 0
     return _WeightSample(parameter, stride, _strided(parameter, stride).clone(), has_gradient)
 
 

@@ -17,20 +17,22 @@ from rich.table import Column
 
 from agentrl.errors import CheckpointError
 from agentrl.files import replacing
+from agentrl.run.metric_keys import current_keys
 from agentrl.terminal import Terminal, plain, printable
 
 Row = Mapping[str, Any]
 
+_TOKENS = "rollout/reply_tokens"
 # Format of each metric in the progress line, in this order.
 _SHOWN_METRICS = {
-    "success": "success {:.3f}",
-    "return": "return {:.3f}",
-    "loss": "loss {:.3f}",
-    "entropy/token": "entropy {:.3f}",
-    "aborted": "aborted {:.1%}",
-    "stop/context_limit": "context full {:.1%}",
+    "rollout/success_rate": "success {:.3f}",
+    "rollout/reward_mean": "return {:.3f}",
+    "learner/loss": "loss {:.3f}",
+    "rollout/entropy/token": "entropy {:.3f}",
+    "rollout/aborted_rate": "aborted {:.1%}",
+    "rollout/stop/context_limit": "context full {:.1%}",
 }
-_SHOWN_IF_NONZERO = ("aborted", "stop/context_limit")
+_SHOWN_IF_NONZERO = ("rollout/aborted_rate", "rollout/stop/context_limit")
 
 
 class RunLogger:
@@ -85,7 +87,7 @@ class RunLogger:
         Args:
             row: JSON values; `step` is the number of finished steps of the stage. Non-finite numbers are
                 written as null.
-            seconds: The time that the row's `reply_tokens` took. It is only shown, because the file must not
+            seconds: The time that the row's reply tokens took. It is only shown, because the file must not
                 depend on the clock.
 
         Raises:
@@ -235,6 +237,8 @@ class _Stage:
 def read_metrics(path: str | Path, stage: str | None = None) -> list[dict[str, Any]]:
     """Read the rows of a `metrics.jsonl`, without an incomplete last line that an interruption left.
 
+    Rows that an older version wrote get the keys of today, see `metric_keys`.
+
     Args:
         path: The file.
         stage: The stage whose rows to return, all of whose values must be numbers; None returns all rows.
@@ -255,7 +259,7 @@ def read_metrics(path: str | Path, stage: str | None = None) -> list[dict[str, A
         if row is not None and stage not in (None, row.get("stage")):
             continue
         if row is not None and (stage is None or _is_numeric(row)):
-            rows.append(row)
+            rows.append(current_keys(row, str(row.get("stage"))))
         elif number < len(lines):  # the last line may be incomplete
             raise CheckpointError(f"{file}, line {number}: damaged, not a row of metrics; {remedy}")
     return rows
@@ -278,11 +282,13 @@ def _is_numeric(row: Row) -> bool:
 
 
 def _format_metrics(row: Row, seconds: float | None) -> str:
-    known = [key for key in _SHOWN_METRICS if row.get(key) is not None]
-    shown = [key for key in known if row[key] or key not in _SHOWN_IF_NONZERO]
-    parts = [_SHOWN_METRICS[key].format(row[key]) for key in shown]
-    if seconds and row.get("reply_tokens"):
-        parts.append(f"{row['reply_tokens'] / seconds:,.0f} tokens/s")
+    values = {key: row.get(f"{row.get('stage')}/{key}") for key in (*_SHOWN_METRICS, _TOKENS)}
+    known = [key for key in _SHOWN_METRICS if values[key] is not None]
+    shown = [key for key in known if values[key] or key not in _SHOWN_IF_NONZERO]
+    parts = [_SHOWN_METRICS[key].format(values[key]) for key in shown]
+    tokens = values[_TOKENS]
+    if seconds and tokens:
+        parts.append(f"{tokens / seconds:,.0f} tokens/s")
     return " · ".join(parts)
 
 

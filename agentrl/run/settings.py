@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from agentrl.algorithms.recipe import Recipe, build_recipe, kept_from_preset, recipe_tree
+from agentrl.algorithms.recipe import Recipe, build_recipe, preset_overrides, recipe_tree
 from agentrl.config import (
     Count,
     Dotted,
@@ -235,7 +235,7 @@ def load_config(
         config = config_from_tree(_with_imports(tree, imports))
     except ConfigError as error:
         raise ConfigError(with_origins(str(error), files, overrides)) from error
-    for line in kept_from_preset(config.algorithm):
+    for line in preset_overrides(config.algorithm):
         (warn or _print)(line)
     return config
 

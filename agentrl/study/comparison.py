@@ -25,7 +25,11 @@ Folders = Mapping[int, Mapping[str, Path]]  # seed -> method -> its finished run
 Outcomes = Mapping[str, float]  # task -> share of its plays that succeeded; NaN where all were aborted
 
 DECODINGS = ("greedy", "sampled")
-CURVES = ("entropy/token", "entropy/trajectory", "success")
+CURVES = (
+    "train/rollout/entropy/token",
+    "train/rollout/entropy/trajectory",
+    "train/rollout/success_rate",
+)
 RESAMPLES = 10_000
 _TRIMMED_SHARE = 0.25  # share of the seeds that is trimmed at each end
 _MAX_POINTS = 40  # of a curve
@@ -129,20 +133,23 @@ def _run_record(folder: Path) -> dict[str, Any]:
     summary = read_summary(folder)
     rows = read_metrics(folder / "metrics.jsonl", "train")
     regular = open_run(folder).config.learner.updates_per_step
-    learned = [row for row in rows if "learner/updates" in row]
+    learned = [row for row in rows if "train/learner/updates" in row]
     # Updates beyond the configured number per step were made on replayed episodes.
     replayed = sum(
-        max(0.0, row["learner/updates"] + row["learner/skipped_updates"] - regular) for row in learned
+        max(0.0, row["train/learner/updates"] + row["train/learner/skipped_updates"] - regular)
+        for row in learned
     )
     trained = summary["policies"]["trained"]
     return {
         "panel": summary["panel"],
-        "episodes": round(sum(row["episodes"] for row in rows)),
-        "updates": round(sum(row["learner/updates"] for row in learned) - replayed),
+        "episodes": round(sum(row["train/rollout/episodes"] for row in rows)),
+        "updates": round(sum(row["train/learner/updates"] for row in learned) - replayed),
         "replay_updates": round(replayed),
         "success": {decoding: trained[decoding]["success_rate"] for decoding in DECODINGS},
         "aborted": {
-            "training": round(sum(row["aborted"] * row["episodes"] for row in rows)),
+            "training": round(
+                sum(row["train/rollout/aborted_rate"] * row["train/rollout/episodes"] for row in rows)
+            ),
             **{decoding: trained[decoding]["aborted"] for decoding in DECODINGS},
         },
         "cpu_seconds": round(

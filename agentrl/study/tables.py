@@ -27,8 +27,8 @@ Rows = Sequence[Sequence[str]]  # the first one is the head
 
 # The metrics drawn for each method, with label and colour.
 _PANELS = (
-    ("entropy/trajectory", "entropy, nats", "#9333ea"),
-    ("success", "success rate", "#2563eb"),
+    ("train/rollout/entropy/trajectory", "entropy, nats", "#9333ea"),
+    ("train/rollout/success_rate", "success rate", "#2563eb"),
 )
 _GREY = "#94a3b8"
 _STYLE: Any = {

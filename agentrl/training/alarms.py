@@ -65,16 +65,17 @@ class Alarms:
 
     def check_rounding(self, stage: str, step: int, metrics: Row, learner: Learner) -> None:
         """Warn once when updates are smaller than the last digit of most weights."""
-        moved = metrics.get("learner/weights_moved", 1.0)
+        moved = metrics.get(f"{stage}/learner/weights_moved", 1.0)
         if self._warned_of_rounding or moved >= _MIN_MOVED_SHARE:
             return
         self._warned_of_rounding = True
+        rate = metrics[f"{stage}/learner/learning_rate"]
         block = "warm_start.learner" if stage == "warm_start" else "learner"
         matrices = " and .matrix_learning_rate" if learner.config.optimizer == "muon" else ""
         self._say(
             f"{stage} step {step} moved {moved:.1%} of the weights that had a gradient, at a learning rate "
-            f"of {metrics['learner/learning_rate']:.3g}: the rest of the update was smaller than the last "
-            f"digit of a float32; raise {block}.learning_rate{matrices}"
+            f"of {rate:.3g}: the rest of the update was smaller than the last digit of a float32; "
+            f"raise {block}.learning_rate{matrices}"
         )
 
     def check_contexts(self, stops: Mapping[str, int]) -> None:

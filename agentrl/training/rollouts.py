@@ -63,10 +63,10 @@ class RolloutResult:
     def metrics(self) -> dict[str, float]:
         """Counts of the step, to be logged."""
         return {
-            "groups_kept": len(self.kept) / len(self.groups),
-            "retried": float(len(self.failures)),
-            "rounds": float(self.rounds),
-        } | {f"branches/{how}": float(count) for how, count in sorted(self.branches.items())}
+            "rollout/groups_kept": len(self.kept) / len(self.groups),
+            "rollout/retried": float(len(self.failures)),
+            "rollout/rounds": float(self.rounds),
+        } | {f"rollout/branches/{how}": float(count) for how, count in sorted(self.branches.items())}
 
 
 class Rollouts:

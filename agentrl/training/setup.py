@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.importance import with_drift
+from agentrl.algorithms.importance import with_importance_correction
 from agentrl.env.panel import Panel
 from agentrl.env.registry import Factory
 from agentrl.errors import ConfigError
@@ -176,7 +176,7 @@ def open_session(
         undo.pop_all()
     return Session(
         config=config,
-        algorithm=with_drift(config.algorithm.build(), config.trainer.correction),
+        algorithm=with_importance_correction(config.algorithm.build(), config.trainer.correction),
         run=run,
         lock=lock,
         environments=environments,

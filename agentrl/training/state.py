@@ -25,6 +25,7 @@ from agentrl.run.checkpoint import (
     save_checkpoint,
 )
 from agentrl.run.logger import RunLogger, read_metrics
+from agentrl.run.metric_keys import current_keys
 from agentrl.run.timers import Timers
 from agentrl.training.setup import Session
 
@@ -143,7 +144,7 @@ class TrainingState:
         replay = session.algorithm.replay if training else None
         every = config.trainer.checkpoint_every
         last = config.trainer.steps if training else config.warm_start.steps
-        recent = self.history.get("success", [])[-every:]
+        recent = self.history.get("train/rollout/success_rate", [])[-every:]
         with session.interruption.shield():
             session.ranks.run_on_rank0(session.check_lock)
             self._logger.sync()
@@ -197,7 +198,7 @@ class TrainingState:
         progress = load_progress(path, session.ranks)
         other_stage = progress.stage != self.stage
         self.stage, self.step, self._saved_step = progress.stage, progress.step, progress.step
-        self.history = {key: list(values) for key, values in progress.history.items()}
+        self.history = {key: list(values) for key, values in current_keys(progress.history, "train").items()}
         self.tasks_drawn = progress.tasks_drawn
         if other_stage:
             self._replace_learner()

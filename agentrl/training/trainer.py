@@ -153,14 +153,14 @@ class Trainer:
         metrics = step_metrics(result, batch)
         if self.config.trainer.mode == "async":
             metrics |= staleness(result.episodes, self.state.step)
-        metrics["quarantined_tasks"] = float(len(self.rollouts.quarantine.tasks))
-        metrics["worker_restarts"] = float(sum(self.ranks.gather(self.session.environments.restarts)))
+        metrics["rollout/quarantined_tasks"] = float(len(self.rollouts.quarantine.tasks))
+        metrics["rollout/worker_restarts"] = float(sum(self.ranks.gather(self.session.environments.restarts)))
         learned = bool(len(batch.lengths))
         if learned:
             temperature = self.rollouts.temperature(rollout.context)
             learner.forward = replace(learner.forward, temperature=temperature)
-            numbers = learner.update(batch, self.algorithm, context)
-            metrics |= {f"learner/{key}": value for key, value in numbers.items()}
+            metrics |= learner.update(batch, self.algorithm, context)
+        metrics = {f"train/{key}": value for key, value in metrics.items()}
         self.state.advance(metrics, tasks=len(result.groups))
         self.alarms.check_step(
             learned=learned, stops=Counter(episode.stop.value for episode in result.episodes)

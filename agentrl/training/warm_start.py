@@ -54,7 +54,7 @@ def clone_expert(
             with session.interruption.shield(), timers.running("cloning"):
                 learned = state.learner.update(batch, algorithm, Context(state.step, steps, {}))
                 state.step += 1
-                metrics = {f"learner/{key}": value for key, value in learned.items()}
+                metrics = {f"warm_start/{key}": value for key, value in learned.items()}
                 logger.write({"stage": state.stage, "step": state.step} | metrics)
                 alarms.check_rounding(state.stage, state.step, metrics, state.learner)
             state.save_when_due()

@@ -170,7 +170,7 @@ def scored(dataset: Dataset, answer: str, item: Mapping[str, Any]) -> float:
 
 @lru_cache(maxsize=64)
 def open_dataset(name: str, level: int | None, settings: str, seed: int, size: int) -> Dataset:
-    """Open a dataset, or return the one that this process has open; see `Dataset`."""
+    """Open a dataset, or return it from the cache of this process; see `Dataset`."""
     return Dataset(name, level, settings, seed, size)
 
 

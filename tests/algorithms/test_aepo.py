@@ -7,11 +7,11 @@ import torch
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, check_requirements
-from agentrl.algorithms.branching import RolloutPlan
+from agentrl.algorithms.branching import RolloutPlan, opening_entropy
 from agentrl.algorithms.credit import compute_advantages, prepare
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, excludes, trait
 from agentrl.algorithms.methods import aepo
-from agentrl.algorithms.methods.aepo import AEPO, branch_score, initial_rollouts, opening_entropy
+from agentrl.algorithms.methods.aepo import AEPO, branch_score, initial_rollouts
 from agentrl.algorithms.recipe import Recipe, build_recipe, recipe_tree
 from agentrl.data import BranchPoint, Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate
@@ -299,7 +299,7 @@ def test_the_loss_is_that_of_the_plain_clip_and_its_gradient_is_not():
         algorithm, mini = two_rows(**settings)
         loss, gradient, numbers = loss_and_gradient(algorithm, mini, ratios)
         assert loss.item() == pytest.approx(-0.1294006708, abs=5e-11)
-        assert (numbers["clip_share"].item(), numbers["clip_share_high"].item()) == (
+        assert (numbers["clip_ratio"].item(), numbers["clip_ratio_high"].item()) == (
             pytest.approx(3 / 5),
             pytest.approx(2 / 5),
         )

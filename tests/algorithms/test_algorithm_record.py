@@ -6,7 +6,7 @@ import torch
 
 from agentrl.algorithms.algorithm import Algorithm, check_requirements, drop_equal_returns
 from agentrl.algorithms.credit import compute_advantages, prepare
-from agentrl.algorithms.hooks import Context, Term, excludes, given, requirements, requires, trait
+from agentrl.algorithms.hooks import Context, Term, excludes, require_tensor, requirements, requires, trait
 from agentrl.algorithms.recipe import build_recipe
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.errors import ConfigError, RequirementError
@@ -123,8 +123,8 @@ def test_components_that_contradict_each_other_are_refused_with_the_reason():
 
 def test_reading_a_field_that_nothing_filled_is_refused():
     with pytest.raises(RequirementError, match="old_entropies is empty"):
-        given(None, "old_entropies")
-    assert given(torch.ones(1), "old_entropies").item() == 1
+        require_tensor(None, "old_entropies")
+    assert require_tensor(torch.ones(1), "old_entropies").item() == 1
 
 
 @pytest.mark.parametrize("name", ["aepo", "fr3e"])

@@ -18,7 +18,7 @@ from agentrl.algorithms.methods.empg import EMPG
 from agentrl.algorithms.methods.gigpo import GiGPO, step_advantage
 from agentrl.algorithms.methods.grpo import GRPO, DrGRPO
 from agentrl.algorithms.methods.gspo import GSPO
-from agentrl.algorithms.methods.ppo import PPO, value_numbers
+from agentrl.algorithms.methods.ppo import PPO, value_metrics
 from agentrl.algorithms.methods.reinforce_pp import ReinforcePlusPlus
 from agentrl.algorithms.methods.rloo import RLOO
 from agentrl.algorithms.recipe import Recipe
@@ -690,11 +690,11 @@ def test_the_learner_must_hold_a_value_head():
 def test_explained_variance_by_hand():
     batch = scored(collate(outcomes([0, 1])), [0.0, 0.5])
     batch = replace(batch, targets=torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
-    numbers = value_numbers(MiniBatch(batch, batch.logprobs), CONTEXT)
+    numbers = value_metrics(MiniBatch(batch, batch.logprobs), CONTEXT)
     # Of a variance of .25, the errors 0 and .5 leave .0625
     assert numbers == {"value_mean": 0.25, "return_mean": 0.5, "explained_variance": 0.75}
     constant = replace(batch, targets=torch.ones(2, 2))
-    assert "explained_variance" not in value_numbers(MiniBatch(constant, batch.logprobs), CONTEXT)
+    assert "explained_variance" not in value_metrics(MiniBatch(constant, batch.logprobs), CONTEXT)
 
 
 @pytest.mark.parametrize("scope", ["trajectory", "turn", "row"])

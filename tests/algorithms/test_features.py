@@ -7,7 +7,7 @@ import torch
 from agentrl.algorithms.features import (
     anchor_states,
     at_last_decisions,
-    branch_shares,
+    branch_weights,
     decision_rewards,
     decisions,
     has_decision,
@@ -138,13 +138,13 @@ def test_branches_share_the_turns_before_they_parted():
     root = episode("root", *turns)
     child = episode("child", *turns, parent=BranchPoint("root", 2))
     grandchild = episode("grandchild", *turns, parent=BranchPoint("child", 1))
-    shares = branch_shares(batch_of([root, child, grandchild]))
+    shares = branch_weights(batch_of([root, child, grandchild]))
     assert shares.tolist() == [
         pytest.approx([1 / 3, 1 / 2, 1]),
         pytest.approx([1 / 3, 1 / 2, 1]),
         pytest.approx([1 / 3, 1, 1]),
     ]
-    orphans = branch_shares(batch_of([child, replace(child, id="other")]))
+    orphans = branch_weights(batch_of([child, replace(child, id="other")]))
     assert orphans.tolist() == [[0.5, 0.5, 1], [0.5, 0.5, 1]]
 
 
@@ -155,8 +155,8 @@ def test_an_aborted_branch_between_two_others_changes_no_share():
     late = episode("late", *turns, parent=BranchPoint("gone", 2))
     later = episode("later", *turns, parent=BranchPoint("gone", 2))
     # Turn 0 was played by root; turn 1 by what was aborted.
-    assert branch_shares(batch_of([root, gone, late])).tolist() == [[0.5, 1, 1], [0.5, 1, 1]]
-    assert branch_shares(batch_of([root, gone, late, later])).tolist() == [
+    assert branch_weights(batch_of([root, gone, late])).tolist() == [[0.5, 1, 1], [0.5, 1, 1]]
+    assert branch_weights(batch_of([root, gone, late, later])).tolist() == [
         pytest.approx([1 / 3, 1, 1]),
         pytest.approx([1 / 3, 1 / 2, 1]),
         pytest.approx([1 / 3, 1 / 2, 1]),
@@ -164,18 +164,18 @@ def test_an_aborted_branch_between_two_others_changes_no_share():
     # Two in a row: what branched off is that of the root all the same.
     again = replace(episode("again", *turns, parent=BranchPoint("gone", 1)), stop=StopReason.WORKER_ERROR)
     last = episode("last", *turns, parent=BranchPoint("again", 1))
-    assert branch_shares(batch_of([root, gone, again, last])).tolist() == [[0.5, 1, 1], [0.5, 1, 1]]
+    assert branch_weights(batch_of([root, gone, again, last])).tolist() == [[0.5, 1, 1], [0.5, 1, 1]]
 
 
 def test_episodes_of_one_name_in_two_groups_share_nothing():
     turns = (turn("d"), turn("d"))
     root, child = episode("root", *turns), episode("child", *turns, parent=BranchPoint("root", 1))
-    shares = branch_shares(batch_of([root, child], [replace(root, id="root"), replace(child, id="child")]))
+    shares = branch_weights(batch_of([root, child], [replace(root, id="root"), replace(child, id="child")]))
     assert shares.tolist() == [[0.5, 1]] * 4
 
 
 def test_nothing_is_known_about_no_episodes():
     batch = batch_of()
-    for table in (turn_rewards, turn_exists, has_decision, step_rewards, branch_shares, anchor_states):
+    for table in (turn_rewards, turn_exists, has_decision, step_rewards, branch_weights, anchor_states):
         assert table(batch).shape == (0, 0)
     assert decision_rewards(batch).shape == (0, 0)

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from agentrl.algorithms.branching import anchor_points
 from agentrl.algorithms.credit import compute_advantages, prepare
 from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs
-from agentrl.algorithms.methods.fr3e import FR3E, anchor_points, state_modulation, state_values
+from agentrl.algorithms.methods.fr3e import FR3E, state_modulation, state_values
 from agentrl.algorithms.recipe import build_recipe, recipe_tree
 from agentrl.data import BranchPoint, Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate

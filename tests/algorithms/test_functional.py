@@ -142,12 +142,12 @@ def test_a_step_that_branches_share_is_counted_once_in_the_means():
     # Two branches share their first step; dropping one of the twins leaves the means as they are.
     entropies = tensor([[0.2, 0.9], [0.2, 0.4]], dtype=DOUBLE)
     present, share = torch.ones(2, 2, dtype=torch.bool), tensor([[0.5, 1.0], [0.5, 1.0]], dtype=DOUBLE)
-    scale, _ = f.entropy_modulation(entropies, present, k=1.0, k_future=1.0, share=share)
+    scale, _ = f.entropy_modulation(entropies, present, k=1.0, k_future=1.0, weights=share)
     once = tensor([[True, True], [False, True]])
     wanted, _ = f.entropy_modulation(entropies, once, k=1.0, k_future=1.0)
     close(scale, [wanted[0].tolist(), [wanted[0, 0].item(), wanted[1, 1].item()]], 1e-12)
     out = f.entropy_modulated_advantage(
-        entropies, entropies, present, k=1.0, k_future=1.0, zeta=0.1, share=share
+        entropies, entropies, present, k=1.0, k_future=1.0, zeta=0.1, weights=share
     )
     assert (share * out).sum().abs() < 1e-12
 
@@ -156,10 +156,10 @@ def test_means_of_steps_are_over_decisions_whichever_rows_they_are_in():
     turns = tensor([[1, 1, 1], [0, -1, 3]])
     mask = tensor([[True, False, True], [True, False, False]])
     values = tensor([[1.0, NAN, 2.0], [5.0, NAN, NAN]], dtype=DOUBLE)
-    means, present = f.step_means(values, mask, turns, tensor([1, 1]), episodes=2)
+    means, present = f.turn_means(values, mask, turns, tensor([1, 1]), episodes=2)
     close(means, [[0, 0, 0, 0], [5.0, 1.5, 0, 0]])
     assert present.tolist() == [[False] * 4, [True, True, False, False]]
-    close(f.spread_steps(means, turns, tensor([1, 1]), mask), [[1.5, 0, 1.5], [5.0, 0, 0]])
+    close(f.broadcast_turns_to_tokens(means, turns, tensor([1, 1]), mask), [[1.5, 0, 1.5], [5.0, 0, 0]])
 
 
 def test_unrolled_decisions_are_in_the_order_in_which_they_were_made():
@@ -173,7 +173,9 @@ def test_unrolled_decisions_are_in_the_order_in_which_they_were_made():
 
 def test_spread_gives_each_decision_the_value_of_its_trajectory():
     sampled = tensor([[False, True], [True, True], [False, False]])
-    close(f.spread(tensor([2.0, 3.0]), tensor([1, 0, 0]), sampled), [[0, 3.0], [2.0, 2.0], [0, 0]])
+    close(
+        f.broadcast_to_tokens(tensor([2.0, 3.0]), tensor([1, 0, 0]), sampled), [[0, 3.0], [2.0, 2.0], [0, 0]]
+    )
 
 
 # Policy loss
@@ -344,21 +346,21 @@ def test_all_tokens_are_the_top_ones_when_there_are_no_more():
 @pytest.mark.parametrize("strength", [0.5, 1.0, 2.0])
 def test_the_corridor_pulls_entropy_down_only_when_it_is_stronger_than_the_bonus(strength):
     entropies = tensor([0.2, 1.0, 2.0], dtype=DOUBLE, requires_grad=True)  # below, inside, above
-    violation = f.corridor_violation(entropies, tensor([1.0] * 3, dtype=DOUBLE), 0.5, 1.5)
+    violation = f.entropy_band_violation(entropies, tensor([1.0] * 3, dtype=DOUBLE), 0.5, 1.5)
     (strength * violation - entropies).sum().backward()
     close(entropies.grad, [-1 - strength, -1.0, strength - 1])
 
 
 def test_the_reference_of_a_corridor_gets_no_gradient():
     reference = tensor([[1.0]], requires_grad=True)
-    violation = f.corridor_violation(tensor([[3.0]], requires_grad=True), reference, 0.5, 1.5)
+    violation = f.entropy_band_violation(tensor([[3.0]], requires_grad=True), reference, 0.5, 1.5)
     violation.sum().backward()
     assert reference.grad is None
 
 
 def test_the_edge_of_a_corridor_is_outside_when_strict():
     entropies = tensor([[0.25, 0.5, 1.0, 1.5, 1.75]], requires_grad=True)
-    strict = f.corridor_indicator(entropies, 1.0, 0.5, 1.5)
+    strict = f.entropy_band_indicator(entropies, 1.0, 0.5, 1.5)
     assert strict.tolist() == [[1, 1, 0, 1, 1]]
-    assert f.corridor_indicator(entropies, 1.0, 0.5, 1.5, strict=False).tolist() == [[1, 0, 0, 0, 1]]
+    assert f.entropy_band_indicator(entropies, 1.0, 0.5, 1.5, strict=False).tolist() == [[1, 0, 0, 0, 1]]
     assert not strict.requires_grad

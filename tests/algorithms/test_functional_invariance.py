@@ -29,7 +29,9 @@ PER_TOKEN = {
     "sequence_ratio": lambda x, y, m, k, own: f.sequence_ratio(x, y, m, k, own),
     "entropy_scaled_advantage": lambda x, y, m, k, own: f.entropy_scaled_advantage(x, y, m, scale=0.2),
     "covariance": lambda x, y, m, k, own: f.covariance(x, y, m),
-    "step_means": lambda x, y, m, k, own: f.spread_steps(f.step_means(x, m, k, own, 2)[0], k, own, m),
+    "turn_means": lambda x, y, m, k, own: f.broadcast_turns_to_tokens(
+        f.turn_means(x, m, k, own, 2)[0], k, own, m
+    ),
     "entropy_modulated_advantage": lambda x, y, m, k, own: modulated(x, y, m, k, own),
 }
 WEIGHTS = {
@@ -42,9 +44,9 @@ WEIGHTS = {
 
 
 def modulated(x, y, mask, turns, own):
-    (advantages, _), (entropies, present) = (f.step_means(z, mask, turns, own, 2) for z in (x, y))
+    (advantages, _), (entropies, present) = (f.turn_means(z, mask, turns, own, 2) for z in (x, y))
     table = f.entropy_modulated_advantage(advantages, entropies, present, k=1.0, k_future=1.0, zeta=0.1)
-    return f.spread_steps(table, turns, own, mask)
+    return f.broadcast_turns_to_tokens(table, turns, own, mask)
 
 
 @pytest.mark.parametrize("function", PER_TOKEN.values(), ids=PER_TOKEN)
@@ -214,13 +216,13 @@ def test_unrolled_returns_and_advantages_are_the_same_in_both_layouts():
         assert wide.equal(narrow)
 
 
-@pytest.mark.parametrize("function", ["sequence_ratio", "step_means"])
+@pytest.mark.parametrize("function", ["sequence_ratio", "turn_means"])
 def test_statistics_of_turns_are_the_same_in_both_layouts(function):
     def of(batch):
         rows = batch.sampled, batch.turns, batch.trajectory
         if function == "sequence_ratio":
             return decisions(batch, f.sequence_ratio(batch.logprobs, batch.entropies, *rows))[0]
-        means, present = f.step_means(batch.logprobs, *rows, len(batch.episodes))
+        means, present = f.turn_means(batch.logprobs, *rows, len(batch.episodes))
         assert present.tolist()[0] == [True, False, True, True]
         return means
 
@@ -262,7 +264,8 @@ def test_a_trajectory_counts_once_however_many_rows_it_has():
     assert returns.tolist() == [4.0, 1.0, 1.0, 2.0]
     advantages = f.group_relative_advantage(returns, LAYOUTS[0].groups)
     wide, narrow = (
-        decisions(batch, f.spread(advantages, batch.trajectory, batch.sampled))[0] for batch in LAYOUTS
+        decisions(batch, f.broadcast_to_tokens(advantages, batch.trajectory, batch.sampled))[0]
+        for batch in LAYOUTS
     )
     assert wide.equal(narrow)
     assert wide[0, 0].item() == pytest.approx(2 / (math.sqrt(2) + 1e-6))

@@ -24,7 +24,7 @@ from agentrl.algorithms.recipe import (
     Presets,
     Recipe,
     build_recipe,
-    kept_from_preset,
+    preset_overrides,
     preset_values,
     recipe,
     recipe_class,
@@ -68,7 +68,7 @@ def test_a_preset_sets_its_values_and_the_resolved_recipe_reads_back(name, prese
             assert value == made(**block)
         elif item.name != "preset":
             assert value == wanted.get(item.name, getattr(ours, item.name)), item.name
-    assert kept_from_preset(recipe) == []
+    assert preset_overrides(recipe) == []
 
 
 def table_of(name: str) -> dict[str, list[str]]:
@@ -202,12 +202,12 @@ def test_it_is_told_which_given_values_stand_in_the_place_of_the_presets():
     recipe = made(
         "spear", preset="paper", warmup=9, base={"name": "dr_bot", "preset": "paper", "sequence_length": 64}
     )
-    assert kept_from_preset(recipe) == [
+    assert preset_overrides(recipe) == [
         "algorithm.base stays as given; preset=paper has {'name': 'dr_bot', 'preset': 'paper'}",
         "algorithm.base.sequence_length stays 64; preset=paper has 512",
         "algorithm.warmup stays 9; preset=paper has 200",
     ]
-    assert kept_from_preset(Spear(warmup=9)) == kept_from_preset(Spear(parity="official")) == []
+    assert preset_overrides(Spear(warmup=9)) == preset_overrides(Spear(parity="official")) == []
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agentrl.algorithms.algorithm import Algorithm, Rehearsal
+from agentrl.algorithms.algorithm import Algorithm, ReplayBatch
 from agentrl.algorithms.hooks import Context, MiniBatch
 from agentrl.algorithms.methods.spear import decayed, recalibrated
 from agentrl.algorithms.replay import ReplayBuffer
@@ -23,7 +23,7 @@ def context(step: int, seed: int = 0) -> Context:
 
 
 def buffer(size: int = 1, *, tolerance: int = 5, coefficient=lambda context: 1.0, **others) -> ReplayBuffer:
-    settings = {"baselines": 100, "revalue": recalibrated} | others
+    settings = {"baselines": 100, "recompute_advantage": recalibrated} | others
     return ReplayBuffer(Algorithm(), size=size, tolerance=tolerance, coefficient=coefficient, **settings)
 
 
@@ -63,12 +63,12 @@ def earning(good: Sequence[Episode], layout: Layout = "trajectory") -> MiniBatch
 
 
 def fill(memory: ReplayBuffer, rows: int, step: int = 0) -> None:
-    memory.keep(earning([episode(f"{step}.{number}", 1.0) for number in range(rows)]), context(step))
+    memory.add(earning([episode(f"{step}.{number}", 1.0) for number in range(rows)]), context(step))
 
 
-def recalled(rehearsal: Rehearsal | None) -> list[str]:
-    assert rehearsal is not None
-    batch = rehearsal.batch
+def recalled(replayed: ReplayBatch | None) -> list[str]:
+    assert replayed is not None
+    batch = replayed.batch
     return [batch.episodes[owner].id for owner in batch.trajectory.tolist()]
 
 
@@ -77,9 +77,9 @@ def recalled(rehearsal: Rehearsal | None) -> list[str]:
 def test_more_than_one_and_a_half_times_the_size_recalls_a_power_of_two(size, rows, wanted):
     memory = buffer(size)
     fill(memory, rows)
-    names = recalled(memory.recall(context(1)))
+    names = recalled(memory.sample(context(1)))
     assert len(names) == len(set(names)) == wanted
-    assert memory.numbers()["recalled"] == wanted
+    assert memory.metrics()["recalled"] == wanted
 
 
 @pytest.mark.vector("S-6")
@@ -87,17 +87,17 @@ def test_more_than_one_and_a_half_times_the_size_recalls_a_power_of_two(size, ro
 def test_one_and_a_half_times_the_size_is_not_enough(size, rows):
     memory = buffer(size)
     fill(memory, rows)
-    assert memory.recall(context(1)) is None
-    assert memory.numbers()["usable"] == rows
+    assert memory.sample(context(1)) is None
+    assert memory.metrics()["usable"] == rows
 
 
 def test_rows_at_or_below_the_baseline_do_not_count_as_enough():
     memory = buffer(1)
-    memory.keep(
+    memory.add(
         rollout([[episode(str(i), r)] for i, r in enumerate((0.0, 0.5, 0.5, 1.0))], [0.5] * 4), context(0)
     )
-    assert memory.recall(context(1)) is None
-    assert (memory.numbers()["size"], memory.numbers()["usable"]) == (4, 1)
+    assert memory.sample(context(1)) is None
+    assert (memory.metrics()["size"], memory.metrics()["usable"]) == (4, 1)
 
 
 def five_groups() -> MiniBatch:
@@ -114,19 +114,19 @@ def five_groups() -> MiniBatch:
 @pytest.mark.vector("S-2")
 def test_a_row_needs_a_positive_advantage_then_and_a_return_above_the_median_of_the_groups_now():
     memory = buffer(1)
-    memory.keep(five_groups(), context(0))
+    memory.add(five_groups(), context(0))
     # Kept are returns .4, 1, .6 (advantages .2, .5, .1); the median mean is .5, which leaves .5 and .1.
     found = {}
     for seed in range(20):
         again = buffer(1)
         again.load_state_dict(memory.state_dict(), context(0))
-        rehearsal = again.recall(context(1, seed))
-        found[recalled(rehearsal)[0]] = rehearsal.advantages[0, -1].item()
+        replayed = again.sample(context(1, seed))
+        found[recalled(replayed)[0]] = replayed.advantages[0, -1].item()
     assert set(found) == {"1a@0", "2a@0"}
     assert found["1a@0"] == pytest.approx(0.5, abs=1e-12)
     assert found["2a@0"] == pytest.approx(0.1, abs=1e-12)
-    assert again.numbers()["rejected_share"] == pytest.approx(1 / 3)
-    assert again.numbers()["baseline"] == 0.5
+    assert again.metrics()["rejected_share"] == pytest.approx(1 / 3)
+    assert again.metrics()["baseline"] == 0.5
 
 
 @pytest.mark.vector("S-2")
@@ -137,77 +137,77 @@ def test_a_row_needs_a_positive_advantage_then_and_a_return_above_the_median_of_
 def test_the_baseline_is_the_median_of_the_newest_group_means(means, newest, wanted):
     memory = buffer(baselines=newest)
     groups = [[episode(f"{i}+", mean + 0.1), episode(f"{i}-", mean - 0.1)] for i, mean in enumerate(means)]
-    memory.keep(rollout(groups, [0.0] * 2 * len(means)), context(0))
-    memory.recall(context(1))
-    assert memory.numbers()["baseline"] == pytest.approx(wanted, abs=1e-12)
+    memory.add(rollout(groups, [0.0] * 2 * len(means)), context(0))
+    memory.sample(context(1))
+    assert memory.metrics()["baseline"] == pytest.approx(wanted, abs=1e-12)
 
 
 def test_a_row_keeps_a_share_of_its_first_advantage_if_asked():
-    memory = buffer(1, revalue=lambda *given: decayed(*given, factor=0.5))
-    memory.keep(five_groups(), context(0))
+    memory = buffer(1, recompute_advantage=lambda *given: decayed(*given, factor=0.5))
+    memory.add(five_groups(), context(0))
     worth = set()
     for seed in range(20):
-        again = buffer(1, revalue=lambda *given: decayed(*given, factor=0.5))
+        again = buffer(1, recompute_advantage=lambda *given: decayed(*given, factor=0.5))
         again.load_state_dict(memory.state_dict(), context(0))
-        worth |= set(again.recall(context(1, seed)).advantages[:, -1].tolist())
+        worth |= set(again.sample(context(1, seed)).advantages[:, -1].tolist())
     assert worth == {0.1, 0.25, 0.05}
 
 
 def test_rows_expire_before_they_can_be_recalled():
     memory = buffer(1, tolerance=2)
     fill(memory, 4)
-    assert memory.recall(context(3)) is None
-    assert memory.numbers()["size"] == 0
+    assert memory.sample(context(3)) is None
+    assert memory.metrics()["size"] == 0
     fill(memory, 4, step=4)
-    assert memory.recall(context(6)) is not None
-    assert memory.numbers()["age_max"] == memory.numbers()["age_mean"] == 2
+    assert memory.sample(context(6)) is not None
+    assert memory.metrics()["age_max"] == memory.metrics()["age_mean"] == 2
 
 
 def test_the_released_order_lets_rows_grow_two_steps_older():
     ages = set()
     for seed in range(30):
-        memory = buffer(1, tolerance=2, lenient=True)
+        memory = buffer(1, tolerance=2, released=True)
         for step in range(4):
             fill(memory, 2, step)
-        memory.recall(context(4, seed))
-        ages.add(memory.numbers()["age_max"])
+        memory.sample(context(4, seed))
+        ages.add(memory.metrics()["age_max"])
     # When step 3 was kept, the newest was 2, and so 0 stayed.
     assert ages == {1, 2, 3, 4}
 
 
 def test_a_return_at_the_baseline_is_recalled_as_released_only():
     returns, found = (1.0, 1.0, 1.0, 0.1 + 0.2, 0.3), {}
-    for lenient in (False, True):
+    for released in (False, True):
         worth = set()
         for seed in range(30):
-            memory = buffer(1, lenient=lenient)
+            memory = buffer(1, released=released)
             groups = [[episode(f"{i}", value)] for i, value in enumerate((*returns, 0.3, 0.3, 0.3, 0.3))]
-            memory.keep(rollout(groups, [0.5] * 5 + [0.0] * 4), context(0))
-            worth |= set(memory.recall(context(1, seed)).advantages[:, -1].tolist())
-        found[lenient] = worth
+            memory.add(rollout(groups, [0.5] * 5 + [0.0] * 4), context(0))
+            worth |= set(memory.sample(context(1, seed)).advantages[:, -1].tolist())
+        found[released] = worth
     # .1 + .2 is above .3 by its rounding: that is no gain.
     assert found == {False: {0.7}, True: {0.0, 0.7}}
 
 
-@pytest.mark.parametrize("lenient", [False, True])
-def test_baselines_are_forgotten_one_by_one_and_as_released_by_whole_steps(lenient):
-    memory = buffer(baselines=4, lenient=lenient)
+@pytest.mark.parametrize("released", [False, True])
+def test_baselines_are_forgotten_one_by_one_and_as_released_by_whole_steps(released):
+    memory = buffer(baselines=4, released=released)
     for step, means in enumerate([(9.0, 1.0), (2.0, 3.0), (5.0,)]):
         groups = [[episode(f"{step}.{number}", mean)] for number, mean in enumerate(means)]
-        memory.keep(rollout(groups, [0.0] * len(means)), context(step))
-    assert memory.state_dict()["baselines"] == ([2, 3, 5] if lenient else [1, 2, 3, 5])
-    assert memory.state_dict()["baseline_steps"] == ([2, 1] if lenient else [1, 2, 1])
-    restored = buffer(baselines=4, lenient=lenient)
+        memory.add(rollout(groups, [0.0] * len(means)), context(step))
+    assert memory.state_dict()["baselines"] == ([2, 3, 5] if released else [1, 2, 3, 5])
+    assert memory.state_dict()["baseline_steps"] == ([2, 1] if released else [1, 2, 1])
+    restored = buffer(baselines=4, released=released)
     restored.load_state_dict(memory.state_dict(), context(3))
     assert restored.state_dict() == memory.state_dict()
-    memory.recall(context(3))
-    assert memory.numbers()["baseline"] == (3 if lenient else 2.5)
+    memory.sample(context(3))
+    assert memory.metrics()["baseline"] == (3 if released else 2.5)
 
 
 def test_the_newest_step_is_never_forgotten_as_released():
-    memory = buffer(baselines=2, lenient=True)
+    memory = buffer(baselines=2, released=True)
     for step, means in enumerate([(9.0,), (1.0, 2.0, 3.0)]):
-        memory.keep(rollout([[episode(f"{step}.{m}", m)] for m in means], [0.0] * len(means)), context(step))
+        memory.add(rollout([[episode(f"{step}.{m}", m)] for m in means], [0.0] * len(means)), context(step))
     assert memory.state_dict()["baselines"] == [1, 2, 3]
 
 
@@ -222,29 +222,29 @@ def test_a_burst_empties_the_memory_and_a_mixture_does_not():
     for mixed in (False, True):
         memory = buffer(2, mixed=mixed)
         fill(memory, 6)
-        rehearsal = memory.recall(context(1))
-        assert rehearsal.mixed is mixed
-        assert memory.numbers()["size"] == (6 if mixed else 0)
-        assert (memory.recall(context(2)) is not None) is mixed
+        replayed = memory.sample(context(1))
+        assert replayed.mixed is mixed
+        assert memory.metrics()["size"] == (6 if mixed else 0)
+        assert (memory.sample(context(2)) is not None) is mixed
 
 
 def test_while_the_coefficient_is_zero_nothing_is_recalled_or_forgotten():
     memory = buffer(1, coefficient=lambda context: 0.5 * (context.step > 1))
     fill(memory, 4)
-    assert memory.recall(context(1)) is None
-    assert memory.numbers()["size"] == 4
-    assert memory.recall(context(2)).coefficient == 0.5
+    assert memory.sample(context(1)) is None
+    assert memory.metrics()["size"] == 4
+    assert memory.sample(context(2)).coefficient == 0.5
 
 
 def test_what_a_mask_leaves_out_or_is_not_admitted_is_not_kept():
-    memory = buffer(1, admits=lambda episode: episode.id != "no")
+    memory = buffer(1, episode_filter=lambda episode: episode.id != "no")
     mini = earning([episode(name, 1.0) for name in ("yes", "no", "sure")])
     first = torch.arange(mini.batch.tokens.shape[1]).expand_as(mini.batch.tokens) == 1
-    memory.keep(replace(mini, mask=first & mini.batch.sampled), context(0))
-    assert memory.numbers()["kept_share"] == pytest.approx(2 / 6)
-    rehearsal = memory.recall(context(1))
-    assert rehearsal.batch.sampled.tolist() == [[False, True, False]]
-    assert rehearsal.advantages.tolist() == [[0, 1, 0]]
+    memory.add(replace(mini, mask=first & mini.batch.sampled), context(0))
+    assert memory.metrics()["kept_share"] == pytest.approx(2 / 6)
+    replayed = memory.sample(context(1))
+    assert replayed.batch.sampled.tolist() == [[False, True, False]]
+    assert replayed.advantages.tolist() == [[0, 1, 0]]
 
 
 def turns_of_two(layout: Layout) -> MiniBatch:
@@ -259,9 +259,9 @@ def turns_of_two(layout: Layout) -> MiniBatch:
 @pytest.mark.parametrize("layout", ["trajectory", "turn"])
 def test_a_kept_row_holds_its_good_decisions_and_nothing_about_the_others(layout):
     memory = buffer(2 if layout == "turn" else 1)
-    memory.keep(turns_of_two(layout), context(0))
-    assert memory.numbers()["size"] == (4 if layout == "turn" else 2)
-    batch = memory.recall(context(1)).batch
+    memory.add(turns_of_two(layout), context(0))
+    assert memory.metrics()["size"] == (4 if layout == "turn" else 2)
+    batch = memory.sample(context(1)).batch
     assert set(batch.turns[batch.sampled].tolist()) <= {0, 2}
     if layout == "trajectory":
         assert batch.tokens.tolist() == [[1, 7, 8, 9, 1, 7, 8, 9, 1, 7, 8, 9]]
@@ -279,9 +279,9 @@ def test_a_kept_row_holds_its_good_decisions_and_nothing_about_the_others(layout
 def test_rows_of_one_trajectory_stay_together_and_those_of_another_step_apart():
     memory = buffer(5, mixed=True)
     for step in (0, 1):
-        memory.keep(turns_of_two("turn"), context(step))
-    rehearsal = memory.recall(context(2))
-    batch = rehearsal.batch
+        memory.add(turns_of_two("turn"), context(step))
+    replayed = memory.sample(context(2))
+    batch = replayed.batch
     # Five of the eight rows: two of each of two trajectories of each of two steps.
     assert len({episode.id for episode in batch.episodes}) == len(batch.episodes) >= 3
     assert max(torch.bincount(batch.trajectory)) == 2
@@ -319,10 +319,10 @@ def test_nothing_bad_now_or_then_and_nothing_too_old_is_ever_recalled(layout, mi
     then: dict[tuple[str, int, int], float] = {}
     for step in range(40):
         mini = random_rollout(draw, step, layout)
-        rehearsal = memory.recall(context(step))
-        if rehearsal is not None:
+        replayed = memory.sample(context(step))
+        if replayed is not None:
             bursts += 1
-            batch, worth = rehearsal.batch, rehearsal.advantages
+            batch, worth = replayed.batch, replayed.advantages
             assert (worth[batch.sampled] > 0).all()
             assert (worth[~batch.sampled] == 0).all()
             beyond = torch.arange(worth.shape[1]) >= batch.lengths[:, None]
@@ -336,11 +336,11 @@ def test_nothing_bad_now_or_then_and_nothing_too_old_is_ever_recalled(layout, mi
             name = mini.batch.episodes[int(mini.batch.trajectory[row])].id
             turn = int(mini.batch.turns[row, position])
             then[name, turn, position] = float(mini.advantages[row, position])
-        memory.keep(mini, context(step))
+        memory.add(mini, context(step))
     assert bursts > 5
 
 
-def same(one: Rehearsal, other: Rehearsal) -> bool:
+def same(one: ReplayBatch, other: ReplayBatch) -> bool:
     fields = ("tokens", "lengths", "sampled", "logprobs", "entropies", "turns", "trajectory", "returns")
     fields += ("old_logprobs", "old_entropies")
     return (
@@ -353,23 +353,23 @@ def same(one: Rehearsal, other: Rehearsal) -> bool:
 def test_a_stored_memory_recalls_the_same_bits():
     memory, draw = buffer(3), random.Random(1)
     for step in range(3):
-        memory.keep(random_rollout(draw, step, "turn"), context(step))
-    memory.keep(turns_of_two("turn"), context(3))
+        memory.add(random_rollout(draw, step, "turn"), context(step))
+    memory.add(turns_of_two("turn"), context(3))
     stream = io.BytesIO()
     torch.save(memory.state_dict(), stream)
     stream.seek(0)
     restored = buffer(3)
     restored.load_state_dict(torch.load(stream, weights_only=True), context(4))
-    one, other = memory.recall(context(4)), restored.recall(context(4))
+    one, other = memory.sample(context(4)), restored.sample(context(4))
     assert same(one, other)
-    assert memory.numbers() == {**restored.numbers(), "kept_share": memory.numbers()["kept_share"]}
+    assert memory.metrics() == {**restored.metrics(), "kept_share": memory.metrics()["kept_share"]}
     assert memory.state_dict() == restored.state_dict() == {**memory.state_dict(), "rows": []}
 
 
 def test_a_memory_is_not_larger_than_its_rows():
     memory = buffer(1)
     long = episode("long", 0.0, [list(range(40))])
-    memory.keep(rollout([[episode("a", 1.0), long], [long]], [0.5, -0.5, 0]), context(0))
+    memory.add(rollout([[episode("a", 1.0), long], [long]], [0.5, -0.5, 0]), context(0))
     (row,) = memory.state_dict()["rows"]
     held = [values.untyped_storage().nbytes() // values.itemsize for values in row["tokens"].values()]
     assert held == [3] * len(held)
@@ -394,8 +394,8 @@ def test_what_is_recalled_follows_from_seed_and_step_and_not_from_the_order_of_r
     def names(order: Sequence[int], step: int, seed: int) -> set[str]:
         memory = buffer(4)
         good = earning([episode(str(number), 1.0) for number in range(12)])
-        memory.keep(good.select(torch.tensor([*order, 12, 13, 14])), context(0))
-        return set(recalled(memory.recall(context(step, seed))))
+        memory.add(good.select(torch.tensor([*order, 12, 13, 14])), context(0))
+        return set(recalled(memory.sample(context(step, seed))))
 
     straight, shuffled = list(range(12)), random.Random(0).sample(range(12), 12)
     drawn = [names(straight, step, seed) for step in (1, 2) for seed in range(4)]

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import compute_advantages, prepare
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
-from agentrl.algorithms.methods.clip_cov import covariance_clip, covariance_numbers
+from agentrl.algorithms.methods.clip_cov import covariance_clip, covariance_metrics
 from agentrl.algorithms.methods.dapo import DAPO
 from agentrl.algorithms.methods.dr_bot import DrBot, fault, keep_most_varied
 from agentrl.algorithms.methods.gigpo import GiGPO
 from agentrl.algorithms.methods.grpo import GRPO, DrGRPO
 from agentrl.algorithms.methods.gspo import GSPO
 from agentrl.algorithms.methods.rloo import RLOO
-from agentrl.algorithms.methods.spear import Spear, rising, tool_bonus
+from agentrl.algorithms.methods.spear import Spear, cosine_warmup, tool_bonus
 from agentrl.algorithms.recipe import build_recipe, recipe_tree
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Layout, collate
@@ -78,10 +78,10 @@ def hand_made(
 )
 def test_the_replay_rises_while_the_tool_reward_falls(step, wanted):
     context = Context(step)
-    assert rising(context, most=1.0, steps=200) == pytest.approx(wanted, abs=5e-11)
+    assert cosine_warmup(context, most=1.0, steps=200) == pytest.approx(wanted, abs=5e-11)
     (bonus,) = tool_bonus(episode("e", (0.0,), info={"tool": "calc"}), context, most=10.0, steps=200)
     assert bonus == pytest.approx(1 - wanted, abs=5e-11)
-    assert rising(context, most=0.7, steps=0) == 0.7
+    assert cosine_warmup(context, most=0.7, steps=0) == 0.7
 
 
 @pytest.mark.vector("S-1")
@@ -103,8 +103,12 @@ def test_calls_are_turns_that_named_a_tool_where_the_environment_names_them():
     one = replace(episode("e", []), turns=tuple(turns))
     assert tool_bonus(one, Context(0), most=1.0, steps=9)[-1] == 0.2
     assert tool_bonus(replace(one, turns=()), Context(0), most=1.0, steps=9) == []
-    assert Spear(require_tool_call=True).build().replay._admits(one)
-    assert not Spear(require_tool_call=True).build().replay._admits(replace(one, turns=tuple(turns[1:2])))
+    assert Spear(require_tool_call=True).build().replay._episode_filter(one)
+    assert (
+        not Spear(require_tool_call=True)
+        .build()
+        .replay._episode_filter(replace(one, turns=tuple(turns[1:2])))
+    )
 
 
 def test_groups_are_selected_with_the_tool_reward_and_learned_from_with_it_once():
@@ -210,12 +214,12 @@ def test_the_loss_on_recalled_rows_by_hand():
     # Returns 1.5 and 1.2 against a median of 1: worth .5 and .2.
     returns = torch.tensor([1.5, 1.2, 1.5, 1.2, 1.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
     batch = replace(mini.batch, returns=returns, groups=torch.arange(9))
-    algorithm.replay.keep(replace(mini, batch=batch), Context(49))
+    algorithm.replay.add(replace(mini, batch=batch), Context(49))
     state = algorithm.replay.state_dict()
     for seed in range(20):
         algorithm.replay.load_state_dict(state, Context())
-        rehearsal = algorithm.replay.recall(Context(50, seed=seed))
-        rows, lengths = rehearsal.batch, rehearsal.batch.lengths.tolist()
+        replayed = algorithm.replay.sample(Context(50, seed=seed))
+        rows, lengths = replayed.batch, replayed.batch.lengths.tolist()
         if sorted(lengths) == [3, 4]:
             break
     moves = {4: [0.1, -0.3, 0.4], 3: [0.0, 0.2]}
@@ -223,11 +227,11 @@ def test_the_loss_on_recalled_rows_by_hand():
     for row, length in enumerate(lengths):
         now[row, 1:length] += torch.tensor(moves[length], dtype=torch.float64)
     now.requires_grad_()
-    recalled = MiniBatch(rows, rehearsal.advantages, Outputs(now.detach(), torch.zeros_like(now)))
-    objective = build_objective(recalled, rehearsal.algorithm, Context(50))
+    recalled = MiniBatch(rows, replayed.advantages, Outputs(now.detach(), torch.zeros_like(now)))
+    objective = build_objective(recalled, replayed.algorithm, Context(50))
     loss, _ = objective.contribution(torch.arange(2), Outputs(now, torch.zeros_like(now)))
     assert loss.item() == pytest.approx(-0.4014550242, abs=5e-11)
-    assert rehearsal.coefficient * loss.item() == pytest.approx(-0.0587917271, abs=5e-11)
+    assert replayed.coefficient * loss.item() == pytest.approx(-0.0587917271, abs=5e-11)
     loss.backward()
     wanted = {4: [-0.55258546, -0.37040911, 0.0], 3: [-0.2, -0.24428055]}
     for row, length in enumerate(lengths):
@@ -383,13 +387,13 @@ def test_a_reply_with_a_fault_is_no_decision_to_clipping_by_covariance():
 
 def test_the_log_says_what_clipping_by_covariance_found():
     mini, _ = hand_made([2.0, -1.0], LOGPROBS, [[1.0] * 3] * 2)
-    numbers = covariance_numbers(mini, Context(), share=0.4, band=(1.2, 40.0))
+    numbers = covariance_metrics(mini, Context(), share=0.4, band=(1.2, 40.0))
     # 1.275, -3.075, 1.125, -1.275, 1.575, -.975: two candidates, floor(.4 * 6) = 2 of them
     assert numbers["covariance_mean"] == pytest.approx(-1.35 / 6)
     assert numbers["covariance_max"] == pytest.approx(1.575)
     assert numbers["covariance_clip_share"] == pytest.approx(2 / 6)
     nothing = replace(mini, batch=replace(mini.batch, sampled=torch.zeros_like(mini.batch.sampled)))
-    assert set(covariance_numbers(nothing, Context(), share=0.4, band=(1, 2)).values()) == {0.0}
+    assert set(covariance_metrics(nothing, Context(), share=0.4, band=(1, 2)).values()) == {0.0}
 
 
 class Bigram(nn.Module):
@@ -495,7 +499,7 @@ def test_recalled_rows_have_no_terms_but_the_entropy_bonus_as_released():
     found = {}
     for parity in ("paper", "official"):
         replay = Spear(base=base, parity=parity).build().replay
-        found[parity] = [term.name for term in replay._algorithm.terms], replay._lenient
+        found[parity] = [term.name for term in replay._algorithm.terms], replay._released
         assert "reference" not in replay._algorithm.requires
     assert found == {"paper": ([], False), "official": (["entropy"], True)}
 
@@ -523,7 +527,7 @@ def filled(recipe: Spear, ages: Sequence[int]) -> Algorithm:
     for step in ages:
         mini, _ = hand_made([0.4], [[-0.1]], [[1.0]])
         returns = torch.tensor([0.5], dtype=torch.float64)
-        algorithm.replay.keep(replace(mini, batch=replace(mini.batch, returns=returns)), Context(step))
+        algorithm.replay.add(replace(mini, batch=replace(mini.batch, returns=returns)), Context(step))
     return algorithm
 
 
@@ -533,10 +537,10 @@ def test_with_a_decaying_advantage_every_released_row_counts_as_enough(released)
     # Four returns at the baseline: none is above it.
     for decay, extra, rows in ((0.5, released, 2), (0.5, {}, 0), (None, released, 0)):
         algorithm = filled(Spear(**settings, advantage_decay=decay, **extra), [0] * 4)
-        rehearsal = algorithm.replay.recall(Context(1))
-        assert algorithm.replay.numbers()["recalled"] == rows
-        if rehearsal is not None:
-            assert rehearsal.advantages[:, 1].tolist() == pytest.approx([0.2, 0.2])
+        replayed = algorithm.replay.sample(Context(1))
+        assert algorithm.replay.metrics()["recalled"] == rows
+        if replayed is not None:
+            assert replayed.advantages[:, 1].tolist() == pytest.approx([0.2, 0.2])
 
 
 @pytest.mark.parametrize("released", RELEASED, ids=["parity", "preset"])

@@ -219,7 +219,7 @@ def test_whitened_discounted_returns():
 def test_whitening_over_tokens_weighs_long_replies():
     mask = bits("111 110 100")
     centred = f.group_relative_advantage(row("1 0 0"), whole("0 0 0"), divide_by_std=False)
-    advantages = f.whiten(f.spread(centred, torch.arange(3), mask), mask)
+    advantages = f.whiten(f.broadcast_to_tokens(centred, torch.arange(3), mask), mask)
     check(advantages, "0.91287091 0.91287091 0.91287091; -0.91287091 -0.91287091 x; -0.91287091 x x")
 
 
@@ -290,7 +290,7 @@ TURNS = torch.tensor([[0, 0, 0], [1, 1, -1], [0, -1, -1]])
 TWO = torch.tensor([0, 0, 1])
 CALM = "0.2 0.6 1.0; 1.5 0.1 x; 0.4 x x"
 WILD = "0.2 0.6 1.0; 1.8 0.1 x; 0.4 x x"
-CORRIDOR = {"low": 0.5, "high": 1.5}
+ENTROPY_BAND = {"low": 0.5, "high": 1.5}
 
 
 def regularised(policy_loss: float, scale: float, entropy: Tensor | float, smoothing: Tensor) -> Tensor:
@@ -301,7 +301,7 @@ def epo(printed: str, reference: Tensor | float) -> tuple[Tensor, Tensor, Tensor
     """Mean entropy, mean violation, loss and gradient per unit of weight."""
     entropies = table(printed).requires_grad_()
     shares, count = f.trajectory_weights(TURNS >= 0, TURNS, TWO)
-    violation = mean((shares, count), f.corridor_violation(entropies, reference, **CORRIDOR))
+    violation = mean((shares, count), f.entropy_band_violation(entropies, reference, **ENTROPY_BAND))
     entropy = mean((shares, count), entropies)
     loss = regularised(0.25, 0.001, entropy, 2 * violation)
     loss.backward()
@@ -321,16 +321,16 @@ def test_the_entropy_corridor():
     check(loss, "0.24970")
     # Below the corridor -.003, inside and on its edge (1.5) -.001.
     check(gradient, "-.003 -.001 -.001 -.001 -.003 -.003")
-    by_token = mean(f.token_weights(*rows), f.corridor_violation(entropies, 1.0, **CORRIDOR))
+    by_token = mean(f.token_weights(*rows), f.entropy_band_violation(entropies, 1.0, **ENTROPY_BAND))
     check(by_token, "0.1333333333")
 
 
 @pytest.mark.vector("E-R1")
 def test_the_entropy_corridor_on_means_and_as_an_indicator():
-    of_means = f.corridor_violation(row("0.7 0.4"), 1.0, **CORRIDOR).mean()
+    of_means = f.entropy_band_violation(row("0.7 0.4"), 1.0, **ENTROPY_BAND).mean()
     check(of_means, "0.05")
     check(regularised(0.25, 0.001, 0.55, 2 * of_means), "0.24955")
-    outside = f.corridor_indicator(table(CALM), 1.0, **CORRIDOR, strict=False)
+    outside = f.entropy_band_indicator(table(CALM), 1.0, **ENTROPY_BAND, strict=False)
     penalty = 0.1 * mean(f.trajectory_weights(TURNS >= 0, TURNS, TWO), outside)
     check(penalty, "0.0708333333")
     check(regularised(0.25, 0.001, 0.55, penalty), "0.2495208333")
@@ -347,8 +347,8 @@ def test_the_entropy_corridor_holds_high_entropy_down():
 
 @pytest.mark.vector("E-R1t")
 def test_the_entropy_corridor_around_a_reference_per_turn():
-    reference = f.spread_steps(table("0.6 1.0; 0.6 x"), TURNS, TWO, TURNS >= 0)
-    check(f.corridor_violation(table(WILD), reference, **CORRIDOR)[TURNS >= 0], ".1 0 .1 .3 .4 0")
+    reference = f.broadcast_turns_to_tokens(table("0.6 1.0; 0.6 x"), TURNS, TWO, TURNS >= 0)
+    check(f.entropy_band_violation(table(WILD), reference, **ENTROPY_BAND)[TURNS >= 0], ".1 0 .1 .3 .4 0")
     _, violation, loss, _ = epo(WILD, reference)
     check(violation, "0.1041666667")
     check(loss, "0.2496208333")
@@ -359,7 +359,7 @@ def test_the_gradient_of_the_entropy_corridor():
     logits = table("2 1 0 -1; .5 0 0 0").requires_grad_()
     entropies = f.entropy(logits)
     check(entropies, "0.9475369640 1.3592615640")
-    violation = f.corridor_violation(entropies, 1.0, 0.25, 0.75).mean()
+    violation = f.entropy_band_violation(entropies, 1.0, 0.25, 0.75).mean()
     check(violation, "0.40339926400595")
     (gradient,) = torch.autograd.grad(violation, logits, retain_graph=True)
     check(
@@ -369,7 +369,7 @@ def test_the_gradient_of_the_entropy_corridor():
     )
     (balanced,) = torch.autograd.grad(entropies.mean() - violation, logits, retain_graph=True)
     assert (balanced == 0).all()
-    outside = f.corridor_indicator(entropies, 1.0, 0.25, 0.75)
+    outside = f.entropy_band_indicator(entropies, 1.0, 0.25, 0.75)
     assert outside.tolist() == [1.0, 1.0]
     (with_indicator,) = torch.autograd.grad((entropies - 0.1 * outside).mean(), logits, retain_graph=True)
     (without,) = torch.autograd.grad(entropies.mean(), logits)
@@ -379,7 +379,7 @@ def test_the_gradient_of_the_entropy_corridor():
 @pytest.mark.vector("E-O1")
 def test_the_released_penalty_is_a_constant_by_comparison():
     entropies, mask = table("0.2 0.6 1.0 x; 1.5 0.1 x x"), bits("1110 1100")
-    penalty = 0.1 * f.corridor_indicator(entropies, table("0.5; 0.8"), **CORRIDOR)
+    penalty = 0.1 * f.entropy_band_indicator(entropies, table("0.5; 0.8"), **ENTROPY_BAND)
     check(torch.where(mask, penalty, 0.0), ".1 0 .1 x; .1 .1 x x")
     entropy, constant = f.masked_mean(entropies, mask), f.masked_mean(penalty, mask)
     check(entropy, ".68")
@@ -391,7 +391,7 @@ def test_the_released_penalty_is_a_constant_by_comparison():
 @pytest.mark.vector("E-S2")
 def test_the_entropy_loss_rewards_entropy():
     entropies = row("1.2").requires_grad_()
-    violation = f.corridor_violation(entropies, 1.0, 0.5, 1.16)
+    violation = f.entropy_band_violation(entropies, 1.0, 0.5, 1.16)
     check(violation, ".04")
     loss = regularised(0.25, 0.1, entropies, 2 * 0.1 * violation)
     check(loss, "0.1308")  # neither 0.378, which has the sign of entropy wrong, nor 0.138
@@ -454,7 +454,7 @@ def test_one_step_problems_are_scaled_and_get_no_bonus():
 @pytest.mark.vector("M-4")
 def test_the_entropy_of_a_step_is_the_mean_of_its_decisions():
     mask, turns = bits("11001110"), torch.tensor([[0, 0, -1, -1, 1, 1, 1, -1]])
-    means, present = f.step_means(table(".1 .3 .9 .9 .5 .7 .3 0"), mask, turns, torch.tensor([0]), 1)
+    means, present = f.turn_means(table(".1 .3 .9 .9 .5 .7 .3 0"), mask, turns, torch.tensor([0]), 1)
     check(means, "0.2 0.5")
     assert present.all()
 
@@ -526,9 +526,9 @@ def remembered(returns: Tensor, groups: Tensor, advantages: Tensor) -> ReplayBuf
         baselines=10,
         tolerance=5,
         coefficient=lambda context: 1.0,
-        revalue=recalibrated,
+        recompute_advantage=recalibrated,
     )
-    buffer.keep(MiniBatch(batch, torch.where(batch.sampled, advantages[:, None], 0.0)), Context())
+    buffer.add(MiniBatch(batch, torch.where(batch.sampled, advantages[:, None], 0.0)), Context())
     return buffer
 
 
@@ -540,8 +540,8 @@ def test_what_is_recalled_is_better_than_the_median_of_recent_groups():
     recalled = set()
     for seed in range(20):
         buffer = remembered(returns, groups, advantages)
-        again = buffer.recall(Context(step=1, seed=seed))
-        numbers = buffer.numbers()
+        again = buffer.sample(Context(step=1, seed=seed))
+        numbers = buffer.metrics()
         assert (numbers["baseline"], numbers["usable"]) == (0.5, 2)
         recalled.add((again.batch.returns.item(), round(again.advantages.sum().item(), 12)))
     # The return of .4 is below the median, the other one of 1 was no surprise when it was new.
@@ -553,14 +553,14 @@ def test_what_is_recalled_is_better_than_the_median_of_recent_groups():
 @pytest.mark.vector("S-2")
 def test_the_median_of_an_even_number_of_groups_is_between_the_middle_two():
     buffer = remembered(row(".2 .4 .6 .8"), whole("0 1 2 3"), row("0 0 0 0"))
-    assert buffer.recall(Context(step=1)) is None
-    assert buffer.numbers()["baseline"] == pytest.approx(0.5, abs=1e-12)
+    assert buffer.sample(Context(step=1)) is None
+    assert buffer.metrics()["baseline"] == pytest.approx(0.5, abs=1e-12)
 
 
 @pytest.mark.vector("S-3")
 def test_the_self_imitation_loss():
     mask = bits("111 110")
-    advantages = f.spread(row(".5 .2"), torch.arange(2), mask)
+    advantages = f.broadcast_to_tokens(row(".5 .2"), torch.arange(2), mask)
     ratio = f.probability_ratio(table(".1 -.3 .4; 0 .2 x"), table("0 0 0; 0 0 0"))
     losses = f.clipped_surrogate(ratio, advantages, 0.8, 1.28)
     check(losses[mask], "-0.55258546 -0.37040911 -0.64 -0.2 -0.24428055")

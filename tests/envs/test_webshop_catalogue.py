@@ -242,7 +242,7 @@ def test_mixed_up_files_are_recognised(put: str, place: str, message: str, tmp_p
         ("human", {"B0LAMP": [{"instruction": "a"}]}, "human file .*B0LAMP: instruction_attributes is None"),
         ("human", {"B0LAMP": "lamp"}, "human file .*wanted a list of instructions"),
         ("products", [], "products file .*is empty"),
-        ("products", [["lamp"]], "products file .*holds"),
+        ("products", [["lamp"]], "products file .*contains"),
     ],
 )
 def test_errors_name_the_file_and_the_field(name: str, content: Any, message: str, tmp_path: Path) -> None:

@@ -148,8 +148,8 @@ def test_at_the_rate_of_a_pretrained_policy_the_weights_move(optimizer: str, com
     after = [value.detach() for value in learner.policy.parameters()]
     moved = sum(int((old != new).sum()) for old, new in zip(before, after, strict=True) if old.dim() == 2)
     assert moved > 0.9 * sum(value.numel() for value in before if value.dim() == 2)
-    assert numbers["weights_moved"] > 0.9
-    assert numbers["updates"] == 1
+    assert numbers["learner/weights_moved"] > 0.9
+    assert numbers["learner/updates"] == 1
 
 
 class Two(nn.Module):
@@ -172,14 +172,14 @@ def two_of(policy: nn.Module | None = None, **settings: Any) -> Learner:
 @pytest.mark.parametrize(("rate", "share"), [(1e-3, 1.0), (1e-9, 0.5), (1e-30, 0.0)])
 def test_the_share_of_weights_that_an_update_moved_is_told(rate: float, share: float) -> None:
     """The first step of AdamW is the rate; 1 has neighbours 6e-8 away, and 2^-20 has them 6e-14 away."""
-    assert two_of(learning_rate=rate).update(BATCH, Algorithm(), CONTEXT)["weights_moved"] == share
+    assert two_of(learning_rate=rate).update(BATCH, Algorithm(), CONTEXT)["learner/weights_moved"] == share
 
 
 def test_weights_without_a_gradient_do_not_count_as_held_back() -> None:
     policy = Two()
     policy.weight.register_hook(lambda slope: slope * torch.tensor([[0.0], [1.0]]))
     numbers = two_of(policy, learning_rate=1e-9).update(BATCH, Algorithm(), CONTEXT)
-    assert numbers["weights_moved"] == 1.0
+    assert numbers["learner/weights_moved"] == 1.0
     assert policy.weight[0] == 1.0 != policy.weight[1]
 
 

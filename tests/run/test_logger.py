@@ -11,7 +11,7 @@ from agentrl.run.logger import RunLogger, read_metrics
 
 
 def rows(*steps: int, stage: str = "train") -> list[dict[str, Any]]:
-    return [{"stage": stage, "step": step, "loss": step / 10} for step in steps]
+    return [{"stage": stage, "step": step, f"{stage}/learner/loss": step / 10} for step in steps]
 
 
 def run_logger(folder: Path, *, terminal: bool = False, pause: float = 0.0) -> tuple[RunLogger, io.StringIO]:
@@ -52,8 +52,8 @@ def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
 
 def test_the_clock_is_not_in_the_file(tmp_path: Path) -> None:
     with RunLogger(tmp_path, quiet=True) as logger:
-        logger.write({"step": 1, "reply_tokens": 10}, seconds=0.5)
-    assert read_metrics(logger.path) == [{"step": 1, "reply_tokens": 10}]
+        logger.write({"stage": "train", "step": 1, "train/rollout/reply_tokens": 10}, seconds=0.5)
+    assert read_metrics(logger.path) == [{"stage": "train", "step": 1, "train/rollout/reply_tokens": 10}]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,11 @@ def test_truncating_forgets_what_came_after_the_resumed_step(
 
 
 def test_truncating_leaves_the_kept_bytes_alone(tmp_path: Path) -> None:
-    write(tmp_path, {"stage": "train", "step": 1, "loss": 0.1 + 0.2, "text": "é"}, *rows(2))
+    write(
+        tmp_path,
+        {"stage": "train", "step": 1, "train/learner/loss": 0.1 + 0.2, "train/algorithm/text": "é"},
+        *rows(2),
+    )
     first = (tmp_path / "metrics.jsonl").read_text().splitlines()[0]
     RunLogger(tmp_path).truncate("train", 1)
     assert (tmp_path / "metrics.jsonl").read_text() == first + "\n"
@@ -104,15 +108,15 @@ def test_without_a_terminal_progress_is_plain_lines(tmp_path: Path) -> None:
     logger, shown = run_logger(tmp_path)
     row = {
         "stage": "train",
-        "success": 0.25,
-        "return": 0.5,
-        "entropy/token": 0.125,
-        "reply_tokens": 3000,
-        "aborted": 0.0,
+        "train/rollout/success_rate": 0.25,
+        "train/rollout/reward_mean": 0.5,
+        "train/rollout/entropy/token": 0.125,
+        "train/rollout/reply_tokens": 3000,
+        "train/rollout/aborted_rate": 0.0,
     }
     with logger, logger.stage("training", total=4, done=2):
         logger.write(row | {"step": 3}, seconds=2.0)
-        logger.write(row | {"step": 4, "aborted": 0.1}, seconds=2.0)
+        logger.write(row | {"step": 4, "train/rollout/aborted_rate": 0.1}, seconds=2.0)
     first, third, fourth = shown.getvalue().splitlines()
     assert first == "training 2/4"
     assert third.startswith(
@@ -127,7 +131,7 @@ def test_plain_lines_come_seldom_but_always_at_the_end(tmp_path: Path) -> None:
     logger, shown = run_logger(tmp_path, pause=60)
     with logger, logger.stage("training", total=100):
         for step in range(100):
-            logger.write({"step": step + 1, "success": 0.5})
+            logger.write({"stage": "train", "step": step + 1, "train/rollout/success_rate": 0.5})
     assert shown.getvalue().splitlines() == ["training 0/100", "training 100/100 · success 0.500"]
 
 
@@ -137,7 +141,7 @@ def test_a_stage_inside_a_stage_gives_the_outer_one_back(tmp_path: Path) -> None
         with logger, logger.stage("training", total=9):
             with logger.stage("evaluating"):
                 logger.advance(5)
-            logger.write({"step": 3, "success": 0.5})
+            logger.write({"stage": "train", "step": 3, "train/rollout/success_rate": 0.5})
         assert terminal or "evaluating 5" in shown.getvalue()
         assert "training 3/9 · success 0.500" in shown.getvalue()
 

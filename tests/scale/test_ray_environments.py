@@ -281,7 +281,7 @@ def test_the_last_actor_is_replaced_as_often_as_was_allowed() -> None:
         assert by_id(found.episodes) == replies(["6"] * 2)
         lost.rounds.clear()
         with pytest.raises(
-            EnvironmentLostError, match=r"the last one, and rollout.ray.max_restarts=1 have been"
+            EnvironmentLostError, match=r"the last one, and rollout.ray.max_restarts=1 replacements"
         ):
             collect(specs(["6"] * 2), lost, environments, max_active=2)
 

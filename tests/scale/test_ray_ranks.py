@@ -103,7 +103,7 @@ def test_two_ranks_train_what_one_process_trains(ray_is_there: None, tmp_path: P
     one, other = (load_file(run.model / "model.safetensors") for run in (alone, together))
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
     rows = [json.loads(line) for line in (together.folder / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["learner/grad_norm"] > 1e-3 for row in rows)
+    assert all(row["train/learner/grad_norm"] > 1e-3 for row in rows)
 
 
 def test_a_rank_imports_what_its_driver_has_before_it_is_given_work(tmp_path: Path) -> None:

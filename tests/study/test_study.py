@@ -132,8 +132,8 @@ def test_the_results_count_what_each_run_did(unbroken: tuple[Path, dict[str, Any
     for run in results["methods"]["grpo"]["runs"].values():
         assert run["episodes"] == 4 * 4 * 4
         assert run["replay_updates"] == 0
-        assert run["curves"]["success"]["step"] == [1, 2, 3, 4]
-        assert len(run["curves"]["entropy/trajectory"]["value"]) == 4
+        assert run["curves"]["train/rollout/success_rate"]["step"] == [1, 2, 3, 4]
+        assert len(run["curves"]["train/rollout/entropy/trajectory"]["value"]) == 4
         assert run["cpu_seconds"] > 0
     assert "runs differ in episodes: grpo 64, still 0" in results["warnings"]
     still = results["methods"]["still"]["sampled"]
@@ -440,10 +440,28 @@ def test_plays_that_all_end_alike_have_wilsons_interval_over_the_tasks(tmp_path:
 
 def test_updates_on_replayed_episodes_are_counted_apart(tmp_path: Path) -> None:
     steps = [
-        {"episodes": 64.0, "aborted": 0.25, "learner/updates": 1.0, "learner/skipped_updates": 0.0},
-        {"episodes": 64.0, "aborted": 0.0},  # nothing was kept, nothing learned
-        {"episodes": 64.0, "aborted": 0.0, "learner/updates": 4.0, "learner/skipped_updates": 0.0},
-        {"episodes": 64.0, "aborted": 0.0, "learner/updates": 0.0, "learner/skipped_updates": 1.0},
+        {
+            "train/rollout/episodes": 64.0,
+            "train/rollout/aborted_rate": 0.25,
+            "train/learner/updates": 1.0,
+            "train/learner/skipped_updates": 0.0,
+        },
+        {
+            "train/rollout/episodes": 64.0,
+            "train/rollout/aborted_rate": 0.0,
+        },  # nothing was kept, nothing learned
+        {
+            "train/rollout/episodes": 64.0,
+            "train/rollout/aborted_rate": 0.0,
+            "train/learner/updates": 4.0,
+            "train/learner/skipped_updates": 0.0,
+        },
+        {
+            "train/rollout/episodes": 64.0,
+            "train/rollout/aborted_rate": 0.0,
+            "train/learner/updates": 0.0,
+            "train/learner/skipped_updates": 1.0,
+        },
     ]
     folders = {0: {"a": made_up(tmp_path / "a", "10", steps=steps), "b": made_up(tmp_path / "b", "10")}}
     results = compare(folders, ["a", "b"], "a", "clone")

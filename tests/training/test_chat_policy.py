@@ -127,7 +127,7 @@ def test_a_constrained_policy_learns_from_thoughts_and_commands(
     chosen = [sum(ids is not None and len(ids) > 1 for ids in turn.allowed or ()) for turn in turns]
     assert sum(chosen) > len(turns) / 2
     steps = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    gaps = [step["learner/logprob_gap_max"] for step in steps if step.get("stage") == "train"]
+    gaps = [step["train/algorithm/mismatch/max"] for step in steps if step.get("stage") == "train"]
     assert len(gaps) == 2
     assert max(gaps) < 2e-5
     assert "think" not in capsys.readouterr().out.replace("thinking-run", "")

@@ -72,7 +72,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def assert_same_run(one: Path, other: Path) -> None:
     """Episodes and evaluations are equal, numbers and weights to rounding."""
     assert len(rows(one)) == len(rows(other)) == 8
-    assert all(row["learner/grad_norm"] > 1e-3 for row in rows(one))
+    assert all(row["train/learner/grad_norm"] > 1e-3 for row in rows(one))
     for row, same in zip(rows(one), rows(other), strict=True):
         assert row.pop("stage") == same.pop("stage")
         assert row == pytest.approx(same, rel=1e-3, abs=1e-4)

@@ -100,7 +100,7 @@ def test_entropy_is_logged_at_every_level_and_stays_below_the_number_of_choices(
 
 
 def test_the_learner_agrees_with_the_rollout_about_what_was_sampled(unbroken: agentrl.Run) -> None:
-    assert max(row["learner/logprob_gap_max"] for row in rows(unbroken.folder)[4:]) < 1e-5
+    assert max(row["train/algorithm/mismatch/max"] for row in rows(unbroken.folder)[4:]) < 1e-5
 
 
 def interrupt_at(stage: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:

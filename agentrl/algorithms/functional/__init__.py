@@ -1,8 +1,8 @@
-"""The mathematics, as pure functions. Position t describes token t; no value at a masked position matters.
+"""Mathematics of the algorithms as pure functions. Position t describes token t; masked ones are ignored.
 
-Letters: B rows, T tokens per row, E trajectories, K turns of the longest of them, V size of the vocabulary.
-A decision is a token that the policy sampled; masks say which tokens count, mostly the decisions. Entropies
-and logprobs are in nats.
+Letters: B rows, T tokens per row, E trajectories, K turns of the longest one, V size of the vocabulary. An
+action token is a token that the policy sampled. Masks say which tokens count, usually the action tokens.
+Entropies and logprobs are in nats.
 """
 
 from agentrl.algorithms.functional.advantage import (
@@ -23,13 +23,18 @@ from agentrl.algorithms.functional.aggregation import (
     trajectory_weights,
 )
 from agentrl.algorithms.functional.entropies import (
-    corridor_indicator,
-    corridor_violation,
     entropy,
+    entropy_band_indicator,
+    entropy_band_violation,
     entropy_means,
     top_k_entropy,
 )
-from agentrl.algorithms.functional.layout import spread, spread_steps, step_means, unroll
+from agentrl.algorithms.functional.layout import (
+    broadcast_to_tokens,
+    broadcast_turns_to_tokens,
+    turn_means,
+    unroll,
+)
 from agentrl.algorithms.functional.returns import discounted_returns, gae, overlong_penalty
 from agentrl.algorithms.functional.surrogate import (
     clipped,
@@ -48,14 +53,16 @@ from agentrl.algorithms.functional.surrogate import (
 __all__ = [
     "Singleton",
     "Unit",
+    "broadcast_to_tokens",
+    "broadcast_turns_to_tokens",
     "clipped",
     "clipped_surrogate",
     "constant_weights",
-    "corridor_indicator",
-    "corridor_violation",
     "covariance",
     "discounted_returns",
     "entropy",
+    "entropy_band_indicator",
+    "entropy_band_violation",
     "entropy_means",
     "entropy_modulated_advantage",
     "entropy_modulation",
@@ -71,14 +78,12 @@ __all__ = [
     "probability_ratio",
     "sequence_ratio",
     "sequence_weights",
-    "spread",
-    "spread_steps",
-    "step_means",
     "stop_gradient_clipped_surrogate",
     "token_weights",
     "top_k_entropy",
     "trajectory_weights",
     "truncated_importance",
+    "turn_means",
     "unroll",
     "value_loss",
     "whiten",

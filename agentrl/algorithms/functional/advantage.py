@@ -1,4 +1,4 @@
-"""Credit by trajectory, and what is done to advantages over a whole batch."""
+"""Advantages of trajectories, and transforms of advantages over a whole batch."""
 
 from typing import Literal
 
@@ -23,24 +23,24 @@ def group_relative_advantage(
 
         A[i] = (R[i] - mean R[g]) / (std R[g] + eps)
 
-    where std is the unbiased one (divisor n - 1). With `copies`, trajectory i counts copies[i] times in both.
+    with the unbiased std (divisor n - 1). With `copies`, trajectory i counts copies[i] times in mean and std.
 
     Args:
         returns: [E] float, reward units of the environment.
         groups: [E] int64, equal for rollouts of one task.
         divide_by_std: False gives the mean-only baseline of Dr. GRPO.
-        copies: [E] float or None for 1 each; the number of turns gives the per-row statistics of verl-agent,
-            1 / n for each of n branches those of what was played once.
-        singleton: advantage in a group that counts 1 in all: `zero`, or `raw` for mean 0 and std 1, as in
-            verl: R / (1 + eps), without the std R.
-        eps: keeps the quotient finite.
+        copies: [E] float, or None for 1 each. The number of turns gives the per-row statistics of verl-agent;
+            1 / n for each of n branches counts the shared part once.
+        singleton: The advantage in a group with a total count of 1: `zero`, or `raw` for mean 0 and std 1, as
+            in verl: R / (1 + eps), or R without the std.
+        eps: Added to the std, to keep the quotient finite.
 
     Returns:
-        [E] float, dimensionless (reward units when `divide_by_std` is False); no gradient. A group of equal
+        [E] float, dimensionless (reward units if `divide_by_std` is False); no gradient. A group of equal
         returns gets exactly 0.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: If shapes disagree.
 
     Source: Shao et al. 2024, arXiv:2402.03300; Liu et al. 2025, arXiv:2503.20783.
     """
@@ -50,7 +50,7 @@ def group_relative_advantage(
     values = returns.detach()
     weight = torch.ones_like(values) if copies is None else copies.to(values)
     centred, member, count = _centred(values, groups, weight)
-    lone = count[member] < 1.5  # 1 up to rounding, where copies are shares
+    lone = count[member] < 1.5  # 1 up to rounding, if copies are fractions
     alone = values if singleton == "raw" else torch.zeros_like(values)
     if not divide_by_std:
         return torch.where(lone, alone, centred)
@@ -59,20 +59,20 @@ def group_relative_advantage(
 
 
 def leave_one_out_advantage(returns: Tensor, groups: Tensor, *, singleton: Singleton = "zero") -> Tensor:
-    """Compare every trajectory's return with the mean of the others in its group.
+    """Subtract the mean return of the other trajectories of the group from every return.
 
         A[i] = R[i] - mean_{j in g, j != i} R[j] = n / (n - 1) * (R[i] - mean R[g])
 
     Args:
         returns: [E] float, reward units of the environment.
         groups: [E] int64, equal for rollouts of one task.
-        singleton: advantage of a trajectory without others: `zero`, or its `raw` return, as in verl.
+        singleton: The advantage of the only trajectory of a group: `zero`, or its `raw` return, as in verl.
 
     Returns:
         [E] float, reward units; no gradient. A group of equal returns gets exactly 0.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: If shapes disagree.
 
     Source: Ahmadian et al. 2024, arXiv:2402.14740.
     """
@@ -87,50 +87,50 @@ def leave_one_out_advantage(returns: Tensor, groups: Tensor, *, singleton: Singl
 
 
 def whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """Give the tokens that count mean 0 and variance 1.
+    """Normalise the tokens of the mask to mean 0 and variance 1.
 
         out = (x - mean x) / sqrt(var x + eps)
 
-    over all tokens of the mask, where var is the unbiased one; that of a single token is 0.
+    over all tokens of the mask, with the unbiased variance; the variance of a single token is 0.
 
     Args:
         values: [B, T] float.
         mask: [B, T] bool.
-        eps: keeps the quotient finite.
+        eps: Added to the variance, to keep the quotient finite.
 
     Returns:
         [B, T] float, dimensionless, 0 where masked; no gradient. Equal values get exactly 0.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: If shapes disagree.
     """
     centred, variance = _standardised(values, mask)
     return centred / (variance + eps).sqrt()
 
 
 def entropy_modulation(
-    entropies: Tensor, present: Tensor, *, k: float, k_future: float, share: Tensor | None = None
+    entropies: Tensor, present: Tensor, *, k: float, k_future: float, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rate the steps of a batch by how certain the policy was in them.
+    """Return the factors by which EMPG scales steps and rewards their successors.
 
         N = (H - min H) / (max H - min H + 1e-8)
         g = exp(-k N) / (mean exp(-k N) + 1e-8),   f = exp(-k_future N)
 
-    Lowest, highest and mean are over all steps that are present, so that the mean of g is 1.
+    Minimum, maximum and mean are over all steps that are present, so that the mean of g is 1.
 
     Args:
-        entropies: [E, K] float, nats, mean over the decisions of each turn under the policy that acted.
+        entropies: [E, K] float, nats, mean over the action tokens of each turn under the policy that acted.
         present: [E, K] bool, the turns that are steps.
-        k: how much a certain step is preferred.
-        k_future: how much a certain next step is.
-        share: [E, K] float, weight of each step in the mean, or None for 1 each; a step that n branches
-            share has 1 / n.
+        k: How strongly g prefers low entropy.
+        k_future: How strongly f prefers low entropy.
+        weights: [E, K] float, the weight of each step in the mean, or None for 1 each. A step shared by n
+            branches has the weight 1 / n.
 
     Returns:
         g and f, [E, K] float each, dimensionless, 0 where not present; no gradient.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: If shapes disagree.
 
     Source: Wang et al. 2025, arXiv:2509.09265.
     """
@@ -141,7 +141,7 @@ def entropy_modulation(
     lowest, highest = values[present].min(), values[present].max()
     level = (values - lowest) / (highest - lowest + 1e-8)
     certainty = torch.where(present, (-k * level).exp(), 0.0)
-    scale = certainty / (_step_mean(certainty, present, share) + 1e-8)
+    scale = certainty / (_step_mean(certainty, present, weights) + 1e-8)
     return scale, torch.where(present, (-k_future * level).exp(), 0.0)
 
 
@@ -153,9 +153,9 @@ def entropy_modulated_advantage(
     k: float,
     k_future: float,
     zeta: float,
-    share: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Strengthen the credit of certain steps, reward steps towards certain ones, and centre (EMPG).
+    """Scale each step's advantage by its certainty, add a bonus for a certain next step, and centre (EMPG).
 
         A'[e, t] = A[e, t] g[e, t] + zeta f[e, next step after t],   no bonus at a trajectory's last step
         out      = A' - mean A'
@@ -165,24 +165,24 @@ def entropy_modulated_advantage(
     Args:
         advantages: [E, K] float, of each step.
         entropies: [E, K] float, nats.
-        present: [E, K] bool, the turns that are steps; others are passed over, also by "next".
-        k: see `entropy_modulation`.
-        k_future: likewise.
-        zeta: weight of the bonus, in units of the advantage.
-        share: [E, K] float or None, weight of each step in both means.
+        present: [E, K] bool, the turns that are steps; other turns are skipped, also by "next".
+        k: See `entropy_modulation`.
+        k_future: See `entropy_modulation`.
+        zeta: The weight of the bonus, in units of the advantage.
+        weights: [E, K] float or None, the weight of each step in both means.
 
     Returns:
         [E, K] float, units of `advantages`, 0 where not present; no gradient.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: If shapes disagree.
 
     Source: Wang et al. 2025, arXiv:2509.09265.
     """
     same_shape("advantages", advantages, "entropies", entropies)
-    scale, clarity = entropy_modulation(entropies, present, k=k, k_future=k_future, share=share)
+    scale, clarity = entropy_modulation(entropies, present, k=k, k_future=k_future, weights=weights)
     modulated = torch.where(present, advantages.detach(), 0.0) * scale + zeta * _following(clarity, present)
-    return torch.where(present, modulated - _step_mean(modulated, present, share), 0.0)
+    return torch.where(present, modulated - _step_mean(modulated, present, weights), 0.0)
 
 
 def entropy_scaled_advantage(
@@ -193,7 +193,7 @@ def entropy_scaled_advantage(
     scale: float,
     limits: tuple[float, float] | None = (0.0, 2.0),
 ) -> Tensor:
-    """Strengthen the credit of uncertain tokens, weaken that of certain ones (AEPO).
+    """Scale up the advantage of uncertain tokens and scale down that of certain ones (AEPO).
 
         out = A * clip(1 + scale * (H - mean H) / std H, limits)
 
@@ -203,14 +203,14 @@ def entropy_scaled_advantage(
         advantages: [B, T] float.
         entropies: [B, T] float, nats.
         mask: [B, T] bool.
-        scale: change of the factor per standard deviation of entropy.
-        limits: of the factor; None lets it become negative, as the released code does.
+        scale: The change of the factor per standard deviation of the entropy.
+        limits: The limits of the factor; None lets it become negative, as in the released code.
 
     Returns:
         [B, T] float, units of `advantages`, 0 where masked; no gradient.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: If shapes disagree.
 
     Source: Dong et al. 2025, arXiv:2510.14545.
     """
@@ -223,35 +223,35 @@ def entropy_scaled_advantage(
 
 
 def _centred(values: Tensor, groups: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Values less the mean of their group, the number of each one's group, and the weight of every group."""
+    """Return the values less their group's mean, each value's group number, and the weight of every group."""
     _, member = groups.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     count = _sum_by(member, weight)
-    # Taking the lowest return off first leaves equal returns at an exact 0, whatever their binary rounding.
+    # Subtracting the minimum first keeps equal returns at exactly 0, whatever their binary rounding.
     shifted = values - _lowest_by(member, values)[member]
     return shifted - (_sum_by(member, weight * shifted) / count)[member], member, count
 
 
 def _standardised(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Values less their mean over the mask, 0 outside it, and their unbiased variance."""
+    """Return the values less their mean over the mask, 0 outside it, and their unbiased variance."""
     same_shape("mask", mask, "values", values)
     if not bool(mask.any()):
         return torch.zeros_like(values), values.new_zeros(())
     kept = values.detach()[mask]
-    # As above: equal values are to have a variance of exactly 0.
+    # As in `_centred`: equal values must have a variance of exactly 0.
     shifted = kept - kept.min()
     centred = torch.zeros_like(values)
     centred[mask] = shifted - shifted.mean()
     return centred, centred.square().sum() / max(len(kept) - 1, 1)
 
 
-def _step_mean(values: Tensor, present: Tensor, share: Tensor | None) -> Tensor:
-    weight = present.to(values) if share is None else torch.where(present, share.to(values), 0.0)
+def _step_mean(values: Tensor, present: Tensor, weights: Tensor | None) -> Tensor:
+    weight = present.to(values) if weights is None else torch.where(present, weights.to(values), 0.0)
     total = weight.sum()
     return (weight * values).sum() / torch.where(total > 0, total, 1.0)
 
 
 def _following(values: Tensor, present: Tensor) -> Tensor:
-    """The value of each one's next step that is present; [E, K], 0 where there is none."""
+    """Return the value of the next step that is present; [E, K], 0 where there is none."""
     out = torch.zeros_like(values)
     ahead = values.new_zeros(len(values))
     for step in reversed(range(values.shape[1])):

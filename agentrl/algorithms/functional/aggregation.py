@@ -1,4 +1,4 @@
-"""From one number per token to one number: weights over a mask, and the count that divides their sum."""
+"""Aggregation of token values to one number: weights over a mask, and the count that divides their sum."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ Unit = Literal["turn", "trajectory"]
 
 
 def token_weights(mask: Tensor, turns: Tensor, trajectory: Tensor) -> tuple[Tensor, Tensor]:
-    """Every token counts the same.
+    """Weight every token equally.
 
         sum(w * x) / count = sum(x * m) / sum(m)
 
@@ -22,8 +22,8 @@ def token_weights(mask: Tensor, turns: Tensor, trajectory: Tensor) -> tuple[Tens
 
     Returns:
         w: [B, T] float64.
-        count: 0-dim, to divide by; kept apart so that parts of a batch (ranks) add up their counts and share
-            one denominator.
+        count: 0-dim, the divisor. It is returned separately, so that parts of a batch (ranks) can add up
+            their counts and share one denominator.
     """
     weights = mask.double()
     return weights, weights.sum()
@@ -32,15 +32,15 @@ def token_weights(mask: Tensor, turns: Tensor, trajectory: Tensor) -> tuple[Tens
 def sequence_weights(
     mask: Tensor, turns: Tensor, trajectory: Tensor, *, sequence: Unit = "trajectory"
 ) -> tuple[Tensor, Tensor]:
-    """Mean over the tokens of a sequence, then mean over sequences.
+    """Average over the tokens of a sequence, then over sequences.
 
         sum(w * x) / count = mean_s( sum_{t in s} x m / sum_{t in s} m )
 
-    A sequence is a trajectory or one turn of it, whichever rows its tokens are in; one without a token that
-    counts is not counted.
+    A sequence is a trajectory or one of its turns, whichever rows its tokens are in. A sequence without a
+    token in the mask is not counted.
 
-    Arguments and results are those of `token_weights`, the count being that of sequences; `sequence` says
-    what is averaged first.
+    Arguments and results are those of `token_weights`; the count is the number of sequences, and `sequence`
+    says what a sequence is.
     """
     member, total = sequence_members(mask, turns, trajectory, sequence)
     lengths = torch.bincount(member[mask], minlength=total).double()
@@ -49,11 +49,11 @@ def sequence_weights(
 
 
 def trajectory_weights(mask: Tensor, turns: Tensor, trajectory: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over the tokens of a turn, then over the turns of a trajectory, then over trajectories.
+    """Average over the tokens of a turn, then over the turns of a trajectory, then over trajectories.
 
-        w[b, t] = m / (turns with a token that counts in the trajectory * tokens that count in the turn)
+        w[b, t] = m / (turns of the trajectory with a token in the mask * tokens of the turn in the mask)
 
-    Arguments and results are those of `token_weights`, the count being that of trajectories.
+    Arguments and results are those of `token_weights`; the count is the number of trajectories.
 
     Source: Xu et al. 2025, arXiv:2509.22576 (the entropy of a trajectory).
     """
@@ -71,13 +71,13 @@ def trajectory_weights(mask: Tensor, turns: Tensor, trajectory: Tensor) -> tuple
 def constant_weights(
     mask: Tensor, turns: Tensor, trajectory: Tensor, *, length: int, sequence: Unit = "trajectory"
 ) -> tuple[Tensor, Tensor]:
-    """Sum over the tokens of a sequence, mean over sequences, divided by a length that is a constant.
+    """Sum over the tokens of a sequence, average over sequences, and divide by a constant length.
 
         sum(w * x) / count = mean_s( sum_{t in s} x m / length )
 
-    so that a long sequence is not discounted for its length, and the scale depends on no padding. Arguments
-    and results are those of `sequence_weights`, `length` in tokens; the weights sum to less than `count`
-    where sequences are shorter.
+    Tokens of long sequences are not weighted down, and the scale does not depend on padding. Arguments and
+    results are those of `sequence_weights`; `length` is in tokens. The weights sum to less than `count` if
+    sequences are shorter than `length`.
 
     Source: Liu et al. 2025, arXiv:2503.20783.
     """
@@ -86,12 +86,12 @@ def constant_weights(
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of [B, T] over a mask; 0 where it is empty, and no value outside it matters."""
+    """Average [B, T] over a mask; 0 if the mask is empty. Values outside the mask are ignored."""
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def sequence_members(mask: Tensor, turns: Tensor, trajectory: Tensor, sequence: Unit) -> tuple[Tensor, int]:
-    """Number the sequences that tokens belong to: [B, T] int64, and how many numbers there are."""
+    """Return the number of each token's sequence, [B, T] int64, and how many sequences there are."""
     same_shape("mask", mask, "turns", turns)
     owner = trajectory[:, None].expand_as(turns)
     if sequence == "turn":

@@ -1,4 +1,4 @@
-"""Entropy of a distribution, its averages over a batch, and how far it is from where it should be."""
+"""Entropy of a distribution, its means over a batch, and its distance from a band."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,12 @@ from agentrl.algorithms.functional.aggregation import sequence_weights, token_we
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Exact entropy of softmax(logits).
+    """Return the exact entropy of softmax(logits).
 
         H = -sum_v p_v log p_v,   dH/dlogits_v = -p_v (log p_v + H)
 
     Args:
-        logits: [..., V] float, already divided by the temperature of sampling; -inf forbids a token.
+        logits: [..., V] float, already divided by the sampling temperature; -inf forbids a token.
 
     Returns:
         [...] float, nats, with gradient.
@@ -21,12 +21,12 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def top_k_entropy(logprobs: Tensor) -> Tensor:
-    """Part of the entropy that the given tokens make up: a lower bound of it.
+    """Return the part of the entropy that comes from the given tokens, a lower bound of the entropy.
 
         H_k = -sum_v p_v log p_v   over the K tokens
 
     Args:
-        logprobs: [..., K] float, nats, mostly of the K likeliest tokens; -inf stands for none.
+        logprobs: [..., K] float, nats, usually of the K most likely tokens; -inf is padding.
 
     Returns:
         [...] float, nats, with gradient.
@@ -35,7 +35,7 @@ def top_k_entropy(logprobs: Tensor) -> Tensor:
 
 
 def entropy_means(entropies: Tensor, mask: Tensor, turns: Tensor, trajectory: Tensor) -> dict[str, Tensor]:
-    """Average entropy at three levels; they differ when turns or trajectories differ in length.
+    """Average the entropy at three levels, which differ if turns or trajectories differ in length.
 
         token      = sum(H m) / sum(m)
         turn       = mean over turns of the turn's token mean
@@ -43,12 +43,12 @@ def entropy_means(entropies: Tensor, mask: Tensor, turns: Tensor, trajectory: Te
 
     Args:
         entropies: [B, T] float, nats.
-        mask: [B, T] bool, the decisions.
+        mask: [B, T] bool, the action tokens.
         turns: [B, T] int64.
         trajectory: [B] int64.
 
     Returns:
-        0-dim tensors by level, in nats; 0 without any decision.
+        0-dim tensors by level, in nats; 0 if there is no action token.
     """
     levels = {
         "token": token_weights(mask, turns, trajectory),
@@ -59,50 +59,54 @@ def entropy_means(entropies: Tensor, mask: Tensor, turns: Tensor, trajectory: Te
     return {name: (weights * values).sum() / count.clamp(min=1) for name, (weights, count) in levels.items()}
 
 
-def corridor_violation(entropies: Tensor, reference: Tensor | float, low: float, high: float) -> Tensor:
-    """How far entropy is outside a corridor around its reference (EPO).
+def entropy_band_violation(entropies: Tensor, reference: Tensor | float, low: float, high: float) -> Tensor:
+    """Return how far the entropy is outside a band around its reference (EPO).
 
         S = max(low * ref - H, 0) + max(H - high * ref, 0)
 
     Args:
         entropies: [B, T] float, nats.
         reference: [B, T] float or a number, nats; no gradient flows to it.
-        low: lower bound of the corridor, as a multiple of the reference.
-        high: upper bound, likewise.
+        low: The lower bound of the band, as a multiple of the reference.
+        high: The upper bound, likewise.
 
     Returns:
         [B, T] float, nats, with gradient.
 
     Source: Xu et al. 2025, arXiv:2509.22576.
     """
-    floor, ceiling = _corridor(entropies, reference, low, high)
+    floor, ceiling = _entropy_band(entropies, reference, low, high)
     return (floor - entropies).relu() + (entropies - ceiling).relu()
 
 
-def corridor_indicator(
+def entropy_band_indicator(
     entropies: Tensor, reference: Tensor | float, low: float, high: float, *, strict: bool = True
 ) -> Tensor:
-    """Whether entropy is outside the corridor of `corridor_violation`; a constant, so nothing learns from it.
+    """Return whether the entropy is outside the band of `entropy_band_violation`.
+
+    The result is a constant: it adds to the loss and gives no gradient.
 
     Args:
         entropies: [B, T] float, nats.
         reference: [B, T] float or a number, nats.
-        low: lower bound of the corridor, as a multiple of the reference.
-        high: upper bound, likewise.
-        strict: a value on a bound is outside.
+        low: The lower bound of the band, as a multiple of the reference.
+        high: The upper bound, likewise.
+        strict: Whether a value exactly on a bound is outside.
 
     Returns:
         [B, T] float, 1 outside and 0 inside; no gradient.
 
     Source: Xu et al. 2025, arXiv:2509.22576 (its released code).
     """
-    floor, ceiling = _corridor(entropies, reference, low, high)
+    floor, ceiling = _entropy_band(entropies, reference, low, high)
     inside = (floor < entropies) & (entropies < ceiling)
     if not strict:
         inside |= (entropies == floor) | (entropies == ceiling)
     return (~inside).to(entropies.dtype)
 
 
-def _corridor(entropies: Tensor, reference: Tensor | float, low: float, high: float) -> tuple[Tensor, Tensor]:
+def _entropy_band(
+    entropies: Tensor, reference: Tensor | float, low: float, high: float
+) -> tuple[Tensor, Tensor]:
     centre = torch.as_tensor(reference, dtype=entropies.dtype, device=entropies.device).detach()
     return low * centre, high * centre

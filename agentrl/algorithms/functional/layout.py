@@ -1,4 +1,4 @@
-"""Between rows of tokens [B, T], trajectories [E, L] and their turns [E, K], whichever rows these are in."""
+"""Conversions between token rows [B, T], trajectories [E, L] and turns [E, K], for every layout of rows."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from agentrl.algorithms.functional.shapes import same_shape
 
 
-def spread(values: Tensor, trajectory: Tensor, sampled: Tensor) -> Tensor:
+def broadcast_to_tokens(values: Tensor, trajectory: Tensor, sampled: Tensor) -> Tensor:
     """Give every sampled token the value of its trajectory.
 
         out[b, t] = values[trajectory[b]] where sampled, else 0
@@ -23,23 +23,23 @@ def spread(values: Tensor, trajectory: Tensor, sampled: Tensor) -> Tensor:
 
 
 def unroll(mask: Tensor, turns: Tensor, trajectory: Tensor, episodes: int) -> tuple[Tensor, Tensor]:
-    """Find the decisions of every trajectory, in the order in which they were made.
+    """Return the indices of every trajectory's action tokens, in the order of sampling.
 
-        x.flatten()[index] is x of trajectory e's l-th decision where valid
+        x.flatten()[index] is x of trajectory e's l-th action token where valid
 
     Args:
-        mask: [B, T] bool, the decisions.
-        turns: [B, T] int64, turn index of each decision.
+        mask: [B, T] bool, the action tokens.
+        turns: [B, T] int64, turn index of each action token.
         trajectory: [B] int64, from 0 to `episodes` - 1.
-        episodes: number of trajectories, E.
+        episodes: The number of trajectories, E.
 
     Returns:
-        index: [E, L] int64 into the B * T flattened positions, by turn and then by position in the row; L is
-            the most decisions of one trajectory; 0 where not valid.
+        index: [E, L] int64 into the B * T flattened positions, ordered by turn and then by position in the
+            row; L is the largest number of action tokens of a trajectory; 0 where not valid.
         valid: [E, L] bool.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: If shapes disagree.
     """
     same_shape("mask", mask, "turns", turns)
     rows, positions = mask.nonzero(as_tuple=True)
@@ -54,26 +54,26 @@ def unroll(mask: Tensor, turns: Tensor, trajectory: Tensor, episodes: int) -> tu
     return index, valid
 
 
-def step_means(
+def turn_means(
     values: Tensor, mask: Tensor, turns: Tensor, trajectory: Tensor, episodes: int
 ) -> tuple[Tensor, Tensor]:
-    """Average over the decisions of every turn.
+    """Average over the action tokens of every turn.
 
-        means[e, k] = mean of values over the decisions of turn k of trajectory e
+        means[e, k] = mean of values over the action tokens of turn k of trajectory e
 
     Args:
         values: [B, T] float.
-        mask: [B, T] bool, the decisions.
-        turns: [B, T] int64, turn index of each decision, below 0 where there is no turn.
+        mask: [B, T] bool, the action tokens.
+        turns: [B, T] int64, turn index of each action token, below 0 where there is no turn.
         trajectory: [B] int64.
-        episodes: number of trajectories, E.
+        episodes: The number of trajectories, E.
 
     Returns:
-        means: [E, K] float, K being one above the highest turn index; 0 where not present.
-        present: [E, K] bool, the turns with a decision.
+        means: [E, K] float, where K is the highest turn index plus 1; 0 where not present.
+        present: [E, K] bool, the turns with an action token.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: If shapes disagree.
     """
     same_shape("mask", mask, "values", values)
     same_shape("turns", turns, "values", values)
@@ -86,22 +86,22 @@ def step_means(
     return means.reshape(episodes, width), (counts > 0).reshape(episodes, width)
 
 
-def spread_steps(table: Tensor, turns: Tensor, trajectory: Tensor, mask: Tensor) -> Tensor:
-    """Give every decision the value of its turn.
+def broadcast_turns_to_tokens(table: Tensor, turns: Tensor, trajectory: Tensor, mask: Tensor) -> Tensor:
+    """Give every action token the value of its turn.
 
         out[b, t] = table[trajectory[b], turns[b, t]] where mask, else 0
 
     Args:
         table: [E, K] float.
-        turns: [B, T] int64, below K at every decision.
+        turns: [B, T] int64, below K at every action token.
         trajectory: [B] int64.
-        mask: [B, T] bool, the decisions.
+        mask: [B, T] bool, the action tokens.
 
     Returns:
         [B, T] float.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: If shapes disagree.
     """
     same_shape("mask", mask, "turns", turns)
     out = torch.zeros(mask.shape, dtype=table.dtype, device=table.device)

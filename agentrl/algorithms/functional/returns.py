@@ -1,4 +1,4 @@
-"""Credit by token: what is still to come, and how much more it is than a value function expected."""
+"""Credit by token: discounted returns, generalised advantage estimation and the overlong penalty."""
 
 import torch
 from torch import Tensor
@@ -9,24 +9,24 @@ from agentrl.algorithms.functional.shapes import same_shape
 def discounted_returns(
     rewards: Tensor, mask: Tensor, *, gamma: float, restart: Tensor | None = None
 ) -> Tensor:
-    """Sum the rewards from every decision on.
+    """Sum the discounted rewards from every action token on.
 
-        G[t] = r[t] + gamma G[next decision of the row],   G[t] = r[t] at its last one and where restart[t]
+        G[t] = r[t] + gamma G[next action token],   G[t] = r[t] at the row's last one and where restart[t]
 
-    Tokens that do not count are skipped: they neither discount nor restart. For trajectories of several rows,
-    `unroll` them first.
+    Masked tokens are skipped: they neither discount nor restart. Use `unroll` first for trajectories of
+    several rows.
 
     Args:
-        rewards: [B, T] float; a reward counts at a decision only.
-        mask: [B, T] bool, the decisions.
-        gamma: discount per decision.
-        restart: [B, T] bool, decisions into which nothing flows back from later ones; None for nowhere.
+        rewards: [B, T] float; only rewards at action tokens count.
+        mask: [B, T] bool, the action tokens.
+        gamma: The discount per action token.
+        restart: [B, T] bool, action tokens that get nothing from later ones; None for nowhere.
 
     Returns:
         [B, T] float, units of `rewards`, 0 where masked; no gradient.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: If shapes disagree.
     """
     same_shape("mask", mask, "rewards", rewards)
     if restart is not None:
@@ -54,31 +54,31 @@ def gae(
     lam_token: float = 1.0,
     last_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation, with a discount of its own between turns.
+    """Compute generalised advantage estimates, with a separate discount between turns.
 
         delta[t] = r[t] + gamma V[n] - V[t],   A[t] = delta[t] + gamma lam A[n],   return[t] = A[t] + V[t]
 
-    where n is the next decision of the row; gamma and lam are those of the turn where n is in another turn
-    than t, and at the last decision, where V[n] is `last_values` and A[n] is 0; else those of the token.
-    Tokens that do not count are skipped. For trajectories of several rows, `unroll` them first.
+    where n is the next action token of the row. gamma and lam are those of the turn if n is in another turn
+    than t, else those of the token. The last action token uses those of the turn, with `last_values` for V[n]
+    and 0 for A[n]. Masked tokens are skipped. Use `unroll` first for trajectories of several rows.
 
     Args:
-        rewards: [B, T] float; a reward counts at a decision only.
-        values: [B, T] float, return expected before each token.
-        mask: [B, T] bool, the decisions.
-        turns: [B, T] int64, turn index of each decision.
-        gamma_turn: discount from one turn to the next.
-        lam_turn: trust in what follows a turn over the value function.
-        gamma_token: discount inside a turn.
-        lam_token: likewise.
-        last_values: [B] float, return expected after the last token, for rows that a limit cut off and 0 for
-            others; None for 0 everywhere.
+        rewards: [B, T] float; only rewards at action tokens count.
+        values: [B, T] float, expected return before each token.
+        mask: [B, T] bool, the action tokens.
+        turns: [B, T] int64, turn index of each action token.
+        gamma_turn: The discount from one turn to the next.
+        lam_turn: The GAE lambda between turns.
+        gamma_token: The discount within a turn.
+        lam_token: The GAE lambda within a turn.
+        last_values: [B] float, expected return after the last token for truncated rows, 0 for other rows;
+            None for 0 everywhere.
 
     Returns:
         Advantages and returns, [B, T] float each, units of `rewards`, 0 where masked; no gradient.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: If shapes disagree.
 
     Source: Schulman et al. 2016, arXiv:1506.02438.
     """
@@ -103,20 +103,20 @@ def gae(
 
 
 def overlong_penalty(lengths: Tensor, limit: int, cache: int) -> Tensor:
-    """Punish a reply for coming close to the limit.
+    """Return the penalty of a reply whose length is close to the limit or above it.
 
         0 up to limit - cache tokens;   (limit - cache - length) / cache up to the limit;   -1 beyond
 
     Args:
-        lengths: any shape, in tokens.
-        limit: in tokens.
-        cache: the last tokens before it, over which the penalty grows.
+        lengths: Any shape, in tokens.
+        limit: The maximum length, in tokens.
+        cache: The number of tokens before the limit over which the penalty grows.
 
     Returns:
         The shape of `lengths`, float, reward units.
 
     Raises:
-        ValueError: unless 0 < cache <= limit.
+        ValueError: Unless 0 < cache <= limit.
 
     Source: Yu et al. 2025, arXiv:2503.14476.
     """
@@ -126,6 +126,6 @@ def overlong_penalty(lengths: Tensor, limit: int, cache: int) -> Tensor:
 
 
 def _backwards(mask: Tensor) -> list[int]:
-    """Positions at which any row has a token that counts, the last one first."""
+    """Return the positions at which any row has a token in the mask, last one first."""
     positions: list[int] = mask.any(dim=0).nonzero().flatten().flip(0).tolist()
     return positions

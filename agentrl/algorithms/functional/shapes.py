@@ -1,13 +1,13 @@
-"""The check that functions of several tensors share."""
+"""Shape check for functions of several tensors."""
 
 from torch import Tensor
 
 
 def same_shape(name: str, value: Tensor, other: str, wanted: Tensor) -> None:
-    """Refuse two tensors that do not describe the same things.
+    """Refuse two tensors of different shapes.
 
     Raises:
-        ValueError: naming both, and both shapes.
+        ValueError: Names both tensors and their shapes.
     """
     if value.shape != wanted.shape:
         raise ValueError(

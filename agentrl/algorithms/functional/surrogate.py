@@ -1,4 +1,4 @@
-"""Losses of the policy and of the value function, token by token, and what they are made of."""
+"""Policy and value losses by token, and their building blocks."""
 
 import torch
 from torch import Tensor
@@ -6,11 +6,11 @@ from torch import Tensor
 from agentrl.algorithms.functional.aggregation import masked_mean, sequence_members
 from agentrl.algorithms.functional.shapes import same_shape
 
-_EXPONENT_LIMIT = 20.0  # exp(20) is 5e8: past any use, short of any overflow
+_EXPONENT_LIMIT = 20.0  # exp(20) is 5e8: larger than any useful ratio, far from overflow
 
 
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """New over old probability, exp(logprobs - old_logprobs), the exponent kept within [-20, 20]; [B, T]."""
+    """Return exp(logprobs - old_logprobs), with the exponent clamped to [-20, 20]; [B, T]."""
     exponent = logprobs - old_logprobs.detach()
     return exponent.clamp(-_EXPONENT_LIMIT, _EXPONENT_LIMIT).exp()
 
@@ -18,26 +18,26 @@ def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 def sequence_ratio(
     logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, turns: Tensor, trajectory: Tensor
 ) -> Tensor:
-    """Give the tokens of a turn one ratio, the geometric mean of theirs (GSPO).
+    """Give the tokens of a turn one ratio, the geometric mean of their ratios (GSPO).
 
         s = exp( mean over the turn of logprobs - old_logprobs )
         out[t] = s * exp(logprobs[t] - sg(logprobs[t]))
 
-    where sg stops the gradient, so that d out[t] / d logprobs[t] = s. The exponent of s is kept within
-    [-20, 20].
+    where sg stops the gradient, so that d out[t] / d logprobs[t] = s. The exponent of s is clamped to [-20,
+    20].
 
     Args:
         logprobs: [B, T] float, nats.
         old_logprobs: [B, T] float, nats; no gradient flows to them.
-        mask: [B, T] bool, the decisions.
-        turns: [B, T] int64, turn index of each decision; a turn is a sequence of its own.
+        mask: [B, T] bool, the action tokens.
+        turns: [B, T] int64, turn index of each action token; every turn is a sequence.
         trajectory: [B] int64.
 
     Returns:
         [B, T] float, dimensionless, 1 where masked.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: If shapes disagree.
 
     Source: Zheng et al. 2025, arXiv:2507.18071.
     """
@@ -59,20 +59,20 @@ def clipped_surrogate(
     upper: Tensor | float,
     dual: float | None = None,
 ) -> Tensor:
-    """Penalise ratios that leave [lower, upper] in the direction that the advantage asks for.
+    """Return the policy loss that gives no incentive for ratios outside [lower, upper].
 
         L = max(-A * ratio, -A * clip(ratio, lower, upper))
         min(L, -A * dual) where A < 0 and `dual` is set
 
-    Its derivative by the logprob is -A * ratio, except 0 where (A > 0, ratio > upper), (A < 0, ratio < lower)
-    or (A < 0, ratio > dual).
+    Its derivative with respect to the logprob is -A * ratio, but 0 where (A > 0, ratio > upper), (A < 0,
+    ratio < lower) or (A < 0, ratio > dual).
 
     Args:
-        ratio: [B, T] float, of new to old probability.
+        ratio: [B, T] float, new over old probability.
         advantages: [B, T] float; no gradient flows to them.
-        lower: bound of the ratio, a number or [B, T].
-        upper: likewise.
-        dual: above 1, or None for no second clip.
+        lower: The lower bound of the ratio, a number or [B, T].
+        upper: The upper bound of the ratio, a number or [B, T].
+        dual: The bound of the dual clip, above 1, or None for no dual clip.
 
     Returns:
         [B, T] float.
@@ -95,56 +95,56 @@ def stop_gradient_clipped_surrogate(
     upper: Tensor | float,
     dual: float | None = None,
 ) -> Tensor:
-    """Take the value of `clipped_surrogate`, and keep a gradient where the upper bound would stop it.
+    """Return `clipped_surrogate` with a gradient above the upper bound.
 
-        L = max(-A * ratio, -A * c),   c = (upper / sg(ratio)) * ratio above `upper`, else as there
+        L = max(-A * ratio, -A * c),   c = (upper / sg(ratio)) * ratio above `upper`, else the clipped ratio
 
-    where sg stops the gradient. Its derivative by the logprob is that of `clipped_surrogate`, except
-    -A * upper instead of 0 where (A > 0, ratio > upper).
+    where sg stops the gradient. Its derivative with respect to the logprob is that of `clipped_surrogate`,
+    but -A * upper instead of 0 where (A > 0, ratio > upper).
 
     Arguments and result are those of `clipped_surrogate`.
 
-    Source: Dong et al. 2025, arXiv:2510.14545 (on top of the sources there).
+    Source: Dong et al. 2025, arXiv:2510.14545 (in addition to those of `clipped_surrogate`).
     """
     value = clipped_surrogate(ratio, advantages, lower, upper, dual)
-    held = (advantages > 0) & (ratio > upper)
-    above = torch.where(held, ratio, 1.0)
-    return torch.where(held, -advantages.detach() * upper * (above / above.detach()), value)
+    above_bound = (advantages > 0) & (ratio > upper)
+    above = torch.where(above_bound, ratio, 1.0)
+    return torch.where(above_bound, -advantages.detach() * upper * (above / above.detach()), value)
 
 
 def clipped(ratio: Tensor, advantages: Tensor, lower: Tensor | float, upper: Tensor | float) -> Tensor:
-    """Where `clipped_surrogate` holds a ratio back: [B, T] bool (the dual clip is not counted)."""
+    """Return where `clipped_surrogate` clips a ratio, without the dual clip; [B, T] bool."""
     return ((advantages > 0) & (ratio > upper)) | ((advantages < 0) & (ratio < lower))
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """Half the squared error of a value function that is not to move far in one step.
+    """Return half the squared error of the values, clipped around the old values.
 
         L = 0.5 max( (V - return)^2, (clip(V, V_old - clip, V_old + clip) - return)^2 )
 
     Args:
         values: [B, T] float, reward units.
         old_values: [B, T] float, those of the scoring pass; no gradient flows to them.
-        returns: [B, T] float, likewise.
-        clip: in reward units.
+        returns: [B, T] float, the targets; no gradient flows to them.
+        clip: The clip range, in reward units.
 
     Returns:
         [B, T] float, squared reward units.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: If shapes disagree.
 
     Source: Schulman et al. 2017, arXiv:1707.06347 (its released code).
     """
     same_shape("old_values", old_values, "values", values)
     same_shape("returns", returns, "values", values)
-    old, wanted = old_values.detach(), returns.detach()
-    held = values.clamp(min=old - clip, max=old + clip)
-    return 0.5 * torch.maximum((values - wanted).square(), (held - wanted).square())
+    old, targets = old_values.detach(), returns.detach()
+    near = values.clamp(min=old - clip, max=old + clip)
+    return 0.5 * torch.maximum((values - targets).square(), (near - targets).square())
 
 
 def kl_k1(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Log-ratio k1 = logprobs - reference, whose mean over the policy's own samples is the KL; [B, T] nats.
+    """Return k1 = logprobs - reference, whose mean over the policy's own samples is the KL; [B, T] nats.
 
     Source: Schulman 2020, "Approximating KL divergence".
     """
@@ -152,37 +152,37 @@ def kl_k1(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 
 def kl_k2(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Half the square of k1: biased, never negative, its gradient is that of the KL; [B, T] nats."""
+    """Return half the square of k1: biased, never negative, with the gradient of the KL; [B, T] nats."""
     return 0.5 * kl_k1(logprobs, reference).square()
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """exp(-k1) + k1 - 1: unbiased, never negative; the exponent is kept within [-20, 20]; [B, T] nats."""
+    """Return exp(-k1) + k1 - 1: unbiased, never negative; the exponent is within [-20, 20]; [B, T] nats."""
     k1 = kl_k1(logprobs, reference)
     return (-k1).clamp(-_EXPONENT_LIMIT, _EXPONENT_LIMIT).exp() + k1 - 1
 
 
 def truncated_importance(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
-    """Weights for tokens that another policy drew than the one that learns (truncated importance sampling).
+    """Return truncated importance weights for tokens that another policy than the learner sampled.
 
         out = min( exp(old_logprobs - rollout_logprobs), cap )
 
     Args:
-        old_logprobs: [B, T] nats, of the policy that learns, before its update.
-        rollout_logprobs: [B, T] nats, of the one that drew.
-        cap: above 0.
+        old_logprobs: [B, T] nats, of the learner before its update.
+        rollout_logprobs: [B, T] nats, of the policy that sampled.
+        cap: The upper limit of the weights, above 0.
 
     Returns:
-        [B, T], without a gradient.
+        [B, T], without gradient.
 
     Source: Espeholt et al. 2018, arXiv:1802.01561 (the truncation); Fu et al. 2025, arXiv:2505.24298 (AReaL:
-    as the weight of a clipped surrogate whose ratio is to `old_logprobs`).
+    as the weight of a clipped surrogate whose ratio is relative to `old_logprobs`).
     """
     return probability_ratio(old_logprobs.detach(), rollout_logprobs).clamp(max=cap)
 
 
 def covariance(advantages: Tensor, logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Each token's part in the covariance of advantage and logprob: where high, entropy is lost.
+    """Return each token's part in the covariance of advantage and logprob; high values reduce the entropy.
 
         out = (A - mean A) * (logprobs - mean logprobs),   means over the tokens of the mask
 
@@ -195,7 +195,7 @@ def covariance(advantages: Tensor, logprobs: Tensor, mask: Tensor) -> Tensor:
         [B, T] float, nats times the unit of `advantages`, 0 where masked; no gradient.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: If shapes disagree.
 
     Source: Cui et al. 2025, arXiv:2505.22617.
     """

@@ -1,4 +1,4 @@
-"""AEPO: entropy decides where rollouts branch, how much credit a token gets, and which gradients are kept."""
+"""AEPO: entropy decides where rollouts branch, how tokens are credited, and which gradients are kept."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss
-from agentrl.algorithms.features import branch_shares
+from agentrl.algorithms.branching import opening_entropy
+from agentrl.algorithms.features import branch_weights
 from agentrl.algorithms.hooks import (
     Bounds,
     Context,
@@ -21,7 +22,7 @@ from agentrl.algorithms.hooks import (
     Outputs,
     Transform,
     excludes,
-    given,
+    require_tensor,
     requires,
     trait,
 )
@@ -32,36 +33,37 @@ from agentrl.data.trajectory import BranchPoint, Episode, Turn
 from agentrl.errors import ConfigError
 from agentrl.seeds import derive_seed
 
-OPENING = 20  # decisions of a turn whose entropy stands for the turn
-
 Limits = tuple[SignedWeight, SignedWeight]
 
 
 @recipe("aepo")
 @dataclass(frozen=True)
 class AEPO(Recipe):
-    """Agentic entropy-balanced policy optimisation: branches, credit and clipping that follow entropy.
+    """Agentic entropy-balanced policy optimisation: branching, credit and clipping that depend on entropy.
 
-    This is the AEPO of arXiv 2510.14545; arbitrary entropy policy optimisation (arXiv 2510.08141) and the
-    adaptive one of ARES, other methods, are called so as well.
+        advantage = A * clip(1 + entropy_advantage * (H - mean H) / std H, advantage_limits)
+        P         = clip((offset + entropy_weight * dH) * max(0, 1 - branch_penalty * streak), 0, 1)
 
-    A task's first rollout is played alone. The entropies of its first turn and of the later ones decide how
-    many more begin at the first observation; the rest of the group size is left for branches. A branch
-    starts, in the state that the environment has just reached, where a turn was less certain than the first
-    of its path; the more replies in a row have branched on a path, the less. What is left when all have ended
-    begins at the first observation, all at once, and so without branches of its own. A turn's entropy is the
-    mean over its first 20 decisions, in units of the logarithm of the vocabulary; a turn without decisions
-    starts no branch.
+    This is the AEPO of arXiv 2510.14545. Other methods have the same short name: arbitrary entropy policy
+    optimisation (arXiv 2510.08141) and the adaptive one of ARES.
 
-    The preset `released` does what the released code does, as far as it is to be had without lock step:
-    - the released scripts leave the measured split off: half of the group begins at the first observation
-      (`initial_rollouts: measured` brings the split back);
+    The first rollout of a task is played alone. The entropies of its first turn and of the later ones decide
+    how many more rollouts start at the first observation; the rest of the group size is reserved for
+    branches. A branch starts in the state that the environment has just reached, if the last turn was less
+    certain than the first turn of its path. The more replies in a row have branched on a path, the less
+    likely the next branch. When all episodes have ended, the remaining ones start at the first observation,
+    all at once, and have no branches of their own. A turn's entropy is the mean over its first 20 action
+    tokens, in units of the logarithm of the vocabulary. A turn without action tokens starts no branch.
+
+    The preset `released` follows the released code, as far as possible without lock-step rollouts:
+    - the released scripts do not use the measured split: half of the group starts at the first observation
+      (`initial_rollouts: measured` uses the split);
     - the measured split is rounded down and 1 is added, and the first turn counts among the later ones;
-    - a turn's entropy is the sum, not the mean, over its first decisions (exact entropies all the same,
-      where the released code adds up the ten likeliest tokens);
+    - a turn's entropy is the sum, not the mean, over its first action tokens (with exact entropies, while the
+      released code adds up the ten most likely tokens);
     - a branch is compared with its own first turn, not with its path's;
     - replies in a row are counted over all paths of the task;
-    - the entropy advantage is left out: the released scripts never compute the entropies that it needs.
+    - the entropy advantage is off: the released scripts never compute the entropies that it needs.
 
         field             | paper     | released   | ours
         base.name         | grpo      | grpo       | grpo
@@ -74,30 +76,33 @@ class AEPO(Recipe):
         allocation_slope  | 4.0       | 0.5        | 4.0
         branch_rule       | threshold | stochastic | stochastic
 
-    The paper's slope, offset, weight and threshold of branching are not known to us, and ours. The scripts
-    ran groups of 16, 8 of them at the first observation.
+    The paper's slope, offset, weight and threshold of branching are not known to us; the values are ours. The
+    released scripts ran groups of 16, 8 of them starting at the first observation.
 
     Args:
-        base: what is modified.
-        entropy_advantage: change of an advantage's factor per standard deviation of the token's entropy, over
-            the rollout batch; 0 leaves advantages alone.
-        advantage_limits: of that factor; null lets advantages change sign.
-        stop_gradient_clip: keep the gradient of ratios above the upper bound, at the bound's size.
-        branch: whether rollouts branch at all.
-        initial_rollouts: that begin at the first observation; `measured` by the first of them; `half` of the
-            group; null is what the preset has.
-        allocation_slope: of the measured split (the released code has 0.5, which hardly moves it).
-        branch_rule: `stochastic` draws a number in [0, 1) for every attempt, `threshold` takes
-            `branch_offset` instead.
-        branch_probability: what must be reached (`stochastic`) or passed (`threshold`).
-        branch_offset: of `threshold`.
-        entropy_weight: of the turn's entropy above the first one's.
-        branch_penalty: taken off, as a share, for every reply in a row that has branched.
-        beam: paths that one may become at a reply; `branch: false` starts no branches.
-        prefix_weight: of turns that branches share: `full` trains them once per branch with the advantage of
-            each, as released; `shared` divides the weight by the number of branches.
-        parity: `official` is the preset `released`, but of the table it takes entropy_advantage, which it
-            allows no other value, and initial_rollouts, unless given; `paper` says nothing.
+        base: The recipe that is modified.
+        entropy_advantage: The change of an advantage's factor per standard deviation of the token's entropy,
+            over the rollout batch; 0 leaves advantages unchanged.
+        advantage_limits: The limits of that factor; null lets advantages change their sign.
+        stop_gradient_clip: Whether ratios above the upper bound keep a gradient, of the bound's size.
+        branch: Whether rollouts branch.
+        initial_rollouts: The number of rollouts that start at the first observation: a number, `measured` by
+            the first of them, or `half` of the group; null takes the value of the preset.
+        allocation_slope: The slope of the measured split (0.5 in the released code, which has almost no
+            effect).
+        branch_rule: `stochastic` draws the offset in [0, 1) for every attempt, `threshold` takes
+            `branch_offset`.
+        branch_probability: The score that must be reached (`stochastic`) or exceeded (`threshold`).
+        branch_offset: The offset of `threshold`.
+        entropy_weight: The weight of the turn's entropy above the first turn's.
+        branch_penalty: The share subtracted for every reply in a row that has branched.
+        beam: The maximum number of paths after a reply, including the original one; use `branch: false` for
+            no branches.
+        prefix_weight: The weight of turns that branches share: `full` trains them once per branch with the
+            advantage of each, as released; `shared` divides the weight by the number of branches.
+        parity: `official` follows the preset `released` in what no field describes; of the table it sets
+            entropy_advantage (and refuses other values) and, unless given, initial_rollouts. `paper` has no
+            effect.
     """
 
     PRESETS: ClassVar[Presets] = {
@@ -141,6 +146,7 @@ class AEPO(Recipe):
             )
 
     def build(self) -> Algorithm:
+        """Build the base with the changes of AEPO."""
         base = without_replay(self.base)
         if self.stop_gradient_clip and base.surrogate is not clipped_policy_loss:
             raise ConfigError(
@@ -172,13 +178,13 @@ class AEPO(Recipe):
 @requires("rollout:entropy")
 @dataclass
 class EntropyBranching:
-    """The rollouts of one task, as `AEPO` says; a `BranchPolicy`.
+    """Rollouts of one task that branch by entropy, as `AEPO` describes; a `BranchPolicy`.
 
     Args:
-        settings: of the method.
-        budget: episodes of the task.
-        seed: of the draws, each of which depends on the episode, the turn and the attempt too.
-        context: for the size of the vocabulary; where that is unknown, entropies stay in nats.
+        settings: The recipe.
+        budget: The number of episodes of the task.
+        seed: The seed of the draws, each of which also depends on the episode, the turn and the attempt.
+        context: Provides the size of the vocabulary; if it is unknown, entropies stay in nats.
     """
 
     settings: AEPO
@@ -190,6 +196,7 @@ class EntropyBranching:
     _task_streak: int = field(default=0, init=False)
 
     def begin(self) -> Sequence[BranchPoint | None]:
+        """Start the first rollouts."""
         initial = self.settings.initial_rollouts
         self._measuring = initial == "measured"
         if initial == "measured":
@@ -199,6 +206,7 @@ class EntropyBranching:
     def reached(
         self, episode: str, parent: BranchPoint | None, turns: Sequence[Turn]
     ) -> Sequence[BranchPoint | None]:
+        """Start a branch for each attempt that succeeds at the current state."""
         entropy = self._entropy(turns[-1])
         if self._measuring or entropy is None:
             return ()
@@ -211,6 +219,7 @@ class EntropyBranching:
         return [BranchPoint(episode, len(turns))] * fired
 
     def ended(self, episode: Episode) -> Sequence[BranchPoint | None]:
+        """Start the other initial rollouts when the measured one has ended."""
         if not self._measuring:
             return ()
         self._measuring = False
@@ -228,7 +237,7 @@ class EntropyBranching:
         return opening_entropy(turn, self.context.vocabulary, total=self._official)
 
     def _profile(self, turns: Sequence[Turn]) -> tuple[float, float]:
-        """Entropy of the first turn and of the later ones; equal where one is unknown."""
+        """Return the entropy of the first turn and of the later ones; equal if one is unknown."""
         found = [self._entropy(turn) for turn in turns]
         root = found[0] if found else None
         later = [value for value in found[0 if self._official else 1 :] if value is not None]
@@ -237,7 +246,7 @@ class EntropyBranching:
         return root, sum(later) / len(later)
 
     def _streak(self, episode: str, parent: BranchPoint | None, before: int) -> int:
-        """Replies in a row, up to the last but one, at which the path branched; a branch has its parent's."""
+        """Count the replies in a row, up to the last but one, at which the path or its parent branched."""
         if self._official:
             return self._task_streak
         if parent is not None and parent.turn == before:
@@ -259,33 +268,17 @@ class EntropyBranching:
         return score >= wanted if stochastic else score > wanted
 
 
-def opening_entropy(turn: Turn, vocabulary: int, *, total: bool = False) -> float | None:
-    """Mean entropy of a turn's first 20 decisions, over the logarithm of the vocabulary; None without any.
-
-    Args:
-        turn: with the entropies of its decisions.
-        vocabulary: number of tokens; below 2, as when unknown, the result is in nats.
-        total: add up the entropies instead.
-    """
-    decisions = [value for value, decided in zip(turn.entropies, turn.sampled, strict=False) if decided]
-    opening = decisions[:OPENING]
-    if not opening:
-        return None
-    scale = math.log(vocabulary) if vocabulary > 1 else 1.0
-    return sum(opening) / (1 if total else len(opening)) / scale
-
-
 def initial_rollouts(budget: int, root: float, tool: float, *, slope: float, round_up: bool = False) -> int:
-    """How many rollouts of a task begin at the first observation; the others are left for branches.
+    """Return how many rollouts of a task start at the first observation; the others can branch.
 
         m = clamp( floor( k * sigmoid(slope * (H_root - H_tool)) + 1/2 ), 1, k )
 
     Args:
-        budget: k, rollouts of the task.
+        budget: k, the number of rollouts of the task.
         root: H_root, entropy of the first turn, over the logarithm of the vocabulary.
-        tool: H_tool, likewise of the turns that answer the environment.
-        slope: how sharply the difference decides.
-        round_up: add 1 instead of 1/2, as the released code does.
+        tool: H_tool, entropy of the turns that answer the environment, over the logarithm of the vocabulary.
+        slope: The slope of the sigmoid.
+        round_up: Whether to add 1 instead of 1/2, as the released code does.
 
     Source: Dong et al. 2025, arXiv:2510.14545.
     """
@@ -294,16 +287,16 @@ def initial_rollouts(budget: int, root: float, tool: float, *, slope: float, rou
 
 
 def branch_score(change: float, streak: int, *, offset: float, weight: float, penalty: float) -> float:
-    """How much speaks for a branch.
+    """Return the score that decides whether to branch.
 
         P = clamp( (offset + weight * change) * max(0, 1 - penalty * streak), 0, 1 )
 
     Args:
-        change: of entropy since the first turn of the path, over the logarithm of the vocabulary.
-        streak: replies in a row at which the path has branched.
-        offset: a constant (the paper) or a fresh uniform draw (the released code).
-        weight: of the change.
-        penalty: per reply of the streak.
+        change: The change of entropy since the first turn of the path, over the logarithm of the vocabulary.
+        streak: The number of replies in a row at which the path has branched.
+        offset: A constant (the paper) or a fresh uniform draw (the released code).
+        weight: The weight of the change.
+        penalty: The penalty per reply of the streak.
 
     Source: Dong et al. 2025, arXiv:2510.14545.
     """
@@ -315,11 +308,11 @@ def branch_score(change: float, streak: int, *, offset: float, weight: float, pe
 def scale_by_entropy(
     advantages: Tensor, batch: Batch, context: Context, *, scale: float, limits: Limits | None
 ) -> Tensor:
-    """Multiply advantages by the standing of the token's entropy in the rollout batch; [B, T].
+    """Scale advantages by the token's standardised entropy in the rollout batch; [B, T].
 
     See `entropy_scaled_advantage`.
     """
-    entropies = given(batch.old_entropies, "old_entropies")
+    entropies = require_tensor(batch.old_entropies, "old_entropies")
     return functional.entropy_scaled_advantage(
         advantages, entropies, batch.sampled, scale=scale, limits=limits
     )
@@ -327,27 +320,29 @@ def scale_by_entropy(
 
 @excludes(sequence_ratio="it holds the ratio of one token, not that of a sequence")
 def stop_gradient_policy_loss(outputs: Outputs, mini: MiniBatch, bounds: Bounds | None) -> Tensor:
-    """The clipped surrogate's value, with a gradient above the upper bound; [B, T]."""
+    """Return the value of the clipped surrogate, with a gradient above the upper bound; [B, T]."""
     if bounds is None:
         return clipped_policy_loss(outputs, mini, None)
     return functional.stop_gradient_clipped_surrogate(
-        given(outputs.ratio, "ratio"), mini.advantages, bounds.lower, bounds.upper, bounds.dual
+        require_tensor(outputs.ratio, "ratio"), mini.advantages, bounds.lower, bounds.upper, bounds.dual
     )
 
 
 def shared_turn_weight(mini: MiniBatch, context: Context) -> Tensor:
-    """One over the number of trajectories of the rollout batch that share a turn; [B, T]."""
+    """Return one over the number of trajectories of the rollout batch that share a turn; [B, T]."""
     batch = mini.batch
-    return functional.spread_steps(branch_shares(batch), batch.turns, batch.trajectory, batch.sampled)
+    return functional.broadcast_turns_to_tokens(
+        branch_weights(batch), batch.turns, batch.trajectory, batch.sampled
+    )
 
 
 @requires("entropy")
 def entropy_factors(
     mini: MiniBatch, context: Context, *, scale: float, limits: Limits | None
 ) -> Mapping[str, float]:
-    """Range of the standardised entropies, and how many advantages changed sign or met a limit."""
+    """Measure the range of standardised entropies, and the advantages that changed sign or met a limit."""
     batch = mini.batch
-    entropies = given(batch.old_entropies, "old_entropies")
+    entropies = require_tensor(batch.old_entropies, "old_entropies")
     if not bool(batch.sampled.any()):
         return {}
     ones = torch.ones_like(entropies)

@@ -1,4 +1,4 @@
-"""Covariance clipping: a few of the decisions that cost the policy most of its entropy are left out."""
+"""Covariance clipping: leave out a few of the action tokens that reduce the entropy most."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Algorithm, held_back
-from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, given, requires
+from agentrl.algorithms.algorithm import Algorithm, clipped_tokens
+from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, require_tensor, requires
 from agentrl.config import SignedWeight
 from agentrl.errors import RequirementError
 from agentrl.seeds import derive_seed
@@ -19,13 +19,13 @@ Band = tuple[SignedWeight, SignedWeight]
 
 
 def with_covariance_clip(algorithm: Algorithm, share: float, band: Band) -> Algorithm:
-    """Have an algorithm's surrogate clip by covariance, which takes the place of its dual clip.
+    """Return an algorithm whose surrogate clips by covariance instead of by a dual clip.
 
     Args:
-        algorithm: any; what counts and what is clipped already is read from the mini-batch, so that it is
-            that of the loss in the end.
-        share: of the decisions, see `covariance_clip`; 0 gives the algorithm itself.
-        band: likewise.
+        algorithm: Any algorithm. The mask and the bounds are read from the mini-batch, so they are those of
+            the final loss.
+        share: The share of action tokens, see `covariance_clip`; 0 returns the algorithm itself.
+        band: The range of covariances, see `covariance_clip`.
     """
     if not share:
         return algorithm
@@ -33,33 +33,32 @@ def with_covariance_clip(algorithm: Algorithm, share: float, band: Band) -> Algo
         algorithm,
         clip=None if algorithm.clip is None else partial(without_dual, clip=algorithm.clip),
         weights=(*algorithm.weights, partial(covariance_clip, share=share, band=band)),
-        diagnostics=(*algorithm.diagnostics, partial(covariance_numbers, share=share, band=band)),
+        diagnostics=(*algorithm.diagnostics, partial(covariance_metrics, share=share, band=band)),
     )
 
 
 @requires("current")
 def covariance_clip(mini: MiniBatch, context: Context, *, share: float, band: Band) -> Tensor:
-    """Weigh a few decisions with 0 and all others with 1.
+    """Give a few action tokens the weight 0 and all others the weight 1.
 
-        cov = (A - mean A) * (logprob - mean logprob),   means over the decisions of the mini-batch
+        cov = (A - mean A) * (logprob - mean logprob),   means over the action tokens of the mini-batch
 
-    The decisions are those in the mask of the mini-batch. Among those with band[0] < cov < band[1] that its
-    bounds do not hold back, max(1, floor(share * decisions)) are drawn, each with the same chance, or all if
-    they are fewer. The draw depends on the seed, the step, and the decision's episode, turn and position in
-    its sequence.
+    Only the action tokens in the mask of the mini-batch count. From those with band[0] < cov < band[1] that
+    the bounds do not clip, max(1, floor(share * action tokens)) are drawn uniformly, or all if there are
+    fewer. The draw depends on the seed, the step, and the token's episode, turn and position in its sequence.
 
     Args:
-        mini: with what the policy says now, its ratio, the mask and the bounds.
-        context: for the seed and the step.
-        share: of the decisions, within (0, 1].
-        band: in nats times the unit of the advantages, which is that of rewards unless they are divided by a
-            deviation.
+        mini: The mini-batch with the output of the current policy, its ratio, the mask and the bounds.
+        context: Provides the seed and the step.
+        share: The share of the action tokens, within (0, 1].
+        band: The range of covariances, in nats times the unit of the advantages. That is the unit of rewards,
+            unless advantages are divided by a deviation.
 
     Returns:
-        [B, T] float. The normaliser of the loss is not touched: a weight of 0 leaves a gap.
+        [B, T] float. The normaliser of the loss does not change.
 
     Raises:
-        RequirementError: if `mini.current` is empty.
+        RequirementError: If `mini.current` is empty.
 
     Source: Cui et al. 2025, arXiv:2505.22617.
     """
@@ -68,7 +67,7 @@ def covariance_clip(mini: MiniBatch, context: Context, *, share: float, band: Ba
         raise RequirementError("MiniBatch.current is empty; covariance clipping reads it")
     counted = mini.counted
     covariance = functional.covariance(mini.advantages, current.logprobs, counted)
-    candidates = counted & (band[0] < covariance) & (covariance < band[1]) & ~held_back(mini, current)
+    candidates = counted & (band[0] < covariance) & (covariance < band[1]) & ~clipped_tokens(mini, current)
     rows, positions = candidates.nonzero(as_tuple=True)
     turns = batch.turns[rows, positions].tolist()
     names = [batch.episodes[owner].id for owner in batch.trajectory[rows].tolist()]
@@ -85,15 +84,15 @@ def covariance_clip(mini: MiniBatch, context: Context, *, share: float, band: Ba
 
 
 @requires("old_logprobs")
-def covariance_numbers(
+def covariance_metrics(
     rollout: MiniBatch, context: Context, *, share: float, band: Band
 ) -> Mapping[str, float]:
-    """Covariance of advantage and logprob over a rollout batch, and the share of decisions clipped for it.
+    """Measure the covariance of advantage and logprob, and the share of action tokens clipped by it.
 
-    The share is that of one optimiser step on the whole batch.
+    The share is that of one optimiser step on the whole rollout batch.
     """
     counted = rollout.counted
-    logprobs = given(rollout.batch.old_logprobs, "old_logprobs")
+    logprobs = require_tensor(rollout.batch.old_logprobs, "old_logprobs")
     values = functional.covariance(rollout.advantages, logprobs, counted)[counted]
     if not len(values):
         return {"covariance_mean": 0.0, "covariance_max": 0.0, "covariance_clip_share": 0.0}
@@ -106,10 +105,10 @@ def covariance_numbers(
 
 
 def without_dual(mini: MiniBatch, context: Context, *, clip: Clip) -> Bounds:
-    """The bounds of `clip`, without a second clip of negative advantages."""
+    """Return the bounds of `clip` without the dual clip."""
     return replace(clip(mini, context), dual=None)
 
 
 def _count(share: float, counted: Tensor) -> int:
-    # Rounded, so that .29 of 100 are 29 whatever the binary form of the share.
+    # Rounded, so that a share of 0.29 of 100 gives 29 despite floating-point error.
     return max(1, int(round(share * int(counted.sum()), 9)))

@@ -1,4 +1,4 @@
-"""Behaviour cloning: the demonstrations' own tokens, made more likely."""
+"""Behaviour cloning: maximise the likelihood of the demonstrations' action tokens."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,23 +15,26 @@ from agentrl.data.batch import Batch
 @recipe("behaviour_cloning")
 @dataclass(frozen=True)
 class BehaviourCloning(Recipe):
-    """Imitation of demonstrations: cross-entropy at their decisions, whatever their return.
+    """Imitation of demonstrations: cross-entropy of their action tokens, whatever their return.
+
+        loss = -mean log pi(token),   over the action tokens
 
         field       | paper      | released   | ours
         aggregation | token      | token      | token
         sequence    | trajectory | trajectory | trajectory
 
-    It has neither paper nor released code: the presets are all ours.
+    There is neither a paper nor released code; the values of all presets are ours.
 
     Args:
-        aggregation: as in `grpo`; `token` lets every decision count the same.
-        sequence: what a sequence is, for `sequence`.
+        aggregation: How token losses are averaged, as in `grpo`; `token` weights every action token equally.
+        sequence: The unit that `aggregation: sequence` averages over first.
     """
 
     aggregation: Literal["token", "sequence", "trajectory"] = "token"
     sequence: Literal["turn", "trajectory"] = "trajectory"
 
     def build(self) -> Algorithm:
+        """Build the algorithm."""
         return Algorithm(
             select=keep_all,
             advantage=equal_advantage,
@@ -43,15 +46,15 @@ class BehaviourCloning(Recipe):
 
 
 def equal_advantage(batch: Batch, context: Context) -> Tensor:
-    """1 at every decision; [B, T]."""
+    """Return 1 at every action token; [B, T]."""
     return batch.sampled.float()
 
 
 def negative_logprob(outputs: Outputs, mini: MiniBatch, bounds: Bounds | None) -> Tensor:
-    """Cross-entropy, weighted by the advantage; [B, T] nats."""
+    """Return the cross-entropy, weighted by the advantage; [B, T] nats."""
     return -mini.advantages * outputs.logprobs
 
 
 def cloning() -> Algorithm:
-    """Behaviour cloning is an algorithm like any other."""
+    """Build the algorithm of behaviour cloning."""
     return build_recipe("behaviour_cloning").build()

@@ -23,8 +23,11 @@ from agentrl.errors import ConfigError
 class DAPO(Recipe):
     """Decoupled clip and dynamic sampling: a wider upper bound, only groups that differ, the token mean.
 
-    Returns are compared before any penalty; a base that selects by shaped returns then sees the penalties.
-    With equal bounds it is its base with dynamic sampling and the token mean.
+        loss = mean over tokens of max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))
+
+    Tasks are drawn and played in rounds until enough groups have different returns. Returns are compared
+    before any penalty; a base that selects by shaped returns then sees the penalties. With equal bounds it is
+    its base with dynamic sampling and the token mean.
 
         field               | paper | released | ours
         base.name           | grpo  | grpo     | grpo
@@ -34,17 +37,17 @@ class DAPO(Recipe):
         overlong_limit      | 20480 | null     | null
         overlong_cache      | 4096  | 0        | 0
 
-    The paper draws tasks until the batch is full, for which 10 rounds stand; its lengths are those of long
-    mathematics, its groups of 16. Released is verl-agent, without the overlong penalty.
+    The paper draws tasks until the batch is full; 10 rounds stand in for that. Its lengths are those of long
+    mathematics, its groups are of 16. The released code is verl-agent, without the overlong penalty.
 
     Args:
-        base: whose advantage, rewards, terms and dual clip these are.
-        clip_low: the ratio is held above 1 - clip_low.
-        clip_high: and below 1 + clip_high.
-        max_rounds: times that tasks are played at most, until enough groups differ (10 in verl-agent).
-        overlong_limit: an episode with more reply tokens than this loses 1 of its last reward; None for no
+        base: The recipe that provides the advantage, rewards, terms and dual clip.
+        clip_low: The ratio is clipped below 1 - clip_low.
+        clip_high: The ratio is clipped above 1 + clip_high.
+        max_rounds: The maximum number of rounds until enough groups differ (10 in verl-agent).
+        overlong_limit: An episode with more reply tokens than this loses 1 of its last reward; null for no
             penalty.
-        overlong_cache: last tokens before the limit, over which that penalty grows.
+        overlong_cache: The number of tokens before the limit over which that penalty grows.
 
     Source: Yu et al. 2025, arXiv:2503.14476.
     """
@@ -69,10 +72,11 @@ class DAPO(Recipe):
     def __post_init__(self) -> None:
         if self.overlong_limit is not None and not 0 < self.overlong_cache <= self.overlong_limit:
             raise ConfigError(
-                f"overlong_cache is {self.overlong_cache}, wanted above 0, at most overlong_limit"
+                f"overlong_cache is {self.overlong_cache}, wanted above 0 and at most overlong_limit"
             )
 
     def build(self) -> Algorithm:
+        """Build the base with the changes of DAPO."""
         base = without_replay(self.base)
         if base.clip is None:
             raise ConfigError(f"dapo: base {self.base.name!r} has no clipped ratio, wanted one that has")
@@ -93,18 +97,18 @@ class DAPO(Recipe):
 
 
 def drop_equal_then(groups: Sequence[Group], context: Context, *, select: Select) -> Sequence[Group]:
-    """What another selection keeps of the groups whose returns differ."""
+    """Drop the groups with equal returns, then apply another selection."""
     return select(drop_equal_returns(groups, context), context)
 
 
 @excludes(sequence_ratio="its bounds are those of single tokens; gspo over dapo keeps the bounds of gspo")
 def clip_higher(mini: MiniBatch, context: Context, *, low: float, high: float, base: Clip) -> Bounds:
-    """Bounds [1 - low, 1 + high] for every token; the dual clip is that of the base."""
+    """Bound the ratio of every token to [1 - low, 1 + high]; keep the dual clip of the base."""
     return replace(base(mini, context), lower=1 - low, upper=1 + high)
 
 
 def penalise_overlong(episode: Episode, context: Context, *, limit: int, cache: int) -> Sequence[float]:
-    """Take the overlong penalty of all its reply tokens off an episode's last reward."""
+    """Return the rewards, with the overlong penalty of all reply tokens on the last one."""
     rewards = [turn.reward for turn in episode.turns]
     length = torch.tensor(sum(len(turn.action_ids) for turn in episode.turns))
     if rewards:

@@ -1,4 +1,4 @@
-"""Dr.BoT: the tricks that group-relative training of agents profits from, in one bag."""
+"""Dr.BoT: a bag of tricks for group-relative training of agents."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.credit import shaped
+from agentrl.algorithms.credit import shape_episode
 from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Select, ShapeReward, excludes, trait
 from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.algorithms.recipe import Base, Presets, Recipe, recipe, without_replay
@@ -21,7 +21,7 @@ from agentrl.config import PositiveShare, Share, Tokens, Weight
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Group, Turn
 
-NGRAM, REPEATS = 20, 10  # a reply in which so many tokens occur so often is going round in circles
+NGRAM, REPEATS = 20, 10  # a reply is repetitive if it has the same 20 tokens 10 times
 SHAPED = "selection by shaped returns"
 FAULTS = ("overlong", "incomplete", "repetitive", "unreadable")
 
@@ -29,14 +29,15 @@ FAULTS = ("overlong", "incomplete", "repetitive", "unreadable")
 @recipe("dr_bot")
 @dataclass(frozen=True)
 class DrBot(Recipe):
-    """Dr.BoT: centred returns, a higher upper clip, a constant length, and nothing learned from bad replies.
+    """Dr.BoT: centred returns, a higher upper clip, a constant length, and no learning from bad replies.
 
-    Takes the advantage and the terms of `base`, and puts its own clip, aggregation and choice of groups in
-    the place of the base's. Replies with a fault stay in the returns and baselines and leave the loss, its
-    normaliser included: those that were cut off at the token limit (overlong), that hold no action the
-    environment understood (incomplete), in which 20 tokens occur 10 times in a row or apart (repetitive), or
-    whose action has characters that are none (unreadable). Which groups vary most is decided by shaped
-    returns.
+        loss = mean over sequences of (sum over tokens of the clipped surrogate / sequence_length)
+
+    It takes the advantage and the terms of `base`, and uses its own clip, aggregation and selection of
+    groups. Faulty replies stay in the returns and baselines, but are left out of the loss and of its
+    normaliser. A reply is faulty if it was cut off at the token limit (overlong), has no valid action
+    (incomplete), repeats the same 20 tokens 10 times (repetitive), or has an action with undecodable
+    characters (unreadable). Groups are selected by the variation of their shaped returns.
 
         field              | paper | released | ours
         base.name          | grpo  | grpo     | grpo
@@ -45,16 +46,16 @@ class DrBot(Recipe):
         sequence           | turn  | turn     | trajectory
         sequence_length    | 512   | 512      | 32
 
-    512 is the most tokens of a reply in the published runs on text games (4096 in mathematics); 32 suits
-    short commands. Released divides by the width of the padding instead, which is not reproduced.
+    512 is the maximum length of a reply in the published runs on text games (4096 in mathematics); 32 suits
+    short commands. The released code divides by the width of the padding instead, which is not reproduced.
 
     Args:
-        base: whose advantage is used.
-        clip_low: the ratio is held above 1 - clip_low.
-        clip_high: and below 1 + clip_high.
-        sequence: what is averaged over after dividing by the length; the published runs take turns.
-        sequence_length: constant that sums over a sequence are divided by, in tokens that were decisions.
-        keep_groups: share of a round's groups that is kept, rounded up: those whose returns vary most.
+        base: The recipe that provides the advantage and the terms.
+        clip_low: The ratio is clipped below 1 - clip_low.
+        clip_high: The ratio is clipped above 1 + clip_high.
+        sequence: The unit to average over after dividing by the length; the published runs use turns.
+        sequence_length: The constant divisor of the sum over a sequence, in action tokens.
+        keep_groups: The share of a round's groups to keep, rounded up: those whose returns vary most.
 
     Source: Qin et al. 2025, arXiv:2509.22601.
     """
@@ -76,6 +77,7 @@ class DrBot(Recipe):
     keep_groups: PositiveShare = 0.75
 
     def build(self) -> Algorithm:
+        """Build the base with the changes of Dr.BoT."""
         base = without_replay(self.base)
         return replace(
             base,
@@ -85,30 +87,32 @@ class DrBot(Recipe):
             aggregation=partial(
                 functional.constant_weights, length=self.sequence_length, sequence=self.sequence
             ),
-            diagnostics=(*base.diagnostics, fault_numbers),
+            diagnostics=(*base.diagnostics, fault_metrics),
         )
 
 
 @excludes(sequence_ratio="its bounds are those of single tokens; gspo over dr_bot keeps the bounds of gspo")
 def token_clip(mini: MiniBatch, context: Context, *, low: float, high: float) -> Bounds:
-    """Bounds [1 - low, 1 + high] for every token, without a dual clip."""
+    """Bound the ratio of every token to [1 - low, 1 + high], without a dual clip."""
     return Bounds(1 - low, 1 + high)
 
 
 def by_shaped_returns(select: Select, shapers: Sequence[ShapeReward]) -> Select:
-    """Have a selection see the returns that shaping gives; what shapes rewards later is to be added to it."""
+    """Return a selection that sees shaped returns. Recipes that add a shaper must add it here, too."""
     return trait(SHAPED)(partial(select_shaped, select=select, shapers=shapers))
 
 
 def select_shaped(
     groups: Sequence[Group], context: Context, *, select: Select, shapers: Sequence[ShapeReward]
 ) -> Sequence[Group]:
-    """Have `select` choose by the returns that shaping gives; the groups that stay are as they were."""
+    """Select groups by their shaped returns; the groups returned are the unshaped ones."""
     played = {(group.task, episode.id): episode for group in groups for episode in group.episodes}
     seen = groups
     for shape in shapers:
         seen = [
-            replace(group, episodes=tuple(shaped(episode, shape, context) for episode in group.episodes))
+            replace(
+                group, episodes=tuple(shape_episode(episode, shape, context) for episode in group.episodes)
+            )
             for group in seen
         ]
     return [
@@ -118,20 +122,20 @@ def select_shaped(
 
 
 def keep_most_varied(groups: Sequence[Group], context: Context, *, share: float) -> Sequence[Group]:
-    """Keep ceil(share * groups) of the groups, in their order: those whose returns deviate most.
+    """Keep ceil(share * groups) of the groups, in their order: those with the largest deviation of returns.
 
-    The deviation is that of the population; of equal ones the earlier group stays. Groups without a finished
-    episode are left out first.
+    The deviation is that of the population; ties go to the earlier group. Groups without a finished episode
+    are left out first.
     """
     played = [group for group in groups if group.finished]
-    # Rounded, so that neither deviations nor counts differ by the binary form of their numbers.
+    # Rounded, so that the result does not depend on floating-point noise.
     spreads = [round(pstdev(episode.episode_return for episode in group.finished), 9) for group in played]
     most = sorted(range(len(played)), key=lambda index: -spreads[index])
     return [played[index] for index in sorted(most[: math.ceil(round(share * len(played), 9))])]
 
 
 def fault(turn: Turn) -> str | None:
-    """Why a reply is not to be learned from, one of `FAULTS`; None if it is."""
+    """Return the fault of a reply, one of `FAULTS`, or None if the reply can be learned from."""
     if turn.finish == "length":
         return "overlong"
     if not turn.valid:
@@ -142,7 +146,7 @@ def fault(turn: Turn) -> str | None:
 
 
 def without_faults(mini: MiniBatch, context: Context) -> Tensor:
-    """Whether a decision belongs to a reply without a fault; [B, T] bool."""
+    """Mark the action tokens of replies without a fault; [B, T] bool."""
     batch = mini.batch
     found = _faults(batch)
     turns = max(map(len, found.values()), default=0)
@@ -150,18 +154,18 @@ def without_faults(mini: MiniBatch, context: Context) -> Tensor:
     for owner, row in found.items():
         table[owner, : len(row)] = torch.tensor([reason is None for reason in row], dtype=table.dtype)
     good = table.to(batch.tokens.device)
-    return functional.spread_steps(good, batch.turns, batch.trajectory, batch.sampled) > 0
+    return functional.broadcast_turns_to_tokens(good, batch.turns, batch.trajectory, batch.sampled) > 0
 
 
-def fault_numbers(rollout: MiniBatch, context: Context) -> Mapping[str, float]:
-    """The share of replies with each fault; a reply counts for the first that it has."""
+def fault_metrics(rollout: MiniBatch, context: Context) -> Mapping[str, float]:
+    """Return the share of replies with each fault. A reply counts for its first fault."""
     reasons = [reason for row in _faults(rollout.batch).values() for reason in row]
     counts = Counter(reasons)
     return {f"replies_{name}": counts[name] / max(1, len(reasons)) for name in FAULTS}
 
 
 def _faults(batch: Batch) -> dict[int, list[str | None]]:
-    """Of every reply, by trajectory; trajectories without a row are left out."""
+    """Return the fault of every reply, by trajectory; trajectories without a row are left out."""
     return {
         owner: [fault(turn) for turn in batch.episodes[owner].turns]
         for owner in set(batch.trajectory.tolist())

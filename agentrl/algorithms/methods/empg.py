@@ -1,4 +1,4 @@
-"""EMPG: credit modulated by how certain the policy was in a turn, and in the one that followed."""
+"""EMPG: advantages modulated by the certainty of the policy in a turn, and in the next turn."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,8 +10,8 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import compute_advantages
-from agentrl.algorithms.features import branch_shares
-from agentrl.algorithms.hooks import Context, MiniBatch, excludes, given, requires
+from agentrl.algorithms.features import branch_weights
+from agentrl.algorithms.hooks import Context, MiniBatch, excludes, require_tensor, requires
 from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe
 from agentrl.config import Weight
 from agentrl.data.batch import Batch
@@ -25,30 +25,31 @@ class EMPG(Recipe):
         N = (H - min H) / (max H - min H),   g = exp(-k N) / mean exp(-k N),   f = exp(-k_future N)
         A'[i, t] = A[i, t] g[i, t] + zeta f[i, next turn],   advantage = A' - mean A'
 
-    H is the mean entropy over the decisions of a turn, before the update; a turn without any is passed over,
-    and the last one has no bonus, so that one-turn episodes have g alone. Lowest, highest and means are over
-    all turns of the rollout batch, after groups that teach nothing were left out; a turn that several
-    branches share counts once in the means. A turn counts the same whatever its length here, while an
-    aggregation by tokens weighs long ones more.
+    H is the mean entropy of a turn's action tokens before the update. Turns without action tokens are
+    skipped. The last turn has no bonus, so that in one-turn episodes only g acts. Minimum, maximum and means
+    are over all turns of the rollout batch, after the selection of groups; a turn shared by several branches
+    counts once in the means. Every turn counts the same here, whatever its length, while an aggregation by
+    tokens gives long turns more weight.
 
-    With every base advantage 0, what is left of the bonus still trains: see `empg/bonus_share` in the log.
+    If every advantage of the base is 0, the rest of the bonus is still trained on: see `empg/bonus_share` in
+    the log.
 
-    The authors released no code, so there is no `parity`. Of the two public re-implementations the later has
-    zeta 0.05; the earlier has 0.1, and multiplies the whole batch by the g of every turn in it.
+    The authors released no code, so there is no `parity`. There are two public re-implementations: the later
+    one has zeta 0.05; the earlier one has 0.1, and multiplies the whole batch by the g of every turn in it.
 
         field    | paper | released | ours
         k        | 1.0   | 1.0      | 1.0
         k_future | 1.0   | 1.0      | 1.0
         zeta     | 0.05  | 0.05     | 0.05
 
-    The paper's k and zeta by environment are not known to us, and there is no released code: the presets are
-    all ours, with the values of the later re-implementation below.
+    The paper's k and zeta per environment are not known to us. So the presets are all ours, with the values
+    of the later re-implementation.
 
     Args:
-        base: the recipe whose advantage is modulated; it must be one number per turn.
-        k: how much more a certain turn counts; 0 for all the same.
-        k_future: how much faster the bonus falls with the uncertainty of the next turn.
-        zeta: weight of the bonus, in units of the advantage.
+        base: The recipe whose advantage is modulated; it must be one number per turn.
+        k: How much more a certain turn counts; 0 weights all turns equally.
+        k_future: How fast the bonus falls with the uncertainty of the next turn.
+        zeta: The weight of the bonus, in units of the advantage.
 
     Source: Wang et al. 2025, arXiv:2509.09265.
     """
@@ -59,6 +60,7 @@ class EMPG(Recipe):
     zeta: Weight = 0.05
 
     def build(self) -> Algorithm:
+        """Build the base with modulated advantages."""
         base = self.base.build()
         return replace(
             base,
@@ -72,29 +74,29 @@ class EMPG(Recipe):
         token_entropy_advantage="one gives more credit to certain turns, the other to uncertain tokens",
     )
     def modulate(self, advantages: Tensor, batch: Batch, context: Context) -> Tensor:
-        """Scale by g, add the bonus and centre; [B, T] float64.
+        """Scale the advantages by g, add the bonus and centre them; [B, T] float64.
 
         Raises:
-            ValueError: when the advantage differs between the decisions of one turn.
+            ValueError: If the advantage differs between the action tokens of one turn.
         """
         final = self._final(_steps(advantages, batch), self.zeta)
-        return functional.spread_steps(final, batch.turns, batch.trajectory, batch.sampled)
+        return functional.broadcast_turns_to_tokens(final, batch.turns, batch.trajectory, batch.sampled)
 
     @requires("entropy")
     def modulation(self, mini: MiniBatch, context: Context, *, base: Algorithm) -> Mapping[str, float]:
-        """What became of the base's advantages, by turn.
+        """Measure how the base's advantages changed, by turn.
 
-        `bonus_share` is the part of all |advantage| that the bonus brought in, `sign_flips` the share of
-        turns whose advantage has another sign than before.
+        `bonus_share` is the bonus's part of all |advantage|, `sign_flips` the share of turns whose advantage
+        changed its sign.
         """
         steps = _steps(compute_advantages(base, mini.batch, context), mini.batch)
         if not bool(steps.present.any()):
             return {}
         scale, _ = functional.entropy_modulation(
-            steps.entropies, steps.present, k=self.k, k_future=self.k_future, share=steps.share
+            steps.entropies, steps.present, k=self.k, k_future=self.k_future, weights=steps.weights
         )
         final, scaled = self._final(steps, self.zeta), self._final(steps, 0.0)
-        weight = torch.where(steps.present, steps.share, 0.0)
+        weight = torch.where(steps.present, steps.weights, 0.0)
         bonus = float((weight * (final - scaled).abs()).sum())
         total = bonus + float((weight * scaled.abs()).sum())
         flipped = (final * steps.advantages < 0).double()
@@ -114,27 +116,31 @@ class EMPG(Recipe):
             k=self.k,
             k_future=self.k_future,
             zeta=zeta,
-            share=steps.share,
+            weights=steps.weights,
         )
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """The turns of a batch, [E, K] each; those that are not present made no decision."""
+    """Turns of a batch, [E, K] each. Turns that are not present have no action tokens."""
 
     advantages: Tensor  # float64
-    entropies: Tensor  # float64, nats, mean over the decisions
+    entropies: Tensor  # float64, nats, mean over the action tokens
     present: Tensor  # bool
-    share: Tensor  # float64, one over the number of branches that have the turn in common
+    weights: Tensor  # float64, one over the number of branches that share the turn
 
 
 def _steps(advantages: Tensor, batch: Batch) -> _Steps:
     where = (batch.sampled, batch.turns, batch.trajectory, len(batch.episodes))
     values = torch.where(batch.sampled, advantages, 0.0).double()
-    credit, present = functional.step_means(values, *where)
+    credit, present = functional.turn_means(values, *where)
     if not torch.allclose(
-        functional.spread_steps(credit, batch.turns, batch.trajectory, batch.sampled), values, equal_nan=True
+        functional.broadcast_turns_to_tokens(credit, batch.turns, batch.trajectory, batch.sampled),
+        values,
+        equal_nan=True,
     ):
         raise ValueError("empg: the base's advantage differs within a turn, wanted one number for each turn")
-    entropies, _ = functional.step_means(given(batch.old_entropies, "old_entropies").double(), *where)
-    return _Steps(credit, entropies, present, branch_shares(batch)[:, : present.shape[1]])
+    entropies, _ = functional.turn_means(
+        require_tensor(batch.old_entropies, "old_entropies").double(), *where
+    )
+    return _Steps(credit, entropies, present, branch_weights(batch)[:, : present.shape[1]])

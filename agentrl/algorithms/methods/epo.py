@@ -1,4 +1,4 @@
-"""EPO: an entropy bonus, and a corridor around past entropy that keeps it from collapsing or exploding."""
+"""EPO: an entropy bonus, and a penalty on entropy outside a band around its past values."""
 
 import math
 import warnings
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, given, requires
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, require_tensor, requires
 from agentrl.algorithms.methods.grpo import entropy_bonus
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Count, PositiveWeight, Steps, Weight
@@ -33,23 +33,24 @@ _TRAJECTORY = "entropy/trajectory_mean"
 class EPO(Recipe):
     """Entropy-regularised policy optimisation: any base, with an entropy bonus and entropy smoothing.
 
-        loss = base - entropy_coefficient * (H - beta * penalty * S)
-        S    = max(low * ref - H, 0) + max(H - high * ref, 0)      at every decision
+        loss = loss of the base - entropy_coefficient * (H - beta * penalty * S)
+        S    = max(low * ref - H, 0) + max(H - high * ref, 0),   at every action token
 
-    H and S are averaged over the decisions of a turn, then over turns, then over trajectories. The reference
-    is the mean entropy of earlier steps, beta the schedule's weight in this one. Above the corridor entropy
-    is pulled down only where beta * penalty > 1.
+    The penalty S keeps the entropy H in the band [low * ref, high * ref], so that it neither collapses nor
+    explodes. H and S are averaged over the action tokens of a turn, then over turns, then over trajectories.
+    The reference `ref` is the mean entropy of earlier steps, and beta is the weight that the schedule gives
+    the current step. Above the band the entropy is pulled down only if beta * penalty > 1.
 
-    The preset `released` does what the released code does, and so does `parity: official`, which leaves the
-    base as it is and takes of the table what is open below (a `base` has a preset of its own):
-    - the penalty is the same for every decision outside the corridor or on its bounds, so that it shows in
-      the loss and moves no weight;
-    - H and the penalty are means over the decisions of the batch;
-    - the reference counts every step so far and the present one, as the rollout recorded it;
+    The preset `released` follows the released code. So does `parity: official`, which leaves the base
+    unchanged (a `base` has its own preset) and sets only those fields of the table that `parity` names below:
+    - the penalty is the same for every action token outside the band or on its bounds, so that it appears in
+      the loss but changes no weight;
+    - H and the penalty are means over the action tokens of the batch;
+    - the reference includes every step so far and the current one, as recorded by the rollout;
     - beta falls over 150 steps, however long the run is.
 
-    Not reproduced, as they change no more than the logged loss: penalties given to micro-batches with a turn
-    from the 25th on only, and short histories padded with zeros.
+    Not reproduced, because they only change the logged loss: penalties that apply to micro-batches with a
+    turn from the 25th on only, and short histories padded with zeros.
 
         field               | paper       | released       | ours
         base.name           | grpo        | grpo           | grpo
@@ -64,27 +65,27 @@ class EPO(Recipe):
         min_history         | 1           | 1              | 5
         schedule            | exponential | official_epoch | constant
 
-    The paper's corridor is that of its reported runs, and its `smoothing` that of its later version, before
-    which it was `indicator`. Its formula for beta is known from a summary only. At its penalty entropy above
-    the corridor is not pulled down, of which the recipe warns.
+    The paper's band is that of its reported runs. Its `smoothing` is that of its later version; the earlier
+    one had `indicator`. Its formula for beta is known from a summary only. At its penalty the entropy above
+    the band is not pulled down; the recipe warns about that.
 
     Args:
-        base: the recipe whose loss this adds to.
-        entropy_coefficient: of both, in loss units per nat.
-        low: lower bound of the corridor, as a multiple of the reference.
-        high: upper bound, likewise.
-        penalty: of a nat outside the corridor, relative to a nat of bonus.
-        smoothing: `hinge` is S above; `indicator` is 1 outside the corridor, and has no gradient.
-        reference: `turn` compares a decision with past turns of the same index, `scalar` with past
-            trajectories.
-        window: how many past steps the reference is the mean of, 0 for all.
-        min_history: how many there must be before a penalty applies.
-        schedule: of beta by step k: `exponential` is 1 + exp(-schedule_rate * k / mid), `ramp` is
-            min(1, k / mid), `official_epoch` falls from 1 to 0.04 in two pieces.
-        schedule_rate: see `schedule`.
-        schedule_midpoint: mid, as a share of all steps.
-        parity: see above; `paper` says nothing. Null in penalty, smoothing, window, min_history and schedule
-            is what the preset has.
+        base: The recipe whose loss this adds to.
+        entropy_coefficient: The coefficient of bonus and penalty, in loss units per nat.
+        low: The lower bound of the band, as a multiple of the reference.
+        high: The upper bound of the band, as a multiple of the reference.
+        penalty: The weight of a nat outside the band, relative to a nat of bonus.
+        smoothing: `hinge` is S above; `indicator` is 1 outside the band, and has no gradient.
+        reference: `turn` compares an action token with past turns of the same index, `scalar` compares it
+            with past trajectories.
+        window: The number of past steps in the reference, 0 for all.
+        min_history: The number of past steps that must be known before a penalty applies.
+        schedule: beta at step k: `constant` is 1, `exponential` is 1 + exp(-schedule_rate * k / mid), `ramp`
+            is min(1, k / mid), `official_epoch` falls from 1 to 0.04 in two pieces.
+        schedule_rate: See `schedule`.
+        schedule_midpoint: mid in `schedule`, as a share of all steps.
+        parity: See above; `paper` has no effect. null in penalty, smoothing, window, min_history and schedule
+            takes the value of the preset.
 
     Source: Xu et al. 2025, arXiv:2509.22576.
     """
@@ -130,12 +131,13 @@ class EPO(Recipe):
         pull = self.penalty * min(self._beta(step, _RELEASED_EPOCHS) for step in (0, _RELEASED_EPOCHS))
         if self.smoothing == "hinge" and pull <= 1:
             warnings.warn(
-                f"epo: penalty times the schedule's lowest weight is {pull:.3g}, wanted above 1: "
-                "as it is, entropy above the corridor is not always pulled down",
+                f"epo: penalty times the schedule's lowest weight is {pull:.3g}, wanted above 1: otherwise "
+                "entropy above the band is not always pulled down",
                 stacklevel=4,
             )
 
     def build(self) -> Algorithm:
+        """Build the base with the entropy bonus and the smoothing penalty."""
         base = self.base.build()
         weights = functional.token_weights if self.preset == "released" else functional.trajectory_weights
         terms = (
@@ -143,68 +145,73 @@ class EPO(Recipe):
             Term("epo_smoothing", self.smoothing_loss, self.smoothing_coefficient, weights),
         )
         return replace(
-            base, terms=(*base.terms, *terms), diagnostics=(*base.diagnostics, entropy_levels, self.corridor)
+            base,
+            terms=(*base.terms, *terms),
+            diagnostics=(*base.diagnostics, entropy_levels, self.entropy_band),
         )
 
     def smoothing_coefficient(self, context: Context) -> float:
-        """Of the mean penalty in the loss."""
+        """Return the coefficient of the mean penalty in the loss."""
         return self.entropy_coefficient * self.beta(context) * self.penalty
 
     def beta(self, context: Context) -> float:
-        """Weight of the penalty in this step, by the schedule."""
+        """Return the weight that the schedule gives the penalty in this step."""
         return self._beta(context.step, context.total_steps)
 
     @requires("entropy:grad")
     def smoothing_loss(self, outputs: Outputs, mini: MiniBatch, context: Context) -> Tensor:
-        """How far entropy is outside the corridor, 0 while there is none; [B, T] nats (indicator: 0 or 1)."""
+        """Return how far the entropy is outside the band, or 0 without one; [B, T].
+
+        The unit is nats with `hinge`; `indicator` gives 0 or 1.
+        """
         reference = self.reference_entropies(mini.batch, context)
         known = ~reference.isnan()
         reference = torch.where(known, reference, 0.0)
         if self.smoothing == "hinge":
-            outside = functional.corridor_violation(outputs.entropies, reference, self.low, self.high)
+            outside = functional.entropy_band_violation(outputs.entropies, reference, self.low, self.high)
         else:
-            outside = functional.corridor_indicator(
+            outside = functional.entropy_band_indicator(
                 outputs.entropies, reference, self.low, self.high, strict=self.preset == "released"
             )
         return torch.where(known, outside, 0.0)
 
     def reference_entropies(self, batch: Batch, context: Context) -> Tensor:
-        """The middle of the corridor at every token; [B, T] float64 nats, NaN where it is not known yet."""
+        """Return the reference entropy at every token; [B, T] float64 nats, NaN where it is not known yet."""
         present = _recorded_levels(batch) if self.preset == "released" else {}
         if self.reference == "scalar":
             value = self._past_mean(_TRAJECTORY, present, context)
             return torch.full_like(batch.turns, value, dtype=torch.float64)
         count = int(batch.turns.max()) + 1 if batch.turns.numel() else 0
         table = [self._past_mean(_TURN.format(turn), present, context) for turn in range(count)]
-        # The last entry is that of turn -1: no turn at all.
+        # The last entry belongs to turn -1, which means no turn.
         return torch.tensor([*table, math.nan], dtype=torch.float64, device=batch.turns.device)[batch.turns]
 
     @requires("entropy")
-    def corridor(self, mini: MiniBatch, context: Context) -> Mapping[str, float]:
-        """Where the corridor was before the update, and how many decisions were outside it."""
-        entropies = given(mini.batch.old_entropies, "old_entropies")
+    def entropy_band(self, mini: MiniBatch, context: Context) -> Mapping[str, float]:
+        """Measure the band before the update, and the share of action tokens outside it."""
+        entropies = require_tensor(mini.batch.old_entropies, "old_entropies")
         reference = self.reference_entropies(mini.batch, context)
         known = mini.batch.sampled & ~reference.isnan()
         numbers = {
-            "corridor/beta": self.beta(context),
-            "corridor/active": float(functional.masked_mean(known.double(), mini.batch.sampled)),
+            "entropy_band/beta": self.beta(context),
+            "entropy_band/active": float(functional.masked_mean(known.double(), mini.batch.sampled)),
         }
         if not bool(known.any()):
             return numbers
         means = {
-            "corridor/low": self.low * reference,
-            "corridor/high": self.high * reference,
-            "corridor/share_below": (entropies < self.low * reference).double(),
-            "corridor/share_above": (entropies > self.high * reference).double(),
+            "entropy_band/low": self.low * reference,
+            "entropy_band/high": self.high * reference,
+            "entropy_band/share_below": (entropies < self.low * reference).double(),
+            "entropy_band/share_above": (entropies > self.high * reference).double(),
         }
         return numbers | {
             name: float(functional.masked_mean(values, known)) for name, values in means.items()
         }
 
     def _past_mean(self, name: str, present: Mapping[str, float], context: Context) -> float:
-        """Mean of what was logged under a name in the window, NaN where that is too little."""
+        """Average the logged values of a name in the window; NaN if there are too few."""
         now = [present[name]] if name in present else []
-        values = [*context.history.get(f"learner/{name}", ()), *now][-self.window :]
+        values = [*context.past(name), *now][-self.window :]
         return fmean(values) if len(values) >= self.min_history else math.nan
 
     def _beta(self, step: int, total: int) -> float:
@@ -229,14 +236,13 @@ class EPO(Recipe):
 
 
 def released_decay(step: int, total: int) -> float:
-    """Fall slowly in the first half, fast in the second, and stay from `total` on.
+    """Return beta as in the released code: slow fall in the first half, fast in the second, then constant.
 
         half = total // 2
         1 - 0.2 (1 - exp(-2 step / half))                    up to half
         0.8 exp(-3 (step - half) / (total - half))           after it
 
-    >>> [round(released_decay(step, 150), 6) for step in (0, 75, 76, 150)]
-    [1.0, 0.827067, 0.768632, 0.03983]
+    >>> [round(released_decay(step, 150), 6) for step in (0, 75, 76, 150)] [1.0, 0.827067, 0.768632, 0.03983]
     """
     half = total // 2
     if step == 0:
@@ -248,13 +254,14 @@ def released_decay(step: int, total: int) -> float:
 
 @requires("entropy")
 def entropy_levels(mini: MiniBatch, context: Context) -> Mapping[str, float]:
-    """Mean entropy of every turn over the trajectories that decided in it, and of trajectories; in nats.
+    """Return the mean entropy of every turn index and of trajectories, in nats.
 
-    Later steps have their reference from these numbers.
+    A turn index is averaged over the trajectories with action tokens in that turn. Later steps take their
+    reference from these metrics.
     """
     batch = mini.batch
-    entropies = given(batch.old_entropies, "old_entropies").double()
-    means, present = functional.step_means(
+    entropies = require_tensor(batch.old_entropies, "old_entropies").double()
+    means, present = functional.turn_means(
         entropies, batch.sampled, batch.turns, batch.trajectory, len(batch.episodes)
     )
     return _levels(
@@ -264,12 +271,15 @@ def entropy_levels(mini: MiniBatch, context: Context) -> Mapping[str, float]:
 
 
 def _recorded_levels(batch: Batch) -> dict[str, float]:
-    """The same as the rollout recorded it, of the whole rollout batch even where `batch` is a part of it."""
+    """Return `entropy_levels` from the entropies recorded by the rollout.
+
+    They cover the whole rollout batch, even if `batch` is a part of it.
+    """
     return _levels([turn.entropy for turn in episode.turns] for episode in batch.episodes)
 
 
 def _levels(trajectories: Iterable[Sequence[float | None]]) -> dict[str, float]:
-    """Average turns, None for one without a decision, over trajectories and within them."""
+    """Average turns (None without action tokens) over trajectories and within them."""
     by_turn: dict[int, list[float]] = defaultdict(list)
     whole = []
     for turns in trajectories:

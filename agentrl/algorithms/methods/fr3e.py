@@ -1,11 +1,10 @@
-"""FR3E: go back to where the first return was least certain, and explore from there."""
+"""FR3E: go back to the most uncertain points of a first rollout, and explore from there."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
-from statistics import fmean, quantiles
+from statistics import fmean
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -13,8 +12,9 @@ from annotated_types import Interval
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import EQUAL_RETURNS, Algorithm, rollout_gap
-from agentrl.algorithms.branching import RolloutPlan
+from agentrl.algorithms.algorithm import EQUAL_RETURNS, Algorithm, mismatch_metrics
+from agentrl.algorithms.branching import AnchorUnit, RolloutPlan, Uncertainty, anchor_points, point_scores
+from agentrl.algorithms.features import branch_states, tokens_after_branching
 from agentrl.algorithms.hooks import Context, MiniBatch, requires
 from agentrl.algorithms.methods.grpo import fixed_clip
 from agentrl.algorithms.recipe import Presets, Recipe, recipe
@@ -24,35 +24,34 @@ from agentrl.data.trajectory import BranchPoint, Episode, Group, Turn
 from agentrl.errors import ConfigError
 from agentrl.seeds import derive_seed
 
-NEAR = 3  # decisions: points this close are one moment of doubt, to `quantile`
-
-Unit = Literal["auto", "token", "turn"]
-Score = Literal["entropy", "surprisal", "quantile"]
 Modulate = Callable[[Tensor, Tensor, Tensor], Tensor]  # values, bases, differ [S] -> [S]
 
 
 @recipe("fr3e")
 @dataclass(frozen=True)
 class FR3E(Recipe):
-    """First return, entropy-eliciting explore: continuations from the least certain points of a rollout.
+    """First return, entropy-eliciting explore: continuations from the most uncertain points of a rollout.
 
-    A task is played once, from the first observation to the end: the base. Its states are the first
-    observation and the K points before its most uncertain decisions. From each of them M continuations
-    are played; their mean return is the state's value. A continuation is compared with the others of its
-    state, and its advantage is multiplied by exp(-(V_j - V_{j-1})), V_{j-1} being the value of the state
-    before on the same base. Continuations are learned from, without the part that they share with the base;
-    bases are not, nor are states whose continuations all have the same return. The factor is meant for
-    returns within [0, 1]: a fall of 5 multiplies by 148. Where a base has fewer points
-    than K, or was aborted, more continuations begin at the first observation.
+        V_j = mean return of the continuations from state j
+        A   = (R - V_j) * exp(-(V_j - V_{j-1})),   for a continuation from state j
 
-    With several bases, one that succeeded and one that did not are explored, drawn with the seed.
+    A task is played once, from the first observation to the end: this episode is the base. Its states are the
+    first observation and the K points before its most uncertain action tokens. M continuations are played
+    from each state, and their mean return is the state's value. V_{j-1} is the value of the previous state on
+    the same base. Only the continuations are learned from, without the part that they share with the base,
+    and only in states whose continuations have different returns. The factor is meant for returns within [0,
+    1]: a fall of 5 multiplies by 148. If a base has fewer points than K, or was aborted, more continuations
+    start at the first observation.
 
-    The preset `released` does what the released code does:
-    - anchors are the sampled tokens of the lowest probability;
+    With several bases, one that succeeded and one that failed are explored, drawn with the seed.
+
+    The preset `released` follows the released code:
+    - anchors are the sampled tokens with the lowest probability;
     - the first state's advantages are multiplied by exp(-(1 - V_0)), which shrinks them;
-    - changes of value are sharpened, sign(d) |d|^1.5 / sum |d|^1.5 over the states of a base;
-    - the state before is the one before among those that are learned from.
-    Its mix of states after reordering by length is not reproduced.
+    - changes of value d are sharpened to sign(d) |d|^1.5 / sum |d|^1.5 over the states of a base;
+    - the previous state is the previous one of those that are learned from.
+
+    The released code mixes up states after reordering by length; this is not reproduced.
 
         field         | paper   | released  | ours
         bases         | 1       | 4         | 1
@@ -64,25 +63,26 @@ class FR3E(Recipe):
         sharpen       | false   | true      | false
         alpha_root    | one     | released  | one
 
-    The paper's numbers of bases, anchors and continuations are not known to us, and ours. Its temperature is
-    1.
+    The paper's numbers of bases, anchors and continuations are not known to us; the values are ours. Its
+    temperature is 1.
 
     Args:
-        bases: first returns of a task.
-        anchors: K, points of a base beside its beginning.
-        continuations: M, of each state; a task has bases + min(bases, 2) * (K + 1) * M episodes, and when
-            only one of two wanted bases is there to explore, it gets the continuations of both.
-        anchor: before a `token` or before a `turn`; `auto` takes turns where the base has more than one.
-        score: what makes a point uncertain: `entropy`, the `surprisal` of what was sampled, or `quantile`,
-            the highest entropies of the upper quarter, more than three points apart. A turn's score is the
-            mean over its decisions.
-        clip_low: the ratio is held above 1 - clip_low.
-        clip_high: and below 1 + clip_high.
-        divide_by_std: divide centred returns by their standard deviation within the state.
-        sharpen: sharpen changes of value, as above.
-        alpha_root: factor of the first state: `one`, or exp(-(1 - V_0)) as `released`.
-        parity: `official` is the preset `released`, but of the table it takes score, sharpen and alpha_root
-            alone; `paper` says nothing.
+        bases: The number of base episodes of a task.
+        anchors: K, the number of points of a base besides its start.
+        continuations: M, the number of continuations per state. A task has bases + min(bases, 2) * (K + 1) *
+            M episodes. If only one of two wanted bases can be explored, it gets the continuations of both.
+        anchor: `token` for points before tokens, `turn` for points before turns; `auto` takes turns if the
+            base has more than one.
+        score: The uncertainty of a point: `entropy`, the `surprisal` of the sampled token, or `quantile`, the
+            highest entropies of the upper quarter, more than three points apart. A turn's score is the mean
+            over its action tokens.
+        clip_low: The ratio is clipped below 1 - clip_low.
+        clip_high: The ratio is clipped above 1 + clip_high.
+        divide_by_std: Whether to divide centred returns by their standard deviation within the state.
+        sharpen: Whether to sharpen changes of value, as above.
+        alpha_root: The factor of the first state: `one`, or exp(-(1 - V_0)) as `released`.
+        parity: `official` follows the preset `released`, but of the table it sets only score, sharpen and
+            alpha_root; `paper` has no effect.
     """
 
     PRESETS: ClassVar[Presets] = {
@@ -102,8 +102,8 @@ class FR3E(Recipe):
     bases: Annotated[int, Interval(ge=1, le=10_000)] = 1
     anchors: Annotated[int, Interval(ge=0, le=10_000)] = 2
     continuations: Annotated[int, Interval(ge=2, le=10_000)] = 4
-    anchor: Unit = "auto"
-    score: Score = "entropy"
+    anchor: AnchorUnit = "auto"
+    score: Uncertainty = "entropy"
     clip_low: Share = 0.2
     clip_high: Weight = 0.28
     divide_by_std: bool = False
@@ -118,6 +118,7 @@ class FR3E(Recipe):
             object.__setattr__(self, "score", "surprisal")
 
     def build(self) -> Algorithm:
+        """Build the algorithm."""
         episodes = self.bases + min(self.bases, 2) * (self.anchors + 1) * self.continuations
         modulate = partial(
             state_modulation,
@@ -126,26 +127,26 @@ class FR3E(Recipe):
             skip_equal=self.preset == "released",
         )
         return Algorithm(
-            select=keep_instructive,
+            select=drop_uninformative,
             rollout=RolloutPlan(episodes=episodes, branch_policy=partial(Exploration, self)),
             advantage=partial(exploration_advantage, modulate=modulate, divide_by_std=self.divide_by_std),
-            masks=(instructive_tokens,),
+            masks=(informative_tokens,),
             clip=partial(fixed_clip, low=self.clip_low, high=self.clip_high, dual=None),
             aggregation=functional.token_weights,
-            diagnostics=(rollout_gap, partial(exploration_numbers, modulate=modulate, unit=self.anchor)),
+            diagnostics=(mismatch_metrics, partial(exploration_metrics, modulate=modulate, unit=self.anchor)),
         )
 
 
 @requires("rollout:entropy")
 @dataclass
 class Exploration:
-    """The rollouts of one task, as `FR3E` says; a `BranchPolicy`.
+    """Rollouts of one task, as `FR3E` describes; a `BranchPolicy`.
 
     Args:
-        settings: of the method.
-        budget: episodes of the task.
-        seed: of the draw among bases.
-        context: not read.
+        settings: The recipe.
+        budget: The number of episodes of the task.
+        seed: The seed of the draw among bases.
+        context: Not read.
     """
 
     settings: FR3E
@@ -155,14 +156,17 @@ class Exploration:
     _bases: list[Episode] = field(default_factory=list, init=False)
 
     def begin(self) -> Sequence[BranchPoint | None]:
+        """Start the bases."""
         return [None] * self.settings.bases
 
     def reached(
         self, episode: str, parent: BranchPoint | None, turns: Sequence[Turn]
     ) -> Sequence[BranchPoint | None]:
+        """Start nothing: continuations start only after the bases have ended."""
         return ()
 
     def ended(self, episode: Episode) -> Sequence[BranchPoint | None]:
+        """Start the continuations when the last base has ended."""
         if len(self._bases) == self.settings.bases:
             return ()
         self._bases.append(episode)
@@ -170,7 +174,7 @@ class Exploration:
 
     def _continuations(self) -> Sequence[BranchPoint]:
         explored = explored_bases(self._bases, self.seed)
-        # An aborted base has no points to go back to, but its beginning is that of the task.
+        # An aborted base has no points to go back to, but it starts at the first observation of the task.
         first = BranchPoint((explored or self._bases)[0].id, 0)
         slots = self.budget - len(self._bases)
         each = slots // (max(len(explored), 1) * (self.settings.anchors + 1))
@@ -188,78 +192,21 @@ class Exploration:
 
 
 def explored_bases(bases: Sequence[Episode], seed: int) -> list[Episode]:
-    """At most one finished base that succeeded and one that did not, drawn with the seed."""
+    """Draw at most one finished base that succeeded and one that failed."""
     finished = sorted((base for base in bases if not base.stop.aborted), key=lambda base: base.id)
     kinds = ([base for base in finished if base.success is success] for success in (True, False))
     return [kind[derive_seed(seed, "base", kind[0].success) % len(kind)] for kind in kinds if kind]
 
 
-def anchor_points(
-    base: Episode, count: int, *, unit: Unit = "auto", score: Score = "entropy"
-) -> list[BranchPoint]:
-    """The most uncertain points of an episode, in order; a tie goes to the earlier one.
-
-    Args:
-        base: with the entropies and logprobs of its decisions.
-        count: of points; there are fewer where the episode has fewer.
-        unit: as in `FR3E`.
-        score: likewise.
-
-    Source: Zheng et al. 2025, arXiv:2507.07017.
-    """
-    scores = point_scores(base, unit, score)
-    places, values = list(scores), list(scores.values())
-    order = sorted(range(len(values)), key=lambda index: -values[index])
-    if score == "quantile":
-        order = _apart(order, values)
-    return [BranchPoint(base.id, *places[index]) for index in sorted(order[:count])]
-
-
-def point_scores(base: Episode, unit: Unit, score: Score) -> dict[tuple[int, int], float]:
-    """How uncertain each point of an episode is, in nats, by (turn, token) in order.
-
-    The point before the first decision is left out: nothing was decided on the way to it.
-    """
-    decided = [_decisions(turn, score) for turn in base.turns]
-    if unit == "turn" or (unit == "auto" and len(base.turns) > 1):
-        points = {(turn, 0): fmean(values.values()) for turn, values in enumerate(decided) if values}
-    else:
-        points = {
-            (turn, token): value for turn, values in enumerate(decided) for token, value in values.items()
-        }
-    return dict(islice(points.items(), 1, None))
-
-
-def _decisions(turn: Turn, score: Score) -> dict[int, float]:
-    values = [-logprob for logprob in turn.logprobs] if score == "surprisal" else turn.entropies
-    return {
-        token: value
-        for token, (value, decided) in enumerate(zip(values, turn.sampled, strict=False))
-        if decided
-    }
-
-
-def _apart(order: Sequence[int], values: Sequence[float]) -> list[int]:
-    """Those of the upper quarter, each only if no better one is near."""
-    if len(values) < 2:
-        return list(order)
-    bar = quantiles(values, n=4, method="inclusive")[2]
-    chosen: list[int] = []
-    for index in order:
-        if values[index] >= bar and all(abs(index - other) > NEAR for other in chosen):
-            chosen.append(index)
-    return chosen
-
-
 def state_values(returns: Tensor, states: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Mean return of every state, and whether its continuations differ at all.
+    """Return the mean return of every state, and whether its continuations have different returns.
 
         V[s] = mean of R[e] over the continuations e of s
 
     Args:
         returns: [E] float, reward units.
-        states: [E] int64, the state that each trajectory began in; -1 for none.
-        count: S, of states; each has a continuation.
+        states: [E] int64, the state in which each trajectory starts; -1 for none.
+        count: S, the number of states; each has a continuation.
 
     Returns:
         V: [S] float, reward units; and [S] bool.
@@ -285,17 +232,17 @@ def state_modulation(
     sharpen: bool = False,
     skip_equal: bool = False,
 ) -> Tensor:
-    """Weaken what is learned where the value rose along a base, strengthen it where the value fell.
+    """Return the factor of each state's advantages: below 1 after a rise of value, above 1 after a fall.
 
         alpha[s] = exp(-d[s]),   d[s] = V[s] - V[s - 1]
 
     Args:
-        values: [S] float, V, states of a base in order and next to each other.
+        values: [S] float, V; the states of a base are adjacent and in order.
         bases: [S] int64, equal for states of one base.
-        differ: [S] bool, states whose continuations differ.
+        differ: [S] bool, states whose continuations have different returns.
         first: d of a base's first state: 0 (`one`), or 1 - V (`released`).
-        sharpen: replace d by sign(d) |d|^1.5 / sum |d|^1.5 over the states of the base.
-        skip_equal: leave states whose continuations do not differ out of it all; their alpha is 1.
+        sharpen: Replace d by sign(d) |d|^1.5 / sum |d|^1.5 over the states of the base.
+        skip_equal: Ignore states whose continuations have equal returns; their alpha is 1.
 
     Returns:
         [S] float.
@@ -319,71 +266,39 @@ def state_modulation(
     return torch.exp(-change)
 
 
-@dataclass(frozen=True)
-class States:
-    """The states that a batch's trajectories began in, in order along each base.
-
-    Args:
-        points: S of them, with the group that each belongs to.
-        bases: [S] int64, equal for states of one base.
-        member: [E] int64, the state of each trajectory, -1 for none: itself a base.
-    """
-
-    points: tuple[tuple[int, BranchPoint], ...]
-    bases: Tensor
-    member: Tensor
-
-
-def explored_states(batch: Batch) -> States:
-    """Find the states by where the episodes branched off; the order of rows and episodes plays no role."""
-    device = batch.tokens.device
-    found = [
-        None if (point := episode.parent) is None else (group, point.parent, point.turn, point.token)
-        for group, episode in zip(batch.groups.tolist(), batch.episodes, strict=True)
-    ]
-    keys = sorted({key for key in found if key is not None})
-    number = {key: index for index, key in enumerate(keys)}
-    lines = {line: index for index, line in enumerate(dict.fromkeys(key[:2] for key in keys))}
-    return States(
-        tuple((group, BranchPoint(base, turn, token)) for group, base, turn, token in keys),
-        torch.tensor([lines[key[:2]] for key in keys], dtype=torch.int64, device=device),
-        torch.tensor([-1 if key is None else number[key] for key in found], dtype=torch.int64, device=device),
-    )
-
-
 def exploration_advantage(
     batch: Batch, context: Context, *, modulate: Modulate, divide_by_std: bool = False
 ) -> Tensor:
-    """Each continuation's return, centred within its state and modulated, where it is its own; [B, T]."""
-    states = explored_states(batch)
+    """Return each continuation's return, centred in its state and modulated; [B, T], 0 on the base's part."""
+    states = branch_states(batch)
     values, differ = state_values(batch.returns, states.member, len(states.points))
     alpha = modulate(values, states.bases, differ)
     centred = functional.group_relative_advantage(batch.returns, states.member, divide_by_std=divide_by_std)
-    # The 0 at the end is what the index -1 finds.
+    # The appended 0 is the value at index -1.
     advantages = centred * torch.cat([alpha, alpha.new_zeros(1)])[states.member]
-    return functional.spread(advantages, batch.trajectory, _own_tokens(batch))
+    return functional.broadcast_to_tokens(advantages, batch.trajectory, tokens_after_branching(batch))
 
 
-def instructive_tokens(mini: MiniBatch, context: Context) -> Tensor:
-    """What continuations decided themselves, in states whose continuations differ; [B, T] bool."""
+def informative_tokens(mini: MiniBatch, context: Context) -> Tensor:
+    """Mark the continuations' own action tokens in states whose continuations differ; [B, T] bool."""
     batch = mini.batch
-    states = explored_states(batch)
+    states = branch_states(batch)
     _, differ = state_values(batch.returns, states.member, len(states.points))
     learned = torch.cat([differ, differ.new_zeros(1)])[states.member]
-    return _own_tokens(batch) & learned[batch.trajectory][:, None]
+    return tokens_after_branching(batch) & learned[batch.trajectory][:, None]
 
 
-def keep_instructive(groups: Sequence[Group], context: Context) -> Sequence[Group]:
+def drop_uninformative(groups: Sequence[Group], context: Context) -> Sequence[Group]:
     """Keep the groups in which some state's continuations have different returns."""
-    return [group for group in groups if _instructive(group)]
+    return [group for group in groups if _informative(group)]
 
 
-def exploration_numbers(
-    mini: MiniBatch, context: Context, *, modulate: Modulate, unit: Unit
+def exploration_metrics(
+    mini: MiniBatch, context: Context, *, modulate: Modulate, unit: AnchorUnit
 ) -> Mapping[str, float]:
-    """States: the share that is learned from, mean value, factor and entropy at the anchors (nats)."""
+    """Measure the share of states learned from, and the mean value, factor and anchor entropy in nats."""
     batch = mini.batch
-    states = explored_states(batch)
+    states = branch_states(batch)
     if not states.points:
         return {}
     values, differ = state_values(batch.returns, states.member, len(states.points))
@@ -403,16 +318,7 @@ def exploration_numbers(
     return numbers | ({"anchor_entropy": fmean(anchors)} if anchors else {})
 
 
-def _own_tokens(batch: Batch) -> Tensor:
-    """Decisions since an episode left its base; [B, T] bool, nothing of a base."""
-    turns = [
-        len(episode.turns) if episode.parent is None else episode.parent.turn for episode in batch.episodes
-    ]
-    first = torch.tensor(turns, dtype=torch.int64, device=batch.tokens.device)
-    return batch.sampled & (batch.turns >= first[batch.trajectory][:, None])
-
-
-def _instructive(group: Group) -> bool:
+def _informative(group: Group) -> bool:
     returns: dict[BranchPoint, list[float]] = defaultdict(list)
     for episode in group.finished:
         if episode.parent is not None:

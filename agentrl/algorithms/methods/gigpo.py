@@ -1,4 +1,4 @@
-"""GiGPO: beside whole episodes, turns that acted in the same state are compared with each other."""
+"""GiGPO: besides whole episodes, compare turns that acted in the same state."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +13,14 @@ from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.features import (
     State,
     anchor_states,
-    branch_shares,
+    branch_weights,
     has_state_key,
     turn_exists,
     turn_penalties,
     turn_rewards,
 )
 from agentrl.algorithms.hooks import Advantage, Context, MiniBatch
-from agentrl.algorithms.methods.grpo import GRPO, comparing
+from agentrl.algorithms.methods.grpo import GRPO, mark_comparing
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.config import PositiveShare, Share, Weight
 from agentrl.data.batch import Batch
@@ -31,12 +31,12 @@ from agentrl.data.batch import Batch
 class GiGPO(GRPO):
     """Group-in-group policy optimisation: the advantage of the episode plus that of the turn in its state.
 
-        A = A_episode + step_weight * A_step
+        A      = A_episode + step_weight * A_step
+        A_step = (G - mean G) / std G,   over all turns of the group that acted in the same state
 
-    where A_episode is that of `grpo` and A_step is the discounted return from a turn on, compared with those
-    of all turns of the group that acted in the same state. In episodes of one turn both are the same, and
-    step_weight only scales them: leave it at 0 there. Groups of equal returns are kept, since their turns may
-    still differ.
+    where A_episode is the advantage of `grpo` and G is the discounted return from a turn on. In episodes of
+    one turn both advantages are the same and step_weight only scales them: set it to 0 there. Groups of equal
+    returns are kept, since their turns may still differ.
 
         field             | paper      | released   | ours
         dual_clip         | null       | 3.0        | null
@@ -48,21 +48,22 @@ class GiGPO(GRPO):
         weighting         | trajectory | row        | trajectory
         singleton         | zero       | raw        | zero
 
-    The paper's loss is a mean over the turns of all episodes, ours over episodes first, so that a token of a
-    short episode weighs more. kl_coefficient 0.01 and invalid_penalty 0.1 are its settings for text games,
-    and those of the released scripts, which ran groups of 8 at a learning rate of 1e-6. Released, a turn's
-    invalid penalty is taken off its own discounted return, and not off those of earlier turns.
+    The paper's loss is a mean over the turns of all episodes. Ours is a mean over episodes first, so that a
+    token of a short episode weighs more. kl_coefficient 0.01 and invalid_penalty 0.1 are the paper's settings
+    for text games, and those of the released scripts, which ran groups of 8 at a learning rate of 1e-6. The
+    preset `released` subtracts a turn's invalid penalty from its own discounted return, and not from those of
+    earlier turns.
 
     Args:
-        step_weight: of A_step.
-        gamma: discount from one turn to the next.
-        similarity: below 1, observations of at least this `difflib` ratio are the same state.
-        state: what tells states apart: the text of the `observation`, or the environment's
-            `info["state_key"]`. At turns without a key the text stands in its place, and `states_named` in
-            the log is the share of the others; where no turn has one, the first update is refused.
-        divide_by_std: False is the paper's mode mean_norm, for both terms; True its mean_std_norm.
+        step_weight: The weight of A_step.
+        gamma: The discount from one turn to the next.
+        similarity: Below 1, observations with at least this `difflib` ratio are the same state.
+        state: What identifies a state: the text of the `observation`, or the environment's
+            `info["state_key"]` (`state_key`). Turns without a key use the text; the metric `states_named` is
+            the share of turns that have a key. If no turn has one, the first update is refused.
+        divide_by_std: False is the paper's mode mean_norm, for both terms; True is its mean_std_norm.
 
-    The other fields are those of `grpo`.
+    The remaining fields are those of `grpo`.
 
     Source: Feng et al. 2025, arXiv:2505.10978.
     """
@@ -78,6 +79,7 @@ class GiGPO(GRPO):
     state: State = "observation"
 
     def build(self) -> Algorithm:
+        """Build the algorithm."""
         plain = super().build()
         step = partial(
             step_advantage,
@@ -91,13 +93,13 @@ class GiGPO(GRPO):
             two_level_advantage, episode=plain.advantage, step=step, step_weight=self.step_weight
         )
         numbers = partial(
-            level_numbers,
+            level_metrics,
             episode=plain.advantage,
             step=step,
             similarity=self.similarity,
             state=self.state,
         )
-        compared = comparing(advantage, self.singleton)
+        compared = mark_comparing(advantage, self.singleton)
         return replace(plain, advantage=compared, diagnostics=(*plain.diagnostics, numbers))
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
@@ -113,7 +115,7 @@ class GiGPO(GRPO):
 def two_level_advantage(
     batch: Batch, context: Context, *, episode: Advantage, step: Advantage, step_weight: float
 ) -> Tensor:
-    """The sum of both levels; [B, T]."""
+    """Return the weighted sum of the episode's and the step's advantage; [B, T]."""
     return episode(batch, context) + step_weight * step(batch, context)
 
 
@@ -129,11 +131,11 @@ def step_advantage(
 ) -> Tensor:
     """Compare the discounted return from each turn on with those of the turns in the same state; [B, T].
 
-    Every visit to a state counts, also a second one of the same trajectory, and one in which there was
-    nothing to decide. A turn that several branches share was played once: each of their returns counts by
-    its share. A state that was visited once gives 0. Rewards hold the penalties of invalid actions, so that
-    earlier turns answer for later ones; `late_penalty` is what they were, to be taken off the discounted
-    return of their own turn alone.
+    Every visit to a state counts, including repeated visits of a trajectory and turns without action tokens.
+    A turn shared by several branches was played once: each branch's return counts with the branch's weight. A
+    state that was visited once gives 0. Rewards contain the penalties of invalid actions, so that they reach
+    earlier turns; `late_penalty` is their size if they should only reduce the discounted return of their own
+    turn.
     """
     exists = turn_exists(batch)
     penalties = turn_penalties(batch, late_penalty)
@@ -143,12 +145,12 @@ def step_advantage(
         returns[exists],
         anchor_states(batch, similarity=similarity, state=state)[exists],
         divide_by_std=divide_by_std,
-        copies=branch_shares(batch)[exists],
+        copies=branch_weights(batch)[exists],
     )
-    return functional.spread_steps(compared, batch.turns, batch.trajectory, batch.sampled)
+    return functional.broadcast_turns_to_tokens(compared, batch.turns, batch.trajectory, batch.sampled)
 
 
-def level_numbers(
+def level_metrics(
     mini: MiniBatch,
     context: Context,
     *,
@@ -157,9 +159,9 @@ def level_numbers(
     similarity: float,
     state: State = "observation",
 ) -> Mapping[str, float]:
-    """Measure how much each level says, and the share of turns whose state other turns visited as well.
+    """Measure the size of each level, and the share of turns whose state was also visited by other turns.
 
-    Where states are told apart by keys, `states_named` is the share of turns that have one.
+    With state keys, `states_named` is the share of turns that have one.
     """
     batch = mini.batch
     states = anchor_states(batch, similarity=similarity, state=state)
@@ -167,12 +169,12 @@ def level_numbers(
     visited = int(visits.sum())
     named = has_state_key(batch).sum() / max(1, visited)
     return {
-        "advantage_episode": _mean_size(episode(batch, context), batch),
-        "advantage_step": _mean_size(step(batch, context), batch),
+        "advantage_episode": _mean_magnitude(episode(batch, context), batch),
+        "advantage_step": _mean_magnitude(step(batch, context), batch),
         "states_shared": int(visits[visits > 1].sum()) / visited if visited else 0.0,
         **({"states_named": float(named)} if state == "state_key" else {}),
     }
 
 
-def _mean_size(advantages: Tensor, batch: Batch) -> float:
+def _mean_magnitude(advantages: Tensor, batch: Batch) -> float:
     return float(functional.masked_mean(advantages.abs(), batch.sampled))

@@ -1,4 +1,4 @@
-"""GRPO, the corrected form that leaves out its two biases, and what every recipe with a clipped ratio has."""
+"""GRPO and Dr. GRPO, and the base class of recipes with a clipped ratio."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from agentrl.algorithms.hooks import (
     MiniBatch,
     Outputs,
     Term,
-    given,
+    require_tensor,
     requires,
     trait,
     traits,
@@ -35,31 +35,34 @@ from agentrl.errors import ConfigError
 Weighting = Literal["trajectory", "row"]
 Estimate = Callable[[Tensor, Tensor], Tensor]
 
-K3_LIMIT = 10.0  # of the released code, nats
+K3_LIMIT = 10.0  # nats, as in the released code
 _KL = {"k1": functional.kl_k1, "k2": functional.kl_k2, "k3": functional.kl_k3}
 
 
 @dataclass(frozen=True)
 class ClippedRecipe(Recipe):
-    """What GRPO, PPO, RLOO, REINFORCE++ and GiGPO have in common: all but where the advantage comes from.
+    """Base class of GRPO, PPO, RLOO, REINFORCE++ and GiGPO: everything but the advantage.
+
+        loss = mean of max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))
 
     Args:
-        clip_low: the ratio is held above 1 - clip_low.
-        clip_high: and below 1 + clip_high.
-        dual_clip: where the advantage is negative, the loss is at most -advantage times this; None for no
+        clip_low: The ratio is clipped below 1 - clip_low.
+        clip_high: The ratio is clipped above 1 + clip_high.
+        dual_clip: Where the advantage is negative, the loss is at most -advantage times this; null for no
             limit.
-        aggregation: how token losses become one number; `token` is the mean over tokens, `sequence` over the
-            tokens of a sequence, then over sequences, `trajectory` goes by tokens, turns and trajectories,
-            `constant` divides by a length.
-        sequence: what a sequence is, for `sequence` and `constant`.
-        sequence_length: divisor of `constant`, in tokens that were decisions.
-        kl_coefficient: of the divergence from the policy that training started from.
-        kl_estimator: k2 has the gradient of the true divergence, k3 the lowest variance of its value.
-        entropy_coefficient: of the entropy bonus, in reward-free loss units per nat.
-        invalid_penalty: taken off a turn's reward when its action was not understood.
-        drop_equal_groups: leave out groups whose episodes all have the same return.
-        parity: `official` is the preset `released`, in what the recipe's table says and in what no field says
-            (the divergence k3 held within +-10), and refuses other values; `paper` says nothing.
+        aggregation: How token losses are averaged: `token` over all tokens; `sequence` over the tokens of a
+            sequence, then over sequences; `trajectory` over the tokens of a turn, then turns, then
+            trajectories; `constant` sums over a sequence and divides by `sequence_length`.
+        sequence: What a sequence is, for `sequence` and `constant`: a `turn` or a `trajectory`.
+        sequence_length: The divisor of `constant`, in action tokens.
+        kl_coefficient: The coefficient of the KL divergence from the initial policy.
+        kl_estimator: The estimator of the divergence: k2 has the gradient of the true divergence, k3 the
+            lowest variance of its value.
+        entropy_coefficient: The coefficient of the entropy bonus, in loss units per nat.
+        invalid_penalty: The penalty subtracted from a turn's reward if its action was invalid.
+        drop_equal_groups: Whether to leave out groups whose episodes all have the same return.
+        parity: `official` follows the preset `released` in the fields of the recipe's table and in behaviour
+            that no field describes (k3 clamped to +-10), and refuses other values; `paper` has no effect.
     """
 
     PRESETS: ClassVar[Presets] = {
@@ -87,6 +90,7 @@ class ClippedRecipe(Recipe):
             raise ConfigError("; ".join(mistakes))
 
     def build(self) -> Algorithm:
+        """Build the algorithm, without the advantage of the method."""
         return Algorithm(
             select=drop_equal_returns if self.drop_equal_groups else keep_all,
             shape_reward=(partial(penalise_invalid, penalty=self.invalid_penalty),)
@@ -112,7 +116,7 @@ class ClippedRecipe(Recipe):
             (
                 self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high,
                 f"dual_clip is {self.dual_clip}, wanted above 1 + clip_high ({1 + self.clip_high}): "
-                "below, it would undo the first clip",
+                "otherwise it would undo the first clip",
             ),
             (
                 self.aggregation == "constant" and self.sequence_length is None,
@@ -124,10 +128,13 @@ class ClippedRecipe(Recipe):
 @recipe("grpo")
 @dataclass(frozen=True)
 class GRPO(ClippedRecipe):
-    """Group-relative policy optimisation: returns centred within the group, a clipped ratio, no critic.
+    """Group-relative policy optimisation: returns normalised within the group, a clipped ratio, no critic.
 
-    Released, rows are weighted: a long trajectory moves the mean more; and the divergence k3 is held within
-    +-10.
+        A    = (R - mean R) / (std R + 1e-6),   over the episodes of the group
+        loss = mean of max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))
+
+    The preset `released` weights by rows, so that a long trajectory moves the mean more, and clamps the k3
+    divergence to +-10.
 
         field             | paper      | released | ours
         dual_clip         | null       | 3.0      | null
@@ -137,16 +144,16 @@ class GRPO(ClippedRecipe):
         weighting         | trajectory | row      | trajectory
         singleton         | zero       | raw      | zero
 
-    The published runs had groups of 64, a learning rate of 1e-6 and one update per batch. Released is
-    verl-agent, whose scripts for text games add kl_coefficient 0.01 and invalid_penalty 0.1.
+    The published runs used groups of 64, a learning rate of 1e-6 and one update per batch. The released code
+    is verl-agent, whose scripts for text games add kl_coefficient 0.01 and invalid_penalty 0.1.
 
     Args:
-        divide_by_std: divide centred returns by their standard deviation within the group.
-        weighting: what is compared within a group: trajectories by their returns, or rows, every turn one,
-            each with the return of its episode, of which only its own invalid penalty is taken off.
-        singleton: advantage of the only member of a group; `raw` is its return.
+        divide_by_std: Whether to divide centred returns by their standard deviation within the group.
+        weighting: What is compared within a group: `trajectory` compares the returns of trajectories; `row`
+            compares turns, each with the return of its episode less only its own invalid penalty.
+        singleton: The advantage of the only member of a group: `zero`, or its `raw` return.
 
-    The other fields are those of `ClippedRecipe`.
+    The remaining fields are those of `ClippedRecipe`.
 
     Source: Shao et al. 2024, arXiv:2402.03300.
     """
@@ -162,6 +169,7 @@ class GRPO(ClippedRecipe):
     singleton: functional.Singleton = "zero"
 
     def build(self) -> Algorithm:
+        """Build the algorithm."""
         estimate = partial(
             functional.group_relative_advantage,
             divide_by_std=self.divide_by_std,
@@ -173,15 +181,18 @@ class GRPO(ClippedRecipe):
             weighting=self.weighting,
             invalid_penalty=self.invalid_penalty,
         )
-        return replace(super().build(), advantage=comparing(advantage, self.singleton))
+        return replace(super().build(), advantage=mark_comparing(advantage, self.singleton))
 
 
 @recipe("dr_grpo")
 @dataclass(frozen=True)
 class DrGRPO(GRPO):
-    """GRPO done right: no division by the deviation, and no discount for long trajectories.
+    """GRPO done right: no division by the standard deviation, and no discount for long trajectories.
 
-    The fields are those of `grpo`; two defaults differ.
+        A    = R - mean R,   over the episodes of the group
+        loss = mean over episodes of (sum of token losses / sequence_length)
+
+    The fields are those of `grpo`; three defaults differ.
 
         field             | paper      | released | ours
         dual_clip         | null       | 3.0      | null
@@ -192,9 +203,9 @@ class DrGRPO(GRPO):
         weighting         | trajectory | row      | trajectory
         singleton         | zero       | raw      | zero
 
-    The paper divides by the reply tokens that there may be, 3000 in its runs (groups of 8, learning rate
-    1e-6); `sequence_length` 32 suits short commands. Released is verl-agent, which divides by the width of
-    the padding: not reproduced, and no number of its own.
+    The paper divides by the maximum number of reply tokens, 3000 in its runs (groups of 8, learning rate
+    1e-6); `sequence_length` 32 suits short commands. The released code is verl-agent, which divides by the
+    width of the padding. That is not reproduced, so `released` has our value.
 
     Source: Liu et al. 2025, arXiv:2503.20783.
     """
@@ -213,30 +224,32 @@ class DrGRPO(GRPO):
 def compare_in_groups(
     batch: Batch, context: Context, *, estimate: Estimate, weighting: Weighting, invalid_penalty: float
 ) -> Tensor:
-    """Compare returns within their groups, and give every decision the result; [B, T] float64.
+    """Compare returns within their groups, and give every action token the result; [B, T] float64.
 
     Args:
-        batch: whose returns.
-        context: not read.
-        estimate: (returns, groups) -> advantages, of as many as are compared.
-        weighting: `trajectory` compares trajectories by their returns, `row` turns by `row_scores`.
-        invalid_penalty: that the rewards of turns hold, for `row`.
+        batch: The batch of the returns.
+        context: Not read.
+        estimate: (returns, groups) -> advantages, one per return.
+        weighting: `trajectory` compares trajectories by their returns, `row` compares turns by `row_scores`.
+        invalid_penalty: The penalty contained in the rewards of invalid turns, for `row`.
     """
     if weighting == "trajectory":
-        return functional.spread(estimate(batch.returns, batch.groups), batch.trajectory, batch.sampled)
+        return functional.broadcast_to_tokens(
+            estimate(batch.returns, batch.groups), batch.trajectory, batch.sampled
+        )
     scores, exists = row_scores(batch, invalid_penalty), turn_exists(batch)
     compared = torch.zeros_like(scores)
     compared[exists] = estimate(scores[exists], batch.groups[:, None].expand_as(scores)[exists])
-    return functional.spread_steps(compared, batch.turns, batch.trajectory, batch.sampled)
+    return functional.broadcast_turns_to_tokens(compared, batch.turns, batch.trajectory, batch.sampled)
 
 
-def comparing(advantage: Advantage, singleton: functional.Singleton) -> Advantage:
-    """Say of an advantage that it is 0 for an episode alone, where the `singleton` has none."""
+def mark_comparing(advantage: Advantage, singleton: functional.Singleton) -> Advantage:
+    """Mark an advantage as comparing within a group, unless a `singleton` has an advantage of its own."""
     return trait(COMPARES, *traits(advantage))(advantage) if singleton == "zero" else advantage
 
 
 def aggregation(kind: str, sequence: functional.Unit, length: int | None) -> Aggregation:
-    """Choose an aggregation of `functional` by name."""
+    """Return the aggregation of `functional` with this name."""
     if kind == "sequence":
         return partial(functional.sequence_weights, sequence=sequence)
     if kind == "constant" and length is not None:
@@ -245,12 +258,12 @@ def aggregation(kind: str, sequence: functional.Unit, length: int | None) -> Agg
 
 
 def fixed_clip(mini: MiniBatch, context: Context, *, low: float, high: float, dual: float | None) -> Bounds:
-    """Bounds [1 - low, 1 + high] for every token."""
+    """Bound the ratio of every token to [1 - low, 1 + high]."""
     return Bounds(1 - low, 1 + high, dual)
 
 
 def penalise_invalid(episode: Episode, context: Context, *, penalty: float) -> Sequence[float]:
-    """The environment's rewards, less `penalty` at every turn whose action was not understood."""
+    """Return the rewards, less `penalty` at every turn with an invalid action."""
     return [turn.reward - (0.0 if turn.valid else penalty) for turn in episode.turns]
 
 
@@ -258,12 +271,14 @@ def penalise_invalid(episode: Episode, context: Context, *, penalty: float) -> S
 def kl_to_reference(
     outputs: Outputs, mini: MiniBatch, context: Context, *, estimator: str = "k3", limit: float | None = None
 ) -> Tensor:
-    """Divergence from the reference policy at the sampled tokens, within +-limit if any; [B, T] nats."""
-    found = _KL[estimator](outputs.logprobs, given(mini.batch.reference_logprobs, "reference_logprobs"))
-    return found if limit is None else found.clamp(-limit, limit)
+    """Estimate the KL divergence from the reference policy per sampled token, in +-limit; [B, T] nats."""
+    divergence = _KL[estimator](
+        outputs.logprobs, require_tensor(mini.batch.reference_logprobs, "reference_logprobs")
+    )
+    return divergence if limit is None else divergence.clamp(-limit, limit)
 
 
 @requires("entropy:grad")
 def entropy_bonus(outputs: Outputs, mini: MiniBatch, context: Context) -> Tensor:
-    """Entropy of the policy at every decision; [B, T] nats. Its coefficient is negative: a loss goes down."""
+    """Return the entropy at every action token; [B, T] nats. A bonus has a negative coefficient."""
     return outputs.entropies

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.hooks import MiniBatch, Outputs, given, trait
+from agentrl.algorithms.hooks import MiniBatch, Outputs, require_tensor, trait
 from agentrl.algorithms.methods.grpo import fixed_clip
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
 from agentrl.config import Share, Weight
@@ -18,22 +18,26 @@ from agentrl.errors import ConfigError
 @recipe("gspo")
 @dataclass(frozen=True)
 class GSPO(Recipe):
-    """Group sequence policy optimisation: a turn's tokens share one ratio, and are clipped all or none.
+    """Group sequence policy optimisation: a turn's tokens share one ratio, and are clipped together.
 
-    What a sequence is in a dialogue: one turn, in both layouts of a batch. The loss is the mean over the
-    decisions of a turn, then over turns; there is no dual clip.
+        ratio = exp( mean over the turn of log pi(token) - log pi_old(token) )
+        loss  = mean over turns of max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))
+
+    In a dialogue, a sequence is one turn, in both layouts of a batch. The loss is the mean over the action
+    tokens of a turn, then over turns. There is no dual clip.
 
         field               | paper | released | ours
         base.name           | grpo  | grpo     | grpo
         base.preset         | paper | released | ours
         base.kl_coefficient | 0.0   | 0.0      | 0.0
 
-    All bounds are the published ones; for short replies ARL-Arena has 0.03 and 0.04. Released is verl-agent.
+    All bounds are the published ones; for short replies ARL-Arena has 0.03 and 0.04. The released code is
+    verl-agent.
 
     Args:
-        base: whose advantage, selection, rewards and terms these are.
-        clip_low: the ratio of a turn, a geometric mean over its decisions, is held above 1 - clip_low.
-        clip_high: and below 1 + clip_high.
+        base: The recipe that provides the advantage, selection, rewards and terms.
+        clip_low: The ratio of a turn, a geometric mean over its action tokens, is clipped below 1 - clip_low.
+        clip_high: The ratio of a turn is clipped above 1 + clip_high.
 
     Source: Zheng et al. 2025, arXiv:2507.18071.
     """
@@ -48,6 +52,7 @@ class GSPO(Recipe):
     clip_high: Weight = 4e-4
 
     def build(self) -> Algorithm:
+        """Build the base with one ratio per turn."""
         base = without_replay(self.base)
         if base.clip is None:
             raise ConfigError(f"gspo: base {self.base.name!r} has no clipped ratio, wanted one that has")
@@ -61,7 +66,7 @@ class GSPO(Recipe):
 
 @trait("sequence ratio")
 def turn_ratio(outputs: Outputs, mini: MiniBatch) -> Tensor:
-    """New over old probability of a turn, per decision; the same at all its tokens; [B, T]."""
+    """Return the new over the old probability of each turn, at all its action tokens; [B, T]."""
     batch = mini.batch
-    old = given(batch.old_logprobs, "old_logprobs")
+    old = require_tensor(batch.old_logprobs, "old_logprobs")
     return functional.sequence_ratio(outputs.logprobs, old, batch.sampled, batch.turns, batch.trajectory)

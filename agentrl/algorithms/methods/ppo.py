@@ -1,4 +1,4 @@
-"""PPO with a value function: what an action did beyond what was expected."""
+"""PPO with a value function: generalised advantage estimates and a clipped ratio."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.features import decision_rewards, decisions, has_decision, row_scores, step_rewards
-from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, given, requires, trait
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, require_tensor, requires, trait
 from agentrl.algorithms.methods.grpo import ClippedRecipe
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.config import PositiveWeight, Share, Weight
@@ -28,10 +28,13 @@ _CUT_OFF = {StopReason.TRUNCATED, StopReason.TURN_LIMIT, StopReason.CONTEXT_LIMI
 class PPO(ClippedRecipe):
     """Proximal policy optimisation: generalised advantage estimation over turns, a clipped ratio, a critic.
 
-    Advantages are made mean 0 and variance 1 over the decisions of the batch. Values and returns are in the
-    reward units of the environment; `value_clip` 0.5 suits returns within [0, 1], 5.0 those within [0, 10].
-    Released, `gae_scope` is row, where every turn is an episode of its own that ends in the return of the
-    whole, without a bootstrap.
+        delta = r + gamma_turn V(next turn) - V,   A = whiten(delta + gamma_turn lam_turn A(next turn))
+        loss  = clipped surrogate of A + value_coefficient * (V - return)^2 / 2
+
+    Advantages are normalised to mean 0 and variance 1 over the action tokens of the batch. Values and returns
+    are in the reward units of the environment: `value_clip` 0.5 suits returns within [0, 1], 5.0 those within
+    [0, 10]. With the preset `released`, `gae_scope` is row: every turn is an episode of its own that ends
+    with the return of the whole episode, without a bootstrap.
 
         field               | paper      | released | ours
         dual_clip           | null       | 3.0      | null
@@ -41,22 +44,22 @@ class PPO(ClippedRecipe):
         gamma_turn          | 0.99       | 1.0      | 1.0
         bootstrap_truncated | true       | false    | false
 
-    The paper is about control, with an action per step: its discounts are those between turns here. It has no
-    `value_clip`, which is that of its released code. Released is verl-agent, with a learning rate of 1e-6.
+    The paper is about control, with one action per step: its discounts are those between turns here.
+    `value_clip` is not in the paper, but in its released code. The released code of the preset is verl-agent,
+    with a learning rate of 1e-6.
 
     Args:
-        gae_scope: `trajectory` estimates at every decision, with the discounts between turns only; `turn`
-            takes a turn for one action, valued at its first decision, so that its decisions share one
-            advantage; `row` is the return of the whole episode less the value, at every decision.
-        gamma_turn: discount from one turn to the next; not in `row`.
-        lam_turn: trust in what followed a turn over the value function; not in `row`.
-        bootstrap_truncated: what a limit cut off is worth its last value instead of 0; not in `row`. It needs
-            gamma_turn below 1: else a policy whose episodes all reach the limit may be worth anything to
-            itself, and values drift.
-        value_coefficient: of the loss of the values, half a square in reward units.
-        value_clip: how far a value may move from that of the scoring pass, in reward units.
+        gae_scope: `trajectory` estimates at every action token, with the discounts between turns only; `turn`
+            treats a turn as one action, valued at its first action token, so that its tokens share one
+            advantage; `row` is the return of the whole episode less the value, at every action token.
+        gamma_turn: The discount from one turn to the next; unused with `row`.
+        lam_turn: The GAE lambda from one turn to the next; unused with `row`.
+        bootstrap_truncated: Whether truncated episodes end with their last value instead of 0; unused with
+            `row`. It needs gamma_turn below 1: otherwise values can drift if all episodes reach a limit.
+        value_coefficient: The coefficient of the value loss, half a square in reward units.
+        value_clip: The maximum change of a value from the scoring pass, in reward units.
 
-    The other fields are those of `ClippedRecipe`; two defaults differ.
+    The remaining fields are those of `ClippedRecipe`; two defaults differ.
 
     Source: Schulman et al. 2017, arXiv:1707.06347.
     """
@@ -77,6 +80,7 @@ class PPO(ClippedRecipe):
     value_clip: PositiveWeight = 0.5
 
     def build(self) -> Algorithm:
+        """Build the algorithm."""
         plain = super().build()
         estimate = self.estimate()
         read = ("values", "last_values") if self.bootstrap_truncated else ("values",)
@@ -86,11 +90,11 @@ class PPO(ClippedRecipe):
             advantage=requires(*read)(partial(gae_advantage, estimate=estimate)),
             targets=partial(gae_returns, estimate=estimate),
             terms=(*plain.terms, value),
-            diagnostics=(*plain.diagnostics, value_numbers),
+            diagnostics=(*plain.diagnostics, value_metrics),
         )
 
     def estimate(self) -> Estimate:
-        """What its scope makes of a batch: advantages, not whitened, and returns, [B, T] each."""
+        """Return the estimator of `gae_scope`: batch -> unwhitened advantages and returns, [B, T] each."""
         if self.gae_scope == "row":
             return partial(row_gae, invalid_penalty=self.invalid_penalty)
         return partial(
@@ -105,8 +109,8 @@ class PPO(ClippedRecipe):
             *super()._contradictions(),
             (
                 self.bootstrap_truncated and self.gamma_turn == 1 and self.gae_scope != "row",
-                "bootstrap_truncated is true with gamma_turn 1, wanted gamma_turn below 1: nothing would "
-                "hold the values of episodes that a limit ends",
+                "bootstrap_truncated is true with gamma_turn 1, wanted gamma_turn below 1: otherwise nothing "
+                "limits the values of truncated episodes",
             ),
         ]
 
@@ -114,42 +118,45 @@ class PPO(ClippedRecipe):
 @trait("advantage within a turn")
 @requires("values")
 def gae_advantage(batch: Batch, context: Context, *, estimate: Estimate) -> Tensor:
-    """Estimated advantages, whitened over all decisions; [B, T]."""
+    """Return the estimated advantages, whitened over all action tokens; [B, T]."""
     return functional.whiten(estimate(batch)[0], batch.sampled)
 
 
 @requires("values")
 def gae_returns(batch: Batch, context: Context, *, estimate: Estimate) -> Tensor:
-    """The return from each decision on, as estimated; [B, T]."""
+    """Return the estimated return from each action token on; [B, T]."""
     return estimate(batch)[1]
 
 
 def trajectory_gae(batch: Batch, *, gamma: float, lam: float, bootstrap: bool) -> tuple[Tensor, Tensor]:
-    """GAE over the decisions of a trajectory, discounted between turns; advantages and returns, [B, T]."""
+    """Estimate advantages and returns over the action tokens of trajectories, [B, T] each.
+
+    Discounts apply between turns.
+    """
     made = decisions(batch)
     estimates = functional.gae(
         made.read(decision_rewards(batch)),
-        made.read(given(batch.values, "values").double()),
+        made.read(require_tensor(batch.values, "values").double()),
         made.valid,
         made.turns,
         gamma_turn=gamma,
         lam_turn=lam,
-        last_values=_cut_off_values(batch) if bootstrap else None,
+        last_values=_truncation_values(batch) if bootstrap else None,
     )
     return made.write(estimates[0]), made.write(estimates[1])
 
 
 def turn_gae(batch: Batch, *, gamma: float, lam: float, bootstrap: bool) -> tuple[Tensor, Tensor]:
-    """GAE over the turns of a trajectory, each valued at its first decision; [B, T] as above.
+    """Estimate advantages and returns over turns, each valued at its first action token; [B, T] each.
 
-    The decisions of a turn share its advantage, and its return as what their values are to become.
+    The action tokens of a turn share its advantage, and its return is their value target.
     """
     made, rewards = decisions(batch), step_rewards(batch)
     values = torch.zeros_like(rewards)
     owners = torch.arange(len(rewards), device=rewards.device)[:, None].expand_as(made.turns)
-    values[owners[made.first], made.turns[made.first]] = made.read(given(batch.values, "values").double())[
-        made.first
-    ]
+    values[owners[made.first], made.turns[made.first]] = made.read(
+        require_tensor(batch.values, "values").double()
+    )[made.first]
     estimates = functional.gae(
         rewards,
         values,
@@ -157,43 +164,45 @@ def turn_gae(batch: Batch, *, gamma: float, lam: float, bootstrap: bool) -> tupl
         torch.arange(rewards.shape[1], device=rewards.device).expand_as(rewards),
         gamma_turn=gamma,
         lam_turn=lam,
-        last_values=_cut_off_values(batch) if bootstrap else None,
+        last_values=_truncation_values(batch) if bootstrap else None,
     )
     advantages, returns = (
-        functional.spread_steps(table, batch.turns, batch.trajectory, batch.sampled) for table in estimates
+        functional.broadcast_turns_to_tokens(table, batch.turns, batch.trajectory, batch.sampled)
+        for table in estimates
     )
     return advantages, returns
 
 
 def row_gae(batch: Batch, *, invalid_penalty: float) -> tuple[Tensor, Tensor]:
-    """The score of every turn, `row_scores`, less the value of each decision; [B, T] as above.
+    """Return `row_scores` less the value of each action token, and the scores; [B, T] each.
 
-    That is GAE without discounts over the decisions of a turn, the score being the reward of the last.
+    This is GAE without discounts over the action tokens of a turn, where the score is the reward of the last
+    one.
     """
-    scores = functional.spread_steps(
+    scores = functional.broadcast_turns_to_tokens(
         row_scores(batch, invalid_penalty), batch.turns, batch.trajectory, batch.sampled
     )
-    return torch.where(batch.sampled, scores - given(batch.values, "values"), 0.0), scores
+    return torch.where(batch.sampled, scores - require_tensor(batch.values, "values"), 0.0), scores
 
 
 @requires("values", "values:grad")
 def value_error(outputs: Outputs, mini: MiniBatch, context: Context, *, clip: float) -> Tensor:
-    """Half the squared error of the values, clipped around those of the scoring pass; [B, T]."""
+    """Return half the squared error of the values, clipped around those of the scoring pass; [B, T]."""
     batch = mini.batch
     return functional.value_loss(
-        given(outputs.values, "values:grad"),
-        given(batch.values, "values"),
-        given(batch.targets, "targets"),
+        require_tensor(outputs.values, "values:grad"),
+        require_tensor(batch.values, "values"),
+        require_tensor(batch.targets, "targets"),
         clip,
     )
 
 
 @requires("values")
-def value_numbers(mini: MiniBatch, context: Context) -> Mapping[str, float]:
-    """The share of the returns' variance that the values explain (1 is all), where returns differ."""
+def value_metrics(mini: MiniBatch, context: Context) -> Mapping[str, float]:
+    """Measure the mean value, the mean return, and the share of the returns' variance that values explain."""
     batch = mini.batch
-    targets = given(batch.targets, "targets")[batch.sampled].double()
-    values = given(batch.values, "values")[batch.sampled].double()
+    targets = require_tensor(batch.targets, "targets")[batch.sampled].double()
+    values = require_tensor(batch.values, "values")[batch.sampled].double()
     if not len(targets):
         return {}
     numbers = {"value_mean": float(values.mean()), "return_mean": float(targets.mean())}
@@ -203,9 +212,9 @@ def value_numbers(mini: MiniBatch, context: Context) -> Mapping[str, float]:
     return numbers
 
 
-def _cut_off_values(batch: Batch) -> Tensor | None:
-    """The value after the last token where a limit ended an episode, 0 where it came to its end; [E]."""
+def _truncation_values(batch: Batch) -> Tensor | None:
+    """Return the value after the last token of truncated episodes, 0 for other episodes; [E], or None."""
     cut = torch.tensor([episode.stop in _CUT_OFF for episode in batch.episodes], device=batch.tokens.device)
     if not bool(cut.any()):
         return None
-    return torch.where(cut, given(batch.last_values, "last_values"), 0.0)
+    return torch.where(cut, require_tensor(batch.last_values, "last_values"), 0.0)

@@ -10,8 +10,8 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.features import at_last_decisions, decision_rewards, decisions, row_scores
-from agentrl.algorithms.hooks import Advantage, Context, given, requires, trait
-from agentrl.algorithms.methods.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups, comparing
+from agentrl.algorithms.hooks import Advantage, Context, require_tensor, requires, trait
+from agentrl.algorithms.methods.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups, mark_comparing
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.config import Share, Weight
 from agentrl.data.batch import Batch
@@ -20,10 +20,12 @@ from agentrl.data.batch import Batch
 @recipe("reinforce_pp")
 @dataclass(frozen=True)
 class ReinforcePlusPlus(ClippedRecipe):
-    """REINFORCE++: what is still to come at each token, made mean 0 and variance 1 over the batch.
+    """REINFORCE++: the discounted return from each token on, normalised over the batch.
 
-    With `baseline` it is REINFORCE++-baseline: the mean return of the group is taken off the return of the
-    trajectory, and all its tokens share the result.
+        A[t] = whiten(r[t] + gamma r[t + 1] + gamma^2 r[t + 2] + ...),   over the action tokens of the batch
+
+    With `baseline` it is REINFORCE++-baseline: the mean return of the group is subtracted from the return of
+    the trajectory, and all tokens of the trajectory share the result.
 
         field             | paper      | released | ours
         dual_clip         | null       | 3.0      | null
@@ -32,18 +34,19 @@ class ReinforcePlusPlus(ClippedRecipe):
         weighting         | trajectory | row      | trajectory
         singleton         | zero       | raw      | zero
 
-    The paper's divergence penalty differs between its experiments; the default has none. Released is
+    The paper's divergence penalty differs between its experiments; the default has none. The released code is
     verl-agent.
 
     Args:
-        gamma: discount from one decision to the next.
-        baseline: compare returns within groups, instead of the returns of tokens over the batch.
-        weighting: `row` takes every turn for an episode of its own, that ends in the return of the whole.
-        singleton: as in `grpo`, for `baseline`.
-        reward_kl_coefficient: of the divergence from the policy that training started from, taken off the
-            rewards token by token; `kl_coefficient` makes it a loss instead.
+        gamma: The discount from one action token to the next.
+        baseline: Whether to compare returns within groups, instead of the returns of tokens over the batch.
+        weighting: `row` treats every turn as an episode of its own that ends with the return of the whole
+            episode.
+        singleton: As in `grpo`, for `baseline`.
+        reward_kl_coefficient: The coefficient of the divergence from the initial policy, subtracted from the
+            rewards token by token; `kl_coefficient` adds it to the loss instead.
 
-    The other fields are those of `ClippedRecipe`; two defaults differ.
+    The remaining fields are those of `ClippedRecipe`; two defaults differ.
 
     Source: Hu et al. 2025, arXiv:2501.03262.
     """
@@ -60,6 +63,7 @@ class ReinforcePlusPlus(ClippedRecipe):
     reward_kl_coefficient: Weight = 0.0
 
     def build(self) -> Algorithm:
+        """Build the algorithm."""
         return replace(super().build(), advantage=self._advantage())
 
     def _advantage(self) -> Advantage:
@@ -73,7 +77,7 @@ class ReinforcePlusPlus(ClippedRecipe):
                 weighting=self.weighting,
                 invalid_penalty=self.invalid_penalty,
             )
-            return comparing(compared, self.singleton)
+            return mark_comparing(compared, self.singleton)
         returns = partial(
             whitened_returns,
             gamma=self.gamma,
@@ -81,7 +85,7 @@ class ReinforcePlusPlus(ClippedRecipe):
             invalid_penalty=self.invalid_penalty,
         )
         if self.reward_kl_coefficient:
-            return partial(charge_divergence, returns=returns, coefficient=self.reward_kl_coefficient)
+            return partial(returns_less_divergence, returns=returns, coefficient=self.reward_kl_coefficient)
         return returns if self.gamma == 1 else trait("advantage within a turn")(returns)
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
@@ -95,7 +99,7 @@ class ReinforcePlusPlus(ClippedRecipe):
 
 
 def whitened_comparison(batch: Batch, context: Context, **settings: Any) -> Tensor:
-    """`compare_in_groups`, whitened over all decisions; [B, T]."""
+    """Return `compare_in_groups`, whitened over all action tokens; [B, T]."""
     return functional.whiten(compare_in_groups(batch, context, **settings), batch.sampled)
 
 
@@ -108,9 +112,9 @@ def whitened_returns(
     invalid_penalty: float,
     cost: Tensor | float = 0.0,
 ) -> Tensor:
-    """The discounted return from each decision on, whitened over all decisions; [B, T].
+    """Return the discounted return from each action token on, whitened over all of them; [B, T].
 
-    `cost`, a number or [B, T], is taken off the reward of every decision.
+    `cost`, a number or [B, T], is subtracted from the reward of every action token.
     """
     made = decisions(batch)
     if weighting == "row":
@@ -125,10 +129,10 @@ def whitened_returns(
 
 @trait("advantage within a turn")
 @requires("old_logprobs", "reference")
-def charge_divergence(
+def returns_less_divergence(
     batch: Batch, context: Context, *, returns: Callable[..., Tensor], coefficient: float
 ) -> Tensor:
-    """Returns where drifting away from the reference policy costs reward, token by token; [B, T]."""
-    old = given(batch.old_logprobs, "old_logprobs")
-    divergence = functional.kl_k1(old, given(batch.reference_logprobs, "reference"))
+    """Return `returns` with the divergence from the reference policy subtracted from the rewards; [B, T]."""
+    old = require_tensor(batch.old_logprobs, "old_logprobs")
+    divergence = functional.kl_k1(old, require_tensor(batch.reference_logprobs, "reference"))
     return returns(batch, context, cost=coefficient * divergence)

@@ -1,4 +1,4 @@
-"""RLOO: the mean return of the others in the group is the baseline."""
+"""RLOO: a leave-one-out baseline, the mean return of the other episodes of the group."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.methods.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups, comparing
+from agentrl.algorithms.methods.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups, mark_comparing
 from agentrl.algorithms.recipe import Presets, recipe
 
 
@@ -15,6 +15,8 @@ from agentrl.algorithms.recipe import Presets, recipe
 @dataclass(frozen=True)
 class RLOO(ClippedRecipe):
     """REINFORCE with a leave-one-out baseline: each return is compared with the mean of the others.
+
+        A[i] = R[i] - mean of R[j],   over the other episodes j of the group
 
         field             | paper      | released   | ours
         dual_clip         | null       | 3.0        | null
@@ -25,14 +27,14 @@ class RLOO(ClippedRecipe):
         weighting         | trajectory | row        | trajectory
         singleton         | zero       | raw        | zero
 
-    The paper takes a whole reply for one action, and so sums over the tokens of a turn; it has neither ratio
-    nor clip, which with one update per batch make no difference. Released is verl-agent.
+    The paper treats a whole reply as one action, and so sums over the tokens of a turn. It has neither ratio
+    nor clip, which make no difference with one update per batch. The released code is verl-agent.
 
     Args:
-        weighting: as in `grpo`.
-        singleton: likewise.
+        weighting: As in `grpo`.
+        singleton: As in `grpo`.
 
-    The other fields are those of `ClippedRecipe`.
+    The remaining fields are those of `ClippedRecipe`.
 
     Source: Ahmadian et al. 2024, arXiv:2402.14740.
     """
@@ -47,10 +49,11 @@ class RLOO(ClippedRecipe):
     singleton: functional.Singleton = "zero"
 
     def build(self) -> Algorithm:
+        """Build the algorithm."""
         advantage = partial(
             compare_in_groups,
             estimate=partial(functional.leave_one_out_advantage, singleton=self.singleton),
             weighting=self.weighting,
             invalid_penalty=self.invalid_penalty,
         )
-        return replace(super().build(), advantage=comparing(advantage, self.singleton))
+        return replace(super().build(), advantage=mark_comparing(advantage, self.singleton))

@@ -1,4 +1,4 @@
-"""SPEAR: imitate what once went well, explore tools early, and hold the entropy by covariance clipping."""
+"""SPEAR: self-imitation of good episodes, an early reward for tool calls, and covariance clipping."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,27 +19,27 @@ from agentrl.data.trajectory import Episode
 from agentrl.errors import ConfigError
 from agentrl.schedule import cosine
 
-MOST_CALLS = 10  # from so many on, further tool calls earn nothing
-ANSWER = "answer"  # what `info["tool"]` calls the turn that ends an episode with an answer
+MAX_REWARDED_CALLS = 10  # further tool calls earn nothing
+ANSWER = "answer"  # value of `info["tool"]` for the turn that gives the final answer
 
 
 @recipe("spear")
 @dataclass(frozen=True)
 class Spear(Recipe):
-    """SPEAR: replay of good episodes with an advantage of today, a fading tool reward, covariance clipping.
+    """SPEAR: replay of good episodes with recomputed advantages, a decaying tool reward, covariance clipping.
 
-        loss = loss of the base + coefficient_t * loss of the base's surrogate on recalled rows
+        loss = loss of the base + coefficient_t * surrogate loss of the base on replayed rows
+        A    = R - median of recent groups' mean returns,   for replayed rows
 
-    A row of a rollout batch is kept if it holds a decision with a positive advantage under the base. Recalled
-    with the logprobs of its first time, its decisions get
+    A row of a rollout batch is kept if one of its action tokens has a positive advantage under the base.
+    Replayed rows keep their original logprobs, get the advantage A above, and count only if A is positive. R
+    is the shaped return of the row's trajectory at the time, including the tool reward. The turn-wise part of
+    a base's advantage is not replayed, nor are its terms and weights. Ratios are relative to the policy that
+    acted, so bounds as narrow as those of `gspo` leave nothing to learn. For when and how many rows are
+    replayed, see `ReplayBuffer`.
 
-        A = R - median of recent groups' mean returns
-
-    and count only where that is positive too. R is the return of its trajectory as shaped then, tool reward
-    included; a turn-wise part of the base's advantage is not replayed, nor are its terms and weights. Ratios
-    are to the policy of then: bounds as narrow as GSPO's leave nothing to learn. For when and how many rows,
-    see `ReplayBuffer`. The tool reward is paid to failures as well, and groups are selected with it; it
-    helped small models, and cost a 7B model on ALFWorld 5 points (90.6 % without it, 85.2 % with it).
+    The tool reward is also paid to failures, and groups are selected with it. It helped small models, and
+    cost a 7B model on ALFWorld 5 points (90.6 % without it, 85.2 % with it).
 
         field                  | paper       | released    | ours
         base.name              | dr_bot      | dr_bot      | dr_bot
@@ -52,42 +52,50 @@ class Spear(Recipe):
         covariance_band        | [1.0, 40.0] | [1.0, 5.0]  | [1.0, 5.0]
         replay_covariance_band | [1.0, 40.0] | [2.0, 60.0] | [1.0, 40.0]
 
-    The paper's are the settings in the authors' README, released are the scripts for ALFWorld, where the
-    warm-up of 200 is what takes effect. `tool_reward` is ours everywhere: its scale is that of the rewards. A
-    buffer of 32 and a warm-up of 30 suit runs of a hundred small steps. The published groups are of 8 (16 in
-    mathematics).
+    `paper` has the settings of the authors' README, `released` those of the scripts for ALFWorld, where the
+    warm-up of 200 is the one that takes effect. `tool_reward` is ours in all presets: its scale is that of
+    the rewards. A buffer of 32 and a warm-up of 30 suit runs of a hundred small steps. The published groups
+    are of 8 (16 in mathematics).
 
-    What no field says, the preset `released` takes from the released code for text games: a recalibrated
-    advantage of 0 will do; with `advantage_decay` every stored row counts as good enough; rows expire after
-    they could be recalled, by their distance from the newest one, after 10 steps at the latest; baselines are
-    forgotten by whole steps; the schedules count steps from 1; an entropy bonus of the base acts on recalled
-    rows as well. The one for maths has the paper's form of the first of these, and clips recalled rows with
-    the settings of the base's loss. Not reproduced: a loss divided by the width of the padding.
+    The preset `released` also follows the released code for text games in what no field describes:
+    - a recomputed advantage of 0 also qualifies;
+    - with `advantage_decay`, every stored row counts as good enough;
+    - rows expire after sampling, by their distance from the newest row, after 10 steps at the latest;
+    - baselines are dropped by whole steps;
+    - the schedules count steps from 1;
+    - an entropy bonus of the base also acts on replayed rows.
+
+    The released code for mathematics has the paper's form of the first of these, and clips replayed rows with
+    the settings of the base's loss. A loss divided by the width of the padding is not reproduced.
 
     Args:
-        base: what is learned from the rollout.
-        buffer_size: rows recalled at most; they are recalled when 1.5 times as many are good enough. Rows are
-            trajectories, as long as prompts extend each other. Published runs use 2048 turns on text games
-            and 32 trajectories in maths.
-        baseline_size: mean returns that the median is of.
-        tolerate_steps: age up to which a row may be recalled.
-        coefficient: of the replay loss; 0 keeps and recalls nothing.
-        warmup: training steps over which the coefficient rises from 0 along half a cosine; 0 starts with all.
-        advantage_decay: None for the advantage above; else a row keeps that of its first time, times this.
-        mode: `burst` takes optimiser steps on recalled rows alone, and starts anew; `mixed` gives every
-            optimiser step of the rollout batch a share of them.
-        require_tool_call: keep no row of an episode without a tool call.
-        tool_reward: the most that calls of tools earn, in reward units, at MOST_CALLS of them; 0 for none. A
-            tenth of what success earns on the published text games, as much as it in maths. Calls are turns
-            whose `info["tool"]` names one that is no answer; where no turn has such an info, all turns.
-        tool_steps: training steps over which that falls to 0 along half a cosine.
-        covariance_share: of the decisions that covariance clipping leaves out of the base's loss; 0 for none.
-            Where it is on, there is no dual clip.
-        covariance_band: covariances among which they are drawn, in nats times reward units (published runs
-            earn 10 for a success on the text games).
-        replay_covariance_share: the same for recalled rows.
-        replay_covariance_band: likewise.
-        parity: `official` is the preset `released` without the values of the table, in what no field says.
+        base: The recipe whose loss on the rollout this extends.
+        buffer_size: The maximum number of rows in a sample; rows are sampled once 1.5 times as many are good
+            enough. Rows are trajectories, as long as prompts extend each other. Published runs use 2048 turns
+            on text games and 32 trajectories in mathematics.
+        baseline_size: The number of mean returns in the median.
+        tolerate_steps: The maximum age of a sampled row, in steps.
+        coefficient: The coefficient of the replay loss; 0 turns replay off.
+        warmup: The number of training steps in which the coefficient rises from 0 along half a cosine; 0
+            starts at the full value.
+        advantage_decay: null for the advantage above; otherwise a row keeps its original advantage, times
+            this.
+        mode: `burst` takes optimiser steps on replayed rows alone, and then empties the buffer; `mixed` adds
+            a part of the replayed rows to every optimiser step of the rollout batch.
+        require_tool_call: Whether to keep only rows of episodes with a tool call.
+        tool_reward: The maximum reward for tool calls, in reward units, reached at 10 calls; 0 for none. It
+            is a tenth of the reward of success in the published text games, and equal to it in mathematics. A
+            call is a turn whose `info["tool"]` names a tool other than the answer; if no turn has this info,
+            all turns count.
+        tool_steps: The number of training steps in which the tool reward falls to 0 along half a cosine.
+        covariance_share: The share of action tokens that covariance clipping leaves out of the base's loss; 0
+            for none. It replaces the dual clip.
+        covariance_band: The range of covariances from which they are drawn, in nats times reward units (a
+            success on the published text games earns 10).
+        replay_covariance_share: As `covariance_share`, for replayed rows.
+        replay_covariance_band: As `covariance_band`, for replayed rows.
+        parity: `official` follows the preset `released` in what no field describes, without the values of the
+            table; `paper` has no effect.
 
     Source: Qin et al. 2025, arXiv:2509.22601.
     """
@@ -134,6 +142,7 @@ class Spear(Recipe):
             raise ConfigError("; ".join(mistakes))
 
     def build(self) -> Algorithm:
+        """Build the base with the tool reward, covariance clipping and replay."""
         base = self.base.build()
         if base.replay is not None:
             raise ConfigError(f"base is {self.base.name!r}, wanted one without a replay of its own")
@@ -151,12 +160,12 @@ class Spear(Recipe):
 
     @property
     def _first_step(self) -> int:
-        """The number of the first training step, by the schedules."""
+        """Return the number of the first training step in the schedules."""
         return 1 if self.preset == "released" else 0
 
     def _replay(self, base: Algorithm) -> ReplayBuffer:
         official = self.preset == "released"
-        rehearsed = Algorithm(
+        replayed = Algorithm(
             ratio=base.ratio,
             clip=base.clip,
             surrogate=base.surrogate,
@@ -165,17 +174,19 @@ class Spear(Recipe):
             diagnostics=(),
         )
         return ReplayBuffer(
-            with_covariance_clip(rehearsed, self.replay_covariance_share, self.replay_covariance_band),
+            with_covariance_clip(replayed, self.replay_covariance_share, self.replay_covariance_band),
             size=self.buffer_size,
             baselines=self.baseline_size,
             tolerance=self.tolerate_steps,
-            coefficient=partial(rising, most=self.coefficient, steps=self.warmup, first=self._first_step),
-            revalue=recalibrated
+            coefficient=partial(
+                cosine_warmup, most=self.coefficient, steps=self.warmup, first=self._first_step
+            ),
+            recompute_advantage=recalibrated
             if self.advantage_decay is None
             else partial(decayed, factor=self.advantage_decay),
-            admits=calls_tool if self.require_tool_call else None,
+            episode_filter=calls_tool if self.require_tool_call else None,
             mixed=self.mode == "mixed",
-            lenient=official,
+            released=official,
             count_all=official and self.advantage_decay is not None,
         )
 
@@ -187,47 +198,47 @@ class Spear(Recipe):
         ]
 
 
-def rising(context: Context, *, most: float, steps: int, first: int = 0) -> float:
-    """From 0 at step 0 to `most` at step `steps`, along half a cosine: most * (1 - cos(pi t / steps)) / 2.
+def cosine_warmup(context: Context, *, most: float, steps: int, first: int = 0) -> float:
+    """Return most * (1 - cos(pi t / steps)) / 2 at step t, and `most` from step `steps` on.
 
-    `first` is the number t of the first training step.
+    `first` is the number t of the first training step. With `steps` 0 the result is always `most`.
     """
     return most * (1 - cosine(context.step + first, steps + 1, floor=0.0)) if steps else most
 
 
 def tool_calls(episode: Episode) -> int:
-    """Turns that called a tool; all turns where the environment names none."""
+    """Count the turns that called a tool; all turns if the environment names no tools."""
     named = [turn.info["tool"] for turn in episode.turns if "tool" in turn.info]
     return sum(tool not in (None, ANSWER) for tool in named) if named else len(episode.turns)
 
 
 def calls_tool(episode: Episode) -> bool:
-    """Whether a tool was called."""
+    """Return whether the episode called a tool."""
     return tool_calls(episode) > 0
 
 
 def tool_bonus(
     episode: Episode, context: Context, *, most: float, steps: int, first: int = 0
 ) -> Sequence[float]:
-    """Add to the reward of the last turn what the calls of tools earn.
+    """Return the rewards, with the reward for tool calls added to the last one.
 
-        most * min(1, calls / MOST_CALLS) * (1 + cos(pi t / steps)) / 2
+        most * min(1, calls / MAX_REWARDED_CALLS) * (1 + cos(pi t / steps)) / 2
 
     at step t, and 0 from `steps` on; `first` is the number of the first training step.
     """
     rewards = [turn.reward for turn in episode.turns]
     if rewards:
-        earned = most * min(1.0, tool_calls(episode) / MOST_CALLS)
-        rewards[-1] += earned * cosine(context.step + first, steps + 1, floor=0.0)
+        bonus = most * min(1.0, tool_calls(episode) / MAX_REWARDED_CALLS)
+        rewards[-1] += bonus * cosine(context.step + first, steps + 1, floor=0.0)
     return rewards
 
 
-def recalibrated(advantages: Tensor, earned: float, baseline: float) -> Tensor:
-    """The return less the baseline, at every token; [T] reward units. Equal up to rounding is equal."""
-    gain = earned - baseline
+def recalibrated(advantages: Tensor, episode_return: float, baseline: float) -> Tensor:
+    """Return the return less the baseline, at every token; [T] reward units, 0 if equal up to rounding."""
+    gain = episode_return - baseline
     return torch.full_like(advantages, gain if abs(gain) > EQUAL_RETURNS else 0.0)
 
 
-def decayed(advantages: Tensor, earned: float, baseline: float, *, factor: float) -> Tensor:
-    """The advantage of the first time, times a factor; [T]."""
+def decayed(advantages: Tensor, episode_return: float, baseline: float, *, factor: float) -> Tensor:
+    """Return the original advantages, times a factor; [T]."""
     return advantages * factor

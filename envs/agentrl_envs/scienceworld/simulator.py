@@ -53,7 +53,7 @@ class Reply(NamedTuple):
     """The simulator's reply to one step."""
 
     observation: str
-    score: int  # 0 to 100; negative after a failing focus
+    score: int  # 0 to 100; negative after a wrong focus
     completed: bool
     moves: int  # the simulator's own time, which is not steps
 
@@ -204,7 +204,7 @@ class Gateway:
     def _send(self, commands: Sequence[str]) -> list[bytes]:
         self._socket.sendall("".join(commands).encode("utf-8", "replace"))
         if _QUICK is not None:
-            self._socket.setsockopt(socket.IPPROTO_TCP, _QUICK, 1)  # the kernel forgets it
+            self._socket.setsockopt(socket.IPPROTO_TCP, _QUICK, 1)  # the kernel resets the option
         return [self._answers.readline() for _ in commands]
 
     def _decoded(self, answer: str) -> Any:

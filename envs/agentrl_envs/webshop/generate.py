@@ -24,7 +24,7 @@ NAMES = ("items_shuffle.json", "items_ins_v2.json", "items_human_ins.json")
 _SHARES = {"beauty": 238, "electronics": 229, "garden": 216, "fashion": 200, "grocery": 117}
 _OPTION_COUNTS = {0: 577, 1: 245, 2: 165, 3: 13}
 
-# pool: [is | with | for] name = how a customer says it
+# pool: [is | with | for] name = wording in instructions
 _ATTRIBUTES = """
 skin: is cruelty free = cruelty free; is paraben free = free of parabens; is fragrance free = without
   fragrance; is dermatologist tested = tested by dermatologists; is travel size = small enough to travel
@@ -220,7 +220,7 @@ grocery | Grocery & Gourmet Food › Beverages › Juices › Sparkling | sparkl
   juice | drink | flavor_drink pack | 10-45
 """
 
-# kind: name as listed | how a customer says it | values
+# kind: name as listed | wording in instructions | values
 _OPTIONS = """
 color: Color | in {} | Black, White, Navy, Gray, Dark Gray, Red, Wine Red, Pink, Dusty Rose, Light Blue,
   Royal Blue, Teal, Green, Olive Green, Sage, Yellow, Mustard, Orange, Rust, Purple, Lavender, Brown,

@@ -128,7 +128,7 @@ class Website:
         self._check(form)
         number, last = form.get("goal", "").strip(), len(self.shop.goals) - 1
         if number and not (_NUMBER.fullmatch(number) and int(number) <= last):
-            raise RequestError(400, f"There is no goal {number[:40]!r}: they have numbers from 0 to {last}.")
+            raise RequestError(400, f"There is no goal {number[:40]!r}: goals are numbered from 0 to {last}.")
         visit = Visit(self.shop.goals[int(number) if number else self.draw()])
         while len(self.visits) >= VISITS:
             self.visits.popitem(last=False)
@@ -164,7 +164,7 @@ class Website:
         self._check(form)
         visit = self._visit(name)
         if form.get("step") != str(visit.steps):  # sent twice, or from a page in the browser's history
-            visit.note = "That was an earlier page. This is the one that is open."
+            visit.note = "The action was sent from an earlier page. This is the page that is open now."
             return
         if visit.reward is not None:
             visit.note = "The visit ended with the purchase."
@@ -182,7 +182,7 @@ class Website:
 
     def _check(self, form: Mapping[str, str]) -> None:
         if not compare_digest(form.get("token", "").encode(), self.token.encode()):
-            raise RequestError(403, "That form was not made by this shop, or before it was started again.")
+            raise RequestError(403, "The form is not from this shop, or the shop has been restarted since.")
 
     def _visit(self, name: str) -> Visit:
         visit = self.visits.get(name)
@@ -374,11 +374,11 @@ async def _form(request: "Request") -> dict[str, str]:
     async for part in request.stream():
         body += part
         if len(body) > LONGEST:
-            raise RequestError(413, f"Forms of this shop are no longer than {LONGEST} bytes.")
+            raise RequestError(413, f"The form is longer than {LONGEST} bytes.")
     try:
         pairs = parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=10)
     except ValueError as error:
-        raise RequestError(400, "That is no form of this shop.") from error
+        raise RequestError(400, "The request is not a valid form of this shop.") from error
     return dict(pairs)
 
 

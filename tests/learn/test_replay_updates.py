@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_policy import ToyPolicy, make_groups, toy_forward
 
-from agentrl.algorithms.algorithm import Algorithm, Rehearsal
+from agentrl.algorithms.algorithm import Algorithm, ReplayBatch
 from agentrl.algorithms.credit import compute_advantages
 from agentrl.algorithms.hooks import Context, MiniBatch, requires
 from agentrl.data.batch import collate
@@ -22,17 +22,17 @@ CONTEXT = Context(step=0, total_steps=10)
 class Memory:
     """Brings back what it was given, and remembers what it was shown."""
 
-    def __init__(self, rehearsal: Rehearsal | None) -> None:
-        self.rehearsal = rehearsal
+    def __init__(self, replayed: ReplayBatch | None) -> None:
+        self.replayed = replayed
         self.kept: list[MiniBatch] = []
 
-    def recall(self, context: Context) -> Rehearsal | None:
-        return self.rehearsal
+    def sample(self, context: Context) -> ReplayBatch | None:
+        return self.replayed
 
-    def keep(self, rollout: MiniBatch, context: Context) -> None:
+    def add(self, rollout: MiniBatch, context: Context) -> None:
         self.kept.append(rollout)
 
-    def numbers(self) -> Mapping[str, float]:
+    def metrics(self) -> Mapping[str, float]:
         return {"size": 7.0}
 
     def state_dict(self) -> dict[str, Any]:
@@ -50,41 +50,45 @@ def weights(learner: Learner) -> torch.Tensor:
     return torch.cat([value.detach().flatten() for value in learner.policy.parameters()])
 
 
-def rehearsal_of(seed: int, **more: Any) -> Rehearsal:
+def replay_batch_of(seed: int, **more: Any) -> ReplayBatch:
     batch = learner_of().score(collate(make_groups(seed)))
-    return Rehearsal(batch, compute_advantages(Algorithm(), batch, CONTEXT), Algorithm(), **more)
+    return ReplayBatch(batch, compute_advantages(Algorithm(), batch, CONTEXT), Algorithm(), **more)
 
 
 NEW = collate(make_groups(0))
 
 
 def test_a_burst_is_the_same_as_a_later_update_on_what_is_rehearsed():
-    old = rehearsal_of(5)
+    old = replay_batch_of(5)
     one = learner_of()
     numbers = one.update(NEW, Algorithm(replay=Memory(old)), CONTEXT)
     two = learner_of()
     two.update(NEW, Algorithm(), CONTEXT)
     two.update(old.batch, Algorithm(), CONTEXT)
     assert torch.equal(weights(one), weights(two))
-    assert numbers["updates"] == 2
-    assert numbers["replay/size"] == 7
-    assert numbers["replay/grad_norm"] > 0
+    assert numbers["learner/updates"] == 2
+    assert numbers["algorithm/replay/size"] == 7
+    assert numbers["algorithm/replay/grad_norm"] > 0
 
 
 def test_the_coefficient_scales_the_gradient():
     norms = [
-        learner_of().update(NEW, Algorithm(replay=Memory(rehearsal_of(5, coefficient=c))), CONTEXT)
+        learner_of().update(NEW, Algorithm(replay=Memory(replay_batch_of(5, coefficient=c))), CONTEXT)
         for c in (1.0, 0.25)
     ]
-    assert norms[1]["replay/grad_norm"] == pytest.approx(norms[0]["replay/grad_norm"] / 4, rel=1e-9)
+    assert norms[1]["algorithm/replay/grad_norm"] == pytest.approx(
+        norms[0]["algorithm/replay/grad_norm"] / 4, rel=1e-9
+    )
 
 
 def test_mixed_in_the_gradients_add_up_and_no_step_is_taken_more():
     learner = learner_of(clip_gradient=None, mini_batches=1)
-    mixed = learner.update(NEW, Algorithm(replay=Memory(rehearsal_of(0, mixed=True))), CONTEXT)
+    mixed = learner.update(NEW, Algorithm(replay=Memory(replay_batch_of(0, mixed=True))), CONTEXT)
     alone = learner_of(clip_gradient=None).update(NEW, Algorithm(), CONTEXT)
-    assert mixed["updates"] == 1
-    assert mixed["grad_norm"] == pytest.approx(2 * alone["grad_norm"], rel=1e-6)  # the same rows twice
+    assert mixed["learner/updates"] == 1
+    assert mixed["learner/grad_norm"] == pytest.approx(
+        2 * alone["learner/grad_norm"], rel=1e-6
+    )  # the same rows twice
 
 
 @pytest.mark.parametrize("mini_batches", [1, 2, 3])
@@ -95,7 +99,7 @@ def test_mixed_rows_are_dealt_out_to_the_optimiser_steps(mini_batches):
         seen.append(len(mini.batch.lengths))
         return torch.ones_like(mini.advantages)
 
-    old = rehearsal_of(5, mixed=True)
+    old = replay_batch_of(5, mixed=True)
     old = replace(old, algorithm=Algorithm(weights=(counting,)))
     learner_of(mini_batches=mini_batches).update(NEW, Algorithm(replay=Memory(old)), CONTEXT)
     assert len(seen) == mini_batches
@@ -132,15 +136,15 @@ def test_steps_that_are_not_finite_are_skipped_and_stop_the_run_when_they_repeat
     learner = learner_of(max_skipped_updates=3)
     before = weights(learner)
     bad = Algorithm(advantage=infinite)
-    assert learner.update(NEW, bad, CONTEXT)["skipped_updates"] == 1
-    assert learner.update(NEW, bad, CONTEXT)["updates"] == 0
+    assert learner.update(NEW, bad, CONTEXT)["learner/skipped_updates"] == 1
+    assert learner.update(NEW, bad, CONTEXT)["learner/updates"] == 0
     again = learner_of(max_skipped_updates=3)
     again.load_state_dict(learner.state_dict())
     with pytest.raises(NonFiniteError, match="3 optimiser steps in a row"):
         again.update(NEW, bad, CONTEXT)
     assert torch.equal(weights(learner), before)
     learner.update(NEW, Algorithm(), CONTEXT)  # a good one in between starts the count anew
-    assert learner.update(NEW, bad, CONTEXT)["skipped_updates"] == 1
+    assert learner.update(NEW, bad, CONTEXT)["learner/skipped_updates"] == 1
 
 
 def test_nothing_left_in_the_loss_is_no_step_and_moves_no_weight_by_momentum():
@@ -152,9 +156,9 @@ def test_nothing_left_in_the_loss_is_no_step_and_moves_no_weight_by_momentum():
     before = weights(learner)
     numbers = learner.update(NEW, Algorithm(masks=(nothing,)), CONTEXT)
     assert torch.equal(weights(learner), before)
-    assert (numbers["updates"], numbers["skipped_updates"]) == (0, 0)
-    assert numbers["logprob_gap_max"] > 0
-    assert numbers["entropy_token"] > 0.1
+    assert (numbers["learner/updates"], numbers["learner/skipped_updates"]) == (0, 0)
+    assert numbers["algorithm/mismatch/max"] > 0
+    assert numbers["learner/entropy/token"] > 0.1
 
 
 def test_nothing_mixed_in_is_lost_where_the_rollout_batch_has_few_parts():
@@ -164,7 +168,7 @@ def test_nothing_mixed_in_is_lost_where_the_rollout_batch_has_few_parts():
         seen.append(len(mini.batch.lengths))
         return torch.ones_like(mini.advantages)
 
-    old = rehearsal_of(5, mixed=True)
+    old = replay_batch_of(5, mixed=True)
     old = replace(old, algorithm=Algorithm(weights=(counting,)))
     few = collate(make_groups(0, groups=1, size=2))
     learner_of(mini_batches=4).update(few, Algorithm(replay=Memory(old)), CONTEXT)
