@@ -92,7 +92,7 @@ def ours(model: PreTrainedModel, tokens: Tensor) -> Statistics:
 
 
 def rival(model: PreTrainedModel, tokens: Tensor) -> Statistics:
-    """The same from full logits."""
+    """Return the same from full logits."""
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
     logprobs = logits.float().log_softmax(-1)
     entropies = -(logprobs.exp() * logprobs).sum(-1)
@@ -155,7 +155,7 @@ def largest_difference(model: PreTrainedModel, tokens: Tensor) -> Statistics:
 
 
 def built(shape: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of random weights."""
+    """Return a model of random weights."""
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen2ForCausalLM(SHAPES[shape]).to(dtype)
@@ -214,7 +214,7 @@ def compare(shape: str, device: str, sequences: int, length: int, pairs: int) ->
 
 
 def described(passes: list[Pass | None], tokens: int, flops: float, peak: float | None) -> str:
-    """A contender's medians."""
+    """Return a contender's medians."""
     done = [each for each in passes if each is not None]
     if len(done) < len(passes):
         return f"{'out of memory':>22}"
@@ -226,7 +226,7 @@ def described(passes: list[Pass | None], tokens: int, flops: float, peak: float 
 
 
 def ratios(found: dict[str, list[Pass | None]]) -> str:
-    """The pairs, each against its own rival."""
+    """Return the pairs, each against its own rival."""
     pairs = [(mine, its) for mine, its in zip(*found.values(), strict=True) if mine and its]
     if not pairs:
         return "no pair to compare"

@@ -99,7 +99,7 @@ def second_actor(pairs: int) -> None:
 
 
 def fresh_policy(env: str, split: str, environments: Environments, folder: Path) -> Player:
-    """The policy that a run of the defaults starts with."""
+    """Return the policy that a run of the defaults starts with."""
     config = load_config(None, f"env.id={env}", f"env.split={split}", "policy.tokenizer_episodes=4")
     with environments.borrow() as environment:
         tasks = environment.unwrapped.tasks(split)
@@ -143,7 +143,7 @@ def real(env: str, split: str, episodes: int, pairs: int, each: int | None, by_p
 
 
 def two_real_actors(make: Factory, specs: list[EpisodeSpec], pairs: int) -> None:
-    """What a second actor brings; each has one process with one environment, and chance plays."""
+    """Measure what a second actor brings; each has one process with one environment, played at random."""
     workers = WorkersConfig(count=1, environments=1)
 
     def collection(environments: Environments, places: int) -> None:

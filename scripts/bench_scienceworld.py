@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def solution(name: str, steps: int) -> list[str]:
-    """The first actions of the task's solution."""
+    """Return the first actions of the task's solution."""
     env = make("agentrl/ScienceWorld-v0", tasks=name, expert=True, max_steps=1000)
     _, info = env.reset(options={"task": f"train/{name}/0"})
     played: list[str] = []

@@ -98,7 +98,7 @@ def measure(data: Path, cache: Path, steps: int, panel: int) -> None:
 
 
 def remembering_nothing(shop: Any) -> Any:
-    """The same shop; each ranking is worked out each time."""
+    """Return the same shop without a cache of rankings."""
     texts = (
         document(one.title, one.description, one.bullets[0] if one.bullets else "", one.options)
         for one in shop.catalogue.products
@@ -131,7 +131,7 @@ def succeeded(env: WebShopEnv, settings: dict[str, Any], panel: int) -> None:
 
 
 def walk(env: WebShopEnv, tasks: Sequence[str], steps: int, seed: int) -> float:
-    """Steps per CPU second of a random walk, resets included."""
+    """Return steps per CPU second of a random walk, resets included."""
     rng, played, started = Random(seed), 0, time.process_time()
     while played < steps:
         _, info = env.reset(options={"task": rng.choice(tasks)})
@@ -143,7 +143,7 @@ def walk(env: WebShopEnv, tasks: Sequence[str], steps: int, seed: int) -> float:
 
 
 def wilson(won: int, count: int) -> tuple[float, float]:
-    """The 95% interval of a share."""
+    """Return the 95% interval of a share."""
     z = 1.959964
     middle = (won + z * z / 2) / (count + z * z)
     half = z * math.sqrt(won * (count - won) / count + z * z / 4) / (count + z * z)

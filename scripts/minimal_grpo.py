@@ -1,7 +1,7 @@
-"""GRPO on one screen: the calls that `agentrl train` makes, without its checkpoints, reports and processes.
+"""GRPO on one screen: the calls of `agentrl train`, without its checkpoints, reports and processes.
 
-The game: a lamp shows a colour, and the button of that colour must be pressed, twice. A small policy with random
-weights learns it in seconds on a CPU.
+The game: a lamp shows a colour, and the button of that colour must be pressed, twice. A small policy with
+random weights learns it in seconds on a CPU.
 
     python scripts/minimal_grpo.py
 """

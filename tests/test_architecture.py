@@ -70,6 +70,62 @@ def test_imports_go_down_only(path: Path) -> None:
         assert FLOORS[other] < FLOORS[room], f"{path.name} (floor {FLOORS[room]}) imports {other}"
 
 
+def module_name(path: Path) -> str:
+    parts = (
+        path.relative_to(ROOT / "envs" if path.is_relative_to(ROOT / "envs") else ROOT).with_suffix("").parts
+    )
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path: Path, known: set[str]) -> set[str]:
+    """Modules of the project that a file imports, anywhere in it; under TYPE_CHECKING, too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & known or {node.module}
+    return (found & known) - {module_name(path)}
+
+
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return a module, what it imports, and so on, back to the module; nothing if there is no circle."""
+    done: set[str] = set()
+
+    def walk(path: list[str]) -> list[str]:
+        for other in sorted(graph[path[-1]] - done):
+            if other in path:
+                return [*path[path.index(other) :], other]
+            if circle := walk([*path, other]):
+                return circle
+        done.add(path[-1])
+        return []
+
+    return next((circle for module in sorted(graph) if (circle := walk([module]))), [])
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    files = {module_name(path): path for path in [*SOURCES, *(ROOT / "envs").rglob("*.py")]}
+    graph = {name: imported_modules(path, set(files)) for name, path in files.items()}
+    assert sum(map(len, graph.values())) > 500
+    assert find_circle(graph) == []
+    assert find_circle(graph | {"agentrl.errors": {"agentrl.cli"}})[:1] == ["agentrl.cli"]
+
+
+ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_a_room_says_in_one_sentence_what_it_is_for(room: Path) -> None:
+    docstring = ast.get_docstring(ast.parse((room / "__init__.py").read_text()))
+    assert docstring is not None
+    first = " ".join(docstring.split("\n\n")[0].split())
+    assert first.endswith("."), first
+    assert first.count(". ") == 0, first
+    assert 30 < len(first) < 160, first
+
+
 def test_every_room_has_a_floor() -> None:
     assert {room_of(path) for path in SOURCES} <= set(FLOORS)
 

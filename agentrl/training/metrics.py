@@ -1,4 +1,4 @@
-"""What one step's episodes say: success, length, and entropy per token, turn, trajectory, task type."""
+"""The metrics of a step's episodes: success, length, and entropy per token, turn, trajectory, task type."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -9,21 +9,21 @@ from agentrl.training.rollouts import RolloutResult
 
 
 def step_metrics(result: RolloutResult, batch: Batch) -> dict[str, float]:
-    """Return what the episodes of a step say.
+    """Return the metrics of a step's episodes.
 
     Args:
-        result: What was played.
-        batch: What of it is learned from.
+        result: The episodes that were played.
+        batch: The batch of those that are learned from.
     """
     kept = {"rollout/episodes_kept": len(batch.episodes) / len(result.episodes)}
     return rollout_metrics(result.episodes) | kept | result.metrics()
 
 
 def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Means over the episodes that were not aborted; a mean over nothing is left out.
+    """Return means over the episodes that were not aborted; a mean over nothing is left out.
 
-    Entropies are in nats over decisions only: `entropy/token` weighs every decision alike,
-    `entropy/turn` every turn, `entropy/trajectory` every episode.
+    Entropies are in nats, over action tokens only: `entropy/token` weighs every action token alike,
+    `entropy/turn` every turn, and `entropy/trajectory` every episode.
     """
     played = [episode for episode in episodes if episode.outcome is not Outcome.ABORTED]
     by_type: dict[str, list[Episode]] = defaultdict(list)
@@ -56,7 +56,7 @@ def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
 
 
 def staleness(episodes: Sequence[Episode], version: int) -> dict[str, float]:
-    """How many updates lie between the weights that drew a reply token and those of `version`."""
+    """Return how many updates lie between the weights that generated a reply token and `version`."""
     updates = [
         version - drawn
         for episode in episodes

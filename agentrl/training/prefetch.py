@@ -1,8 +1,8 @@
-"""Who plays while who learns: one after the other, or side by side with a bound on how far they part.
+"""Rollouts for the training steps: one after the other, or ahead of the learner in a thread of their own.
 
-Side by side, a thread plays the next steps while the trainer learns from the last one. Step k is played from
-weights of at most `max_staleness` updates before it is learned from. New weights reach it between two passes
-of the engine: episodes in flight go on with them, and their tokens say which version drew them.
+Ahead, step k is played with weights that are at most `max_staleness` updates older than those that learn from
+it. New weights reach the engine between two of its passes: episodes in progress continue with them, and their
+tokens record which version generated them.
 """
 
 import threading
@@ -20,16 +20,20 @@ from agentrl.training.rollouts import RolloutResult, Rollouts
 from agentrl.training.setup import Session
 from agentrl.training.state import TrainingState
 
-Play = Callable[
-    [int, Context], RolloutResult
-]  # from how many tasks were drawn before, in the context of its step
+Play = Callable[[int, Context], RolloutResult]  # (tasks drawn before, context of the step)
 Agree = Callable[[Context | None], Context | None]
-_LAST_PASS = 5.0  # seconds for the thread to notice that it is over
+_STOP_TIMEOUT = 5.0  # seconds for the thread to end after its current pass
 
 
 @dataclass(frozen=True)
 class StepRollout:
-    """What is to be learned from next, the context that it was played in, and the seconds that it took."""
+    """The episodes of one training step.
+
+    Args:
+        result: What was played.
+        context: The context that it was played in.
+        seconds: How long it took.
+    """
 
     result: RolloutResult
     context: Context
@@ -37,18 +41,18 @@ class StepRollout:
 
 
 class SyncRollouts:
-    """Plays a step when it is asked for.
+    """Source that plays a step when it is asked for it.
 
     Args:
-        play: plays a step.
-        cursor: tasks drawn so far.
+        play: Plays a step.
+        cursor: The tasks drawn so far.
     """
 
     def __init__(self, play: Play, cursor: int) -> None:
         self._play, self._cursor = play, cursor
 
     def next(self, context: Context) -> StepRollout:
-        """Play the step of the context."""
+        """Play the step of the context and return it."""
         began = time.perf_counter()
         played = self._play(self._cursor, context)
         self._cursor += len(played.groups)
@@ -56,12 +60,12 @@ class SyncRollouts:
 
     @contextmanager
     def new_weights(self, context: Context) -> Iterator[None]:
-        """Give the engine new weights in this block."""
+        """Let the block give the engine new weights."""
         yield
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Use the engine for something else in this block."""
+        """Let the block use the engine for something else."""
         yield
 
     def close(self) -> None:
@@ -69,23 +73,20 @@ class SyncRollouts:
 
 
 class AsyncRollouts:
-    """Plays steps in a thread of its own, ahead of those that are asked for.
+    """Source that plays steps in a thread of its own, ahead of the learner.
 
     Args:
-        play: plays a step, with `engine`.
-        cursor: tasks drawn so far.
-        engine: that nobody else uses but in the blocks of `new_weights` and `paused`.
-        context: of the next step, with a history that does not change.
-        max_staleness: how many updates may lie between the weights that a step is begun with and those that
-            learn from it; 0 is taking turns.
-        furthest: of ranks that play together, told how many steps this one has begun, says how many the
-            furthest has; all call it at the same pause.
-        agree: of ranks that play together, told in what context this one begins its next step, None when it
-            is over, says in which they all do; all call it before each step. Who begins a step alone would
-            wait in it for the others.
-
-    Attributes:
-        waited: seconds that the learner waited for a step, and the player to begin one.
+        play: Plays a step with `engine`.
+        cursor: The tasks drawn so far.
+        engine: The engine, which others use only within `new_weights` and `paused`.
+        context: The context of the next step.
+        max_staleness: The largest number of updates between the weights that begin a step and those that
+            learn from it; 0 plays and learns in turns.
+        furthest: With several ranks: maps the number of steps that this rank has begun to the largest number
+            that any rank has begun. All ranks call it at the same pause.
+        agree: With several ranks: maps the context in which this rank would begin its next step, or None if
+            it is done, to the one in which all ranks begin it. All ranks call it before each step, because a
+            rank that began a step alone would wait in it for the others.
     """
 
     def __init__(
@@ -98,14 +99,15 @@ class AsyncRollouts:
         furthest: Callable[[int], int] = int,
         agree: Agree = lambda own: own,
     ) -> None:
-        self._play, self._cursor, self._engine, self._most = play, cursor, engine, max_staleness
+        self._play, self._cursor, self._engine = play, cursor, engine
+        self._max_staleness = max_staleness
         self._furthest, self._agree = furthest, agree
         self._latest = _copied(context)  # the trainer goes on to fill its history
-        self._next = context.step  # to be played
+        self._next = context.step  # the next step to be played
         self._ready: deque[StepRollout] = deque()
         self._error: BaseException | None = None
-        self._until: int | None = None  # no step from this one on is begun
-        self._playing = self._over = False
+        self._until: int | None = None  # while paused: no step from this one on is begun
+        self._playing = self._closed = False
         self._changed = threading.Condition()
         self._player_waited = self._learner_waited = 0.0
         self._thread = threading.Thread(target=self._work, name="rollout", daemon=True)
@@ -113,13 +115,14 @@ class AsyncRollouts:
 
     @property
     def waited(self) -> tuple[float, float]:
+        """Return the seconds that the learner waited for a step, and the player to begin one."""
         return self._learner_waited, self._player_waited
 
     def next(self, context: Context) -> StepRollout:
-        """Wait for the step of the context.
+        """Wait for the next step and return it.
 
         Raises:
-            BaseException: what playing it raised.
+            BaseException: What playing it raised.
         """
         began = time.perf_counter()
         with self._changed:
@@ -132,10 +135,10 @@ class AsyncRollouts:
 
     @contextmanager
     def new_weights(self, context: Context) -> Iterator[None]:
-        """Give the engine new weights in this block, between two of its passes.
+        """Let the block give the engine new weights, between two of its passes.
 
         Args:
-            context: of the step that comes next, with a history that does not change.
+            context: The context of the step that comes next.
         """
         with self._engine.held():
             yield
@@ -145,10 +148,10 @@ class AsyncRollouts:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Use the engine for something else in this block, after the steps that were begun."""
+        """Let the block use the engine for something else, after the steps that were begun."""
         with self._changed:
             self._until = begun = self._next + self._playing
-        # A rank that did not begin what another has would leave it waiting for its part.
+        # A rank that did not begin a step that another has begun would leave it waiting for its part.
         until = self._furthest(begun)
         with self._changed:
             self._until = until
@@ -162,97 +165,102 @@ class AsyncRollouts:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop playing; what is being played is lost."""
+        """Stop playing; the step in progress is lost."""
         with self._changed:
-            self._over = True
+            self._closed = True
             self._changed.notify_all()
         self._engine.stop()
-        self._thread.join(_LAST_PASS)
+        self._thread.join(_STOP_TIMEOUT)
 
     def _work(self) -> None:
         try:
-            while (context := self._permission()) is not None:
+            while (context := self._wait_for_turn()) is not None:
                 began = time.perf_counter()
-                played = self._play(self._cursor, context)
+                result = self._play(self._cursor, context)
                 with self._changed:
-                    self._ready.append(StepRollout(played, context, time.perf_counter() - began))
-                    self._cursor += len(played.groups)
+                    self._ready.append(StepRollout(result, context, time.perf_counter() - began))
+                    self._cursor += len(result.groups)
                     self._next += 1
                     self._playing = False
                     self._changed.notify_all()
-        except BaseException as error:  # whoever waits for the step is told
+        except BaseException as error:  # raised in the thread that waits for the step
             with self._changed:
                 self._error, self._playing = error, False
                 self._changed.notify_all()
 
-    def _permission(self) -> Context | None:
-        """Wait until the next step may be played; None when it is over."""
+    def _wait_for_turn(self) -> Context | None:
+        """Wait until the next step may be played and return its context, None when all are played."""
         began = time.perf_counter()
         with self._changed:
-            self._changed.wait_for(lambda: self._over or self._may_begin())
+            self._changed.wait_for(lambda: self._closed or self._may_begin())
             self._player_waited += time.perf_counter() - began
             if self._next >= self._latest.total_steps:
                 return None
             self._playing = True
-            own = None if self._over else replace(self._latest, step=self._next)
+            own = None if self._closed else replace(self._latest, step=self._next)
         return self._agree(own)
 
     def _may_begin(self) -> bool:
         if self._until is not None and self._next >= self._until:
             return False
-        return self._next <= self._latest.step + self._most or self._next >= self._latest.total_steps
+        done = self._next >= self._latest.total_steps
+        return done or self._next <= self._latest.step + self._max_staleness
 
 
 class SharedEngine:
-    """An engine that one thread generates with, and another gives new weights between two passes.
+    """Engine that one thread generates with while another gives it new weights between two passes.
 
     Args:
-        engine: used through this alone while both do.
+        engine: The engine, which both threads use through this object only.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.max_context, self.provides = engine.max_context, engine.provides
-        # Who wants new weights stands in the door, so that no further pass begins; a lock alone is not fair.
-        self._door, self._room = threading.Lock(), threading.Lock()
+        # A lock alone is not fair: the second one keeps the next pass from starting while weights wait.
+        self._gate, self._in_use = threading.Lock(), threading.Lock()
         self._stopped = False
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep others out, as soon as what runs has ended."""
-        with self._door, self._room:
+        """Keep the other thread out of the engine in this block, once the pass in progress has ended."""
+        with self._gate, self._in_use:
             yield
 
     def stop(self) -> None:
-        """Let whoever generates fail at the next call."""
+        """Make the next call of the thread that generates fail."""
         self._stopped = True
 
     def submit(self, request: GenerationRequest) -> None:
+        """Queue a request."""
         with self._entered():
             self._engine.submit(request)
 
     def step(self) -> Sequence[Generation]:
+        """Run one pass and return the generations that it finished."""
         with self._entered():
             return self._engine.step()
 
     def release(self, sequence: str) -> None:
-        with self._door:
+        """Forget a sequence; also after `stop`."""
+        with self._gate:
             pass
-        with self._room:
+        with self._in_use:
             self._engine.release(sequence)
 
     def refresh(self, version: int) -> None:
-        """Only for who holds it."""
+        """Take the model's present weights; only within `held`."""
         self._engine.refresh(version)
 
     def close(self) -> None:
+        """Close the engine."""
         self._engine.close()
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
-        with self._door:
+        with self._gate:
             pass
-        with self._room:
+        with self._in_use:
             if self._stopped:
                 raise RuntimeError("the rollout was stopped")
             yield

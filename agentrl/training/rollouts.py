@@ -1,4 +1,4 @@
-"""The episodes of a training step: which tasks, how many rounds of them, and who branches off whom."""
+"""The episodes of a training step: their tasks, their rounds and their branches."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from agentrl.seeds import derive_seed
 
 
 class TaskOrder:
-    """Every task once per epoch, in an order of the seed's, without a list of them."""
+    """Order in which every task is drawn once per epoch; it depends on the seed, and no list is kept."""
 
     def __init__(self, tasks: Sequence[str], seed: int) -> None:
         self._tasks, self._seed = tasks, seed
@@ -36,16 +36,16 @@ class TaskOrder:
 
 @dataclass
 class RolloutResult:
-    """What a training step played.
+    """The episodes that a training step played.
 
     Args:
-        groups: one per task, in the order played.
-        kept: those that are learned from.
-        failures: attempts that were aborted and made again.
-        rounds: times that tasks were drawn.
-        branches: episodes that began in the middle of another, by how they got there.
-        environment_seconds: spent in environments, or waiting for them; on this rank.
-        player_seconds: the same of the player.
+        groups: The groups, one per task, in the order played.
+        kept: The groups that are learned from.
+        failures: The attempts that were aborted and made again.
+        rounds: How often tasks were drawn.
+        branches: How many episodes began in the middle of another, by the way they got there.
+        environment_seconds: The time spent in environments, or waiting for them, on this rank.
+        player_seconds: The time spent in the player, or waiting for it, on this rank.
     """
 
     groups: list[Group] = field(default_factory=list)
@@ -58,10 +58,11 @@ class RolloutResult:
 
     @property
     def episodes(self) -> list[Episode]:
+        """Return the episodes of all groups."""
         return [episode for group in self.groups for episode in group.episodes]
 
     def metrics(self) -> dict[str, float]:
-        """Counts of the step, to be logged."""
+        """Return the counts of the step, to be logged."""
         return {
             "rollout/groups_kept": len(self.kept) / len(self.groups),
             "rollout/retried": float(len(self.failures)),
@@ -70,14 +71,14 @@ class RolloutResult:
 
 
 class Rollouts:
-    """Plays what an algorithm asks for.
+    """Player of the episodes that an algorithm asks for.
 
     Args:
-        config: of the run.
-        algorithm: its `rollout` plan and `select`.
-        tasks: of training.
-        environments: to play in.
-        ranks: that play a part of the groups each, and learn from all of them.
+        config: The configuration of the run.
+        algorithm: The algorithm, whose `rollout` plan and `select` are used.
+        tasks: The training tasks.
+        environments: The environments to play in.
+        ranks: The ranks, each of which plays a part of the groups and learns from all of them.
     """
 
     def __init__(
@@ -95,23 +96,24 @@ class Rollouts:
 
     @property
     def group_size(self) -> int:
-        """Episodes of each task."""
+        """Return the number of episodes of each task."""
         return self._algorithm.rollout.episodes or self._config.rollout.group_size
 
     def temperature(self, context: Context) -> float:
-        """That replies of the step are drawn at."""
+        """Return the sampling temperature of a step."""
         schedule = self._algorithm.rollout.temperature
         return self._config.rollout.temperature if schedule is None else schedule(context)
 
     def play(self, player: Player, cursor: int, context: Context) -> RolloutResult:
-        """Play a step's groups, in as many rounds as the plan allows and `select` makes necessary.
+        """Play the groups of a step, in as many rounds as the plan allows and `select` makes necessary.
 
-        Environments draw from (seed, step, group), replies also from the episode's id.
+        The random draws of environments depend on (seed, step, group), those of replies also on the episode's
+        id.
 
         Args:
-            player: who replies.
-            cursor: how many tasks were drawn in the steps before.
-            context: of the step.
+            player: The player that replies.
+            cursor: The number of tasks drawn in the steps before.
+            context: The context of the step.
         """
         wanted, most = self._config.rollout.groups_per_step, self._algorithm.rollout.rounds
         played = RolloutResult()

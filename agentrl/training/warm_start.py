@@ -1,4 +1,4 @@
-"""What comes before reinforcement learning: text for a tokenizer, demonstrations, behaviour cloning."""
+"""The warm start: demonstrations of the expert, and behaviour cloning of them."""
 
 import random
 from collections import Counter
@@ -70,13 +70,12 @@ def demonstrations(
     ranks: Ranks = ALONE,
     say: Callable[[str], None] | None = None,
 ) -> list[Episode]:
-    """Successful episodes of the environment's expert, in a fixed order; each rank plays its part of them.
+    """Return successful episodes of the environment's expert, in a fixed order; each rank plays a part.
 
-    Those with a turn that the policy could not play, for its context is full, are left out; `say` is told
-    how many.
+    Episodes that do not fit the policy's context are left out, and `say` is called with their number.
 
     Raises:
-        ConfigError: when the environment has no expert, or it solves too few of its tasks.
+        ConfigError: The environment has no expert, or the expert solves too few tasks.
     """
     block = config.warm_start
     player = DemonstrationPlayer(
@@ -119,25 +118,29 @@ def demonstrations(
     )
     played = ranks.merge(own)
     solved = [episode for episode in played if episode.success]
-    long = sum(episode.stop is StopReason.CONTEXT_LIMIT for episode in played)
-    too_long = f"{long} did not fit policy.max_context={config.policy.max_context}"
+    too_long = sum(episode.stop is StopReason.CONTEXT_LIMIT for episode in played)
+    left_out = f"{too_long} did not fit policy.max_context={config.policy.max_context}"
     if len(solved) < block.batch_size:
-        others = Counter(
-            episode.error for episode in played if episode.error and episode.stop != StopReason.CONTEXT_LIMIT
-        )
-        reasons = [too_long] * bool(long) + [f"{count} x {error}" for error, count in others.most_common(3)]
-        raise ConfigError(
-            f"warm_start.steps is {block.steps}, but the expert of {config.env.id} solved "
-            f"{len(solved)} of {len(played)} tasks ({'; '.join(reasons) or 'it did not solve them'}); "
-            f"wanted at least {block.batch_size}"
-        )
-    if long and say is not None:
-        say(f"warning: of {len(played)} demonstrations {too_long} and are left out")
+        raise _too_few(config, played, len(solved), [left_out] * bool(too_long))
+    if too_long and say is not None:
+        say(f"warning: of {len(played)} demonstrations {left_out} and are left out")
     return solved
 
 
+def _too_few(config: RunConfig, played: Sequence[Episode], solved: int, reasons: list[str]) -> ConfigError:
+    others = Counter(
+        episode.error for episode in played if episode.error and episode.stop != StopReason.CONTEXT_LIMIT
+    )
+    reasons = [*reasons, *(f"{count} x {error}" for error, count in others.most_common(3))]
+    return ConfigError(
+        f"warm_start.steps is {config.warm_start.steps}, but the expert of {config.env.id} solved {solved} "
+        f"of {len(played)} tasks ({'; '.join(reasons) or 'it did not solve them'}); wanted at least "
+        f"{config.warm_start.batch_size}"
+    )
+
+
 def cloning_batches(config: RunConfig, episodes: Sequence[Episode], first: int = 0) -> Iterator[Batch]:
-    """One batch for each step from `first` on; each epoch has an order that depends only on the seed."""
+    """Yield a batch for each step from `first` on; the order of an epoch depends only on the seed."""
     size = config.warm_start.batch_size
     per_epoch = len(episodes) // size
     order: list[int] = []
