@@ -288,7 +288,7 @@ def test_a_run_executes_nothing_that_it_names_and_says_what_to_add(
     monkeypatch.chdir(tmp_path)
     if command[0] == "evaluate":  # its weights are beside the point
         opened = (None, open_run(strange_run).config)
-        monkeypatch.setattr("agentrl.run.policies.open_player", lambda *_, **__: opened)
+        monkeypatch.setattr("agentrl.evaluation.evaluate.open_player", lambda *_, **__: opened)
     message = refused(*command)
     file = tmp_path / "plugins_strange.py"
     assert (

@@ -196,7 +196,7 @@ class RunConfig:
         if inside and "fsdp" in (self.learner.backend, self.warm_start.learner.backend):
             raise ConfigError(
                 "engine.name=vllm: in this process, it would destroy the process group of "
-                "learner.backend=fsdp; wanted engine.actors, or the engine.vllm.url of a server"
+                "learner.backend=fsdp; wanted engine.actors, or engine.vllm.url of a server"
             )
 
 

@@ -73,7 +73,7 @@ def test_an_explicit_placement_measures_a_run_of_a_cluster_on_this_machine(
 ) -> None:
     on_cluster = load_config(None, "rollout.backend=ray", "rollout.ray.address=10.0.0.1:6379")
     monkeypatch.setattr(
-        "agentrl.run.policies.open_player",
+        "agentrl.evaluation.evaluate.open_player",
         lambda name, **kwargs: (agentrl.rollout.players.RandomPlayer(), on_cluster),
     )
     found = agentrl.evaluate("random", tasks=1, placement="inline")

@@ -63,7 +63,7 @@ def test_text_for_a_tokenizer_is_not_waited_for_where_no_episode_ends() -> None:
 
 
 def test_a_tokenizer_is_fitted_on_no_more_text_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policies, "_MOST_TEXT", 5 + 5 + 3)
+    monkeypatch.setattr(policies, "_MAX_TEXT_CHARS", 5 + 5 + 3)
     with EnvironmentPool(Endless) as pool:
         more = "rollout.max_turns=4", "policy.tokenizer_episodes=9"
         texts = policies.environment_text(config(*more), ["long"], pool, RandomPlayer())
@@ -84,7 +84,8 @@ def test_demonstrations_keep_to_the_turn_limit() -> None:
 
 
 def test_an_expert_that_comes_to_no_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policies, "_MOST_TURNS", 20)
+    for module in (policies, warm_start):
+        monkeypatch.setattr(module, "FALLBACK_MAX_TURNS", 20)
     with pytest.raises(ConfigError, match="came to no end in 10 of them within 20 turns"):
         demonstrate(config("warm_start.steps=1", "warm_start.demonstrations=500"))
     assert Endless.steps == 20 * 10
