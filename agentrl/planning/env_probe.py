@@ -26,51 +26,51 @@ from agentrl.rollout.workers import ProcessEnvironments
 from agentrl.run.settings import RunConfig
 
 EPISODES = 4
-LONGEST = 50  # turns
+MAX_TURNS = 50  # turns
 
 
 @dataclass(frozen=True)
-class Trial:
+class EnvProfile:
     """What a random player found in one worker.
 
     Args:
-        worker: bytes of its process and those that it started, with one environment.
-        environment: bytes that a second one added.
-        episodes: that it played, at most `LONGEST` turns of each.
+        worker_bytes: of its process and those that it started, with one environment.
+        environment_bytes: that a second one added.
+        episodes: that it played, at most `MAX_TURNS` turns of each.
         tasks: how many there are to train on.
         panel: how many there are to be measured on.
-        other_goals: whether the instruction check has anything to ask.
+        has_other_goals: whether the instruction check has anything to ask.
     """
 
-    worker: int
-    environment: int
+    worker_bytes: int
+    environment_bytes: int
     episodes: tuple[Episode, ...]
     tasks: int
     panel: int
-    other_goals: bool
+    has_other_goals: bool
 
     @property
-    def turns(self) -> float:
+    def mean_turns(self) -> float:
         """Of an episode, on average."""
         return sum(len(episode.turns) for episode in self.episodes) / len(self.episodes)
 
     @property
-    def cut(self) -> bool:
+    def truncated(self) -> bool:
         """Whether an episode would have gone on."""
         return any(
-            episode.stop is StopReason.TURN_LIMIT and len(episode.turns) == LONGEST
+            episode.stop is StopReason.TURN_LIMIT and len(episode.turns) == MAX_TURNS
             for episode in self.episodes
         )
 
 
-def try_out(config: RunConfig) -> Trial:
+def profile_env(config: RunConfig) -> EnvProfile:
     """Play a few random episodes in one worker, first in one environment and then in two, and weigh it.
 
     Raises:
         AgentRLError: when the environment, its tasks or its panel are not there.
     """
     workers = replace(config.rollout.workers, count=1, environments=2)
-    longest = min(config.rollout.max_turns or LONGEST, LONGEST)
+    longest = min(config.rollout.max_turns or MAX_TURNS, MAX_TURNS)
     before = _bytes_of_children()
     with ProcessEnvironments(environment_factory(config), 2, workers) as environments:
         with environments.borrow() as environment:
@@ -93,10 +93,10 @@ def try_out(config: RunConfig) -> Trial:
     if not finished:
         raise ConfigError(f"env: every episode of {config.env.id} was aborted: {dict(abort_reasons(played))}")
     first, both = weights
-    return Trial(first, max(0, both - first), finished, len(tasks), len(panel.tasks), other_goals)
+    return EnvProfile(first, max(0, both - first), finished, len(tasks), len(panel.tasks), other_goals)
 
 
-def as_tokens(config: RunConfig, episodes: Sequence[Episode], context: int) -> list[Episode]:
+def tokenize_play(config: RunConfig, episodes: Sequence[Episode], context: int) -> list[Episode]:
     """Random play as a policy would have left it: in tokens, with made-up numbers of each.
 
     Replies are those that were played where the policy only chooses among them, and of `engine.max_tokens`
@@ -152,12 +152,12 @@ def _in_tokens(
         )
 
 
-def stored_bytes(episodes: Sequence[Episode]) -> int:
+def stored_episode_bytes(episodes: Sequence[Episode]) -> int:
     """Of one of them on disk, on average."""
     sizes = []
     with tempfile.TemporaryDirectory() as folder:
         for written in ((), episodes):
-            file = Path(folder) / "trial.parquet"
+            file = Path(folder) / "profile.parquet"
             write_episodes(file, written)
             sizes.append(file.stat().st_size)
     nothing, all_ = sizes

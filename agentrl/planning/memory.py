@@ -33,12 +33,12 @@ from agentrl.policy.settings import PolicyConfig
 from agentrl.run.settings import RunConfig
 
 
-def learned_skeleton(config: PolicyConfig) -> PreTrainedModel:
+def learner_skeleton(config: PolicyConfig) -> PreTrainedModel:
     """The policy that is learned, in float32 whatever the engine generates in; as `skeleton`."""
     return skeleton(replace(config, dtype="float32"))
 
 
-def held_bytes(
+def learner_bytes(
     config: RunConfig, algorithm: Algorithm, learner: LearnerConfig, ranks: int = 1
 ) -> Mapping[str, tuple[int, str]]:
     """What one process holds on its device to learn in a stage: bytes, and how they were found, by what of.
@@ -50,7 +50,7 @@ def held_bytes(
         ranks: processes that learn together.
     """
     block, wanted, sharded = config.policy, algorithm.requires, learner.backend == "fsdp"
-    model = _learned(learned_skeleton(block), learner)
+    model = _learned(learner_skeleton(block), learner)
     rounded = learner.resolve_compute_dtype(block.dtype).compute_dtype == "bfloat16"
     # Dealt out, the weights are rounded as they come together; else each product rounds what it multiplies.
     narrow = replace(block, dtype="bfloat16")
@@ -66,7 +66,7 @@ def held_bytes(
         "gradients": (weight_bytes(model, trained=True) // share, f"of {trained:,} parameters{dealt}"),
         "optimiser": (states // share + whole, f"{learner.optimizer}{dealt}"),
         "reference": (
-            weight_bytes(learned_skeleton(block)) // share * ("reference" in wanted),
+            weight_bytes(learner_skeleton(block)) // share * ("reference" in wanted),
             f"weights that do not change{dealt}",
         ),
         "activations": (
@@ -80,7 +80,7 @@ def held_bytes(
         ),
         "logits": (logits_bytes(computed, tokens), "a chunk of tokens, and their gradient"),
         "weights that generate": (
-            weight_bytes(skeleton(block)) * learns_apart(config, learner),
+            weight_bytes(skeleton(block)) * keeps_learner_copy(config, learner),
             f"those that the engine reads, in {block.dtype}, whole in every process",
         ),
         "weights of two layers": (layer_bytes(computed) * sharded, "whole while they are used"),
@@ -88,7 +88,7 @@ def held_bytes(
     return {what: (size, how) for what, (size, how) in found.items() if size}
 
 
-def learns_apart(config: RunConfig, learner: LearnerConfig) -> bool:
+def keeps_learner_copy(config: RunConfig, learner: LearnerConfig) -> bool:
     """Whether what is learned is a copy of the weights that generate."""
     overlapping = config.trainer.mode == "async" and learner is config.learner  # cloning plays nothing
     rounded = config.policy.dtype != "float32"
@@ -122,8 +122,8 @@ def _count(model: nn.Module, *, trained: bool) -> int:
 
 def checkpoint_bytes(config: RunConfig, algorithm: Algorithm, learner: LearnerConfig) -> int:
     """Of a checkpoint in a stage."""
-    model = _learned(learned_skeleton(config.policy), learner)
-    reference = weight_bytes(learned_skeleton(config.policy)) * ("reference" in algorithm.requires)
+    model = _learned(learner_skeleton(config.policy), learner)
+    reference = weight_bytes(learner_skeleton(config.policy)) * ("reference" in algorithm.requires)
     states = sum(optimizer_bytes(model, learner, value_head(model, algorithm)))
     return weight_bytes(model) + reference + states
 

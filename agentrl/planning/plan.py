@@ -16,22 +16,22 @@ from agentrl.env.registry import check_id
 from agentrl.planning import preflight
 from agentrl.planning.env_probe import (
     EPISODES,
-    LONGEST,
-    Trial,
-    as_tokens,
+    MAX_TURNS,
+    EnvProfile,
     check_expert,
     environment_factory,
-    stored_bytes,
-    try_out,
+    profile_env,
+    stored_episode_bytes,
+    tokenize_play,
 )
 from agentrl.planning.memory import (
     checkpoint_bytes,
     generation_bytes,
-    held_bytes,
-    learned_skeleton,
+    learner_bytes,
+    learner_skeleton,
     weight_bytes,
 )
-from agentrl.planning.topology import Shares
+from agentrl.planning.topology import Topology
 from agentrl.policy.model import check_packed_forward, context_length, resolve_device, shortened, skeleton
 from agentrl.policy.settings import PolicyConfig
 from agentrl.rollout.placement import resolve_placement
@@ -105,38 +105,38 @@ def plan(config: RunConfig, *, processes: int = 1, nodes: int = 1) -> Plan:
     Raises:
         ConfigError: when `processes` cannot be dealt out to `nodes`.
     """
-    shares = Shares.of(config, processes, nodes)
+    topology = Topology.of(config, processes, nodes)
     missing = preflight.Missing()
-    missing.look(preflight.of_ranks(config, shares))
+    missing.look(preflight.of_ranks(config, topology))
     missing.look(preflight.of_folders(config))
     missing.look(preflight.of_engine(config))
     with missing.noted():
-        check_engine(config.engine, ranks=shares.ranks)
-    algorithm, timed, trial = config.algorithm.build(), "not timed", None
+        check_engine(config.engine, ranks=topology.ranks)
+    algorithm, timed, profile = config.algorithm.build(), "not timed", None
     with missing.noted():
-        config, timed = _settled(config)
-        trial = try_out(config)
+        config, timed = _resolve_placement(config)
+        profile = profile_env(config)
         check_expert(config)
-    shares, device = replace(shares, config=config), _device(config, missing)
-    missing.look(preflight.of_cluster(config, shares, device))
+    topology, device = replace(topology, config=config), _device(config, missing)
+    missing.look(preflight.of_cluster(config, topology, device))
     with missing.noted():
         preflight.check_algorithm(algorithm, config.engine)
-    lines = [*_processes(config, shares, timed), *_work(config, algorithm, trial)]
+    lines = [*_processes(config, topology, timed), *_work(config, algorithm, profile)]
     with missing.noted():
         lines.append(_sequence_line(config.policy))
-        lines += _policy_lines(config, algorithm, device, shares)
-        lines += _engine_lines(config, device, shares)
-    if trial is not None:
-        lines += _environment_lines(config, shares, trial)
+        lines += _policy_lines(config, algorithm, device, topology)
+        lines += _engine_lines(config, device, topology)
+    if profile is not None:
+        lines += _environment_lines(config, topology, profile)
         with missing.noted():
-            lines += _episode_lines(config, algorithm, trial)
-    if shares.ray:
+            lines += _episode_lines(config, algorithm, profile)
+    if topology.ray:
         lines.append(Line("memory", "Ray's own", _RAY_BYTES, "bytes", "as Ray 2.60 took when it was weighed"))
     lines.append(Line("time", "a step", None, "s", "unknown: replies and updates are timed as they happen"))
     lines.sort(key=lambda line: _ORDER.index(line.section))
     found = Plan(tuple(lines), nodes=nodes)
     totals = {str(section): int(found.total(section)) for section in SIZES}
-    missing.look(preflight.of_room(config, shares, device, totals))
+    missing.look(preflight.of_room(config, topology, device, totals))
     return replace(found, missing=tuple(missing))
 
 
@@ -177,7 +177,7 @@ def _device(config: RunConfig, missing: preflight.Missing) -> torch.device:
     return torch.device(name)
 
 
-def _settled(config: RunConfig) -> tuple[RunConfig, str]:
+def _resolve_placement(config: RunConfig) -> tuple[RunConfig, str]:
     """The configuration with a placement, and what was measured for it, in words."""
     if config.rollout.workers.interpreter is None:
         check_id(config.env.id)
@@ -188,25 +188,29 @@ def _settled(config: RunConfig) -> tuple[RunConfig, str]:
     return replace(config, rollout=rollout), measured or given
 
 
-def _processes(config: RunConfig, shares: Shares, timed: str) -> list[Line]:
+def _processes(config: RunConfig, topology: Topology, timed: str) -> list[Line]:
     lines = [
-        ("driver", shares.drivers, "learner.launcher=ray: it waits for those that learn"),
-        ("trainer", shares.trainers, f"learner.backend={config.learner.backend}, of {shares.ranks} in all"),
-        ("environment workers", shares.workers, timed),
-        ("environment actors", shares.environment_actors, "of all that learn, for training and the panel"),
-        ("engine actors", shares.engine_actors, "of all that learn"),
+        ("driver", topology.drivers, "learner.launcher=ray: it waits for those that learn"),
+        (
+            "trainer",
+            topology.trainers,
+            f"learner.backend={config.learner.backend}, of {topology.ranks} in all",
+        ),
+        ("environment workers", topology.workers, timed),
+        ("environment actors", topology.environment_actors, "of all that learn, for training and the panel"),
+        ("engine actors", topology.engine_actors, "of all that learn"),
     ]
     found = [
         Line("processes", what, count, "processes", how)
         for what, count, how in lines
         if count or what == "environment workers"
     ]
-    if shares.ray:
+    if topology.ray:
         found.append(Line("processes", "Ray's own", None, "processes", "unknown: about ten on a machine"))
     return found
 
 
-def _work(config: RunConfig, algorithm: Algorithm, trial: Trial | None) -> list[Line]:
+def _work(config: RunConfig, algorithm: Algorithm, profile: EnvProfile | None) -> list[Line]:
     rollout, trainer, warm = config.rollout, config.trainer, config.warm_start
     per_step, rounds = _episodes_per_step(config, algorithm), algorithm.rollout.rounds
     often = f", at most {rounds} times" if rounds > 1 else ""
@@ -224,15 +228,15 @@ def _work(config: RunConfig, algorithm: Algorithm, trial: Trial | None) -> list[
         lines.append(
             Line("work", "cloning steps", warm.steps, "steps", f"{warm.batch_size} demonstrations in each")
         )
-    if trial is not None:
-        plays, checks = _evaluation_episodes(config, trial)
-        panel = f"{trial.panel} tasks x {config.evaluation.repeats} for each policy and decoding"
+    if profile is not None:
+        plays, checks = _evaluation_episodes(config, profile)
+        panel = f"{profile.panel} tasks x {config.evaluation.repeats} for each policy and decoding"
         random = f"measured: {EPISODES} random episodes"
-        cut = f", of which some would go on after {LONGEST}" if trial.cut else ""
+        cut = f", of which some would go on after {MAX_TURNS}" if profile.truncated else ""
         lines += [
             Line("work", "episodes of evaluation", plays + checks, "episodes", panel),
-            Line("work", "tasks to train on", trial.tasks, "tasks", f"env.split={config.env.split}"),
-            Line("work", "turns of an episode", trial.turns, "turns", random + cut),
+            Line("work", "tasks to train on", profile.tasks, "tasks", f"env.split={config.env.split}"),
+            Line("work", "turns of an episode", profile.mean_turns, "turns", random + cut),
         ]
     return lines
 
@@ -241,15 +245,15 @@ def _episodes_per_step(config: RunConfig, algorithm: Algorithm) -> int:
     return config.rollout.groups_per_step * (algorithm.rollout.episodes or config.rollout.group_size)
 
 
-def _evaluation_episodes(config: RunConfig, trial: Trial) -> tuple[int, int]:
+def _evaluation_episodes(config: RunConfig, profile: EnvProfile) -> tuple[int, int]:
     """Plays of the panel, by scripts once and by each policy greedily and sampled; and instruction checks."""
     block = config.evaluation
     names = [name for name in block.baselines if name != "cloned" or config.warm_start.steps]
     scripts = sum(name in ("random", "expert") for name in names)
     between = (config.trainer.steps - 1) // block.every if block.every else 0
     decodings = scripts + 2 * (len(names) - scripts + between + 1)
-    checks = 2 * trial.panel if block.instruction_check and trial.other_goals else 0
-    return decodings * trial.panel * block.repeats, checks
+    checks = 2 * profile.panel if block.instruction_check and profile.has_other_goals else 0
+    return decodings * profile.panel * block.repeats, checks
 
 
 def _sequence_line(policy: PolicyConfig) -> Line:
@@ -263,7 +267,7 @@ def _sequence_line(policy: PolicyConfig) -> Line:
 
 
 def _policy_lines(
-    config: RunConfig, algorithm: Algorithm, device: torch.device, shares: Shares
+    config: RunConfig, algorithm: Algorithm, device: torch.device, topology: Topology
 ) -> list[Line]:
     """What the policy and its learner hold and leave on disk."""
     stages = [(algorithm, config.learner)]
@@ -271,12 +275,12 @@ def _policy_lines(
         stages.append((cloning(), config.warm_start.learner))
     # One stage ends before the other begins.
     held = max(
-        (held_bytes(config, *stage, shares.ranks) for stage in stages),
+        (learner_bytes(config, *stage, topology.ranks) for stage in stages),
         key=lambda found: sum(size for size, _ in found.values()),
     )
-    here, copies = _device_section(device, shares)
-    program = _program_bytes() * (shares.trainers + shares.drivers)
-    policy = weight_bytes(learned_skeleton(config.policy))
+    here, copies = _device_section(device, topology)
+    program = _program_bytes() * (topology.trainers + topology.drivers)
+    policy = weight_bytes(learner_skeleton(config.policy))
     checkpoint = max(checkpoint_bytes(config, *stage) for stage in stages)
     return [
         Line("memory", "program", program, "bytes", "measured: this one, which has loaded the same"),
@@ -286,20 +290,20 @@ def _policy_lines(
     ]
 
 
-def _engine_lines(config: RunConfig, device: torch.device, shares: Shares) -> list[Line]:
+def _engine_lines(config: RunConfig, device: torch.device, topology: Topology) -> list[Line]:
     """What generates holds beside the weights that it reads."""
     engine, weights = config.engine, weight_bytes(skeleton(config.policy))
     if engine.name == "vllm" and engine.vllm.url is not None:
         return []  # the server's own affair
     lines: list[Line] = []
-    here, copies = _device_section(device, shares)
+    here, copies = _device_section(device, topology)
     if engine.actors is not None:
-        actors, program = shares.engine_actors, _program_bytes()
+        actors, program = topology.engine_actors, _program_bytes()
         here, copies = ("GPU memory of an engine", 1) if engine.actor_gpus else ("memory", actors)
         sent = "weights on their way, two versions of every process"
         lines = [
             Line("memory", "engine actors", program * actors, "bytes", f"{actors} like this program"),
-            Line("memory", "Ray's objects", 2 * weights * shares.ranks, "bytes", sent),
+            Line("memory", "Ray's objects", 2 * weights * topology.ranks, "bytes", sent),
         ]
         # vLLM's own copy is made from one in the memory of its actor.
         own = "a copy in each"
@@ -335,38 +339,39 @@ def _program_bytes() -> int:
     return found
 
 
-def _device_section(device: torch.device, shares: Shares) -> tuple[Section, int]:
+def _device_section(device: torch.device, topology: Topology) -> tuple[Section, int]:
     """Where a process that learns holds its tensors, and how many do in the same place."""
-    return ("GPU memory", 1) if device.type == "cuda" else ("memory", shares.trainers)
+    return ("GPU memory", 1) if device.type == "cuda" else ("memory", topology.trainers)
 
 
-def _environment_lines(config: RunConfig, shares: Shares, trial: Trial) -> list[Line]:
+def _environment_lines(config: RunConfig, topology: Topology, profile: EnvProfile) -> list[Line]:
     """What environments hold."""
-    holders = shares.workers or shares.trainers
-    size = holders * trial.worker + (shares.environments - holders) * trial.environment
+    worker, environment = profile.worker_bytes, profile.environment_bytes
+    owners = topology.workers or topology.trainers
+    size = owners * worker + (topology.environments - owners) * environment
     weighed = (
-        f"measured: a worker with one {decimal(trial.worker)}, one more {decimal(trial.environment)}; "
-        f"{shares.environments} of training and of the panel"
+        f"measured: a worker with one {decimal(worker)}, one more {decimal(environment)}; "
+        f"{topology.environments} of training and of the panel"
     )
     lines = [Line("memory", "environments", size, "bytes", weighed)]
-    if count := shares.environment_actors:
+    if count := topology.environment_actors:
         how = f"{count} of {decimal(_ACTOR_BYTES)}, as they took when they were weighed"
         lines.append(Line("memory", "environment actors", count * _ACTOR_BYTES, "bytes", how))
     return lines
 
 
-def _episode_lines(config: RunConfig, algorithm: Algorithm, trial: Trial) -> list[Line]:
+def _episode_lines(config: RunConfig, algorithm: Algorithm, profile: EnvProfile) -> list[Line]:
     """The tokens of episodes, and what they leave on disk."""
     context = context_length(skeleton(config.policy), config.policy.max_context)
     per_step = _episodes_per_step(config, algorithm)
-    played = as_tokens(config, trial.episodes, context)
+    played = tokenize_play(config, profile.episodes, context)
     tokens = _tokens(played)
     chosen = config.rollout.constrained and config.policy.reply != "think_action"
     replies = "" if chosen else f", replies of engine.max_tokens={config.engine.max_tokens}"
     every = config.trainer.save_episodes_every
     stored = (config.trainer.steps // every if every else 0) * per_step
-    stored += _evaluation_episodes(config, trial)[0]
-    size = stored_bytes(played)
+    stored += _evaluation_episodes(config, profile)[0]
+    size = stored_episode_bytes(played)
     seen = f"{tokens:,.0f} of an episode as random play has it{replies}; at most {per_step * context:,}"
     written = f"{stored:,} of {decimal(size)}, measured: random play with made-up numbers of its tokens"
     return [

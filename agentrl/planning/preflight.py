@@ -19,7 +19,7 @@ from agentrl.errors import AgentRLError, ConfigError
 from agentrl.learn.learner import provided
 from agentrl.learn.lora import check_adapters
 from agentrl.planning.memory import cache_bytes, weight_bytes
-from agentrl.planning.topology import Shares
+from agentrl.planning.topology import Topology
 from agentrl.policy.model import context_length, skeleton
 from agentrl.policy.settings import EngineConfig
 from agentrl.run.settings import RunConfig, rank_mistakes
@@ -53,16 +53,16 @@ class Missing(list[str]):
             self.add(str(error))
 
 
-def of_ranks(config: RunConfig, shares: Shares) -> Iterator[str]:
+def of_ranks(config: RunConfig, topology: Topology) -> Iterator[str]:
     """What several processes could not share, and the port that torchrun meets at."""
-    if shares.ranks == 1:
+    if topology.ranks == 1:
         return
-    yield from rank_mistakes(config, shares.ranks)
+    yield from rank_mistakes(config, topology.ranks)
     if config.learner.launcher == "ray":
-        if shares.nodes > 1 and config.rollout.ray.address is None:
+        if topology.nodes > 1 and config.rollout.ray.address is None:
             yield (
                 "rollout.ray.address is null, which starts Ray on this machine alone, wanted that of a "
-                f"cluster of {shares.nodes}"
+                f"cluster of {topology.nodes}"
             )
         return
     port = int(os.environ.get("MASTER_PORT", _RENDEZVOUS))
@@ -98,7 +98,7 @@ def of_engine(config: RunConfig) -> Iterator[str]:
         yield f"engine.vllm.weights_folder: {block.weights_folder} is no folder on this machine"
 
 
-def of_cluster(config: RunConfig, shares: Shares, device: torch.device) -> Iterator[str]:
+def of_cluster(config: RunConfig, topology: Topology, device: torch.device) -> Iterator[str]:
     """The cluster that is asked for, and whether all actors fit: those of the panel are there as well."""
     engine, block = config.engine, config.rollout.ray
     asked = {
@@ -106,15 +106,15 @@ def of_cluster(config: RunConfig, shares: Shares, device: torch.device) -> Itera
         f"engine.actors={engine.actors}": engine.actors is not None,
         "learner.launcher=ray": config.learner.launcher == "ray",
     }
-    if not shares.ray:
+    if not topology.ray:
         return
     check_ray(", ".join(who for who, holds in asked.items() if holds))
     near = config.learner.launcher == "ray" or block.address is None  # where the actors are as well
-    learners = shares.ranks if device.type == "cuda" and near else 0
-    engines = shares.engine_actors * shares.nodes
+    learners = topology.ranks if device.type == "cuda" and near else 0
+    engines = topology.engine_actors * topology.nodes
     wanted = {
         "CPUs": {
-            "rollout.ray.cpus": (shares.environment_actors * shares.nodes, block.cpus),
+            "rollout.ray.cpus": (topology.environment_actors * topology.nodes, block.cpus),
             "engine.actor_cpus": (engines, engine.actor_cpus),
         },
         "GPUs": {"learner": (learners, 1.0), "engine.actor_gpus": (engines, engine.actor_gpus)},
@@ -139,21 +139,21 @@ def of_cluster(config: RunConfig, shares: Shares, device: torch.device) -> Itera
 
 
 def of_room(
-    config: RunConfig, shares: Shares, device: torch.device, wanted: Mapping[str, int]
+    config: RunConfig, topology: Topology, device: torch.device, wanted: Mapping[str, int]
 ) -> Iterator[str]:
     """Accelerators, memory and disk of this machine.
 
     Args:
         config: of the run.
-        shares: of this machine.
+        topology: of this machine.
         device: that the policy computes on.
         wanted: bytes of memory, GPU memory and disk.
     """
     there = torch.cuda.device_count()
     # Ray deals out those of a launcher or an actor.
     if device.type == "cuda" and there and config.learner.launcher == "torchrun":
-        if shares.trainers > there:
-            yield f"GPUs: {shares.trainers} wanted on this machine, one for each process, and {there} found"
+        if topology.trainers > there:
+            yield f"GPUs: {topology.trainers} wanted on this machine, one for each process, and {there} found"
         free = min(torch.cuda.mem_get_info(index)[0] for index in range(there))
         yield from _shortage("GPU memory", wanted["GPU memory"], free, "lower learner.micro_batch_tokens")
     memory = psutil.virtual_memory().available

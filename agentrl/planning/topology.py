@@ -8,7 +8,7 @@ from agentrl.run.settings import RunConfig
 
 
 @dataclass(frozen=True)
-class Shares:
+class Topology:
     """What of a run is on one of its machines.
 
     Args:
@@ -22,7 +22,7 @@ class Shares:
     nodes: int
 
     @classmethod
-    def of(cls, config: RunConfig, processes: int, nodes: int) -> "Shares":
+    def of(cls, config: RunConfig, processes: int, nodes: int) -> "Topology":
         """Those of a configuration, which may itself say how many processes learn.
 
         Raises:
@@ -63,14 +63,14 @@ class Shares:
         """Those of training and, beside them, those of the panel, of every process that learns, dealt out."""
         if self.config.rollout.backend == "local":
             return 0
-        return 2 * self.trainers * self._actors_each
+        return 2 * self.trainers * self._actors_per_rank
 
     @property
     def workers(self) -> int:
         """Processes that environments are in; none where they are in those that learn."""
         if self.config.rollout.placement != "process":
             return 0
-        return self._holders * self._workers_each
+        return self._worker_owners * self._workers_per_owner
 
     @property
     def environments(self) -> int:
@@ -78,26 +78,26 @@ class Shares:
         block = self.config.rollout
         if block.placement != "process":
             return 2 * self.trainers * block.max_active
-        each = self._workers_each
-        held = block.workers.environments or -(-self._episodes_each // each)
-        return self._holders * min(self._episodes_each, each * held)
+        each = self._workers_per_owner
+        held = block.workers.environments or -(-self._episodes_per_owner // each)
+        return self._worker_owners * min(self._episodes_per_owner, each * held)
 
     @property
-    def _actors_each(self) -> int:
+    def _actors_per_rank(self) -> int:
         return self.config.rollout.ray.actors or self.nodes
 
     @property
-    def _holders(self) -> int:
+    def _worker_owners(self) -> int:
         """Who has workers: actors, or the processes that learn, for training and for the panel."""
         return self.environment_actors or 2 * self.trainers
 
     @property
-    def _episodes_each(self) -> int:
+    def _episodes_per_owner(self) -> int:
         """Episodes at a time of whoever has workers."""
         block = self.config.rollout
-        return -(-block.max_active // (self._actors_each if block.backend == "ray" else 1))
+        return -(-block.max_active // (self._actors_per_rank if block.backend == "ray" else 1))
 
     @property
-    def _workers_each(self) -> int:
+    def _workers_per_owner(self) -> int:
         count = self.config.rollout.workers.count or os.cpu_count() or 1
-        return min(count, self._episodes_each)
+        return min(count, self._episodes_per_owner)
