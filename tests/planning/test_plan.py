@@ -18,11 +18,13 @@ import agentrl
 from agentrl.algorithms.methods.cloning import cloning
 from agentrl.cli import app
 from agentrl.data.storage import read_episodes
-from agentrl.errors import ConfigError
+from agentrl.errors import CheckpointError, ConfigError, RequirementError
 from agentrl.planning import plan as planning
+from agentrl.planning import preflight
 from agentrl.planning.env_probe import EnvProfile, profile_env, stored_episode_bytes, tokenize_play
 from agentrl.planning.memory import cache_bytes, checkpoint_bytes, weight_bytes
 from agentrl.planning.plan import Plan, plan
+from agentrl.planning.preflight import check_run
 from agentrl.policy.model import skeleton
 from agentrl.scale import extras
 
@@ -260,13 +262,11 @@ def test_everything_that_is_missing_is_told_at_once(
     examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "taken").mkdir()
-    with socket.socket() as listener, socket.socket() as closed:
+    with socket.socket() as listener:
         listener.bind(("", 0))
         listener.listen()
-        closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(listener.getsockname()[1]))
         monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
-        silent = f"127.0.0.1:{closed.getsockname()[1]}"
         found = plan(
             config(
                 tmp_path,
@@ -277,7 +277,7 @@ def test_everything_that_is_missing_is_told_at_once(
                 "rollout.placement=process",
                 "rollout.backend=ray",
                 "engine.name=vllm",
-                f"engine.vllm.url=http://{silent}",
+                "engine.vllm.url=http://127.0.0.1:9",
                 f"engine.vllm.weights_folder={tmp_path / 'absent'}",
             ),
             processes=3,
@@ -285,15 +285,14 @@ def test_everything_that_is_missing_is_told_at_once(
     wanted = (
         r"learner\.backend is single, wanted fsdp for 3 processes",
         r"rollout\.groups_per_step is 4, wanted a multiple of the 3 processes",
-        r"torchrun --master-port: \d+ cannot be had",
         r"run\.name is 'taken', but .*taken exists",
-        rf"engine\.vllm\.url: no server that is well answers at http://{silent}",
-        r"engine\.vllm\.weights_folder: .*absent is no folder on this machine",
         r"engine\.vllm\.url needs httpx2: pip install httpx2",
-        r"split 'test' of example/HotCold-v0 has \d+ tasks, wanted 10000",
+        r"engine\.vllm\.weights_folder: .*absent is no folder on this machine",
         r"policy\.device is '(cuda|mps)', which this machine does not have",
         r"rollout\.backend=ray needs Ray: pip install -e '\.\[ray\]'",
         r"policy\.path is '.*nowhere', wanted the folder of a Hugging Face causal language model",
+        r"torchrun --master-port: \d+ is not available",
+        r"split 'test' of example/HotCold-v0 has \d+ tasks, wanted 10000",
     )
     assert len(found.missing) == len(wanted), found.missing
     for pattern, line in zip(wanted, found.missing, strict=True):
@@ -310,6 +309,16 @@ def test_a_missing_extra_is_named(profiled: None, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("agentrl.scale.local_engine.importlib.util.find_spec", lambda name: None)
     (line,) = plan(config(tmp_path, "engine.name=vllm")).missing
     assert re.search(r"needs vLLM.*pip install -c constraints-vllm\.txt -e '\.\[vllm\]'", line)
+
+
+def test_a_silent_server_is_named(profiled: None, tmp_path: Path) -> None:
+    pytest.importorskip("httpx2", reason="httpx2 is not installed: pip install httpx2")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        more = ("engine.name=vllm", f"engine.vllm.url={url}", f"engine.vllm.weights_folder={tmp_path}")
+        (line,) = plan(config(tmp_path, *more)).missing
+    assert f"nothing answers at {url}" in line
 
 
 def test_a_silent_cluster_is_named(profiled: None, tmp_path: Path) -> None:
@@ -366,10 +375,10 @@ def test_too_little_memory_and_disk_are_named(
 def test_more_gpus_and_gpu_memory_than_there_are_is_named(
     profiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (1000, 2000))
-    found = plan(config(tmp_path, "learner.backend=fsdp"), processes=2)
+    found = plan(config(tmp_path, "learner.backend=fsdp", "policy.device=cuda"), processes=2)
     gpus, memory = found.missing
     assert gpus == "GPUs: 2 wanted on this machine, one for each process, and 1 found"
     assert re.match(r"GPU memory: at most .* wanted, 1.0 kB free", memory)
@@ -381,12 +390,11 @@ def test_a_share_of_the_gpu_that_holds_no_sequence_is_named(
     profiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(planning, "resolve_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10**12, 3_000_000))
     share = "engine.vllm.gpu_memory_share=0.5"
-    found = plan(config(tmp_path, "engine.name=vllm", share))
+    found = plan(config(tmp_path, "engine.name=vllm", "policy.device=cuda", share))
     assert amounts(found, "GPU memory")["vLLM"] == 1_500_000
     (line,) = found.missing
     assert re.match(r"engine\.vllm\.gpu_memory_share is 0\.5, wanted room for 1\.7 MB", line)
@@ -395,6 +403,43 @@ def test_a_share_of_the_gpu_that_holds_no_sequence_is_named(
 def test_processes_that_do_not_fit_the_machines_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="6 processes on 4 nodes: wanted as many on each"):
         plan(config(tmp_path), processes=6, nodes=4)
+
+
+# The same problems at the start of training.
+
+
+def test_a_single_problem_is_raised_as_its_own_error(
+    examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_run(config(tmp_path), 1)
+    monkeypatch.setattr(preflight, "provided", lambda **components: frozenset())
+    with pytest.raises(RequirementError, match="requires old_logprobs"):
+        check_run(config(tmp_path), 1)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"policy\.path is '/nowhere'"):
+        check_run(config(tmp_path, "policy.path=/nowhere"), 1)
+
+
+def test_several_problems_are_raised_together_and_are_those_of_the_plan(
+    profiled: None, tmp_path: Path
+) -> None:
+    settings = config(tmp_path, "env.id=no/Such-v0", "policy.path=/nowhere", "rollout.groups_per_step=3")
+    with pytest.raises(ConfigError) as caught:
+        check_run(settings, 2)
+    planned = plan(settings, processes=2).missing
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    assert [line for line in planned if not line.startswith("torchrun")] == lines
+
+
+def test_a_run_that_is_resumed_does_not_complain_of_its_own_folder(
+    examples: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    (tmp_path / "taken").mkdir()
+    settings = config(tmp_path, "run.name=taken")
+    with pytest.raises(ConfigError, match=r"run\.name is 'taken', but .*taken exists; resume it"):
+        check_run(settings, 1)
+    check_run(settings, 1, new_folder=False)
 
 
 # The command.
