@@ -1,1 +1,1 @@
-"""Planning: what a run needs, and what this machine lacks, found before the run starts."""
+"""Planning: what a run needs, and what is missing, found before it starts."""

@@ -1,4 +1,4 @@
-"""One worker, started to be weighed: what an environment takes, and whether it can be played in at all."""
+"""Random play in one worker, which shows that an environment works and what it costs."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from agentrl.data.storage import write_episodes
 from agentrl.data.trajectory import Episode, StopReason, Turn
-from agentrl.env.registry import Factory
 from agentrl.errors import ConfigError
 from agentrl.evaluation.panels import configured_panel
 from agentrl.policy.model import load_tokenizer
@@ -23,61 +22,62 @@ from agentrl.rollout.failures import abort_reasons
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import RandomPlayer
 from agentrl.rollout.workers import ProcessEnvironments
+from agentrl.run.env_backend import environment_factory
 from agentrl.run.settings import RunConfig
 
 EPISODES = 4
-LONGEST = 50  # turns
+MAX_TURNS = 50
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What a random player found in one worker.
+class EnvProfile:
+    """Measurements of an environment under random play.
 
     Args:
-        worker: bytes of its process and those that it started, with one environment.
-        environment: bytes that a second one added.
-        episodes: that it played, at most `LONGEST` turns of each.
-        tasks: how many there are to train on.
-        panel: how many there are to be measured on.
-        other_goals: whether the instruction check has anything to ask.
+        worker_bytes: The memory of a worker's processes, with one environment.
+        environment_bytes: The memory that a second environment added.
+        episodes: The episodes that were played, each of at most `MAX_TURNS` turns.
+        tasks: The number of training tasks.
+        panel: The number of evaluation tasks.
+        has_other_goals: Whether the environment supports the instruction check.
     """
 
-    worker: int
-    environment: int
+    worker_bytes: int
+    environment_bytes: int
     episodes: tuple[Episode, ...]
     tasks: int
     panel: int
-    other_goals: bool
+    has_other_goals: bool
 
     @property
-    def turns(self) -> float:
-        """Of an episode, on average."""
+    def mean_turns(self) -> float:
+        """Return the mean number of turns of an episode."""
         return sum(len(episode.turns) for episode in self.episodes) / len(self.episodes)
 
     @property
-    def cut(self) -> bool:
-        """Whether an episode would have gone on."""
+    def truncated(self) -> bool:
+        """Return whether an episode was ended by `MAX_TURNS`."""
         return any(
-            episode.stop is StopReason.TURN_LIMIT and len(episode.turns) == LONGEST
+            episode.stop is StopReason.TURN_LIMIT and len(episode.turns) == MAX_TURNS
             for episode in self.episodes
         )
 
 
-def try_out(config: RunConfig) -> Trial:
-    """Play a few random episodes in one worker, first in one environment and then in two, and weigh it.
+def profile_env(config: RunConfig) -> EnvProfile:
+    """Play a few random episodes in one worker, in one environment and then in two, and measure its memory.
 
     Raises:
-        AgentRLError: when the environment, its tasks or its panel are not there.
+        AgentRLError: If the environment, its tasks or its panel cannot be used.
     """
     workers = replace(config.rollout.workers, count=1, environments=2)
-    longest = min(config.rollout.max_turns or LONGEST, LONGEST)
+    max_turns = min(config.rollout.max_turns or MAX_TURNS, MAX_TURNS)
     before = _bytes_of_children()
     with ProcessEnvironments(environment_factory(config), 2, workers) as environments:
         with environments.borrow() as environment:
-            known: Any = environment.unwrapped
-            tasks: Sequence[str] = known.tasks(config.env.split)
+            unwrapped: Any = environment.unwrapped
+            tasks: Sequence[str] = unwrapped.tasks(config.env.split)
             panel = configured_panel(config, environment)
-            other_goals = callable(getattr(known, "other_goal", None))
+            other_goals = callable(getattr(unwrapped, "other_goal", None))
         specs = [
             EpisodeSpec(f"plan-{index}", config.env.id, tasks[index % len(tasks)], index)
             for index in range(EPISODES)
@@ -86,29 +86,30 @@ def try_out(config: RunConfig) -> Trial:
         weights = []
         for active, part in ((1, specs[:1]), (2, specs[1:])):
             played += collect(
-                part, RandomPlayer(), environments, max_active=active, max_turns=longest
+                part, RandomPlayer(), environments, max_active=active, max_turns=max_turns
             ).episodes
             weights.append(_bytes_of_children() - before)
-    finished = tuple(episode for episode in played if not episode.stop.aborted)
-    if not finished:
+    completed = tuple(episode for episode in played if not episode.stop.aborted)
+    if not completed:
         raise ConfigError(f"env: every episode of {config.env.id} was aborted: {dict(abort_reasons(played))}")
     first, both = weights
-    return Trial(first, max(0, both - first), finished, len(tasks), len(panel.tasks), other_goals)
+    return EnvProfile(first, max(0, both - first), completed, len(tasks), len(panel.tasks), other_goals)
 
 
-def as_tokens(config: RunConfig, episodes: Sequence[Episode], context: int) -> list[Episode]:
-    """Random play as a policy would have left it: in tokens, with made-up numbers of each.
+def tokenize_play(config: RunConfig, episodes: Sequence[Episode], context: int) -> list[Episode]:
+    """Return random episodes with the tokens that a policy would have read and written.
 
-    Replies are those that were played where the policy only chooses among them, and of `engine.max_tokens`
-    where it writes freely. An episode ends where its sequence is full.
+    Logprobs and entropies are random numbers. Where the policy only chooses among actions, its replies are
+    the actions that were played; where it writes freely, they have `engine.max_tokens` random tokens. An
+    episode ends where the next turn would exceed the context.
 
     Args:
-        config: of the run; a policy of random weights gets a tokenizer of the text that was played.
-        episodes: of random play.
-        context: tokens that a sequence may hold.
+        config: The configuration of the run. Without a `policy.path`, a tokenizer is fitted to the episodes.
+        episodes: Episodes of random play.
+        context: The largest number of tokens in a sequence.
 
     Raises:
-        AgentRLError: when the policy has no tokenizer, or one that cannot hold a dialogue.
+        AgentRLError: If the policy has no tokenizer, or one that cannot hold a dialogue.
     """
     block, draw = config.policy, Random(0)
     if block.path is None:
@@ -126,12 +127,12 @@ def as_tokens(config: RunConfig, episodes: Sequence[Episode], context: int) -> l
     thinks = getattr(dialogue, "thinking", None) is not None
     free = None if config.rollout.constrained and not thinks else config.engine.max_tokens
     return [
-        replace(episode, turns=tuple(_in_tokens(episode, dialogue, free, context, draw)))
+        replace(episode, turns=tuple(_tokenize_turns(episode, dialogue, free, context, draw)))
         for episode in episodes
     ]
 
 
-def _in_tokens(
+def _tokenize_turns(
     episode: Episode, dialogue: Dialogue, free: int | None, context: int, draw: Random
 ) -> Iterator[Turn]:
     history: list[tuple[str, tuple[int, ...]]] = []
@@ -145,30 +146,30 @@ def _in_tokens(
         if length > context:
             return
         history.append((turn.observation, reply))
-        # Of a choice, all but the first token is often forced.
+        # All tokens of a choice but the first are often forced.
         numbers = tuple(draw.random() if free or not place else 0.0 for place in range(len(reply)))
         yield replace(
             turn, prompt_ids=prompt.ids, action_ids=reply, logprobs=numbers, entropies=numbers[::-1]
         )
 
 
-def stored_bytes(episodes: Sequence[Episode]) -> int:
-    """Of one of them on disk, on average."""
+def stored_episode_bytes(episodes: Sequence[Episode]) -> int:
+    """Return the mean size of an episode on disk, in bytes."""
     sizes = []
     with tempfile.TemporaryDirectory() as folder:
         for written in ((), episodes):
-            file = Path(folder) / "trial.parquet"
+            file = Path(folder) / "episodes.parquet"
             write_episodes(file, written)
             sizes.append(file.stat().st_size)
-    nothing, all_ = sizes
-    return (all_ - nothing) // len(episodes)
+    empty, full = sizes
+    return (full - empty) // len(episodes)
 
 
 def check_expert(config: RunConfig) -> None:
-    """Make sure that there is one, where the warm start wants to clone it.
+    """Refuse a warm start in an environment that has no expert to clone.
 
     Raises:
-        ConfigError: when there is none.
+        ConfigError: Naming the environment.
     """
     if not config.warm_start.steps:
         return
@@ -183,16 +184,9 @@ def check_expert(config: RunConfig) -> None:
         ) from error
 
 
-def environment_factory(config: RunConfig, **more: Any) -> Factory:
-    """Makes the environments that a run trains in."""
-    factory = Factory(config.env.id, split=config.env.split, **{**config.env.kwargs, **more})
-    factory.where = "env.kwargs."
-    return factory
-
-
 def _bytes_of_children() -> int:
     total = 0
     for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has ended since
+        with suppress(psutil.Error):  # the process has ended
             total += child.memory_info().rss
     return total

@@ -1,7 +1,7 @@
-"""What a policy and its learner hold in memory, counted before their weights exist.
+"""Memory of a policy and its learner, counted before their weights exist.
 
-A model on torch's meta device has every shape and no content: it is built, run and optimised as the real one
-is, and what that would keep is added up.
+A model on torch's meta device has all shapes and no content. It is built, run and optimised as the real one
+is, and the sizes of the tensors that this keeps are added up.
 """
 
 from collections.abc import Iterable, Mapping
@@ -33,40 +33,43 @@ from agentrl.policy.settings import PolicyConfig
 from agentrl.run.settings import RunConfig
 
 
-def learned_skeleton(config: PolicyConfig) -> PreTrainedModel:
-    """The policy that is learned, in float32 whatever the engine generates in; as `skeleton`."""
+def learner_skeleton(config: PolicyConfig) -> PreTrainedModel:
+    """Return the skeleton of the policy that is learned, which is in float32 whatever `policy.dtype` is."""
     return skeleton(replace(config, dtype="float32"))
 
 
-def held_bytes(
+def learner_bytes(
     config: RunConfig, algorithm: Algorithm, learner: LearnerConfig, ranks: int = 1
 ) -> Mapping[str, tuple[int, str]]:
-    """What one process holds on its device to learn in a stage: bytes, and how they were found, by what of.
+    """Return the bytes that one rank holds on its device to learn in a stage, and how they were found.
 
     Args:
-        config: of the run.
-        algorithm: of the stage.
-        learner: of the stage.
-        ranks: processes that learn together.
+        config: The configuration of the run.
+        algorithm: The algorithm of the stage.
+        learner: The configuration of the learner in the stage.
+        ranks: The number of processes that learn together.
+
+    Returns:
+        The bytes and their derivation in words, by what they are for.
     """
     block, wanted, sharded = config.policy, algorithm.requires, learner.backend == "fsdp"
-    model = _learned(learned_skeleton(block), learner)
+    model = _with_adapters(learner_skeleton(block), learner)
     rounded = learner.resolve_compute_dtype(block.dtype).compute_dtype == "bfloat16"
-    # Dealt out, the weights are rounded as they come together; else each product rounds what it multiplies.
+    # FSDP rounds weights as it gathers them; without it, each product rounds its own operands.
     narrow = replace(block, dtype="bfloat16")
-    computed = _learned(skeleton(narrow), learner) if rounded and sharded else model
-    share = ranks if sharded else 1
-    dealt = f", dealt out to {share} processes" if share > 1 else ""
+    computed = _with_adapters(skeleton(narrow), learner) if rounded and sharded else model
+    parts = ranks if sharded else 1
+    dealt = f", dealt out to {parts} processes" if parts > 1 else ""
     parameters, trained = (_count(model, trained=only) for only in (False, True))
     weights = weight_bytes(model)
-    states, whole = optimizer_bytes(model, learner, value_head(model, algorithm))
+    states, undivided = optimizer_bytes(model, learner, value_head(model, algorithm))
     tokens = max(learner.micro_batch_tokens, context_length(model, config.policy.max_context))
     found = {
-        "weights": (weights // share, f"{parameters:,} parameters in float32{dealt}"),
-        "gradients": (weight_bytes(model, trained=True) // share, f"of {trained:,} parameters{dealt}"),
-        "optimiser": (states // share + whole, f"{learner.optimizer}{dealt}"),
+        "weights": (weights // parts, f"{parameters:,} parameters in float32{dealt}"),
+        "gradients": (weight_bytes(model, trained=True) // parts, f"of {trained:,} parameters{dealt}"),
+        "optimiser": (states // parts + undivided, f"{learner.optimizer}{dealt}"),
         "reference": (
-            weight_bytes(learned_skeleton(block)) // share * ("reference" in wanted),
+            weight_bytes(learner_skeleton(block)) // parts * ("reference" in wanted),
             f"weights that do not change{dealt}",
         ),
         "activations": (
@@ -80,7 +83,7 @@ def held_bytes(
         ),
         "logits": (logits_bytes(computed, tokens), "a chunk of tokens, and their gradient"),
         "weights that generate": (
-            weight_bytes(skeleton(block)) * learns_apart(config, learner),
+            weight_bytes(skeleton(block)) * keeps_learner_copy(config, learner),
             f"those that the engine reads, in {block.dtype}, whole in every process",
         ),
         "weights of two layers": (layer_bytes(computed) * sharded, "whole while they are used"),
@@ -88,18 +91,22 @@ def held_bytes(
     return {what: (size, how) for what, (size, how) in found.items() if size}
 
 
-def learns_apart(config: RunConfig, learner: LearnerConfig) -> bool:
-    """Whether what is learned is a copy of the weights that generate."""
-    overlapping = config.trainer.mode == "async" and learner is config.learner  # cloning plays nothing
+def keeps_learner_copy(config: RunConfig, learner: LearnerConfig) -> bool:
+    """Return whether the learner trains a copy of the weights that the engine reads."""
+    overlapping = config.trainer.mode == "async" and learner is config.learner  # cloning collects no episodes
     rounded = config.policy.dtype != "float32"
     return learner.backend == "fsdp" or learner.lora is not None or overlapping or rounded
 
 
 def generation_bytes(config: RunConfig, sequences: int) -> tuple[int, str]:
-    """The cache of an engine `torch` with so many episodes in flight, and how it was found.
+    """Return the bytes of the torch engine's cache, and how they were found.
 
-    A pass gathers the keys and values of one layer once more. Where episodes branch, those that wait to be
-    branched from are kept as well.
+    A pass copies the keys and values of one layer. Where episodes branch, those that may still be branched
+    from are kept as well.
+
+    Args:
+        config: The configuration of the run.
+        sequences: The number of episodes in flight.
     """
     model = skeleton(config.policy)
     branching = config.algorithm.build().rollout.branch_policy is not None
@@ -109,8 +116,8 @@ def generation_bytes(config: RunConfig, sequences: int) -> tuple[int, str]:
     return whole + whole // depth, f"{sequences} sequences of {context:,} tokens, and a layer of them twice"
 
 
-def _learned(model: PreTrainedModel, learner: LearnerConfig) -> PreTrainedModel:
-    """A skeleton with what is learned beside its weights."""
+def _with_adapters(model: PreTrainedModel, learner: LearnerConfig) -> PreTrainedModel:
+    """Add the adapters of the learner, if it trains any, to the model and return it."""
     if learner.lora is not None:
         add_adapters(model, learner.lora)
     return model
@@ -121,56 +128,56 @@ def _count(model: nn.Module, *, trained: bool) -> int:
 
 
 def checkpoint_bytes(config: RunConfig, algorithm: Algorithm, learner: LearnerConfig) -> int:
-    """Of a checkpoint in a stage."""
-    model = _learned(learned_skeleton(config.policy), learner)
-    reference = weight_bytes(learned_skeleton(config.policy)) * ("reference" in algorithm.requires)
+    """Return the bytes of a checkpoint in a stage."""
+    model = _with_adapters(learner_skeleton(config.policy), learner)
+    reference = weight_bytes(learner_skeleton(config.policy)) * ("reference" in algorithm.requires)
     states = sum(optimizer_bytes(model, learner, value_head(model, algorithm)))
     return weight_bytes(model) + reference + states
 
 
 def value_head(model: PreTrainedModel, algorithm: Algorithm) -> nn.Module | None:
-    """The one that the learner adds, if the algorithm asks for values."""
+    """Return the value head that the learner adds if the algorithm requires values, else None."""
     if "values" not in algorithm.requires:
         return None
     return nn.Linear(output_weight(model).shape[1], 1, device="meta", dtype=output_weight(model).dtype)
 
 
 def weight_bytes(model: nn.Module, *, trained: bool = False) -> int:
-    """Of all parameters, or only of those that are trained and so have gradients; shared ones count once."""
+    """Return the bytes of the parameters, or of those that are trained; shared ones count once."""
     return _bytes(value for value in model.parameters() if value.requires_grad or not trained)
 
 
 def optimizer_bytes(
     model: nn.Module, config: LearnerConfig, value_head: nn.Module | None = None
 ) -> tuple[int, int]:
-    """Of what the optimisers remember after their first step.
+    """Return the bytes of the optimizer states after the first step.
 
     Returns:
-        Bytes that ranks can deal out among them, and bytes that each of them holds whole: those of Muon.
+        The bytes that ranks divide among them, and the bytes that each rank holds in full, which are Muon's.
     """
-    dealt = whole = 0
+    divided = full = 0
     for optimizer in build_optimizers(model, config, value_head):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if isinstance(optimizer, Muon):  # a momentum; to step would orthogonalise what is not there
-            whole += _bytes(parameters)
+        if isinstance(optimizer, Muon):  # a momentum; its step cannot run without content
+            full += _bytes(parameters)
             continue
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
         states = optimizer.state.values()
-        dealt += _bytes(value for state in states for value in state.values() if isinstance(value, Tensor))
-    return dealt, whole
+        divided += _bytes(value for state in states for value in state.values() if isinstance(value, Tensor))
+    return divided, full
 
 
 def layer_bytes(model: nn.Module) -> int:
-    """Of what is whole at a time where the weights are dealt out: two layers, and all that is in none."""
+    """Return the bytes that FSDP gathers at a time: two layers, and the parameters outside all layers."""
     sizes = [weight_bytes(layer) for layer in layers(model)]
     return weight_bytes(model) - sum(sizes) + 2 * max(sizes, default=0)
 
 
 def cache_bytes(model: PreTrainedModel, sequences: int, length: int) -> int:
-    """Of the keys and values of `sequences` of `length` tokens."""
+    """Return the bytes of the keys and values of `sequences` of `length` tokens."""
     settings = model.config.get_text_config()
     heads = settings.num_attention_heads
     width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
@@ -182,17 +189,17 @@ def cache_bytes(model: PreTrainedModel, sequences: int, length: int) -> int:
 def activation_bytes(
     model: PreTrainedModel, tokens: int, *, recomputed: bool = False, rounded: bool = False
 ) -> int:
-    """Of what a forward pass of so many tokens keeps for the way back; up to a seventh too much.
+    """Return the bytes that a forward pass keeps for the backward pass; up to a seventh too many.
 
-    The tokens are counted as sequences of one: attention then keeps what a fused kernel does, and nothing
-    that grows with the square of a length. Rows of unequal length are padded within attention, which is not
-    counted.
+    The tokens are counted as sequences of one token: attention then keeps as much as a fused kernel does, and
+    nothing that grows with the square of a length. The padding of attention between sequences of unequal
+    length is not counted.
 
     Args:
-        model: from `skeleton`.
-        tokens: of the pass.
-        recomputed: only the input of each layer is kept, and one layer at a time has the rest.
-        rounded: products and attention are computed in bfloat16, from copies of weights in float32.
+        model: The model, from `skeleton`.
+        tokens: The number of tokens in the pass.
+        recomputed: Whether only the input of each layer is kept, and the rest for one layer at a time.
+        rounded: Whether products and attention are computed in bfloat16, from copies of float32 weights.
     """
     with _Bfloat16Products() if rounded else nullcontext():
         kept = _kept_bytes(model, tokens)
@@ -205,7 +212,7 @@ def activation_bytes(
 
 
 class _Bfloat16Products(TorchFunctionMode):
-    """Rounds what autocast would, which torch does not offer for tensors without content."""
+    """Round what autocast would, which torch does not offer on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (F.linear, F.scaled_dot_product_attention):
@@ -231,7 +238,7 @@ def _kept_bytes(model: PreTrainedModel, tokens: int) -> int:
 
 
 def logits_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Of the logits of one chunk on the way back, and of the gradient that they give the output embedding."""
+    """Return the bytes of a chunk of logits in the backward pass and of the output embedding's gradient."""
     weight = output_weight(model)
     chunk = min(tokens, max(1, CHUNK_NUMBERS // len(weight)))
     narrow = weight.element_size() if weight.element_size() < 4 else 0

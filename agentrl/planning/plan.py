@@ -1,4 +1,4 @@
-"""What a run will take, and what it lacks on this machine, found out before anything of it is started."""
+"""The plan of a run: what it needs, and why it cannot start on this machine, if so."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -12,39 +12,45 @@ from rich.table import Table
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.methods.cloning import cloning
 from agentrl.data.trajectory import Episode
-from agentrl.env.registry import check_id
-from agentrl.planning import preflight
 from agentrl.planning.env_probe import (
     EPISODES,
-    LONGEST,
-    Trial,
-    as_tokens,
+    MAX_TURNS,
+    EnvProfile,
     check_expert,
-    environment_factory,
-    stored_bytes,
-    try_out,
+    profile_env,
+    stored_episode_bytes,
+    tokenize_play,
 )
 from agentrl.planning.memory import (
     checkpoint_bytes,
     generation_bytes,
-    held_bytes,
-    learned_skeleton,
+    learner_bytes,
+    learner_skeleton,
     weight_bytes,
 )
-from agentrl.planning.topology import Shares
-from agentrl.policy.model import check_packed_forward, context_length, resolve_device, shortened, skeleton
+from agentrl.planning.preflight import (
+    capacity_problems,
+    check_env_id,
+    collect,
+    collect_error,
+    compute_device,
+    port_problems,
+    problems,
+)
+from agentrl.planning.topology import Topology
+from agentrl.policy.model import check_packed_forward, context_length, shortened, skeleton
 from agentrl.policy.settings import PolicyConfig
 from agentrl.rollout.placement import resolve_placement
+from agentrl.run.env_backend import environment_factory
 from agentrl.run.settings import RunConfig
-from agentrl.scale.engines import check_engine
 from agentrl.terminal import plain
 
 Section = Literal["processes", "work", "memory", "GPU memory", "GPU memory of an engine", "disk", "time"]
 SIZES: tuple[Section, ...] = ("memory", "GPU memory", "GPU memory of an engine", "disk")
 
-_CHECKPOINTS = 4  # the last two and the best, and the one that is being written
+_CHECKPOINTS = 4  # the last two, the best, and the one that is being written
 _RAY_BYTES = 400_000_000
-_ACTOR_BYTES = 55_000_000  # of one that holds environments, beside its workers
+_ACTOR_BYTES = 55_000_000  # an actor that holds environments, without its workers
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,11 @@ class Line:
     Example: Line("memory", "weights", 690_944, "bytes", "172,736 parameters in float32")
 
     Args:
-        section: that it belongs to.
-        what: is counted.
-        amount: None for what only the run itself can tell.
-        unit: of the amount.
-        how: it was found: by which arithmetic, or measured.
+        section: The section of the plan.
+        what: The thing that is counted.
+        amount: The amount, or None if only the run itself can tell it.
+        unit: The unit of the amount.
+        how: The arithmetic or measurement that gave the amount.
     """
 
     section: Section
@@ -70,12 +76,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes.
+    """What a run needs.
 
     Args:
-        lines: what is known of it: work and disk of all of it, processes and memory of one machine.
-        missing: why it cannot start here; empty when it can.
-        nodes: machines that it is dealt out to.
+        lines: The amounts: work and disk of the whole run, processes and memory of one machine.
+        missing: The reasons why it cannot start here; empty if it can.
+        nodes: The number of machines.
     """
 
     lines: tuple[Line, ...]
@@ -83,68 +89,63 @@ class Plan:
     nodes: int = 1
 
     def total(self, section: Section) -> float:
-        """Sum of the amounts of a section."""
+        """Return the sum of the amounts of a section."""
         return sum(line.amount or 0 for line in self.lines if line.section == section)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the plan as JSON values."""
         return asdict(self)
 
 
 def plan(config: RunConfig, *, processes: int = 1, nodes: int = 1) -> Plan:
-    """Find out what a run takes and lacks. One worker is started, played in, weighed and stopped.
+    """Return what a run needs and what is missing.
 
-    A cluster whose address is given is asked what it has.
+    An environment worker is started, played in, measured and stopped. A cluster or server that the
+    configuration names is contacted.
 
     Args:
-        config: of the run.
-        processes: that learn, on all machines together, as torchrun starts them; with `learner.launcher=ray`
-            the configuration says how many.
-        nodes: machines that they and all actors are dealt out to.
+        config: The configuration of the run.
+        processes: The number of processes that learn, on all machines, as torchrun starts them;
+            `learner.processes` takes precedence.
+        nodes: The number of machines.
 
     Raises:
-        ConfigError: when `processes` cannot be dealt out to `nodes`.
+        ConfigError: If `processes` cannot be divided evenly among `nodes`.
     """
-    shares = Shares.of(config, processes, nodes)
-    missing = preflight.Missing()
-    missing.look(preflight.of_ranks(config, shares))
-    missing.look(preflight.of_folders(config))
-    missing.look(preflight.of_engine(config))
-    with missing.noted():
-        check_engine(config.engine, ranks=shares.ranks)
-    algorithm, timed, trial = config.algorithm.build(), "not timed", None
-    with missing.noted():
-        config, timed = _settled(config)
-        trial = try_out(config)
+    topology = Topology.of(config, processes, nodes)
+    found = problems(config, topology)
+    collect(found, port_problems(config, topology))
+    algorithm, timing, profile = config.algorithm.build(), "not timed", None
+    with collect_error(found):
+        check_env_id(config)  # a worker would report an unknown id in other words
+        config, timing = _resolve_placement(config)
+        profile = profile_env(config)
         check_expert(config)
-    shares, device = replace(shares, config=config), _device(config, missing)
-    missing.look(preflight.of_cluster(config, shares, device))
-    with missing.noted():
-        preflight.check_algorithm(algorithm, config.engine)
-    lines = [*_processes(config, shares, timed), *_work(config, algorithm, trial)]
-    with missing.noted():
+    topology, device = replace(topology, config=config), compute_device(config)
+    lines = [*_process_lines(config, topology, timing), *_work_lines(config, algorithm, profile)]
+    with collect_error(found):
         lines.append(_sequence_line(config.policy))
-        lines += _policy_lines(config, algorithm, device, shares)
-        lines += _engine_lines(config, device, shares)
-    if trial is not None:
-        lines += _environment_lines(config, shares, trial)
-        with missing.noted():
-            lines += _episode_lines(config, algorithm, trial)
-    if shares.ray:
+        lines += _policy_lines(config, algorithm, device, topology)
+        lines += _engine_lines(config, device, topology)
+    if profile is not None:
+        lines += _environment_lines(config, topology, profile)
+        with collect_error(found):
+            lines += _episode_lines(config, algorithm, profile)
+    if topology.ray:
         lines.append(Line("memory", "Ray's own", _RAY_BYTES, "bytes", "as Ray 2.60 took when it was weighed"))
     lines.append(Line("time", "a step", None, "s", "unknown: replies and updates are timed as they happen"))
     lines.sort(key=lambda line: _ORDER.index(line.section))
-    found = Plan(tuple(lines), nodes=nodes)
-    totals = {str(section): int(found.total(section)) for section in SIZES}
-    missing.look(preflight.of_room(config, shares, device, totals))
-    return replace(found, missing=tuple(missing))
+    amounts = Plan(tuple(lines), nodes=nodes)
+    totals = {str(section): int(amounts.total(section)) for section in SIZES}
+    collect(found, capacity_problems(config, topology, device, totals))
+    return replace(amounts, missing=tuple(problem.text for problem in found))
 
 
 _ORDER: tuple[Section, ...] = ("processes", "work", *SIZES, "time")
 
 
 def plan_table(found: Plan) -> Table:
-    """A plan for the terminal."""
+    """Return a plan as a table for the terminal."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
@@ -167,20 +168,8 @@ def _shown(line: Line) -> str:
     return decimal(int(line.amount)) if line.unit == "bytes" else f"{line.amount:,.10g}"
 
 
-def _device(config: RunConfig, missing: preflight.Missing) -> torch.device:
-    """What the policy computes on; where this machine does not have it, what was asked for."""
-    name = config.policy.device
-    elsewhere = config.learner.launcher == "ray" and config.rollout.ray.address is not None
-    if not elsewhere or name == "auto":
-        with missing.noted():
-            return resolve_device(name)
-    return torch.device(name)
-
-
-def _settled(config: RunConfig) -> tuple[RunConfig, str]:
-    """The configuration with a placement, and what was measured for it, in words."""
-    if config.rollout.workers.interpreter is None:
-        check_id(config.env.id)
+def _resolve_placement(config: RunConfig) -> tuple[RunConfig, str]:
+    """Return the configuration with a resolved placement, and what was measured for it, in words."""
     rollout, measured = resolve_placement(
         environment_factory(config), config.rollout, config.env.split, config.seed
     )
@@ -188,25 +177,29 @@ def _settled(config: RunConfig) -> tuple[RunConfig, str]:
     return replace(config, rollout=rollout), measured or given
 
 
-def _processes(config: RunConfig, shares: Shares, timed: str) -> list[Line]:
+def _process_lines(config: RunConfig, topology: Topology, timing: str) -> list[Line]:
     lines = [
-        ("driver", shares.drivers, "learner.launcher=ray: it waits for those that learn"),
-        ("trainer", shares.trainers, f"learner.backend={config.learner.backend}, of {shares.ranks} in all"),
-        ("environment workers", shares.workers, timed),
-        ("environment actors", shares.environment_actors, "of all that learn, for training and the panel"),
-        ("engine actors", shares.engine_actors, "of all that learn"),
+        ("driver", topology.drivers, "learner.launcher=ray: it waits for those that learn"),
+        (
+            "trainer",
+            topology.trainers,
+            f"learner.backend={config.learner.backend}, of {topology.ranks} in all",
+        ),
+        ("environment workers", topology.workers, timing),
+        ("environment actors", topology.environment_actors, "of all that learn, for training and the panel"),
+        ("engine actors", topology.engine_actors, "of all that learn"),
     ]
-    found = [
+    shown = [
         Line("processes", what, count, "processes", how)
         for what, count, how in lines
         if count or what == "environment workers"
     ]
-    if shares.ray:
-        found.append(Line("processes", "Ray's own", None, "processes", "unknown: about ten on a machine"))
-    return found
+    if topology.ray:
+        shown.append(Line("processes", "Ray's own", None, "processes", "unknown: about ten on a machine"))
+    return shown
 
 
-def _work(config: RunConfig, algorithm: Algorithm, trial: Trial | None) -> list[Line]:
+def _work_lines(config: RunConfig, algorithm: Algorithm, profile: EnvProfile | None) -> list[Line]:
     rollout, trainer, warm = config.rollout, config.trainer, config.warm_start
     per_step, rounds = _episodes_per_step(config, algorithm), algorithm.rollout.rounds
     often = f", at most {rounds} times" if rounds > 1 else ""
@@ -224,15 +217,15 @@ def _work(config: RunConfig, algorithm: Algorithm, trial: Trial | None) -> list[
         lines.append(
             Line("work", "cloning steps", warm.steps, "steps", f"{warm.batch_size} demonstrations in each")
         )
-    if trial is not None:
-        plays, checks = _evaluation_episodes(config, trial)
-        panel = f"{trial.panel} tasks x {config.evaluation.repeats} for each policy and decoding"
+    if profile is not None:
+        plays, checks = _evaluation_episodes(config, profile)
+        panel = f"{profile.panel} tasks x {config.evaluation.repeats} for each policy and decoding"
         random = f"measured: {EPISODES} random episodes"
-        cut = f", of which some would go on after {LONGEST}" if trial.cut else ""
+        cut = f", of which some would go on after {MAX_TURNS}" if profile.truncated else ""
         lines += [
             Line("work", "episodes of evaluation", plays + checks, "episodes", panel),
-            Line("work", "tasks to train on", trial.tasks, "tasks", f"env.split={config.env.split}"),
-            Line("work", "turns of an episode", trial.turns, "turns", random + cut),
+            Line("work", "tasks to train on", profile.tasks, "tasks", f"env.split={config.env.split}"),
+            Line("work", "turns of an episode", profile.mean_turns, "turns", random + cut),
         ]
     return lines
 
@@ -241,19 +234,22 @@ def _episodes_per_step(config: RunConfig, algorithm: Algorithm) -> int:
     return config.rollout.groups_per_step * (algorithm.rollout.episodes or config.rollout.group_size)
 
 
-def _evaluation_episodes(config: RunConfig, trial: Trial) -> tuple[int, int]:
-    """Plays of the panel, by scripts once and by each policy greedily and sampled; and instruction checks."""
+def _evaluation_episodes(config: RunConfig, profile: EnvProfile) -> tuple[int, int]:
+    """Return the number of evaluation episodes and of instruction-check episodes.
+
+    Scripted players play the panel once, each policy plays it greedily and sampled.
+    """
     block = config.evaluation
     names = [name for name in block.baselines if name != "cloned" or config.warm_start.steps]
     scripts = sum(name in ("random", "expert") for name in names)
     between = (config.trainer.steps - 1) // block.every if block.every else 0
     decodings = scripts + 2 * (len(names) - scripts + between + 1)
-    checks = 2 * trial.panel if block.instruction_check and trial.other_goals else 0
-    return decodings * trial.panel * block.repeats, checks
+    checks = 2 * profile.panel if block.instruction_check and profile.has_other_goals else 0
+    return decodings * profile.panel * block.repeats, checks
 
 
 def _sequence_line(policy: PolicyConfig) -> Line:
-    """How long a sequence may be; also whether the model can be run over packed ones at all."""
+    """Return the length of a sequence; refuse a model that cannot be run over packed sequences."""
     model = skeleton(policy)
     if policy.path is not None:
         check_packed_forward(model)
@@ -263,20 +259,20 @@ def _sequence_line(policy: PolicyConfig) -> Line:
 
 
 def _policy_lines(
-    config: RunConfig, algorithm: Algorithm, device: torch.device, shares: Shares
+    config: RunConfig, algorithm: Algorithm, device: torch.device, topology: Topology
 ) -> list[Line]:
-    """What the policy and its learner hold and leave on disk."""
+    """Return the memory and the disk space of the policy and its learner."""
     stages = [(algorithm, config.learner)]
     if config.warm_start.steps:
         stages.append((cloning(), config.warm_start.learner))
-    # One stage ends before the other begins.
+    # Only one stage is in memory at a time.
     held = max(
-        (held_bytes(config, *stage, shares.ranks) for stage in stages),
+        (learner_bytes(config, *stage, topology.ranks) for stage in stages),
         key=lambda found: sum(size for size, _ in found.values()),
     )
-    here, copies = _device_section(device, shares)
-    program = _program_bytes() * (shares.trainers + shares.drivers)
-    policy = weight_bytes(learned_skeleton(config.policy))
+    here, copies = _device_section(device, topology)
+    program = _program_bytes() * (topology.trainers + topology.drivers)
+    policy = weight_bytes(learner_skeleton(config.policy))
     checkpoint = max(checkpoint_bytes(config, *stage) for stage in stages)
     return [
         Line("memory", "program", program, "bytes", "measured: this one, which has loaded the same"),
@@ -286,22 +282,22 @@ def _policy_lines(
     ]
 
 
-def _engine_lines(config: RunConfig, device: torch.device, shares: Shares) -> list[Line]:
-    """What generates holds beside the weights that it reads."""
+def _engine_lines(config: RunConfig, device: torch.device, topology: Topology) -> list[Line]:
+    """Return the memory of the engine, without the weights that it shares with the learner's process."""
     engine, weights = config.engine, weight_bytes(skeleton(config.policy))
     if engine.name == "vllm" and engine.vllm.url is not None:
-        return []  # the server's own affair
+        return []  # memory of the server, not of this run
     lines: list[Line] = []
-    here, copies = _device_section(device, shares)
+    here, copies = _device_section(device, topology)
     if engine.actors is not None:
-        actors, program = shares.engine_actors, _program_bytes()
+        actors, program = topology.engine_actors, _program_bytes()
         here, copies = ("GPU memory of an engine", 1) if engine.actor_gpus else ("memory", actors)
         sent = "weights on their way, two versions of every process"
         lines = [
             Line("memory", "engine actors", program * actors, "bytes", f"{actors} like this program"),
-            Line("memory", "Ray's objects", 2 * weights * shares.ranks, "bytes", sent),
+            Line("memory", "Ray's objects", 2 * weights * topology.ranks, "bytes", sent),
         ]
-        # vLLM's own copy is made from one in the memory of its actor.
+        # vLLM makes its own copy of the weights from the actor's.
         own = "a copy in each"
         if engine.name == "vllm":
             lines.append(Line("memory", "weights of actors", weights * actors, "bytes", own))
@@ -315,7 +311,7 @@ def _engine_lines(config: RunConfig, device: torch.device, shares: Shares) -> li
 
 
 def _vllm_lines(config: RunConfig, here: Section, copies: int, weights: int) -> list[Line]:
-    """Of vLLM: its copy of the weights, and its cache."""
+    """Return the memory of vLLM for its copy of the weights and its cache."""
     block = config.engine.vllm
     if here == "memory":
         cache = int(block.cpu_cache_gib * 2**30)
@@ -335,38 +331,39 @@ def _program_bytes() -> int:
     return found
 
 
-def _device_section(device: torch.device, shares: Shares) -> tuple[Section, int]:
-    """Where a process that learns holds its tensors, and how many do in the same place."""
-    return ("GPU memory", 1) if device.type == "cuda" else ("memory", shares.trainers)
+def _device_section(device: torch.device, topology: Topology) -> tuple[Section, int]:
+    """Return the section for the tensors of ranks, and the number of ranks that share that memory."""
+    return ("GPU memory", 1) if device.type == "cuda" else ("memory", topology.trainers)
 
 
-def _environment_lines(config: RunConfig, shares: Shares, trial: Trial) -> list[Line]:
-    """What environments hold."""
-    holders = shares.workers or shares.trainers
-    size = holders * trial.worker + (shares.environments - holders) * trial.environment
+def _environment_lines(config: RunConfig, topology: Topology, profile: EnvProfile) -> list[Line]:
+    """Return the memory of the environments."""
+    worker, environment = profile.worker_bytes, profile.environment_bytes
+    owners = topology.workers or topology.trainers
+    size = owners * worker + (topology.environments - owners) * environment
     weighed = (
-        f"measured: a worker with one {decimal(trial.worker)}, one more {decimal(trial.environment)}; "
-        f"{shares.environments} of training and of the panel"
+        f"measured: a worker with one {decimal(worker)}, one more {decimal(environment)}; "
+        f"{topology.environments} of training and of the panel"
     )
     lines = [Line("memory", "environments", size, "bytes", weighed)]
-    if count := shares.environment_actors:
+    if count := topology.environment_actors:
         how = f"{count} of {decimal(_ACTOR_BYTES)}, as they took when they were weighed"
         lines.append(Line("memory", "environment actors", count * _ACTOR_BYTES, "bytes", how))
     return lines
 
 
-def _episode_lines(config: RunConfig, algorithm: Algorithm, trial: Trial) -> list[Line]:
-    """The tokens of episodes, and what they leave on disk."""
+def _episode_lines(config: RunConfig, algorithm: Algorithm, profile: EnvProfile) -> list[Line]:
+    """Return the tokens of a step and the disk space of stored episodes."""
     context = context_length(skeleton(config.policy), config.policy.max_context)
     per_step = _episodes_per_step(config, algorithm)
-    played = as_tokens(config, trial.episodes, context)
-    tokens = _tokens(played)
+    played = tokenize_play(config, profile.episodes, context)
+    tokens = _mean_tokens(played)
     chosen = config.rollout.constrained and config.policy.reply != "think_action"
     replies = "" if chosen else f", replies of engine.max_tokens={config.engine.max_tokens}"
     every = config.trainer.save_episodes_every
     stored = (config.trainer.steps // every if every else 0) * per_step
-    stored += _evaluation_episodes(config, trial)[0]
-    size = stored_bytes(played)
+    stored += _evaluation_episodes(config, profile)[0]
+    size = stored_episode_bytes(played)
     seen = f"{tokens:,.0f} of an episode as random play has it{replies}; at most {per_step * context:,}"
     written = f"{stored:,} of {decimal(size)}, measured: random play with made-up numbers of its tokens"
     return [
@@ -375,7 +372,7 @@ def _episode_lines(config: RunConfig, algorithm: Algorithm, trial: Trial) -> lis
     ]
 
 
-def _tokens(episodes: list[Episode]) -> float:
-    """Of an episode, on average."""
+def _mean_tokens(episodes: list[Episode]) -> float:
+    """Return the mean number of tokens of an episode."""
     lengths = [len(turn.prompt_ids) + len(turn.action_ids) for episode in episodes for turn in episode.turns]
     return sum(lengths) / len(episodes)

@@ -1,12 +1,15 @@
-"""What a run lacks on this machine: each check yields one line for each thing, and starts nothing."""
+"""Checks made before a run starts: `plan` lists the problems, `check_run` raises them.
+
+`problems` makes the checks that both share. Free memory, free disk space and the port of torchrun are checked
+for `plan` only: once training starts, torchrun itself uses the port.
+"""
 
 import os
 import shutil
 import socket
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.client import HTTPException
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -19,51 +22,235 @@ from agentrl.errors import AgentRLError, ConfigError
 from agentrl.learn.learner import provided
 from agentrl.learn.lora import check_adapters
 from agentrl.planning.memory import cache_bytes, weight_bytes
-from agentrl.planning.topology import Shares
-from agentrl.policy.model import context_length, skeleton
+from agentrl.planning.topology import Topology
+from agentrl.policy.model import context_length, resolve_device, skeleton
 from agentrl.policy.settings import EngineConfig
 from agentrl.run.settings import RunConfig, rank_mistakes
-from agentrl.scale.engines import check_actors, check_engine, check_server
-from agentrl.scale.extras import check_ray
+from agentrl.scale.engines import check_actors, check_engine, check_server, check_weights_folder
+from agentrl.scale.extras import check_ray, ray_is_initialized
 
-_RENDEZVOUS = 29500  # torchrun's port unless told otherwise
-_KNOCK_TIMEOUT = 5.0  # seconds
-
-
-class Missing(list[str]):
-    """One line for each thing that is missing."""
-
-    def look(self, found: Iterator[str]) -> None:
-        """Take in what a check finds."""
-        with self.noted():
-            for line in found:
-                self.add(line)
-
-    def add(self, line: str) -> None:
-        """Take it in once."""
-        if line not in self:
-            self.append(line)
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """What goes wrong in a foreseen way is one thing more."""
-        try:
-            yield
-        except (AgentRLError, OSError) as error:
-            self.add(str(error))
+_RENDEZVOUS = 29500  # torchrun's default port
 
 
-def of_ranks(config: RunConfig, shares: Shares) -> Iterator[str]:
-    """What several processes could not share, and the port that torchrun meets at."""
-    if shares.ranks == 1:
+@dataclass(frozen=True)
+class Problem:
+    """Reason why a run cannot start.
+
+    Args:
+        text: The message, which names the setting, the value and what was wanted.
+        error: The error that the problem came from, or one made of the text.
+    """
+
+    text: str
+    error: Exception
+
+
+@contextmanager
+def collect_error(found: list[Problem]) -> Iterator[None]:
+    """Append an expected error that ends a `with` block to `found`, unless its text is there already."""
+    try:
+        yield
+    except (AgentRLError, OSError) as error:
+        _append(found, Problem(str(error), error))
+
+
+def collect(found: list[Problem], texts: Iterator[str]) -> None:
+    """Append a problem for each text, and one for an expected error that ends the iteration."""
+    with collect_error(found):
+        for text in texts:
+            _append(found, Problem(text, ConfigError(text)))
+
+
+def _append(found: list[Problem], problem: Problem) -> None:
+    if all(problem.text != other.text for other in found):
+        found.append(problem)
+
+
+def problems(config: RunConfig, topology: Topology, *, new_folder: bool = True) -> list[Problem]:
+    """Return all problems that can be found without starting an environment or loading weights.
+
+    A cluster or server that the configuration names is contacted; Ray is not started.
+
+    Args:
+        config: The configuration of the run.
+        topology: The distribution of its processes over machines.
+        new_folder: Whether the run is going to create its folder.
+    """
+    found: list[Problem] = []
+    collect(found, _rank_problems(config, topology))
+    if new_folder:
+        collect(found, _folder_problems(config))
+    with collect_error(found):
+        check_engine(config.engine, ranks=topology.ranks)
+        check_server(config.engine)  # needs the packages that `check_engine` looks for
+    with collect_error(found):
+        check_weights_folder(config.engine)
+    with collect_error(found):
+        check_env_id(config)
+    with collect_error(found):
+        check_device(config)
+    collect(found, _cluster_problems(config, topology))
+    with collect_error(found):
+        check_algorithm(config.algorithm.build(), config.engine)
+    with collect_error(found):
+        model = skeleton(config.policy)
+        context_length(model, config.policy.max_context)
+    for learner in (config.warm_start.learner, config.learner):
+        if learner.lora is not None:
+            with collect_error(found):
+                check_adapters(skeleton(config.policy), learner.lora)
+    return found
+
+
+def check_run(config: RunConfig, ranks: int, *, new_folder: bool = True) -> None:
+    """Raise an error for what `problems` finds.
+
+    Args:
+        config: The configuration of the run.
+        ranks: The number of processes that learn together.
+        new_folder: Whether this process is going to create the folder of the run.
+
+    Raises:
+        AgentRLError: There is a problem. A single one raises its own error, several raise a `ConfigError`
+            with a line for each.
+    """
+    found = problems(config, Topology(config, ranks, nodes=1), new_folder=new_folder)
+    if len(found) == 1:
+        raise found[0].error
+    if found:
+        raise ConfigError("\n".join(problem.text for problem in found))
+
+
+def check_algorithm(algorithm: Algorithm, engine: EngineConfig) -> None:
+    """Refuse an algorithm that requires what neither the learner nor the engine provides.
+
+    Raises:
+        RequirementError: Naming what is missing.
+    """
+    wanted = algorithm.requires
+    own = provided(reference="reference" in wanted, critic="values" in wanted)
+    check_requirements(algorithm, own | engine.provides)
+
+
+def check_env_id(config: RunConfig) -> None:
+    """Refuse an environment that is not registered here, unless another interpreter runs it.
+
+    Raises:
+        ConfigError: Suggesting similar ids.
+    """
+    if config.rollout.workers.interpreter is None:
+        check_id(config.env.id)
+
+
+def check_device(config: RunConfig) -> None:
+    """Refuse a device that this machine lacks, unless the policy is computed on a cluster.
+
+    Raises:
+        ConfigError: Naming the devices that there are.
+    """
+    if not _learns_on_cluster(config):
+        resolve_device(config.policy.device)
+
+
+def compute_device(config: RunConfig) -> torch.device:
+    """Return the device that the policy computes on, whether this machine has it or not."""
+    name = config.policy.device
+    return resolve_device(name) if name == "auto" else torch.device(name)
+
+
+def _learns_on_cluster(config: RunConfig) -> bool:
+    return config.learner.launcher == "ray" and config.rollout.ray.address is not None
+
+
+def _rank_problems(config: RunConfig, topology: Topology) -> Iterator[str]:
+    """Find settings that contradict the number of ranks or machines."""
+    ranks, wanted = topology.ranks, config.learner.processes
+    if wanted not in (None, ranks):
+        yield (
+            f"learner.processes is {wanted}, but {ranks} were started; learner.launcher=ray starts "
+            "them by itself, without torchrun"
+        )
+    yield from rank_mistakes(config, ranks)
+    if config.learner.launcher == "ray" and topology.nodes > 1 and config.rollout.ray.address is None:
+        yield (
+            "rollout.ray.address is null, which starts Ray on this machine alone, wanted that of a "
+            f"cluster of {topology.nodes}"
+        )
+
+
+def _folder_problems(config: RunConfig) -> Iterator[str]:
+    """Find out whether the folder of the run can be created."""
+    block = config.run
+    folder = Path(block.folder)
+    if block.name is not None and os.path.lexists(folder / block.name):
+        yield (
+            f"run.name is {block.name!r}, but {folder / block.name} exists; "
+            f"resume it (agentrl train --resume {folder / block.name}) or choose another"
+        )
+    existing = _existing_parent(folder)
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        yield (
+            f"run.folder is {block.folder!r}, which cannot hold runs: {existing} is not a folder that can be "
+            "written to"
+        )
+
+
+def _cluster_problems(config: RunConfig, topology: Topology) -> Iterator[str]:
+    """Find out whether the cluster has the CPUs and GPUs of all actors, those of the panel included."""
+    engine, block = config.engine, config.rollout.ray
+    asked = {
+        "rollout.backend=ray": config.rollout.backend == "ray",
+        f"engine.actors={engine.actors}": engine.actors is not None,
+        "learner.launcher=ray": config.learner.launcher == "ray",
+    }
+    if not topology.ray:
         return
-    yield from rank_mistakes(config, shares.ranks)
-    if config.learner.launcher == "ray":
-        if shares.nodes > 1 and config.rollout.ray.address is None:
-            yield (
-                "rollout.ray.address is null, which starts Ray on this machine alone, wanted that of a "
-                f"cluster of {shares.nodes}"
+    check_ray(", ".join(key for key, given in asked.items() if given))
+    wanted = _wanted_resources(config, topology)
+    ray_answers = block.address is not None or ray_is_initialized()
+    if ray_answers:
+        from agentrl.scale.cluster import connected, machines
+
+        with connected(block.address):
+            found = [machine["Resources"] for machine in machines()]
+        offered = {f"{kind}s": sum(each.get(kind, 0.0) for each in found) for kind in ("CPU", "GPU")}
+        where = f"the cluster's {len(found)} machines"
+    else:
+        offered = {"CPUs": float(os.cpu_count() or 1), "GPUs": float(torch.cuda.device_count())}
+        where = "this machine"
+    fits = True
+    for kind, uses in wanted.items():
+        total = sum(count * each for count, each in uses.values())
+        if total > offered[kind]:
+            fits = False
+            sums = "; ".join(
+                f"{count} x {each:g}, {key}" for key, (count, each) in uses.items() if count * each
             )
+            yield f"{kind}: {total:g} wanted ({sums}), and {offered[kind]:g} found on {where}"
+    if fits and ray_answers:
+        check_actors(engine, block.address)  # an actor must fit on a single machine as well
+
+
+def _wanted_resources(config: RunConfig, topology: Topology) -> dict[str, dict[str, tuple[int, float]]]:
+    """Return what is asked of the cluster: by kind and setting, a count and the amount for each."""
+    engine, block = config.engine, config.rollout.ray
+    environments = topology.environment_actors * topology.nodes
+    engines = topology.engine_actors * topology.nodes
+    # Actors use the GPUs of the ranks if Ray started these, or if Ray is on this machine alone.
+    shared = config.learner.launcher == "ray" or block.address is None
+    learners = topology.ranks if shared and compute_device(config).type == "cuda" else 0
+    return {
+        "CPUs": {
+            "rollout.ray.cpus": (environments, block.cpus),
+            "engine.actor_cpus": (engines, engine.actor_cpus),
+        },
+        "GPUs": {"learner": (learners, 1.0), "engine.actor_gpus": (engines, engine.actor_gpus)},
+    }
+
+
+def port_problems(config: RunConfig, topology: Topology) -> Iterator[str]:
+    """Find out whether the port at which the ranks of torchrun meet is free."""
+    if topology.ranks == 1 or config.learner.launcher == "ray":
         return
     port = int(os.environ.get("MASTER_PORT", _RENDEZVOUS))
     with socket.socket() as probe:
@@ -71,106 +258,42 @@ def of_ranks(config: RunConfig, shares: Shares) -> Iterator[str]:
         try:
             probe.bind(("", port))
         except OSError as error:
-            yield f"torchrun --master-port: {port} cannot be had ({error.strerror}); choose another"
+            yield f"torchrun --master-port: {port} is not available ({error.strerror}); choose another"
 
 
-def of_folders(config: RunConfig) -> Iterator[str]:
-    """Where the run would be kept."""
-    block = config.run
-    folder = Path(block.folder)
-    if block.name is not None and (folder / block.name).exists():
-        yield f"run.name is {block.name!r}, but {folder / block.name} exists; resume it or choose another"
-    there = _existing(folder)
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        yield f"run.folder is {block.folder!r}, which cannot hold runs: {there} is no folder to write to"
-
-
-def of_engine(config: RunConfig) -> Iterator[str]:
-    """Whoever generates, as far as it is on this machine or has an address."""
-    block = config.engine.vllm
-    if config.engine.name != "vllm" or block.url is None:
-        return
-    try:
-        urllib.request.urlopen(f"{block.url.rstrip('/')}/health", timeout=_KNOCK_TIMEOUT).close()
-    except (OSError, HTTPException) as error:
-        yield f"engine.vllm.url: no server that is well answers at {block.url} ({error})"
-    if block.weights_folder is not None and not Path(block.weights_folder).is_dir():
-        yield f"engine.vllm.weights_folder: {block.weights_folder} is no folder on this machine"
-
-
-def of_cluster(config: RunConfig, shares: Shares, device: torch.device) -> Iterator[str]:
-    """The cluster that is asked for, and whether all actors fit: those of the panel are there as well."""
-    engine, block = config.engine, config.rollout.ray
-    asked = {
-        "rollout.backend=ray": config.rollout.backend == "ray",
-        f"engine.actors={engine.actors}": engine.actors is not None,
-        "learner.launcher=ray": config.learner.launcher == "ray",
-    }
-    if not shares.ray:
-        return
-    check_ray(", ".join(who for who, holds in asked.items() if holds))
-    near = config.learner.launcher == "ray" or block.address is None  # where the actors are as well
-    learners = shares.ranks if device.type == "cuda" and near else 0
-    engines = shares.engine_actors * shares.nodes
-    wanted = {
-        "CPUs": {
-            "rollout.ray.cpus": (shares.environment_actors * shares.nodes, block.cpus),
-            "engine.actor_cpus": (engines, engine.actor_cpus),
-        },
-        "GPUs": {"learner": (learners, 1.0), "engine.actor_gpus": (engines, engine.actor_gpus)},
-    }
-    if block.address is None:
-        offered = {"CPUs": float(os.cpu_count() or 1), "GPUs": float(torch.cuda.device_count())}
-        where = "this machine"
-    else:
-        from agentrl.scale.cluster import connected, machines
-
-        with connected(block.address):
-            found = [machine["Resources"] for machine in machines()]
-        offered = {f"{kind}s": sum(each.get(kind, 0.0) for each in found) for kind in ("CPU", "GPU")}
-        where = f"the cluster's {len(found)} machines"
-    for kind, uses in wanted.items():
-        total = sum(count * each for count, each in uses.values())
-        if total > offered[kind]:
-            sums = "; ".join(
-                f"{count} x {each:g}, {key}" for key, (count, each) in uses.items() if count * each
-            )
-            yield f"{kind}: {total:g} wanted ({sums}), and {offered[kind]:g} found on {where}"
-
-
-def of_room(
-    config: RunConfig, shares: Shares, device: torch.device, wanted: Mapping[str, int]
+def capacity_problems(
+    config: RunConfig, topology: Topology, device: torch.device, wanted: Mapping[str, int]
 ) -> Iterator[str]:
-    """Accelerators, memory and disk of this machine.
+    """Compare what a run needs with the GPUs, the free memory and the free disk space of this machine.
 
     Args:
-        config: of the run.
-        shares: of this machine.
-        device: that the policy computes on.
-        wanted: bytes of memory, GPU memory and disk.
+        config: The configuration of the run.
+        topology: The distribution of its processes over machines.
+        device: The device that the policy computes on.
+        wanted: The bytes of "memory", "GPU memory" and "disk".
     """
-    there = torch.cuda.device_count()
-    # Ray deals out those of a launcher or an actor.
-    if device.type == "cuda" and there and config.learner.launcher == "torchrun":
-        if shares.trainers > there:
-            yield f"GPUs: {shares.trainers} wanted on this machine, one for each process, and {there} found"
-        free = min(torch.cuda.mem_get_info(index)[0] for index in range(there))
+    gpus = torch.cuda.device_count()
+    # Ray assigns the GPUs of the ranks and actors that it starts.
+    if device.type == "cuda" and gpus and config.learner.launcher == "torchrun":
+        if topology.trainers > gpus:
+            yield f"GPUs: {topology.trainers} wanted on this machine, one for each process, and {gpus} found"
+        free = min(torch.cuda.mem_get_info(index)[0] for index in range(gpus))
         yield from _shortage("GPU memory", wanted["GPU memory"], free, "lower learner.micro_batch_tokens")
     memory = psutil.virtual_memory().available
     yield from _shortage("memory", wanted["memory"], memory, "lower rollout.max_active")
-    disk = shutil.disk_usage(_existing(Path(config.run.folder))).free
+    disk = shutil.disk_usage(_existing_parent(Path(config.run.folder))).free
     yield from _shortage("disk", wanted["disk"], disk, "make room where run.folder is")
-    if there:
-        yield from _of_cache(config, torch.cuda.mem_get_info(0)[1])
+    if gpus:
+        yield from _vllm_shortage(config, torch.cuda.mem_get_info(0)[1])
 
 
-def _shortage(what: str, wanted: int, there: int, remedy: str) -> Iterator[str]:
-    if wanted > there:
-        yield f"{what}: at most {decimal(wanted)} wanted, {decimal(there)} free; {remedy}"
+def _shortage(what: str, wanted: int, free: int, remedy: str) -> Iterator[str]:
+    if wanted > free:
+        yield f"{what}: at most {decimal(wanted)} wanted, {decimal(free)} free; {remedy}"
 
 
-def _of_cache(config: RunConfig, memory: int) -> Iterator[str]:
-    """Whether vLLM's share of a GPU holds its weights and one sequence."""
+def _vllm_shortage(config: RunConfig, memory: int) -> Iterator[str]:
+    """Find out whether vLLM's part of a GPU's `memory`, in bytes, holds the weights and one sequence."""
     block = config.engine.vllm
     if config.engine.name != "vllm" or block.url is not None:
         return
@@ -184,46 +307,6 @@ def _of_cache(config: RunConfig, memory: int) -> Iterator[str]:
         )
 
 
-def check_algorithm(algorithm: Algorithm, engine: EngineConfig) -> None:
-    """Refuse one that requires what neither learner nor engine provides.
-
-    Raises:
-        RequirementError: naming it.
-    """
-    wanted = algorithm.requires
-    own = provided(reference="reference" in wanted, critic="values" in wanted)
-    check_requirements(algorithm, own | engine.provides)
-
-
-def _existing(folder: Path) -> Path:
-    """The folder itself, or the nearest above it that exists."""
+def _existing_parent(folder: Path) -> Path:
+    """Return the folder itself, or the nearest parent that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-
-
-def check_run(config: RunConfig, ranks: int) -> None:
-    """Refuse, before anything is started, a run that could not begin.
-
-    Args:
-        config: The configuration of the run.
-        ranks: The processes that learn together.
-
-    Raises:
-        AgentRLError: Something is wrong with the configuration or missing on this machine.
-    """
-    wanted = config.learner.processes
-    if wanted not in (None, ranks):
-        raise ConfigError(
-            f"learner.processes is {wanted}, but {ranks} were started; learner.launcher=ray starts "
-            "them by itself, without torchrun"
-        )
-    if mistakes := list(rank_mistakes(config, ranks)):
-        raise ConfigError("\n".join(mistakes))
-    check_engine(config.engine, ranks=ranks)
-    check_actors(config.engine, config.rollout.ray.address)
-    check_server(config.engine)
-    check_algorithm(config.algorithm.build(), config.engine)
-    if config.rollout.workers.interpreter is None:
-        check_id(config.env.id)
-    for learner in (config.warm_start.learner, config.learner):
-        if learner.lora is not None:
-            check_adapters(skeleton(config.policy), learner.lora)

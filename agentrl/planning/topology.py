@@ -1,4 +1,4 @@
-"""How a run's processes and actors are dealt out to machines."""
+"""The distribution of a run's processes and actors over machines."""
 
 import os
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from agentrl.run.settings import RunConfig
 
 
 @dataclass(frozen=True)
-class Shares:
-    """What of a run is on one of its machines.
+class Topology:
+    """Processes, actors and environments of a run on each of its machines.
 
     Args:
-        config: of the run, its placement settled or given.
-        ranks: processes that learn, on all machines.
-        nodes: machines.
+        config: The configuration of the run.
+        ranks: The number of processes that learn, on all machines.
+        nodes: The number of machines.
     """
 
     config: RunConfig
@@ -22,11 +22,16 @@ class Shares:
     nodes: int
 
     @classmethod
-    def of(cls, config: RunConfig, processes: int, nodes: int) -> "Shares":
-        """Those of a configuration, which may itself say how many processes learn.
+    def of(cls, config: RunConfig, processes: int, nodes: int) -> "Topology":
+        """Return the topology of a configuration.
+
+        Args:
+            config: The configuration of the run; its `learner.processes` takes precedence over `processes`.
+            processes: The number of processes that learn, on all machines.
+            nodes: The number of machines.
 
         Raises:
-            ConfigError: when they cannot be dealt out evenly.
+            ConfigError: If the processes cannot be divided evenly among the machines.
         """
         ranks = config.learner.processes or processes
         if min(ranks, nodes) < 1 or ranks % nodes:
@@ -35,7 +40,7 @@ class Shares:
 
     @property
     def ray(self) -> bool:
-        """Whether any of it is on a Ray cluster."""
+        """Return whether the run needs a Ray cluster."""
         config = self.config
         return (
             config.rollout.backend == "ray"
@@ -45,59 +50,58 @@ class Shares:
 
     @property
     def drivers(self) -> int:
-        """Processes that only wait for those that learn."""
+        """Return the number of processes that only wait for those that learn."""
         return int(self.config.learner.launcher == "ray")
 
     @property
     def trainers(self) -> int:
-        """Processes that learn."""
+        """Return the number of processes that learn, per machine."""
         return self.ranks // self.nodes
 
     @property
     def engine_actors(self) -> int:
-        """Those of every process that learns, dealt out."""
+        """Return the number of engine actors per machine."""
         return self.trainers * (self.config.engine.actors or 0)
 
     @property
     def environment_actors(self) -> int:
-        """Those of training and, beside them, those of the panel, of every process that learns, dealt out."""
+        """Return the number of environment actors per machine, for training and for the panel."""
         if self.config.rollout.backend == "local":
             return 0
-        return 2 * self.trainers * self._actors_each
+        return 2 * self.trainers * self._actors_per_rank
 
     @property
     def workers(self) -> int:
-        """Processes that environments are in; none where they are in those that learn."""
+        """Return the number of environment workers per machine; 0 where the ranks hold the environments."""
         if self.config.rollout.placement != "process":
             return 0
-        return self._holders * self._workers_each
+        return self._worker_owners * self._workers_per_owner
 
     @property
     def environments(self) -> int:
-        """Environments at a time."""
+        """Return the largest number of environments at a time, per machine."""
         block = self.config.rollout
         if block.placement != "process":
             return 2 * self.trainers * block.max_active
-        each = self._workers_each
-        held = block.workers.environments or -(-self._episodes_each // each)
-        return self._holders * min(self._episodes_each, each * held)
+        workers = self._workers_per_owner
+        held = block.workers.environments or -(-self._episodes_per_owner // workers)
+        return self._worker_owners * min(self._episodes_per_owner, workers * held)
 
     @property
-    def _actors_each(self) -> int:
+    def _actors_per_rank(self) -> int:
         return self.config.rollout.ray.actors or self.nodes
 
     @property
-    def _holders(self) -> int:
-        """Who has workers: actors, or the processes that learn, for training and for the panel."""
+    def _worker_owners(self) -> int:
+        """Return the number of owners of workers: actors or ranks, for training and for the panel."""
         return self.environment_actors or 2 * self.trainers
 
     @property
-    def _episodes_each(self) -> int:
-        """Episodes at a time of whoever has workers."""
+    def _episodes_per_owner(self) -> int:
         block = self.config.rollout
-        return -(-block.max_active // (self._actors_each if block.backend == "ray" else 1))
+        return -(-block.max_active // (self._actors_per_rank if block.backend == "ray" else 1))
 
     @property
-    def _workers_each(self) -> int:
+    def _workers_per_owner(self) -> int:
         count = self.config.rollout.workers.count or os.cpu_count() or 1
-        return min(count, self._episodes_each)
+        return min(count, self._episodes_per_owner)

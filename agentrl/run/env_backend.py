@@ -1,8 +1,12 @@
 """Environments on this machine or on a Ray cluster, as `rollout.backend` selects."""
 
+from typing import Any
+
+from agentrl.env.registry import Factory
 from agentrl.rollout import placement
 from agentrl.rollout.environments import Environments, Make
 from agentrl.rollout.settings import RolloutConfig
+from agentrl.run.settings import RunConfig
 from agentrl.scale.extras import check_ray
 
 
@@ -23,3 +27,15 @@ def open_environments(make: Make, config: RolloutConfig) -> Environments:
     from agentrl.scale.ray_environments import RayEnvironments
 
     return RayEnvironments(make, config.max_active, config.workers, config.ray)
+
+
+def environment_factory(config: RunConfig, **arguments: Any) -> Factory:
+    """Return the factory of the environments that a run trains in.
+
+    Args:
+        config: The configuration of the run.
+        arguments: Arguments of the environment that replace those of the configuration.
+    """
+    factory = Factory(config.env.id, split=config.env.split, **{**config.env.kwargs, **arguments})
+    factory.where = "env.kwargs."
+    return factory

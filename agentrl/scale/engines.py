@@ -70,15 +70,23 @@ def check_actors(config: EngineConfig, address: str | None) -> None:
         cluster.check_actors(config, address)
 
 
-def check_server(config: EngineConfig) -> None:
-    """Refuse a server that does not answer, or a missing weights folder, before anything is made for it.
+def check_weights_folder(config: EngineConfig) -> None:
+    """Refuse a folder for the weights of a vLLM server that is not on this machine.
 
     Raises:
-        ConfigError: With the command that starts a server, or naming the folder.
+        ConfigError: Naming the folder.
     """
     folder = config.vllm.weights_folder
     if config.name == "vllm" and folder is not None and not Path(folder).is_dir():
         raise ConfigError(f"engine.vllm.weights_folder: {folder} is no folder on this machine")
+
+
+def check_server(config: EngineConfig) -> None:
+    """Refuse a vLLM server that does not answer, before anything is made for it.
+
+    Raises:
+        ConfigError: With the command that starts a server.
+    """
     if config.name == "vllm" and config.vllm.url is not None:
         from agentrl.scale.vllm_server import check_answers
 

@@ -1,6 +1,7 @@
 """Checks for packages that only some runs need."""
 
 import importlib.util
+import sys
 
 from agentrl.errors import missing_extra
 
@@ -16,3 +17,9 @@ def check_ray(who: str) -> None:
     """
     if importlib.util.find_spec("ray") is None:
         raise missing_extra(f"{who} needs Ray", "ray")
+
+
+def ray_is_initialized() -> bool:
+    """Return whether this process is connected to Ray, without importing it."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())

@@ -12,7 +12,6 @@ import torch
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.importance import with_importance_correction
 from agentrl.env.panel import Panel
-from agentrl.env.registry import Factory
 from agentrl.errors import ConfigError
 from agentrl.evaluation.panels import configured_panel
 from agentrl.files import remove_leftovers
@@ -23,7 +22,7 @@ from agentrl.policy.model import context_length, shortened
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.placement import resolve_placement
 from agentrl.rollout.players import ExpertPlayer, RandomPlayer
-from agentrl.run.env_backend import open_environments
+from agentrl.run.env_backend import environment_factory, open_environments
 from agentrl.run.folder import Run, changed_wording, create_run, note_wording
 from agentrl.run.lock import RunLock
 from agentrl.run.policies import Policy, fit_policy, load, names_actions
@@ -143,7 +142,8 @@ def open_session(
     Raises:
         AgentRLError: The configuration, the environment or a file is wrong.
     """
-    check_run(config, ranks.count)
+    # With several ranks, only the first makes the folder; `create_run` then reports its problems to all.
+    check_run(config, ranks.count, new_folder=active is None and ranks.count == 1)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     rollout, placement = ranks.run_on_rank0(
@@ -191,13 +191,6 @@ def open_session(
         notes=tuple(note for note in (placement, limit_note) if note is not None),
         other_prompts=other_prompts,
     )
-
-
-def environment_factory(config: RunConfig, **more: Any) -> Factory:
-    """Return the factory of the environments that a run trains in, with `more` arguments."""
-    factory = Factory(config.env.id, split=config.env.split, **{**config.env.kwargs, **more})
-    factory.where = "env.kwargs."
-    return factory
 
 
 def open_training_environments(config: RunConfig, *, expert: bool = False) -> Environments:

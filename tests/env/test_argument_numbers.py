@@ -10,7 +10,7 @@ from agentrl.env.numbers import real_number, whole_number
 from agentrl.env.registry import Factory, make
 from agentrl.env.sandbox import Limits
 from agentrl.errors import ConfigError
-from agentrl.planning.env_probe import environment_factory
+from agentrl.run.env_backend import environment_factory
 from agentrl.run.settings import config_from_tree
 
 SENSELESS = (-1, 1e308, math.nan, math.inf, "", [3], int("7" * 400), 10**5000, True)

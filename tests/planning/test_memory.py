@@ -19,8 +19,8 @@ from agentrl.planning.memory import (
     cache_bytes,
     checkpoint_bytes,
     generation_bytes,
-    held_bytes,
     layer_bytes,
+    learner_bytes,
     logits_bytes,
     optimizer_bytes,
     weight_bytes,
@@ -132,7 +132,7 @@ def test_beside_an_engine_that_rounds_what_is_learned_stays_float32(backend: Any
     recipe = build_recipe("grpo", {"kl_coefficient": 0.1}).build()
     learner = LearnerConfig(optimizer="adamw", backend=backend)
     rounding = replace(SETTINGS, policy=replace(SETTINGS.policy, dtype="bfloat16"))
-    exact, rounded = (held_bytes(config, recipe, learner) for config in (SETTINGS, rounding))
+    exact, rounded = (learner_bytes(config, recipe, learner) for config in (SETTINGS, rounding))
     for what in ("weights", "gradients", "optimiser", "reference"):
         assert rounded[what] == exact[what]
     assert rounded["weights that generate"][0] == exact["weights"][0] // 2
@@ -140,7 +140,7 @@ def test_beside_an_engine_that_rounds_what_is_learned_stays_float32(backend: Any
     assert ("weights that generate" in exact) == (backend == "fsdp")
     assert checkpoint_bytes(rounding, recipe, learner) == checkpoint_bytes(SETTINGS, recipe, learner)
     exactly = LearnerConfig(optimizer="adamw", backend=backend, compute_dtype="float32")
-    assert held_bytes(rounding, recipe, exactly)["activations"] == exact["activations"]
+    assert learner_bytes(rounding, recipe, exactly)["activations"] == exact["activations"]
 
 
 def test_recomputed_activations_are_the_inputs_of_the_layers_and_one_layer(block: PolicyConfig) -> None:
@@ -158,8 +158,8 @@ def test_logits_are_counted_for_one_chunk_only() -> None:
 
 def test_processes_that_share_weights_hold_a_part_and_what_must_be_whole() -> None:
     recipe = build_recipe("grpo").build()
-    alone = held_bytes(SETTINGS, recipe, LearnerConfig(optimizer="adamw"))
-    shared = held_bytes(SETTINGS, recipe, LearnerConfig(optimizer="adamw", backend="fsdp"), ranks=4)
+    alone = learner_bytes(SETTINGS, recipe, LearnerConfig(optimizer="adamw"))
+    shared = learner_bytes(SETTINGS, recipe, LearnerConfig(optimizer="adamw", backend="fsdp"), ranks=4)
     for what in ("weights", "gradients", "optimiser"):
         assert shared[what][0] == alone[what][0] // 4
     assert shared["weights that generate"][0] == alone["weights"][0]
@@ -171,8 +171,8 @@ def test_processes_that_share_weights_hold_a_part_and_what_must_be_whole() -> No
 def test_adapters_alone_have_gradients_and_what_generates_is_a_copy() -> None:
     pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[lora]'")
     recipe = build_recipe("grpo").build()
-    plain = held_bytes(SETTINGS, recipe, LearnerConfig(optimizer="adamw"))
-    adapted = held_bytes(SETTINGS, recipe, LearnerConfig(optimizer="adamw", lora=LoraConfig(rank=2)))
+    plain = learner_bytes(SETTINGS, recipe, LearnerConfig(optimizer="adamw"))
+    adapted = learner_bytes(SETTINGS, recipe, LearnerConfig(optimizer="adamw", lora=LoraConfig(rank=2)))
     # Two layers of matrices 4 times 64 x 64 and 3 times 64 x 192, at rank 2, in float32.
     adapters = 4 * 2 * 2 * (4 * (64 + 64) + 3 * (64 + 192))
     assert adapted["gradients"][0] == adapters
@@ -192,7 +192,7 @@ def test_a_pass_of_generation_gathers_one_layer_of_the_cache_again() -> None:
 def test_a_reference_and_a_value_head_are_counted_where_the_algorithm_asks_for_them() -> None:
     learner = LearnerConfig(optimizer="adamw")
     plain, kl, critic = (
-        held_bytes(SETTINGS, build_recipe(name, settings).build(), learner)
+        learner_bytes(SETTINGS, build_recipe(name, settings).build(), learner)
         for name, settings in (("grpo", {}), ("grpo", {"kl_coefficient": 0.1}), ("ppo", {}))
     )
     assert "reference" not in plain

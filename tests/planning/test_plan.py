@@ -18,11 +18,13 @@ import agentrl
 from agentrl.algorithms.methods.cloning import cloning
 from agentrl.cli import app
 from agentrl.data.storage import read_episodes
-from agentrl.errors import ConfigError
+from agentrl.errors import CheckpointError, ConfigError, RequirementError
 from agentrl.planning import plan as planning
-from agentrl.planning.env_probe import Trial, as_tokens, stored_bytes, try_out
+from agentrl.planning import preflight
+from agentrl.planning.env_probe import EnvProfile, profile_env, stored_episode_bytes, tokenize_play
 from agentrl.planning.memory import cache_bytes, checkpoint_bytes, weight_bytes
 from agentrl.planning.plan import Plan, plan
+from agentrl.planning.preflight import check_run
 from agentrl.policy.model import skeleton
 from agentrl.scale import extras
 
@@ -73,14 +75,14 @@ def planned(
 
 
 @pytest.fixture(scope="module")
-def trial(examples: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Trial:
-    return try_out(config(tmp_path_factory.mktemp("trial")))
+def profile(examples: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> EnvProfile:
+    return profile_env(config(tmp_path_factory.mktemp("profile")))
 
 
 @pytest.fixture
-def tried(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+def profiled(profile: EnvProfile, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker would find is known: no process is started."""
-    monkeypatch.setattr(planning, "try_out", lambda config: trial)
+    monkeypatch.setattr(planning, "profile_env", lambda config: profile)
     monkeypatch.setattr(planning, "check_expert", lambda config: None)
     monkeypatch.setattr(planning, "resolve_placement", lambda make, rollout, split, seed: (rollout, None))
 
@@ -124,35 +126,39 @@ def test_a_run_leaves_on_disk_what_was_planned(planned: tuple[Plan, agentrl.Run]
 
 
 def test_what_another_environment_adds_is_weighed(tmp_path: Path) -> None:
-    trial = try_out(config(tmp_path, f"env.id={BALLAST}"))
-    assert 35e6 < trial.environment < 60e6
-    assert trial.worker > 60e6
-    assert trial.turns == 1
+    profile = profile_env(config(tmp_path, f"env.id={BALLAST}"))
+    assert 35e6 < profile.environment_bytes < 60e6
+    assert profile.worker_bytes > 60e6
+    assert profile.mean_turns == 1
 
 
 def test_a_worker_is_weighed_and_leaves_nothing_behind(
     examples: dict[str, ModuleType], tmp_path: Path
 ) -> None:
     before = set(psutil.Process().children(recursive=True))
-    trial = try_out(config(tmp_path))
+    profile = profile_env(config(tmp_path))
     assert set(psutil.Process().children(recursive=True)) == before
-    assert 2e7 < trial.worker < 2e9  # a Python with this package
-    assert trial.environment < trial.worker / 2
-    assert (trial.tasks, trial.panel) == (len(examples["hotcold"].HotCold().tasks("train")), 5)
-    assert trial.turns > 0
+    assert 2e7 < profile.worker_bytes < 2e9  # a Python with this package
+    assert profile.environment_bytes < profile.worker_bytes / 2
+    assert (profile.tasks, profile.panel) == (len(examples["hotcold"].HotCold().tasks("train")), 5)
+    assert profile.mean_turns > 0
 
 
-def test_tokens_of_random_play_are_those_that_a_dialogue_would_have(trial: Trial, tmp_path: Path) -> None:
-    chosen = as_tokens(config(tmp_path), trial.episodes, 10_000)
-    free = as_tokens(config(tmp_path, "rollout.constrained=false"), trial.episodes, 10_000)
-    assert [len(episode.turns) for episode in chosen] == [len(episode.turns) for episode in trial.episodes]
+def test_tokens_of_random_play_are_those_that_a_dialogue_would_have(
+    profile: EnvProfile, tmp_path: Path
+) -> None:
+    chosen = tokenize_play(config(tmp_path), profile.episodes, 10_000)
+    free = tokenize_play(config(tmp_path, "rollout.constrained=false"), profile.episodes, 10_000)
+    assert [len(episode.turns) for episode in chosen] == [len(episode.turns) for episode in profile.episodes]
     turn = chosen[0].turns[0]
     assert len(turn.logprobs) == len(turn.entropies) == len(turn.action_ids) > 0
     assert {len(turn.action_ids) for episode in free for turn in episode.turns} == {64}
     # The first turn alone fits; the second would not.
     room = len(turn.prompt_ids) + len(turn.action_ids)
-    assert [len(episode.turns) for episode in as_tokens(config(tmp_path), trial.episodes, room)][:1] == [1]
-    assert stored_bytes(free) > stored_bytes(trial.episodes) > 0
+    assert [len(episode.turns) for episode in tokenize_play(config(tmp_path), profile.episodes, room)][
+        :1
+    ] == [1]
+    assert stored_episode_bytes(free) > stored_episode_bytes(profile.episodes) > 0
 
 
 def test_tokens_of_a_step_are_near_those_that_are_played(planned: tuple[Plan, agentrl.Run]) -> None:
@@ -164,25 +170,25 @@ def test_tokens_of_a_step_are_near_those_that_are_played(planned: tuple[Plan, ag
 
 
 def test_processes_are_counted_for_training_and_for_the_panel(
-    tried: None, trial: Trial, tmp_path: Path
+    profiled: None, profile: EnvProfile, tmp_path: Path
 ) -> None:
     more = ("rollout.placement=process", "rollout.workers.count=3", "rollout.workers.environments=1")
     found = plan(config(tmp_path, *more))
     counted = amounts(found, "processes")
     # Six episodes at a time would need two environments in each of three workers.
     assert (counted["trainer"], counted["environment workers"]) == (1, 6)
-    assert amounts(found, "memory")["environments"] == 6 * trial.worker
+    assert amounts(found, "memory")["environments"] == 6 * profile.worker_bytes
     shared = plan(config(tmp_path, *more, "learner.backend=fsdp"), processes=2)
     assert amounts(shared, "processes")["environment workers"] == 12
     assert amounts(shared, "processes")["trainer"] == 2
-    assert amounts(shared, "memory")["environments"] == 12 * trial.worker
+    assert amounts(shared, "memory")["environments"] == 12 * profile.worker_bytes
 
 
 def test_environments_in_the_process_that_learns_share_what_the_first_loads(
-    tried: None, trial: Trial, tmp_path: Path
+    profiled: None, profile: EnvProfile, tmp_path: Path
 ) -> None:
     memory = amounts(plan(config(tmp_path)), "memory")
-    assert memory["environments"] == trial.worker + 11 * trial.environment
+    assert memory["environments"] == profile.worker_bytes + 11 * profile.environment_bytes
 
 
 CLUSTER = (
@@ -195,7 +201,7 @@ CLUSTER = (
 
 
 def test_actors_of_all_processes_are_dealt_out_to_the_machines(
-    tried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    profiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: object())
     found = plan(config(tmp_path, *CLUSTER, "engine.actors=3"), processes=4, nodes=2)
@@ -220,7 +226,7 @@ def test_actors_of_all_processes_are_dealt_out_to_the_machines(
 
 
 def test_an_asynchronous_run_has_weights_of_its_own_to_learn_and_episodes_ahead(
-    tried: None, tmp_path: Path
+    profiled: None, tmp_path: Path
 ) -> None:
     alone = plan(config(tmp_path, "warm_start.steps=0"))
     beside = plan(config(tmp_path, "warm_start.steps=0", "trainer.mode=async", "trainer.max_staleness=2"))
@@ -232,7 +238,7 @@ def test_an_asynchronous_run_has_weights_of_its_own_to_learn_and_episodes_ahead(
 
 @pytest.mark.parametrize("actors", [(), ("engine.actors=2",)])
 def test_vllm_on_the_cpu_holds_its_weights_and_its_cache(
-    actors: tuple[str, ...], tried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    actors: tuple[str, ...], profiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: object())
     memory = amounts(plan(config(tmp_path, "engine.name=vllm", *actors)), "memory")
@@ -256,13 +262,11 @@ def test_everything_that_is_missing_is_told_at_once(
     examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "taken").mkdir()
-    with socket.socket() as listener, socket.socket() as closed:
+    with socket.socket() as listener:
         listener.bind(("", 0))
         listener.listen()
-        closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(listener.getsockname()[1]))
         monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
-        silent = f"127.0.0.1:{closed.getsockname()[1]}"
         found = plan(
             config(
                 tmp_path,
@@ -273,7 +277,7 @@ def test_everything_that_is_missing_is_told_at_once(
                 "rollout.placement=process",
                 "rollout.backend=ray",
                 "engine.name=vllm",
-                f"engine.vllm.url=http://{silent}",
+                "engine.vllm.url=http://127.0.0.1:9",
                 f"engine.vllm.weights_folder={tmp_path / 'absent'}",
             ),
             processes=3,
@@ -281,34 +285,43 @@ def test_everything_that_is_missing_is_told_at_once(
     wanted = (
         r"learner\.backend is single, wanted fsdp for 3 processes",
         r"rollout\.groups_per_step is 4, wanted a multiple of the 3 processes",
-        r"torchrun --master-port: \d+ cannot be had",
         r"run\.name is 'taken', but .*taken exists",
-        rf"engine\.vllm\.url: no server that is well answers at http://{silent}",
-        r"engine\.vllm\.weights_folder: .*absent is no folder on this machine",
         r"engine\.vllm\.url needs httpx2: pip install httpx2",
-        r"split 'test' of example/HotCold-v0 has \d+ tasks, wanted 10000",
+        r"engine\.vllm\.weights_folder: .*absent is no folder on this machine",
         r"policy\.device is '(cuda|mps)', which this machine does not have",
         r"rollout\.backend=ray needs Ray: pip install -e '\.\[ray\]'",
         r"policy\.path is '.*nowhere', wanted the folder of a Hugging Face causal language model",
+        r"torchrun --master-port: \d+ is not available",
+        r"split 'test' of example/HotCold-v0 has \d+ tasks, wanted 10000",
     )
     assert len(found.missing) == len(wanted), found.missing
     for pattern, line in zip(wanted, found.missing, strict=True):
         assert re.search(pattern, line), (pattern, line)
 
 
-def test_fewer_tasks_to_measure_on_than_processes_are_named(tried: None, tmp_path: Path) -> None:
+def test_fewer_tasks_to_measure_on_than_processes_are_named(profiled: None, tmp_path: Path) -> None:
     more = ("learner.backend=fsdp", "evaluation.tasks=1")
     (line,) = plan(config(tmp_path, *more), processes=2).missing
     assert line == "evaluation.tasks is 1, wanted at least one for each of the 2 processes"
 
 
-def test_a_missing_extra_is_named(tried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_named(profiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agentrl.scale.local_engine.importlib.util.find_spec", lambda name: None)
     (line,) = plan(config(tmp_path, "engine.name=vllm")).missing
     assert re.search(r"needs vLLM.*pip install -c constraints-vllm\.txt -e '\.\[vllm\]'", line)
 
 
-def test_a_silent_cluster_is_named(tried: None, tmp_path: Path) -> None:
+def test_a_silent_server_is_named(profiled: None, tmp_path: Path) -> None:
+    pytest.importorskip("httpx2", reason="httpx2 is not installed: pip install httpx2")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        more = ("engine.name=vllm", f"engine.vllm.url={url}", f"engine.vllm.weights_folder={tmp_path}")
+        (line,) = plan(config(tmp_path, *more)).missing
+    assert f"nothing answers at {url}" in line
+
+
+def test_a_silent_cluster_is_named(profiled: None, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -329,7 +342,7 @@ def test_an_absent_environment_or_split_is_named(
 
 
 def test_more_cpus_and_gpus_than_a_machine_has_are_named(
-    tried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    profiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr("os.cpu_count", lambda: 4)
@@ -342,14 +355,14 @@ def test_more_cpus_and_gpus_than_a_machine_has_are_named(
     )
 
 
-def test_a_folder_that_cannot_hold_runs_is_named(tried: None, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_hold_runs_is_named(profiled: None, tmp_path: Path) -> None:
     found = plan(config(tmp_path, "run.folder=/dev/null/runs"))
     words = "run.folder is '/dev/null/runs', which cannot hold runs: /dev/null is"
     assert any(words in line for line in found.missing), found.missing
 
 
 def test_too_little_memory_and_disk_are_named(
-    tried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    profiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = namedtuple("free", "available free")(1000, 1000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
@@ -360,12 +373,12 @@ def test_too_little_memory_and_disk_are_named(
 
 
 def test_more_gpus_and_gpu_memory_than_there_are_is_named(
-    tried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    profiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (1000, 2000))
-    found = plan(config(tmp_path, "learner.backend=fsdp"), processes=2)
+    found = plan(config(tmp_path, "learner.backend=fsdp", "policy.device=cuda"), processes=2)
     gpus, memory = found.missing
     assert gpus == "GPUs: 2 wanted on this machine, one for each process, and 1 found"
     assert re.match(r"GPU memory: at most .* wanted, 1.0 kB free", memory)
@@ -374,15 +387,14 @@ def test_more_gpus_and_gpu_memory_than_there_are_is_named(
 
 
 def test_a_share_of_the_gpu_that_holds_no_sequence_is_named(
-    tried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    profiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(planning, "resolve_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10**12, 3_000_000))
     share = "engine.vllm.gpu_memory_share=0.5"
-    found = plan(config(tmp_path, "engine.name=vllm", share))
+    found = plan(config(tmp_path, "engine.name=vllm", "policy.device=cuda", share))
     assert amounts(found, "GPU memory")["vLLM"] == 1_500_000
     (line,) = found.missing
     assert re.match(r"engine\.vllm\.gpu_memory_share is 0\.5, wanted room for 1\.7 MB", line)
@@ -393,11 +405,48 @@ def test_processes_that_do_not_fit_the_machines_are_refused(tmp_path: Path) -> N
         plan(config(tmp_path), processes=6, nodes=4)
 
 
+# The same problems at the start of training.
+
+
+def test_a_single_problem_is_raised_as_its_own_error(
+    examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_run(config(tmp_path), 1)
+    monkeypatch.setattr(preflight, "provided", lambda **components: frozenset())
+    with pytest.raises(RequirementError, match="requires old_logprobs"):
+        check_run(config(tmp_path), 1)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"policy\.path is '/nowhere'"):
+        check_run(config(tmp_path, "policy.path=/nowhere"), 1)
+
+
+def test_several_problems_are_raised_together_and_are_those_of_the_plan(
+    profiled: None, tmp_path: Path
+) -> None:
+    settings = config(tmp_path, "env.id=no/Such-v0", "policy.path=/nowhere", "rollout.groups_per_step=3")
+    with pytest.raises(ConfigError) as caught:
+        check_run(settings, 2)
+    planned = plan(settings, processes=2).missing
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    assert [line for line in planned if not line.startswith("torchrun")] == lines
+
+
+def test_a_run_that_is_resumed_does_not_complain_of_its_own_folder(
+    examples: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    (tmp_path / "taken").mkdir()
+    settings = config(tmp_path, "run.name=taken")
+    with pytest.raises(ConfigError, match=r"run\.name is 'taken', but .*taken exists; resume it"):
+        check_run(settings, 1)
+    check_run(settings, 1, new_folder=False)
+
+
 # The command.
 
 
 def test_the_command_prints_a_table_or_json_and_its_exit_code_says_whether_anything_is_missing(
-    tried: None, tmp_path: Path
+    profiled: None, tmp_path: Path
 ) -> None:
     arguments = ["plan", *TINY, f"run.folder={tmp_path}"]
     shown = CliRunner().invoke(app, arguments)
