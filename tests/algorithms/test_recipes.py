@@ -168,7 +168,7 @@ def test_parity_says_what_it_sets():
 
 
 def test_parity_does_not_overrule_in_silence():
-    with pytest.raises(ConfigError, match=r"dual_clip is 10.0, and parity=official sets it to 3.0"):
+    with pytest.raises(ConfigError, match=r"dual_clip is 10.0, but parity=official sets it to 3.0"):
         build_recipe("grpo", {"parity": "official", "dual_clip": 10})
 
 

@@ -150,10 +150,10 @@ class AEPO(Recipe):
         base = without_replay(self.base)
         if self.stop_gradient_clip and base.surrogate is not clipped_policy_loss:
             raise ConfigError(
-                f"stop_gradient_clip is true, but base {self.base.name} has another loss than the clipped one"
+                f"stop_gradient_clip is true, but base {self.base.name} does not have the clipped loss"
             )
         if self.branch and base.rollout.grow is not None:
-            raise ConfigError(f"branch is true, but base {self.base.name} has its own way to start episodes")
+            raise ConfigError(f"branch is true, but base {self.base.name} decides where episodes start")
         grow = partial(EntropyBranching, self) if self.branch else base.rollout.grow
         return replace(
             base,
@@ -318,7 +318,7 @@ def scale_by_entropy(
     )
 
 
-@excludes(sequence_ratio="it holds the ratio of one token, not that of a sequence")
+@excludes(sequence_ratio="it bounds the ratio of single tokens, not of a sequence")
 def stop_gradient_policy_loss(outputs: Outputs, mini: MiniBatch, bounds: Bounds | None) -> Tensor:
     """Return the value of the clipped surrogate, with a gradient above the upper bound; [B, T]."""
     if bounds is None:

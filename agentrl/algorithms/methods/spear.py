@@ -136,11 +136,6 @@ class Spear(Recipe):
     replay_covariance_band: Band = (1.0, 40.0)
     parity: Literal["paper", "official"] = "paper"
 
-    def __post_init__(self) -> None:
-        mistakes = [text for wrong, text in self._contradictions() if wrong]
-        if mistakes:
-            raise ConfigError("; ".join(mistakes))
-
     def build(self) -> Algorithm:
         """Build the base with the tool reward, covariance clipping and replay."""
         base = self.base.build()
