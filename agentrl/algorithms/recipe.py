@@ -31,8 +31,8 @@ class Recipe:
     """Base class of recipes: a frozen dataclass that builds an algorithm.
 
     The type annotation of a number declares its bounds, see `agentrl.config`. A number outside its bounds is
-    refused, whether it comes from Python or from a configuration. `__post_init__` refuses contradictory
-    fields with a `ConfigError` that names them.
+    refused, whether it comes from Python or from a configuration. A subclass lists contradictions between
+    fields in `_contradictions`; they are refused with a `ConfigError` that names them.
 
     PRESETS holds, by preset, the values that differ from the defaults, in addition to those of the base
     classes. An explicit field takes precedence over the preset. An explicit `base` has its own preset. A

@@ -491,7 +491,7 @@ def test_a_configuration_is_read_and_written_back():
     ("settings", "reason"),
     [
         ({"entropy_advantage": -0.1}, r"entropy_advantage: wrong value \(got -0.1"),
-        ({"advantage_limits": [0.0, 0.5]}, r"advantage_limits is \(0.0, 0.5\), wanted a range that holds 1"),
+        ({"advantage_limits": [0.0, 0.5]}, r"advantage_limits is \(0.0, 0.5\), wanted a range that contains 1"),
         ({"initial_rollouts": 0}, r"initial_rollouts: wrong value \(got 0"),
         ({"initial_rollouts": "some"}, "algorithm.initial_rollouts"),
         ({"allocation_slope": -1.0}, r"allocation_slope: wrong value \(got -1.0"),

@@ -138,13 +138,6 @@ class AEPO(Recipe):
     prefix_weight: Literal["full", "shared"] = "full"
     parity: Literal["paper", "official"] = "paper"
 
-    def __post_init__(self) -> None:
-        limits = self.advantage_limits
-        if limits is not None and not limits[0] <= 1 <= limits[1]:
-            raise ConfigError(
-                f"advantage_limits is {limits}, wanted a range that holds 1, the factor at mean entropy"
-            )
-
     def build(self) -> Algorithm:
         """Build the base with the changes of AEPO."""
         base = without_replay(self.base)
@@ -163,6 +156,16 @@ class AEPO(Recipe):
             surrogate=stop_gradient_policy_loss if self.stop_gradient_clip else base.surrogate,
             diagnostics=(*base.diagnostics, *self._diagnostics()),
         )
+
+    def _contradictions(self) -> Sequence[tuple[bool, str]]:
+        limits = self.advantage_limits
+        return [
+            *super()._contradictions(),
+            (
+                limits is not None and not limits[0] <= 1 <= limits[1],
+                f"advantage_limits is {limits}, wanted a range that contains 1, the factor at mean entropy",
+            ),
+        ]
 
     def _transforms(self) -> Sequence[Transform]:
         if not self.entropy_advantage:

@@ -187,9 +187,12 @@ class Spear(Recipe):
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
         return [
-            (not low < high, f"{name} is {[low, high]}, wanted the lower bound first")
-            for name in ("covariance_band", "replay_covariance_band")
-            for low, high in (getattr(self, name),)
+            *super()._contradictions(),
+            *(
+                (not low < high, f"{name} is {[low, high]}, wanted the lower bound first")
+                for name in ("covariance_band", "replay_covariance_band")
+                for low, high in (getattr(self, name),)
+            ),
         ]
 
 
