@@ -11,6 +11,8 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if sys.platform == "win32":  # a traceback would hide the one line that helps
     sys.stderr.write(
         "agentrl runs on Linux and macOS; on Windows use it inside WSL (https://learn.microsoft.com/windows/wsl)\n"
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from agentrl.plugins import load_imports
     from agentrl.run.folder import Run, open_run
     from agentrl.run.settings import RunConfig, load_config
-    from agentrl.training.trainer import resume, train
+    from agentrl.training.launch import resume, train
 
 _HOME = {
     "Panel": "agentrl.env.panel",
@@ -37,8 +39,8 @@ _HOME = {
     "make": "agentrl.env.registry",
     "make_panel": "agentrl.env.panel",
     "open_run": "agentrl.run.folder",
-    "resume": "agentrl.training.trainer",
-    "train": "agentrl.training.trainer",
+    "resume": "agentrl.training.launch",
+    "train": "agentrl.training.launch",
 }
 
 __all__ = [
@@ -58,13 +60,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            return version("agentrl")
-        except PackageNotFoundError:  # a source tree that is not installed
-            return "0+unknown"
     if name not in _HOME:
         raise AttributeError(f"module 'agentrl' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

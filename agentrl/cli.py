@@ -94,10 +94,10 @@ app = typer.Typer(
 def _complete_configuration(incomplete: str) -> list[str]:
     """Complete config files, and the values of `algorithm.name` and `env.id`."""
     words = os.environ.get("COMP_WORDS", "").split()  # bash splits words at "="
-    key, equals, begun = incomplete.rpartition("=")
+    key, equals, prefix = incomplete.rpartition("=")
     for named, known in (("algorithm.name", _recipe_names), ("env.id", _env_ids)):
         if key == named:
-            return [f"{key}={name}" for name in known(begun)]
+            return [f"{key}={name}" for name in known(prefix)]
         if named in words[-3:] and words[-1] in ("=", incomplete):
             return known(incomplete.removeprefix("="))
     if equals:
@@ -195,6 +195,7 @@ _LEVELS = {
 
 
 def _level(verbose: bool, quiet: bool) -> int:
+    """Return the log level from the options, or from AGENTRL_LOG_LEVEL."""
     if verbose and quiet:
         raise ConfigError("-v and -q contradict each other; give one of them")
     if verbose or quiet:
@@ -248,8 +249,8 @@ def train(
     - `agentrl train --resume runs/NAME`
     """
     from agentrl.run.settings import load_config
-    from agentrl.training.trainer import resume as resume_run
-    from agentrl.training.trainer import train as train_run
+    from agentrl.training.launch import resume as resume_run
+    from agentrl.training.launch import train as train_run
 
     path, overrides = _split_config(arguments)
     if resume is not None and path is not None:
@@ -281,7 +282,9 @@ def evaluate(
         str | None,
         typer.Option(metavar="ID", help="Environment; default: the run's.", autocompletion=_env_ids),
     ] = None,
-    panel: Annotated[Path | None, typer.Option(metavar="FILE", help="Task panel to play.")] = None,
+    panel: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Panel of tasks, instead of a split.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Split to take tasks from.")] = None,
     tasks: Annotated[int | None, typer.Option(min=1, help="Number of tasks to play.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Episodes per task.")] = 1,
@@ -357,7 +360,7 @@ def play(
     ] = None,
     policy: Annotated[
         str,
-        typer.Option(metavar="human|random|expert|RUN", help="Policy to watch.", autocompletion=_policies),
+        typer.Option(metavar="human|random|expert|RUN", help="Policy that plays.", autocompletion=_policies),
     ] = "human",
     task: Annotated[str | None, typer.Option(metavar="ID", help="Task; default: drawn by the seed.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to take the task from.")] = None,
@@ -412,7 +415,7 @@ def algorithms(
     ] = None,
     imports: Imports = None,
 ) -> None:
-    """List the values of `algorithm.name`, or describe one with its keys and defaults.
+    """List the algorithms (values of `algorithm.name`), or describe one with its keys and defaults.
 
     - `agentrl algorithms epo`
     """
@@ -432,7 +435,7 @@ def algorithms(
 
 @app.command()
 def config(arguments: Overrides = None, imports: Imports = None) -> None:
-    """Print a configuration with defaults filled in and `extends` resolved.
+    """Print a complete configuration, with defaults filled in and `extends` resolved.
 
     - `agentrl config configs/quickstart.yaml seed=1 > mine.yaml`
     """
@@ -452,7 +455,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     imports: Imports = None,
 ) -> None:
-    """Show what a run needs and what is missing, without starting it; exit with 1 if anything is missing.
+    """Show what a run needs and what is missing, without starting it. Exits with 1 if anything is missing.
 
     - `agentrl plan configs/quickstart.yaml rollout.max_active=128`
     - `agentrl plan configs/cluster.yaml --nodes 2 --json`
@@ -494,7 +497,7 @@ def check_env(
     seed: Annotated[int, typer.Option(help="Seed of the episodes.")] = 0,
     imports: Imports = None,
 ) -> None:
-    """Check environments against the contract; exit with 1 if one breaks it.
+    """Check environments against the contract. Exits with 1 if one breaks it.
 
     - `agentrl check-env agentrl/ALFWorld-v0 max_steps=10`
     - `agentrl check-env --all`
@@ -577,7 +580,7 @@ def _check_env(env: str, kwargs: dict[str, Any], seed: int, *, tolerant: bool) -
     from agentrl.env.registry import make
     from agentrl.errors import MissingDependencyError
 
-    begun = perf_counter()
+    start = perf_counter()
     try:
         found = check_text_env(partial(make, env, **kwargs), seed=seed)
     except AgentRLError as error:
@@ -587,7 +590,7 @@ def _check_env(env: str, kwargs: dict[str, Any], seed: int, *, tolerant: bool) -
             return f"{env} skipped: {error}", True
         return f"{env} cannot be made: {error}", False
     _console().print(found)
-    return f"{found.summary()} ({perf_counter() - begun:.1f} s)", found.passed
+    return f"{found.summary()} ({perf_counter() - start:.1f} s)", found.passed
 
 
 def _lacks_another_package(error: ImportError, env: str) -> bool:

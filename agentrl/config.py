@@ -72,6 +72,7 @@ class _Loader(yaml.SafeLoader):
     """YAML loader with the scalars of YAML 1.2 that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Construct a mapping, refusing keys that are not text and duplicate keys."""
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:str":
@@ -428,6 +429,7 @@ def _check_size(text: str) -> None:
 
 
 def _parse(text: str, place: str) -> Any:
+    """Parse YAML, naming `place` and the line in errors."""
     try:
         _check_size(text)
         return yaml.load(text, Loader=_Loader)
@@ -485,7 +487,7 @@ def _describe(error: ValidationError, cls: type, tree: Mapping[str, Any], where:
             wrong.setdefault(path, (got, []))[1].append(expected)
     for path, (got, wanted) in wrong.items():
         expected = " or ".join(dict.fromkeys(wanted))
-        lines.append(f"{path or 'here'}: wrong value (got {_describe_value(got)}, wanted {expected})")
+        lines.append(f"{path or 'top level'}: wrong value (got {_describe_value(got)}, wanted {expected})")
     return lines
 
 

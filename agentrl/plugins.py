@@ -127,10 +127,10 @@ def withheld_hint() -> str:
     missing = withheld_imports()
     if not missing:
         return ""
-    whose = ", ".join(dict.fromkeys(_imports.withheld[name] for name in missing))
+    runs = ", ".join(dict.fromkeys(_imports.withheld[name] for name in missing))
     options = " ".join(f"--import {shell_quoted(name)}" for name in missing)
     return (
-        f". {whose} was made with {options}: code named in a run folder is not executed automatically; if "
+        f". {runs} was made with {options}: code named in a run folder is not executed automatically; if "
         "you trust it, add that option (in Python: agentrl.load_imports)"
     )
 
@@ -141,6 +141,7 @@ def shell_quoted(name: str) -> str:
 
 
 def _load(name: str) -> None:
+    """Import a file or module, undo the import if it fails, and check that it registers something."""
     if _imports.current is not None:
         raise ConfigError(
             f"import {name}: requested by {_imports.current} while that is being imported; put code that "

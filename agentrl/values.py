@@ -101,6 +101,7 @@ def as_json(value: object) -> Any:
 
 
 def _as_json(value: object, depth: int, left: list[int]) -> Any:
+    """Convert a value, with limits on the depth and on the number of values left."""
     value = _unboxed(value)
     left[0] -= 1
     if left[0] < 0:

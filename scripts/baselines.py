@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import agentrl
-from agentrl.evaluation.evaluate import Evaluation
+from agentrl.evaluation.scores import Evaluation
 
 # Environment, split, arguments: what its panel consists of, and what lets a random player choose.
 PANELS: tuple[tuple[str, str, dict[str, Any]], ...] = (

@@ -21,7 +21,7 @@ from bench_workers import Slow, Still, play
 from agentrl.env import Factory
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
-from agentrl.rollout.placement import settle
+from agentrl.rollout.placement import resolve_placement
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import Player, RandomPlayer
 from agentrl.rollout.settings import RayConfig, RolloutConfig, WorkersConfig
@@ -109,7 +109,7 @@ def fresh_policy(env: str, split: str, environments: Environments, folder: Path)
 
 def real(env: str, split: str, episodes: int, pairs: int, each: int | None, by_policy: bool) -> None:
     make = Factory(env, split=split)
-    config, note = settle(make, RolloutConfig(placement="process"), split)
+    config, note = resolve_placement(make, RolloutConfig(placement="process"), split)
     count = config.workers.count or os.cpu_count() or 1
     workers = replace(config.workers, count=count, environments=each or config.workers.environments or 8)
     places = count * (workers.environments or 1)

@@ -25,6 +25,7 @@ from agentrl.evaluation.report import results_table, write_report
 from agentrl.evaluation.watch import watch
 from agentrl.rollout.play import ActionRequest
 from agentrl.rollout.players import HumanPlayer
+from agentrl.study.comparison import CURVES
 from agentrl.study.tables import write_comparison
 from agentrl.terminal import Terminal, echo, plain, plain_warnings, printable
 
@@ -296,7 +297,7 @@ def test_a_comparison_of_hostile_runs_is_text_everywhere(tmp_path: Path) -> None
     run = {
         **dict.fromkeys(("episodes", "updates", "replay_updates", "cpu_seconds"), 1),
         "aborted": {"training": 0},
-        "curves": {key: {"step": [1.0], "value": [0.5]} for key in ("entropy/trajectory", "success")},
+        "curves": {key: {"step": [1.0], "value": [0.5]} for key in CURVES},
     }
     method = {"runs": {"0": run}, "greedy": score, "sampled": score}
     results = {

@@ -18,7 +18,7 @@ from agentrl.env.contract.answers import plain_info, reset_answer, step_answer
 from agentrl.env.panel import Panel, load_panel
 from agentrl.env.spaces import TextSpace
 from agentrl.errors import CheckpointError, ConfigError, EnvironmentContractError, PanelError
-from agentrl.evaluation.evaluate import data_label
+from agentrl.evaluation.panels import data_label
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.play import EpisodeSpec, Stop

@@ -150,15 +150,23 @@ def clipped_tokens(mini: MiniBatch, outputs: Outputs) -> Tensor:
 
 
 @requires("old_logprobs")
-def rollout_gap(mini: MiniBatch, context: Context) -> Mapping[str, float]:
-    """Measure how far the learner's logprobs are from those recorded when sampling, in nats."""
-    batch = mini.batch
-    gap = torch.where(
-        batch.sampled, require_tensor(batch.old_logprobs, "old_logprobs") - batch.logprobs, 0.0
-    ).abs()
+def mismatch_metrics(rollout: MiniBatch, context: Context) -> Mapping[str, float]:
+    """Measure the mismatch of learner (before the update) and sampling policy over the action tokens.
+
+    Returns:
+        mismatch/mean and mismatch/max of |old logprob - rollout logprob| in nats, and mismatch/kl, the k3
+        estimate of KL(rollout || old).
+    """
+    batch = rollout.batch
+    old = require_tensor(batch.old_logprobs, "old_logprobs")[batch.sampled]
+    drawn = batch.logprobs[batch.sampled]
+    if not len(old):
+        return {}
+    gap = (old - drawn).abs()
     return {
-        "logprob_gap_max": float(gap.max()) if gap.numel() else 0.0,
-        "logprob_gap_mean": float(functional.masked_mean(gap, batch.sampled)),
+        "mismatch/mean": float(gap.mean()),
+        "mismatch/max": float(gap.max()),
+        "mismatch/kl": float(functional.kl_k3(drawn, old).mean()),
     }
 
 
@@ -202,7 +210,7 @@ class Algorithm:
     aggregation: Aggregation = functional.sequence_weights
     terms: tuple[Term, ...] = ()
     replay: Replay | None = None
-    diagnostics: tuple[Diagnostic, ...] = (rollout_gap,)
+    diagnostics: tuple[Diagnostic, ...] = (mismatch_metrics,)
 
     def __post_init__(self) -> None:
         contradictions = [
@@ -244,7 +252,7 @@ class Algorithm:
             if isinstance(component, Term):
                 yield f"{slot}/{component.name}", requirements(component.loss)
             elif isinstance(component, RolloutPlan):
-                yield slot, requirements(component.grow)
+                yield slot, requirements(component.branch_policy)
             else:
                 yield slot, requirements(component)
 

@@ -17,7 +17,7 @@ AnchorUnit = Literal["auto", "token", "turn"]
 Uncertainty = Literal["entropy", "surprisal", "quantile"]
 
 
-class Growth(Protocol):
+class BranchPolicy(Protocol):
     """Policy that decides, while episodes are played, which episodes one task gets.
 
     A start is None for an episode from the first observation, or a point of another episode at which the new
@@ -45,7 +45,7 @@ class Growth(Protocol):
         ...
 
 
-Grow = Callable[[int, int, Context], Growth]
+BranchPolicyFactory = Callable[[int, int, Context], BranchPolicy]
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class RolloutPlan:
         rounds: The maximum number of rounds in which a step's tasks are drawn and played until `select` has
             kept as many groups as configured. The groups of the last round fill up what is missing.
         episodes: The number of episodes per task; None takes the configured group size.
-        grow: (episodes of the task, seed, context) -> the policy that decides where episodes start; None
-            starts all of them at the first observation.
+        branch_policy: (episodes of the task, seed, context) -> the policy that decides where episodes start;
+            None starts all of them at the first observation.
     """
 
     temperature: Coefficient | None = None
     rounds: int = 1
     episodes: int | None = None
-    grow: Grow | None = None
+    branch_policy: BranchPolicyFactory | None = None
 
 
 def opening_entropy(turn: Turn, vocabulary: int, *, total: bool = False) -> float | None:

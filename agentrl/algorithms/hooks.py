@@ -24,8 +24,8 @@ class Context:
     Args:
         step: The training step, from 0.
         total_steps: The number of training steps of the run.
-        history: Past per-step values of every logged scalar, oldest first, by the name in the log: a
-            diagnostic's `x` is `learner/x`. A step that did not log the scalar has no entry.
+        history: Past per-step values of every logged metric, oldest first, by its key in the log; see
+            `past`. A step that did not log the metric has no entry.
         seed: The seed of the run. A random draw uses `derive_seed(context.seed, ...)` with what the draw is
             for.
         vocabulary: The size of the policy's vocabulary, to express entropies in units of its logarithm.
@@ -38,6 +38,10 @@ class Context:
     seed: int = 0
     vocabulary: int = 0
     tokenizer: str = ""
+
+    def past(self, name: str) -> Sequence[float]:
+        """Return the past values of a diagnostic of the algorithm, by the name that it reports."""
+        return self.history.get(f"train/algorithm/{name}", ())
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def requires(*names: str) -> Callable[[F], F]:
     The learner provides `old_logprobs` and `entropy` ([B, T] of the scoring pass, without gradient),
     `entropy:grad` (`Outputs.entropies` with gradient) and `current`; with a reference policy `reference`;
     with a value head `values` ([B, T] of the scoring pass), `last_values` and `values:grad`. An engine that
-    records entropies provides `rollout:entropy`, for a `Growth` that reads them.
+    records entropies provides `rollout:entropy`, for a `BranchPolicy` that reads them.
     """
     return _marked(REQUIRES, names)
 

@@ -13,17 +13,18 @@ from agentrl.algorithms.hooks import Context, MiniBatch, require_tensor, require
 
 
 def with_importance_correction(algorithm: Algorithm, cap: float | None) -> Algorithm:
-    """Return an algorithm that logs the mismatch of its action tokens and weights them by importance.
+    """Return an algorithm that weights its action tokens by importance.
 
     Args:
         algorithm: Any algorithm.
-        cap: The upper limit of the weights, see `truncated_importance`; None adds no weights.
+        cap: The upper limit of the weights, see `truncated_importance`; None returns the algorithm as it is.
     """
-    weights = () if cap is None else (partial(importance_weights, cap=cap),)
+    if cap is None:
+        return algorithm
     return replace(
         algorithm,
-        weights=(*algorithm.weights, *weights),
-        diagnostics=(*algorithm.diagnostics, partial(mismatch_metrics, cap=cap)),
+        weights=(*algorithm.weights, partial(importance_weights, cap=cap)),
+        diagnostics=(*algorithm.diagnostics, partial(capped_share, cap=cap)),
     )
 
 
@@ -40,26 +41,10 @@ def importance_weights(mini: MiniBatch, context: Context, *, cap: float) -> Tens
 
 
 @requires("old_logprobs")
-def mismatch_metrics(rollout: MiniBatch, context: Context, *, cap: float | None) -> Mapping[str, float]:
-    """Measure the mismatch of learner (before the update) and sampling policy over the action tokens.
-
-    Returns:
-        drift_mean and drift_max of |old logprob - rollout logprob| in nats; drift_kl, the k3 estimate of
-        KL(rollout || old); and, with a cap, drift_capped, the share of action tokens whose weight it limits.
-    """
+def capped_share(rollout: MiniBatch, context: Context, *, cap: float) -> Mapping[str, float]:
+    """Measure the share of action tokens whose importance weight the cap limits: mismatch/capped."""
     batch = rollout.batch
-    old, drawn = (
-        require_tensor(batch.old_logprobs, "old_logprobs")[batch.sampled],
-        batch.logprobs[batch.sampled],
-    )
+    old = require_tensor(batch.old_logprobs, "old_logprobs")[batch.sampled]
     if not len(old):
         return {}
-    gap = (old - drawn).abs()
-    numbers = {
-        "drift_mean": float(gap.mean()),
-        "drift_max": float(gap.max()),
-        "drift_kl": float(functional.kl_k3(drawn, old).mean()),
-    }
-    if cap is not None:
-        numbers["drift_capped"] = float(((old - drawn).exp() > cap).float().mean())
-    return numbers
+    return {"mismatch/capped": float(((old - batch.logprobs[batch.sampled]).exp() > cap).float().mean())}

@@ -167,6 +167,8 @@ def collate(groups: Sequence[Group], *, layout: Layout = "trajectory") -> Batch:
 
 @dataclass(slots=True)
 class _Row:
+    """One row of a batch under construction."""
+
     trajectory: int
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
@@ -177,6 +179,7 @@ class _Row:
     allowed: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # (position, ids)
 
     def add_context(self, ids: Sequence[int]) -> None:
+        """Append tokens that the policy did not generate."""
         count = len(ids)
         self.tokens.extend(ids)
         self.sampled.extend([False] * count)
@@ -185,6 +188,7 @@ class _Row:
         self.turns.extend([-1] * count)
 
     def add_reply(self, turn: Turn, index: int) -> None:
+        """Append the tokens of a reply."""
         start, count, decided = len(self.tokens), len(turn.action_ids), turn.sampled
         self.tokens.extend(turn.action_ids)
         self.sampled.extend(decided)
@@ -198,12 +202,14 @@ class _Row:
 
 
 def _rows(episode: Episode, trajectory: int, layout: Layout) -> Iterator[_Row]:
+    """Yield the rows of an episode in the given layout."""
     row = _Row(trajectory)
     history: list[int] = []
     for index, turn in enumerate(episode.turns):
         _check(episode, index, turn)
         if turn.new_sequence:
             history = []
+        # In the layout "trajectory", a row continues as long as prompts extend it.
         if layout == "turn" or turn.new_sequence:
             if row.tokens:
                 yield row
@@ -218,6 +224,7 @@ def _rows(episode: Episode, trajectory: int, layout: Layout) -> Iterator[_Row]:
 
 
 def _check(episode: Episode, index: int, turn: Turn) -> None:
+    """Refuse a turn without reply tokens, or whose per-token data do not fit them."""
     place = f"episode {episode.id!r}, turn {index}"
     if not turn.action_ids:
         raise ValueError(f"{place}: the reply has no tokens, wanted an episode of a policy with a tokenizer")
@@ -245,6 +252,7 @@ def _pad(rows: Sequence[Sequence[Any]], lengths: Tensor, dtype: torch.dtype, fil
 
 
 def _gather_allowed(rows: Sequence[_Row]) -> AllowedIds | None:
+    """Collect the allowed ids of all rows, padded to the largest choice."""
     entries = [(row, position, ids) for row, item in enumerate(rows) for position, ids in item.allowed]
     if not entries:
         return None
@@ -257,6 +265,7 @@ def _gather_allowed(rows: Sequence[_Row]) -> AllowedIds | None:
 
 
 def _select_allowed(allowed: AllowedIds, index: Tensor, rows: int) -> AllowedIds | None:
+    """Return the entries of the rows `index`, renumbered, or None if there are none."""
     place = torch.full((rows,), -1, dtype=torch.int64, device=index.device)
     place[index] = torch.arange(len(index), device=index.device)
     kept = place[allowed.rows] >= 0

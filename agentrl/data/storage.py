@@ -52,7 +52,8 @@ _TURN_COLUMNS = [
     ("policy_versions", pa.list_(pa.int32())),
     ("info", pa.string()),  # JSON
 ]
-_FIELDS = {"fresh": "new_sequence"}  # by column: the field of a turn, where its name differs
+# Column -> field of `Turn`, where the names differ.
+_FIELDS = {"fresh": "new_sequence", "imitable": "trainable"}
 SCHEMA = pa.schema(_EPISODE_COLUMNS + _TURN_COLUMNS, metadata={_VERSION_KEY: str(VERSION).encode()})
 
 
@@ -100,6 +101,7 @@ def read_episodes(path: str | Path) -> list[Episode]:
 
 
 def _rows(number: int, episode: Episode) -> Iterator[dict[str, Any]]:
+    """Yield one row per turn, or a single row if the episode has no turn."""
     head = {
         "number": number,
         "episode": episode.id,
@@ -138,6 +140,7 @@ def _info(episode: Episode, turn: Turn) -> Any:
 
 
 def _episode(rows: Sequence[Mapping[str, Any]]) -> Episode:
+    """Rebuild an episode from its rows."""
     head = rows[0]
     return Episode(
         id=head["episode"],
@@ -157,6 +160,7 @@ def _episode(rows: Sequence[Mapping[str, Any]]) -> Episode:
 
 
 def _turn(row: Mapping[str, Any]) -> Turn:
+    """Rebuild a turn from its row; columns missing in older files take empty values."""
     fields: dict[str, Any] = {
         _FIELDS.get(name, name): row.get(name) for name, _ in _TURN_COLUMNS if name != "turn"
     }

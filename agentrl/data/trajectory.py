@@ -73,7 +73,7 @@ class Turn:
     reward: float = 0.0  # from the environment, for this reply
     new_sequence: bool = False
     valid: bool = True  # whether the reply was parsed and understood
-    imitable: bool = True  # False for text of noise or a tool: kept in the context, excluded from every loss
+    trainable: bool = True  # False for text of noise or a tool: kept in the context, excluded from every loss
     finish: str = "stop"  # stop | length
     policy_version: int = 0
     policy_versions: tuple[int, ...] = ()
@@ -82,7 +82,7 @@ class Turn:
     @property
     def sampled(self) -> tuple[bool, ...]:
         """Return for each reply token whether it was a decision; a token with one allowed id was not."""
-        if not self.imitable:
+        if not self.trainable:
             return (False,) * len(self.action_ids)
         if self.allowed is None:
             return (True,) * len(self.action_ids)

@@ -130,6 +130,7 @@ def _size(value: object, enough: int) -> int:
 
 
 def _end_copy(process: int) -> None:
+    """Exit if this is a child that the environment forked."""
     if os.getpid() != process:
         os._exit(0)
 

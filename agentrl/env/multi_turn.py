@@ -137,6 +137,7 @@ class MultiTurnEnv(gymnasium.Env[str, str], ABC):
         return observation, float(reward), bool(done), truncated, info
 
     def _info(self, valid: bool) -> dict[str, Any]:
+        """Return the info of the current state."""
         info: dict[str, Any] = {"success": self._solved}
         offered = self.actions()
         if offered is not None:

@@ -115,6 +115,7 @@ def write_new_env(name: str, folder: str | Path = ".") -> NewEnv:
 
 
 def _render(template: str, names: Names) -> str:
+    """Render a template with the names of the environment."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

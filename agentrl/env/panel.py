@@ -85,6 +85,7 @@ class Panel:
             raise PanelError(f"panel {path} cannot be written: {error}") from error
 
     def _json(self) -> str:
+        """Return the content of the panel file."""
         tree = {
             "format": FORMAT,
             "env": self.env,
@@ -190,6 +191,7 @@ def verify(panel: Panel, environment: gymnasium.Env[str, str] | None = None) -> 
 
 
 def _format_fault(tree: Any) -> str | None:
+    """Return what is wrong with the structure of a panel file, or None."""
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         return f"is not a file of the format {FORMAT!r}"
     for key, kind in (("env", str), ("split", str), ("hash", str), ("tasks", dict), ("env_kwargs", dict)):
@@ -209,6 +211,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _canonical(value: Any) -> str:
+    """Return JSON with sorted keys and no white space, so that equal values have equal hashes."""
     try:
         text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         text.encode()

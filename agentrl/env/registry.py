@@ -79,7 +79,7 @@ def _repeats(id: str, entry_point: str | Creator, kwargs: Mapping[str, Any]) -> 
 
 
 class _DuplicateIdError(ConfigError):
-    pass
+    """Two registrations of the same id."""
 
 
 def load_plugins() -> None:
@@ -102,6 +102,7 @@ def load_plugins() -> None:
 
 
 def _load(entry: EntryPoint) -> None:
+    """Load a plug-in and record its errors."""
     _plugins.loading = _origin(entry)
     try:
         entry.load()()
@@ -197,6 +198,7 @@ class Factory:
         self._imports: tuple[str, ...] = ()  # loaded in the process that pickled it
 
     def __call__(self) -> gymnasium.Env[str, str]:
+        """Make the environment, naming arguments with the prefix `where` in errors."""
         load_imports(self._imports)
         try:
             return make(self.id, **self.kwargs)
@@ -232,6 +234,7 @@ def _rebuilt(
     where: str = "",
     imports: tuple[str, ...] = (),
 ) -> Factory:
+    """Rebuild a pickled factory, registering its environment if necessary."""
     load_plugins()
     if registration is not None and id not in gymnasium.registry:
         register(id, registration[0], **registration[1])
@@ -268,6 +271,7 @@ def _creator(id: str) -> Creator:
 
 
 def _check_arguments(id: str, creator: Creator, kwargs: Mapping[str, Any]) -> None:
+    """Refuse unknown argument names and splits before the environment is constructed."""
     parameters = inspect.signature(creator).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         for name in kwargs:

@@ -1,1 +1,1 @@
-"""Evaluation: what a policy scores on a panel of tasks, and the report of it."""
+"""Measure what a policy scores on a panel of tasks, and report it as tables, figures and a page."""

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG images that stand on their own."""
+"""Figures of a report, as self-contained SVG images."""
 
 import base64
 import re
@@ -39,13 +39,14 @@ _STYLE: Any = {
 
 
 def draw_success(policies: Mapping[str, Mapping[str, Row]]) -> str:
-    """Success of each policy, greedy and sampled, with its interval.
+    """Draw the success rate of each policy and decoding with its interval.
 
     Args:
-        policies: policy -> decoding -> `success_rate`, `interval`; policies from top to bottom.
+        policies: The scores by policy and decoding, each with `success_rate` and `interval`; the policies are
+            shown from top to bottom.
 
     Returns:
-        A `data:` URI, as all of these.
+        The image as a `data:` URI, as the other functions of this module do.
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(7.6, 0.9 + 0.46 * len(policies)), layout="constrained")
@@ -55,31 +56,31 @@ def draw_success(policies: Mapping[str, Mapping[str, Row]]) -> str:
                 if score["success_rate"] is None:
                     continue
                 height = place + (index - (len(decodings) - 1) / 2) * 0.3
-                _interval(axes, score["success_rate"], height, score["interval"], decoding)
-        axes.set_yticks(range(len(policies)), [_plain(name) for name in policies])
+                _draw_interval(axes, score["success_rate"], height, score["interval"], decoding)
+        axes.set_yticks(range(len(policies)), [_label_text(name) for name in policies])
         axes.set_ylim(len(policies) - 0.5, -0.5)
         axes.set_xlim(-0.02, 1.02)
         axes.xaxis.set_major_formatter("{x:.0%}")
         axes.set_xlabel("success rate, with its 95 % interval")
         axes.grid(axis="x")
-        _legend(axes)
-        return _uri(figure)
+        _draw_legend(axes)
+        return _to_data_uri(figure)
 
 
 def draw_learning_curve(
     rows: Sequence[Row], evaluations: Mapping[str, Sequence[Point]], window: int = 9
 ) -> str:
-    """Success while training, smoothed, and the evaluations on the panel.
+    """Draw the smoothed success rate of training, and the evaluations on the panel.
 
     Args:
-        rows: of the training stage, from metrics.jsonl.
-        evaluations: decoding -> points.
-        window: steps of the centred moving mean.
+        rows: The rows of the training stage in metrics.jsonl.
+        evaluations: The points of each decoding.
+        window: The window of the centred moving mean, in steps.
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(7.6, 3.1), layout="constrained")
         axes = figure.subplots()
-        steps, values = _series(rows, "success")
+        steps, values = _series(rows, "train/rollout/success_rate")
         axes.plot(steps, values, color=_GREY, alpha=0.45, linewidth=0.8)
         axes.plot(
             steps,
@@ -91,7 +92,7 @@ def draw_learning_curve(
         for place, (decoding, points) in enumerate(evaluations.items()):
             aside = (
                 0.006 * max(steps, default=0) * (2 * place - len(evaluations) + 1)
-            )  # neither hides the other
+            )  # so that the points of one decoding do not cover another's
             for index, (step, rate, (low, high)) in enumerate(points):
                 axes.errorbar(
                     step + aside,
@@ -108,43 +109,43 @@ def draw_learning_curve(
         axes.set_xlabel("step of reinforcement learning")
         axes.set_ylabel("success rate")
         axes.grid(axis="y")
-        _legend(axes)
-        return _uri(figure)
+        _draw_legend(axes)
+        return _to_data_uri(figure)
 
 
 def draw_entropy_over_steps(rows: Sequence[Row]) -> str:
-    """Mean entropy per token, turn and trajectory while training."""
+    """Draw the mean entropy per token, turn and trajectory over the training steps."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(3.8, 2.9), layout="constrained")
         axes = figure.subplots()
         for level, colour in (("token", "#2563eb"), ("turn", "#059669"), ("trajectory", "#9333ea")):
-            steps, values = _series(rows, f"entropy/{level}")
+            steps, values = _series(rows, f"train/rollout/entropy/{level}")
             if values:
                 axes.plot(steps, moving_mean(values, 5), color=colour, linewidth=1.4, label=level)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("step of reinforcement learning")
-        axes.set_ylabel("entropy of decisions, nats")
+        axes.set_ylabel("entropy of sampled tokens, nats")
         axes.grid(axis="y")
-        _legend(axes)
-        return _uri(figure)
+        _draw_legend(axes)
+        return _to_data_uri(figure)
 
 
 def draw_signals(rows: Sequence[Row]) -> str | None:
-    """What else was logged while training, in small panels: what a method says about itself.
+    """Draw the metrics that no other figure shows in a grid of small panels.
 
-    Signals of one kind stand beside each other; turns by number, and task types, share a panel. What never
-    changes is left out.
+    Metrics with a common prefix are placed next to each other; numbered turns and task types share a panel.
+    Metrics that never change are left out.
 
     Args:
-        rows: of the training stage.
+        rows: The rows of the training stage in metrics.jsonl.
 
     Returns:
-        None where nothing is left.
+        The image as a `data:` URI; None if there is nothing to show.
     """
     kinds: dict[str, dict[str, list[str]]] = {}
     for name in dict.fromkeys(name for row in rows for name in row if _is_signal(name)):
         if len(set(_series(rows, name)[1])) > 1:
-            panel = _panel(name)
+            panel = _panel_name(name)
             kinds.setdefault(panel.rpartition("/")[0], {}).setdefault(panel, []).append(name)
     panels = [panel for kind in kinds.values() for panel in kind.items()]
     if not panels:
@@ -157,11 +158,11 @@ def draw_signals(rows: Sequence[Row]) -> str | None:
             axes.remove()
         for axes, (panel, names) in zip(grid.flat, panels, strict=False):
             _draw_panel(axes, panel, {name: _series(rows, name) for name in names})
-        return _uri(figure)
+        return _to_data_uri(figure)
 
 
 def _draw_panel(axes: Axes, title: str, curves: Mapping[str, tuple[list[int], list[float]]]) -> None:
-    """One curve and its moving mean, or the moving means of several, from light to dark."""
+    """Draw one curve with its moving mean, or the moving means of several from light to dark."""
     last = len(curves) - 1
     for index, (name, (steps, values)) in enumerate(sorted(curves.items())):
         colour, label = _INK, None
@@ -169,19 +170,19 @@ def _draw_panel(axes: Axes, title: str, curves: Mapping[str, tuple[list[int], li
             axes.plot(steps, values, color=_GREY, alpha=0.5, linewidth=0.6)
         else:
             colour = to_hex(mpl.colormaps["viridis_r"](0.1 + 0.9 * index / last))
-            label = _plain(name.rpartition("/")[2]) if index in (0, last) or last < 6 else None
+            label = _label_text(name.rpartition("/")[2]) if index in (0, last) or last < 6 else None
         axes.plot(steps, moving_mean(values, 9), color=colour, linewidth=1.1, label=label)
     if last:
         axes.legend(fontsize=5, handlelength=0.8, borderpad=0, labelspacing=0.1)
-    axes.set_title(_plain((title if last else next(iter(curves))).removeprefix("learner/")))
+    axes.set_title(_label_text((title if last else next(iter(curves))).removeprefix("train/")))
     axes.grid(axis="y")
 
 
 def draw_entropy_by_turn(by_turn: Mapping[str, Sequence[float]]) -> str:
-    """Entropy of each turn of an episode, on the panel.
+    """Draw the entropy of each turn of an episode on the panel.
 
     Args:
-        by_turn: policy -> mean entropy of its first, second, … turn.
+        by_turn: The mean entropies of the first, second, … turn of each policy.
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(3.8, 2.9), layout="constrained")
@@ -190,19 +191,19 @@ def draw_entropy_by_turn(by_turn: Mapping[str, Sequence[float]]) -> str:
         for name, values in by_turn.items():
             turns = range(1, len(values) + 1)
             axes.plot(
-                turns, values, "o-", markersize=3, linewidth=1.3, color=colours[name], label=_plain(name)
+                turns, values, "o-", markersize=3, linewidth=1.3, color=colours[name], label=_label_text(name)
             )
         axes.set_ylim(bottom=0)
         axes.set_xlabel("turn of the episode (sampled)")
-        axes.set_ylabel("entropy of decisions, nats")
+        axes.set_ylabel("entropy of sampled tokens, nats")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
-        _legend(axes)
-        return _uri(figure)
+        _draw_legend(axes)
+        return _to_data_uri(figure)
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean over the `window` values around each; fewer at the ends.
+    """Return the centred moving mean over `window` values, over fewer at the ends.
 
     >>> moving_mean([0.0, 3.0, 6.0], window=3)
     [1.5, 3.0, 4.5]
@@ -212,22 +213,38 @@ def moving_mean(values: Sequence[float], window: int) -> list[float]:
     return [sum(near) / len(near) for near in around]
 
 
+_SIGNALS = (
+    "train/learner/",
+    "train/algorithm/",
+    *(
+        f"train/rollout/{name}"
+        for name in (
+            "branches/",
+            "staleness/",
+            "stop/",
+            "groups_kept",
+            "rounds",
+            "invalid_rate",
+            "turns_mean",
+        )
+    ),
+)
+
+
 def _is_signal(name: str) -> bool:
-    """Whether no other figure shows it."""
-    return _by_type(name) or name.startswith(
-        ("learner/", "branches/", "staleness/", "stop/", "groups_kept", "rounds", "invalid", "turns")
-    )
+    """Return whether a metric belongs into the grid of signals: no other figure shows it."""
+    return _is_by_task_type(name) or name.startswith(_SIGNALS)
 
 
-def _by_type(name: str) -> bool:
-    """Whether it is a task type's, as in success/TYPE and entropy/turn/TYPE."""
-    return bool(re.match("(success|entropy/[a-z]+)/", name))
+def _is_by_task_type(name: str) -> bool:
+    """Return whether a metric is of one task type, as success_rate/TYPE and entropy/turn/TYPE."""
+    return bool(re.match("train/rollout/(success_rate|entropy/[a-z]+)/", name))
 
 
-def _panel(name: str) -> str:
-    """The panel that shows a signal: those of turns by number, task types or stop reasons share one."""
+def _panel_name(name: str) -> str:
+    """Return the panel of a metric: numbered turns, task types and stop reasons share one."""
     head, _, last = name.rpartition("/")
-    return f"{head}/*" if last.isdigit() or head == "stop" or _by_type(name) else name
+    return f"{head}/*" if last.isdigit() or head == "train/rollout/stop" or _is_by_task_type(name) else name
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
@@ -235,7 +252,7 @@ def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in known], [value for _, value in known]
 
 
-def _interval(axes: Axes, rate: float, height: float, interval: Interval, decoding: str) -> None:
+def _draw_interval(axes: Axes, rate: float, height: float, interval: Interval, decoding: str) -> None:
     low, high = interval
     axes.errorbar(
         rate,
@@ -249,8 +266,8 @@ def _interval(axes: Axes, rate: float, height: float, interval: Interval, decodi
     )
 
 
-def _legend(axes: Axes) -> None:
-    """One entry per label, below the axes' title line; none without labels."""
+def _draw_legend(axes: Axes) -> None:
+    """Draw a legend with one entry per label above the axes, if there are labels."""
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     if unique:
@@ -265,13 +282,13 @@ def _legend(axes: Axes) -> None:
         )
 
 
-def _plain(text: str) -> str:
-    """Text that matplotlib takes for neither mathematics nor a label to be hidden."""
+def _label_text(text: str) -> str:
+    """Escape what matplotlib reads as mathematics (`$`) or as a hidden label (a leading `_`)."""
     return re.sub(r"^_", " _", printable(text).replace("$", r"\$"))
 
 
-def _uri(figure: Figure) -> str:
+def _to_data_uri(figure: Figure) -> str:
     stream = BytesIO()
-    # Transparent, so that a page of either scheme can have it.
+    # A transparent background suits both the light and the dark page.
     figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
     return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""What a run reached, for a person: a table in the terminal and one self-contained HTML page."""
+"""The results of a run as a table in the terminal and as a self-contained HTML page."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,21 +21,21 @@ from agentrl.terminal import plain, printable
 
 Tree = Mapping[str, Any]
 
-_MOST_COLUMNS = 6  # task types beside each other
-_LONGEST_TEXT = 4000  # characters of one observation or reply that are shown
+_MAX_COLUMNS = 6  # task types shown as columns
+_MAX_TEXT_CHARS = 4000  # of one observation or reply
 
 
 def results_table(summary: Tree) -> RenderableType:
-    """Success of each policy and decoding, overall and per task type, as percentages with 95 % intervals.
+    """Return the success rates of each policy, overall and per task type, in percent with 95 % intervals.
 
-    More task types than a terminal has room for stand in a table of their own, below each other.
+    If there are more task types than fit in a terminal, they become the rows of a second table.
 
     Args:
-        summary: the content of a run's summary.json; of it only `policies` is needed.
+        summary: The content of a run's summary.json, of which only `policies` is needed.
     """
     policies = _final_policies(summary)
     types = _task_types(policies)
-    if len(types) > _MOST_COLUMNS:
+    if len(types) > _MAX_COLUMNS:
         return Group(_policies_table(summary, policies, []), _types_table(policies, types))
     return _policies_table(summary, policies, types)
 
@@ -54,9 +54,9 @@ def _types_table(policies: Mapping[str, Mapping[str, Tree]], types: Sequence[str
 
 
 def _policies_table(summary: Tree, policies: Mapping[str, Mapping[str, Tree]], types: Sequence[str]) -> Table:
-    narrow = len(types) > 3  # so that six of them fit a terminal, intervals stand below their rates
+    narrow = len(types) > 3  # put intervals below their rates, so that six task types fit in a terminal
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0 if narrow else 1, 0, 0), pad_edge=False)
-    lines = _instruction_lines(summary)
+    lines = _instruction_caption(summary)
     table.title = plain(_panel_line(summary), "table.title")
     table.caption = plain(lines, "table.caption") if lines else None
     table.title_justify = table.caption_justify = "left"
@@ -69,18 +69,21 @@ def _policies_table(summary: Tree, policies: Mapping[str, Mapping[str, Tree]], t
         for index, (decoding, score) in enumerate(decodings.items()):
             cells = [_terminal_cell(score, narrow, digits=1)]
             cells += [_terminal_cell(score["by_task_type"].get(kind), narrow, digits=0) for kind in types]
-            cells += [_number(score.get("mean_turns"), 1)]
+            cells += [_format_number(score.get("mean_turns"), 1)]
             last = index == len(decodings) - 1
             table.add_row(*map(plain, (name if index == 0 else "", decoding, *cells)), end_section=last)
     return table
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Write `report.html` from what stands in the run's folder; what is not there yet is left out.
+    """Write `report.html` from the files in the run's folder, without the sections whose files are missing.
+
+    Returns:
+        The path of the report.
 
     Raises:
-        CheckpointError: when a file in the folder is damaged.
-        OSError: when the disk is full; an older report stays as it was.
+        CheckpointError: If a file in the folder is damaged.
+        OSError: If the disk is full; an older report is left as it was.
     """
     folder = Path(run_folder)
     templates = Environment(
@@ -95,7 +98,7 @@ def write_report(run_folder: str | Path) -> Path:
 
 
 def _content(folder: Path) -> dict[str, Any]:
-    from agentrl.evaluation import figures  # matplotlib: half a second that a table does not need
+    from agentrl.evaluation import figures  # loads matplotlib (half a second), which a table does not need
 
     summary, manifest = read_summary(folder), read_manifest(folder) or {}
     policies = _final_policies(summary)
@@ -107,7 +110,7 @@ def _content(folder: Path) -> dict[str, Any]:
     }
     entropy_figures = [figures.draw_entropy_over_steps(training)] if training else []
     entropy_figures += [figures.draw_entropy_by_turn(by_turn)] if by_turn else []
-    source, episodes = _sample_episodes(folder / "episodes")
+    source, episodes = _select_episodes(folder / "episodes")
     config = folder / "config.yaml"
     return {
         "name": folder.resolve().name,
@@ -116,28 +119,30 @@ def _content(folder: Path) -> dict[str, Any]:
         "success_figure": figures.draw_success(policies) if policies else "",
         "verdicts": _verdicts(policies),
         "columns": ["success", *_task_types(policies)],
-        "rows": list(_rows(policies)),
+        "rows": list(_score_rows(policies)),
         "panel": _panel_line(summary),
-        "instruction": list(_instruction(summary)),
-        "curve_figure": figures.draw_learning_curve(training, _evaluations(summary, training))
+        "instruction": list(_instruction_rows(summary)),
+        "curve_figure": figures.draw_learning_curve(training, _curve_points(summary, training))
         if training
         else "",
         "entropy_figures": entropy_figures,
         "signals_figure": figures.draw_signals(training) if training else None,
-        "waiting": _waiting(summary.get("times", {})),
+        "waiting": _waiting_line(summary.get("times", {})),
         "episodes_source": source,
-        "episodes": _shown_episodes(episodes),
-        "facts": list(_facts(summary, manifest)),
+        "episodes": _episode_rows(episodes),
+        "facts": list(_fact_rows(summary, manifest)),
         "config": config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
     }
 
 
 def _final_policies(summary: Tree) -> dict[str, dict[str, Any]]:
-    """The policies to be compared; `step-N` are points of the learning curve."""
-    return {name: decodings for name, decodings in summary.get("policies", {}).items() if _step(name) is None}
+    """Return the policies to compare, without the points of the learning curve (`step-N`)."""
+    return {
+        name: decodings for name, decodings in summary.get("policies", {}).items() if _step_of(name) is None
+    }
 
 
-def _step(name: str) -> int | None:
+def _step_of(name: str) -> int | None:
     found = re.fullmatch(r"step-(\d+)", name)
     return int(found[1]) if found else None
 
@@ -157,7 +162,7 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _number(value: float | None, digits: int) -> str:
+def _format_number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
@@ -176,7 +181,7 @@ def _terminal_cell(score: Tree | None, narrow: bool, digits: int) -> str:
     return f"{rate}\n{low}–{high.removesuffix('.0')}" if narrow else f"{rate} [{low}, {high}]"
 
 
-def _rows(policies: Mapping[str, Mapping[str, Tree]]) -> Iterable[dict[str, Any]]:
+def _score_rows(policies: Mapping[str, Mapping[str, Tree]]) -> Iterable[dict[str, Any]]:
     types = _task_types(policies)
     for name, decodings in policies.items():
         for index, (decoding, score) in enumerate(decodings.items()):
@@ -186,13 +191,13 @@ def _rows(policies: Mapping[str, Mapping[str, Tree]]) -> Iterable[dict[str, Any]
                 "decoding": decoding,
                 "first": index == 0,
                 "cells": [{"rate": rate, "interval": interval} for rate, interval in cells],
-                "turns": _number(score.get("mean_turns"), 1),
-                "returned": _number(score.get("mean_return"), 2),
-                "aborted": _aborted(score),
+                "turns": _format_number(score.get("mean_turns"), 1),
+                "returned": _format_number(score.get("mean_return"), 2),
+                "aborted": _format_aborted(score),
             }
 
 
-def _aborted(score: Tree) -> str:
+def _format_aborted(score: Tree) -> str:
     aborted = score.get("aborted", 0)
     if not aborted:
         return "0"
@@ -201,7 +206,7 @@ def _aborted(score: Tree) -> str:
 
 
 def _tiles(policies: Mapping[str, Mapping[str, Tree]]) -> list[dict[str, str]]:
-    """The four numbers of the story: cloned and trained, sampled and greedy."""
+    """Return the headline numbers: the cloned and the trained policy, sampled and greedy."""
     tiles = []
     for decoding in ("sampled", "greedy"):
         for name in ("cloned", "trained"):
@@ -226,9 +231,9 @@ def _verdicts(policies: Mapping[str, Mapping[str, Tree]]) -> list[str]:
         apart = intervals_separate(before[decoding]["interval"], after[decoding]["interval"])
         side = "above" if after[decoding]["success_rate"] > before[decoding]["success_rate"] else "below"
         verdict = (
-            f"the trained policy's interval lies wholly {side} that of the cloned one"
+            f"the interval of the trained policy lies entirely {side} that of the cloned policy"
             if apart
-            else "the two intervals overlap, so this panel does not tell trained and cloned apart"
+            else "the intervals overlap, so this panel does not separate the trained from the cloned policy"
         )
         sentences.append(f"{decoding.capitalize()}: {verdict}.")
     return sentences
@@ -254,31 +259,31 @@ def _data_line(summary: Tree) -> str:
     return f"data: {', '.join(labels)}" if labels else ""
 
 
-def _instruction(summary: Tree) -> Iterable[dict[str, Any]]:
+def _instruction_rows(summary: Tree) -> Iterable[dict[str, Any]]:
     for decoding, check in (summary.get("instruction_check") or {}).items():
         for key, goal in (
-            ("new_goal", "the goal that it was told"),
-            ("old_goal", "the panel's goal, not told"),
+            ("new_goal", "the new goal, which it was given"),
+            ("old_goal", "the panel's goal, which it was not given"),
         ):
             rate, interval = _cell(check[key])
             reached = {"rate": f"{rate} %", "interval": interval, "episodes": check[key]["episodes"]}
             yield reached | {"decoding": decoding, "goal": goal}
 
 
-def _instruction_lines(summary: Tree) -> str | None:
-    lines = ["Told another goal of the same room, the trained policy reached"]
+def _instruction_caption(summary: Tree) -> str | None:
+    lines = ["Given another goal for the same initial state, the trained policy reached"]
     for decoding, check in (summary.get("instruction_check") or {}).items():
         new, old = (" ".join(_cell(check[key])) for key in ("new_goal", "old_goal"))
-        lines.append(f"{decoding:8} that goal in {new} %, the panel's in {old} %")
+        lines.append(f"{decoding:8} the new goal in {new} %, the panel's goal in {old} %")
     return "\n".join(lines) if len(lines) > 1 else None
 
 
-def _evaluations(summary: Tree, training: Sequence[Tree]) -> dict[str, list[tuple[int, float, Any]]]:
-    """Decoding -> points of the learning curve: before, during and after training."""
+def _curve_points(summary: Tree, training: Sequence[Tree]) -> dict[str, list[tuple[int, float, Any]]]:
+    """Return the points of the learning curve of each decoding: before, during and after training."""
     last = training[-1]["step"]
     points: dict[str, list[tuple[int, float, Any]]] = {}
     for name, decodings in summary.get("policies", {}).items():
-        step = {"cloned": 0, "trained": last}.get(name, _step(name))
+        step = {"cloned": 0, "trained": last}.get(name, _step_of(name))
         for decoding, score in decodings.items():
             if step is not None and score["success_rate"] is not None:
                 points.setdefault(decoding, []).append(
@@ -287,8 +292,8 @@ def _evaluations(summary: Tree, training: Sequence[Tree]) -> dict[str, list[tupl
     return {decoding: sorted(found) for decoding, found in points.items()}
 
 
-def _sample_episodes(folder: Path) -> tuple[str, list[Episode]]:
-    """Two successes and two failures of the newest file that has both, else of the newest."""
+def _select_episodes(folder: Path) -> tuple[str, list[Episode]]:
+    """Select two successes and two failures of the newest file that has both, else of the newest file."""
     files = sorted(
         folder.glob("*.parquet"), key=lambda path: (path.name.startswith("trained"), path.name), reverse=True
     )
@@ -297,7 +302,7 @@ def _sample_episodes(folder: Path) -> tuple[str, list[Episode]]:
         try:
             episodes = read_episodes(path)
         except AgentRLError:
-            continue  # a report of the rest is worth more than none
+            continue  # a damaged file must not prevent the report of the rest
         kinds = [
             [e for e in episodes if e.outcome is outcome][:2]
             for outcome in (Outcome.SUCCESS, Outcome.FAILURE)
@@ -309,7 +314,7 @@ def _sample_episodes(folder: Path) -> tuple[str, list[Episode]]:
     return chosen
 
 
-def _shown_episodes(episodes: Sequence[Episode]) -> list[dict[str, Any]]:
+def _episode_rows(episodes: Sequence[Episode]) -> list[dict[str, Any]]:
     known = [turn.entropy for episode in episodes for turn in episode.turns if turn.entropy is not None]
     most = max(known, default=0.0) or 1.0
     return [
@@ -319,12 +324,12 @@ def _shown_episodes(episodes: Sequence[Episode]) -> list[dict[str, Any]]:
             "outcome": episode.outcome.value,
             "stop": episode.stop.value,
             "entropy": "" if episode.entropy is None else f"{episode.entropy:.3f}",
-            "last": _cut(episode.final_observation),
+            "last": _truncate(episode.final_observation),
             "turns": [
                 {
-                    "observation": _cut(turn.observation),
-                    "action": _cut(turn.action),
-                    "entropy": _number(turn.entropy, 3),
+                    "observation": _truncate(turn.observation),
+                    "action": _truncate(turn.action),
+                    "entropy": _format_number(turn.entropy, 3),
                     "reward": f"{turn.reward:g}",
                     "shade": f"{0.45 * (turn.entropy or 0.0) / most:.3f}",
                 }
@@ -335,31 +340,31 @@ def _shown_episodes(episodes: Sequence[Episode]) -> list[dict[str, Any]]:
     ]
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} … ({len(text)} characters)"
+def _truncate(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT_CHARS else f"{text[:_MAX_TEXT_CHARS]} … ({len(text)} characters)"
 
 
-def _facts(summary: Tree, manifest: Tree) -> Iterable[tuple[str, str]]:
-    """Everything else that the two files hold, one line each."""
+def _fact_rows(summary: Tree, manifest: Tree) -> Iterable[tuple[str, str]]:
+    """Yield everything else that the two files hold, one row each."""
     for tree in (summary, manifest):
         for key, value in tree.items():
             if key not in ("policies", "instruction_check"):
-                yield "seconds" if key == "times" else key.replace("_", " "), _flat(value)
+                yield "seconds" if key == "times" else key.replace("_", " "), _format_value(value)
 
 
-def _waiting(times: Mapping[str, float]) -> str:
-    """Who held up whom where playing and learning went on side by side."""
+def _waiting_line(times: Mapping[str, float]) -> str:
+    """Return how long rollout and learning waited for each other in an async run."""
     if "learning.waited.wall" not in times:
         return ""
     return (
-        f"Playing beside learning, the learner waited {times['learning.waited.wall']:,.0f} s for episodes, "
-        f"and the player {times['rollout.waited.wall']:,.0f} s for newer weights."
+        f"In async mode, the learner waited {times['learning.waited.wall']:,.0f} s for episodes, "
+        f"and rollout waited {times['rollout.waited.wall']:,.0f} s for newer weights."
     )
 
 
-def _flat(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_format_value(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_flat(item) for item in value)
+        return ", ".join(_format_value(item) for item in value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)

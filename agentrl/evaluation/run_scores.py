@@ -1,4 +1,4 @@
-"""What the policies of a run score: on its panel, and when told another goal."""
+"""Scores of the policies of a run: measure them, keep them in its folder and summarise them."""
 
 import json
 from collections.abc import Callable
@@ -10,41 +10,36 @@ from typing import Any
 from agentrl.data.storage import write_episodes
 from agentrl.data.trajectory import Episode
 from agentrl.env.panel import Panel
-from agentrl.evaluation.evaluate import (
-    Evaluation,
-    data_label,
-    instruction_check,
-    open_panel_environments,
-    play_panel,
-    summarise,
-)
+from agentrl.evaluation.panels import data_label, open_panel_environments
+from agentrl.evaluation.playing import check_instructions, play_panel
+from agentrl.evaluation.scores import Evaluation, summarise
 from agentrl.files import write_atomic
 from agentrl.learn.ranks import Ranks
-from agentrl.rollout.collector import Collection
 from agentrl.rollout.environments import Environments
+from agentrl.rollout.play import Collection
 from agentrl.rollout.players import Player
-from agentrl.run.logger import Logbook
+from agentrl.run.logger import RunLogger
 from agentrl.run.policies import scripted_player
 from agentrl.run.records import read_evaluations
 from agentrl.run.settings import RunConfig
 from agentrl.run.signals import Interruption
-from agentrl.run.timers import Clocks
+from agentrl.run.timers import Timers
 
 _DECODINGS = {"greedy": 0.0, "sampled": 1.0}
 
 
-class Measurements:
-    """Measures policies, and keeps what was found in the run's folder; what it holds is not measured again.
+class RunScores:
+    """Scores of the policies of a run, kept in its folder so that nothing is measured twice.
 
     Args:
-        folder: of the run.
-        config: of the run.
-        panel: of tasks that all policies play.
-        player: makes one of the run's policy, given a temperature.
-        logbook: shows progress.
-        clocks: run while episodes are played.
-        ranks: that play a part of the tasks each.
-        interruption: held back while the folder is written.
+        folder: The run's folder.
+        config: The run's configuration.
+        panel: The panel that every policy plays.
+        player: Makes a player of the run's policy for a given temperature.
+        logger: Shows progress.
+        timers: Measure the time spent on evaluation.
+        ranks: The ranks, each of which plays a part of the tasks.
+        interruption: Holds signals back while the folder is written.
     """
 
     def __init__(
@@ -53,48 +48,53 @@ class Measurements:
         config: RunConfig,
         panel: Panel,
         player: Callable[[float], Player],
-        logbook: Logbook,
-        clocks: Clocks,
+        logger: RunLogger,
+        timers: Timers,
         ranks: Ranks,
         interruption: Interruption,
     ) -> None:
         self._folder, self._config, self._panel, self._player = folder, config, panel, player
-        self._logbook, self._clocks, self._ranks, self._interruption = logbook, clocks, ranks, interruption
+        self._logger, self._timers, self._ranks, self._interruption = logger, timers, ranks, interruption
 
     def missing(self, name: str) -> list[str]:
-        """Decodings of a policy that were not measured yet."""
+        """Return the decodings of a policy that have no scores yet."""
         known = self._ranks.run_on_rank0(self.results).get(name, {})
         wanted = {"random": ("sampled",), "expert": ("greedy",)}.get(name, tuple(_DECODINGS))
         return [decoding for decoding in wanted if decoding not in known]
 
     def measure(self, name: str, decoding: str) -> Evaluation:
-        """Play the panel with `random`, `expert`, or the run's policy as it is now, called `name`."""
+        """Play the panel, and return and keep the scores.
+
+        Args:
+            name: `random`, `expert`, or the name under which to keep the scores of the run's current policy.
+            decoding: `greedy` or `sampled`.
+        """
         repeats = self._config.evaluation.repeats
-        with self._clocks.running("evaluation"):
+        with self._timers.running("evaluation"):
             played, label = self._ranks.raise_on_any_rank(partial(self._play, name, decoding))
             of_task = [played.episodes[at : at + repeats] for at in range(0, len(played.episodes), repeats)]
-            episodes = [episode for plays in self._ranks.collect(of_task) for episode in plays]
+            episodes = [episode for plays in self._ranks.merge(of_task) for episode in plays]
         found = summarise(episodes, self._panel, repeats, data=label)
         found = replace(found, retried=sum(self._ranks.gather(len(played.failures))))
         if self._ranks.first:
             write_episodes(self._folder / "episodes" / f"{name}-{decoding}.parquet", episodes)
             results = self.results()
             results.setdefault(name, {})[decoding] = found.to_dict()
-            self._keep(results)
+            self._save(results)
         return found
 
     def check_instructions(self) -> None:
-        """Tell the policy another goal of the same room, where the environment can; once per run."""
+        """Run the instruction check once, if it is configured and the environment has other goals."""
         results = self.results()
         if not self._config.evaluation.instruction_check or "instruction_check" in results:
             return
         with (
-            self._clocks.running("evaluation"),
-            self._logbook.stage("instruction check"),
+            self._timers.running("evaluation"),
+            self._logger.stage("instruction check"),
             self._environments() as environments,
         ):
             for decoding, temperature in _DECODINGS.items():
-                found = instruction_check(
+                found = check_instructions(
                     self._panel,
                     self._player(temperature),
                     environments,
@@ -103,14 +103,14 @@ class Measurements:
                 )
                 if found is not None:
                     results.setdefault("instruction_check", {})[decoding] = found.to_dict()
-        self._keep(results)
+        self._save(results)
 
     def results(self) -> dict[str, Any]:
-        """What was found so far: policy, decoding, numbers."""
+        """Return the scores so far, by policy and decoding."""
         return read_evaluations(self._folder)
 
     def summary(self) -> dict[str, Any]:
-        """The whole run in one record."""
+        """Return the content of summary.json."""
         config, panel, results = self._config, self._panel, self.results()
         policies = {name: found for name, found in results.items() if name != "instruction_check"}
         repeats = config.evaluation.repeats
@@ -129,16 +129,16 @@ class Measurements:
             },
             "seeds": {"run": config.seed},
             "steps": {"warm_start": config.warm_start.steps, "train": config.trainer.steps},
-            "times": self._clocks.read(),
+            "times": self._timers.read(),
         }
 
     def _play(self, name: str, decoding: str) -> tuple[Collection, str | None]:
-        """Play this rank's tasks of the panel; also what the tasks are, as their environment labels them."""
+        """Play this rank's tasks of the panel; return the episodes and the environment's data label."""
         panel = self._panel
-        tasks, hashes = (tuple(self._ranks.deal(each)) for each in (panel.tasks, panel.hashes))
+        tasks, hashes = (tuple(self._ranks.split(each)) for each in (panel.tasks, panel.hashes))
         own = replace(panel, tasks=tasks, hashes=hashes)
         with (
-            self._logbook.stage(f"evaluating {name}, {decoding}", total=len(own.tasks)),
+            self._logger.stage(f"evaluating {name}, {decoding}", total=len(own.tasks)),
             self._environments(expert=name == "expert") as environments,
         ):
             scripted = name in ("random", "expert")
@@ -147,7 +147,7 @@ class Measurements:
 
             def count(episode: Episode) -> None:
                 finished.append(episode)
-                self._logbook.advance(len({episode.task for episode in finished}))
+                self._logger.advance(len({episode.task for episode in finished}))
 
             played = play_panel(
                 own,
@@ -166,7 +166,7 @@ class Measurements:
             panel.env, panel.split, panel.env_kwargs, self._config.rollout, expert=expert
         )
 
-    def _keep(self, results: dict[str, Any]) -> None:
+    def _save(self, results: dict[str, Any]) -> None:
         with self._interruption.shield():
             write_atomic(self._folder / "evaluations.json", json.dumps(results, indent=1))
-            self._clocks.save()
+            self._timers.save()

@@ -1,4 +1,4 @@
-"""Success rates with the intervals that their design allows."""
+"""Success rates with confidence intervals for single and repeated plays."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """A share of successes with its 95 % interval; without any episode they are None and [0, 1].
+    """Success rate with its 95 % interval; without any episode they are None and [0, 1].
 
     Example: Rate(0.5, (0.299, 0.701), episodes=20).
     """
@@ -22,7 +22,7 @@ class Rate:
 
 
 def wilson(successes: int, trials: int) -> Interval:
-    """Wilson's 95 % score interval of a share; no trials know nothing and yield [0, 1].
+    """Compute Wilson's 95 % score interval of a proportion; it is [0, 1] without trials.
 
     Source: Wilson 1927, Journal of the American Statistical Association 22, 209-212.
     """
@@ -35,17 +35,17 @@ def wilson(successes: int, trials: int) -> Interval:
 def bootstrap_over_tasks(
     plays: Sequence[Sequence[bool]], *, seed: int = 0, resamples: int = 10_000
 ) -> Interval:
-    """95 % percentile interval of the pooled success rate when whole tasks are drawn again with replacement.
+    """Compute the 95 % percentile interval of the pooled success rate by resampling whole tasks.
 
-    Plays of one task are not independent: K plays of N tasks say less than K·N tasks would.
+    Plays of one task are not independent, so K plays of N tasks say less than K·N tasks would.
 
     Args:
-        plays: outcomes of each task; tasks without any are left out.
-        seed: of the resampling.
-        resamples: number of redrawn panels.
+        plays: The outcomes of each task; tasks without any are left out.
+        seed: The seed of the resampling.
+        resamples: The number of resampled panels.
 
     Returns:
-        The interval; Wilson's over the number of tasks where resampling cannot vary (one task, or all alike).
+        The interval, or Wilson's over the number of tasks if all tasks have the same rate.
     """
     wins = np.array([sum(outcomes) for outcomes in plays if outcomes], dtype=float)
     counts = np.array([len(outcomes) for outcomes in plays if outcomes], dtype=float)
@@ -54,17 +54,19 @@ def bootstrap_over_tasks(
     if len(wins) == 1 or np.ptp(wins / counts) == 0:
         return wilson(round(len(wins) * float(wins.sum() / counts.sum())), len(wins))
     draws = np.random.default_rng(seed)
-    # A panel drawn with replacement is how often it holds each task.
+    # A resampled panel is represented by how often it contains each task.
     held = draws.multinomial(len(wins), np.full(len(wins), 1 / len(wins)), size=resamples)
     low, high = np.quantile((held @ wins) / (held @ counts), [0.025, 0.975])
     return float(low), float(high)
 
 
 def success_rate(plays: Sequence[Sequence[bool]]) -> Rate:
-    """Pool the plays of all tasks; the interval is Wilson's when no task was played twice.
+    """Pool the plays of all tasks into one rate.
+
+    The interval is Wilson's if no task was played twice, and else a bootstrap over tasks.
 
     Args:
-        plays: outcomes of each task's plays, True for success; aborted plays are not in it.
+        plays: The outcomes of each task's plays, True for success, without aborted plays.
     """
     outcomes = [outcome for task in plays for outcome in task]
     if not outcomes:
@@ -76,5 +78,5 @@ def success_rate(plays: Sequence[Sequence[bool]]) -> Rate:
 
 
 def intervals_separate(a: Interval, b: Interval) -> bool:
-    """Whether one interval lies wholly above the other; touching ends do not."""
+    """Return whether one interval lies strictly above the other."""
     return a[0] > b[1] or b[0] > a[1]

@@ -1,4 +1,4 @@
-"""One episode in the terminal: read what a policy does, or play yourself."""
+"""Play one episode in the terminal, by a policy or by yourself."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,24 +27,24 @@ def watch(
     seed: int = 0,
     temperature: float = 1.0,
 ) -> Episode:
-    """Play one episode and print it as it goes.
+    """Play one episode and print each turn.
 
     Args:
-        console: to print to, and to ask a human player.
-        env: environment id.
+        console: The console to print to and to read a human player's commands from.
+        env: The environment's id.
         policy: `human`, `random`, `expert`, a run's folder or name, or a Hugging Face folder.
-        kwargs: arguments of the environment; a run adds those that it was trained with.
-        task: id of a task; None takes one by the seed.
-        split: where that one is from; None takes a run's held-out split, else the environment's first.
-        seed: of the environment and of the policy's draws.
-        temperature: of the policy's draws; 0 always takes its first choice.
+        kwargs: The arguments of the environment; those of a run that was trained on it are added.
+        task: The task's id; None selects one by the seed.
+        split: The split to select it from; None takes the run's held-out split, else the environment's first.
+        seed: The seed of the environment and of the policy's sampling.
+        temperature: The sampling temperature; 0 is greedy.
 
     Raises:
-        ConfigError: the environment, the split or an argument is unknown.
-        CheckpointError: there is no such policy.
-        KeyboardInterrupt: the human player left.
+        ConfigError: If the environment, the split or an argument is unknown.
+        CheckpointError: If there is no such policy.
+        KeyboardInterrupt: If the human player leaves.
     """
-    player, kwargs, split = _cast(console, env, policy, dict(kwargs or {}), split, temperature)
+    player, kwargs, split = _open_player(console, env, policy, dict(kwargs or {}), split, temperature)
     if split is not None:
         kwargs["split"] = split
     with EnvironmentPool(lambda: make(env, **kwargs)) as environments:
@@ -54,19 +54,19 @@ def watch(
                 tasks = known.tasks(split or known.splits[0])
                 task = str(tasks[seed % len(tasks)])
         spec = EpisodeSpec("watched", env, task, seed)
-        (episode,) = collect([spec], _Narrator(player, console), environments, max_active=1).episodes
+        (episode,) = collect([spec], _PrintingPlayer(player, console), environments, max_active=1).episodes
     if not episode.stop.aborted:
-        _curtain(console, episode)
+        _print_ending(console, episode)
     return episode
 
 
-def _cast(
+def _open_player(
     console: Console, env: str, policy: str, kwargs: dict[str, Any], split: str | None, temperature: float
 ) -> tuple[Player, dict[str, Any], str | None]:
-    """Who plays, in which environment."""
+    """Open the player, and complete the environment's arguments and the split."""
     if policy == "human":
-        return HumanPlayer(_Prompt(console)), kwargs, split
-    from agentrl.run.policies import open_player  # it loads torch, which a human can do without
+        return HumanPlayer(_CommandPrompt(console)), kwargs, split
+    from agentrl.run.policies import open_player  # loads torch, which a human player does not need
 
     player, config = open_player(policy, temperature=temperature)
     if policy == "expert":
@@ -76,8 +76,8 @@ def _cast(
     return player, {**config.env.kwargs, **kwargs}, split or config.evaluation.split
 
 
-class _Prompt:
-    """Asks for a command, by its number or as text."""
+class _CommandPrompt:
+    """Prompt for a command, given by its number or as text."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -100,40 +100,44 @@ class _Prompt:
                 return answer
 
 
-class _Narrator:
-    """Prints what another player reads and replies."""
+class _PrintingPlayer:
+    """Player that prints the observations and replies of another player."""
 
     def __init__(self, player: Player, console: Console) -> None:
         self._player = player
         self._console = console
 
     def submit(self, request: ActionRequest) -> None:
+        """Print the observation and pass the request on."""
         self._console.print(Rule(f"turn {request.turn + 1}", align="left", style="dim"))
         self._console.print(plain(request.observation))
         self._player.submit(request)
 
     def poll(self) -> Sequence[tuple[str, Reply | Stop]]:
+        """Return the player's answers, printed unless a human typed them."""
         answers = self._player.poll()
         for _, answer in answers:
             if isinstance(answer, Reply) and not isinstance(self._player, HumanPlayer):
-                self._console.print(plain(f"> {answer.text}", "bold"), plain(_entropy(answer), "dim"))
+                self._console.print(plain(f"> {answer.text}", "bold"), plain(_format_entropy(answer), "dim"))
         return answers
 
     def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
+        """Pass the fork on."""
         self._player.fork(child_id, parent_id, turns, prefix_ids)
 
     def close(self, episode_id: str) -> None:
+        """Pass the close on."""
         self._player.close(episode_id)
 
 
-def _entropy(reply: Reply) -> str:
+def _format_entropy(reply: Reply) -> str:
     value = Turn(
         "", "", action_ids=reply.action_ids, entropies=reply.entropies, allowed=reply.allowed
     ).entropy
     return "" if value is None else f"entropy {value:.3f}"
 
 
-def _curtain(console: Console, episode: Episode) -> None:
+def _print_ending(console: Console, episode: Episode) -> None:
     ending = f"after {len(episode.turns)} turns ({episode.stop.value}), return {episode.episode_return:g}"
     console.print(Rule(style="dim"))
     console.print(plain(episode.final_observation))

@@ -1,1 +1,1 @@
-"""Learning: tensors in, better weights out."""
+"""Learning: score a batch, compute a loss and its gradient, and update the weights of the policy."""

@@ -1,4 +1,4 @@
-"""From rows of a batch to what the policy says about their tokens. The only place where positions shift."""
+"""Forward pass of a policy over rows of a batch. The only place where positions are shifted by one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,33 +18,34 @@ OutputWeight = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class Forward:
-    """How to read a policy.
+    """How to read the hidden states and the output embedding of a policy.
 
     Args:
-        hidden_states: (policy, tokens [N], lengths [B]) -> [N, d]: rows one behind the other, none seeing
-            another.
-        output_weight: policy -> [V, d].
-        temperature: that of sampling: what is improved is the distribution that replies are drawn from.
+        hidden_states: The function (policy, tokens [N], lengths [B]) -> [N, d]. The rows are concatenated,
+            and none attends to another.
+        output_weight: The function policy -> [V, d].
+        temperature: The sampling temperature, so that the policy that is trained is the one that acts.
     """
 
     hidden_states: HiddenStates = model.hidden_states
     output_weight: OutputWeight = model.output_weight
     temperature: float = 1.0
 
-    def describe(self, policy: nn.Module, batch: Batch, value_head: nn.Module | None = None) -> Outputs:
-        """Logprob and entropy of every sampled token, and its value with a value head; [B, T], 0 elsewhere.
+    def score(self, policy: nn.Module, batch: Batch, value_head: nn.Module | None = None) -> Outputs:
+        """Return log-probability, entropy and, with a value head, value of action tokens; 0 elsewhere.
 
-        The state at position t - 1 predicts token t. Only states that predict a decision meet the output
-        embedding, and what follows a row's last decision is not computed at all.
+        The state at position t - 1 predicts token t. Logits are computed only for states that predict an
+        action token, and nothing is computed after the last action token of a row.
         """
         lengths = needed_lengths(batch)
         rows, positions = batch.sampled.nonzero(as_tuple=True)
         if not len(rows):
-            nothing = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
-            return Outputs(nothing, nothing, None if value_head is None else nothing)
+            zeros = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
+            return Outputs(zeros, zeros, None if value_head is None else zeros)
         width = batch.tokens.shape[1]
         kept = torch.arange(width, device=lengths.device) < lengths[:, None]
         hidden = self.hidden_states(policy, batch.tokens[kept], lengths[lengths > 0])
+        # Rows are concatenated without padding, so row r begins at starts[r].
         starts = lengths.cumsum(0) - lengths
         states = hidden.index_select(0, starts[rows] + positions - 1)
         found = [
@@ -61,7 +62,7 @@ class Forward:
         return Outputs(*(_scatter(values, rows, positions, batch.tokens.shape) for values in found))
 
     def last_values(self, policy: nn.Module, batch: Batch, value_head: nn.Module) -> Tensor:
-        """What a value head says after the last token of every row; [B]."""
+        """Return the output of the value head after the last token of each row; [B]."""
         kept = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < batch.lengths[:, None]
         hidden = self.hidden_states(policy, batch.tokens[kept], batch.lengths)
         values: Tensor = value_head(hidden.index_select(0, batch.lengths.cumsum(0) - 1))
@@ -69,18 +70,18 @@ class Forward:
 
 
 def in_bfloat16(hidden_states: HiddenStates) -> HiddenStates:
-    """Have a policy's layers computed in bfloat16, over weights that stay as they are (autocast).
+    """Compute a policy's layers in bfloat16 by autocast; the dtype of the weights stays the same.
 
-    Products and attention are rounded; sums along the layers, norms, and all that is made of the states that
-    come out, which are float32, are not.
+    Matrix products and attention are rounded. The residual stream, norms and everything computed from the
+    final states are float32.
     """
 
-    def rounded(policy: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def autocast(policy: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
         with torch.autocast(tokens.device.type, torch.bfloat16):
             hidden = hidden_states(policy, tokens, lengths)
         return hidden.float()
 
-    return rounded
+    return autocast
 
 
 def _statistics(
@@ -90,24 +91,25 @@ def _statistics(
     choices: tuple[Tensor, Tensor] | None,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Logprob and entropy of each decision, those with a choice of ids apart from those without."""
+    """Return log-probability and entropy of each action token, handling constrained tokens separately."""
     if choices is None:
         return token_statistics(hidden, weight, targets, temperature=temperature)
-    order, ids = choices
-    parts = [token_statistics(hidden[order], weight, targets[order], ids, temperature)]
-    if len(order) < len(hidden):
+    constrained, ids = choices
+    parts = [token_statistics(hidden[constrained], weight, targets[constrained], ids, temperature)]
+    order = constrained
+    if len(constrained) < len(hidden):
         free = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-        free[order] = False
+        free[constrained] = False
         others = free.nonzero().squeeze(1)
         parts.append(token_statistics(hidden[others], weight, targets[others], temperature=temperature))
-        order = torch.cat([order, others])
-    back = order.argsort()
+        order = torch.cat([constrained, others])
+    back = order.argsort()  # to the order of the given tokens
     logprobs, entropies = (torch.cat(values)[back] for values in zip(*parts, strict=True))
     return logprobs, entropies
 
 
 def needed_lengths(batch: Batch) -> Tensor:
-    """[B] int64, tokens of each row that come before its last decision: those that a forward pass needs."""
+    """Return how many tokens of each row come before its last action token; [B] int64."""
     if not batch.tokens.numel():
         return torch.zeros_like(batch.lengths)
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
@@ -115,12 +117,12 @@ def needed_lengths(batch: Batch) -> Tensor:
 
 
 def _choices(batch: Batch, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Which of the listed decisions were constrained ([M] places in the list), and to what ([M, K] ids)."""
+    """Return the indices of constrained action tokens in the list, [M], and their allowed ids, [M, K]."""
     if batch.allowed is None:
         return None
-    place = torch.zeros(batch.tokens.shape, dtype=torch.int64, device=rows.device)
-    place[rows, positions] = torch.arange(len(rows), device=rows.device)
-    return place[batch.allowed.rows, batch.allowed.positions], batch.allowed.ids
+    index = torch.zeros(batch.tokens.shape, dtype=torch.int64, device=rows.device)
+    index[rows, positions] = torch.arange(len(rows), device=rows.device)
+    return index[batch.allowed.rows, batch.allowed.positions], batch.allowed.ids
 
 
 def _scatter(values: Tensor, rows: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:

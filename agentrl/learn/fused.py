@@ -1,4 +1,4 @@
-"""Log-probability and entropy of tokens from hidden states; logits exist for a chunk of tokens at a time."""
+"""Log-probability and entropy of tokens from hidden states, with logits for one chunk of tokens at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,26 +24,27 @@ def token_statistics(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> Statistics:
-    """Log-probability of a target and exact entropy of the distribution it was drawn from, for N tokens.
+    """Return the log-probabilities of N target tokens and the exact entropies of their distributions.
 
-        z[n] = weight @ hidden[n] / temperature,   p[n] = softmax z[n], over the vocabulary or over the
-        allowed ids logprobs[n] = log p[n, targets[n]],        entropies[n] = -sum_v p[n, v] log p[n, v]
+        z[n] = weight @ hidden[n] / temperature,   p[n] = softmax z[n], over the vocabulary or the allowed ids
+        logprobs[n] = log p[n, targets[n]],        entropies[n] = -sum_v p[n, v] log p[n, v]
 
-    Both have gradients to `hidden` and `weight`; memory, forward and backward, is that of one chunk.
+    Both have gradients with respect to `hidden` and `weight`. Forward and backward pass need the memory of
+    one chunk.
 
     Args:
-        hidden: [N, d] float, the states that predict the targets.
-        weight: [V, d] float, the output embedding.
-        targets: [N] int64; among the allowed ids where those are given.
-        allowed: [N, K] int64 padded with -1, or None for the whole vocabulary.
-        temperature: that of sampling.
-        chunk: tokens at a time; None chooses by the size of the vocabulary.
+        hidden: The states that predict the targets, [N, d] float.
+        weight: The output embedding, [V, d] float.
+        targets: The token ids, [N] int64; each is among the allowed ids if those are given.
+        allowed: The allowed ids, [N, K] int64 padded with -1, or None for the whole vocabulary.
+        temperature: The sampling temperature.
+        chunk: The number of tokens per chunk; None chooses it by the size of the vocabulary.
 
     Returns:
-        [N] logprobs and [N] entropies in nats, float32 at least.
+        [N] log-probabilities and [N] entropies in nats, at least float32.
 
     Raises:
-        ValueError: if the first dimensions disagree.
+        ValueError: If the first dimensions differ.
     """
     if len(targets) != len(hidden) or (allowed is not None and len(allowed) != len(hidden)):
         raise ValueError(
@@ -51,11 +52,11 @@ def token_statistics(
             + ("" if allowed is None else f" and {len(allowed)} rows of allowed ids")
         )
     if allowed is None:
-        return _over_vocabulary(hidden, weight, targets, temperature, chunk)
-    return _over_allowed(hidden, weight, targets, allowed, temperature, chunk)
+        return _vocabulary_statistics(hidden, weight, targets, temperature, chunk)
+    return _chunked_constrained_statistics(hidden, weight, targets, allowed, temperature, chunk)
 
 
-def _over_vocabulary(
+def _vocabulary_statistics(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int | None
 ) -> Statistics:
     size = chunk or max(1, CHUNK_NUMBERS // len(weight))
@@ -63,11 +64,11 @@ def _over_vocabulary(
         _FullVocabulary.apply(states, weight, wanted, temperature)  # type: ignore[no-untyped-call]
         for states, wanted in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
     ]
-    return _join(parts)
+    return _concatenate(parts)
 
 
 class _FullVocabulary(torch.autograd.Function):
-    """Keeps two numbers per token and computes the logits a second time on the way back."""
+    """Statistics that save two numbers per token and recompute the logits in the backward pass."""
 
     @staticmethod
     def forward(
@@ -77,16 +78,16 @@ class _FullVocabulary(torch.autograd.Function):
         highest = logits.amax(dim=-1)
         logits -= highest[:, None]
         target = logits.gather(1, targets[:, None]).squeeze(1)
-        shares = logits.exp()
-        total = shares.sum(dim=-1)
-        entropies = total.log() - shares.mul_(logits).sum(dim=-1) / total
+        unnormalised = logits.exp()
+        total = unnormalised.sum(dim=-1)
+        entropies = total.log() - unnormalised.mul_(logits).sum(dim=-1) / total
         ctx.save_for_backward(hidden, weight, targets, highest + total.log(), entropies)
         ctx.temperature = temperature
         return target - total.log(), entropies
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Chain through dz = g_logprob (onehot - p) - g_entropy p (log p + H)."""
+        """Return the gradients by dz = g_logprob (onehot - p) - g_entropy p (log p + H)."""
         hidden, weight, targets, log_total, entropies = ctx.saved_tensors
         by_logprob, by_entropy = gradients
         logprobs = _logits(hidden, weight, ctx.temperature).sub_(log_total[:, None])
@@ -97,25 +98,33 @@ class _FullVocabulary(torch.autograd.Function):
         return slope @ weight, slope.T @ hidden, None, None
 
 
-def _over_allowed(
+def _chunked_constrained_statistics(
     hidden: Tensor, weight: Tensor, targets: Tensor, allowed: Tensor, temperature: float, chunk: int | None
 ) -> Statistics:
     dense = len(weight) <= _DENSE_RATIO * allowed.shape[1]
-    logits_of = _dense_logits if dense else _fetched_logits
+    logits_of = _dense_logits if dense else _gathered_logits
     numbers = len(weight) if dense else allowed.shape[1] * weight.shape[1]
     size = chunk or max(1, CHUNK_NUMBERS // max(1, numbers))
     if len(hidden) <= size:
-        return _among(logits_of, hidden, weight, targets, allowed, temperature)
+        return _constrained_statistics(logits_of, hidden, weight, targets, allowed, temperature)
     parts = [
-        checkpoint(_among, logits_of, *pieces[:1], weight, *pieces[1:], temperature, use_reentrant=False)
+        checkpoint(
+            _constrained_statistics,
+            logits_of,
+            *pieces[:1],
+            weight,
+            *pieces[1:],
+            temperature,
+            use_reentrant=False,
+        )
         for pieces in zip(
             torch.split(hidden, size), torch.split(targets, size), torch.split(allowed, size), strict=True
         )
     ]
-    return _join(parts)
+    return _concatenate(parts)
 
 
-def _among(
+def _constrained_statistics(
     logits_of: Callable[[Tensor, Tensor, Tensor, float], Tensor],
     hidden: Tensor,
     weight: Tensor,
@@ -135,22 +144,22 @@ def _dense_logits(hidden: Tensor, weight: Tensor, allowed: Tensor, temperature: 
     return _logits(hidden, weight, temperature).gather(1, allowed)
 
 
-def _fetched_logits(hidden: Tensor, weight: Tensor, allowed: Tensor, temperature: float) -> Tensor:
+def _gathered_logits(hidden: Tensor, weight: Tensor, allowed: Tensor, temperature: float) -> Tensor:
     # The scatter-add behind `embedding` is much faster than the one behind indexing.
-    return _single(torch.einsum("nd,nkd->nk", hidden, F.embedding(allowed, weight))) / temperature
+    return _at_least_float32(torch.einsum("nd,nkd->nk", hidden, F.embedding(allowed, weight))) / temperature
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = _single(hidden @ weight.T)
+    logits = _at_least_float32(hidden @ weight.T)
     return logits if temperature == 1.0 else logits / temperature
 
 
-def _single(values: Tensor) -> Tensor:
-    """At least float32: a sum of exponentials over a vocabulary is lost in half precision."""
+def _at_least_float32(values: Tensor) -> Tensor:
+    """Widen half precision to float32, since a sum of exponentials over a vocabulary needs it."""
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _join(parts: list[Statistics]) -> Statistics:
+def _concatenate(parts: list[Statistics]) -> Statistics:
     if len(parts) == 1:
         return parts[0]
     logprobs, entropies = zip(*parts, strict=True)

@@ -1,4 +1,4 @@
-"""Adapters of low rank beside frozen weights (LoRA: Hu et al. 2021, arXiv:2106.09685), through peft."""
+"""Low-rank adapters over frozen weights (LoRA: Hu et al. 2021, arXiv:2106.09685), through peft."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -12,61 +12,66 @@ from agentrl.learn.settings import LoraConfig
 from agentrl.learn.sharding import full_tensor
 from agentrl.policy.architecture import called_linear_layers
 
-_ADAPTER = "default"  # peft's name for the only one
+_ADAPTER = "default"  # peft's name for a model's only adapter
 
 
 def check_adapters(policy: nn.Module, config: LoraConfig) -> None:
-    """Refuse adapters that could not be added, and those that would never act.
+    """Raise an error for adapters that cannot be added or would have no effect.
 
-    A linear map can hold an adapter, but it works only where the map is called. The output layer is not: its
-    weight is read, which may be that of the input embeddings as well.
+    An adapter works only in a linear layer that is called. The output layer is not called: only its weight is
+    read, which may be shared with the input embeddings.
 
     Args:
-        policy: of a Hugging Face model its maps are tried out; of another module all are taken to be called.
-        config: of the adapters.
+        policy: The model. A Hugging Face model is run to find the layers that it calls; in any other module
+            all linear layers are assumed to be called.
+        config: The configuration of the adapters.
 
     Raises:
-        MissingDependencyError: without peft.
-        ConfigError: when the policy has no map of one of the names, or does not call one.
+        MissingDependencyError: If peft is not installed.
+        ConfigError: If the policy has no linear layer of a given name, or does not call it.
     """
     try:
         import peft  # noqa: F401
     except ModuleNotFoundError as error:
         raise missing_extra("learner.lora needs peft", "lora") from error
-    maps, called = _maps(policy), _called(policy)
-    wrong = [name for name in config.targets if name not in map(_own_name, called)]
+    maps, called = _linear_layers(policy), _called_layers(policy)
+    wrong = [name for name in config.targets if name not in map(_short_name, called)]
     if not wrong and config.targets:
         return
-    idle = [name for name in wrong if name in map(_own_name, maps)]
-    why = f"; an adapter of {', '.join(idle)} would never act, for only the weight is read" if idle else ""
+    idle = [name for name in wrong if name in map(_short_name, maps)]
+    why = (
+        f"; an adapter of {', '.join(idle)} would have no effect, since only its weight is read"
+        if idle
+        else ""
+    )
     raise ConfigError(
         f"learner.lora.targets is {', '.join(config.targets) or 'empty'}, wanted some of the policy's "
-        f"linear maps: {', '.join(sorted(set(map(_own_name, called)))) or 'it has none'}{why}"
+        f"linear layers: {', '.join(sorted(set(map(_short_name, called)))) or 'it has none'}{why}"
     )
 
 
-def _maps(policy: nn.Module) -> set[str]:
+def _linear_layers(policy: nn.Module) -> set[str]:
     return {name for name, module in policy.named_modules() if isinstance(module, nn.Linear)}
 
 
-def _called(policy: nn.Module) -> set[str]:
-    """The linear maps through which sequences go, by their whole names."""
-    return called_linear_layers(policy) if isinstance(policy, PreTrainedModel) else _maps(policy)
+def _called_layers(policy: nn.Module) -> set[str]:
+    """Return the full names of the linear layers that a forward pass calls."""
+    return called_linear_layers(policy) if isinstance(policy, PreTrainedModel) else _linear_layers(policy)
 
 
-def _own_name(name: str) -> str:
+def _short_name(name: str) -> str:
     return name.rpartition(".")[2]
 
 
 def add_adapters(policy: nn.Module, config: LoraConfig) -> None:
-    """Freeze a policy's weights and let each named map learn a matrix of low rank to be added to its own.
+    """Freeze a policy's weights and add a trainable low-rank matrix to each named linear layer.
 
-        W + (alpha / rank) B A,   B of [out, rank] is 0 to begin with, A of [rank, in] is random
+        W + (alpha / rank) B A,   B of [out, rank] is 0 at first, A of [rank, in] is random
 
-    A is the same in every run: the global generators are left as they were.
+    A is the same in every run, and the state of the global generators is left unchanged.
 
     Raises:
-        MissingDependencyError, ConfigError: as `check_adapters`.
+        MissingDependencyError, ConfigError: As in `check_adapters`.
     """
     check_adapters(policy, config)
     import peft
@@ -74,7 +79,7 @@ def add_adapters(policy: nn.Module, config: LoraConfig) -> None:
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=cast(int, config.alpha),
-        target_modules=sorted(name for name in _called(policy) if _own_name(name) in config.targets),
+        target_modules=sorted(name for name in _called_layers(policy) if _short_name(name) in config.targets),
         lora_dropout=0.0,
     )
     policy.requires_grad_(False)
@@ -83,18 +88,18 @@ def add_adapters(policy: nn.Module, config: LoraConfig) -> None:
         peft.inject_adapter_in_model(settings, policy)
 
 
-def plain_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight, whole and under the name that it has without adapters, these added in; one at a time."""
+def merged_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every weight in full, with its adapter merged, under its name without adapters; one at a time."""
     adapted = {name: module for name, module in policy.named_modules() if hasattr(module, "lora_A")}
     for name, parameter in policy.named_parameters():
         owner, _, own = name.partition(".base_layer.")
         if owner in adapted:
-            added = _product(adapted[owner]) if own == "weight" else 0.0
+            added = _adapter_weight(adapted[owner]) if own == "weight" else 0.0
             yield f"{owner}.{own}", full_tensor(parameter) + added
         elif ".lora_" not in name:
             yield name, full_tensor(parameter)
 
 
-def _product(module: Any) -> Tensor:
+def _adapter_weight(module: Any) -> Tensor:
     down, up = (full_tensor(part[_ADAPTER].weight) for part in (module.lora_A, module.lora_B))
     return cast(Tensor, module.scaling[_ADAPTER] * (up @ down))

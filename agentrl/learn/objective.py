@@ -1,4 +1,4 @@
-"""The loss of one optimiser step: sum(weight * loss), the weights fixed over the whole mini-batch before."""
+"""The loss of one optimiser step: sum(weight * loss), with weights computed from the whole mini-batch."""
 
 from dataclasses import dataclass, replace
 
@@ -12,14 +12,14 @@ from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs, Term, 
 
 @dataclass(frozen=True)
 class Objective:
-    """Everything about a mini-batch that may depend on all of it; what is left is a sum over its tokens.
+    """Loss of a mini-batch as a sum over tokens, with everything fixed that may depend on all of them.
 
     Args:
-        algorithm: the surrogate and the losses of the terms.
-        context: for them.
-        mini: all rows of the mini-batch, with mask and bounds.
-        factors: [B, T], what their losses are multiplied by before they are added up.
-        terms: each with its factors [B, T], coefficient not included.
+        algorithm: The algorithm that defines the surrogate and the losses of the terms.
+        context: The state of training, which the losses read.
+        mini: All rows of the mini-batch, with mask and bounds.
+        factors: The weight of each token's surrogate loss in the sum, [B, T].
+        terms: Each term with the weights of its tokens [B, T], without its coefficient.
     """
 
     algorithm: Algorithm
@@ -30,57 +30,62 @@ class Objective:
 
     @property
     def mask(self) -> Tensor:
-        """[B, T] bool, tokens in the surrogate."""
+        """Return which tokens are in the surrogate; [B, T] bool."""
         return self.mini.counted
 
     @property
     def bounds(self) -> Bounds | None:
-        """Bounds of the ratio."""
+        """Return the bounds of the ratio, or None if nothing is clipped."""
         return self.mini.bounds
 
     @property
     def has_signal(self) -> bool:
-        """Whether a token counts in the surrogate, or in a term that is switched on."""
+        """Return whether any token counts in the surrogate or in a term with a coefficient other than 0."""
         return bool(self.mask.any()) or any(
             term.scale(self.context) and bool(factors.any()) for term, factors in self.terms
         )
 
     def contribution(self, rows: Tensor, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """The part of the loss that belongs to `rows` (which `outputs` describes), and of the numbers to log.
+        """Return the part of the loss and of the numbers to log that belongs to `rows`.
 
-        Contributions of any partition of the rows add up to those of the mini-batch.
+        The contributions of any partition of the rows add up to those of the mini-batch.
+
+        Args:
+            rows: The row numbers.
+            outputs: The policy's outputs for these rows, with gradient.
         """
         part = _with_ratio_base(self.mini.select(rows), outputs)
         width = part.batch.tokens.shape[1]
         outputs = replace(outputs, ratio=self.algorithm.ratio(outputs, part))
         loss = self.algorithm.surrogate(outputs, part, part.bounds)
-        loss = _total(loss, part.counted, self.factors[rows, :width])
-        logged = {"loss_policy": loss.detach()}
+        loss = _masked_sum(loss, part.counted, self.factors[rows, :width])
+        logged = {"policy_loss": loss.detach()}
         for term, factors in self.terms:
             sampled = part.batch.sampled
-            value = _total(term.loss(outputs, part, self.context), sampled, factors[rows, :width])
+            value = _masked_sum(term.loss(outputs, part, self.context), sampled, factors[rows, :width])
             loss = loss + term.scale(self.context) * value
             logged[f"term/{term.name}"] = value.detach()
         if part.bounds is not None:
-            logged |= self._ratio_numbers(outputs, part)
+            logged |= self._ratio_metrics(outputs, part)
         return loss, logged | {"loss": loss.detach()}
 
-    def _ratio_numbers(self, outputs: Outputs, part: MiniBatch) -> dict[str, Tensor]:
+    def _ratio_metrics(self, outputs: Outputs, part: MiniBatch) -> dict[str, Tensor]:
         mask, held = part.counted, clipped_tokens(part, outputs)
         gap = require_tensor(part.batch.old_logprobs, "old_logprobs") - outputs.logprobs.detach()
+        # Of the whole mini-batch, so that contributions add up.
         tokens = self.mask.sum().clamp(min=1)
         return {
-            "clip_share": (held & mask).sum() / tokens,
-            "clip_share_high": (held & mask & (part.advantages > 0)).sum() / tokens,
-            "approx_kl": torch.where(mask, gap, 0.0).sum() / tokens,
+            "clip_ratio": (held & mask).sum() / tokens,
+            "clip_ratio_high": (held & mask & (part.advantages > 0)).sum() / tokens,
+            "kl": torch.where(mask, gap, 0.0).sum() / tokens,
         }
 
 
 def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> Objective:
-    """Fix mask, ratio of now, bounds, denominators and weights from the whole mini-batch, in this order.
+    """Compute mask, current ratio, bounds, denominators and weights of the whole mini-batch, in this order.
 
     Raises:
-        ValueError: when a hook returns another shape than [B, T], naming its slot.
+        ValueError: If a hook returns a shape other than [B, T]; the message names its slot.
     """
     mini = with_mask(algorithm, mini, context)
     with torch.no_grad():
@@ -89,8 +94,9 @@ def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> 
             mini = replace(mini, current=replace(mini.current, ratio=ratio))
         mini = replace(mini, bounds=None if algorithm.clip is None else algorithm.clip(mini, context))
         factors = _token_weights(algorithm.aggregation(mini.counted, mini.batch.turns, mini.batch.trajectory))
+        # After the aggregation: hooks change a token's weight, not the count that losses are divided by.
         for hook in algorithm.weights:
-            factors = factors * _checked("weights", hook(mini, context), factors)
+            factors = factors * _check_shape("weights", hook(mini, context), factors)
         terms = tuple((term, _term_factors(term, algorithm, mini)) for term in algorithm.terms)
     return Objective(algorithm, context, mini, factors, terms)
 
@@ -105,18 +111,18 @@ def _token_weights(weights: Weights) -> Tensor:
     return values / count.clamp(min=1)
 
 
-def _total(losses: Tensor, mask: Tensor, factors: Tensor) -> Tensor:
+def _masked_sum(losses: Tensor, mask: Tensor, factors: Tensor) -> Tensor:
     return torch.where(mask, losses * factors.to(losses.dtype), 0.0).sum()
 
 
 def _with_ratio_base(part: MiniBatch, outputs: Outputs) -> MiniBatch:
-    """Without a scoring pass the policy of now is the old one: ratios are 1, their gradients are not 0."""
+    """Use the outputs as old log-probabilities if there are none: ratios of 1 whose gradient is not 0."""
     if part.batch.old_logprobs is not None:
         return part
     return replace(part, batch=replace(part.batch, old_logprobs=outputs.logprobs.detach()))
 
 
-def _checked(slot: str, values: Tensor, like: Tensor) -> Tensor:
+def _check_shape(slot: str, values: Tensor, like: Tensor) -> Tensor:
     if values.shape != like.shape:
         raise ValueError(f"algorithm.{slot} returned shape {tuple(values.shape)}, wanted {tuple(like.shape)}")
     return values

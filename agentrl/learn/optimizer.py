@@ -6,19 +6,19 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from agentrl.learn.settings import LearnerConfig
-from agentrl.learn.sharding import orthogonalise_whole
+from agentrl.learn.sharding import replicate_gradients
 from agentrl.schedule import cosine, warmup
 
-_FULL_RATE = "full_rate"  # of a parameter group, before warm-up and decay
+_FULL_RATE = "full_rate"  # a parameter group's learning rate before warm-up and decay
 
 
 def build_optimizers(
     policy: nn.Module, config: LearnerConfig, value_head: nn.Module | None = None
 ) -> list[Optimizer]:
-    """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest.
+    """Build AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest.
 
-    Embeddings and the output layer are tables of rows, not maps between directions: they stay with AdamW. So
-    does any parameter that has not exactly two dimensions.
+    Embeddings and the output layer are tables of rows, not maps between directions, so AdamW updates them. It
+    also updates every parameter that does not have exactly two dimensions.
     """
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     hidden = {id(matrix) for matrix in _hidden_matrices(policy)} if config.optimizer == "muon" else set()
@@ -33,7 +33,7 @@ def build_optimizers(
             momentum=config.momentum,
             adjust_lr_fn="match_rms_adamw",
         )
-        orthogonalise_whole(muon)
+        replicate_gradients(muon)
         optimizers.append(muon)
     if value_head is not None:
         optimizers.append(_adamw(list(value_head.parameters()), config))
@@ -44,13 +44,13 @@ def build_optimizers(
 
 
 def rate_factor(config: LearnerConfig, index: int, total: int) -> float:
-    """What the learning rates are multiplied by at optimiser step `index` of `total`."""
+    """Return the factor of the learning rates at optimiser step `index` of `total`."""
     decay = cosine(index, total) if config.schedule == "cosine" else 1.0
     return warmup(index, config.warmup_steps) * decay
 
 
 def set_rates(optimizers: Iterable[Optimizer], factor: float) -> None:
-    """Set every group's learning rate to `factor` times its full one."""
+    """Set the learning rate of every parameter group to `factor` times its full rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group[_FULL_RATE] * factor

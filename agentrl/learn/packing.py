@@ -1,4 +1,4 @@
-"""Which rows go through the policy together. No result depends on it: a forward pass holds no padding."""
+"""Which rows share a forward pass. It does not change the result, since a forward pass has no padding."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -12,14 +12,14 @@ from agentrl.seeds import derive_seed
 
 
 def micro_batches(lengths: Tensor, budget: int) -> list[Tensor]:
-    """Cut rows into parts of at most `budget` tokens, longest first; a longer row is a part of its own.
+    """Split rows into micro-batches of at most `budget` tokens, longest first; a longer row stands alone.
 
     Args:
-        lengths: [B] int64, tokens of each row; rows of length 0 are left out.
-        budget: tokens.
+        lengths: The number of tokens of each row, [B] int64; rows of length 0 are left out.
+        budget: The largest number of tokens of a micro-batch.
 
     Returns:
-        Row numbers, int64, each row once.
+        The row numbers of each micro-batch, int64; each row occurs once.
     """
     parts: list[list[int]] = []
     room = 0
@@ -34,38 +34,39 @@ def micro_batches(lengths: Tensor, budget: int) -> list[Tensor]:
 
 
 def rank_micro_batches(lengths: Tensor, budget: int, ranks: Ranks) -> list[tuple[Tensor, float]]:
-    """The micro-batches of this rank: as many as every other has, of about as many tokens.
+    """Return the micro-batches of this rank; all ranks have equally many, of about as many tokens.
 
     Args:
-        lengths: as for `micro_batches`, equal on every rank.
-        budget: likewise.
-        ranks: that share the work.
+        lengths: The number of tokens of each row, [B] int64, equal on every rank.
+        budget: The largest number of tokens of a micro-batch.
+        ranks: The ranks that share the work.
 
     Returns:
-        Row numbers with a weight: 1, or 0 for one that this rank goes through only to keep step with others.
+        Row numbers with a weight: 1, or 0 for a filler. Sharded ranks must run equally many forward passes.
     """
     sizes = lengths.tolist()
-    hands = [torch.zeros_like(lengths) for _ in range(ranks.count)]
+    assigned = [torch.zeros_like(lengths) for _ in range(ranks.count)]
     loads = [0] * ranks.count
     rows = sorted((row for row, size in enumerate(sizes) if size), key=lambda row: -sizes[row])
-    for row in rows:
+    for row in rows:  # longest first, to the rank with the fewest tokens so far
         least = loads.index(min(loads))
-        hands[least][row] = sizes[row]
+        assigned[least][row] = sizes[row]
         loads[least] += sizes[row]
-    parts = [micro_batches(hand, budget) for hand in hands]
+    parts = [micro_batches(own_lengths, budget) for own_lengths in assigned]
     own = parts[ranks.index]
     fillers = max(map(len, parts)) - len(own)
+    # The shortest row makes the cheapest filler.
     return [(part, 1.0) for part in own] + [(torch.tensor(rows[-1:]), 0.0)] * fillers
 
 
 def mini_batches(batch: Batch, count: int, step: int, epoch: int) -> Iterator[Tensor]:
-    """Deal trajectories out to `count` nearly equal parts, anew in each epoch; all rows of one stay together.
+    """Split trajectories into `count` nearly equal mini-batches; all rows of one trajectory stay together.
 
-    The order is a hash of episode id, step and epoch: it depends on neither the order of rows nor a
-    generator's state.
+    The order is a hash of episode id, step and epoch. It differs between epochs, and depends neither on the
+    order of rows nor on a generator's state.
 
-    Returns:
-        Row numbers, int64, ascending; parts without rows are left out.
+    Yields:
+        The row numbers of a mini-batch, int64, ascending; empty mini-batches are left out.
     """
     present = sorted(set(batch.trajectory.tolist()))
     if count > 1:

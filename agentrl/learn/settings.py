@@ -21,12 +21,13 @@ from agentrl.errors import ConfigError
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Matrices of low rank that are learned in place of the weights; needs peft.
+    """Low-rank adapters that are trained instead of the weights; needs peft.
 
     Args:
-        rank: of each.
-        alpha: they are added to the weights times alpha / rank.
-        targets: names of the linear maps that get one; the output layer cannot, for only its weight is read.
+        rank: The rank of each adapter.
+        alpha: The scale of the adapters, which are added to the weights times alpha / rank.
+        targets: The names of the linear layers that get an adapter; not the output layer, since only its
+            weight is read.
     """
 
     rank: Annotated[int, Interval(ge=1, le=65536)] = 16
@@ -49,40 +50,42 @@ class LoraConfig:
 class LearnerConfig:
     """How the policy is updated.
 
-    Weights, gradients and optimiser states are float32 whatever the engine generates in: what an update adds
-    to a bfloat16 weight at the learning rate of a pretrained policy is rounded away.
+    Weights, gradients and optimiser states are float32, whatever dtype the engine generates in: at the
+    learning rate of a pretrained policy, updates of a bfloat16 weight would be rounded away.
 
     Args:
-        backend: `fsdp` deals the weights, gradients and optimiser states out to the processes that torchrun
-            started (each a part; FSDP2), `single` has all in one process.
-        launcher: who starts the processes of `fsdp`: `torchrun` around the command, or `ray` from within it,
+        backend: `fsdp` shards weights, gradients and optimiser states over the processes that the launcher
+            started (FSDP2); `single` keeps all of them in one process.
+        launcher: What starts the processes of `fsdp`: `torchrun` around the command, or `ray` from within it,
             as actors of the cluster at `rollout.ray.address`.
-        processes: that `ray` starts, each with a GPU where the policy computes on one.
-        compute_dtype: that layers are computed in, `float32` or `bfloat16`; null takes bfloat16 where
-            `policy.dtype` is, so that the learner reads a reply much as the engine wrote it, and float32
-            where it is float32 or float16. Losses and updates are float32 in any case, and with `single` so
-            are the logits.
-        recompute_activations: keep only the input of each layer and compute the layer again on the way back:
-            less memory, a third more work.
-        lora: learn adapters and leave the weights as they are; null learns the weights.
+        processes: The number of processes that `ray` starts, each with a GPU if the policy runs on one.
+        compute_dtype: The dtype in which layers are computed, `float32` or `bfloat16`. Null takes bfloat16 if
+            that is `policy.dtype`, so that the learner's log-probabilities are close to the engine's, and
+            float32 if it is float32 or float16. Losses and updates are always float32, and with `single` the
+            logits are too.
+        recompute_activations: Whether to keep only the input of each layer and recompute the layer in the
+            backward pass: less memory, a third more work.
+        lora: The adapters to train instead of the weights; null trains the weights.
         optimizer: `muon` orthogonalises the updates of the hidden matrices and leaves the rest to AdamW; its
-            momentum is not dealt out under `fsdp`.
-        learning_rate: of AdamW.
-        matrix_learning_rate: of Muon, scaled to the size of AdamW's updates; only read by `muon`.
-        beta1: decay of AdamW's mean gradient.
-        beta2: decay of AdamW's mean squared gradient.
-        momentum: of Muon.
-        weight_decay: of matrices and embeddings, per step relative to the learning rate; norms and biases
-            have none.
-        clip_gradient: the norm of the gradient is scaled down to this; null for no limit.
-        warmup_steps: optimiser steps over which the learning rate rises to its full value.
-        schedule: `cosine` falls to a tenth over the whole of training.
-        epochs: times that each rollout batch is gone through.
-        mini_batches: optimiser steps per epoch; trajectories are dealt out to them.
-        micro_batch_tokens: tokens in one forward pass; changes memory and speed, not the result.
-        max_skipped_updates: an optimiser step whose loss or gradient is not finite is not applied; after so
-            many in a row the run stops. One that leaves weights or optimiser states that are not finite stops
-            it at once, and no checkpoint holds them.
+            momentum is not sharded under `fsdp`.
+        learning_rate: The learning rate of AdamW.
+        matrix_learning_rate: The learning rate of Muon, scaled to the size of AdamW's updates; only `muon`
+            reads it.
+        beta1: The decay of AdamW's mean gradient.
+        beta2: The decay of AdamW's mean squared gradient.
+        momentum: The momentum of Muon.
+        weight_decay: The decay of matrices and embeddings, per step relative to the learning rate; norms and
+            biases have none.
+        clip_gradient: The largest norm of the gradient, to which a longer one is scaled; null for no limit.
+        warmup_steps: The number of optimiser steps over which the learning rate rises to its full value.
+        schedule: `constant`, or `cosine`, which falls to a tenth over the whole training.
+        epochs: The number of passes over each rollout batch.
+        mini_batches: The number of optimiser steps per epoch, over which the trajectories are split.
+        micro_batch_tokens: The largest number of tokens in a forward pass; it changes memory and speed, not
+            the result.
+        max_skipped_updates: The number of skipped optimiser steps in a row after which the run stops. A step
+            is skipped if its loss or gradient is not finite. If a step leaves weights or optimiser states
+            that are not finite, the run stops at once, and no checkpoint holds them.
     """
 
     backend: Literal["single", "fsdp"] = "single"
@@ -108,17 +111,17 @@ class LearnerConfig:
 
     def __post_init__(self) -> None:
         check_own_numbers(self)
-        mistakes = [f"{name} is {getattr(self, name)}, wanted {wish}" for name, wish in self._mistakes()]
+        mistakes = [f"{name} is {getattr(self, name)}, wanted {wanted}" for name, wanted in self._mistakes()]
         if mistakes:
             raise ConfigError("; ".join(mistakes))
 
     @property
     def updates_per_step(self) -> int:
-        """Optimiser steps per rollout batch."""
+        """Return the number of optimiser steps per rollout batch."""
         return self.epochs * self.mini_batches
 
-    def beside(self, engine_dtype: str) -> "LearnerConfig":
-        """Return this with a `compute_dtype`, beside an engine that generates in a dtype."""
+    def resolve_compute_dtype(self, engine_dtype: str) -> "LearnerConfig":
+        """Return the configuration with `compute_dtype` set, by the dtype of the engine if it is null."""
         chosen = self.compute_dtype or ("bfloat16" if engine_dtype == "bfloat16" else "float32")
         return replace(self, compute_dtype=chosen)
 

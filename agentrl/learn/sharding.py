@@ -1,4 +1,4 @@
-"""Weights dealt out to ranks by FSDP2: each holds a part, and has a layer whole while it is computed."""
+"""Weights sharded over ranks by FSDP2: a rank holds a part, and gathers a layer while it is computed."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,14 +22,14 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from agentrl.errors import CheckpointError
-from agentrl.learn.ranks import ensure_group
+from agentrl.learn.ranks import ensure_process_group
 from agentrl.learn.settings import LearnerConfig
 
 T = TypeVar("T")
 
 
 class ScoringModule(nn.Module):
-    """A policy and its value head as one module, for weights are whole only inside a module's `forward`."""
+    """Module of a policy and its value head, since weights are gathered only inside a module's `forward`."""
 
     def __init__(self, policy: nn.Module, value_head: nn.Module | None = None) -> None:
         super().__init__()
@@ -37,28 +37,31 @@ class ScoringModule(nn.Module):
         self.value_head = value_head
 
     def forward(self, read: Callable[[nn.Module, nn.Module | None], T]) -> T:
-        """Whatever `read` makes of the two; tensors in it that need a gradient must lie in a tuple."""
+        """Return the result of `read`; tensors in it that need a gradient must be in a tuple."""
         return read(self.policy, self.value_head)
 
 
 def shard(module: ScoringModule, config: LearnerConfig) -> None:
-    """Deal out the weights, layer by layer, in place; all ranks take those of the first one.
+    """Shard the weights in place, layer by layer; all ranks start with the weights of rank 0.
 
-    Gradients are summed over ranks, not averaged: each rank's loss is its own part of the whole one.
+    Gradients are summed over ranks, not averaged, since each rank computes its own part of the loss.
     """
     device = next(module.parameters()).device
-    ensure_group(device)
+    ensure_process_group(device)
+    # Ranks may have drawn different random weights; a shard must belong to one model.
     for values in (*module.parameters(), *module.buffers()):
         dist.broadcast(values.detach(), 0)
     settings: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
         "mp_policy": _precision(config),
     }
+    # Each layer is a unit of its own, so that only one is gathered at a time; the root takes the rest.
     for layer in layers(module.policy):
         fully_shard(layer, **settings)
     fully_shard(module, **settings)
     for part in module.modules():
         if isinstance(part, FSDPModule):
+            # FSDP2 averages by default, which would scale the loss by 1 / ranks.
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
 
@@ -66,28 +69,30 @@ def shard(module: ScoringModule, config: LearnerConfig) -> None:
 def _precision(config: LearnerConfig) -> MixedPrecisionPolicy:
     if config.compute_dtype != "bfloat16":
         return MixedPrecisionPolicy()
+    # Summed in bfloat16, small gradients of other ranks would be rounded away.
     return MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def layers(policy: nn.Module) -> Iterator[nn.Module]:
-    """The blocks that a Hugging Face model names as those not to be split; none of another module."""
+    """Yield the blocks that a Hugging Face model names as not to be split; none for other modules."""
     names = getattr(policy, "_no_split_modules", None) or ()
     return (module for module in policy.modules() if type(module).__name__ in names)
 
 
 def recompute_activations(policy: nn.Module) -> None:
-    """Keep only what goes into each layer, and compute the layer again on the way back."""
+    """Keep only the input of each layer, and recompute the layer in the backward pass."""
     for layer in layers(policy):
+        # No dropout is active, so there is no generator state to restore.
         cast(Any, layer).forward = partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
         )
 
 
 def write_shards(folder: Path, modules: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> None:
-    """Write what this rank holds of some modules, and of the optimisers of the first; every rank must.
+    """Write this rank's part of some modules, and of the first one's optimisers; every rank must call it.
 
     Raises:
-        CheckpointError: when a rank cannot write.
+        CheckpointError: If a rank cannot write.
     """
     try:
         save(_tensors(modules, optimizers), checkpoint_id=folder)
@@ -96,10 +101,10 @@ def write_shards(folder: Path, modules: Mapping[str, nn.Module], optimizers: Seq
 
 
 def read_shards(folder: Path, modules: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> None:
-    """Read what any number of ranks wrote of the same modules and optimisers.
+    """Load into modules and optimisers what any number of ranks wrote of the same ones.
 
     Raises:
-        CheckpointError: when it does not fit.
+        CheckpointError: If it does not fit.
     """
     state = _tensors(modules, optimizers)
     try:
@@ -111,12 +116,12 @@ def read_shards(folder: Path, modules: Mapping[str, nn.Module], optimizers: Sequ
 
 
 def stored_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Read the tensors that ranks wrote, whole and one at a time; any process may, alone."""
+    """Yield the full tensors that ranks wrote, one at a time; a single process can call it."""
     reader = FileSystemReader(folder)
     for name, stored in reader.read_metadata().state_dict_metadata.items():
         if isinstance(stored, TensorStorageMetadata):
             tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-            with warnings.catch_warnings(action="ignore"):  # of reading alone, which is meant
+            with warnings.catch_warnings(action="ignore"):  # about loading without a process group
                 load({name: tensor}, storage_reader=reader, no_dist=True)
             yield name, tensor
 
@@ -126,7 +131,7 @@ def _tensors(modules: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) 
         name: {key: parameter.detach() for key, parameter in module.named_parameters()}
         for name, module in modules.items()
     }
-    if optimizers:  # one that has not stepped yet is given the empty memory of one that has
+    if optimizers:  # this also creates the state of one that has not stepped yet, to load into
         state["optimizers"] = get_optimizer_state_dict(_first(modules), list(optimizers))
     return state
 
@@ -136,30 +141,31 @@ def _first(modules: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def reshard(module: nn.Module) -> None:
-    """Drop the whole weights that a pass without gradients leaves behind."""
+    """Free the gathered weights that a pass without gradients leaves behind."""
+    # FSDP2 reshards the root after the backward pass only, and such a pass has none.
     if isinstance(module, FSDPModule):
         module.reshard()
 
 
 def full_tensor(values: Tensor) -> Tensor:
-    """All of a tensor, on every rank."""
+    """Return the full tensor on every rank; every rank must call it."""
     return values.full_tensor() if isinstance(values, DTensor) else values
 
 
-def own_part(values: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
+def local_tensor(values: Tensor) -> Tensor:
+    """Return the part of a tensor that this rank holds."""
     return values.to_local() if isinstance(values, DTensor) else values
 
 
-def orthogonalise_whole(optimizer: Optimizer) -> None:
-    """Give an optimiser of matrices whole gradients: the ranks then do the same work and send nothing.
+def replicate_gradients(optimizer: Optimizer) -> None:
+    """Give an optimiser of matrices full gradients: every rank orthogonalises them without communication.
 
-    What it remembers of them is whole as well; the weights stay dealt out.
+    Its momentum is replicated as well; the weights stay sharded.
     """
-    optimizer.register_step_pre_hook(_with_whole_gradients)
+    optimizer.register_step_pre_hook(_replicate)
 
 
-def _with_whole_gradients(optimizer: Optimizer, *_: object) -> None:
+def _replicate(optimizer: Optimizer, *_: object) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if isinstance(parameter.grad, DTensor):

@@ -15,10 +15,11 @@ from agentrl.data.storage import write_episodes
 from agentrl.data.trajectory import Episode, StopReason, Turn
 from agentrl.env.registry import Factory
 from agentrl.errors import ConfigError
-from agentrl.evaluation.evaluate import configured_panel
+from agentrl.evaluation.panels import configured_panel
 from agentrl.policy.model import load_tokenizer
 from agentrl.policy.tokens import Dialogue, fit_tokenizer, make_dialogue
-from agentrl.rollout.collector import abort_reasons, collect
+from agentrl.rollout.collector import collect
+from agentrl.rollout.failures import abort_reasons
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import RandomPlayer
 from agentrl.rollout.workers import ProcessEnvironments

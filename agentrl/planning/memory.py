@@ -51,7 +51,7 @@ def held_bytes(
     """
     block, wanted, sharded = config.policy, algorithm.requires, learner.backend == "fsdp"
     model = _learned(learned_skeleton(block), learner)
-    rounded = learner.beside(block.dtype).compute_dtype == "bfloat16"
+    rounded = learner.resolve_compute_dtype(block.dtype).compute_dtype == "bfloat16"
     # Dealt out, the weights are rounded as they come together; else each product rounds what it multiplies.
     narrow = replace(block, dtype="bfloat16")
     computed = _learned(skeleton(narrow), learner) if rounded and sharded else model
@@ -102,7 +102,7 @@ def generation_bytes(config: RunConfig, sequences: int) -> tuple[int, str]:
     branched from are kept as well.
     """
     model = skeleton(config.policy)
-    branching = config.algorithm.build().rollout.grow is not None
+    branching = config.algorithm.build().rollout.branch_policy is not None
     sequences, context = sequences * (2 if branching else 1), context_length(model, config.policy.max_context)
     whole = cache_bytes(model, sequences, context)
     depth: int = model.config.get_text_config().num_hidden_layers

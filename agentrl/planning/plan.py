@@ -34,7 +34,7 @@ from agentrl.planning.memory import (
 from agentrl.planning.topology import Shares
 from agentrl.policy.model import check_packed_forward, context_length, resolve_device, shortened, skeleton
 from agentrl.policy.settings import PolicyConfig
-from agentrl.rollout.placement import settle
+from agentrl.rollout.placement import resolve_placement
 from agentrl.run.settings import RunConfig
 from agentrl.scale.engines import check_engine
 from agentrl.terminal import plain
@@ -181,7 +181,9 @@ def _settled(config: RunConfig) -> tuple[RunConfig, str]:
     """The configuration with a placement, and what was measured for it, in words."""
     if config.rollout.workers.interpreter is None:
         check_id(config.env.id)
-    rollout, measured = settle(environment_factory(config), config.rollout, config.env.split, config.seed)
+    rollout, measured = resolve_placement(
+        environment_factory(config), config.rollout, config.env.split, config.seed
+    )
     given = f"not timed: rollout.placement={rollout.placement} was given"
     return replace(config, rollout=rollout), measured or given
 

@@ -14,13 +14,16 @@ import torch
 from rich.filesize import decimal
 
 from agentrl.algorithms.algorithm import Algorithm, check_requirements
-from agentrl.errors import AgentRLError
+from agentrl.env.registry import check_id
+from agentrl.errors import AgentRLError, ConfigError
 from agentrl.learn.learner import provided
+from agentrl.learn.lora import check_adapters
 from agentrl.planning.memory import cache_bytes, weight_bytes
 from agentrl.planning.topology import Shares
 from agentrl.policy.model import context_length, skeleton
 from agentrl.policy.settings import EngineConfig
 from agentrl.run.settings import RunConfig, rank_mistakes
+from agentrl.scale.engines import check_actors, check_engine, check_server
 from agentrl.scale.extras import check_ray
 
 _RENDEZVOUS = 29500  # torchrun's port unless told otherwise
@@ -195,3 +198,32 @@ def check_algorithm(algorithm: Algorithm, engine: EngineConfig) -> None:
 def _existing(folder: Path) -> Path:
     """The folder itself, or the nearest above it that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def check_run(config: RunConfig, ranks: int) -> None:
+    """Refuse, before anything is started, a run that could not begin.
+
+    Args:
+        config: The configuration of the run.
+        ranks: The processes that learn together.
+
+    Raises:
+        AgentRLError: Something is wrong with the configuration or missing on this machine.
+    """
+    wanted = config.learner.processes
+    if wanted not in (None, ranks):
+        raise ConfigError(
+            f"learner.processes is {wanted}, but {ranks} were started; learner.launcher=ray starts "
+            "them by itself, without torchrun"
+        )
+    if mistakes := list(rank_mistakes(config, ranks)):
+        raise ConfigError("\n".join(mistakes))
+    check_engine(config.engine, ranks=ranks)
+    check_actors(config.engine, config.rollout.ray.address)
+    check_server(config.engine)
+    check_algorithm(config.algorithm.build(), config.engine)
+    if config.rollout.workers.interpreter is None:
+        check_id(config.env.id)
+    for learner in (config.warm_start.learner, config.learner):
+        if learner.lora is not None:
+            check_adapters(skeleton(config.policy), learner.lora)

@@ -1,4 +1,4 @@
-"""Which architectures can run over packed sequences, found out without their weights."""
+"""Check that an architecture can run over packed sequences; needs none of its weights."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -15,16 +15,16 @@ from agentrl.policy.attention import PACKED, Array, KVCache, cached_layout
 from agentrl.policy.context import context_limit
 from agentrl.policy.packed import hidden_states, output_layer, output_weight, packed_forward
 
-TOLERANCE = 1e-3  # of a likely token's logprob; a wrong mask, position or scale moves it by tenths
-LIKELY = 1e-3  # probability below which a token's logprob is not compared
+TOLERANCE = 1e-3  # nats, for a likely token's logprob; a wrong mask, position or scale moves it by tenths
+LIKELY = 1e-3  # the probability below which logprobs are not compared
 _LENGTHS = (23, 9, 14)
-_WINDOW = 6  # of the copy: shorter than its sequences, so that it hides something
-_WIDTH = 64  # of what the copy has narrower than the model
+_WINDOW = 6  # the copy's sliding window, shorter than its sequences so that it hides something
+_WIDTH = 64  # the largest width of the copy's MLPs
 _VOCABULARY = 128
 _KINDS = ("full_attention", "sliding_attention")
 _REMEDY = "use a model with causal attention and a linear head, such as Qwen2, Qwen3, Llama or Gemma 3"
-# What packed attention, or a head that is one matrix, leaves out: key of config.json -> (values that change
-# nothing, how it is called). Anything else that does more shows in the numbers.
+# Features that packed attention, or an output layer that is one matrix, lacks: key of config.json -> (values
+# that turn it off, its name). Other features show as a difference in the logprobs.
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "attn_logit_softcapping": ((None, 0), "a soft cap on its attention scores"),
     "final_logit_softcapping": ((None, 0), "a soft cap on its logits"),
@@ -39,25 +39,25 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def check_packed_forward(model: PreTrainedModel) -> float:
-    """Refuse a model whose architecture computes more over sequences than packed attention and one matrix do.
+    """Refuse a model that packed attention and a single output matrix cannot compute exactly.
 
-    First what is known of it is looked at: kinds of layers, soft caps and scales. Then its packed and its
-    cached forward are compared with its own, sequence by sequence and beyond its sliding window. Both are of
-    a copy and not of the model: as few layers as have all kinds of them, narrow where nothing depends on the
-    width, with float32 weights spread so widely that every nonlinearity acts. So the answer depends on the
-    architecture alone, not on what the weights are today or how they are rounded; it takes little time and
-    memory beside a large model, and a model on the meta device will do.
+    First its configuration is searched for unsupported features: kinds of layers, soft caps and scales. Then
+    packed and cached forward passes are compared with the library's own pass over each sequence, beyond the
+    sliding window. These run on a small copy: the fewest layers that include every kind, narrow where nothing
+    depends on the width, with float32 weights spread so widely that every nonlinearity acts. So the result
+    depends on the architecture alone, not on the values or the dtype of the weights; it costs little beside a
+    large model, and a model on the meta device works too.
 
     Returns:
         The largest difference of a likely token's logprob, in nats.
 
     Raises:
-        RequirementError: naming what it is that cannot be had.
+        RequirementError: Naming what is not supported.
     """
     reasons = list(_unsupported_features(model))
     if reasons:
         raise RequirementError(
-            f"{_name(model)} has {', '.join(reasons)}, so that it would give other logprobs over packed "
+            f"{_name(model)} has {', '.join(reasons)}, so it would give other logprobs over packed "
             f"sequences than by itself; {_REMEDY}"
         )
     copied = probe_copy(model)
@@ -69,7 +69,7 @@ def check_packed_forward(model: PreTrainedModel) -> float:
             own = _own_logprobs(copied, rows)
             packed = _logprobs(copied, hidden_states(copied, torch.cat(rows), torch.from_numpy(lengths)))
             cached = _logprobs(copied, _cached_states(copied, rows, lengths))
-    except Exception as error:  # the library raises whatever its models raise
+    except Exception as error:  # models may raise anything
         raise _cannot_run(model, error) from error
     likely = own > np.log(LIKELY)
     worst = max(float((own - other)[likely].abs().max()) for other in (packed, cached))
@@ -82,10 +82,10 @@ def check_packed_forward(model: PreTrainedModel) -> float:
 
 
 def without_weights(settings: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a configuration on torch's meta device: every shape and no content.
+    """Build the model of a configuration on torch's meta device: every shape and no content.
 
     Raises:
-        RequirementError: for an architecture that lets nobody replace its attention.
+        RequirementError: If the architecture's attention cannot be replaced.
     """
     kind = cast(Any, AutoModelForCausalLM)
     with torch.device("meta"):
@@ -97,10 +97,10 @@ def without_weights(settings: PreTrainedConfig) -> PreTrainedModel:
 
 
 def called_linear_layers(model: PreTrainedModel) -> set[str]:
-    """Names of the linear maps that a packed forward calls; what it reads no more than the weight of is none.
+    """Return the names of the linear layers that a packed forward pass calls as modules.
 
-    Which they are is tried out with a copy, see `check_packed_forward`. A map that belongs to one layer of
-    many, or to one expert, speaks for those of the others.
+    A layer of which the pass reads only the weight is left out. The calls are observed on a small copy, see
+    `check_packed_forward`; a linear layer of one decoder layer or expert stands for those of all others.
     """
     copied = probe_copy(model)
     called: set[str] = set()
@@ -118,20 +118,21 @@ def called_linear_layers(model: PreTrainedModel) -> set[str]:
 
 
 def _without_indices(name: str) -> str:
-    """The name of a module without its places in lists: model.layers.3.mlp becomes model.layers.*.mlp."""
+    """Replace list indices in a module's name: model.layers.3.mlp becomes model.layers.*.mlp."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _unsupported_features(model: PreTrainedModel) -> Iterator[str]:
+    """Yield the names of known features that packed attention or a single output matrix lacks."""
     head = output_layer(model)
     if not isinstance(getattr(head, "weight", None), Tensor):
-        yield "no output layer that is one matrix"
+        yield "no output layer made of one matrix"
     elif getattr(head, "bias", None) is not None:
         yield "a bias in its output layer"
     config = model.config.get_text_config()
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) - set(_KINDS))
     if kinds:
-        yield f"layers of other kinds than attention to all or the last tokens ({', '.join(kinds)})"
+        yield f"layers of other kinds than full or sliding attention ({', '.join(kinds)})"
     recurrent = sorted(
         {
             type(part).__name__
@@ -140,7 +141,7 @@ def _unsupported_features(model: PreTrainedModel) -> Iterator[str]:
         }
     )
     if recurrent or getattr(model, "_is_stateful", False):
-        yield f"layers with a state that goes from token to token ({', '.join(recurrent) or 'recurrent'})"
+        yield f"layers with a recurrent state ({', '.join(recurrent) or 'stateful'})"
     for key, (neutral, words) in _UNSUPPORTED.items():
         value = getattr(config, key, None)
         if value not in neutral:
@@ -148,9 +149,9 @@ def _unsupported_features(model: PreTrainedModel) -> Iterator[str]:
 
 
 def probe_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A small model of the same architecture on the CPU, in float32, with weights that are widely spread.
+    """Build a small float32 model of the same architecture on the CPU, with widely spread weights.
 
-    The global generators are left as they were.
+    The global random generators are left unchanged.
     """
     problem: Exception | None = None
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -159,7 +160,7 @@ def probe_copy(model: PreTrainedModel) -> PreTrainedModel:
                 copied = cast(PreTrainedModel, cast(Any, type(model))(config))
                 copied.set_attn_implementation(PACKED)
                 break
-            except Exception as error:  # a size that does not go with the others, say
+            except Exception as error:  # for example, sizes that contradict each other
                 problem = error
         else:
             assert problem is not None
@@ -177,7 +178,7 @@ def _as_it_is(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def _smaller(model: PreTrainedModel) -> PreTrainedConfig:
-    """With fewer layers, all kinds among them, a short vocabulary, and few units between them."""
+    """Return a configuration with fewer layers, but of all kinds, a small vocabulary and narrow MLPs."""
     config = _as_it_is(model)
     text = config.get_text_config()
     depth = text.num_hidden_layers
@@ -186,7 +187,7 @@ def _smaller(model: PreTrainedModel) -> PreTrainedConfig:
         if isinstance(value, list | tuple) and len(value) == depth:
             setattr(text, key, value[:kept])
     text.num_hidden_layers = kept
-    config.tie_word_embeddings = text.tie_word_embeddings = False  # else each token foretells itself
+    config.tie_word_embeddings = text.tie_word_embeddings = False  # tied ones predict each token from itself
     text.vocab_size = min(text.vocab_size, _VOCABULARY)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(text, key, None) is not None:
@@ -198,7 +199,7 @@ def _smaller(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def _layers_of_all_kinds(model: PreTrainedModel) -> int:
-    """How many of the first layers have every kind among them; layers differ in structure or in settings."""
+    """Return how many of the first layers include every kind; kinds differ in structure or settings."""
     depth: int = model.config.get_text_config().num_hidden_layers
     for part in _decoder(model).modules():
         if isinstance(part, nn.ModuleList) and len(part) == depth:
@@ -227,7 +228,7 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def _randomize_weights(model: PreTrainedModel) -> None:
-    """Draw matrices that double the size of what they are given, and move all else off its start."""
+    """Draw matrices that double the norm of their input, and add noise to all other weights."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in model.parameters():
@@ -241,7 +242,7 @@ def _randomize_weights(model: PreTrainedModel) -> None:
 def _cannot_run(model: PreTrainedModel, error: Exception) -> RequirementError:
     words = " ".join(str(error).split())[:300]
     if not isinstance(error, RequirementError):
-        words = f"its code wants a mask or an attention of its own ({type(error).__name__}: {words})"
+        words = f"its code needs its own mask or attention ({type(error).__name__}: {words})"
     return RequirementError(f"{_name(model)} cannot run over packed sequences: {words}; {_REMEDY}")
 
 
@@ -263,7 +264,7 @@ def _logprobs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def _cached_states(model: PreTrainedModel, rows: Sequence[Tensor], lengths: Array) -> Tensor:
-    """The sequences through a cache, in chunks of a third, a token and the rest, as turns would have it."""
+    """Return hidden states computed through a cache, in chunks of a third, one token and the rest."""
     cache = KVCache()
     cache.reserve(len(rows), int(lengths.max()))
     states: list[list[Tensor]] = [[] for _ in rows]

@@ -1,8 +1,8 @@
-"""Attention over ragged sequences that lie end to end, registered with transformers under `PACKED`.
+"""Attention over packed sequences of unequal length, registered with transformers under `PACKED`.
 
-The linear layers of a model see tokens [1, N] without padding. Only here are queries, keys and values laid
-out per sequence; with a `KVCache` those of earlier calls are read from it. Calls without a layout are
-left to `sdpa`.
+The linear layers of a model see tokens [1, N] without padding; only attention arranges queries, keys and
+values by sequence. With a `KVCache` it reads the keys and values of earlier calls from there. Calls without a
+layout are passed on to `sdpa`.
 """
 
 from __future__ import annotations
@@ -24,38 +24,42 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from agentrl.errors import RequirementError
 
 PACKED = "agentrl_packed"
-DENSE_SPAN = 1.25
-ROW_COST = 12
-BLOCK_COST = 100
-WINDOW_CHUNK = 512  # least queries that attend at a time within a sliding window
+DENSE_SPAN = 1.25  # the first slots are read in place if there are at most so many times those in use
+ROW_COST = 12  # of a row of a block, in tokens; see `_cuts`
+BLOCK_COST = 100  # of a block, in tokens
+WINDOW_CHUNK = 512  # the fewest queries per chunk of sliding-window attention
 Array = np.ndarray[Any, Any]
 
 
 class _Scatter(torch.autograd.Function):
-    """Rows [N, d] to places in a zeroed [size, d]; no two share a place, so both directions only copy."""
+    """Copy rows [N, d] to distinct places of a zeroed [size, d]; the backward pass only copies too."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, places: Tensor, size: int) -> Tensor:
+        """Return the filled [size, d]."""
         ctx.save_for_backward(places)
         return rows.new_zeros(size, rows.shape[1]).index_copy_(0, places, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of the rows."""
         (places,) = ctx.saved_tensors
         return grads[0].index_select(0, places), None, None
 
 
 class _Gather(torch.autograd.Function):
-    """The inverse of `_Scatter`; autograd's own backward of a gather adds row by row, which is slower."""
+    """Invert `_Scatter`; autograd's own backward of a gather adds row by row, which is slower."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        """Return the rows at `places`."""
         ctx.save_for_backward(places)
         ctx.size = rows.shape[0]
         return rows.index_select(0, places)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of all rows."""
         (places,) = ctx.saved_tensors
         return grads[0].new_zeros(ctx.size, grads[0].shape[1]).index_copy_(0, places, grads[0]), None
 
@@ -104,11 +108,11 @@ class AttentionLayout(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """Whole sequences: token n lies at `places[n]` of a [batch * longest] grid, causal within a row."""
+    """Layout of whole sequences: token n lies at `places[n]` of a padded [batch * longest] grid."""
 
     batch: int
     longest: int
-    positions: Tensor  # [N] int64, place of each token in its sequence
+    positions: Tensor  # [N] int64, the position of each token in its sequence
     places: Tensor | None  # [N] int64; None where every sequence is equally long
 
     def attend(
@@ -125,6 +129,7 @@ class PackedLayout:
             F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
         states = self._to_grid(query), self._to_grid(key), self._to_grid(value)
+        # Padding is at the end of each row, where the causal mask hides it from all real tokens.
         if window is None or self.longest <= window:
             out = attention(*states, is_causal=True)
         else:
@@ -145,7 +150,7 @@ class PackedLayout:
 def _attend_window(
     attention: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, window: int
 ) -> Tensor:
-    """Some queries at a time, with the keys that one of them sees: no mask grows with the square."""
+    """Attend in chunks of queries, each to the keys in reach, so that no mask is [longest, longest]."""
     longest, step = query.shape[2], max(window, WINDOW_CHUNK)
     place = torch.arange(longest, device=query.device)
     parts = []
@@ -158,7 +163,7 @@ def _attend_window(
 
 
 def packed_layout(lengths: Tensor, device: torch.device) -> PackedLayout:
-    """The layout of sequences of `lengths` [B] int64 that lie end to end."""
+    """Return the layout of packed sequences of `lengths` [B] int64."""
     counts = lengths.cpu().numpy()
     longest = int(counts.max(initial=0))
     within = positions_within(counts)
@@ -169,16 +174,16 @@ def packed_layout(lengths: Tensor, device: torch.device) -> PackedLayout:
 
 
 def positions_within(counts: Array, starts: Array | int = 0) -> Array:
-    """Consecutive numbers for each of several runs: counts (2, 3), starts (5, 0) give 5 6 0 1 2."""
+    """Return consecutive numbers for each of several runs: counts (2, 3), starts (5, 0) give 5 6 0 1 2."""
     ends = np.cumsum(counts)
     within: Array = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
     return within
 
 
 class KVCache:
-    """Keys and values by slot: per layer [slots, length, kv heads, D], so that a write is one row copy.
+    """Keys and values by slot: per layer [slots, length, Hkv, D], so that writing a token copies one row.
 
-    Every entry is finite at all times: a masked place has weight 0, and 0 times inf would not be 0.
+    Every entry is always finite: a masked entry has weight 0, and 0 times inf is nan.
     """
 
     def __init__(self) -> None:
@@ -187,7 +192,7 @@ class KVCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def reserve(self, slots: int, length: int) -> None:
-        """Grow to hold at least `slots` sequences of `length` tokens; what is stored stays."""
+        """Grow to at least `slots` sequences of `length` tokens, keeping the contents."""
         if slots <= self.slots and length <= self.length:
             return
         self.slots, self.length = max(slots, self.slots), max(length, self.length)
@@ -198,10 +203,10 @@ class KVCache:
         """Copy a sequence of `length` tokens into other slots."""
         for pair in self._layers.values():
             for states in pair:
-                states[targets, :length] = states[source, :length].clone()  # torch refuses to copy in place
+                states[targets, :length] = states[source, :length].clone()  # torch refuses overlapping copies
 
     def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The storage of a layer, made at its first use in the shape of `key` and `value` [1, Hkv, N, D]."""
+        """Return the storage of a layer, allocated at first use to fit `key` and `value` [1, Hkv, N, D]."""
         if layer not in self._layers:
             self._layers[layer] = (self._empty(key), self._empty(value))
         return self._layers[layer]
@@ -217,20 +222,19 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Some of the tokens as a grid [rows * chunk]; row b reads slot `slots[b]`, or slot b where None."""
+    """Some of the tokens as a grid [rows * chunk]; row b reads slot `slots[b]`, or slot b without `slots`."""
 
     rows: int
     chunk: int
-    longest: int  # of its sequences, chunk included
-    tokens: (
-        Tensor | None
-    )  # [rows * chunk] int64, the token at each place, any at an empty one; None: all, in order
+    longest: int  # tokens of its longest sequence, chunk included
+    # [rows * chunk] int64, the token at each place, arbitrary at empty ones; None: all tokens, in order
+    tokens: Tensor | None
     slots: Tensor | None  # [rows] int64
-    first: Tensor  # [rows] int64, tokens before the chunk
-    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by the attention window of a layer
+    first: Tensor  # [rows] int64, the number of tokens before the chunk
+    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by the layer's attention window
 
     def mask(self, window: int | None) -> Tensor:
-        """[rows, 1, chunk, longest] float, 0 or -inf; layers of one window share it."""
+        """Return the additive mask [rows, 1, chunk, longest], 0 or -inf, shared by layers of equal window."""
         window = None if window is None or self.longest <= window else window
         if window not in self.masks:
             self.masks[window] = _causal_mask(self.first, self.chunk, self.longest, window)
@@ -239,10 +243,10 @@ class _Block:
 
 @dataclass(frozen=True, slots=True)
 class CachedLayout:
-    """Chunks that extend cached sequences.
+    """Layout of chunks of tokens that extend cached sequences.
 
-    Chunks differ in length, and a grid as long as the longest is mostly padding. So the first few tokens of
-    every chunk are one block, and what is left of the longer chunks is another.
+    Chunks differ in length, and one grid as wide as the longest would be mostly padding. So the first few
+    tokens of every chunk form one block, and the rest of the longer chunks form others.
     """
 
     cache: KVCache
@@ -250,7 +254,7 @@ class CachedLayout:
     positions: Tensor  # [N] int64
     writes: Tensor  # [N] int64 into the [slots * length] cache
     blocks: tuple[_Block, ...]
-    places: Tensor | None  # [N] int64 into the blocks end to end; None where the one block holds all in order
+    places: Tensor | None  # [N] int64 into the concatenated blocks; None where one block holds all in order
 
     def attend(
         self,
@@ -277,8 +281,9 @@ class CachedLayout:
 def _attend_block(
     block: _Block, queries: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
-    # queries [N, Hkv, G, D] -> [rows * chunk, H * D]. The query heads that share a key are laid along the
-    # query length: the cache is then read once, not once per head.
+    """Attend from queries [N, Hkv, G, D] to the cache; return [rows * chunk, H * D]."""
+    # The G query heads that share a key are laid along the query length, so that the cache is read once
+    # and not once per head.
     if block.tokens is not None:
         queries = queries.index_select(0, block.tokens)
     _, kv_heads, group, width = queries.shape
@@ -296,6 +301,7 @@ def _attend_block(
 
 
 def _read(storage: Tensor, block: _Block) -> Tensor:
+    """Return the cached states that a block attends to, [rows, Hkv, longest, D]."""
     used = storage[:, : block.longest]
     rows = used[: block.rows] if block.slots is None else used.index_select(0, block.slots)
     return rows.transpose(1, 2)
@@ -304,9 +310,14 @@ def _read(storage: Tensor, block: _Block) -> Tensor:
 def cached_layout(
     cache: KVCache, slots: Array, past: Array, counts: Array, device: torch.device
 ) -> CachedLayout:
-    """The layout of chunks of `counts` tokens after `past` tokens in `slots` of `cache`.
+    """Return the layout of chunks that extend cached sequences.
 
-    All are [R] int64, slots ascending.
+    Args:
+        cache: The cache of the sequences.
+        slots: [R] int64, the slot of each sequence, ascending.
+        past: [R] int64, the number of tokens that each slot holds.
+        counts: [R] int64, the number of tokens in each chunk.
+        device: The device of the model.
     """
     starts = np.cumsum(counts) - counts
     bounds = _cuts(counts)
@@ -337,10 +348,10 @@ def cached_layout(
 def _block(
     slots: Array, past: Array, counts: Array, starts: Array, total: int, device: torch.device
 ) -> tuple[_Block, Array, Array]:
-    """A block of one row per chunk, out of `total` tokens, and which of them lies at which of its places.
+    """Build a block with one row per chunk; also return which of `total` tokens it takes, and their places.
 
-    Where the slots in use are nearly all of the first ones, the others ride along as empty rows, which costs
-    less than copying the keys and values of those in use.
+    Where the slots in use are nearly all of the first ones, the unused slots between them become empty rows,
+    which costs less than copying the keys and values of those in use.
     """
     span = int(slots[-1]) + 1
     dense = span <= DENSE_SPAN * len(slots) + 1
@@ -366,18 +377,16 @@ def _block(
 
 
 def _cuts(counts: Array) -> list[int]:
-    """Where to cut chunks into blocks: [0, 3, 40] makes one of the first 3 tokens and one of the next 37.
+    """Return where to cut chunks into blocks: [0, 3, 40] gives one of the first 3 tokens, one of the next 37.
 
-    A row of a block costs about as much as ROW_COST tokens, a block about as much as BLOCK_COST tokens; the
-    cheapest of the cuts at a few quantiles is found by dynamic programming.
+    A row of a block costs about as much as ROW_COST tokens, a block about as much as BLOCK_COST tokens.
+    Dynamic programming finds the cheapest cuts among a few quantiles of the lengths.
     """
     ordered = np.sort(counts)
     size = len(ordered)
     ends = sorted({int(ordered[(size - 1) * k // 8]) for k in range(9)})
-    left = [
-        size,
-        *(size - np.searchsorted(ordered, ends, side="right")).tolist(),
-    ]  # rows with tokens after each end
+    # The number of rows with tokens after each end.
+    left = [size, *(size - np.searchsorted(ordered, ends, side="right")).tolist()]
     ends.insert(0, 0)
     best: list[tuple[float, list[int]]] = [(0.0, [0])]
     for k in range(1, len(ends)):
@@ -391,11 +400,12 @@ def _cuts(counts: Array) -> list[int]:
 
 
 def _causal_mask(first: Tensor, chunk: int, longest: int, window: int | None) -> Tensor:
-    # Queries past the end of a short chunk see stale entries; nobody reads what they yield.
+    """Return the mask [rows, 1, chunk, longest], 0 or -inf, of chunks after `first` [rows] tokens."""
+    # Queries past the end of a short chunk see stale entries, but their outputs are never read.
     place = torch.arange(max(chunk, longest), device=first.device)
     last_seen = first[:, None] + place[:chunk]
     hidden = place[:longest] > last_seen[:, :, None]
-    if window is not None:  # a row that saw nothing at all would give nan
+    if window is not None:  # clamped, since a row that sees nothing gives nan
         hidden |= place[:longest] <= last_seen.clamp(max=longest - 1)[:, :, None] - window
     return torch.zeros(hidden.shape, device=first.device).masked_fill_(hidden, -torch.inf)[:, None]
 
@@ -412,7 +422,11 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention that transformers calls; `layout` comes down through the model's keyword arguments."""
+    """Compute attention for transformers, which passes `layout` through the model's keyword arguments.
+
+    Raises:
+        RequirementError: If the model asks for what packed attention lacks, or for dropout in training.
+    """
     if layout is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, None

@@ -1,4 +1,4 @@
-"""What a chat template writes around the turns of a dialogue, found by rendering placeholders."""
+"""The text that a chat template writes around the turns of a dialogue, found by rendering placeholders."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ Message = dict[str, str]
 Render = Callable[[list[Message]], str]
 
 THINK, END_THINK = "<think>", "</think>"
-REASONING_TAGS = (THINK, END_THINK)  # that templates know
-_BLOCK = re.compile(f"(?:{THINK}(?:(?!{THINK}).)*?)?{END_THINK}|{THINK}", re.DOTALL)  # or a tag alone
-# What every template is given anyway.
+REASONING_TAGS = (THINK, END_THINK)  # the tags that chat templates know
+_BLOCK = re.compile(
+    f"(?:{THINK}(?:(?!{THINK}).)*?)?{END_THINK}|{THINK}", re.DOTALL
+)  # a block or a single tag
+# The variables that every template is given.
 _GIVEN = frozenset({"messages", "add_generation_prompt", "raise_exception", "strftime_now"})
 _FAILURES = (TemplateError, ValueError, TypeError, KeyError)
-INSTRUCTIONS_SLOT = 10**9  # its number, which no text of an episode has
+INSTRUCTIONS_SLOT = 10**9  # a number that no text of an episode has
 PROBED_TURNS = 4
-# Templates are known to treat reasoning in earlier replies apart, so one of the probes has some.
+# Some templates treat reasoning in earlier replies differently, so one of the probes has some.
 PROBED_REPLIES = (
     "Reply{}Placeholder",
     f"{THINK}Thought{{0}}Placeholder{END_THINK}<action>Reply{{0}}Placeholder</action>",
@@ -37,9 +39,9 @@ class ChatPieces:
     """The template's own text around the turns.
 
     A dialogue is opening, observation, before_reply, reply, then between, observation, before_reply, reply
-    for every further turn. `lead` is white space that the template writes before a reply, as the model must.
-    Where `appends` is False, earlier turns are written differently once later ones follow; `between` then
-    only says how a reply ends. `begun` is the part of a reply that the prompt already writes, from its think
+    for every further turn. `lead` is white space before a reply, which the model has to write as well.
+    Where `appends` is False, earlier turns are written differently once later ones follow, and `between` only
+    says how a reply ends. `begun` is the part of a reply that the prompt already writes, from its think
     tag on; `reply_prefix` is the part of it that an earlier reply must start with when it is rendered again.
     """
 
@@ -53,13 +55,13 @@ class ChatPieces:
 
     @property
     def opens(self) -> bool:
-        """Whether a reply begins inside a think block that the prompt has opened."""
+        """Return whether a reply begins inside a think block that the prompt has opened."""
         return bool(self.begun) and END_THINK not in self.begun
 
 
 @dataclass(frozen=True, slots=True)
 class ThinkBlock:
-    """How reasoning stands in a reply: opening, thoughts, closing, gap; `empty` is all of it without any."""
+    """Text around the reasoning in a reply: opening, reasoning, closing, gap; `empty` has no reasoning."""
 
     opening: str = THINK
     closing: str = END_THINK
@@ -68,9 +70,9 @@ class ThinkBlock:
 
 
 def slot(number: int) -> str:
-    """Return the placeholder of a text from outside, which is put in after rendering: it is never markup.
+    """Return the placeholder of a text from outside, whose ids replace it after rendering.
 
-    What is rendered holds no text from outside, so none can spell a placeholder either.
+    The text itself is never rendered, so it can become neither markup nor a placeholder.
     """
     return f"Observation{number}Placeholder"
 
@@ -87,17 +89,17 @@ def split_slots(text: str) -> list[tuple[str, int | None]]:
 
 
 def split_reply(pieces: Sequence[str], *, reasoning: bool = True) -> tuple[list[str], list[range]]:
-    """Split a reply into what a template is shown of it, and the pieces that stand between those parts.
+    """Split a reply into the parts that a template sees, and the pieces behind placeholders between them.
 
-    Templates trim replies, and some treat the reasoning that ends in </think> apart: they are shown its tags
-    and white space, and a placeholder for everything else.
+    Templates trim replies, and some treat reasoning that ends in </think> differently. So a template sees the
+    tags and the white space of a reply, and placeholders for everything else.
 
     Args:
-        pieces: of the reply's text; a tag is one of its own.
-        reasoning: whether the template knows the tags; else they are text like any other.
+        pieces: The pieces of the reply's text; each tag is a piece of its own.
+        reasoning: Whether the template knows the tags; otherwise they are ordinary text.
 
     Returns:
-        The parts, one more than there are placeholders, and the places of what these stand for.
+        The parts, one more than there are placeholders, and for each placeholder the range of its pieces.
 
     >>> split_reply(["<think>", "why so", "</think>", " go ", "<b>"])
     (['<think>', '</think> ', ''], [range(1, 2), range(3, 5)])
@@ -123,7 +125,7 @@ def split_reply(pieces: Sequence[str], *, reasoning: bool = True) -> tuple[list[
 
 
 def messages(observations: Sequence[str], replies: Sequence[str], instructions: str) -> list[Message]:
-    """A dialogue that waits for a reply; the instructions stand before the first observation."""
+    """Return the messages of a dialogue that waits for a reply; instructions precede all observations."""
     first = f"{instructions}\n\n{observations[0]}" if instructions else observations[0]
     written = [{"role": "user", "content": first}]
     for reply, observation in zip(replies, observations[1:], strict=True):
@@ -132,14 +134,14 @@ def messages(observations: Sequence[str], replies: Sequence[str], instructions: 
 
 
 def probe_template(render: Render, instructions: str) -> ChatPieces:
-    """Find the fixed pieces around a turn, and whether a rendered dialogue begins with every earlier one.
+    """Find the fixed text around a turn, and whether a longer dialogue extends every shorter one.
 
     Raises:
-        ConfigError: if the template fails, or does not write the latest observation as it is given.
+        ConfigError: If the template fails, or changes the latest observation.
     """
     begun = begun_reply(render)
     opens = begun != "" and END_THINK not in begun
-    # Inside a block that is open already, a reply with reasoning only closes it.
+    # Where the prompt has opened a think block, a reply with reasoning only closes it.
     replies = [reply.removeprefix(THINK) if opens else reply for reply in PROBED_REPLIES]
     reply_prefix = ""
     probes = [_probe(render, reply, instructions) for reply in replies]
@@ -158,10 +160,10 @@ def probe_template(render: Render, instructions: str) -> ChatPieces:
 
 
 def begun_reply(render: Render) -> str:
-    """What a prompt already writes of the reply, from its think tag on: "" where it writes none.
+    """Return the part of a reply that the prompt already writes, from its think tag on; "" without one.
 
     Raises:
-        ConfigError: if the template fails, or does not write an observation as it is given.
+        ConfigError: If the template fails, or changes an observation.
     """
     prompt = _around(_rendered(render, messages([slot(0)], [], "")), slot(0))[1]
     found = [block.start() for block in _BLOCK.finditer(prompt)]
@@ -169,11 +171,11 @@ def begun_reply(render: Render) -> str:
 
 
 def think_block(finished: Render, silenced: Render) -> ThinkBlock:
-    """How a template itself writes reasoning; as plain tags where it does not tell.
+    """Return how a template writes reasoning, or plain tags where rendering does not show it.
 
     Args:
-        finished: renders a dialogue that ends in a reply.
-        silenced: renders one that waits for a reply without reasoning, where the template knows of such.
+        finished: Renders a dialogue that ends in a reply.
+        silenced: Renders a dialogue that waits for a reply without reasoning, if the template supports it.
     """
     thought, reply = "ThoughtPlaceholder", "ReplyPlaceholder"
     block = ThinkBlock()
@@ -192,6 +194,7 @@ def think_block(finished: Render, silenced: Render) -> ThinkBlock:
 
 
 def _find_block(finished: Render, content: str, thought: str, reply: str) -> tuple[str, str, str] | None:
+    """Return opening, closing and gap around `thought` in a rendered reply; None if it is not there."""
     text = finished([*messages([slot(0)], [], ""), {"role": "assistant", "content": content}])
     pattern = rf"({THINK}\s*){thought}(\s*{END_THINK})(\s*){reply}"
     found = re.search(pattern, text.rpartition(slot(0))[2])
@@ -199,23 +202,23 @@ def _find_block(finished: Render, content: str, thought: str, reply: str) -> tup
 
 
 def check_arguments(template: str, arguments: Mapping[str, Any], given: Sequence[str] = ()) -> None:
-    """Refuse arguments that a chat template would never read, and those that are not the user's to set.
+    """Refuse arguments that a chat template never reads, or that are set for it anyway.
 
     Args:
-        template: in Jinja.
-        arguments: of `policy.template_arguments`.
-        given: further names that the template is given a value for.
+        template: The template, in Jinja.
+        arguments: The arguments of `policy.template_arguments`.
+        given: Further names whose values are set for the template.
 
     Raises:
-        ConfigError: naming one, and what the template reads.
+        ConfigError: Naming the first of them, and the arguments that the template reads.
     """
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
-    # A tag of transformers' own, which marks replies and reads nothing.
+    # transformers adds this tag to Jinja; it marks replies and reads nothing.
     plain = re.sub(r"{%-?\s*(?:end)?generation\s*-?%}", "", template)
     try:
         read = meta.find_undeclared_variables(environment.parse(plain))
     except TemplateError as error:
-        raise ConfigError(f"the tokenizer's chat template is no Jinja ({error})") from error
+        raise ConfigError(f"the tokenizer's chat template is not valid Jinja ({error})") from error
     known = read - _GIVEN - set(given) - set(environment.globals)
     for name in arguments:
         if name not in known:
@@ -226,13 +229,13 @@ def check_arguments(template: str, arguments: Mapping[str, Any], given: Sequence
 
 
 def _balanced(text: str) -> bool:
-    """Whether what is rendered between the first two observations closes what it opens."""
+    """Return whether the text between the first two observations closes every think block that it opens."""
     reply = text.partition(slot(0))[2].partition(slot(1))[0]
     return reply.count(THINK) == reply.count(END_THINK)
 
 
 def _probe(render: Render, reply: str, instructions: str) -> list[str]:
-    """The dialogue rendered after 1, 2, … turns."""
+    """Return the dialogue rendered with 1, 2, … observations."""
     slots = [slot(turn) for turn in range(PROBED_TURNS)]
     replies = [reply.format(turn) for turn in range(PROBED_TURNS)]
     texts = [
@@ -254,16 +257,18 @@ def _rendered(render: Render, dialogue: list[Message]) -> str:
 
 
 def _around(text: str, placeholder: str) -> tuple[str, str]:
+    """Return the text before and after a placeholder, which must occur once."""
     parts = text.split(placeholder)
     if len(parts) != 2:
         raise ConfigError(
-            f"the tokenizer's chat template wrote the user's text {len(parts) - 1} times, wanted once and "
+            f"the tokenizer's chat template writes the user's text {len(parts) - 1} times, wanted once and "
             "unchanged; give the tokenizer another chat_template"
         )
     return parts[0], parts[1]
 
 
 def _extends(texts: list[str], reply: str, pieces: ChatPieces) -> bool:
+    """Return whether each rendered dialogue is the one before it, plus a reply and the fixed pieces."""
     if texts[0] != pieces.opening + slot(0) + pieces.before_reply:
         return False
     return all(

@@ -1,4 +1,4 @@
-"""How many tokens one sequence of a model may hold. Nothing else in the project works it out."""
+"""The largest number of tokens in one sequence of a model; the only place that computes it."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -11,47 +11,45 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from agentrl.errors import ConfigError
 
 _UNBOUNDED = 2**31
-_FURTHEST = 2**22  # where the search for a switch ends in a model that names no number of positions
-_NEAR = 4  # positions whose rotary angles are compared
+_FURTHEST = 2**22  # the end of the search for a rotary switch in models without a number of positions
+_NEAR = 4  # the number of positions whose rotary angles are compared
 _known: "WeakKeyDictionary[nn.Module, tuple[int, int]]" = WeakKeyDictionary()
 
 
 def context_limit(model: PreTrainedModel) -> int:
-    """Tokens that one sequence may hold, by the model alone: its positions, its window, or its rotary switch.
+    """Return the largest sequence length of the model itself: its positions, window or rotary switch.
 
-    A sliding window limits a model of which every layer has one. Where some see everything, as in Gemma 3,
-    theirs is the limit, and the others slide. The rotary angles of `longrope` are others as soon as any
-    sequence of a batch is longer than the length that the model was first trained with. A longer sequence
-    would read what was said before it got so long differently than it was said, and so would its neighbours;
-    the library, too, begins anew there.
+    A sliding window is a limit if every layer has one. Where some layers see everything, as in Gemma 3, only
+    their limit counts. With `longrope`, all rotary angles change as soon as any sequence of a batch exceeds
+    the length of the original training: the earlier tokens of that sequence, and all of its neighbours, would
+    then be read with other angles than they were sampled with. The library recomputes its cache there.
     """
     return min(_limits(model))
 
 
 def context_length(model: PreTrainedModel, wanted: int | None) -> int:
-    """Tokens that one sequence may hold: as many as wanted, or as the model can where those are fewer.
+    """Return the largest sequence length: the one asked for, or the model's own limit if that is lower.
 
     Args:
-        model: that reads the sequences; one on the meta device will do.
-        wanted: `policy.max_context`; None asks for all that the model can.
+        model: The model that reads the sequences; one on the meta device works too.
+        wanted: The value of `policy.max_context`; None asks for the model's limit.
 
     Raises:
-        ConfigError: for more than the rotary switch allows, where the model would go on in another way.
+        ConfigError: If `wanted` exceeds the rotary switch, beyond which the model computes differently.
     """
     positions, switch = _limits(model)
     if wanted is None:
         return min(positions, switch)
     if switch < min(wanted, positions):
         raise ConfigError(
-            f"policy.max_context is {wanted}, wanted at most {switch}: {type(model).__name__} turns to other "
-            f"rotary frequencies as soon as a sequence is longer than {switch} tokens, for all that stands "
-            "before as well"
+            f"policy.max_context is {wanted}, wanted at most {switch}: {type(model).__name__} uses other "
+            f"rotary frequencies, at earlier tokens too, as soon as a sequence is longer than {switch} tokens"
         )
     return min(wanted, positions)
 
 
 def shortened(model: PreTrainedModel, wanted: int) -> str | None:
-    """What is to be said where fewer tokens are used than were asked for; None where all are."""
+    """Return a message that the model holds fewer tokens than asked for; None where it holds them all."""
     used = context_length(model, wanted)
     if used == wanted:
         return None
@@ -63,7 +61,7 @@ def shortened(model: PreTrainedModel, wanted: int) -> str | None:
 
 
 def _limits(model: PreTrainedModel) -> tuple[int, int]:
-    """How many positions are seen, and the length beyond which rotary angles are others."""
+    """Return the number of positions, and the length beyond which the rotary angles change."""
     found = _known.get(model)
     if found is None:
         config = model.config.get_text_config()
@@ -73,14 +71,14 @@ def _limits(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def _window(config: PreTrainedConfig) -> int:
-    """That of all layers; of a model where some have none, no limit."""
+    """Return the sliding window if every layer has one, else a number that is no limit."""
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     slides = getattr(config, "use_sliding_window", True) and set(kinds) == {"sliding_attention"}
     return (getattr(config, "sliding_window", None) if slides else None) or _UNBOUNDED
 
 
 def _rotary_switch(model: PreTrainedModel, positions: int) -> int:
-    """The length of the longest sequence whose first positions are turned as they are in short ones."""
+    """Return the longest sequence length whose first positions have the rotary angles of short ones."""
     switches = [_UNBOUNDED]
     for part in model.modules():
         if any(name.endswith("inv_freq") for name, _ in part.named_buffers(recurse=False)):
@@ -89,15 +87,16 @@ def _rotary_switch(model: PreTrainedModel, positions: int) -> int:
 
 
 def _kinds(part: nn.Module) -> Iterator[str | None]:
-    """The kinds of layers that a rotary embedding tells apart."""
+    """Yield the kinds of layers for which a rotary embedding has different angles."""
     kinds = getattr(part, "rope_type", None)
     yield from kinds if isinstance(kinds, dict) else [None]
 
 
 def _switch_of(part: nn.Module, kind: str | None, positions: int) -> int:
+    """Find the switch of one rotary embedding by bisection."""
     try:
         near = _near_angles(part, kind, _NEAR)
-    except Exception:  # one that is called in another way, say with three positions for each token
+    except Exception:  # its signature differs, for example with three positions for each token
         return _named_switch(part)
     if _near_angles(part, kind, positions) == near:
         return _UNBOUNDED
@@ -112,7 +111,7 @@ def _switch_of(part: nn.Module, kind: str | None, positions: int) -> int:
 
 
 def _named_switch(part: nn.Module) -> int:
-    """By the names in config.json."""
+    """Return the switch that config.json names."""
     settings = getattr(getattr(part, "config", None), "rope_parameters", None) or {}
     switches = [
         each["original_max_position_embeddings"]
@@ -123,11 +122,11 @@ def _named_switch(part: nn.Module) -> int:
 
 
 def _near_angles(part: nn.Module, kind: str | None, length: int) -> list[Any]:
-    """How the first positions are turned in a sequence of a length, by a new embedding without a past."""
+    """Return the angles of the first positions in a sequence of `length`, from a newly built embedding."""
     config: Any = part.config
     with torch.device("cpu"):
-        fresh = cast(Any, type(part))(config=config)
+        embedding = cast(Any, type(part))(config=config)  # new, since some remember the longest length
         places = torch.tensor([[*range(_NEAR), length - 1]])
-        angles = fresh(torch.zeros(1, 1, 1), places, **({} if kind is None else {"layer_type": kind}))
+        angles = embedding(torch.zeros(1, 1, 1), places, **({} if kind is None else {"layer_type": kind}))
     found: list[Tensor] = [angles] if isinstance(angles, Tensor) else list(angles)
     return [each[..., :_NEAR, :].tolist() for each in found]

@@ -1,4 +1,4 @@
-"""Between texts and token ids, so that no text from outside becomes a token of markup."""
+"""Encoding and decoding that never turns text from outside into markup tokens."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Encode = Callable[[str], tuple[int, ...]]
 
 
 def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
-    """Return an encoder of text from outside, in which the names of tokens of markup are only text.
+    """Return an encoder of text from outside, to which the names of markup tokens are ordinary text.
 
-    Whatever their "special" flag says, tokens such as <|im_end|>, <think> and <tool_call> never come out; see
-    `markup_ids` for added tokens that do.
+    Tokens such as <|im_end|>, <think> and <tool_call> never come out, whatever their "special" flag says; see
+    `markup_ids` for the added tokens that do.
     """
     markup = markup_ids(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -42,13 +42,13 @@ def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
             return tuple(call(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    barred = markup - ({tokenizer.unk_token_id} - ends)  # what is unknown may be called so
+    barred = markup - ({tokenizer.unk_token_id} - ends)  # unknown text may become the unknown token
 
     def encode_as_text(text: str) -> tuple[int, ...]:
         ids = encode(text)
         if barred.isdisjoint(ids):
             return ids
-        # The vocabulary itself has the name in one piece, as those of words and unigrams do: cut it in two.
+        # Word and unigram vocabularies hold such a name as one token even so; split the text to avoid it.
         if len(text) < 2:
             return tuple(id for id in ids if id not in barred)
         middle = len(text) // 2
@@ -58,9 +58,9 @@ def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
 
 
 def cut_encoder(tokenizer: PreTrainedTokenizerBase, encode: Encode, limit: int, cache: TextCache) -> Encode:
-    """Return an encoder of the first `limit` tokens of a text, which reads and keeps little more."""
-    # No token says more characters than its name has. The rest is for normalisers that shorten a text, and
-    # for what the end of a text does to the tokens before it.
+    """Return an encoder of the first `limit` tokens of a text, which reads and caches little more of it."""
+    # No token stands for more characters than its name has. The factor allows for normalizers that shorten a
+    # text, the constant for the influence of a text's end on earlier tokens.
     room = 4 * limit * max(map(len, tokenizer.get_vocab())) + 1024
 
     def encode_start(text: str) -> tuple[int, ...]:
@@ -74,10 +74,10 @@ _WORDS = re.compile("[\\w\u2581 ]*")  # sentencepiece writes spaces as \u2581
 
 
 def markup_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids of added tokens that are no part of the language.
+    """Return the ids of added tokens that are markup and not language.
 
-    A part of it are white space and plain words, as domains add them: without the special flag, and not
-    written by the chat template.
+    White space is language, and so are the plain words that domains add: those without the special flag that
+    the chat template does not write.
     """
     template = str(tokenizer.chat_template or "")
 
@@ -90,17 +90,17 @@ def markup_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids that the tokenizer calls special, which are never a part of a reply's text."""
+    """Return the ids that the tokenizer marks as special, which are never part of a reply's text."""
     flagged = (id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
     return frozenset((*tokenizer.all_special_ids, *flagged))
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase, control: Collection[int]) -> Callable[[Sequence[int]], str]:
-    """Return a decoder that leaves out `control`."""
+    """Return a decoder that leaves out the ids in `control`."""
 
     def decode(ids: Sequence[int]) -> str:
-        told = [id for id in ids if id not in control]
-        text = tokenizer.decode(told, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        kept = [id for id in ids if id not in control]
+        text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return cast(str, text)
 
     return decode

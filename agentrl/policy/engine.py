@@ -1,4 +1,4 @@
-"""Engines: token ids in, sampled token ids with their logprobs and entropies out."""
+"""The engine interface: token ids in, sampled token ids with their logprobs and entropies out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,13 @@ from agentrl.policy.thinking import Thinking
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How replies are drawn.
+    """How replies are sampled.
 
     Args:
-        temperature: 0 takes the most likely token; logprobs and entropies are then those at temperature 1.
-        max_tokens: limit on a reply that is free, or thinks before its choice; a choice alone ends where it
-            ends.
+        temperature: The sampling temperature; 0 takes the most likely token, with the logprobs and entropies
+            of temperature 1.
+        max_tokens: The largest number of tokens in a free reply, or in one that reasons before its choice; a
+            choice alone is not limited.
     """
 
     temperature: float = 1.0
@@ -23,20 +24,22 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """Continue a sequence.
+    """A request to continue a sequence.
 
     Args:
-        sequence: names the token sequence (and its KV cache) to extend; one request per sequence at a time.
-        prompt_ids: tokens to append before generating; the whole prompt when `new_sequence`.
-        new_sequence: forget what the sequence held.
-        choices: the admissible replies as token ids, each ending in a stop id; None generates freely.
-        seed: fixes the draw, whatever else is in the batch.
-        sampling: how to draw.
-        parent: a sequence that begins with the same tokens, for a new one: what is known of those is not
-            computed again. Changes nothing else, and may be unknown.
-        thinking: what comes before the choice: thoughts, as far as `sampling.max_tokens` and the context
-            leave room for them beside the longest choice. Its opening is part of the prompt.
-        begun: thoughts that are there already, at the end of the prompt.
+        sequence: The name of the token sequence (and its KV cache) to extend; it can have one request at a
+            time.
+        prompt_ids: The tokens to append before generating; the whole prompt when `new_sequence`.
+        new_sequence: Whether to discard what the sequence held before.
+        choices: The admissible replies as token ids, each ending in a stop id; None generates freely.
+        seed: The seed of the sample, which does not depend on the rest of the batch.
+        sampling: How to sample.
+        parent: The name of a sequence that begins with the same tokens, whose cache a new sequence copies.
+            Affects only speed, and may be unknown.
+        thinking: How the reply reasons before its choice; None does not. The reasoning takes the room that
+            `sampling.max_tokens` and the context leave beside the longest choice. Its opening is part of
+            the prompt.
+        begun: The reasoning tokens that the end of the prompt already holds.
     """
 
     sequence: str
@@ -52,9 +55,9 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What was sampled; with an `error` nothing was.
+    """The reply to a request, or an `error` and no tokens.
 
-    The fields of tokens and of versions are those of `agentrl.data.Turn`.
+    The fields of tokens and versions are those of `agentrl.data.Turn`.
     """
 
     sequence: str
@@ -66,18 +69,19 @@ class Generation:
     policy_version: int = 0
     policy_versions: tuple[int, ...] = ()
     error: str | None = None
-    lost: bool = False  # with an error: the engine failed, whatever the request was; it may be asked again
+    lost: bool = False  # the error is of the engine, not of the request, which may be submitted again
 
 
 def token_versions(changes: Sequence[tuple[int, int]], length: int) -> tuple[int, tuple[int, ...]]:
-    """Tell `Generation.policy_version` and `policy_versions` of a reply.
+    """Return the `policy_version` and `policy_versions` of a reply.
 
     >>> token_versions([(0, 3)], 4), token_versions([(0, 3), (2, 4)], 4), token_versions([(0, 3), (0, 4)], 4)
     ((3, ()), (3, (3, 3, 4, 4)), (4, ()))
 
     Args:
-        changes: from which of its tokens on, which version; in order, the first from 0 on.
-        length: tokens of the reply.
+        changes: Pairs of a token index and the version of the weights from that token on, in order; the
+            first index is 0.
+        length: The number of tokens in the reply.
     """
     versions = [changes[0][1]] * length or [changes[-1][1]]
     for start, version in changes[1:]:
@@ -86,21 +90,30 @@ def token_versions(changes: Sequence[tuple[int, int]], length: int) -> tuple[int
 
 
 class Engine(Protocol):
-    """Continuous batching: requests join at any time, `step` advances all and returns those that finished.
+    """Continuous batching: requests join at any time, and `step` advances them all.
 
-    An engine is made with the model whose weights it generates with; `refresh` takes up those of now, between
-    two steps, whether it reads them in place or holds a copy. Replies that are in flight go on with them.
+    An engine is created with the model whose weights it generates with, either in place or from a copy.
     """
 
-    max_context: int  # tokens a sequence may hold
-    provides: frozenset[str]  # what components of an algorithm may require of it: `rollout:entropy`
+    max_context: int  # the largest number of tokens in a sequence
+    provides: frozenset[str]  # features that algorithm components may require, such as `rollout:entropy`
 
-    def submit(self, request: GenerationRequest) -> None: ...
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a request; one that cannot be served comes back from the next `step` with an error."""
+        ...
 
-    def step(self) -> Sequence[Generation]: ...
+    def step(self) -> Sequence[Generation]:
+        """Advance every request, and return the replies that finished."""
+        ...
 
-    def release(self, sequence: str) -> None: ...
+    def release(self, sequence: str) -> None:
+        """Forget a sequence and its request in flight; unknown names are fine."""
+        ...
 
-    def refresh(self, version: int) -> None: ...
+    def refresh(self, version: int) -> None:
+        """Switch to the model's current weights, of this version; replies in flight continue with them."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...

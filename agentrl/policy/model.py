@@ -1,4 +1,4 @@
-"""The policy's network: a small decoder made from scratch or a Hugging Face folder, over packed sequences."""
+"""Creation, loading and saving of the policy's network: a new small decoder, or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def build_model(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """Make the small decoder of `decoder_settings` with random weights.
+    """Build the small decoder of `decoder_settings` with random weights.
 
-    The weights depend on `seed` alone; the global generators are left as they were.
+    The weights depend on `seed` alone; the global random generators are left unchanged.
     """
     settings = decoder_settings(
         config, len(tokenizer), pad=tokenizer.pad_token_id, end=tokenizer.eos_token_id
@@ -75,16 +75,18 @@ def build_model(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, seed: 
 def decoder_settings(
     config: PolicyConfig, vocabulary: int, *, pad: int | None = None, end: int | None = None
 ) -> Qwen2Config:
-    """What `build_model` makes: a Qwen2 with an MLP of width 3 d and tied embeddings.
+    """Return the configuration of the model that `build_model` builds.
+
+    It is a Qwen2 with an MLP of width 3 d and tied embeddings.
 
     Args:
-        config: the sizes.
-        vocabulary: number of token ids.
-        pad: id of the token that pads.
-        end: id of the token that ends a text.
+        config: The sizes.
+        vocabulary: The number of token ids.
+        pad: The id of the padding token.
+        end: The id of the token that ends a text.
 
     Raises:
-        ConfigError: when the heads do not divide the width.
+        ConfigError: If the heads do not divide the width.
     """
     if config.hidden_size % (2 * config.heads):
         raise ConfigError(
@@ -112,7 +114,11 @@ def _to_device(model: PreTrainedModel, device: torch.device, dtype: torch.dtype)
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is cuda where there is one, else the cpu; an absent device is a ConfigError."""
+    """Return the device of a name, where `auto` takes cuda if there is one, else the cpu.
+
+    Raises:
+        ConfigError: If this machine has no such device.
+    """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device("cuda" if available["cuda"] else "cpu")
@@ -125,10 +131,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def end_ids(model: PreTrainedModel) -> frozenset[int]:
-    """Return the ids that end a text, by the model's `eos_token_id` and its generation config's.
+    """Return the ids that end a text, by the `eos_token_id` of the model and of its generation config.
 
-    Each may be a list, as of models that end a turn otherwise than a text. Ids outside the vocabulary are
-    left out: nothing can sample them.
+    Each may be a list, as in models that end a turn and a text with different tokens. Ids outside the
+    vocabulary are left out, since they are never sampled.
     """
     vocabulary = output_weight(model).shape[0]
     settings = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
@@ -141,12 +147,12 @@ def load_policy(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from a folder, and check its packed forward.
 
-    The architecture is checked in float32 whatever `dtype` is, and before there are weights; see
-    `check_packed_forward`. The weights are looked at for themselves: whether they are numbers in `dtype`.
+    The architecture is checked before the weights are read, in float32 whatever `dtype` is; see
+    `check_packed_forward`. The weights are then checked to be finite in `dtype`.
 
     Raises:
-        CheckpointError: if a file is absent, corrupt or does not fit; the message has the remedy.
-        RequirementError: if the architecture cannot run over packed sequences.
+        CheckpointError: If a file is absent, corrupt or does not fit; the message says what to do.
+        RequirementError: If the architecture cannot run over packed sequences.
     """
     folder = Path(path)
     _check_files(folder)
@@ -169,7 +175,7 @@ def _model_without_weights(folder: Path) -> PreTrainedModel:
         return without_weights(settings)
     except RequirementError:
         raise
-    except Exception as error:  # the library raises whatever its parsers raise
+    except Exception as error:  # the library's parsers may raise anything
         raise _unreadable(folder, error) from error
 
 
@@ -193,7 +199,7 @@ def skeleton(config: PolicyConfig) -> PreTrainedModel:
         return _on_meta(settings, config.dtype)
     except RequirementError:
         raise
-    except Exception as error:  # the library raises whatever its parsers raise
+    except Exception as error:  # the library's parsers may raise anything
         raise CheckpointError(
             f"policy.path is {config.path!r}, wanted the folder of a Hugging Face causal language model on "
             f"this machine ({' '.join(str(error).split())[:160]})"
@@ -206,10 +212,10 @@ def _on_meta(settings: Any, dtype: str) -> PreTrainedModel:
 
 
 def check_finite(folder: Path, model: PreTrainedModel) -> None:
-    """Refuse weights that are no numbers, and those that lead to none in the precision of the model.
+    """Refuse weights that are not finite, or that give logits that are not, in the model's precision.
 
     Raises:
-        CheckpointError: naming the folder, and a tensor where one is to blame.
+        CheckpointError: Naming the folder, and the tensor that is not finite, if any.
     """
     dtype = str(output_weight(model).dtype).removeprefix("torch.")
     overflow = "; bfloat16 and float32 hold larger numbers" if dtype == "float16" else ""
@@ -231,25 +237,27 @@ def check_finite(folder: Path, model: PreTrainedModel) -> None:
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
     """Write a Hugging Face folder (safetensors) beside `path` and rename it into place: all of it or nothing.
 
-    The weights are written as they are; `from_pretrained(path, dtype=...)` rounds them as it reads them.
+    The weights are written in the model's dtype; `from_pretrained(path, dtype=...)` rounds them when it loads
+    them.
 
     Raises:
-        NonFiniteError: if weights are not finite; what was at `path` is as before.
-        CheckpointError: if it cannot be written, as on a full disk; what was at `path` is as before.
+        NonFiniteError: If weights are not finite; a folder that was at `path` is left unchanged.
+        CheckpointError: If it cannot be written, as on a full disk; a folder that was at `path` is left
+            unchanged.
     """
     target = Path(path)
     if lost := non_finite(cast(nn.Module, model).named_parameters()):
-        raise NonFiniteError(f"{target}: not saved, for nan or inf is in {named_in_short(lost)}")
+        raise NonFiniteError(f"{target}: not saved, since {named_in_short(lost)} holds nan or inf")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing_folder(target) as fresh:
+        with replacing_folder(target) as folder:
             with _no_progress_bars():
-                model.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
+                model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{target}: the policy could not be saved ({error}); make room or choose another folder. "
-            "What was there before is unharmed"
+            "The previous content is unchanged"
         ) from error
 
 
@@ -260,13 +268,13 @@ def _check_files(folder: Path) -> None:
         raise CheckpointError(f"{folder}: config.json is missing; wanted a Hugging Face model folder")
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"{folder}: adapter_config.json says that it is an adapter of a model elsewhere, which is not "
-            "looked for; merge them and save the whole model with save_pretrained(folder)"
+            f"{folder}: adapter_config.json says that it is an adapter, whose base model is elsewhere and is "
+            "not loaded; merge the two and save the whole model with save_pretrained(folder)"
         )
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
-            f"{folder}: no *.safetensors file; other formats can hold code and are not read. "
-            "Load the model where it came from and save it with save_pretrained(folder)"
+            f"{folder}: no *.safetensors file; other formats can contain code and are not read. "
+            "Load the model with the tool that wrote it and save it with save_pretrained(folder)"
         )
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
@@ -277,7 +285,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_end_ids(folder: Path) -> None:
-    """Refuse files whose end ids would be passed over, or crash much later."""
+    """Refuse files whose end ids would be ignored, or crash much later."""
     for name in ("config.json", "generation_config.json"):
         path = folder / name
         if not path.is_file():
@@ -298,10 +306,14 @@ def _as_list(ids: Any) -> list[Any]:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in a folder, as the class that it was saved as."""
+    """Load the tokenizer in a folder, with the class that it was saved with.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
     folder = Path(path)
     try:
-        # AutoTokenizer takes the class that is usual for the model type even where the folder says otherwise.
+        # AutoTokenizer takes the usual class of the model type, even where the folder names another.
         kind = (
             AutoTokenizer if _tokenizer_class(folder) not in GENERIC_TOKENIZERS else PreTrainedTokenizerFast
         )
@@ -309,7 +321,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             PreTrainedTokenizerBase,
             cast(Any, kind).from_pretrained(folder, local_files_only=True, trust_remote_code=False),
         )
-    except Exception as error:  # the library raises whatever its parsers raise
+    except Exception as error:  # the library's parsers may raise anything
         raise CheckpointError(
             f"{folder}: the tokenizer cannot be read ({_brief(error)}); save it again with "
             "tokenizer.save_pretrained(folder)"
@@ -317,6 +329,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _tokenizer_class(folder: Path) -> str | None:
+    """Return the class that a tokenizer was saved with, if it is a fast one and the folder says so."""
     settings = folder / "tokenizer_config.json"
     if not settings.is_file() or not (folder / "tokenizer.json").is_file():
         return None
@@ -325,6 +338,7 @@ def _tokenizer_class(folder: Path) -> str | None:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
+    """Disable the library's progress bars during the block."""
     before = progress.is_progress_bar_enabled()
     cast(Any, progress).disable_progress_bar()
     try:
@@ -346,7 +360,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except Exception as error:  # as above
+    except Exception as error:  # the library's parsers may raise anything
         raise _unreadable(folder, error) from error
     wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if wrong:

@@ -1,4 +1,4 @@
-"""A model over sequences that lie end to end: hidden states, and the head that reads them."""
+"""Forward passes of a model over packed sequences, and its output layer."""
 
 from typing import Any, cast
 
@@ -12,15 +12,15 @@ from agentrl.policy.context import context_limit
 
 
 def hidden_states(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """The last hidden state of every token of sequences that lie end to end; differentiable.
+    """Return the last hidden state of every token of packed sequences; differentiable.
 
     Args:
-        model: from `build_model` or `load_policy`.
-        tokens: [N] int64, the sequences one after the other.
-        lengths: [B] int64, summing to N. Sequences do not see each other.
+        model: A model from `build_model` or `load_policy`.
+        tokens: [N] int64, the concatenated sequences.
+        lengths: [B] int64, the lengths of the sequences, summing to N. Sequences do not see each other.
 
     Returns:
-        [N, d], on which `output_weight` gives the logits of the token that follows.
+        [N, d]; the product with `output_weight` gives the logits of the next token.
     """
     if int(lengths.sum()) != tokens.shape[0]:
         raise ValueError(
@@ -30,17 +30,17 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Te
 
 
 def packed_forward(model: PreTrainedModel, tokens: Tensor, layout: AttentionLayout) -> Tensor:
-    """Run the decoder without its head over tokens [N] in any layout; [N, d].
+    """Run the decoder without its output layer over tokens [N] in any layout; return [N, d].
 
     Raises:
-        RequirementError: for a sequence that is longer than the model's limit.
+        RequirementError: If a sequence is longer than the model's limit.
     """
     if layout.longest > (limit := context_limit(model)):
         raise RequirementError(
             f"a sequence of {layout.longest} tokens is longer than {type(model).__name__} can hold; "
             f"set policy.max_context to {limit} or less"
         )
-    # A mask with four dimensions is taken as finished: transformers then builds none.
+    # transformers uses a mask with four dimensions as it is, and so builds none.
     no_mask = tokens.new_empty(0, dtype=torch.bool).view(1, 1, 0, 0)
     out = model.base_model(
         input_ids=tokens.unsqueeze(0),
@@ -53,10 +53,10 @@ def packed_forward(model: PreTrainedModel, tokens: Tensor, layout: AttentionLayo
 
 
 def output_weight(model: PreTrainedModel) -> Tensor:
-    """The head [V, d]: logits are hidden @ weight.T, which `check_packed_forward` has made sure of."""
+    """Return the output weight [V, d]: logits are hidden @ weight.T, as `check_packed_forward` verifies."""
     return cast(Tensor, output_layer(model).weight)
 
 
 def output_layer(model: PreTrainedModel) -> Any:
-    """The module that holds the head; None in a model without one."""
+    """Return the output layer; None in a model without one."""
     return cast(Any, model).get_output_embeddings()

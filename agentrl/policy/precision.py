@@ -1,4 +1,4 @@
-"""The numbers that weights are made of: in how many bits, and whether all of them are numbers."""
+"""The precision of weights, and whether all of them are finite."""
 
 import copy
 import math
@@ -12,9 +12,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def engine_copy(model: Model, dtype: torch.dtype) -> Model:
-    """Return a copy of a model with weights of another dtype; the model itself where they have it already.
+    """Return a copy of a model with weights of another dtype, or the model itself where they have it already.
 
-    Buffers keep theirs: rotary frequencies that are rounded to bfloat16 turn far positions into other ones.
+    Buffers keep their dtype: rotary frequencies rounded to bfloat16 would shift distant positions.
     """
     weights = list(model.parameters())
     if all(weight.dtype == dtype for weight in weights):
@@ -23,11 +23,11 @@ def engine_copy(model: Model, dtype: torch.dtype) -> Model:
         id(weight): nn.Parameter(weight.detach().to(dtype), requires_grad=weight.requires_grad)
         for weight in weights
     }
-    return copy.deepcopy(model, dict(rounded))  # which takes what is there as copied already
+    return copy.deepcopy(model, dict(rounded))  # the memo makes deepcopy use the rounded weights
 
 
 def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Return the names of tensors that hold nan or inf; one pass over all of them where none does."""
+    """Return the names of tensors that hold nan or inf; takes a single pass where there are none."""
     named = [(name, values) for name, values in tensors if values.numel() and values.is_floating_point()]
     if not named or math.isfinite(nn.utils.get_total_norm([values for _, values in named], math.inf)):
         return []
@@ -35,7 +35,7 @@ def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def named_in_short(names: Sequence[str]) -> str:
-    """Return a sentence's mention of some tensors: the first by name, and how many more there are.
+    """Return a short mention of some tensors for a sentence: the first name, and how many more there are.
 
     >>> named_in_short(["norm.weight"]), named_in_short(["norm.weight", "head.weight", "head.bias"])
     ('norm.weight', 'norm.weight and 2 more')

@@ -1,4 +1,4 @@
-"""What is wrong with a request, found before an engine does anything for it."""
+"""Checks of a request before an engine starts it."""
 
 from collections.abc import Set
 
@@ -17,16 +17,16 @@ def find_request_error(
     vocabulary: int,
     max_context: int,
 ) -> str | None:
-    """Why a request cannot be served; None when it can.
+    """Return why a request cannot be served; None when it can.
 
     Args:
-        request: to be checked.
-        trie: of its choices.
-        held: tokens of its sequence so far; None for one that is unknown.
-        busy: whether the sequence has a request in flight.
-        stop_ids: that choices must end in.
-        vocabulary: number of ids of the model.
-        max_context: tokens that a sequence may hold.
+        request: The request to check.
+        trie: The trie of its choices.
+        held: The number of tokens in its sequence so far; None for an unknown sequence.
+        busy: Whether the sequence has a request in flight.
+        stop_ids: The ids of which one must end every choice.
+        vocabulary: The number of ids of the model.
+        max_context: The largest number of tokens in a sequence.
     """
     prompt = request.prompt_ids
     before = 0 if held is None or request.new_sequence else held
@@ -39,7 +39,7 @@ def find_request_error(
     if before + len(prompt) == 0:
         return f"sequence {request.sequence!r} is empty; wanted at least one prompt token"
     if prompt and not (min(prompt) >= 0 and max(prompt) < vocabulary):
-        return f"prompt_ids hold an id outside the model's vocabulary of {vocabulary}"
+        return f"prompt_ids include an id outside the model's vocabulary of {vocabulary}"
     if trie is not None:
         if not trie.ends <= stop_ids:
             return (
@@ -47,11 +47,11 @@ def find_request_error(
                 f"wanted one of {sorted(stop_ids)}"
             )
         if trie.smallest < 0 or trie.largest >= vocabulary:
-            return f"choices hold an id outside the model's vocabulary of {vocabulary}"
+            return f"choices include an id outside the model's vocabulary of {vocabulary}"
         if request.thinking is not None and not request.thinking.within(vocabulary):
-            return f"what is written around thoughts has an id outside the model's vocabulary of {vocabulary}"
+            return f"the ids around the reasoning include one outside the model's vocabulary of {vocabulary}"
     elif request.thinking is not None:
-        return "a request thinks before it chooses, but choices is None; wanted at least one reply"
+        return "thinking is set, but choices is None; wanted at least one choice"
     elif request.sampling.max_tokens < 1:
         return f"max_tokens is {request.sampling.max_tokens}, wanted at least 1"
     if request.sampling.temperature < 0:
@@ -68,13 +68,13 @@ def find_request_error(
 def start_thought(
     request: GenerationRequest, trie: TokenTrie, *, room: int, stop_ids: Set[int]
 ) -> Thought | tuple[int, ...]:
-    """The thoughts with which a reply begins; where there are none, what is written before its choice.
+    """Return the reasoning with which a reply begins, or the forced tokens before its choice without any.
 
     Args:
-        request: without a mistake.
-        trie: of its choices.
-        room: tokens that its sequence may still hold.
-        stop_ids: that end thoughts.
+        request: A request that `find_request_error` has passed.
+        trie: The trie of its choices.
+        room: The number of tokens that its sequence may still take.
+        stop_ids: The ids that end reasoning.
     """
     if request.thinking is None:
         return ()
@@ -85,5 +85,5 @@ def start_thought(
 
 
 def _without_thoughts(request: GenerationRequest, trie: TokenTrie) -> int:
-    """The most tokens that a reply may need when it thinks nothing more."""
+    """Return the largest number of tokens that a reply needs without further reasoning."""
     return trie.longest + (0 if request.thinking is None else request.thinking.written)

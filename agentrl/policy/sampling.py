@@ -1,4 +1,4 @@
-"""Drawing one id per row by inverse CDF in float64, with its logprob and the exact entropy."""
+"""Sampling of one id per row by inverse CDF in float64, with its logprob and the exact entropy."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 Array = np.ndarray[Any, Any]
 
-SMALL_VOCABULARY = 4096  # below it, one product with the whole head is faster than gathering rows of it
+SMALL_VOCABULARY = 4096  # up to it, one product with the whole head is faster than gathering its rows
 CHUNK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """One entry per row; `chosen` is a place in the row's menu, or an id where there was none."""
+    """Sampled values, one entry per row; `chosen` is an index into the row's menu, or an id without menus."""
 
     chosen: list[int]
     logprobs: list[float]
@@ -36,15 +36,15 @@ def draw(
     """Sample the next id of every row.
 
     Args:
-        hidden: [R, d], last hidden state of each row.
-        weight: [V, d], the head.
-        menus: the allowed ids per row; None allows all.
-        uniforms: [R] float64 in [0, 1).
-        temperatures: [R]; at 0 the most likely id is taken, with logprob and entropy of temperature 1.
+        hidden: [R, d], the last hidden state of each row.
+        weight: [V, d], the output weight.
+        menus: The allowed ids of each row; None allows all.
+        uniforms: [R] float64 in [0, 1), the random numbers.
+        temperatures: [R]; 0 takes the most likely id, with the logprob and entropy of temperature 1.
 
     Returns:
-        Logprobs and entropies in nats over the allowed ids, after the temperature. A row whose logits are not
-        finite has entropy nan.
+        Indices or ids, with logprobs and entropies in nats over the allowed ids, after the temperature. A row
+        whose logits are not finite has entropy nan.
     """
     if menus is not None:
         return _draw_rows(_menu_logits(hidden, weight, menus), uniforms, temperatures)
@@ -63,7 +63,7 @@ def draw(
 
 
 def _menu_logits(hidden: Tensor, weight: Tensor, menus: Sequence[tuple[int, ...]]) -> Array:
-    # [R, K], -inf where a menu is shorter
+    """Return the logits of the menus, [R, K], padded with -inf."""
     ids = np.array(list(zip_longest(*menus, fillvalue=-1))).T
     if weight.shape[0] <= SMALL_VOCABULARY:
         logits = np.take_along_axis(_to_numpy(hidden @ weight.T), ids.clip(0), axis=1)
@@ -79,17 +79,18 @@ def _to_numpy(logits: Tensor) -> Array:
 
 
 def _draw_rows(logits: Array, uniforms: Array, temperatures: Array) -> Draws:
+    """Sample one index per row of logits [R, K]."""
     greedy = temperatures == 0
     scaled = logits / np.where(greedy, 1.0, temperatures)[:, None]
     with np.errstate(invalid="ignore", over="ignore"):
         scaled -= scaled.max(axis=1, keepdims=True)
         weights = np.exp(scaled)
         totals = weights.sum(axis=1)
-        # sum p log p = sum w s / Z - log Z, where a weight of 0 adds nothing though its s is -inf
+        # sum p log p = sum w s / Z - log Z, where a weight of 0 adds 0 although its s is -inf.
         entropies = np.log(totals) - np.where(weights > 0, weights * scaled, 0.0).sum(axis=1) / totals
         cumulative = weights.cumsum(axis=1)
         chosen = (cumulative <= (uniforms * cumulative[:, -1])[:, None]).sum(axis=1)
-    # Rounding can leave the last step of a CDF just below the draw: then it is the last id with any weight.
+    # Rounding can leave the end of a CDF just below the draw, which then takes the last id with any weight.
     last = logits.shape[1] - 1 - (weights > 0)[:, ::-1].argmax(axis=1)
     chosen = np.where(greedy, scaled.argmax(axis=1), np.minimum(chosen, last))
     logprobs = scaled[np.arange(len(chosen)), chosen] - np.log(totals)

@@ -1,4 +1,4 @@
-"""The `policy` block of a configuration; loads no torch."""
+"""The `policy` and `engine` blocks of a configuration; does not import torch."""
 
 import re
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from agentrl.errors import ConfigError
 Device = Literal["auto", "cpu", "cuda", "mps"]
 ReplyFormat = Literal["plain", "action_tags", "think_action"]
 
-# Parameters with which a chat template is rendered, and names that only its tokenizer gives a value.
+# Parameters of the rendering call, and names whose values come from the tokenizer.
 _NOT_ARGUMENTS = frozenset(
     {
         "add_generation_prompt",
@@ -36,28 +36,31 @@ _NOT_ARGUMENTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
-    """Which policy acts: a Hugging Face folder, or a small decoder with random weights.
+    """The policy: a Hugging Face folder, or a small decoder with random weights.
 
     Args:
-        path: folder of a causal language model with its tokenizer, whose `eos_token_id` in config.json and
-            generation_config.json end a reply; None builds one from the sizes below.
-        hidden_size: width d of the residual stream; the MLP is 3 d wide.
-        layers: number of decoder layers.
-        heads: attention heads; heads of 32 (d / 32 of them) learned best at this size.
-        initial_std: of new weights; at this width 0.1 learns in fewer steps than the usual 0.02.
-        vocab_size: asked of the tokenizer that is fitted on environment text; a small corpus yields fewer.
-        max_context: tokens that one sequence may hold. A model at `path` with fewer positions, or a window in
-            every layer, takes as many as it can, which the run says and writes down; more than the
-            length at which `longrope` turns to other angles is refused.
-        device: auto takes cuda where there is one, else the cpu.
-        dtype: that the engine generates in, and sends and holds its weights in. What is learned is float32
-            whatever it is, and so is what a run saves; see `learner.compute_dtype` for the learner's layers.
-        reply: what a reply looks like; a format with tags needs a tokenizer with a chat template. With
-            `think_action` the policy thinks freely before its command, under `rollout.constrained` as well.
-        template_arguments: given to the chat template whenever it is rendered, as in
-            `template_arguments.enable_thinking=false`; one that it does not read is refused.
-        max_observation_tokens: an observation is cut after so many tokens.
-        tokenizer_episodes: random episodes of training tasks whose text a new tokenizer is fitted on.
+        path: The folder of a causal language model with its tokenizer, whose `eos_token_id` in config.json
+            and generation_config.json end a reply; None builds a model from the sizes below.
+        hidden_size: The width d of the residual stream; the MLP is 3 d wide.
+        layers: The number of decoder layers.
+        heads: The number of attention heads; heads of width 32 (d / 32 of them) learned best at this size.
+        initial_std: The standard deviation of new weights; at this width 0.1 learns in fewer steps than the
+            usual 0.02.
+        vocab_size: The vocabulary size asked of the tokenizer that is fitted on environment text; a small
+            corpus yields fewer ids.
+        max_context: The largest number of tokens in a sequence. A model at `path` with fewer positions, or
+            with a window in every layer, uses its own limit, which the run reports and records; a value above
+            the length at which `longrope` switches to other angles is refused.
+        device: The device; auto takes cuda where there is one, else the cpu.
+        dtype: The dtype of the engine's weights and computation. Learned and saved weights are float32 in any
+            case; see `learner.compute_dtype` for the learner's layers.
+        reply: The format of a reply; a format with tags needs a tokenizer with a chat template. With
+            `think_action` the policy reasons freely before its command, under `rollout.constrained` as well.
+        template_arguments: The arguments passed to the chat template whenever it is rendered, for example
+            `template_arguments.enable_thinking=false`; an argument that it does not read is refused.
+        max_observation_tokens: The number of tokens after which an observation is cut.
+        tokenizer_episodes: The number of random episodes of training tasks on whose text a new tokenizer is
+            fitted.
     """
 
     path: str | None = None
@@ -79,26 +82,26 @@ class PolicyConfig:
         own = sorted(_NOT_ARGUMENTS & self.template_arguments.keys())
         if own:
             raise ConfigError(
-                f"policy.template_arguments.{own[0]} is not a template's own argument but set by agentrl; "
+                f"policy.template_arguments.{own[0]} is set by agentrl, not an argument of the template; "
                 "wanted names that the tokenizer's chat template reads, such as enable_thinking"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class VllmConfig:
-    """Of the engine `vllm`.
+    """Settings of the engine `vllm`.
 
     Args:
-        url: of a server that is already running, "http://host:port"; None starts vLLM in this process.
-        weights_folder: with a `url`, a folder that this machine and the server's see under the same path, in
-            which new weights are handed over; None sends them from GPU to GPU by NCCL.
-        reply_timeout: with a `url`, seconds after which a reply or an answer of the server is given up.
-        gpu_memory_share: of the GPU's memory that vLLM takes for weights and cache; the learner needs some
-            too where it computes on the same one.
-        tensor_parallel_size: GPUs that share the weights of one copy.
-        cpu_cache_gib: memory of the cache on a machine without a GPU, in GiB.
-        eager: start fast and generate without compiled graphs; None does so on a CPU.
-        max_restarts: times that vLLM is started again after it failed.
+        url: The address of a running server, "http://host:port"; None starts vLLM in this process.
+        weights_folder: With a `url`, a folder that this machine and the server see under the same path,
+            through which new weights are sent; None sends them from GPU to GPU by NCCL.
+        reply_timeout: With a `url`, the time in seconds to wait for a reply or another answer of the server.
+        gpu_memory_share: The fraction of the GPU's memory that vLLM takes for weights and cache; leave enough
+            for a learner on the same GPU.
+        tensor_parallel_size: The number of GPUs that share the weights of one copy.
+        cpu_cache_gib: The size of the cache on a machine without a GPU, in GiB.
+        eager: Whether to start fast and generate without compiled graphs; None does so on a CPU only.
+        max_restarts: The number of times that vLLM is restarted after a failure.
     """
 
     url: str | None = None
@@ -113,25 +116,27 @@ class VllmConfig:
     def __post_init__(self) -> None:
         check_own_numbers(self, "engine.vllm")
         if self.url is not None and not re.fullmatch(r"https?://[^/\s]+:\d+/?", self.url):
-            raise ConfigError(f'engine.vllm.url is {self.url!r}, wanted "http://host:port", or null')
+            raise ConfigError(f'engine.vllm.url is {self.url!r}, wanted "http://host:port" or null')
         if self.weights_folder is not None and self.url is None:
             raise ConfigError("engine.vllm.weights_folder is for a server; wanted engine.vllm.url as well")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Who generates, the `engine` block of a configuration.
+    """The `engine` block of a configuration: where and how replies are generated.
 
     Args:
-        name: torch keeps the model in this process and returns exact entropies; vllm needs the extra `vllm`.
-        max_tokens: limit on a free-form reply, and on one that thinks before it chooses a command: thoughts
-            get what the longest command leaves of it.
-        actors: Ray actors that generate, each with a copy of the weights, on the cluster at
+        name: The engine; torch runs the model in this process, vllm needs the extra `vllm`. Both return exact
+            entropies.
+        max_tokens: The largest number of tokens in a free reply, or in one that reasons before it chooses a
+            command: the reasoning gets what the longest command leaves.
+        actors: The number of Ray actors that generate, each with a copy of the weights, on the cluster at
             `rollout.ray.address`; None generates in this process.
-        actor_cpus: that Ray sets aside for each actor, which computes on as many; below 2, on one.
-        actor_gpus: that Ray sets aside for each actor; with 0 it computes on the CPU.
-        actor_restarts: lost actors that are replaced, in all; then those that are left go on alone.
-        vllm: of the engine `vllm`.
+        actor_cpus: The number of CPUs that Ray reserves for each actor, and of its threads; below 2, one
+            thread.
+        actor_gpus: The number of GPUs that Ray reserves for each actor; 0 computes on the CPU.
+        actor_restarts: The total number of lost actors that are replaced; after that, the others go on alone.
+        vllm: The settings of the engine `vllm`.
     """
 
     name: Literal["torch", "vllm"] = "torch"
@@ -147,5 +152,5 @@ class EngineConfig:
 
     @property
     def provides(self) -> frozenset[str]:
-        """What components of an algorithm may require of this engine."""
+        """Return the features of this engine that algorithm components may require."""
         return frozenset({"rollout:entropy"})

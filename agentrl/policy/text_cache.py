@@ -1,4 +1,4 @@
-"""What was computed of texts and token ids, kept as long as it fits into so many bytes; stdlib only."""
+"""A cache of function results on texts and token ids, bounded in bytes; standard library only."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import fields, is_dataclass
 from threading import Lock
 from typing import Any, TypeVar, cast
 
-CACHED_BYTES = 64 * 2**20  # of one cache
-ENTRY_BYTES = 256  # of an entry beside its key and value, at most
+CACHED_BYTES = 64 * 2**20  # the default limit of one cache
+ENTRY_BYTES = 256  # the most that an entry takes beside its key and value
 INT_BYTES = 32
 
 Key = TypeVar("Key", bound=Hashable)
@@ -18,22 +18,22 @@ Value = TypeVar("Value")
 
 
 class TextCache:
-    """Results of functions of one argument; those that were used longest ago are forgotten first.
+    """LRU cache of the results of one-argument functions, which share its limit.
 
-    Several functions share the bound. A result that is larger than all of it is not kept.
+    A result that is larger than the limit is not stored.
 
     Args:
-        limit: bytes of keys and results together.
+        limit: The largest total size of keys and results, in bytes.
 
     Attributes:
-        bytes: of what is kept now, never above the limit.
+        bytes: The current size in bytes, never above the limit.
     """
 
     def __init__(self, limit: int = CACHED_BYTES) -> None:
         self.limit = limit
         self.bytes = 0
         self._entries: OrderedDict[tuple[object, Any], tuple[Any, int]] = OrderedDict()
-        self._lock = Lock()  # an evaluation may read while a rollout plays
+        self._lock = Lock()  # evaluation and rollout threads share it
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -41,11 +41,11 @@ class TextCache:
     def memoize(
         self, function: Callable[[Key], Value], size: Callable[[Value], int] | None = None
     ) -> Callable[[Key], Value]:
-        """Return a function of the same results, which are kept here.
+        """Return a function that looks its results up here before it computes them.
 
         Args:
-            function: pure, of a hashable argument.
-            size: bytes of a result; None takes `size_of`.
+            function: A pure function of one hashable argument.
+            size: The size of a result in bytes; None takes `size_of`.
         """
         weigh = size_of if size is None else size
 
@@ -73,7 +73,7 @@ class TextCache:
 
 
 def size_of(value: object) -> int:
-    """Return the bytes of a text, a number, a record or nested tuples of them; no object is shared.
+    """Return the size in bytes of a text, a number, a dataclass or nested tuples, as if no object is shared.
 
     >>> size_of((1, 2)) == sys.getsizeof((1, 2)) + 2 * INT_BYTES
     True

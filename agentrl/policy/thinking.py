@@ -1,4 +1,4 @@
-"""Reasoning before a choice: generated freely until the text of its tokens ends it; standard library only."""
+"""Reasoning before a choice, generated freely until an ending text; standard library only."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The text with which reasoning ends, however it is cut into tokens.
+    """The text that ends reasoning, however it is split into tokens.
 
     Args:
-        text: that ends it.
-        pieces: the text of every token that may stand for a part of it; see `pieces_of`.
+        text: The ending, such as "</think>".
+        pieces: The texts of all tokens that can hold a part of it, by id; see `pieces_of`.
     """
 
     text: str
@@ -28,17 +28,17 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """How a reply thinks before it chooses: opening, thoughts, what leads over, then one of the choices.
+    """How a reply reasons before its choice: an opening, the reasoning, a lead, then one of the choices.
 
-    Thoughts are any tokens until their text has the ending, a stop id, or as many as there is room for. In
-    the last two cases `closing` is written after them. Then comes a lead, and then the choice.
+    Reasoning is any tokens until their text contains the ending, a stop id comes, or no room is left. In the
+    last two cases `closing` is written after it. Then follow a lead and the choice.
 
     Args:
-        opening: written before the thoughts.
-        ending: of the thoughts.
-        closing: stands for the ending where the thoughts did not come to it.
-        leads: Ids written before the choice, by the text that follows the ending in the last token of the
-            thoughts; "" is a key and stands for every text that is not.
+        opening: The ids before the reasoning.
+        ending: The text that ends the reasoning.
+        closing: The ids written in place of the ending where the reasoning did not reach it.
+        leads: The ids before the choice, by the text after the ending in the last token of the reasoning; ""
+            is among the keys and stands for every text that is not.
     """
 
     opening: tuple[int, ...]
@@ -48,26 +48,26 @@ class Thinking:
 
     @property
     def cut(self) -> tuple[int, ...]:
-        """What is written after thoughts that did not come to their ending."""
+        """Return the ids written after reasoning that did not reach its ending."""
         return (*self.closing, *self.leads[""])
 
     @property
     def written(self) -> int:
-        """Tokens that may be written between the thoughts and the choice."""
+        """Return the largest number of forced tokens between the reasoning and the choice."""
         return len(self.closing) + max(map(len, self.leads.values()))
 
     def room(self, most: int, choices: Iterable[Sequence[int]]) -> int:
-        """Tokens left for thoughts in a reply of `most`, whichever choice it ends in; may be below 0."""
+        """Return the tokens left for reasoning in a reply of `most`, whatever its choice; may be negative."""
         return most - len(self.opening) - self.written - max(map(len, choices))
 
     def within(self, vocabulary: int) -> bool:
-        """Whether a model with so many ids knows all that is written."""
+        """Return whether all ids of `closing` and `leads` are in a vocabulary of this size."""
         written = (*self.closing, *(token for lead in self.leads.values() for token in lead))
         return all(0 <= token < vocabulary for token in written)
 
 
 class EndingMatcher:
-    r"""Looks for the ending in tokens as they come.
+    r"""Finds the ending in a stream of tokens.
 
     >>> matcher = EndingMatcher(Ending("</t>", {1: "</", 2: "t", 3: ">\n"}))
     >>> [matcher.take(token) for token in (2, 1, 7, 1, 2, 3)]
@@ -78,8 +78,8 @@ class EndingMatcher:
 
     def __init__(self, ending: Ending, begun: Sequence[int] = ()) -> None:
         self._ending = ending
-        self._seen = ""  # what may become the ending
-        for token in begun[-len(ending.text) :]:  # each piece has a character at least
+        self._seen = ""  # the end of the text so far that may start the ending
+        for token in begun[-len(ending.text) :]:  # each piece has at least one character
             self.take(token)
 
     def take(self, token: int) -> str | None:
@@ -98,16 +98,16 @@ class EndingMatcher:
 
 
 class Thought:
-    """Thoughts in the making.
+    """Reasoning that is being generated.
 
     Args:
-        thinking: how they end.
-        limit: tokens that may be added, at least 1.
-        stop_ids: that cut them short.
-        begun: tokens that they have already.
+        thinking: How the reasoning ends.
+        limit: The largest number of tokens to generate, at least 1.
+        stop_ids: The ids that cut it short.
+        begun: The tokens that it already has.
 
     Attributes:
-        left: tokens that may still be added.
+        left: The number of tokens that may still be generated.
     """
 
     __slots__ = ("_matcher", "_stop_ids", "_thinking", "left")
@@ -119,7 +119,7 @@ class Thought:
         self._matcher = EndingMatcher(thinking.ending, begun)
 
     def take(self, token: int) -> tuple[int, ...] | None:
-        """What is written between a last thought and the choice; None where the token was not the last."""
+        """Add a token; return the ids between the reasoning and the choice if it was the last, else None."""
         self.left -= 1
         overhang = self._matcher.take(token)
         if overhang is not None:
@@ -129,7 +129,7 @@ class Thought:
 
 
 def pieces_of(end: str, texts: Mapping[int, str]) -> dict[int, str]:
-    """Those of some tokens that can stand for a part of `end`: it may begin, go on or be complete in them.
+    """Return the tokens that can hold a part of `end`: its start, its middle or its completion.
 
     >>> pieces_of("</t>", {1: "<", 2: "t", 3: "go", 4: "> <", 5: "to", 6: "a</t>b", 7: ""})
     {1: '<', 2: 't', 4: '> <', 6: 'a</t>b'}
@@ -143,6 +143,6 @@ def pieces_of(end: str, texts: Mapping[int, str]) -> dict[int, str]:
 
 
 def _partial_match(text: str, end: str) -> str:
-    """The longest part at the end of `text` that begins `end` and is not all of it."""
+    """Return the longest suffix of `text` that is a proper prefix of `end`."""
     sizes = range(min(len(text), len(end) - 1), 0, -1)
     return next((text[-size:] for size in sizes if end.startswith(text[-size:])), "")

@@ -1,4 +1,4 @@
-"""Text to token ids and back: a tokenizer fitted on environment text, and dialogues that append ids."""
+"""Dialogues as token ids: tokenizer fitting, prompts, and the parsing of replies."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from agentrl.policy.text_cache import TextCache
 from agentrl.policy.thinking import Ending, Thinking, pieces_of
 
 ROLE_TOKENS = ("<pad>", "<task>", "<obs>", "<act>", "<end>")
-REPLY_TAGS = (*REASONING_TAGS, "<action>", "</action>")  # that reply formats use
+REPLY_TAGS = (*REASONING_TAGS, "<action>", "</action>")  # the tags of the reply formats
 
 History = Sequence[tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids that the policy reads before a reply.
+    """The token ids that the policy reads before a reply.
 
     Args:
         ids: Ids to append to the sequence, or all of its ids when `new_sequence`.
@@ -54,7 +54,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class ParsedReply:
-    """The command in a reply; where none was found, `text` is what was written and `valid` is False."""
+    """The command in a reply; without one, `text` is the whole reply and `valid` is False."""
 
     text: str
     valid: bool
@@ -62,14 +62,14 @@ class ParsedReply:
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """What stands around the texts of an episode, whatever they say; a run records it.
+    """The fixed text around the turns of an episode, which a run records.
 
     Args:
-        opening: before the first observation, with the date where the chat template writes one.
-        before_reply: after an observation.
-        between: after a reply.
-        sha256: of the token ids of the three.
-        template_sha256: of the chat template; None without one.
+        opening: The text before the first observation, with the date if the chat template writes one.
+        before_reply: The text after an observation.
+        between: The text after a reply.
+        sha256: The hash of the token ids of the three.
+        template_sha256: The hash of the chat template; None without one.
     """
 
     opening: str
@@ -82,35 +82,40 @@ class Wording:
 class Dialogue(Protocol):
     """How an episode is written as tokens.
 
-    One whose replies may think before they choose has `thinking` and `encode_choice` beside these, as
-    `ChatDialogue` has.
+    A dialogue whose replies may reason before their choice also has `thinking` and `encode_choice`, like
+    `ChatDialogue`.
     """
 
     stop_ids: frozenset[int]
     wording: Wording
 
     def prompt(self, history: History, observation: str) -> Prompt:
-        """The prompt after `history`, the (observation, reply ids) of the turns so far."""
+        """Return the prompt after `history`, the (observation, reply ids) of the turns so far."""
         ...
 
     def encode_reply(self, text: str) -> tuple[int, ...]:
-        """The reply that says `text`, with its stop id."""
+        """Return the ids of the reply that gives the command `text`, with its stop id."""
         ...
 
-    def parse(self, ids: Sequence[int]) -> ParsedReply: ...
+    def parse(self, ids: Sequence[int]) -> ParsedReply:
+        """Return the command in a reply."""
+        ...
 
 
 def fit_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Fit a byte-level BPE on environment text, with one special token per role of a dialogue.
 
     Any text can be encoded, since every byte is a token. A small corpus gives fewer ids than `vocab_size`.
+
+    Raises:
+        ConfigError: If `vocab_size` is smaller than the number of bytes and roles.
     """
     smallest = len(ROLE_TOKENS) + 256
     if vocab_size < smallest:
         raise ConfigError(
             f"policy.vocab_size is {vocab_size}, wanted at least {smallest}: the bytes and the roles"
         )
-    # With a leading space a word has the same ids at the start of a text as inside it: names can be matched.
+    # The prefix space gives a word the same ids at the start of a text as inside it, so names can be matched.
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = decoders.ByteLevel()
@@ -139,14 +144,14 @@ def make_dialogue(
     stop_ids: Collection[int] = (),
     template_arguments: Mapping[str, Any] | None = None,
 ) -> Dialogue:
-    """Make the dialogue that a tokenizer is for: by its chat template, else by its role tokens.
+    """Create the dialogue of a tokenizer: by its chat template, else by its role tokens.
 
     Args:
-        tokenizer: of the policy.
-        reply: see `ChatDialogue`.
-        max_observation_tokens: an observation is cut after so many.
-        stop_ids: further ids that end a reply, as `agentrl.policy.model.end_ids` tells of a model.
-        template_arguments: given to the chat template whenever it is rendered.
+        tokenizer: The tokenizer of the policy.
+        reply: The format of replies; see `ChatDialogue`.
+        max_observation_tokens: The number of tokens after which an observation is cut.
+        stop_ids: Further ids that end a reply, such as those of `agentrl.policy.model.end_ids`.
+        template_arguments: The arguments passed to the chat template whenever it is rendered.
     """
     if tokenizer.chat_template:
         return ChatDialogue(
@@ -161,10 +166,10 @@ def make_dialogue(
 
 
 def check_without_template(reply: str, template_arguments: Mapping[str, Any] | None) -> None:
-    """Refuse what only a chat template can do.
+    """Refuse settings that need a chat template.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: Naming the key.
     """
     if template_arguments:
         raise ConfigError(
@@ -181,9 +186,9 @@ class RoleDialogue:
     """`<task> observation <act> reply <end> <obs> observation <act> reply <end> …`, one role token per part.
 
     Args:
-        tokenizer: from `fit_tokenizer`, or one that knows the same role tokens.
-        max_observation_tokens: an observation is cut after so many.
-        stop_ids: further ids that end a reply.
+        tokenizer: A tokenizer from `fit_tokenizer`, or another with the same role tokens.
+        max_observation_tokens: The number of tokens after which an observation is cut.
+        stop_ids: Further ids that end a reply.
     """
 
     def __init__(
@@ -212,10 +217,12 @@ class RoleDialogue:
         self._cached_parse = self.cache.memoize(self._parse)
 
     def prompt(self, history: History, observation: str) -> Prompt:
+        """Return the role tokens and the observation that follow `history`."""
         role = self._observation if history else self._task
         return Prompt((role, *self._encode_observation(observation), self._act), new_sequence=not history)
 
     def parse(self, ids: Sequence[int]) -> ParsedReply:
+        """Return the command in a reply."""
         return self._cached_parse(tuple(ids))
 
     def _encode_reply(self, text: str) -> tuple[int, ...]:
@@ -229,13 +236,13 @@ class RoleDialogue:
 
 @dataclass(frozen=True, slots=True)
 class ReplyFormat:
-    """How a command stands in a reply."""
+    """How a reply contains its command."""
 
     instructions: str
-    wrap: str
-    pattern: re.Pattern[str]  # of the whole reply, with a group `command`
+    wrap: str  # the text around a command, with {} in its place
+    pattern: re.Pattern[str]  # matches the whole reply, with a group `command`
     tagged: bool
-    thinks: bool = False  # before the command, in a think block
+    thinks: bool = False  # whether the reply reasons in a think block before the command
 
 
 _TASK = (
@@ -270,7 +277,7 @@ REPLY_FORMATS: dict[str, ReplyFormat] = {
         thinks=True,
     ),
 }
-# What is left of think_action where the prompt holds a think block already.
+# The rest of think_action where the prompt already holds a whole think block.
 _AFTER_THOUGHTS = ReplyFormat(
     REPLY_FORMATS["action_tags"].instructions,
     "<action>{}</action>",
@@ -284,28 +291,28 @@ _REASONING_TAG = re.compile(f"({'|'.join(REASONING_TAGS)})")
 
 
 class ChatDialogue:
-    """The dialogue of a chat template, for any tokenizer that has one.
+    """Dialogue in the format of any tokenizer's chat template.
 
-    The template's pieces around a turn are found once and appended as ids: what was sampled is never rendered
-    again. Where a template rewrites earlier turns (drops their reasoning, numbers them), every prompt is the
-    whole dialogue rendered anew and starts a new sequence: of a reply the template sees the white space, the
-    tags of its reasoning, and placeholders in whose place its ids are put again.
-    No text from outside becomes a token of markup, see `plain_encoder`. Where the tokenizer has tokens for
-    the tags of the reply format, the format itself writes them, and nothing else.
+    The template's text around a turn is found once and appended as ids, so sampled ids are never rendered and
+    encoded again. Where a template rewrites earlier turns (drops their reasoning, numbers them), every prompt
+    renders the whole dialogue and starts a new sequence: of a reply, the template sees the white space, the
+    tags of its reasoning, and placeholders that are then replaced by the sampled ids.
+    No text from outside becomes a markup token, see `plain_encoder`. Where the tokenizer has tokens for the
+    tags of the reply format, only the format itself writes them.
 
     Args:
-        tokenizer: one with a chat template.
-        reply: plain is the command itself; action_tags and think_action look for it in tags. What the prompt
-            has written of the reply already is not written again: a think block that it opens is closed, and
-            where it holds a whole one, think_action goes straight to the command.
-        max_observation_tokens: an observation is cut after so many.
-        instructions: stand before the first observation; None takes those of the reply format.
-        stop_ids: further ids that end a reply.
-        template_arguments: given to the template whenever it is rendered.
+        tokenizer: A tokenizer with a chat template.
+        reply: The format of replies: plain is the command itself; action_tags and think_action have it in
+            tags. What the prompt already writes of a reply is not repeated: a think block that it opens is
+            closed, and where it holds a whole one, think_action goes straight to the command.
+        max_observation_tokens: The number of tokens after which an observation is cut.
+        instructions: The text before the first observation; None takes that of the reply format.
+        stop_ids: Further ids that end a reply.
+        template_arguments: The arguments passed to the template whenever it is rendered.
 
     Attributes:
-        appends: whether prompts extend the sequence.
-        thinking: how a reply thinks before its choice; None where it does not.
+        appends: Whether prompts extend the sequence.
+        thinking: How a reply reasons before its choice; None where it does not.
     """
 
     def __init__(
@@ -378,25 +385,27 @@ class ChatDialogue:
         self._split_reply = self.cache.memoize(self._split_reply_uncached)
 
     def prompt(self, history: History, observation: str) -> Prompt:
+        """Return the ids to append after `history`, or the whole dialogue where turns are rewritten."""
         if not self.appends:
             return Prompt(self._encode_whole(history, observation), new_sequence=True)
         seen = self._encode_observation(observation)
         if not history:
             return Prompt((*self._opening, *seen, *self._before_reply), new_sequence=True)
-        # A sampled end of turn is already there; a reply that was cut off, or ended otherwise, lacks it.
+        # A complete reply has sampled its end of turn; one that was cut off or ended otherwise lacks it.
         ended = history[-1][1][-1:] == (self._end_of_turn,)
         return Prompt(
             (*(self._after_end if ended else self._between), *seen, *self._before_reply), new_sequence=False
         )
 
     def parse(self, ids: Sequence[int]) -> ParsedReply:
+        """Return the command in a reply."""
         return self._cached_parse(tuple(ids))
 
     def _encode_reply(self, text: str) -> tuple[int, ...]:
         return (*self._before, *self._encode_choice(text))
 
     def _encode_choice(self, text: str) -> tuple[int, ...]:
-        """Return a reply from where the thoughts before it are over."""
+        """Return the part of a reply after its reasoning."""
         before, after = self._format.wrap.split("{}")
         if self._format.thinks:
             return (*self._encode(text), *self._markup(after), self._stop)
@@ -404,7 +413,7 @@ class ChatDialogue:
         return (*self._encode_tagged(lead + before, text, after), self._stop)
 
     def _build_thinking(self, begun: str) -> tuple[tuple[int, ...], Thinking | None]:
-        """Return what stands before the choice in a reply without thoughts, and how one has thoughts."""
+        """Return the ids before the choice in a reply without reasoning, and how a reply reasons."""
         if not (self._opens_thinking or self._format.thinks):
             return (), None
         silenced = partial(self._render, enable_thinking=False)
@@ -434,7 +443,7 @@ class ChatDialogue:
             thoughts, end, rest = text.partition(END_THINK)
             said, thought_over = (rest.strip() if end else thoughts), bool(end)
         found = self._format.pattern.fullmatch(said)
-        # Tags say by themselves that a command is complete; a plain one that was cut off may be half of it.
+        # Tags show that a command is complete, but a plain reply that was cut off may hold half of one.
         complete = self._format.tagged or (thought_over and len(written) < len(ids))
         if found is None or not complete or not found["command"].strip():
             return ParsedReply(text, valid=False)
@@ -457,11 +466,11 @@ class ChatDialogue:
         return self._fill_slots(rendered, texts)
 
     def _warn_if_opening_changed(self, rendered: str) -> None:
-        """Warn when the clock has changed what the template writes first, anew for every prompt."""
+        """Warn when the template's opening has changed, as at midnight where it writes the date."""
         opening = rendered.partition(slot(0))[0]
         if opening != self._rendered_opening:
             warnings.warn(
-                "the chat template begins prompts otherwise than it did before: "
+                "the chat template's opening has changed: "
                 f"{self._rendered_opening!r} before, {opening!r} now",
                 RuntimeWarning,
                 stacklevel=3,
@@ -469,7 +478,7 @@ class ChatDialogue:
             self._rendered_opening = opening
 
     def _fill_slots(self, rendered: str, texts: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
-        """Return the ids of rendered text, with those of texts from outside in place of their slots."""
+        """Return the ids of rendered text, with the ids of texts from outside in place of their slots."""
         ids: list[int] = []
         for markup, number in split_slots(rendered):
             ids.extend(self._markup(markup))
@@ -480,12 +489,12 @@ class ChatDialogue:
     def _split_reply_uncached(
         self, reply: tuple[int, ...]
     ) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
-        """Return what the template is shown of a reply, and the ids that stand between those parts."""
+        """Return the parts of a reply that the template sees, and the ids between them."""
         ids = [id for id in _without_end(reply, self.stop_ids) if id not in self._control]
         pieces: list[tuple[str, tuple[int, ...]]] = []
         for run, added in _split(ids, self._added):
             text = self._decode(run)
-            if self._knows_reasoning and REASONING_TAGS[1] in text:  # it was spelled in ordinary tokens
+            if self._knows_reasoning and REASONING_TAGS[1] in text:  # the tag is spelled in ordinary tokens
                 pieces += [(part, self._encode(part)) for part in _REASONING_TAG.split(text)]
             else:
                 pieces.append((text, run))
@@ -505,7 +514,7 @@ class ChatDialogue:
         return tuple(kept)
 
     def _strip_space(self, ids: tuple[int, ...], wanted: str) -> tuple[int, ...]:
-        """Return those of the ids that say what is wanted; where its white space is not apart, new ones."""
+        """Return the ids without surrounding white space; encode `wanted` anew if a token mixes the two."""
         start, end = 0, len(ids)
         while start < end and not self._decode(ids[start : start + 1]).strip():
             start += 1
@@ -516,14 +525,14 @@ class ChatDialogue:
     def _prepare_instructions(
         self, instructions: str, markup: Collection[int]
     ) -> tuple[str, dict[int, tuple[int, ...]]]:
-        """Return instructions as they are rendered, and the ids of a slot where they would spell markup."""
+        """Return the instructions to render; those that spell markup become a slot, returned with its ids."""
         spelled = any(id in markup for id in self._markup(instructions))
         if not spelled and len(split_slots(instructions)) == 1:
             return instructions, {}
         return slot(INSTRUCTIONS_SLOT), {INSTRUCTIONS_SLOT: self._encode_tagged(instructions)}
 
     def _encode_tagged(self, before: str, text: str = "", after: str = "") -> tuple[int, ...]:
-        """Encode what the reply format writes, where tags are tokens, around a text in which they are not."""
+        """Encode text with the reply format's tags around it; only the format's tags become tag tokens."""
         runs: list[str | int] = [""]
         for part, own in ((before, True), (text, False), (after, True)):
             for piece in _TAG.split(part) if own else [part]:
@@ -545,7 +554,7 @@ class ChatDialogue:
         return tuple(call(text, add_special_tokens=False)["input_ids"]) if text else ()
 
     def _find_end_of_turn(self, markup: Collection[int]) -> tuple[int | None, tuple[int, ...]]:
-        """The token of markup with which the template ends a reply, if it has one, and what follows it."""
+        """Return the markup token with which the template ends a reply, if any, and the ids that follow."""
         for place, token in enumerate(self._between):
             if token in markup:
                 return token, self._between[place + 1 :]
@@ -555,7 +564,7 @@ class ChatDialogue:
 
 
 def _template_sha256(template: Any) -> str:
-    text = template if isinstance(template, str) else json.dumps(template)  # several by their names
+    text = template if isinstance(template, str) else json.dumps(template)  # a dict of named templates
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -564,7 +573,7 @@ def _sha256(ids: Sequence[Sequence[int]]) -> str:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the vocabulary, as hex digits: token ids mean the same under equal ones."""
+    """Return the SHA-256 of the vocabulary, as hex digits; equal ones give token ids the same meaning."""
     listed = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     return hashlib.sha256(listed.encode()).hexdigest()
 
@@ -574,7 +583,7 @@ def _without_end(ids: tuple[int, ...], stop_ids: Collection[int]) -> tuple[int, 
 
 
 def _split(ids: Iterable[int], separators: Collection[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Split ids into (run, the separator after it), the last with none.
+    """Split ids into (run, separator after it); the last run has none.
 
     >>> _split((5, 1, 6, 7), {1})
     [((5,), (1,)), ((6, 7), ())]
@@ -591,8 +600,8 @@ def _split(ids: Iterable[int], separators: Collection[int]) -> list[tuple[tuple[
 
 
 def _texts_of_parts(tokenizer: PreTrainedTokenizerBase, end: str) -> dict[int, str]:
-    """What the tokens write that might stand for a part of `end`."""
-    # Some decoders drop a space in front, so a token is read behind another one.
+    """Return the texts of the tokens that might hold a part of `end`."""
+    # Some decoders drop a leading space, so each token is decoded after another one.
     call = cast(Callable[..., Any], tokenizer)
     read = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     before = call("a", add_special_tokens=False)["input_ids"][-1:]

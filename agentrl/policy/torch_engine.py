@@ -1,4 +1,4 @@
-"""`TorchEngine`: batched generation in this process that keeps keys and values between turns."""
+"""`TorchEngine`: batched generation in this process, with keys and values cached between turns."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from agentrl.policy.sampling import Array, Draws, draw
 from agentrl.policy.thinking import Thought
 from agentrl.policy.trie import ChoiceError, Edge, Node, TokenTrie, token_trie
 
-SLOT_STEP = 16
-LENGTH_STEP = 64
+SLOT_STEP = 16  # the cache grows by multiples of so many slots
+LENGTH_STEP = 64  # and of so many tokens
 
 
 class _Sequence:
-    """The tokens of one sequence, how many of them the cache holds, and the request that is extending it."""
+    """The tokens of one sequence, the number of them in the cache, and its request in flight."""
 
     __slots__ = (
         "allowed",
@@ -49,39 +49,40 @@ class _Sequence:
         self.ids: list[int] = []
         self.cached = 0
         self.slot = -1
-        self.used = 0  # step of its last request
+        self.used = 0  # the step of its last request
         self.request: GenerationRequest | None = None
-        self.start = 0  # where the reply begins in `ids`
-        self.limit = 0  # tokens that a free reply may have
-        self.trie: TokenTrie | None = None  # of its choices
-        self.thought: Thought | None = None  # that is being had before the choice
-        self.node: Node | None = None  # the decision that comes next; None generates freely
+        self.start = 0  # the index in `ids` at which the reply begins
+        self.limit = 0  # the largest number of tokens in a free reply
+        self.trie: TokenTrie | None = None  # the trie of its choices
+        self.thought: Thought | None = None  # the reasoning under way before the choice
+        self.node: Node | None = None  # the next decision; None generates freely
         self.random = Random()
         self.logprobs: list[float] = []
         self.entropies: list[float] = []
         self.allowed: list[tuple[int, ...] | None] = []
-        self.versions: list[tuple[int, int]] = []  # from which reply token on, which version
+        self.versions: list[tuple[int, int]] = []  # (index of the first reply token, version)
 
 
 class TorchEngine:
     """Continuous batching over a Hugging Face model that lives in this process.
 
-    A token is forwarded once: a turn feeds what was appended since the last one, a sequence copies what its
-    parent's cache holds of its prompt, and sequences that start with the same prompt in the same step share
-    its pass. Tokens with a single allowed id are not sampled and
-    wait for the next chunk. What a request draws depends on its seed and the weights; the rest of the batch
-    adds rounding only.
+    Every token is forwarded once: a turn feeds only the tokens appended since the last one, a new sequence
+    copies the part of its prompt that its parent's cache holds, and sequences that start with the same prompt
+    in the same step share one pass. Forced tokens, which have a single allowed id, are not sampled but
+    forwarded with the next chunk. A reply depends on the seed of its request and the weights; the rest of the
+    batch changes only the rounding.
 
     Args:
-        model: from `build_model` or `load_policy`; call `refresh` after its weights changed.
-        stop_ids: end a free reply; every choice ends in one of them.
-        max_context: tokens that a sequence may hold; None takes the model's own limit.
-        max_sequences: sequences whose keys and values are kept; further requests wait for a release.
-        max_step_tokens: tokens of one forward pass; longer prompts are fed over several steps.
+        model: A model from `build_model` or `load_policy`; call `refresh` after its weights have changed.
+        stop_ids: The ids that end a free reply; every choice ends in one of them.
+        max_context: The largest number of tokens in a sequence; None takes the model's own limit.
+        max_sequences: The number of sequences whose keys and values are kept; further requests wait for a
+            release.
+        max_step_tokens: The largest number of tokens in one forward pass; longer prompts take several steps.
 
     Attributes:
-        tokens_forwarded: tokens that went through the model so far.
-        forwards: forward passes so far.
+        tokens_forwarded: The number of tokens that went through the model so far.
+        forwards: The number of forward passes so far.
     """
 
     provides = frozenset({"rollout:entropy"})
@@ -114,7 +115,7 @@ class TorchEngine:
         self._steps = 0
 
     def submit(self, request: GenerationRequest) -> None:
-        """Take a request; one that cannot be served comes back from the next `step` with its error."""
+        """Queue a request; one that cannot be served comes back from the next `step` with an error."""
         sequence = self._sequences.get(request.sequence)
         trie: TokenTrie | None = None
         error: str | None = None
@@ -138,7 +139,7 @@ class TorchEngine:
             sequence = self._sequences[request.sequence] = _Sequence(request.sequence)
             self._copy_parent_cache(sequence, request)
         elif request.new_sequence:
-            # A prompt written anew often begins as the last one did.
+            # A prompt that starts anew often shares a prefix with the previous one.
             sequence.cached = min(sequence.cached, _common_prefix_length(sequence.ids, request.prompt_ids))
             sequence.ids.clear()
         self._start(sequence, request, trie)
@@ -151,21 +152,20 @@ class TorchEngine:
             rows = list(self._running.values())
             try:
                 self._advance(rows)
-            except (
-                Exception
-            ) as error:  # out of memory, say: these replies fail, and the run decides what follows
+            except Exception as error:  # such as out of memory; the caller decides how to go on
                 self._fail(rows, f"{type(error).__name__}: {error}")
         finished, self._finished = self._finished, []
         return finished
 
     def _fail(self, rows: Sequence[_Sequence], error: str) -> None:
+        """End the replies of some sequences with an error."""
         for row in rows:
-            row.cached = 0  # whatever part of it was written cannot be trusted
+            row.cached = 0  # a failed pass may have written only part of it
             if row.request is not None:
                 self._finish(row, error=error)
 
     def release(self, sequence: str) -> None:
-        """Forget a sequence and what is running for it; unknown names are fine."""
+        """Forget a sequence and its request in flight; unknown names are fine."""
         gone = self._sequences.pop(sequence, None)
         if gone is None:
             return
@@ -175,7 +175,7 @@ class TorchEngine:
         self._release_slot(gone)
 
     def refresh(self, version: int) -> None:
-        """Note that the weights changed: what the old ones left in the cache is made anew when needed."""
+        """Record that the weights have changed; keys and values are recomputed when they are needed next."""
         self._version = version
         for sequence in self._sequences.values():
             sequence.cached = 0
@@ -183,11 +183,13 @@ class TorchEngine:
                 sequence.versions.append((len(sequence.logprobs), version))
 
     def close(self) -> None:
-        """Nothing to give back: the model is its owner's."""
+        """Do nothing: the model belongs to the caller."""
 
     def _start(self, sequence: _Sequence, request: GenerationRequest, trie: TokenTrie | None) -> None:
+        """Append the prompt to a sequence and queue it, unless its reply is forced from start to end."""
         sequence.ids.extend(request.prompt_ids)
         sequence.start = len(sequence.ids)
+        # The last prompt token is always forwarded, since its hidden state gives the first logits.
         sequence.cached = min(sequence.cached, sequence.start - 1)
         sequence.request = request
         sequence.used = self._steps
@@ -213,7 +215,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _copy_parent_cache(self, sequence: _Sequence, request: GenerationRequest) -> None:
-        """Copy what the parent's cache holds of a prompt, as long as nobody has to make room for it."""
+        """Copy the part of a prompt that the parent's cache holds, if there is an empty slot."""
         parent = None if request.parent is None else self._sequences.get(request.parent)
         if parent is None:
             return
@@ -227,6 +229,7 @@ class TorchEngine:
         sequence.cached = common
 
     def _begin_choice(self, sequence: _Sequence, written: tuple[int, ...]) -> None:
+        """Append the forced tokens before the first decision, and finish if there is none."""
         assert sequence.trie is not None
         self._append_forced(sequence, (*written, *sequence.trie.forced))
         sequence.thought, sequence.node = None, sequence.trie.root
@@ -262,6 +265,7 @@ class TorchEngine:
     # Slots
 
     def _admit(self) -> None:
+        """Give slots to waiting sequences, first come, first served."""
         while self._waiting:
             slot = self._free_slot()
             if slot is None:
@@ -282,7 +286,7 @@ class TorchEngine:
         empty = self._empty_slot()
         if empty is not None:
             return empty
-        # Only when nothing else can move does a sequence between two turns lose its cache, to be fed again.
+        # A sequence between two turns loses its cache, and is fed again later, only if nothing else can run.
         idle = [held for held in self._slots if held is not None and held.request is None]
         if self._running or not idle:
             return None
@@ -297,7 +301,7 @@ class TorchEngine:
         sequence.slot, sequence.cached = -1, 0
 
     def _close_gaps(self) -> None:
-        """Move the last sequences into free slots, so that those in use can be read in place."""
+        """Move the last sequences into free slots once a quarter are free, so that reads stay in place."""
         while self._slots and self._slots[-1] is None:
             self._slots.pop()
         free = self._slots.count(None)
@@ -319,8 +323,9 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _advance(self, rows: list[_Sequence]) -> None:
+        """Forward the uncached tokens of some sequences, and sample a token for those that are complete."""
         self._close_gaps()
-        rows, duplicates = _deduplicate(sorted(rows, key=lambda row: row.slot))
+        rows, duplicates = _deduplicate(sorted(rows, key=lambda row: row.slot))  # as `cached_layout` wants
         tokens: list[int] = []
         counts, ready = [], []
         for row in rows:
@@ -346,7 +351,7 @@ class TorchEngine:
             self._decide(deciding, hidden[torch.tensor(ends, device=self._device)])
 
     def _copied(self, row: _Sequence, duplicates: Sequence[_Sequence]) -> Sequence[_Sequence]:
-        """Give the cache of `row` to the sequences that hold the same tokens."""
+        """Copy the cache of `row` to the sequences with the same tokens, and return them."""
         if duplicates:
             self._cache.copy(row.slot, [duplicate.slot for duplicate in duplicates], row.cached)
             for duplicate in duplicates:
@@ -354,10 +359,12 @@ class TorchEngine:
         return duplicates
 
     def _forward(self, rows: list[_Sequence], tokens: list[int], counts: Array) -> torch.Tensor:
+        """Run the decoder over the next `counts` tokens of each row; return hidden states [N, d]."""
         slots = np.array([row.slot for row in rows])
         past = np.array([row.cached for row in rows])
         longest = int((past + counts).max())
         if longest > self._cache.length or len(self._slots) > self._cache.slots:
+            # A quarter more than needed, so that growing sequences rarely copy the cache.
             self._reserve(min(_rounded(longest * 5 // 4, LENGTH_STEP), self.max_context))
         self.tokens_forwarded += len(tokens)
         self.forwards += 1
@@ -368,6 +375,7 @@ class TorchEngine:
         self._cache.reserve(min(_rounded(len(self._slots), SLOT_STEP), self.max_sequences), length)
 
     def _decide(self, rows: list[_Sequence], hidden: torch.Tensor) -> None:
+        """Sample the next token of every row, separately for rows with and without a menu."""
         constrained = [k for k, row in enumerate(rows) if row.node is not None]
         free = [k for k, row in enumerate(rows) if row.node is None]
         weight = output_weight(self.model)
@@ -380,6 +388,7 @@ class TorchEngine:
                 states,
                 weight,
                 [row.node.ids for row in chosen if row.node is not None] if menu else None,
+                # One generator per row, so that a reply does not depend on the rest of the batch.
                 np.array([row.random.random() for row in chosen]),
                 np.array([row.request.sampling.temperature for row in chosen if row.request is not None]),
             )
@@ -389,7 +398,7 @@ class TorchEngine:
         for row, place, logprob, entropy in zip(
             rows, draws.chosen, draws.logprobs, draws.entropies, strict=True
         ):
-            if entropy != entropy:
+            if entropy != entropy:  # nan
                 self._finish(row, error=NOT_FINITE)
                 continue
             assert row.node is not None
@@ -409,7 +418,7 @@ class TorchEngine:
         for row, token, logprob, entropy in zip(
             rows, draws.chosen, draws.logprobs, draws.entropies, strict=True
         ):
-            if entropy != entropy:
+            if entropy != entropy:  # nan
                 self._finish(row, error=NOT_FINITE)
                 continue
             row.ids.append(token)
@@ -434,16 +443,16 @@ def _rounded(count: int, step: int) -> int:
 
 
 def _common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences have in common from the start."""
+    """Return the length of the common prefix of two sequences."""
     pairs = zip(first, second, strict=False)
     return next((k for k, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
 
 
 def _deduplicate(rows: list[_Sequence]) -> tuple[list[_Sequence], dict[str, list[_Sequence]]]:
-    """Leave out new sequences that hold the same tokens as another, as the members of a group do at first.
+    """Leave out new sequences with the same tokens as another, as the members of a group have at first.
 
     Returns:
-        The rest, and by name of the one that stays those that wait for its result.
+        The remaining sequences, and by the name of each the sequences that share its result.
     """
     first: dict[tuple[int, ...], str] = {}
     duplicates: dict[str, list[_Sequence]] = {}
@@ -460,5 +469,6 @@ def _deduplicate(rows: list[_Sequence]) -> tuple[list[_Sequence], dict[str, list
 def _without_empty(
     rows: list[_Sequence], counts: list[int], ready: list[bool]
 ) -> tuple[list[_Sequence], list[int], list[bool]]:
+    """Leave out rows that got no tokens of this step's budget."""
     kept = [k for k, count in enumerate(counts) if count]
     return [rows[k] for k in kept], [counts[k] for k in kept], [ready[k] for k in kept]

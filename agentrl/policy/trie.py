@@ -1,4 +1,4 @@
-"""The admissible replies as a prefix tree over token ids; standard library only."""
+"""Prefix trees over token ids of admissible replies; standard library only."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from agentrl.policy.text_cache import TextCache
 Choices = tuple[tuple[int, ...], ...]
 Encode = Callable[[str], tuple[int, ...]]
 
-MOST_WARNINGS = 5  # of one dialogue, about actions that are written alike
+MOST_WARNINGS = 5  # per dialogue, about actions that have the same tokens
 _WARNED: WeakKeyDictionary[Encode, set[tuple[str, str]]] = WeakKeyDictionary()
 
 
 class ChoiceError(AgentRLError, ValueError):
-    """The choices of a request cannot be decoded: none, an empty one, or one that begins another."""
+    """Raised for choices that cannot be decoded: none, an empty one, or one that is a prefix of another."""
 
 
 class Edge:
     """A decision and the forced tokens after it, up to the next decision (`node`) or the end (None).
 
-    `ids[0]` is the decision, `allowed[0]` what it was taken from; every other token has one allowed id.
+    `ids[0]` is the decision, made among `allowed[0]`; every other token has a single allowed id.
     """
 
     __slots__ = ("_branches", "_depth", "_node", "allowed", "ids")
@@ -39,14 +39,15 @@ class Edge:
 
     @property
     def node(self) -> Node | None:
-        # Built when it is first reached: most of a menu is never visited.
+        """Return the next decision; None at the end of a reply."""
+        # Built when first reached, since most of a menu is never visited.
         if self._node is None and len(self._branches) > 1:
             self._node = Node(self._branches, self._depth)
         return self._node
 
 
 class Node:
-    """A place where more than one id may follow: `edges[k]` begins with `ids[k]`."""
+    """A decision: more than one id may follow, and `edges[k]` begins with `ids[k]`."""
 
     __slots__ = ("edges", "ids")
 
@@ -63,7 +64,7 @@ def _edge(choices: Choices, depth: int, allowed: tuple[int, ...]) -> Edge:
 
 
 def _common_length(choices: Choices, start: int) -> int:
-    # In a sorted list, what the first and the last share is shared by all.
+    # In a sorted list, a prefix of both the first and the last is a prefix of all.
     first, last = choices[0], choices[-1]
     if first is last:
         return len(first)
@@ -74,17 +75,17 @@ def _common_length(choices: Choices, start: int) -> int:
 
 
 class TokenTrie:
-    """Which ids may follow a prefix of a reply.
+    """Prefix tree of replies, which knows the ids that may follow a prefix of a reply.
 
     >>> trie = TokenTrie(((5, 7, 1), (5, 8, 1)))
     >>> trie.forced, trie.allowed((5,)), trie.trace((5, 8, 1))
     ((5,), (7, 8), ((5,), (7, 8), (1,)))
 
     Args:
-        choices: the replies; none may be empty or begin another one. Repeated ones count once.
+        choices: The replies; none may be empty or a prefix of another. Duplicates count once.
 
     Raises:
-        ChoiceError: if there is no choice, an empty one, or one that is a prefix of another.
+        ChoiceError: If there is no choice, an empty one, or one that is a prefix of another.
     """
 
     __slots__ = ("ends", "forced", "largest", "longest", "root", "smallest", "tokens")
@@ -103,21 +104,22 @@ class TokenTrie:
         self.smallest, self.largest = min(map(min, ordered)), max(map(max, ordered))
 
     def allowed(self, prefix: Sequence[int]) -> tuple[int, ...]:
-        """The ids that may follow `prefix`, in ascending order; empty after a complete reply."""
+        """Return the ids that may follow `prefix`, in ascending order; empty after a complete reply."""
         return self._walk(prefix)[1]
 
     def run(self, prefix: Sequence[int]) -> tuple[int, ...]:
-        """The forced ids that follow `prefix`, up to the next decision or the end."""
+        """Return the forced ids that follow `prefix`, up to the next decision or the end."""
         forced: list[int] = []
         while len(allowed := self.allowed((*prefix, *forced))) == 1:
             forced.append(allowed[0])
         return tuple(forced)
 
     def trace(self, ids: Sequence[int]) -> Choices:
-        """The allowed ids at every token of the (possibly unfinished) reply `ids`."""
+        """Return the allowed ids at every token of the (possibly unfinished) reply `ids`."""
         return self._walk(ids)[0]
 
     def _walk(self, ids: Sequence[int]) -> tuple[Choices, tuple[int, ...]]:
+        """Return the allowed ids at every token of `ids`, and those that may follow."""
         run: tuple[int, ...] = self.forced
         allowed: Choices = tuple((token,) for token in run)
         node, done = self.root, 0
@@ -137,29 +139,31 @@ class TokenTrie:
             edge = node.edges[node.ids.index(ids[done])]
             run, allowed, node = edge.ids, edge.allowed, edge.node
         if done < len(ids):
-            raise ChoiceError(f"{tuple(ids)} goes on after the choice {tuple(ids[:done])}")
+            raise ChoiceError(f"{tuple(ids)} continues after the choice {tuple(ids[:done])}")
         return tuple(seen), () if node is None else node.ids
 
 
 def _check_prefixes(ordered: Choices) -> None:
     if not ordered[0]:
-        raise ChoiceError("one of the choices has no token; wanted replies that end in a stop id")
+        raise ChoiceError("one of the choices has no tokens; wanted replies that end in a stop id")
     for first, second in pairwise(ordered):
-        # In sorted order, whatever lies between a prefix and what it begins, it begins too.
+        # In sorted order, everything between a prefix and its continuation has the same prefix.
         if second[: len(first)] == first:
-            raise ChoiceError(f"the choice {first} begins the choice {second}: it could never be told apart")
+            raise ChoiceError(
+                f"the choice {first} is a prefix of the choice {second}, so the two cannot be told apart"
+            )
 
 
 def admissible_replies(actions: Iterable[str], encode: Encode) -> dict[tuple[int, ...], str]:
-    """Return the replies that a policy may give, each with the action that it means.
+    """Return the replies that a policy may give, each with its action.
 
-    Two actions may be written with the same tokens, as the composed and decomposed form of a name, or one
-    with a leading space: then the policy cannot tell them apart, and such a reply means the one that is
-    listed first, as the environment spells it. The first few pairs are warned of.
+    Two actions can have the same tokens, such as the composed and decomposed form of a name, or one with a
+    leading space. The policy cannot tell them apart, and such a reply means the action that is listed first.
+    The first few pairs raise a warning.
 
     Args:
-        actions: of the environment.
-        encode: the reply that says one, as tokens.
+        actions: The actions of the environment.
+        encode: The function that encodes the reply of an action as tokens.
     """
     replies: dict[tuple[int, ...], str] = {}
     for action in actions:
@@ -183,7 +187,7 @@ def _warn_of_duplicates(first: str, other: str, encode: Encode) -> None:
 
 
 def _trie_bytes(trie: TokenTrie) -> int:
-    # Nodes are made when they are reached, and counted from the start; 160 bytes a token were not exceeded.
+    # Counts all nodes, although they are built when first reached; 160 bytes per token were never exceeded.
     return 512 + 160 * trie.tokens
 
 
@@ -196,5 +200,5 @@ _cached_trie = TRIES.memoize(_new_trie, _trie_bytes)
 
 
 def token_trie(choices: Choices) -> TokenTrie:
-    """Return the trie of a tuple of choices; the same menu is built once."""
+    """Return the trie of a tuple of choices, cached by its choices."""
     return _cached_trie(choices)

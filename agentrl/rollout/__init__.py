@@ -1,1 +1,1 @@
-"""Episodes out: the loop, who drives it, and who replies."""
+"""Playing episodes: the episode loop, the environments it runs in, and the players that reply."""

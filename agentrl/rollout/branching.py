@@ -1,148 +1,154 @@
-"""Branching: which episodes a task gets is decided while they are played."""
+"""Branching: the episodes of a task are decided while they are played, by a `BranchPolicy`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from agentrl.data.trajectory import BranchPoint, Episode, Group
-from agentrl.rollout.play import EpisodeSpec, Fork, Path
+from agentrl.rollout.play import Collection, EpisodeSpec, Fork, Path
 
 if TYPE_CHECKING:
-    from agentrl.algorithms.branching import Growth
-    from agentrl.rollout.collector import Collection
+    from agentrl.algorithms.branching import BranchPolicy
 
-Wish = BranchPoint | None
+BranchRequest = BranchPoint | None
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """An episode that is to be played, and where to note how far it has come."""
+    """An episode to be played, and the path on which its progress is recorded."""
 
     spec: EpisodeSpec
     fork: Fork | None = None
     path: Path = field(default_factory=Path)
 
 
-class Director:
-    """Starts the episodes of several tasks as their growths wish, exactly `episodes` of each.
+class BranchScheduler:
+    """Scheduler that starts the episodes of several tasks as their branch policies request.
 
-    They are named after the task's template and numbered as they are started: "train-3-0-0", "train-3-0-1".
-    All share the template's seed. What is wished beyond `episodes` is left out; when all episodes of a task
-    have ended and some are left, these begin at the first observation. So does an episode that cannot leave
-    its parent where it is meant to, because that was aborted, or never was there.
+    Every task gets exactly `episodes` episodes. They are named after the task's template and numbered in the
+    order of their start: "train-3-0-0", "train-3-0-1". All share the template's seed. Requests beyond
+    `episodes` are ignored. When all episodes of a task have ended and fewer were requested, the rest begin at
+    the first observation. So does an episode whose branch point cannot be reached, because the parent was
+    aborted or never was there.
 
     Args:
-        templates: one per task; ids must differ.
-        growths: of the tasks, in the same order.
-        episodes: of each task, aborted ones included.
+        templates: One spec per task; their ids must differ.
+        policies: The branch policies of the tasks, in the same order.
+        episodes: The number of episodes of each task, aborted ones included.
     """
 
-    def __init__(self, templates: Sequence[EpisodeSpec], growths: "Sequence[Growth]", episodes: int) -> None:
-        if len(templates) != len(growths):
-            raise ValueError(f"{len(growths)} growths for {len(templates)} tasks, wanted one for each")
+    def __init__(
+        self, templates: Sequence[EpisodeSpec], policies: "Sequence[BranchPolicy]", episodes: int
+    ) -> None:
+        if len(templates) != len(policies):
+            raise ValueError(
+                f"{len(policies)} branch policies for {len(templates)} tasks, wanted one for each"
+            )
         if len({template.id for template in templates}) != len(templates):
             raise ValueError("two of the task templates have the same id")
         if episodes < 1:
             raise ValueError(f"episodes is {episodes}, wanted at least 1 of each task")
-        pairs = zip(templates, growths, strict=True)
-        self._trees = [_Tree(template, growth, episodes) for template, growth in pairs]
-        self._where: dict[str, _Tree] = {}
+        pairs = zip(templates, policies, strict=True)
+        self._trees = [_Tree(template, policy, episodes) for template, policy in pairs]
+        self._tree_of: dict[str, _Tree] = {}
 
     @property
     def total(self) -> int:
-        """How many episodes there will be, of all tasks."""
+        """Return the number of episodes of all tasks."""
         return sum(tree.budget for tree in self._trees)
 
     @property
     def ids(self) -> list[str]:
-        """Of the episodes started so far, by task and then in the order in which they were started."""
+        """Return the ids of the episodes started so far, by task and then in the order of their start."""
         return [name for tree in self._trees for name in tree.paths]
 
     def begin(self) -> list[Start]:
-        """What is played first."""
-        return [start for tree in self._trees for start in self._named(tree, tree.begin())]
+        """Return the first episodes of all tasks."""
+        return [start for tree in self._trees for start in self._register(tree, tree.begin())]
 
     def reached(self, episode: str) -> list[Start]:
-        """What is started now that the environment has answered the last turn of an episode that goes on."""
-        tree = self._where.get(episode)
-        return [] if tree is None else self._named(tree, tree.reached(episode))
+        """Return the episodes to start when the environment has answered an episode's turn."""
+        tree = self._tree_of.get(episode)
+        return [] if tree is None else self._register(tree, tree.reached(episode))
 
     def ended(self, episode: Episode) -> list[Start]:
-        """What is started now that an episode has ended for good."""
-        tree = self._where.get(episode.id)
-        return [] if tree is None else self._named(tree, tree.ended(episode))
+        """Return the episodes to start when an episode has ended and is not played again."""
+        tree = self._tree_of.get(episode.id)
+        return [] if tree is None else self._register(tree, tree.ended(episode))
 
     def branched(self, episode: str) -> bool:
-        """Whether others have left an episode: what they have of it must stay what it was."""
+        """Return whether others have branched from an episode, so that its turns must stay as they are."""
         return any(episode in tree.parents for tree in self._trees)
 
-    def groups(self, collection: "Collection") -> list[Group]:
-        """The episodes of each task, out of what was collected."""
+    def groups(self, collection: Collection) -> list[Group]:
+        """Return the collected episodes of each task as a group."""
         played = {episode.id: episode for episode in collection.episodes}
         return [Group(tree.template.task, tuple(played[name] for name in tree.paths)) for tree in self._trees]
 
-    def _named(self, tree: "_Tree", starts: list[Start]) -> list[Start]:
-        self._where.update((start.spec.id, tree) for start in starts)
+    def _register(self, tree: "_Tree", starts: list[Start]) -> list[Start]:
+        self._tree_of.update((start.spec.id, tree) for start in starts)
         return starts
 
 
 @dataclass(eq=False, slots=True)
 class _Tree:
-    """One task's episodes."""
+    """The episodes of one task."""
 
     template: EpisodeSpec
-    growth: "Growth"
+    policy: "BranchPolicy"
     budget: int
     paths: dict[str, Path] = field(default_factory=dict)
     finished: dict[str, Episode] = field(default_factory=dict)
     parents: set[str] = field(default_factory=set)
 
     def begin(self) -> list[Start]:
-        return self._grown(self.growth.begin())
+        return self._start_requested(self.policy.begin())
 
     def reached(self, episode: str) -> list[Start]:
         path = self.paths[episode]
-        return self._grown(self.growth.reached(episode, path.parent, tuple(path.turns)))
+        return self._start_requested(self.policy.reached(episode, path.parent, tuple(path.turns)))
 
     def ended(self, episode: Episode) -> list[Start]:
         self.finished[episode.id] = episode
-        return self._grown(self.growth.ended(episode))
+        return self._start_requested(self.policy.ended(episode))
 
-    def _grown(self, wishes: Sequence[Wish]) -> list[Start]:
+    def _start_requested(self, requests: Sequence[BranchRequest]) -> list[Start]:
         left = self.budget - len(self.paths)
-        if not wishes and len(self.finished) == len(self.paths):
-            wishes = [None] * left
-        starts = [self._start(wish) for wish in wishes[:left]]
+        # With all episodes ended, no later event could request the rest of the budget.
+        if not requests and len(self.finished) == len(self.paths):
+            requests = [None] * left
+        starts = [self._start(request) for request in requests[:left]]
         if len(self.paths) == self.budget:
-            self._fence()
+            self._drop_snapshots()
         return starts
 
-    def _fence(self) -> None:
-        """Keep nothing for those who might branch off: there will be no more."""
+    def _drop_snapshots(self) -> None:
+        """Keep no more snapshots: the budget is spent, so that nothing branches any more."""
         for name, path in self.paths.items():
             path.keep = False
             if name in self.finished:
                 path.transitions.clear()
 
-    def _start(self, wish: Wish) -> Start:
+    def _start(self, request: BranchRequest) -> Start:
         fork = None
-        if wish is not None:
-            fork = self._fork(wish)
+        if request is not None:
+            fork = self._fork(request)
             if fork is not None:
-                self.parents.add(wish.parent)
-            elif wish.parent in self.paths:
-                wish = BranchPoint(wish.parent, 0)
+                self.parents.add(request.parent)
+            elif request.parent in self.paths:  # the first state is shared, as all have the same seed
+                request = BranchPoint(request.parent, 0)
             else:
-                wish = None
-        spec = replace(self.template, id=f"{self.template.id}-{len(self.paths)}", parent=wish)
+                request = None
+        spec = replace(self.template, id=f"{self.template.id}-{len(self.paths)}", parent=request)
         path = self.paths[spec.id] = Path(keep=True)
         return Start(spec, fork, path)
 
     def _fork(self, point: BranchPoint) -> Fork | None:
-        """The way to a branch point; None where it is the first observation, or nobody can go there."""
+        """Return the fork at a branch point; None for the first observation and for an unreachable point."""
         path, ended = self.paths.get(point.parent), self.finished.get(point.parent)
         if path is None or (point.turn, point.token) == (0, 0) or (ended is not None and ended.stop.aborted):
             return None
+        # Before its reply, an episode in progress has one state more than it has turns.
         running = ended is None and len(path.transitions) == len(path.turns) + 1
         if not 0 <= point.turn < len(path.turns) + running:
             return None
@@ -151,3 +157,23 @@ class _Tree:
             return None
         turns, transitions = path.turns[: point.turn], path.transitions[: point.turn + 1]
         return Fork(tuple(turns), tuple(transitions), reply[: point.token])
+
+
+@dataclass(slots=True)
+class RetainedParents:
+    """Record of the ended episodes whose tokens the player must keep for children that have yet to start.
+
+    Attributes:
+        pending_children: The parent of each child that has not taken over its parent's tokens yet.
+        retained_parents: The ended episodes that the player has not closed yet.
+    """
+
+    pending_children: dict[str, str] = field(default_factory=dict)
+    retained_parents: set[str] = field(default_factory=set)
+
+    def release(self, child: str) -> Iterator[str]:
+        """Mark a child as no longer pending, and yield the parents that can be closed, removing each."""
+        self.pending_children.pop(child, None)
+        for parent in sorted(self.retained_parents - set(self.pending_children.values())):
+            self.retained_parents.remove(parent)
+            yield parent

@@ -1,65 +1,29 @@
-"""Drives many episodes at once: who has an answer goes on, who has ended costs nothing."""
+"""Playing many episodes at once: each one continues as soon as it has the answer that it waits for."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 
 from agentrl.data.trajectory import Episode, StopReason
 from agentrl.env.containment import signals
-from agentrl.errors import TooManyAbortedError
-from agentrl.rollout.branching import Director, Start
+from agentrl.rollout.branching import BranchScheduler, RetainedParents, Start
 from agentrl.rollout.environments import Environments
-from agentrl.rollout.play import ActionRequest, Answer, Effect, EpisodeSpec, Restore, Stop, play
+from agentrl.rollout.failures import Quarantine, Retries, check_aborted
+from agentrl.rollout.play import (
+    ActionRequest,
+    Answer,
+    Collection,
+    Effect,
+    EpisodeSpec,
+    Restore,
+    Stop,
+    play,
+)
 from agentrl.rollout.players import Player
 
-_RETRIED = (StopReason.ENV_ERROR, StopReason.WORKER_ERROR)
-_MOST_ATTEMPTS = 10  # of an episode that only others' failures ended
-_MOST_TURNS = 10_000  # of an episode that nothing else limits: an environment may have no end
-
-
-@dataclass(frozen=True, slots=True)
-class Collection:
-    """What was played, and where the time went.
-
-    Args:
-        episodes: in the order of their specs; those of a director by task, as they were started.
-        failures: attempts that were aborted and made again; each is of an id that `episodes` holds as well.
-        environment_seconds: that the collector spent in environments, or waiting for them.
-        player_seconds: the same of the player.
-        branches: how many episodes came to where they left another one: "restored" from a snapshot, or
-            "replayed"; and how many "diverged" in the replay and were begun anew.
-    """
-
-    episodes: tuple[Episode, ...]
-    failures: tuple[Episode, ...]
-    environment_seconds: float
-    player_seconds: float
-    branches: Mapping[str, int] = field(default_factory=dict)
-
-
-class Quarantine:
-    """Tasks that failed several times in a row, in whatever episode, and are not tried any more.
-
-    Args:
-        after: so many failures; None never.
-    """
-
-    def __init__(self, after: int | None = None) -> None:
-        self._after = after
-        self._failures: Counter[str] = Counter()
-        self.tasks: dict[str, str] = {}  # why
-
-    def add(self, task: str, reason: str) -> None:
-        """Count a failure."""
-        self._failures[task] += 1
-        if self._after is not None and self._failures[task] >= self._after:
-            self.tasks[task] = f"quarantined after {self._after} failures in a row, the last: {reason}"
-
-    def clear(self, task: str) -> None:
-        """The task was played to its end."""
-        self._failures.pop(task, None)
+_MAX_TURNS = 10_000  # of an episode without another limit: an environment may never end one
 
 
 def collect(
@@ -73,213 +37,241 @@ def collect(
     max_aborted_share: float = 1.0,
     quarantine: Quarantine | None = None,
     on_episode: Callable[[Episode], None] | None = None,
-    director: Director | None = None,
+    scheduler: BranchScheduler | None = None,
 ) -> Collection:
     """Play episodes to their end, at most `max_active` at a time.
 
-    An episode asks for its next reply as soon as its environment has answered, and a new one starts as soon
-    as one ends. What an environment does wrong ends its episode as aborted and concerns no other.
+    An episode asks for its next reply as soon as its environment has answered, and a new episode starts as
+    soon as one ends. An error in an environment aborts its episode and affects no other.
 
     Args:
-        specs: what to play; ids must differ.
-        player: who replies.
-        environments: where. Each is used by one episode at a time, and thrown away after an error.
-        max_active: episodes at a time; `environments` may have fewer places.
-        max_turns: limit on replies beside the environment's own; None for 10,000.
-        max_attempts: plays of an episode in which the environment or its worker fails. A play that ended only
-            because another one took the worker down does not count.
-        max_aborted_share: of the episodes.
-        quarantine: tasks not to be tried, and where failures are counted; None starts with none, and puts no
-            task there.
-        on_episode: called with each episode as it ends for good.
-        director: starts further episodes while these are played, some from the middle of others. An episode
-            that others have left is not played again when it fails: they hold what it had come to.
+        specs: The episodes to play; their ids must differ.
+        player: The player that replies.
+        environments: The environments to play in. Each is used by one episode at a time, and discarded after
+            an error.
+        max_active: The maximum number of episodes in progress; the capacity of `environments` may be smaller.
+        max_turns: The maximum number of replies in an episode, beside the environment's own limit; None for
+            10,000.
+        max_attempts: The number of attempts at an episode in which the environment or its worker fails. An
+            attempt that ended only because another episode took the worker down does not count.
+        max_aborted_share: The largest allowed share of aborted episodes.
+        quarantine: The tasks that are not played, and the counter of failures; None starts with no such task
+            and adds none.
+        on_episode: A function that is called with each episode when it ends and is not played again.
+        scheduler: The scheduler that starts further episodes during the collection, some from the middle of
+            others. A failed episode from which others have branched is not played again, since they hold its
+            turns.
 
     Returns:
-        The episodes in the order of `specs`, each once, and then the director's.
+        The episodes in the order of `specs`, each once, and then those of the scheduler.
 
     Raises:
-        AgentRLError: an environment could not be made, for a reason that its user can mend.
-        TooManyAbortedError: as soon as the share must come out larger than allowed.
-        RuntimeError: someone else closed the environments.
-        BaseException: what `player` and `on_episode` raise, and interrupts; environments are closed first.
+        AgentRLError: An environment cannot be made, for a reason that its user can fix.
+        TooManyAbortedError: The share of aborted episodes is bound to be larger than allowed.
+        RuntimeError: The environments were closed during the collection.
+        BaseException: An error from `player` or `on_episode`, or an interrupt; the environments are closed
+            first.
     """
     if max_active < 1:
         raise ValueError(f"max_active is {max_active}, wanted at least 1")
     if len({spec.id for spec in specs}) != len(specs):
         raise ValueError("two of the episode specs have the same id")
-    director = director or Director((), (), episodes=1)
-    drive = _Drive(
-        player,
-        environments,
-        _MOST_TURNS if max_turns is None else max_turns,
-        max_attempts,
-        max_aborted_share * (len(specs) + director.total),
-        quarantine or Quarantine(),
-        on_episode,
-        director,
+    scheduler = scheduler or BranchScheduler((), (), episodes=1)
+    quarantine = quarantine or Quarantine()
+    collector = _Collector(
+        player=player,
+        environments=environments,
+        scheduler=scheduler,
+        quarantine=quarantine,
+        retries=Retries(max_attempts, quarantine),
+        max_turns=_MAX_TURNS if max_turns is None else max_turns,
+        max_aborted=max_aborted_share * (len(specs) + scheduler.total),
+        on_episode=on_episode,
     )
     try:
         with signals:
-            return drive.run(specs, min(max_active, environments.places or max_active))
+            return collector.run(specs, min(max_active, environments.capacity or max_active))
     except BaseException:
         environments.close()
-        for episode_id in [*drive.active, *drive.leaving]:
-            with suppress(Exception):  # what is on its way up matters more
+        for episode_id in [*collector.active, *collector.parents.retained_parents]:
+            with suppress(Exception):  # must not replace the error that ended the collection
                 player.close(episode_id)
         raise
 
 
 @dataclass(slots=True)
-class _Running:
-    start: Start
-    attempt: int
-    loop: Generator[Effect, Answer, Episode]
-    thinking: bool = False  # whether the player owes a reply
-    bystander: bool = False
-    restoring: bool = False
+class _Stopwatch:
+    """Sum of the seconds spent in a block of code."""
 
-    @property
-    def spec(self) -> EpisodeSpec:
-        return self.start.spec
+    seconds: float = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        began = perf_counter()
+        yield
+        self.seconds += perf_counter() - began
 
 
 @dataclass(slots=True)
-class _Drive:
+class _Running:
+    """One attempt at an episode, in progress."""
+
+    start: Start
+    attempt: int
+    loop: Generator[Effect, Answer, Episode]
+    awaits_reply: bool = False
+    restoring: bool = False
+    bystander: bool = False  # whether the last answer was a failure elsewhere
+
+    @property
+    def id(self) -> str:
+        return self.start.spec.id
+
+
+@dataclass(slots=True)
+class _Collector:
+    """Loop that passes effects and answers between episodes, their environments and the player."""
+
     player: Player
     environments: Environments
-    max_turns: int
-    max_attempts: int
-    max_aborted: float
+    scheduler: BranchScheduler
     quarantine: Quarantine
+    retries: Retries
+    max_turns: int
+    max_aborted: float
     on_episode: Callable[[Episode], None] | None
-    director: Director
-    waiting: deque[tuple[Start, int]] = field(default_factory=deque)
+    waiting: deque[tuple[Start, int]] = field(default_factory=deque)  # with the number of the attempt
     active: dict[str, _Running] = field(default_factory=dict)
     finished: dict[str, Episode] = field(default_factory=dict)
     failures: list[Episode] = field(default_factory=list)
-    blameless: Counter[str] = field(default_factory=Counter)  # attempts that others ended
-    heirs: dict[str, str] = field(default_factory=dict)  # by who has yet to take over tokens: from whom
-    leaving: set[str] = field(default_factory=set)  # have ended, and the player knows them for their heirs
+    parents: RetainedParents = field(default_factory=RetainedParents)
     branches: Counter[str] = field(default_factory=Counter)
-    thinking: int = 0
-    environment_seconds: float = 0.0
-    player_seconds: float = 0.0
+    replies_pending: int = 0
+    environment_time: _Stopwatch = field(default_factory=_Stopwatch)
+    player_time: _Stopwatch = field(default_factory=_Stopwatch)
 
     def run(self, specs: Sequence[EpisodeSpec], max_active: int) -> Collection:
         self.waiting.extend((Start(spec), 1) for spec in specs)
-        self._line_up(self.director.begin())
+        self._schedule(self.scheduler.begin())
         while True:
             while self.waiting and len(self.active) < max_active:
                 self._start(*self.waiting.popleft())
             if not self.active:
                 break
-            # Environments first: the more episodes want a reply, the better the player's batches.
-            if self._environments_answer():
+            # Environments first: the more episodes want a reply, the larger the player's batches.
+            if self._process_environments():
                 continue
-            if not self.thinking:
+            if not self.replies_pending:
                 raise RuntimeError("the environments were closed while episodes were played in them")
-            self._player_answers()
-        ids = [*(spec.id for spec in specs), *self.director.ids]
+            self._process_replies()
+        ids = [*(spec.id for spec in specs), *self.scheduler.ids]
         return Collection(
-            tuple(self.finished[name] for name in ids),
-            tuple(self.failures),
-            self.environment_seconds,
-            self.player_seconds,
-            {name: self.branches[name] for name in ("restored", "replayed", "diverged")},
+            episodes=tuple(self.finished[episode_id] for episode_id in ids),
+            failures=tuple(self.failures),
+            environment_seconds=self.environment_time.seconds,
+            player_seconds=self.player_time.seconds,
+            branches={how: self.branches[how] for how in ("restored", "replayed", "diverged")},
         )
 
-    def _environments_answer(self) -> bool:
-        began = perf_counter()
-        answers = self.environments.poll(wait=not self.thinking)
-        self.environment_seconds += perf_counter() - began
-        for episode_id, answer in answers:
-            running = self.active[episode_id]
-            running.bystander = isinstance(answer, Stop) and answer.bystander
-            if running.restoring and isinstance(answer, Stop):
-                self.environments.release(episode_id, broken=True)  # its actions are played again elsewhere
-            self._advance(running, answer)
-        return bool(answers)
-
-    def _player_answers(self) -> None:
-        began = perf_counter()
-        answers = self.player.poll()
-        self.player_seconds += perf_counter() - began
-        for episode_id, answer in answers:
-            if episode_id not in self.active or not self.active[episode_id].thinking:
-                raise ValueError(f"the player replied for {episode_id!r}, which did not ask")
-            self.active[episode_id].thinking = False
-            self.thinking -= 1
-            self.active[episode_id].bystander = isinstance(answer, Stop) and answer.bystander
-            self._advance(self.active[episode_id], answer)
-
-    def _line_up(self, starts: Sequence[Start]) -> None:
-        """Let episodes begin before those that wait already: what they take over is soon not needed."""
+    def _schedule(self, starts: Sequence[Start]) -> None:
+        """Put the scheduler's episodes first, so that their parents need not be kept for long."""
         self.waiting.extendleft((start, 1) for start in reversed(starts))
         for start in starts:
             if start.fork is not None and start.spec.parent is not None:
-                self.heirs[start.spec.id] = start.spec.parent.parent
+                self.parents.pending_children[start.spec.id] = start.spec.parent.parent
 
     def _start(self, start: Start, attempt: int) -> None:
+        # An episode of a task in quarantine is recorded as aborted without any call.
         reason = self.quarantine.tasks.get(start.spec.task)
         fork = start.fork if reason is None else None
         loop = play(start.spec, self.max_turns, fork=fork, path=start.path)
         running = self.active[start.spec.id] = _Running(start, attempt, loop)
         effect = next(loop)
-        if reason is not None:
-            running.attempt = self.max_attempts
-            self._advance(running, Stop(StopReason.WORKER_ERROR, reason))
+        if reason is None:
+            self._submit(running, effect)
         else:
-            self._handle(running, effect)
+            self._advance(running, Stop(StopReason.WORKER_ERROR, reason))
+
+    def _process_environments(self) -> bool:
+        """Continue the episodes whose environment has answered; return whether there were any."""
+        with self.environment_time.running():
+            answers = self.environments.poll(wait=not self.replies_pending)
+        for episode_id, answer in answers:
+            running = self.active[episode_id]
+            if running.restoring and isinstance(answer, Stop):
+                # The parent's actions are played again in another environment.
+                self.environments.release(episode_id, broken=True)
+            self._advance(running, answer)
+        return bool(answers)
+
+    def _process_replies(self) -> None:
+        """Continue the episodes to which the player has replied."""
+        with self.player_time.running():
+            answers = self.player.poll()
+        for episode_id, answer in answers:
+            if episode_id not in self.active or not self.active[episode_id].awaits_reply:
+                raise ValueError(f"the player replied to {episode_id!r}, which had not asked")
+            self.active[episode_id].awaits_reply = False
+            self.replies_pending -= 1
+            self._advance(self.active[episode_id], answer)
 
     def _advance(self, running: _Running, answer: Answer) -> None:
+        """Send an answer to its episode, which asks for the next one or ends."""
+        running.bystander = isinstance(answer, Stop) and answer.bystander
         try:
             effect = running.loop.send(answer)
         except StopIteration as end:
             self._end(running, end.value)
         else:
-            self._handle(running, effect)
+            self._submit(running, effect)
 
-    def _handle(self, running: _Running, effect: Effect) -> None:
+    def _submit(self, running: _Running, effect: Effect) -> None:
+        """Pass on what an episode asks for, to its environment or to the player."""
         running.restoring = isinstance(effect, Restore)
-        if isinstance(effect, ActionRequest):
-            self._branch(running, effect.turn)
-            began = perf_counter()
+        if not isinstance(effect, ActionRequest):
+            self.environments.submit(running.id, effect)
+            return
+        # Branches are scheduled before the reply, so that the player can generate all of them in one batch.
+        self._branch(running, effect.turn)
+        with self.player_time.running():
             self.player.submit(effect)
-            self.player_seconds += perf_counter() - began
-            running.thinking = True
-            self.thinking += 1
-            self._inherited(running.spec.id)
-        else:
-            self.environments.submit(running.spec.id, effect)
+        running.awaits_reply = True
+        self.replies_pending += 1
+        self._close_parents(running.id)
 
     def _branch(self, running: _Running, turn: int) -> None:
-        """Before a reply: let the episode take over what it inherits, and others leave it."""
-        name, fork, path = running.spec.id, running.start.fork, running.start.path
-        if turn > path.inherited:
-            self._line_up(self.director.reached(name))
+        """Let others branch from an episode before its reply, or fork its parent's tokens for it."""
+        fork, path = running.start.fork, running.start.path
+        if turn > path.inherited:  # inherited turns were reported for the parent already
+            self._schedule(self.scheduler.reached(running.id))
         elif fork is not None and path.parent is not None and path.branching != "diverged":
-            began = perf_counter()
-            self.player.fork(name, path.parent.parent, fork.turns, fork.prefix_ids)
-            self.player_seconds += perf_counter() - began
+            with self.player_time.running():
+                self.player.fork(running.id, path.parent.parent, fork.turns, fork.prefix_ids)
 
-    def _inherited(self, name: str) -> None:
-        """An episode takes over nothing any more; who has ended and is left by nobody can be forgotten."""
-        self.heirs.pop(name, None)
-        for parent in sorted(self.leaving - set(self.heirs.values())):
-            self.leaving.remove(parent)
+    def _close_parents(self, child: str) -> None:
+        """Close the ended parents that no child needs, now that `child` has its tokens or has ended."""
+        for parent in self.parents.release(child):
             self.player.close(parent)
 
     def _end(self, running: _Running, episode: Episode) -> None:
+        """Queue the next attempt at an episode that failed, or record it."""
         del self.active[episode.id]
         self.environments.release(episode.id, broken=episode.stop.aborted)
-        if (running.bystander or episode.stop in _RETRIED) and self._try_again(running, episode):
-            self.player.close(episode.id)
-            self.failures.append(episode)
+        attempt = self.retries.next_attempt(episode, running.attempt, bystander=running.bystander)
+        # A new attempt would replace the turns that children of the episode hold.
+        if attempt is None or self.scheduler.branched(episode.id):
+            self._finish(running, episode)
             return
-        self._line_up(self.director.ended(episode))
-        self.leaving.add(episode.id)
-        self._inherited(episode.id)
+        running.start.path.begin(running.start.spec.parent)  # nobody branches from a failed attempt
+        self.waiting.append((running.start, attempt))
+        self.player.close(episode.id)
+        self.failures.append(episode)
+
+    def _finish(self, running: _Running, episode: Episode) -> None:
+        """Record an episode that is not played again."""
+        self._schedule(self.scheduler.ended(episode))
+        self.parents.retained_parents.add(episode.id)
+        self._close_parents(episode.id)
         if running.start.path.branching is not None:
             self.branches[running.start.path.branching] += 1
         if not episode.stop.aborted:
@@ -288,39 +280,4 @@ class _Drive:
         if self.on_episode is not None:
             self.on_episode(episode)
         if episode.stop.aborted:
-            self._refuse_too_many()
-
-    def _try_again(self, running: _Running, episode: Episode) -> bool:
-        spec = running.spec
-        if running.bystander:
-            self.blameless[spec.id] += 1
-            again = running.attempt
-        elif spec.task in self.quarantine.tasks:
-            return False
-        else:
-            self.quarantine.add(spec.task, episode.error or "")
-            again = running.attempt + 1
-        if again > self.max_attempts or self.blameless[spec.id] >= _MOST_ATTEMPTS:
-            return False
-        if self.director.branched(spec.id):
-            return False
-        running.start.path.begin(spec.parent)  # what failed is not there to be left
-        self.waiting.append((running.start, again))
-        return True
-
-    def _refuse_too_many(self) -> None:
-        aborted = [episode for episode in self.finished.values() if episode.stop.aborted]
-        if len(aborted) > self.max_aborted:
-            raise TooManyAbortedError(
-                f"{len(aborted)} episodes were aborted, more than {self.max_aborted:g} allowed:\n"
-                + "\n".join(f"{count} x {reason}" for reason, count in abort_reasons(aborted, 3))
-            )
-
-
-def abort_reasons(episodes: Sequence[Episode], most: int | None = None) -> list[tuple[str, int]]:
-    """Why episodes were aborted and how often, the most frequent reason first."""
-    aborted = [episode for episode in episodes if episode.stop.aborted]
-    return Counter(
-        f"{episode.stop.value}: {episode.error}" if episode.error else episode.stop.value
-        for episode in aborted
-    ).most_common(most)
+            check_aborted(self.finished.values(), self.max_aborted)

@@ -1,6 +1,6 @@
-"""Where episodes are played. Here: environments of this process, one call at a time or in threads.
+"""Environments that episodes are played in, here those of this process: one call at a time or in threads.
 
-`workers` has those that live in processes of their own, `placement` chooses.
+`workers` has environments in processes of their own; `placement` chooses among them.
 """
 
 import threading
@@ -36,40 +36,41 @@ Answered = tuple[str, Transition | Stop]
 class Environments(ABC):
     """Environments that episodes are played in, each used by one episode at a time.
 
-    Closing it, as the end of a `with` block does, closes them all; it makes new ones if asked again.
+    `close`, called at the end of a `with` block, closes them all; new ones are made when needed again.
 
     Attributes:
-        places: how many episodes can be played at a time; None for any number.
-        restarts: workers that were lost or killed, and replaced.
-        recycled: workers that were replaced because of their age or memory.
+        capacity: The number of episodes that can be played at a time; None for no limit.
+        restarts: The number of workers that were lost or killed, and replaced.
+        recycled: The number of workers that were replaced because of their age or memory.
     """
 
-    places: int | None = None
+    capacity: int | None = None
     restarts: int = 0
     recycled: int = 0
 
     @abstractmethod
     def submit(self, episode: str, effect: EnvironmentCall) -> None:
-        """Take what an episode asks for: first a `Reset` or `Restore`, and one thing at a time."""
+        """Accept a call of an episode: first a `Reset` or `Restore`, then one call at a time."""
 
     @abstractmethod
     def poll(self, *, wait: bool) -> Sequence[Answered]:
-        """Return the answers that are there, by episode; with `wait`, at least one if any is owed.
+        """Return the answers that have come, by episode; with `wait`, at least one if any is pending.
 
         Raises:
-            AgentRLError: an environment could not be made, for a reason that its user can mend.
+            AgentRLError: An environment cannot be made, for a reason that its user can fix.
         """
 
     @abstractmethod
     def release(self, episode: str, *, broken: bool = False) -> None:
-        """Take back what an episode played in; what is broken is not used again."""
+        """Take back the environment of an episode; a broken one is discarded."""
 
     @abstractmethod
     def borrow(self) -> Any:
-        """Give an environment for the length of a `with` block, to ask for its tasks or to play in it."""
+        """Lend an environment for the length of a `with` block, to read its tasks or to play in it."""
 
     @abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close all environments."""
 
     def __enter__(self) -> Self:
         return self
@@ -79,59 +80,68 @@ class Environments(ABC):
 
 
 class EnvironmentPool(Environments):
-    """Environments of this process that take turns; `make` is called when none is free.
+    """Environments of this process, called one after another.
 
-    Whatever a call raises ends its episode, SystemExit and KeyboardInterrupt included; a signal that is sent
-    to this process, as by Ctrl-C, ends the collection. Nothing here can stop a call that hangs, or survive
-    one that takes the process down (`os._exit`, a crash of native code, too much memory).
+    Any exception in a call ends its episode, SystemExit and KeyboardInterrupt included; a signal that is sent
+    to this process, as by Ctrl-C, ends the collection. A call that hangs is not stopped, and a call that ends
+    the process (`os._exit`, a crash of native code, too much memory) is not survived.
+
+    Args:
+        make: The function that makes an environment; it is called when none is free.
     """
 
     def __init__(self, make: Make) -> None:
         self._make = make
         self._free: list[TextGym] = []
-        self._lent: dict[int, TextGym] = {}
-        self._handles: dict[int, RemoteEnv] = {}  # by which the same environment is always borrowed
-        self._playing: dict[str, TextGym] = {}
-        self._asked: list[tuple[str, EnvironmentCall]] = []
+        self._in_use: dict[int, TextGym] = {}
+        self._handles: dict[int, RemoteEnv] = {}  # one per environment, so that a borrower can recognise it
+        self._env_of: dict[str, TextGym] = {}
+        self._calls: list[tuple[str, EnvironmentCall]] = []
 
     def submit(self, episode: str, effect: EnvironmentCall) -> None:
-        self._asked.append((episode, effect))
+        """Queue a call; it is made in `poll`."""
+        self._calls.append((episode, effect))
 
     def poll(self, *, wait: bool) -> Sequence[Answered]:
-        asked, self._asked = self._asked, []
+        """Make all queued calls and return their answers."""
+        calls, self._calls = self._calls, []
         with signals:
-            return [(episode, self._answer(episode, effect)) for episode, effect in asked]
+            return [(episode, self._answer(episode, effect)) for episode, effect in calls]
 
     def _answer(self, episode: str, effect: EnvironmentCall) -> Transition | Stop:
-        if episode not in self._playing:
+        if episode not in self._env_of:
             made = made_or_stop(self.take)
             if isinstance(made, Stop):
                 return made
-            self._playing[episode] = made
-        return transition_or_stop(self._playing[episode], effect)
+            self._env_of[episode] = made
+        return transition_or_stop(self._env_of[episode], effect)
 
     def release(self, episode: str, *, broken: bool = False) -> None:
-        env = self._playing.pop(episode, None)
+        """Take back the environment of an episode; a broken one is closed."""
+        env = self._env_of.pop(episode, None)
         if env is not None:
             (self.discard if broken else self.give_back)(env)
 
     def take(self) -> TextGym:
+        """Return a free environment, or a new one."""
         env = self._free.pop() if self._free else self._make()
-        self._lent[id(env)] = env
+        self._in_use[id(env)] = env
         return env
 
     def give_back(self, env: TextGym) -> None:
-        if self._lent.pop(id(env), None) is not None:
+        """Make an environment free again."""
+        if self._in_use.pop(id(env), None) is not None:
             self._free.append(env)
 
     def discard(self, env: TextGym) -> None:
-        """Close an environment that cannot be trusted any more."""
-        self._lent.pop(id(env), None)
+        """Close an environment that is in an unknown state."""
+        self._in_use.pop(id(env), None)
         self._handles.pop(id(env), None)
         close_contained(env)
 
     @contextmanager
     def borrow(self) -> Iterator[TextGym]:
+        """Lend an environment; it is discarded if the `with` block raises."""
         with signals:
             try:
                 env = call_contained(self.take)
@@ -148,134 +158,144 @@ class EnvironmentPool(Environments):
             self.give_back(env)
 
     def close(self) -> None:
-        self._asked.clear()
-        self._playing.clear()
+        """Close all environments, those in use included."""
+        self._calls.clear()
+        self._env_of.clear()
         while self._free:
             self.discard(self._free.pop())
-        for env in list(self._lent.values()):
+        for env in list(self._in_use.values()):
             self.discard(env)
 
 
 class ThreadedEnvironments(Environments):
-    """Environments of this process that wait at the same time, one thread for each.
+    """Environments of this process with one thread each, so that their calls overlap.
 
-    For those that declare `thread_safe` and mostly wait: for a server, a sandbox, a disk. A call that takes
-    too long is given up; its thread is left to itself, as no thread can be killed.
+    This is for environments that declare `thread_safe` and mostly wait for a server, a sandbox or a disk. A
+    call that takes too long is abandoned; its thread goes on, since a thread cannot be killed.
 
     Args:
-        make: makes an environment.
-        places: threads, and so environments.
-        deadlines: of calls, in seconds.
+        make: The function that makes an environment.
+        capacity: The number of threads, and of environments.
+        deadlines: The time limits of calls.
     """
 
-    def __init__(self, make: Make, places: int, deadlines: WorkersConfig | None = None) -> None:
-        self.places = places
+    def __init__(self, make: Make, capacity: int, deadlines: WorkersConfig | None = None) -> None:
+        self.capacity = capacity
         self._pool = EnvironmentPool(make)
         self._deadlines = deadlines or WorkersConfig()
         self._lock = threading.Lock()
-        self._answers: SimpleQueue[tuple[_Seat, Transition | Stop | AgentRLError]] = SimpleQueue()
-        self._seats: dict[str, _Seat] = {}
-        self._idle: list[_Seat] = []
+        self._answers: SimpleQueue[tuple[_EnvThread, Transition | Stop | AgentRLError]] = SimpleQueue()
+        self._thread_of: dict[str, _EnvThread] = {}
+        self._idle: list[_EnvThread] = []
 
     def submit(self, episode: str, effect: EnvironmentCall) -> None:
-        seat = self._seats.get(episode)
-        if seat is None:
-            seat = self._idle.pop() if self._idle else self._new_seat()
-            self._seats[episode] = seat
-        seat.limit = (
+        """Pass a call to the thread of the episode."""
+        thread = self._thread_of.get(episode)
+        if thread is None:
+            thread = self._idle.pop() if self._idle else self._start_thread()
+            self._thread_of[episode] = thread
+        thread.limit = (
             self._deadlines.step_timeout if isinstance(effect, Step) else self._deadlines.reset_timeout
         )
-        seat.limit += 0 if seat.env is not None else self._deadlines.construct_timeout
-        seat.what = type(effect).__name__.lower()
-        seat.deadline = time.monotonic() + seat.limit
-        seat.asked.put(effect)
+        thread.limit += 0 if thread.env is not None else self._deadlines.construct_timeout
+        thread.call_name = type(effect).__name__.lower()
+        thread.deadline = time.monotonic() + thread.limit
+        thread.calls.put(effect)
 
     def poll(self, *, wait: bool) -> Sequence[Answered]:
+        """Return the answers that have come, and a `Stop` for each call past its deadline."""
         while True:
             answers = self._ready(wait)
             now = time.monotonic()
-            for episode, seat in list(self._seats.items()):
-                if seat.deadline is not None and now >= seat.deadline:
-                    answers.append((episode, Stop(StopReason.WORKER_ERROR, overdue(seat.what, seat.limit))))
-                    self._seats[episode] = self._new_seat()
+            for episode, thread in list(self._thread_of.items()):
+                if thread.deadline is not None and now >= thread.deadline:
+                    answers.append(
+                        (episode, Stop(StopReason.WORKER_ERROR, overdue(thread.call_name, thread.limit)))
+                    )
+                    # The late thread keeps its environment; its answer is dropped when it comes.
+                    self._thread_of[episode] = self._start_thread()
                     self.restarts += 1
-            if answers or not wait or all(seat.deadline is None for seat in self._seats.values()):
+            if answers or not wait or all(thread.deadline is None for thread in self._thread_of.values()):
                 return answers
 
     def _ready(self, wait: bool) -> list[Answered]:
         answers: list[Answered] = []
-        owed = [seat.deadline for seat in self._seats.values() if seat.deadline is not None]
-        patience = max(0.0, min(owed) - time.monotonic()) if wait and owed else 0.0
+        deadlines = [thread.deadline for thread in self._thread_of.values() if thread.deadline is not None]
+        timeout = max(0.0, min(deadlines) - time.monotonic()) if wait and deadlines else 0.0
         with suppress(Empty):
             while True:
-                seat, answer = self._answers.get(timeout=0 if answers else patience)
-                episode = next((name for name, held in self._seats.items() if held is seat), None)
+                thread, answer = self._answers.get(timeout=0 if answers else timeout)
+                episode = next((name for name, held in self._thread_of.items() if held is thread), None)
                 if episode is None:
-                    continue  # it came after its deadline
-                seat.deadline = None
+                    continue  # the call was abandoned at its deadline
+                thread.deadline = None
                 if isinstance(answer, AgentRLError):
                     raise answer
                 answers.append((episode, answer))
         return answers
 
     def release(self, episode: str, *, broken: bool = False) -> None:
-        seat = self._seats.pop(episode, None)
-        if seat is None:
+        """Make the thread of an episode free for another one; a broken environment is closed."""
+        thread = self._thread_of.pop(episode, None)
+        if thread is None:
             return
-        if broken and seat.env is not None:
-            env, seat.env = seat.env, None
+        if broken and thread.env is not None:
+            env, thread.env = thread.env, None
+            # Closing may hang, so it gets a thread of its own.
             threading.Thread(target=self._pool.discard, args=(env,), daemon=True).start()
-        self._idle.append(seat)
+        self._idle.append(thread)
 
-    def _new_seat(self) -> "_Seat":
-        seat = _Seat()
-        threading.Thread(target=self._work, args=(seat,), daemon=True).start()
-        return seat
+    def _start_thread(self) -> "_EnvThread":
+        thread = _EnvThread()
+        threading.Thread(target=self._work, args=(thread,), daemon=True).start()
+        return thread
 
-    def _work(self, seat: "_Seat") -> None:
-        while (effect := seat.asked.get()) is not None:
+    def _work(self, thread: "_EnvThread") -> None:
+        while (effect := thread.calls.get()) is not None:
             answer: Transition | Stop | AgentRLError
             try:
-                answer = self._answer(seat, effect)
+                answer = self._answer(thread, effect)
             except AgentRLError as error:
                 answer = error
             except BaseException as error:
                 answer = Stop(StopReason.ENV_ERROR, describe_error(error))
-            self._answers.put((seat, answer))
+            self._answers.put((thread, answer))
 
-    def _answer(self, seat: "_Seat", effect: EnvironmentCall) -> Transition | Stop:
-        if seat.env is None:
-            with self._lock:
+    def _answer(self, thread: "_EnvThread", effect: EnvironmentCall) -> Transition | Stop:
+        if thread.env is None:
+            with self._lock:  # the pool and the constructor need not be thread-safe
                 made = made_or_stop(self._pool.take)
             if isinstance(made, Stop):
                 return made
-            seat.env = made
-        return transition_or_stop(seat.env, effect)
+            thread.env = made
+        return transition_or_stop(thread.env, effect)
 
     def borrow(self) -> Any:
+        """Lend an environment that is used in the calling thread."""
         return self._pool.borrow()
 
     def close(self) -> None:
-        for seat in [*self._seats.values(), *self._idle]:
-            seat.asked.put(None)
-        self._seats.clear()
+        """End all threads, and close all environments."""
+        for thread in [*self._thread_of.values(), *self._idle]:
+            thread.calls.put(None)
+        self._thread_of.clear()
         self._idle.clear()
         self._pool.close()
 
 
 @dataclass(slots=True, eq=False)
-class _Seat:
-    """A thread's place and the environment it looks after."""
+class _EnvThread:
+    """A thread, its queue of calls and its environment."""
 
-    asked: SimpleQueue[EnvironmentCall | None] = field(default_factory=SimpleQueue)
+    calls: SimpleQueue[EnvironmentCall | None] = field(default_factory=SimpleQueue)
     env: TextGym | None = None
     deadline: float | None = None
     limit: float = 0.0
-    what: str = ""
+    call_name: str = ""
 
 
 def transition_or_stop(env: TextGym, effect: EnvironmentCall) -> Transition | Stop:
-    """Ask an environment; what it does wrong is a value."""
+    """Call an environment; return an error as a `Stop`."""
     try:
         return call_contained(lambda: _transition(env, effect))
     except EnvironmentContractError as error:
@@ -286,7 +306,7 @@ def transition_or_stop(env: TextGym, effect: EnvironmentCall) -> Transition | St
 
 def _transition(env: TextGym, effect: EnvironmentCall) -> Transition:
     if isinstance(effect, Restore):
-        _beneath(env).restore(effect.snapshot)
+        _unwrapped(env).restore(effect.snapshot)
         return Transition("")
     if isinstance(effect, Step):
         answer = Transition(*step_answer(env.step(effect.action)))
@@ -295,23 +315,27 @@ def _transition(env: TextGym, effect: EnvironmentCall) -> Transition:
         answer = Transition(observation, info=info)
     check_size(answer.observation, answer.info)
     if effect.keep and not (answer.terminated or answer.truncated):
-        return replace(answer, snapshot=_snapshot(_beneath(env)))
+        return replace(answer, snapshot=_snapshot(_unwrapped(env)))
     return answer
 
 
-def _beneath(env: TextGym) -> Any:
+def _unwrapped(env: TextGym) -> Any:
     return env.unwrapped
 
 
-def _snapshot(known: Any) -> Any:
-    if callable(getattr(known, "snapshot", None)) and callable(getattr(known, "restore", None)):
-        with suppress(BaseException):  # the episode can do without
-            return known.snapshot()
+def _snapshot(env: Any) -> Any:
+    if callable(getattr(env, "snapshot", None)) and callable(getattr(env, "restore", None)):
+        with suppress(BaseException):  # without a snapshot, actions are replayed
+            return env.snapshot()
     return None
 
 
 def made_or_stop(take: Make) -> TextGym | Stop:
-    """Make an environment. An `AgentRLError` passes: every other attempt would say the same."""
+    """Make an environment; return an error as a `Stop`.
+
+    Raises:
+        AgentRLError: The environment cannot be made; another attempt would fail in the same way.
+    """
     try:
         return call_contained(take)
     except AgentRLError:
@@ -321,11 +345,12 @@ def made_or_stop(take: Make) -> TextGym | Stop:
 
 
 def answer_of(env: TextGym, name: str, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any]) -> Any:
-    """Ask an environment for an attribute, or call it; see `RemoteEnv`.
+    """Return an attribute of an environment, or the result of a method; see `RemoteEnv`.
 
     Raises:
-        EnvironmentContractError: it raised what would have ended this process, or answered too much.
-        Exception: whatever else it raised.
+        EnvironmentContractError: It raised an exception that would have ended this process, or its answer is
+            too large.
+        Exception: Any other exception that it raised.
     """
     try:
         return call_contained(lambda: _answer_of(env, name, args, kwargs))
@@ -344,11 +369,12 @@ def _answer_of(env: TextGym, name: str, args: tuple[Any, ...] | None, kwargs: Ma
 
 
 class RemoteEnv:
-    """An environment somewhere else, as if it were here; what it answers has to be picklable.
+    """Proxy of an environment elsewhere, whose answers must be picklable.
 
     Args:
-        ask: is given the name of an attribute, and the arguments to call it with. Without arguments, None,
-            it returns what the attribute is, and the ellipsis for one that can be called.
+        ask: A function of the name of an attribute, and the positional and keyword arguments to call it with.
+            With None for the positional arguments it returns the attribute itself, or the ellipsis if that is
+            callable.
     """
 
     def __init__(self, ask: Callable[[str, tuple[Any, ...] | None, Mapping[str, Any]], Any]) -> None:
@@ -356,12 +382,15 @@ class RemoteEnv:
 
     @property
     def unwrapped(self) -> "RemoteEnv":
+        """Return the proxy itself, which reads the attributes of the unwrapped environment."""
         return self
 
     def reset(self, **kwargs: Any) -> Any:
+        """Reset the environment."""
         return self._ask("reset", (), kwargs)
 
     def step(self, action: str) -> Any:
+        """Take a step in the environment."""
         return self._ask("step", (action,), {})
 
     def __getattr__(self, name: str) -> Any:
@@ -371,6 +400,6 @@ class RemoteEnv:
         return (lambda *args, **kwargs: self._ask(name, args, kwargs)) if value is ... else value
 
 
-def overdue(what: str, limit: float) -> str:
-    """What is said of a call that did not end in time."""
-    return f"{what} took longer than {limit:g} s"
+def overdue(call: str, limit: float) -> str:
+    """Return the message for a call that exceeded its time limit, in seconds."""
+    return f"{call} took longer than {limit:g} s"

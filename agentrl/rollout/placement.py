@@ -1,18 +1,18 @@
 """Choosing where environments live.
 
-What each placement promises when an environment misbehaves:
+The placements differ in the failures of an environment that they survive:
 
-- An exception of any kind (SystemExit, KeyboardInterrupt and GeneratorExit included), a fork that comes back
-  and an answer of hundreds of megabytes end an episode in all of them, on Ray as well.
-- `process` and Ray also survive what ends or stops the process itself: `os._exit`, signals that it sends to
-  itself, crashes of native code, calls that never return, more memory than `recycle_megabytes` allows. What
-  the environment started ends with its worker.
-- `thread` gives up a call that takes too long, but cannot end it; neither it nor `inline` can survive
-  `os._exit`, a crash or too much memory, tell a SIGINT that an environment sends to this process from the
-  user's, or find what it has left running.
-- `inline` waits for a call as long as it takes.
+- In all of them, and on Ray, an exception of any kind (SystemExit, KeyboardInterrupt and GeneratorExit
+  included), a fork that returns and an answer of hundreds of megabytes end one episode.
+- `process` and Ray also survive failures of the process itself: `os._exit`, signals that it sends to itself,
+  crashes of native code, calls that never return, and more memory than `recycle_megabytes` allows. Processes
+  that the environment started end with its worker.
+- `thread` abandons a call that takes too long but cannot end it. Neither `thread` nor `inline` survives
+  `os._exit`, a crash or too much memory, nor can they distinguish a SIGINT that an environment sends to this
+  process from the user's, or find processes that it has left running.
+- `inline` waits for a call without limit.
 
-Ctrl-C of the user stops a run in every one of them.
+Ctrl-C of the user stops a run in all of them.
 """
 
 import logging
@@ -27,12 +27,12 @@ from agentrl.rollout.workers import EnvironmentLostError, ProcessEnvironments
 
 _log = logging.getLogger(__name__)
 
-# Below this many seconds a call, what a process costs is more than what it brings.
+# In seconds. Below it, sending a call to another process costs more than is gained by running in parallel.
 CHEAP_CALL = 0.002
 
 
 def open_environments(make: Make, config: RolloutConfig) -> Environments:
-    """Environments of this machine as configured; see `settle` for `auto`."""
+    """Return the configured environments of this machine; `resolve_placement` resolves `auto` before."""
     if config.placement == "inline":
         return EnvironmentPool(make)
     if config.placement == "thread":
@@ -40,22 +40,25 @@ def open_environments(make: Make, config: RolloutConfig) -> Environments:
     return ProcessEnvironments(make, config.max_active, config.workers)
 
 
-def settle(make: Make, config: RolloutConfig, split: str, seed: int = 0) -> tuple[RolloutConfig, str | None]:
-    """Decide what the configuration leaves open: the placement, and how many environments a worker holds.
+def resolve_placement(
+    make: Make, config: RolloutConfig, split: str, seed: int = 0
+) -> tuple[RolloutConfig, str | None]:
+    """Resolve what the configuration leaves open: the placement, and the number of environments per worker.
 
-    A few calls are timed, in a worker, so that nothing they do can hurt this process. Cheap calls then stay
-    in this process; dear ones that mostly wait get threads where the environment declares `thread_safe`, all
-    others processes. An environment that declares itself `heavy` gets a worker to itself, one per core. Where
-    only processes will do, as on a cluster's machines, that is all that is to be found out.
+    A few calls are timed in a worker, so that they cannot harm this process. An environment with cheap calls
+    is placed in this process; one with expensive calls that mostly wait gets threads if it declares
+    `thread_safe`; all others get processes. An environment that declares itself `heavy` gets one worker per
+    core, with no other environment in it. Where only processes are possible, as on a cluster, the placement
+    is `process` in any case.
 
     Args:
-        make: makes an environment.
-        config: of the rollouts.
-        split: whose first tasks are played.
-        seed: of the environment and the actions.
+        make: The function that makes an environment.
+        config: The configuration of the rollout.
+        split: The split whose first tasks are played.
+        seed: The seed of the environment and of the actions.
 
     Returns:
-        The configuration without `auto`, and what was measured, in words; None where nothing was left open.
+        The configuration without `auto`, and a description of what was measured; None if nothing was open.
     """
     workers = config.workers
     if config.placement in ("inline", "thread"):
@@ -63,26 +66,26 @@ def settle(make: Make, config: RolloutConfig, split: str, seed: int = 0) -> tupl
     if config.placement == "process" and workers.environments is not None:
         return config, None
     try:
-        times = _timed(make, workers, split, seed)
+        times = _time_environment(make, workers, split, seed)
     except EnvironmentLostError as error:
         return replace(config, placement="process"), f"placement process: not measured, {error}"
-    placement = config.placement if config.placement != "auto" else _placement(times, config)
+    placement = config.placement if config.placement != "auto" else _choose_placement(times, config)
     if placement == "process" and times.heavy and workers.environments is None:
         workers = replace(workers, environments=1)
-    settled = replace(config, placement=placement, workers=workers)
+    resolved = replace(config, placement=placement, workers=workers)
     _log.debug("placement %s, %s", placement, workers)
-    return settled, f"placement {placement}: {_in_words(times)}"
+    return resolved, f"placement {placement}: {_describe_times(times)}"
 
 
-def _timed(make: Make, workers: WorkersConfig, split: str, seed: int) -> CallTimes:
+def _time_environment(make: Make, workers: WorkersConfig, split: str, seed: int) -> CallTimes:
     with ProcessEnvironments(make, 1, replace(workers, count=1, environments=1)) as environments:
         with environments.borrow() as environment:
-            known: Any = environment.unwrapped
-            tasks: Sequence[str] = known.tasks(split)[:3]
+            unwrapped: Any = environment.unwrapped
+            tasks: Sequence[str] = unwrapped.tasks(split)[:3]
         return environments.time_calls(tasks, seed)
 
 
-def _placement(times: CallTimes, config: RolloutConfig) -> Placement:
+def _choose_placement(times: CallTimes, config: RolloutConfig) -> Placement:
     if config.workers.interpreter is None and config.backend == "local":
         if times.wall < CHEAP_CALL:
             return "inline"
@@ -91,7 +94,7 @@ def _placement(times: CallTimes, config: RolloutConfig) -> Placement:
     return "process"
 
 
-def _in_words(times: CallTimes) -> str:
+def _describe_times(times: CallTimes) -> str:
     safe = "thread-safe" if times.thread_safe else "not declared thread-safe"
     return (
         f"a call takes {times.wall * 1e3:.2f} ms, of which {times.cpu * 1e3:.2f} ms CPU in its process "

@@ -1,7 +1,6 @@
-"""The one episode loop. It does no input or output: it yields what it needs and is sent the answer.
+"""The episode loop: a generator without input or output, which yields requests and is sent their answers.
 
-Whoever drives it (one process, worker processes, Ray) decides where environments and models live; see
-`collector`.
+The code that drives it (see `collector`) decides where environments and models live.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -13,16 +12,23 @@ from agentrl.errors import EnvironmentContractError
 from agentrl.seeds import derive_seed
 from agentrl.values import ValueFaultError, as_text, storable
 
-# Of `info` after a reply; `state_key` is of the state that was acted in.
+# Keys of `info` that a turn keeps from the answer to its reply; `state_key` comes from the state before.
 STORED_INFO = ("success", "score", "valid", "task_type", "tool", "tool_error", "other_success")
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeSpec:
-    """What is to be played.
+    """An episode to be played.
 
-    `seed` is the environment's; the player's draws follow from it and `id`. So the members of a group can
-    share a seed, and with it their first state, and still differ.
+    The members of a group can share `seed`, and with it their first state, and still differ, since the seed
+    of the player is derived from `seed` and `id`.
+
+    Args:
+        id: The unique name of the episode.
+        env: The id of the environment.
+        task: The id of the task.
+        seed: The seed of the environment.
+        parent: The point of another episode from which this one branches; None for the first observation.
     """
 
     id: str
@@ -40,7 +46,7 @@ class EpisodeSpec:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """Ask for the first observation of a task; with `keep`, for a snapshot as well."""
+    """Request for the first observation of a task; with `keep`, for a snapshot as well."""
 
     task: str
     seed: int
@@ -49,7 +55,7 @@ class Reset:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Ask the environment for its answer to an action; with `keep`, for a snapshot as well."""
+    """Request for the environment's answer to an action; with `keep`, for a snapshot as well."""
 
     action: str
     keep: bool = False
@@ -57,17 +63,22 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """Ask to go on from a `Transition.snapshot`. What is observed there is known: the answer is empty."""
+    """Request to continue from a `Transition.snapshot`; the answer is empty, as the observation is known."""
 
     snapshot: Any
 
 
 @dataclass(frozen=True, slots=True)
 class ActionRequest:
-    """Ask the player for a reply.
+    """Request for a reply of the player.
 
-    `info` is the environment's last, whole; `actions` its admissible ones, if it told; `seed` is that of the
-    episode's draws.
+    Args:
+        episode_id: The id of the episode.
+        turn: The index of the turn, from 0.
+        observation: The observation to reply to.
+        actions: The admissible actions; None if the environment does not name them.
+        info: The complete `info` that came with the observation.
+        seed: The seed of the episode's random draws.
     """
 
     episode_id: str
@@ -80,10 +91,10 @@ class ActionRequest:
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """The environment's answer to `Reset` (reward 0, no end) or `Step`.
+    """The environment's answer to `Reset` (with reward 0 and no end) or `Step`.
 
-    `snapshot` goes back to this state when given to the environments that made it; None where it was not
-    asked for or cannot be had.
+    `snapshot` restores this state in the environments that made it; None if it was not requested or is not
+    available.
     """
 
     observation: str
@@ -96,7 +107,7 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The player's answer; the token fields are those of `Turn`, empty for players without tokens."""
+    """The player's answer; the token fields are those of `Turn`, and empty for players without tokens."""
 
     text: str
     prompt_ids: tuple[int, ...] = ()
@@ -106,7 +117,7 @@ class Reply:
     allowed: tuple[tuple[int, ...] | None, ...] | None = None
     new_sequence: bool = False
     valid: bool = True
-    imitable: bool = True
+    trainable: bool = True
     finish: str = "stop"
     policy_version: int = 0
     policy_versions: tuple[int, ...] = ()
@@ -114,9 +125,12 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """An answer that ends the episode: a failure outside the policy, or a context that is full.
+    """An answer that ends the episode: a failure outside the policy, or a full context.
 
-    `bystander` means that the episode had no part in it, as when another one's call brought it about.
+    Args:
+        reason: The reason why the episode ends.
+        error: The error message, if any.
+        bystander: Whether the episode did not cause it, as when a call of another episode killed the worker.
     """
 
     reason: StopReason
@@ -124,18 +138,18 @@ class Stop:
     bystander: bool = False
 
     def __post_init__(self) -> None:
-        if self.error is not None:  # it may be somebody else's, and is stored
+        if self.error is not None:  # messages of environments are stored, so they must be valid text
             object.__setattr__(self, "error", storable(self.error))
 
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Where an episode leaves another one, its parent: in the state before turn `len(turns)`.
+    """The state in which an episode branches from its parent: before turn `len(turns)`.
 
     Args:
-        turns: the parent's until there; they are the child's first.
-        transitions: the parent's first observation and the answer to each of `turns`.
-        prefix_ids: tokens with which the parent's next reply began, and the child's begins.
+        turns: The turns of the parent up to that state, which are the first turns of the child.
+        transitions: The first observation of the parent, and the answer to each of `turns`.
+        prefix_ids: The first tokens of the parent's next reply, with which the child's reply begins.
     """
 
     turns: tuple[Turn, ...]
@@ -148,15 +162,16 @@ Branching = Literal["restored", "replayed", "diverged"]
 
 @dataclass(slots=True)
 class Path:
-    """How far an episode has come: `play` writes it, and others may leave the episode from any place on it.
+    """The progress of an episode: `play` records it, and other episodes may branch from any state on it.
 
     Args:
-        keep: whether to ask for a snapshot of every state.
-        parent: where the episode left another one, as it turned out.
-        branching: how it came to that place; `diverged` if it did not, and was begun anew. None without one.
-        inherited: how many of `turns` are the parent's.
-        turns: so far.
-        transitions: the first observation, and the environment's answer to each of `turns`.
+        keep: Whether to request a snapshot of every state.
+        parent: The point at which the episode in fact branched from its parent.
+        branching: How that point was reached; `diverged` if it was not and the episode was started anew. None
+            for an episode that has not branched.
+        inherited: The number of `turns` that are the parent's.
+        turns: The turns so far.
+        transitions: The first observation, and the environment's answer to each of `turns`.
     """
 
     keep: bool = False
@@ -167,21 +182,42 @@ class Path:
     transitions: list[Transition] = field(default_factory=list)
 
     def begin(self, parent: BranchPoint | None, branching: Branching | None = None) -> None:
-        """Go back to where nothing has been played."""
+        """Clear the path for a new attempt."""
         self.parent, self.branching, self.inherited = parent, branching, 0
         self.turns.clear()
         self.transitions.clear()
 
     def inherit(self, turns: Sequence[Turn], transitions: Sequence[Transition], branching: Branching) -> None:
-        """Take over how a parent came to the place where it is left."""
+        """Copy the turns and transitions of the parent up to the branch point."""
         self.branching, self.inherited = branching, len(turns)
         self.turns[:], self.transitions[:] = turns, transitions
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """The episodes of a collection, and where its time went.
+
+    Args:
+        episodes: The episodes in the order of their specs; those of a scheduler by task, as they were
+            started.
+        failures: The aborted attempts that were made again; `episodes` holds an episode of the same id.
+        environment_seconds: The time spent waiting for environments, or running them.
+        player_seconds: The time spent in the player.
+        branches: The number of episodes that reached their branch point, "restored" from a snapshot or
+            "replayed", and of those that "diverged" in the replay and were started anew.
+    """
+
+    episodes: tuple[Episode, ...]
+    failures: tuple[Episode, ...]
+    environment_seconds: float
+    player_seconds: float
+    branches: Mapping[str, int] = field(default_factory=dict)
 
 
 EnvironmentCall = Reset | Step | Restore
 Effect = EnvironmentCall | ActionRequest
 Answer = Transition | Reply | Stop
-Wanted = TypeVar("Wanted", Transition, Reply)
+AnswerT = TypeVar("AnswerT", Transition, Reply)
 
 
 def play(
@@ -189,30 +225,34 @@ def play(
 ) -> Generator[Effect, Answer, Episode]:
     """Play one episode.
 
-    Yields `Reset`, `Step` and `Restore` (answered by `Transition`) and `ActionRequest` (answered by `Reply`);
-    any of them may be answered by `Stop`. Returns the episode, whatever happened: a failure is a value.
-
     Args:
-        spec: what is played.
-        max_turns: limit on replies beside the environment's own; those of a parent count.
-        fork: where the episode leaves its parent, `spec.parent`. A snapshot is restored if there is one, else
-            the parent's actions are played again; where the environment answers them otherwise, the episode
-            is begun anew and shares nothing with its parent but the start.
-        path: written while the episode is played.
+        spec: The episode to play.
+        max_turns: The maximum number of replies, beside the environment's own limit; those of a parent count.
+        fork: The state in which the episode branches from its parent, `spec.parent`. A snapshot is restored
+            if there is one, else the parent's actions are replayed; if the environment answers differently,
+            the episode starts anew and shares only the first state with its parent.
+        path: A record of the progress, written during the episode.
+
+    Yields:
+        `Reset`, `Step` and `Restore`, answered by a `Transition`, and `ActionRequest`, answered by a `Reply`.
+        Any of them may be answered by a `Stop`.
+
+    Returns:
+        The episode; one that failed has a stop reason that says so.
     """
     path = Path() if path is None else path
     path.begin(spec.parent)
     seed = derive_seed("player", spec.seed, spec.id)
-    answer = yield from _opening(spec, fork, path)
+    answer = yield from _open(spec, fork, path)
     while True:
         if isinstance(answer, Stop):
             known = path.transitions[-1].info if path.transitions else {}
-            silent = Transition("", info=known)  # it said nothing after the last reply
-            return _episode(spec, path, answer.reason, silent, answer.error)
-        before = _wanted(answer, Transition)
+            last = Transition("", info=known)  # no observation followed the last reply
+            return _episode(spec, path, answer.reason, last, answer.error)
+        before = _checked(answer, Transition)
         path.transitions.append(before)
         if before.terminated or before.truncated:
-            # Where a wrapper sets both flags, the environment's own verdict counts.
+            # A time limit wrapper may set both flags; the environment's own one takes precedence.
             reason = StopReason.TERMINATED if before.terminated else StopReason.TRUNCATED
             return _episode(spec, path, reason, before)
         if max_turns is not None and len(path.turns) >= max_turns:
@@ -221,43 +261,46 @@ def play(
         reply = yield ActionRequest(spec.id, turn, before.observation, actions, before.info, seed)
         if isinstance(reply, Stop):
             return _episode(spec, path, reply.reason, before, reply.error)
-        reply = _wanted(reply, Reply)
+        reply = _checked(reply, Reply)
         answer = yield Step(reply.text, path.keep)
         path.turns.append(_turn(before, reply, answer))
 
 
-def _opening(spec: EpisodeSpec, fork: Fork | None, path: Path) -> Generator[Effect, Answer, Answer]:
-    """Come to the state of the first reply; returns what the environment answered there."""
+def _open(spec: EpisodeSpec, fork: Fork | None, path: Path) -> Generator[Effect, Answer, Answer]:
+    """Bring the environment to the state of the first reply, and return its answer there."""
     if fork is None:
         return (yield Reset(spec.task, spec.seed, path.keep))
-    *earlier, there = fork.transitions
-    if there.snapshot is not None:
-        answer = yield Restore(there.snapshot)
-        if not isinstance(answer, Stop):
+    *earlier, branch_state = fork.transitions
+    if branch_state.snapshot is not None:
+        answer = yield Restore(branch_state.snapshot)
+        if not isinstance(answer, Stop):  # else the actions are replayed
             path.inherit(fork.turns, earlier, "restored")
-            return there
+            return branch_state
     answer = yield Reset(spec.task, spec.seed, path.keep)
     for turn, recorded in zip(fork.turns, earlier, strict=True):
         if not _repeats(answer, recorded):
             break
-        path.transitions.append(_wanted(answer, Transition))
+        path.transitions.append(_checked(answer, Transition))
         answer = yield Step(turn.action, path.keep)
         path.turns.append(turn)
     if isinstance(answer, Stop):
         return answer
-    if len(path.turns) == len(fork.turns) and _repeats(answer, there):
+    if len(path.turns) == len(fork.turns) and _repeats(answer, branch_state):
         path.inherit(fork.turns, list(path.transitions), "replayed")
         return answer
+    # The environment is not deterministic: what it answered so far is dropped.
     path.begin(spec.parent and BranchPoint(spec.parent.parent, 0), "diverged")
     return (yield Reset(spec.task, spec.seed, path.keep))
 
 
 def _repeats(answer: Answer, recorded: Transition) -> bool:
-    """Whether an environment says again what was recorded, as far as a policy can tell."""
-    return not isinstance(answer, Stop) and _told(_wanted(answer, Transition)) == _told(recorded)
+    """Return whether an answer equals a recorded one in all that a policy can see."""
+    if isinstance(answer, Stop):
+        return False
+    return _visible_part(_checked(answer, Transition)) == _visible_part(recorded)
 
 
-def _told(answer: Transition) -> tuple[object, ...]:
+def _visible_part(answer: Transition) -> tuple[object, ...]:
     return answer.observation, answer.terminated, answer.truncated, _actions(answer)
 
 
@@ -282,7 +325,7 @@ def _turn(before: Transition, reply: Reply, answer: Answer) -> Turn:
         reward=after.reward,
         new_sequence=reply.new_sequence,
         valid=reply.valid and bool(after.info.get("valid", True)),
-        imitable=reply.imitable,
+        trainable=reply.trainable,
         finish=reply.finish,
         policy_version=reply.policy_version,
         policy_versions=reply.policy_versions,
@@ -296,7 +339,7 @@ def _episode(
     success = last.info.get("success")
     if not reason.aborted and not isinstance(success, bool):
         reason, error = StopReason.CONTRACT, f"info['success'] is {success!r}, wanted a bool"
-    named = (answer.info.get("task_type") for answer in reversed(path.transitions))
+    task_types = (answer.info.get("task_type") for answer in reversed(path.transitions))
     return Episode(
         id=spec.id,
         env=spec.env,
@@ -306,13 +349,13 @@ def _episode(
         stop=reason,
         success=success is True and not reason.aborted,
         error=error,
-        task_type=next(filter(None, named), None),
+        task_type=next(filter(None, task_types), None),
         parent=path.parent,
         final_observation=last.observation,
     )
 
 
-def _wanted(answer: Answer, kind: type[Wanted]) -> Wanted:
+def _checked(answer: Answer, kind: type[AnswerT]) -> AnswerT:
     if not isinstance(answer, kind):
         raise TypeError(f"play was sent a {type(answer).__name__}, wanted a {kind.__name__} or a Stop")
     return answer

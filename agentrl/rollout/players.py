@@ -1,78 +1,89 @@
-"""Who replies: chance, an expert, a person, a language model, or an expert whose words are trained on."""
+"""Players, which reply to requests: random, expert, human and language model players, and demonstrations."""
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from agentrl.data.trajectory import StopReason, Turn
 from agentrl.env.spaces import TextSpace
 from agentrl.policy.engine import Engine, Generation, GenerationRequest, SamplingParams
-from agentrl.policy.thinking import Thinking, Thought
+from agentrl.policy.thinking import Thinking
 from agentrl.policy.trie import admissible_replies, token_trie
+from agentrl.rollout.menus import Menu, build_menu
 from agentrl.rollout.play import ActionRequest, Reply, Stop
 from agentrl.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from agentrl.policy.tokens import ChatDialogue, Dialogue
+    from agentrl.policy.tokens import Dialogue
 
 Answered = tuple[str, Reply | Stop]
 
 
 class Player(Protocol):
-    """Replies to requests, several at a time, in whatever order they get done."""
+    """Player that replies to several requests at a time, in any order."""
 
     def submit(self, request: ActionRequest) -> None:
-        """Take a request; there is at most one per episode at a time."""
+        """Accept a request; an episode has at most one at a time."""
         ...
 
     def poll(self) -> Sequence[Answered]:
-        """Do one unit of work and return the replies that are done, with their episodes' ids; may be none."""
+        """Do one unit of work and return the finished replies, if any, with the ids of their episodes."""
         ...
 
     def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
-        """Begin an episode that goes on where another one left `turns`, before its first request.
+        """Start an episode after `turns` of its parent, before its first request.
 
-        The first reply begins with `prefix_ids`. A player without tokens and memory has nothing to take over.
+        Args:
+            child_id: The id of the episode.
+            parent_id: The id of its parent.
+            turns: The turns that both share.
+            prefix_ids: The tokens with which the child's first reply begins.
         """
         ...
 
     def close(self, episode_id: str) -> None:
-        """Forget an episode."""
+        """Discard all state of an episode."""
         ...
 
 
-class _Immediate(ABC):
-    """A player whose replies take no work to be shared."""
+class _ImmediatePlayer(ABC):
+    """Player that computes each reply by itself."""
 
     def __init__(self) -> None:
         self._requests: list[ActionRequest] = []
 
     def submit(self, request: ActionRequest) -> None:
+        """Queue a request."""
         self._requests.append(request)
 
     def poll(self) -> Sequence[Answered]:
+        """Reply to all queued requests."""
         requests, self._requests = self._requests, []
         return [(request.episode_id, self.reply(request)) for request in requests]
 
     def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
-        return  # the reply to a request follows from it alone
+        """Do nothing: a reply depends on its request alone."""
+        return
 
     def close(self, episode_id: str) -> None:
+        """Remove the request of an episode, if any."""
         self._requests = [request for request in self._requests if request.episode_id != episode_id]
 
     @abstractmethod
-    def reply(self, request: ActionRequest) -> Reply | Stop: ...
+    def reply(self, request: ActionRequest) -> Reply | Stop:
+        """Return the reply to a request."""
 
 
-class RandomPlayer(_Immediate):
-    """Uniform over the admissible actions, or random text where the environment names none.
+class RandomPlayer(_ImmediatePlayer):
+    """Player that draws uniformly from the admissible actions, or random text if the environment names none.
 
-    The draw follows from (request.seed, turn) alone.
+    The draw depends on `request.seed` and `request.turn` alone.
     """
 
     def reply(self, request: ActionRequest) -> Reply | Stop:
+        """Return a random action."""
         draw = derive_seed("random", request.seed, request.turn)
         if request.actions is None:
             return Reply(TextSpace(seed=draw % 2**32).sample())
@@ -81,50 +92,70 @@ class RandomPlayer(_Immediate):
         return Reply(request.actions[draw % len(request.actions)])
 
 
-class ExpertPlayer(_Immediate):
-    """Plays what the environment says its expert would do."""
+class ExpertPlayer(_ImmediatePlayer):
+    """Player that takes the action of the environment's expert, `info['expert']`."""
 
     def reply(self, request: ActionRequest) -> Reply | Stop:
+        """Return the expert's action."""
         action = _expert_action(request)
         return action if isinstance(action, Stop) else Reply(action)
 
 
-class HumanPlayer(_Immediate):
-    """Asks someone. `ask` is given the request and returns the reply."""
+class HumanPlayer(_ImmediatePlayer):
+    """Player that asks a person.
+
+    Args:
+        ask: A function of the request that returns the reply.
+    """
 
     def __init__(self, ask: Callable[[ActionRequest], str]) -> None:
         super().__init__()
         self._ask = ask
 
     def reply(self, request: ActionRequest) -> Reply | Stop:
+        """Return the person's reply."""
         return Reply(self._ask(request))
 
 
 @dataclass(frozen=True, slots=True)
 class _Inheritance:
-    """What the first request of an episode brings along that left another one, its parent."""
+    """The tokens that the first request of a child takes over from its parent.
+
+    Args:
+        parent: The id of the parent.
+        ids: The tokens of the parent's current sequence, which the child continues.
+        begun: The first tokens of the parent's next reply, with which the child's reply begins.
+    """
 
     parent: str | None = None
-    ids: tuple[int, ...] = ()  # of the sequence that it goes on with
-    begun: tuple[int, ...] = ()  # of the parent's reply
+    ids: tuple[int, ...] = ()
+    begun: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
 class _Conversation:
-    """What has been said in an episode, and how many tokens its current sequence holds."""
+    """The turns of an episode so far.
+
+    Args:
+        history: The observation and the reply tokens of each turn.
+        length: The number of tokens in its current sequence.
+        submitted: Whether the engine knows the sequence.
+        inheritance: What the next request takes over from a parent.
+    """
 
     history: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
-    held: int = 0
-    submitted: bool = False  # whether the engine knows the sequence
+    length: int = 0
+    submitted: bool = False
     inheritance: _Inheritance = _Inheritance()
 
     def extend(self, observation: str, prompt: int, new_sequence: bool, action_ids: tuple[int, ...]) -> None:
+        """Add a turn whose prompt has `prompt` tokens."""
         self.history.append((observation, action_ids))
-        self.held = (0 if new_sequence else self.held) + prompt + len(action_ids)
+        self.length = (0 if new_sequence else self.length) + prompt + len(action_ids)
 
     @classmethod
-    def of(cls, turns: Sequence[Turn]) -> "_Conversation":
-        """As it was after the turns."""
+    def from_turns(cls, turns: Sequence[Turn]) -> "_Conversation":
+        """Return the conversation after some turns."""
         conversation = cls()
         for turn in turns:
             conversation.extend(turn.observation, len(turn.prompt_ids), turn.new_sequence, turn.action_ids)
@@ -133,47 +164,25 @@ class _Conversation:
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
+    """A request that the engine is generating a reply for."""
+
     request: ActionRequest
     prompt_ids: tuple[int, ...]
     new_sequence: bool
-    menu: "_Menu | None"  # where the reply ends in a choice
-    given: tuple[int, ...] = ()  # what the engine was given of the reply
-
-
-@dataclass(frozen=True, slots=True)
-class _Menu:
-    """What a reply chooses from, and what it does before.
-
-    Args:
-        texts: the admissible actions, by the tokens that the reply ends in.
-        given: tokens of the reply that are there already.
-        begun: those of them that are thoughts which go on.
-        thinking: how the reply thinks before its choice; None where it does not, or has done so.
-    """
-
-    texts: dict[tuple[int, ...], str]
-    given: tuple[int, ...] = ()
-    begun: tuple[int, ...] = ()
-    thinking: Thinking | None = None
-
-    def chosen(self, ids: tuple[int, ...]) -> str | None:
-        """The action that tokens after `given` end in."""
-        if self.thinking is None:
-            return self.texts.get(ids)
-        # No action begins in what is written before it, so the longest is the whole of it.
-        found = max((end for end in self.texts if ids[-len(end) :] == end), key=len, default=())
-        return self.texts.get(found)
+    menu: Menu | None  # None for a reply of free text
+    prefix: tuple[int, ...] = ()  # the first tokens of the reply, which the engine was given
 
 
 class LanguagePlayer:
-    """A language model: a dialogue makes tokens of the episode, an engine continues them.
+    """Player with a language model: a dialogue encodes the episode, and an engine generates the replies.
 
     Args:
-        dialogue: between texts and tokens.
-        engine: generates.
-        sampling: how replies are drawn.
-        choices: reply with one of the admissible actions where the environment names them, after the thoughts
-            that the dialogue's `thinking` and `sampling.max_tokens` leave room for; False generates freely.
+        dialogue: The dialogue, which converts between texts and tokens.
+        engine: The engine that generates.
+        sampling: The sampling parameters of replies.
+        choices: Whether to reply with one of the admissible actions where the environment names them, after
+            the thoughts that the dialogue's `thinking` and `sampling.max_tokens` allow; False generates
+            freely.
     """
 
     def __init__(
@@ -189,76 +198,56 @@ class LanguagePlayer:
         self._stopped: list[Answered] = []
 
     def submit(self, request: ActionRequest) -> None:
+        """Encode a request and pass it to the engine; one that exceeds the context ends its episode."""
         conversation = self._conversations.setdefault(request.episode_id, _Conversation())
         inherited, conversation.inheritance = conversation.inheritance, _Inheritance()
         prompt = self._dialogue.prompt(conversation.history, request.observation)
         menu = self._menu(request, inherited.begun)
         if menu is not None and not menu.texts:
-            error = f"none of info['actions'] begins as the reply that was left: {inherited.begun}"
+            error = f"none of info['actions'] begins with the tokens of the parent's reply: {inherited.begun}"
             self._stopped.append((request.episode_id, Stop(StopReason.ENGINE_ERROR, error)))
             return
-        room = self._sampling.max_tokens if menu is None else self._room(menu)
-        length = (0 if prompt.new_sequence else conversation.held) + len(prompt.ids) + room
+        max_tokens = self._sampling.max_tokens
+        room = max_tokens if menu is None else menu.reply_tokens(max_tokens)
+        length = (0 if prompt.new_sequence else conversation.length) + len(prompt.ids) + room
         if length > self._engine.max_context:
             self._stopped.append((request.episode_id, _too_long(length, self._engine.max_context)))
             return
-        given = inherited.begun if menu is None else menu.given
+        prefix = inherited.begun if menu is None else menu.prefix
         free = menu is None or menu.thinking is not None
-        pending = _Pending(request, tuple(prompt.ids), prompt.new_sequence, menu, given)
+        pending = _Pending(request, tuple(prompt.ids), prompt.new_sequence, menu, prefix)
         self._pending[request.episode_id] = pending
         conversation.submitted = True
         self._engine.submit(
             GenerationRequest(
                 sequence=request.episode_id,
-                prompt_ids=(*(() if prompt.new_sequence else inherited.ids), *prompt.ids, *given),
+                prompt_ids=(*(() if prompt.new_sequence else inherited.ids), *prompt.ids, *prefix),
+                # A child is a sequence of its own; the engine copies what it has read of the parent's.
                 new_sequence=prompt.new_sequence or bool(inherited.ids),
                 choices=None if menu is None else tuple(menu.texts),
                 seed=derive_seed(request.seed, "turn", request.turn),
-                sampling=self._shortened(len(given)) if free else self._sampling,
+                sampling=self._shortened(len(prefix)) if free else self._sampling,
                 parent=inherited.parent,
                 thinking=None if menu is None else menu.thinking,
-                begun=() if menu is None else menu.begun,
+                begun=() if menu is None else menu.thoughts,
             )
         )
 
-    def _menu(self, request: ActionRequest, begun: tuple[int, ...]) -> _Menu | None:
-        """The admissible replies that begin so; None where any text is one."""
+    def _menu(self, request: ActionRequest, begun: tuple[int, ...]) -> Menu | None:
+        """Return the admissible replies that begin with `begun`; None if any text is admissible."""
         if not self._choices or not request.actions:
             return None
-        thinking = self._thinking
-        if thinking is None:
-            texts = admissible_replies(request.actions, self._dialogue.encode_reply)
-            return _Menu(_that_begin(texts, (), begun))  # choices lead there by themselves
-        dialogue = cast("ChatDialogue", self._dialogue)
-        texts = admissible_replies(request.actions, dialogue.encode_choice)
-        opening = thinking.opening
-        given = begun if len(begun) > len(opening) else opening
-        thoughts = given[len(opening) :]
-        limit = thinking.room(self._sampling.max_tokens, texts)
-        if limit < 1:
-            return _Menu(_that_begin(texts, thinking.cut, thoughts), opening)
-        thought = Thought(thinking, limit, self._dialogue.stop_ids)
-        for place, token in enumerate(given):
-            if place < len(opening):
-                continue
-            written = thought.take(token)
-            if written is not None:
-                return _Menu(_that_begin(texts, written, given[place + 1 :]), given[: place + 1])
-        return _Menu(texts, given, thoughts, thinking)
-
-    def _room(self, menu: _Menu) -> int:
-        """Tokens that a reply may have which ends in a choice."""
-        longest = len(menu.given) + max(map(len, menu.texts))
-        if menu.thinking is None:
-            return longest
-        return max(longest + menu.thinking.written, self._sampling.max_tokens)
+        max_tokens = self._sampling.max_tokens
+        return build_menu(self._dialogue, self._thinking, request.actions, begun, max_tokens)
 
     def _shortened(self, tokens: int) -> SamplingParams:
+        """Return the sampling parameters with `tokens` fewer tokens to generate."""
         sampling = self._sampling
         return replace(sampling, max_tokens=sampling.max_tokens - tokens) if tokens else sampling
 
     def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
-        conversation = self._conversations[child_id] = _Conversation.of(turns)
+        """Start an episode with the tokens of its parent, which the engine need not read again."""
+        conversation = self._conversations[child_id] = _Conversation.from_turns(turns)
         ids: list[int] = []
         for turn in turns:
             if turn.new_sequence:
@@ -267,16 +256,18 @@ class LanguagePlayer:
         conversation.inheritance = _Inheritance(parent_id, tuple(ids), prefix_ids)
 
     def poll(self) -> Sequence[Answered]:
+        """Let the engine do one step, and return the replies that it has finished."""
         if self._stopped:
             stopped, self._stopped = self._stopped, []
             return stopped
         return [
             (generation.sequence, self._answer(generation))
             for generation in self._engine.step()
-            if generation.sequence in self._pending  # else its episode was closed while it was generated
+            if generation.sequence in self._pending  # else the episode was closed during the generation
         ]
 
     def close(self, episode_id: str) -> None:
+        """Discard the state of an episode, in the engine as well."""
         self._pending.pop(episode_id, None)
         self._stopped = [(name, stop) for name, stop in self._stopped if name != episode_id]
         conversation = self._conversations.pop(episode_id, None)
@@ -287,15 +278,16 @@ class LanguagePlayer:
         pending = self._pending.pop(generation.sequence)
         if generation.error is not None:
             return Stop(StopReason.ENGINE_ERROR, generation.error, bystander=generation.lost)
-        given = pending.given
-        ids, known = (*given, *generation.token_ids), (0.0,) * len(given)
+        prefix = pending.prefix
+        # The given tokens had no alternative: log probability and entropy 0, and one allowed id.
+        ids, known = (*prefix, *generation.token_ids), (0.0,) * len(prefix)
         allowed = generation.allowed
-        if given:
+        if prefix:
             chosen_from = (None,) * len(generation.token_ids) if allowed is None else allowed
-            allowed = (*((token,) for token in given), *chosen_from)
+            allowed = (*((token,) for token in prefix), *chosen_from)
         versions = generation.policy_versions
         if versions:
-            versions = (*versions[:1] * len(given), *versions)
+            versions = (*versions[:1] * len(prefix), *versions)
         self._conversations[generation.sequence].extend(
             pending.request.observation, len(pending.prompt_ids), pending.new_sequence, ids
         )
@@ -316,27 +308,30 @@ class LanguagePlayer:
         )
 
     def _parse(self, ids: tuple[int, ...]) -> tuple[str, bool]:
-        # An unparsable reply goes to the environment as it is: the policy shall see what comes of it.
+        # An unparsable reply goes to the environment unchanged, so that the policy sees its effect.
         parsed = self._dialogue.parse(ids)
         return parsed.text, parsed.valid
 
 
-class DemonstrationPlayer(_Immediate):
-    """The expert's replies as the policy would have written them, now and then disturbed by a random action.
+class DemonstrationPlayer(_ImmediatePlayer):
+    """Player that records the expert's replies in the policy's tokens, at times replaced by a random action.
 
-    A disturbance leads to states that the expert alone would not see; it is marked as not to be imitated.
+    The random actions lead to states that the expert alone would not visit. They are recorded as not
+    trainable.
 
     Args:
-        dialogue: of the policy that shall learn.
-        noise: probability of a disturbance per turn.
-        seed: of the disturbances.
-        noise_prefers: how the actions begin that are taken in `prefer_share` of the disturbances, if there
-        are any. prefer_share: see `noise_prefers`.
-        choices: the policy will choose among the admissible actions: record what it may choose from.
-        max_context: tokens that a sequence of the policy holds; an episode that needs more ends.
-        max_tokens: that the policy may use for a reply of free text. With it, a turn ends the episode where
-            the policy would have no room to reply: for so many tokens, or for the longest of the choices;
-            None asks for room for the expert's reply alone.
+        dialogue: The dialogue of the policy that learns from the demonstrations.
+        noise: The probability of a random action per turn.
+        seed: The seed of the random actions.
+        noise_prefers: The prefix of the actions that are drawn in `prefer_share` of the cases, if there are
+            any.
+        prefer_share: The share of random actions that begin with `noise_prefers`.
+        choices: Whether the policy chooses among the admissible actions; if so, they are recorded.
+        max_context: The number of tokens that a sequence of the policy can hold; an episode ends if it needs
+            more.
+        max_tokens: The maximum number of tokens of a free reply of the policy. An episode ends at a turn at
+            which the policy would have no room for as many tokens, or for the longest of the choices; None
+            requires room for the expert's reply only.
     """
 
     def __init__(
@@ -362,18 +357,19 @@ class DemonstrationPlayer(_Immediate):
         self._conversations: dict[str, _Conversation] = {}
 
     def reply(self, request: ActionRequest) -> Reply | Stop:
+        """Return the expert's action, or a random one, as a reply in tokens."""
         action = _expert_action(request)
         if isinstance(action, Stop):
             return action
-        disturbance = self._disturbance(request)
-        text = action if disturbance is None else disturbance
+        random_action = self._random_action(request)
+        text = action if random_action is None else random_action
         if request.actions and text not in request.actions:
             return Stop(StopReason.CONTRACT, f"the expert's action {text!r} is not one of info['actions']")
         conversation = self._conversations.setdefault(request.episode_id, _Conversation())
         prompt = self._dialogue.prompt(conversation.history, request.observation)
         action_ids = self._dialogue.encode_reply(text)
         conversation.extend(request.observation, len(prompt.ids), prompt.new_sequence, action_ids)
-        needed = conversation.held + max(0, self._room(request) - len(action_ids))
+        needed = conversation.length + max(0, self._room(request) - len(action_ids))
         if self._max_context is not None and needed > self._max_context:
             return _too_long(needed, self._max_context)
         zeros = (0.0,) * len(action_ids)
@@ -385,11 +381,11 @@ class DemonstrationPlayer(_Immediate):
             entropies=zeros,
             allowed=self._allowed(request, action_ids),
             new_sequence=prompt.new_sequence,
-            imitable=disturbance is None,
+            trainable=random_action is None,
         )
 
     def _room(self, request: ActionRequest) -> int:
-        """Tokens that the policy would have to have left for its reply."""
+        """Return the number of tokens that the policy needs for its own reply."""
         if self._max_tokens is None:
             return 0
         if not self._choices or not request.actions:
@@ -397,15 +393,17 @@ class DemonstrationPlayer(_Immediate):
         return max(len(self._dialogue.encode_reply(action)) for action in request.actions)
 
     def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
+        """Start an episode after turns of its parent."""
         if prefix_ids:
-            raise ValueError(f"{child_id!r} begins inside a reply, but an expert gives whole ones")
-        self._conversations[child_id] = _Conversation.of(turns)
+            raise ValueError(f"{child_id!r} begins inside a reply, but an expert gives complete replies")
+        self._conversations[child_id] = _Conversation.from_turns(turns)
 
     def close(self, episode_id: str) -> None:
+        """Discard all state of an episode."""
         super().close(episode_id)
         self._conversations.pop(episode_id, None)
 
-    def _disturbance(self, request: ActionRequest) -> str | None:
+    def _random_action(self, request: ActionRequest) -> str | None:
         draw = random.Random(derive_seed(self._seed, request.seed, request.turn))
         if not request.actions or draw.random() >= self._noise:
             return None
@@ -423,14 +421,6 @@ class DemonstrationPlayer(_Immediate):
         return token_trie(tuple(replies)).trace(action_ids)
 
 
-def _that_begin(
-    texts: Mapping[tuple[int, ...], str], written: tuple[int, ...], begun: tuple[int, ...]
-) -> dict[tuple[int, ...], str]:
-    """The texts behind what is written before each, as far as they begin so."""
-    whole = (((*written, *ids), text) for ids, text in texts.items())
-    return {ids: text for ids, text in whole if ids[: len(begun)] == begun}
-
-
 def _too_long(length: int, limit: int) -> Stop:
     return Stop(
         StopReason.CONTEXT_LIMIT,
@@ -444,6 +434,6 @@ def _expert_action(request: ActionRequest) -> str | Stop:
         return Stop(StopReason.ENGINE_ERROR, reason)
     action = request.info["expert"]
     if action is None:
-        # The expert's own failure, which counts: not an aborted episode.
+        # This is a failure of the expert, so the episode counts and is not aborted.
         return Stop(StopReason.TURN_LIMIT, "the expert knows no next action")
     return str(action)

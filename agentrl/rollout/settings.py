@@ -13,18 +13,19 @@ Placement = Literal["auto", "inline", "thread", "process"]
 
 @dataclass(frozen=True)
 class WorkersConfig:
-    """Processes that environments live in, and how long their calls may take.
+    """Worker processes of environments, and the time limits of their calls.
 
     Args:
-        count: processes of a machine; None for one per core.
-        environments: of each process; None for as many as `rollout.max_active` needs.
-        interpreter: another Python that they run in, with agentrl and the environment installed there.
-        construct_timeout: seconds for the process to start and the environment to be made.
-        reset_timeout: seconds for a reset.
-        step_timeout: seconds for a step.
-        recycle_episodes: a process is replaced after so many; None never.
-        recycle_megabytes: a process is replaced when it holds more, with its children: after an episode, or
-            in the middle of one when it holds half as much again; None never.
+        count: The number of processes of a machine; None for one per core.
+        environments: The number of environments in each process; None for as many as `rollout.max_active`
+            needs.
+        interpreter: The path of another Python to run them in, with agentrl and the environment installed.
+        construct_timeout: The time limit for starting the process and making the environment, in seconds.
+        reset_timeout: The time limit of a reset, in seconds.
+        step_timeout: The time limit of a step, in seconds.
+        recycle_episodes: The number of episodes after which a process is replaced; None for never.
+        recycle_megabytes: The memory of a process with its children beyond which it is replaced: after an
+            episode, or during one at 1.5 times as much; None for never.
     """
 
     count: Processes | None = None
@@ -42,15 +43,16 @@ class WorkersConfig:
 
 @dataclass(frozen=True)
 class RayConfig:
-    """Actors that `rollout.backend=ray` plays through; each has the processes of `rollout.workers`.
+    """Ray actors of `rollout.backend=ray`, each with the processes of `rollout.workers`.
 
     Args:
-        address: of a cluster, "host:port", or "auto" for the one that this machine is part of; None starts
-            Ray on this machine for as long as it is needed. `engine.actors` and the learner's `launcher: ray`
-            are on the same one.
-        actors: how many; None for one on each machine.
-        cpus: that Ray sets aside for each actor and its processes.
-        max_restarts: lost actors that are replaced, in all; then those that are left go on alone.
+        address: The address of a cluster, "host:port", or "auto" for the cluster of this machine; None starts
+            Ray on this machine for the length of the run. `engine.actors` and the learner's `launcher: ray`
+            use the same cluster.
+        actors: The number of actors; None for one per machine.
+        cpus: The number of CPUs that Ray reserves for each actor and its processes.
+        max_restarts: The number of lost actors that are replaced in total; after that, the run continues with
+            those that are left.
     """
 
     address: str | None = None
@@ -67,29 +69,30 @@ class RayConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How episodes are collected.
+    """Collection of episodes.
 
     Args:
-        backend: on whose machines environments run: `local` is this one, `ray` those of a cluster.
-        placement: where an environment lives. `inline` is this process: the only one that repeats bit for
-            bit, and the only one that a hanging or crashing environment takes down. `thread` is for
-            environments that declare `thread_safe` and mostly wait. `process` is supervised: see
-            `agentrl.rollout.placement` for what each survives. `auto` measures
-            a few steps and decides; a run's config.yaml holds what it decided. With the backend `ray` it is
-            always `process`.
-        workers: of the placement `process`; its timeouts hold for `thread` as well.
-        ray: of the backend `ray`.
-        groups_per_step: tasks played in one training step.
-        group_size: episodes of each task, whose returns are compared.
-        max_active: episodes in flight at once.
-        max_turns: limit on turns beside the environment's own, also of the play that a tokenizer is fitted on
-            and of demonstrations; None leaves it to the environment, up to 10,000 (for these two 1,000).
-        temperature: of the policy's replies while training.
-        constrained: choose among the admissible commands by a token trie, after free thoughts with
-            `policy.reply=think_action`; False generates freely and parses.
-        max_attempts: plays of an episode that an environment or worker failed in; a task with as many
-            failures in a row is not tried any more.
-        max_aborted_share: the run stops when a larger share of a step's episodes was aborted.
+        backend: The machines that environments run on: `local` for this one, `ray` for those of a cluster.
+        placement: Where an environment lives. `inline` is this process: the only placement that repeats bit
+            for bit, and the only one in which a hanging or crashing environment ends the run. `thread` is for
+            environments that declare `thread_safe` and mostly wait. `process` is supervised; see
+            `agentrl.rollout.placement` for the failures that each survives. `auto` times a few steps and
+            decides; the config.yaml of a run holds the decision. With the backend `ray` it is always
+            `process`.
+        workers: The workers of the placement `process`; the timeouts apply to `thread` as well.
+        ray: The actors of the backend `ray`.
+        groups_per_step: The number of tasks that are played in a training step.
+        group_size: The number of episodes of each task, whose returns are compared.
+        max_active: The number of episodes in progress at once.
+        max_turns: The maximum number of turns, beside the environment's own limit. It also applies to the
+            episodes that a tokenizer is fitted on and to demonstrations. None leaves it to the environment,
+            up to 10,000 turns (1,000 for these two).
+        temperature: The sampling temperature of the policy's replies in training.
+        constrained: Whether replies are chosen from the admissible commands by a token trie, after free
+            thoughts with `policy.reply=think_action`; False generates freely and parses.
+        max_attempts: The number of attempts at an episode in which the environment or worker fails; a task
+            with as many failures in a row is not played any more.
+        max_aborted_share: The share of a step's episodes beyond which aborted episodes stop the run.
     """
 
     backend: Literal["local", "ray"] = "local"
@@ -107,11 +110,11 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         check_own_numbers(self, "rollout")
-        elsewhere = {
+        needs_process = {
             "rollout.workers.interpreter is set": self.workers.interpreter is not None,
             "rollout.backend is ray": self.backend == "ray",
         }
-        for why in (why for why, holds in elsewhere.items() if holds):
+        for why in (why for why, holds in needs_process.items() if holds):
             if self.placement in ("inline", "thread"):
                 raise ConfigError(
                     f"{why}, but rollout.placement={self.placement} plays in this process; "

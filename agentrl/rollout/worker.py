@@ -1,8 +1,8 @@
-"""The process that environments live in: `python -m agentrl.rollout.worker SOCKET [MEGABYTES]`.
+"""The program of a worker process: `python -m agentrl.rollout.worker SOCKET [MEGABYTES]`.
 
-It is sent batches of requests and answers them in order, each before it turns to the next, so that the
-supervisor knows what it is at. `workers` is the other side. Nobody else speaks on its connection: a process
-that an environment forks has it closed, and ends where it comes back from the environment.
+It receives batches of requests and answers them in order, one at a time, so that its pool (`workers`)
+knows which request it is working on. A process that an environment forks has the connection closed, and ends
+when it returns from the environment.
 """
 
 import faulthandler
@@ -27,23 +27,23 @@ from agentrl.errors import AgentRLError
 from agentrl.rollout.environments import Make, TextGym, answer_of, made_or_stop, transition_or_stop
 from agentrl.rollout.play import EnvironmentCall, Reset, Restore, Step, Stop
 
-# (place, kind, payload): construct | reset | step | restore | discard | ask | time
+# (slot, kind, payload); kind: construct | reset | step | restore | discard | ask | time
 Request = tuple[int, str, Any]
-# (place, kind, payload): transition | stop | void | refused | value | raised, or outgrown of the process
+# (slot, kind, payload); kind: transition | stop | void | refused | value | raised | outgrown (of the process)
 Answer = tuple[int, str, Any]
 
 _LENGTH = struct.Struct(">Q")
-_LARGEST_SNAPSHOT = 1 << 16  # bytes; to play the actions again costs less than to send more with every step
+_LARGEST_SNAPSHOT = 1 << 16  # bytes; sending more with every step costs more than replaying the actions
 
 
 def pack(message: object) -> bytes:
-    """A message with its length before it."""
+    """Return a pickled message with its length before it."""
     content = pickle.dumps(message, protocol=5)
     return _LENGTH.pack(len(content)) + content
 
 
 def unpack(buffer: bytearray) -> Iterator[bytes]:
-    """Take the whole messages off the front of what was received, still pickled."""
+    """Remove the complete messages from the front of a buffer and yield them, still pickled."""
     while len(buffer) >= _LENGTH.size:
         end = _LENGTH.size + _LENGTH.unpack_from(buffer)[0]
         if len(buffer) < end:
@@ -55,7 +55,15 @@ def unpack(buffer: bytearray) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class CallTimes:
-    """Seconds that a reset or step takes on average, and what the environment declares about itself."""
+    """Average time of a reset or step, and what the environment declares about itself.
+
+    Args:
+        calls: The number of calls that were timed.
+        wall: The mean wall time of a call, in seconds.
+        cpu: The mean CPU time of a call in its process, in seconds.
+        thread_safe: The environment's `thread_safe` attribute.
+        heavy: The environment's `heavy` attribute.
+    """
 
     calls: int
     wall: float
@@ -64,26 +72,26 @@ class CallTimes:
     heavy: bool = False
 
 
-def time_calls(env: TextGym, tasks: Sequence[str], seed: int, patience: float = 2.0) -> CallTimes:
-    """Play the first of `tasks` to warm up, then the others, for about `patience` seconds each."""
+def time_calls(env: TextGym, tasks: Sequence[str], seed: int, budget: float = 2.0) -> CallTimes:
+    """Time the calls of a few episodes: the first task to warm up, then the others, `budget` seconds each."""
     draw = random.Random(seed)
-    calls, wall, cpu = _play_for(env, tasks[:1], seed, draw, patience)
+    calls, wall, cpu = _play_for(env, tasks[:1], seed, draw, budget)
     if len(tasks) > 1:
-        calls, wall, cpu = _play_for(env, tasks[1:], seed, draw, patience)
+        calls, wall, cpu = _play_for(env, tasks[1:], seed, draw, budget)
     known = env.unwrapped
     safe, heavy = (bool(getattr(known, name, False)) for name in ("thread_safe", "heavy"))
     return CallTimes(calls, wall / calls, cpu / calls, safe, heavy)
 
 
 def _play_for(
-    env: TextGym, tasks: Sequence[str], seed: int, draw: random.Random, patience: float
+    env: TextGym, tasks: Sequence[str], seed: int, draw: random.Random, budget: float
 ) -> tuple[int, float, float]:
     calls, wall, cpu = 0, time.perf_counter(), time.process_time()
     for task in tasks:
         answer = transition_or_stop(env, Reset(task, seed))
         calls += 1
         for _ in range(20):
-            late = time.perf_counter() - wall > patience
+            late = time.perf_counter() - wall > budget
             if late or isinstance(answer, Stop) or answer.terminated or answer.truncated:
                 break
             answer = transition_or_stop(
@@ -94,10 +102,10 @@ def _play_for(
 
 
 class Server:
-    """Answers requests about the environments of this process.
+    """Server that answers requests for the environments of this process.
 
     Args:
-        make: makes one.
+        make: The function that makes an environment.
     """
 
     def __init__(self, make: Make) -> None:
@@ -105,40 +113,42 @@ class Server:
         self._envs: dict[int, TextGym] = {}
 
     def answer(self, request: Request) -> Answer:
-        place, kind, payload = request
+        """Carry out a request and return its answer; an error is an answer as well."""
+        slot, kind, payload = request
         try:
-            kind, payload = getattr(self, f"_{kind}")(place, payload)
+            kind, payload = getattr(self, f"_{kind}")(slot, payload)
         except AgentRLError as error:
             kind, payload = "refused", error
         except BaseException as error:
             stop = Stop(StopReason.ENV_ERROR, describe_error(error))
             kind, payload = ("raised", error) if kind == "ask" else ("stop", astuple(stop))
-        return place, kind, payload
+        return slot, kind, payload
 
     def close(self) -> None:
+        """Close all environments."""
         while self._envs:
             close_contained(self._envs.popitem()[1])
 
-    def _construct(self, place: int, payload: None) -> tuple[str, Any]:
+    def _construct(self, slot: int, payload: None) -> tuple[str, Any]:
         made = made_or_stop(self._make)
         if isinstance(made, Stop):
             return "stop", astuple(made)
-        self._envs[place] = made
+        self._envs[slot] = made
         return "value", None
 
-    def _reset(self, place: int, payload: tuple[str, int, bool]) -> tuple[str, Any]:
-        return self._effect(place, Reset(*payload))
+    def _reset(self, slot: int, payload: tuple[str, int, bool]) -> tuple[str, Any]:
+        return self._effect(slot, Reset(*payload))
 
-    def _step(self, place: int, payload: tuple[str, bool]) -> tuple[str, Any]:
-        return self._effect(place, Step(*payload))
+    def _step(self, slot: int, payload: tuple[str, bool]) -> tuple[str, Any]:
+        return self._effect(slot, Step(*payload))
 
-    def _restore(self, place: int, payload: tuple[bytes]) -> tuple[str, Any]:
-        return self._effect(place, Restore(pickle.loads(payload[0])))
+    def _restore(self, slot: int, payload: tuple[bytes]) -> tuple[str, Any]:
+        return self._effect(slot, Restore(pickle.loads(payload[0])))
 
-    def _effect(self, place: int, effect: EnvironmentCall) -> tuple[str, Any]:
-        if place not in self._envs:
-            return "void", None  # it could not be constructed, which has been said already
-        answer = transition_or_stop(self._envs[place], effect)
+    def _effect(self, slot: int, effect: EnvironmentCall) -> tuple[str, Any]:
+        if slot not in self._envs:
+            return "void", None  # its construction failed, which has been reported
+        answer = transition_or_stop(self._envs[slot], effect)
         if isinstance(answer, Stop):
             return "stop", astuple(answer)
         return "transition", (
@@ -147,28 +157,26 @@ class Server:
             answer.terminated,
             answer.truncated,
             dict(answer.info),
-            _portable(answer.snapshot),
+            _pickle_snapshot(answer.snapshot),
         )
 
-    def _discard(self, place: int, payload: None) -> tuple[str, Any]:
-        if place in self._envs:
-            close_contained(self._envs.pop(place))
+    def _discard(self, slot: int, payload: None) -> tuple[str, Any]:
+        if slot in self._envs:
+            close_contained(self._envs.pop(slot))
         return "value", None
 
-    def _ask(
-        self, place: int, payload: tuple[str, tuple[Any, ...] | None, dict[str, Any]]
-    ) -> tuple[str, Any]:
-        value = answer_of(self._envs[place], *payload)
+    def _ask(self, slot: int, payload: tuple[str, tuple[Any, ...] | None, dict[str, Any]]) -> tuple[str, Any]:
+        value = answer_of(self._envs[slot], *payload)
         if isinstance(value, Sequence) and not isinstance(value, str | bytes | tuple):
-            value = list(value)  # task ids may be made when asked for, which does not travel
+            value = list(value)  # a lazy sequence of task ids cannot be pickled
         return "value", value
 
-    def _time(self, place: int, payload: tuple[Sequence[str], int]) -> tuple[str, Any]:
-        return "value", astuple(time_calls(self._envs[place], *payload))
+    def _time(self, slot: int, payload: tuple[Sequence[str], int]) -> tuple[str, Any]:
+        return "value", astuple(time_calls(self._envs[slot], *payload))
 
 
-def _portable(snapshot: Any) -> bytes | None:
-    """A snapshot as it travels, None for what cannot: only a worker need know what it is."""
+def _pickle_snapshot(snapshot: Any) -> bytes | None:
+    """Return a snapshot pickled, so that only workers need its classes; None if it cannot be sent."""
     if snapshot is None:
         return None
     try:
@@ -179,11 +187,12 @@ def _portable(snapshot: Any) -> bytes | None:
 
 
 def serve(connection: socket.socket, megabytes: float | None = None) -> None:
-    """Answer until the supervisor says that there is no more, or is gone.
+    """Answer requests until the pool closes the connection or ends.
 
     Args:
-        connection: to the supervisor.
-        megabytes: that this process may hold; it is told of more, in the place of an answer, and ends it.
+        connection: The connection to the pool.
+        megabytes: The memory of this process beyond which it reports its memory in place of an answer, upon
+            which the pool kills it; None for no limit.
     """
     buffer = bytearray()
     server: Server | None = None
@@ -198,42 +207,42 @@ def serve(connection: socket.socket, megabytes: float | None = None) -> None:
                     continue
                 for request in message:
                     answer = server.answer(request)
-                    if os.getpid() != process:
+                    if os.getpid() != process:  # a copy that the environment forked
                         os._exit(0)
-                    held = _megabytes() if megabytes else 0.0
-                    if megabytes and held > megabytes:
-                        answer = (answer[0], "outgrown", held)
-                    connection.sendall(_packed(answer))
+                    memory = _megabytes() if megabytes else 0.0
+                    if megabytes and memory > megabytes:
+                        answer = (answer[0], "outgrown", memory)
+                    connection.sendall(_pack_answer(answer))
     except ConnectionError:
-        pass  # nobody is left to answer
+        pass  # the pool has ended
     finally:
         if server is not None:
             server.close()
 
 
-def _packed(answer: Answer) -> bytes:
-    place, kind, payload = answer
+def _pack_answer(answer: Answer) -> bytes:
+    slot, kind, payload = answer
     try:
         content = pack(answer)
-        if isinstance(payload, BaseException):  # some can be written and not read
+        if isinstance(payload, BaseException):  # some errors can be pickled but not unpickled
             pickle.loads(memoryview(content)[_LENGTH.size :])
     except BaseException as error:
         if kind == "refused":
-            return pack((place, kind, AgentRLError(describe_error(payload))))
+            return pack((slot, kind, AgentRLError(describe_error(payload))))
         if isinstance(payload, BaseException):
-            return pack((place, kind, RuntimeError(describe_error(payload))))
-        what = f"its {kind} cannot leave its process: {describe_error(error)}"
+            return pack((slot, kind, RuntimeError(describe_error(payload))))
+        what = f"its {kind} cannot be sent from its process: {describe_error(error)}"
     else:
         if kind != "transition" or len(content) <= _LARGEST_SNAPSHOT + MAX_ANSWER_BYTES:
             return content
         what = str(too_large(len(content)))
     if kind == "transition":
-        return pack((place, "stop", astuple(Stop(StopReason.CONTRACT, what))))
-    return pack((place, "raised", RuntimeError(what)))
+        return pack((slot, "stop", astuple(Stop(StopReason.CONTRACT, what))))
+    return pack((slot, "raised", RuntimeError(what)))
 
 
 def _megabytes() -> float:
-    """Resident memory of this process, where the kernel tells."""
+    """Return the resident memory of this process in MB; 0 where /proc has no such file."""
     with suppress(OSError), open("/proc/self/statm", "rb") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     return 0.0
@@ -242,9 +251,9 @@ def _megabytes() -> float:
 def main(arguments: Sequence[str]) -> None:
     """Serve on the inherited socket until it is closed."""
     faulthandler.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pool handles Ctrl-C
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-        score.write("800")  # rather this process than the one that learns
+        score.write("800")  # out of memory, the kernel kills this process before the trainer
     connection = socket.socket(fileno=int(arguments[0]))
     connection.set_inheritable(False)
     os.register_at_fork(after_in_child=connection.close)

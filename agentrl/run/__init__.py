@@ -1,1 +1,1 @@
-"""A run's configuration, folder and files, and the policies that it holds."""
+"""What a run consists of on disk and in memory: configuration, folder, checkpoints, logs and policies."""

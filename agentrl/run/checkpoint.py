@@ -1,4 +1,4 @@
-"""Complete, atomic checkpoints: a folder appears whole or not at all, and is verified before it is used."""
+"""Atomic checkpoints: a folder appears complete or not at all, and is verified before it is loaded."""
 
 import hashlib
 import json
@@ -26,13 +26,13 @@ from agentrl.run.records import read_hashes, read_progress
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come; together with the seed it fixes every later draw.
+    """Progress of a run; together with the seed it determines every later random draw.
 
     Args:
-        stage: `warm_start` or `train`.
-        step: completed steps of that stage.
-        history: past values of each logged scalar, one per training step that logged it.
-        tasks_drawn: training tasks played so far.
+        stage: The stage, `warm_start` or `train`.
+        step: The number of completed steps of that stage.
+        history: The past values of each logged metric, one per training step that logged it.
+        tasks_drawn: The number of training tasks played so far.
     """
 
     stage: str
@@ -51,25 +51,29 @@ def save_checkpoint(
     *,
     between: bool = False,
 ) -> Path:
-    """Write `folder/STAGE-STEP`; an interrupted or failed write leaves what was there before.
+    """Write the checkpoint `folder/STAGE-STEP` and remove outdated ones.
 
-    Keeps the last two and the one of the highest `score`; those between are kept until the next comes, so
-    that a run that was stopped leaves the same ones as one that was not. Of several ranks, which share the
-    file system, each writes what it holds of a learner that is dealt out, and the first all else. Weights are
-    float32, whatever the engine generates in, so that a resumed run goes on from exactly what was learned.
+    The last two checkpoints and the one of the highest `score` are kept. A checkpoint written because of a
+    stop (`between`) is kept only until the next one, so that a stopped and resumed run leaves the same
+    checkpoints as an uninterrupted one. With several ranks on a shared file system, each rank writes its
+    shards and the first one everything else. Weights are written in float32, whatever `policy.dtype` is, so
+    that a resumed run continues from exactly what was learned.
 
     Args:
-        folder: of the run's checkpoints.
-        progress: of the run.
-        learner: with its policy.
-        memory: of the algorithm's replay.
-        score: of the policy.
-        ranks: that call this together.
-        between: whether it stands between those that the run would have written without a stop.
+        folder: The folder of the run's checkpoints.
+        progress: The progress of the run.
+        learner: The learner with its policy.
+        memory: The state of the algorithm's replay buffer.
+        score: The score of the policy.
+        ranks: The ranks that call this function together.
+        between: Whether the run would not have written this checkpoint without a stop.
+
+    Returns:
+        The path of the checkpoint.
 
     Raises:
-        CheckpointError: when it cannot be written, as on a full disk; what was there before is untouched.
-        NonFiniteError: when weights or states are not finite; nothing is written.
+        CheckpointError: If it cannot be written, as on a full disk; older checkpoints are left untouched.
+        NonFiniteError: If weights or optimizer states are not finite; nothing is written.
     """
     target = folder / f"{progress.stage}-{progress.step:06d}"
     sharded = learner.config.backend == "fsdp"
@@ -78,8 +82,8 @@ def save_checkpoint(
     def begin() -> Path:
         if lost:
             raise NonFiniteError(
-                f"{target}: not written, for nan or inf is in {named_in_short(lost)}; "
-                f"{_where_to_go_on(folder)}"
+                f"{target}: not written, because nan or inf is in {named_in_short(lost)}; "
+                f"{_resume_hint(folder)}"
             )
         with _saving(target):
             folder.mkdir(exist_ok=True)
@@ -88,8 +92,8 @@ def save_checkpoint(
             if not sharded:
                 save_model(learner.policy, str(partial / "weights.safetensors"))
             torch.save(learner.state_dict() | {"replay": memory}, partial / "learner.pt")
-            told = asdict(progress) | {"score": score, "between": between}
-            (partial / "progress.json").write_text(json.dumps(told), encoding="utf-8")
+            record = asdict(progress) | {"score": score, "between": between}
+            (partial / "progress.json").write_text(json.dumps(record), encoding="utf-8")
         return partial
 
     def finish() -> None:
@@ -116,28 +120,30 @@ def _saving(target: Path, partial: Path | None = None) -> Iterator[None]:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{target}: the checkpoint could not be saved ({error}); make room and continue with --resume. "
-            "Those before it are unharmed"
+            f"{target}: the checkpoint could not be saved ({error}); free some disk space and continue with "
+            "--resume. Older checkpoints are unaffected"
         ) from error
 
 
 def load_progress(path: Path, ranks: Ranks = ALONE) -> Progress:
-    """How far the run had come.
+    """Verify a checkpoint and return its progress.
 
     Raises:
-        CheckpointError: when a file of the checkpoint is missing, its content is not what was written, or
-            not all of it is finite.
+        CheckpointError: If a file of the checkpoint is missing or was changed, or not all values are finite.
     """
-    ranks.run_on_rank0(lambda: _check(path))
+    ranks.run_on_rank0(lambda: _check_checkpoint(path))
     stored = read_progress(path)
     return Progress(**{item.name: stored[item.name] for item in fields(Progress)})
 
 
 def load_learner(path: Path, learner: Learner) -> Any:
-    """Give a learner its weights and state back, whatever the number of ranks; what its replay remembers.
+    """Restore the weights and state of a learner, for any number of ranks.
+
+    Returns:
+        The state of the algorithm's replay buffer.
 
     Raises:
-        CheckpointError: when they do not fit.
+        CheckpointError: If the checkpoint does not fit the learner.
     """
     state = _read_state(path)
     if learner.config.backend == "fsdp":
@@ -152,25 +158,25 @@ def load_learner(path: Path, learner: Learner) -> Any:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint: training comes after the warm start."""
+    """Return the newest complete checkpoint; those of training are newer than those of the warm start."""
     return max(_checkpoints(folder), key=_order, default=None)
 
 
 def latest_finite(folder: Path) -> Path | None:
-    """The newest whole checkpoint that holds no nan or inf; they are read from the newest on."""
+    """Return the newest complete checkpoint without nan or inf, or None."""
     for path in sorted(_checkpoints(folder), key=_order, reverse=True):
         with suppress(CheckpointError):
-            _verify(path)
+            _verify_hashes(path)
             if not _non_finite(path):
                 return path
     return None
 
 
-def _where_to_go_on(folder: Path) -> str:
+def _resume_hint(folder: Path) -> str:
     good = latest_finite(folder)
     if good is None:
-        return "no checkpoint there is finite: start anew, at a lower learning rate"
-    return f"the newest checkpoint that is finite is {good.name}"
+        return "no checkpoint there is finite: start a new run with a lower learning rate"
+    return f"the newest finite checkpoint is {good.name}"
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -184,86 +190,88 @@ def _order(path: Path) -> tuple[bool, int]:
 
 def _rotate(folder: Path) -> None:
     ordered = sorted(_checkpoints(folder), key=_order)
-    told = {path: _told(path) for path in ordered}
-    regular = [path for path in ordered if not told[path].get("between")]
-    scored = [(score, path) for path in regular if (score := told[path].get("score")) is not None]
+    progress = {path: _stored_progress(path) for path in ordered}
+    regular = [path for path in ordered if not progress[path].get("between")]
+    scored = [(score, path) for path in regular if (score := progress[path].get("score")) is not None]
     kept = {*regular[-2:], *ordered[-1:], *([max(scored)[1]] if scored else [])}
     for path in ordered:
         if path not in kept:
             remove_folder(path)
 
 
-def _told(path: Path) -> Mapping[str, Any]:
-    """What a checkpoint says of itself; nothing where it was half removed, as by a kill."""
+def _stored_progress(path: Path) -> Mapping[str, Any]:
+    """Read the progress of a checkpoint; empty if a kill left it half removed."""
     try:
         return read_progress(path)
     except CheckpointError:
         return {}
 
 
-def _check(path: Path) -> None:
-    """Refuse what is damaged, and what a run cannot go on from."""
-    _verify(path)
+def _check_checkpoint(path: Path) -> None:
+    """Refuse a damaged or non-finite checkpoint."""
+    _verify_hashes(path)
     if lost := _non_finite(path):
         raise CheckpointError(
-            f"{path}: nan or inf is in {named_in_short(lost)}; {_where_to_go_on(path.parent)}. "
-            "Remove those that came after it to resume from there"
+            f"{path}: nan or inf is in {named_in_short(lost)}; {_resume_hint(path.parent)}. "
+            "Remove the newer checkpoints to resume from it"
         )
 
 
 def _non_finite(path: Path) -> list[str]:
-    """Names of the tensors of a checkpoint that hold nan or inf; they are read one by one."""
-    return [name for tensor in _tensors(path) for name in non_finite([tensor])]
+    """Return the names of the tensors of a checkpoint that hold nan or inf, reading one at a time."""
+    return [name for tensor in _checkpoint_tensors(path) for name in non_finite([tensor])]
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Weights and states of a checkpoint by name; what a replay remembers is none of them."""
+def _checkpoint_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights and optimizer states of a checkpoint by name, without the replay buffer."""
     if (path / "weights.safetensors").exists():
         with safe_open(path / "weights.safetensors", framework="pt") as weights:
             yield from ((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
     if (path / "shards").exists():
         yield from stored_shards(path / "shards")
     state = _read_state(path, mmap=True)
-    yield from _within({name: value for name, value in state.items() if name != "replay"})
+    yield from _named_tensors({name: value for name, value in state.items() if name != "replay"})
 
 
-def _within(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested containers, each by the path that leads to it."""
+def _named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in nested containers, each with its dotted path."""
     if isinstance(tree, Tensor):
         yield name, tree
     elif isinstance(tree, Mapping | list | tuple):
         for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-            yield from _within(value, f"{name}.{key}".removeprefix("."))
+            yield from _named_tensors(value, f"{name}.{key}".removeprefix("."))
 
 
 def _read_state(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     file, remedy = path / "learner.pt", f"remove {path} to resume from an older checkpoint"
     try:
         state = torch.load(file, weights_only=True, mmap=mmap)
-    except Exception as error:  # whatever its parsers raise
+    except Exception as error:  # torch.load raises many types on damaged files
         raise CheckpointError(f"{file}: cannot be read ({type(error).__name__}); {remedy}") from error
     if not isinstance(state, dict) or "replay" not in state:
-        raise CheckpointError(f"{file}: is not the state of a learner; {remedy}")
+        raise CheckpointError(f"{file}: not the state of a learner; {remedy}")
     return state
 
 
-def _verify(path: Path) -> None:
+def _verify_hashes(path: Path) -> None:
     remedy = "remove it to resume from an older one"
     try:
         hashes = read_hashes(path)
         there = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
-        untold = [name for name in there if name not in {*hashes, "hashes.json"} and not name.startswith(".")]
+        unlisted = [
+            name for name in there if name not in {*hashes, "hashes.json"} and not name.startswith(".")
+        ]
         wrong = [name for name, digest in hashes.items() if _sha256(path / name) != digest]
     except (OSError, ValueError, CheckpointError) as error:
-        raise CheckpointError(f"{path}: not a whole checkpoint ({error}); {remedy}") from error
+        raise CheckpointError(f"{path}: incomplete checkpoint ({error}); {remedy}") from error
     if absent := sorted({"learner.pt", "progress.json"} - set(hashes)):
         raise CheckpointError(
-            f"{path}: not a whole checkpoint (hashes.json lacks {', '.join(absent)}); {remedy}"
+            f"{path}: incomplete checkpoint (hashes.json lacks {', '.join(absent)}); {remedy}"
         )
-    if untold:
-        raise CheckpointError(f"{path}: hashes.json knows nothing of {', '.join(untold)}; {remedy}")
+    if unlisted:
+        raise CheckpointError(f"{path}: hashes.json does not list {', '.join(unlisted)}; {remedy}")
     if wrong:
-        raise CheckpointError(f"{path}: {', '.join(wrong)} changed since written; {remedy}")
+        raise CheckpointError(f"{path}: {', '.join(wrong)} changed after it was written; {remedy}")
 
 
 def _sha256(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Where a configuration comes from: the files that extend one another, and which of them a mistake is in."""
+"""Configuration files: resolve `extends`, find shipped files, and locate mistakes by file and line."""
 
 import os
 import re
@@ -18,19 +18,19 @@ _PATH = re.compile(r"[A-Za-z_][\w-]*(?:\.[\w-]+)*")
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """A YAML file, without the `extends` that it may begin with."""
+    """Content of a YAML file without its `extends` key."""
 
     path: Path
     tree: Tree
 
 
 def read_config_files(path: str | Path) -> list[ConfigFile]:
-    """Read a file and those that it extends, the one that extends nothing first.
+    """Read a configuration file and the files that it extends, base file first.
 
-    `extends: FILE` names another file, relative to its own folder, or a shipped one.
+    `extends: FILE` names another file, relative to the extending file's folder, or a shipped one.
 
     Raises:
-        ConfigError: a file is not there or no YAML, or they extend each other in a circle.
+        ConfigError: If a file is missing or not YAML, or the files extend each other in a circle.
     """
     chain: list[ConfigFile] = []
     current = find_config(path)
@@ -55,7 +55,7 @@ def read_config_files(path: str | Path) -> list[ConfigFile]:
 
 
 def leaves(tree: Mapping[str, Any], above: Dotted = ()) -> Iterator[tuple[Dotted, Any]]:
-    """Go through the values of a tree with their paths; an empty block is a value."""
+    """Yield the values of a tree with their paths; an empty block counts as a value."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from leaves(value, (*above, key))
@@ -63,13 +63,13 @@ def leaves(tree: Mapping[str, Any], above: Dotted = ()) -> Iterator[tuple[Dotted
             yield (*above, key), value
 
 
-def blamed(message: str, files: Sequence[ConfigFile], overrides: Iterable[str] = ()) -> str:
-    """Say of each mistake which file and line, or which override, it comes from.
+def with_origins(message: str, files: Sequence[ConfigFile], overrides: Iterable[str] = ()) -> str:
+    """Append to each mistake the file and line, or the override, that it comes from.
 
     Args:
-        message: one mistake in a line, each beginning with the path of a key.
-        files: that were read, a later one having the last word.
-        overrides: `key=value`, that have it over them.
+        message: The mistakes, one per line, each starting with the path of a key.
+        files: The files that were read; later ones override earlier ones.
+        overrides: `key=value` overrides, which override all files.
     """
     origins: dict[Dotted, str] = {}
     for file in files:
@@ -84,7 +84,7 @@ def blamed(message: str, files: Sequence[ConfigFile], overrides: Iterable[str] =
 
 
 def _with_origin(line: str, origins: Mapping[Dotted, str]) -> str:
-    """Name the origins of a line's keys; else of the block that the first stands in, or of its content."""
+    """Append the origins of the line's keys, or else those of the enclosing block or of its content."""
     begins = [key for key in origins if re.match(rf"{re.escape('.'.join(key))}(?![\w-]|\.\w)", line)]
     dotted = [tuple(name.split(".")) for name in _PATH.findall(line) if "." in name]
     keys = [*sorted(begins, key=len)[-1:], *(key for key in dotted if key in origins)]
@@ -114,7 +114,7 @@ def shipped_configs() -> list[str]:
 
 
 def _shipped() -> list[Path]:
-    # An editable install copies the configs once; those beside the source are the ones being edited.
+    # An editable install copies the configs only once; those next to the source are up to date.
     source = Path(__file__).parents[2]
     if (source / "pyproject.toml").is_file():
         return sorted(source.glob("configs/*.yaml"))
@@ -126,7 +126,7 @@ def _shipped() -> list[Path]:
 
 
 def _with_absolute_imports(tree: Tree, folder: Path) -> Tree:
-    """Resolve what `run.imports` names against the folder of its file."""
+    """Resolve the entries of `run.imports` against the folder of the configuration file."""
     run = tree.get("run")
     if isinstance(run, dict) and isinstance(run.get("imports"), list):
         run["imports"] = [

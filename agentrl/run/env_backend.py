@@ -1,4 +1,4 @@
-"""Environments on this machine or on a cluster's, as `rollout.backend` says."""
+"""Environments on this machine or on a Ray cluster, as `rollout.backend` selects."""
 
 from agentrl.rollout import placement
 from agentrl.rollout.environments import Environments, Make
@@ -7,11 +7,15 @@ from agentrl.scale.extras import check_ray
 
 
 def open_environments(make: Make, config: RolloutConfig) -> Environments:
-    """Environments as configured; see `placement.settle` for the placement `auto`.
+    """Open environments as configured; see `placement.resolve_placement` for the placement `auto`.
+
+    Args:
+        make: Makes one environment.
+        config: The rollout settings.
 
     Raises:
-        MissingDependencyError: for the backend `ray` without Ray.
-        ConfigError: there is no such cluster, or it is smaller than what is asked.
+        MissingDependencyError: If the backend is `ray` and Ray is not installed.
+        ConfigError: If the cluster cannot be reached or is too small.
     """
     if config.backend == "local":
         return placement.open_environments(make, config)

@@ -20,9 +20,9 @@ from agentrl.env.registry import env_ids
 from agentrl.errors import CheckpointError, ConfigError
 from agentrl.files import replacing_folder, write_atomic
 from agentrl.plugins import import_hashes, withheld_hint, withhold
-from agentrl.run.config_files import ConfigFile, blamed
+from agentrl.run.config_files import ConfigFile, with_origins
 from agentrl.run.records import SCHEMA, read_manifest, read_summary
-from agentrl.run.settings import RunConfig, config_from_tree, config_tree, with_names
+from agentrl.run.settings import RunConfig, apply_changes, config_from_tree, config_tree
 
 if TYPE_CHECKING:  # it loads transformers
     from agentrl.policy.tokens import Wording
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # it loads transformers
 _log = logging.getLogger(__name__)
 
 # What may change when a run is resumed: none of it says what is learned (but see `rollout.placement`).
-_FREE = (
+_RESUMABLE_KEYS = (
     "run.",
     "trainer.checkpoint_every",
     "trainer.save_episodes_every",
@@ -82,17 +82,17 @@ def create_run(config: RunConfig, **measured: Any) -> Run:
         name = config.run.name
         if not re.fullmatch(r"[\w.-]+", name):
             raise ConfigError(f"run.name is {name!r}, wanted letters, digits, '-', '_' and '.' only")
-        if not _made(parent / name, config, manifest):
+        if not _create(parent / name, config, manifest):
             raise ConfigError(
                 f"run.name is {name!r}, but {parent / name} exists; "
                 f"resume it (agentrl train --resume {parent / name}) or choose another"
             )
         return Run(parent / name, config)
-    folders = (parent / name for name in _free_names(parent, config))
-    return Run(next(folder for folder in folders if _made(folder, config, manifest)), config)
+    folders = (parent / name for name in _unused_names(parent, config))
+    return Run(next(folder for folder in folders if _create(folder, config, manifest)), config)
 
 
-def _made(folder: Path, config: RunConfig, manifest: Mapping[str, Any]) -> bool:
+def _create(folder: Path, config: RunConfig, manifest: Mapping[str, Any]) -> bool:
     """Make a run's folder with all that it must have to be resumed; False where its name is taken."""
     if os.path.lexists(folder):
         return False
@@ -150,7 +150,7 @@ def _stored_config(folder: Path) -> RunConfig:
         file = ConfigFile(path, read_yaml(path))
     except ConfigError as error:
         raise ConfigError(f"{error}\n{remedy}") from error
-    absent = [block for block in _BLOCKS if block not in file.tree] if manifest else []
+    absent = [block for block in _BLOCK_NAMES if block not in file.tree] if manifest else []
     if absent:
         missing = f"{path}: {', '.join(absent)}: missing, but a run's configuration is complete"
         raise ConfigError(f"{missing}\n{remedy}")
@@ -158,26 +158,26 @@ def _stored_config(folder: Path) -> RunConfig:
     named = block.get("imports") if isinstance(block, dict) else None
     withhold([name for name in named if isinstance(name, str)] if isinstance(named, list) else [], folder)
     try:
-        return config_from_tree(mapped(file.tree, schema))
+        return config_from_tree(migrate(file.tree, schema))
     except ConfigError as error:
-        raise ConfigError(f"{blamed(str(error), [file])}\n{remedy}") from error
+        raise ConfigError(f"{with_origins(str(error), [file])}\n{remedy}") from error
 
 
-_BLOCKS = (
+_BLOCK_NAMES = (
     *("env", "rollout", "engine", "policy", "warm_start", "algorithm"),
     *("learner", "trainer", "evaluation", "seed", "run"),
 )
 # Schema -> dotted keys of its configurations that have another name now, and that name; None drops a key.
-RENAMED: dict[int, dict[str, str | None]] = {1: {}}
+RENAMED_KEYS: dict[int, dict[str, str | None]] = {1: {}}
 
 
-def mapped(tree: Mapping[str, Any], schema: int) -> dict[str, Any]:
+def migrate(tree: Mapping[str, Any], schema: int) -> dict[str, Any]:
     """A stored configuration in the keys of this version."""
     result = deepcopy(dict(tree))
     for number in range(schema, SCHEMA):
-        for old, new in RENAMED.get(number, {}).items():
+        for old, new in RENAMED_KEYS.get(number, {}).items():
             *path, key = old.split(".")
-            block = _at(result, ".".join(path)) if path else result
+            block = _value_at(result, ".".join(path)) if path else result
             if not isinstance(block, dict) or key not in block:
                 continue
             value = block.pop(key)
@@ -201,17 +201,19 @@ def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
     _warn_of_changed_imports(run)
     before = config_tree(run.config)
     try:
-        config = config_from_tree(with_names(before, parse_overrides(overrides))[0])
+        config = config_from_tree(apply_changes(before, parse_overrides(overrides))[0])
     except ConfigError as error:
-        raise ConfigError(blamed(str(error), [], overrides)) from error
+        raise ConfigError(with_origins(str(error), [], overrides)) from error
     after = config_tree(config)
     if config.run.imports != run.config.run.imports:
         raise ConfigError(
             "run.imports: a run keeps what it began with; wanted --import for what it needs now"
         )
-    changed = [key for key in _changed(before, after) if not key.startswith(_FREE)]
+    changed = [key for key in _changed_keys(before, after) if not key.startswith(_RESUMABLE_KEYS)]
     if changed:
-        lines = "\n".join(f"{key}: {_at(before, key)!r} -> {_at(after, key)!r}" for key in changed)
+        lines = "\n".join(
+            f"{key}: {_value_at(before, key)!r} -> {_value_at(after, key)!r}" for key in changed
+        )
         raise ConfigError(
             f"{run.folder} cannot be resumed with other values; start a new run instead:\n{lines}"
         )
@@ -248,22 +250,23 @@ def changed_wording(run: Run, wording: "Wording") -> str | None:
     parts = [name for name in ("opening", "before_reply", "between") if before.get(name) != now[name]]
     if not parts:
         return f"the prompts of {run.folder} read as before, but with other token ids: its tokenizer changed"
-    then, today = _unlike(str(before.get(parts[0])), str(now[parts[0]]))
+    then, today = _differing_lines(str(before.get(parts[0])), str(now[parts[0]]))
     return (
-        f"the prompts of {run.folder} were other ones when it was made: their {parts[0]} had {then!r}, and "
-        f"has {today!r} now; the policy reads what it was not trained on. To pin a date, give the chat "
-        "template one as its argument, such as date_string, or write it into the tokenizer's chat_template"
+        f"the prompts of {run.folder} have changed since it was made: their {parts[0]} had {then!r} and now "
+        f"has {today!r}, which the policy was not trained on. To fix a date, pass it to the chat template by "
+        "policy.template_arguments (such as policy.template_arguments.date_string), or write it "
+        "into the tokenizer's chat_template"
     )
 
 
-def _unlike(before: str, now: str) -> tuple[str, str]:
+def _differing_lines(before: str, now: str) -> tuple[str, str]:
     """The lines of two texts that differ; all of them where only their order does."""
     old, new = before.splitlines(), now.splitlines()
     lost, come = [line for line in old if line not in new], [line for line in new if line not in old]
     return ("\n".join(lost), "\n".join(come)) if lost or come else (before, now)
 
 
-def _free_names(parent: Path, config: RunConfig) -> Iterator[str]:
+def _unused_names(parent: Path, config: RunConfig) -> Iterator[str]:
     stem = f"{config.env.id.rpartition('/')[2]}-{config.algorithm.name}-seed{config.seed}"
     taken = {path.name for path in parent.glob(f"{stem}*")}
     return (name for count in range(1, 10**6) if (name := f"{stem}-{count}") not in taken)
@@ -308,18 +311,18 @@ def _git_revision() -> str | None:
     return answer.stdout.strip()
 
 
-def _changed(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:
+def _changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:
     keys = []
     for key in {**before, **after}:
         old, new = before.get(key), after.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            keys += _changed(old, new, f"{path}{key}.")
+            keys += _changed_keys(old, new, f"{path}{key}.")
         elif old != new:
             keys.append(f"{path}{key}")
     return keys
 
 
-def _at(tree: Any, key: str) -> Any:
+def _value_at(tree: Any, key: str) -> Any:
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree

@@ -1,4 +1,4 @@
-"""One process at a time goes on with a run: its folder says who that is."""
+"""Lock of a run's folder: only one process at a time may continue the run."""
 
 import fcntl
 import json
@@ -17,8 +17,8 @@ from typing_extensions import TypedDict
 from agentrl.errors import CheckpointError
 from agentrl.files import read_json, write_atomic
 
-_BEAT = 20.0  # seconds between two signs of life
-_SILENT = 300.0  # seconds after which an owner that cannot be asked counts as dead
+_HEARTBEAT_SECONDS = 20.0
+_TIMEOUT_SECONDS = 300.0  # without a heartbeat, an owner on another machine counts as dead
 
 
 class _Owner(TypedDict):
@@ -30,57 +30,57 @@ class _Owner(TypedDict):
 
 
 class RunLock:
-    """Ownership of a run's folder, from `take` to `release`; a killed owner's is taken over.
+    """Ownership of a run's folder, from `acquire` to `release`; the lock of a dead process is replaced.
 
-    An owner on this machine is asked for: it lives if there is a process of its pid that began when it did.
-    One elsewhere is believed to live while it touches the file, which it does every 20 seconds.
+    An owner on this machine is alive if a process with its pid and start time exists. An owner on another
+    machine counts as alive as long as it touches the lock file, which it does every 20 seconds.
 
     Args:
-        folder: of the run.
+        folder: The run's folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._path = folder, folder / "lock.json"
-        self._known: tuple[int, int] | None = None
-        self._over = threading.Event()
+        self._held: tuple[int, int] | None = None
+        self._released = threading.Event()
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Become the owner.
 
         Raises:
-            CheckpointError: when another process is, or the file that says so is damaged.
+            CheckpointError: If another process owns the folder, or its lock file is damaged.
         """
-        with _one_at_a_time(self._folder):
+        with _exclusive(self._folder):
             owner = self._owner()
-            if owner is not None and (why := self._lives(owner)):
+            if owner is not None and (why := self._alive(owner)):
                 raise CheckpointError(
                     f"{self._folder}: in use by process {owner['pid']} on {owner['host']} since "
                     f"{owner['started']}; {why}"
                 )
-            write_atomic(self._path, json.dumps(_myself(), indent=1))
-            self._known = _identity(self._path)
-        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+            write_atomic(self._path, json.dumps(_this_process(), indent=1))
+            self._held = _identity(self._path)
+        threading.Thread(target=self._heartbeat, name="lock", daemon=True).start()
 
     def check(self) -> None:
-        """Refuse to go on in a folder that was removed, replaced or taken over.
+        """Check that this process still owns the folder.
 
         Raises:
-            CheckpointError: when it was.
+            CheckpointError: If the folder was removed, replaced or taken over.
         """
-        if self._known is not None and _identity(self._path) != self._known:
-            self._known = None
+        if self._held is not None and _identity(self._path) != self._held:
+            self._held = None
             raise CheckpointError(
-                f"{self._folder}: the run's folder, or its lock.json, was removed or replaced while the run "
-                "went on, so nothing more is written; put it back and resume it, or start a new run"
+                f"{self._folder}: the run's folder, or its lock.json, was removed or replaced during the "
+                "run, so nothing more is written; restore it and resume the run, or start a new one"
             )
 
     def release(self) -> None:
-        """Give up ownership, if it is still held."""
-        self._over.set()
-        if self._known is not None and _identity(self._path) == self._known:
+        """Release the ownership, if it is still held."""
+        self._released.set()
+        if self._held is not None and _identity(self._path) == self._held:
             with suppress(OSError):
                 self._path.unlink()
-        self._known = None
+        self._held = None
 
     def _owner(self) -> _Owner | None:
         if not os.path.lexists(self._path):
@@ -89,20 +89,21 @@ class RunLock:
         owner: _Owner = read_json(self._path, _Owner, remedy)
         return owner
 
-    def _lives(self, owner: _Owner) -> str | None:
-        """What to do about an owner that lives; None where it does not."""
+    def _alive(self, owner: _Owner) -> str | None:
+        """Return a hint on what to do about a live owner; None if the owner is dead."""
         if owner["machine"] == _machine():
-            return "wait for it, or stop it" if _began(owner["pid"]) == owner["created"] else None
+            return "wait for it, or stop it" if _start_time(owner["pid"]) == owner["created"] else None
         silent = self._now() - self._path.stat().st_mtime
-        if silent > _SILENT:
+        if silent > _TIMEOUT_SECONDS:
             return None
         return (
-            f"its last sign of life is {max(0.0, silent):.0f} s old. Wait for it, or stop it there; after "
-            f"{_SILENT:.0f} s of silence it is taken for dead, or delete {self._path} if you know that it is"
+            f"its last heartbeat is {max(0.0, silent):.0f} s old. Wait for it, or stop it there; after "
+            f"{_TIMEOUT_SECONDS:.0f} s without one it counts as dead, or delete {self._path} if you know "
+            "that it is dead"
         )
 
     def _now(self) -> float:
-        """By the clock that stamps the folder's files, which may be another machine's."""
+        """Return the time of the clock that stamps the folder's files, which may be another machine's."""
         probe = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
         try:
             probe.touch()
@@ -113,17 +114,17 @@ class RunLock:
             with suppress(OSError):
                 probe.unlink()
 
-    def _beat(self) -> None:
-        while not self._over.wait(_BEAT):
-            if _identity(self._path) != self._known:
+    def _heartbeat(self) -> None:
+        while not self._released.wait(_HEARTBEAT_SECONDS):
+            if _identity(self._path) != self._held:
                 return
             with suppress(OSError):
                 os.utime(self._path)
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let one process of a machine look at the lock and write it."""
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine from reading and writing the lock meanwhile."""
     number = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -135,19 +136,19 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         os.close(number)
 
 
-def _myself() -> dict[str, Any]:
+def _this_process() -> dict[str, Any]:
     pid = os.getpid()
     return {
         "pid": pid,
         "host": socket.gethostname(),
         "machine": _machine(),
-        "created": _began(pid),
+        "created": _start_time(pid),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
 
 def _machine() -> str:
-    """Within which a pid means one process: a host since it was booted, and the container on it."""
+    """Identify the scope in which a pid is unique: the host, its boot and the container."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -156,8 +157,8 @@ def _machine() -> str:
     return " ".join(parts)
 
 
-def _began(pid: int) -> float | None:
-    """When a process began, which tells it from a later one of the same pid; None for one that ended."""
+def _start_time(pid: int) -> float | None:
+    """Return the start time of a process, which tells it from a later one of its pid; None if it ended."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()

@@ -3,8 +3,10 @@
 import random
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,13 +31,14 @@ from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import ExpertPlayer, LanguagePlayer, Player, RandomPlayer
 from agentrl.run.folder import Run, changed_wording, open_run
-from agentrl.run.settings import RunConfig, callers_values, foreign
+from agentrl.run.settings import RunConfig
+from agentrl.run.trust import caller_only_values, drop_caller_only_values
 from agentrl.scale.engines import open_engine
 from agentrl.seeds import derive_seed
 
-MOST_TURNS = 1_000  # of an episode, where the configuration names no limit: an environment may have no end
-ENDLESS = 10  # episodes that came to that limit, after which no other end is expected
-_MOST_TEXT = 1 << 26  # characters that a tokenizer is fitted on
+FALLBACK_MAX_TURNS = 1_000  # limit where rollout.max_turns is None: an environment may never end an episode
+MAX_ENDLESS_EPISODES = 10  # number of episodes at that limit after which no other outcome is expected
+_MAX_TEXT_CHARS = 1 << 26  # limit of the text that a tokenizer is fitted on
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,15 @@ def fit_policy(
     tokenizer = load_tokenizer(tokenizer_folder)  # as a resumed run has it
     block = replace(config.policy, dtype="float32")
     model = build_model(block, tokenizer, derive_seed(config.seed, "weights"))
-    return _policy(model, tokenizer, config.policy)
+    return _make_policy(model, tokenizer, config.policy)
+
+
+def names_actions(tasks: Sequence[str], environments: Environments) -> bool:
+    """Whether the environment offers a list of actions to choose from; else replies are free text."""
+    info: Any = {}
+    with suppress(Exception), environments.borrow() as environment:  # its episodes will record it
+        _, info = environment.reset(seed=0, options={"task": tasks[0]})
+    return info.get("actions") is not None
 
 
 def environment_text(
@@ -98,9 +109,9 @@ def environment_text(
 ) -> list[str]:
     """Observations and actions of training tasks as `player` plays them, for a tokenizer to be fitted on."""
     texts: list[str] = []
-    left, endless = _MOST_TEXT, 0
+    left, endless = _MAX_TEXT_CHARS, 0
     for spec in drawn_specs(config, "tokenizer", config.policy.tokenizer_episodes, tasks):
-        if left <= 0 or endless >= ENDLESS:
+        if left <= 0 or endless >= MAX_ENDLESS_EPISODES:
             break
         (episode,) = collect(
             [spec], player, environments, max_active=1, max_turns=turn_limit(config)
@@ -120,12 +131,12 @@ def environment_text(
 
 def turn_limit(config: RunConfig) -> int:
     """Return the most turns of an episode, where an environment may have no end."""
-    return MOST_TURNS if config.rollout.max_turns is None else config.rollout.max_turns
+    return FALLBACK_MAX_TURNS if config.rollout.max_turns is None else config.rollout.max_turns
 
 
 def is_endless(config: RunConfig, episode: Episode) -> bool:
     """Tell whether an episode came to the limit that only stands in for a missing one."""
-    return config.rollout.max_turns is None and len(episode.turns) >= MOST_TURNS
+    return config.rollout.max_turns is None and len(episode.turns) >= FALLBACK_MAX_TURNS
 
 
 def drawn_specs(config: RunConfig, use: str, count: int, tasks: Sequence[str]) -> Iterator[EpisodeSpec]:
@@ -143,7 +154,7 @@ def load(folder: str | Path, config: PolicyConfig) -> Policy:
         CheckpointError: if the folder cannot be read, or its numbers overflow in `policy.dtype`.
     """
     model, tokenizer = load_policy(folder, device=config.device)
-    policy = _policy(model, tokenizer, config)
+    policy = _make_policy(model, tokenizer, config)
     if policy.served is not model:
         check_finite(Path(folder), policy.served)
     return policy
@@ -177,10 +188,10 @@ def open_player(
     """
     if policy in ("random", "expert"):
         return scripted_player(policy), config or RunConfig()
-    opened, asked = _run_or_none(policy), config is not None
+    opened, asked = _open_run_or_none(policy), config is not None
     if opened is not None:
-        config, folder, asked = foreign(opened.config), opened.model, True
-        _warn_of_unused(opened)
+        config, folder, asked = drop_caller_only_values(opened.config), opened.model, True
+        _warn_of_dropped_values(opened)
     else:
         config, folder = config or RunConfig(), Path(policy)
     loaded = load(folder, config.policy)
@@ -194,8 +205,8 @@ def open_player(
     return loaded.player(loaded.engine(config), config, temperature), config
 
 
-def _warn_of_unused(run: Run) -> None:
-    if named := ", ".join(callers_values(run.config)):
+def _warn_of_dropped_values(run: Run) -> None:
+    if named := ", ".join(caller_only_values(run.config)):
         warnings.warn(
             f"{run.folder} names {named}: not used, since only who plays it may name programs, servers and "
             "what shuts code in",
@@ -204,7 +215,7 @@ def _warn_of_unused(run: Run) -> None:
         )
 
 
-def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PolicyConfig) -> Policy:
+def _make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PolicyConfig) -> Policy:
     dialogue = make_dialogue(
         tokenizer,
         reply=config.reply,
@@ -215,7 +226,7 @@ def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: 
     return Policy(model, engine_copy(model, getattr(torch, config.dtype)), tokenizer, dialogue)
 
 
-def _run_or_none(policy: str) -> Run | None:
+def _open_run_or_none(policy: str) -> Run | None:
     """A run of that folder or name; None for a folder that is none, or a model's that holds a config.yaml."""
     try:
         return open_run(policy)

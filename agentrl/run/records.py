@@ -1,4 +1,4 @@
-"""What the JSON files of a run hold, and their reading: one that holds anything else is refused by name."""
+"""Schemas of the JSON files in a run's folder, and functions that read and validate them."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, cast
@@ -8,7 +8,9 @@ from typing_extensions import TypedDict  # pydantic reads no other under Python 
 
 from agentrl.files import check_shape, read_json
 
-SCHEMA = 2  # of the runs that are written; 1 did not say its number
+SCHEMA = 2  # version of the folders that are written; those of version 1 do not name it
+
+_OLDER_CHECKPOINT = "remove the checkpoint to resume from an older one"
 
 _Interval = Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
 
@@ -77,55 +79,55 @@ class _Progress(TypedDict):
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What a run reached; empty until it has finished."""
+    """Read the results of a run; empty until it has finished."""
     path = folder / "summary.json"
-    if not _stands(path):
+    if not _exists(path):
         return {}
-    return _dict(path, _Summary, f"delete it, and `agentrl train --resume {folder}` writes it anew")
+    return _read_dict(path, _Summary, f"delete it, and `agentrl train --resume {folder}` writes it anew")
 
 
 def read_evaluations(folder: Path) -> dict[str, Any]:
-    """What was measured so far: policy, decoding, numbers; empty before the first measurement."""
+    """Read the scores so far, by policy and decoding; empty before the first evaluation."""
     path, remedy = folder / "evaluations.json", "restore it from a copy, or start a new run"
-    if not _stands(path):
+    if not _exists(path):
         return {}
-    tree = _dict(path, dict[str, dict[str, Any]], remedy)
+    tree = _read_dict(path, dict[str, dict[str, Any]], remedy)
     policies = {name: found for name, found in tree.items() if name != "instruction_check"}
     check_shape(path, policies, _Policies, remedy)
     check_shape(path, tree.get("instruction_check", {}), dict[str, _Check], remedy)
     return tree
 
 
-def read_clocks(path: Path) -> dict[str, float]:
-    """Seconds by activity; none where no clock was kept yet."""
-    if not _stands(path):
+def read_timers(path: Path) -> dict[str, float]:
+    """Read the seconds of each activity; empty if there is no file yet."""
+    if not _exists(path):
         return {}
-    return _dict(path, _Seconds, "delete it to have the clocks start anew; nothing else depends on it")
+    return _read_dict(path, _Seconds, "delete it to restart the timers; nothing else depends on it")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a run was made with; None where it has no manifest, as one that was moved by hand."""
+    """Read what a run was made with; None if it has no manifest, as after moving files by hand."""
     path = folder / "manifest.json"
-    if not _stands(path):
+    if not _exists(path):
         return None
-    return _dict(path, _Manifest, "restore it, or delete it: it says what the run was made with")
+    return _read_dict(path, _Manifest, "restore it, or delete it: it records what the run was made with")
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """How far a checkpoint had come."""
-    return _dict(checkpoint / "progress.json", _Progress, "remove the checkpoint to resume from an older one")
+    """Read the progress of a checkpoint."""
+    return _read_dict(checkpoint / "progress.json", _Progress, _OLDER_CHECKPOINT)
 
 
 def read_hashes(checkpoint: Path) -> dict[str, str]:
-    """The digest of each file of a checkpoint."""
+    """Read the digest of each file of a checkpoint."""
     shape = Annotated[dict[str, str], Field(min_length=1)]
-    return _dict(checkpoint / "hashes.json", shape, "remove the checkpoint to resume from an older one")
+    return _read_dict(checkpoint / "hashes.json", shape, _OLDER_CHECKPOINT)
 
 
-def _dict(path: Path, shape: Any, remedy: str) -> dict[str, Any]:
+def _read_dict(path: Path, shape: Any, remedy: str) -> dict[str, Any]:
     return cast(dict[str, Any], read_json(path, shape, remedy))
 
 
-def _stands(path: Path) -> bool:
-    """Whether anything is there, be it a folder or a link to nothing, which reading refuses."""
+def _exists(path: Path) -> bool:
+    """Return whether the path exists, also as a folder or a dangling link, which cannot be read."""
     return path.exists() or path.is_symlink()

@@ -1,8 +1,6 @@
 """The configuration of a run: every room's own block, composed, validated at once, printed and read back."""
 
-import json
 import logging
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
@@ -25,14 +23,13 @@ from agentrl.config import (
     set_values,
     to_tree,
 )
-from agentrl.env.registry import callers_arguments
 from agentrl.env.settings import EnvConfig
 from agentrl.errors import ConfigError
 from agentrl.learn.settings import LearnerConfig
 from agentrl.plugins import load_imports
 from agentrl.policy.settings import EngineConfig, PolicyConfig
 from agentrl.rollout.settings import RolloutConfig
-from agentrl.run.config_files import blamed, leaves, read_config_files
+from agentrl.run.config_files import leaves, read_config_files, with_origins
 from agentrl.terminal import echo
 
 _log = logging.getLogger(__name__)
@@ -203,15 +200,6 @@ class RunConfig:
 
 _VLLM_TEMPERATURES = (0.01, 2.0)
 
-# What is started, imported or contacted: only the configuration and the command line of who runs it name
-# that, and never a run's folder, which may be somebody else's. See `foreign` and `check_named_again`.
-CALLERS_KEYS = (
-    "rollout.workers.interpreter",
-    "rollout.ray.address",
-    "engine.vllm.weights_folder",
-    "engine.vllm.url",
-)
-
 # Keys of a block that a new value of its naming key makes meaningless.
 _NAMING_KEYS = {"algorithm": "name", "env": "id"}
 
@@ -237,14 +225,14 @@ def load_config(
     dropped: list[str] = []
     try:
         for change in (*(list(leaves(file.tree)) for file in files[1:]), parse_overrides(overrides)):
-            tree, lost = with_names(tree, change)
+            tree, lost = apply_changes(tree, change)
             dropped += lost
         _log.debug("read %s, then %s", [str(file.path) for file in files], list(overrides))
         for key in dropped:
             (warn or _print)(f"dropped {key}: it belongs to another {_NAMING_KEYS[key.split('.')[0]]}")
         config = config_from_tree(_with_imports(tree, imports))
     except ConfigError as error:
-        raise ConfigError(blamed(str(error), files, overrides)) from error
+        raise ConfigError(with_origins(str(error), files, overrides)) from error
     for line in preset_overrides(config.algorithm):
         (warn or _print)(line)
     return config
@@ -312,76 +300,6 @@ def config_tree(config: RunConfig) -> dict[str, Any]:
     return tree
 
 
-def callers_values(config: RunConfig) -> dict[str, Any]:
-    """Return what a configuration says that only its caller may name: dotted keys and values.
-
-    Beside `CALLERS_KEYS`, these are the arguments that the environment declares, see `agentrl.env.TextEnv`.
-    """
-    tree, usual = config_tree(config), config_tree(RunConfig())
-    named = {key: _value(tree, key) for key in CALLERS_KEYS if _value(tree, key) != _value(usual, key)}
-    kwargs = config.env.kwargs
-    return named | {f"env.kwargs.{name}": kwargs[name] for name in callers_arguments(config.env.id, kwargs)}
-
-
-def foreign(config: RunConfig) -> RunConfig:
-    """Return a run's configuration for who did not write it: what it names is not started or contacted.
-
-    What `callers_values` lists takes its default. Without the servers that it names, a policy is played on
-    this machine, by torch.
-    """
-    named = callers_values(config)
-    tree, usual = config_tree(config), config_tree(RunConfig())
-    for key in named:
-        *path, name = key.split(".")
-        block = _block(tree, path)
-        if path == ["env", "kwargs"]:
-            del block[name]
-        else:
-            block[name] = _value(usual, key)
-    if "engine.vllm.url" in named:
-        tree["engine"] |= {"name": "torch", "actors": None}
-    if "rollout.ray.address" in named:
-        tree["rollout"] |= {"backend": "local"}
-    return config_from_tree(tree)
-
-
-def check_named_again(run: str, config: RunConfig, overrides: Sequence[str]) -> None:
-    """Refuse to take up a run that names what only the caller may name, unless the caller does so as well.
-
-    Args:
-        run: its folder.
-        config: that stands there.
-        overrides: `key=value` of the caller.
-
-    Raises:
-        ConfigError: with the command that says all of it.
-    """
-    given = {".".join(dotted) for dotted, _ in parse_overrides(overrides)}
-    missing = {
-        key: value
-        for key, value in callers_values(config).items()
-        if not any(f"{key}.".startswith(f"{said}.") for said in given)
-    }
-    if missing:
-        words = [*overrides, *as_overrides(missing)]
-        raise ConfigError(
-            f"{run} names what it would start, contact or let loose: {', '.join(missing)}. Nothing that a "
-            "run's folder names is used unasked; if you trust it, name it again:\n"
-            f"agentrl train --resume {shlex.join([run, *words])}"
-        )
-
-
-def as_overrides(values: Mapping[str, Any]) -> list[str]:
-    """Return keys and values as `key=value`, the value in YAML."""
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
-
-
-def _value(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree[part]
-    return tree
-
-
 def _recipe(block: Any) -> Recipe:
     block = {} if block is None else block
     if not isinstance(block, Mapping):
@@ -392,7 +310,7 @@ def _recipe(block: Any) -> Recipe:
     return build_recipe(name, {k: v for k, v in block.items() if k != "name"})
 
 
-def with_names(
+def apply_changes(
     tree: Mapping[str, Any], changes: Iterable[tuple[Dotted, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
     """Change values; a new name empties its block first, whatever the order of the changes.

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two updates, never inside one, and are never lost."""
+"""Handling of SIGINT and SIGTERM: they stop a run between two updates, and none is lost."""
 
 import math
 import signal
@@ -10,38 +10,38 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_AGAIN = 0.05  # seconds until a stop that Python swallowed is told again
-_ON_ITS_WAY = 2.0  # seconds in which a second signal does not disturb what the first has raised
+_RESEND_AFTER = 0.05  # seconds until a swallowed stop is sent again
+_GRACE = 2.0  # seconds during which a second signal does not interrupt the handling of the first
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """The run was asked to stop and can be resumed; the message says how."""
+    """The run was stopped by a signal and can be resumed; the message says how."""
 
 
 class Interruption:
-    """Turns SIGINT and SIGTERM into KeyboardInterrupt, held back while `shield` is open.
+    """Signal handler that raises KeyboardInterrupt for SIGINT and SIGTERM, but never while `shield` is open.
 
-    A signal is recorded before it is raised: Python swallows what is raised inside a finalizer or a callback
-    of C code. Such a stop is told again a moment later, and at the next safe point at the latest.
+    Python swallows exceptions raised inside a finalizer or a callback of C code. So a signal is recorded
+    before it is raised, and a swallowed one is sent again shortly after, or raised at the next safe point.
     """
 
     def __init__(self) -> None:
-        self._shields = 0
-        self._asked = False
-        self._raised = -math.inf  # when, for as long as it may be on its way up
+        self._shield_depth = 0
+        self._requested = False
+        self._raised_at = -math.inf  # time of the last KeyboardInterrupt that may still propagate
 
     @contextmanager
     def listening(self) -> Iterator["Interruption"]:
-        """Handle both signals; only a program's main thread can."""
+        """Handle both signals inside the block; outside the main thread, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
         before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
-        self._hook = hook
+        hook, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
+        self._outer_hook = hook
         try:
             yield self
-            self.heed()
+            self.check_stop()
         finally:
             sys.unraisablehook = hook
             for number, handler in before.items():
@@ -49,41 +49,45 @@ class Interruption:
 
     @contextmanager
     def shield(self) -> Iterator[None]:
-        """Finish what is inside first: a half-applied update cannot be resumed."""
-        self._shields += 1
+        """Hold signals back until the block has finished: a half-applied update cannot be resumed."""
+        self._shield_depth += 1
         try:
             yield
         finally:
-            self._shields -= 1
-        self.heed()
+            self._shield_depth -= 1
+        self.check_stop()
 
-    def heed(self) -> None:
-        """Stop here if a stop was asked for, and nothing has come of it yet: a safe point."""
-        if self._asked and not self._shields:
-            self._raised = time.monotonic()
+    def check_stop(self) -> None:
+        """Stop here if a stop was requested; to be called at safe points.
+
+        Raises:
+            KeyboardInterrupt: If a stop was requested and no shield is open.
+        """
+        if self._requested and not self._shield_depth:
+            self._raised_at = time.monotonic()
             raise KeyboardInterrupt
 
-    def asked(self) -> bool:
-        """Whether a stop was asked for; it is told once."""
-        asked, self._asked = self._asked, False
-        return asked
+    def pop_request(self) -> bool:
+        """Return whether a stop was requested, and clear the request."""
+        requested, self._requested = self._requested, False
+        return requested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        if not self._shields and time.monotonic() > self._raised + _ON_ITS_WAY:
-            self._raised = time.monotonic()
+        self._requested = True
+        if not self._shield_depth and time.monotonic() > self._raised_at + _GRACE:
+            self._raised_at = time.monotonic()
             raise KeyboardInterrupt
 
-    def _swallowed(self, what: Any) -> None:
-        """Python's hook for exceptions that it cannot pass on."""
-        if not (self._asked and issubclass(what.exc_type, KeyboardInterrupt)):
-            self._hook(what)
+    def _on_unraisable(self, what: Any) -> None:
+        """Handle an exception that Python cannot propagate: the `sys.unraisablehook`."""
+        if not (self._requested and issubclass(what.exc_type, KeyboardInterrupt)):
+            self._outer_hook(what)
             return
-        self._raised = -math.inf
-        timer = threading.Timer(_AGAIN, self._tell_again)
+        self._raised_at = -math.inf
+        timer = threading.Timer(_RESEND_AFTER, self._send_again)
         timer.daemon = True
         timer.start()
 
-    def _tell_again(self) -> None:
-        if self._asked and signal.getsignal(signal.SIGINT) == self._handle:
+    def _send_again(self) -> None:
+        if self._requested and signal.getsignal(signal.SIGINT) == self._handle:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Where a run's time goes, over all its sessions."""
+"""Timers of a run's activities, summed over all its sessions."""
 
 import json
 import time
@@ -8,25 +8,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from agentrl.files import write_atomic
-from agentrl.run.records import read_clocks
+from agentrl.run.records import read_timers
 
 
-class Clocks:
+class Timers:
     """Seconds per activity, kept in a file.
 
     Args:
-        path: of the file; what it holds is where the clocks go on.
-        writes: whether this process is the one that writes it.
+        path: The file; the timers continue from its content.
+        writes: Whether this process writes the file.
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self._path, self._writes = path, writes
         self._seconds = defaultdict[str, float](float)
-        self._seconds.update(read_clocks(path))
+        self._seconds.update(read_timers(path))
 
     @contextmanager
     def running(self, activity: str) -> Iterator[None]:
-        """Measure the block: `ACTIVITY.wall`, and `ACTIVITY.cpu` of this process and all its threads."""
+        """Time the block: `ACTIVITY.wall`, and `ACTIVITY.cpu` over all threads of this process."""
         wall, cpu = time.perf_counter(), time.process_time()
         try:
             yield
@@ -35,12 +35,14 @@ class Clocks:
             self.add(f"{activity}.cpu", time.process_time() - cpu)
 
     def add(self, name: str, seconds: float) -> None:
+        """Add seconds to a timer."""
         self._seconds[name] += seconds
 
     def save(self) -> None:
+        """Write the file, if this process is the one that writes it."""
         if self._writes:
             write_atomic(self._path, json.dumps(self._seconds, indent=1))
 
     def read(self) -> Mapping[str, float]:
-        """Seconds so far, by name, rounded to hundredths."""
+        """Return the seconds so far by name, rounded to hundredths."""
         return {name: round(value, 2) for name, value in sorted(self._seconds.items())}

@@ -71,7 +71,7 @@ class _HeadMonitor(threading.Thread):
         self._over.set()
 
 
-_connection = _Connection()
+_connection = _Connection()  # Ray has one connection per process
 
 
 @contextmanager
@@ -102,6 +102,7 @@ def connected(address: str | None) -> Iterator[None]:
         if not _connection.users:
             if _connection.monitor is not None:
                 _connection.monitor.end()
+            # A connection that the script opened before stays open.
             if _connection.ours:
                 with _preserve_signal_handlers():
                     ray.shutdown()
@@ -221,7 +222,7 @@ def short_reason(error: Exception) -> str:
 def _connect(address: str | None) -> None:
     options: dict[str, Any] = {"address": address}
     if address is None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # report nothing from a cluster of our own
         options = {"address": "local", "include_dashboard": False}
     elif address != "auto":
         ping(address)
@@ -229,7 +230,7 @@ def _connect(address: str | None) -> None:
         with _preserve_signal_handlers():
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
-        ray.shutdown()
+        ray.shutdown()  # a failed start may leave processes behind
         where = "Ray does not start on this machine" if address is None else f"no Ray cluster at {address}"
         raise ConfigError(f"rollout.ray.address: {where}: {type(error).__name__}: {error}") from error
 
@@ -243,6 +244,7 @@ def ping(address: str) -> None:
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), _PING_TIMEOUT) as connection:
+            # A head with TLS answers nothing before a handshake, so only the connection is checked.
             if os.environ.get("RAY_USE_TLS", "0") == "1":
                 return
             connection.sendall(_HTTP2_PREFACE)

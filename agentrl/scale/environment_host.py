@@ -41,14 +41,14 @@ class EnvironmentHost:
 
     Args:
         make: The pickled factory of environments; only the workers unpickle it.
-        places: The number of episodes that are played at a time.
+        capacity: The number of episodes that are played at a time.
         config: The configuration of the workers.
         path: The driver's `sys.path`, so that the workers can import what exists on this machine too.
     """
 
-    def __init__(self, make: bytes, places: int, config: WorkersConfig, path: Sequence[str]) -> None:
+    def __init__(self, make: bytes, capacity: int, config: WorkersConfig, path: Sequence[str]) -> None:
         sys.path.extend(folder for folder in path if folder not in sys.path)
-        self._environments = ProcessEnvironments(_PickledMake(make), places, config)
+        self._environments = ProcessEnvironments(_PickledMake(make), capacity, config)
         self._playing: set[str] = set()
         self._owed = 0
         self._borrowed: dict[int, tuple[ExitStack, Any]] = {}
@@ -63,7 +63,7 @@ class EnvironmentHost:
 
     def capacity(self) -> int:
         """Return the number of episodes that can be played at a time."""
-        return cast(int, self._environments.places)
+        return cast(int, self._environments.capacity)
 
     def exchange(self, messages: Sequence[Message], target: int, max_wait: float) -> Report:
         """Process messages, and return once enough answers have come.
@@ -85,7 +85,7 @@ class EnvironmentHost:
         answers: list[Answered] = []
         until = time.monotonic() + max_wait
         while self._owed and len(answers) < wanted and (left := until - time.monotonic()) > 0:
-            found = self._environments.poll(wait=True, patience=left)
+            found = self._environments.poll(wait=True, max_wait=left)
             self._owed -= len(found)
             answers += found
         return Report(answers, self._environments.restarts, self._environments.recycled)

@@ -79,7 +79,7 @@ class RayEngines:
         self._connection.enter_context(connected(address))
         try:
             check_capacity("engine.actors", count, cpus=config.actor_cpus, gpus=config.actor_gpus)
-            share = -(-max_sequences // count)
+            share = -(-max_sequences // count)  # rounded up
             spec = EngineSpec(strip_weights(model), config, tuple(stop_ids), max_context, share, sys.path)
             self._spec, self._weights = ray.put(spec), ray.put(export_weights(model))
             for _ in range(count):
@@ -97,6 +97,7 @@ class RayEngines:
             self._ready.append(Generation(sequence, policy_version=self._version, error=error))
             return
         host = self._host_of.get(sequence)
+        # The tokens of a sequence are lost with its actor; only a new one can start elsewhere.
         if host is None and sequence in self._host_of and not request.new_sequence:
             self._report_lost(sequence, "its actor was lost between two requests")
             return
@@ -122,6 +123,7 @@ class RayEngines:
         calls = {host.call: host for host in self._hosts if host.call is not None}
         if calls:
             ray.wait(list(calls), timeout=0.0 if self._ready else _MAX_WAIT)
+            # The wait above ends with the first answer; collect all that have come by now.
             for call in ray.wait(list(calls), num_returns=len(calls), timeout=0)[0]:
                 self._receive(calls[call])
         for host in [host for host in self._hosts if host.is_overdue()]:
@@ -224,7 +226,7 @@ class RayEngines:
 
     def _drop_host(self, host: "_Host", reason: str) -> None:
         """Remove an actor, answer its requests as lost, and start a replacement while restarts are left."""
-        wait_for_head()
+        wait_for_head()  # without the head every actor seems lost, and no new one can start
         self._hosts.remove(host)
         host.kill()
         for sequence in host.sequences:

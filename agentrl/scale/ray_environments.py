@@ -57,7 +57,7 @@ class RayEnvironments(Environments):
 
     Args:
         make: The factory of environments; see `ProcessEnvironments`.
-        places: The number of episodes played at a time, on all machines together.
+        capacity: The number of episodes played at a time, on all machines together.
         workers: The configuration of each actor's workers.
         config: The cluster, and the number of actors.
 
@@ -68,12 +68,12 @@ class RayEnvironments(Environments):
         ConfigError: If there is no cluster, it is too small, or an actor cannot start.
     """
 
-    places: int
+    capacity: int
 
     def __init__(
-        self, make: Make, places: int, workers: WorkersConfig | None = None, config: RayConfig | None = None
+        self, make: Make, capacity: int, workers: WorkersConfig | None = None, config: RayConfig | None = None
     ) -> None:
-        self._make, self._most = cloudpickle.dumps(make), places
+        self._make, self._most = cloudpickle.dumps(make), capacity
         self._workers, self._config = workers or WorkersConfig(), config or RayConfig()
         self.messages = 0
         self._replaced = 0
@@ -214,12 +214,13 @@ class RayEnvironments(Environments):
         except RayError as error:
             self._drop_host(host, short_reason(error))
             return
-        if not host.capacity:
+        if not host.capacity:  # the first call of an actor asks for its capacity
             host.capacity = outcome
             return
         report = cast(Report, outcome)
         host.playing.update((episode, False) for episode, _ in report.answers)
         self._ready.extend(report.answers)
+        # An actor counts from its own start, so only the growth is added.
         self.restarts += report.restarts - host.restarts
         self.recycled += report.recycled - host.recycled
         host.restarts, host.recycled = report.restarts, report.recycled
@@ -249,7 +250,7 @@ class RayEnvironments(Environments):
         """Connect to the cluster and start the actors, unless they have started."""
         if self._hosts:
             return
-        self.places = 0
+        self.capacity = 0
         self._connection.enter_context(connected(self._config.address))
         try:
             count = self._config.actors or max(1, len(machines()))
@@ -263,7 +264,7 @@ class RayEnvironments(Environments):
         except BaseException:
             self.close()
             raise
-        self.places = min(self._most, sum(host.capacity for host in self._hosts))
+        self.capacity = min(self._most, sum(host.capacity for host in self._hosts))
 
     def _start(self) -> None:
         """Start an actor on the machine with the fewest; it plays nothing before it reports its capacity."""
@@ -285,11 +286,11 @@ class RayEnvironments(Environments):
         """Remove an actor, answer its calls as lost, and start a replacement while restarts are left."""
         if host not in self._hosts:
             return
-        wait_for_head()
+        wait_for_head()  # without the head every actor seems lost, and no new one can start
         self._hosts.remove(host)
         host.kill()
         host.exit_reason = f"the actor on {host.machine} was lost: {reason}"
-        if not self.places:
+        if not self.capacity:  # while the first actors start, a failure is one of the configuration
             raise ConfigError(f"an environment actor cannot start on {host.machine}: {reason}")
         self.restarts += 1
         for episode, owed in host.playing.items():

@@ -33,7 +33,7 @@ _GRACE_PERIOD = 30.0  # seconds for the other ranks to end by themselves after o
 
 
 def run_on_ray(work: Callable[[], T], count: int, *, address: str | None = None, gpus: float = 0.0) -> T:
-    """Run a function on several ranks, see `agentrl.learn.ranks.joined`, and print the first rank's output.
+    """Run a function on several ranks, see `learn.ranks.process_group`, and print the first rank's output.
 
     The first Ctrl-C is passed on to the ranks as SIGTERM; the second one kills them.
 
@@ -202,7 +202,7 @@ def _wait_for_results(calls: dict[Any, int], ranks: Sequence[_PlacedRank], outpu
             if error is not None:
                 raised[number] = error
         if raised or died or failed:
-            until = min(until, time.monotonic() + _GRACE_PERIOD)
+            until = min(until, time.monotonic() + _GRACE_PERIOD)  # counts from the first failure
     _print_output(output)
     for errors in (died, raised, failed):  # a rank that died makes the others fail too
         if errors:

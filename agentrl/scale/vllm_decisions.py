@@ -73,9 +73,9 @@ def row(arguments: Mapping[str, Any] | None, temperature: float, output_ids: Seq
     choices = own.get("choices")
     trie = None if choices is None else token_trie(tuple(tuple(choice) for choice in choices))
     thoughts = None
-    if (told := own.get("thoughts")) is not None:
-        ending = Ending(told["end"], dict(told["pieces"]))
-        thoughts = Thoughts(ending, tuple(told["begun"]), told["stop"])
+    if (described := own.get("thoughts")) is not None:
+        ending = Ending(described["end"], dict(described["pieces"]))
+        thoughts = Thoughts(ending, tuple(described["begun"]), described["stop"])
     return Row(own.get("key"), trie, temperature or 1.0, output_ids, thoughts)
 
 

@@ -25,10 +25,14 @@ Folders = Mapping[int, Mapping[str, Path]]  # seed -> method -> its finished run
 Outcomes = Mapping[str, float]  # task -> share of its plays that succeeded; NaN where all were aborted
 
 DECODINGS = ("greedy", "sampled")
-CURVES = ("entropy/token", "entropy/trajectory", "success")
+CURVES = (
+    "train/rollout/entropy/token",
+    "train/rollout/entropy/trajectory",
+    "train/rollout/success_rate",
+)
 RESAMPLES = 10_000
-_TRIMMED = 0.25  # share of the seeds that is cut at each end
-_POINTS = 40  # of a curve
+_TRIMMED_SHARE = 0.25  # share of the seeds that is cut at each end
+_MAX_POINTS = 40  # of a curve
 
 
 def compare(folders: Folders, methods: Sequence[str], baseline: str, clone: str) -> dict[str, Any]:
@@ -49,7 +53,7 @@ def compare(folders: Folders, methods: Sequence[str], baseline: str, clone: str)
     """
     names = [name for name in (clone, *methods) if any(name in found for found in folders.values())]
     runs = {
-        name: {seed: _measured(found[name]) for seed, found in folders.items() if name in found}
+        name: {seed: _run_record(found[name]) for seed, found in folders.items() if name in found}
         for name in names
     }
     panel = _common_panel(runs)
@@ -58,10 +62,11 @@ def compare(folders: Folders, methods: Sequence[str], baseline: str, clone: str)
     }
     for decoding in DECODINGS:
         plays = {
-            name: {seed: _outcomes(folders[seed][name], decoding) for seed in runs[name]} for name in names
+            name: {seed: _read_outcomes(folders[seed][name], decoding) for seed in runs[name]}
+            for name in names
         }
         for name in names:
-            compared[name][decoding] = _success(plays[name])
+            compared[name][decoding] = _success_estimate(plays[name])
             if name != baseline:
                 compared[name][decoding]["difference"] = _difference(plays[name], plays.get(baseline, {}))
     return {
@@ -118,42 +123,45 @@ def interquartile_mean(
 
 
 def _interquartile(*outcomes: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    means: NDArray[np.float64] = trim_mean([np.nanmean(each, axis=axis) for each in outcomes], _TRIMMED)
+    means: NDArray[np.float64] = trim_mean([np.nanmean(each, axis=axis) for each in outcomes], _TRIMMED_SHARE)
     return means
 
 
-def _measured(folder: Path) -> dict[str, Any]:
+def _run_record(folder: Path) -> dict[str, Any]:
     """What one run did and how it went."""
     summary = read_summary(folder)
     rows = read_metrics(folder / "metrics.jsonl", "train")
     regular = open_run(folder).config.learner.updates_per_step
-    learned = [row for row in rows if "learner/updates" in row]
+    learned = [row for row in rows if "train/learner/updates" in row]
     # What a batch of rollouts is not worth by itself was taken on replayed episodes.
     replayed = sum(
-        max(0.0, row["learner/updates"] + row["learner/skipped_updates"] - regular) for row in learned
+        max(0.0, row["train/learner/updates"] + row["train/learner/skipped_updates"] - regular)
+        for row in learned
     )
     trained = summary["policies"]["trained"]
     return {
         "panel": summary["panel"],
-        "episodes": round(sum(row["episodes"] for row in rows)),
-        "updates": round(sum(row["learner/updates"] for row in learned) - replayed),
+        "episodes": round(sum(row["train/rollout/episodes"] for row in rows)),
+        "updates": round(sum(row["train/learner/updates"] for row in learned) - replayed),
         "replay_updates": round(replayed),
         "success": {decoding: trained[decoding]["success_rate"] for decoding in DECODINGS},
         "aborted": {
-            "training": round(sum(row["aborted"] * row["episodes"] for row in rows)),
+            "training": round(
+                sum(row["train/rollout/aborted_rate"] * row["train/rollout/episodes"] for row in rows)
+            ),
             **{decoding: trained[decoding]["aborted"] for decoding in DECODINGS},
         },
         "cpu_seconds": round(
             sum(summary["times"].get(f"{name}.cpu", 0.0) for name in ("rollout", "learning")), 1
         ),
-        "curves": {name: thin(rows, name) for name in CURVES},
+        "curves": {name: downsample(rows, name) for name in CURVES},
     }
 
 
-def thin(rows: Sequence[Tree], key: str, points: int = _POINTS) -> dict[str, list[float]]:
+def downsample(rows: Sequence[Tree], key: str, points: int = _MAX_POINTS) -> dict[str, list[float]]:
     """A logged number over the steps, as at most `points` means over as many consecutive steps each.
 
-    >>> thin([{"step": step, "loss": float(step)} for step in (1, 2, 3, 4)], "loss", points=2)
+    >>> downsample([{"step": step, "loss": float(step)} for step in (1, 2, 3, 4)], "loss", points=2)
     {'step': [1.5, 3.5], 'value': [1.5, 3.5]}
     """
     known = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
@@ -165,14 +173,14 @@ def thin(rows: Sequence[Tree], key: str, points: int = _POINTS) -> dict[str, lis
     }
 
 
-def _outcomes(folder: Path, decoding: str) -> Outcomes:
+def _read_outcomes(folder: Path, decoding: str) -> Outcomes:
     plays: dict[str, list[bool]] = defaultdict(list)
     for episode in read_episodes(folder / "episodes" / f"trained-{decoding}.parquet"):
         plays[episode.task] += [episode.success] if episode.outcome is not Outcome.ABORTED else []
     return {task: fmean(each) if each else float("nan") for task, each in plays.items()}
 
 
-def _success(plays: Mapping[int, Outcomes]) -> dict[str, Any]:
+def _success_estimate(plays: Mapping[int, Outcomes]) -> dict[str, Any]:
     table = np.array([[found[task] for task in sorted(found)] for found in plays.values()])
     tasks = table.shape[1]
     score = _estimate(plays, table)
@@ -181,13 +189,13 @@ def _success(plays: Mapping[int, Outcomes]) -> dict[str, Any]:
     return score
 
 
-def _difference(plays: Mapping[int, Outcomes], rivals: Mapping[int, Outcomes]) -> dict[str, Any] | None:
+def _difference(plays: Mapping[int, Outcomes], others: Mapping[int, Outcomes]) -> dict[str, Any] | None:
     """Over the tasks that both played on the same seed; None without a common seed."""
-    common = [seed for seed in plays if seed in rivals]
+    common = [seed for seed in plays if seed in others]
     if not common:
         return None
     table = np.array(
-        [[plays[seed][task] - rivals[seed][task] for task in sorted(plays[seed])] for seed in common]
+        [[plays[seed][task] - others[seed][task] for task in sorted(plays[seed])] for seed in common]
     )
     return _estimate(common, table)
 
@@ -217,12 +225,12 @@ def _common_panel(runs: Mapping[str, Mapping[int, Tree]]) -> dict[str, Any] | No
 def _caption(panel: Tree | None, seeds: int) -> list[str]:
     if panel is None:
         return []
-    cut = int(_TRIMMED * seeds)
+    cut = int(_TRIMMED_SHARE * seeds)
     dropped = f"the {cut} lowest and the {cut} highest" if cut else "none, so that it is their mean"
     return [
         "success: interquartile mean over seeds of the success rate, "
-        f"scipy.stats.trim_mean(x, {_TRIMMED}); of {seeds} values it drops {dropped} "
-        f"(int({_TRIMMED} * {seeds}) = {cut} at each end).",
+        f"scipy.stats.trim_mean(x, {_TRIMMED_SHARE}); of {seeds} values it drops {dropped} "
+        f"(int({_TRIMMED_SHARE} * {seeds}) = {cut} at each end).",
         f"[ ]: 95 % percentile bootstrap. Each of {RESAMPLES:,} resamples draws the {panel['tasks']} tasks "
         f"of panel {panel['hash'][:12]} ({panel['split']}) with replacement, one draw for all seeds and "
         "methods, since all play the same tasks; rates and their interquartile mean follow from it. "
@@ -245,15 +253,15 @@ def _warnings(runs: Mapping[str, Mapping[int, Tree]], seeds: int) -> list[str]:
     for key in ("episodes", "updates"):
         counts = {name: {run[key] for run in by_seed.values()} for name, by_seed in runs.items() if by_seed}
         if len(set().union(*counts.values())) > 1:
-            listed = ", ".join(f"{name} {between(values)}" for name, values in counts.items())
+            listed = ", ".join(f"{name} {format_range(values)}" for name, values in counts.items())
             found.append(f"runs differ in {key}: {listed}")
     return found
 
 
-def between(counts: Collection[int]) -> str:
+def format_range(counts: Collection[int]) -> str:
     """The lowest and the highest of some counts; one number where they are alike.
 
-    >>> between([1200, 1200]), between([7, 5, 6])
+    >>> format_range([1200, 1200]), format_range([7, 5, 6])
     ('1,200', '5–7')
     """
     low, high = min(counts), max(counts)

@@ -16,25 +16,24 @@ from rich.console import Console
 from agentrl.config import Seed, build, check_own_numbers, merge, read_yaml, suggestion, to_tree, to_yaml
 from agentrl.errors import ConfigError
 from agentrl.files import write_atomic
-from agentrl.run.config_files import ConfigFile, blamed, find_config
+from agentrl.run.config_files import ConfigFile, find_config, with_origins
 from agentrl.run.records import read_summary
 from agentrl.run.settings import (
     RunConfig,
-    as_overrides,
-    callers_values,
     config_from_tree,
     config_tree,
     load_config,
 )
 from agentrl.run.signals import Interruption, RunInterrupted
+from agentrl.run.trust import as_overrides, caller_only_values
 from agentrl.study.comparison import compare
 from agentrl.study.tables import write_comparison
 from agentrl.terminal import Terminal, plain
 
 CLONE = "clone"
-_PAUSE = 0.1  # seconds between two looks at the children
+_POLL_SECONDS = 0.1
 # What decides how a policy is measured, or where it starts: a method that changed it would not be compared.
-_SHARED = (
+_SHARED_KEYS = (
     "env.",
     "engine.",
     "policy.",
@@ -46,7 +45,7 @@ _SHARED = (
     "rollout.constrained",
 )
 # Says where something stands, which may differ when a study's folder was moved.
-_PLACES = ("policy.path", "run.")
+_PATH_KEYS = ("policy.path", "run.")
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class StudyRun:
         imports = [f"--import={name}" for name in self.config.run.imports]
         if not self.folder.exists():
             return ["train", str(self.file), *imports]
-        again = as_overrides(callers_values(self.config))
+        again = as_overrides(caller_only_values(self.config))
         return ["train", "--resume", str(self.folder), *again, *imports]
 
 
@@ -148,7 +147,7 @@ def load_study(path: str | Path, *overrides: str) -> StudyConfig:
     try:
         study = build(StudyConfig, merge(file.tree, own))
     except ConfigError as error:
-        raise ConfigError(blamed(str(error), [file], own)) from error
+        raise ConfigError(with_origins(str(error), [file], own)) from error
     beside = Path(path).parent / study.base
     return replace(
         study,
@@ -167,7 +166,7 @@ def plan(study: StudyConfig, folder: str | Path) -> list[StudyRun]:
     methods, mistakes = {}, []
     for name, block in study.methods.items():
         try:
-            methods[name] = _method(base, block)
+            methods[name] = _method_config(base, block)
         except ConfigError as error:
             mistakes += [f"methods.{name}: {line}" for line in str(error).splitlines()]
     if mistakes:
@@ -175,7 +174,7 @@ def plan(study: StudyConfig, folder: str | Path) -> list[StudyRun]:
     runs = []
     for seed in study.seeds:
         parent = Path(folder).resolve() / f"seed-{seed}"
-        clone = _placed(replace(base, trainer=replace(base.trainer, steps=0)), CLONE, seed, parent)
+        clone = _study_run(replace(base, trainer=replace(base.trainer, steps=0)), CLONE, seed, parent)
         runs.append(clone)
         for name, config in methods.items():
             config = replace(
@@ -183,7 +182,7 @@ def plan(study: StudyConfig, folder: str | Path) -> list[StudyRun]:
                 policy=replace(config.policy, path=str(clone.folder / "model")),
                 warm_start=replace(config.warm_start, steps=0),
             )
-            runs.append(_placed(config, name, seed, parent, clone))
+            runs.append(_study_run(config, name, seed, parent, clone))
     return runs
 
 
@@ -210,10 +209,10 @@ def run_study(
     if jobs < 1:
         raise ConfigError(f"jobs is {jobs}, wanted at least 1")
     runs = plan(study, folder)
-    with _alone_in(Path(folder)) as lock, Interruption().listening() as interruption:
+    with _exclusive(Path(folder)) as lock, Interruption().listening() as interruption:
         _write_configurations(runs)
         shown = console or Terminal()
-        failed = _Children(runs, jobs, lock, interruption, shown).finish()
+        failed = _Processes(runs, jobs, lock, interruption, shown).finish()
         finished = {
             seed: {run.name: run.folder for run in runs if run.config.seed == seed and run.finished}
             for seed in study.seeds
@@ -237,7 +236,7 @@ def start(run: StudyRun, lock: int) -> "subprocess.Popen[bytes]":
         )
 
 
-class _Children:
+class _Processes:
     """The processes of a study's runs."""
 
     def __init__(
@@ -245,7 +244,7 @@ class _Children:
     ) -> None:
         self._runs, self._jobs, self._lock = runs, jobs, lock
         self._interruption, self._console = interruption, console
-        self._live: dict[StudyRun, subprocess.Popen[bytes]] = {}
+        self._running: dict[StudyRun, subprocess.Popen[bytes]] = {}
         self._failed: dict[StudyRun, str] = {}
         self._done = 0
 
@@ -255,11 +254,11 @@ class _Children:
         self._done = len(self._runs) - len(waiting)
         self._say(f"{len(self._runs)} runs, {self._done} of them finished before; {self._jobs} at a time")
         try:
-            while waiting or self._live:
-                waiting = [run for run in waiting if not self._taken_up(run)]
-                time.sleep(_PAUSE)
-                for run in [run for run, process in self._live.items() if process.poll() is not None]:
-                    self._end(run, self._live.pop(run).returncode)
+            while waiting or self._running:
+                waiting = [run for run in waiting if not self._start_or_fail(run)]
+                time.sleep(_POLL_SECONDS)
+                for run in [run for run, process in self._running.items() if process.poll() is not None]:
+                    self._finish_run(run, self._running.pop(run).returncode)
         except KeyboardInterrupt as interrupt:
             self._stop()
             raise RunInterrupted(
@@ -269,24 +268,24 @@ class _Children:
             self._stop()
         return {f"seed-{run.config.seed}/{run.name}": why for run, why in self._failed.items()}
 
-    def _taken_up(self, run: StudyRun) -> bool:
+    def _start_or_fail(self, run: StudyRun) -> bool:
         """Start a run if it is its turn, or give it up with the clone that it needs."""
         if run.clone in self._failed:
             self._fail(run, "its clone failed")
             return True
-        if len(self._live) >= self._jobs or not (run.clone is None or run.clone.finished):
+        if len(self._running) >= self._jobs or not (run.clone is None or run.clone.finished):
             return False
         with self._interruption.shield():  # a process that nobody knows of would not be stopped
-            self._live[run] = start(run, self._lock)
+            self._running[run] = start(run, self._lock)
         return True
 
-    def _end(self, run: StudyRun, code: int) -> None:
+    def _finish_run(self, run: StudyRun, code: int) -> None:
         if code or not run.finished:
-            self._fail(run, f"exit code {code}: {_last_words(run.log)} (see {run.log})")
+            self._fail(run, f"exit code {code}: {_last_error(run.log)} (see {run.log})")
             return
         self._done += 1
         trained = read_summary(run.folder)["policies"]["trained"]
-        rates = ", ".join(f"{decoding} {_percent(score)}" for decoding, score in trained.items())
+        rates = ", ".join(f"{decoding} {_format_rate(score)}" for decoding, score in trained.items())
         self._say(f"{self._done}/{len(self._runs)} {run.label}: success {rates}")
 
     def _fail(self, run: StudyRun, why: str) -> None:
@@ -295,18 +294,18 @@ class _Children:
 
     def _stop(self) -> None:
         """Ask every process to save what it has, and wait until it has ended."""
-        for process in self._live.values():
+        for process in self._running.values():
             process.terminate()
-        for process in self._live.values():
+        for process in self._running.values():
             process.wait()
-        self._live.clear()
+        self._running.clear()
 
     def _say(self, line: str) -> None:
         self._console.print(plain(line), highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[int]:
+def _exclusive(folder: Path) -> Iterator[int]:
     """Hold the folder's lock; so do the runs, so that none outlives its study unseen."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
@@ -320,22 +319,22 @@ def _alone_in(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def _method(base: RunConfig, block: Mapping[str, Any]) -> RunConfig:
+def _method_config(base: RunConfig, block: Mapping[str, Any]) -> RunConfig:
     """The base with a method's blocks on top.
 
     Raises:
         ConfigError: also where they change what all methods must have in common.
     """
     before = config_tree(base)
-    config = config_from_tree(_laid_over(before, block))
-    changed = [key for key in _differences(before, config_tree(config)) if key.startswith(_SHARED)]
+    config = config_from_tree(_merge_blocks(before, block))
+    changed = [key for key in _differences(before, config_tree(config)) if key.startswith(_SHARED_KEYS)]
     if changed:
         wanted = "must be the same for all methods; change it for all by overrides"
         raise ConfigError("\n".join(f"{key}: {wanted}" for key in changed))
     return config
 
 
-def _laid_over(tree: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any]:
+def _merge_blocks(tree: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(tree)
     for key, value in block.items():
         old = result.get(key)
@@ -343,12 +342,14 @@ def _laid_over(tree: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, A
             # A preset fills in what a block leaves open, and nothing is open in the base's.
             names = {name: old[name] for name in ("name", "preset") if name in old}
             same_recipe = names == names | {name: value[name] for name in names if name in value}
-            value = _laid_over(old, value) if same_recipe else {"name": old.get("name"), **value}
+            value = _merge_blocks(old, value) if same_recipe else {"name": old.get("name"), **value}
         result[key] = value
     return result
 
 
-def _placed(config: RunConfig, name: str, seed: int, parent: Path, clone: StudyRun | None = None) -> StudyRun:
+def _study_run(
+    config: RunConfig, name: str, seed: int, parent: Path, clone: StudyRun | None = None
+) -> StudyRun:
     quiet = replace(config.evaluation, baselines=(), instruction_check=False)
     config = replace(
         config, evaluation=quiet, seed=seed, run=replace(config.run, name=name, folder=str(parent))
@@ -372,7 +373,7 @@ def _write_configurations(runs: Sequence[StudyRun]) -> None:
             mistakes.append(f"{run.folder} was made with a configuration that cannot be read: {error}")
             continue
         changed = _differences(stored, config_tree(run.config))
-        if changed := [key for key in changed if not key.startswith(_PLACES)]:
+        if changed := [key for key in changed if not key.startswith(_PATH_KEYS)]:
             mistakes.append(f"{run.folder} was made with other values of {', '.join(changed)}")
     if mistakes:
         mistakes.append("remove what is to be made anew, or choose another --folder")
@@ -394,13 +395,13 @@ def _differences(one: Any, other: Any, path: str = "") -> list[str]:
     ]
 
 
-def _last_words(log: Path) -> str:
+def _last_error(log: Path) -> str:
     """The error that ends a log, else its last line."""
     text = log.read_text(encoding="utf-8", errors="replace").strip()
     _, found, words = f"\n{text}".rpartition("\nerror: ")
     return words if found else text.rpartition("\n")[2]
 
 
-def _percent(score: Mapping[str, Any]) -> str:
+def _format_rate(score: Mapping[str, Any]) -> str:
     rate = score["success_rate"]
     return "unknown (all aborted)" if rate is None else f"{100 * rate:.1f} %"

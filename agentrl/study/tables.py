@@ -17,7 +17,7 @@ from rich.table import Table
 
 from agentrl.evaluation.statistics import Interval
 from agentrl.files import write_atomic
-from agentrl.study.comparison import DECODINGS, between
+from agentrl.study.comparison import DECODINGS, format_range
 from agentrl.terminal import plain, printable
 
 Tree = Mapping[str, Any]
@@ -27,8 +27,8 @@ Rows = Sequence[Sequence[str]]  # the first one is the head
 
 # What is drawn for each method, with its label and colour.
 _PANELS = (
-    ("entropy/trajectory", "entropy, nats", "#9333ea"),
-    ("success", "success rate", "#2563eb"),
+    ("train/rollout/entropy/trajectory", "entropy, nats", "#9333ea"),
+    ("train/rollout/success_rate", "success rate", "#2563eb"),
 )
 _GREY = "#94a3b8"
 _STYLE: Any = {
@@ -54,8 +54,8 @@ def write_comparison(folder: Path, results: Tree, console: Console) -> None:
         *results["warnings"],
         *(f"failed: {name}: {why}" for name, why in results.get("failed", {}).items()),
     ]
-    blocks = [_markdown(rows) for rows in tables] + [f"- {_written(note)}" for note in notes]
-    blocks += ["![Entropy and success while training](study.svg)", *map(_written, results["caption"])]
+    blocks = [_markdown(rows) for rows in tables] + [f"- {_markdown_text(note)}" for note in notes]
+    blocks += ["![Entropy and success while training](study.svg)", *map(_markdown_text, results["caption"])]
     write_atomic(folder / "table.md", "\n\n".join(blocks) + "\n")
     curves = {
         name: [run["curves"] for run in found["runs"].values()]
@@ -131,8 +131,8 @@ def _success_table(results: Tree) -> Rows:
             score = found[decoding]
             difference = score.get("difference") or {"value": None}
             cells += [
-                _estimate(score["value"], score["interval"], "{:.1f}", "{:.0f}"),
-                _estimate(difference["value"], difference.get("interval"), "{:+.1f}", "{:+.0f}"),
+                _format_estimate(score["value"], score["interval"], "{:.1f}", "{:.0f}"),
+                _format_estimate(difference["value"], difference.get("interval"), "{:+.1f}", "{:+.0f}"),
             ]
         rows.append(cells)
     return rows
@@ -147,7 +147,9 @@ def _runs_table(results: Tree) -> Rows:
         for decoding in DECODINGS:
             rates = found[decoding]["by_seed"].values()
             cells.append("/".join("–" if rate is None else f"{100 * rate:.1f}" for rate in rates))
-        cells += [between({run[key] for run in runs}) for key in ("episodes", "updates", "replay_updates")]
+        cells += [
+            format_range({run[key] for run in runs}) for key in ("episodes", "updates", "replay_updates")
+        ]
         cells.append(str(sum(sum(run["aborted"].values()) for run in runs)))
         cells.append(f"{fmean(run['cpu_seconds'] for run in runs):.0f}")
         rows.append(cells)
@@ -158,7 +160,7 @@ def _label(results: Tree, name: str) -> str:
     return name + {results["baseline"]: " (baseline)", results["clone"]: " (start)"}.get(name, "")
 
 
-def _estimate(value: float | None, interval: Interval | None, middle: str, end: str) -> str:
+def _format_estimate(value: float | None, interval: Interval | None, middle: str, end: str) -> str:
     if value is None or interval is None:
         return "–"
     low, high = (end.format(100 * share) for share in interval)
@@ -166,11 +168,11 @@ def _estimate(value: float | None, interval: Interval | None, middle: str, end: 
 
 
 def _markdown(rows: Rows) -> str:
-    head, *rest = ([_written(cell).replace("|", r"\|") for cell in cells] for cells in rows)
+    head, *rest = ([_markdown_text(cell).replace("|", r"\|") for cell in cells] for cells in rows)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rest))
 
 
-def _written(text: str) -> str:
+def _markdown_text(text: str) -> str:
     """A line of text in Markdown that is neither HTML, a link nor code."""
     line = " ".join(printable(text).split("\n"))
     return re.sub(r"[`\\]|(?<=\])(?=[(\[])", r"\\\g<0>", html.escape(line, quote=False))

@@ -3,7 +3,20 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
+from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Episode, Outcome, StopReason
+from agentrl.training.rollouts import RolloutResult
+
+
+def step_metrics(result: RolloutResult, batch: Batch) -> dict[str, float]:
+    """Return what the episodes of a step say.
+
+    Args:
+        result: What was played.
+        batch: What of it is learned from.
+    """
+    kept = {"rollout/episodes_kept": len(batch.episodes) / len(result.episodes)}
+    return rollout_metrics(result.episodes) | kept | result.metrics()
 
 
 def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
@@ -18,23 +31,27 @@ def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
         if episode.task_type is not None:
             by_type[episode.task_type].append(episode)
     metrics = {
-        "success": _mean(episode.success for episode in played),
-        "return": _mean(episode.episode_return for episode in played),
-        "turns": _mean(len(episode.turns) for episode in played),
-        "invalid": _mean(not turn.valid for episode in played for turn in episode.turns),
+        "rollout/success_rate": _mean(episode.success for episode in played),
+        "rollout/reward_mean": _mean(episode.episode_return for episode in played),
+        "rollout/turns_mean": _mean(len(episode.turns) for episode in played),
+        "rollout/invalid_rate": _mean(not turn.valid for episode in played for turn in episode.turns),
         **_entropies(played),
     }
     for name, members in sorted(by_type.items()):
-        metrics[f"success/{name}"] = _mean(episode.success for episode in members)
+        metrics[f"rollout/success_rate/{name}"] = _mean(episode.success for episode in members)
         metrics |= {f"{level}/{name}": value for level, value in _entropies(members).items()}
     counts = {
-        "episodes": float(len(episodes)),
-        "aborted": 1 - len(played) / len(episodes) if episodes else 0.0,
-        "reply_tokens": float(sum(len(turn.action_ids) for episode in played for turn in episode.turns)),
-        "decisions": float(sum(sum(turn.sampled) for episode in played for turn in episode.turns)),
+        "rollout/episodes": float(len(episodes)),
+        "rollout/aborted_rate": 1 - len(played) / len(episodes) if episodes else 0.0,
+        "rollout/reply_tokens": float(
+            sum(len(turn.action_ids) for episode in played for turn in episode.turns)
+        ),
+        "rollout/action_tokens": float(
+            sum(sum(turn.sampled) for episode in played for turn in episode.turns)
+        ),
     }
     stops = Counter(episode.stop for episode in episodes)
-    counts |= {f"stop/{reason.value}": stops[reason] / max(1, len(episodes)) for reason in StopReason}
+    counts |= {f"rollout/stop/{reason.value}": stops[reason] / max(1, len(episodes)) for reason in StopReason}
     return counts | {key: value for key, value in metrics.items() if value is not None}
 
 
@@ -46,20 +63,24 @@ def staleness(episodes: Sequence[Episode], version: int) -> dict[str, float]:
         for turn in episode.turns
         for drawn in turn.policy_versions or (turn.policy_version,) * len(turn.action_ids)
     ]
-    return {"staleness/mean": sum(updates) / len(updates), "staleness/max": max(updates)} if updates else {}
+    return (
+        {"rollout/staleness/mean": sum(updates) / len(updates), "rollout/staleness/max": max(updates)}
+        if updates
+        else {}
+    )
 
 
 def _entropies(episodes: Sequence[Episode]) -> dict[str, float | None]:
     turns = [turn for episode in episodes for turn in episode.turns]
     return {
-        "entropy/token": _mean(
+        "rollout/entropy/token": _mean(
             entropy
             for turn in turns
             for entropy, decided in zip(turn.entropies, turn.sampled, strict=False)
             if decided
         ),
-        "entropy/turn": _mean(turn.entropy for turn in turns),
-        "entropy/trajectory": _mean(episode.entropy for episode in episodes),
+        "rollout/entropy/turn": _mean(turn.entropy for turn in turns),
+        "rollout/entropy/trajectory": _mean(episode.entropy for episode in episodes),
     }
 
 

@@ -11,26 +11,32 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from agentrl.algorithms.hooks import Context
 from agentrl.policy.engine import Engine, Generation, GenerationRequest
-from agentrl.training.rollouts import Played
+from agentrl.run.timers import Timers
+from agentrl.training.rollouts import RolloutResult, Rollouts
+from agentrl.training.setup import Session
+from agentrl.training.state import TrainingState
 
-Play = Callable[[int, Context], Played]  # from how many tasks were drawn before, in the context of its step
+Play = Callable[
+    [int, Context], RolloutResult
+]  # from how many tasks were drawn before, in the context of its step
 Agree = Callable[[Context | None], Context | None]
 _LAST_PASS = 5.0  # seconds for the thread to notice that it is over
 
 
 @dataclass(frozen=True)
-class PlayedStep:
+class StepRollout:
     """What is to be learned from next, the context that it was played in, and the seconds that it took."""
 
-    played: Played
+    result: RolloutResult
     context: Context
     seconds: float
 
 
-class TakingTurns:
+class SyncRollouts:
     """Plays a step when it is asked for.
 
     Args:
@@ -41,12 +47,12 @@ class TakingTurns:
     def __init__(self, play: Play, cursor: int) -> None:
         self._play, self._cursor = play, cursor
 
-    def next(self, context: Context) -> PlayedStep:
+    def next(self, context: Context) -> StepRollout:
         """Play the step of the context."""
         began = time.perf_counter()
         played = self._play(self._cursor, context)
         self._cursor += len(played.groups)
-        return PlayedStep(played, context, time.perf_counter() - began)
+        return StepRollout(played, context, time.perf_counter() - began)
 
     @contextmanager
     def new_weights(self, context: Context) -> Iterator[None]:
@@ -62,7 +68,7 @@ class TakingTurns:
         """Stop playing."""
 
 
-class SideBySide:
+class AsyncRollouts:
     """Plays steps in a thread of its own, ahead of those that are asked for.
 
     Args:
@@ -94,9 +100,9 @@ class SideBySide:
     ) -> None:
         self._play, self._cursor, self._engine, self._most = play, cursor, engine, max_staleness
         self._furthest, self._agree = furthest, agree
-        self._latest = context
+        self._latest = _copied(context)  # the trainer goes on to fill its history
         self._next = context.step  # to be played
-        self._ready: deque[PlayedStep] = deque()
+        self._ready: deque[StepRollout] = deque()
         self._error: BaseException | None = None
         self._until: int | None = None  # no step from this one on is begun
         self._playing = self._over = False
@@ -109,7 +115,7 @@ class SideBySide:
     def waited(self) -> tuple[float, float]:
         return self._learner_waited, self._player_waited
 
-    def next(self, context: Context) -> PlayedStep:
+    def next(self, context: Context) -> StepRollout:
         """Wait for the step of the context.
 
         Raises:
@@ -134,7 +140,7 @@ class SideBySide:
         with self._engine.held():
             yield
         with self._changed:
-            self._latest = context
+            self._latest = _copied(context)
             self._changed.notify_all()
 
     @contextmanager
@@ -169,7 +175,7 @@ class SideBySide:
                 began = time.perf_counter()
                 played = self._play(self._cursor, context)
                 with self._changed:
-                    self._ready.append(PlayedStep(played, context, time.perf_counter() - began))
+                    self._ready.append(StepRollout(played, context, time.perf_counter() - began))
                     self._cursor += len(played.groups)
                     self._next += 1
                     self._playing = False
@@ -250,3 +256,49 @@ class SharedEngine:
             if self._stopped:
                 raise RuntimeError("the rollout was stopped")
             yield
+
+
+@contextmanager
+def open_source(
+    session: Session, rollouts: Rollouts, state: TrainingState, timers: Timers
+) -> Iterator[SyncRollouts | AsyncRollouts]:
+    """Open what plays the training steps, one after the other or ahead, as `trainer.mode` says."""
+    config, ranks = session.config, session.rollout_ranks
+
+    def play(engine: Engine, cursor: int, context: Context) -> RolloutResult:
+        player = session.policy.player(engine, config, rollouts.temperature(context))
+        with timers.running("rollout"):
+            result = rollouts.play(player, cursor, context)
+        timers.add("rollout.environment.wall", result.environment_seconds)
+        timers.add("rollout.generation.wall", result.player_seconds)
+        return result
+
+    def agree(own: Context | None) -> Context | None:
+        # Histories of the ranks may be a step apart: the first rank's is taken, None once any rank is done.
+        answers = ranks.gather((own is None, own if ranks.first else None))
+        return None if any(done for done, _ in answers) else answers[0][1]
+
+    if config.trainer.mode == "sync":
+        yield SyncRollouts(partial(play, session.engine), state.tasks_drawn)
+        return
+    shared = SharedEngine(session.engine)
+    source = AsyncRollouts(
+        partial(play, shared),
+        state.tasks_drawn,
+        shared,
+        state.context(),
+        config.trainer.max_staleness,
+        furthest=lambda begun: max(session.ranks.gather(begun)),
+        agree=agree,
+    )
+    try:
+        yield source
+    finally:
+        source.close()
+        for thread, seconds in zip(("learning", "rollout"), source.waited, strict=True):
+            timers.add(f"{thread}.waited.wall", seconds)
+        timers.save()
+
+
+def _copied(context: Context) -> Context:
+    return replace(context, history={name: list(values) for name, values in context.history.items()})

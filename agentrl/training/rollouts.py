@@ -1,7 +1,7 @@
 """The episodes of a training step: which tasks, how many rounds of them, and who branches off whom."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd
 
@@ -9,10 +9,11 @@ from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.hooks import Context
 from agentrl.data.trajectory import Episode, Group
 from agentrl.learn.ranks import ALONE, Ranks
-from agentrl.rollout.branching import Director
-from agentrl.rollout.collector import Collection, Quarantine, collect
+from agentrl.rollout.branching import BranchScheduler
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
-from agentrl.rollout.play import EpisodeSpec
+from agentrl.rollout.failures import Quarantine
+from agentrl.rollout.play import Collection, EpisodeSpec
 from agentrl.rollout.players import Player
 from agentrl.run.settings import RunConfig
 from agentrl.seeds import derive_seed
@@ -34,7 +35,7 @@ class TaskOrder:
 
 
 @dataclass
-class Played:
+class RolloutResult:
     """What a training step played.
 
     Args:
@@ -59,13 +60,13 @@ class Played:
     def episodes(self) -> list[Episode]:
         return [episode for group in self.groups for episode in group.episodes]
 
-    def metrics(self) -> Mapping[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Counts of the step, to be logged."""
         return {
-            "groups_kept": len(self.kept) / len(self.groups),
-            "retried": float(len(self.failures)),
-            "rounds": float(self.rounds),
-        } | {f"branches/{how}": float(count) for how, count in sorted(self.branches.items())}
+            "rollout/groups_kept": len(self.kept) / len(self.groups),
+            "rollout/retried": float(len(self.failures)),
+            "rollout/rounds": float(self.rounds),
+        } | {f"rollout/branches/{how}": float(count) for how, count in sorted(self.branches.items())}
 
 
 class Rollouts:
@@ -102,7 +103,7 @@ class Rollouts:
         schedule = self._algorithm.rollout.temperature
         return self._config.rollout.temperature if schedule is None else schedule(context)
 
-    def play(self, player: Player, cursor: int, context: Context) -> Played:
+    def play(self, player: Player, cursor: int, context: Context) -> RolloutResult:
         """Play a step's groups, in as many rounds as the plan allows and `select` makes necessary.
 
         Environments draw from (seed, step, group), replies also from the episode's id.
@@ -113,7 +114,7 @@ class Rollouts:
             context: of the step.
         """
         wanted, most = self._config.rollout.groups_per_step, self._algorithm.rollout.rounds
-        played = Played()
+        played = RolloutResult()
         while not played.rounds or (played.rounds < most and len(played.kept) < wanted):
             groups = self._round(played, player, cursor, context)
             played.rounds += 1
@@ -123,7 +124,7 @@ class Rollouts:
         played.kept = played.kept[:wanted]
         return played
 
-    def _round(self, played: Played, player: Player, cursor: int, context: Context) -> list[Group]:
+    def _round(self, played: RolloutResult, player: Player, cursor: int, context: Context) -> list[Group]:
         count, done = self._config.rollout.groups_per_step, len(played.groups)
         templates = [
             EpisodeSpec(
@@ -134,14 +135,14 @@ class Rollouts:
             )
             for index in range(done, done + count)
         ]
-        own = self._ranks.deal(templates)
+        own = self._ranks.split(templates)
         dealt, collection = self._ranks.raise_on_any_rank(lambda: self._groups(own, player, context))
-        groups = self._ranks.collect(dealt)
+        groups = self._ranks.merge(dealt)
         for failures, branches in self._ranks.gather((collection.failures, collection.branches)):
             played.failures += failures
-            played.branches.update(branches if self._algorithm.rollout.grow is not None else {})
-        for shunned in self._ranks.gather(self.quarantine.tasks):
-            self.quarantine.tasks.update(shunned)
+            played.branches.update(branches if self._algorithm.rollout.branch_policy is not None else {})
+        for excluded in self._ranks.gather(self.quarantine.tasks):
+            self.quarantine.tasks.update(excluded)
         played.groups += groups
         played.environment_seconds += collection.environment_seconds
         played.player_seconds += collection.player_seconds
@@ -150,19 +151,19 @@ class Rollouts:
     def _groups(
         self, templates: Sequence[EpisodeSpec], player: Player, context: Context
     ) -> tuple[list[Group], Collection]:
-        grow, size = self._algorithm.rollout.grow, self.group_size
-        if grow is None:
+        branch_policy, size = self._algorithm.rollout.branch_policy, self.group_size
+        if branch_policy is None:
             specs = [replace(item, id=f"{item.id}-{member}") for item in templates for member in range(size)]
             collection = self._collect(specs, player)
             members = [collection.episodes[start : start + size] for start in range(0, len(specs), size)]
             return [Group(item.task, each) for item, each in zip(templates, members, strict=True)], collection
-        growths = [grow(size, item.seed, context) for item in templates]
-        director = Director(templates, growths, size)
-        collection = self._collect((), player, director)
-        return director.groups(collection), collection
+        policies = [branch_policy(size, item.seed, context) for item in templates]
+        scheduler = BranchScheduler(templates, policies, size)
+        collection = self._collect((), player, scheduler)
+        return scheduler.groups(collection), collection
 
     def _collect(
-        self, specs: Sequence[EpisodeSpec], player: Player, director: Director | None = None
+        self, specs: Sequence[EpisodeSpec], player: Player, scheduler: BranchScheduler | None = None
     ) -> Collection:
         block = self._config.rollout
         return collect(
@@ -174,5 +175,5 @@ class Rollouts:
             max_attempts=block.max_attempts,
             max_aborted_share=block.max_aborted_share,
             quarantine=self.quarantine,
-            director=director,
+            scheduler=scheduler,
         )

@@ -3,30 +3,62 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from typing import Any
 
+from agentrl.algorithms.hooks import Context
+from agentrl.algorithms.methods.cloning import cloning
 from agentrl.data.batch import Batch, collate
 from agentrl.data.trajectory import Episode, Group, StopReason
 from agentrl.errors import ConfigError
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.policy.tokens import Dialogue
-from agentrl.rollout.collector import Quarantine, collect
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
+from agentrl.rollout.failures import Quarantine
 from agentrl.rollout.players import DemonstrationPlayer
-from agentrl.run.policies import ENDLESS, MOST_TURNS, drawn_specs, is_endless, turn_limit
+from agentrl.run.logger import RunLogger
+from agentrl.run.policies import FALLBACK_MAX_TURNS, MAX_ENDLESS_EPISODES, drawn_specs, is_endless, turn_limit
 from agentrl.run.settings import RunConfig
+from agentrl.run.timers import Timers
 from agentrl.seeds import derive_seed
+from agentrl.training.alarms import Alarms
+from agentrl.training.setup import Session, open_training_environments
+from agentrl.training.state import TrainingState
 
 OnEpisode = Callable[[Episode], None]
 
 
-def names_actions(tasks: Sequence[str], environments: Environments) -> bool:
-    """Whether the environment offers a list of actions to choose from; else replies are free text."""
-    info: Any = {}
-    with suppress(Exception), environments.borrow() as environment:  # its episodes will record it
-        _, info = environment.reset(seed=0, options={"task": tasks[0]})
-    return info.get("actions") is not None
+def clone_expert(
+    session: Session, state: TrainingState, logger: RunLogger, timers: Timers, alarms: Alarms
+) -> None:
+    """Clone the demonstrations of the environment's expert, for what is left of `warm_start.steps`."""
+    config, steps = session.config, session.config.warm_start.steps
+    if state.step >= steps:
+        return
+    with (
+        timers.running("demonstrations"),
+        logger.stage("demonstrations"),
+        open_training_environments(config, expert=True) as environments,
+    ):
+        episodes = demonstrations(
+            config,
+            session.tasks,
+            environments,
+            session.policy.dialogue,
+            ranks=session.ranks,
+            say=logger.say,
+        )
+    algorithm = cloning()
+    with logger.stage("cloning", total=steps, done=state.step):
+        for batch in cloning_batches(config, episodes, first=state.step):
+            session.check_stop()
+            with session.interruption.shield(), timers.running("cloning"):
+                learned = state.learner.update(batch, algorithm, Context(state.step, steps, {}))
+                state.step += 1
+                metrics = {f"warm_start/{key}": value for key, value in learned.items()}
+                logger.write({"stage": state.stage, "step": state.step} | metrics)
+                alarms.check_rounding(state.stage, state.step, metrics, state.learner)
+            state.save_when_due()
+    state.save()
 
 
 def demonstrations(
@@ -62,11 +94,11 @@ def demonstrations(
     def watch(episode: Episode) -> None:
         solved_or_endless[0] += episode.success
         solved_or_endless[1] += is_endless(config, episode)
-        if solved_or_endless[0] == 0 and solved_or_endless[1] >= ENDLESS:
+        if solved_or_endless[0] == 0 and solved_or_endless[1] >= MAX_ENDLESS_EPISODES:
             raise ConfigError(
                 f"warm_start.steps is {block.steps}, but the expert of {config.env.id} solved none of its "
-                f"first tasks, and came to no end in {ENDLESS} of them within {MOST_TURNS} turns; if they "
-                "are that long, set rollout.max_turns"
+                f"first tasks, and came to no end in {MAX_ENDLESS_EPISODES} of them within "
+                f"{FALLBACK_MAX_TURNS} turns; if they are that long, set rollout.max_turns"
             )
         if on_episode is not None:
             on_episode(episode)
@@ -74,10 +106,10 @@ def demonstrations(
     own = ranks.raise_on_any_rank(
         lambda: (
             collect(
-                ranks.deal(specs),
+                ranks.split(specs),
                 player,
                 environments,
-                max_active=environments.places or 1,
+                max_active=environments.capacity or 1,
                 max_turns=turn_limit(config),
                 max_attempts=config.rollout.max_attempts,
                 quarantine=Quarantine(config.rollout.max_attempts),
@@ -85,7 +117,7 @@ def demonstrations(
             ).episodes
         )
     )
-    played = ranks.collect(own)
+    played = ranks.merge(own)
     solved = [episode for episode in played if episode.success]
     long = sum(episode.stop is StopReason.CONTEXT_LIMIT for episode in played)
     too_long = f"{long} did not fit policy.max_context={config.policy.max_context}"

@@ -1,8 +1,8 @@
-"""The environments that come with agentrl, registered as anyone else's are."""
+"""Environments that ship with agentrl, registered through the same entry point as third-party ones."""
 
 
 def register() -> None:
-    """Register them; entry point of the group `agentrl.envs`."""
+    """Register the environments; called through the entry-point group `agentrl.envs`."""
     from agentrl.env import register
 
     register("agentrl/ALFWorld-v0", "agentrl_envs.alfworld_env:ALFWorldEnv")

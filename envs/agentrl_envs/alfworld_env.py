@@ -24,19 +24,27 @@ OPTIONAL_COMMANDS = ("look", "inventory", "examine", "slice", "help")
 
 
 class Engine(Protocol):
-    """What plays a game: the native engine, or TextWorld's."""
+    """Interface of a game engine: the native one or TextWorld's."""
 
-    def start(self, loaded: LoadedGame) -> GameState: ...
+    def start(self, loaded: LoadedGame) -> GameState:
+        """Return the first state of a game."""
+        ...
 
-    def advance(self, loaded: LoadedGame, state: GameState, command: str) -> GameState: ...
+    def advance(self, loaded: LoadedGame, state: GameState, command: str) -> GameState:
+        """Return the state after a command."""
+        ...
 
-    def other_reached(self, loaded: LoadedGame, state: GameState) -> bool: ...
+    def other_reached(self, loaded: LoadedGame, state: GameState) -> bool:
+        """Return whether the game's other goal holds in a state."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release what the engine holds."""
+        ...
 
 
 class EpisodeState(NamedTuple):
-    """A point of an episode to come back to; immutable, made and restored in no time."""
+    """State of an episode; immutable, so taking and restoring a snapshot costs nothing."""
 
     task: str
     loaded: LoadedGame
@@ -49,25 +57,26 @@ class EpisodeState(NamedTuple):
 
 
 class ALFWorldEnv(gymnasium.Env[str, str]):
-    """Find an object in a room, treat it if told so, and bring it where it shall go.
+    """Household tasks: find an object, clean, heat or cool it if asked to, and put it in its target place.
 
-    The episode ends when the goal is first reached (reward 1), or is cut off after `max_steps` commands.
+    The episode terminates with reward 1 when the goal is first reached, and is truncated after `max_steps`
+    commands.
 
     Args:
-        split: the tasks to draw from when `reset` is not told one.
-        max_steps: commands per episode.
-        task_types: names or one name, None for all six. They take turns over the task ids.
-        max_receptacles: None for whole rooms; else one receptacle per type and at most so many.
-        object_types: None for whole rooms; else how many types of objects lie about.
-        text: "raw" is ALFWorld's wording, "compact" a short one.
-        menu: "full" lists every admissible command in `info["actions"]`, "task" leaves out look, inventory,
+        split: The split from which `reset` draws a task when it is given none.
+        max_steps: The number of commands per episode.
+        task_types: One name or several, None for all six. They alternate over the task ids.
+        max_receptacles: None for full rooms; otherwise one receptacle per type, and at most this many.
+        object_types: None for full rooms; otherwise the number of object types in the room.
+        text: "raw" for ALFWorld's wording, "compact" for a short one.
+        menu: "full" lists every admissible command in `info["actions"]`; "task" leaves out look, inventory,
             examine, slice and help, which no task needs.
-        engine: "native", or "textworld" (extra `alfworld-reference`, one at a time per process, slow).
-        expert: give `info["expert"]`, the next command of an expert that has to search as well.
-        data: folder of official games (`json_2.1.1` or alike) instead of generated ones.
+        engine: "native", or "textworld" (extra `alfworld-reference`; slow, one environment per process).
+        expert: Whether to add `info["expert"]`, the next command of an expert that has to search, too.
+        data: The folder of official games (such as `json_2.1.1`) to use instead of generated ones.
 
     `info` holds success, actions, score (0 or 1), valid, task_type, state_key, other_success (whether the
-    goal of `other_goal(task)` has been reached so far; never with TextWorld), and expert when asked for.
+    goal of `other_goal(task)` has been reached so far; always False with TextWorld), and expert on request.
     """
 
     splits = tuple(SPLITS)
@@ -101,7 +110,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             TASK_TYPES if task_types is None else tuple(task_types), max_receptacles, object_types
         )
         if data is not None and (max_receptacles is not None or object_types is not None):
-            raise ConfigError("data: max_receptacles and object_types shape only generated games")
+            raise ConfigError("data: max_receptacles and object_types apply only to generated games")
         self._games: Games = (
             GeneratedGames(options) if data is None else OfficialGames(data, options.task_types)
         )
@@ -112,7 +121,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self._short_menu = menu == "task"
         self._with_expert = expert
         self._engine = _engine(engine)
-        if engine == "textworld":  # it cannot go back, so it does not claim to
+        if engine == "textworld":  # TextWorld cannot return to an earlier state
             vars(self).update(snapshot=None, restore=None)
         self._episode: EpisodeState | None = None
         self._expert: tuple[SearchingExpert, LoadedGame, tuple[tuple[str, str], ...]] | None = None
@@ -120,7 +129,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self.action_space = TextSpace()
 
     def tasks(self, split: str) -> Sequence[str]:
-        """List the ids of a split, such as "train/0"."""
+        """Return the task ids of a split, such as "train/0"."""
         if split not in self.splits:
             raise unknown("split", split, self.splits)
         return self._games.tasks(split)
@@ -130,16 +139,17 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         return self._games.hash(task)
 
     def other_goal(self, task: str) -> str | None:
-        """Name the task in the same room that asks for another object, if this room has such a goal.
+        """Return the id of the task in the same room that asks for another object, None if there is none.
 
-        `other_goal("valid_unseen/17")` is "valid_unseen/17#other", and the other way round. In either,
-        `info["other_success"]` says whether the goal that the player was *not* told has been reached so far.
+        `other_goal("valid_unseen/17")` is "valid_unseen/17#other", and vice versa. In both tasks
+        `info["other_success"]` says whether the goal that was *not* stated has been reached so far.
         """
         return self._games.other(task)
 
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
+        """Start the task `options["task"]`, or a random one of the split; return its observation and info."""
         super().reset(seed=seed)
         task = (options or {}).get("task")
         if task is None:
@@ -148,7 +158,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
                 raise ConfigError(f"split: {self.split!r} has no games of the wanted task types")
             task = tasks[int(self.np_random.integers(len(tasks)))]
         elif not isinstance(task, str):
-            raise ConfigError(f"options: task is {task!r}, wanted a task id")
+            raise ConfigError(f"options: task is {task!r}, wanted a task id such as 'train/0'")
         loaded = self._games.load(task)
         state = self._engine.start(loaded)
         self._expert = None
@@ -159,6 +169,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         return text, self._info(self._episode, True)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Run a command; return observation, reward, terminated, truncated and info."""
         before = self._episode
         if before is None or before.finished:
             raise ResetNeeded("the episode is over or has not begun: call reset first")
@@ -201,7 +212,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         return [command for command in state.admissible if not command.startswith(OPTIONAL_COMMANDS)]
 
     def expert(self) -> str | None:
-        """Give the searching expert's next command, from what this episode has shown; None after its end."""
+        """Return the expert's next command, based on this episode's observations; None after its end."""
         episode = self._episode
         if episode is None:
             raise ResetNeeded("the episode has not begun: call reset first")
@@ -221,40 +232,44 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
 
     @property
     def walkthrough(self) -> tuple[str, ...]:
-        """Commands that win the current task from its start, by someone who knows where everything is."""
+        """Return commands that solve the current task from its start, given full knowledge of the room."""
         if self._episode is None:
             raise ResetNeeded("the episode has not begun: call reset first")
         return self._episode.loaded.game.walkthrough
 
     def close(self) -> None:
+        """Close the engine."""
         self._engine.close()
 
     def snapshot(self) -> EpisodeState:
-        """Keep this point of the episode."""
+        """Return the current state of the episode."""
         if self._episode is None:
             raise ResetNeeded("the episode has not begun: call reset first")
         return self._episode
 
     def restore(self, snapshot: EpisodeState) -> tuple[str, dict[str, Any]]:
-        """Go back to a kept point; return its observation and info."""
+        """Return to a snapshot; return its observation and info."""
         self._episode = snapshot
         return snapshot.observation, self._info(snapshot, True)
 
 
 class NativeEngine:
-    """Our own engine: a moment is a value, so there is nothing to hold."""
+    """Native engine; stateless, because every `GameState` is a complete value."""
 
     def start(self, loaded: LoadedGame) -> GameState:
+        """Return the first state of a game."""
         return loaded.game.start
 
     def advance(self, loaded: LoadedGame, state: GameState, command: str) -> GameState:
+        """Return the state after a command."""
         return loaded.game.advance(state, command)
 
     def other_reached(self, loaded: LoadedGame, state: GameState) -> bool:
+        """Return whether the game's other goal holds in a state."""
         return loaded.game.other_reached(state)
 
     def close(self) -> None:
-        pass
+        """Do nothing: the engine holds no resources."""
 
 
 def _engine(name: str) -> Engine:

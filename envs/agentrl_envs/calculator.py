@@ -1,4 +1,4 @@
-"""A calculator for policies: exact fractions, bounded work, and nothing but arithmetic.
+"""Calculator for policies: exact fractions, bounded work, and arithmetic only.
 
 >>> calculate("12 * (3 + 4) / 9")
 '28/3'
@@ -13,7 +13,7 @@ from fractions import Fraction
 
 MAX_LENGTH = 500  # characters of an expression
 MAX_DEPTH = 50  # of nested operations
-MAX_BITS = 4096  # of a numerator or denominator on the way
+MAX_BITS = 4096  # of an intermediate numerator or denominator
 MAX_DIGITS = 300  # of a result
 LARGEST_FACTORIAL = 400
 
@@ -25,21 +25,21 @@ _LONG_DECIMAL = re.compile(r"(?=[\d.]*\.)[\d.]{17,}")
 
 
 class CalculatorError(ValueError):
-    """The expression is not one, or its value is out of bounds; the message is for whoever wrote it."""
+    """The text is not an expression, or its value is out of bounds; policies read the message."""
 
 
 def calculate(expression: str) -> str:
     """Evaluate an expression.
 
     Args:
-        expression: numbers with + - * / // % ** (or ^), comparisons, parentheses, and the functions abs,
+        expression: Numbers with + - * / // % ** (or ^), comparisons, parentheses, and the functions abs,
             ceil, factorial, floor, gcd, lcm, max, min, round, sqrt (of squares).
 
     Returns:
         A whole number such as "84", a fraction in lowest terms such as "7/3", or "True" or "False".
 
     Raises:
-        CalculatorError: in all other cases.
+        CalculatorError: The text is anything else, or the result is too long.
     """
     text = str(evaluate(parse(expression)))
     if len(text) > MAX_DIGITS:
@@ -48,16 +48,16 @@ def calculate(expression: str) -> str:
 
 
 def parse(expression: str) -> ast.expr:
-    """Read an expression without evaluating it; what is in it has yet to be looked at."""
+    """Parse an expression; its operations are not checked before `evaluate`."""
     text = " ".join(expression.split()).translate(_SPELLINGS)
     if not text:
         raise CalculatorError("the expression is empty")
     if len(text) > MAX_LENGTH:
         raise CalculatorError(f"the expression has {len(text)} characters, at most {MAX_LENGTH} are read")
     glued = _GLUED.search(text)
-    if glued is not None:  # Python would warn of "2or 3" and read "0x10"
+    if glued is not None:  # Python would warn about "2or 3" and accept "0x10"
         raise CalculatorError(f"cannot read {glued[0]!r}; write products with *")
-    if _LONG_DECIMAL.search(text):  # a float holds 15 digits for sure
+    if _LONG_DECIMAL.search(text):  # a float preserves 15 digits
         raise CalculatorError("a decimal has at most 15 digits")
     try:
         return ast.parse(text, mode="eval").body
@@ -66,10 +66,10 @@ def parse(expression: str) -> ast.expr:
 
 
 def whole_numbers(node: ast.expr) -> Iterator[int]:
-    """The numbers in an expression of whole numbers, + - * / and parentheses.
+    """Yield the numbers in an expression of whole numbers, + - * / and parentheses.
 
     Raises:
-        CalculatorError: if there is anything else in it.
+        CalculatorError: The expression contains anything else.
     """
     if isinstance(node, ast.Constant) and type(node.value) is int:
         yield node.value
@@ -81,7 +81,7 @@ def whole_numbers(node: ast.expr) -> Iterator[int]:
 
 
 def evaluate(node: ast.expr, depth: int = 0) -> Value:
-    """Evaluate what `parse` returned."""
+    """Evaluate a parsed expression."""
     if depth > MAX_DEPTH:
         raise CalculatorError(f"more than {MAX_DEPTH} nested operations")
     match node:
@@ -105,7 +105,7 @@ def evaluate(node: ast.expr, depth: int = 0) -> Value:
 
 
 def _literal(value: int | float) -> Fraction:
-    # A decimal is what it says: its shortest spelling, and not the nearest binary number.
+    # A decimal stands for its shortest spelling, not for the nearest binary number.
     return _bounded(Fraction(value) if isinstance(value, int) else Fraction(repr(value)))
 
 
@@ -199,7 +199,7 @@ def _lcm(*values: Fraction) -> Fraction:
     return multiple
 
 
-# Name -> the function, the fewest and the most arguments.
+# Name -> function, minimum and maximum number of arguments.
 _FUNCTIONS: dict[str, tuple[Callable[..., Fraction], int, int]] = {
     "abs": (abs, 1, 1),
     "ceil": (lambda x: Fraction(math.ceil(x)), 1, 1),

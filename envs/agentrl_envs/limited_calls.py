@@ -1,4 +1,7 @@
-"""Calls with a hard limit: for judging what a policy wrote by code that nothing else can interrupt."""
+"""Function calls with hard limits on CPU time and memory, each in a separate process.
+
+They judge a policy's text with code that cannot be interrupted in any other way.
+"""
 
 import atexit
 import base64
@@ -20,7 +23,7 @@ from typing import Any, TextIO, cast
 from agentrl.errors import AgentRLError
 
 CPU_SECONDS = 5.0  # of one call
-WALL_SECONDS = 120.0  # after which a process that did not even use its CPU seconds counts as broken
+WALL_SECONDS = 120.0  # after which a process that has not used up its CPU seconds counts as broken
 PROCESSES = 2
 MEMORY_BYTES = 2 << 30
 
@@ -34,18 +37,18 @@ _CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE, -s
 
 
 class OverLimitError(Exception):
-    """The call took more than its CPU seconds or memory, or crashed its process each time."""
+    """The call exceeded its CPU time or memory, or crashed its process twice."""
 
 
 class JudgeError(AgentRLError):
-    """The process that was to judge an answer failed: nothing is known about the answer."""
+    """The process that judges answers failed, so the answer is neither correct nor wrong."""
 
 
 class LimitedCalls:
-    """At most `PROCESSES` processes, each started when it is needed first; called from any thread.
+    """Pool of at most `PROCESSES` processes, started on demand; thread-safe.
 
-    They end with the last user that has joined, with this process, and, if they are in the middle of a call
-    when this process is killed, `CPU_SECONDS` later.
+    The processes end when the last user leaves or this process exits. If this process is killed during a
+    call, that call's process ends at most `CPU_SECONDS` later.
     """
 
     def __init__(self) -> None:
@@ -54,27 +57,27 @@ class LimitedCalls:
         self._users: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def join(self, user: object) -> None:
-        """Keep the processes until `user` leaves."""
+        """Register a user: the processes are kept until it leaves."""
         self._users.add(user)
 
     def leave(self, user: object) -> None:
-        """End the processes if nobody else has joined."""
+        """Unregister a user, and end the processes if it was the last one."""
         if user in self._users:
             self._users.discard(user)
             if not self._users:
                 self.close()
 
     def call(self, module: str, function: str, *arguments: Any) -> Any:
-        """Call `module.function`, imported there, and return its result, a JSON value.
+        """Call `module.function` in a process and return its result, a JSON value.
 
         Raises:
-            OverLimitError: the call was too much; whoever wrote the arguments is to blame.
-            JudgeError: a process cannot be started, or was lost to something else than its call.
+            OverLimitError: The call exceeded the limits, which is the fault of its arguments.
+            JudgeError: A process cannot be started, or died for a reason other than its call.
         """
         question = base64.b64encode(pickle.dumps((module, function, arguments))).decode()
         lost = 0
         with self._turns:
-            for _ in range(2):  # a process can be lost to something else than its call
+            for _ in range(2):  # a process can die for a reason other than its call
                 process = self._take()
                 answer = process.ask(question)
                 if isinstance(answer, dict):
@@ -87,7 +90,7 @@ class LimitedCalls:
                     raise OverLimitError
         if lost > 0 or lost in _CRASHES:
             raise OverLimitError
-        raise JudgeError(f"{module}.{function}: its process was lost twice, with exit code {lost}")
+        raise JudgeError(f"{module}.{function}: its process died twice, with exit code {lost}")
 
     def _take(self) -> "_Process":
         try:
@@ -96,14 +99,17 @@ class LimitedCalls:
             return _Process()
 
     def close(self) -> None:
-        """End the processes that have nothing to do; a later call starts new ones."""
+        """End the idle processes; a later call starts new ones."""
         with suppress(queue.Empty):
             while True:
                 self._idle.get_nowait().close()
 
 
 class _Process:
-    """One call at a time. It is a plain interpreter, so that nobody's script is run twice."""
+    """A process that runs one call at a time.
+
+    It is a fresh interpreter and not a `multiprocessing` child, which would run the main script again.
+    """
 
     def __init__(self) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -114,17 +120,17 @@ class _Process:
             stderr=self._errors,
             env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             text=True,
-            start_new_session=True,  # Ctrl-C is for who calls
+            start_new_session=True,  # Ctrl-C must not reach it
         )
         self._to, self._from = cast(TextIO, self._process.stdin), cast(TextIO, self._process.stdout)
         if self._read() != "ready":
             self._errors.seek(0)
-            reason = self._errors.read()[-500:].strip() or "it says nothing"
+            reason = self._errors.read()[-500:].strip() or "no error output"
             self.close()
-            raise JudgeError(f"a process to judge answers does not start: {reason}")
+            raise JudgeError(f"a process to judge answers cannot be started: {reason}")
 
     def ask(self, question: str) -> dict[str, Any] | int:
-        """What came of a call, or the exit code of the process that was lost over it."""
+        """Run a call; return its outcome, or the exit code if the process died."""
         try:
             self._to.write(question + "\n")
             self._to.flush()
@@ -142,7 +148,7 @@ class _Process:
         self._process.kill()
         code = self._process.wait()
         for stream in (self._from, self._to, self._errors):
-            with suppress(OSError):  # of what it was never told
+            with suppress(OSError):  # flushing unsent input fails
                 stream.close()
         return code
 
@@ -151,22 +157,22 @@ calls = LimitedCalls()
 atexit.register(lambda: calls.close())
 
 
-def _forget() -> None:
+def _reset_after_fork() -> None:
     global calls
     calls = LimitedCalls()
 
 
-os.register_at_fork(after_in_child=_forget)  # the parent's processes are not the child's to talk to
+os.register_at_fork(after_in_child=_reset_after_fork)  # a child must not talk to its parent's processes
 
 
 def serve() -> None:
-    """Answer calls from the standard input until it ends; this is the process's whole life."""
+    """Serve calls from standard input until it ends; the main loop of a process."""
     import resource
 
     answers = os.fdopen(os.dup(1), "w")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
-    _say(answers, "ready")
+    _write_line(answers, "ready")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(nowhere, 2)
@@ -175,18 +181,18 @@ def serve() -> None:
             module, function, arguments = pickle.loads(base64.b64decode(line))
             called = getattr(importlib.import_module(module), function)
         except Exception as error:
-            _say(answers, json.dumps({"broken": f"{type(error).__name__}: {error}"}))
+            _write_line(answers, json.dumps({"broken": f"{type(error).__name__}: {error}"}))
             continue
-        # Nobody handles this signal: it ends the process wherever it computes.
+        # The signal has no handler, so it ends the process wherever it is.
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         try:
             result = called(*arguments)
         except MemoryError:
             os._exit(1)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _say(answers, json.dumps({"result": result}))
+        _write_line(answers, json.dumps({"result": result}))
 
 
-def _say(answers: TextIO, text: str) -> None:
+def _write_line(answers: TextIO, text: str) -> None:
     answers.write(text + "\n")
     answers.flush()

@@ -1,7 +1,7 @@
-r"""Whether a reply answers a problem: which part of it is the answer, and whether that says the right one.
+r"""Judge replies to mathematical problems: extract the answer, and compare it with the correct one.
 
-`mathematics` reads both and compares them. What takes irrational or large numbers is done in a process with a
-limit, where sums, integrals and limits go to math-verify (extra `math`).
+`mathematics` parses and compares both. Comparisons that need irrational or large numbers run in a separate
+process with limits, where sums, integrals and limits are handled by math-verify (extra `math`).
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from agentrl_envs.mathematics.equality import NeedsTimeError, same
 LONGEST_ANSWER = 2_000  # characters
 ROUNDED_DIGITS = 6  # the default of `rounded_digits`
 MOST_DIGITS = 100
-KEPT = 4_096  # verdicts of the judge
+CACHED_VERDICTS = 4_096
 
 _BOX = r"\\f?box(?:ed)?(?![A-Za-z])"
 _BRACES = re.compile(
@@ -25,7 +25,7 @@ _BRACES = re.compile(
 )
 _NUMBER = re.compile(r"([+-]?)\s*(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?")
 _LATEX_FRACTION = re.compile(r"([+-]?)\s*\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-# A sentence that does nothing but name its answer.
+# A sentence that only states its answer.
 _SENTENCE = re.compile(
     r"(?:(?:so|thus|hence|therefore|finally|then),?\s+)?(?:the\s+)?(?:(?:final|correct|right)\s+)?"
     r"(?:it|answer|result|value|solution)\s*(?:is|equals|:)\s*:?\s*(?P<answer>\S.*)",
@@ -34,14 +34,14 @@ _SENTENCE = re.compile(
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last complete \boxed{…} or \fbox{…}; None where there is none.
+    r"""Return the content of the last complete \boxed{…} or \fbox{…}, None if there is none.
 
     >>> last_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
     >>> last_boxed(r"so $\boxed 4$.")
     '4'
     """
-    opened: list[int | None] = []  # where the content of each open brace begins, if it is a box
+    opened: list[int | None] = []  # per open brace: start of its content if it is a box, else None
     start, end = -1, -1
     for found in _BRACES.finditer(text):
         if found["box"] or found["open"]:
@@ -56,14 +56,14 @@ def last_boxed(text: str) -> str | None:
 
 
 def last_tagged(text: str) -> str | None:
-    """The content of the last complete <answer>…</answer>; None where there is none."""
+    """Return the content of the last complete <answer>…</answer>, None if there is none."""
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     return text[start + len("<answer>") : end].strip() if start >= 0 else None
 
 
 def extract_answer(reply: str) -> str:
-    r"""What a reply answers: its last \boxed{…}, else its last <answer>…</answer>, else all of it.
+    r"""Return the answer in a reply: its last \boxed{…}, else its last <answer>…</answer>, else all of it.
 
     >>> extract_answer("2 + 2 is <answer>4</answer>.")
     '4'
@@ -75,7 +75,7 @@ def extract_answer(reply: str) -> str:
 
 
 def number(text: str) -> Fraction | None:
-    r"""The number that a text is, such as 42, -1,234.50, 7/3, \frac{7}{3} or $42$; None where it is none."""
+    r"""Parse a number such as 42, -1,234.50, 7/3, \frac{7}{3} or $42$; return None for any other text."""
     if len(text) > LONGEST_ANSWER:
         return None
     text = text.replace("\\$", "$").replace("−", "-").strip().removesuffix(".").strip(" $\n\t")
@@ -101,26 +101,26 @@ def _decimal(text: str) -> Fraction | None:
 
 
 def same_number(gold: str, answer: str, rounded_digits: int | None = ROUNDED_DIGITS) -> bool:
-    """Whether an answer is the number `gold`; "x = 42", "42 apples" and "42%" are 42.
+    """Return whether an answer is the number `gold`; "x = 42", "42 apples" and "42%" are 42.
 
     >>> same_number("1/2", "0.5"), same_number("42", "42 or 43"), same_number("3", "3 million")
     (True, False, False)
 
     Raises:
-        JudgeError: nothing could be found out about the answer.
+        JudgeError: The answer could not be judged.
     """
     return _same(gold.strip(), answer.strip(), rounded_digits, False)
 
 
 def same_mathematics(gold: str, reply: str, rounded_digits: int | None = ROUNDED_DIGITS) -> bool:
-    r"""Whether the answer in a reply means the same as `gold`.
+    r"""Return whether the answer in a reply is mathematically equal to `gold`.
 
-    Without a box and a tag, the whole reply is the answer, or else what its last sentence calls so: "It is
-    $\frac{1}{2}$." An answer that is too much to be judged is not equal.
+    Without a box or a tag, the answer is the entire reply, or else what its last sentence states: "It is
+    $\frac{1}{2}$." An answer that exceeds the limits of the judge is not equal.
 
     Raises:
-        JudgeError: nothing could be found out about the answer.
-        MissingDependencyError: the extra `math` is needed and not installed.
+        JudgeError: The answer could not be judged.
+        MissingDependencyError: The extra `math` is needed and not installed.
     """
     boxed, tagged = last_boxed(reply), last_tagged(reply)
     gold = gold.strip()
@@ -135,10 +135,10 @@ def same_mathematics(gold: str, reply: str, rounded_digits: int | None = ROUNDED
 
 
 def checked_digits(rounded_digits: object) -> int | None:
-    """Return an environment's `rounded_digits`, if it is a number of digits or None.
+    """Return an environment's `rounded_digits` if it is valid.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: It is neither a number of digits nor None.
     """
     if rounded_digits is None or (type(rounded_digits) is int and 1 <= rounded_digits <= MOST_DIGITS):
         return rounded_digits
@@ -148,12 +148,12 @@ def checked_digits(rounded_digits: object) -> int | None:
 
 
 def judged_by(rounded_digits: int | None) -> dict[str, int | None]:
-    """Return what a task's hash has to say of how it is judged, if that is not as usual."""
+    """Return the judging settings that a task's hash includes: none if they are the defaults."""
     return {} if rounded_digits == ROUNDED_DIGITS else {"rounded_digits": rounded_digits}
 
 
 def require_math_verify() -> None:
-    """Raise `MissingDependencyError` where the extra `math` is not installed."""
+    """Raise `MissingDependencyError` if the extra `math` is not installed."""
     if importlib.util.find_spec("math_verify") is None:
         raise missing_extra("answers that are not plain numbers need math-verify", "math")
 
@@ -175,7 +175,7 @@ def _same(gold: str, answer: str, rounded_digits: int | None, mathematics: bool)
     return _judged(gold, answer, rounded_digits, mathematics)
 
 
-@lru_cache(maxsize=KEPT)
+@lru_cache(maxsize=CACHED_VERDICTS)
 def _judged(gold: str, answer: str, rounded_digits: int | None, mathematics: bool) -> bool:
     try:
         return bool(

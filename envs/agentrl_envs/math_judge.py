@@ -1,4 +1,4 @@
-"""What is found out about an answer in a process with a limit; run by `limited_calls`."""
+"""Comparison of answers that may take long; called by `limited_calls` in its process."""
 
 import re
 
@@ -7,8 +7,8 @@ from agentrl_envs.mathematics.equality import same
 _CALCULUS = re.compile(r"\\(?:(?:sum|prod|lim)\s*_|int(?![A-Za-z]))")
 
 _SPACE = re.compile(r"\\[,;:! ]|\\(?:left|right|quad|limits|displaystyle)(?![A-Za-z])")
-# One expression and nothing beside it: no list, relation, words or decimal; nor capitals, which math-verify
-# takes for small letters.
+# One expression alone: no list, relation, words or decimal, and no capitals, which math-verify reads as
+# small letters.
 _EXPRESSION = re.compile(
     r"(?:\\(?:sum|prod|int|lim|d?frac|sqrt|pi|infty|sin|cos|tan|ln|log|exp|cdot|times|to)(?![A-Za-z])"
     r"|_\{[a-z] ?(?:=|\\to(?![a-z])) ?|[-+*/^_(){}|!\d ]|(?<![A-Za-z])[a-z]{1,3}(?![A-Za-z]))+"
@@ -16,14 +16,14 @@ _EXPRESSION = re.compile(
 
 
 def judge(gold: str, answer: str, rounded_digits: int | None, calculus: bool) -> bool:
-    """Whether an answer says the same as `gold`; math-verify judges `calculus`: sums, limits."""
+    """Return whether an answer equals `gold`; `calculus` admits sums and limits, compared by math-verify."""
     if same(gold, answer, rounded_digits):
         return True
     return calculus and has_calculus(gold, answer) and _verified(gold, answer)
 
 
 def has_calculus(gold: str, answer: str) -> bool:
-    """Whether one of two answers has a sum, a product, an integral or a limit."""
+    """Return whether one of two answers contains a sum, a product, an integral or a limit."""
     return any(map(_CALCULUS.search, (gold, answer)))
 
 

@@ -30,14 +30,14 @@ _FENCE = re.compile(r"\s*```[a-z]*\n(.*?)\n?```\s*", re.DOTALL)
 
 
 class Call(NamedTuple):
-    """What a reply asks for: the tag and what stands in it."""
+    """A tool call or an answer in a reply: its tag and the text inside it."""
 
     tool: str
     text: str
 
 
 class EpisodeState(NamedTuple):
-    """A point of an episode to come back to."""
+    """State of an episode; immutable."""
 
     task: str
     problem: Problem
@@ -45,42 +45,43 @@ class EpisodeState(NamedTuple):
     steps: int = 0
     finished: bool = False
     success: bool = False
-    worked: int = 0  # steps of the problem's work that have been computed
+    worked: int = 0  # steps of the problem's solution that have been computed
     call: Call | None = None
     tool_error: bool = False
     valid: bool = True
 
 
 class MathToolsEnv(gymnasium.Env[str, str]):
-    r"""Solve a problem with tools, then answer it.
+    r"""Mathematical problems, solved with a calculator and Python.
 
     A turn is one of <calc>expression</calc>, <python>code</python> and <answer>result</answer>; the first
-    complete one of a reply counts, and what follows it is not read. A reply without any answers with its last
-    \boxed{…}. The episode ends with an answer (reward 1 if it is right, else 0) or after `max_steps` turns.
+    complete one in a reply counts, and the text after it is ignored. In a reply without any, the last
+    \boxed{…} is the answer. The episode terminates with an answer (reward 1 if it is correct, else 0), and is
+    truncated after `max_steps` turns.
 
     Args:
-        split: the problems to draw from when `reset` is not told one.
-        max_steps: turns per episode, the answer's included.
-        tools: "calculator" and "python", or one of them, or none.
-        kinds: of generated problems, names or one name, None for all; see `problems.KINDS`.
-        level: of generated problems, 1 to 5, or the lowest and the highest; None is 2.
-        data: a file of problems instead of generated ones, or split -> file; see `problem_files`.
-        test_share: of a single file.
-        check: how a file's answers are judged, "number" or "mathematics" (extra `math`); None takes "number"
-            where all of them are plain numbers.
-        rounded_digits: significant digits, correctly rounded, from which a decimal counts for an answer that
-            is a fraction or irrational: 0.333333 is 1/3, 0.333 is not. None takes only exact values. Where
-            the right answer is a decimal, a relative error of 1e-9 is allowed in any case.
-        text: "plain" names the tools after the question, "short" is the bare question.
-        state: whether Python's variables are kept for the "session" of an episode or for one "call".
-        isolation: of the sandbox in which Python runs.
-        require_isolation: refuse to run Python where there is none.
-        limits: of the sandbox, by name; see `agentrl.env.sandbox.Limits`.
-        expert: give `info["expert"]`, the next turn of someone who knows the way.
+        split: The split from which `reset` draws a problem when it is given none.
+        max_steps: The number of turns per episode, including the answer.
+        tools: "calculator" and "python", one of them, or none.
+        kinds: The kinds of generated problems, one name or several, None for all; see `problems.KINDS`.
+        level: The level of generated problems, 1 to 5, or the lowest and the highest; None is 2.
+        data: The file of problems to use instead of generated ones, or split -> file; see `problem_files`.
+        test_share: The fraction of a single file's problems that forms the test split.
+        check: How a file's answers are judged, "number" or "mathematics" (extra `math`); None selects
+            "number" if all of them are plain numbers.
+        rounded_digits: The number of significant digits, correctly rounded, from which a decimal counts as an
+            answer that is a fraction or irrational: 0.333333 is 1/3, 0.333 is not. None accepts only exact
+            values. If the correct answer is a decimal, a relative error of 1e-9 is always allowed.
+        text: "plain" appends the available tools to the question, "short" is the bare question.
+        state: Whether Python's variables live for the "session" of an episode or for one "call".
+        isolation: The isolation of the sandbox in which Python runs.
+        require_isolation: Whether to refuse to run Python without isolation.
+        limits: The limits of the sandbox by name; see `agentrl.env.sandbox.Limits`.
+        expert: Whether to add `info["expert"]`, the next turn of a scripted expert that knows the solution.
 
     `info` holds success, score (0 or 1), valid (whether the turn was a tool call or an answer), task_type,
-    tool ("calc", "python", "answer" or None), tool_error (whether the tool refused), and expert when asked
-    for.
+    tool ("calc", "python", "answer" or None), tool_error (whether the tool reported an error), and expert on
+    request.
     """
 
     thread_safe: ClassVar[bool] = True
@@ -122,7 +123,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         self._tags = tuple(tag for tool, tag in TAGS.items() if tool in tools)
         self._plain = text == "plain"
         self._python = _Python(state, isolation, require_isolation, limits) if "python" in tools else None
-        # What Python computes may depend on the clock, and its variables cannot be copied.
+        # Python's results may depend on the clock, and its variables cannot be copied.
         self.determinism: Literal["episode", "instance"] = "instance" if self._python else "episode"
         if self._python is not None:
             vars(self).update(snapshot=None, restore=None)
@@ -132,13 +133,13 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         self.action_space = TextSpace()
 
     def tasks(self, split: str) -> Sequence[str]:
-        """List the ids of a split, such as "train/0"."""
+        """Return the task ids of a split, such as "train/0"."""
         if split not in self.splits:
             raise unknown("split", split, self.splits)
         return TaskIds(split, len(self._problems[split]))
 
     def task_hash(self, task: str) -> str:
-        """Hash the problem, its answer, and how it is judged."""
+        """Hash the problem, its answer and the rule by which it is judged."""
         return content_hash(task, self._find(task).content() | judged_by(self._rounded_digits))
 
     def _find(self, task: object) -> Problem:
@@ -148,6 +149,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
+        """Start the task `options["task"]`, or a random one of the split; return its observation and info."""
         super().reset(seed=seed)
         task = (options or {}).get("task")
         if task is None:
@@ -156,10 +158,11 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         if self._python is not None:
             self._python.end_session()
         usage = f"\n{self._usage()}" if self._plain else ""
-        self._episode = EpisodeState(task, problem, f"{problem.question}{usage}{self._hurry(0)}")
+        self._episode = EpisodeState(task, problem, f"{problem.question}{usage}{self._last_turn_notice(0)}")
         return self._episode.observation, self._info(self._episode)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Run a turn; return observation, reward, terminated, truncated and info."""
         before = self._running()
         if before.finished:
             raise ResetNeeded("the episode is over: call reset first")
@@ -178,7 +181,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
             worked += bool(work) and call.text == self._written(work[0])
         answered = call is not None and call.tool == ANSWER
         if not answered:
-            observation += self._hurry(steps)
+            observation += self._last_turn_notice(steps)
         self._episode = before._replace(
             observation=observation,
             steps=steps,
@@ -224,7 +227,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         answer = "<answer>result</answer>"
         return f"Write {tools} to compute something, {answer} to answer." if tools else f"Write {answer}."
 
-    def _hurry(self, steps: int) -> str:
+    def _last_turn_notice(self, steps: int) -> str:
         return "\nThis is the last turn: answer now." if steps == self.max_steps - 1 else ""
 
     def _running(self) -> EpisodeState:
@@ -246,7 +249,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         return info
 
     def expert(self) -> str | None:
-        """The next tool call that leads to the answer, or the answer; None after the end."""
+        """Return the next tool call of the solution, or the answer; None after the end of the episode."""
         episode = self._running()
         if episode.finished:
             return None
@@ -256,7 +259,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         return f"<{self._tags[0]}>{self._written(left[0])}</{self._tags[0]}>"
 
     def _written(self, expression: str) -> str:
-        """An expression of the calculator, for the tool that the expert uses."""
+        """Translate an expression of the calculator for the tool that the expert uses."""
         if not self._tags or self._tags[0] == TAGS["calculator"]:
             return expression
         if "gcd" in expression or "lcm" in expression:
@@ -267,33 +270,34 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         return f"print({expression})"
 
     def close(self) -> None:
+        """Close the Python session and release the shared processes."""
         if self._python is not None:
             self._python.close()
         limited_calls.calls.leave(self)
 
     def snapshot(self) -> EpisodeState:
-        """Keep this point of the episode."""
+        """Return the current state of the episode."""
         return self._running()
 
     def restore(self, snapshot: EpisodeState) -> tuple[str, dict[str, Any]]:
-        """Go back to a kept point; return its observation and info."""
+        """Return to a snapshot; return its observation and info."""
         self._episode = snapshot
         return snapshot.observation, self._info(snapshot)
 
 
 class _Python:
-    """The Python tool of one environment: a session of a sandbox that all with equal settings share."""
+    """Python tool of one environment: a session of the sandbox shared by environments with equal settings."""
 
     def __init__(
         self, state: str, isolation: str, require_isolation: bool, limits: Mapping[str, float] | None
     ) -> None:
         self._keeps_state = state == "session"
         self._settings = (isolation, require_isolation, _limits(limits or {}))
-        Sandbox(isolation=isolation, require_isolation=require_isolation)  # refuses what it cannot be
+        Sandbox(isolation=isolation, require_isolation=require_isolation)  # raises if unavailable
         self._session: Session | None = None
 
     def run(self, text: str) -> tuple[str, bool]:
-        """What code printed and its error, if any, for a policy to read; and whether there was one."""
+        """Run code; return its output and error as text for the policy, and whether there was an error."""
         fenced = _FENCE.fullmatch(text)
         if self._session is None:
             self._session = _sandbox(self, self._settings).session()
@@ -310,11 +314,13 @@ class _Python:
         return "\n".join(told) or "no output", execution.error is not None
 
     def end_session(self) -> None:
+        """End the session, if there is one; the next call starts a new one."""
         session, self._session = self._session, None
         if session is not None:
             session.close()
 
     def close(self) -> None:
+        """End the session and release the sandbox."""
         self.end_session()
         _leave_sandbox(self, self._settings)
 
@@ -334,7 +340,7 @@ _sandboxes: dict[Settings, tuple[Sandbox, "weakref.WeakSet[_Python]"]] = {}
 
 
 def _sandbox(user: _Python, settings: Settings) -> Sandbox:
-    """The process's sandbox of these settings; its server starts with its first session."""
+    """Return the process-wide sandbox with these settings; its server starts with its first session."""
     isolation, require_isolation, limits = settings
     with _lock:
         if settings not in _sandboxes:

@@ -1,4 +1,4 @@
-"""Where problems come from: the generator, or JSONL and Parquet files such as those of GSM8K and MATH."""
+"""Sources of problems: the generator, or JSONL and Parquet files such as those of GSM8K and MATH."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ from agentrl_envs.problems import Check, Problem, generated
 
 QUESTIONS = ("problem", "question", "prompt")
 ANSWERS = ("answer", "final_answer", "solution")
-WORKED = ("solution",)  # columns of worked solutions, of which only a marked result is an answer
+WORKED = ("solution",)  # columns of worked solutions, whose answer is the marked result only
 NO_NUMBERS = ("nan", "inf", "infinity")
 TASK_TYPES = ("task_type", "type", "subject")
 
-Row = tuple[str, Mapping[str, Any]]  # where it stands, what it holds
+Row = tuple[str, Mapping[str, Any]]  # location for messages, content
 
 
 def choose_problems(
@@ -30,18 +30,18 @@ def choose_problems(
     test_share: float,
     check: Check | None,
 ) -> tuple[Mapping[str, Sequence[Problem]], str]:
-    """The problems that an environment's arguments ask for, and the label shown with scores on them.
+    """Return the problems that an environment's arguments select, and the label shown with their scores.
 
     Raises:
-        ConfigError: an argument is wrong, or does not go with another.
-        MissingDependencyError: answers need the extra `math`, which is not installed.
+        ConfigError: An argument is invalid, or excludes another.
+        MissingDependencyError: The answers need the extra `math`, which is not installed.
     """
     if data is None:
         if check is not None:
-            raise ConfigError(f"check: {check!r} is for files; generated problems know how they are judged")
+            raise ConfigError(f"check: {check!r} applies only to files; generated problems set their own")
         return generated(kinds, 2 if level is None else level), "generated"
     if kinds is not None or level is not None:
-        raise ConfigError("data: kinds and level shape only generated problems")
+        raise ConfigError("data: kinds and level apply only to generated problems; remove them, or data")
     problems = load_problems(data, test_share, check)
     if any(rows[0].check == "mathematics" for rows in problems.values()):
         require_math_verify()
@@ -52,25 +52,26 @@ def choose_problems(
 def load_problems(
     data: str | Path | Mapping[str, str | Path], test_share: float = 0.1, check: Check | None = None
 ) -> Mapping[str, Sequence[Problem]]:
-    """Read problems.
+    """Read problems from files.
 
-    A row has `problem`, `question` or `prompt`, and `answer`, `final_answer` or `solution`. Of an answer in
-    GSM8K's manner the part after "####" counts, of a worked one in MATH's manner its last box; a `solution`
-    must have one of both. `task_type`, `type` or
-    `subject`, where present, is what scores are grouped by, else the file's name.
+    A row has a column `problem`, `question` or `prompt`, and a column `answer`, `final_answer` or `solution`.
+    In an answer in GSM8K's style the part after "####" counts, in a worked solution in MATH's style the last
+    box; a `solution` must have one of the two. Scores are grouped by `task_type`, `type` or `subject` if
+    present, else by the file's name.
 
     Args:
-        data: a file (`.jsonl` or `.parquet`), or split -> file.
-        test_share: of a single file's problems; those with the smallest hashes of their question are the
-            split "test". Not used where the rows have a column `split`, whose values are the splits then.
-        check: how replies are judged: "number" or "mathematics". None takes "number" where every answer is a
+        data: A file (`.jsonl` or `.parquet`), or split -> file.
+        test_share: The fraction of a single file's problems that forms the split "test": those with the
+            smallest hashes of their question. Ignored if the rows have a column `split`, which then names
+            the splits.
+        check: How replies are judged: "number" or "mathematics". None selects "number" if every answer is a
             plain number, else "mathematics".
 
     Returns:
         Split -> its problems, in the order of the file.
 
     Raises:
-        ConfigError: a file cannot be read, or a row lacks something; the message names its line.
+        ConfigError: A file cannot be read, or a row is incomplete; the message names its line.
     """
     if check not in (None, "number", "mathematics"):
         raise unknown("check", check, ("number", "mathematics"))
@@ -102,13 +103,13 @@ Given = tuple[Problem, str | None]  # a problem and the split that its row names
 
 @lru_cache(maxsize=8)
 def _read(path: Path, version: int) -> tuple[Given, ...]:
-    """The rows of a file; `version` makes a changed file another one."""
+    """Read the rows of a file; `version` is part of the cache key, so that a changed file is read again."""
     readers = {".jsonl": _json_lines, ".parquet": _parquet}
     if path.suffix not in readers:
-        raise ConfigError(f"data: {path.name} is neither {' nor '.join(readers)}")
+        raise ConfigError(f"data: {path.name}, wanted a file ending in {' or '.join(readers)}")
     problems = tuple(_problem(place, row, path.stem) for place, row in readers[path.suffix](path))
     if not problems:
-        raise ConfigError(f"data: {path} holds no problem")
+        raise ConfigError(f"data: {path} contains no problem")
     named = sum(split is not None for _, split in problems)
     if named not in (0, len(problems)):
         raise ConfigError(f"data: {path}: {named} of {len(problems)} rows name a split, wanted all or none")
@@ -140,7 +141,7 @@ def _parquet(path: Path) -> Iterator[Row]:
             columns = [name for name in file.schema_arrow.names if name in known]
             rows = [row for part in file.iter_batches(columns=columns) for row in part.to_pylist()]
     except (ArrowException, OSError) as error:
-        raise ConfigError(f"data: {path} is no Parquet file that can be read: {error}") from error
+        raise ConfigError(f"data: {path} cannot be read as a Parquet file: {error}") from error
     for index, row in enumerate(rows):
         yield f"{path}: row {index}", row
 
@@ -148,7 +149,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 def _problem(place: str, row: Mapping[str, Any], stem: str) -> Given:
     question = row[_first(place, row, QUESTIONS)]
     if not isinstance(question, str):
-        raise ConfigError(f"data: {place}: the question is {question!r}, wanted a text")
+        raise ConfigError(f"data: {place}: the question is {question!r}, wanted a string")
     column = _first(place, row, ANSWERS)
     answer = _answer(place, column, row[column])
     if not question.strip() or not answer:
@@ -160,11 +161,11 @@ def _problem(place: str, row: Mapping[str, Any], stem: str) -> Given:
         )
     for name in (*TASK_TYPES, "split"):
         if row.get(name) is not None and not isinstance(row[name], str):
-            raise ConfigError(f"data: {place}: {name!r} is {row[name]!r}, wanted a text")
+            raise ConfigError(f"data: {place}: {name!r} is {row[name]!r}, wanted a string")
     task_type = next((row[name] for name in TASK_TYPES if row.get(name)), stem)
     for text in (question, answer, task_type):
         if any("\ud800" <= sign <= "\udfff" for sign in text):
-            raise ConfigError(f"data: {place}: {text[:60]!r} has half a character, a lone surrogate")
+            raise ConfigError(f"data: {place}: {text[:60]!r} contains a lone surrogate, half a character")
     return Problem(question.strip(), answer, task_type), row.get("split") or None
 
 
@@ -177,18 +178,18 @@ def _first(place: str, row: Mapping[str, Any], names: Sequence[str]) -> str:
 
 def _answer(place: str, column: str, given: object) -> str:
     if isinstance(given, bool) or not isinstance(given, str | int | float):
-        raise ConfigError(f"data: {place}: the answer is {given!r}, wanted a text or a number")
+        raise ConfigError(f"data: {place}: the answer is {given!r}, wanted a string or a number")
     text = given if isinstance(given, str) else format(Decimal(str(given)), "f")
     _, marked, final = text.rpartition("####")
     boxed = None if marked else last_boxed(text)
     if column in WORKED and not marked and boxed is None:
         raise ConfigError(
-            f"data: {place}: the {column} marks no result; wanted it in \\boxed{{}} or behind '####', "
+            f"data: {place}: the {column} marks no result; wanted it in \\boxed{{}} or after '####', "
             f"or a column {ANSWERS[0]!r}"
         )
     answer = (final if boxed is None else boxed).strip()
     if answer.lower().lstrip("+-") in NO_NUMBERS:
-        raise ConfigError(f"data: {place}: the answer is {answer}, wanted a finite number, or a text")
+        raise ConfigError(f"data: {place}: the answer is {answer}, wanted a finite number or a text")
     return answer
 
 
@@ -207,7 +208,7 @@ def _refuse_other_than_numbers(read: Mapping[str, Sequence[Given]]) -> None:
 
 
 def _halves(rows: Sequence[Given], test_share: float) -> list[str]:
-    """Train or test for each row; equal questions fall on the same side."""
+    """Assign each row to "train" or "test"; equal questions get the same split."""
     hashes = [hashlib.sha256(problem.question.encode()).digest() for problem, _ in rows]
     ranked = sorted(set(hashes))
     cut = min(max(1, round(test_share * len(ranked))), len(ranked) - 1)

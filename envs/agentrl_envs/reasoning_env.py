@@ -1,4 +1,4 @@
-"""`agentrl/Reasoning-v0`: a problem is observed, the reply is its answer, and that is the episode."""
+"""`agentrl/Reasoning-v0`: one-step problems; the observation is a problem, and the reply answers it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,24 +15,25 @@ INSTRUCTIONS = "Give the answer as <answer>...</answer>."
 
 
 class ReasoningEnv(OneStepEnv):
-    r"""Answer a problem. The last \boxed{…} of the reply counts, else its last <answer>…</answer>, else all.
+    r"""One-step problems with a checkable answer.
 
-    The reward is 1 for the right answer and 0 for any other.
+    The answer is the last \boxed{…} of the reply, else its last <answer>…</answer>, else the entire reply.
+    The reward is 1 for the correct answer, else 0.
 
     Args:
-        split: the problems to draw from when `reset` is not told one.
-        max_steps: every episode has one step.
-        kinds: of generated problems, names or one name, None for all; see `problems.KINDS`.
-        level: of generated problems, 1 to 5, or the lowest and the highest; None is 2.
-        data: a file of problems instead of generated ones, or split -> file; see `problem_files`.
-        test_share: of a single file.
-        check: how a file's answers are judged, "number" or "mathematics" (extra `math`); None takes "number"
-            where all of them are plain numbers.
-        rounded_digits: significant digits, correctly rounded, from which a decimal counts for an answer that
-            is a fraction or irrational: 0.333333 is 1/3, 0.333 is not. None takes only exact values. Where
-            the right answer is a decimal, a relative error of 1e-9 is allowed in any case.
-        text: "plain" says how to answer, "short" is the bare question.
-        expert: give `info["expert"]`, the right answer.
+        split: The split from which `reset` draws a problem when it is given none.
+        max_steps: The number of steps per episode, which is always 1.
+        kinds: The kinds of generated problems, one name or several, None for all; see `problems.KINDS`.
+        level: The level of generated problems, 1 to 5, or the lowest and the highest; None is 2.
+        data: The file of problems to use instead of generated ones, or split -> file; see `problem_files`.
+        test_share: The fraction of a single file's problems that forms the test split.
+        check: How a file's answers are judged, "number" or "mathematics" (extra `math`); None selects
+            "number" if all of them are plain numbers.
+        rounded_digits: The number of significant digits, correctly rounded, from which a decimal counts as an
+            answer that is a fraction or irrational: 0.333333 is 1/3, 0.333 is not. None accepts only exact
+            values. If the correct answer is a decimal, a relative error of 1e-9 is always allowed.
+        text: "plain" appends the answer format to the question, "short" is the bare question.
+        expert: Whether to add `info["expert"]`, the correct answer.
     """
 
     thread_safe: ClassVar[bool] = True
@@ -72,11 +73,12 @@ class ReasoningEnv(OneStepEnv):
         return float(problem.solved_by(reply, self._rounded_digits))
 
     def close(self) -> None:
+        """Release the shared processes."""
         limited_calls.calls.leave(self)
 
 
 class _Prompts(Sequence[Mapping[str, Any]]):
-    """Problems as `OneStepEnv` takes them, made when asked for."""
+    """Lazy view of problems as the tasks of `OneStepEnv`."""
 
     def __init__(self, problems: Sequence[Problem], ending: str, rounded_digits: int | None) -> None:
         self._problems, self._ending = problems, ending

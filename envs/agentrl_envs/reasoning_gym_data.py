@@ -1,6 +1,6 @@
-"""The datasets of reasoning-gym, generated item by item and scored by their own scorers.
+"""Datasets of reasoning-gym, generated item by item and scored by their own scorers.
 
-reasoning-gym is imported by the first dataset that is opened; it takes seconds.
+reasoning-gym is imported when the first dataset is opened, which takes seconds.
 """
 
 import ast
@@ -24,9 +24,9 @@ from agentrl_envs import limited_calls
 from agentrl_envs.calculator import CalculatorError, parse, whole_numbers
 
 LONGEST_ANSWER = 20_000  # characters
-KEPT_ITEMS = 4_096
+CACHED_ITEMS = 4_096
 
-# Of 0.1.25: their items follow the order of sets of strings, which Python draws anew for every process.
+# In version 0.1.25 their items depend on the order of sets of strings, which differs between processes.
 BY_HASH_SEED = (
     "codeio",
     "intermediate_integration",
@@ -37,7 +37,7 @@ BY_HASH_SEED = (
     "word_ladder",
 )
 
-# Their scorers evaluate the answer as Python, or hand it to sympy, which does: not every text may get there.
+# Their scorers evaluate the answer as Python, directly or through sympy, so answers are filtered first.
 EVALUATED = ("binary_matrix", "n_queens", "spiral_matrix", "string_insertion")
 WHOLE_NUMBERS = ("countdown", "puzzle24")
 EXPRESSIONS = ("intermediate_integration", "polynomial_multiplication", "simple_integration")
@@ -46,23 +46,23 @@ FUNCTIONS = (
     *("exp", "log", "ln", "sqrt", "Abs"),
 )
 
-JUNK = ("", "banana", "a" * 50, "0", "1", "True", "False", "Yes", "No", "[]", "None")
+FIXED_ANSWERS = ("", "banana", "a" * 50, "0", "1", "True", "False", "Yes", "No", "[]", "None")
 PROBED_ITEMS = 30
-MISSES = 3  # of the probed items; an answer that misses fewer solves the dataset
-FOREIGN_GOLDS = 3
+MAX_MISSES = 3  # a fixed answer that is wrong on at most this many probed items solves the dataset
+OTHER_ITEMS = 3  # first items whose answers are also tried as fixed answers
 
 _lock = threading.RLock()
 
 
 class Dataset:
-    """One dataset with its configuration and seed; equal ones are one object per process.
+    """One dataset with its configuration and seed.
 
     Args:
-        name: of reasoning-gym's.
-        level: of its curriculum, from 1; None takes the dataset's default configuration.
-        settings: other fields of its configuration, as JSON.
-        seed: item i depends on it and i alone.
-        size: number of items.
+        name: The name of the dataset in reasoning-gym.
+        level: The level of its curriculum, from 1; None selects the dataset's default configuration.
+        settings: Other fields of its configuration, as JSON.
+        seed: The seed; item i depends on the seed and i alone.
+        size: The number of items.
     """
 
     def __init__(self, name: str, level: int | None, settings: str, seed: int, size: int) -> None:
@@ -72,7 +72,7 @@ class Dataset:
         with _private_randomness(seed):
             self._data = factory.DATASETS[name][0](_config(name, level, json.loads(settings), seed, size))
         if name in EVALUATED:
-            # The name is looked up in the scorer's module first.
+            # Shadow the builtin in the scorer's module, so that it evaluates literals only.
             vars(sys.modules[type(self._data).__module__])["eval"] = ast.literal_eval
         self._items: OrderedDict[int, Mapping[str, Any]] = OrderedDict()
 
@@ -80,10 +80,10 @@ class Dataset:
         return open_dataset, self.key
 
     def item(self, index: int) -> Mapping[str, Any]:
-        """Item `index`: question, answer, metadata.
+        """Return item `index`: question, answer, metadata.
 
         Raises:
-            ConfigError: reasoning-gym cannot generate it.
+            ConfigError: reasoning-gym cannot generate the item.
         """
         with _lock:
             if index not in self._items:
@@ -92,15 +92,15 @@ class Dataset:
                         self._items[index] = self._data[index]
                 except Exception as error:
                     raise ConfigError(
-                        f"dataset: reasoning-gym generates no item {index} of {self.name!r} with this "
+                        f"dataset: reasoning-gym cannot generate item {index} of {self.name!r} with this "
                         f"configuration ({type(error).__name__}: {error})"
                     ) from error
-                while len(self._items) > KEPT_ITEMS:
+                while len(self._items) > CACHED_ITEMS:
                     self._items.popitem(last=False)
             return self._items[index]
 
     def score(self, answer: str, item: Mapping[str, Any]) -> float:
-        """What its scorer says of an answer, in this process: 0 to 1, and 0 where it fails."""
+        """Score an answer in this process: 0 to 1, and 0 if the scorer fails."""
         try:
             with _private_randomness(0), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -109,12 +109,12 @@ class Dataset:
             return 0.0
 
     def score_reply(self, answer: str, index: int) -> float:
-        """The score of an answer that a policy wrote, found with a hard limit on the work.
+        """Score an answer that a policy wrote, with a hard limit on time and memory.
 
         Raises:
-            JudgeError: nothing could be found out about the answer.
+            JudgeError: The answer could not be judged.
         """
-        if len(answer) > LONGEST_ANSWER or not _harmless(self.name, answer):
+        if len(answer) > LONGEST_ANSWER or not _is_safe(self.name, answer):
             return 0.0
         item = self.item(index)
         if self._compares_texts():
@@ -130,31 +130,31 @@ class Dataset:
         return type(self._data).score_answer is ProceduralDataset.score_answer
 
     def solution(self, index: int) -> str | None:
-        """The item's own answer, if its scorer takes it."""
+        """Return the item's own answer, None if its scorer does not accept it."""
         item = self.item(index)
         answer = item["answer"]
         return answer if isinstance(answer, str) and self.score(answer, item) == 1.0 else None
 
-    def refuse_if_junk_solves_it(self) -> None:
-        """Try fixed answers, and those of other items, on the first items.
+    def refuse_if_fixed_answer_solves(self) -> None:
+        """Try fixed answers, including those of other items, on the first items.
 
         Raises:
-            ConfigError: one of them solves nearly all: a policy would learn to say just that.
+            ConfigError: One of them solves nearly all items, so a policy would learn to repeat it.
         """
         count = min(PROBED_ITEMS, self.size)
-        misses = dict.fromkeys(JUNK, 0)
-        if count <= MISSES:
+        misses = dict.fromkeys(FIXED_ANSWERS, 0)
+        if count <= MAX_MISSES:
             return
         for index in range(count):
             item = self.item(index)
-            if index < FOREIGN_GOLDS and isinstance(item["answer"], str):
+            if index < OTHER_ITEMS and isinstance(item["answer"], str):
                 misses.setdefault(item["answer"], index)
             misses = {
                 answer: missed
                 for answer, missed in ((a, m + (self.score(a, item) != 1.0)) for a, m in misses.items())
-                if missed <= MISSES
+                if missed <= MAX_MISSES
             }
-            if not misses and index >= FOREIGN_GOLDS:
+            if not misses and index >= OTHER_ITEMS:
                 return
         for answer, missed in misses.items():
             raise ConfigError(
@@ -164,35 +164,34 @@ class Dataset:
 
 
 def scored(dataset: Dataset, answer: str, item: Mapping[str, Any]) -> float:
-    """Run by `limited_calls`."""
+    """Score an answer; called by `limited_calls` in its process."""
     return dataset.score(answer, item)
 
 
 @lru_cache(maxsize=64)
 def open_dataset(name: str, level: int | None, settings: str, seed: int, size: int) -> Dataset:
-    """Open a dataset; see `Dataset`."""
+    """Open a dataset, or return it from the cache of this process; see `Dataset`."""
     return Dataset(name, level, settings, seed, size)
 
 
 @lru_cache(maxsize=64)
 def checked_dataset(name: str, level: int | None, settings: str, seed: int, size: int) -> Dataset:
-    """Open a dataset and refuse it where a score on it would mean nothing.
+    """Open a dataset, and refuse it if its scores would be meaningless.
 
     Raises:
-        ConfigError: its name, level or settings are wrong, junk solves it, or its items would be others in
-            another process.
-        MissingDependencyError: the extra `reasoning-gym` is not installed.
+        ConfigError: The name, level or settings are invalid, one fixed answer solves the dataset, or its
+            items would differ in another process.
+        MissingDependencyError: The extra `reasoning-gym` is not installed.
     """
     factory = _factory()
     if name not in factory.DATASETS or name == "composite":
         raise unknown("dataset", name, sorted(factory.DATASETS.keys() - {"composite"}))
     if name in BY_HASH_SEED and sys.flags.hash_randomization:
         raise ConfigError(
-            f"dataset: {name!r} has other items in every process unless Python is started with "
-            "PYTHONHASHSEED=0"
+            f"dataset: {name!r} has different items in every process; start Python with PYTHONHASHSEED=0"
         )
     dataset = open_dataset(name, level, settings, seed, size)
-    dataset.refuse_if_junk_solves_it()
+    dataset.refuse_if_fixed_answer_solves()
     return dataset
 
 
@@ -243,7 +242,7 @@ def _curriculum(name: str, level: int) -> Any:
 
 @contextmanager
 def _private_randomness(seed: int) -> Iterator[None]:
-    """Some datasets draw from the global generators: they find them seeded, and leave them as they were."""
+    """Seed the global random generators, which some datasets use, and restore their states afterwards."""
     with _lock:
         kept = random.getstate(), np.random.get_state()
         random.seed(seed)
@@ -255,8 +254,8 @@ def _private_randomness(seed: int) -> Iterator[None]:
             np.random.set_state(kept[1])
 
 
-def _harmless(name: str, answer: str) -> bool:
-    """Whether an answer may be handed to a scorer that evaluates it."""
+def _is_safe(name: str, answer: str) -> bool:
+    """Return whether an answer is safe for a scorer that evaluates it."""
     try:
         if name in WHOLE_NUMBERS:
             return all(number >= 0 for number in whole_numbers(parse(answer)))
@@ -266,7 +265,7 @@ def _harmless(name: str, answer: str) -> bool:
 
 
 def _plain_expression(node: ast.expr) -> bool:
-    """Numbers, variables of one letter, + - * / ** and elementary functions of one argument."""
+    """Return whether an expression has only numbers, one-letter variables, + - * / ** and known functions."""
     match node:
         case ast.Constant(value=value):
             return type(value) in (int, float)

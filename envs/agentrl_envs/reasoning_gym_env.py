@@ -11,31 +11,32 @@ from agentrl_envs.math_answers import last_tagged
 from agentrl_envs.reasoning_env import INSTRUCTIONS, TEXTS
 from agentrl_envs.reasoning_gym_data import Dataset, checked_dataset
 
-LARGEST = 1_000_000  # items of a split; the seeds of neighbouring splits are so far apart
+LARGEST = 1_000_000  # items of a split, and the distance between the seeds of two splits
 SPLITS = ("train", "test")
 
 
 class ReasoningGymEnv(OneStepEnv):
-    """Answer an item of a dataset. The reply's last <answer>…</answer> counts, else all of it.
+    """One-step items of a reasoning-gym dataset.
 
-    The dataset's own scorer judges, in a process of its own with a hard limit; where the scorer fails, the
-    score is 0. A problem is solved by a score of exactly 1, and only then the reward is 1, unless `partial`.
-    Train and test items have different seeds; a dataset with few possible items has some of them in both.
+    The answer is the last <answer>…</answer> of the reply, else the entire reply. The dataset's own scorer
+    judges it, in a separate process with a hard limit; if the scorer fails, the score is 0. An item is solved
+    by a score of exactly 1; the reward is 1 for a solved item and else 0, unless `partial` is set. Train and
+    test items have different seeds; a dataset with few possible items has some of them in both splits.
 
     Args:
-        split: the items to draw from when `reset` is not told one.
-        max_steps: every episode has one step.
-        dataset: name of the dataset.
-        level: of the dataset's curriculum, from 1; None takes its default configuration.
-        config: other fields of the dataset's configuration.
-        size: items per split.
-        seed: another one gives other items under the same ids.
-        text: "plain" says how to answer, "short" is the bare question.
-        partial: reward the score, as the dataset gives it, instead of 1 or 0.
-        expert: give `info["expert"]`, the item's own answer, where the scorer takes it.
+        split: The split from which `reset` draws an item when it is given none.
+        max_steps: The number of steps per episode, which is always 1.
+        dataset: The name of the dataset.
+        level: The level of the dataset's curriculum, from 1; None selects its default configuration.
+        config: Other fields of the dataset's configuration.
+        size: The number of items per split.
+        seed: The seed of the items; a different seed gives different items under the same ids.
+        text: "plain" appends the answer format to the question, "short" is the bare question.
+        partial: Whether the reward is the dataset's score instead of 1 or 0.
+        expert: Whether to add `info["expert"]`, the item's own answer, if the scorer accepts it.
 
     Raises:
-        ConfigError: an argument is wrong, one fixed answer solves the dataset, or its items differ between
+        ConfigError: An argument is invalid, one fixed answer solves the dataset, or its items differ between
             processes unless Python is started with PYTHONHASHSEED=0.
     """
 
@@ -94,16 +95,18 @@ class ReasoningGymEnv(OneStepEnv):
         return self._datasets[task["split"]].score_reply(answer, task["index"])
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Score the reply; return observation, reward, terminated, truncated and info."""
         observation, reward, terminated, truncated, info = super().step(action)
         reward = reward if self._partial else float(info["success"])
         return observation, reward, terminated, truncated, info
 
     def close(self) -> None:
+        """Release the shared processes."""
         limited_calls.calls.leave(self)
 
 
 class _Items(Sequence[Mapping[str, Any]]):
-    """Items as `OneStepEnv` takes them, made when asked for."""
+    """Lazy view of a dataset's items as the tasks of `OneStepEnv`."""
 
     def __init__(self, split: str, dataset: Dataset, ending: str) -> None:
         self._split, self._dataset, self._ending = split, dataset, ending

@@ -1,7 +1,7 @@
-"""`agentrl/ScienceWorld-v0`: thirty kinds of school science in text, on ScienceWorld's own simulator.
+"""`agentrl/ScienceWorld-v0`: thirty elementary-science tasks in text, on ScienceWorld's own simulator.
 
-Extra `scienceworld`, which brings a Java runtime for machines that have none. Each environment runs one JVM,
-from its first `reset` to `close`; listing and hashing tasks starts nothing.
+Needs the extra `scienceworld`, which includes a Java runtime for machines without one. Each environment runs
+one JVM from its first `reset` to `close`; listing and hashing tasks does not start it.
 """
 
 import hashlib
@@ -22,46 +22,45 @@ from agentrl_envs.scienceworld.lexicon import Meaning, Reach, lexicon, numbers, 
 from agentrl_envs.scienceworld.listing import SPLITS, listing
 from agentrl_envs.scienceworld.simulator import HEAP, Reply, Simulator, check_heap, require
 
-ELECTRICAL = ("power-component", "conductivity")  # parts of the names of tasks that need electricity
+ELECTRICAL = ("power-component", "conductivity")  # name parts of the tasks that need electricity
 
 
 class ScienceWorldEnv(gymnasium.Env[str, str]):
-    """Carry out an experiment: boil water, grow a fruit, find out what conducts electricity.
+    """Elementary-science experiments such as boiling water, growing a fruit or testing conductivity.
 
-    The episode is terminated when the score reaches 100 or the agent focuses on the wrong thing (score -100),
-    and truncated after `max_steps` actions. Only a score of exactly 100 is a success.
+    The episode terminates when the score reaches 100 or the agent focuses on the wrong object (score -100),
+    and is truncated after `max_steps` actions. Only a score of exactly 100 is a success.
 
-    Tasks are called "split/name/variation". The names take turns over the ids of a split, those with a short
-    solution first (`agentrl_envs.scienceworld.listing.listing().solutions` tells how long), so the first 30
-    ids hold every name. The two tasks of mendelian genetics need some 130 actions, and seconds to be solved;
-    those with an inclined plane need 50 to 750. To leave them out, name the others in `tasks`.
+    Task ids are "split/name/variation". The ids of a split cycle through the names, ordered by the length of
+    their solution (`agentrl_envs.scienceworld.listing.listing().solutions`), so the first 30 ids cover every
+    name. The two mendelian-genetics tasks need about 130 actions, and seconds to compute their solution;
+    those with an inclined plane need 50 to 750. To leave tasks out, list the others in `tasks`.
 
-    Episodes of one task begin with the same observation. Where it was tried, in all thirty tasks, the same
-    actions then gave the same episode, in other JVMs and after other games too (see
-    `agentrl_envs.scienceworld.hashing`). The simulator promises nothing of the kind, and in test-conductivity
-    its solutions differ from time to time, so no more is declared than the same task.
+    All episodes of a task start with the same observation. Wherever it was tried, in all thirty tasks, the
+    same actions gave the same episode, also in other JVMs and after other games (see
+    `agentrl_envs.scienceworld.hashing`). The simulator does not guarantee this, and its solutions of
+    test-conductivity vary, so `determinism` declares no more than the same task.
 
     Args:
-        split: "train", "dev" or "test", ScienceWorld's own: where `reset` without a task draws from.
-        max_steps: actions per episode; the simulator's own limit is not used.
-        tasks: names or one name, None for all thirty.
-        simplification: "easy", "" for none, or some of ScienceWorld's five, joined by commas.
-        reward: "gain" is the change of max(score, 0) / 100, so that the return of an episode is its progress,
-            and a failing focus takes back what was gained. "terminal" is max(score, 0) / 100 at the end.
-            With both, giving no answer is safer than a wrong one; "success" is 1 for solving the task and
-            nothing else.
-        actions: what `info["actions"]` offers. None offers nothing; "lexicon" a short list: the verbs that
-            tasks need, times the things within reach (at most 600; milliseconds); "valid" the simulator's
-            complete list (up to thousands; tens of milliseconds).
-        expert: give `info["expert"]`, the next action of the simulator's own solution, which is worked out at
-            the first reset to a task: that takes a tenth of a second to ten.
-        heap: limit of the JVM's heap; None leaves it to the JVM, which may then take gigabytes.
-        timeout: seconds that the simulator may take to answer, before it is killed and an error raised.
+        split: The split from which `reset` draws a task when it is given none: ScienceWorld's "train", "dev"
+            or "test".
+        max_steps: The number of actions per episode; the simulator's own limit is not used.
+        tasks: One name or several, None for all thirty.
+        simplification: "easy", "" for none, or some of ScienceWorld's five, separated by commas.
+        reward: "gain" is the change of max(score, 0) / 100, so the return of an episode is its progress, and
+            a wrong focus takes back what was gained. "terminal" is max(score, 0) / 100 at the end. With both,
+            giving no answer is safer than a wrong one. "success" is 1 for solving the task, else 0.
+        actions: The content of `info["actions"]`. None leaves it out; "lexicon" is a short list: the verbs
+            that tasks need, times the objects within reach (at most 600; takes milliseconds); "valid" is the
+            simulator's complete list (up to thousands; takes tens of milliseconds).
+        expert: Whether to add `info["expert"]`, the next action of the simulator's own solution, which is
+            computed at the first reset to a task, in 0.1 to 10 seconds.
+        heap: The limit of the JVM's heap; None leaves it to the JVM, which may then take gigabytes.
+        timeout: The seconds that the simulator may take to answer before it is killed and an error is raised.
 
-    `info` holds success, score (0 to 1), valid (whether the simulator understood, which it did not where it
-    asks a question back, or had offered the action), task_type, raw_score, moves (the simulator's time, not
-    steps), and where asked for actions and expert. There is no state_key: what one step shows does not tell
-    states apart.
+    `info` holds success, score (0 to 1), valid (whether the simulator understood the action without asking
+    back, or had offered it), task_type, raw_score, moves (the simulator's time, not steps), and on request
+    actions and expert. There is no state_key: one observation does not identify the state.
     """
 
     splits = SPLITS
@@ -117,7 +116,7 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
         self.action_space = TextSpace()
 
     def tasks(self, split: str) -> Sequence[str]:
-        """List the ids of a split, such as "train/boil/0"."""
+        """Return the task ids of a split, such as "train/boil/0"."""
         if split not in SPLITS:
             raise unknown("split", split, SPLITS)
         if split not in self._ids:
@@ -129,7 +128,7 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
         return self._ids[split]
 
     def task_hash(self, task: str) -> str:
-        """Hash what fixes the task: ScienceWorld's version, the task, its variation, the simplification."""
+        """Hash what defines the task: ScienceWorld's version, the task, its variation, the simplification."""
         name, variation = self._parsed(task)
         content = ["scienceworld", self._listing.version, name, variation, self._simplification]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -137,6 +136,7 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
+        """Start the task `options["task"]`, or a random one of the split; return its observation and info."""
         super().reset(seed=seed)
         task = (options or {}).get("task")
         if task is None:
@@ -153,6 +153,7 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
             raise
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Run an action; return observation, reward, terminated, truncated and info."""
         simulator = self._simulator
         if simulator is None or not self._running:
             raise ResetNeeded("the episode is over or has not begun: call reset first")
@@ -167,14 +168,14 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
             if self._expert is not None:
                 self._expert.observe(action == self._suggestion, reply.observation, reply.asking)
             info = self._info(simulator)
-            # The simulator's list holds some that it asks about or does not know: no fault of the player's.
+            # The simulator offers some actions that it then questions or rejects; those count as valid.
             info["valid"] |= action in offered
         except BaseException:
-            self.close()  # whatever it was: an answer may still be on its way
+            self.close()  # after any error, since an answer of the simulator may still arrive
             raise
-        return reply.observation, self._earned(before, reply), terminated, truncated, info
+        return reply.observation, self._step_reward(before, reply), terminated, truncated, info
 
-    def _earned(self, before: Reply, reply: Reply) -> float:
+    def _step_reward(self, before: Reply, reply: Reply) -> float:
         if self._reward == "gain":
             return (max(reply.score, 0) - max(before.score, 0)) / 100
         if self._reward == "success":
@@ -182,10 +183,10 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
         return 0.0 if self._running else max(reply.score, 0) / 100
 
     def expert(self) -> str | None:
-        """Give the expert's next action; None after the end of the episode.
+        """Return the expert's next action; None after the end of the episode.
 
         Raises:
-            ConfigError: the environment was made without `expert=True`.
+            ConfigError: The environment was made without `expert=True`.
         """
         if not self._with_expert:
             raise ConfigError("expert: the environment was made without expert=True")
@@ -195,11 +196,11 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
 
     @property
     def java_pid(self) -> int | None:
-        """Process id of the JVM, while there is one."""
+        """Return the process id of the JVM, None while none runs."""
         return None if self._simulator is None else self._simulator.gateway.pid
 
     def close(self) -> None:
-        """Kill the JVM; the next `reset` starts another."""
+        """Kill the JVM; the next `reset` starts a new one."""
         simulator, self._simulator = self._simulator, None
         self._running = False
         self._reach = self._expert = None
@@ -230,7 +231,7 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
             self._warned = True
             warnings.warn(
                 f"the solution of {task} takes {len(expert.plan)} actions, max_steps is {self.max_steps}: "
-                "the expert cannot solve such tasks (this is said once)",
+                "the expert cannot solve such tasks (this warning is shown once)",
                 stacklevel=4,
             )
         return expert
@@ -269,7 +270,7 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
         wanted = expert.next()
         if self._reach is None:
             return wanted
-        # "wait1" is always offered, and moves the solution on past what cannot be said.
+        # "wait1" is always offered, and lets the solution continue after an action that cannot be expressed.
         return same_action(wanted, offered, self._reach) or "wait1"
 
     @property
@@ -280,7 +281,7 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
         return simplification in self._simplification or self._simplification == "easy"
 
     def _parsed(self, task: object) -> tuple[str, int]:
-        """The name and variation of an id, or the error for an unknown one."""
+        """Return the name and variation of an id, or raise the error for an unknown one."""
         parts = task.split("/") if isinstance(task, str) else []
         if len(parts) == 3 and parts[0] in SPLITS and parts[1] in self._names:
             split, name, variation = parts
@@ -308,21 +309,19 @@ def _chosen(tasks: str | Sequence[str] | None, known: tuple[str, ...]) -> tuple[
 
 
 def _simplification(text: str, known: Sequence[str], tasks: Sequence[str]) -> str:
-    """The names in one order, as the simulator takes them."""
+    """Return the simplifications in sorted order, as the simulator expects them."""
     if not isinstance(text, str):
-        raise ConfigError(f"simplification: {text!r}, wanted names joined by commas")
+        raise ConfigError(f"simplification: {text!r}, wanted names separated by commas")
     chosen = [name for name in text.replace(" ", "").split(",") if name]
     for name in chosen:
         if name not in (*known, "easy"):
             raise unknown("simplification", name, (*known, "easy"))
     if "easy" in chosen and len(set(chosen)) > 1:
-        raise ConfigError(
-            f"simplification: {text!r}, wanted 'easy' alone: it stands for a choice of the others"
-        )
+        raise ConfigError(f"simplification: {text!r}, wanted 'easy' alone: it is a combination of the others")
     refusing = [task for task in tasks if any(part in task for part in ELECTRICAL)]
     if "noElectricalAction" in chosen and refusing:
         raise ConfigError(
-            f"simplification: noElectricalAction makes {', '.join(refusing)} impossible; leave it out, "
-            "or name other tasks"
+            f"simplification: noElectricalAction makes {', '.join(refusing)} impossible; remove it, "
+            "or choose other tasks"
         )
     return ",".join(sorted(set(chosen)))

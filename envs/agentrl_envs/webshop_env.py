@@ -1,4 +1,4 @@
-"""`agentrl/WebShop-v0`: buy what a customer asks for in a web shop, as text.
+"""`agentrl/WebShop-v0`: buy what an instruction asks for in a text version of a web shop.
 
 Pages, search, goals and rewards are WebShop's (Yao et al. 2022, arXiv:2207.01206). Products are generated,
 unless `data` names files of the original; a score on generated products is not a score of the benchmark.
@@ -19,20 +19,20 @@ from agentrl.env import TextSpace, unknown
 from agentrl.env.numbers import MAX_STEPS, whole_number
 from agentrl_envs.webshop.goals import SPLITS, Draw, Goal
 from agentrl_envs.webshop.nouns import NounTagger, noun_tagger
-from agentrl_envs.webshop.oracle import Plan, advise, plan, playable, queries
+from agentrl_envs.webshop.oracle import Plan, click_names, next_action, plan, suggested_queries
 from agentrl_envs.webshop.pages import RENDERERS, SEPARATOR, clickable
 from agentrl_envs.webshop.reward import MODES, Reward
 from agentrl_envs.webshop.session import START, Node, State, act
-from agentrl_envs.webshop.shop import Shop, cache_folder, open_shop, require, source
+from agentrl_envs.webshop.shop import Shop, cache_folder, find_source, open_shop, require
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeState:
-    """A point of an episode to come back to; nothing of it is ever changed.
+    """State of an episode; immutable.
 
     Attributes:
-        page: the open page as text, without what is put in front of it.
-        earlier: (page, action) of the latest steps, as many as are shown.
+        page: The open page as text, without the earlier pages and actions.
+        earlier: The (page, action) of the latest steps, as many as an observation shows.
     """
 
     task: str
@@ -49,44 +49,45 @@ class EpisodeState:
 
 
 class WebShopEnv(gymnasium.Env[str, str]):
-    """Search for a product, open it, choose its options and buy it.
+    """Web shop: search for a product, open it, choose its options and buy it.
 
-    Actions are "search[words]", on any page, and "click[name]" of something on the page; whatever else is
-    said leaves the page as it is. The original's commands for its authors, such as "search[<r>]", are words
-    like others here. A purchase ends the episode with a reward from 0 to 1; only 1 is a success. Without one
-    it is cut off after `max_steps` actions.
+    Actions are "search[words]", on any page, and "click[name]" for an element of the page; any other text
+    leaves the page unchanged. The original's debugging commands, such as "search[<r>]", have no special
+    meaning here. A purchase terminates the episode with a reward from 0 to 1; only 1 is a success. Without a
+    purchase the episode is truncated after `max_steps` actions.
 
-    Tasks are goals, called "split/number" by their place in the original's fixed order of goals.
+    Tasks are goals; their ids are "split/number" with the number in the original's fixed order of goals.
 
     Args:
-        split: "train", "dev" or "test": where `reset` without a task draws from.
-        max_steps: actions per episode.
-        data: folder of WebShop's files (`items_shuffle.json` and `items_ins_v2.json`, or both ending in
-            `_1000`, and `items_human_ins.json`), or their paths under "products", "attributes" and "human";
-            None for generated products.
-        products: only so many, from the first; of generated ones, how many (1000).
+        split: The split from which `reset` draws a task when it is given none: "train", "dev" or "test".
+        max_steps: The number of actions per episode.
+        data: The folder of WebShop's files (`items_shuffle.json` and `items_ins_v2.json`, or both with the
+            suffix `_1000`, and `items_human_ins.json`), or their paths under the keys "products",
+            "attributes" and "human"; None for generated products.
+        products: The number of products: the first ones of a file, or of the generator (default 1000).
         goals: "synthetic", one per instruction and combination of options, or "human", written by people.
         split_rule: "product" holds out one product in ten for test and one for dev, with all their goals;
             "index" is the original's: goals 0 to 499 are test, 500 to 1499 dev, and the same product may be
             in all three. None is "product" for generated products and "index" for files.
         reward: "original", by which some synthetic goals cannot be reached, or "fixed", which compares
             options as human goals do.
-        text: "text" joins what is shown by [SEP]; "text_rich" gives it lines, and marks what was clicked.
-        tagger: what finds nouns in titles: "heuristic", the name of a spaCy model, or a `NounTagger`.
-        show_attributes: whether items have a page of their attributes.
-        price_seed: what prices within a range, and price limits, are drawn from.
-        draw: how `reset` without a task draws: "weighted" by the goals' weights, or "original", which
-            shifts the weights by one.
-        searches: how many searches, made of the instruction's words, `info["actions"]` offers on the first
-            page.
-        num_prev_obs: how many earlier pages are put in front of an observation.
-        num_prev_actions: how many earlier actions are.
-        expert: give `info["expert"]`, the next action of an oracle that knows the product. Where no offered
-            search finds it, one more is offered.
-        cache: folder for search indexes of files; None for one in the user's cache folder.
+        text: "text" joins the texts of a page by [SEP]; "text_rich" puts each on a line and marks what can be
+            and was clicked.
+        tagger: The noun tagger for titles: "heuristic", the name of a spaCy model, or a `NounTagger`.
+        show_attributes: Whether items have a page with their attributes.
+        price_seed: The seed of prices within a range and of price limits.
+        draw: How `reset` draws a goal when it is given none: "weighted" by the goals' weights, or "original",
+            which shifts the weights by one.
+        searches: The number of searches, built from the instruction's words, that `info["actions"]` offers
+            on the first page.
+        num_prev_obs: The number of earlier pages prepended to an observation.
+        num_prev_actions: The number of earlier actions prepended to an observation.
+        expert: Whether to add `info["expert"]`, the next action of an oracle that knows the product. If no
+            offered search finds the product, one more search is offered.
+        cache: The folder for search indexes of files; None for one in the user's cache folder.
 
     `info` holds success, actions, score (the reward so far), valid, task_type (the product's category),
-    state_key, expert when asked for, and after a purchase reward_parts, under the original's names.
+    state_key, expert on request, and after a purchase reward_parts under the original's names.
     """
 
     splits = SPLITS
@@ -136,7 +137,7 @@ class WebShopEnv(gymnasium.Env[str, str]):
         ):
             whole_number(name, number, least, 2**63 - 1 if name == "price_seed" else MAX_STEPS)
         require()
-        where = source(data, products, goals == "human")
+        where = find_source(data, products, goals == "human")
         found = noun_tagger(tagger)
         kept = None if data is None else cache_folder() if cache is None else Path(cache)
         self.shop: Shop = open_shop(
@@ -170,13 +171,13 @@ class WebShopEnv(gymnasium.Env[str, str]):
         self.action_space = TextSpace()
 
     def tasks(self, split: str) -> Sequence[str]:
-        """List the ids of a split, such as "test/17"."""
+        """Return the task ids of a split, such as "test/17"."""
         if split not in SPLITS:
             raise unknown("split", split, SPLITS)
         return GoalIds(split, self.shop.splits[split])
 
     def task_hash(self, task: str) -> str:
-        """Hash the goal, the products and the rules of goals, splits and rewards."""
+        """Hash the goal, the products and the settings of goals, splits and rewards."""
         goal = self._goal(task)
         content = [
             *(goal.product.asin, goal.instruction, goal.attributes, goal.options, goal.limit),
@@ -187,6 +188,7 @@ class WebShopEnv(gymnasium.Env[str, str]):
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
+        """Start the task `options["task"]`, or a drawn one of the split; return its observation and info."""
         super().reset(seed=seed)
         task = (options or {}).get("task")
         if task is None:
@@ -200,6 +202,7 @@ class WebShopEnv(gymnasium.Env[str, str]):
         return page, self._info(self._episode, True)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Run an action; return observation, reward, terminated, truncated and info."""
         before = self._episode
         if before is None or before.finished:
             raise ResetNeeded("the episode is over or has not begun: call reset first")
@@ -212,11 +215,8 @@ class WebShopEnv(gymnasium.Env[str, str]):
         else:
             nodes = self.shop.page(before.goal, state, score)
             clicks, page = clickable(nodes), self._render(nodes)
-        earlier = (
-            (*before.earlier, (before.page, action))[-max(self._history_lengths) :]
-            if any(self._history_lengths)
-            else ()
-        )
+        longest = max(self._history_lengths)
+        earlier = (*before.earlier, (before.page, action))[-longest:] if longest else ()
         self._episode = episode = EpisodeState(
             before.task,
             before.goal,
@@ -234,22 +234,24 @@ class WebShopEnv(gymnasium.Env[str, str]):
         return episode.observation, score, bought, episode.finished and not bought, info
 
     def expert(self) -> str | None:
-        """Give the oracle's next action, from wherever this episode is; None after its end."""
+        """Return the oracle's next action from the current state; None after the end of the episode."""
         episode = self._episode
         if episode is None:
             raise ResetNeeded("the episode has not begun: call reset first")
         if episode.finished:
             return None
-        return advise(self.shop, episode.goal, self._planned(episode.goal), episode.state, episode.clicks)
+        return next_action(
+            self.shop, episode.goal, self._planned(episode.goal), episode.state, episode.clicks
+        )
 
     def snapshot(self) -> EpisodeState:
-        """Keep this point of the episode."""
+        """Return the current state of the episode."""
         if self._episode is None:
             raise ResetNeeded("the episode has not begun: call reset first")
         return self._episode
 
     def restore(self, snapshot: EpisodeState) -> tuple[str, dict[str, Any]]:
-        """Go back to a kept point; return its observation and info."""
+        """Return to a snapshot; return its observation and info."""
         self._episode = snapshot
         return snapshot.observation, self._info(snapshot, True)
 
@@ -284,17 +286,17 @@ class WebShopEnv(gymnasium.Env[str, str]):
                 offered = offered if not query or query in offered else [*offered, query]
             for query in offered:
                 yield f"search[{query}]"
-        for name in playable(episode.clicks):
+        for name in click_names(episode.clicks):
             yield f"click[{name}]"
 
     def _key(self, state: State) -> str:
-        visited = sorted(state.visited) if self._rich else ()  # nothing else tells
+        visited = sorted(state.visited) if self._rich else ()  # only "text_rich" shows what was visited
         content = (state.page, state.keywords, state.number, state.asin, state.options, visited)
         return hashlib.blake2b(repr(content).encode("utf-8", "replace"), digest_size=8).hexdigest()
 
     def _queries(self, goal: Goal) -> list[str]:
         if self._offered[0] != goal.number:
-            self._offered = goal.number, queries(goal.instruction, self._searches)
+            self._offered = goal.number, suggested_queries(goal.instruction, self._searches)
         return self._offered[1]
 
     def _planned(self, goal: Goal) -> Plan:
@@ -314,7 +316,7 @@ class WebShopEnv(gymnasium.Env[str, str]):
 
 
 class GoalIds(Sequence[str]):
-    """Ids of goals by their numbers, made when asked for."""
+    """Lazy sequence of goal ids."""
 
     def __init__(self, split: str, numbers: Sequence[int]) -> None:
         self._split, self._numbers = split, numbers

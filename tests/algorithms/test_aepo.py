@@ -48,14 +48,14 @@ def forced_turn() -> Turn:
     return replace(a_turn(0.7), allowed=((2,),))
 
 
-def growth(budget: int = 8, seed: int = 0, context: Context = CONTEXT, **settings):
-    grow = AEPO(**settings).build().rollout.grow
-    assert grow is not None
-    return grow(budget, seed, context)
+def policy_of(budget: int = 8, seed: int = 0, context: Context = CONTEXT, **settings):
+    branch_policy = AEPO(**settings).build().rollout.branch_policy
+    assert branch_policy is not None
+    return branch_policy(budget, seed, context)
 
 
 def threshold(**settings):
-    made = growth(branch_rule="threshold", initial_rollouts=4, **settings)
+    made = policy_of(branch_rule="threshold", initial_rollouts=4, **settings)
     made.begin()
     return made
 
@@ -143,7 +143,7 @@ def test_an_opening_is_twenty_decisions_and_no_forced_token():
 
 
 def test_the_first_rollout_is_alone_and_decides_how_many_begin_with_it():
-    made = growth(8)
+    made = policy_of(8)
     assert made.begin() == [None]
     pilot = (a_turn(0.5), a_turn(0.2), forced_turn(), a_turn(0.3))
     assert made.reached("p", None, pilot[:2]) == ()
@@ -154,15 +154,15 @@ def test_the_first_rollout_is_alone_and_decides_how_many_begin_with_it():
 
 @pytest.mark.parametrize("turns", [(), (a_turn(0.9),), (forced_turn(), a_turn(0.9))])
 def test_a_first_rollout_without_two_entropies_gives_half_of_the_budget(turns):
-    made = growth(8)
+    made = policy_of(8)
     made.begin()
     assert made.ended(an_episode(*turns, stop=StopReason.ENV_ERROR)) == [None] * 3
 
 
 def test_a_given_number_of_rollouts_begins_at_once_within_the_budget():
-    assert growth(8, initial_rollouts=3).begin() == [None] * 3
-    assert growth(8, initial_rollouts=9).begin() == [None] * 8
-    assert growth(8, initial_rollouts=3).ended(an_episode(a_turn(0.5))) == ()
+    assert policy_of(8, initial_rollouts=3).begin() == [None] * 3
+    assert policy_of(8, initial_rollouts=9).begin() == [None] * 8
+    assert policy_of(8, initial_rollouts=3).ended(an_episode(a_turn(0.5))) == ()
 
 
 def test_a_path_branches_where_it_is_less_certain_than_at_first_and_tires_of_it():
@@ -205,7 +205,7 @@ def test_a_turn_without_decisions_starts_no_branch_and_ends_the_streak():
 
 def test_draws_depend_on_seed_episode_turn_and_attempt_alone():
     def fired(seed: int, episode: str) -> list[int]:
-        made = growth(8, seed, initial_rollouts=4, beam=3, branch_penalty=0.0)
+        made = policy_of(8, seed, initial_rollouts=4, beam=3, branch_penalty=0.0)
         made.begin()
         return [len(made.reached(episode, None, [a_turn(0.5)] * (count + 1))) for count in range(200)]
 
@@ -218,7 +218,7 @@ def test_draws_depend_on_seed_episode_turn_and_attempt_alone():
 
 
 def test_the_stochastic_rule_branches_when_its_draw_says_so(monkeypatch):
-    made = growth(8, initial_rollouts=4)
+    made = policy_of(8, initial_rollouts=4)
     made.begin()
     turns = [a_turn(0.3), a_turn(0.6)]
     for drawn, branches in ((0.45, True), (0.43, False)):  # with .2 * .3 more: .51 and .49
@@ -229,8 +229,8 @@ def test_the_stochastic_rule_branches_when_its_draw_says_so(monkeypatch):
 
 
 def test_the_released_code_sums_entropies_compares_branches_with_themselves_and_counts_by_task():
-    assert growth(12, parity="official").begin() == [None] * 6
-    made = growth(8, parity="official", initial_rollouts="measured")
+    assert policy_of(12, parity="official").begin() == [None] * 6
+    made = policy_of(8, parity="official", initial_rollouts="measured")
     assert made.begin() == [None]
     # Sums are 1 and .4, which with the first among them average .7: sigmoid(4 * .3) * 8 is 6.15, and 1 more.
     assert made.ended(an_episode(a_turn(0.5, 0.5), a_turn(0.2, 0.2))) == [None] * 6
@@ -299,7 +299,7 @@ def test_the_loss_is_that_of_the_plain_clip_and_its_gradient_is_not():
         algorithm, mini = two_rows(**settings)
         loss, gradient, numbers = loss_and_gradient(algorithm, mini, ratios)
         assert loss.item() == pytest.approx(-0.1294006708, abs=5e-11)
-        assert (numbers["clip_share"].item(), numbers["clip_share_high"].item()) == (
+        assert (numbers["clip_ratio"].item(), numbers["clip_ratio_high"].item()) == (
             pytest.approx(3 / 5),
             pytest.approx(2 / 5),
         )
@@ -397,7 +397,7 @@ def test_with_everything_off_it_is_its_base():
         results.append((mini.advantages, objective.factors, loss.detach(), said.logprobs.grad))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
-    assert off.build().rollout.grow(8, 0, CONTEXT).begin() == [None] * 8
+    assert off.build().rollout.branch_policy(8, 0, CONTEXT).begin() == [None] * 8
     assert off.build().requires - base.build().requires == {"rollout:entropy"}
 
 
@@ -447,7 +447,7 @@ class Growing(Recipe):
     name = "growing"
 
     def build(self) -> Algorithm:
-        return Algorithm(rollout=RolloutPlan(grow=lambda budget, seed, context: None))
+        return Algorithm(rollout=RolloutPlan(branch_policy=lambda budget, seed, context: None))
 
 
 def test_bases_that_it_makes_no_sense_with_are_refused():
@@ -491,7 +491,10 @@ def test_a_configuration_is_read_and_written_back():
     ("settings", "reason"),
     [
         ({"entropy_advantage": -0.1}, r"entropy_advantage: wrong value \(got -0.1"),
-        ({"advantage_limits": [0.0, 0.5]}, r"advantage_limits is \(0.0, 0.5\), wanted a range that contains 1"),
+        (
+            {"advantage_limits": [0.0, 0.5]},
+            r"advantage_limits is \(0.0, 0.5\), wanted a range that contains 1",
+        ),
         ({"initial_rollouts": 0}, r"initial_rollouts: wrong value \(got 0"),
         ({"initial_rollouts": "some"}, "algorithm.initial_rollouts"),
         ({"allocation_slope": -1.0}, r"allocation_slope: wrong value \(got -1.0"),

@@ -66,7 +66,9 @@ START = Context()
 def past(context: Context = START, **values: list[float]) -> Context:
     """History of `turn0`, `turn1`, ... and of `trajectory`, under the names that they are logged by."""
     names = {name: name.replace("turn", "turn/0") for name in values} | {"trajectory": "trajectory_mean"}
-    return replace(context, history={f"learner/entropy/{names[name]}": past for name, past in values.items()})
+    return replace(
+        context, history={f"train/algorithm/entropy/{names[name]}": past for name, past in values.items()}
+    )
 
 
 def flat(recipe: EPO):
@@ -217,9 +219,9 @@ def test_what_a_step_logs_is_the_reference_of_the_next():
         mini = MiniBatch(batch := scored(trajectories), torch.zeros(2, 6))
         context = Context(history=history)
         numbers = {name: value for log in logs for name, value in log(mini, context).items()}
-        active.append(numbers["corridor/active"])
+        active.append(numbers["entropy_band/active"])
         for name, value in numbers.items():
-            history.setdefault(f"learner/{name}", []).append(value)
+            history.setdefault(f"train/algorithm/{name}", []).append(value)
     assert active == [0, 0, 1]
     # Turn 0 of the first two: (.2 + .6) / 2 * 1 and * 3; turn 1: .6 and 1.8.
     reference = by_decision(recipe.reference_entropies(batch, replace(context, history=history)), batch)
@@ -361,7 +363,7 @@ def test_a_batch_without_a_decision_has_no_penalty_and_no_nan():
         loss, _, slope, _ = learn(flat(recipe), batch, HISTORY)
         assert loss == 0
         assert not slope.any()
-        assert recipe.entropy_band(mini, HISTORY)["corridor/active"] == 0
+        assert recipe.entropy_band(mini, HISTORY)["entropy_band/active"] == 0
     assert entropy_levels(mini, HISTORY) == {}
 
 
@@ -375,19 +377,19 @@ def test_the_band_is_logged_with_the_share_of_decisions_outside_it():
     # Corridors [.3, .9] for four decisions, of which .2 is below and 1.0 above, and [.5, 1.5] for 1.8 and .1.
     assert recipe.entropy_band(mini, context) == pytest.approx(
         {
-            "corridor/beta": 1.3678794412,
-            "corridor/active": 1,
-            "corridor/low": (4 * 0.3 + 2 * 0.5) / 6,
-            "corridor/high": (4 * 0.9 + 2 * 1.5) / 6,
-            "corridor/share_below": 2 / 6,
-            "corridor/share_above": 2 / 6,
+            "entropy_band/beta": 1.3678794412,
+            "entropy_band/active": 1,
+            "entropy_band/low": (4 * 0.3 + 2 * 0.5) / 6,
+            "entropy_band/high": (4 * 0.9 + 2 * 1.5) / 6,
+            "entropy_band/share_below": 2 / 6,
+            "entropy_band/share_above": 2 / 6,
         },
         abs=1e-10,
     )
     partly = recipe.entropy_band(mini, past(turn1=[1.0] * 5))
-    assert partly["corridor/active"] == pytest.approx(2 / 6)
-    assert partly["corridor/low"] == 0.5
-    assert recipe.entropy_band(mini, START) == {"corridor/beta": 2, "corridor/active": 0}
+    assert partly["entropy_band/active"] == pytest.approx(2 / 6)
+    assert partly["entropy_band/low"] == 0.5
+    assert recipe.entropy_band(mini, START) == {"entropy_band/beta": 2, "entropy_band/active": 0}
 
 
 # The configuration

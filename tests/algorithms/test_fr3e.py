@@ -48,14 +48,14 @@ def reply(entropies: list[float], surprisals: list[float] | None = None) -> Turn
     return turn if surprisals is None else replace(turn, logprobs=tuple(-value for value in surprisals))
 
 
-def growth(budget: int | None = None, seed: int = 0, **settings):
+def policy_of(budget: int | None = None, seed: int = 0, **settings):
     plan = FR3E(**settings).build().rollout
-    assert plan.grow is not None
-    return plan.grow(budget or plan.episodes, seed, CONTEXT)
+    assert plan.branch_policy is not None
+    return plan.branch_policy(budget or plan.episodes, seed, CONTEXT)
 
 
 def started(base: Episode, **settings) -> Counter[BranchPoint]:
-    made = growth(**settings)
+    made = policy_of(**settings)
     made.begin()
     return Counter(made.ended(base))
 
@@ -104,7 +104,7 @@ def test_quantile_takes_the_upper_quarter_and_one_point_of_a_neighbourhood():
 def test_a_task_has_its_base_and_the_continuations_of_every_state():
     assert FR3E().build().rollout.episodes == 13
     base = an_episode(a_turn(0.1), a_turn(0.5), a_turn(0.4), a_turn(0.9))
-    made = growth()
+    made = policy_of()
     assert made.begin() == [None]
     assert made.reached("base", None, base.turns[:2]) == ()
     states = Counter(made.ended(base))
@@ -136,7 +136,7 @@ def test_of_several_bases_one_that_succeeded_and_one_that_did_not_are_explored()
     ]
     seen = set()
     for seed in range(20):
-        made = growth(seed=seed, bases=5, anchors=1, continuations=3)
+        made = policy_of(seed=seed, bases=5, anchors=1, continuations=3)
         assert made.begin() == [None] * 5
         assert [made.ended(base) for base in bases[:4]] == [()] * 4
         states = Counter(made.ended(bases[4]))
@@ -144,13 +144,13 @@ def test_of_several_bases_one_that_succeeded_and_one_that_did_not_are_explored()
         drawn = sorted({point.parent for point in states})
         assert states == {BranchPoint(name, turn): 3 for name in drawn for turn in (0, 1)}
         seen.add(tuple(drawn))
-        again = growth(seed=seed, bases=5, anchors=1, continuations=3)
+        again = policy_of(seed=seed, bases=5, anchors=1, continuations=3)
         assert Counter(start for base in reversed(bases) for start in again.ended(base)) == states
     assert seen == {("b0", "b1"), ("b0", "b3"), ("b1", "b2"), ("b2", "b3")}
 
 
 def test_bases_of_one_outcome_leave_their_continuations_to_the_one_explored():
-    made = growth(bases=2, anchors=1, continuations=3)
+    made = policy_of(bases=2, anchors=1, continuations=3)
     made.ended(an_episode(a_turn(0.1), a_turn(0.5), id="b0"))
     states = Counter(made.ended(an_episode(a_turn(0.1), a_turn(0.5), id="b1")))
     (drawn,) = {point.parent for point in states}

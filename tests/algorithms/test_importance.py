@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import mismatch_metrics
 from agentrl.algorithms.hooks import Context, MiniBatch
-from agentrl.algorithms.importance import importance_weights, mismatch_metrics, with_importance_correction
+from agentrl.algorithms.importance import capped_share, importance_weights, with_importance_correction
 from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate
@@ -42,21 +43,20 @@ def test_where_nothing_was_sampled_the_weight_is_1_whatever_stands_there() -> No
     assert importance_weights(mini(found), CONTEXT, cap=2.0).tolist() == [pytest.approx([1.0] * 5, abs=1e-6)]
 
 
-def test_drift_is_told_in_nats_and_as_a_divergence() -> None:
-    numbers = mismatch_metrics(mini(batch((-0.5, -1.5, -2.0))), CONTEXT, cap=1.2)
-    assert numbers["drift_mean"] == pytest.approx(0.5)
-    assert numbers["drift_max"] == pytest.approx(1.0)
+def test_mismatch_is_measured_in_nats_and_as_a_divergence() -> None:
+    numbers = mismatch_metrics(sample := mini(batch((-0.5, -1.5, -2.0))), CONTEXT)
+    assert numbers["mismatch/mean"] == pytest.approx(0.5)
+    assert numbers["mismatch/max"] == pytest.approx(1.0)
     # k3 of KL(rollout || old): exp(d) - 1 - d with d = old - rollout = 0, 0.5, -1
     k3 = (math.exp(0.5) - 1.5 + math.exp(-1)) / 3
-    assert numbers["drift_kl"] == pytest.approx(k3, abs=1e-6)
-    assert numbers["drift_capped"] == pytest.approx(1 / 3)
+    assert numbers["mismatch/kl"] == pytest.approx(k3, abs=1e-6)
+    assert capped_share(sample, CONTEXT, cap=1.2) == {"mismatch/capped": pytest.approx(1 / 3)}
 
 
-def test_without_a_cap_drift_is_told_and_nothing_is_weighted() -> None:
+def test_without_a_cap_the_algorithm_stays_as_it_is() -> None:
     base = GRPO().build()
     watched = with_importance_correction(base, None)
-    assert watched.weights == base.weights
-    assert "drift_capped" not in mismatch_metrics(mini(batch(DRAWN)), CONTEXT, cap=None)
+    assert watched is base
     assert (watched.reads_scores, with_importance_correction(base, 2.0).reads_scores) == (
         base.reads_scores,
         True,

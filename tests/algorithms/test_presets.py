@@ -237,5 +237,5 @@ def test_released_is_more_than_values_where_no_field_says_it():
     term = GRPO(kl_coefficient=0.1, preset="released").build().terms[0]
     assert term.loss.keywords["limit"] == 10
     assert AEPO(preset="released").build().transforms == ()
-    growth = AEPO(preset="released").build().rollout.grow(7, 0, Context())
-    assert growth.begin() == [None] * 3
+    branch_policy = AEPO(preset="released").build().rollout.branch_policy(7, 0, Context())
+    assert branch_policy.begin() == [None] * 3

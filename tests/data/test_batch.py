@@ -83,7 +83,7 @@ def test_an_episode_without_turns_has_no_row_but_a_return():
 
 
 def test_tokens_that_are_not_to_be_imitated_are_context():
-    batch = batch_of(episode(CHOICE, replace(FREE, imitable=False)))
+    batch = batch_of(episode(CHOICE, replace(FREE, trainable=False)))
     assert batch.sampled.tolist() == [[False, False, True, False, False, False, False]]
     assert batch.turns.tolist()[0][5:] == [1, 1]
 

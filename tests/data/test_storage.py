@@ -34,7 +34,7 @@ EPISODES = [
                     "deep": {"a": [1, "ü"]},
                 },
             ),
-            Turn("", "", action_ids=(1,), valid=False, imitable=False, finish="length", policy_version=7),
+            Turn("", "", action_ids=(1,), valid=False, trainable=False, finish="length", policy_version=7),
             Turn("", "", action_ids=(1, 2), policy_version=7, policy_versions=(7, 8)),
         ),
         stop=StopReason.TRUNCATED,

@@ -238,7 +238,7 @@ def test_a_panel_is_refused_when_a_task_is_gone() -> None:
         def goal(self, task: str) -> int:
             return super().goal(task if task != "test-2" else "test-99")
 
-    with pytest.raises(PanelError, match=r"task 'test-2' of the panel is not in test/PanelDoors-v0 any more"):
+    with pytest.raises(PanelError, match=r"panel task 'test-2' no longer exists in test/PanelDoors-v0"):
         verify(panel, Fewer())
 
 

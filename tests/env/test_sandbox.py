@@ -417,7 +417,7 @@ def test_arguments_are_checked() -> None:
         Limits(seconds=0)
     with pytest.raises(ConfigError, match=r"limits\.memory_mb is 0\.5, not a whole number above 0"):
         Limits(memory_mb=0.5)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"imports is 'math', not a list"):
+    with pytest.raises(ConfigError, match=r"imports is 'math', wanted a list"):
         Sandbox(imports="math")
     with pytest.raises(ConfigError, match=r"imports: .*No module named 'nowhere'"):
         Sandbox(imports=("nowhere",)).session()

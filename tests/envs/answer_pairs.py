@@ -1,6 +1,6 @@
-"""Right answers, and what counts for each of them and what does not."""
+"""Correct answers, each with replies that are equal to it and replies that are not."""
 
-# Gold answer, replies that are right, replies that are wrong.
+# Correct answer, equal replies, different replies.
 NUMBERS: list[tuple[str, list[str], list[str]]] = [
     # thousands
     (

@@ -1,4 +1,4 @@
-"""A kitchen small enough to know by heart, and games of the generator."""
+"""Fixtures of a small kitchen."""
 
 import pytest
 

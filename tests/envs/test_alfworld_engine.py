@@ -1,4 +1,4 @@
-"""The engine: rules and text, on a kitchen known by heart and on traces recorded from TextWorld."""
+"""The engine's rules and texts, on a small kitchen and on traces recorded from TextWorld."""
 
 import gzip
 import hashlib
@@ -162,7 +162,7 @@ def test_threads_on_one_game_see_what_a_single_one_sees() -> None:
     ("old", "new", "message"),
     [
         ("(:goal", "(:aim", "section ':aim' is not supported"),
-        ("(define (problem", "(defined (problem", "must begin with '(define'"),
+        ("(define (problem", "(defined (problem", "must start with '(define'"),
         (")))))\n", "", "ends inside"),
         (
             "(openable fridge_bar_1)",
@@ -174,7 +174,7 @@ def test_threads_on_one_game_see_what_a_single_one_sees() -> None:
         ("- receptacle", "- cupboard", "undeclared type 'cupboard'"),
         ("objectType ?o MugType", "objectType ?x MugType", "variable ?x is not declared"),
         ("middle here", "middle middle", "declares object 'middle' twice"),
-        ("fridge_bar_1 table", "fridge_bar_é table", "outside ASCII"),
+        ("fridge_bar_1 table", "fridge_bar_é table", "a non-ASCII character"),
     ],
 )
 def test_a_corrupt_problem_is_refused_by_name(kitchen_problem: str, old: str, new: str, message: str) -> None:

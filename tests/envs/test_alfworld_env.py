@@ -191,7 +191,7 @@ def test_environments_in_threads_share_games_and_agree_with_one_alone() -> None:
         ({"task_types": ["place"]}, "pick_and_place_simple"),
         ({"task_types": []}, "task_types"),
         ({"data": "/nowhere"}, "has none of the folders train"),
-        ({"data": "/tmp", "object_types": 3}, "shape only generated games"),
+        ({"data": "/tmp", "object_types": 3}, "apply only to generated games"),
     ],
 )
 def test_wrong_settings_are_refused_with_the_choices(settings: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""The searching expert: it knows nothing but what it has read, and yet it wins."""
+"""The searching expert wins although it knows only the observations."""
 
 from collections import Counter
 from random import Random

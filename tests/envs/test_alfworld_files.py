@@ -71,7 +71,7 @@ def test_the_layout_is_the_one_alfworld_reads(folder: Path) -> None:
 
 
 def rewrite(folder: Path, change: Any) -> tuple[ALFWorldEnv, str]:
-    """Spoil one game of the folder."""
+    """Corrupt one game of the folder."""
     task = OfficialGames(folder).tasks("train")[0]
     path = folder / task / "game.tw-pddl"
     path.write_text(change(path.read_text()))
@@ -83,7 +83,7 @@ def rewrite(folder: Path, change: Any) -> tuple[ALFWorldEnv, str]:
     [
         (lambda text: text[: len(text) // 2], "not JSON"),
         (lambda text: "[]", "wanted a JSON object, found list"),
-        (lambda text: text.replace('"grammar"', '"grammer"'), "'grammar' must be a text, found NoneType"),
+        (lambda text: text.replace('"grammar"', '"grammer"'), "'grammar' must be a string, found NoneType"),
         (lambda text: text.replace("(:goal", "(:aim"), "section ':aim' is not supported"),
         (lambda text: text.replace("#look.feedback#", "#lock#"), "the rule 'lock' does not exist"),
     ],

@@ -1,4 +1,4 @@
-"""The generator: what every game of it keeps to."""
+"""Properties of every generated game."""
 
 import hashlib
 import os
@@ -142,7 +142,7 @@ def test_games_do_not_depend_on_the_hash_seed(hash_seed: str) -> None:
 
 
 def test_games_are_those_of_earlier_releases() -> None:
-    # Panels and stored episodes name games by index: a change here makes them name others.
+    # Panels and stored episodes refer to games by index: after a change here they would refer to other games.
     assert generate("train", 0, SMALL).hash().startswith("6440a1b3e01399c3")
     assert generate("valid_unseen", 5, Options()).hash().startswith("e99e3e330f91bcba")
 

@@ -1,4 +1,4 @@
-"""Our engine against TextWorld's; skipped where the extra `alfworld-reference` is not installed."""
+"""Our engine compared with TextWorld's; skipped if the extra `alfworld-reference` is not installed."""
 
 import importlib.util
 from collections.abc import Iterator

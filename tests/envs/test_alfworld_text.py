@@ -1,4 +1,4 @@
-"""The text grammar: what is read, what is written, and what is refused."""
+"""The text grammar: parsing, writing and errors."""
 
 import pytest
 
@@ -22,7 +22,7 @@ LISTS = (
 
 
 def opening(text: str, rules: str = "") -> str:
-    """Write `text` as the opening of a game, with some rules beside it."""
+    """Return the opening of a game with the text `text` and the given rules."""
     rules = f'{{"intro": [{{"rhs": "{text}"}}], {rules} {LISTS}}}'
     grammar = f'''grammar :: """{rules}""";
       action wash {{ template :: "wash {{t}}"; feedback :: "{{t.name}} is wet"; }}
@@ -73,7 +73,7 @@ def test_a_fact_counts_as_false_only_after_it_was_deleted() -> None:
     assert game.start.observation == "all in"
     assert game.advance(game.start, "wash cup 1").observation == "all in"
     dropped = game.advance(game.start, "drop cup 1")
-    # The box is bound by the command already, and no other placeholder may take it.
+    # The command binds the box, so no other placeholder may bind it.
     assert game.advance(dropped, "wash pen 1").observation == "all in"
 
 
@@ -100,12 +100,12 @@ def test_what_a_text_may_not_say_is_refused_when_the_game_is_loaded(text: str, m
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nonsense", "makes no sense after line 1: 'nonsense'"),
+        ("nonsense", "is malformed after line 1: 'nonsense'"),
         ('grammar :: """{"a": [}""";', "not JSON"),
         ('grammar :: """{"a": 3}""";', "not JSON of rules"),
-        ('grammar :: """{}', "has no end"),
+        ('grammar :: """{}', "is not closed"),
         ('# remark\n\naction go { template :: "go"; }', "needs a template and a feedback"),
-        ('action go { template :: "go"; feedback :: "#x#"; ', "makes no sense"),
+        ('action go { template :: "go"; feedback :: "#x#"; ', "is malformed"),
     ],
 )
 def test_a_malformed_grammar_is_refused_with_its_place(source: str, message: str) -> None:

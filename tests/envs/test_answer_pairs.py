@@ -1,4 +1,4 @@
-"""Which replies count for which right answer: by our own table, and by the reference's."""
+"""Which replies are equal to which correct answer, by our own table and by the reference's."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_the_reference_pairs_have_no_false_positive(check: str, reference_folder
     [
         ("2/7", "0.285714", 6, True),
         ("2/7", "0.2857143", 6, True),
-        ("2/7", "0.2857142", 6, False),  # cut off, not rounded
+        ("2/7", "0.2857142", 6, False),  # truncated, not rounded
         ("2/7", "0.28571", 6, False),
         ("2/7", "0.286", 3, True),
         ("2/7", "0.29", 3, False),
@@ -79,13 +79,13 @@ def test_the_reference_pairs_have_no_false_positive(check: str, reference_folder
         ("2/7", "2/7", None, True),
         ("2/7", "0.2857142857142857", None, False),
         ("200000/7", "28571.4", 6, True),
-        ("200000/7", "28571", 5, False),  # a whole number is none that is rounded
-        ("12", "12.0000004", 6, False),  # nor does one stand for a whole number
+        ("200000/7", "28571", 5, False),  # a whole number does not count as a rounded one
+        ("12", "12.0000004", 6, False),  # a rounded decimal does not count as a whole number
         (r"\sqrt{7}", "2.64575", 6, True),
         (r"\sqrt{7}", "2.6458", 6, False),
         (r"\sqrt{7}", "2.6458", 5, True),
         (r"\sqrt{7}", "2.64575", None, False),
-        ("2.64575", r"\sqrt{7}", 6, False),  # the right answer is that decimal
+        ("2.64575", r"\sqrt{7}", 6, False),  # the correct answer is the decimal
         ("-2/7", r"-28.5714\%", 6, True),
         (r"\frac{1}{4096}", "2.44141e-4", 6, True),
         (r"\frac{1}{4096}", r"2.4414 \times 10^{-4}", 6, False),

@@ -1,4 +1,4 @@
-"""The calculator that policies are given."""
+"""The calculator tool."""
 
 import sys
 
@@ -97,7 +97,7 @@ def test_towers_and_depths_are_refused_before_they_are_computed(expression: str)
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="warnings are caught per thread from 3.14 on")
 def test_reading_gives_no_warnings() -> None:
-    # pytest would show them; Python warns of "1or 2", "5(3)" and "1 is 1" when it compiles.
+    # pytest would report warnings; Python warns about "1or 2", "5(3)" and "1 is 1" when it compiles them.
     for expression in ("1or 2", "5(3)", "1 is 1"):
         with pytest.raises(CalculatorError):
             calculate(expression)

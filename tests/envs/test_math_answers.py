@@ -1,4 +1,4 @@
-"""What of a reply is the answer, and whether it is right."""
+"""Extraction of the answer from a reply, and its comparison with the correct one."""
 
 import os
 import signal
@@ -163,7 +163,7 @@ limited_calls.serve()
 
 
 def processes() -> list[psutil.Process]:
-    """Running ones that judge answers for this process."""
+    """Return the running processes that judge answers for this process."""
     found = psutil.Process().children(recursive=True)
     return [one for one in found if any("agentrl_envs.limited_calls" in word for word in one.cmdline())]
 
@@ -207,7 +207,7 @@ def test_what_crashes_its_process_is_to_blame_and_what_is_killed_is_not(alone: L
         alone.call("os", "abort")
     with pytest.raises(OverLimitError):
         alone.call("os", "_exit", 3)
-    with pytest.raises(JudgeError, match=r"signal\.raise_signal: its process was lost twice"):
+    with pytest.raises(JudgeError, match=r"signal\.raise_signal: its process died twice"):
         alone.call("signal", "raise_signal", int(signal.SIGKILL))
     with pytest.raises(JudgeError, match="no_such_module"):
         alone.call("no_such_module", "judge")
@@ -216,7 +216,7 @@ def test_what_crashes_its_process_is_to_blame_and_what_is_killed_is_not(alone: L
 
 def test_a_process_that_cannot_start_raises(alone: LimitedCalls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limited_calls, "_BOOT", "raise SystemExit('no room')")
-    with pytest.raises(JudgeError, match="does not start: no room"):
+    with pytest.raises(JudgeError, match="cannot be started: no room"):
         alone.call("math", "gcd", 1, 2)
 
 
@@ -233,7 +233,7 @@ time.sleep(60)
 
 
 def test_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
-    # The script has no main guard: nothing of it is run twice.
+    # The script has no main guard, and still nothing in it runs twice.
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""Generated problems: what they depend on, which split they are in, and that their own work solves them."""
+"""Generated problems: what they depend on, their splits, and that their own work solves them."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def test_the_work_leads_to_the_answer_and_the_answer_is_right(kind: str, level: 
 def test_no_question_is_in_both_splits(kind: str, level: int) -> None:
     train, test = ({p.question for p in problems[:300]} for problems in generated(kind, level).values())
     assert train
-    assert len(test) >= 30  # also the easiest levels have something to be measured on
+    assert len(test) >= 30  # even the easiest levels have enough test problems
     assert not train & test
 
 

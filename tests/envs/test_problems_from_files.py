@@ -130,7 +130,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
         ('{"problem": "a", "anser": "1"}', r"a\.jsonl:1: has problem, anser; wanted one of answer"),
         ('{"text": "a", "answer": "1"}', r"a\.jsonl:1: has text, answer; wanted one of problem"),
         ('{"problem": "a", "answer": null}', r"a\.jsonl:1: has problem, answer; wanted one of answer"),
-        ('{"problem": 3, "answer": "1"}', r"a\.jsonl:1: the question is 3, wanted a text"),
+        ('{"problem": 3, "answer": "1"}', r"a\.jsonl:1: the question is 3, wanted a string"),
         ('{"problem": "a", "answer": [1]}', r"a\.jsonl:1: the answer is \[1\]"),
         ('{"problem": "a", "answer": true}', r"a\.jsonl:1: the answer is True"),
         ('{"problem": " ", "answer": "1"}', r"a\.jsonl:1: the question is empty"),
@@ -150,9 +150,9 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
         ),
         ('{"problem": "a", "answer": "#### nan"}', r"a\.jsonl:1: the answer is nan"),
         ('{"problem": "a", "answer": "-inf"}', r"a\.jsonl:1: the answer is -inf"),
-        ('{"problem": "a\\udc00", "answer": "1"}', r"a\.jsonl:1: 'a\\udc00' has half a character"),
+        ('{"problem": "a\\udc00", "answer": "1"}', r"a\.jsonl:1: 'a\\udc00' contains a lone surrogate"),
         ('{"problem": "a", "answer": ' + "[" * 100_000, r"a\.jsonl:1: not a line of JSON"),
-        ("\n", "holds no problem"),
+        ("\n", "contains no problem"),
         ('{"problem": "\xff", "answer": "1"}', r"a\.jsonl:1: not a line of JSON"),
     ],
 )
@@ -167,10 +167,10 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_problems(tmp_path / "absent.jsonl")
     (tmp_path / "a.csv").write_text("problem,answer\n")
-    with pytest.raises(ConfigError, match=r"a\.csv is neither \.jsonl nor \.parquet"):
+    with pytest.raises(ConfigError, match=r"a\.csv, wanted a file ending in \.jsonl or \.parquet"):
         load_problems(tmp_path / "a.csv")
     (tmp_path / "a.parquet").write_text("no parquet")
-    with pytest.raises(ConfigError, match="is no Parquet file"):
+    with pytest.raises(ConfigError, match="cannot be read as a Parquet file"):
         load_problems(tmp_path / "a.parquet")
     pq.write_table(pa.table({"problem": ["a", "b"], "answer": ["1", ""]}), tmp_path / "b.parquet")
     with pytest.raises(ConfigError, match=r"b\.parquet: row 1: the answer is empty"):
@@ -193,9 +193,9 @@ def test_arguments_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     path = str(jsonl(tmp_path / "n.jsonl", GSM8K))
     assert choose_problems(None, None, path, 0.5, None)[1] == "n.jsonl"
     assert choose_problems("gcd", 1, None, 0.1, None)[1] == "generated"
-    with pytest.raises(ConfigError, match="shape only generated problems"):
+    with pytest.raises(ConfigError, match="apply only to generated problems"):
         choose_problems("gcd", None, path, 0.1, None)
-    with pytest.raises(ConfigError, match="check: 'number' is for files"):
+    with pytest.raises(ConfigError, match="check: 'number' applies only to files"):
         choose_problems("gcd", None, None, 0.1, "number")
 
 

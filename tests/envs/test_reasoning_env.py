@@ -119,7 +119,7 @@ def test_mathematics_is_judged_in_a_process_that_ends_with_the_environment(tmp_p
         ({"rounded_digits": 2.5}, "rounded_digits: 2.5"),
         ({"rounded_digits": True}, "rounded_digits: True"),
         ({"kinds": "sums"}, "kind of problem 'sums'"),
-        ({"data": "/nowhere.jsonl", "level": 1}, "shape only generated"),
+        ({"data": "/nowhere.jsonl", "level": 1}, "apply only to generated"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -33,7 +33,7 @@ gym = pytest.importorskip("reasoning_gym", reason="the extra reasoning-gym is no
 
 @pytest.fixture(scope="module", autouse=True)
 def _keep_judges() -> Iterator[None]:
-    """One start of the process that scores serves all tests; it takes seconds."""
+    """Start the scoring process once for all tests, since it takes seconds."""
 
     class User:
         pass
@@ -144,7 +144,7 @@ def test_integrals_must_be_worked_out() -> None:
     data = open_dataset("simple_integration", None, "{}", 0, 10)
     task = data.item(0)["metadata"]
     unsolved = f"Integral({task['integrand']}, {task['variable']})"
-    assert data.score(unsolved, data.item(0)) == 1.0  # the scorer itself takes it
+    assert data.score(unsolved, data.item(0)) == 1.0  # the scorer itself accepts it
     assert data.score_reply(unsolved, 0) == 0.0
     assert data.score_reply(str(data.solution(0)), 0) == 1.0
     assert "integrate" not in FUNCTIONS
@@ -245,7 +245,7 @@ def test_items_are_the_same_in_another_process_but_for_the_datasets_that_are_ref
 @pytest.mark.skipif(not sys.flags.hash_randomization, reason="Python was started with PYTHONHASHSEED=0")
 def test_items_that_differ_between_processes_are_refused() -> None:
     for name in BY_HASH_SEED:
-        with pytest.raises(ConfigError, match=f"'{name}' has other items in every process.*PYTHONHASHSEED=0"):
+        with pytest.raises(ConfigError, match=f"'{name}' has different items .*PYTHONHASHSEED=0"):
             ReasoningGymEnv(dataset=name)
 
 

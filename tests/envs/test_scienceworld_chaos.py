@@ -1,4 +1,4 @@
-"""ScienceWorld while its workers and JVMs are killed: every task is played or reported, no JVM is left."""
+"""ScienceWorld while workers and JVMs are killed: every task is played or reported, and no JVM is left."""
 
 import os
 import random
@@ -39,7 +39,7 @@ def test_64_episodes_survive_while_workers_and_jvms_are_killed() -> None:
     def kill_at_random() -> None:
         draw = random.Random(1)
         while not over.wait(0.5):
-            busy = [worker for worker in list(environments._workers) if worker.owed]
+            busy = [worker for worker in list(environments._workers) if worker.pending]
             if not busy or sum(hits.values()) >= 14:
                 continue
             worker = draw.choice(busy)
@@ -47,7 +47,7 @@ def test_64_episodes_survive_while_workers_and_jvms_are_killed() -> None:
                 family = psutil.Process(worker.process.pid).children(recursive=True)
                 servers = [each for each in family if each.name() == "java"]
                 if not servers:
-                    continue  # nothing has begun
+                    continue  # no episode has started
                 victim = ("worker", "jvm")[sum(hits.values()) % 2]
                 os.kill(
                     worker.process.pid if victim == "worker" else draw.choice(servers).pid, signal.SIGKILL

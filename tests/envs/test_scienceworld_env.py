@@ -39,14 +39,14 @@ def env() -> Any:
 
 @pytest.fixture(scope="module")
 def led() -> Any:
-    """With an expert, choosing among the lexicon."""
+    """Return an environment with an expert that chooses among the lexicon."""
     made = make(ID, max_steps=70, expert=True, actions="lexicon")
     yield made
     close(made)
 
 
 def follow(env: gymnasium.Env[str, str], task: str) -> list[tuple[Any, ...]]:
-    """Play what the expert says."""
+    """Play the expert's actions."""
     answers: list[tuple[Any, ...]] = [env.reset(options={"task": task})]
     while answers[-1][-1]["expert"] is not None:
         answers.append(env.step(answers[-1][-1]["expert"]))

@@ -1,4 +1,4 @@
-"""No JVM is left behind, whatever happens to it or to its owner."""
+"""No JVM is left running, whatever happens to it or to its owner."""
 
 import gc
 import os
@@ -23,7 +23,7 @@ from agentrl_envs.scienceworld_env import ScienceWorldEnv
 
 ID = "agentrl/ScienceWorld-v0"
 TASK = {"task": "train/find-non-living-thing/0"}
-PATIENCE = 20.0  # seconds for something to be gone; it takes about one
+TIMEOUT = 20.0  # seconds for something to be gone; it takes about one
 
 
 MARK = "AGENTRL_TEST_JVMS"
@@ -31,12 +31,12 @@ MARK = "AGENTRL_TEST_JVMS"
 
 @pytest.fixture(autouse=True)
 def marked(monkeypatch: Any) -> None:
-    """Whatever starts during a test inherits the mark, so that others' JVMs are told apart."""
+    """Mark the environment of every process started during a test, to distinguish it from other JVMs."""
     monkeypatch.setenv(MARK, str(os.getpid()))
 
 
 def jvms() -> set[int]:
-    """Ids of the processes that run the simulator or guard it and stem from these tests, zombies aside."""
+    """Return the ids of the simulators and guards started by these tests, except zombies."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -56,7 +56,7 @@ def alive(pid: int) -> bool:
 
 
 def gone(*pids: int) -> bool:
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + TIMEOUT
     while any(map(alive, pids)) and time.monotonic() < until:
         time.sleep(0.05)
     return not any(map(alive, pids))
@@ -155,7 +155,7 @@ SCRIPT = """
 
 
 def owner(ending: str) -> tuple["subprocess.Popen[str]", int, int]:
-    """A process that owns an environment and then does what `ending` says, and the pids of JVM and guard."""
+    """Start an owner that runs `ending` after a reset; return it and the pids of JVM and guard."""
     script = textwrap.dedent(SCRIPT) + ending
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -8,7 +8,7 @@ import pytest
 
 from agentrl_envs.scienceworld.expert import GoldExpert
 from agentrl_envs.scienceworld.hashing import CLASS, with_hash_code
-from agentrl_envs.scienceworld.lexicon import MOST, Meaning, Thing, lexicon, numbers, readings
+from agentrl_envs.scienceworld.lexicon import MAX_ACTIONS, Meaning, Thing, lexicon, numbers, readings
 from agentrl_envs.scienceworld.simulator import Reply
 
 STOVE = Thing(1, "stove", "devices.Stove")
@@ -54,7 +54,7 @@ def test_connections_join_a_wire_with_the_ends_of_what_can_be_carried() -> None:
 
 def test_a_lexicon_is_bounded() -> None:
     pots = [Thing(n, f"pot {n}", "containers.MetalPot") for n in range(40)]
-    assert len(lexicon(pots, "kitchen", teleports=True, electrical=True)) == MOST
+    assert len(lexicon(pots, "kitchen", teleports=True, electrical=True)) == MAX_ACTIONS
 
 
 def test_an_action_is_read_in_every_way_that_its_words_allow() -> None:

@@ -1,4 +1,4 @@
-"""WebShop's three files: what is read, what is left out, and what is refused."""
+"""WebShop's three files: what is read, what is skipped, and what is refused."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from webshop_products import catalogue, entry, wants
 from agentrl.errors import ConfigError
 from agentrl_envs.webshop import json_entries
 from agentrl_envs.webshop.catalogue import Catalogue, load_catalogue
-from agentrl_envs.webshop.shop import source
+from agentrl_envs.webshop.shop import find_source
 
 HUMAN = {"instruction": "a lamp.", "instruction_attributes": ["brass"], "instruction_options": ["red"]}
 
@@ -118,7 +118,7 @@ def test_instructions_for_absent_products_are_left_out_and_counted() -> None:
 
 
 def test_when_nothing_can_be_sold_the_message_says_why() -> None:
-    with pytest.raises(ConfigError, match=r"products: no product can be sold: name: absent.*\(2\)"):
+    with pytest.raises(ConfigError, match=r"products: no product is usable: name: missing.*\(2\)"):
         catalogue([entry("B0A", name=None), entry("B0B", name=None)])
 
 
@@ -190,7 +190,7 @@ def test_what_is_no_json_list_or_object_is_refused(text: str, tmp_path: Path) ->
 def test_other_encodings_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "latin.json"
     path.write_bytes('[{"asin": "ü"}]'.encode("latin-1"))
-    with pytest.raises(ConfigError, match="no UTF-8"):
+    with pytest.raises(ConfigError, match="not UTF-8"):
         list(json_entries.entries(path, "products file")[1])
 
 
@@ -229,7 +229,7 @@ def test_mixed_up_files_are_recognised(put: str, place: str, message: str, tmp_p
         (
             "attributes",
             {"B0LAMP": {"attributes": [], "instruction": 3}},
-            "B0LAMP: instruction is 3, wanted a text",
+            "B0LAMP: instruction is 3, wanted a string",
         ),
         ("attributes", {"B0LAMP": {"instruction_attributes": [1]}}, "B0LAMP: instruction_attributes is"),
         ("attributes", {"B0LAMP": ["brass"]}, "attributes file .*B0LAMP.*wanted an object"),
@@ -242,7 +242,7 @@ def test_mixed_up_files_are_recognised(put: str, place: str, message: str, tmp_p
         ("human", {"B0LAMP": [{"instruction": "a"}]}, "human file .*B0LAMP: instruction_attributes is None"),
         ("human", {"B0LAMP": "lamp"}, "human file .*wanted a list of instructions"),
         ("products", [], "products file .*is empty"),
-        ("products", [["lamp"]], "products file .*holds"),
+        ("products", [["lamp"]], "products file .*contains"),
     ],
 )
 def test_errors_name_the_file_and_the_field(name: str, content: Any, message: str, tmp_path: Path) -> None:
@@ -254,29 +254,29 @@ def test_errors_name_the_file_and_the_field(name: str, content: Any, message: st
 
 def test_files_are_found_by_their_official_names_or_named_one_by_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no products file .*items_shuffle\.json"):
-        source(tmp_path, None, False)
+        find_source(tmp_path, None, False)
     for name in ("items_shuffle_1000", "items_ins_v2_1000"):
         write(tmp_path, **{name: []})
-    found = source(tmp_path, 5, False)
+    found = find_source(tmp_path, 5, False)
     assert (found.name, found.human, found.limit) == ("items_shuffle_1000", None, 5)
     with pytest.raises(ConfigError, match=r"no human file .*items_human_ins\.json"):
-        source(tmp_path, None, True)
+        find_source(tmp_path, None, True)
     write(tmp_path, items_shuffle=[])
     with pytest.raises(ConfigError, match=r"no attributes file .*items_ins_v2\.json"):
-        source(tmp_path, None, False)
+        find_source(tmp_path, None, False)
     paths = {"products": tmp_path / "items_shuffle.json"}
-    with pytest.raises(ConfigError, match="the attributes file is not named"):
-        source(paths, None, False)
+    with pytest.raises(ConfigError, match="has no path for the attributes file"):
+        find_source(paths, None, False)
     with pytest.raises(ConfigError, match="'goals' is unknown"):
-        source(paths | {"goals": tmp_path}, None, False)
-    with pytest.raises(ConfigError, match="is no folder"):
-        source(tmp_path / "items_shuffle.json", None, False)
-    assert source(None, None, True).name == "generated"
+        find_source(paths | {"goals": tmp_path}, None, False)
+    with pytest.raises(ConfigError, match="wanted a folder"):
+        find_source(tmp_path / "items_shuffle.json", None, False)
+    assert find_source(None, None, True).name == "generated"
 
 
 def test_a_file_that_was_replaced_is_another_source(tmp_path: Path) -> None:
     paths = write(tmp_path, products=[entry()], attributes={"B0LAMP": wants("brass")})
-    before = source(paths, None, False)
-    assert before == source(paths, None, False)
+    before = find_source(paths, None, False)
+    assert before == find_source(paths, None, False)
     write(tmp_path, products=[entry(), entry("B0B")])
-    assert before != source(paths, None, False)
+    assert before != find_source(paths, None, False)

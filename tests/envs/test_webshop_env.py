@@ -31,7 +31,7 @@ SMALL = 60
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    """Twelve lamps to buy, on two pages of results."""
+    """Return a shop with twelve lamps on two pages of results."""
     products = [
         entry(f"B{number:03}", name=f"Table Lamp No {number}", options={"Color": ["Red", "Blue"]})
         for number in range(12)
@@ -56,7 +56,7 @@ def lamps(files: dict[str, Path], **settings: Any) -> WebShopEnv:
 
 
 def follow(env: gymnasium.Env[str, str], task: str) -> tuple[list[str], float]:
-    """Play what the oracle says; the actions and the last reward."""
+    """Play the oracle's actions; return them and the last reward."""
     _, info = env.reset(options={"task": task})
     actions, reward, over = [], 0.0, False
     while not over:
@@ -113,7 +113,7 @@ def test_the_oracle_reaches_one_wherever_the_product_can_be_bought_so(reward: st
 
 @pytest.mark.reference
 def test_on_the_real_products_the_oracle_fails_only_where_the_reward_does(reference_folder: Path) -> None:
-    """458 of 6910 goals cannot be reached, by the specification; here every tenth goal is played."""
+    """Play every tenth goal; by the specification, 458 of 6910 goals cannot be reached."""
     data = reference_folder / "webshop" / "data"
     env, fixed = (
         WebShopEnv(data=data, expert=True, price_seed=7, reward=mode) for mode in ("original", "fixed")
@@ -235,7 +235,7 @@ def test_equal_states_have_equal_keys(files: dict[str, Path]) -> None:
     rich = lamps(files, text="text_rich")
     rich.reset(seed=0)
     shown = [rich.step(action)[4]["state_key"] for action in ("search[lamp]", "click[b001]", "click[< prev]")]
-    assert shown[0] != shown[2]  # there the visited item looks so
+    assert shown[0] != shown[2]  # the second page shows the item as visited
 
 
 def test_offered_actions_are_the_searches_then_the_clicks(files: dict[str, Path]) -> None:
@@ -340,7 +340,7 @@ def test_draws_follow_the_weights_or_the_original(files: dict[str, Path]) -> Non
         ({"searches": -1}, "searches: -1"),
         ({"num_prev_obs": 1.5}, "num_prev_obs: 1.5"),
         ({"price_seed": "7"}, "price_seed: '7'"),
-        ({"data": "/no/such/folder"}, "data: '/no/such/folder' is no folder"),
+        ({"data": "/no/such/folder"}, "data: '/no/such/folder', wanted a folder"),
         ({"tagger": 3}, "tagger: 3"),
     ],
 )
@@ -350,7 +350,7 @@ def test_wrong_arguments_are_refused(settings: dict[str, Any], message: str) -> 
 
 
 def test_few_goals_cannot_be_split_by_index(files: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match="'index' leaves no goals to train on: there are 24"):
+    with pytest.raises(ConfigError, match="'index' leaves no training goals: there are 24"):
         WebShopEnv(data=files)
 
 

@@ -1,4 +1,4 @@
-"""The generated catalogue: what it keeps to, whatever its size and seed."""
+"""Properties of the generated catalogue for any size and seed."""
 
 import hashlib
 import json
@@ -170,4 +170,4 @@ def test_targets_are_found_with_the_words_of_their_goals() -> None:
     ranks = [index.search(text).index(asin) if asin in index.search(text) else 50 for text, asin in asked]
     assert sum(rank < 10 for rank in ranks) > 0.85 * len(ranks)
     assert sum(rank < 50 for rank in ranks) > 0.98 * len(ranks)
-    assert 0.3 * len(ranks) < sum(rank == 0 for rank in ranks) < 0.8 * len(ranks)  # not by search alone
+    assert 0.3 * len(ranks) < sum(rank == 0 for rank in ranks) < 0.8 * len(ranks)  # search is not enough

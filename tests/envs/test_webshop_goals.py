@@ -1,4 +1,4 @@
-"""Goals, prices and splits, on numbers that can be redone by hand."""
+"""Goals, prices and splits, on numbers that can be verified by hand."""
 
 from collections import Counter
 from random import Random
@@ -129,7 +129,7 @@ def test_the_split_by_index_is_the_originals() -> None:
         "dev": (500, 1499),
         "test": (0, 499),
     }
-    with pytest.raises(ConfigError, match="leaves no goals to train on: there are 1500"):
+    with pytest.raises(ConfigError, match="leaves no training goals: there are 1500"):
         many(100, 15).split("index")
 
 

@@ -1,4 +1,4 @@
-"""WebShop against recordings of the original: observations, what can be clicked, rewards, goals, prices."""
+"""WebShop compared with recordings of the original: observations, clickable names, rewards, goals, prices."""
 
 import json
 from collections import Counter
@@ -12,7 +12,7 @@ from agentrl_envs.webshop.nouns import noun_tagger
 from agentrl_envs.webshop.pages import as_rich_text, as_text, clickable
 from agentrl_envs.webshop.reward import COLOURS
 from agentrl_envs.webshop.session import START, State, act, address
-from agentrl_envs.webshop.shop import Shop, open_shop, source
+from agentrl_envs.webshop.shop import Shop, find_source, open_shop
 
 pytest.importorskip("nltk", reason="the extra webshop is not installed")
 pytest.importorskip("rapidfuzz", reason="the extra webshop is not installed")
@@ -31,7 +31,7 @@ def shop_of(folder: Path, recording: dict[str, Any]) -> Shop:
     assert recording["seed_before_constructor"] == PRICE_SEED
     human = recording["human_goals"]
     return open_shop(
-        source(folder / "webshop" / "data", None, human),
+        find_source(folder / "webshop" / "data", None, human),
         "human" if human else "synthetic",
         PRICE_SEED,
         "product",
@@ -63,7 +63,7 @@ def test_every_recorded_episode_is_the_same(reference_folder: Path) -> None:
                 done = moved is not None and state.page == "done"
                 reward = shop.judge(goal, state).total if done else 0.0
                 assert (reward, done) == (step["reward"], step["done"]), where
-                # The original answers the int 0 where nothing happens, the float 0.0 where something does.
+                # The original returns the int 0 if an action has no effect, else the float 0.0.
                 assert (moved is None) == isinstance(step["reward"], int), where
                 count["rewards"] += 1
                 count["purchases"] += done
@@ -82,7 +82,7 @@ def test_every_recorded_episode_is_the_same(reference_folder: Path) -> None:
 
 
 def test_every_recorded_purchase_has_the_same_parts_whoever_tags(reference_folder: Path) -> None:
-    """`title_score` is the tagger's own; all else is compared."""
+    """Compare all parts except `title_score`, which depends on the tagger."""
     compared = 0
     for recording in transcripts(reference_folder):
         shop = shop_of(reference_folder, recording)

@@ -1,11 +1,11 @@
-"""Pages, clicks and texts of the shop where the recorded episodes do not go."""
+"""Pages, clicks and texts of the shop that the recorded episodes do not cover."""
 
 import re
 
 import pytest
 from webshop_products import entry, shop, walk
 
-from agentrl_envs.webshop.oracle import playable, queries
+from agentrl_envs.webshop.oracle import click_names, suggested_queries
 from agentrl_envs.webshop.pages import as_rich_text, as_text, clickable, on_page, shown
 from agentrl_envs.webshop.session import START, Node, State, act, address, parse
 
@@ -76,7 +76,7 @@ def test_results_go_on_without_end_and_back_to_the_first_page() -> None:
 
 
 def test_a_search_for_an_address_confuses_the_way_back_as_it_does_the_original() -> None:
-    """The original reads the open page's kind from its address, in which the keywords are."""
+    """Reproduce the original, which detects the kind of the open page in a URL that contains the keywords."""
     lamp = shop([entry()])
     state, nodes = walk(lamp, "search[my search_results]", "click[b0lamp]", "click[< prev]")
     assert (state.page, state.number) == ("results", 0)
@@ -167,7 +167,7 @@ def test_values_that_no_action_can_name_are_shown_but_not_offered() -> None:
     lamp = shop([entry(options={"Size": ["a[b", "a]b", "", "two\nlines", "ok"]})])
     state, nodes = walk(lamp, *OPEN)
     assert list(clickable(nodes))[-5:] == ["a[b", "a]b", "", "two\nlines", "ok"]
-    assert list(playable(clickable(nodes)))[-2:] == ["a]b", "ok"]
+    assert list(click_names(clickable(nodes)))[-2:] == ["a]b", "ok"]
     assert act(state, "click[a[b]", clickable(nodes)) is None
     assert walk(lamp, *OPEN, "click[a]b]")[0].options == (("size", "a]b"),)
     assert "[SEP] size [SEP] a[b [SEP] a]b [SEP] two\nlines [SEP] ok [SEP]" in as_text(nodes)
@@ -227,16 +227,16 @@ def test_suggested_searches_are_the_instructions_own_words_and_can_be_said() -> 
         "Find me anti slip [new] loafers, slip-ons with rubber sole with color: 2005black, and size: 11, "
         "and price lower than 60.00 dollars"
     )
-    found = queries(instruction, 8)
+    found = suggested_queries(instruction, 8)
     assert found[:2] == [
         "anti slip new loafers slip-ons rubber sole 2005black 11",
         "anti slip new loafers slip-ons",
     ]
     assert len(found) == len(set(found)) <= 8
-    assert queries(instruction, 3) == found[:3]
-    assert queries(instruction, 0) == []
+    assert suggested_queries(instruction, 3) == found[:3]
+    assert suggested_queries(instruction, 0) == []
     for query in found:
         assert parse(f"search[{query}]") == ("search", query)
         assert set(query.split()) <= set(re.split(r"[][ ,:]+", instruction.lower()))
         assert "60.00" not in query
-    assert queries("", 8) == queries(", and price lower than 60.00 dollars", 8) == []
+    assert suggested_queries("", 8) == suggested_queries(", and price lower than 60.00 dollars", 8) == []

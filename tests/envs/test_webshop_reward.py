@@ -1,4 +1,4 @@
-"""Rewards that can be redone by hand, and what "original" and "fixed" do not share."""
+"""Rewards that can be verified by hand, and the differences of "original" and "fixed"."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,7 +9,7 @@ from webshop_products import entry, shop, wants
 from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl_envs.webshop.goals import Goal
 from agentrl_envs.webshop.nouns import Heuristic, NounTagger, SpacyNouns, noun_tagger
-from agentrl_envs.webshop.oracle import choice
+from agentrl_envs.webshop.oracle import choose_options
 from agentrl_envs.webshop.reward import COLOURS, Reward, alike, colour, fits, reward
 
 pytest.importorskip("rapidfuzz", reason="the extra webshop is not installed")
@@ -69,7 +69,7 @@ def test_parts_add_up_to_hits_by_wants_times_type() -> None:
     [
         ("a b", "a b", 1.0, 1.0),
         ("a a", "a b c d e", 0.2, 0.5),  # not above 0.2, nothing else matches
-        ("a b", "a a b c d", 0.4, 1.0),  # the wanted nouns are counted with repeats, the shared are not
+        ("a b", "a a b c d", 0.4, 1.0),  # repeats count in the wanted nouns, but not in the shared ones
         ("a", "a b c d e f g h i j", 0.1, 0.5),
         ("a", "a b c d e f g h i j k", 1 / 11, 0.1),
         ("z", "a b", 0.0, 0.0),
@@ -99,7 +99,7 @@ def test_an_attribute_counts_when_alike_or_anywhere_in_the_texts() -> None:
     ):
         assert judged(PLAIN | fields, SAME).attributes == 1
     assert judged(PLAIN, SAME).attributes == 0
-    assert judged(PLAIN, SAME, attributes=("Steel!",)).attributes == 1  # like its attribute "steel"
+    assert judged(PLAIN, SAME, attributes=("Steel!",)).attributes == 1  # similar to its attribute "steel"
     split = PLAIN | {"small_description": ["bra", "ss"]}
     assert judged(split, SAME, attributes=("bra ss",)).attributes == 1  # bullets are joined by blanks
 
@@ -125,7 +125,7 @@ def test_the_first_colour_of_the_list_stands_for_a_text() -> None:
     ("one", "other", "same"),
     [
         ("xx-large", "xx large", True),
-        ("Café au lait", "caf au lait", True),  # what is not ASCII is dropped
+        ("Café au lait", "caf au lait", True),  # non-ASCII characters are dropped
         ("m", ("size", "m"), True),
         ("30 x 40", "40x30", False),
         ("", "", False),
@@ -163,10 +163,10 @@ def test_the_oracle_chooses_what_counts_even_where_names_collide() -> None:
     sold = shop([entry(options=options)], mode="fixed")
     reached = 0
     for goal in sold.goals:
-        chosen = dict(choice(sold, goal))
+        chosen = dict(choose_options(sold, goal))
         found = reward(goal.product, chosen, 12.5, replace(goal, limit=20.0), "fixed", EveryWord())
         reached += found.total == 1.0
-    # "white" acts on the last option only, so that white with oak cannot be had.
+    # "white" selects a value of the last option only, so white with oak is impossible.
     assert {goal.options for goal in sold.goals if goal.options == (("foot", "oak"), ("shade", "white"))}
     assert reached == len(sold.goals) - 1
 

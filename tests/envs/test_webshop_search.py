@@ -1,4 +1,4 @@
-"""WebShop's search: terms and rankings are Lucene's, and an index on disk is whole or built anew."""
+"""WebShop's search: terms and rankings are Lucene's, and an incomplete index on disk is rebuilt."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""The shop in a browser: pages and rules over HTTP, then a person in a real Chromium."""
+"""The shop in a browser: pages and rules over HTTP, then user actions in a real Chromium."""
 
 import json
 import os
@@ -32,11 +32,11 @@ for needed in ("rapidfuzz", "starlette", "uvicorn"):
 pytest.importorskip("httpx2", reason="Starlette's test client needs it")
 
 EVIL = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>{{ 7 * 7 }}&amp;"""
-BLUE = f"blue {EVIL.lower()}".replace("/", " | ")  # as the catalogue keeps it
+BLUE = f"blue {EVIL.lower()}".replace("/", " | ")  # as the catalogue stores it
 
 
 class Page(HTMLParser):
-    """What is needed of an HTML page, as a browser would take it."""
+    """The relevant parts of an HTML page, parsed as a browser would."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def enter(http: Any, goal: str = "") -> tuple[str, Page]:
 
 
 def say(http: Any, path: str, page: Page, action: str) -> Page:
-    """Send an action as the page's own button or search field would."""
+    """Send an action as the page's button or search field does."""
     searched = re.fullmatch(r"search\[(.*)\]", action, re.S)
     said = {"query": searched[1]} if searched else {"action": action}
     answer = http.post(path, data=page.fields | said)
@@ -329,7 +329,7 @@ def test_the_oldest_visits_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     site = evil_shop()
     http = client(site)
     paths = [enter(http) for _ in range(3)]
-    say(http, *paths[0], "search[lamp]")  # the first is now the latest to have done something
+    say(http, *paths[0], "search[lamp]")  # the first visit is now the most recently active one
     paths.append(enter(http))
     assert [http.get(path).status_code for path, _ in paths] == [200, 404, 200, 200]
     assert len(site.visits) == 3
@@ -350,10 +350,7 @@ def test_a_port_in_use_is_one_message_and_exit_code_2(capsys: pytest.CaptureFixt
             listen("127.0.0.1", port)
     out, err = capsys.readouterr()
     assert out == ""
-    assert (
-        err
-        == f"error: port {port} of 127.0.0.1 is in use: choose another, or --port 0 for one that is free\n"
-    )
+    assert err == f"error: port {port} of 127.0.0.1 is in use: choose another, or --port 0 for a free one\n"
 
 
 @pytest.mark.parametrize(
@@ -361,7 +358,7 @@ def test_a_port_in_use_is_one_message_and_exit_code_2(capsys: pytest.CaptureFixt
     [
         (("--port", "70000"), "--port: 70000, wanted a number from 0 to 65535"),
         (("--host", "no.such.host.invalid"), "no.such.host.invalid"),
-        (("--data", "/nowhere"), "'/nowhere' is no folder"),
+        (("--data", "/nowhere"), "'/nowhere', wanted a folder"),
         (("--split", "trian"), "split 'trian' is unknown; did you mean 'train'"),
         (("--products", "60", "--goal", "123456"), "--goal: 123456, wanted a number from 0 to "),
     ],
@@ -384,7 +381,7 @@ def test_without_the_extra_one_is_told_what_to_install(monkeypatch: pytest.Monke
 
 @contextmanager
 def served(*arguments: str) -> Iterator[str]:
-    """The command in a process of its own; gives its address."""
+    """Run the command in a separate process and yield its address."""
     command = [sys.executable, "-m", "agentrl_envs.webshop.web", "--port", "0", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -399,9 +396,9 @@ def served(*arguments: str) -> Iterator[str]:
 
 
 @contextmanager
-def serving(patience: float) -> Iterator[tuple[str, int]]:
+def serving(timeout: float) -> Iterator[tuple[str, int]]:
     with listen("127.0.0.1", 0) as taken:
-        server = web.web_server(web_app(evil_shop()), patience)
+        server = web.web_server(web_app(evil_shop()), timeout)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
         thread.start()
         try:
@@ -422,17 +419,17 @@ def serving(patience: float) -> Iterator[tuple[str, int]]:
     ids=["nothing", "half a head", "half a form", "half a second request"],
 )
 def test_who_sends_half_a_request_is_not_waited_for(half: bytes) -> None:
-    with serving(patience=0.3) as address, socket.create_connection(address, timeout=20) as visitor:
+    with serving(timeout=0.3) as address, socket.create_connection(address, timeout=20) as visitor:
         visitor.sendall(half)
         said = b""
-        while data := visitor.recv(1 << 16):  # it times out where the server waits on
+        while data := visitor.recv(1 << 16):  # it times out if the server keeps waiting
             said += data
     assert said.startswith(b"HTTP/1.1 200 OK" if half.count(b"GET") == 2 else b"")
     assert said.count(b"HTTP/1.1 ") == (half.count(b"GET") == 2)
 
 
 def test_who_sends_one_byte_at_a_time_is_not_waited_for_either() -> None:
-    with serving(patience=0.3) as address, socket.create_connection(address, timeout=20) as visitor:
+    with serving(timeout=0.3) as address, socket.create_connection(address, timeout=20) as visitor:
         for _ in range(2000):
             try:
                 visitor.sendall(b"G")
@@ -443,7 +440,7 @@ def test_who_sends_one_byte_at_a_time_is_not_waited_for_either() -> None:
 
 
 def test_a_connection_serves_as_many_requests_as_come_in_time() -> None:
-    with serving(patience=20) as address, socket.create_connection(address, timeout=20) as visitor:
+    with serving(timeout=20) as address, socket.create_connection(address, timeout=20) as visitor:
         for _ in range(3):
             visitor.sendall(b"GET /web.css HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
             said = visitor.recv(1 << 16)
@@ -455,7 +452,7 @@ def test_a_connection_serves_as_many_requests_as_come_in_time() -> None:
 
 
 class Tab:
-    """A page in a browser, used as a person does: by its screen, mouse and keyboard."""
+    """A page in a browser, used as a person does: with screen, mouse and keyboard."""
 
     def __init__(self, connection: Any) -> None:
         self._socket = connection
@@ -490,7 +487,7 @@ class Tab:
 
     @contextmanager
     def turning(self) -> Iterator[None]:
-        """What is done within opens another page; wait until that is there."""
+        """Wait for the new page that the actions in this context open."""
         self.loads = 0
         yield
         while not self.loads:
@@ -498,7 +495,7 @@ class Tab:
         self.painted()
 
     def painted(self) -> None:
-        """Wait for two frames: Chromium drops what is pressed before a page is on the screen."""
+        """Wait for two frames: Chromium ignores keys pressed before a page is on the screen."""
         frames = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done())))"
         self("Runtime.evaluate", expression=frames, awaitPromise=True)
 
@@ -512,7 +509,7 @@ class Tab:
         return answer["result"].get("value")
 
     def click(self, text: str) -> None:
-        """Click the one button that shows a text, and wait for the next page."""
+        """Click the only button with a text, and wait for the next page."""
         where = self.ask(
             "(() => { const found = [...document.querySelectorAll('button')].filter("
             f"each => each.innerText.trim() === {json.dumps(text)}); if (found.length !== 1) return null;"
@@ -578,7 +575,7 @@ def tab(tmp_path: Path) -> Iterator[Tab]:
 
 
 def way_to_buy(env: WebShopEnv, task: str) -> tuple[list[str], float]:
-    """The oracle's actions and its score."""
+    """Return the oracle's actions and its score."""
     _, info = env.reset(options={"task": task})
     actions, score, done = [], 0.0, False
     while not done:
@@ -588,7 +585,7 @@ def way_to_buy(env: WebShopEnv, task: str) -> tuple[list[str], float]:
 
 
 def with_options(env: WebShopEnv) -> tuple[int, list[str]]:
-    """A goal that needs an option and is on the first page of results."""
+    """Return a goal that needs an option and is on the first page of results."""
     for task in env.tasks("test"):
         actions, score = way_to_buy(env, task)
         if len(actions) > 3 and score == 1.0 and "click[next >]" not in actions:

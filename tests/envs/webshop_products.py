@@ -1,4 +1,4 @@
-"""A few products by hand, in the format of WebShop's files, and a shop that sells them."""
+"""Helpers that build a few products in the format of WebShop's files, and a shop that sells them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from agentrl_envs.webshop.shop import Shop
 
 
 def entry(asin: str = "B0LAMP", **fields: Any) -> dict[str, Any]:
-    """A product as in the products file; options by name -> values."""
+    """Return a product as in the products file; `options` maps names to values."""
     options = fields.pop("options", {})
     return {
         "asin": asin,
@@ -32,7 +32,7 @@ def entry(asin: str = "B0LAMP", **fields: Any) -> dict[str, Any]:
 
 
 def wants(*attributes: str, instruction: str | None = "Find me table lamps") -> dict[str, Any]:
-    """An entry of the attributes file."""
+    """Return an entry of the attributes file."""
     return {
         "attributes": list(attributes),
         "instruction": instruction,
@@ -45,7 +45,7 @@ def catalogue(
     attributes: Mapping[str, Any] | None = None,
     human: Mapping[str, Any] | None = None,
 ) -> Catalogue:
-    """What of these can be sold; whatever has no entry of its own is wanted for its brass."""
+    """Return the catalogue of some products; by default their instructions ask for the attribute brass."""
     if attributes is None:
         attributes = {each["asin"]: wants("brass") for each in products}
     return Catalogue(products, attributes.items(), (human or {}).items())
@@ -60,7 +60,7 @@ def shop(
     show_attributes: bool = False,
     search: Callable[[str], Sequence[str]] | None = None,
 ) -> Shop:
-    """A shop whose search finds everything in its order, unless told otherwise."""
+    """Return a shop whose search by default finds all products in their order."""
     sold = catalogue(products, attributes, human)
     goals = Goals(sold, "human" if human else "synthetic", 0)
     found = tuple(sold.by_asin)
@@ -70,7 +70,7 @@ def shop(
 
 
 def walk(shop: Shop, *actions: str, goal: int = 0) -> tuple[State, tuple[Node, ...]]:
-    """Where actions lead from the first page; an action that does nothing fails."""
+    """Return the state after some actions from the first page; an action without effect is an error."""
     state = START
     nodes = shop.page(shop.goals[goal], state)
     for action in actions:

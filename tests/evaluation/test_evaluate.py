@@ -11,14 +11,9 @@ import pytest
 from agentrl.data.trajectory import Episode, StopReason, Turn
 from agentrl.env import Panel, TextSpace, make_panel, register
 from agentrl.errors import ConfigError, PanelError
-from agentrl.evaluation.evaluate import (
-    Evaluation,
-    evaluate,
-    instruction_check,
-    mean_entropy,
-    play_panel,
-    summarise,
-)
+from agentrl.evaluation.evaluate import evaluate
+from agentrl.evaluation.playing import check_instructions, play_panel
+from agentrl.evaluation.scores import Evaluation, mean_entropy, summarise
 from agentrl.evaluation.statistics import bootstrap_over_tasks, intervals_separate, success_rate, wilson
 from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.players import RandomPlayer
@@ -277,8 +272,8 @@ def test_the_instruction_check_tells_reading_from_habit(
 ) -> None:
     monkeypatch.setattr("agentrl.rollout.play.STORED_INFO", ("success", "task_type", "other_success"))
     panel = make_panel(ENV, "held_out", 10)
-    obedient = instruction_check(panel, _Obedient(), pool)
-    stubborn = instruction_check(panel, _Stubborn(), pool)
+    obedient = check_instructions(panel, _Obedient(), pool)
+    stubborn = check_instructions(panel, _Stubborn(), pool)
     assert obedient is not None
     assert stubborn is not None
     # The last two of the ten tasks have no other goal.
@@ -295,7 +290,7 @@ def test_an_environment_without_other_goals_has_no_instruction_check(
     pool: EnvironmentPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(Doors, "other_goal")
-    assert instruction_check(make_panel(ENV, "train", 2), RandomPlayer(), pool) is None
+    assert check_instructions(make_panel(ENV, "train", 2), RandomPlayer(), pool) is None
 
 
 # `evaluate`, the whole.

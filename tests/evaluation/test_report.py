@@ -82,7 +82,13 @@ def run(tmp_path: Path) -> Path:
     (folder / "config.yaml").write_text(f"seed: 0\n# {EVIL[:20]}\n")
     rows = [{"stage": "warm_start", "step": 1, "loss": 1.0}]
     rows += [
-        {"stage": "train", "step": step, "success": step / 9, "entropy/token": 0.5} for step in range(1, 9)
+        {
+            "stage": "train",
+            "step": step,
+            "train/rollout/success_rate": step / 9,
+            "train/rollout/entropy/token": 0.5,
+        }
+        for step in range(1, 9)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_episodes(folder / "episodes/step-000008.parquet", [episode(50, True), episode(51, False)])
@@ -168,11 +174,16 @@ def test_what_a_policy_or_environment_says_is_text_and_never_markup(run: Path) -
 
 def test_a_report_tells_the_story_in_numbers(run: Path) -> None:
     text = re.sub(r"\s+", " ", page_of(run).text)
-    assert "Sampled: the trained policy's interval lies wholly above that of the cloned one." in text
-    assert "Greedy: the two intervals overlap, so this panel does not tell trained and cloned apart." in text
+    assert (
+        "Sampled: the interval of the trained policy lies entirely above that of the cloned policy." in text
+    )
+    assert (
+        "Greedy: the intervals overlap, so this panel does not separate the trained from the cloned policy."
+        in text
+    )
     assert "data: generated" in text
     assert "50.0 [43.1, 56.9]" in text  # 100 of 200
-    assert "the panel's goal, not told 5.0 % [2.7, 9.2] 180" in text
+    assert "the panel's goal, which it was not given 5.0 % [2.7, 9.2] 180" in text
     assert "torch 2.13.0" in text
     assert "wall 201.25" in text
 
@@ -201,7 +212,7 @@ def test_an_unfinished_run_has_a_report_of_what_there_is(run: Path) -> None:
     assert "Episodes" not in page.text
     empty = run.parent / "empty"
     empty.mkdir()
-    assert "What was run" in page_of(empty).text
+    assert "Run details" in page_of(empty).text
 
 
 def test_aborted_episodes_are_counted_with_their_reasons(run: Path) -> None:
@@ -280,26 +291,29 @@ def test_every_signal_that_moves_is_drawn_and_named() -> None:
     rows = [
         {
             "step": step,
-            "success": 0.1,
-            "learner/clip_share": step / 10,
-            "learner/constant": 1.0,
-            "branches/restored": 3 - step,
-            "staleness/mean": step / 2,
+            "train/rollout/success_rate": 0.1,
+            "train/learner/clip_ratio": step / 10,
+            "train/algorithm/constant": 1.0,
+            "train/rollout/branches/restored": 3 - step,
+            "train/rollout/staleness/mean": step / 2,
         }
         for step in range(3)
     ]
     picture = draw_signals(rows)
     assert picture is not None
-    assert "clip_share" in drawn(picture)
-    assert "branches/restored" in drawn(picture)
-    assert "staleness/mean" in drawn(picture)
+    assert "learner/clip_ratio" in drawn(picture)
+    assert "rollout/branches/restored" in drawn(picture)
+    assert "rollout/staleness/mean" in drawn(picture)
     assert "constant" not in drawn(picture)
-    assert draw_signals([{"step": 1, "success": 0.1}]) is None
+    assert draw_signals([{"step": 1, "train/rollout/success_rate": 0.1}]) is None
 
 
-def test_who_waited_for_whom_is_told_where_both_went_on_side_by_side(run: Path) -> None:
+def test_the_waiting_times_of_an_async_run_are_reported(run: Path) -> None:
     (run / "metrics.jsonl").write_text(
-        "".join(json.dumps({"stage": "train", "step": step, "turns": step}) + "\n" for step in (1, 2))
+        "".join(
+            json.dumps({"stage": "train", "step": step, "train/rollout/turns_mean": step}) + "\n"
+            for step in (1, 2)
+        )
     )
     assert "the learner waited" not in write_report(run).read_text()
     summary = json.loads((run / "summary.json").read_text())
@@ -309,13 +323,17 @@ def test_who_waited_for_whom_is_told_where_both_went_on_side_by_side(run: Path) 
 
 
 def test_turns_and_task_types_share_a_panel_and_none_of_it_crowds_a_signal_out() -> None:
-    turns = {f"learner/entropy/turn/{turn:02d}": turn for turn in range(50)}
+    turns = {f"train/algorithm/entropy/turn/{turn:02d}": turn for turn in range(50)}
     rows = [{"step": 1, **dict.fromkeys(turns, 0.5)}, {"step": 2, **turns}]
     for step, row in enumerate(rows):
-        row |= {"success/heat": step, "success/cool": step, "learner/corridor/low": step}
+        row |= {
+            "train/rollout/success_rate/heat": step,
+            "train/rollout/success_rate/cool": step,
+            "train/algorithm/entropy_band/low": step,
+        }
     titles = drawn(draw_signals(rows) or "")
-    assert "entropy/turn/*" in titles
-    assert "success/*" in titles
-    assert "corridor/low" in titles
+    assert "algorithm/entropy/turn/*" in titles
+    assert "rollout/success_rate/*" in titles
+    assert "algorithm/entropy_band/low" in titles
     assert "entropy/turn/07" not in titles
     assert all(label in titles for label in ("heat", "cool", "00", "49"))

@@ -1,4 +1,4 @@
-"""What two processes find out about an FSDP2 learner, each beside a learner of its own that is alone."""
+"""Measurements of an FSDP2 learner on two ranks, each compared with a single-process learner."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +27,7 @@ from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.learn.settings import LearnerConfig, LoraConfig
-from agentrl.learn.sharding import full_tensor, own_part, stored_shards
+from agentrl.learn.sharding import full_tensor, local_tensor, stored_shards
 from agentrl.policy.attention import PACKED
 from agentrl.policy.precision import non_finite
 
@@ -36,7 +36,7 @@ CONTEXT = Context(total_steps=10, vocabulary=VOCABULARY, tokenizer="toy")
 
 
 def measured(folder: Path, *names: str) -> Figures:
-    """Run the named functions of this file on two ranks; what the first one returned, by name."""
+    """Run the named functions of this file on two ranks; return the results of rank 0 by name."""
     (folder / "meet").unlink(missing_ok=True)
     spawn(_rank, (str(folder), names), nprocs=2)
     return dict(json.loads((folder / "figures.json").read_text()))
@@ -80,7 +80,7 @@ def learner_of(
 
 
 def taught(learner: Learner, algorithm: Algorithm, steps: Iterable[int]) -> tuple[list[Tensor], Figures]:
-    """The gradients of the first optimiser step that had any, and what was logged."""
+    """Return the gradients of the first optimiser step that had any, and the logged numbers."""
     gradients: list[Tensor] = []
     clip = nn.utils.clip_grad_norm_
 
@@ -98,16 +98,16 @@ def taught(learner: Learner, algorithm: Algorithm, steps: Iterable[int]) -> tupl
             context = replace(CONTEXT, step=step, history=history)
             batch = prepare(algorithm, played(algorithm, step), context, selected=True)
             for name, value in learner.update(batch, algorithm, context).items():
-                history.setdefault(f"learner/{name}", []).append(value)
+                history.setdefault(f"train/{name}", []).append(value)
     return gradients, history
 
 
 def played(algorithm: Algorithm, seed: int) -> list[Group]:
-    """One group was cut short by a limit; where an algorithm branches, its episodes have left their first."""
+    """Return groups, one truncated by a limit; if the algorithm branches, episodes branch off their first."""
     groups = make_groups(seed)
     cut = tuple(replace(episode, stop=StopReason.CONTEXT_LIMIT) for episode in groups[0].episodes)
     groups[0] = replace(groups[0], episodes=cut)
-    if algorithm.rollout.grow is None:
+    if algorithm.rollout.branch_policy is None:
         return groups
     return [
         Group(task, (first, *(replace(other, parent=BranchPoint(first.id, 0)) for other in others)))
@@ -125,7 +125,7 @@ def distance(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 def relative(one: list[Tensor], other: list[Tensor]) -> float:
-    """Norm of the difference over that of `other`, all tensors together."""
+    """Return the norm of the difference over the norm of `other`, over all tensors together."""
     flat = [torch.cat([value.double().flatten() for value in values]) for values in (one, other)]
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
@@ -133,7 +133,7 @@ def relative(one: list[Tensor], other: list[Tensor]) -> float:
 def compared(
     make: Callable[[int], nn.Module], name: str, ranks: Ranks, cap: float | None = None, **settings: Any
 ) -> Figures:
-    """How far a learner on all ranks is from one that is alone."""
+    """Return how far a learner on all ranks is from a single-process learner."""
     results = []
     for backend, who in (("single", ALONE), ("fsdp", ranks)):
         algorithm = build_recipe(name).build()
@@ -184,7 +184,7 @@ def muon(ranks: Ranks, folder: Path) -> Figures:
 
 
 def in_float32(ranks: Ranks, folder: Path) -> Figures:
-    """By optimiser; and how far one process is from itself with other micro-batches."""
+    """Compare both optimisers, and one process with itself at other micro-batches."""
     return {name: _in_float32(name, ranks) for name in ("adamw", "muon")}
 
 
@@ -203,7 +203,7 @@ def _in_float32(optimizer: str, ranks: Ranks) -> Figures:
 
 
 def recomputed(ranks: Ranks, folder: Path) -> Figures:
-    """With rows one by one, of which one rank often has one less than the other."""
+    """Compare with one row per micro-batch, so that one rank often needs a filler."""
     return compared(double_qwen, "grpo", ranks, recompute_activations=True, micro_batch_tokens=1)
 
 
@@ -215,51 +215,54 @@ def in_bfloat16(ranks: Ranks, folder: Path) -> Figures:
     return {
         "gradient": relative(rounded, exact),
         "dtypes": sorted({str(value.dtype) for value in (*rounded, *weights(learner))}),
-        "entropy": abs(log["learner/entropy_token"][0] - exact_log["learner/entropy_token"][0]),
+        "entropy": abs(log["train/learner/entropy/token"][0] - exact_log["train/learner/entropy/token"][0]),
     }
 
 
-# With a value head; with a reference: what a checkpoint holds beside the weights and two optimisers.
-KEPT: dict[str, tuple[str, Figures]] = {"values": ("ppo", {}), "reference": ("grpo", {"kl_coefficient": 0.1})}
+# A learner with a value head and one with a reference; both have two optimisers.
+CHECKPOINTED: dict[str, tuple[str, Figures]] = {
+    "values": ("ppo", {}),
+    "reference": ("grpo", {"kl_coefficient": 0.1}),
+}
 
 
-def learner_to_keep(kind: str, ranks: Ranks) -> tuple[Learner, Algorithm]:
-    name, options = KEPT[kind]
+def checkpointed_learner(kind: str, ranks: Ranks) -> tuple[Learner, Algorithm]:
+    name, options = CHECKPOINTED[kind]
     algorithm = build_recipe(name, options).build()
     return learner_of(ToyPolicy, algorithm, ranks, "fsdp", optimizer="muon"), algorithm
 
 
-def kept(ranks: Ranks, folder: Path) -> Figures:
-    """Two updates, a checkpoint, and the sums of the weights after two more and one more."""
-    return {kind: _kept(kind, ranks, folder) for kind in KEPT}
+def saved(ranks: Ranks, folder: Path) -> Figures:
+    """Take two updates, write a checkpoint, and return the weights after three more updates."""
+    return {kind: _saved(kind, ranks, folder) for kind in CHECKPOINTED}
 
 
-def _kept(kind: str, ranks: Ranks, folder: Path) -> list[float]:
-    learner, algorithm = learner_to_keep(kind, ranks)
+def _saved(kind: str, ranks: Ranks, folder: Path) -> list[float]:
+    learner, algorithm = checkpointed_learner(kind, ranks)
     taught(learner, algorithm, [0, 1])
-    keep(learner, folder / f"{kind}-two", ranks)
+    save(learner, folder / f"{kind}-two", ranks)
     taught(learner, algorithm, [2, 3, 4])
     return flat(learner)
 
 
-def keep(learner: Learner, folder: Path, ranks: Ranks) -> None:
+def save(learner: Learner, folder: Path, ranks: Ranks) -> None:
     learner.write_shards(folder)
     if ranks.first:
         torch.save(learner.state_dict(), folder / "state.pt")
 
 
-def take_up(kind: str, folder: Path, ranks: Ranks) -> tuple[Learner, Algorithm]:
-    learner, algorithm = learner_to_keep(kind, ranks)
+def restore(kind: str, folder: Path, ranks: Ranks) -> tuple[Learner, Algorithm]:
+    learner, algorithm = checkpointed_learner(kind, ranks)
     learner.score(collate(make_groups()))  # whatever it has done before
     learner.read_shards(folder, torch.load(folder / "state.pt"))
     return learner, algorithm
 
 
-def taken_up(ranks: Ranks, folder: Path) -> Figures:
-    """The weights after the last two updates, from the checkpoint that one process left before them."""
+def restored(ranks: Ranks, folder: Path) -> Figures:
+    """Return the weights after two updates from the checkpoint that one process wrote."""
     ends = {}
-    for kind in KEPT:
-        learner, algorithm = take_up(kind, folder / f"{kind}-one", ranks)
+    for kind in CHECKPOINTED:
+        learner, algorithm = restore(kind, folder / f"{kind}-one", ranks)
         taught(learner, algorithm, [3, 4])
         ends[kind] = flat(learner)
     return ends
@@ -270,7 +273,7 @@ def flat(learner: Learner) -> list[float]:
 
 
 def exported(ranks: Ranks, folder: Path) -> Figures:
-    """Whether a model that has its weights whole gets all of them, those of the first rank to begin with."""
+    """Return how far an exported model is from the weights that rank 0 started with."""
     algorithm = build_recipe("grpo").build()
     model, other = qwen(), qwen(seed=2 + ranks.index)  # every rank begins elsewhere
     learner = learner_of(lambda seed: other, algorithm, ranks, "fsdp")
@@ -279,7 +282,7 @@ def exported(ranks: Ranks, folder: Path) -> Figures:
 
 
 def lost_numbers(ranks: Ranks, folder: Path) -> Figures:
-    """What all ranks know of a number that one of them lost, in a part that only it holds."""
+    """Return what all ranks report about an inf in a shard that only one of them holds."""
     algorithm = build_recipe("grpo").build()
     learner = learner_of(qwen, algorithm, ranks, "fsdp")
     taught(learner, algorithm, [0])
@@ -288,9 +291,9 @@ def lost_numbers(ranks: Ranks, folder: Path) -> Figures:
 
     def spoil(*_: object) -> None:
         if not ranks.first:
-            own_part(norm.detach())[0] = torch.inf
+            local_tensor(norm.detach())[0] = torch.inf
 
-    learner._optimizers[0].register_step_post_hook(spoil)
+    learner._state.optimizers[0].register_step_post_hook(spoil)
     try:
         taught(learner, algorithm, [1])
     except NonFiniteError as error:
@@ -303,7 +306,7 @@ def lost_numbers(ranks: Ranks, folder: Path) -> Figures:
 
 
 def widened(ranks: Ranks, folder: Path) -> Figures:
-    """Weights that two ranks dealt out and wrote in bfloat16, taken up by learners of float32."""
+    """Load weights that two ranks wrote in bfloat16 into learners of float32."""
     algorithm = build_recipe("grpo").build()
     old = learner_of(lambda seed: qwen(seed).bfloat16(), algorithm, ranks, "fsdp")
     taught(old, algorithm, [0])
@@ -312,14 +315,14 @@ def widened(ranks: Ranks, folder: Path) -> Figures:
     learner.read_shards(folder / "old", old.state_dict())
     found = {
         "apart": distance([value.float() for value in weights(old)], weights(learner)),
-        "dtypes": sorted({str(value.dtype) for _, value in learner._own_parts()}),
+        "dtypes": sorted({str(value.dtype) for _, value in learner._state.local_tensors()}),
     }
     _, log = taught(learner, algorithm, [1])
-    return found | {"moved": log["learner/weights_moved"][0]}
+    return found | {"moved": log["train/learner/weights_moved"][0]}
 
 
 def an_error(ranks: Ranks, folder: Path) -> Figures:
-    """What every rank raises when only the last one fails."""
+    """Return what every rank raises if only the last one fails, and items that were split and merged."""
 
     def work() -> None:
         if not ranks.first:
@@ -329,4 +332,4 @@ def an_error(ranks: Ranks, folder: Path) -> Figures:
         ranks.raise_on_any_rank(work)
     except CheckpointError as error:
         told = str(error)
-    return {"told": ranks.gather(told), "dealt": ranks.collect(ranks.deal(range(5)))}
+    return {"told": ranks.gather(told), "dealt": ranks.merge(ranks.split(range(5)))}

@@ -123,7 +123,7 @@ def test_infinite_log_ratios_are_held_or_their_step_is_skipped(name: str, old: f
     numbers = learner.update(replace(batch, old_logprobs=spoiled), algorithm, CONTEXT)
     assert finite(learner)
     # Without branches fr3e has nothing to learn from.
-    assert (numbers["updates"] + numbers["skipped_updates"] >= 2) is (name != "fr3e")
+    assert (numbers["learner/updates"] + numbers["learner/skipped_updates"] >= 2) is (name != "fr3e")
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -39,7 +39,7 @@ def test_token_t_is_described_by_the_state_at_t_minus_1():
     assert batch.allowed is not None
     assert len(batch.allowed.rows) < int(batch.sampled.sum())  # constrained and free decisions are mixed
     for temperature in (1.0, 0.6):
-        outputs = toy_forward(temperature).describe(policy, batch)
+        outputs = toy_forward(temperature).score(policy, batch)
 
         def logits_of(row):
             return hidden_states(policy, row, torch.tensor([len(row)])) @ policy.embedding.weight.T
@@ -53,7 +53,7 @@ def test_a_decoder_read_in_packed_rows_says_what_it_says_row_by_row():
     model = build_model(PolicyConfig(hidden_size=16, layers=2, heads=1), Tokenizer(), 0)
     batch = collate(make_groups(), layout="turn")
     with torch.no_grad():
-        outputs = Forward().describe(model, batch)
+        outputs = Forward().score(model, batch)
         logprobs, entropies = expected(lambda row: model(input_ids=row[None]).logits[0], batch)
     torch.testing.assert_close(outputs.logprobs.double(), logprobs, rtol=0, atol=1e-5)
     torch.testing.assert_close(outputs.entropies.double(), entropies, rtol=0, atol=1e-5)
@@ -67,7 +67,7 @@ def test_nothing_after_the_last_decision_is_computed():
         seen.append((len(tokens), lengths.tolist()))
         return hidden_states(policy, tokens, lengths)
 
-    Forward(watched, toy_forward().output_weight).describe(policy, batch)
+    Forward(watched, toy_forward().output_weight).score(policy, batch)
     last = [int(row.nonzero().max()) if row.any() else 0 for row in batch.sampled]
     assert needed_lengths(batch).tolist() == last
     assert seen == [(sum(last), [length for length in last if length])]
@@ -77,6 +77,6 @@ def test_a_batch_without_decisions_is_described_by_zeros():
     batch = collate(make_groups(groups=1, size=1))
     silent = batch.select([0])
     silent.sampled.zero_()
-    outputs = toy_forward().describe(ToyPolicy(), silent)
+    outputs = toy_forward().score(ToyPolicy(), silent)
     assert not outputs.logprobs.any()
-    assert toy_forward().describe(ToyPolicy(), collate([])).logprobs.shape == (0, 0)
+    assert toy_forward().score(ToyPolicy(), collate([])).logprobs.shape == (0, 0)

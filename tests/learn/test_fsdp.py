@@ -1,4 +1,4 @@
-"""A learner dealt out to two processes is the learner that is alone; one spawn serves all claims about it."""
+"""A learner sharded over two processes equals a single-process learner; one spawn serves all tests."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_worker import KEPT, Figures, keep, measured, take_up, taught
+from fsdp_worker import CHECKPOINTED, Figures, measured, restore, save, taught
 
 from agentrl.algorithms.recipe import recipe_names
 from agentrl.learn.packing import rank_micro_batches
@@ -35,12 +35,12 @@ def figures(folder: Path) -> Figures:
         "lost_numbers",
         "widened",
         "an_error",
-        "kept",
+        "saved",
     )
 
 
 def assert_equal(found: Figures, gradient: float = 1e-6, weights: float = 1e-5) -> None:
-    """After five updates of two AdamW steps each."""
+    """Compare after five updates of two optimiser steps each."""
     assert found["moved"] > 100 * weights
     assert found["gradient"] < gradient
     assert found["weights"] < weights
@@ -82,7 +82,7 @@ def test_single_precision_rounds_two_ranks_as_it_rounds_other_micro_batches(figu
 
 
 def test_muon_makes_more_of_that_rounding_than_adamw(figures: Figures) -> None:
-    """It orthogonalises in bfloat16: of gradients that differ in the seventh digit, the third differs."""
+    """Muon orthogonalises in bfloat16: a gradient's difference in digit 7 becomes one in digit 3."""
     found = figures["in_float32"]["muon"]
     assert found["weights"] < 4 * found["weights of one"]
     assert found["weights"] < 0.1 * found["moved"]
@@ -120,14 +120,14 @@ def test_what_one_rank_raises_all_raise_and_what_is_dealt_comes_back_in_order(fi
 
 
 def test_a_checkpoint_goes_from_two_ranks_to_one_and_back(figures: Figures, folder: Path) -> None:
-    for kind in KEPT:
-        learner, algorithm = take_up(kind, folder / f"{kind}-two", ALONE)
+    for kind in CHECKPOINTED:
+        learner, algorithm = restore(kind, folder / f"{kind}-two", ALONE)
         taught(learner, algorithm, [2])
-        keep(learner, folder / f"{kind}-one", ALONE)
-    dist.destroy_process_group()  # that of one, which FSDP2 wanted
-    resumed = measured(folder, "taken_up")["taken_up"]
-    for kind in KEPT:
-        torch.testing.assert_close(resumed[kind], figures["kept"][kind], rtol=0, atol=1e-9)
+        save(learner, folder / f"{kind}-one", ALONE)
+    dist.destroy_process_group()  # the group of one process that FSDP2 needed
+    resumed = measured(folder, "restored")["restored"]
+    for kind in CHECKPOINTED:
+        torch.testing.assert_close(resumed[kind], figures["saved"][kind], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

@@ -51,7 +51,14 @@ def gradients(
 
 def assert_same(one, other, tolerance=1e-12):
     (numbers, slopes), (other_numbers, other_slopes) = one, other
-    for name in ("loss", "grad_norm", "entropy_token", "entropy_turn", "entropy_trajectory", "decisions"):
+    for name in (
+        "learner/loss",
+        "learner/grad_norm",
+        "learner/entropy/token",
+        "learner/entropy/turn",
+        "learner/entropy/trajectory",
+        "learner/action_tokens",
+    ):
         assert numbers[name] == pytest.approx(other_numbers[name], abs=max(tolerance, 1e-9)), name
     assert slopes.keys() == other_slopes.keys()
     assert all(slope.any() for slope in slopes.values())
@@ -78,7 +85,7 @@ def test_loss_and_gradient_do_not_depend_on_the_micro_batches(settings, budget):
     algorithm = GRPO(entropy_coefficient=0.01, **settings).build()
     batch = scored(collate(make_groups(), layout="turn"))
     whole = gradients(batch, algorithm)
-    assert whole[0]["clip_share"] > 0
+    assert whole[0]["learner/clip_ratio"] > 0
     assert_same(whole, gradients(batch, algorithm, micro_batch_tokens=budget))
 
 
@@ -232,9 +239,9 @@ def test_cloning_is_cross_entropy_with_the_slope_of_a_softmax():
     batch = collate([Group("t", (choose("e", 0),))])
     numbers, slope = slope_after(learner, batch, BehaviourCloning().build())
     # Two allowed ids of equal logit: -log .5, and p - onehot; the third id was not to choose from.
-    assert numbers["loss"] == pytest.approx(math.log(2))
+    assert numbers["learner/loss"] == pytest.approx(math.log(2))
     assert slope == pytest.approx([-0.5, 0.5, 0.0])
-    assert numbers["entropy_token"] == pytest.approx(math.log(2))
+    assert numbers["learner/entropy/token"] == pytest.approx(math.log(2))
 
 
 def test_the_group_relative_slope_by_hand():
@@ -242,12 +249,12 @@ def test_the_group_relative_slope_by_hand():
     batch = collate([Group("t", (choose("good", 0, reward=1.0), choose("bad", 1)))])
     numbers, slope = slope_after(learner, batch, GRPO(divide_by_std=False).build())
     # Advantages +-.5, ratios 1: loss (-.5 + .5) / 2. Slope: mean of -.5 * (.5, -.5) and .5 * (-.5, .5).
-    assert numbers["loss"] == pytest.approx(0.0)
+    assert numbers["learner/loss"] == pytest.approx(0.0)
     assert slope == pytest.approx([-0.25, 0.25, 0.0])
-    assert (numbers["clip_share"], numbers["approx_kl"]) == (0.0, 0.0)
-    assert numbers["decisions"] == numbers["trajectories"] == 2
-    assert numbers["tokens"] == 4
-    assert numbers["logprob_gap_max"] == pytest.approx(0.0, abs=1e-7)
+    assert (numbers["learner/clip_ratio"], numbers["learner/kl"]) == (0.0, 0.0)
+    assert numbers["learner/action_tokens"] == numbers["learner/trajectories"] == 2
+    assert numbers["learner/tokens"] == 4
+    assert numbers["algorithm/mismatch/max"] == pytest.approx(0.0, abs=1e-7)
 
 
 def test_the_gap_between_rollout_and_learner_is_logged():
@@ -256,8 +263,8 @@ def test_the_gap_between_rollout_and_learner_is_logged():
     numbers = learner.update(batch, GRPO().build(), CONTEXT)
     # The rollout said log .5 twice, the learner says log .75 and log .25.
     gaps = [math.log(0.75 / 0.5), math.log(0.5 / 0.25)]
-    assert numbers["logprob_gap_max"] == pytest.approx(max(gaps), abs=1e-6)
-    assert numbers["logprob_gap_mean"] == pytest.approx(sum(gaps) / 2, abs=1e-6)
+    assert numbers["algorithm/mismatch/max"] == pytest.approx(max(gaps), abs=1e-6)
+    assert numbers["algorithm/mismatch/mean"] == pytest.approx(sum(gaps) / 2, abs=1e-6)
 
 
 def test_learning_is_about_the_distribution_at_the_temperature_of_sampling():
@@ -265,7 +272,7 @@ def test_learning_is_about_the_distribution_at_the_temperature_of_sampling():
     learner = constant_learner(Constant([math.log(2), 0.0, 9.0]), temperature=0.5)
     # Logits ln 4 and 0, so p = .8; the slope by the weight is that by the logit, over the temperature.
     numbers, slope = slope_after(learner, batch, BehaviourCloning().build())
-    assert numbers["loss"] == pytest.approx(-math.log(0.8))
+    assert numbers["learner/loss"] == pytest.approx(-math.log(0.8))
     assert slope == pytest.approx([-0.4, 0.4, 0.0])
 
 
@@ -273,7 +280,7 @@ def test_the_gradient_is_clipped_by_its_norm():
     policy = Constant([0.0, 0.0, 9.0])
     batch = collate([Group("t", (choose("e", 0),))])
     numbers, _ = slope_after(constant_learner(policy, clip_gradient=0.1), batch, BehaviourCloning().build())
-    assert numbers["grad_norm"] == pytest.approx(math.sqrt(0.5))  # as it was before
+    assert numbers["learner/grad_norm"] == pytest.approx(math.sqrt(0.5))  # as it was before
 
 
 def test_rewarded_choices_become_likely():
@@ -289,7 +296,9 @@ def test_an_entropy_bonus_raises_the_entropy_that_is_logged():
     batch = collate([Group("t", (choose("e", 0), choose("f", 1)))])
     algorithm = GRPO(entropy_coefficient=1.0, drop_equal_groups=False).build()
     learner = constant_learner(Constant([2.0, 0.0, 9.0]), learning_rate=0.05, optimizer="adamw")
-    logged = [learner.update(batch, algorithm, Context(step, 20))["entropy_token"] for step in range(20)]
+    logged = [
+        learner.update(batch, algorithm, Context(step, 20))["learner/entropy/token"] for step in range(20)
+    ]
     p = math.exp(2) / (1 + math.exp(2))
     assert logged[0] == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), abs=1e-6)
     assert logged == sorted(logged)
@@ -347,7 +356,7 @@ def test_every_epoch_goes_through_all_trajectories():
     numbers = learner_of(epochs=2, mini_batches=3).update(batch, Algorithm(surrogate=watched), CONTEXT)
     with_decisions = batch.trajectory[batch.sampled.any(dim=1)].tolist()
     assert sorted(seen) == sorted(with_decisions * 2)
-    assert numbers["updates"] == 6
+    assert numbers["learner/updates"] == 6
 
 
 def test_leaving_out_the_scoring_pass_changes_nothing_when_there_is_one_update():
@@ -389,9 +398,11 @@ def test_divergence_from_the_reference_is_logged_and_needs_one():
     batch = collate(make_groups())
     same = learner_of(reference=ToyPolicy()).update(batch, algorithm, CONTEXT)
     other = learner_of(reference=ToyPolicy(seed=1)).update(batch, algorithm, CONTEXT)
-    assert same["term/kl"] == pytest.approx(0.0, abs=1e-9)
-    assert other["term/kl"] > 0.01
-    assert other["loss"] == pytest.approx(other["loss_policy"] + 0.1 * other["term/kl"])
+    assert same["learner/term/kl"] == pytest.approx(0.0, abs=1e-9)
+    assert other["learner/term/kl"] > 0.01
+    assert other["learner/loss"] == pytest.approx(
+        other["learner/policy_loss"] + 0.1 * other["learner/term/kl"]
+    )
     with pytest.raises(RequirementError, match="reference"):
         learner_of().update(batch, algorithm, CONTEXT)
     assert "reference" not in learner_of().provides
@@ -402,7 +413,12 @@ def test_a_batch_without_rows_is_no_update():
     policy = ToyPolicy()
     before = copy.deepcopy(policy.state_dict())
     numbers = learner_of(policy).update(prepare(Algorithm(), [], CONTEXT), Algorithm(), CONTEXT)
-    assert numbers["updates"] == numbers["decisions"] == numbers["skipped_updates"] == 0
+    assert (
+        numbers["learner/updates"]
+        == numbers["learner/action_tokens"]
+        == numbers["learner/skipped_updates"]
+        == 0
+    )
     assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
 
 
@@ -419,7 +435,7 @@ def test_a_step_that_is_not_finite_is_not_applied_but_counted_and_reported():
     learner.update(batch, Algorithm(), CONTEXT)
     before, state = copy.deepcopy(policy.state_dict()), copy.deepcopy(learner.state_dict())
     numbers = learner.update(batch, Algorithm(surrogate=broken), CONTEXT)
-    assert (numbers["skipped_updates"], numbers["updates"]) == (1, 0)
+    assert (numbers["learner/skipped_updates"], numbers["learner/updates"]) == (1, 0)
     assert all(math.isfinite(value) for value in numbers.values())
     assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
     assert learner.skipped_updates == 1
@@ -435,7 +451,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_not_applied():
     policy = ToyPolicy()
     before = copy.deepcopy(policy.state_dict())
     numbers = learner_of(policy).update(collate(make_groups()), Algorithm(surrogate=steep), CONTEXT)
-    assert numbers["skipped_updates"] == 1
+    assert numbers["learner/skipped_updates"] == 1
     assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
 
 
@@ -482,8 +498,8 @@ def test_the_learning_rate_follows_the_step_not_the_number_of_calls():
     batch = collate(make_groups())
     learner = learner_of(learning_rate=0.01, warmup_steps=0, schedule="cosine", mini_batches=2)
     # Steps 0 and 9 of 10, two updates each: places 0, 1 and 18, 19 of 20 on the cosine.
-    first = learner.update(batch, FULL, Context(0, 10))["learning_rate"]
-    last = learner.update(batch, FULL, Context(9, 10))["learning_rate"]
+    first = learner.update(batch, FULL, Context(0, 10))["learner/learning_rate"]
+    last = learner.update(batch, FULL, Context(9, 10))["learner/learning_rate"]
     curve = partial(lambda place: 0.1 + 0.9 * (1 + math.cos(math.pi * place / 19)) / 2)
     assert first == pytest.approx(0.01 * (curve(0) + curve(1)) / 2)
     assert last == pytest.approx(0.01 * (curve(18) + curve(19)) / 2)

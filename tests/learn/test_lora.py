@@ -14,7 +14,7 @@ from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.recipe import build_recipe
 from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl.learn.learner import Learner
-from agentrl.learn.lora import add_adapters, check_adapters, plain_weights
+from agentrl.learn.lora import add_adapters, check_adapters, merged_weights
 from agentrl.learn.settings import LearnerConfig, LoraConfig
 from agentrl.policy.model import hidden_states
 
@@ -36,7 +36,7 @@ def test_a_product_is_added_to_the_weights_by_hand() -> None:
     with torch.no_grad():
         policy.map.lora_A.default.weight.copy_(torch.tensor([[3.0, 0.5]]))
         policy.map.lora_B.default.weight.copy_(torch.tensor([[1.0], [-1.0]]))
-    found = dict(plain_weights(policy))
+    found = dict(merged_weights(policy))
     # 1 + (2 / 1) [1, -1]^T [3, .5]
     assert found["map.weight"].tolist() == [[7.0, 2.0], [-5.0, 0.0]]
     assert found["map.bias"].tolist() == [1.0, 1.0]
@@ -71,7 +71,7 @@ def test_only_adapters_learn_and_the_model_without_them_says_the_same() -> None:
 def test_adapters_of_maps_that_the_policy_lacks_are_refused() -> None:
     pytest.importorskip("peft")
     with pytest.raises(
-        ConfigError, match="targets is qproj, wanted some of the policy's linear maps: down_proj,"
+        ConfigError, match="targets is qproj, wanted some of the policy's linear layers: down_proj,"
     ):
         check_adapters(double_qwen(0), LoraConfig(targets=("qproj",)))
 
@@ -91,15 +91,15 @@ def test_an_adapter_that_would_never_act_is_refused_and_not_recommended(tied: bo
         with pytest.raises(ConfigError) as refused:
             Learner(policy, LearnerConfig(lora=LoraConfig(targets=targets)))
         wanted = str(refused.value).partition("wanted")[2]
-        assert "linear maps: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj;" in wanted
-        assert "an adapter of lm_head would never act" in wanted
+        assert "linear layers: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj;" in wanted
+        assert "an adapter of lm_head would have no effect" in wanted
     assert all(value.requires_grad for value in policy.parameters())  # nothing was done
 
 
 def test_a_policy_whose_maps_are_of_another_kind_is_told_that_it_has_none() -> None:
     pytest.importorskip("peft")
     policy = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4))
-    with pytest.raises(ConfigError, match=r"targets is c_attn, wanted .* linear maps: it has none$"):
+    with pytest.raises(ConfigError, match=r"targets is c_attn, wanted .* linear layers: it has none$"):
         check_adapters(policy, LoraConfig(targets=("c_attn",)))
 
 

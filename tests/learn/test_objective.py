@@ -45,9 +45,9 @@ def test_the_default_loss_and_its_gradient_by_hand():
     loss, numbers = build_objective(mini_batch(PLAIN), PLAIN, CONTEXT).contribution(ALL, said)
     # Row 0: -.5 * 1.1 and -.5 * 1.2 (clipped), mean -.575. Row 1: .5 * max(.5, .8) = .4. Mean: -.0875
     assert loss.item() == pytest.approx(-0.0875)
-    assert numbers["clip_share"].item() == pytest.approx(2 / 3)
+    assert numbers["clip_ratio"].item() == pytest.approx(2 / 3)
     approx_kl = -(math.log(1.1) + math.log(1.3) + math.log(0.5)) / 3
-    assert numbers["approx_kl"].item() == pytest.approx(approx_kl)
+    assert numbers["kl"].item() == pytest.approx(approx_kl)
     loss.backward()
     # -A * ratio / (2 sequences * 2 tokens) for the one token that is not held back
     wanted = torch.zeros(2, 4)

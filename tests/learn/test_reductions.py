@@ -14,7 +14,9 @@ from agentrl.data.batch import collate
 from agentrl.learn.learner import Learner
 from agentrl.learn.settings import LearnerConfig
 
-CONTEXT = Context(step=3, total_steps=10, history={"learner/entropy/turn/00": [0.1] * 6}, vocabulary=13)
+CONTEXT = Context(
+    step=3, total_steps=10, history={"train/algorithm/entropy/turn/00": [0.1] * 6}, vocabulary=13
+)
 
 GRPO: dict[str, Any] = {"name": "grpo"}
 REDUCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -79,8 +81,8 @@ def test_with_its_own_part_switched_off_a_method_is_its_base(name: str) -> None:
     (numbers, weights), (base_numbers, base_weights) = trained(method), trained(base)
     torch.testing.assert_close(weights, base_weights, rtol=0, atol=1e-12)
     for found, wanted in zip(numbers, base_numbers, strict=True):
-        assert wanted["clip_share"] > 0
-        for key in ("loss", "loss_policy", "grad_norm", "clip_share"):
+        assert wanted["learner/clip_ratio"] > 0
+        for key in ("learner/loss", "learner/policy_loss", "learner/grad_norm", "learner/clip_ratio"):
             assert found[key] == pytest.approx(wanted[key], abs=1e-12), key
 
 

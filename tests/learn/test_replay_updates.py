@@ -66,9 +66,9 @@ def test_a_burst_is_the_same_as_a_later_update_on_replayed_rows():
     two.update(NEW, Algorithm(), CONTEXT)
     two.update(old.batch, Algorithm(), CONTEXT)
     assert torch.equal(weights(one), weights(two))
-    assert numbers["updates"] == 2
-    assert numbers["replay/size"] == 7
-    assert numbers["replay/grad_norm"] > 0
+    assert numbers["learner/updates"] == 2
+    assert numbers["algorithm/replay/size"] == 7
+    assert numbers["algorithm/replay/grad_norm"] > 0
 
 
 def test_the_coefficient_scales_the_gradient():
@@ -76,15 +76,19 @@ def test_the_coefficient_scales_the_gradient():
         learner_of().update(NEW, Algorithm(replay=Memory(replay_batch_of(5, coefficient=c))), CONTEXT)
         for c in (1.0, 0.25)
     ]
-    assert norms[1]["replay/grad_norm"] == pytest.approx(norms[0]["replay/grad_norm"] / 4, rel=1e-9)
+    assert norms[1]["algorithm/replay/grad_norm"] == pytest.approx(
+        norms[0]["algorithm/replay/grad_norm"] / 4, rel=1e-9
+    )
 
 
 def test_mixed_in_the_gradients_add_up_and_no_step_is_taken_more():
     learner = learner_of(clip_gradient=None, mini_batches=1)
     mixed = learner.update(NEW, Algorithm(replay=Memory(replay_batch_of(0, mixed=True))), CONTEXT)
     alone = learner_of(clip_gradient=None).update(NEW, Algorithm(), CONTEXT)
-    assert mixed["updates"] == 1
-    assert mixed["grad_norm"] == pytest.approx(2 * alone["grad_norm"], rel=1e-6)  # the same rows twice
+    assert mixed["learner/updates"] == 1
+    assert mixed["learner/grad_norm"] == pytest.approx(
+        2 * alone["learner/grad_norm"], rel=1e-6
+    )  # the same rows twice
 
 
 @pytest.mark.parametrize("mini_batches", [1, 2, 3])
@@ -132,15 +136,15 @@ def test_steps_that_are_not_finite_are_skipped_and_stop_the_run_when_they_repeat
     learner = learner_of(max_skipped_updates=3)
     before = weights(learner)
     bad = Algorithm(advantage=infinite)
-    assert learner.update(NEW, bad, CONTEXT)["skipped_updates"] == 1
-    assert learner.update(NEW, bad, CONTEXT)["updates"] == 0
+    assert learner.update(NEW, bad, CONTEXT)["learner/skipped_updates"] == 1
+    assert learner.update(NEW, bad, CONTEXT)["learner/updates"] == 0
     again = learner_of(max_skipped_updates=3)
     again.load_state_dict(learner.state_dict())
     with pytest.raises(NonFiniteError, match="3 optimiser steps in a row"):
         again.update(NEW, bad, CONTEXT)
     assert torch.equal(weights(learner), before)
     learner.update(NEW, Algorithm(), CONTEXT)  # a good one in between starts the count anew
-    assert learner.update(NEW, bad, CONTEXT)["skipped_updates"] == 1
+    assert learner.update(NEW, bad, CONTEXT)["learner/skipped_updates"] == 1
 
 
 def test_nothing_left_in_the_loss_is_no_step_and_moves_no_weight_by_momentum():
@@ -152,9 +156,9 @@ def test_nothing_left_in_the_loss_is_no_step_and_moves_no_weight_by_momentum():
     before = weights(learner)
     numbers = learner.update(NEW, Algorithm(masks=(nothing,)), CONTEXT)
     assert torch.equal(weights(learner), before)
-    assert (numbers["updates"], numbers["skipped_updates"]) == (0, 0)
-    assert numbers["logprob_gap_max"] > 0
-    assert numbers["entropy_token"] > 0.1
+    assert (numbers["learner/updates"], numbers["learner/skipped_updates"]) == (0, 0)
+    assert numbers["algorithm/mismatch/max"] > 0
+    assert numbers["learner/entropy/token"] > 0.1
 
 
 def test_nothing_mixed_in_is_lost_where_the_rollout_batch_has_few_parts():

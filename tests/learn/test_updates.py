@@ -66,7 +66,7 @@ def test_layers_in_bfloat16_leave_weights_gradients_and_states_in_float32(
     learner = learner_of(qwen(), critic=critic, compute_dtype="bfloat16", **settings)
     rounded = gradients(learner, algorithm)
     assert 1e-4 < relative(rounded, exact) < 5e-2
-    states = [value for _, value in learner._own_parts(changed=True)]
+    states = [value for _, value in learner._state.local_tensors(trained=True)]
     assert {value.dtype for value in (*rounded.values(), *states)} == {torch.float32}
 
 
@@ -123,7 +123,7 @@ def test_products_and_attention_are_rounded_and_what_is_made_of_the_states_is_no
 def test_layers_are_computed_as_asked_and_else_as_a_bfloat16_engine_does(
     asked: Any, engine: str, computed: str
 ) -> None:
-    assert LearnerConfig(compute_dtype=asked).beside(engine).compute_dtype == computed
+    assert LearnerConfig(compute_dtype=asked).resolve_compute_dtype(engine).compute_dtype == computed
 
 
 def test_asking_for_float32_changes_no_bit() -> None:
@@ -148,8 +148,8 @@ def test_at_the_rate_of_a_pretrained_policy_the_weights_move(optimizer: str, com
     after = [value.detach() for value in learner.policy.parameters()]
     moved = sum(int((old != new).sum()) for old, new in zip(before, after, strict=True) if old.dim() == 2)
     assert moved > 0.9 * sum(value.numel() for value in before if value.dim() == 2)
-    assert numbers["weights_moved"] > 0.9
-    assert numbers["updates"] == 1
+    assert numbers["learner/weights_moved"] > 0.9
+    assert numbers["learner/updates"] == 1
 
 
 class Two(nn.Module):
@@ -172,14 +172,14 @@ def two_of(policy: nn.Module | None = None, **settings: Any) -> Learner:
 @pytest.mark.parametrize(("rate", "share"), [(1e-3, 1.0), (1e-9, 0.5), (1e-30, 0.0)])
 def test_the_share_of_weights_that_an_update_moved_is_told(rate: float, share: float) -> None:
     """The first step of AdamW is the rate; 1 has neighbours 6e-8 away, and 2^-20 has them 6e-14 away."""
-    assert two_of(learning_rate=rate).update(BATCH, Algorithm(), CONTEXT)["weights_moved"] == share
+    assert two_of(learning_rate=rate).update(BATCH, Algorithm(), CONTEXT)["learner/weights_moved"] == share
 
 
 def test_weights_without_a_gradient_do_not_count_as_held_back() -> None:
     policy = Two()
     policy.weight.register_hook(lambda slope: slope * torch.tensor([[0.0], [1.0]]))
     numbers = two_of(policy, learning_rate=1e-9).update(BATCH, Algorithm(), CONTEXT)
-    assert numbers["weights_moved"] == 1.0
+    assert numbers["learner/weights_moved"] == 1.0
     assert policy.weight[0] == 1.0 != policy.weight[1]
 
 
@@ -194,7 +194,7 @@ def test_an_update_that_leaves_no_numbers_stops_and_is_not_counted(optimizer: st
             states = [value for value in stepped.state[matrix].values() if value.dim() == 2]
             (matrix.data if lost == "weight" else states[0])[0, 0] = math.inf
 
-    for each in learner._optimizers:
+    for each in learner._state.optimizers:
         each.register_step_post_hook(spoil)
     assert learner.non_finite() == []
     with pytest.raises(NonFiniteError, match=r"were finite left nan or inf in .*up_proj.weight at a"):
@@ -219,7 +219,7 @@ def test_whatever_a_learner_holds_is_looked_at(where: str) -> None:
             dict(learner.reference.named_parameters())["model.norm.weight"],
             "reference.model.norm.weight",
         ),
-        "state": (learner._optimizers[0].state[norm]["exp_avg"], "exp_avg of model.norm.weight"),
+        "state": (learner._state.optimizers[0].state[norm]["exp_avg"], "exp_avg of model.norm.weight"),
     }
     tensor, name = wrong[where]
     assert learner.non_finite() == []

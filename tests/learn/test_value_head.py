@@ -85,11 +85,11 @@ def test_the_last_value_is_that_after_the_last_reply_of_an_episode_that_was_cut_
 def test_the_value_term_moves_the_head_and_the_policy_towards_the_targets():
     learner = learner_of(learning_rate=0.05)
     batch = collate(make_groups())
-    first = learner.update(batch, CRITIC, CONTEXT)["term/value"]
+    first = learner.update(batch, CRITIC, CONTEXT)["learner/term/value"]
     assert first == pytest.approx(1.0)  # the head says 0, the targets are 1
     before = learner.policy.mix.detach().clone()
     for _ in range(30):
-        last = learner.update(batch, CRITIC, CONTEXT)["term/value"]
+        last = learner.update(batch, CRITIC, CONTEXT)["learner/term/value"]
     assert last < 0.1
     assert not torch.equal(before, learner.policy.mix)
 
@@ -120,9 +120,9 @@ def test_the_value_loss_does_not_depend_on_the_micro_batches():
     found = [
         learner_of(micro_batch_tokens=budget).update(batch, CRITIC, CONTEXT) for budget in (1, 37, 10_000)
     ]
-    assert len({round(numbers["grad_norm"], 9) for numbers in found}) == 1
-    assert math.isfinite(found[0]["grad_norm"])
-    assert found[0]["grad_norm"] > 0
+    assert len({round(numbers["learner/grad_norm"], 9) for numbers in found}) == 1
+    assert math.isfinite(found[0]["learner/grad_norm"])
+    assert found[0]["learner/grad_norm"] > 0
 
 
 def test_a_bootstrap_without_a_discount_is_refused():

@@ -82,7 +82,7 @@ def tried(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker would find is known: no process is started."""
     monkeypatch.setattr(planning, "try_out", lambda config: trial)
     monkeypatch.setattr(planning, "check_expert", lambda config: None)
-    monkeypatch.setattr(planning, "settle", lambda make, rollout, split, seed: (rollout, None))
+    monkeypatch.setattr(planning, "resolve_placement", lambda make, rollout, split, seed: (rollout, None))
 
 
 def test_a_run_does_what_was_planned(planned: tuple[Plan, agentrl.Run]) -> None:
@@ -91,7 +91,7 @@ def test_a_run_does_what_was_planned(planned: tuple[Plan, agentrl.Run]) -> None:
     assert found.missing == ()
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if row["stage"] == "train"]
-    assert work["optimiser steps"] == sum(row["learner/updates"] for row in trained) == 6
+    assert work["optimiser steps"] == sum(row["train/learner/updates"] for row in trained) == 6
     assert work["cloning steps"] == len(rows) - len(trained) == 4
     assert (work["episodes of a step"], work["episodes of training"]) == (12, 36)
     evaluations = json.loads((run.folder / "evaluations.json").read_text())

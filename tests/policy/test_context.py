@@ -107,7 +107,7 @@ def test_more_than_the_rotary_switch_is_refused_with_the_largest_right_value() -
 
 
 def test_a_switch_is_found_by_any_name_and_in_any_kind_of_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rotary embedding that looks at its positions in its own way, under a name of its own."""
+    """Rotary embedding that reads its positions differently, under another name."""
     config = Gemma3TextConfig(**SIZES, max_position_embeddings=96, head_dim=8, layer_types=SLIDING)
     model = without_weights(config)
     kind = type(model.base_model.rotary_emb)

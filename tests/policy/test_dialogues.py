@@ -329,7 +329,7 @@ REWRITING = {"forgetful": FORGETFUL, "counting": COUNTING, "thinking": THINKING}
 
 @pytest.fixture(scope="module")
 def plain_tokens() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without spaces of its own, whose markup has no special flag but for the end."""
+    """Build a byte-level tokenizer without added spaces, whose only special markup token is the end."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Which architectures are taken: that follows from what they compute, not from their weights of today."""
+"""Accepted architectures, which depend on what they compute and not on their current weights."""
 
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ TAKEN = [
 ]
 REFUSED = [
     (Lfm2Config(**SIZES, layer_types=["conv", "full_attention"] * 2), "conv"),
-    (JambaConfig(**SIZES, attn_layer_period=2, attn_layer_offset=1, num_experts=2), "from token to token"),
+    (JambaConfig(**SIZES, attn_layer_period=2, attn_layer_offset=1, num_experts=2), "a recurrent state"),
     (FalconH1Config(**SIZES, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_state=8), "hybrid"),
     (MambaConfig(vocab_size=300, hidden_size=32, state_size=8, num_hidden_layers=2), "linear_attention"),
     (Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=None), "final_logit_softcapping=30.0"),
@@ -75,8 +75,8 @@ REFUSED = [
     (GraniteConfig(**SIZES, logits_scaling=3.0), "logits_scaling=3.0"),
     (GptOssConfig(**SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1), "s_aux"),
     (PhiConfig(**SIZES), "a bias in its output layer"),
-    (StableLmConfig(**SIZES), "a mask or an attention of its own"),
-    (GPTJConfig(vocab_size=300, n_embd=32, n_layer=2, n_head=4, rotary_dim=8), "attention of its own"),
+    (StableLmConfig(**SIZES), "needs its own mask or attention"),
+    (GPTJConfig(vocab_size=300, n_embd=32, n_layer=2, n_head=4, rotary_dim=8), "its own mask or attention"),
 ]  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def test_what_does_more_is_refused_before_it_has_weights(config: PreTrainedConfi
 
 @pytest.mark.parametrize("config", [REFUSED[0][0], REFUSED[4][0], REFUSED[6][0], REFUSED[8][0]], ids=_named)
 def test_the_numbers_alone_refuse_it_too(config: PreTrainedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At weights of 0.02 the caps and scales of these change next to nothing; at spread ones they do."""
+    """The caps and scales of these models matter only at widely spread weights, not at weights of 0.02."""
     monkeypatch.setattr(architecture, "_unsupported_features", lambda model: iter(()))
     with pytest.raises(RequirementError, match="gives other logprobs over packed sequences"):
         check_packed_forward(without_weights(config))

@@ -1,4 +1,4 @@
-"""What the engine generates with beside what is learned, and what is no number."""
+"""The engine's copy of the learned weights in another precision, and the search for nan and inf."""
 
 import math
 

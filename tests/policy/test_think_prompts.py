@@ -36,7 +36,7 @@ SWITCH = "{% if enable_thinking is defined and not enable_thinking %}" + CLOSED 
 
 @pytest.fixture(scope="module", params=["spelled", "added", "special"])
 def chat(request: pytest.FixtureRequest) -> Callable[[str], PreTrainedTokenizerFast]:
-    """Tokenizers without tokens for think tags, with such, and with such as only a template may write."""
+    """Tokenizers without tokens for think tags, with them, and with ones that only a template may write."""
     made = byte_level(TAGGED, 320, ("<think>", "</think>") if request.param == "added" else ())
     if request.param == "special":
         made.add_tokens(["<think>", "</think>"], special_tokens=True)
@@ -54,7 +54,7 @@ def read(dialogue: ChatDialogue, ids: tuple[int, ...]) -> str:
 
 
 def ids_of(dialogue: ChatDialogue, text: str, *, ended: bool = True) -> tuple[int, ...]:
-    """A reply as a policy may sample it."""
+    """Encode a reply as a policy may sample it."""
     ids = dialogue._tokenizer(text, add_special_tokens=False)["input_ids"]
     return (*ids, dialogue.encode_reply("x")[-1]) if ended else tuple(ids)
 
@@ -243,7 +243,7 @@ def test_names_in_a_template_count_as_read_only_from_outside() -> None:
     "name", ["messages", "conversation", "add_generation_prompt", "tokenize", "chat_template", "return_dict"]
 )
 def test_what_is_set_here_is_no_argument(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"policy\.template_arguments\.{name} is not a template's own"):
+    with pytest.raises(ConfigError, match=rf"policy\.template_arguments\.{name} is set by agentrl"):
         PolicyConfig(template_arguments={name: True})
 
 

@@ -1,4 +1,4 @@
-"""Thoughts before a choice: where they end, in whatever tokens, and what the engine makes of them."""
+"""Reasoning before a choice: where it ends, in any tokens, and how the engine generates it."""
 
 import random
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ CHATML = (
 
 
 def byte_level(words: Sequence[str], vocabulary: int, added: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """A tokenizer that puts no space before a text, and has no token for a think tag unless it is added."""
+    """Build a tokenizer without a prefix space, and without tokens for think tags unless they are added."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -159,7 +159,7 @@ def free_tokens(generation: Generation) -> int:
 
 
 def check(model: PreTrainedModel, before: Sequence[int], generation: Generation) -> None:
-    """Free tokens have the whole vocabulary's numbers, the others those of what was allowed."""
+    """Check that free tokens have the vocabulary's logprobs and the others those of their allowed ids."""
     ids = [*before, *generation.token_ids]
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -181,7 +181,7 @@ def check(model: PreTrainedModel, before: Sequence[int], generation: Generation)
 
 
 def parts(generation: Generation, most: int = 30) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Thoughts, what was written, and the choice; checks that the three follow from each other."""
+    """Split a reply into reasoning, forced ids and choice; check that they follow from each other."""
     free = free_tokens(generation)
     thoughts, rest = generation.token_ids[:free], generation.token_ids[free:]
     ended = [token in ENDING.pieces for token in thoughts]
@@ -261,8 +261,8 @@ def test_the_context_leaves_room_for_the_choice_and_a_smaller_one_is_refused(mod
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (asked("a", choices=None), "thinks before it chooses, but choices is None"),
-        (asked("a", thinking=replace(THINKING, closing=(999,))), "around thoughts has an id outside"),
+        (asked("a", choices=None), "thinking is set, but choices is None"),
+        (asked("a", thinking=replace(THINKING, closing=(999,))), "around the reasoning include one outside"),
     ],
 )
 def test_a_request_that_cannot_think_says_why(
@@ -356,7 +356,7 @@ def test_the_learner_gives_free_and_chosen_tokens_the_engines_numbers(
     batch = collate([Group("t", tuple(played(model, temperature=temperature)))], layout=layout)  # type: ignore[arg-type]
     batch = batch.select([3, 1, 5, 0])  # also of a part of it, in another order
     with torch.no_grad():
-        found = Forward(temperature=temperature).describe(model, batch)
+        found = Forward(temperature=temperature).score(model, batch)
     assert batch.sampled.any(dim=1).all()
     torch.testing.assert_close(
         found.logprobs[batch.sampled], batch.logprobs[batch.sampled], atol=1e-5, rtol=0

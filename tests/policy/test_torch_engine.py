@@ -49,7 +49,7 @@ def _finish(engine: TorchEngine, *requests: GenerationRequest) -> dict[str, Gene
 
 
 def _logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """[T, V]; entry t says what the library's own forward expects at token t."""
+    """Return logits [T, V] of the library's own forward pass, in which row t predicts token t."""
     with torch.no_grad():
         return torch.cat([torch.zeros(1, 1), torch.zeros(0, 1)]) if not ids else _shifted(model, ids)
 
@@ -118,7 +118,7 @@ def test_a_single_choice_needs_no_forward_at_all(model: PreTrainedModel) -> None
 def _play(
     engine: TorchEngine, names: Sequence[str], turns: int
 ) -> dict[str, list[tuple[list[int], Generation]]]:
-    """Per sequence and turn: the tokens before the reply, and the reply. Even names are constrained."""
+    """Return, by sequence and turn, the tokens before the reply and the reply; even names are constrained."""
     held: dict[str, list[int]] = {name: [] for name in names}
     log: dict[str, list[tuple[list[int], Generation]]] = {name: [] for name in names}
     for turn in range(turns):
@@ -311,7 +311,7 @@ def test_a_reply_goes_on_with_new_weights_and_says_which_token_is_whose(model: P
 
 
 def _parent(engine: TorchEngine) -> list[int]:
-    """Let sequence "a" have a turn; returns all its tokens, of which the last is not in the cache."""
+    """Play a turn of sequence "a"; return all its tokens, of which the last is not in the cache."""
     prompt = (1, 9, 10, 11)
     return [*prompt, *_finish(engine, _request("a", prompt, seed=1, max_tokens=4))["a"].token_ids]
 
@@ -494,7 +494,7 @@ def test_long_prompts_are_fed_in_pieces(model: PreTrainedModel) -> None:
     [
         (_request("bad", (1,), choices=()), "choices is empty"),
         (_request("bad", (1,), choices=((20, 21),)), "does not end in a stop id but in 21"),
-        (_request("bad", (1,), choices=((20, STOP), (20, STOP, 5, STOP))), "begins the choice"),
+        (_request("bad", (1,), choices=((20, STOP), (20, STOP, 5, STOP))), "is a prefix of the choice"),
         (_request("bad", (1,), choices=((9999, STOP),)), "outside the model's vocabulary"),
         (_request("bad", (1, 9999)), "outside the model's vocabulary"),
         (_request("bad", ()), "empty"),

@@ -51,7 +51,7 @@ def test_the_order_and_repetition_of_choices_change_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("choices", "words"), [((), "empty"), (((),), "no token"), (((5, 9), (5, 9, 4)), "begins the choice")]
+    ("choices", "words"), [((), "empty"), (((),), "no tokens"), (((5, 9), (5, 9, 4)), "is a prefix of")]
 )
 def test_choices_that_cannot_be_decoded_are_refused(choices: tuple[tuple[int, ...], ...], words: str) -> None:
     with pytest.raises(ChoiceError, match=words):

@@ -1,4 +1,4 @@
-"""A tiny environment, and players and engines that count what is asked of them."""
+"""A tiny environment, and players and engines that count their requests."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from agentrl.rollout.play import ActionRequest, EpisodeSpec, Reply, Stop
 
 
 class Shelves(gymnasium.Env[str, str]):
-    """Task "n": the episode ends, solved, with step n. `on_step` and `on_reset` may spoil the answer."""
+    """Environment whose task "n" is solved by step n. `on_step` and `on_reset` may falsify the answer."""
 
     def __init__(self, expert: bool = False, max_steps: int = 100) -> None:
         self.expert, self.max_steps = expert, max_steps
@@ -48,8 +48,8 @@ class Shelves(gymnasium.Env[str, str]):
         self.closed += 1
 
 
-class Kept(Shelves):
-    """Declares snapshots; counts what is asked of it, by the name of the call."""
+class SnapshotShelves(Shelves):
+    """Shelves with snapshots, which count the calls by name."""
 
     calls: ClassVar[Counter[str]] = Counter()
 
@@ -76,7 +76,7 @@ def specs(tasks: Sequence[int], seed: int = 0) -> list[EpisodeSpec]:
 
 @dataclass
 class CountingPlayer:
-    """Replies to all that are waiting at each poll; notes how many those were."""
+    """Player that replies to all requests at each poll, and records their number."""
 
     rounds: list[int] = field(default_factory=list)
     waiting: list[ActionRequest] = field(default_factory=list)
@@ -117,7 +117,7 @@ class Parsed:
 
 
 class Letters:
-    """A dialogue whose ids are code points; a reply ends in 0. `window` turns are kept, None for all."""
+    """Dialogue whose ids are code points; a reply ends in 0. `window`: the number of turns kept, or None."""
 
     stop_ids = frozenset({0})
 
@@ -140,7 +140,7 @@ class Letters:
 
 @dataclass
 class ScriptedEngine:
-    """Answers each request with the next scripted reply, or with the choice that its seed picks."""
+    """Engine that answers each request with the next scripted reply, or with a choice by its seed."""
 
     script: list[Any] = field(default_factory=list)
     max_context: int = 10_000

@@ -1,4 +1,4 @@
-"""Forks of a language model: the same tokens go on, and what was read of them is not read again."""
+"""Forks of a language model: the tokens continue, and those that were read are not read again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from shelves import Kept, Letters, ScriptedEngine
+from shelves import Letters, ScriptedEngine, SnapshotShelves
 from test_branching import Script, at
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -19,7 +19,7 @@ from agentrl.policy.model import build_model
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import RoleDialogue, fit_tokenizer
 from agentrl.policy.torch_engine import TorchEngine
-from agentrl.rollout.branching import Director, Wish
+from agentrl.rollout.branching import BranchRequest, BranchScheduler
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.play import ActionRequest, EpisodeSpec, Reply, Stop
@@ -29,18 +29,20 @@ SAMPLING = SamplingParams(temperature=1.0, max_tokens=6)
 ACTIONS = ["go on", "go up", "take mug 1", "take mug 2", "take pen 1", "take pen 2"]
 
 
-class Shop(Kept):
-    """Kept, with actions that begin alike."""
+class Shop(SnapshotShelves):
+    """SnapshotShelves, with actions that begin alike."""
 
     def info(self) -> dict[str, Any]:
         return super().info() | {"actions": ACTIONS}
 
 
-def grown(wishes: dict[Any, list[Wish]], k: int, player: Player, max_active: int = 8) -> tuple[Episode, ...]:
-    """One task of four turns, "a", played as wished."""
-    director = Director([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [Script(wishes)], episodes=k)
+def play_branches(
+    requests: dict[Any, list[BranchRequest]], k: int, player: Player, max_active: int = 8
+) -> tuple[Episode, ...]:
+    """Play one task of four turns, "a", with the requested branches."""
+    scheduler = BranchScheduler([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [Script(requests)], episodes=k)
     pool = EnvironmentPool(Shop)
-    return collect((), player, pool, max_active=max_active, director=director).episodes
+    return collect((), player, pool, max_active=max_active, scheduler=scheduler).episodes
 
 
 # With a model.
@@ -53,7 +55,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """Small, with weights so large that what was read before matters to what comes next."""
+    """A small model with weights so large that the context matters to the next token."""
     torch.set_num_threads(1)
     model = build_model(PolicyConfig(device="cpu", max_context=256, initial_std=0.02), tokenizer, seed=0)
     with torch.no_grad():
@@ -64,7 +66,7 @@ def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 
 
 class Anew(RoleDialogue):
-    """Writes every prompt anew, with the turn before, as a history window does."""
+    """Dialogue that writes every prompt anew, with the turn before, as a history window does."""
 
     def prompt(self, history: Any, observation: str) -> Any:
         prompt = super().prompt(history, observation)
@@ -76,7 +78,7 @@ class Anew(RoleDialogue):
 
 @dataclass
 class Table:
-    """A policy at a table: who plays, and what its engine did."""
+    """A policy with its player and engine."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -89,8 +91,10 @@ class Table:
         self.engine = TorchEngine(self.model, stop_ids=dialogue.stop_ids, max_sequences=self.slots)
         self.player = LanguagePlayer(dialogue, self.engine, SAMPLING, choices=self.choices)
 
-    def grow(self, wishes: dict[Any, list[Wish]], k: int, **more: Any) -> tuple[Episode, ...]:
-        return grown(wishes, k, self.player, **more)
+    def play_branches(
+        self, requests: dict[Any, list[BranchRequest]], k: int, **more: Any
+    ) -> tuple[Episode, ...]:
+        return play_branches(requests, k, self.player, **more)
 
 
 def check_against_plain_forward(model: PreTrainedModel, episode: Episode) -> None:
@@ -112,7 +116,7 @@ def check_against_plain_forward(model: PreTrainedModel, episode: Episode) -> Non
             assert turn.entropies[t] == pytest.approx(entropy, abs=1e-5)
 
 
-TREE: dict[Any, list[Wish]] = {
+TREE: dict[Any, list[BranchRequest]] = {
     ("a-0", 2): [at("a-0", 2), at("a-0", 1)],
     ("a-1", 3): [at("a-1", 3)],
     "a-0": [at("a-0", 3), at("a-0", 2, 1), at("a-0", 0, 1)],
@@ -129,7 +133,7 @@ def test_what_a_child_records_is_what_a_fresh_pass_over_its_tokens_says(
     dialogue: type[RoleDialogue],
     slots: int,
 ) -> None:
-    episodes = Table(model, tokenizer, choices, slots, dialogue).grow(TREE, 8)
+    episodes = Table(model, tokenizer, choices, slots, dialogue).play_branches(TREE, 8)
     named = {episode.id: episode for episode in episodes}
     forks = [episode for episode in episodes if episode.parent is not None]
     assert len(forks) == 6
@@ -152,7 +156,7 @@ def tokens(turns: Sequence[Turn]) -> int:
 
 
 def unread(episode: Episode) -> int:
-    """Tokens at the end that wait for a next turn: the last decision, and what was forced after it."""
+    """Return the number of final tokens read with the next turn: the last decision and the forced ones."""
     decided = episode.turns[-1].sampled
     return len(decided) - max(t for t, choice in enumerate(decided) if choice)
 
@@ -164,7 +168,7 @@ def test_a_child_reads_what_its_ended_parent_has_read_only_in_the_last_token(
 ) -> None:
     table = Table(model, tokenizer, choices)
     token = 0 if turn else 1
-    parent, *children = table.grow({"a-0": [at("a-0", turn, token)] * 3}, 4)
+    parent, *children = table.play_branches({"a-0": [at("a-0", turn, token)] * 3}, 4)
     # The prompt of the turn it leaves in, up to the token that the first new one follows from, is copied.
     given = 0 if choices else token
     copied = tokens(parent.turns[:turn]) + len(parent.turns[turn].prompt_ids) + given - 1
@@ -177,7 +181,7 @@ def test_a_child_of_a_parent_that_plays_on_reads_what_that_has_not_read_yet(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     table = Table(model, tokenizer, choices=False)
-    parent, child = table.grow({("a-0", 2): [at("a-0", 2)]}, 2)
+    parent, child = table.play_branches({("a-0", 2): [at("a-0", 2)]}, 2)
     copied = tokens(parent.turns[:2]) - 1  # the end of the last reply waits for the prompt
     assert table.engine.tokens_forwarded == tokens(parent.turns) - 1 + tokens(child.turns) - 1 - copied
 
@@ -186,9 +190,9 @@ def test_where_there_is_no_room_for_a_copy_all_is_read_again_and_the_same_comes_
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     roomy, full = Table(model, tokenizer, choices=False), Table(model, tokenizer, choices=False, slots=1)
-    wishes: dict[Any, list[Wish]] = {"a-0": [at("a-0", 3)]}
-    episodes = roomy.grow(wishes, 2)
-    again = full.grow(wishes, 2)
+    requests: dict[Any, list[BranchRequest]] = {"a-0": [at("a-0", 3)]}
+    episodes = roomy.play_branches(requests, 2)
+    again = full.play_branches(requests, 2)
     assert [[turn.action_ids for turn in episode.turns] for episode in again] == [
         [turn.action_ids for turn in episode.turns] for episode in episodes
     ]
@@ -200,7 +204,7 @@ def test_nothing_is_left_in_the_engine_when_all_have_ended(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     table = Table(model, tokenizer)
-    table.grow(TREE, 8)
+    table.play_branches(TREE, 8)
     assert not table.engine._sequences
     assert set(table.engine._slots) <= {None}
 
@@ -210,7 +214,7 @@ def test_the_tokens_that_a_reply_was_begun_with_are_no_decisions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, choices: bool
 ) -> None:
     table = Table(model, tokenizer, choices)
-    parent, *children = table.grow({"a-0": [at("a-0", 1, 1)] * 20}, 21)
+    parent, *children = table.play_branches({"a-0": [at("a-0", 1, 1)] * 20}, 21)
     first = parent.turns[1].action_ids[0]
     for child in children:
         turn = child.turns[1]
@@ -230,7 +234,7 @@ def test_the_tokens_that_a_reply_was_begun_with_are_no_decisions(
 def test_a_batch_holds_the_parents_tokens_before_the_childs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, choices: bool, tmp_path: Any
 ) -> None:
-    episodes = Table(model, tokenizer, choices).grow({"a-0": [at("a-0", 2, 1)]}, 2)
+    episodes = Table(model, tokenizer, choices).play_branches({"a-0": [at("a-0", 2, 1)]}, 2)
     batch = collate([Group("4", episodes)])
     parent, child = episodes
     shared = tokens(parent.turns[:2]) + len(parent.turns[2].prompt_ids)
@@ -245,7 +249,7 @@ def test_a_batch_holds_the_parents_tokens_before_the_childs(
     assert tuple(read_episodes(tmp_path / "episodes.parquet")) == episodes
 
 
-# What the engine is asked.
+# Requests to the engine.
 
 
 def asked(engine: ScriptedEngine, sequence: str) -> list[GenerationRequest]:
@@ -259,7 +263,7 @@ def text(ids: Sequence[int]) -> str:
 def test_the_first_request_of_a_child_holds_all_its_tokens_and_names_the_parent() -> None:
     engine = ScriptedEngine(["go on", "take mug 1", "go on", "go on", "take pen 1", "go on"])
     player = LanguagePlayer(Letters(), engine, SAMPLING, choices=False)
-    _, child = grown({"a-0": [at("a-0", 2)]}, 2, player)
+    _, child = play_branches({"a-0": [at("a-0", 2)]}, 2, player)
     first, second = asked(engine, "a-1")
     assert text(first.prompt_ids) == "4 shelvesgo on|go on: 3 lefttake mug 1|take mug 1: 2 left"
     assert (first.new_sequence, first.parent) == (True, "a-0")
@@ -278,7 +282,7 @@ def test_the_first_request_of_a_child_holds_all_its_tokens_and_names_the_parent(
 def test_the_dialogue_is_told_the_parents_turns() -> None:
     dialogue = Letters()
     engine = ScriptedEngine(["go on", "take mug 1", "go on", "go on", "take pen 1", "go on"])
-    grown({"a-0": [at("a-0", 2)]}, 2, LanguagePlayer(dialogue, engine, SAMPLING, choices=False))
+    play_branches({"a-0": [at("a-0", 2)]}, 2, LanguagePlayer(dialogue, engine, SAMPLING, choices=False))
     assert dialogue.histories[4] == dialogue.histories[2]
     assert dialogue.histories[5] == [
         *dialogue.histories[2],
@@ -289,7 +293,7 @@ def test_the_dialogue_is_told_the_parents_turns() -> None:
 def test_a_prompt_that_is_written_anew_needs_no_earlier_tokens() -> None:
     engine = ScriptedEngine(["go on"] * 6)
     player = LanguagePlayer(Letters(window=1), engine, SAMPLING, choices=False)
-    _, child = grown({"a-0": [at("a-0", 2)]}, 2, player)
+    _, child = play_branches({"a-0": [at("a-0", 2)]}, 2, player)
     first = asked(engine, "a-1")[0]
     assert (text(first.prompt_ids), first.new_sequence, first.parent) == ("go on: 2 left", True, "a-0")
     assert child.turns[2].new_sequence
@@ -303,7 +307,7 @@ def test_only_the_current_sequence_is_held() -> None:
 
     engine = ScriptedEngine(["go on"] * 5)
     player = LanguagePlayer(Restarting(), engine, SAMPLING, choices=False)
-    grown({"a-0": [at("a-0", 3)]}, 2, player)
+    play_branches({"a-0": [at("a-0", 3)]}, 2, player)
     assert text(asked(engine, "a-1")[0].prompt_ids) == "go on: 2 leftgo on|go on: 1 left"
 
 
@@ -311,7 +315,7 @@ def test_a_free_reply_goes_on_after_the_tokens_it_was_begun_with() -> None:
     engine = ScriptedEngine(["take mug 1", "go on", "go on", "go on", "pen 2", "go on", "go on", "go on"])
     sampling = SamplingParams(max_tokens=20)
     player = LanguagePlayer(Letters(), engine, sampling, choices=False)
-    _, child = grown({"a-0": [at("a-0", 0, 5)]}, 2, player)
+    _, child = play_branches({"a-0": [at("a-0", 0, 5)]}, 2, player)
     first, second = asked(engine, "a-1")[:2]
     assert text(first.prompt_ids) == "4 shelvestake "
     assert (first.sampling.max_tokens, second.sampling.max_tokens) == (15, 20)
@@ -330,7 +334,7 @@ def test_a_free_reply_goes_on_after_the_tokens_it_was_begun_with() -> None:
 def test_a_constrained_reply_chooses_among_what_begins_alike() -> None:
     engine = ScriptedEngine(["take mug 1", "go on", "go on", "go on"])
     player = LanguagePlayer(Letters(), engine, SAMPLING)
-    parent, child = grown({"a-0": [at("a-0", 0, 7)]}, 2, player)
+    parent, child = play_branches({"a-0": [at("a-0", 0, 7)]}, 2, player)
     first, second = asked(engine, "a-1")[:2]
     assert [text(choice) for choice in first.choices or ()] == ["take mug 1|", "take mug 2|"]
     assert (text(first.prompt_ids), first.sampling) == ("4 shelves", SAMPLING)
@@ -342,7 +346,7 @@ def test_a_constrained_reply_chooses_among_what_begins_alike() -> None:
 def test_a_reply_cannot_be_left_after_its_end() -> None:
     engine = ScriptedEngine(["go on"] * 12)
     player = LanguagePlayer(Letters(), engine, SAMPLING, choices=False)
-    episodes = grown({"a-0": [at("a-0", 0, 5), at("a-0", 0, 6)]}, 3, player)
+    episodes = play_branches({"a-0": [at("a-0", 0, 5), at("a-0", 0, 6)]}, 3, player)
     assert [episode.parent for episode in episodes] == [None, at("a-0", 0, 5), at("a-0", 0)]
 
 

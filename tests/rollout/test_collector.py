@@ -1,4 +1,4 @@
-"""Many episodes at once: nothing is asked for who has ended, and nobody suffers for another's fault."""
+"""Many episodes at once: one that has ended costs nothing, and a failure in one affects no other."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from agentrl.rollout.players import RandomPlayer
 
 
 class Made:
-    """Makes environments and remembers them."""
+    """Factory that records the environments it makes."""
 
     def __init__(self, kind: Callable[[], Shelves] = Shelves) -> None:
         self.kind, self.envs = kind, list[Shelves]()
@@ -141,7 +141,7 @@ def test_time_is_told_apart_into_environments_and_player(monkeypatch: pytest.Mon
     assert collection.player_seconds == 5 * 0.5 + 3 * 1
 
 
-# What an environment does wrong. Task 3 is the one that goes wrong.
+# Errors of an environment, which occur in task 3.
 
 
 def spoil(where: str, wrong: Callable[[Any], Any]) -> Callable[[], Shelves]:
@@ -455,7 +455,7 @@ def test_an_interrupt_passes_through_and_closes_every_environment(
         collect(specs([5, 2, 3, 4]), player, pool, max_active=3, on_episode=on_episode)
     assert made.envs
     assert all(env.closed == 1 for env in made.envs)
-    # Whoever was interrupted can play on with the same pool and the same player.
+    # After an interrupt, the same pool and player can be used again.
     where = "nowhere"
     player.waiting.clear()
     episodes = collect(specs([5, 2]), player, pool, max_active=2).episodes
@@ -547,7 +547,7 @@ def test_a_reply_for_nobody_is_refused() -> None:
         def poll(self) -> Any:
             return [("e7", Reply("x"))]
 
-    with pytest.raises(ValueError, match="replied for 'e7'"):
+    with pytest.raises(ValueError, match="replied to 'e7'"):
         collect(specs([1]), Confused(), EnvironmentPool(Shelves), max_active=1)
 
 

@@ -1,18 +1,19 @@
-"""An engine that is lost is no episode's fault: what it was generating is played again."""
+"""The loss of an engine does not count against its episodes: they are played again."""
 
 from collections.abc import Sequence
 
 from shelves import Shelves
 
 from agentrl.data.trajectory import StopReason
-from agentrl.rollout.collector import Collection, Quarantine, collect
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
-from agentrl.rollout.play import EpisodeSpec, Stop
+from agentrl.rollout.failures import Quarantine
+from agentrl.rollout.play import Collection, EpisodeSpec, Stop
 from agentrl.rollout.players import Answered, RandomPlayer
 
 
 class Losing(RandomPlayer):
-    """Fails the replies of its first polls."""
+    """Player whose first polls fail."""
 
     def __init__(self, polls: int, bystander: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The episode loop, driven by hand: what it asks for, and what it makes of the answers."""
+"""The episode loop, driven by hand: its requests, and what follows from the answers."""
 
 from collections.abc import Sequence
 from dataclasses import replace

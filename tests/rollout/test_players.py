@@ -1,4 +1,4 @@
-"""Who replies, and with which tokens."""
+"""Players: their replies and tokens."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -202,7 +202,7 @@ def test_what_was_generated_is_stored_token_by_token() -> None:
         (0.7, 0.0, 0.3),
     )
     assert (turn.allowed, turn.finish, turn.policy_version) == (((103, 116), (111,), None), "length", 7)
-    assert (turn.new_sequence, turn.imitable) == (True, True)
+    assert (turn.new_sequence, turn.trainable) == (True, True)
 
 
 def test_each_turn_appends_to_the_sequence_and_its_prompt_is_made_from_the_sampled_ids() -> None:
@@ -325,7 +325,7 @@ def test_a_demonstration_looks_as_if_the_policy_had_written_it() -> None:
         )
         assert mine.action == theirs.action == "go on"
         assert mine.logprobs == mine.entropies == (0.0,) * 6
-        assert (mine.allowed, mine.imitable, mine.valid) == (None, True, True)
+        assert (mine.allowed, mine.trainable, mine.valid) == (None, True, True)
 
 
 def test_a_demonstration_records_what_could_have_been_chosen_at_each_token() -> None:
@@ -339,11 +339,11 @@ def test_a_demonstration_records_what_could_have_been_chosen_at_each_token() -> 
 def test_noise_disturbs_its_share_of_turns_and_is_not_to_be_imitated() -> None:
     player = DemonstrationPlayer(Letters(), noise=0.2, seed=3, noise_prefers="take ")
     turns = [turn for episode in play_all(player, [50] * 40, expert=True) for turn in episode.turns]
-    disturbed = [turn for turn in turns if not turn.imitable]
+    disturbed = [turn for turn in turns if not turn.trainable]
     # 2000 turns at 0.2: 400 expected, standard deviation sqrt(2000 * 0.2 * 0.8) = 18.
     assert len(turns) == 2000
     assert abs(len(disturbed) - 400) < 4 * 18
-    assert all(turn.action == "go on" for turn in turns if turn.imitable)
+    assert all(turn.action == "go on" for turn in turns if turn.trainable)
     # 60 % are a "take ", and of the 40 % drawn from all three actions again two thirds: .6 + .4 * 2/3 = .867.
     takes = sum(turn.action.startswith("take ") for turn in disturbed) / len(disturbed)
     assert abs(takes - 0.867) < 4 * 0.017
@@ -361,9 +361,9 @@ def test_noise_is_the_same_for_the_same_seed_and_another_for_another() -> None:
 
 
 def test_without_noise_nothing_is_disturbed_and_with_full_noise_everything() -> None:
-    for noise, imitable in ((0.0, True), (1.0, False)):
+    for noise, trainable in ((0.0, True), (1.0, False)):
         (episode,) = play_all(DemonstrationPlayer(Letters(), noise=noise), [30], expert=True)
-        assert {turn.imitable for turn in episode.turns} == {imitable}
+        assert {turn.trainable for turn in episode.turns} == {trainable}
 
 
 def test_noise_without_a_preferred_action_is_uniform_over_all() -> None:

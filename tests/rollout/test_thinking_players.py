@@ -1,10 +1,10 @@
-"""Episodes of a policy that thinks before it chooses, and forks from anywhere in its replies."""
+"""Episodes of a policy that thinks before it chooses, and forks anywhere in its replies."""
 
 from typing import Any
 
 import pytest
 import torch
-from shelves import Kept
+from shelves import SnapshotShelves
 from test_branching import Script, at
 from test_branching_tokens import ACTIONS, Shop, check_against_plain_forward
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -18,7 +18,7 @@ from agentrl.policy.model import build_model
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import ChatDialogue, fit_tokenizer
 from agentrl.policy.torch_engine import TorchEngine
-from agentrl.rollout.branching import Director
+from agentrl.rollout.branching import BranchScheduler
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.play import EpisodeSpec
@@ -53,7 +53,7 @@ def table(request: pytest.FixtureRequest) -> "Table":
 
 
 class Table:
-    """A policy at a table."""
+    """A policy with its player and engine."""
 
     def __init__(self, template: str) -> None:
         torch.set_num_threads(1)
@@ -68,9 +68,11 @@ class Table:
         self.engine = TorchEngine(self.model, stop_ids=self.dialogue.stop_ids)
         self.player = LanguagePlayer(self.dialogue, self.engine, SamplingParams(1.0, MOST))
 
-    def grow(self, wishes: dict[Any, list[Any]], k: int) -> tuple[Episode, ...]:
-        director = Director([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [Script(wishes)], episodes=k)
-        return collect((), self.player, EnvironmentPool(Shop), max_active=8, director=director).episodes
+    def play_branches(self, requests: dict[Any, list[Any]], k: int) -> tuple[Episode, ...]:
+        scheduler = BranchScheduler(
+            [EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [Script(requests)], episodes=k
+        )
+        return collect((), self.player, EnvironmentPool(Shop), max_active=8, scheduler=scheduler).episodes
 
     def thoughts(self, turn: Turn) -> tuple[int, ...]:
         return tuple(
@@ -94,7 +96,7 @@ class Table:
 
 
 def test_every_turn_thinks_for_itself_and_ends_in_an_admissible_command(table: Table) -> None:
-    episodes = table.grow({}, 6)
+    episodes = table.play_branches({}, 6)
     turns = [turn for episode in episodes for turn in episode.turns]
     assert {episode.outcome for episode in episodes} == {Outcome.SUCCESS}
     assert len(turns) == 24
@@ -109,10 +111,12 @@ def test_every_turn_thinks_for_itself_and_ends_in_an_admissible_command(table: T
 
 
 def test_a_fork_from_anywhere_in_a_reply_goes_on_as_the_reply_would(table: Table) -> None:
-    (base,) = table.grow({}, 1)
+    (base,) = table.play_branches({}, 1)
     reply = base.turns[1]
     places = range(1, len(reply.action_ids))
-    parent, *children = table.grow({"a-0": [at("a-0", 1, place) for place in places]}, 1 + len(places))
+    parent, *children = table.play_branches(
+        {"a-0": [at("a-0", 1, place) for place in places]}, 1 + len(places)
+    )
     assert parent.turns == base.turns
     assert [child.parent.token for child in children if child.parent is not None] == [*places]
     free = [place for place, ids in enumerate(reply.allowed or ()) if ids is None]
@@ -145,14 +149,14 @@ def test_a_command_that_leaves_no_room_for_thoughts_is_written_without_any() -> 
     for turn in episode.turns:
         assert table.thoughts(turn) == ()
         assert table.dialogue.parse(turn.action_ids).valid
-    # Left in the middle of what was written, it goes on from there.
-    director = Director(
+    # A fork in the middle of the reply continues from there.
+    scheduler = BranchScheduler(
         [EpisodeSpec("a", "test/Shelves-v0", "2", 7)],
         [Script({"a-0": [at("a-0", 0, 3), at("a-0", 0, len(episode.turns[0].action_ids) - 2)]})],
         episodes=3,
     )
     parent, *children = collect(
-        (), table.player, EnvironmentPool(Short), max_active=1, director=director
+        (), table.player, EnvironmentPool(Short), max_active=1, scheduler=scheduler
     ).episodes
     assert [child.turns[0].action_ids for child in children][1] == parent.turns[0].action_ids
     assert all(table.dialogue.parse(child.turns[0].action_ids).valid for child in children)
@@ -161,7 +165,7 @@ def test_a_command_that_leaves_no_room_for_thoughts_is_written_without_any() -> 
 def test_an_episode_ends_where_its_next_reply_may_not_fit() -> None:
     table = Table(TEMPLATES["appending"])
     table.engine.max_context = 120
-    (episode,) = table.grow({}, 1)
+    (episode,) = table.play_branches({}, 1)
     assert episode.stop == StopReason.CONTEXT_LIMIT
     assert len(episode.turns) < 4
     held = sum(len(turn.prompt_ids) + len(turn.action_ids) for turn in episode.turns)
@@ -169,7 +173,7 @@ def test_an_episode_ends_where_its_next_reply_may_not_fit() -> None:
 
 
 def test_what_an_expert_says_ends_in_the_tokens_that_the_policy_would_choose(table: Table) -> None:
-    class Taught(Kept):
+    class Taught(SnapshotShelves):
         def info(self) -> dict[str, Any]:
             return super().info() | {"actions": ACTIONS, "expert": "take mug 2"}
 
@@ -180,21 +184,23 @@ def test_what_an_expert_says_ends_in_the_tokens_that_the_policy_would_choose(tab
         assert table.dialogue.parse(turn.action_ids).text == turn.action == "take mug 2"
         choice = table.dialogue.encode_choice("take mug 2")
         assert turn.action_ids[-len(choice) :] == choice
-        assert not any(turn.sampled[: -len(choice)])  # an empty block teaches nothing
+        assert not any(turn.sampled[: -len(choice)])  # an empty block holds nothing to learn
         assert any(turn.sampled)
 
 
 def test_methods_that_branch_at_tokens_leave_thoughts_and_commands(table: Table) -> None:
-    def explored(growth: Any, k: int) -> tuple[Episode, ...]:
-        director = Director([EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [growth], episodes=k)
-        return collect((), table.player, EnvironmentPool(Shop), max_active=8, director=director).episodes
+    def explored(branch_policy: Any, k: int) -> tuple[Episode, ...]:
+        scheduler = BranchScheduler(
+            [EpisodeSpec("a", "test/Shelves-v0", "4", 7)], [branch_policy], episodes=k
+        )
+        return collect((), table.player, EnvironmentPool(Shop), max_active=8, scheduler=scheduler).episodes
 
     context = Context(0, 1, {}, 0, 300)
     fr3e = FR3E(anchors=3, continuations=2, anchor="token").build()
     aepo = AEPO().build()
     for algorithm, k in ((fr3e, 9), (aepo, 6)):
-        assert algorithm.rollout.grow is not None
-        episodes = explored(algorithm.rollout.grow(k, 7, context), k)
+        assert algorithm.rollout.branch_policy is not None
+        episodes = explored(algorithm.rollout.branch_policy(k, 7, context), k)
         for episode in episodes:
             assert episode.outcome == Outcome.SUCCESS
             for turn in episode.turns:

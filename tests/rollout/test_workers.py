@@ -1,4 +1,4 @@
-"""What lives in a worker can crash, hang or grow: every episode is played or reported, nothing is left."""
+"""Environments in workers crash, hang or grow: every episode is played or reported, no process is left."""
 
 import os
 import random
@@ -34,10 +34,11 @@ from worker_worlds import (
 
 from agentrl.data.trajectory import Episode, Outcome, StopReason
 from agentrl.errors import ConfigError, TooManyAbortedError
-from agentrl.rollout.collector import Collection, Quarantine, collect
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool, Environments, ThreadedEnvironments
-from agentrl.rollout.placement import open_environments, settle
-from agentrl.rollout.play import EpisodeSpec, Reset, Step
+from agentrl.rollout.failures import Quarantine
+from agentrl.rollout.placement import open_environments, resolve_placement
+from agentrl.rollout.play import Collection, EpisodeSpec, Reset, Step
 from agentrl.rollout.players import RandomPlayer
 from agentrl.rollout.settings import RolloutConfig, WorkersConfig
 from agentrl.rollout.workers import EnvironmentLostError, ProcessEnvironments
@@ -104,7 +105,7 @@ def test_workers_are_used_again_by_the_next_collection() -> None:
 
 
 TROUBLES = [
-    ("exit", StopReason.WORKER_ERROR, "exited with 3; its last words: the last thing I say"),
+    ("exit", StopReason.WORKER_ERROR, "exited with 3; its last output: the last thing I say"),
     ("leave", StopReason.ENV_ERROR, "SystemExit: 4"),
     ("segfault", StopReason.WORKER_ERROR, "its worker was killed by SIGSEGV"),
     ("kill", StopReason.WORKER_ERROR, "its worker was killed by SIGKILL"),
@@ -113,8 +114,8 @@ TROUBLES = [
     ("hang in reset", StopReason.WORKER_ERROR, "reset took longer than 0.7 s"),
     ("close everything", StopReason.WORKER_ERROR, "its worker"),
     ("raise", StopReason.ENV_ERROR, "ValueError: no such shelf"),
-    ("unpicklable", StopReason.CONTRACT, "cannot leave its process"),
-    ("unreadable", StopReason.CONTRACT, "answered what cannot be read here: SystemExit: 0"),
+    ("unpicklable", StopReason.CONTRACT, "cannot be sent from its process"),
+    ("unreadable", StopReason.CONTRACT, "cannot be read here: SystemExit: 0"),
     ("huge", StopReason.CONTRACT, "the observation and info of one call take 200 MB, wanted at most 16 MB"),
     ("interrupt", StopReason.ENV_ERROR, "KeyboardInterrupt: not by a key"),
     ("fork and leave", StopReason.WORKER_ERROR, "exited with 3"),
@@ -248,7 +249,7 @@ def test_a_task_that_is_played_to_its_end_in_between_is_not_quarantined() -> Non
 
 
 def test_those_who_shared_a_worker_with_a_crash_are_not_blamed() -> None:
-    # One worker: each of the three crashes takes all of the other episodes with it.
+    # One worker: each of the three crashes ends all other episodes.
     tasks = ["3 exit", *["8"] * 5]
     found = played(tasks, ProcessEnvironments(Corridor, 6, WorkersConfig(count=1)), 6, max_attempts=3)
     assert [episode.outcome for episode in found.episodes] == [Outcome.ABORTED] + [Outcome.SUCCESS] * 5
@@ -295,14 +296,14 @@ def test_workers_are_recycled_by_the_number_of_their_episodes() -> None:
 
 
 def test_workers_are_recycled_by_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentrl.rollout.workers._WEIGHED_EVERY", 0.0)
+    monkeypatch.setattr("agentrl.rollout.worker_process._MEMORY_CHECK_INTERVAL", 0.0)
     environments = ProcessEnvironments(Growing, 1, WorkersConfig(count=1, recycle_megabytes=150))
     found = played(["1"] * 8, environments, 1)
     assert all(episode.outcome is Outcome.SUCCESS for episode in found.episodes)
     assert 2 <= environments.recycled <= 8
 
 
-# Borrowing: what a run asks about tasks.
+# Borrowed environments.
 
 
 def test_a_borrowed_environment_answers_as_if_it_were_here() -> None:
@@ -388,7 +389,7 @@ def test_an_environment_that_a_script_registers_travels_to_its_workers(tmp_path:
     assert (answer.stdout.split(), answer.stderr) == (["success", "hello"], "")
 
 
-# The end.
+# The end of workers.
 
 
 def test_an_interrupt_closes_everything_and_the_same_environments_can_go_on() -> None:
@@ -485,14 +486,14 @@ def test_64_episodes_survive_a_hail_of_kills() -> None:
     def kill_at_random() -> None:
         draw = random.Random(0)
         while not over.wait(0.03):
-            workers = [worker for worker in list(environments._workers) if worker.owed]
+            workers = [worker for worker in list(environments._workers) if worker.pending]
             if not workers or sum(hits.values()) >= 24:
                 continue
             worker = draw.choice(workers)
             try:
                 engines = psutil.Process(worker.process.pid).children()
                 if len(engines) < 2:
-                    continue  # it has hardly begun: nobody is being played with
+                    continue  # it has hardly begun: no episode is played in it
                 victim = "engine" if sum(hits.values()) % 2 else "worker"
                 os.kill(
                     draw.choice(engines).pid if victim == "engine" else worker.process.pid, signal.SIGKILL
@@ -563,7 +564,7 @@ def test_threads_wait_together() -> None:
     assert most[0] == 4
 
 
-# Choosing.
+# Choosing a placement.
 
 
 @pytest.mark.parametrize(
@@ -578,23 +579,23 @@ def test_threads_wait_together() -> None:
 def test_auto_decides_by_the_time_a_call_takes_and_what_is_declared(
     make: Any, placement: str, each: int | None
 ) -> None:
-    config, note = settle(make, RolloutConfig(), "train")
+    config, note = resolve_placement(make, RolloutConfig(), "train")
     assert (config.placement, config.workers.environments) == (placement, each)
     assert f"placement {placement}: a call takes" in str(note)
-    assert settle(make, RolloutConfig(placement="inline"), "train")[1] is None
+    assert resolve_placement(make, RolloutConfig(placement="inline"), "train")[1] is None
 
 
 def test_an_interpreter_leaves_only_processes(other_python: Path) -> None:
     workers = WorkersConfig(interpreter=str(other_python / "bin" / "python"))
-    assert settle(Corridor, RolloutConfig(workers=workers), "train")[0].placement == "process"
+    assert resolve_placement(Corridor, RolloutConfig(workers=workers), "train")[0].placement == "process"
     with pytest.raises(ConfigError, match="placement=inline plays in this process"):
         RolloutConfig(placement="inline", workers=workers)
 
 
 def test_an_environment_that_dies_while_it_is_measured_gets_a_process() -> None:
-    config, note = settle(partial(Corridor, notes="/nowhere"), RolloutConfig(), "train")
+    config, note = resolve_placement(partial(Corridor, notes="/nowhere"), RolloutConfig(), "train")
     assert config.placement == "inline"  # errors are cheap as well
-    config, note = settle(Dying, RolloutConfig(), "train")
+    config, note = resolve_placement(Dying, RolloutConfig(), "train")
     assert config.placement == "process"
     assert "exited with 3" in str(note)
     with open_environments(Dying, config) as environments:

@@ -152,8 +152,8 @@ class Engine(Corridor):
             self.child.communicate()
 
 
-class Kept(Corridor):
-    """Declares snapshots, each as large as `weight`. A note says of what a restored one was."""
+class SnapshotCorridor(Corridor):
+    """Corridor with snapshots of size `weight`; a note is written for each that is restored."""
 
     weight = 10
 
@@ -170,12 +170,12 @@ class Kept(Corridor):
             time.sleep(3600)
 
 
-class Heaped(Kept):
+class Heaped(SnapshotCorridor):
     weight = 1 << 16
 
 
-class Stuck(Kept):
-    """Its snapshots hold what cannot leave the process."""
+class Stuck(SnapshotCorridor):
+    """Corridor whose snapshots cannot be pickled."""
 
     def snapshot(self) -> Any:
         return *super().snapshot()[:4], lambda: None
@@ -233,7 +233,7 @@ class Growing(Corridor):
 
 
 class Whereabouts(Corridor):
-    """Says which Python it runs in."""
+    """Corridor whose observation is the path of its Python."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         _, info = super().reset(seed=seed, options=options)

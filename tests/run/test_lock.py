@@ -24,7 +24,7 @@ def lock_of(folder: Path) -> dict[str, object]:
 
 def write_lock(folder: Path, **changes: object) -> None:
     lock = RunLock(folder)
-    lock.take()
+    lock.acquire()
     owner = lock_of(folder)
     lock.release()
     (folder / "lock.json").write_text(json.dumps(owner | changes))
@@ -32,14 +32,14 @@ def write_lock(folder: Path, **changes: object) -> None:
 
 def test_the_second_is_refused_until_the_first_lets_go(tmp_path: Path) -> None:
     first, second = RunLock(tmp_path), RunLock(tmp_path)
-    first.take()
+    first.acquire()
     with pytest.raises(CheckpointError, match=rf"in use by process {os.getpid()} on .* since .*wait for it"):
-        second.take()
+        second.acquire()
     second.release()
     assert lock_of(tmp_path)["pid"] == os.getpid()
     first.release()
     assert list(tmp_path.iterdir()) == []
-    second.take()
+    second.acquire()
     second.release()
 
 
@@ -48,13 +48,13 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over(tmp_path: Path) -> 
 import os, signal
 from pathlib import Path
 from agentrl.run.lock import RunLock
-RunLock(Path({str(tmp_path)!r})).take()
+RunLock(Path({str(tmp_path)!r})).acquire()
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert lock_of(tmp_path)["pid"] != os.getpid()
     lock = RunLock(tmp_path)
-    lock.take()
+    lock.acquire()
     assert lock_of(tmp_path)["pid"] == os.getpid()
     lock.release()
 
@@ -62,40 +62,40 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_pid_that_is_another_process_now_does_not_count(tmp_path: Path) -> None:
     write_lock(tmp_path, created=1.0)
     lock = RunLock(tmp_path)
-    lock.take()
+    lock.acquire()
     lock.release()
 
 
-def test_an_owner_elsewhere_lives_as_long_as_it_gives_a_sign(tmp_path: Path) -> None:
+def test_an_owner_on_another_machine_is_alive_while_it_touches_the_file(tmp_path: Path) -> None:
     write_lock(tmp_path, host="far", machine="far 1", pid=7)
-    with pytest.raises(CheckpointError, match=r"process 7 on far .*sign of life.*delete .*lock\.json"):
-        RunLock(tmp_path).take()
+    with pytest.raises(CheckpointError, match=r"process 7 on far .*last heartbeat.*delete .*lock\.json"):
+        RunLock(tmp_path).acquire()
     past = time.time() - 3600
     os.utime(tmp_path / "lock.json", (past, past))
     lock = RunLock(tmp_path)
-    lock.take()
+    lock.acquire()
     lock.release()
 
 
-def test_an_owner_is_told_that_its_folder_is_gone(tmp_path: Path) -> None:
+def test_check_raises_when_the_folder_is_gone(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
-    lock.take()
+    lock.acquire()
     lock.check()
     (tmp_path / "lock.json").unlink()
     with pytest.raises(CheckpointError, match="was removed or replaced"):
         lock.check()
 
 
-def test_of_two_that_take_at_once_one_does(tmp_path: Path) -> None:
-    def take(_: int) -> bool:
+def test_of_several_that_acquire_at_once_one_succeeds(tmp_path: Path) -> None:
+    def acquired(_: int) -> bool:
         try:
-            RunLock(tmp_path).take()
+            RunLock(tmp_path).acquire()
         except CheckpointError:
             return False
         return True
 
     with ThreadPoolExecutor(16) as pool:
-        assert sum(pool.map(take, range(16))) == 1
+        assert sum(pool.map(acquired, range(16))) == 1
 
 
 MAKE = """
@@ -157,7 +157,7 @@ def test_a_run_at_work_is_not_resumed_by_another_but_reported(
     )
     run = create_run(config)
     lock = RunLock(run.folder)
-    lock.take()
+    lock.acquire()
     with pytest.raises(CheckpointError, match="in use by process"):
         agentrl.resume(run.folder, quiet=True)
     assert lock_of(run.folder)["pid"] == os.getpid()

@@ -7,28 +7,28 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from agentrl.run.logger import Logbook, read_metrics
+from agentrl.run.logger import RunLogger, read_metrics
 
 
 def rows(*steps: int, stage: str = "train") -> list[dict[str, Any]]:
-    return [{"stage": stage, "step": step, "loss": step / 10} for step in steps]
+    return [{"stage": stage, "step": step, f"{stage}/learner/loss": step / 10} for step in steps]
 
 
-def logbook(folder: Path, *, terminal: bool = False, pause: float = 0.0) -> tuple[Logbook, io.StringIO]:
+def run_logger(folder: Path, *, terminal: bool = False, pause: float = 0.0) -> tuple[RunLogger, io.StringIO]:
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=terminal, width=120)
-    return Logbook(folder, console=console, seconds_between_lines=pause), shown
+    return RunLogger(folder, console=console, seconds_between_lines=pause), shown
 
 
 def write(folder: Path, *written: dict[str, Any]) -> None:
-    with Logbook(folder, quiet=True) as book:
+    with RunLogger(folder, quiet=True) as logger:
         for row in written:
-            book.write(row)
+            logger.write(row)
 
 
 def test_rows_are_on_disk_before_the_run_ends(tmp_path: Path) -> None:
-    with Logbook(tmp_path, quiet=True) as book:
-        book.write({"step": 1, "loss": 0.5})
+    with RunLogger(tmp_path, quiet=True) as logger:
+        logger.write({"step": 1, "loss": 0.5})
         assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
 
 
@@ -51,9 +51,9 @@ def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
 
 
 def test_the_clock_is_not_in_the_file(tmp_path: Path) -> None:
-    with Logbook(tmp_path, quiet=True) as book:
-        book.write({"step": 1, "reply_tokens": 10}, seconds=0.5)
-    assert read_metrics(book.path) == [{"step": 1, "reply_tokens": 10}]
+    with RunLogger(tmp_path, quiet=True) as logger:
+        logger.write({"stage": "train", "step": 1, "train/rollout/reply_tokens": 10}, seconds=0.5)
+    assert read_metrics(logger.path) == [{"stage": "train", "step": 1, "train/rollout/reply_tokens": 10}]
 
 
 @pytest.mark.parametrize(
@@ -71,17 +71,21 @@ def test_truncating_forgets_what_came_after_the_resumed_step(
     tmp_path: Path, stage: str, step: int, kept: list[dict[str, Any]]
 ) -> None:
     write(tmp_path, *rows(1, 2, stage="warm_start"), *rows(1, 2, 3))
-    with Logbook(tmp_path, quiet=True) as book:
-        book.truncate(stage, step)
-        assert read_metrics(book.path) == kept
-        book.write({"step": 99})
-    assert read_metrics(book.path) == [*kept, {"step": 99}]
+    with RunLogger(tmp_path, quiet=True) as logger:
+        logger.truncate(stage, step)
+        assert read_metrics(logger.path) == kept
+        logger.write({"step": 99})
+    assert read_metrics(logger.path) == [*kept, {"step": 99}]
 
 
 def test_truncating_leaves_the_kept_bytes_alone(tmp_path: Path) -> None:
-    write(tmp_path, {"stage": "train", "step": 1, "loss": 0.1 + 0.2, "text": "é"}, *rows(2))
+    write(
+        tmp_path,
+        {"stage": "train", "step": 1, "train/learner/loss": 0.1 + 0.2, "train/algorithm/text": "é"},
+        *rows(2),
+    )
     first = (tmp_path / "metrics.jsonl").read_text().splitlines()[0]
-    Logbook(tmp_path).truncate("train", 1)
+    RunLogger(tmp_path).truncate("train", 1)
     assert (tmp_path / "metrics.jsonl").read_text() == first + "\n"
 
 
@@ -90,10 +94,10 @@ def test_a_line_that_was_cut_off_ends_the_rows(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "train", "st')
     assert read_metrics(tmp_path / "metrics.jsonl") == rows(1, 2)
-    with Logbook(tmp_path, quiet=True) as book:
-        book.truncate("train", 2)
-        book.write(rows(3)[0])
-    assert read_metrics(book.path) == rows(1, 2, 3)
+    with RunLogger(tmp_path, quiet=True) as logger:
+        logger.truncate("train", 2)
+        logger.write(rows(3)[0])
+    assert read_metrics(logger.path) == rows(1, 2, 3)
 
 
 def test_a_run_without_metrics_has_no_rows(tmp_path: Path) -> None:
@@ -101,18 +105,18 @@ def test_a_run_without_metrics_has_no_rows(tmp_path: Path) -> None:
 
 
 def test_without_a_terminal_progress_is_plain_lines(tmp_path: Path) -> None:
-    book, shown = logbook(tmp_path)
+    logger, shown = run_logger(tmp_path)
     row = {
         "stage": "train",
-        "success": 0.25,
-        "return": 0.5,
-        "entropy/token": 0.125,
-        "reply_tokens": 3000,
-        "aborted": 0.0,
+        "train/rollout/success_rate": 0.25,
+        "train/rollout/reward_mean": 0.5,
+        "train/rollout/entropy/token": 0.125,
+        "train/rollout/reply_tokens": 3000,
+        "train/rollout/aborted_rate": 0.0,
     }
-    with book, book.stage("training", total=4, done=2):
-        book.write(row | {"step": 3}, seconds=2.0)
-        book.write(row | {"step": 4, "aborted": 0.1}, seconds=2.0)
+    with logger, logger.stage("training", total=4, done=2):
+        logger.write(row | {"step": 3}, seconds=2.0)
+        logger.write(row | {"step": 4, "train/rollout/aborted_rate": 0.1}, seconds=2.0)
     first, third, fourth = shown.getvalue().splitlines()
     assert first == "training 2/4"
     assert third.startswith(
@@ -124,30 +128,30 @@ def test_without_a_terminal_progress_is_plain_lines(tmp_path: Path) -> None:
 
 
 def test_plain_lines_come_seldom_but_always_at_the_end(tmp_path: Path) -> None:
-    book, shown = logbook(tmp_path, pause=60)
-    with book, book.stage("training", total=100):
+    logger, shown = run_logger(tmp_path, pause=60)
+    with logger, logger.stage("training", total=100):
         for step in range(100):
-            book.write({"step": step + 1, "success": 0.5})
+            logger.write({"stage": "train", "step": step + 1, "train/rollout/success_rate": 0.5})
     assert shown.getvalue().splitlines() == ["training 0/100", "training 100/100 · success 0.500"]
 
 
 def test_a_stage_inside_a_stage_gives_the_outer_one_back(tmp_path: Path) -> None:
     for terminal in (False, True):
-        book, shown = logbook(tmp_path, terminal=terminal)
-        with book, book.stage("training", total=9):
-            with book.stage("evaluating"):
-                book.advance(5)
-            book.write({"step": 3, "success": 0.5})
+        logger, shown = run_logger(tmp_path, terminal=terminal)
+        with logger, logger.stage("training", total=9):
+            with logger.stage("evaluating"):
+                logger.advance(5)
+            logger.write({"stage": "train", "step": 3, "train/rollout/success_rate": 0.5})
         assert terminal or "evaluating 5" in shown.getvalue()
         assert "training 3/9 · success 0.500" in shown.getvalue()
 
 
 def test_a_terminal_gets_a_bar_and_its_cursor_back(tmp_path: Path) -> None:
-    book, shown = logbook(tmp_path, terminal=True)
+    logger, shown = run_logger(tmp_path, terminal=True)
 
     def interrupted() -> None:
-        with book, book.stage("training", total=2):
-            book.write({"step": 1, "success": 0.5})
+        with logger, logger.stage("training", total=2):
+            logger.write({"step": 1, "success": 0.5})
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -159,24 +163,24 @@ def test_a_terminal_gets_a_bar_and_its_cursor_back(tmp_path: Path) -> None:
 def test_a_quiet_logbook_shows_nothing_and_writes_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Logbook(tmp_path, quiet=True) as book, book.stage("training", total=1):
-        book.write({"step": 1})
-        book.say("hello")
-        book.show("hello")
+    with RunLogger(tmp_path, quiet=True) as logger, logger.stage("training", total=1):
+        logger.write({"step": 1})
+        logger.say("hello")
+        logger.show("hello")
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
-    assert len(read_metrics(book.path)) == 1
+    assert len(read_metrics(logger.path)) == 1
 
 
 def test_text_from_elsewhere_is_not_markup(tmp_path: Path) -> None:
-    book, shown = logbook(tmp_path)
-    book.say("[bold]x[/bold] [/]")
+    logger, shown = run_logger(tmp_path)
+    logger.say("[bold]x[/bold] [/]")
     assert shown.getvalue() == "[bold]x[/bold] [/]\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_reported_with_the_path(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left") as caught, Logbook(tmp_path, quiet=True) as book:
-        book.write({"step": 1})
+    with pytest.raises(OSError, match="No space left") as caught, RunLogger(tmp_path, quiet=True) as logger:
+        logger.write({"step": 1})
     assert caught.value.filename == str(tmp_path / "metrics.jsonl")

@@ -21,7 +21,7 @@ from agentrl.algorithms.recipe import Recipe, build_recipe, recipe, recipe_class
 from agentrl.cli import app
 from agentrl.config import bounds_of
 from agentrl.errors import ConfigError
-from agentrl.run.logger import Logbook
+from agentrl.run.logger import RunLogger
 from agentrl.run.settings import RunConfig, config_from_tree
 from agentrl.study.study import StudyConfig
 
@@ -344,6 +344,6 @@ def test_a_group_of_one_is_warned_of_where_groups_are_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(Logbook, "say", lambda self, text: said.append(text))
+    monkeypatch.setattr(RunLogger, "say", lambda self, text: said.append(text))
     agentrl.train(agentrl.load_config(None, *TINY, f"run.folder={tmp_path}", *overrides), quiet=True)
     assert any(text.startswith("warning: rollout.group_size is 1, but") for text in said) is warned

@@ -1,4 +1,4 @@
-"""A run's folder may be somebody else's: what it names is not started, imported, contacted or let loose."""
+"""A run's folder may come from someone else: nothing in it is started, imported, contacted or unlocked."""
 
 import json
 import os
@@ -27,16 +27,8 @@ from agentrl.errors import AgentRLError, CheckpointError, ConfigError
 from agentrl.evaluation.report import write_report
 from agentrl.policy.chat import check_arguments
 from agentrl.policy.model import load_policy
-from agentrl.run.settings import (
-    CALLERS_KEYS,
-    RunConfig,
-    callers_values,
-    check_named_again,
-    config_from_tree,
-    config_tree,
-    foreign,
-    load_config,
-)
+from agentrl.run.settings import RunConfig, config_from_tree, config_tree, load_config
+from agentrl.run.trust import CALLER_ONLY_KEYS, caller_only_values, check_confirmed, drop_caller_only_values
 from agentrl.study.study import StudyRun
 
 ENV = "trust-tests/Door-v0"
@@ -163,7 +155,7 @@ def test_a_program_is_not_started(trained: Path, tmp_path: Path, program: tuple[
         rollout__workers__count=1,
         rollout__workers__environments=1,
     )
-    with pytest.raises(ConfigError, match=r"rollout\.workers\.interpreter.* name it again"):
+    with pytest.raises(ConfigError, match=r"rollout\.workers\.interpreter.* repeat them"):
         agentrl.resume(run, quiet=True)
     with pytest.warns(RuntimeWarning, match=r"run names rollout\.workers\.interpreter: not used"):
         agentrl.evaluate(run, tasks=1)
@@ -190,7 +182,7 @@ def test_no_address_is_contacted(trained: Path, tmp_path: Path, server: tuple[st
         engine__vllm={"url": f"http://{address}", "weights_folder": str(tmp_path)},
         learner={"backend": "fsdp", "launcher": "ray", "processes": 1},
     )
-    with pytest.raises(ConfigError, match=r"rollout\.ray\.address.* name it again"):
+    with pytest.raises(ConfigError, match=r"rollout\.ray\.address.* repeat them"):
         agentrl.resume(run, quiet=True)
     with pytest.warns(RuntimeWarning, match=r"names rollout\.ray\.address, engine\.vllm\.weights_folder"):
         agentrl.evaluate(run, tasks=1)
@@ -324,7 +316,7 @@ def test_arguments_that_are_the_callers_are_left_out(trained: Path, tmp_path: Pa
     Door.locks.clear()
     opened_in_every_way(run)
     assert set(Door.locks) == {"shut"}
-    assert foreign(agentrl.open_run(run).config).env.kwargs == {"hue": "blue"}
+    assert drop_caller_only_values(agentrl.open_run(run).config).env.kwargs == {"hue": "blue"}
     with pytest.warns(RuntimeWarning, match=r"names env\.kwargs\.lock: not used"):
         agentrl.evaluate(run, tasks=1, env_kwargs={"lock": "mine"}, split="test")
     assert set(Door.locks) == {"shut", "mine"}
@@ -335,7 +327,7 @@ def test_neither_does_a_runs_panel_say_them(trained: Path, tmp_path: Path) -> No
     panel.save(tmp_path / "panel.json")
     run = altered(trained, tmp_path / "run", evaluation__panel=str(tmp_path / "panel.json"))
     Door.locks.clear()
-    with pytest.raises(ConfigError, match=r"gives trust-tests/Door-v0 the argument lock, which"):
+    with pytest.raises(ConfigError, match=r"the argument lock of trust-tests/Door-v0, which"):
         agentrl.evaluate(run)
     assert set(Door.locks) <= {"shut"}
     agentrl.evaluate(run, tmp_path / "panel.json")  # the caller's own words
@@ -346,7 +338,7 @@ def test_neither_does_a_runs_panel_say_them(trained: Path, tmp_path: Path) -> No
 def test_what_shuts_code_in_is_the_callers(id: str) -> None:
     names = {"isolation": "none", "require_isolation": False, "tagger": "a", "cache": "/b", "max_steps": 3}
     config = replace(RunConfig(), env=replace(RunConfig().env, id=id, kwargs=names))
-    kept = foreign(config).env.kwargs
+    kept = drop_caller_only_values(config).env.kwargs
     if id == "agentrl/MathTools-v0":
         assert kept == {"tagger": "a", "cache": "/b", "max_steps": 3}
     else:
@@ -362,7 +354,7 @@ NAMED = {
 
 
 def test_a_resumed_run_uses_what_is_named_again(tmp_path: Path) -> None:
-    assert tuple(sorted(NAMED)) == tuple(sorted(CALLERS_KEYS))
+    assert tuple(sorted(NAMED)) == tuple(sorted(CALLER_ONLY_KEYS))
     config = load_config(
         None,
         "rollout.backend=ray",
@@ -371,28 +363,28 @@ def test_a_resumed_run_uses_what_is_named_again(tmp_path: Path) -> None:
         "env.kwargs.lock=open",
         *(f"{key}={json.dumps(value)}" for key, value in NAMED.items()),
     )
-    assert callers_values(config) == NAMED | {"env.kwargs.lock": "open"}
+    assert caller_only_values(config) == NAMED | {"env.kwargs.lock": "open"}
     with pytest.raises(ConfigError) as caught:
-        check_named_again("runs/my run", config, ["rollout.ray.address=b:2"])
+        check_confirmed("runs/my run", config, ["rollout.ray.address=b:2"])
     message, command = str(caught.value).splitlines()
-    assert "if you trust it, name it again" in message
+    assert "if you trust them, repeat them" in message
     words = shlex.split(command)
     assert words[:5] == ["agentrl", "train", "--resume", "runs/my run", "rollout.ray.address=b:2"]
     assert len(words) == 5 + len(NAMED)
-    check_named_again("runs/my run", config, words[4:])
+    check_confirmed("runs/my run", config, words[4:])
     whole = ["rollout={workers: {}, ray: {}}", "engine.vllm={}", "env.kwargs={lock: open}"]
-    check_named_again("runs/my run", config, whole)
-    check_named_again("runs/mine", RunConfig(), [])
+    check_confirmed("runs/my run", config, whole)
+    check_confirmed("runs/mine", RunConfig(), [])
     run = StudyRun("grpo", replace(config, run=replace(config.run, folder=str(tmp_path))))
     run.folder.mkdir()
-    check_named_again(str(run.folder), config, run.arguments[3:])  # a study's own file names them
+    check_confirmed(str(run.folder), config, run.arguments[3:])  # a study's own file names them
 
 
-def test_what_a_foreign_run_keeps_is_all_the_rest() -> None:
+def test_dropping_caller_only_values_keeps_all_the_rest() -> None:
     config = load_config(
         None, "engine.name=vllm", "engine.vllm.url=http://a:1", "seed=3", "learner.backend=fsdp"
     )
-    kept = foreign(config)
+    kept = drop_caller_only_values(config)
     assert kept.engine.name == "torch"
     assert kept == replace(config, engine=replace(config.engine, name="torch", vllm=kept.engine.vllm))
     for name in ("quickstart.yaml", "math_tools.yaml", "webshop.yaml"):
@@ -400,7 +392,7 @@ def test_what_a_foreign_run_keeps_is_all_the_rest() -> None:
             plain = load_config(name)
         except ConfigError:
             continue
-        assert foreign(plain) == plain
+        assert drop_caller_only_values(plain) == plain
 
 
 # Keys whose text names nothing that runs, is contacted or is written to, once somebody else opens the run.
@@ -441,17 +433,17 @@ def test_every_key_that_holds_text_has_been_thought_about() -> None:
                     yield f"{path}{name}"
 
     known = set(texts(RunConfig, ""))
-    assert known >= set(CALLERS_KEYS)
+    assert known >= set(CALLER_ONLY_KEYS)
     unthought = [
         key
-        for key in known - set(CALLERS_KEYS)
+        for key in known - set(CALLER_ONLY_KEYS)
         if not any(key == name or (name.endswith(".") and key.startswith(name)) for name in HARMLESS)
     ]
     assert unthought == []
     assert config_from_tree(config_tree(RunConfig())) == RunConfig()
 
 
-def test_a_report_of_a_foreign_run_starts_nothing(
+def test_a_report_of_someone_elses_run_starts_nothing(
     trained: Path, tmp_path: Path, program: tuple[Path, Path], server: tuple[str, list[str]]
 ) -> None:
     names = {"rollout__workers__interpreter": str(program[0]), "rollout__ray__address": server[0]}

@@ -1,4 +1,4 @@
-"""The environments that the tests of `rollout` play in are played in here as well; Ray is started once."""
+"""Fixtures: the environments of the `rollout` tests, and one Ray for all tests that need it."""
 
 import sys
 import time
@@ -12,13 +12,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "rollout"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the tests that Ray is started for come last: others start their own, or want none."""
+    """Run the tests that share one Ray last: the others start their own, or need none."""
     items.sort(key=lambda item: "ray_is_there" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
 def ray_is_there() -> Iterator[None]:
-    """Ray on this machine; nothing of it is left at the end."""
+    """Start Ray on this machine, and check that no process of it is left at the end."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
     from agentrl.scale.cluster import connected
 

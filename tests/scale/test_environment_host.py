@@ -1,4 +1,4 @@
-"""What an actor runs needs no Ray: batches go in, and answers come out when there are enough of them."""
+"""The environments of an actor, tested without Ray: batches go in, and enough answers come out."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ def said(report: Report) -> dict[str, str]:
 
 
 class Slow:
-    """Stands for the environments: each poll gives one answer, the oldest."""
+    """Stand-in for the environments whose every poll returns one answer, the oldest."""
 
     restarts = recycled = 0
 
@@ -47,7 +47,7 @@ class Slow:
     def submit(self, episode: str, effect: Any) -> None:
         self.asked.append(episode)
 
-    def poll(self, *, wait: bool, patience: float) -> Sequence[Answered]:
+    def poll(self, *, wait: bool, max_wait: float) -> Sequence[Answered]:
         return [(self.asked.pop(0), Transition("done"))]
 
     def release(self, episode: str, *, broken: bool) -> None:
@@ -114,7 +114,7 @@ def test_a_crash_in_a_worker_is_an_answer_and_is_counted(host: EnvironmentHost) 
     ((name, answer),) = report.answers
     assert isinstance(answer, Stop)
     assert (name, answer.reason, answer.bystander) == ("a", StopReason.WORKER_ERROR, False)
-    assert "exited with 3; its last words: the last thing I say" in str(answer.error)
+    assert "exited with 3; its last output: the last thing I say" in str(answer.error)
     assert report.restarts == 1
 
 

@@ -1,4 +1,4 @@
-"""What is packed comes out as it went in, whatever of it is absent; tokens travel in arrays."""
+"""Packed messages are unpacked unchanged, with any field absent; tokens travel in arrays."""
 
 import pickle
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""Ray is ours to start and stop: it leaves nothing behind, and a wrong address is refused at once."""
+"""The connection to Ray: it leaves no process behind, and a wrong address is refused at once."""
 
 import os
 import signal
@@ -146,7 +146,7 @@ def test_what_a_script_registers_travels_and_ray_ends_with_its_last_user(tmp_pat
 
 @pytest.fixture
 def driver(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A program in the midst of a collection: it has said how many processes it has."""
+    """Start a program and wait until it is collecting, when it prints its number of processes."""
     path = script(
         tmp_path,
         """

@@ -1,4 +1,4 @@
-"""Engines behind Ray's actors generate what one here does, and what is lost of them can be asked again."""
+"""Engines in Ray actors generate what an engine in this process does, and lost requests can be repeated."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -97,7 +97,7 @@ def assert_same(found: Generation, expected: Generation) -> None:
 
 
 def test_replies_are_those_of_engines_here(engines: RayEngines, dialogue: Dialogue) -> None:
-    """Each actor is sent its half of the sequences in one message, as each engine here."""
+    """Each actor gets its half of the sequences in one message, like the two engines here."""
     menu = tuple(dialogue.encode_reply(text) for text in ("go on", "take mug", "take pen"))
     names = [f"s{number}" for number in range(8)]
     first = [ask(name, [5, 6, 7 + at], choices=menu if at % 3 else None) for at, name in enumerate(names)]
@@ -176,7 +176,7 @@ def test_who_has_a_parent_goes_where_it_is(engines: RayEngines) -> None:
 def test_32_sequences_need_one_message_for_ten_replies(
     engines: RayEngines, dialogue: Dialogue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_engines, "_MAX_WAIT", 60.0)  # else it were a question of speed
+    monkeypatch.setattr(ray_engines, "_MAX_WAIT", 60.0)  # so that the result does not depend on speed
     menu = tuple(dialogue.encode_reply(text) for text in ("go on", "take mug"))
     before, answered = engines.messages, 0
     for number in range(32):

@@ -1,4 +1,4 @@
-"""Environments behind Ray's actors: played as here, whatever is lost is played again, and nothing is left."""
+"""Environments in Ray actors: played as in this process, lost episodes are played again, none is left."""
 
 import math
 import os
@@ -12,8 +12,8 @@ import psutil
 import pytest
 import torch
 from shelves import CountingPlayer, Shelves, by_id
-from test_branching import TREE, grown
-from worker_worlds import Corridor, Kept, Unmakeable
+from test_branching import TREE, play_branches
+from worker_worlds import Corridor, SnapshotCorridor, Unmakeable
 
 from agentrl.data.trajectory import Episode, Outcome, StopReason
 from agentrl.errors import ConfigError
@@ -22,9 +22,9 @@ from agentrl.policy.model import build_model
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import fit_tokenizer, make_dialogue
 from agentrl.policy.torch_engine import TorchEngine
-from agentrl.rollout.collector import Collection, collect
+from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool, Environments
-from agentrl.rollout.play import ActionRequest, EpisodeSpec, Reset, Step, Stop
+from agentrl.rollout.play import ActionRequest, Collection, EpisodeSpec, Reset, Step, Stop
 from agentrl.rollout.players import LanguagePlayer, RandomPlayer
 from agentrl.rollout.settings import RayConfig, WorkersConfig
 from agentrl.rollout.workers import EnvironmentLostError
@@ -76,7 +76,7 @@ def healthy(tasks: Sequence[str]) -> dict[str, Episode]:
 
 def test_where_episodes_are_played_does_not_change_them() -> None:
     with RayEnvironments(Corridor, 6, ONE, TWO) as environments:
-        assert environments.places == 6
+        assert environments.capacity == 6
         for most in (1, 4, 100):
             found = collect(specs(TASKS), RandomPlayer(), environments, max_active=most)
             assert by_id(found.episodes) == healthy(TASKS)
@@ -131,14 +131,14 @@ def test_a_policy_acts_as_here_and_its_logprobs_are_the_same() -> None:
 
 
 TROUBLES = [
-    ("exit", StopReason.WORKER_ERROR, "exited with 3; its last words: the last thing I say"),
+    ("exit", StopReason.WORKER_ERROR, "exited with 3; its last output: the last thing I say"),
     ("leave", StopReason.ENV_ERROR, "SystemExit: 4"),
     ("segfault", StopReason.WORKER_ERROR, "its worker was killed by SIGSEGV"),
     ("kill", StopReason.WORKER_ERROR, "its worker was killed by SIGKILL"),
     ("hang", StopReason.WORKER_ERROR, "step took longer than 5 s"),
     ("hang without yielding", StopReason.WORKER_ERROR, "step took longer than 5 s"),
     ("raise", StopReason.ENV_ERROR, "ValueError: no such shelf"),
-    ("unpicklable", StopReason.CONTRACT, "cannot leave its process"),
+    ("unpicklable", StopReason.CONTRACT, "cannot be sent from its process"),
 ]
 
 
@@ -175,9 +175,9 @@ def test_workers_that_are_replaced_are_counted() -> None:
 
 @pytest.mark.slow
 def test_snapshots_travel_and_are_restored() -> None:
-    expected = grown(TREE, k=5, make=Shelves, player=RandomPlayer(), max_active=1)
-    environments = RayEnvironments(Kept, 3, ONE, TWO)
-    found = grown(TREE, k=5, make=environments, player=RandomPlayer(), max_active=1)
+    expected = play_branches(TREE, k=5, make=Shelves, player=RandomPlayer(), max_active=1)
+    environments = RayEnvironments(SnapshotCorridor, 3, ONE, TWO)
+    found = play_branches(TREE, k=5, make=environments, player=RandomPlayer(), max_active=1)
     assert found.episodes == expected.episodes
     assert found.branches["restored"] == 4
 
@@ -222,7 +222,9 @@ class Replying(CountingPlayer):
 
 @pytest.mark.parametrize("at_once", [32, *(pytest.param(few, marks=pytest.mark.slow) for few in (3, 1))])
 def test_32_episodes_need_one_message_for_ten_steps(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_environments, "_MAX_WAIT", math.inf)  # else it were a question of speed
+    monkeypatch.setattr(
+        ray_environments, "_MAX_WAIT", math.inf
+    )  # so that the result does not depend on speed
     player = Replying(largest=at_once)
     counts: list[tuple[int, int]] = []
     with RayEnvironments(Corridor, 32, ONE, TWO) as environments:
@@ -233,7 +235,7 @@ def test_32_episodes_need_one_message_for_ten_steps(at_once: int, monkeypatch: p
             max_active=32,
             on_episode=lambda episode: counts.append((environments.messages, player.replies)),
         )
-    messages, steps = counts[96 - 32 - 1]  # as long as there were more to take the place of who ended
+    messages, steps = counts[96 - 32 - 1]  # while there were more episodes to replace those that ended
     assert steps > 400
     assert 10 * messages <= steps
 
@@ -242,7 +244,7 @@ def test_32_episodes_need_one_message_for_ten_steps(at_once: int, monkeypatch: p
 
 
 class Killing(CountingPlayer):
-    """Does something at its third poll."""
+    """Calls a function at its third poll."""
 
     def __init__(self, deed: Any) -> None:
         super().__init__()
@@ -279,7 +281,7 @@ def test_the_last_actor_is_replaced_as_often_as_was_allowed() -> None:
         assert by_id(found.episodes) == replies(["6"] * 2)
         lost.rounds.clear()
         with pytest.raises(
-            EnvironmentLostError, match=r"the last one, and rollout.ray.max_restarts=1 have been"
+            EnvironmentLostError, match=r"the last one, and rollout.ray.max_restarts=1 replacements"
         ):
             collect(specs(["6"] * 2), lost, environments, max_active=2)
 

@@ -1,4 +1,4 @@
-"""Ranks as Ray's actors do what torchrun's processes do; none is left when one fails or is interrupted."""
+"""Ranks in Ray actors do what torchrun's processes do; none is left after a failure or an interrupt."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import agentrl
 from agentrl.errors import AgentRLError, ConfigError
-from agentrl.learn.ranks import joined
+from agentrl.learn.ranks import process_group
 from agentrl.learn.settings import LearnerConfig
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
@@ -38,18 +38,18 @@ TINY = (
 
 
 def summed() -> tuple[int, float]:
-    with joined(torch.device("cpu")) as ranks:
+    with process_group(torch.device("cpu")) as ranks:
         print("rank", ranks.index, os.environ["LOCAL_RANK"])
-        return ranks.count, float(ranks.total(torch.tensor([ranks.index + 1.0])))
+        return ranks.count, float(ranks.all_reduce(torch.tensor([ranks.index + 1.0])))
 
 
 def failing(deed: str) -> None:
-    with joined(torch.device("cpu")) as ranks:
+    with process_group(torch.device("cpu")) as ranks:
         if ranks.index == 1:
             if deed == "die":
                 os._exit(3)
             raise {"refuse": ConfigError("it is wrong"), "break": ValueError("no such shelf")}[deed]
-        ranks.total(torch.ones(1))
+        ranks.all_reduce(torch.ones(1))
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_ranks_join_and_the_first_is_heard(ray_is_there: None, capsys: pytest.Ca
     [
         ("die", "rank 1 on .* was lost: .*; the run's folder keeps its last checkpoint: agentrl train --res"),
         ("refuse", "^it is wrong$"),
-        ("break", "no such shelf|Connection"),  # whoever is heard first
+        ("break", "no such shelf|Connection"),  # whichever error comes first
     ],
 )
 def test_one_that_fails_ends_all(ray_is_there: None, deed: str, message: str) -> None:
@@ -103,7 +103,7 @@ def test_two_ranks_train_what_one_process_trains(ray_is_there: None, tmp_path: P
     one, other = (load_file(run.model / "model.safetensors") for run in (alone, together))
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
     rows = [json.loads(line) for line in (together.folder / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["learner/grad_norm"] > 1e-3 for row in rows)
+    assert all(row["train/learner/grad_norm"] > 1e-3 for row in rows)
 
 
 def test_a_rank_imports_what_its_driver_has_before_it_is_given_work(tmp_path: Path) -> None:

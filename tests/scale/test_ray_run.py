@@ -1,4 +1,4 @@
-"""`agentrl train` on Ray from the outside: what is interrupted can be continued, and no process is left."""
+"""`agentrl train` on Ray from the outside: interrupted runs can be resumed, and no process is left."""
 
 import os
 import re
@@ -33,7 +33,7 @@ RANKS = ("learner.launcher=ray", "learner.processes=2", "learner.backend=fsdp", 
 
 
 class Run:
-    """A command that trains, in the midst of it."""
+    """A training command that is running."""
 
     def __init__(self, folder: Path, overrides: tuple[str, ...]) -> None:
         self.folder = folder / "tiny"
@@ -57,7 +57,7 @@ class Run:
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
     def ended(self) -> tuple[str, str]:
-        """What it printed, once it has ended and nothing of it is left."""
+        """Return its output, once it has ended and no process of it is left."""
         said = self.process.communicate(timeout=150)
         _, alive = psutil.wait_procs(self.family, timeout=120)
         assert [process.cmdline() for process in alive] == []

@@ -1,4 +1,4 @@
-"""What is wrong with `rollout.ray` is said before anything starts; none of it needs Ray."""
+"""Mistakes in `rollout.ray` are reported before anything starts; no test needs Ray."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ import agentrl
 from agentrl.config import to_yaml
 from agentrl.errors import ConfigError, MissingDependencyError
 from agentrl.rollout.environments import EnvironmentPool
-from agentrl.rollout.placement import settle
+from agentrl.rollout.placement import resolve_placement
 from agentrl.rollout.settings import RolloutConfig
 from agentrl.run.env_backend import open_environments
 from agentrl.run.settings import config_tree, load_config
@@ -49,7 +49,7 @@ def test_a_cluster_plays_in_processes_only(placement: str) -> None:
 def test_auto_is_a_process_on_a_cluster_and_heavy_ones_still_get_one_each(
     make: Any, each: int | None
 ) -> None:
-    config, note = settle(make, RolloutConfig(backend="ray"), "train")
+    config, note = resolve_placement(make, RolloutConfig(backend="ray"), "train")
     assert (config.backend, config.placement, config.workers.environments) == ("ray", "process", each)
     assert "placement process: a call takes" in str(note)
 

@@ -1,4 +1,4 @@
-"""The mask and the entropies that a logits processor computes in vLLM, without vLLM."""
+"""The mask and the entropies of the logits processor, tested without vLLM."""
 
 import math
 
@@ -105,7 +105,7 @@ def test_entropies_wait_for_the_one_who_asks_for_their_key() -> None:
 
 
 def test_choices_that_begin_one_another_are_refused() -> None:
-    with pytest.raises(ChoiceError, match="begins the choice"):
+    with pytest.raises(ChoiceError, match="is a prefix of the choice"):
         own("a", ((1, 2), (1, 2, 3)))
 
 

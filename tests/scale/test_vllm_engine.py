@@ -46,7 +46,7 @@ def engine() -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def _forget(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests name their sequences alike."""
+    """Release the sequences after each test, since tests use the same names."""
     yield
     if "engine" in request.fixturenames:
         opened = request.getfixturevalue("engine")

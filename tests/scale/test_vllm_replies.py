@@ -1,4 +1,4 @@
-"""Replies put together from the tokens that vLLM samples, without vLLM."""
+"""Replies assembled from the tokens that vLLM samples, tested without vLLM."""
 
 import json
 from dataclasses import replace
@@ -241,7 +241,7 @@ def test_a_menu_of_one_is_done_when_the_thoughts_are() -> None:
 
 
 def test_what_vllm_samples_by_these_arguments_makes_whole_replies() -> None:
-    """A stand-in for vLLM: it masks by `Decisions`, draws, and stops as it is told."""
+    """Stand-in for vLLM that masks with `Decisions`, samples, and stops at the given ids."""
     generator = torch.Generator().manual_seed(0)
     forms, ended = set(), 0
     for number in range(200):

@@ -44,7 +44,7 @@ def test_two_steps_of_the_quickstart_learn_from_what_vllm_drew(tmp_path: Path, c
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if row["stage"] == "train"]
     assert [row["step"] for row in trained] == [1, 2]
-    drifts = [row["learner/drift_max"] for row in trained]
+    drifts = [row["train/algorithm/mismatch/max"] for row in trained]
     print(f"largest drift between vLLM and the learner, per step: {drifts}")
     assert max(drifts) < 1e-3
     for step in (1, 2):

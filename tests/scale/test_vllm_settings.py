@@ -1,4 +1,4 @@
-"""What is refused before vLLM is started or a server is asked for anything."""
+"""Settings that are refused before vLLM starts or a server is contacted."""
 
 import importlib.util
 import socket
@@ -17,7 +17,7 @@ from agentrl.policy.settings import EngineConfig, VllmConfig
 from agentrl.run.settings import load_config
 from agentrl.scale.engines import check_engine
 from agentrl.scale.vllm_server import VllmServerEngine
-from agentrl.training.trainer import train
+from agentrl.training.launch import train
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def absent(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Modules that cannot be found."""
+    """Return a set; modules whose names are added to it cannot be found."""
     names: set[str] = set()
     find = importlib.util.find_spec
 
@@ -141,7 +141,7 @@ class _Someone(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def someone() -> Iterator[int]:
-    """The port of a server of something else."""
+    """Serve something other than vLLM; return the port."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Someone) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

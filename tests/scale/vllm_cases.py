@@ -42,7 +42,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def policy(
     seed: int = 0, *, dtype: str = "float32", hidden_size: int = 64, initial_std: float = 0.15
 ) -> PreTrainedModel:
-    """Two layers of two heads that are sure enough of their tokens for a mistake to show."""
+    """Build two layers of two heads, confident enough in their tokens for a mistake to show."""
     config = PolicyConfig(
         device=DEVICE,
         max_context=CONTEXT,
@@ -82,7 +82,7 @@ def finish(engine: Engine, *requests: GenerationRequest) -> dict[str, Generation
 
 
 def collected(engine: Engine, count: int) -> dict[str, Generation]:
-    """The next replies that finish."""
+    """Return the next replies that finish."""
     done: dict[str, Generation] = {}
     for _ in range(3000):
         done.update((generation.sequence, generation) for generation in engine.step())
@@ -149,7 +149,7 @@ def furthest(
 
 
 def thoughtful(engine: Engine, model: PreTrainedModel, context: int = CONTEXT) -> None:
-    """Replies think as long as they like, then choose, with the numbers of a plain forward."""
+    """Check replies that reason freely and then choose against a plain forward pass."""
     asked = [each for each in several("t", MENU, 1.0, THINKING) if len(each.prompt_ids) < context - 60]
     replies = finish(engine, *asked)
     assert max(furthest(model, asked, replies)) < 1e-3
@@ -167,7 +167,7 @@ def thoughtful(engine: Engine, model: PreTrainedModel, context: int = CONTEXT) -
         lengths.add(free)
     assert len(lengths) > 3
     assert len(forms) > 1
-    # The next turn goes on behind thoughts and choice.
+    # The next turn follows the reasoning and the choice.
     first = asked[2]
     second = request(first.sequence, (9, 8), new_sequence=False, seed=9, choices=MENU, thinking=THINKING)
     before = [*first.prompt_ids, *replies[first.sequence].token_ids, 9, 8]

@@ -28,7 +28,7 @@ from agentrl.run.logger import read_metrics
 from agentrl.run.settings import RunConfig, config_tree
 from agentrl.run.signals import RunInterrupted
 from agentrl.study import study
-from agentrl.study.comparison import compare, interquartile_mean, thin
+from agentrl.study.comparison import compare, downsample, interquartile_mean
 from agentrl.study.study import StudyRun, load_study, plan, run_study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,8 +131,8 @@ def test_the_results_count_what_each_run_did(unbroken: tuple[Path, dict[str, Any
     for run in results["methods"]["grpo"]["runs"].values():
         assert run["episodes"] == 4 * 4 * 4
         assert run["replay_updates"] == 0
-        assert run["curves"]["success"]["step"] == [1, 2, 3, 4]
-        assert len(run["curves"]["entropy/trajectory"]["value"]) == 4
+        assert run["curves"]["train/rollout/success_rate"]["step"] == [1, 2, 3, 4]
+        assert len(run["curves"]["train/rollout/entropy/trajectory"]["value"]) == 4
         assert run["cpu_seconds"] > 0
     assert "runs differ in episodes: grpo 64, still 0" in results["warnings"]
     still = results["methods"]["still"]["sampled"]
@@ -272,7 +272,7 @@ def test_a_folder_belongs_to_one_study_at_a_time(
     unbroken: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = unbroken
-    with study._alone_in(folder / "study"), pytest.raises(ConfigError, match="is at work in it"):
+    with study._exclusive(folder / "study"), pytest.raises(ConfigError, match="is at work in it"):
         run_study(load_study(folder / "tiny.yaml"), folder / "study")
 
 
@@ -381,10 +381,10 @@ def test_what_is_not_known_is_in_no_mean() -> None:
     assert interquartile_mean(np.array([[nothing, nothing]])) is None
 
 
-def test_a_thinned_curve_has_means_over_as_many_steps() -> None:
+def test_a_downsampled_curve_has_means_over_as_many_steps() -> None:
     rows = [{"step": step, "success": step / 4} for step in (1, 2, 3, 4, 5)] + [{"step": 6}]
-    assert thin(rows, "success", points=3) == {"step": [1.5, 3.5, 5], "value": [0.375, 0.875, 1.25]}
-    assert thin(rows, "entropy", points=3) == {"step": [], "value": []}
+    assert downsample(rows, "success", points=3) == {"step": [1.5, 3.5, 5], "value": [0.375, 0.875, 1.25]}
+    assert downsample(rows, "entropy", points=3) == {"step": [], "value": []}
 
 
 def made_up(folder: Path, plays: str, *, panel: str = "p", steps: Sequence[Mapping[str, Any]] = ()) -> Path:
@@ -439,10 +439,28 @@ def test_plays_that_all_end_alike_have_wilsons_interval_over_the_tasks(tmp_path:
 
 def test_updates_on_replayed_episodes_are_counted_apart(tmp_path: Path) -> None:
     steps = [
-        {"episodes": 64.0, "aborted": 0.25, "learner/updates": 1.0, "learner/skipped_updates": 0.0},
-        {"episodes": 64.0, "aborted": 0.0},  # nothing was kept, nothing learned
-        {"episodes": 64.0, "aborted": 0.0, "learner/updates": 4.0, "learner/skipped_updates": 0.0},
-        {"episodes": 64.0, "aborted": 0.0, "learner/updates": 0.0, "learner/skipped_updates": 1.0},
+        {
+            "train/rollout/episodes": 64.0,
+            "train/rollout/aborted_rate": 0.25,
+            "train/learner/updates": 1.0,
+            "train/learner/skipped_updates": 0.0,
+        },
+        {
+            "train/rollout/episodes": 64.0,
+            "train/rollout/aborted_rate": 0.0,
+        },  # nothing was kept, nothing learned
+        {
+            "train/rollout/episodes": 64.0,
+            "train/rollout/aborted_rate": 0.0,
+            "train/learner/updates": 4.0,
+            "train/learner/skipped_updates": 0.0,
+        },
+        {
+            "train/rollout/episodes": 64.0,
+            "train/rollout/aborted_rate": 0.0,
+            "train/learner/updates": 0.0,
+            "train/learner/skipped_updates": 1.0,
+        },
     ]
     folders = {0: {"a": made_up(tmp_path / "a", "10", steps=steps), "b": made_up(tmp_path / "b", "10")}}
     results = compare(folders, ["a", "b"], "a", "clone")

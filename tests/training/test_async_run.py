@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import agentrl
 from agentrl.data.storage import read_episodes
 from agentrl.errors import TooManyAbortedError
-from agentrl.run.logger import Logbook
+from agentrl.run.logger import RunLogger
 from agentrl.run.signals import RunInterrupted
 
 TINY = (
@@ -59,10 +59,12 @@ def test_with_staleness_0_a_run_is_the_one_that_takes_turns(tmp_path: Path) -> N
     weights = [(run.folder / "model/model.safetensors").read_bytes() for run in (turns, beside)]
     assert weights[0] == weights[1]
     assert rows(turns) == [
-        {name: value for name, value in row.items() if not name.startswith("staleness/")}
+        {name: value for name, value in row.items() if not name.startswith("train/rollout/staleness/")}
         for row in rows(beside)
     ]
-    assert [(row["staleness/mean"], row["staleness/max"]) for row in rows(beside)] == [(0, 0)] * 5
+    assert [
+        (row["train/rollout/staleness/mean"], row["train/rollout/staleness/max"]) for row in rows(beside)
+    ] == [(0, 0)] * 5
     measured = [json.loads((run.folder / "evaluations.json").read_text()) for run in (turns, beside)]
     assert measured[0] == measured[1]
 
@@ -71,10 +73,14 @@ def test_stale_tokens_are_known_bounded_and_weighted(tmp_path: Path) -> None:
     run = agentrl.train(config(tmp_path, "trainer.mode=async", "learner.learning_rate=0.01"), quiet=True)
     found = rows(run)
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5]
-    assert max(row["staleness/max"] for row in found) == 1
-    assert all(row["learner/drift_max"] < 1e-4 for row in found if row["staleness/max"] == 0)
-    assert any(row["learner/drift_max"] > 1e-3 for row in found if row["staleness/max"] == 1)
-    assert all("learner/drift_capped" in row for row in found)
+    assert max(row["train/rollout/staleness/max"] for row in found) == 1
+    assert all(
+        row["train/algorithm/mismatch/max"] < 1e-4 for row in found if row["train/rollout/staleness/max"] == 0
+    )
+    assert any(
+        row["train/algorithm/mismatch/max"] > 1e-3 for row in found if row["train/rollout/staleness/max"] == 1
+    )
+    assert all("train/algorithm/mismatch/capped" in row for row in found)
     for row in found:
         episodes = read_episodes(run.folder / "episodes" / f"train-{row['step']:06d}.parquet")
         drawn = {turn.policy_version for episode in episodes for turn in episode.turns}
@@ -86,15 +92,15 @@ def test_stale_tokens_are_known_bounded_and_weighted(tmp_path: Path) -> None:
 def test_an_interrupt_leaves_a_run_that_can_be_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Logbook.write
+    write = RunLogger.write
 
-    def interrupting(self: Logbook, row: dict[str, Any], **kwargs: Any) -> None:
+    def interrupting(self: RunLogger, row: dict[str, Any], **kwargs: Any) -> None:
         write(self, row, **kwargs)
         if (row["stage"], row["step"]) == ("train", 3):
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Logbook, "write", interrupting)
+        patched.setattr(RunLogger, "write", interrupting)
         with pytest.raises(RunInterrupted, match="stopped after train step 3"):
             agentrl.train(config(tmp_path, "trainer.mode=async"), quiet=True)
     assert not [thread for thread in threading.enumerate() if thread.name == "rollout"]

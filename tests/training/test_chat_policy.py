@@ -127,7 +127,7 @@ def test_a_constrained_policy_learns_from_thoughts_and_commands(
     chosen = [sum(ids is not None and len(ids) > 1 for ids in turn.allowed or ()) for turn in turns]
     assert sum(chosen) > len(turns) / 2
     steps = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    gaps = [step["learner/logprob_gap_max"] for step in steps if step.get("stage") == "train"]
+    gaps = [step["train/algorithm/mismatch/max"] for step in steps if step.get("stage") == "train"]
     assert len(gaps) == 2
     assert max(gaps) < 2e-5
     assert "think" not in capsys.readouterr().out.replace("thinking-run", "")
@@ -211,9 +211,9 @@ def test_a_run_whose_prompts_read_otherwise_today_says_so_and_goes_on(
     assert shown.count("warning: the prompts of") == 1
     assert "'Today: 03 May 2031'" in shown
     assert "'Today: 04 May 2031'" in shown
-    with pytest.warns(RuntimeWarning, match="had 'Today: 03 May 2031', and has 'Today: 04 May 2031' now"):
+    with pytest.warns(RuntimeWarning, match="had 'Today: 03 May 2031' and now has 'Today: 04 May 2031'"):
         agentrl.resume(dated.folder, quiet=True)
-    with pytest.warns(RuntimeWarning, match="had 'Today: 03 May 2031', and has 'Today: 04 May 2031' now"):
+    with pytest.warns(RuntimeWarning, match="had 'Today: 03 May 2031' and now has 'Today: 04 May 2031'"):
         agentrl.evaluate(dated, temperature=0.0)
     assert (dated.folder / "manifest.json").read_text() == before
 

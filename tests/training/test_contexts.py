@@ -17,7 +17,7 @@ from agentrl.errors import ConfigError, RequirementError
 from agentrl.learn.learner import Learner
 from agentrl.planning.plan import plan
 from agentrl.policy.model import load_policy
-from agentrl.run.logger import Logbook
+from agentrl.run.logger import RunLogger
 from agentrl.run.policies import open_player
 
 SHORT = 190
@@ -88,7 +88,7 @@ def ran(
         return update(self, batch, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Logbook, "say", lambda self, text: said.append(text))
+        patch.setattr(RunLogger, "say", lambda self, text: said.append(text))
         patch.setattr(Learner, "update", remembered)
         run = agentrl.train(config(folder, model), quiet=True)
     return run, said, batches
@@ -111,7 +111,7 @@ def test_no_sequence_is_longer_than_the_model_can_hold(ran: tuple[agentrl.Run, l
     run, _, batches = ran
     assert len(batches) == 2 + 2
     assert 0 < max(int(batch.lengths.max()) for batch in batches) <= SHORT
-    assert sum(row.get("learner/updates", 0) for row in rows(run)) == 4
+    assert sum(row.get("train/learner/updates", 0) for row in rows(run)) == 4
 
 
 def test_demonstrations_that_could_not_be_played_are_counted_and_left_out(
@@ -134,8 +134,10 @@ def test_how_episodes_ended_is_logged_by_share(ran: tuple[agentrl.Run, list[str]
         episodes = read_episodes(run.folder / "episodes" / f"train-{row['step']:06d}.parquet")
         assert len(episodes) == 8
         for reason in StopReason:
-            assert row[f"stop/{reason.value}"] == sum(each.stop is reason for each in episodes) / 8
-    assert any(row["stop/context_limit"] for row in trained)
+            assert (
+                row[f"train/rollout/stop/{reason.value}"] == sum(each.stop is reason for each in episodes) / 8
+            )
+    assert any(row["train/rollout/stop/context_limit"] for row in trained)
     scores = json.loads((run.folder / "summary.json").read_text())["policies"]["trained"]
     assert all(sum(score["stop_reasons"].values()) == 6 for score in scores.values())
 
@@ -154,11 +156,11 @@ def test_full_contexts_are_warned_of_once_with_the_keys(
 def test_a_run_within_its_context_says_nothing_of_it(examples: dict[str, ModuleType], tmp_path: Path) -> None:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Logbook, "say", lambda self, text: said.append(text))
+        patch.setattr(RunLogger, "say", lambda self, text: said.append(text))
         model = folder_of(tmp_path / "model", LlamaConfig, **WIDTHS)
         run = agentrl.train(config(tmp_path, model, "trainer.steps=1", "evaluation.tasks=2"), quiet=True)
     assert not [line for line in said if "max_context" in line]
-    assert rows(run)[-1]["stop/context_limit"] == 0.0
+    assert rows(run)[-1]["train/rollout/stop/context_limit"] == 0.0
 
 
 def test_too_few_demonstrations_that_fit_are_refused_with_their_number(
@@ -195,7 +197,7 @@ def test_more_than_the_rotary_switch_is_refused_before_a_folder_is_made(
     assert f"policy.max_context is 2048, wanted at most {SHORT}" in missing
 
     fitting = config(tmp_path, model, f"policy.max_context={SHORT}", "trainer.steps=1", "evaluation.tasks=2")
-    assert rows(agentrl.train(fitting, quiet=True))[-1]["learner/updates"] == 1
+    assert rows(agentrl.train(fitting, quiet=True))[-1]["train/learner/updates"] == 1
 
 
 def test_a_folder_that_nobody_configured_is_played_within_what_it_can(

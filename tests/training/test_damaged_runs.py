@@ -62,7 +62,7 @@ HARMLESS = {
     # Each key of it may be absent, as in runs of earlier versions.
     ("*", "manifest.json", "{}"),
     ("*", "manifest.json", "a key less"),
-    # The clocks start anew.
+    # The timers restart.
     ("resume", "clocks.json", "missing"),
     ("resume", "clocks.json", "{}"),
     ("resume", "clocks.json", "a key less"),

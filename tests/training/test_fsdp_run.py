@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 import agentrl
 from agentrl.errors import ConfigError
 from agentrl.learn.ranks import Ranks
-from agentrl.run.signals import Interruption
-from agentrl.training.trainer import Trainer
+from agentrl.training.setup import open_session
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -73,7 +72,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def assert_same_run(one: Path, other: Path) -> None:
     """Episodes and evaluations are equal, numbers and weights to rounding."""
     assert len(rows(one)) == len(rows(other)) == 8
-    assert all(row["learner/grad_norm"] > 1e-3 for row in rows(one))
+    assert all(row["train/learner/grad_norm"] > 1e-3 for row in rows(one))
     for row, same in zip(rows(one), rows(other), strict=True):
         assert row.pop("stage") == same.pop("stage")
         assert row == pytest.approx(same, rel=1e-3, abs=1e-4)
@@ -165,5 +164,5 @@ def test_what_two_processes_cannot_share_is_refused_first(
 ) -> None:
     config = agentrl.load_config(None, *TINY, *SHARDED, f"run.folder={tmp_path}", override)
     with pytest.raises(ConfigError, match=message):
-        Trainer(config, None, Interruption(), ranks=Ranks(0, 2))
+        open_session(config, ranks=Ranks(0, 2))
     assert list(tmp_path.iterdir()) == []

@@ -97,7 +97,7 @@ def test_a_stop_that_python_swallows_is_heeded_at_the_next_safe_point(place: Cal
     def work(interruption: Interruption) -> None:
         place()
         reached.append("swallowed")
-        interruption.heed()
+        interruption.check_stop()
         reached.append("lost")
 
     with pytest.raises(KeyboardInterrupt):
@@ -120,7 +120,7 @@ def test_a_second_signal_does_not_disturb_what_the_first_has_raised() -> None:
         except KeyboardInterrupt:
             send(signal.SIGINT)  # as a terminal and a scheduler both do
             with interruption.shield():
-                saved.append(interruption.asked())
+                saved.append(interruption.pop_request())
 
     listened(work)
     assert saved == [True]

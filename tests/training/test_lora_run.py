@@ -20,7 +20,9 @@ def trained(folder: Path, *more: str) -> dict[str, object]:
 
 def test_a_target_that_the_policy_lacks_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    with pytest.raises(ConfigError, match="targets is qproj, wanted some of the policy's linear maps: down_"):
+    with pytest.raises(
+        ConfigError, match="targets is qproj, wanted some of the policy's linear layers: down_"
+    ):
         trained(tmp_path, "learner.lora.targets=[qproj]")
     assert not list(tmp_path.iterdir())
 

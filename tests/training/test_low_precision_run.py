@@ -25,7 +25,7 @@ from agentrl.policy.precision import non_finite
 from agentrl.policy.tokens import fit_tokenizer
 from agentrl.run.checkpoint import latest_finite
 from agentrl.run.signals import RunInterrupted
-from agentrl.training.trainer import Trainer
+from agentrl.training.state import TrainingState
 
 ALL_TEACH = "algorithm.drop_equal_groups=false"
 QUICK = (*TINY, "evaluation.baselines=[]", "evaluation.tasks=2", "trainer.checkpoint_every=2")
@@ -94,7 +94,7 @@ def test_an_update_moves_as_many_weights_beside_an_engine_that_rounds_them(
         after = weights(run.model)
         assert {value.dtype for value in after.values()} == {torch.float32}
         shares[dtype] = moved(before, after)
-        assert rows(run.folder)[0]["learner/updates"] == 1
+        assert rows(run.folder)[0]["train/learner/updates"] == 1
     assert shares["float32"] > 0.9
     assert shares["bfloat16"] >= 0.95 * shares["float32"]
     assert shares["float16"] >= 0.95 * shares["float32"]
@@ -104,21 +104,22 @@ def test_the_engine_generates_with_the_weights_of_now_rounded(
     examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    serve = Trainer._serve
+    refresh_engine = TrainingState.refresh_engine
 
-    def watching(self: Trainer) -> None:
-        serve(self)
-        assert self.policy.served is not self.policy.model
+    def watching(self: TrainingState) -> None:
+        refresh_engine(self)
+        served = self._session.policy.served
+        assert served is not self.learner.policy
         learned = dict(self.learner.policy.named_parameters())
-        for name, value in self.policy.served.named_parameters():
+        for name, value in served.named_parameters():
             assert value.dtype == torch.bfloat16
             assert torch.equal(learned[name].detach().bfloat16(), value.detach())
         seen.append(self.learner.config.compute_dtype == "bfloat16")
 
-    monkeypatch.setattr(Trainer, "_serve", watching)
+    monkeypatch.setattr(TrainingState, "refresh_engine", watching)
     run = trained(tmp_path, "policy.dtype=bfloat16")
     assert seen == [True] * 7  # at first, cloned, with the next learner, and after each of four steps
-    gaps = [row["learner/logprob_gap_max"] for row in rows(run.folder)[4:]]
+    gaps = [row["train/algorithm/mismatch/max"] for row in rows(run.folder)[4:]]
     assert 1e-5 < max(gaps) < 0.2
 
 
@@ -231,15 +232,13 @@ def test_a_checkpoint_that_is_not_finite_is_no_place_to_go_on_from(
     name = poison(newest, where)
     with pytest.raises(CheckpointError, match=rf"train-000004: nan or inf is in {name}; the newest"):
         agentrl.resume(run, quiet=True)
-    with pytest.raises(
-        CheckpointError, match=r"that is finite is train-000003\. Remove those that came after"
-    ):
+    with pytest.raises(CheckpointError, match=r"newest finite checkpoint is train-000003\. Remove the newer"):
         agentrl.resume(run, quiet=True)
     poison(older, where)
     others = [path for path in (run / "checkpoints").iterdir() if path not in (newest, older)]
     for path in others:
         shutil.rmtree(path)
-    with pytest.raises(CheckpointError, match="no checkpoint there is finite: start anew"):
+    with pytest.raises(CheckpointError, match="no checkpoint there is finite: start a new run"):
         agentrl.resume(run, quiet=True)
     shutil.rmtree(newest)
     for path in (older, *others):
@@ -336,7 +335,7 @@ def test_no_way_of_saving_keeps_what_nobody_noticed(
     with monkeypatch.context() as patch:
         spoil_at("train", 4, patch, told=True)
         with pytest.raises(
-            NonFiniteError, match=r"train-000004: not written, for nan or inf is in model\.norm"
+            NonFiniteError, match=r"train-000004: not written, because nan or inf is in model\.norm"
         ):
             trained(tmp_path / "saved", ALL_TEACH)
     with monkeypatch.context() as patch:
@@ -359,7 +358,7 @@ def test_a_model_folder_that_is_not_finite_is_not_written(llama: Path, tmp_path:
     save_policy(model, tokenizer, tmp_path / "model")
     with torch.no_grad():
         dict(model.named_parameters())["model.norm.weight"][0] = math.nan
-    with pytest.raises(NonFiniteError, match=r"model: not saved, for nan or inf is in model.norm.weight"):
+    with pytest.raises(NonFiniteError, match=r"model: not saved, since model.norm.weight holds nan or inf"):
         save_policy(model, tokenizer, tmp_path / "model")
     assert weights(tmp_path / "model").keys() == weights(llama).keys()
     assert moved(weights(tmp_path / "model"), weights(llama)) == 0.0
@@ -394,7 +393,7 @@ def test_updates_that_are_rounded_away_are_told_once(
     told = " ".join(capsys.readouterr().out.split())
     assert told.count("of the weights that had a gradient") == lines
     assert told.count("raise learner.learning_rate and .matrix_learning_rate") == lines
-    shares = [row["learner/weights_moved"] for row in rows(run.folder)]
+    shares = [row["train/learner/weights_moved"] for row in rows(run.folder)]
     assert len(shares) == 8
     assert all((share < 0.2) == bool(lines) for share in shares[4:])
     assert min(shares[:4]) > 0.9

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 import agentrl
-from agentrl.run.logger import Logbook
+from agentrl.run.logger import RunLogger
 
 SMALL = (
     "rollout.placement=inline",
@@ -29,31 +29,38 @@ Row = Mapping[str, Any]
 
 
 def moved(name: str) -> Callable[[Row], bool]:
-    """Whether a number was logged and is not 0."""
-    return lambda row: bool(row.get(f"learner/{name}", row.get(name)))
+    """Whether a metric, `room/name`, was logged and is not 0."""
+    return lambda row: bool(row.get(f"train/{name}"))
 
 
 # name -> settings, and what must have been seen in some step for the method to have been at work
 METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = {
-    "grpo": (("algorithm.kl_coefficient=0.01",), (moved("term/kl"), moved("approx_kl"))),
-    "dr_grpo": ((), (moved("loss_policy"),)),
-    "rloo": ((), (moved("loss_policy"),)),
-    "reinforce_pp": ((), (moved("loss_policy"),)),
-    "ppo": ((), (moved("term/value"), moved("value_mean"))),
-    "dapo": (("algorithm.max_rounds=2",), (lambda row: row["rounds"] == 2,)),
-    "gigpo": ((), (moved("advantage_step"), moved("states_shared"))),
-    "gspo": ((), (moved("clip_share"),)),
+    "grpo": (("algorithm.kl_coefficient=0.01",), (moved("learner/term/kl"), moved("learner/kl"))),
+    "dr_grpo": ((), (moved("learner/policy_loss"),)),
+    "rloo": ((), (moved("learner/policy_loss"),)),
+    "reinforce_pp": ((), (moved("learner/policy_loss"),)),
+    "ppo": ((), (moved("learner/term/value"), moved("algorithm/value_mean"))),
+    "dapo": (("algorithm.max_rounds=2",), (lambda row: row["train/rollout/rounds"] == 2,)),
+    "gigpo": ((), (moved("algorithm/advantage_step"), moved("algorithm/states_shared"))),
+    "gspo": ((), (moved("learner/clip_ratio"),)),
     "epo": (
         ("algorithm.min_history=1", "algorithm.low=0.99", "algorithm.high=1.01"),
-        (moved("term/epo_entropy"), moved("term/epo_smoothing"), moved("corridor/share_above")),
+        (
+            moved("learner/term/epo_entropy"),
+            moved("learner/term/epo_smoothing"),
+            moved("algorithm/entropy_band/share_above"),
+        ),
     ),
-    "empg": ((), (moved("empg/bonus_share"),)),
-    "aepo": ((), (moved("branches/restored"), moved("entropy_score_max"))),
+    "empg": ((), (moved("algorithm/empg/bonus_share"),)),
+    "aepo": ((), (moved("rollout/branches/restored"), moved("algorithm/entropy_score_max"))),
     "spear": (
         ("algorithm.buffer_size=1", "algorithm.warmup=0", "algorithm.tolerate_steps=9"),
-        (moved("replay/size"), moved("replay/loss")),
+        (moved("algorithm/replay/size"), moved("algorithm/replay/loss")),
     ),
-    "fr3e": (("algorithm.continuations=2",), (moved("branches/restored"), moved("states_kept"))),
+    "fr3e": (
+        ("algorithm.continuations=2",),
+        (moved("rollout/branches/restored"), moved("algorithm/states_kept")),
+    ),
 }
 
 
@@ -108,8 +115,8 @@ def test_a_method_learns_by_its_own_signal_and_every_weight_stays_finite(
     assert [row["step"] for row in logged] == [1, 2]
     for sign in METHODS[name][1]:
         assert any(sign(row) for row in logged), logged
-    assert sum(row.get("learner/updates", 0) for row in logged) >= 1
-    assert sum(row.get("learner/skipped_updates", 0) for row in logged) == 0
+    assert sum(row.get("train/learner/updates", 0) for row in logged) >= 1
+    assert sum(row.get("train/learner/skipped_updates", 0) for row in logged) == 0
     assert all(math.isfinite(value) for row in logged for key, value in row.items() if key != "stage")
     before = load_file(clone / "model.safetensors")
     after = load_file(run.model / "model.safetensors")
@@ -117,9 +124,9 @@ def test_a_method_learns_by_its_own_signal_and_every_weight_stays_finite(
     assert all(not bool((after[key] == before[key]).all()) for key in before)
     for row in logged:
         for level in ("token", "turn", "trajectory"):
-            assert row[f"entropy/{level}"] > 0
+            assert row[f"train/rollout/entropy/{level}"] > 0
     budget = {"fr3e": 1 + 3 * 2}.get(name, 8)
-    assert all(row["episodes"] == row["rounds"] * 4 * budget for row in logged)
+    assert all(row["train/rollout/episodes"] == row["train/rollout/rounds"] * 4 * budget for row in logged)
 
 
 @pytest.mark.parametrize(
@@ -135,15 +142,15 @@ def test_a_run_that_stopped_in_the_middle_of_what_a_method_remembers_goes_on_bit
 ) -> None:
     """SPEAR's buffer is filled in step 1 and sampled later; EPO's band is that of the steps before."""
     whole = agentrl.train(config(clone, tmp_path / "whole", name, steps=step + 1), quiet=True)
-    write = Logbook.write
+    write = RunLogger.write
 
-    def interrupting(self: Logbook, row: dict[str, Any], **kwargs: Any) -> None:
+    def interrupting(self: RunLogger, row: dict[str, Any], **kwargs: Any) -> None:
         write(self, row, **kwargs)
         if row["step"] == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Logbook, "write", interrupting)
+        patch.setattr(RunLogger, "write", interrupting)
         with pytest.raises(KeyboardInterrupt):
             agentrl.train(config(clone, tmp_path / "parts", name, steps=step + 1), quiet=True)
     assert len(rows(tmp_path / "parts" / "run")) == step
@@ -152,6 +159,6 @@ def test_a_run_that_stopped_in_the_middle_of_what_a_method_remembers_goes_on_bit
     one, other = (run.model / "model.safetensors" for run in (whole, resumed))
     assert one.read_bytes() == other.read_bytes()
     if name == "spear":
-        recalled = [row["step"] for row in rows(whole.folder) if row.get("learner/replay/recalled")]
+        recalled = [row["step"] for row in rows(whole.folder) if row.get("train/algorithm/replay/recalled")]
         assert recalled
         assert max(recalled) > step

@@ -22,11 +22,15 @@ def test_entropy_is_told_at_three_levels_and_for_every_task_type() -> None:
             episode("look", (9.0,), stop=StopReason.ENV_ERROR),  # says nothing about the policy
         ]
     )
-    assert told["entropy/token"] == pytest.approx(3.8 / 6)
-    assert told["entropy/turn"] == pytest.approx(0.6)
-    assert told["entropy/trajectory"] == pytest.approx(0.55)
-    assert told["entropy/token/find"] == pytest.approx(3.4 / 5)
-    assert told["entropy/turn/find"] == pytest.approx(0.7)
-    assert told["entropy/trajectory/find"] == pytest.approx(0.7)
-    assert told["entropy/token/look"] == pytest.approx(0.4)
-    assert (told["decisions"], told["reply_tokens"], told["aborted"]) == (6, 6, pytest.approx(1 / 3))
+    assert told["rollout/entropy/token"] == pytest.approx(3.8 / 6)
+    assert told["rollout/entropy/turn"] == pytest.approx(0.6)
+    assert told["rollout/entropy/trajectory"] == pytest.approx(0.55)
+    assert told["rollout/entropy/token/find"] == pytest.approx(3.4 / 5)
+    assert told["rollout/entropy/turn/find"] == pytest.approx(0.7)
+    assert told["rollout/entropy/trajectory/find"] == pytest.approx(0.7)
+    assert told["rollout/entropy/token/look"] == pytest.approx(0.4)
+    assert (told["rollout/action_tokens"], told["rollout/reply_tokens"], told["rollout/aborted_rate"]) == (
+        6,
+        6,
+        pytest.approx(1 / 3),
+    )

@@ -11,8 +11,8 @@ import pytest
 from agentrl.algorithms.hooks import Context
 from agentrl.data import Group
 from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
-from agentrl.training.prefetch import SharedEngine, SideBySide, TakingTurns
-from agentrl.training.rollouts import Played
+from agentrl.training.prefetch import AsyncRollouts, SharedEngine, SyncRollouts
+from agentrl.training.rollouts import RolloutResult
 
 STEPS = 8
 
@@ -59,11 +59,11 @@ class Steps:
         self.versions: list[int] = []
         self.may_end = threading.Semaphore(0)
 
-    def __call__(self, cursor: int, context: Context) -> Played:
+    def __call__(self, cursor: int, context: Context) -> RolloutResult:
         self.begun.append((context.step, cursor))
         self.versions.append(self.version)
         assert self.may_end.acquire(timeout=10)
-        return Played(groups=[Group(f"task {cursor + k}", ()) for k in range(2)], rounds=1)
+        return RolloutResult(groups=[Group(f"task {cursor + k}", ()) for k in range(2)], rounds=1)
 
 
 @pytest.fixture
@@ -86,12 +86,12 @@ def begun(play: Steps, count: int) -> bool:
 @pytest.mark.parametrize("most", [0, 1, 2])
 def test_a_step_is_begun_at_most_so_many_updates_before_it_is_learned_from(most: int, play: Steps) -> None:
     play.may_end.release(100)
-    steps = SideBySide(play, 6, SharedEngine(Passes()), context(0), most)
+    steps = AsyncRollouts(play, 6, SharedEngine(Passes()), context(0), most)
     try:
         assert begun(play, most + 1)
         for step in range(STEPS):
             found = steps.next(context(step))
-            assert [group.task for group in found.played.groups] == [
+            assert [group.task for group in found.result.groups] == [
                 f"task {6 + 2 * step + k}" for k in (0, 1)
             ]
             assert found.context.step == step
@@ -106,20 +106,20 @@ def test_a_step_is_begun_at_most_so_many_updates_before_it_is_learned_from(most:
 
 def test_taking_turns_draws_the_same_tasks(play: Steps) -> None:
     play.may_end.release(100)
-    steps = TakingTurns(play, 6)
+    steps = SyncRollouts(play, 6)
     for step in range(3):
         steps.next(context(step))
     assert play.begun == [(0, 6), (1, 8), (2, 10)]
 
 
 def test_what_playing_raises_reaches_who_waits_after_what_was_played(play: Steps) -> None:
-    def fails(cursor: int, context: Context) -> Played:
+    def fails(cursor: int, context: Context) -> RolloutResult:
         if context.step == 1:
             raise RuntimeError("no more tasks")
         return play(cursor, context)
 
     play.may_end.release(100)
-    steps = SideBySide(fails, 0, SharedEngine(Passes()), context(0), 3)
+    steps = AsyncRollouts(fails, 0, SharedEngine(Passes()), context(0), 3)
     try:
         assert steps.next(context(0)).context.step == 0
         with pytest.raises(RuntimeError, match="no more tasks"):
@@ -129,7 +129,7 @@ def test_what_playing_raises_reaches_who_waits_after_what_was_played(play: Steps
 
 
 def test_a_pause_waits_for_the_step_that_is_played_and_no_further_one_begins(play: Steps) -> None:
-    steps = SideBySide(play, 0, SharedEngine(Passes()), context(0), 5)
+    steps = AsyncRollouts(play, 0, SharedEngine(Passes()), context(0), 5)
     try:
         assert begun(play, 1)
         threading.Timer(0.1, play.may_end.release).start()
@@ -153,10 +153,10 @@ def test_ranks_pause_after_the_same_step_whoever_is_ahead() -> None:
         meeting.wait(10)
         return max(told)
 
-    def plays(rank: int, cursor: int, context: Context) -> Played:
+    def plays(rank: int, cursor: int, context: Context) -> RolloutResult:
         begun[rank].append(context.step)
         together.wait(10)  # what one has begun ends when the other has begun it as well
-        return Played(groups=[Group("task", ())], rounds=1)
+        return RolloutResult(groups=[Group("task", ())], rounds=1)
 
     def pause(rank: int) -> None:
         with ranks[rank].paused():
@@ -165,7 +165,7 @@ def test_ranks_pause_after_the_same_step_whoever_is_ahead() -> None:
 
     late = context(0)
     ranks = [
-        SideBySide(partial(plays, rank), 0, SharedEngine(Passes()), late, 0, furthest) for rank in range(2)
+        AsyncRollouts(partial(plays, rank), 0, SharedEngine(Passes()), late, 0, furthest) for rank in range(2)
     ]
     for rank in ranks:
         assert rank.next(late).context.step == 0
@@ -200,7 +200,7 @@ def test_ranks_begin_a_step_together_or_not_at_all(play: Steps) -> None:
 
     play.may_end.release(100)
     ranks = [
-        SideBySide(play, 0, SharedEngine(Passes()), context(0), 0, agree=partial(agrees, rank))
+        AsyncRollouts(play, 0, SharedEngine(Passes()), context(0), 0, agree=partial(agrees, rank))
         for rank in range(2)
     ]
     for rank in ranks:
@@ -254,7 +254,7 @@ def test_closing_ends_the_thread_and_what_it_waits_for() -> None:
     inner = Passes()
     inner.let_go.set()
     shared = SharedEngine(inner)
-    steps = SideBySide(generates, 0, shared, context(0), 1)
+    steps = AsyncRollouts(generates, 0, shared, context(0), 1)
     assert inner.entered.wait(10)
     steps.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "rollout"]

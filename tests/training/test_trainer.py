@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 import agentrl
 import agentrl.env
 from agentrl.errors import AgentRLError, CheckpointError, ConfigError, TooManyAbortedError
-from agentrl.evaluation.evaluate import Evaluation
+from agentrl.evaluation.scores import Evaluation
 from agentrl.rollout.players import LanguagePlayer, RandomPlayer
 from agentrl.run.folder import with_overrides
-from agentrl.run.logger import Logbook
+from agentrl.run.logger import RunLogger
 from agentrl.run.signals import RunInterrupted
 from agentrl.training.rollouts import TaskOrder
-from agentrl.training.trainer import Trainer
+from agentrl.training.state import TrainingState
 
 TINY = (
     "env.id=example/HotCold-v0",
@@ -100,18 +100,18 @@ def test_entropy_is_logged_at_every_level_and_stays_below_the_number_of_choices(
 
 
 def test_the_learner_agrees_with_the_rollout_about_what_was_sampled(unbroken: agentrl.Run) -> None:
-    assert max(row["learner/logprob_gap_max"] for row in rows(unbroken.folder)[4:]) < 1e-5
+    assert max(row["train/algorithm/mismatch/max"] for row in rows(unbroken.folder)[4:]) < 1e-5
 
 
 def interrupt_at(stage: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = Logbook.write
+    write = RunLogger.write
 
-    def interrupting(self: Logbook, row: dict[str, Any], **kwargs: Any) -> None:
+    def interrupting(self: RunLogger, row: dict[str, Any], **kwargs: Any) -> None:
         write(self, row, **kwargs)
         if (row["stage"], row["step"]) == (stage, step):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Logbook, "write", interrupting)
+    monkeypatch.setattr(RunLogger, "write", interrupting)
 
 
 def interrupt_rollout(stage: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,14 +139,14 @@ def interrupt_tokenizer(stage: str, step: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def interrupt_learner(stage: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Trainer._learner
+    make_learner = TrainingState.make_learner
 
-    def interrupting(self: Trainer) -> Any:
+    def interrupting(self: TrainingState, model: Any) -> Any:
         if (self.stage, self.step) == (stage, step):
             os.kill(os.getpid(), signal.SIGINT)
-        return made(self)
+        return make_learner(self, model)
 
-    monkeypatch.setattr(Trainer, "_learner", interrupting)
+    monkeypatch.setattr(TrainingState, "make_learner", interrupting)
 
 
 RESUME = """
@@ -195,14 +195,14 @@ def test_a_resumed_run_equals_one_that_never_stopped(
 def test_a_stop_between_a_checkpoint_and_its_evaluation_loses_none(
     examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = Trainer._save_now_and_then
+    save = TrainingState.save_when_due
 
-    def stopping(self: Trainer) -> None:
+    def stopping(self: TrainingState) -> None:
         save(self)
         if self.step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "_save_now_and_then", stopping)
+    monkeypatch.setattr(TrainingState, "save_when_due", stopping)
     short = ("warm_start.steps=0", "evaluation.every=2", "evaluation.baselines=[]", "trainer.steps=3")
     with pytest.raises(RunInterrupted):
         agentrl.train(config(tmp_path, *short, "trainer.checkpoint_every=2"), quiet=True)
@@ -258,7 +258,7 @@ def test_a_corrupt_checkpoint_is_refused_by_name(unbroken: agentrl.Run, tmp_path
     with pytest.raises(CheckpointError, match=r"train-000004.*weights\.safetensors.*older"):
         agentrl.resume(run, quiet=True)
     (run / "checkpoints" / "train-000004" / "hashes.json").unlink()
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="incomplete checkpoint"):
         agentrl.resume(run, quiet=True)
 
 
@@ -399,7 +399,7 @@ def test_steps_that_teach_nothing_are_told(examples: dict[str, ModuleType], tmp_
     said: list[str] = []
     alone = config(tmp_path, "rollout.group_size=1", "rollout.groups_per_step=1", "trainer.steps=11")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Logbook, "say", lambda self, text: said.append(text))
+        patch.setattr(RunLogger, "say", lambda self, text: said.append(text))
         agentrl.train(alone, quiet=True)
     told = [text for text in said if "nothing was learned in 10 steps: no group of 1" in text]
     assert len(told) == 1

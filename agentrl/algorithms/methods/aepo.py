@@ -145,12 +145,12 @@ class AEPO(Recipe):
             raise ConfigError(
                 f"stop_gradient_clip is true, but base {self.base.name} does not have the clipped loss"
             )
-        if self.branch and base.rollout.grow is not None:
+        if self.branch and base.rollout.branch_policy is not None:
             raise ConfigError(f"branch is true, but base {self.base.name} decides where episodes start")
-        grow = partial(EntropyBranching, self) if self.branch else base.rollout.grow
+        branch_policy = partial(EntropyBranching, self) if self.branch else base.rollout.branch_policy
         return replace(
             base,
-            rollout=replace(base.rollout, grow=grow),
+            rollout=replace(base.rollout, branch_policy=branch_policy),
             transforms=(*base.transforms, *self._transforms()),
             weights=(*base.weights, shared_turn_weight) if self.prefix_weight == "shared" else base.weights,
             surrogate=stop_gradient_policy_loss if self.stop_gradient_clip else base.surrogate,
@@ -181,7 +181,7 @@ class AEPO(Recipe):
 @requires("rollout:entropy")
 @dataclass
 class EntropyBranching:
-    """Rollouts of one task that branch by entropy, as `AEPO` describes; a `Growth`.
+    """Rollouts of one task that branch by entropy, as `AEPO` describes; a `BranchPolicy`.
 
     Args:
         settings: The recipe.

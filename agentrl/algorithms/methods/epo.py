@@ -191,16 +191,16 @@ class EPO(Recipe):
         reference = self.reference_entropies(mini.batch, context)
         known = mini.batch.sampled & ~reference.isnan()
         numbers = {
-            "corridor/beta": self.beta(context),
-            "corridor/active": float(functional.masked_mean(known.double(), mini.batch.sampled)),
+            "entropy_band/beta": self.beta(context),
+            "entropy_band/active": float(functional.masked_mean(known.double(), mini.batch.sampled)),
         }
         if not bool(known.any()):
             return numbers
         means = {
-            "corridor/low": self.low * reference,
-            "corridor/high": self.high * reference,
-            "corridor/share_below": (entropies < self.low * reference).double(),
-            "corridor/share_above": (entropies > self.high * reference).double(),
+            "entropy_band/low": self.low * reference,
+            "entropy_band/high": self.high * reference,
+            "entropy_band/share_below": (entropies < self.low * reference).double(),
+            "entropy_band/share_above": (entropies > self.high * reference).double(),
         }
         return numbers | {
             name: float(functional.masked_mean(values, known)) for name, values in means.items()
@@ -209,7 +209,7 @@ class EPO(Recipe):
     def _past_mean(self, name: str, present: Mapping[str, float], context: Context) -> float:
         """Average the logged values of a name in the window; NaN if there are too few."""
         now = [present[name]] if name in present else []
-        values = [*context.history.get(f"learner/{name}", ()), *now][-self.window :]
+        values = [*context.past(name), *now][-self.window :]
         return fmean(values) if len(values) >= self.min_history else math.nan
 
     def _beta(self, step: int, total: int) -> float:

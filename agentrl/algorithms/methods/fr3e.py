@@ -12,7 +12,7 @@ from annotated_types import Interval
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import EQUAL_RETURNS, Algorithm, rollout_gap
+from agentrl.algorithms.algorithm import EQUAL_RETURNS, Algorithm, mismatch_metrics
 from agentrl.algorithms.branching import AnchorUnit, RolloutPlan, Uncertainty, anchor_points, point_scores
 from agentrl.algorithms.features import branch_states, tokens_after_branching
 from agentrl.algorithms.hooks import Context, MiniBatch, requires
@@ -126,12 +126,12 @@ class FR3E(Recipe):
         )
         return Algorithm(
             select=drop_uninformative,
-            rollout=RolloutPlan(episodes=episodes, grow=partial(Exploration, self)),
+            rollout=RolloutPlan(episodes=episodes, branch_policy=partial(Exploration, self)),
             advantage=partial(exploration_advantage, modulate=modulate, divide_by_std=self.divide_by_std),
             masks=(informative_tokens,),
             clip=partial(fixed_clip, low=self.clip_low, high=self.clip_high, dual=None),
             aggregation=functional.token_weights,
-            diagnostics=(rollout_gap, partial(exploration_metrics, modulate=modulate, unit=self.anchor)),
+            diagnostics=(mismatch_metrics, partial(exploration_metrics, modulate=modulate, unit=self.anchor)),
         )
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
@@ -147,7 +147,7 @@ class FR3E(Recipe):
 @requires("rollout:entropy")
 @dataclass
 class Exploration:
-    """Rollouts of one task, as `FR3E` describes; a `Growth`.
+    """Rollouts of one task, as `FR3E` describes; a `BranchPolicy`.
 
     Args:
         settings: The recipe.

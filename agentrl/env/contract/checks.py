@@ -1,8 +1,8 @@
-"""The claims of the environment contract, one function each; `contract.check_text_env` runs them all.
+"""Checks of the environment contract, one function per claim; `contract.check_text_env` runs them all.
 
-A check returns what it saw, raises `FaultError` or `SkipError`, and tolerates what the other checks are
-about: one fault of an environment fails one check. What the environment raises by itself fails the check as
-well.
+A check returns what it observed, or raises `FaultError` or `SkipError`. It tolerates violations that other
+checks cover, so that one fault of an environment fails one check. An exception of the environment also fails
+the check.
 """
 
 import re
@@ -41,7 +41,7 @@ LISTED_TASKS = 10_000
 
 
 def interface(probe: Probe) -> str:
-    """It has what a text environment has: tasks, their hashes, splits, spaces that take any text."""
+    """Check that the environment has tasks, task hashes, splits, and spaces that contain any text."""
     env = probe.twins()[0]
     known: Any = env.unwrapped
     missing = [name for name in ("tasks", "task_hash", "splits") if not hasattr(known, name)]
@@ -59,12 +59,12 @@ def interface(probe: Probe) -> str:
     for name in ("observation_space", "action_space"):
         space = getattr(env, name, None)
         if space is None or not all(space.contains(text) for text in ("", "ä 漢\n", "a" * 10_000)):
-            raise FaultError(f"{name} refuses some texts; agentrl.env.TextSpace does not")
+            raise FaultError(f"{name} refuses some texts; use agentrl.env.TextSpace")
     return f"splits {', '.join(splits)}"
 
 
 def task_ids(probe: Probe) -> str:
-    """The ids of every split can be listed, are unique, and are the same when asked again."""
+    """Check that the task ids of every split can be listed, are unique, and are the same every time."""
     first, second = _twins(probe)
     for split in first.splits:
         tasks = first.tasks(split)
@@ -79,31 +79,32 @@ def task_ids(probe: Probe) -> str:
         ends = len(tasks), tasks[len(tasks) - 1]
         for again in (first.tasks(split), second.tasks(split)):
             if (len(again), again[len(again) - 1]) != ends or list(islice(again, LISTED_TASKS)) != listed:
-                raise FaultError(f"tasks({split!r}) lists other ids when asked again")
+                raise FaultError(f"tasks({split!r}) lists other ids when called again")
         probe.splits[split] = len(tasks)
     return f"stable, unique: {', '.join(f'{count} {split}' for split, count in probe.splits.items())}"
 
 
 def _listing_fault(tasks: Sequence[Any]) -> str | None:
+    """Return what is wrong with a sequence of task ids, or None."""
     listed = list(islice(tasks, LISTED_TASKS))
     for task in listed:
         if not isinstance(task, str) or not task:
-            return f"holds {describe_value(task)}, wanted str ids"
+            return f"contains {describe_value(task)}, wanted str ids"
         try:
             as_text(task)
         except ValueFaultError as fault:
-            return f"holds an id that {fault}"
+            return f"contains an id that {fault}"
     if len(listed) != min(len(tasks), LISTED_TASKS):
         return f"has length {len(tasks)} but lists {len(listed)}"
     if len(set(listed)) != len(listed):
         return "lists an id twice"
     if (tasks[0], tasks[len(listed) - 1]) != (listed[0], listed[-1]):
-        return "gives other ids by index than when listed"
+        return "gives other ids by index than by iteration"
     return None
 
 
 def answers(probe: Probe) -> str:
-    """Answers are tuples of 2 and 5, rewards finite real numbers, infos mappings."""
+    """Check that `reset` returns 2 values and `step` 5, with finite rewards and mappings as infos."""
     for walk in probe.walks():
         for turn, answer in enumerate(walk.answers):
             if not isinstance(answer[-1], Mapping):
@@ -114,7 +115,7 @@ def answers(probe: Probe) -> str:
 
 
 def observations(probe: Probe) -> str:
-    """Every observation is a text of the observation space."""
+    """Check that every observation is a text of the observation space."""
     for walk in probe.walks():
         for turn, answer in enumerate(walk.answers):
             raise_fault(
@@ -124,25 +125,25 @@ def observations(probe: Probe) -> str:
 
 
 def success(probe: Probe) -> str:
-    """Every info says in a bool whether the task is solved."""
+    """Check that every info contains the bool `success`."""
     for walk, turn, info in _infos(probe):
         raise_fault(success_fault(info), walk, turn)
     return "a bool in every info"
 
 
 def optional_info(probe: Probe) -> str:
-    """The optional keys of info hold what the contract says."""
+    """Check the values of the optional keys of info."""
     seen: set[str] = set()
     for walk, turn, info in _infos(probe):
         raise_fault(optional_fault(info), walk, turn)
         seen |= info.keys() & {*COMPARED_INFO} - {"success"}
-    return f"info also holds {', '.join(sorted(seen)) or 'nothing'}"
+    return f"info also contains {', '.join(sorted(seen)) or 'nothing'}"
 
 
 def flags(probe: Probe) -> str:
-    """`terminated` and `truncated` are bools, never both set: the last allowed step that solves included."""
+    """Check that `terminated` and `truncated` are bools and never both true, even if the last step solves."""
     walks = list(probe.walks())
-    with suppress(Exception):  # the expert is a check of its own
+    with suppress(Exception):  # another check covers the expert
         walks += _solved_at_the_limit(probe)
     for walk in walks:
         for turn, (_, _, terminated, truncated, _) in enumerate(walk.answers[1:], start=1):
@@ -155,7 +156,7 @@ def flags(probe: Probe) -> str:
 
 
 def _solved_at_the_limit(probe: Probe) -> Iterator[Walk]:
-    """Episodes whose last allowed step solves the task: the one place where both flags suggest themselves."""
+    """Play episodes whose last allowed step solves the task, where both flags might be set by mistake."""
     solved = [walk for walk in probe.expert_walks() or () if walk.solved and walk.actions]
     steps = min((len(walk.actions) for walk in solved), default=0)
     env = (probe.limited(steps, expert=True) or probe.limited(steps)) if solved else None
@@ -165,7 +166,7 @@ def _solved_at_the_limit(probe: Probe) -> Iterator[Walk]:
 
 
 def hashes(probe: Probe) -> str:
-    """Hashes of tasks are SHA-256, stable, and say something about the task."""
+    """Check that task hashes are SHA-256, stable, and depend on the task."""
     first, second = _twins(probe)
     found: set[str] = set()
     for walk in probe.walks():
@@ -175,15 +176,15 @@ def hashes(probe: Probe) -> str:
                 f"task_hash({walk.task!r}) is {describe_value(content)}, wanted 64 lower-case hex digits"
             )
         if content != first.task_hash(walk.task) or content != second.task_hash(walk.task):
-            raise FaultError(f"task_hash({walk.task!r}) is another one the second time")
+            raise FaultError(f"task_hash({walk.task!r}) is different the second time")
         found.add(content)
     if len(found) == 1 and len({repr(walk.answers[0][0]) for walk in probe.walks()}) > 1:
         raise FaultError("task_hash is the same for tasks that begin differently")
-    return f"{len(found)} hashes of {len(probe.walks())} tasks, the same when asked again"
+    return f"{len(found)} hashes of {len(probe.walks())} tasks, the same when called again"
 
 
 def unknown_names(probe: Probe) -> str:
-    """Unknown splits and tasks are refused with an AgentRLError."""
+    """Check that unknown splits and tasks raise an `AgentRLError`."""
     env = probe.new_env()
     known: Any = env.unwrapped
     calls: tuple[tuple[str, Callable[[], Any]], ...] = (
@@ -207,7 +208,7 @@ def unknown_names(probe: Probe) -> str:
 
 
 def seeds(probe: Probe) -> str:
-    """Same task, seed and actions give what `determinism` declares on a new environment."""
+    """Check that a new environment repeats episodes as `determinism` declares."""
     env = probe.twins()[1]
     return _repeated(
         probe, "seeds", "on a new environment", ((w, probe.replay(env, w)) for w in probe.walks())
@@ -215,22 +216,25 @@ def seeds(probe: Probe) -> str:
 
 
 def group_resets(probe: Probe) -> str:
-    """They do so on a used environment, after an abandoned episode too: a group starts from one state."""
+    """Check that a used environment repeats episodes, even after an unfinished one, as groups need."""
 
     def again() -> Iterator[tuple[Walk, Walk]]:
         env = probe.twins()[1]
         for walk in reversed(probe.walks()):
-            begun = walk.prefix(len(walk.actions) // 2)
-            yield begun, probe.replay(env, begun)  # reset in the middle of it
+            first_half = walk.prefix(len(walk.actions) // 2)
+            yield (
+                first_half,
+                probe.replay(env, first_half),
+            )  # the next reset comes in the middle of this episode
             yield walk, probe.replay(env, walk)
 
     return _repeated(probe, "group resets", "on a used environment", again())
 
 
 def _repeated(probe: Probe, check: str, where: str, pairs: Iterable[tuple[Walk, Walk]]) -> str:
-    """Compare episodes with their repetitions and note the first difference, which "instance" allows."""
+    """Compare episodes with their repetitions, and record the first difference that "instance" allows."""
     declared = determinism(probe.twins()[0]) == "episode"
-    whole = declared and (check == "seeds" or "seeds" in probe.repeats)  # a fault is told once
+    whole = declared and (check == "seeds" or "seeds" in probe.repeats)  # report a fault only once
     first, count = None, 0
     for walk, again in pairs:
         how = f"played again {where}"
@@ -248,7 +252,7 @@ def _repeated(probe: Probe, check: str, where: str, pairs: Iterable[tuple[Walk, 
 
 
 def default_task(probe: Probe) -> str:
-    """`reset(seed=)` without a task draws one by the seed."""
+    """Check that `reset(seed=)` without a task draws one by the seed."""
     first, second = (unpack("reset", env.reset(seed=1), RESET_PARTS)[0] for env in probe.twins())
     if repr(first) != repr(second):
         raise FaultError("reset(seed=1) without a task begins differently the second time")
@@ -256,7 +260,7 @@ def default_task(probe: Probe) -> str:
 
 
 def timing(probe: Probe) -> str:
-    """Wall-clock seconds of construct, reset and step."""
+    """Measure the wall-clock seconds of construct, reset and step."""
     return "\n".join(
         f"{what} {_duration(median(taken))} (worst {_duration(max(taken))})"
         for what, taken in probe.seconds.items()
@@ -264,7 +268,7 @@ def timing(probe: Probe) -> str:
 
 
 def sizes(probe: Probe) -> str:
-    """How much an answer holds."""
+    """Measure the sizes of observations and infos."""
     answers = [answer for walk in probe.walks() for answer in walk.answers]
     observed = [len(answer[0]) for answer in answers if isinstance(answer[0], str)] or [0]
     info = [len(repr(answer[-1]).encode(errors="replace")) for answer in answers]
@@ -299,12 +303,12 @@ CHECKS: tuple[tuple[str, Callable[[Probe], str]], ...] = (
     ("processes", trials.processes),
 )
 
-# What is looked at without a verdict.
+# Reported without a verdict.
 MEASUREMENTS: tuple[tuple[str, Callable[[Probe], str]], ...] = (("timing", timing), ("sizes", sizes))
 
 
 def determinism(env: Gym) -> Any:
-    """What the environment declares; the contract's default where it says nothing."""
+    """Return the declared determinism, or the default of the contract."""
     return getattr(env.unwrapped, "determinism", "episode")
 
 

@@ -1,4 +1,4 @@
-"""Playing an unknown environment: what the checks of the contract share. Nothing here trusts an answer."""
+"""Play an unknown environment for the contract checks, without trusting anything that it returns."""
 
 import inspect
 import pickle
@@ -28,20 +28,20 @@ IDLE_ACTIONS = ("agentrl idles", "look", "wait", "help")
 MAX_EPISODE_STEPS = 500
 COMPARED_INFO = ("success", "score", "valid", "task_type", "expert", "state_key", "actions")
 _UNLIKELY_SEED = 3_141_592_653
-_PYTHONS_OWN = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+_PYTHON_PROCESSES = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
 class FaultError(Exception):
-    """The claim does not hold."""
+    """Raised by a check if the claim does not hold."""
 
 
 class SkipError(Exception):
-    """The claim is not made, or there was no way to look."""
+    """Raised by a check if the environment does not make the claim, or it cannot be checked."""
 
 
 @dataclass(frozen=True)
 class Walk:
-    """The raw answers of one episode: `answers[0]` is the reset's, `answers[k + 1]` that to `actions[k]`."""
+    """Raw answers of one episode: `answers[0]` from `reset`, `answers[k + 1]` from the step `actions[k]`."""
 
     task: str
     actions: tuple[str, ...]
@@ -49,59 +49,59 @@ class Walk:
 
     @property
     def ended(self) -> bool:
+        """Return whether the episode ended."""
         return has_ended(self.answers[-1])
 
     @property
     def solved(self) -> bool:
+        """Return whether the last info reports success."""
         info = self.answers[-1][-1]
         return isinstance(info, Mapping) and bool(info.get("success"))
 
     @property
     def beginning(self) -> tuple[str, str]:
-        """What every repetition begins with: the first observation and the type of the task."""
+        """Return the first observation and the task type, which every repetition must share."""
         observation, info = self.answers[0]
         return repr(observation), repr(info.get("task_type") if isinstance(info, Mapping) else None)
 
     def difference(self, again: "Walk") -> str | None:
-        """Where a repetition differs at first."""
+        """Return the first difference to a repetition of the episode, or None."""
         for turn, (one, other) in enumerate(zip(self.answers, again.answers, strict=False)):
             if comparable(one) != comparable(other):
                 return f"differs after {turn} actions"
         if len(self.answers) != len(again.answers):
-            return f"has {len(again.actions)} steps, at first {len(self.actions)}"
+            return f"has {len(again.actions)} steps, the first time {len(self.actions)}"
         return None
 
     def prefix(self, turns: int) -> "Walk":
-        """Its first turns."""
+        """Return the first turns of the episode."""
         return Walk(self.task, self.actions[:turns], self.answers[: turns + 1])
 
 
 @dataclass
 class Probe:
-    """Environments, sampled tasks, and walks through them.
+    """Shared state of the checks: environments, selected tasks, and walks (episodes) through them.
 
-    Starting an environment may take seconds and hundreds of megabytes. Few are started therefore: the twins
-    live through most checks, and every other one is closed with the check that it was made for.
+    Since starting an environment may take seconds and hundreds of megabytes, most checks share two
+    environments, the twins. Every other environment is closed after the check that made it.
 
     Args:
-        make: makes an environment.
-        seed: of resets and walks.
-        tasks_per_split: how many tasks are sampled.
-        steps: the length of a walk at most.
+        make: A function that makes an environment.
+        seed: The seed of resets and random actions.
+        tasks_per_split: The number of tasks to select from each split.
+        steps: The maximum number of steps of a random walk.
     """
 
     make: Callable[..., Gym]
     seed: int
     tasks_per_split: int
     steps: int
-    blocked: str | None = None  # why no further check can look at anything
-    splits: dict[str, int] = field(default_factory=dict)  # how many tasks each has
+    blocked: str | None = None  # why no further check is possible
+    splits: dict[str, int] = field(default_factory=dict)  # number of tasks per split
     repeats: dict[str, str | None] = field(default_factory=dict)  # check -> the first difference
-    started_early: list[str] = field(default_factory=list)  # processes that run before anything was reset
-    changed_generators: list[str] = field(
-        default_factory=list
-    )  # global random number generators that were changed
-    seconds: dict[str, list[float]] = field(default_factory=dict)  # what it took to construct, reset, step
+    started_early: list[str] = field(default_factory=list)  # processes running before the first reset
+    changed_generators: list[str] = field(default_factory=list)  # global generators that an episode used
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # durations of construct, reset, step
     processes_before: "set[psutil.Process]" = field(
         default_factory=lambda: running_processes()
     )  # before any was made
@@ -112,25 +112,26 @@ class Probe:
     _expert_walks: list[Walk] | None = None
 
     def new_env(self, **kwargs: Any) -> Gym:
-        """A new environment, open until the end of the check."""
+        """Make an environment that stays open until the end of the check."""
         with self._timed("construct"):
             env = call_contained(lambda: self.make(**kwargs))
         self._made.append(env)
         return env
 
     def twins(self) -> tuple[Gym, Gym]:
-        """Two environments that stay open until a check fails; the walks were played on the first."""
+        """Return the two environments that stay open until a check fails; walks are played on the first."""
         if self._twins is None:
             self._twins = self.new_env(), self.new_env()
         return self._twins
 
     def limited(self, max_steps: int, **kwargs: Any) -> Gym | None:
-        """An environment with this step limit; None where it cannot be set."""
+        """Make an environment with the given step limit, or return None if it cannot be set."""
         env = self._with(max_steps=max_steps, **kwargs)
-        # Where every episode is shorter by nature, the environment keeps its own limit.
+        # An environment whose episodes are always shorter keeps its own limit.
         return env if env is not None and step_limit(env) in (max_steps, None) else None
 
     def _with(self, **kwargs: Any) -> Gym | None:
+        """Make an environment with extra arguments, or return None if it does not accept them."""
         parameters = inspect.signature(self.make).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if not takes_any and not kwargs.keys() <= parameters.keys():
@@ -143,17 +144,17 @@ class Probe:
             return None
 
     def close_envs(self, *, failed: bool) -> None:
-        """Close what a check made; after one that failed, the twins as well, as nothing is known of them."""
+        """Close the environments of a check, and the twins too if it failed, as their state is unknown."""
         if failed:
             self._twins = None
         kept = self._twins or ()
         for env in self._made:
             if all(env is not twin for twin in kept):
-                close_contained(env)  # close() is a check of its own
+                close_contained(env)  # another check covers close()
         self._made = list(kept)
 
     def tasks(self) -> list[str]:
-        """Some tasks of each split, spread over it: what is alike often stands together."""
+        """Return some tasks of each split, evenly spaced, since neighbours are often alike."""
         if self._tasks is None:
             known: Any = self.twins()[0].unwrapped
             try:
@@ -170,15 +171,15 @@ class Probe:
         return self._tasks
 
     def walks(self) -> list[Walk]:
-        """One random walk through each sampled task, in turn on the first twin.
+        """Return one random walk through each selected task, played on the first twin.
 
-        What can be seen only once is noted on the way: what runs before the first reset, and whether the
-        global random number generators are left alone.
+        The first call also records what can be observed only once: the processes that run before the first
+        reset, and the global random number generators that an episode uses.
         """
         if self._walks is None:
             tasks, env = self.tasks(), self.twins()[0]
             known: Any = env.unwrapped
-            with suppress(Exception):  # hashes are a check of their own
+            with suppress(Exception):  # another check covers hashes
                 known.task_hash(tasks[0])
             self.started_early = started_since(self.processes_before)
             try:
@@ -191,7 +192,7 @@ class Probe:
         return self._walks
 
     def expert_walks(self) -> list[Walk] | None:
-        """The expert's way through each sampled task, with time to finish; None where there is no expert."""
+        """Return the expert's walk through each selected task, or None without an expert."""
         if self._expert_walks is None and self.has_expert():
             env = (
                 self._with(expert=True, max_steps=MAX_EPISODE_STEPS)
@@ -204,25 +205,26 @@ class Probe:
         return self._expert_walks
 
     def expert_or_random_walks(self) -> list[Walk]:
-        """The expert's walks, if there were any: they use more of an environment than random ones."""
+        """Return the expert's walks if played, as they use more of the environment, else the random ones."""
         walks = self.walks()
         return self._expert_walks or walks
 
     @property
     def proven(self) -> str | None:
-        """The determinism that was seen; None where less was the same than any environment may declare."""
+        """Return the observed determinism, or None if it is weaker than any that may be declared."""
         if self.repeats.keys() != {"seeds", "group resets"}:
             return None
         return "instance" if any(self.repeats.values()) else "episode"
 
     def has_expert(self) -> bool:
+        """Return whether the environment has an expert."""
         return callable(getattr(self.twins()[0].unwrapped, "expert", None))
 
     def walk(self, env: Gym, task: str, choose: Choose | None = None, limit: int | None = None) -> Walk:
-        """Reset to a task and play: admissible actions at random, or what `choose` says."""
+        """Play a task from the reset, with random admissible actions unless `choose` is given."""
         with self._timed("reset"):
-            begun = call_contained(lambda: env.reset(seed=self.seed, options={"task": task}))
-        first = unpack("reset", begun, RESET_PARTS)
+            answer = call_contained(lambda: env.reset(seed=self.seed, options={"task": task}))
+        first = unpack("reset", answer, RESET_PARTS)
         actions, answers = self.continue_episode(
             env, first, choose or self.random_actions(task), limit or self.steps
         )
@@ -231,7 +233,7 @@ class Probe:
     def continue_episode(
         self, env: Gym, last: tuple[Any, ...], choose: Choose, limit: int
     ) -> tuple[tuple[str, ...], tuple[tuple[Any, ...], ...]]:
-        """Play on after the answer `last`: to the end, to `limit`, or until `choose` stops."""
+        """Play from the answer `last` until the end, `limit` steps, or `choose` returning None."""
         actions: list[str] = []
         answers = [last]
         while len(actions) < limit and not has_ended(answers[-1]):
@@ -245,11 +247,11 @@ class Probe:
         return tuple(actions), tuple(answers[1:])
 
     def replay(self, env: Gym, walk: Walk) -> Walk:
-        """Play a walk's actions again."""
+        """Play the actions of a walk again."""
         return self.walk(env, walk.task, scripted(walk.actions), max(1, len(walk.actions)))
 
     def random_actions(self, task: str) -> Choose:
-        """Admissible actions at random; others where none are told."""
+        """Return a chooser of random admissible actions, or of idle actions if none are listed."""
         draw = random.Random(f"{self.seed}/{task}")
 
         def choose(turn: int, info: Any) -> str:
@@ -260,41 +262,41 @@ class Probe:
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
-        begun = perf_counter()
+        start = perf_counter()
         yield
-        self.seconds.setdefault(what, []).append(perf_counter() - begun)
+        self.seconds.setdefault(what, []).append(perf_counter() - start)
 
 
 def evenly_spaced(tasks: Sequence[str], count: int) -> list[str]:
-    """So many of them, the first included, at equal distances."""
+    """Return `count` evenly spaced tasks, including the first."""
     count = min(count, len(tasks))
     return [tasks[index * len(tasks) // count] for index in range(count)]
 
 
 def scripted(actions: tuple[str, ...]) -> Choose:
-    """A list of actions, then no more."""
+    """Return a chooser of the given actions that stops after the last."""
     return lambda turn, info: actions[turn] if turn < len(actions) else None
 
 
 def idle_action(turn: int, info: Any) -> str:
-    """Something that hardly any environment ends an episode for."""
+    """Return an action that hardly any environment ends an episode for."""
     return IDLE_ACTIONS[turn % len(IDLE_ACTIONS)]
 
 
 def expert_actions(env: Gym) -> Choose:
-    """The environment's own expert: what it tells in `info`, as players are told, or else when asked."""
+    """Return a chooser of the expert's actions, from `info["expert"]` if present, else from `expert()`."""
     known: Any = env.unwrapped
 
     def choose(turn: int, info: Any) -> str | None:
-        told = isinstance(info, Mapping) and "expert" in info
-        action: str | None = info["expert"] if told else known.expert()
+        in_info = isinstance(info, Mapping) and "expert" in info
+        action: str | None = info["expert"] if in_info else known.expert()
         return action
 
     return choose
 
 
 def unpack(call: str, answer: Any, parts: tuple[str, ...]) -> tuple[Any, ...]:
-    """The parts of an answer, or `FaultError`."""
+    """Return the parts of an answer, or raise `FaultError` if it has another shape."""
     fault = shape_fault(answer, parts)
     if fault is not None:
         raise FaultError(f"{call} {fault}")
@@ -302,12 +304,12 @@ def unpack(call: str, answer: Any, parts: tuple[str, ...]) -> tuple[Any, ...]:
 
 
 def has_ended(answer: tuple[Any, ...]) -> bool:
-    """Whether the answer is a step's that ends the episode."""
+    """Return whether an answer is from a step that ended the episode."""
     return len(answer) == len(STEP_PARTS) and bool(answer[2] or answer[3])
 
 
 def admissible(info: Any) -> list[str]:
-    """The admissible actions that an info tells."""
+    """Return the admissible actions listed in an info."""
     actions = info.get("actions") if isinstance(info, Mapping) else None
     try:
         return as_text_list(actions)
@@ -316,7 +318,7 @@ def admissible(info: Any) -> list[str]:
 
 
 def step_limit(env: Gym) -> int | None:
-    """The environment's step limit as far as it tells: an attribute, or an argument it was made with."""
+    """Return the step limit from an attribute or from the arguments of `make`, or None if unknown."""
     limit = getattr(env.unwrapped, "max_steps", None)
     if limit is None and env.spec is not None:
         limit = env.spec.kwargs.get("max_steps")
@@ -324,7 +326,7 @@ def step_limit(env: Gym) -> int | None:
 
 
 def oversize_fault(env: Gym, observation: str) -> str | None:
-    """No longer than the observation space allows."""
+    """Check that an observation is no longer than the observation space allows."""
     longest = getattr(getattr(env, "observation_space", None), "max_length", None)
     if isinstance(longest, int) and len(observation) > longest:
         return f"the observation has {len(observation):,} characters, observation_space allows {longest:,}"
@@ -332,24 +334,24 @@ def oversize_fault(env: Gym, observation: str) -> str | None:
 
 
 def raise_fault(fault: str | None, walk: Walk, turn: int) -> None:
-    """Raise a fault, if there is one, with its place: turn 0 is the reset."""
+    """Raise a `FaultError` that names task and turn (0 is the reset), if there is a fault."""
     if fault is not None:
         where = "reset" if turn == 0 else f"step {turn}"
         raise FaultError(f"{where} of task {walk.task!r}: {fault}")
 
 
 def comparable(answer: tuple[Any, ...]) -> str:
-    """What of an answer must be the same again."""
+    """Return the parts of an answer that must be repeatable, as text."""
     info = answer[-1]
     kept = {key: info[key] for key in COMPARED_INFO if key in info} if isinstance(info, Mapping) else info
-    return repr((answer[:-1], kept))  # as text: nan equals nan
+    return repr((answer[:-1], kept))  # as text, in which nan equals nan
 
 
 @contextmanager
 def _global_randomness(changed_generators: list[str]) -> Iterator[None]:
-    """Note which global generators are used meanwhile, and leave them as they were."""
+    """Record which global generators are used inside a `with` block, and restore their states."""
     kept = random.getstate(), np.random.get_state()
-    # A state that no environment seeds by itself, or seeding it to what it is would not show.
+    # An unlikely seed, since an environment that seeds a generator to its current state would go unnoticed.
     random.seed(_UNLIKELY_SEED)
     np.random.seed(_UNLIKELY_SEED)
     before = _global_states()
@@ -362,30 +364,30 @@ def _global_randomness(changed_generators: list[str]) -> Iterator[None]:
 
 
 def _global_states() -> dict[str, object]:
-    # numpy's holds an array, which has no plain ==
+    # pickled, because NumPy's state contains an array, whose == is elementwise
     return {"random": random.getstate(), "numpy.random": pickle.dumps(np.random.get_state(legacy=False))}
 
 
 def running_processes() -> "set[psutil.Process]":
-    """The living children of this process, and theirs."""
+    """Return the running descendants of this process."""
     import psutil
 
     return {child for child in psutil.Process().children(recursive=True) if _process_name(child)}
 
 
 def started_since(before: "set[psutil.Process]") -> list[str]:
-    """Names of the processes that were not there before and run still."""
+    """Return the names of running descendants that are not in `before`."""
     return sorted(filter(None, map(_process_name, running_processes() - before)))
 
 
 def _process_name(process: "psutil.Process") -> str | None:
-    """Its name; None for one that has ended, and for those that Python itself keeps once per process."""
+    """Return the name of a process; None if it has ended or belongs to Python's multiprocessing."""
     import psutil
 
     try:
         if process.status() == psutil.STATUS_ZOMBIE:
             return None
         name: str = process.name()
-        return None if any(part in " ".join(process.cmdline()) for part in _PYTHONS_OWN) else name
+        return None if any(part in " ".join(process.cmdline()) for part in _PYTHON_PROCESSES) else name
     except psutil.Error:
         return None

@@ -33,14 +33,15 @@ class TextEnv(Protocol):
     `reset(seed=, options={"task": id})` starts the given task, and `reset(seed=)` a task drawn from the
     split. Every `info` contains `success: bool` (whether the task is solved so far) and may contain
 
-    - `actions`: the list of actions that are admissible now. Actions that the tokenizer of a policy encodes
-      alike, for example because they differ only in case or surrounding white space, count as the first one,
+    - `actions`: the list of actions that are admissible now; if the tokenizer of a policy encodes several of
+      them alike, as some that differ only in case or surrounding white space, it can choose only the first,
     - `valid`: whether the last action was understood,
     - `score`: the progress as a number, `task_type`: a name that scores are grouped by,
     - `expert`: the next action of the expert, if constructed with `expert=True`,
     - `state_key`: a str or int that is equal for equal states,
     - `tool` and `tool_error`: the tool that the last action used, and its error; JSON values,
-    - `other_success`: whether the goal of another task was reached; see `other_goal` of `agentrl.evaluate`.
+    - `other_success`: whether another task's goal was reached; see `other_goal` in
+      `agentrl.evaluation.evaluate`.
 
     Numbers may be NumPy, `Fraction` or `Decimal` numbers, and flags and texts NumPy ones; they are converted
     to Python types. Numbers must be finite and texts at most `agentrl.values.MAX_TEXT_CHARS` long; otherwise
@@ -206,6 +207,7 @@ def check_text_env(
 
 
 def _checked(probe: Probe) -> ContractReport:
+    """Run all checks and return the report."""
     try:
         try:
             env = probe.twins()[0]
@@ -237,6 +239,7 @@ def _run(name: str, check: Callable[[Probe], str], probe: Probe) -> Check:
 
 
 def _look(name: str, check: Callable[[Probe], str], probe: Probe) -> Check:
+    """Run a check and convert its exceptions to a result."""
     try:
         return Check(name, "passed", call_contained(lambda: check(probe)))
     except SkipError as reason:
@@ -250,6 +253,7 @@ def _look(name: str, check: Callable[[Probe], str], probe: Probe) -> Check:
 
 
 def _declared(known: Any) -> Iterator[str]:
+    """Yield the optional capabilities that the environment declares."""
     if callable(getattr(known, "snapshot", None)) and callable(getattr(known, "restore", None)):
         yield "snapshot"
     if callable(getattr(known, "expert", None)):

@@ -1,4 +1,4 @@
-"""Claims of the environment contract about an environment that is driven to its limits; see `checks`."""
+"""Checks of the environment contract that push an environment to its limits; see `checks`."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -37,13 +37,13 @@ ODD_ACTIONS = (
     "a" * 100_000,
 )
 CLEAR_ERRORS = (AgentRLError, gymnasium.error.Error, RuntimeError)
-SINGLES = 4  # admissible actions per task that are tried each on its own
+SINGLES = 4  # admissible actions per task that are tried alone
 THREADS = 3
-PATIENCE = 10.0  # seconds for a closed environment's processes to end
+PATIENCE = 10.0  # seconds that the processes of a closed environment may take to end
 
 
 def max_steps(probe: Probe) -> str:
-    """The step limit ends an episode, not earlier and not later."""
+    """Check that an episode is truncated exactly at the step limit."""
     reached = 0
     env, limit = probe.limited(3), step_limit(probe.twins()[0])
     if env is not None:
@@ -52,34 +52,35 @@ def max_steps(probe: Probe) -> str:
     if limit is None:
         raise SkipError("make takes no max_steps and env.unwrapped has none")
     if limit > MAX_EPISODE_STEPS:
-        raise SkipError(f"max_steps is {limit}: too long to be waited for")
+        raise SkipError(f"max_steps is {limit}: too many steps to play")
     for task in probe.tasks():
         for choose in (idle_action, probe.random_actions(task)):
             walk = probe.walk(env, task, choose, limit)
             if len(walk.actions) == limit and not walk.ended:
-                raise FaultError(f"task {task!r} goes on after max_steps={limit}")
+                raise FaultError(f"task {task!r} continues after max_steps={limit}")
             truncated = walk.ended and walk.answers[-1][3]
             if truncated and len(walk.actions) < limit:
                 raise FaultError(
                     f"task {task!r} is truncated after {len(walk.actions)} steps, max_steps={limit}"
                 )
             reached += bool(truncated)
-    return f"max_steps={limit} ended {reached} episodes, none went on after it"
+    return f"max_steps={limit} ended {reached} episodes, none continued after it"
 
 
 def step_after_end(probe: Probe) -> str:
-    """A step that no running episode can take raises a clear error."""
+    """Check that `step` raises a clear error before the first reset and after the end of an episode."""
     _refuses_step(probe.new_env(), "before the first reset")
     env = probe.limited(2) or probe.twins()[0]
     for task in probe.tasks():
         if probe.walk(env, task, None, MAX_EPISODE_STEPS).ended:
             _refuses_step(env, "after the end of an episode")
             probe.walk(env, task, None, 1)
-            return "refused before the first reset and after the end; a reset helps"
+            return "refused before the first reset and after the end; accepted again after a reset"
     raise SkipError(f"no episode ended within {MAX_EPISODE_STEPS} steps")
 
 
 def _refuses_step(env: Gym, when: str) -> None:
+    """Raise a `FaultError` unless `step` raises a clear error."""
     try:
         env.step("look")
     except CLEAR_ERRORS as error:
@@ -93,7 +94,7 @@ def _refuses_step(env: Gym, when: str) -> None:
 
 
 def odd_actions(probe: Probe) -> str:
-    """Whatever a policy writes is accepted."""
+    """Check that any text is accepted as an action."""
     env = probe.twins()[0]
     task = probe.tasks()[0]
     for action in ODD_ACTIONS:
@@ -104,14 +105,14 @@ def odd_actions(probe: Probe) -> str:
                 f"the action {describe_value(action)} raised {type(error).__name__}: {error}"
             ) from error
         fault = observation_fault(observation) or oversize_fault(env, observation)
-        if fault is not None and isinstance(observation, str):  # another type is what "observations" is about
+        if fault is not None and isinstance(observation, str):  # the check "observations" covers other types
             raise FaultError(f"the action {describe_value(action)}: {fault}")
     return f"{len(ODD_ACTIONS)} accepted: empty, blank, control codes, Unicode, markup, 100,000 characters"
 
 
 def admissible_actions(probe: Probe) -> str:
-    """Actions that are told to be admissible are valid."""
-    tried, told = 0, False
+    """Check that actions listed as admissible are valid."""
+    tried, reports_valid = 0, False
     env, draw = probe.twins()[0], Random(probe.seed)
     for walk in probe.walks():
         first = admissible(walk.answers[0][-1])
@@ -124,14 +125,15 @@ def admissible_actions(probe: Probe) -> str:
                 info = played.answers[turn + 1][-1]
                 if isinstance(info, Mapping) and info.get("valid") is False:
                     raise_fault(f"{action!r} is in info['actions'] but was not valid", walk, turn + 1)
-                tried, told = tried + 1, told or (isinstance(info, Mapping) and "valid" in info)
+                tried += 1
+                reports_valid = reports_valid or (isinstance(info, Mapping) and "valid" in info)
     if not tried:
-        raise SkipError("info holds no actions")
-    return f"{tried} tried, " + ("all valid" if told else "none raised; info['valid'] would say more")
+        raise SkipError("info contains no actions")
+    return f"{tried} tried, " + ("all valid" if reports_valid else "none raised; there is no info['valid']")
 
 
 def global_randomness(probe: Probe) -> str:
-    """The global random number generators are left alone."""
+    """Check that the global random number generators are not used."""
     probe.walks()
     if probe.changed_generators:
         names = " and ".join(probe.changed_generators)
@@ -140,45 +142,45 @@ def global_randomness(probe: Probe) -> str:
 
 
 def snapshots(probe: Probe) -> str:
-    """A snapshot goes on as its original, which notices nothing of it: twice, and in another environment."""
+    """Check that a restored snapshot continues like the original, twice and in another environment."""
     env = probe.twins()[0]
     known: Any = env.unwrapped
     if not callable(getattr(known, "snapshot", None)) or not callable(getattr(known, "restore", None)):
         raise SkipError("not declared")
-    branch = probe.new_env()  # was never reset: the snapshot is all it knows
+    branch = probe.new_env()  # never reset, so it has only the snapshot
     other: Any = branch.unwrapped
     for walk in probe.walks():
         half = max(0, min(len(walk.actions) - 1, len(walk.actions) // 2))
-        begun = probe.walk(env, walk.task, scripted(walk.actions[:half]), max(1, half))
+        first_half = probe.walk(env, walk.task, scripted(walk.actions[:half]), max(1, half))
 
-        def onwards(env: Gym, begun: Walk = begun, rest: tuple[str, ...] = walk.actions[half:]) -> list[str]:
-            return list(
-                map(
-                    comparable, probe.continue_episode(env, begun.answers[-1], scripted(rest), probe.steps)[1]
-                )
-            )
+        def continued(
+            env: Gym, first_half: Walk = first_half, rest: tuple[str, ...] = walk.actions[half:]
+        ) -> list[str]:
+            last = first_half.answers[-1]
+            _, answers = probe.continue_episode(env, last, scripted(rest), probe.steps)
+            return [comparable(answer) for answer in answers]
 
         snapshot = known.snapshot()
         other.restore(snapshot)
-        branched = onwards(branch)
-        original = onwards(env)
+        branched = continued(branch)
+        original = continued(env)
         if branched != original:
             raise FaultError(
-                f"task {walk.task!r}: the {half}th state goes on differently in another environment"
+                f"task {walk.task!r}: the {half}th state continues differently in another environment"
             )
         for time in ("once", "twice"):
             known.restore(snapshot)
-            if onwards(env) != original:
+            if continued(env) != original:
                 raise FaultError(
-                    f"task {walk.task!r}: the {half}th state, restored {time}, goes on differently"
+                    f"task {walk.task!r}: the {half}th state, restored {time}, continues differently"
                 )
     return (
-        f"{len(probe.walks())} states went on alike: the original, restored twice, and in another environment"
+        f"{len(probe.walks())} states continued alike: the original, restored twice, in another environment"
     )
 
 
 def expert(probe: Probe) -> str:
-    """Following the expert solves tasks, and what it says is admissible."""
+    """Check that the expert solves at least half of the tasks with admissible actions."""
     walks = probe.expert_walks()
     if walks is None:
         raise SkipError("not declared")
@@ -196,17 +198,17 @@ def expert(probe: Probe) -> str:
 
 
 def threads(probe: Probe) -> str:
-    """Environments that are used from different threads at once do not get in each other's way."""
+    """Check that environments used in several threads at once do not affect each other."""
     known: Any = probe.twins()[0].unwrapped
     if not getattr(known, "thread_safe", False):
         raise SkipError("not declared")
-    # What does not repeat itself alone need not do so in company.
+    # Episodes that are not repeatable in one thread need not be in several.
     whole = probe.proven == getattr(known, "determinism", "episode") == "episode"
     walks, start = probe.walks(), Barrier(THREADS)
 
     def play(index: int, env: Gym) -> list[tuple[Walk, Walk]]:
         start.wait()
-        turn = index % len(walks)  # not the same task everywhere, or what is shared would agree by chance
+        turn = index % len(walks)  # different tasks per thread, or shared state could agree by chance
         return [(walk, probe.replay(env, walk)) for walk in (walks[turn:] + walks[:turn])[:2]]
 
     envs = [probe.new_env() for _ in range(THREADS)]
@@ -219,13 +221,13 @@ def threads(probe: Probe) -> str:
         difference = walk.difference(again) if whole else None
         if difference is not None:
             raise FaultError(f"{how}, {difference}")
-    same = "the same as alone" if whole else "nothing raised"
+    same = "the same as in one thread" if whole else "nothing raised"
     return f"{len(pairs)} episodes on {THREADS} environments in {THREADS} threads: {same}"
 
 
 @contextmanager
 def _eager_threads() -> Iterator[None]:
-    """Let threads take turns far more often than usual, so that they meet within short episodes."""
+    """Switch between threads far more often than usual, so that short episodes interleave."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
@@ -235,13 +237,13 @@ def _eager_threads() -> Iterator[None]:
 
 
 def processes(probe: Probe) -> str:
-    """No process starts before the first reset, and none is left after `close`."""
+    """Check that no process starts before the first reset, and none is left after `close`."""
     walk = probe.expert_or_random_walks()[0]
     if probe.started_early:
         raise FaultError(
             f"constructing it, listing tasks and hashing one started {', '.join(probe.started_early)}"
         )
-    probe.close_envs(failed=True)  # all: they may share what they start
+    probe.close_envs(failed=True)  # closes all, since environments may share a process
     before = running_processes()
     env = probe.new_env()
     probe.replay(env, walk.prefix(5))
@@ -258,7 +260,7 @@ def processes(probe: Probe) -> str:
 
 
 def closing(probe: Probe) -> str:
-    """`close` may be called twice, at any time, and a reset opens the environment again."""
+    """Check that `close` may be called twice at any time, and that `reset` reopens the environment."""
     unused, used = probe.new_env(), probe.twins()[0]
     for env in (unused, used):
         env.close()
@@ -266,4 +268,4 @@ def closing(probe: Probe) -> str:
     probe.walk(used, probe.tasks()[0], None, 1)
     used.close()
     used.close()
-    return "close() twice, before and after episodes; a reset opens it again"
+    return "close() twice, before and after episodes; a reset reopens it"

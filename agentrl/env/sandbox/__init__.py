@@ -1,4 +1,4 @@
-"""Python that a model wrote, run where it can do no harm."""
+"""Sandbox that runs model-written Python in isolated processes."""
 
 from agentrl.env.sandbox.client import IMPORTS, Sandbox, Session, probe
 from agentrl.env.sandbox.process import LEVELS, Execution, Limits, SandboxError

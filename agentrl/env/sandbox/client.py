@@ -1,4 +1,4 @@
-"""Sessions in which model-written Python runs."""
+"""The sandbox and its sessions, in which model-written Python runs."""
 
 import os
 import threading
@@ -14,7 +14,7 @@ from agentrl.env.sandbox.process import LEVELS, Execution, Limits, SandboxError
 from agentrl.env.sandbox.provider import SandboxServer, SandboxSession, provider, sandbox_names
 from agentrl.errors import ConfigError
 
-# What code for a mathematical problem asks for; already imported, so that an import costs a look-up.
+# Modules that code for mathematical problems uses; imported beforehand, so that `import` is only a look-up.
 IMPORTS = (
     "bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "enum", "fractions",
     "functools", "heapq", "itertools", "json", "math", "numbers", "operator", "random", "re", "statistics",
@@ -25,31 +25,31 @@ _CODE_BYTES = 1 << 20
 
 
 class Sandbox:
-    """Runs Python that a model wrote: not in this process, and not with its rights.
+    """Sandbox that runs model-written Python in separate processes without privileges.
 
-    One warm fork server, started when it is first needed, forks a process for every session. Sessions can be
-    open side by side, in threads as well, and cannot reach each other. What a level takes away:
+    A fork server, started on first use, forks a process for every session. Several sessions can be open at
+    the same time, also in threads, and cannot affect each other. The levels of isolation:
 
-    - "namespaces": no network, no other process in sight, no file but the standard library, shared libraries
-      and the imports, an empty folder of `limits.file_mb` to write to. A filter of system calls lets code
-      compute, use those files and start threads, but no process.
-    - "bubblewrap": much the same from `bwrap`, for where only that may make namespaces; no writing, no
-      threads.
-    - "seccomp": the filter alone. No file can be opened, so only `imports` can be imported.
-    - "none": limits and deadlines only. Never chosen by "auto"; for code that you would run yourself.
+    - "namespaces": no network, no visible processes, no files except the standard library, shared libraries
+      and the imports, and an empty writable folder of `limits.file_mb`. A system call filter lets code
+      compute, use these files and start threads, but no processes.
+    - "bubblewrap": similar isolation by `bwrap`, for systems where only `bwrap` may create namespaces; no
+      writing and no threads.
+    - "seccomp": the system call filter alone. No file can be opened, so only `imports` can be imported.
+    - "none": only limits and deadlines, for code that you would run yourself. Never chosen by "auto".
 
-    Others can be offered by any distribution, see `agentrl.env.sandbox.SandboxProvider`; what they take away
-    is theirs to say.
+    Packages can provide other levels and define what these isolate; see
+    `agentrl.env.sandbox.SandboxProvider`.
 
     Args:
-        isolation: a level, the name of another provider, or "auto": the first level that works here.
-        require_isolation: refuse "none".
-        limits: of every execution and session.
-        imports: modules that are imported beforehand. Packages outside the standard library can be used only
-            when named here; their files are readable then.
+        isolation: A level, the name of another provider, or "auto" for the first level that works here.
+        require_isolation: Whether to refuse "none".
+        limits: The limits of every execution and session.
+        imports: The modules to import beforehand. Packages outside the standard library can be used only if
+            they are listed here, which makes their files readable.
 
     Raises:
-        ConfigError: an argument is wrong; at the first session, when an import fails.
+        ConfigError: An argument is invalid, or, at the first session, an import fails.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class Sandbox:
         if isolation not in known:
             raise unknown("isolation", isolation, known)
         if isolation == "none" and require_isolation:
-            raise ConfigError("isolation is 'none' and require_isolation is True; one of them has to change")
+            raise ConfigError("isolation is 'none' and require_isolation is True; change one of them")
         if isinstance(imports, str):
-            raise ConfigError(f"imports is {imports!r}, not a list of names of modules")
+            raise ConfigError(f"imports is {imports!r}, wanted a list of module names")
         self.limits = limits
         self._levels = LEVELS if isolation == "auto" else (isolation,)
         self._settings: dict[str, Any] = {"limits": limits, "imports": tuple(imports)}
@@ -77,24 +77,24 @@ class Sandbox:
 
     @property
     def isolation(self) -> str:
-        """The level that is used; finding out starts the server.
+        """Return the level of isolation in use, starting the server if necessary.
 
         Raises:
-            SandboxError: there is none; the message says why, level by level.
+            SandboxError: No level works; the message gives the reason for each level.
         """
         self._running()
         return self._levels[0]
 
     def session(self) -> "Session":
-        """A new process with no variables.
+        """Start a new process without variables.
 
         Raises:
-            SandboxError: the sandbox cannot start, or its server died twice.
+            SandboxError: The sandbox cannot start, or its server died twice.
         """
         return Session(self)
 
     def close(self) -> None:
-        """End the server and all sessions. A later session starts it again."""
+        """Stop the server and all sessions. A later session starts the server again."""
         with self._lock:
             if self._closer:
                 self._closer()
@@ -109,6 +109,7 @@ class Sandbox:
         self.close()
 
     def _fork(self) -> SandboxSession:
+        """Start a process for a session, once more if the server died."""
         server = self._running()
         try:
             return server.session()
@@ -118,7 +119,8 @@ class Sandbox:
         return self._running().session()
 
     def _running(self) -> SandboxServer:
-        if self._owner != os.getpid():  # a fork of the process that made this: its server is not ours
+        """Return the running server, starting one if necessary."""
+        if self._owner != os.getpid():  # in a forked process: the server belongs to the parent
             self._owner, self._lock, self._server = os.getpid(), threading.Lock(), None
         with self._lock:
             if self._server and not self._server.alive and self._closer:
@@ -130,6 +132,7 @@ class Sandbox:
             return self._server
 
     def _start(self) -> SandboxServer:
+        """Start a server with the first level that works, and keep that level."""
         reasons = []
         for level in self._levels:
             try:
@@ -143,12 +146,12 @@ class Sandbox:
             raise SandboxError(f"the sandbox cannot start: {reasons[0]}")
         raise SandboxError(
             f"model-written code cannot be isolated here: {'; '.join(reasons)}. To run it with your own "
-            "rights all the same, say isolation='none' and require_isolation=False."
+            "privileges anyway, set isolation='none' and require_isolation=False."
         )
 
 
 class Session:
-    """A process and its variables, until `close`. To be used by one thread at a time."""
+    """A sandboxed process and its variables, until `close`. Use it in one thread at a time."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
@@ -156,10 +159,10 @@ class Session:
         self._closed = False
 
     def run(self, code: str) -> Execution:
-        """Run code and wait for it, no longer than its limits.
+        """Run code and wait for the result, within the limits.
 
         Raises:
-            SandboxError: the sandbox's server died, or the session is closed.
+            SandboxError: The server of the sandbox died, or the session is closed.
         """
         if self._closed:
             raise SandboxError("this session is closed")
@@ -177,7 +180,7 @@ class Session:
         return execution
 
     def close(self) -> None:
-        """End the process and everything that it started. Can be called twice."""
+        """End the process and everything that it started. May be called twice."""
         self._closed = True
         self._drop()
 
@@ -197,7 +200,7 @@ class Session:
 
 @cache
 def probe() -> dict[str, str | None]:
-    """Try every level of isolation; None where it works here, else the reason why it does not."""
+    """Try every level of isolation and return the reason why it does not work here, or None if it does."""
     found: dict[str, str | None] = {}
     for level in LEVELS:
         try:
@@ -209,7 +212,7 @@ def probe() -> dict[str, str | None]:
 
 
 def _launch(level: str, settings: Mapping[str, Any]) -> SandboxServer:
-    """A server that has proven that it can give a session."""
+    """Start a server and check that it can run code in a session."""
     source = Level(level) if level == "none" else provider(level)
     reason = source.available()
     if reason is not None:

@@ -1,4 +1,4 @@
-"""The filter of system calls (seccomp) that a sandboxed process puts on itself, for good."""
+"""The seccomp filter of system calls that a sandboxed process irrevocably installs on itself."""
 
 import ctypes
 import platform
@@ -11,14 +11,14 @@ Program = list[_Step]
 
 
 def _table(text: str) -> _Numbers:
-    """Names of system calls with their numbers on x86_64 and on aarch64."""
+    """Parse names of system calls with their numbers on x86_64 and aarch64 ("-": does not exist)."""
     rows = [row.split() for row in text.split(",")]
     return {
         name: (int(x86) if x86 != "-" else None, int(arm) if arm != "-" else None) for name, x86, arm in rows
     }
 
 
-# Whatever code may do that only computes.
+# Calls that any computation may use.
 CALLS = _table(
     """
     read 0 63, write 1 64, close 3 57, lseek 8 62, fstat 5 80, mmap 9 222, munmap 11 215, brk 12 214,
@@ -52,7 +52,7 @@ WRITING = _table(
     linkat 265 37, symlink 88 -, symlinkat 266 36, sendfile 40 71
     """
 )
-# Allowed for some of their arguments only.
+# Calls that are allowed only with certain arguments.
 GUARDED = _table(
     """
     open 2 -, openat 257 56, newfstatat 262 79, fcntl 72 25, ioctl 16 29, prlimit64 302 261, prctl 157 167,
@@ -68,20 +68,23 @@ _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _OPENS_FOR_WRITING = 0o1 | 0o2 | 0o100 | 0o1000 | 0o2000 | 0x400000
 _AT_EMPTY_PATH = 0x1000
-_FCNTL = (0, 1, 2, 3, 4, 1030)  # duplicate, get and set flags: not the owner, signal or size of a pipe
-_IOCTL = (0x5401, 0x5450, 0x5451, 0x5421, 0x541B)  # is it a terminal, close on exec, non-blocking, readable
+_FCNTL = (0, 1, 2, 3, 4, 1030)  # duplicate, get and set flags; not the owner, signal or size of a pipe
+_IOCTL = (0x5401, 0x5450, 0x5451, 0x5421, 0x541B)  # TCGETS, FIONCLEX, FIOCLEX, FIONBIO, FIONREAD
 
 
 def filter_program(*, files: str, threads: bool, machine: str | None = None) -> Program:
-    """Steps (code, jump if true, jump if false, value); what no step allows fails with EPERM.
+    """Return a BPF program that makes every call fail with EPERM unless it is allowed.
 
     Args:
-        files: what may be opened: "write", "read" or "none".
-        threads: whether threads may be started; new processes never may.
-        machine: x86_64 or aarch64; that of this computer, unless said.
+        files: How files may be opened: "write", "read" or "none".
+        threads: Whether threads may be started; new processes are never allowed.
+        machine: "x86_64" or "aarch64"; None for this machine.
+
+    Returns:
+        The instructions as tuples (code, jump if true, jump if false, value).
 
     Raises:
-        OSError: there is no table for the machine.
+        OSError: There is no table for the machine.
     """
     machine = machine or platform.machine()
     if machine not in _AUDIT:
@@ -103,11 +106,13 @@ def filter_program(*, files: str, threads: bool, machine: str | None = None) -> 
         "fcntl": one_of(1, _FCNTL),
         "ioctl": one_of(1, _IOCTL),
         "prctl": one_of(0, [_PR_SET_NAME]),
+        # Only to read limits: the pointer to new ones must be null.
         "prlimit64": [argument(2), (_EQUAL, 0, 2, 0), argument(2, True), (_EQUAL, 1, 0, 0), refuse, allow],
-        "clone3": [(_RETURN, 0, 0, _ERRNO | _ENOSYS)],  # libc then tries clone
+        "clone3": [(_RETURN, 0, 0, _ERRNO | _ENOSYS)],  # libc falls back to clone
     }
     plain: list[str] = list(CALLS)
     if threads:
+        # Threads of this process only: neither new processes nor new namespaces.
         guarded["clone"] = [
             argument(0), (_ANY_BIT, 0, 1, _CLONE_THREAD), (_ANY_BIT, 0, 1, _NEW_NAMESPACE), refuse, allow
         ]  # fmt: skip
@@ -123,9 +128,10 @@ def filter_program(*, files: str, threads: bool, machine: str | None = None) -> 
     elif files == "write":
         plain += WRITING
 
+    # A call through another architecture's ABI has other numbers, so it kills the process.
     program = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _AUDIT[machine]), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     if machine == "x86_64":
-        program += [(_AT_LEAST, 0, 1, 0x40000000), refuse]  # the x32 calls
+        program += [(_AT_LEAST, 0, 1, 0x40000000), refuse]  # calls of the x32 ABI
     for name in plain:
         number = numbers[name][column]
         if number is not None:
@@ -138,11 +144,13 @@ def filter_program(*, files: str, threads: bool, machine: str | None = None) -> 
 
 
 class _Record(ctypes.Structure):
+    """The C struct sock_fprog."""
+
     _fields_ = (("length", ctypes.c_ushort), ("steps", ctypes.c_char_p))
 
 
 def install_filter(program: Program) -> None:
-    """Put a filter on this process; needs no_new_privs or root."""
+    """Install a filter on this process; needs no_new_privs or root."""
     steps = b"".join(struct.pack("=HBBI", *step) for step in program)
     record = _Record(len(steps) // 8, steps)
     address, zero = ctypes.c_ulong(ctypes.addressof(record)), ctypes.c_ulong(0)

@@ -1,6 +1,6 @@
-"""What the kernel is asked for to shut model code in: namespaces, a bare file system, no rights, limits.
+"""Isolation by the kernel: namespaces, a minimal file system, no privileges, and resource limits.
 
-Runs inside the fork server, so it imports next to nothing. Linux only, apart from the limits.
+This runs inside the fork server and therefore imports very little. Linux only, except for the limits.
 """
 
 import ctypes
@@ -48,12 +48,12 @@ def _prctl(option: int, value: int) -> None:
 
 @dataclass(frozen=True)
 class Files:
-    """What model code may read.
+    """The files that sandboxed code may read.
 
     Args:
-        library: folders of the standard library and of the system's shared libraries.
-        masked: folders of installed packages within, which look empty.
-        packages: folders and files outside the library, or in a masked folder, that were imported.
+        library: The folders of the standard library and of the system's shared libraries.
+        masked: The folders of installed packages inside these, which are made to look empty.
+        packages: The folders and files outside the library, or in a masked folder, that were imported.
     """
 
     library: Sequence[str]
@@ -62,11 +62,11 @@ class Files:
 
 
 class Namespaces:
-    """The server's own namespaces, and new ones for each of its children.
+    """Namespaces of the server and of each of its children.
 
-    The server gets process, network, mount, IPC and host name spaces of its own (within a user namespace,
-    unless it is root) and a root folder that holds only what was imported. Each child gets its own user,
-    process, mount and IPC namespace, an empty folder to write to, and an identity without rights anywhere.
+    The server gets its own process, network, mount, IPC and host name namespaces (within a user namespace
+    unless it is root), and a root folder that contains only what was imported. Each child gets its own user,
+    process, mount and IPC namespaces, an empty folder to write to, and a user without any privileges.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Namespaces:
         except PermissionError:
             if user != 0:
                 raise
-            # Root of a container may lack the right to do it without a user namespace.
+            # Root in a container may need a user namespace too.
             self._drops_root = False
             _unshare(separate | _CLONE_NEWUSER, "new user namespace")
         if not self._drops_root:
@@ -91,15 +91,16 @@ class Namespaces:
 
     @staticmethod
     def _enter_process_namespace() -> None:
-        """Go on as the first process of the new process namespace; with it, everything in there ends."""
+        """Continue as process 1 of the new process namespace, so that everything in it ends with this."""
         pid = os.fork()
         if pid:
+            # This process only waits, and must not keep the other ends of sockets open.
             os.closerange(3, 1 << 20)
             os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF)
         die_with_parent()
 
     def _map_user(self, inside: int, user: int, group: int) -> None:
-        self._write("setgroups", "deny")
+        self._write("setgroups", "deny")  # required before gid_map may be written without privileges
         self._write("uid_map", f"{inside} {user} 1")
         self._write("gid_map", f"{inside} {group} 1")
 
@@ -111,8 +112,8 @@ class Namespaces:
             os.close(file)
 
     def restrict_files(self, files: Files) -> None:
-        """Make a root folder that holds `files`, read-only, and nothing else."""
-        root = "/proc"  # nothing that is to be bound lies under it
+        """Change to a read-only root folder that contains only `files`."""
+        root = "/proc"  # contains none of the files to bind
         _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=755,size=4m")
         for path in files.library:
             self._bind(path, root)
@@ -122,11 +123,12 @@ class Namespaces:
             self._bind(path, root)
         for path in files.masked:
             _mount("none", root + path, None, _MS_REMOUNT | _READ_ONLY)
-        if os.path.exists(root + self._scratch):  # what was imported lies there
+        if os.path.exists(root + self._scratch):  # something was imported from there
             self._scratch = "/scratch"
         os.mkdir(root + self._scratch)
         os.environ["TMPDIR"] = os.environ["HOME"] = self._scratch
         os.chdir(root)
+        # Stacks the old root on top of the new one, so that it can be detached without a mount point.
         _check(_libc.syscall(_PIVOT_ROOT[platform.machine()], b".", b"."), "pivot_root")
         _check(_libc.umount2(b".", _MNT_DETACH), "umount of the old root")
         os.chdir("/")
@@ -134,6 +136,7 @@ class Namespaces:
 
     @staticmethod
     def _bind(path: str, root: str) -> None:
+        """Bind a file or folder below the new root, read-only."""
         target = root + path
         if os.path.isdir(path):
             os.makedirs(target, exist_ok=True)
@@ -142,13 +145,13 @@ class Namespaces:
             os.close(os.open(target, os.O_WRONLY | os.O_CREAT, 0o644))
         try:
             _mount(path, target, None, _MS_BIND)
-        except OSError:  # in a user namespace a tree comes only with what is mounted within it
+        except OSError:  # in a user namespace, a tree must be bound together with the mounts inside it
             _mount(path, target, None, _MS_BIND | _MS_REC)
         keep = os.statvfs(target).f_flag & _MS_NOEXEC
         _mount("none", target, None, _MS_REMOUNT | _READ_ONLY | keep)
 
     def fork(self) -> int:
-        """Like `os.fork`, with the child as the first process of a process namespace of its own."""
+        """Fork like `os.fork`, with the child as process 1 of its own process namespace."""
         _unshare(_CLONE_NEWPID, "new process namespace")
         try:
             pid = os.fork()
@@ -160,14 +163,14 @@ class Namespaces:
         return pid
 
     def _leave_child_namespace(self) -> None:
-        _check(_libc.setns(self._processes, _CLONE_NEWPID), "back to the process namespace")
+        _check(_libc.setns(self._processes, _CLONE_NEWPID), "setns to the server's process namespace")
 
     def isolate_child(self, file_mb: int) -> None:
-        """In the child: its own user, mount and IPC namespace, and `file_mb` of space to write to."""
-        self._write("oom_score_adj", "1000")  # should memory run out, then at the cost of model code
+        """Enter user, mount and IPC namespaces of the child, with `file_mb` of writable space."""
+        self._write("oom_score_adj", "1000")  # if memory runs out, sandboxed code is killed first
         if self._drops_root:
             drop_root()
-            _prctl(_PR_SET_DUMPABLE, 1)  # else its own /proc/self would be root's
+            _prctl(_PR_SET_DUMPABLE, 1)  # otherwise /proc/self belongs to root
         user, group = os.getuid(), os.getgid()
         _unshare(_CLONE_NEWUSER | _CLONE_NEWNS | _CLONE_NEWIPC, "new user namespace for a session")
         self._map_user(NOBODY, user, group)
@@ -177,7 +180,7 @@ class Namespaces:
 
 
 def drop_root() -> None:
-    """Become nobody, where the process is root; not in a user namespace that has only its own root."""
+    """Become the user nobody if the process is root, except in a user namespace that maps only root."""
     if os.geteuid() != 0:
         return
     try:
@@ -185,19 +188,19 @@ def drop_root() -> None:
     except OSError as fault:
         if fault.errno != errno.EINVAL:
             raise
-        return
+        return  # the user namespace does not map nobody
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 def die_with_parent() -> None:
-    """Be killed when the process that forked this one ends."""
+    """Have the kernel kill this process when its parent ends."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def drop_privileges() -> None:
-    """No capability now and none to be won by running a program; not to be traced."""
+    """Drop all capabilities, forbid regaining any by running a program, and forbid tracing."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _prctl(_PR_SET_DUMPABLE, 0)
     header = struct.pack("Ii", 0x20080522, 0)
@@ -205,13 +208,13 @@ def drop_privileges() -> None:
 
 
 def limit_resources(limits: Mapping[str, int]) -> None:
-    """Set limits that the kernel keeps, named after `resource.RLIMIT_*`."""
+    """Set resource limits by the names of `resource.RLIMIT_*`, such as "CPU", capped at the hard limits."""
     for name, value in limits.items():
         limit = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         try:
             resource.setrlimit(limit, (value, value))
-        except ValueError:  # macOS does not limit address space
+        except ValueError:  # macOS cannot limit the address space
             if name != "AS":
                 raise

@@ -1,4 +1,4 @@
-"""Ours: a fork server whose children are shut in by the kernel, in one of three ways or not at all."""
+"""The built-in levels of isolation: a fork server whose children the kernel isolates, or not ("none")."""
 
 import os
 import sys
@@ -13,22 +13,23 @@ from agentrl.env.sandbox.provider import register_sandbox
 
 @dataclass(frozen=True)
 class Level:
-    """One of `LEVELS`, or "none"."""
+    """Provider of one of `LEVELS`, or of "none"."""
 
     name: str
 
     def available(self) -> str | None:
-        """Say that it needs Linux, where it does; the rest shows when it is started."""
+        """Return the reason if the level needs Linux and this is another system; `start` checks the rest."""
         if self.name != "none" and sys.platform != "linux":
             return f"needs Linux, and this is {sys.platform}"
         return None
 
     def start(self, *, limits: Limits, imports: Sequence[str], filter: bool = True) -> ServerProcess:
-        """Start a server; without `filter`, without that of system calls."""
+        """Start a server, optionally without the system call filter."""
         return ServerProcess(self.name, _settings(imports, limits, self.name, filter), limits)
 
 
 def _settings(imports: Sequence[str], limits: Limits, isolation: str, filter: bool) -> dict[str, Any]:
+    """Return the settings message for the server."""
     kernel = {
         "AS": limits.memory_mb << 20,
         "FSIZE": limits.file_mb << 20,
@@ -36,7 +37,7 @@ def _settings(imports: Sequence[str], limits: Limits, isolation: str, filter: bo
         "CPU": int(100 * limits.cpu_seconds) + 1,
         "CORE": 0,
     }
-    if isolation != "none":  # where the kernel would count all that the user runs
+    if isolation != "none":  # without isolation, the kernel would count all processes of the user
         kernel["NPROC"] = limits.threads
     return {
         "imports": list(imports),

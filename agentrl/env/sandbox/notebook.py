@@ -1,6 +1,6 @@
-"""Running code like the cells of a notebook; as a program, what comes in lines of JSON on standard input.
+"""Run code like the cells of a notebook; as a program, code that arrives in lines of JSON on standard input.
 
-Needs nothing but the standard library of any Python, so that its text can be handed to one anywhere.
+This needs only the standard library of any Python, so that its source can be passed to `python -c` anywhere.
 """
 
 import ast
@@ -16,7 +16,7 @@ _ERROR_CHARS = 1_000
 
 
 def execute(code: str, names: dict[str, Any], label: str) -> None:
-    """Run code; a last line that is an expression is printed, unless it is None."""
+    """Run code, and print the value of its last statement if that is an expression and not None."""
     tree = ast.parse(code, label)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, label, "exec", dont_inherit=True), names)
@@ -27,7 +27,7 @@ def execute(code: str, names: dict[str, Any], label: str) -> None:
 
 
 def describe(fault: BaseException, label: str) -> str:
-    """The last line of the traceback and the line of the code where it happened."""
+    """Return the type and message of an exception and the line of the code that raised it."""
     try:
         message = fault.msg if isinstance(fault, SyntaxError) else str(fault)
     except BaseException:
@@ -38,7 +38,7 @@ def describe(fault: BaseException, label: str) -> str:
 
 
 def line_suffix(fault: BaseException, label: str) -> str:
-    """The line of the code, as it is added to a message."""
+    """Return the line of the code that raised an exception, such as " (line 3)"; empty if unknown."""
     line = fault.lineno if isinstance(fault, SyntaxError) and fault.filename == label else None
     trace = fault.__traceback__
     while trace is not None:
@@ -50,13 +50,13 @@ def line_suffix(fault: BaseException, label: str) -> str:
 
 def main() -> None:
     """Answer each line {"code": text} with a line {"output": text, "error": text or null}."""
-    asked, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    requests, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    os.dup2(2, 1)  # what goes past sys.stdout is no answer
+    os.dup2(2, 1)  # output that bypasses sys.stdout must not mix with answers
     module = types.ModuleType("__main__")
     module.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = module
-    for number, line in enumerate(asked, start=1):
+    for number, line in enumerate(requests, start=1):
         label = f"<code {number}>"
         sys.stdout = sys.stderr = stream = io.StringIO()
         error = None

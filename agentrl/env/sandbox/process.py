@@ -1,7 +1,7 @@
-"""The fork server and one of its children, as seen from the process that uses them.
+"""The fork server and its children, as seen from the process that uses them.
 
-Nothing that a child sends is trusted: it is read with a cap, until a deadline, as JSON; the worst it can do
-is to lie about its own output.
+Messages of a child are not trusted: they are read up to a maximum size, until a deadline, as JSON. At worst,
+a child can lie about its own output.
 """
 
 import fcntl
@@ -33,7 +33,7 @@ _ANSWER_BYTES = 1 << 16
 _ERROR_CHARS = 2_000
 _VARIABLES_LOST = "; all variables are lost"
 
-# The server sees these three packages as bare folders: importing them for real would make it heavy.
+# The server gets these three packages as bare namespaces, since importing them would make it heavy.
 _BOOT = """
 import sys, types
 for name, folder in zip(("agentrl", "agentrl.env", "agentrl.env.sandbox"), sys.argv[1:4]):
@@ -43,14 +43,14 @@ for name, folder in zip(("agentrl", "agentrl.env", "agentrl.env.sandbox"), sys.a
 from agentrl.env.sandbox.server import main
 main(int(sys.argv[4]), int(sys.argv[5]))
 """
-# A fixed hash seed makes the order of sets, and so what code prints, the same in every run.
+# A fixed hash seed makes the order of sets, and thereby the output of code, the same in every run.
 _ENVIRONMENT = {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0"} | {
     f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")
 }
 
 
 class SandboxError(AgentRLError):
-    """The sandbox itself failed: it cannot start here, or its server died. Never something that code did."""
+    """The sandbox itself failed, not the code in it: it cannot start here, or its server died."""
 
 
 _MAX = {
@@ -66,17 +66,18 @@ _MAX = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one execution, or the process of its session, may use.
+    """Limits of one execution or of the process of its session.
 
     Args:
-        seconds: of an execution, by the clock on the wall.
-        cpu_seconds: of an execution, with the threads that earlier ones left: they run on in it, and stand
-            still between (Linux); a session ends at 100 times as much.
-        memory_mb: address space of the session's process, interpreter and imports included.
-        file_mb: of what one execution prints, and of all files that a session writes.
-        open_files: at once.
-        threads: at once, the main one included; only "namespaces" allows more than one.
-        output_chars: of the output that is kept, half from its head and half from its tail.
+        seconds: The wall-clock time of an execution.
+        cpu_seconds: The processor time of an execution, including threads left over from earlier executions,
+            which run only during an execution (Linux). A session may use 100 times as much.
+        memory_mb: The address space of the session's process in MB, including interpreter and imports.
+        file_mb: The size in MB of the output of one execution, and of all files that a session writes.
+        open_files: The number of files open at the same time.
+        threads: The number of threads at the same time, including the main thread; only "namespaces" allows
+            more than one.
+        output_chars: The number of characters of output to keep, half from its head and half from its tail.
     """
 
     seconds: float = 5.0
@@ -98,13 +99,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """What came of running a piece of code.
+    """Result of running a piece of code.
 
     Args:
-        output: what was printed and, as in a notebook, the value of a last line that is an expression.
-        error: what went wrong, in one line; None when nothing did.
-        ended: "ok"; "error", after which the variables are still there; "timeout" or "killed", after which
-            the next execution starts in a fresh process.
+        output: The printed text and, as in a notebook, the value of a last line that is an expression.
+        error: The error in one line, or None.
+        ended: "ok"; "error", after which the variables still exist; "timeout" or "killed", after which the
+            next execution starts in a new process.
     """
 
     output: str
@@ -116,13 +117,13 @@ class ServerProcess:
     """A running fork server.
 
     Args:
-        isolation: one of `LEVELS`, or "none".
-        settings: for the server: limits, imports, path, filter.
-        limits: of its sessions.
+        isolation: One of `LEVELS`, or "none".
+        settings: The settings of the server: limits, imports, path, filter.
+        limits: The limits of its sessions.
 
     Raises:
-        SandboxError: it cannot start; the message says why.
-        ConfigError: one of the imports cannot be imported.
+        SandboxError: The server cannot start; the message gives the reason.
+        ConfigError: An import fails.
     """
 
     def __init__(self, isolation: str, settings: Mapping[str, Any], limits: Limits) -> None:
@@ -136,17 +137,17 @@ class ServerProcess:
         kind = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_STREAM
         self._control, control = socket.socketpair(socket.AF_UNIX, kind)
         parent = _this_process()
-        handed = [end for end in (control.fileno(), parent) if end >= 0]
-        with tempfile.TemporaryFile() as complaints:
+        inherited = [end for end in (control.fileno(), parent) if end >= 0]
+        with tempfile.TemporaryFile() as stderr:
             try:
                 self._process = subprocess.Popen(
                     [*command, str(control.fileno()), str(parent)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    stderr=complaints,
+                    stderr=stderr,
                     env=_ENVIRONMENT,
                     cwd="/",
-                    pass_fds=handed,
+                    pass_fds=inherited,
                     start_new_session=True,
                 )
             except OSError as fault:
@@ -164,27 +165,28 @@ class ServerProcess:
                 answer = b""
             if not answer:
                 self.close()
-                complaints.seek(0)
-                lines = complaints.read(1 << 16).decode("utf-8", "replace").strip().splitlines()
+                stderr.seek(0)
+                lines = stderr.read(1 << 16).decode("utf-8", "replace").strip().splitlines()
                 raise SandboxError("its server died at the start" + (f": {lines[-1]}" if lines else ""))
         self._control.settimeout(_END_SECONDS)
-        said = json.loads(answer)
-        if "error" in said:
+        message = json.loads(answer)
+        if "error" in message:
             self.close()
-            if said["stage"] == "import":
-                raise ConfigError(f"the sandbox's imports: {said['error']}")
-            raise SandboxError(said["error"])
-        self.files: dict[str, list[str]] = said["files"]
+            if message["stage"] == "import":
+                raise ConfigError(f"the sandbox's imports: {message['error']}")
+            raise SandboxError(message["error"])
+        self.files: dict[str, list[str]] = message["files"]
 
     @property
     def alive(self) -> bool:
+        """Return whether the server is running and belongs to this process."""
         return self._owner == os.getpid() and self._process.poll() is None
 
     def session(self) -> "ChildProcess":
-        """A process that is shut in.
+        """Start an isolated process.
 
         Raises:
-            SandboxError: there is none to be had.
+            SandboxError: The process cannot start.
         """
         try:
             child = ChildProcess(self, self._limits)
@@ -194,13 +196,14 @@ class ServerProcess:
         return child
 
     def send_descriptors(self, *descriptors: int) -> None:
+        """Ask the server for a child that uses these file descriptors."""
         socket.send_fds(self._control, [b"f"], descriptors)
 
     def close(self) -> None:
-        """End the server and its children, if this is the process that started it."""
+        """Stop the server and its children, if this process started it."""
         self._control.close()
         if self._owner != os.getpid():
-            self._process.returncode = 0  # not ours to wait for
+            self._process.returncode = 0  # it is not a child of this process, which cannot wait for it
             return
         try:
             self._process.wait(_END_SECONDS)
@@ -210,7 +213,10 @@ class ServerProcess:
 
 
 def _this_process() -> int:
-    """A descriptor that tells when this process ends, or -1; without one the control socket has to do."""
+    """Return a descriptor that signals the end of this process, or -1 if unsupported.
+
+    Without it, the server ends when the control socket closes.
+    """
     try:
         return os.pidfd_open(os.getpid())
     except (AttributeError, OSError):
@@ -224,13 +230,13 @@ def _python() -> list[str]:
 
 
 def _bubblewrap(settings: Mapping[str, Any], limits: Limits) -> list[str]:
-    """The start of a command that runs the rest of it with nothing but the files that it needs."""
+    """Return the command prefix that runs a command with access only to the files that it needs."""
     program = shutil.which("bwrap")
     if program is None:
         raise SandboxError("bwrap is not on PATH")
-    trial = ServerProcess("none", settings, limits)  # which files there are to be seen, only imports can tell
-    trial.close()
-    files = trial.files
+    unisolated = ServerProcess("none", settings, limits)  # only the imports can tell which files are needed
+    unisolated.close()
+    files = unisolated.files
     visible = [os.path.realpath(sys.executable), str(Path(__file__).resolve().parent)]
     visible += [*files["library"], *map(str, Path(sys.base_prefix, "lib").glob("libpython*.so*"))]
     command = [program, "--unshare-all", "--unshare-user", "--cap-drop", "ALL"]
@@ -245,30 +251,29 @@ def _bubblewrap(settings: Mapping[str, Any], limits: Limits) -> list[str]:
 
 
 class _ChildLostError(Exception):
-    """The child does not answer any more, or not in the way agreed upon."""
+    """The child no longer answers, or violates the protocol."""
 
 
 class _TimeLimitError(Exception):
-    """A limit of time has passed; the message says which."""
+    """A time limit was exceeded; the message says which."""
 
 
 class ChildProcess:
-    """A process for one session: a channel to it, a monitor on it, and the file that it prints to.
+    """The process of one session, with a channel for code, a monitor socket and an output file.
 
     Raises:
-        SandboxError: there is none to be had.
-        OSError: the server cannot be reached.
+        OSError: The server cannot be reached.
     """
 
     def __init__(self, server: ServerProcess, limits: Limits) -> None:
         self._limits, self._runs, self._pid, self._cpu_before = limits, 0, 0, 0.0
-        self._handle = -1  # a descriptor of the process, by which no other can be meant
+        self._handle = -1  # pidfd of the process, which is safe even if its pid is reused
         self._channel, channel = socket.socketpair()
         self._monitor, monitor = socket.socketpair()
         self._output = _unnamed_file()
         self._poll = select.poll()
         with channel, monitor:
-            if hasattr(socket, "SO_PASSCRED"):
+            if hasattr(socket, "SO_PASSCRED"):  # the kernel attaches the sender's pid to messages
                 self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             try:
                 server.send_descriptors(channel.fileno(), self._output.fileno(), monitor.fileno())
@@ -279,7 +284,11 @@ class ChildProcess:
         self._poll.register(self._channel, select.POLLIN)
 
     def wait_ready(self) -> None:
-        """Wait until the process is shut in; the kernel says along with its greeting which one it is."""
+        """Wait until the process is isolated; the kernel attests its pid along with its first message.
+
+        Raises:
+            SandboxError: The process cannot start.
+        """
         deadline = time.monotonic() + _START_SECONDS
         try:
             self._wait(select.POLLIN, deadline)
@@ -290,25 +299,25 @@ class ChildProcess:
             else:
                 head = self._channel.recv(4)
             if len(head) < 4:
-                raise _ChildLostError("it said nothing")
+                raise _ChildLostError("it sent nothing")
             (size,) = struct.unpack(">I", head)
             error = json.loads(self._receive(size, deadline)).get("error")
         except (_TimeLimitError, _ChildLostError, OSError) as fault:
             error = self._end().get("error", f"{fault}")
         if error:
             self.close()
-            raise SandboxError(f"no process for a session: {error}")
+            raise SandboxError(f"cannot start a process for a session: {error}")
         with suppress(AttributeError, OSError):
             self._handle = os.pidfd_open(self._pid) if self._pid else -1
         self._cpu_before = self._cpu()
 
     def run(self, code: str) -> Execution:
-        """Run code; after "timeout" and "killed" the process is gone and can only be closed.
+        """Run code; after "timeout" and "killed", the process has ended and can only be closed.
 
-        Between two executions it stands still, with the threads that code left running (Linux).
+        Between executions the process is stopped, including threads that code left running (Linux).
 
         Raises:
-            SandboxError: the server died.
+            SandboxError: The server died.
         """
         self._runs += 1
         self._signal("SIGCONT")
@@ -335,23 +344,25 @@ class ChildProcess:
         )
 
     def _ask(self, code: bytes) -> str | None:
-        # What threads used since the last execution counts as well.
+        """Send code and return the error of the answer, or None."""
+        # The processor time of threads since the last execution counts too.
         deadline, cpu = time.monotonic() + self._limits.seconds, self._cpu_before
         self._send(struct.pack(">I", len(code)) + code, deadline, cpu)
         (size,) = struct.unpack(">I", self._receive(4, deadline, cpu))
         if size > _ANSWER_BYTES:
-            raise _ChildLostError("it answered nonsense")
+            raise _ChildLostError("it sent an invalid answer")
         answer = self._receive(size, deadline, cpu)
         try:
-            said = json.loads(answer)
-            number, error = said["number"], said["error"]
+            message = json.loads(answer)
+            number, error = message["number"], message["error"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise _ChildLostError("it answered nonsense") from None
+            raise _ChildLostError("it sent an invalid answer") from None
         if number != self._runs or not (error is None or isinstance(error, str)):
-            raise _ChildLostError("it answered nonsense")
+            raise _ChildLostError("it sent an invalid answer")
         return None if error is None else _one_line(error[:_ERROR_CHARS])
 
     def _send(self, data: bytes, deadline: float, cpu: float) -> None:
+        """Send all data by the deadline."""
         left = memoryview(data)
         while left:
             try:
@@ -360,6 +371,7 @@ class ChildProcess:
                 self._wait(select.POLLOUT, deadline, cpu)
 
     def _receive(self, size: int, deadline: float, cpu: float | None = None) -> bytes:
+        """Receive exactly `size` bytes by the deadline."""
         data = b""
         while len(data) < size:
             try:
@@ -373,7 +385,7 @@ class ChildProcess:
         return data
 
     def _wait(self, event: int, deadline: float, cpu: float | None = None) -> None:
-        """Wait for the channel until the deadline, or until `cpu_seconds` more than `cpu` are used."""
+        """Wait for the channel until the deadline, or until `cpu_seconds` are used beyond `cpu`."""
         limits = self._limits
         self._poll.modify(self._channel, event)
         while True:
@@ -384,20 +396,21 @@ class ChildProcess:
                 spare = cpu + limits.cpu_seconds - self._cpu()
                 if spare <= 0:
                     raise _TimeLimitError(f"used more than {limits.cpu_seconds:g} s of processor time")
-                # Several threads use it up faster than the clock runs.
+                # Several threads use processor time faster than wall-clock time passes.
                 left = min(left, max(spare / (os.cpu_count() or 1), 0.005))
             if self._poll.poll(left * 1000):
                 return
 
     def _cpu(self) -> float:
-        """Seconds of processor time that the process has used so far."""
+        """Return the processor time in seconds that the process has used so far."""
         try:
+            # The kernel's clock id for the processor time of a process.
             return time.clock_gettime((~self._pid << 3) | 2) if self._pid else 0.0
         except OSError:
             return 0.0
 
     def _end(self) -> dict[str, Any]:
-        """Kill the process and wait until it is gone; what the server says of its end."""
+        """Kill the process, wait for its end, and return the status reported by the server."""
         try:
             self._monitor.settimeout(_END_SECONDS)
             with suppress(BrokenPipeError):
@@ -412,7 +425,7 @@ class ChildProcess:
 
     def _signal(self, name: str) -> None:
         if self._handle >= 0:
-            with suppress(OSError):  # it has ended, or may not be stopped by this user
+            with suppress(OSError):  # it has ended, or this user may not signal it
                 signal.pidfd_send_signal(self._handle, getattr(signal, name))
 
     def _close_descriptors(self) -> None:
@@ -423,14 +436,15 @@ class ChildProcess:
         self._channel.close()
 
     def close(self) -> None:
-        """End the process, and with it everything that it started."""
+        """End the process and everything that it started."""
         if self._monitor.fileno() >= 0:
-            with suppress(SandboxError):  # without a server there is no process either
+            with suppress(SandboxError):  # if the server is gone, so is the process
                 self._end()
         self._output.close()
 
 
 def _unnamed_file() -> IO[bytes]:
+    """Return an append-only file without a name."""
     if hasattr(os, "memfd_create"):
         file: IO[bytes] = open(os.memfd_create("output"), "r+b", buffering=0)  # noqa: SIM115
     else:
@@ -444,6 +458,7 @@ def _one_line(text: str) -> str:
 
 
 def _cause(status: int, fault: str) -> str:
+    """Return why a process ended, from its wait status."""
     if os.WIFEXITED(status):
         return f"the process ended itself (exit status {os.WEXITSTATUS(status)})"
     number = os.WTERMSIG(status)
@@ -453,7 +468,7 @@ def _cause(status: int, fault: str) -> str:
 
 
 def truncate_middle(text: str, limit: int) -> str:
-    """Keep so many characters of a text, half from its head and half from its tail."""
+    """Return a text truncated to `limit` characters, half from its head and half from its tail."""
     if len(text) <= limit:
         return text
     head, tail = (limit + 1) // 2, limit // 2

@@ -1,8 +1,8 @@
-"""What isolates model-written code: a protocol, those who keep to it by name, and help for writing one.
+"""Protocols of sandbox providers, their registry, and classes that help to write one.
 
-A distribution offers one with an entry point in the group `agentrl.sandboxes`: its name is what `isolation`
-says, and its value a class, or another callable without arguments that returns a `SandboxProvider`. Ours
-are registered by `register_sandbox`, as a script may do.
+A package offers a provider with an entry point in the group `agentrl.sandboxes`. Its name is the value of
+`isolation`, and its value is a class, or another callable without arguments, that makes a `SandboxProvider`.
+Scripts call `register_sandbox`, as the built-in levels do.
 """
 
 import json
@@ -24,58 +24,58 @@ from agentrl.errors import ConfigError
 
 GROUP = "agentrl.sandboxes"
 
-# The text of a program for `python -c` that a `PipedSession` can talk to, in any Python.
+# The source of a program for `python -c`, in any Python, that a `PipedSession` can talk to.
 PROGRAM = Path(notebook.__file__).read_text()
 
 
 class SandboxSession(Protocol):
-    """A process, or what stands for one, in which pieces of code share their variables."""
+    """A process, or an equivalent, in which successive pieces of code share their variables."""
 
     def run(self, code: str) -> Execution:
-        """Run code and wait for it, no longer than its limits; after "timeout" and "killed" it is closed.
+        """Run code and wait for the result, within the limits; "timeout" and "killed" close the session.
 
         Raises:
-            SandboxError: the sandbox failed, not the code.
+            SandboxError: The sandbox failed, not the code.
         """
 
     def close(self) -> None:
-        """End it and everything that it started. Can be called twice."""
+        """End the session and everything that it started. May be called twice."""
 
 
 class SandboxServer(Protocol):
-    """Gives sessions; they can be open side by side, and cannot reach each other."""
+    """Source of sessions, which can be open at the same time and cannot affect each other."""
 
     @property
     def alive(self) -> bool:
-        """Whether it can give one; another server is started in its place otherwise."""
+        """Return whether the server can start sessions; if not, another server is started."""
 
     def session(self) -> SandboxSession:
-        """Begin one with no variables.
+        """Start a session without variables.
 
         Raises:
-            SandboxError: there is none to be had.
+            SandboxError: The session cannot start.
         """
 
     def close(self) -> None:
-        """End it and all sessions. Can be called twice."""
+        """Stop the server and all sessions. May be called twice."""
 
 
 class SandboxProvider(Protocol):
     """A way to isolate code."""
 
     def available(self) -> str | None:
-        """Return None where it may work here, else the reason why it cannot; quickly."""
+        """Return quickly why the provider cannot work here, or None if it may."""
 
     def start(self, *, limits: Limits, imports: Sequence[str]) -> SandboxServer:
         """Start a server.
 
         Args:
-            limits: of every execution and session.
-            imports: modules that code can use; beyond them a provider may offer what it likes.
+            limits: The limits of every execution and session.
+            imports: The modules that code can use; a provider may offer more.
 
         Raises:
-            SandboxError: it does not work here.
-            ConfigError: one of the imports is not there.
+            SandboxError: The provider does not work here.
+            ConfigError: An import fails.
         """
 
 
@@ -83,14 +83,14 @@ _registered: dict[str, Callable[[], SandboxProvider]] = {}
 
 
 def register_sandbox(name: str, make: Callable[[], SandboxProvider]) -> None:
-    """Let `isolation` name a provider.
+    """Register a provider as a value of `isolation`.
 
     Args:
-        name: neither "auto" nor "none".
-        make: a class, or another callable without arguments.
+        name: The name, neither "auto" nor "none".
+        make: A class, or another callable without arguments, that makes the provider.
 
     Raises:
-        ConfigError: the name is taken.
+        ConfigError: The name is taken.
     """
     if name in ("auto", "none") or _registered.get(name, make) is not make:
         raise ConfigError(f"sandbox {name!r} is registered already")
@@ -98,15 +98,15 @@ def register_sandbox(name: str, make: Callable[[], SandboxProvider]) -> None:
 
 
 def sandbox_names() -> list[str]:
-    """List what `isolation` may name: the registered ones in their order, then those of entry points."""
+    """Return the names of all providers: the registered ones in order, then those of entry points."""
     return list(dict.fromkeys([*_registered, *sorted(entry.name for entry in entry_points(group=GROUP))]))
 
 
 def provider(name: str) -> SandboxProvider:
-    """Make the provider of a name.
+    """Make the provider with the given name.
 
     Raises:
-        ConfigError: nobody offers it, or what offers it cannot be loaded.
+        ConfigError: The name is unknown, or its entry point cannot be loaded.
     """
     if name not in _registered:
         offered = [entry for entry in entry_points(group=GROUP) if entry.name == name]
@@ -117,25 +117,26 @@ def provider(name: str) -> SandboxProvider:
             raise ConfigError(f"sandbox {name!r} is offered more than once: {values}")
         try:
             register_sandbox(name, offered[0].load())
-        except (Exception, SystemExit) as error:  # a module that exits on import must not end the process
+        except (Exception, SystemExit) as error:  # a module that calls exit() must not end the process
             raise ConfigError(f"sandbox {name!r} ({offered[0].value}): {describe_error(error)}") from error
     return _registered[name]()
 
 
 class PipedSession:
-    """A session in a program that runs `PROGRAM`: code goes to its standard input, answers come back.
+    """Session in a command that runs `PROGRAM`, with code on its standard input and answers on its output.
 
-    Nothing that it answers is trusted: it is read with a cap, until a deadline.
+    Answers are not trusted: they are read up to a maximum size, until a deadline.
 
     Args:
-        command: that runs `python -c PROGRAM` where it can do no harm.
-        limits: of which time, what is printed and what is kept are seen to here; the rest is the command's.
-        imports: done first.
-        end: a command that ends what ending the first one does not, such as a container.
+        command: The command, which runs `python -c PROGRAM` in an isolated place.
+        limits: The limits. This class enforces those of time and output; the command must enforce the others.
+        imports: The modules to import first.
+        end: A command that ends what killing the first command does not, such as a container.
+        start_seconds: The time that starting and importing may take.
 
     Raises:
-        SandboxError: the program does not answer.
-        ConfigError: one of the imports is not there.
+        SandboxError: The program does not answer.
+        ConfigError: An import fails.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class PipedSession:
             raise SandboxError(f"{command[0]} does not run: {error.strerror}") from error
         self._pending = b""
         code = "".join(f"import {name.partition('.')[0]}, {name}\n" for name in imports)
-        first = self._answered(
+        first = self._execute(
             f"{code}del {', '.join({n.partition('.')[0] for n in imports})}\n" if code else "", start_seconds
         )
         if first.ended == "error":
@@ -171,11 +172,11 @@ class PipedSession:
             raise SandboxError(f"{command[0]} runs no session: {first.error}")
 
     def run(self, code: str) -> Execution:
-        """Run code and wait for it, no longer than its limits."""
-        return self._answered(code, self._limits.seconds)
+        """Run code and wait for the result, within the limits."""
+        return self._execute(code, self._limits.seconds)
 
     def close(self) -> None:
-        """End the program and what is in its session, then call the command that ends the rest."""
+        """Kill the program and its process group, then run the command `end`."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -185,13 +186,14 @@ class PipedSession:
         if self._end:
             subprocess.run(self._end, stdin=subprocess.DEVNULL, capture_output=True, check=False)
 
-    def _answered(self, code: str, seconds: float) -> Execution:
+    def _execute(self, code: str, seconds: float) -> Execution:
+        """Run code and convert failures of the program to a result."""
         if self._process is None:
             raise SandboxError("this session is closed")
         ended: Literal["ok", "error", "timeout", "killed"]
         try:
-            said = self._exchange(json.dumps({"code": code}).encode() + b"\n", seconds)
-            output, error = str(said["output"]), said["error"] and str(said["error"])
+            answer = self._exchange(json.dumps({"code": code}).encode() + b"\n", seconds)
+            output, error = str(answer["output"]), answer["error"] and str(answer["error"])
             ended = "error" if error else "ok"
         except TimeoutError:
             output, ended = "", "timeout"
@@ -203,41 +205,41 @@ class PipedSession:
         return Execution(truncate_middle(output, self._limits.output_chars), error, ended)
 
     def _exchange(self, line: bytes, seconds: float) -> dict[str, Any]:
-        """Send a line and read one, by a deadline."""
+        """Send a line and read the line that answers it, within `seconds`."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        until = time.monotonic() + seconds
-        asked, told = process.stdin.fileno(), process.stdout.fileno()
-        os.set_blocking(asked, False)
+        deadline = time.monotonic() + seconds
+        stdin, stdout = process.stdin.fileno(), process.stdout.fileno()
+        os.set_blocking(stdin, False)
         left = memoryview(line)
         while b"\n" not in self._pending:
-            patience = until - time.monotonic()
-            if patience <= 0:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
                 raise TimeoutError
-            readable, writable, _ = select.select([told], [asked] if left else [], [], patience)
+            readable, writable, _ = select.select([stdout], [stdin] if left else [], [], remaining)
             if writable:
-                left = left[os.write(asked, left) :]
+                left = left[os.write(stdin, left) :]
             if readable:
-                data = os.read(told, 1 << 16)
+                data = os.read(stdout, 1 << 16)
                 if not data:
-                    raise ConnectionError("it hung up")
+                    raise ConnectionError("it closed its output")
                 self._pending += data
                 if len(self._pending) > self._limits.file_mb << 20:
                     raise ConnectionError(f"it printed more than {self._limits.file_mb} MB")
         answer, self._pending = self._pending.split(b"\n", 1)
         found = json.loads(answer)
         if self._pending:
-            raise ConnectionError("it answered nonsense")
+            raise ConnectionError("it sent an invalid answer")
         return dict(found)
 
 
 class PipedServer:
-    """A server for sessions that need none: each comes with a process of its own.
+    """Server for sessions that each start a process of their own.
 
     Args:
-        begin: makes a session.
+        begin: A function that starts a session.
     """
 
     alive = True
@@ -247,10 +249,12 @@ class PipedServer:
         self._open: list[SandboxSession] = []
 
     def session(self) -> SandboxSession:
+        """Start a session."""
         session = self._begin()
         self._open.append(session)
         return session
 
     def close(self) -> None:
+        """Close all sessions."""
         while self._open:
             self._open.pop().close()

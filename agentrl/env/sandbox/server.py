@@ -1,4 +1,4 @@
-"""The warm fork server and its children. Runs as a program of its own, never in the process that learns.
+"""The fork server and its children. It runs as a separate program, never in the training process.
 
 The control socket first delivers the settings, then three descriptors per session: the channel and the output
 file, which become the child's, and the monitor socket, which stays here. Any data on the monitor socket, or
@@ -41,13 +41,18 @@ _CHANNEL = 3
 _SHARED_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 _LOADER_FILES = ("/etc/ld.so.cache", "/lib/locale", "/usr/lib/locale")
 _PACKAGE_FOLDERS = ("site-packages", "dist-packages")
-_MAX_DEPTH = 3  # folders below one of shared libraries, in which other Pythons are looked for
-_PYTHON_PREFIXES = ("python", "pypy")  # folders of others, by how their names begin
+_MAX_DEPTH = 3  # of the search for other Pythons below a folder of shared libraries
+_PYTHON_PREFIXES = ("python", "pypy")  # of the folder names of other Pythons
 _OPENS = {"namespaces": "write", "bubblewrap": "read", "seccomp": "none"}
 
 
 def main(control_fd: int, parent_fd: int) -> None:
-    """Serve until the control socket closes or the process behind `parent_fd` (-1: unknown) ends."""
+    """Serve until the control socket closes or the parent process ends.
+
+    Args:
+        control_fd: The descriptor of the control socket.
+        parent_fd: The pidfd of the parent process, or -1 if unknown.
+    """
     control = socket.socket(fileno=control_fd)
     settings = json.loads(control.recv(1 << 20))
     library = [path for path in sys.path if os.path.isdir(path)]
@@ -56,7 +61,7 @@ def main(control_fd: int, parent_fd: int) -> None:
         if level != "none" and settings["filter"]:
             program = filter_program(files=_OPENS[level], threads=level == "namespaces")
         if level == "namespaces":
-            namespaces = Namespaces()  # before anything is imported that could start threads
+            namespaces = Namespaces()  # before imports, which could start threads
         stage = "import"
         sys.path += settings["path"]
         for name in settings["imports"]:
@@ -74,6 +79,8 @@ def main(control_fd: int, parent_fd: int) -> None:
 
 
 def _readable_files(library: list[str]) -> Files:
+    """Return the files that code may read: the standard library, shared libraries and imported packages."""
+
     def within(path: str, folders: list[str]) -> bool:
         return any(path.startswith(folder + os.sep) for folder in folders)
 
@@ -91,7 +98,7 @@ def _readable_files(library: list[str]) -> Files:
     )
     packages = []
     for name, module in list(sys.modules.items()):
-        # The bare folders that this program itself was imported from have no spec.
+        # The bare packages that this program itself was imported from have no spec.
         if "." in name or not getattr(module, "__spec__", None):
             continue
         for path in getattr(module, "__path__", None) or [getattr(module, "__file__", None)]:
@@ -101,7 +108,7 @@ def _readable_files(library: list[str]) -> Files:
 
 
 def _shared_libraries() -> list[str]:
-    """List folders and files of shared libraries; of a folder that sorts them by machine, only this one's."""
+    """Return folders and files of shared libraries, only for this machine if they are sorted by machine."""
     found = []
     for folder in filter(os.path.isdir, _SHARED_LIBRARIES):
         paths = [os.path.join(folder, name) for name in os.listdir(folder)]
@@ -121,7 +128,7 @@ def _shared_libraries() -> list[str]:
 
 
 def _other_pythons(folder: str, library: list[str]) -> list[str]:
-    """Folders among shared libraries that hold another Python, or packages that were installed for one."""
+    """Return the folders below `folder` that contain another Python or packages installed for it."""
     ours = [os.path.realpath(path) for path in library]
     found = []
     for here, names, _ in os.walk(folder):
@@ -139,7 +146,7 @@ def _other_pythons(folder: str, library: list[str]) -> list[str]:
 
 
 class Server:
-    """Forks a child per session, kills it when told to, and says how it ended."""
+    """Fork server that starts a child per session, kills it on request, and reports its exit status."""
 
     def __init__(
         self,
@@ -156,19 +163,20 @@ class Server:
         self._file_mb: int = settings["file_mb"]
         self._memory_mb: int = settings["memory_mb"]
         self._monitors: dict[int, socket.socket] = {}
-        self._life, self._alive = os.pipe()
+        self._life, self._alive = os.pipe()  # end of file on _life tells a child that the server is gone
         self._ready = selectors.DefaultSelector()
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(0)
         site.setquit()
         gc.collect()
-        gc.freeze()
+        gc.freeze()  # so that garbage collection in children does not copy the shared pages
 
     def serve(self) -> None:
+        """Serve requests until the control socket closes or the parent process ends."""
         wake, woken = socket.socketpair()
         wake.setblocking(False)
         woken.setblocking(False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # the wakeup descriptor works only with a handler
         signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
         self._ready.register(self._control, selectors.EVENT_READ)
         self._ready.register(wake, selectors.EVENT_READ)
@@ -193,15 +201,15 @@ class Server:
             os.waitpid(pid, 0)
 
     def _open_session(self) -> bool:
-        """Fork as asked; False when nobody can ask any more."""
+        """Fork a child for the next request; return False if the control socket is closed."""
         try:
-            message, handed, _, _ = socket.recv_fds(self._control, 1, 3)
+            message, descriptors, _, _ = socket.recv_fds(self._control, 1, 3)
         except ConnectionError:
             return False
         if not message:
             return False
-        if len(handed) == 3:
-            channel, output, monitor = handed[0], handed[1], socket.socket(fileno=handed[2])
+        if len(descriptors) == 3:
+            channel, output, monitor = descriptors[0], descriptors[1], socket.socket(fileno=descriptors[2])
             try:
                 pid = self._namespaces.fork() if self._namespaces else os.fork()
             except OSError as fault:
@@ -211,17 +219,18 @@ class Server:
                     self._become_child(channel, output)
                 self._monitors[pid] = monitor
                 self._ready.register(monitor, selectors.EVENT_READ, pid)
-        for end in handed[:2]:
+        for end in descriptors[:2]:
             os.close(end)
         return True
 
     @staticmethod
     def _kill(pid: int) -> None:
-        for stop in (os.killpg, os.kill):
+        for stop in (os.killpg, os.kill):  # the child has no group of its own before it calls setsid
             with suppress(OSError):
                 stop(pid, signal.SIGKILL)
 
     def _reap(self) -> None:
+        """Report the exit status of every child that has ended, and kill what remains of its group."""
         for _ in range(len(self._monitors)):
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
@@ -235,11 +244,11 @@ class Server:
                 _report(monitor, {"status": status})
 
     def _become_child(self, channel: int, output: int) -> NoReturn:
-        """Shut this process in, say so on the channel, and run what comes through it."""
+        """Isolate this process, report that on the channel, and run the code that arrives there."""
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            # What is said now, before any model code ran, is the only thing that is believed of a child.
+            # This message, sent before any model code runs, is the only one of a child that is trusted.
             try:
                 self._detach()
                 channel = _keep_only(channel, output)
@@ -253,6 +262,7 @@ class Server:
             os._exit(0)
 
     def _detach(self) -> None:
+        """Leave the server's process session, enter the child's namespaces, and die with the server."""
         os.setsid()
         os.close(self._alive)
         if self._namespaces:
@@ -261,6 +271,7 @@ class Server:
             drop_root()
         if sys.platform == "linux":
             die_with_parent()
+        # The server may have died before die_with_parent took effect.
         if select.select([self._life], [], [], 0)[0]:
             raise ProcessLookupError("the server is gone")
 
@@ -273,7 +284,8 @@ class Server:
 
 
 def _keep_only(channel: int, output: int) -> int:
-    """Close everything but 0 (nothing), 1 and 2 (the output) and the channel, which gets a known number."""
+    """Close all descriptors except 0 (null), 1 and 2 (output) and the channel, and return the channel's."""
+    # Move both out of the way first, so that dup2 overwrites neither.
     channel, output = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (channel, output))
     for end, number in ((output, 1), (output, 2), (channel, _CHANNEL)):
         os.dup2(end, number, inheritable=False)
@@ -296,6 +308,7 @@ def _frame(message: dict[str, Any]) -> bytes:
 
 
 def _read(size: int) -> bytes:
+    """Read exactly `size` bytes from the channel."""
     data = b""
     while len(data) < size:
         part = os.read(_CHANNEL, size - len(data))
@@ -306,18 +319,18 @@ def _read(size: int) -> bytes:
 
 
 def _work(memory_mb: int, file_mb: int) -> None:
-    """Run every piece of code that comes over the channel, all in one namespace."""
+    """Run every piece of code that arrives on the channel, all in one namespace."""
     module = types.ModuleType("__main__")
     module.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = module
-    random.seed(0)  # in every session the same numbers; a fork would make them differ
+    random.seed(0)  # the same numbers in every session; Python reseeds after a fork
     number = 0
     while True:
         (size,) = struct.unpack(">I", _read(4))
         code = _read(size).decode("utf-8", "replace")
         number += 1
         label = f"<code {number}>"
-        # New ones every time, for the last execution may have closed or replaced them.
+        # Make new streams every time, since the last execution may have closed or replaced them.
         stream = io.TextIOWrapper(
             io.FileIO(1, "w", closefd=False), encoding="utf-8", errors="backslashreplace", line_buffering=True
         )

@@ -1,4 +1,4 @@
-"""Game files to try an engine on: as the generator makes them, and odd in ways that it never makes."""
+"""Game files for testing an engine: as the generator makes them, or modified in ways that it never does."""
 
 import json
 import re
@@ -38,7 +38,13 @@ SENTENCES = (
 
 
 def files(count: int, seed: int, adversarial: bool) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Generate (name, task type, game file): task types in turn, all splits, whole and small rooms."""
+    """Yield (name, task type, game file), cycling through task types, splits and room sizes.
+
+    Args:
+        count: The number of games.
+        seed: The seed that selects the games and the changes.
+        adversarial: Whether to apply two random `CHANGES` to each file.
+    """
     for number in range(count):
         split = ("train", "valid_unseen", "valid_seen")[number // len(TASK_TYPES) % 3]
         index = (seed * 601 + number // len(TASK_TYPES)) % 160 * len(TASK_TYPES) + number % len(TASK_TYPES)
@@ -52,7 +58,7 @@ def files(count: int, seed: int, adversarial: bool) -> Iterator[tuple[str, str, 
 
 
 def _facts(file: dict[str, Any], predicate: str) -> list[list[str]]:
-    """List the facts of a predicate, each as the words of its line."""
+    """Return the facts of a predicate, each as the words of its line."""
     lines = file["pddl_problem"].split("\n")
     return [line.strip(" ()").split() for line in lines if line.startswith(f"  ({predicate} ")]
 
@@ -64,7 +70,7 @@ def _add(file: dict[str, Any], facts: Iterable[str]) -> None:
 
 
 def start_at_receptacle(file: dict[str, Any], rng: Random) -> None:
-    """Let the agent begin where some receptacle is."""
+    """Start the agent at some receptacle."""
     location = rng.choice(_facts(file, "receptacleAtLocation"))[2]
     file["pddl_problem"] = re.sub(
         r"\(atLocation agent1 \w+\)", f"(atLocation agent1 {location})", file["pddl_problem"]
@@ -72,12 +78,12 @@ def start_at_receptacle(file: dict[str, Any], rng: Random) -> None:
 
 
 def open_some(file: dict[str, Any], rng: Random) -> None:
-    """Open some containers beforehand."""
+    """Open some containers from the start."""
     _add(file, [f"opened {row[1]}" for row in _facts(file, "openable") if rng.random() < 0.6])
 
 
 def move_together(file: dict[str, Any], rng: Random) -> None:
-    """Let several receptacles share one view point."""
+    """Move several receptacles to one view point."""
     places = _facts(file, "receptacleAtLocation")
     point = rng.choice(places)[2]
     for row in rng.sample(places, min(3, len(places))):
@@ -87,13 +93,13 @@ def move_together(file: dict[str, Any], rng: Random) -> None:
 
 
 def give_states(file: dict[str, Any], rng: Random) -> None:
-    """Let objects be hot, cool, clean, sliced, toggled or on from the start."""
+    """Make objects hot, cool, clean, sliced, toggled or on from the start."""
     words = ("isHot", "isCool", "isClean", "isSliced", "isToggled", "isOn")
     _add(file, [f"{rng.choice(words)} {row[1]}" for row in _facts(file, "objectType") if rng.random() < 0.5])
 
 
 def put_inside(file: dict[str, Any], rng: Random) -> None:
-    """Put objects into an object."""
+    """Put objects into another object."""
     items = [row[1] for row in _facts(file, "pickupable")]
     outer = rng.choice(items)
     inner = rng.sample(items, min(2, len(items)))
@@ -101,13 +107,13 @@ def put_inside(file: dict[str, Any], rng: Random) -> None:
 
 
 def mistype(file: dict[str, Any], rng: Random) -> None:
-    """Let an object be in an object as if that were a receptacle, against the declared types."""
+    """Put an object into another as if that were a receptacle, against the declared types."""
     items = [row[1] for row in _facts(file, "objectType")]
     _add(file, [f"inReceptacle {rng.choice(items)} {rng.choice(items)}" for _ in range(3)])
 
 
 def use_special_characters(file: dict[str, Any], rng: Random) -> None:
-    """Tell the task in a sentence with characters that the text grammar reads."""
+    """State the task in a sentence with characters that are special in the text grammar."""
     sentence = json.dumps(rng.choice(SENTENCES))[1:-1]
     file["grammar"] = re.sub(
         r"(?<=Your task is to: )[^\n]*?(?=\.\")", lambda _: sentence, file["grammar"], count=1
@@ -115,7 +121,7 @@ def use_special_characters(file: dict[str, Any], rng: Random) -> None:
 
 
 def use_older_words(file: dict[str, Any], rng: Random) -> None:
-    """Use the commands of earlier ALFWorld releases: `put X in/on Y`, and arriving at a numbered place."""
+    """Use the texts of earlier ALFWorld releases: `put X in/on Y`, and arriving at a numbered place."""
     for new, old in (
         ('"move {o} to {r}"', '"put {o} in/on {r}"'),
         ("You move the {o.name} to the {r.name}.", "You put the {o.name} in/on the {r.name}."),

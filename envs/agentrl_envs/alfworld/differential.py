@@ -1,4 +1,4 @@
-"""Play the same commands with our engine and with TextWorld's, and compare everything that either tells."""
+"""Differential test: run the same commands on our engine and on TextWorld's and compare all outputs."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +21,7 @@ INVALID = (
 
 @dataclass(slots=True)
 class Tally:
-    """What was compared; `differences` holds a sentence for each thing that was not equal."""
+    """Counts of the comparisons, and one sentence per difference."""
 
     games: int = 0
     refused_by_both: int = 0
@@ -32,6 +32,7 @@ class Tally:
     differences: list[str] = field(default_factory=list)
 
     def compare(self, place: str, ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> None:
+        """Count a comparison of two outputs and record their differences."""
         self.comparisons += 1
         names = ("observation", "admissible", "won", "moves", "score", "done")
         for name, left, right in zip(names, ours, theirs, strict=True):
@@ -42,11 +43,11 @@ class Tally:
 def compare_game(
     engine: ReferenceEngine, name: str, file: Mapping[str, Any], tally: Tally, *, steps: int, seed: int
 ) -> None:
-    """Play one game on both: mixed commands with resets in between, the walkthrough, and on after done."""
+    """Play one game on both engines: mixed commands with resets, the walkthrough, and commands after it."""
     rng = Random(f"differential {seed} {name}")
     game, error = _try(lambda: Game(file["pddl_domain"], file["pddl_problem"], file["grammar"]))
     if game is not None and game.start.won:
-        return  # TextWorld's translator cannot read a goal that is already reached
+        return  # TextWorld's translator cannot read a goal that already holds
     theirs, their_error = _try(lambda: engine.begin(file))
     if game is None or theirs is None:
         if (game is None) != (theirs is None):
@@ -73,7 +74,7 @@ def compare_game(
 def _try(make: Callable[[], Any]) -> tuple[Any, str | None]:
     try:
         return make(), None
-    except (GameFileError, Exception, SystemExit) as error:  # the reference fails in many ways on bad files
+    except (GameFileError, Exception, SystemExit) as error:  # TextWorld raises many kinds of errors
         return None, f"refuses ({type(error).__name__}: {str(error)[:80]})"
 
 
@@ -136,7 +137,7 @@ _PIECES = (
 
 
 def compare_texts(count: int, seed: int = 0) -> Tally:
-    """Cut random texts into their parts with both; TextWorld's parts are told as ours are."""
+    """Split random texts into parts with both parsers and compare the parts."""
     from textworld.envs.pddl import textgen
 
     rng, tally = Random(seed), Tally()
@@ -161,7 +162,7 @@ def _as_part(symbol: Any) -> Part:
 
 
 def _joined(parts: Iterable[Part]) -> list[Part]:
-    """Join literals that follow each other; the two parsers cut them in different places."""
+    """Merge adjacent literals, which the two parsers split in different places."""
     joined: list[Part] = []
     for part in parts:
         if part.kind == "literal" and joined and joined[-1].kind == "literal":
@@ -174,7 +175,7 @@ def _joined(parts: Iterable[Part]) -> list[Part]:
 def run(
     count: int, *, steps: int, seed: int = 0, adversarial: bool = False, report: Callable[[str], None] = print
 ) -> Tally:
-    """Compare `count` games; `report` gets a line per game."""
+    """Compare the engines on `count` games; `report` is called with one line per game."""
     engine = ReferenceEngine()
     tally = Tally()
     try:

@@ -1,4 +1,4 @@
-"""Play one game: `advance(snapshot, command)` is a pure function, so every snapshot is a branch point."""
+"""Play one game: `advance(state, command)` is a pure function, so an episode can branch at every state."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,16 @@ from agentrl_envs.alfworld.query_compiler import NEGATED, TYPE, Fact, Index, Tab
 from agentrl_envs.alfworld.rules import rules_of
 from agentrl_envs.alfworld.text import Words, action_texts, opening_writer
 
-Operator = tuple[int, Fact]  # place of the action, and its arguments
+Operator = tuple[int, Fact]  # index of the action, and its arguments
 Menu = list[tuple[str, Operator]]  # the commands of one action
 NOTHING = "Nothing happens."
 
 
 class GameState(NamedTuple):
-    """A moment of a game. It never changes; pickled, it is continued by an equal Game elsewhere.
+    """State of a game; immutable, and usable after pickling with an equal `Game` in another process.
 
-    `admissible` is sorted. `won` is about this moment: taking the object away again unmakes it. `key` is
-    equal for equal states of one game, however they were reached.
+    `admissible` is sorted. `won` says whether the goal holds in this state; a later command can undo it.
+    `key` is equal for equal states of one game, however they were reached.
     """
 
     observation: str
@@ -37,7 +37,7 @@ class GameState(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """What an operator does: new rows in tables, which menus and whether the goal must be looked at again."""
+    """Effect of an operator: changed table rows, and which menus and whether the goal must be recomputed."""
 
     updates: tuple[tuple[Index, Fact, bool], ...]
     flips: tuple[tuple[Index, Fact, bool, int], ...]
@@ -46,17 +46,17 @@ class _Step:
 
 
 class Game:
-    """One game file, ready to play; immutable, so any number of players and threads may share it.
+    """One game file, compiled and ready to play; immutable, so threads may share it.
 
     Args:
-        domain: PDDL domain text.
-        problem: PDDL problem text.
-        grammar: `.twl2` text, with the goal sentence in it.
-        walkthrough: commands that win, when known.
-        other_goal: a second goal, as the tail of a PDDL problem, that `other_reached` looks at.
+        domain: The PDDL domain.
+        problem: The PDDL problem.
+        grammar: The `.twl2` text grammar, including the goal sentence.
+        walkthrough: The commands that solve the game, if known.
+        other_goal: A second goal for `other_reached`, written as the end of a PDDL problem.
 
     Raises:
-        GameFileError: PddlError or GrammarError, when a text is malformed or uses something unsupported.
+        GameFileError: A text is malformed or uses an unsupported feature (PddlError or GrammarError).
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Game:
         return GameState(text, tuple(sorted(commands)), won, 0, 0, tables, commands, menus)
 
     def advance(self, state: GameState, command: str) -> GameState:
-        """Return the moment after `command`; what is not admissible changes nothing but the observation."""
+        """Return the state after `command`; an inadmissible command changes only the observation."""
         operator = state.commands.get(command) or state.commands.get(command.strip())
         if operator is None:
             return GameState(NOTHING, *state[1:])
@@ -138,7 +138,7 @@ class Game:
         ]
 
     def _command(self, place: int, arguments: Fact, tables: Tables) -> str:
-        """Write the command of an operator; kept, since it depends only on what never changes."""
+        """Write and cache the command of an operator, which depends only on facts that never change."""
         text: str = self._texts.command[place](tables, self._words, self._texts.links, *arguments)
         self._commands[place][self._texts.uses[place](arguments)] = text
         return text
@@ -155,7 +155,7 @@ class Game:
         return (self._actions[operator[0]].name, *(self.objects[number] for number in operator[1]))
 
     def _step(self, operator: Operator, tables: Tables) -> _Step:
-        """Work out what an operator does; kept for the next time unless that depends on the state."""
+        """Compute the effect of an operator; cache it unless it depends on the state."""
         place, arguments = operator
         action = self._actions[place]
         changes = action.changes(tables, arguments, self._constants)
@@ -178,7 +178,7 @@ class Game:
         return int.from_bytes(blake2b(name.encode(), digest_size=7).digest(), "big")
 
     def _stale(self, touched: frozenset[str]) -> tuple[int, ...]:
-        """List the actions whose menus depend on a predicate in `touched`."""
+        """Return the actions whose menus depend on a predicate in `touched`."""
         if touched not in self._readers:
             self._readers[touched] = tuple(
                 place for place, action in enumerate(self._actions) if not touched.isdisjoint(action.reads)
@@ -186,11 +186,11 @@ class Game:
         return self._readers[touched]
 
     def other_reached(self, state: GameState) -> bool:
-        """Say whether the second goal holds at this moment; False when the game has none."""
+        """Return whether the second goal holds in a state; False if the game has none."""
         return self._other is not None and self._other[0].holds(state.tables, self._other[1])
 
     def facts(self, state: GameState, predicate: str) -> list[tuple[str, ...]]:
-        """List the true facts of a predicate that some rule looks up, in the order of object names."""
+        """Return the true facts of a predicate that some rule looks up, ordered by object names."""
         for index in self._indexes.get(predicate, ()):
             rows = index.rows(state.tables[index.slot])
             return [tuple(self.objects[number] for number in row) for row in sorted(rows)]
@@ -198,7 +198,7 @@ class Game:
 
 
 def _mistyped(problem: Problem, domain: Domain) -> frozenset[str]:
-    """Find predicates of which some initial fact holds an object of another type than declared."""
+    """Return the predicates with an initial fact about an object of another type than declared."""
     return frozenset(
         predicate
         for predicate, rows in problem.facts.items()
@@ -208,7 +208,7 @@ def _mistyped(problem: Problem, domain: Domain) -> frozenset[str]:
 
 
 def _words(problem: Problem) -> Words:
-    """Say how texts speak of every object; classes count only objects that occur in a fact."""
+    """Build the wording of every object; only objects that occur in a fact are numbered within a class."""
     used = sorted({number for rows in problem.facts.values() for row in rows for number in row})
     spoken = list(problem.objects)
     for number, name in zip(used, display_names([problem.objects[n] for n in used]), strict=True):
@@ -218,7 +218,7 @@ def _words(problem: Problem) -> Words:
 
 
 def display_names(ids: Sequence[str]) -> list[str]:
-    """Name objects as the player sees them, such as "mug 2"; within a class, later ids get lower numbers."""
+    """Return the names that the player sees, such as "mug 2"; within a class, later ids get lower numbers."""
     lowered = [name.lower() for name in ids]
     left = Counter(kind for name in lowered if (kind := _class(name)))
     names = dict.fromkeys(lowered, "")

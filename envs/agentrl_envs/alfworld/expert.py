@@ -1,4 +1,4 @@
-"""An expert that does not know where things are: it looks for them, and knows only the texts it has read."""
+"""Scripted expert that searches for objects and uses only the observations of the episode."""
 
 import re
 from collections import Counter
@@ -22,34 +22,34 @@ _LAMP_STANDS = frozenset(
 
 
 def kind_of(name: str) -> str:
-    """Give the class of a display name: "mug" of "mug 2"."""
+    """Return the class of a display name: "mug" for "mug 2"."""
     return name.rpartition(" ")[0]
 
 
 class SearchingExpert:
-    """Remembers what was seen and decides on the next command; it copes with others' commands in between.
+    """Expert that remembers what was seen and chooses the next command, also after commands of a policy.
 
     Args:
-        wanted: the task.
-        opening: the first text of the game.
-        holds: which object classes fit into which receptacle class: common sense, not knowledge of this room.
+        wanted: The task.
+        opening: The first observation of the game.
+        holds: Receptacle class -> object classes that fit into it: general knowledge, not about this room.
     """
 
     def __init__(self, wanted: Wanted, opening: str, holds: Mapping[str, frozenset[str]]) -> None:
         self.wanted = Wanted(wanted.task_type, wanted.object.lower(), wanted.place.lower())
         self.room = room_of(opening)
         classes = Counter(map(kind_of, self.room))
-        # Listed order, but a class with many members waits: 28 cabinets would use up an episode.
+        # Large classes come last: searching 28 cabinets first would use up an episode.
         self.route = sorted(self.room, key=lambda receptacle: classes[kind_of(receptacle)])
         self.holds = holds
-        self.contents: dict[str, list[str]] = {}  # receptacles whose inside was seen
+        self.contents: dict[str, list[str]] = {}  # receptacle -> objects seen in it
         self.closed: set[str] = set()
         self.held: str | None = None
         self.states: dict[str, set[str]] = {}  # object -> clean, heat, cool
         self.visited: set[str] = set()
 
     def observe(self, command: str, text: str) -> None:
-        """Take in what a command, the expert's own or another's, led to."""
+        """Record a command, the expert's own or a policy's, and the observation after it."""
         for match in _CONTENT.finditer(text):
             receptacle = match[1] or match[2]
             self.contents[receptacle] = listed(match[3])
@@ -76,7 +76,7 @@ class SearchingExpert:
                 items.remove(item)
 
     def next(self, actions: Sequence[str]) -> str | None:
-        """Choose among the admissible commands."""
+        """Choose one of the admissible commands; None if none is useful."""
         offered = frozenset(actions)
         for command in self._ideas(offered):
             if command in offered:
@@ -84,7 +84,7 @@ class SearchingExpert:
         return next((command for command in actions if command.startswith("go to ")), None)
 
     def _ideas(self, offered: frozenset[str]) -> Iterable[str]:
-        """Yield what to do, best first; the first that is admissible is done."""
+        """Yield commands in order of preference; the first admissible one is chosen."""
         if self.held is not None and kind_of(self.held) != self.wanted.object:
             yield from self._put_down(self.held, offered)
         elif self.wanted.task_type == "look_at_obj_in_light":
@@ -141,7 +141,7 @@ class SearchingExpert:
             yield f"open {target}"
 
     def _target(self) -> str | None:
-        """Choose the receptacle to fill: the one with most of the wanted objects, else the first listed."""
+        """Return the target receptacle with the most goal objects, else the first listed."""
         places = [r for r in self.room if kind_of(r) == self.wanted.place]
         count = {r: sum(kind_of(i) == self.wanted.object for i in self.contents.get(r, ())) for r in places}
         return max(places, key=lambda r: count[r], default=None)
@@ -153,7 +153,7 @@ class SearchingExpert:
                 yield command
 
     def _search(self, plausible: Callable[[str], bool], offered: frozenset[str]) -> Iterable[str]:
-        """Open what is closed here, then go to the next receptacle not seen inside: plausible ones first."""
+        """Yield commands that search the receptacles not seen inside yet, plausible ones first."""
         unseen = [r for r in self.route if r not in self.visited]
         ordered = sorted(unseen or self.route, key=lambda r: not plausible(kind_of(r)))
         for receptacle in ordered:
@@ -161,5 +161,5 @@ class SearchingExpert:
                 yield f"open {receptacle}"
             yield f"go to {receptacle}"
             yield f"examine {receptacle}"
-        # Only what shares this view point is unseen: step away, so that it can be gone to.
+        # The unseen receptacles share this view point: leave it, so that a later command can return here.
         yield from (f"go to {receptacle}" for receptacle in self.room)

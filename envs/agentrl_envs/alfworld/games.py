@@ -1,4 +1,4 @@
-"""Where games come from: made by the generator, or read from a folder in ALFWorld's layout."""
+"""Sources of games: the generator, or a folder in ALFWorld's layout."""
 
 import hashlib
 import json
@@ -23,9 +23,10 @@ OTHER = "#other"
 
 @dataclass(frozen=True, slots=True)
 class LoadedGame:
-    """A game and what is known of its task.
+    """A game and the facts about its task.
 
-    `file` is the content of its `game.tw-pddl`; `holds` says which object classes fit where.
+    `file` is the content of its `game.tw-pddl`; `holds` maps a receptacle class to the object classes that
+    fit into it.
     """
 
     game: Game
@@ -35,21 +36,29 @@ class LoadedGame:
 
 
 class Games(Protocol):
-    """A source of tasks; `label` is shown with every score."""
+    """Interface of a source of games; `label` is shown with every score."""
 
     label: str
 
-    def tasks(self, split: str) -> Sequence[str]: ...
+    def tasks(self, split: str) -> Sequence[str]:
+        """Return the task ids of a split."""
+        ...
 
-    def load(self, task: str) -> LoadedGame: ...
+    def load(self, task: str) -> LoadedGame:
+        """Load the game of a task."""
+        ...
 
-    def hash(self, task: str) -> str: ...
+    def hash(self, task: str) -> str:
+        """Hash everything that the game consists of."""
+        ...
 
-    def other(self, task: str) -> str | None: ...
+    def other(self, task: str) -> str | None:
+        """Return the id of the same room's other task, None if there is none."""
+        ...
 
 
 class TaskIds(Sequence[str]):
-    """The ids `split/0`, `split/1`, …, made when asked for."""
+    """Lazy sequence of the ids `split/0`, `split/1`, …."""
 
     def __init__(self, split: str, numbers: range) -> None:
         self.split = split
@@ -83,7 +92,7 @@ class TaskIds(Sequence[str]):
 
 
 class GeneratedGames:
-    """Games of the generator."""
+    """Games made by the generator."""
 
     label = "generated"
 
@@ -92,26 +101,30 @@ class GeneratedGames:
         self.options = options
 
     def tasks(self, split: str) -> TaskIds:
+        """Return the task ids of a split."""
         return TaskIds(split, range(SPLITS[split]))
 
     def make(self, task: str) -> GeneratedGame:
-        """Generate the game of a task id; `#other` at its end asks for its other goal."""
+        """Generate the game of a task id; the suffix `#other` selects its other goal."""
         plain = task.removesuffix(OTHER)
         split, _, index = plain.partition("/")
         if split not in SPLITS or plain not in self.tasks(split):
             raise ConfigError(
-                f"task {task!r} does not exist; ids are like 'train/0' and 'valid_unseen/17{OTHER}'"
+                f"task {task!r} does not exist; wanted an id such as 'train/0' or 'valid_unseen/17{OTHER}'"
             )
         made = generate(split, int(index), self.options)
         return made if plain == task else made.swapped()
 
     def load(self, task: str) -> LoadedGame:
+        """Load the game of a task, sharing it among the environments of this process."""
         return _shared((task, self.options), lambda: _load_generated(self.make(task)))
 
     def hash(self, task: str) -> str:
+        """Hash everything that the game consists of."""
         return self.make(task).hash()
 
     def other(self, task: str) -> str | None:
+        """Return the id of the same room's other task, None if there is none."""
         if task.endswith(OTHER):
             return task.removesuffix(OTHER)
         return task + OTHER if self.make(task).other else None
@@ -132,7 +145,7 @@ def _loaded(game: Game, wanted: Wanted, file: Mapping[str, Any]) -> LoadedGame:
 
 
 def game_file(made: GeneratedGame) -> dict[str, Any]:
-    """Give the content of a `game.tw-pddl` file."""
+    """Return the content of a `game.tw-pddl` file."""
     return {
         "pddl_domain": load_package_data().domain,
         "grammar": made.grammar,
@@ -145,7 +158,7 @@ def game_file(made: GeneratedGame) -> dict[str, Any]:
 def _game(file: Mapping[str, Any], place: str, other_goal: str = "") -> Game:
     for key in ("pddl_domain", "pddl_problem", "grammar"):
         if not isinstance(file.get(key), str):
-            raise GameFileError(f"{place}: '{key}' must be a text, found {type(file.get(key)).__name__}")
+            raise GameFileError(f"{place}: '{key}' must be a string, found {type(file.get(key)).__name__}")
     domain, problem, grammar = (str(file[key]) for key in ("pddl_domain", "pddl_problem", "grammar"))
     try:
         return Game(domain, problem, grammar, file.get("walkthrough") or (), other_goal)
@@ -157,9 +170,9 @@ _NAME = re.compile(r"(?P<type>[a-z_]+)-(?P<object>\w+)-(?P<inside>\w+)-(?P<place
 
 
 class OfficialGames:
-    """Games of a folder `FOLDER/SPLIT/TASK/TRIAL/game.tw-pddl`, such as ALFWorld's `json_2.1.1`.
+    """Games in a folder `FOLDER/SPLIT/TASK/TRIAL/game.tw-pddl`, such as ALFWorld's `json_2.1.1`.
 
-    The folder is walked once per split and process; a game file is read when it is played.
+    The folder is scanned once per split and process; a game file is read when it is first played.
     """
 
     label = "official"
@@ -171,6 +184,7 @@ class OfficialGames:
             raise ConfigError(f"data: {self.folder} has none of the folders {', '.join(SPLITS)}")
 
     def tasks(self, split: str) -> tuple[str, ...]:
+        """Return the task ids of a split, scanning the folder the first time."""
         key = (str(self.folder.resolve()), split, self.task_types)
         with _INDEX_LOCK:
             if key not in _INDEX:
@@ -181,7 +195,7 @@ class OfficialGames:
         top = self.folder / split
         for name in sorted(os.listdir(top)) if top.is_dir() else ():
             found = _NAME.fullmatch(name)
-            # Like ALFWorld's own loader: no objects inside objects, nothing sliced.
+            # ALFWorld's own loader skips these as well: objects inside objects, and sliced objects.
             if found is None or found["type"] not in self.task_types or "Sliced" in name:
                 continue
             for trial in sorted((top / name).iterdir()):
@@ -196,6 +210,7 @@ class OfficialGames:
         return path
 
     def load(self, task: str) -> LoadedGame:
+        """Load the game of a task, sharing it among the environments of this process."""
         path = self._path(task)
         return _shared((str(path.resolve()), path.stat().st_mtime_ns), lambda: self._read(path))
 
@@ -212,27 +227,28 @@ class OfficialGames:
         return _loaded(_game(file, str(path)), Wanted(name["type"], name["object"], name["place"]), file)
 
     def hash(self, task: str) -> str:
+        """Hash the game file."""
         return hashlib.sha256(self._path(task).read_bytes()).hexdigest()
 
     def other(self, task: str) -> None:
-        """Say that there is no other goal: only generated rooms have one."""
+        """Return None: only generated rooms have another goal."""
 
 
 _INDEX: dict[tuple[str, str, tuple[str, ...]], tuple[str, ...]] = {}
 _INDEX_LOCK = threading.Lock()
 _LOADED: OrderedDict[Any, LoadedGame] = OrderedDict()
 _LOADED_LOCK = threading.Lock()
-_KEPT = 64  # games in memory, about 0.3 MB each
+_CACHED_GAMES = 64  # about 0.3 MB each
 
 
 def _shared(key: Any, load: Callable[[], LoadedGame]) -> LoadedGame:
-    """Load a game once for all environments of this process; the games used last are kept."""
+    """Load a game, or return it from the process-wide cache of the most recently used ones."""
     with _LOADED_LOCK:
         if key in _LOADED:
             _LOADED.move_to_end(key)
             return _LOADED[key]
         _LOADED[key] = load()
-        while len(_LOADED) > _KEPT:
+        while len(_LOADED) > _CACHED_GAMES:
             _LOADED.popitem(last=False)
         return _LOADED[key]
 

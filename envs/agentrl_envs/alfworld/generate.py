@@ -1,4 +1,4 @@
-"""Make games: real floor plans, rules, sentences and affordances; sampled objects in sampled places.
+"""Generate games from ALFWorld's floor plans, rules, sentences and affordances, with randomly placed objects.
 
 A game is a pure function of (split, index, options). The scenes of `valid_unseen` occur in no other split.
 """
@@ -38,10 +38,10 @@ UNSEEN_SCENES = frozenset({9, 10, 29, 215, 219, 226, 308, 315, 325, 404, 424, 42
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What kind of games: None means no restriction.
+    """Restrictions on the generated games; None means no restriction.
 
-    `max_receptacles` keeps one receptacle per type, and so many of these, those the goal needs among them;
-    `object_types` is how many types of movable objects lie in the room.
+    `max_receptacles` keeps one receptacle per type and at most this many in all, including those that the
+    goal needs; `object_types` is the number of types of movable objects in the room.
     """
 
     task_types: tuple[str, ...] = TASK_TYPES
@@ -62,7 +62,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What the player is told, the condition in PDDL, and commands that reach it."""
+    """A goal: its sentence, its condition in PDDL, and a list of commands that reach it."""
 
     object: str
     sentence: str
@@ -72,7 +72,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedGame:
-    """One game; `other` is a goal of the same type with another object of this room, if there is one."""
+    """One game; `other` is a goal of the same type for another object of this room, if there is one."""
 
     task: str
     task_type: str
@@ -84,14 +84,16 @@ class GeneratedGame:
 
     @property
     def problem(self) -> str:
+        """Return the PDDL problem."""
         return self.room + self.goal.pddl
 
     @property
     def grammar(self) -> str:
+        """Return the text grammar with the goal sentence filled in."""
         return load_package_data().grammar.replace("UNKNOWN GOAL", self.goal.sentence)
 
     def swapped(self) -> "GeneratedGame":
-        """Give the same room with the two goals exchanged."""
+        """Return the same room with the two goals exchanged."""
         if self.other is None:
             raise ConfigError(f"task {self.task!r} has no other goal")
         return GeneratedGame(
@@ -99,19 +101,19 @@ class GeneratedGame:
         )
 
     def hash(self) -> str:
-        """Hash everything that the game is made of."""
+        """Hash everything that the game consists of."""
         parts = (load_package_data().domain, self.problem, self.grammar)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def scenes(split: str) -> list[int]:
-    """List the floor plans of a split."""
+    """Return the numbers of the floor plans of a split."""
     unseen = split == "valid_unseen"
     return [number for number in load_package_data().plans if (number in UNSEEN_SCENES) == unseen]
 
 
 def generate(split: str, index: int, options: Options) -> GeneratedGame:
-    """Make game `index` of a split; consecutive indices take the task types in turn."""
+    """Generate game `index` of a split; consecutive indices cycle through the task types."""
     rng = Random(f"agentrl alfworld 1 {split} {index}")
     task_type = options.task_types[index % len(options.task_types)]
     data = load_package_data()

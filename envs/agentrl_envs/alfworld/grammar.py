@@ -1,8 +1,8 @@
-"""Read a `.twl2` grammar: the command and the feedback of every action, and the rules that write them.
+"""Parse a `.twl2` grammar: the command and the feedback of every action, and the rules that write them.
 
-A text is literal characters, `#rule#`, `{expression | query}` (one result after another) and
-`[{expression | query}]` (a list with commas). A query `p(x:type) & q(x:type, y:type)` is matched against the
-facts, left to right.
+A text consists of literal characters, `#rule#`, `{expression | query}` (the results one after another) and
+`[{expression | query}]` (the results as a list with commas). A query `p(x:type) & q(x:type, y:type)` is
+matched against the facts from left to right.
 """
 
 import json
@@ -18,18 +18,18 @@ Bound = tuple[Placeholder, ...]
 
 
 class GrammarError(GameFileError):
-    """The text grammar of a game is malformed, or uses something that is not supported."""
+    """The text grammar of a game is malformed or uses an unsupported feature."""
 
 
 class Alternative(NamedTuple):
-    """One way to write a rule; used when its condition holds and no earlier one's did."""
+    """One alternative of a rule; used if its condition holds and that of no earlier alternative does."""
 
     condition: str
     text: str
 
 
 class ActionText(NamedTuple):
-    """How an action is typed by the player, and what answers it."""
+    """The command that a player types for an action, and the feedback to it."""
 
     command: str
     feedback: str
@@ -37,7 +37,7 @@ class ActionText(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What a `.twl2` text declares."""
+    """The declarations of a `.twl2` text."""
 
     actions: dict[str, ActionText]
     rules: dict[str, tuple[Alternative, ...]]
@@ -58,10 +58,10 @@ _BLOCK_END = re.compile(r"\s*;")
 
 
 def parse_grammar(text: str) -> Grammar:
-    """Read a `.twl2` text.
+    """Parse a `.twl2` text.
 
     Raises:
-        GrammarError: naming the line where the text stops making sense.
+        GrammarError: The text is malformed; the message names the line.
     """
     actions: dict[str, ActionText] = {}
     rules: dict[str, tuple[Alternative, ...]] = {}
@@ -105,16 +105,16 @@ def _expect(pattern: re.Pattern[str], text: str, place: int) -> re.Match[str]:
     match = pattern.match(text, place)
     if match is None:
         line = text.count("\n", 0, place) + 1
-        raise GrammarError(f"the text grammar makes no sense after line {line}: {text[place : place + 60]!r}")
+        raise GrammarError(f"the text grammar is malformed after line {line}: {text[place : place + 60]!r}")
     return match
 
 
 def _block(text: str, place: int) -> tuple[str, int]:
-    """Read up to the three quotes and the semicolon that end a block."""
+    """Read a block up to the three quotes and the semicolon that end it."""
     end = text.find('"""', place)
     closing = _BLOCK_END.match(text, end + 3) if end >= 0 else None
     if closing is None:
-        raise GrammarError(f"a block of the text grammar has no end: {text[place : place + 60]!r}")
+        raise GrammarError(f"a block of the text grammar is not closed: {text[place : place + 60]!r}")
     return text[place:end], closing.end()
 
 
@@ -133,7 +133,7 @@ def _read_rules(block: str, in_action: bool) -> dict[str, tuple[Alternative, ...
 
 
 class Part(NamedTuple):
-    """A piece of a text: its kind is literal, rule, repeat or list; the last two run over `query`."""
+    """A part of a text: its kind is literal, rule, repeat or list; the last two iterate over `query`."""
 
     kind: str
     content: str
@@ -156,7 +156,7 @@ _SKIPPED = re.compile(r"(?://.*|\s+)\n?|\t+")
 
 @lru_cache(maxsize=4096)
 def split_text(text: str) -> tuple[Part, ...]:
-    """Cut a text into its pieces; whatever follows the first character that fits nowhere is lost."""
+    """Split a text into its parts; text after the first character that fits no part is dropped."""
     parts: list[Part] = []
     place = 0
     while True:
@@ -169,7 +169,7 @@ def split_text(text: str) -> tuple[Part, ...]:
 
 
 def _skip(text: str, place: int) -> int:
-    """Pass over tabs, and at the start of a line over blanks and `//` comments."""
+    """Skip tabs, and at the start of a line also white space and `//` comments."""
     while place < len(text):
         at_start = place == 0 or text[place - 1] == "\n"
         match = (_SKIPPED if at_start else _TABS).match(text, place)
@@ -198,7 +198,7 @@ _QUERY_ATOM = re.compile(r"\s*([\w/!]+)\s*\(([^()]*)\)\s*")
 
 @lru_cache(maxsize=1024)
 def parse_query(text: str) -> tuple[tuple[str, Bound], ...]:
-    """Read `p(x:type) & q(..)` as ((p, ((x, type),)), …)."""
+    """Parse `p(x:type) & q(..)` into ((p, ((x, type),)), …)."""
     atoms = []
     for piece in text.split("&"):
         match = _QUERY_ATOM.fullmatch(piece)

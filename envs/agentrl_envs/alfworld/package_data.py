@@ -1,6 +1,7 @@
-"""The files of the alfworld wheel that games are made from: rules, text grammar, floor plans and affordances.
+"""Data files of the alfworld package: rules, text grammar, floor plans and affordances.
 
-The package itself is never imported: its files are found, compared with known SHA-256 sums, and read as data.
+The package itself is never imported: its files are located, checked against known SHA-256 sums, and read as
+data.
 """
 
 import ast
@@ -16,7 +17,7 @@ from typing import Any
 
 from agentrl.errors import MissingDependencyError
 
-REMEDY = "pip install --no-deps alfworld==0.4.2"
+INSTALL_COMMAND = "pip install --no-deps alfworld==0.4.2"
 MOVABLE = frozenset({"Bowl", "Box", "Cup", "Mug", "Pan", "Plate", "Pot"})
 SHA256 = {
     "data/alfred.pddl": "f1473041ed01da514de1f87adfd7ef0804862361f83ccf63c75e43633b0eb280",
@@ -24,13 +25,13 @@ SHA256 = {
     "gen/constants.py": "2bd365f5bbca9bfa53b590421af36a0c58a1e074d0582cbc5f174078f16b7377",
     "gen/goal_library.py": "132b9407facbde7f7fc0f31e913f4678cc95a19bfb5f282cb827197da7f02dbc",
 }
-# Of all layout JSON files, sorted by name: name, zero byte, content.
+# Hash of all layout JSON files sorted by name, each as name, zero byte, content.
 LAYOUTS_SHA256 = "4f6cf0a16342ac88ccbde3842d66e21ec2fe6a10e4360e6736c0216ab51be1f8"
 
 
 @dataclass(frozen=True, slots=True)
 class Receptacle:
-    """A place to put things: its PDDL id, its type, and the id of the point it is seen from."""
+    """A place for objects: its PDDL id, its type, and the id of the point that it is seen from."""
 
     id: str
     type: str
@@ -39,7 +40,7 @@ class Receptacle:
 
 @dataclass(frozen=True, slots=True)
 class FloorPlan:
-    """One scene: the receptacles whose position is known, and the types of everything in it."""
+    """One scene: the receptacles with a known position, and the types of everything in it."""
 
     number: int
     receptacles: tuple[Receptacle, ...]
@@ -48,11 +49,11 @@ class FloorPlan:
 
 @dataclass(frozen=True, slots=True)
 class PackageData:
-    """Everything read from the wheel.
+    """Content of the package's data files.
 
-    `holds` maps a receptacle type to the object types that fit there; `able` maps Heatable, Coolable,
-    Cleanable, Toggleable and Sliceable to object types; `goals` maps a task type to its goal's PDDL and its
-    sentences.
+    `holds` maps a receptacle type to the object types that fit into it; `able` maps Heatable, Coolable,
+    Cleanable, Toggleable and Sliceable to object types; `goals` maps a task type to the PDDL of its goal and
+    its sentences.
     """
 
     domain: str
@@ -66,10 +67,10 @@ class PackageData:
 
 @lru_cache(maxsize=1)
 def load_package_data() -> PackageData:
-    """Find, check and read the files, once per process.
+    """Locate, check and read the files, once per process.
 
     Raises:
-        MissingDependencyError: when the wheel is absent or its files are not those of version 0.4.2.
+        MissingDependencyError: The package is not installed, or its files are not those of version 0.4.2.
     """
     root = _locate()
     texts = {name: _checked(root / name, expected) for name, expected in SHA256.items()}
@@ -96,7 +97,7 @@ def _locate() -> Path:
     spec = importlib.util.find_spec("alfworld")
     places = list(spec.submodule_search_locations or ()) if spec else []
     if not places:
-        raise MissingDependencyError(f"ALFWorld's game files are not installed; run: {REMEDY}")
+        raise MissingDependencyError(f"ALFWorld's game files are not installed; run: {INSTALL_COMMAND}")
     return Path(places[0])
 
 
@@ -104,7 +105,7 @@ def _checked(path: Path, expected: str) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise MissingDependencyError(f"cannot read {path} ({error}); run: {REMEDY}") from error
+        raise MissingDependencyError(f"cannot read {path} ({error}); run: {INSTALL_COMMAND}") from error
     _compare(path, content, expected)
     return content.decode()
 
@@ -114,12 +115,12 @@ def _compare(path: Path, content: bytes, expected: str) -> None:
     if found != expected:
         raise MissingDependencyError(
             f"{path} is not the file of alfworld 0.4.2 (SHA-256 {found[:12]}…, wanted {expected[:12]}…); "
-            f"run: {REMEDY} --force-reinstall"
+            f"run: {INSTALL_COMMAND} --force-reinstall"
         )
 
 
 def _literals(source: str) -> dict[str, Any]:
-    """Read the module-level assignments whose value is a plain literal."""
+    """Return the module-level assignments whose value is a literal."""
     found: dict[str, Any] = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -135,7 +136,7 @@ def _goals(source: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
             goal = ast.literal_eval(node.value)
-            # The library writes '#' for '-', and ends with the parenthesis that closes the whole problem.
+            # The library writes '#' for '-', and ends with the parenthesis that closes the entire problem.
             goals[str(ast.literal_eval(node.targets[0].slice))] = (
                 goal["pddl"].replace("#", "-"),
                 tuple(goal["templates"]),
@@ -165,13 +166,13 @@ def _receptacle(key: str, point: list[float]) -> Receptacle:
     x, z, rotation, horizon = point
     head, *_, tail = key.split("|")
     location = (int(x * 4), int(z * 4), int(rotation) // 90, int(horizon))
-    # One plan calls a bathtub's basin a SinkBasin; its name in the game comes from the head.
+    # One plan calls a bathtub's basin a SinkBasin; the game names it after the head.
     kind = f"{head}Basin" if tail.endswith("Basin") else head
     return Receptacle(pddl_id(key), kind, location_id(*location))
 
 
 def location_id(x: int, z: int, rotation: int, horizon: int) -> str:
-    """Name a view point: position in quarter metres, quarter turns, degrees downwards."""
+    """Return the id of a view point: position in quarter metres, quarter turns, degrees downwards."""
     return pddl_id(f"loc|{x}|{z}|{rotation}|{horizon}")
 
 
@@ -179,5 +180,5 @@ _CODES = {"|": "_bar_", "-": "_minus_", "+": "_plus_", ".": "_dot_", ",": "_comm
 
 
 def pddl_id(name: str) -> str:
-    """Write a simulator's id so that PDDL accepts it."""
+    """Escape a simulator's id for PDDL."""
     return re.sub(r"[|\-+.,]", lambda match: _CODES[match[0]], name)

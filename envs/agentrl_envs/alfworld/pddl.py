@@ -1,4 +1,4 @@
-"""Read the PDDL of a game: its domain (types, predicates, actions) and its problem (objects, facts, goal)."""
+"""Parse the PDDL of a game: its domain (types, predicates, actions) and problem (objects, facts, goal)."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,16 +10,16 @@ Expression = str | list["Expression"]
 
 
 class GameFileError(AgentRLError, ValueError):
-    """A game file cannot be played as it stands."""
+    """A game file is malformed or unsupported."""
 
 
 class PddlError(GameFileError):
-    """The PDDL of a game is malformed, or uses something that is not declared or not supported."""
+    """The PDDL of a game is malformed, or uses something undeclared or unsupported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Atom:
-    """A literal such as `(not (opened ?r))`; variables begin with a question mark."""
+    """A literal such as `(not (opened ?r))`; variables start with a question mark."""
 
     predicate: str
     arguments: tuple[str, ...]
@@ -49,7 +49,7 @@ TRUE = Junction("and", ())
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """One literal that becomes true for all values of `variables` for which `condition` holds."""
+    """A literal that becomes true for all values of `variables` for which `condition` holds."""
 
     variables: tuple[tuple[str, str], ...]
     condition: Formula
@@ -68,7 +68,7 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """The rules that games of one kind share.
+    """The rules that the games of one domain share.
 
     `ancestors` maps a type to itself and all its supertypes; `predicates` maps a name to its argument types.
     """
@@ -79,7 +79,7 @@ class Domain:
     actions: tuple[Action, ...]
 
     def is_a(self, kind: str, wanted: str) -> bool:
-        """Say whether every object of type `kind` is of type `wanted`; a type nobody declared is empty."""
+        """Return whether every object of type `kind` is of type `wanted`; an undeclared type is empty."""
         return kind not in self.ancestors or wanted in self.ancestors[kind]
 
 
@@ -87,8 +87,8 @@ class Domain:
 class Problem:
     """One game's objects, initial facts and goal.
 
-    Objects are numbered in the order of their names; `types[n]` is the type of `objects[n]`, `number` the way
-    back. `facts` holds the rows of every predicate that is true of something, sorted.
+    Objects are numbered in the order of their names; `types[n]` is the type of `objects[n]`, and `number`
+    maps a name to its number. `facts` maps a predicate to the sorted rows for which it is true.
     """
 
     objects: tuple[str, ...]
@@ -99,11 +99,11 @@ class Problem:
 
 
 def read_expression(text: str) -> list[Expression]:
-    """Parse one parenthesised expression: `;` starts a comment, case does not matter."""
+    """Parse one parenthesised expression; `;` starts a comment, and case is ignored."""
     if ";" in text:
         text = re.sub(r";[^\n]*", "", text)
     if not text.isascii():
-        raise PddlError(f"PDDL holds a character outside ASCII: {next(c for c in text if ord(c) > 127)!r}")
+        raise PddlError(f"PDDL contains a non-ASCII character: {next(c for c in text if ord(c) > 127)!r}")
     for sign in "()":
         text = text.replace(sign, f" {sign} ")
     tokens = text.lower().replace("?", " ?").split()
@@ -129,13 +129,13 @@ def read_expression(text: str) -> list[Expression]:
 
 
 def typed_list(items: Sequence[Expression], default: str = "object") -> list[tuple[str, str]]:
-    """Read `a b - t c` as [(a, t), (b, t), (c, default)]."""
+    """Parse `a b - t c` into [(a, t), (b, t), (c, default)]."""
     result: list[tuple[str, str]] = []
     waiting: list[str] = []
     stream = iter(items)
     for item in stream:
         if not isinstance(item, str):
-            raise PddlError(f"a list of names holds the expression {item!r}")
+            raise PddlError(f"a list of names contains the expression {item!r}")
         if item == "-":
             kind = next(stream, None)
             if not isinstance(kind, str):
@@ -148,7 +148,7 @@ def typed_list(items: Sequence[Expression], default: str = "object") -> list[tup
 
 
 class _Conditions:
-    """Reads conditions into negation normal form, giving every quantified variable a name of its own."""
+    """Parser of conditions into negation normal form; it gives every quantified variable a unique name."""
 
     def __init__(self, predicates: Mapping[str, tuple[str, ...]], place: str) -> None:
         self.predicates = predicates
@@ -237,7 +237,7 @@ class _Conditions:
 
 
 def _junction(kind: str, parts: Iterable[Formula]) -> Formula:
-    """Flatten nested junctions of one kind, and drop the shell around a single part."""
+    """Build a junction: flatten nested ones of the same kind, and return a single part by itself."""
     flat: list[Formula] = []
     for part in parts:
         flat += part.parts if isinstance(part, Junction) and part.kind == kind else [part]
@@ -246,10 +246,10 @@ def _junction(kind: str, parts: Iterable[Formula]) -> Formula:
 
 def _sections(expression: list[Expression], what: str) -> Iterator[list[Expression]]:
     if not expression or expression[0] != "define":
-        raise PddlError(f"the {what} must begin with '(define'")
+        raise PddlError(f"the {what} must start with '(define'")
     for section in expression[1:]:
         if not isinstance(section, list) or not section or not isinstance(section[0], str):
-            raise PddlError(f"the {what} holds {str(section)[:60]!r} where a section was wanted")
+            raise PddlError(f"the {what} contains {str(section)[:60]!r}, wanted a section")
         yield section
 
 
@@ -266,10 +266,10 @@ def _ancestors(types: Sequence[tuple[str, str]]) -> dict[str, frozenset[str]]:
 
 
 def parse_domain(text: str) -> Domain:
-    """Read a domain file.
+    """Parse a domain file.
 
     Raises:
-        PddlError: for anything malformed or undeclared, and for derived predicates.
+        PddlError: Something is malformed or undeclared, or a predicate is derived.
     """
     types: list[tuple[str, str]] = []
     constants: dict[str, str] = {}
@@ -314,10 +314,10 @@ def _read_action(rest: list[Expression], predicates: Mapping[str, tuple[str, ...
 
 
 def parse_problem(text: str, domain: Domain) -> Problem:
-    """Read a problem file against its domain.
+    """Parse a problem file for a domain.
 
     Raises:
-        PddlError: for anything malformed, undeclared, missing, or of the wrong arity.
+        PddlError: Something is malformed, undeclared, missing, or has the wrong number of arguments.
     """
     objects = dict(domain.constants)
     init: list[Expression] = []
@@ -345,7 +345,7 @@ def parse_problem(text: str, domain: Domain) -> Problem:
 
 
 def parse_goal(text: str, number: Mapping[str, int], domain: Domain) -> Formula:
-    """Read the tail of a problem file, from `(:goal` to the parenthesis that closes the problem."""
+    """Parse the end of a problem file, from `(:goal` to the parenthesis that closes the problem."""
     for section in _sections(read_expression(f"(define {text}"), "goal"):
         if section[0] == ":goal" and len(section) == 2:
             return _read_goal(section[1], number, domain)
@@ -394,7 +394,7 @@ def _read_facts(
 
 
 def constants_of(formula: Formula) -> list[str]:
-    """List the objects that a formula names, in order of first appearance."""
+    """Return the objects that a formula names, in the order of their first appearance."""
     found: dict[str, None] = {}
     for atom in atoms_of(formula):
         found.update(dict.fromkeys(name for name in atom.arguments if not name.startswith("?")))
@@ -402,7 +402,7 @@ def constants_of(formula: Formula) -> list[str]:
 
 
 def atoms_of(formula: Formula) -> Iterator[Atom]:
-    """Walk over every literal of a formula."""
+    """Yield every literal of a formula."""
     if isinstance(formula, Atom):
         yield formula
     elif isinstance(formula, Junction):

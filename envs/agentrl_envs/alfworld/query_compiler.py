@@ -1,12 +1,12 @@
-"""Turn conditions over facts into Python functions of nested loops.
+"""Compile conditions over facts into Python functions of nested loops (joins).
 
-The facts of a state are held in *tables*, one for each way in which some condition looks them up:
+The facts of a state are stored in *tables*, one for each way in which some condition looks them up:
 
 * a frozenset, to test a fact of one argument (or none);
-* a dict from the bound arguments to the sorted tuple of the others; the bare tuple when nothing is bound.
+* a dict from the bound arguments to the sorted tuple of the others, or only that tuple if nothing is bound.
 
-An object is an int, numbered in the order of its name, so that sorted tables give results in name order. The
-generated code holds only names and numbers made here, never text of a game file.
+An object is an int, numbered in the order of the names, so sorted tables give results in name order. The
+generated code contains only names and numbers made here, never text of a game file.
 """
 
 import threading
@@ -25,14 +25,14 @@ NEGATED = "not_"
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """One table: a predicate's facts, looked up by the arguments at `bound` (None: a set of whole facts)."""
+    """One table: a predicate's facts, looked up by the arguments at `bound` (None: a set of entire facts)."""
 
     slot: int
     bound: tuple[int, ...] | None
     free: tuple[int, ...]
 
     def build(self, facts: Iterable[Fact]) -> Table:
-        """Make the table that holds `facts`."""
+        """Build the table of `facts`."""
         if self.bound is None:
             return frozenset(fact[0] if fact else () for fact in facts)
         if not self.bound:
@@ -43,7 +43,7 @@ class Index:
         return {key: tuple(sorted(rests)) for key, rests in table.items()}
 
     def update(self, table: Table, fact: Fact, present: bool) -> Table:
-        """Return the table after `fact` became true or false; the old table stays as it was."""
+        """Return the table after `fact` became true or false; the old table is not modified."""
         if self.bound is None:
             item = frozenset([fact[0] if fact else ()])
             return table | item if present else table - item
@@ -56,13 +56,13 @@ class Index:
         return table
 
     def contains(self, table: Table, fact: Fact) -> bool:
-        """Say whether the table holds a fact."""
+        """Return whether the table contains a fact."""
         if self.bound is None:
             return (fact[0] if fact else ()) in table
         return self._rest(fact) in (table.get(self._key(fact), ()) if self.bound else table)
 
     def rows(self, table: Table) -> Iterator[Fact]:
-        """List the facts that a table holds."""
+        """Yield the facts of a table."""
         if self.bound is None:
             yield from (item if item == () else (item,) for item in table)
             return
@@ -91,7 +91,7 @@ def _changed(items: tuple[Any, ...], item: Any, present: bool) -> tuple[Any, ...
 
 
 class Schema:
-    """The tables that all code compiled for one domain looks into; it grows as more code is compiled."""
+    """Layout of the tables for all code compiled for one domain; it grows as more code is compiled."""
 
     def __init__(self, domain: Domain) -> None:
         self.domain = domain
@@ -100,7 +100,7 @@ class Schema:
         self._lock = threading.RLock()
 
     def slot(self, predicate: str, bound: tuple[int, ...] | None, arity: int) -> int:
-        """Number the table for one way of looking up `predicate`."""
+        """Return the slot of the table for one way of looking up `predicate`, adding it if it is new."""
         with self._lock:
             for index in self.indexes.get(predicate, ()):
                 if index.bound == bound:
@@ -112,7 +112,7 @@ class Schema:
             return index.slot
 
     def types_of(self, predicate: str) -> tuple[str, ...]:
-        """Give the declared argument types of a predicate, a negated one, or a type used as a predicate."""
+        """Return the argument types of a predicate, a negated one, or a type used as a predicate."""
         if predicate.startswith(TYPE):
             return (predicate.removeprefix(TYPE),)
         if predicate not in self.domain.predicates and predicate.startswith(NEGATED):
@@ -122,13 +122,21 @@ class Schema:
         return self.domain.predicates[predicate]
 
     def snapshot(self) -> dict[str, tuple[Index, ...]]:
-        """Return the tables known now, for a game whose code is compiled."""
+        """Return the tables known so far, for a game whose code is compiled."""
         with self._lock:
             return dict(self.indexes)
 
 
 class Code:
-    """Source text of a function, where S are the tables of a state and C the objects that the rules name."""
+    """Source code of a function under construction.
+
+    In the code, `S` are the tables of a state and `C` the objects that the rules name.
+
+    Args:
+        schema: The layout of the tables.
+        constants: The index in `C` of each object that the rules name.
+        untrusted: The predicates whose facts may break their declared types, so types are tested.
+    """
 
     def __init__(
         self, schema: Schema, constants: Mapping[str, int], untrusted: frozenset[str] = frozenset()
@@ -140,22 +148,24 @@ class Code:
         self.names: dict[str, str] = {}
         self.lines: list[str] = []
         self.depth = 1
-        self._fresh = 0
+        self._variables = 0
 
-    def fresh(self) -> str:
-        self._fresh += 1
-        return f"v{self._fresh}"
+    def new_variable(self) -> str:
+        """Return an unused variable name."""
+        self._variables += 1
+        return f"v{self._variables}"
 
     def write(self, line: str) -> None:
+        """Append a line at the current indentation."""
         self.lines.append(" " * self.depth + line)
 
     def open(self, line: str) -> None:
-        """Write the head of a block and go into it."""
+        """Write the head of a block and indent the lines that follow."""
         self.write(line)
         self.depth += 1
 
     def build(self, arguments: Sequence[str], scope: Mapping[str, Any] | None = None) -> Callable[..., Any]:
-        """Compile what was written into a function."""
+        """Compile the written lines into a function."""
         source = "\n".join([f"def compiled({', '.join(arguments)}):", *self.lines])
         namespace: dict[str, Any] = dict(scope or {})
         try:
@@ -166,16 +176,17 @@ class Code:
         return function
 
     def value(self, argument: str) -> str:
-        """Name the Python expression of a bound variable or of an object."""
+        """Return the Python expression of a bound variable or of an object."""
         if argument.startswith("?"):
             return self.names[argument]
         return f"C[{self.constants[argument]}]"
 
     def is_bound(self, argument: str) -> bool:
+        """Return whether an argument is an object or a bound variable."""
         return not argument.startswith("?") or argument in self.names
 
     def test(self, atom: Atom) -> str:
-        """Write a literal whose arguments are all bound as an expression."""
+        """Return the Python expression of a literal whose arguments are all bound."""
         values = [self.value(argument) for argument in atom.arguments]
         if atom.predicate == "=":
             return f"{values[0]} {'==' if atom.positive else '!='} {values[1]}"
@@ -195,11 +206,12 @@ class Code:
         return f"S[{slot}].get({key}, ())"
 
     def type_test(self, name: str, kind: str) -> str:
+        """Return the Python expression that tests the type of an object."""
         self.reads.add(TYPE + kind)
         return f"{name} in S[{self.schema.slot(TYPE + kind, None, 1)}]"
 
     def expression(self, formula: Formula) -> str:
-        """Write a formula whose free variables are all bound as an expression."""
+        """Return the Python expression of a formula whose free variables are all bound."""
         if isinstance(formula, Atom):
             return self.test(formula)
         if isinstance(formula, Junction):
@@ -207,14 +219,14 @@ class Code:
             return f"({f' {formula.kind} '.join(parts)})" if parts else str(formula.kind == "and")
         loops = []
         for variable, kind in formula.variables:
-            self.names[variable] = self.fresh()
+            self.names[variable] = self.new_variable()
             loops.append(f"for {self.names[variable]} in {self._lookup(TYPE + kind, (), (), 1)}")
             self.reads.add(TYPE + kind)
         word = "any" if formula.kind == "exists" else "all"
         return f"{word}({self.expression(formula.body)} {' '.join(loops)})"
 
     def bind(self, atom: Atom, kinds: Mapping[str, str], distinct: bool = False) -> None:
-        """Loop over the facts that match `atom`, binding its free variables; or test it when none is free."""
+        """Open a loop over the facts that match `atom` and bind its variables, or a test if none is free."""
         if all(self.is_bound(argument) for argument in atom.arguments):
             self.open(f"if {self.test(atom)}:")
             return
@@ -227,7 +239,7 @@ class Code:
         for place, argument in enumerate(atom.arguments):
             if place in bound:
                 continue
-            name = self.fresh()
+            name = self.new_variable()
             targets.append(name)
             if argument in self.names:
                 tests.append(f"{name} == {self.names[argument]}")
@@ -247,7 +259,7 @@ class Code:
         return predicate not in self.untrusted and self.schema.domain.is_a(declared, kind)
 
     def scan(self, variable: str, kind: str) -> None:
-        """Loop over all objects of a type."""
+        """Open a loop over all objects of a type."""
         self.bind(Atom(TYPE + kind, (variable,)), {variable: kind})
 
     def join(self, formula: Formula, kinds: dict[str, str], fluents: frozenset[str]) -> None:
@@ -270,13 +282,14 @@ class Code:
             self.scan(unbound[0], kinds[unbound[0]])
 
     def _cost(self, atom: Atom, fluents: frozenset[str]) -> tuple[bool, bool, int]:
-        """Prefer what is connected to something bound; of these the facts that change, which are few."""
+        """Return the cost of a loop: atoms with a bound argument first, then predicates that change."""
+        # Predicates that change have few facts.
         free = sum(not self.is_bound(argument) for argument in atom.arguments)
         return free == len(atom.arguments), atom.predicate not in fluents, free
 
 
 def _conjuncts(formula: Formula, kinds: dict[str, str]) -> list[Formula]:
-    """Split a conjunction, adding the variables of its `exists` parts to `kinds`."""
+    """Split a conjunction and add the variables of its `exists` parts to `kinds`."""
     if isinstance(formula, Junction) and formula.kind == "and":
         return [conjunct for part in formula.parts for conjunct in _conjuncts(part, kinds)]
     if isinstance(formula, Quantified) and formula.kind == "exists":
@@ -286,7 +299,7 @@ def _conjuncts(formula: Formula, kinds: dict[str, str]) -> list[Formula]:
 
 
 def free_variables(formula: Formula) -> set[str]:
-    """Name the variables of a formula that no quantifier inside it binds."""
+    """Return the variables of a formula that no quantifier inside it binds."""
     if isinstance(formula, Atom):
         return {name for name in formula.arguments if name.startswith("?")}
     if isinstance(formula, Junction):

@@ -1,4 +1,4 @@
-"""Furnish one room for a goal, write it as PDDL, and write down how to reach the goal."""
+"""Sample the content of a room for a goal, write it as PDDL, and write a walkthrough to the goal."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ LAMP_STANDS = {
         {"SideTable", "Dresser", "ArmChair", "Sofa", "Desk", "TVStand", "CoffeeTable", "Bed"}
     ),
 }
-# How many there are of furniture that is in a scene but has no position in its floor plan; else one.
+# Number of pieces of furniture that a scene has without a position in its floor plan; others occur once.
 _USUAL_COUNT = {"StoveBurner": 4, "Cabinet": 4, "Drawer": 4, "Shelf": 3}
 _RULES_NEED_OBJECT = ("ButterKnife", "Knife")
 _RULES_NEED_RECEPTACLE = ("Fridge", "Microwave", "SinkBasin")
@@ -30,7 +30,7 @@ _INSTANCE_WEIGHTS = (9, 16, 20)  # cumulative: 45, 35 and 20 %
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """A movable object or a lamp, and where it lies."""
+    """A movable object or a lamp, and the receptacle that it lies in."""
 
     id: str
     type: str
@@ -39,7 +39,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class GoalSpec:
-    """A goal to make a room for."""
+    """The goal that a room is generated for."""
 
     task_type: str
     object: str
@@ -49,7 +49,7 @@ class GoalSpec:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A floor plan and what can be asked for: task type -> object -> receptacle types (lamps for look)."""
+    """A floor plan and its possible goals: task type -> object -> receptacle types (lamps for look)."""
 
     plan: FloorPlan
     furniture: tuple[str, ...]
@@ -58,12 +58,12 @@ class Scene:
 
 
 def fitting_receptacles(data: PackageData, item: str, furniture: Iterable[str]) -> list[str]:
-    """List the receptacle types that an object type fits into."""
+    """Return the receptacle types that an object type fits into."""
     return [kind for kind in furniture if item in data.holds[kind]]
 
 
 class Room:
-    """Receptacles and objects of one game, drawn so that neither goal is reached at the start."""
+    """Receptacles and objects of one game, sampled so that neither goal holds at the start."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Room:
     ) -> None:
         self.rng = rng
         self.data = data
-        # A goal object may lie anywhere but where it shall go; for look, where it lies does not matter.
+        # A goal object must not start in its target; for look tasks its place does not matter.
         self.forbidden = None if spec.lamp else spec.receptacle
         self.goal_objects = (spec.object,) if other_object is None else (spec.object, other_object)
         self.receptacles = self._place_receptacles(scene, spec, max_receptacles)
@@ -107,7 +107,7 @@ class Room:
         return [self.rng.choice(by_type[kind]) for kind in chosen]
 
     def _required(self, scene: Scene, spec: GoalSpec) -> set[str]:
-        """Name receptacle types that both goals need: the target, the tool, and where the objects may lie."""
+        """Return the receptacle types that both goals need: target, tool, and places for the objects."""
         keep = {spec.receptacle}
         if spec.task_type in TOOLS:
             keep.add(TOOLS[spec.task_type][1])
@@ -207,7 +207,7 @@ def _thing_facts(data: PackageData, thing: Thing) -> list[str]:
 
 
 class WalkthroughWriter:
-    """Writes down the commands of someone who knows where everything is."""
+    """Writer of a solution that uses the full state of a room."""
 
     def __init__(self, data: PackageData, room: Room, names: Mapping[str, str]) -> None:
         self.openable = data.openable
@@ -218,6 +218,7 @@ class WalkthroughWriter:
         self.opened: set[str] = set()
 
     def plan(self, spec: GoalSpec, item: str) -> tuple[str, ...]:
+        """Return the commands that reach a goal for an object type."""
         things = [thing for thing in self.room.things if thing.type == item]
         if spec.lamp:
             lamp = next(lamp for lamp in self.room.lamps if lamp.type == spec.lamp)
@@ -235,7 +236,7 @@ class WalkthroughWriter:
         return tuple(self.commands)
 
     def _go(self, place: Receptacle, open_it: bool = False) -> None:
-        # From one view point to itself there is no way to go.
+        # The rules admit no move from a view point to itself.
         if place.location != self.location:
             self.commands.append(f"go to {self.names[place.id]}")
             self.location = place.location

@@ -25,7 +25,7 @@ Change = tuple[str, Fact, bool]
 
 @dataclass(frozen=True, slots=True)
 class CompiledEffect:
-    """A literal that an operator makes true, where `condition` holds, for all rows of `expand`, if any."""
+    """A literal that an operator makes true where `condition` holds, once per row of `expand` if given."""
 
     predicate: str
     arguments: tuple[tuple[bool, int], ...]
@@ -46,11 +46,11 @@ class CompiledAction:
 
     @property
     def depends_on_state(self) -> bool:
-        """Say whether what the action does differs from state to state."""
+        """Return whether the effect of the action depends on the state."""
         return any(effect.condition is not None for effect in self.effects)
 
     def changes(self, tables: Tables, arguments: Fact, constants: Fact) -> list[Change]:
-        """List what becomes false and what becomes true; adding a fact beats deleting it."""
+        """Return the facts that become false and true; a fact that is both added and deleted is added."""
         false: dict[Change, None] = {}
         true: dict[Change, None] = {}
         for effect in self.effects:
@@ -68,7 +68,7 @@ def _ground(places: tuple[tuple[bool, int], ...], values: Fact, constants: Fact)
 
 
 class Rules:
-    """A domain, compiled once and shared by every game that embeds the same text."""
+    """A domain, compiled once and shared by all games that embed the same text."""
 
     def __init__(self, domain: Domain) -> None:
         self.domain = domain
@@ -89,7 +89,7 @@ class Rules:
         self._goals: dict[Formula, Goal] = {}
 
     def _mistyped_effects(self) -> Iterator[str]:
-        """Find predicates that some action fills with objects of another type than declared."""
+        """Yield the predicates that some action fills with objects of another type than declared."""
         for action in self.domain.actions:
             for effect in action.effects:
                 kinds = {**dict(action.parameters + effect.variables), **self.domain.constants}
@@ -99,12 +99,12 @@ class Rules:
                         yield effect.literal.predicate
 
     def untrusted(self, facts: frozenset[str]) -> frozenset[str]:
-        """Add to the predicates whose facts break their declared types those that actions break."""
+        """Return the predicates whose declared types are broken, by the given facts or by some action."""
         broken = facts | self._mistyped
         return broken | {NEGATED + predicate for predicate in broken}
 
     def actions(self, untrusted: frozenset[str]) -> tuple[CompiledAction, ...]:
-        """Compile the actions, testing the types of whatever `untrusted` predicates bind."""
+        """Compile the actions, with type tests for the variables that `untrusted` predicates bind."""
         with self._lock:
             if untrusted not in self._actions:
                 compiled = (_compile_action(self, action, untrusted) for action in self.domain.actions)
@@ -114,10 +114,10 @@ class Rules:
     def goal(
         self, formula: Formula, number: Mapping[str, int], untrusted: frozenset[str]
     ) -> tuple["Goal", Fact]:
-        """Compile a goal, sharing the code among goals that differ only in the objects they name.
+        """Compile a goal; goals that differ only in the objects they name share their code.
 
         Returns:
-            The code, and the numbers of the objects to hand to it.
+            The code, and the numbers of the objects to pass to it.
         """
         named = tuple(constants_of(formula))
         pattern = _with_constants(formula, {name: f"constant{place}" for place, name in enumerate(named)})
@@ -130,7 +130,7 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """`holds(S, C)` says whether the goal is reached; it can change only with the predicates in `reads`."""
+    """A compiled goal: `holds(S, C)` returns whether it is reached, and depends on the predicates `reads`."""
 
     holds: Callable[[Tables, Fact], bool]
     reads: frozenset[str]
@@ -159,7 +159,7 @@ def _with_constants(formula: Formula, names: dict[str, str]) -> Formula:
 
 
 def _alternatives(formula: Formula) -> tuple[Formula, ...]:
-    """Split a disjunction at the top, so that each part can enumerate its own objects."""
+    """Split a top-level disjunction, so that each part can enumerate its own objects."""
     return formula.parts if isinstance(formula, Junction) and formula.kind == "or" else (formula,)
 
 
@@ -184,9 +184,10 @@ def _compile_action(rules: Rules, action: Action, untrusted: frozenset[str]) -> 
 
 
 def _void(code: Code, action: Action) -> str | None:
-    """Write when an operator only repeats its precondition, such as going to where one is; None for never.
+    """Return the condition under which an operator changes nothing, such as going to the current place.
 
-    Such operators do not exist. Deleting a fact that is added as well is void, too.
+    TextWorld has no such operators. Deleting a fact that is also added changes nothing, too. None means that
+    the operator always changes something.
     """
     required = [part for part in _parts(action.precondition) if isinstance(part, Atom)]
     added = [effect.literal for effect in action.effects if effect.literal.positive]

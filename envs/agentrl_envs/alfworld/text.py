@@ -1,4 +1,4 @@
-"""Compile the texts of a game: functions that write its commands and its answers."""
+"""Compile the texts of a game into functions that write its commands and its observations."""
 
 import ast
 import re
@@ -28,7 +28,7 @@ _ATTRIBUTES = ("id", "name", "type", "definite", "indefinite")
 
 
 class Words(NamedTuple):
-    """What a text may say of an object, by its number; `parts[attribute][object]`."""
+    """Attributes of the objects that a text may use, indexed as `words.attribute[object]`."""
 
     id: tuple[str, ...]
     name: tuple[str, ...]
@@ -43,10 +43,10 @@ Links = dict[tuple[str, Bound], Any]
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """An alternative as code.
+    """A compiled alternative of a rule.
 
-    `links` are the rules it refers to, with what is bound there; `uses` are the places of the bound objects
-    that it or one of those rules may look at.
+    `links` are the rules that it refers to, with their bound placeholders; `uses` are the positions of the
+    bound objects that it or one of those rules may read.
     """
 
     write: Writer
@@ -56,7 +56,7 @@ class Compiled:
 
 
 class _TextCode:
-    """Compiles one alternative for one set of bound placeholders."""
+    """Compiler of one alternative for one set of bound placeholders."""
 
     def __init__(self, schema: Schema, bound: Bound, untrusted: frozenset[str]) -> None:
         self.code = Code(schema, {}, untrusted)
@@ -119,7 +119,7 @@ class _TextCode:
         self.code.write(f"else: out.append(items[0] if items else {separators['list_empty']})")
 
     def _match(self, query: str, bound: Bound) -> Bound:
-        """Open loops over the matches of a query; return what is bound inside them."""
+        """Open loops over the matches of a query; return the placeholders bound inside them."""
         for name, placeholders in parse_query(query):
             try:
                 declared = self.code.schema.types_of(name)
@@ -183,7 +183,7 @@ def _variable(placeholder: Placeholder) -> str:
 def compile_alternative(
     schema: Schema, alternative: Alternative, bound: Bound, untrusted: frozenset[str]
 ) -> Compiled:
-    """Compile one alternative of a rule; plain text needs no code of its own."""
+    """Compile one alternative of a rule; plain text becomes a constant function."""
     parts = split_text(alternative.text)
     if not alternative.condition and all(part.kind == "literal" for part in parts):
         text = "".join(part.content for part in parts)
@@ -197,7 +197,7 @@ def _compile(schema: Schema, alternative: Alternative, bound: Bound, untrusted: 
 
 
 def _rule_writer(name: str, alternatives: Sequence[Compiled]) -> Callable[..., str]:
-    """Make the function that writes a rule by its first alternative whose condition holds."""
+    """Return the function that writes a rule with its first alternative whose condition holds."""
     writers = [alternative.write for alternative in alternatives]
 
     def write(tables: Tables, words: Words, links: Links, *objects: int) -> str:
@@ -216,7 +216,7 @@ Rulebook = dict[str, tuple[Alternative, ...]]
 def _link(
     schema: Schema, rulebook: Rulebook, roots: Iterable[tuple[str, Bound]], untrusted: frozenset[str]
 ) -> tuple[Links, frozenset[str]]:
-    """Compile every rule that `roots` reach; return the writers and the predicates they read."""
+    """Compile every rule reachable from `roots`; return the writers and the predicates that they read."""
     links: Links = {}
     reads: set[str] = set()
     waiting = list(roots)
@@ -234,10 +234,10 @@ def _link(
 
 
 class ActionTexts(NamedTuple):
-    """How the actions of a game are written; games share it, since they differ only in what opens them.
+    """Writers of the texts of a game's actions; shared by games, which differ only in their opening text.
 
-    Per action: `command` and `feedback` write its texts from (tables, Words, links, *arguments); `uses` picks
-    the arguments that the command depends on.
+    Per action: `command` and `feedback` write its texts from (tables, Words, links, *arguments); `uses`
+    selects the arguments that the command depends on.
     """
 
     links: Links
@@ -247,8 +247,8 @@ class ActionTexts(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
-    """Compiled texts, and all that they were compiled from."""
+class _CachedTexts:
+    """Compiled texts and everything that they were compiled from."""
 
     rules: Rules
     untrusted: frozenset[str]
@@ -263,33 +263,33 @@ class _Known:
         )
 
 
-_known: deque[_Known] = deque(maxlen=16)
-_known_lock = threading.Lock()
+_cache: deque[_CachedTexts] = deque(maxlen=16)
+_cache_lock = threading.Lock()
 
 
 def action_texts(
     rules: Rules, actions: Sequence[CompiledAction], grammar: Grammar, untrusted: frozenset[str]
 ) -> ActionTexts:
-    """Compile the texts of the actions, unless an earlier game had the same.
+    """Compile the texts of the actions, or reuse those of an earlier game with the same grammar.
 
     Raises:
-        GrammarError: when a text cannot be read, or depends on what this engine does not follow.
+        GrammarError: A text cannot be parsed, or depends on facts that this engine does not track.
     """
     rulebook = dict(grammar.rules)
     for action in actions:
         if action.name not in grammar.actions:
-            raise GrammarError(f"the text grammar says nothing of the action '{action.name}'")
+            raise GrammarError(f"the text grammar has no action '{action.name}'")
         text = grammar.actions[action.name]
         rulebook[f"command of {action.name}"] = (Alternative("", text.command),)
         rulebook[f"feedback of {action.name}"] = (Alternative("", text.feedback),)
-    with _known_lock:
-        for known in _known:
-            if known.fits(rules, untrusted, rulebook):
-                return known.texts
+    with _cache_lock:
+        for cached in _cache:
+            if cached.fits(rules, untrusted, rulebook):
+                return cached.texts
     texts = _compile_action_texts(rules, actions, rulebook, untrusted)
     used = {name: rulebook.get(name, ()) for name, _ in texts.links}
-    with _known_lock:
-        _known.appendleft(_Known(rules, untrusted, used, texts))
+    with _cache_lock:
+        _cache.appendleft(_CachedTexts(rules, untrusted, used, texts))
     return texts
 
 
@@ -329,7 +329,7 @@ def _refuse(reads: frozenset[str], changing: frozenset[str], reason: str) -> Non
 def opening_writer(
     rules: Rules, grammar: Grammar, untrusted: frozenset[str]
 ) -> Callable[[Tables, Words], str]:
-    """Compile what a game says first: its rule `intro`, with nothing bound."""
+    """Compile the opening text of a game: its rule `intro`, with nothing bound."""
     links, reads = _link(rules.schema, grammar.rules, [("intro", ())], untrusted)
     _refuse(reads, rules.conditional, "the opening depends on '{}', which changes under conditions")
     write = links["intro", ()]

@@ -1,11 +1,11 @@
-"""Short wording of the game's texts, for policies that read few tokens."""
+"""Compact wording of the game's texts, for policies with a short context."""
 
 import re
 from typing import NamedTuple
 
 
 class Wanted(NamedTuple):
-    """What a task asks for: an object type, and a receptacle type to put it in (for look: a lamp type)."""
+    """Goal of a task: an object type and the receptacle type to put it in (a lamp type for look tasks)."""
 
     task_type: str
     object: str
@@ -51,19 +51,19 @@ _TASK = re.compile(r"Your task is to: (.*)\.", re.DOTALL)
 
 
 def listed(text: str) -> list[str]:
-    """Split "a mug 1, and a pen 2" into names; "nothing" into none."""
+    """Split "a mug 1, and a pen 2" into its names; "nothing" gives an empty list."""
     names = (piece.strip().removeprefix("and ").removeprefix("a ") for piece in text.split(", "))
     return [name for name in names if name and name != "nothing"]
 
 
 def room_of(opening: str) -> list[str]:
-    """Name the receptacles that the first text of a game lists."""
+    """Return the receptacles that the first observation of a game lists."""
     found = _ROOM.search(opening)
     return listed(found[1]) if found else []
 
 
 def compact_opening(opening: str, wanted: Wanted | None) -> str:
-    """Name the task in one short sentence, then the room's receptacles."""
+    """Reword the first observation: the task in one short sentence, then the room's receptacles."""
     if wanted is not None and wanted.task_type in _SENTENCES:
         task = _SENTENCES[wanted.task_type].format(object=wanted.object.lower(), place=wanted.place.lower())
     else:
@@ -73,7 +73,7 @@ def compact_opening(opening: str, wanted: Wanted | None) -> str:
 
 
 def compact(text: str) -> str:
-    """Reword one observation: "toaster 1: bread 2 knife 1", "closed", "holding bread 2"."""
+    """Reword an observation, as in "toaster 1: bread 2 knife 1", "closed" or "holding bread 2"."""
     for pattern, result in _SHORT:
         match = pattern.fullmatch(text)
         if match:

@@ -1,1 +1,1 @@
-"""What a mathematical answer says: its notation, kind and value, and whether two answers are equal."""
+"""Mathematical answers: parsing of their notation, their values, and equality."""

@@ -1,6 +1,7 @@
-"""Whether an answer says the same as the right one.
+"""Compare an answer with the correct one.
 
-Both must be of one kind, such as number, list, set, interval, equation, matrix or text, and equal as such.
+They are equal if they are of one kind, such as number, list, set, interval, equation, matrix or text, and
+equal as such.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,32 +42,32 @@ from agentrl_envs.mathematics.values import (
     numeric,
 )
 
-TOLERANCE = Fraction(1, 10**9)  # relative, where the right answer is a decimal
+TOLERANCE = Fraction(1, 10**9)  # relative error allowed if the correct answer is a decimal
 
-QUICK_BITS = 2_048  # of the numbers that are computed without a limit on time
-POINTS = 9  # at which expressions with variables are compared
-FEWEST_POINTS = 3  # at which both must have a value
+QUICK_BITS = 2_048  # largest numbers computed without a time limit
+POINTS = 9  # number of points at which expressions with variables are compared
+FEWEST_POINTS = 3  # number of these points at which both expressions must have a value
 CHOICES = frozenset("ABCDEFGH")
 
 
 class NeedsTimeError(Exception):
-    """It takes irrational or large numbers to find out, and so a process with a limit."""
+    """The comparison needs irrational or large numbers, and so a process with a time limit."""
 
 
 def same(gold: str, answer: str, rounded_digits: int | None, quick: bool = False) -> bool:
-    """Whether an answer says the same as the right one.
+    """Return whether an answer is equal to the correct one.
 
-    Numbers are compared exactly; where `gold` is a decimal, within `TOLERANCE`.
+    Numbers are compared exactly, or within `TOLERANCE` if `gold` is a decimal.
 
     Args:
-        gold: the right answer.
-        answer: the answer, alone.
-        rounded_digits: the significant digits that a decimal must show at least, correctly rounded, to count
-            for a fraction or an irrational number; None lets none count.
-        quick: do only what is bounded by the length of the texts.
+        gold: The correct answer.
+        answer: The answer without any text around it.
+        rounded_digits: The number of significant digits, correctly rounded, from which a decimal counts as
+            equal to a fraction or an irrational number; None for never.
+        quick: Whether to do only work that is bounded by the length of the texts.
 
     Raises:
-        NeedsTimeError: `quick` does not suffice.
+        NeedsTimeError: The comparison is not possible with `quick`.
     """
     right = read(gold)
     if right is None or isinstance(right, Words):
@@ -89,7 +90,7 @@ class _Comparison:
         self._known: dict[tuple[Expression, int], Point] = {}
 
     def agree(self, gold: Answer, said: Answer) -> bool:
-        """Whether two answers are of one kind and equal."""
+        """Return whether two answers are of one kind and equal."""
         try:
             return self._agree(gold, said)
         except (Undefined, TooLargeError):
@@ -170,7 +171,7 @@ class _Comparison:
             return True
         tiny = Fraction(1, 1 << PRECISION // 2)
         if (left.bits or right.bits) and max(left.size(), right.size()) < tiny:
-            # Terms may have cancelled: what is zero gets smaller with the precision.
+            # Terms may have cancelled: a difference that is zero shrinks with the precision.
             finer = self._finer(gold) - self._finer(said)
             return finer.size() <= (left - right).size() * tiny
         if left.imaginary or right.imaginary:
@@ -181,7 +182,7 @@ class _Comparison:
         return self._rounds(left, difference, _decimal(said))
 
     def _rounds(self, gold: Point, difference: Fraction, decimal: Number | None) -> bool:
-        """Whether a decimal is a number correctly rounded, where that may stand for it."""
+        """Return whether a decimal is a correctly rounded number that is allowed to be rounded."""
         if decimal is None or self._rounded_digits is None or decimal.digits < self._rounded_digits:
             return False
         return difference <= decimal.step / 2 and (gold.bits > 0 or gold.real.denominator > 1)
@@ -206,7 +207,7 @@ class _Comparison:
         return numeric(expression, {}, self._logarithm, 2 * PRECISION)
 
     def _functions(self, gold: Expression, said: Expression) -> bool:
-        """Whether two expressions with variables are equal wherever both are real."""
+        """Return whether two expressions with variables are equal wherever both are real."""
         complex_ = I in {*names(gold), *names(said)}
         compared = 0
         for left, right in self._at_points(gold, said):
@@ -245,7 +246,7 @@ class _Comparison:
     # Equations and inequalities
 
     def _equations(self, gold: Answer, said: Answer) -> bool:
-        """Whether one equation, or inequality, is a multiple of the other."""
+        """Return whether one equation or inequality is a multiple of the other."""
         left, right = _difference(gold), _difference(said)
         if left is None or right is None or left[0] != right[0]:
             return False
@@ -309,7 +310,7 @@ def _names(items: Sequence[Answer]) -> set[str]:
 
 
 def _by_name(items: Sequence[Answer]) -> Sequence[Answer]:
-    """Items in the order of their names; none where not all have one of their own."""
+    """Return named items in the order of their names; none if the names are not complete and unique."""
     named = [item for item in items if isinstance(item, Named)]
     if len(_names(named)) < len(items):
         return ()
@@ -321,7 +322,7 @@ def _without_index(item: Answer) -> Answer:
 
 
 def _decimal(expression: Expression) -> Number | None:
-    """The decimal that an expression is, with its sign; None where it is none."""
+    """Return an expression that is a decimal with its sign as a number, None for any other expression."""
     match expression:
         case Number(_, digits) if digits:
             return expression
@@ -348,7 +349,7 @@ def _has_plain_logarithm(expression: Expression) -> bool:
 
 
 def _coordinate(rng: Random, place: int) -> Fraction:
-    """A whole number, then positive numbers, then numbers of either sign."""
+    """Draw a coordinate: whole numbers at first, then positive numbers, then numbers of either sign."""
     if place < POINTS // 3:
         return Fraction(rng.randint(2, 12))
     sign = 1 if place < 2 * POINTS // 3 else rng.choice((-1, 1))
@@ -356,7 +357,7 @@ def _coordinate(rng: Random, place: int) -> Fraction:
 
 
 def _difference(answer: Answer) -> tuple[str, Expression] | None:
-    """The operator and the difference of the sides; inequalities are turned to "<" or "le"."""
+    """Return the operator and the difference of the sides; inequalities are turned to "<" or "le"."""
     match answer:
         case Named(name, Value(right, None, False)):
             return "=", Call("+", (Name(name), Call("-", (right,))))

@@ -1,4 +1,4 @@
-"""Read expressions: sums, products, powers, functions, and the units that end them."""
+"""Parser of expressions: sums, products, powers, functions, and where units end them."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from agentrl_envs.mathematics.spelling import GREEK
 from agentrl_envs.mathematics.tokens import FUNCTIONS, Token, Unreadable
 from agentrl_envs.mathematics.units import LETTERS, known_unit
 
-DEEPEST = 40  # of nested brackets, exponents, functions
+MAX_DEPTH = 40  # nested brackets, exponents and functions
 
 END = Token("sign", "")
 _ROUND = {"lfloor": "rfloor", "lceil": "rceil"}
@@ -37,11 +37,11 @@ _ONE = Number(Fraction(1))
 
 
 class ExpressionReader:
-    """A place among the signs of an answer, which only moves on: all work is linear.
+    """Recursive-descent parser over the tokens of an answer; it never backtracks, so all work is linear.
 
     Args:
-        signs: of the answer.
-        letters: take single letters behind a number for units instead of variables.
+        signs: The tokens of the answer.
+        letters: Whether single letters after a number are units instead of variables.
     """
 
     def __init__(self, signs: Sequence[Token], letters: bool) -> None:
@@ -50,48 +50,48 @@ class ExpressionReader:
         self._after_degrees = False
 
     def next(self, ahead: int = 0) -> Token:
-        """Look at a sign that is not taken yet."""
+        """Return a coming token without consuming it."""
         place = self._at + ahead
         return self._signs[place] if place < len(self._signs) else END
 
     def take(self) -> Token:
-        """Pass the next sign."""
+        """Consume and return the next token."""
         token = self.next()
         self._at += 1
         return token
 
     def sees(self, *texts: str, ahead: int = 0) -> bool:
-        """Whether a sign is one of these, and no letters that are spelled alike."""
+        """Return whether a coming token is one of these signs or commands (letters do not count)."""
         token = self.next(ahead)
         return token.kind in ("sign", "command") and token.text in texts
 
     def accept(self, *texts: str) -> bool:
-        """Pass the next sign if it is one of these."""
+        """Consume the next token if it is one of these; return whether it was."""
         seen = self.sees(*texts)
         self._at += seen
         return seen
 
     def expect(self, *texts: str) -> None:
-        """Pass the next sign, which must be one of these."""
+        """Consume the next token, which must be one of these."""
         if not self.accept(*texts):
             raise Unreadable(self.next().text)
 
     @contextmanager
     def deeper(self) -> Iterator[None]:
-        """Bound how deep brackets and their like are nested."""
+        """Enter a level of nesting, whose depth is limited."""
         self._depth += 1
-        if self._depth > DEEPEST:
+        if self._depth > MAX_DEPTH:
             raise Unreadable("nesting")
         bars, self._bars = self._bars, 0
         yield
         self._depth, self._bars = self._depth - 1, bars
 
     def bracket(self) -> Answer:
-        """Read what begins with a bracket."""
+        """Parse what starts with a bracket."""
         raise NotImplementedError
 
     def sum(self, first: Expression | None = None) -> Expression:
-        """Read an expression, whose first factor may have been read already."""
+        """Parse an expression, whose first factor may have been parsed already."""
         terms: list[Expression] = []
         sign = self.take().text if first is None and self.sees("+", "-", "pm", "mp") else "+"
         while True:
@@ -129,7 +129,7 @@ class ExpressionReader:
         return Call("-", (self._power(),)) if self.accept("-") else self._power()
 
     def _begins_factor(self, numeric: bool) -> bool:
-        """Whether a product goes on without a sign; `numeric` says that it has no variable yet."""
+        """Return whether a product continues without a sign; `numeric` says that it has no variable yet."""
         token = self.next()
         if self._after_degrees and token.text in ("C", "F"):
             return False
@@ -150,11 +150,11 @@ class ExpressionReader:
         return (token.kind == "word" and token.text not in (E, I)) or known_unit(token.text)
 
     def is_unit(self, token: Token, begun: bool) -> bool:
-        """Whether letters behind a number are a unit and no product of variables.
+        """Return whether letters after a number are a unit instead of a product of variables.
 
         Args:
-            token: the letters.
-            begun: whether other words of a unit stand before them.
+            token: The letters.
+            begun: Whether other words of a unit precede them.
         """
         run = token.text
         likely = run in LETTERS or (
@@ -183,7 +183,7 @@ class ExpressionReader:
         return self.sees("circ", ahead=1) or (self.sees("{", ahead=1) and self.sees("circ", ahead=2))
 
     def _degrees(self, base: Expression) -> Expression:
-        """Degrees, and the minutes and seconds behind them."""
+        """Parse degrees, and the minutes and seconds after them."""
         self.accept("^")
         braces = self.accept("{")
         self.expect("circ")
@@ -212,7 +212,7 @@ class ExpressionReader:
         return found
 
     def _argument(self) -> Expression:
-        r"""What a command such as \frac takes: a group, or else the next sign alone."""
+        r"""Parse the argument of a command such as \frac: a group, or else the next digit or token alone."""
         token = self.next()
         if self.sees("{"):
             return self._group()
@@ -253,7 +253,7 @@ class ExpressionReader:
         raise Unreadable(token.text)
 
     def _mixed(self) -> Expression:
-        """A number, or a mixed one such as 3 1/2."""
+        """Parse a number, or a mixed one such as 3 1/2."""
         text, whole = self.next().text, self._numeral()
         if text.isdigit() and self.sees("frac") and self._begins_factor(True):
             part = self._primary()
@@ -272,7 +272,7 @@ class ExpressionReader:
         return whole
 
     def variable(self) -> Name:
-        """Read one letter, with what is written at its foot."""
+        """Parse one letter with its subscript and primes."""
         token = self.take()
         letter, rest = token.text[0], token.text[1:]
         if rest:
@@ -299,7 +299,7 @@ class ExpressionReader:
         return told
 
     def command(self) -> Expression:
-        """Read a command of LaTeX and what it is applied to."""
+        """Parse a LaTeX command and its arguments."""
         command = self.take().text
         if command in VARIABLES:
             return self._indexed(f"\\{command}")
@@ -357,7 +357,7 @@ class ExpressionReader:
         return called if power is None or inverse else Call("^", (called, power))
 
     def _applied(self) -> Expression:
-        """What a function is applied to: a bracket, or factors up to the next sign or function."""
+        """Parse the argument of a function: a bracket, or the factors up to the next sign or function."""
         if self.sees("(", "{"):
             return self._primary()
         factors = [self._power()]
@@ -367,7 +367,7 @@ class ExpressionReader:
 
 
 def _joined(function: str, parts: Sequence[Expression]) -> Expression:
-    """A sum or a product; a decimal times a power of ten is one decimal."""
+    """Build a sum or a product; a decimal times a power of ten becomes one decimal."""
     if not parts:
         return Number(Fraction(0))
     if len(parts) == 1:
@@ -391,7 +391,7 @@ def _whole(expression: Expression) -> int | None:
 
 
 def _plain_fraction(expression: Expression) -> tuple[int, int]:
-    """Numerator and denominator, if they are plain whole numbers; else 0, 0."""
+    """Return numerator and denominator if they are plain whole numbers, else 0, 0."""
     match expression:
         case Call("*", (Number(top, 0), Call("inverse", (Number(bottom, 0),)))):
             if top.denominator == bottom.denominator == 1:

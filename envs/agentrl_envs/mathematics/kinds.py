@@ -1,4 +1,4 @@
-"""The kinds of things that an answer can be; an answer of one kind never equals one of another."""
+"""Kinds of answers, as the parser builds them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ class Number:
     """A numeral.
 
     Attributes:
-        value: what it says, exactly.
-        digits: significant digits that it shows, if it is written as a decimal; else 0.
-        step: of such a decimal, one unit of its last place.
+        value: The exact value.
+        digits: The number of significant digits if it is written as a decimal, else 0.
+        step: One unit in the last place of a decimal.
     """
 
     value: Fraction
@@ -35,7 +35,7 @@ class Name:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """An operation or a function, such as "+", "^" or "sin", and what it is applied to."""
+    """An operation or a function, such as "+", "^" or "sin", and its arguments."""
 
     function: str
     arguments: tuple["Expression", ...]
@@ -46,7 +46,7 @@ Expression = Number | Name | Call
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A number or an expression, with what stands behind it."""
+    """A number or an expression, with the unit or percent sign after it."""
 
     expression: Expression
     unit: Unit | None = None
@@ -55,7 +55,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Based:
-    """Digits in a base that is said, such as 1011_2."""
+    """Digits with an explicit base, such as 1011_2."""
 
     digits: str
     base: int
@@ -74,9 +74,9 @@ class Items:
     """A list (no brackets), a set, a tuple, or an interval.
 
     Attributes:
-        brackets: "", "{}", "()", "[]", "[)" or "(]".
-        items: what stands between the commas.
-        either: whether the items of a list are joined by "or".
+        brackets: The brackets: "", "{}", "()", "[]", "[)" or "(]".
+        items: The items.
+        either: Whether the items of a list are joined by "or".
     """
 
     brackets: str
@@ -86,7 +86,7 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """Sets joined by a union, or, where `difference`, the first without the others."""
+    """The union of sets or, with `difference`, the first set without the others."""
 
     parts: tuple["Answer", ...]
     difference: bool = False
@@ -99,7 +99,7 @@ class Reals:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """A chain such as 0 <= x < 1: one operator fewer than sides."""
+    """A chain of relations such as 0 <= x < 1, with one operator fewer than sides."""
 
     sides: tuple["Answer", ...]
     operators: tuple[str, ...]
@@ -114,14 +114,14 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """3:4, which is no division."""
+    """A ratio such as 3:4, which is not a division."""
 
     parts: tuple[Expression, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """A text, in lower case."""
+    """A text in lower case."""
 
     text: str
 
@@ -140,5 +140,5 @@ def names(expression: Expression) -> Iterator[str]:
 
 
 def variables(*expressions: Expression) -> list[str]:
-    """List the variables of expressions, each once, sorted."""
+    """Return the variables of expressions, sorted and without repeats."""
     return sorted({name for one in expressions for name in names(one)} - CONSTANTS)

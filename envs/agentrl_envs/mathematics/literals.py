@@ -17,10 +17,10 @@ _DATE = re.compile(r"\d{4}-\d\d?-\d\d?|\d\d?[/.-]\d\d?[/.-]\d{4}")
 
 
 def literal(text: str) -> Based | Words | None:
-    """Read what `spelled_plainly` returned, if it is such a literal.
+    """Parse a normalized text that is such a literal; return None for any other.
 
     Raises:
-        Unreadable: it is one in form, but has a digit that its base lacks.
+        Unreadable: The text has the form of a literal, but a digit is not in its base.
     """
     clock, based = _CLOCK.fullmatch(text), _ALPHANUMERIC.fullmatch(text)
     if clock and int(clock[1]) < 25:
@@ -36,10 +36,10 @@ def literal(text: str) -> Based | Words | None:
 
 
 def in_base(digits: str, base: str) -> Based:
-    """Return digits in the base that is written at their foot.
+    """Parse digits in the base of their subscript.
 
     Raises:
-        Unreadable: they are none.
+        Unreadable: The base is invalid, or a digit is not in it.
     """
     value = _BASES.get(base.lower()) or (int(base) if re.fullmatch(r"[0-9]{1,2}", base) else 0)
     try:

@@ -1,4 +1,4 @@
-r"""What \pm says: two answers."""
+r"""Expansion of \pm into two answers."""
 
 from agentrl_envs.mathematics.kinds import Answer, Call, Expression, Items, Named, Value
 

@@ -1,10 +1,10 @@
-"""Read an answer: its signs into one of the kinds, or nothing where any of it stays unread."""
+"""Parser of answers: from tokens to one of the kinds; all of the answer must be understood."""
 
 import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from agentrl_envs.mathematics.expressions import ACCENTS, DEEPEST, END, VARIABLES, ExpressionReader
+from agentrl_envs.mathematics.expressions import ACCENTS, END, MAX_DEPTH, VARIABLES, ExpressionReader
 from agentrl_envs.mathematics.kinds import (
     Answer,
     Based,
@@ -26,33 +26,33 @@ from agentrl_envs.mathematics.kinds import (
 )
 from agentrl_envs.mathematics.literals import in_base, literal
 from agentrl_envs.mathematics.plus_minus import both_signs
-from agentrl_envs.mathematics.spelling import spelled_plainly
+from agentrl_envs.mathematics.spelling import normalize_spelling
 from agentrl_envs.mathematics.tokens import Token, Unreadable, tokens
 from agentrl_envs.mathematics.units import names_a_thing, names_a_value, unit
 
-KEPT = 256  # answers read; a long one takes a hundred kilobytes
+CACHED_ANSWERS = 256  # a long answer takes 100 kB
 
 _RELATIONS = ("=", "<", ">", "le", "ge", "ne", "in")
 _CLOSING = {"(": (")", "]"), "[": ("]", ")"), "langle": ("rangle",), "{": ("}",)}
 _MATRICES = frozenset(["pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array"])
 _FIGURES = frozenset(["angle", "triangle", "overline"])
-# Letters before parentheses that name a function and are no factor.
+# Letters that before parentheses name a function instead of a factor.
 _CALLED = frozenset("fghpqrsuvFGHPQRSTAVECLN")
 _HALF_OF_DAY = re.compile(r"(?<=\d )([AaPp])\.[Mm](?:\.|$)|(?<=\d )([AaPp])(?=[Mm])")
 
 
-@lru_cache(maxsize=KEPT)
+@lru_cache(maxsize=CACHED_ANSWERS)
 def read(text: str, letters: bool = False) -> Answer | None:
-    """Read an answer as a whole.
+    """Parse an answer.
 
     Args:
-        text: the answer.
-        letters: take single letters behind a number for units, as in "5 m", instead of variables.
+        text: The answer.
+        letters: Whether single letters after a number are units, as in "5 m", instead of variables.
 
     Returns:
-        What it is; None where any of it is not in the notation that is known here.
+        The parsed answer; None if any part of it uses an unsupported notation.
     """
-    text = spelled_plainly(text)
+    text = normalize_spelling(text)
     try:
         return literal(text) or _Reader(tokens(text), letters).answer()
     except (Unreadable, RecursionError):
@@ -60,12 +60,12 @@ def read(text: str, letters: bool = False) -> Answer | None:
 
 
 def words(text: str) -> str:
-    """Put an answer as a text to compare: no markup, and no parentheses around it."""
+    """Return an answer as text for comparison, without markup and enclosing parentheses."""
     found = read(text)
     if isinstance(found, Words):
         return found.text
     try:
-        signs = tokens(spelled_plainly(text))
+        signs = tokens(normalize_spelling(text))
     except Unreadable:
         return " ".join(text.split())
     while len(signs) > 2 and signs[0].text == "(" and signs[-1].text == ")":
@@ -74,9 +74,9 @@ def words(text: str) -> str:
 
 
 def says_words(text: str) -> bool:
-    """Whether an answer has words in it, so that its letters may be of either case."""
+    """Return whether an answer contains words, so that the case of its letters is ignored."""
     try:
-        return any(token.kind == "word" for token in tokens(spelled_plainly(text)))
+        return any(token.kind == "word" for token in tokens(normalize_spelling(text)))
     except Unreadable:
         return False
 
@@ -91,9 +91,10 @@ def _spelled(signs: Sequence[Token]) -> str:
 
 
 class _Reader(ExpressionReader):
-    _named = 0  # names before "=" that stand one behind the other
+    _named = 0  # depth of a chain of names such as x = y = 3
 
     def answer(self) -> Answer:
+        """Parse the entire answer."""
         found = self._items()
         if self.next() is not END:
             raise Unreadable(self.next().text)
@@ -102,7 +103,7 @@ class _Reader(ExpressionReader):
     # Lists, names, relations
 
     def _items(self) -> Answer:
-        """What stands between two brackets, or in the whole answer."""
+        """Parse the content of brackets, or of the entire answer."""
         found, joined = both_signs(self._item()), set()
         while self._separator():
             joined.add(self.take().text)
@@ -120,7 +121,7 @@ class _Reader(ExpressionReader):
         name = self._name()
         if name is not None:
             self._named += 1
-            if self._named > DEEPEST:
+            if self._named > MAX_DEPTH:
                 raise Unreadable("=")
             return Named(name, self._item())
         self._named = 0
@@ -131,7 +132,7 @@ class _Reader(ExpressionReader):
         return _relation(sides, operators)
 
     def _name(self) -> str | None:
-        """Pass a name and its "=", as in x = 3, f(2) = 3, AB = 3, total cost = 3."""
+        """Consume a name and its "=", as in x = 3, f(2) = 3, AB = 3, total cost = 3."""
         length, opened = 0, 0
         while self.next(length) is not END:
             opened += self.sees("(", "{", ahead=length) - self.sees(")", "}", ahead=length)
@@ -201,7 +202,7 @@ class _Reader(ExpressionReader):
         return Words(_spelled(self._signs[begin : self._at]).casefold())
 
     def _digits(self) -> Based:
-        """Digits and their base, such as 1011_2."""
+        """Parse digits and their base, such as 1011_2."""
         digits = self.take().text
         self.expect("_")
         braces = self.accept("{")
@@ -213,6 +214,7 @@ class _Reader(ExpressionReader):
     # Brackets
 
     def bracket(self) -> Answer:
+        """Parse a bracket: a list, set, tuple or interval, or a value in parentheses."""
         opening = self.take().text
         with self.deeper():
             inner = self._items()
@@ -247,7 +249,7 @@ class _Reader(ExpressionReader):
         return found
 
     def _such_that(self) -> Answer | None:
-        """What stands behind the bar of {x | x > 3}; None where there is none."""
+        """Parse the condition after the bar of {x | x > 3}, None if there is no bar."""
         length = 3 if self.sees("in", ahead=1) and self.sees("reals", ahead=2) else 1
         name = self.next().text
         if self.next().kind != "letters" or len(name) > 1 or not self.sees("|", ":", ahead=length):
@@ -277,7 +279,7 @@ class _Reader(ExpressionReader):
             raise Unreadable(environment)
         return Matrix(tuple(map(tuple, rows)))
 
-    # Values and what stands behind them
+    # Values and their units
 
     def _value(self, first: Expression | None) -> Value:
         negative = first is None and self.next(1).kind == "currency" and self.accept("-")
@@ -316,7 +318,7 @@ class _Reader(ExpressionReader):
         return True
 
     def _scale(self) -> str:
-        """The C or F behind a degree sign."""
+        """Parse the C or F after a degree sign; return the name of the unit."""
         scale = self.next().text
         if self.next().kind not in ("letters", "word") or scale not in ("C", "F"):
             return "degree"
@@ -324,7 +326,7 @@ class _Reader(ExpressionReader):
         return "celsius" if scale == "C" else "fahrenheit"
 
     def _unit(self, begun: bool) -> list[str]:
-        """The words behind a number, as `units.unit` takes them; a unit may have `begun` before."""
+        """Collect the words after a number for `units.unit`; `begun` says that a unit has started before."""
         pieces: list[str] = []
         while True:
             token, wordlike = self.next(), self.next(1).kind in ("word", "letters")
@@ -372,7 +374,7 @@ class _Reader(ExpressionReader):
 
 
 def _degrees(expression: Expression) -> Expression | None:
-    """What degrees count; None where an expression is no angle in degrees."""
+    """Return the number of degrees of an angle, None if an expression is not an angle in degrees."""
     match expression:
         case Call("degree", (inner,)):
             return inner
@@ -397,7 +399,7 @@ def _relation(sides: list[Answer], operators: list[str]) -> Answer:
 
 
 def _variable(answer: Answer) -> str:
-    """The variable that an answer is alone; "" where it is none."""
+    """Return the name of an answer that is a single variable, else ""."""
     match answer:
         case Value(Name(name) as expression, None, False) if variables(expression):
             return name
@@ -405,7 +407,7 @@ def _variable(answer: Answer) -> str:
 
 
 def _name(signs: Sequence[Token]) -> str | None:
-    """The name that the signs before "=" are; None where they are an expression."""
+    """Return the name formed by the tokens before "=", None if they are an expression."""
     texts = [token.text for token in signs]
     if not texts:
         return None

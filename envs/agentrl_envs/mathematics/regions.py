@@ -1,4 +1,4 @@
-"""Sets of real numbers as intervals: of an interval, an inequality, a union, the list of a set's elements."""
+"""Sets of real numbers as lists of intervals: intervals, inequalities, unions and finite sets."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from agentrl_envs.mathematics.kinds import (
 from agentrl_envs.mathematics.values import Irrational, Point, Undefined, exact, infinite
 
 _ENDLESS = Name(INFINITY)
-_PLACES = (Fraction(10007, 3), Fraction(-8191, 5), Fraction(131_071, 11))  # where a line is told from a curve
+_PLACES = (Fraction(10007, 3), Fraction(-8191, 5), Fraction(131_071, 11))  # test points for straight lines
 _FLIPPED = {"<": ">", ">": "<", "le": "ge", "ge": "le", "ne": "ne"}
 
 
@@ -32,10 +32,10 @@ class End:
     """An end of an interval.
 
     Attributes:
-        expression: as it is written.
-        value: its number; None at infinity.
+        expression: The end as written.
+        value: The value; None at infinity.
         side: -1 or 1 at infinity, else 0.
-        closed: whether it belongs to the interval.
+        closed: Whether the end belongs to the interval.
     """
 
     expression: Expression
@@ -44,7 +44,7 @@ class End:
     closed: bool
 
     def below(self, other: "End") -> bool:
-        """Whether it lies before another end, and not at the same place."""
+        """Return whether this end is strictly below another one."""
         if self.value is None or other.value is None:
             return self.side < other.side
         return not self.value.close(other.value) and self.value.real < other.value.real
@@ -56,17 +56,17 @@ Evaluate = Callable[[Expression], Point]
 
 
 def region(answer: Answer, evaluate: Evaluate) -> Region | None:
-    """Return the intervals that an answer means, apart and ascending; None where it is no set.
+    """Return the intervals of an answer, disjoint and ascending; None if it is not a set of numbers.
 
     Raises:
-        Undefined: it is one in form, but not in fact, such as [1, 0).
+        Undefined: The answer has the form of a set but is invalid, such as [1, 0).
     """
     parts = _parts(answer, evaluate)
     return None if parts is None else _united(parts)
 
 
 def subject(answer: Answer) -> str | None:
-    """The variable that an answer says the set of, as x in x < 3."""
+    """Return the variable whose values an answer describes, such as x for x < 3; None if there is none."""
     match answer:
         case Named(name):
             return name
@@ -148,7 +148,7 @@ def _inequality(sides: tuple[Answer, ...], operators: tuple[str, ...], evaluate:
 
 
 def _beyond(operator: str, bound: Expression, line: tuple[Fraction, Fraction], evaluate: Evaluate) -> Region:
-    """Where a line is above or below a bound."""
+    """Return the region in which a line is above or below a bound."""
     slope, start = line
     if slope < 0:
         operator = _FLIPPED[operator]
@@ -165,7 +165,7 @@ def _beyond(operator: str, bound: Expression, line: tuple[Fraction, Fraction], e
 
 
 def _line(expression: Expression) -> tuple[Fraction, Fraction] | None:
-    """Slope and start of a line a x + b; None where an expression is none."""
+    """Return slope and intercept of a line a x + b, None if an expression is not a line."""
     if isinstance(expression, Name):
         return Fraction(1), Fraction(0)
     name, *more = variables(expression)
@@ -197,7 +197,7 @@ def _interval(low: End, high: End) -> Interval:
 
 
 def _united(intervals: Iterable[Interval]) -> Region:
-    """Join those that touch or overlap."""
+    """Merge intervals that touch or overlap, in ascending order."""
     found: Region = []
     for low, high in sorted(intervals, key=lambda interval: _place(interval[0])):
         if found:

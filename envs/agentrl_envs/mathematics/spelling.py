@@ -1,4 +1,4 @@
-"""One spelling for all: Unicode becomes LaTeX, and what only surrounds an answer is dropped."""
+"""Normalization of answers: Unicode becomes LaTeX, and delimiters around an answer are dropped."""
 
 import re
 
@@ -40,10 +40,10 @@ _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 
-def spelled_plainly(text: str) -> str:
-    r"""Replace Unicode by LaTeX, and drop **…**, \(…\), and a full stop.
+def normalize_spelling(text: str) -> str:
+    r"""Replace Unicode by LaTeX, and drop **…**, \(…\) and a full stop.
 
-    >>> spelled_plainly("½ m².")
+    >>> normalize_spelling("½ m².")
     '\\frac{1}{2}  m^{2}'
     """
     text = re.sub(r"\b(?:US|CA|AU)(?=\\?\$)", "", text).replace("¢", r"\text{ cents}")

@@ -1,7 +1,8 @@
-r"""The signs of an answer.
+r"""Tokenizer of answers.
 
-What only concerns looks is dropped: $…$, \left, \mathbf, \displaystyle, spaces. Thousands separators become
-part of their number: 1,234 and 1{,}234 and 1\,234 and 1 234, but no comma within brackets.
+Markup that affects only the appearance is dropped: $…$, \left, \mathbf, \displaystyle, spaces. Thousands
+separators become part of their number: 1,234 and 1{,}234 and 1\,234 and 1 234; within brackets a comma is a
+separator of items.
 """
 
 import re
@@ -13,7 +14,7 @@ from agentrl_envs.mathematics.spelling import GREEK, GROUPING
 
 LARGEST_EXPONENT = 2_000  # of a numeral such as 1e5
 
-# How a command is written, and which one it is.
+# Pairs of a command's spelling and its canonical name.
 _SAME = """
 dfrac frac  tfrac frac  cfrac frac  dbinom binom  tbinom binom  leq le  leqslant le  geq ge
 geqslant ge  neq ne  lt <  gt >  varnothing emptyset  ast *  lbrace {  rbrace }  lvert |  rvert |
@@ -44,7 +45,7 @@ _UPRIGHT = frozenset(_TEXTS.split())
 _STYLES = "mathbf mathit mathsf boldsymbol bm pmb underline mathnormal boxed fbox"
 _STYLED = frozenset(_STYLES.split())
 
-# Words without a backslash that are what the command of the same name is.
+# Words that mean the command of the same name even without a backslash.
 _FUNCTIONS = "sin cos tan cot sec csc asin acos atan sinh cosh tanh log ln exp sqrt arcsin arccos arctan"
 FUNCTIONS = frozenset(_FUNCTIONS.split())
 _CONSTANTS = {"pi": "pi", "infinity": "infty", "inf": "infty", "oo": "infty", "infty": "infty"}
@@ -77,14 +78,14 @@ _EQUALS = re.compile(r"\s*=")
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One sign.
+    """A token.
 
     Attributes:
-        kind: "number", "letters" (a run of them), "word" (letters that are text), "command" (of LaTeX),
+        kind: "number", "letters" (a run of letters), "word" (letters that are text), "command" (of LaTeX),
             "currency", or "sign".
-        text: how it is written; of commands without the backslash.
-        spaced: whether white space stands before it.
-        number: of a numeral.
+        text: The spelling; of commands without the backslash.
+        spaced: Whether white space precedes it.
+        number: The value of a numeral.
     """
 
     kind: str
@@ -94,18 +95,18 @@ class Token:
 
 
 class Unreadable(Exception):  # noqa: N818
-    """The answer is not in the notation that is known here."""
+    """The answer uses a notation that is not supported."""
 
 
 def tokens(text: str) -> list[Token]:
-    """Split what `spelled_plainly` returned into its signs.
+    """Split a normalized text into tokens.
 
     Raises:
-        Unreadable: one of them is not known.
+        Unreadable: The text contains an unsupported notation.
     """
-    if text.startswith("~"):  # "about", though a space elsewhere
+    if text.startswith("~"):  # means "about" here, but a space elsewhere
         raise Unreadable("~")
-    # A dollar sign is currency where it is escaped or alone, else the border of a formula.
+    # A dollar sign is a currency if it is escaped or the only one, else the delimiter of a formula.
     if text.replace("\\$", "").count("$") == 1:
         text = text.replace("\\$", "$").replace("$", "\\$")
     return _Scanner(text.replace("**", "^")).scan()
@@ -115,10 +116,11 @@ class _Scanner:
     def __init__(self, text: str, upright: bool = False) -> None:
         self._text, self._at, self._upright = text, 0, upright
         self._found: list[Token] = []
-        self._open = 0  # brackets, within which a comma separates
+        self._open = 0  # open brackets, within which a comma separates items
         self._spaced = False
 
     def scan(self) -> list[Token]:
+        """Return the tokens of the text."""
         while self._at < len(self._text):
             self._next()
         return self._found
@@ -192,7 +194,7 @@ class _Scanner:
         return found
 
     def _styled(self, upright: bool) -> None:
-        r"""Read on in the braces behind \text, \mathbf and their like."""
+        r"""Scan the text in the braces after \text, \mathbf and similar commands."""
         while self._text.startswith(" ", self._at):
             self._at += 1
         if not self._text.startswith("{", self._at):
@@ -228,7 +230,7 @@ class _Scanner:
 
 
 def _number(groups: dict[str, str | None]) -> Number | None:
-    """The number that the groups of `_NUMERAL` say; None where its exponent is too large."""
+    """Return the number for the groups of `_NUMERAL`, None if its exponent is too large."""
     whole = next(
         (groups[name] or "" for name in ("marked", "commas", "spaces", "digits") if groups.get(name)), ""
     )

@@ -1,7 +1,7 @@
-"""What may stand behind a number without changing it: a unit, or the things that were counted.
+"""Units and counted things, which may follow a number without changing its value.
 
-A word is taken for a thing unless it says another number ("million", "half"), doubts or denies ("roughly",
-"wrong", "not"), joins another answer ("or"), or computes ("minus", "squared").
+A word counts as a thing unless it is another number ("million", "half"), expresses doubt or denial
+("roughly", "wrong", "not"), joins another answer ("or"), or is an operation ("minus", "squared").
 """
 
 import re
@@ -66,7 +66,7 @@ for _line in _SYMBOLS.strip().splitlines():
     for _spelling in (_symbol, *_others.split()):
         _KNOWN[_spelling] = _symbol
 
-# Letters that are units when they stand alone behind a number, unless the right answer has variables.
+# Letters that are units if they follow a number alone, unless the correct answer has variables.
 LETTERS = frozenset(["m", "g", "s", "h", "L", "l", "V", "W", "J", "N", "A"])
 
 _NUMBERS = """
@@ -94,7 +94,7 @@ _DOUBTS = """
     here which who whom whose what why how my your our his its
     ish bit change something gross score couple few several some many
 """
-# These change a number only where nothing follows: 18 more apples are 18.
+# These change a number only if nothing follows them: 18 more apples are 18.
 _BEFORE_THINGS = frozenset(
     ["more", "less", "fewer", "extra", "additional", "odd", "even", "positive", "possible"]
 )
@@ -120,30 +120,30 @@ _ARTICLES = frozenset(["a", "an", "the", "another"])
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A phrase behind a number.
+    """A phrase after a number.
 
     Attributes:
-        measured: known units and their powers, sorted: km/h is (("h", -1), ("km", 1)).
-        counted: other words, in the singular.
+        measured: The known units and their powers, sorted: km/h is (("h", -1), ("km", 1)).
+        counted: The other words, in the singular.
     """
 
     measured: tuple[tuple[str, int], ...]
     counted: frozenset[str] = frozenset()
 
     def agrees(self, other: "Unit") -> bool:
-        """Whether two numbers with these behind them can be equal."""
+        """Return whether two numbers with these units can be equal."""
         if self.measured != other.measured:
             return False
         return bool(self.measured) or bool(self.counted & other.counted)
 
 
 def known_unit(word: str) -> bool:
-    """Whether a word is a unit's name or symbol, such as km; single letters are not."""
+    """Return whether a word is the name or symbol of a unit, such as km; single letters do not count."""
     return len(word) > 1 and (word in _KNOWN or word.lower() in _KNOWN)
 
 
 def names_a_thing(word: str) -> bool:
-    """Whether a word may stand behind a number without changing it."""
+    """Return whether a word may follow a number without changing its value."""
     lowered = word.lower().replace("’", "'")
     if not _WORD.fullmatch(word) or lowered in _NEVER_A_THING or _ADVERB.search(lowered):
         return False
@@ -153,18 +153,18 @@ def names_a_thing(word: str) -> bool:
 
 
 def names_a_value(words: Sequence[str]) -> bool:
-    """Whether words may stand before "=", as in "total cost = 18"."""
+    """Return whether words may precede "=", as in "total cost = 18"."""
     lowered = [word.lower().replace("’", "'") for word in words]
     return not any(word in _NEVER_A_NAME or _ADVERB.search(word) for word in lowered)
 
 
 def unit(pieces: Sequence[str]) -> Unit | None:
-    """Read a phrase of words, "/", "*" and powers such as "^2"; None where it is no unit."""
+    """Parse a phrase of words, "/", "*" and powers such as "^2"; return None if it is not a unit."""
     if not 0 < len(pieces) <= LONGEST_PHRASE:
         return None
     powers: Counter[str] = Counter()
     counted: set[str] = set()
-    sign, power, last = 1, 1, ""  # of the next unit; the unit that a power would be of
+    sign, power, last = 1, 1, ""  # sign and power of the next unit; the unit that a power would apply to
     for place, piece in enumerate(pieces):
         word, following = piece.lower(), pieces[place + 1] if place + 1 < len(pieces) else ""
         if piece.startswith("^") or word in ("squared", "cubed"):

@@ -1,7 +1,7 @@
-"""The value of an expression: exactly, as a fraction, or to thousands of bits where it is irrational.
+"""Values of expressions: exact fractions, or approximations with thousands of bits if irrational.
 
-Both are bounded: what would be too large is not computed. An irrational value still takes a time that is not
-known before, so that it is for a process with a limit.
+Both are bounded: numbers that would be too large are not computed. The time for an irrational value is not
+known in advance, so it should be computed in a process with a time limit.
 """
 
 import math
@@ -13,16 +13,16 @@ from typing import Any
 
 from agentrl_envs.mathematics.kinds import INFINITY, PI, Call, E, Expression, I, Name, Number
 
-BITS = 1 << 15  # of a numerator or denominator on the way
+BITS = 1 << 15  # of an intermediate numerator or denominator
 PRECISION = 2_048  # bits of an irrational constant
 SAMPLE_PRECISION = 512  # bits of an irrational value of an expression with variables
 LARGEST_FACTORIAL = 3_000
-LARGEST_LOGARITHM = 1 << 20  # bits before the point, of a power
-LARGEST_ARGUMENT = 64  # bits before the point, of what a sine is taken of
+LARGEST_LOGARITHM = 1 << 20  # bits before the point of a power
+LARGEST_ARGUMENT = 64  # bits before the point of the argument of a sine
 
 
 class Undefined(Exception):  # noqa: N818
-    """The expression has no value, as 1/0."""
+    """The expression has no value, such as 1/0."""
 
 
 class TooLargeError(Exception):
@@ -30,7 +30,7 @@ class TooLargeError(Exception):
 
 
 class Irrational(Exception):  # noqa: N818
-    """The value is no fraction, or cannot be seen to be one."""
+    """The value is not a fraction, or is not recognized as one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,9 @@ class Point:
     """A real or complex number.
 
     Attributes:
-        real: its real part.
-        imaginary: its imaginary part.
-        bits: to how many it is known; 0 says exactly.
+        real: The real part.
+        imaginary: The imaginary part.
+        bits: The precision in bits; 0 for an exact number.
     """
 
     real: Fraction
@@ -48,7 +48,7 @@ class Point:
     bits: int = 0
 
     def size(self) -> Fraction:
-        """Return the larger part, without its sign."""
+        """Return the larger absolute value of the two parts."""
         return max(abs(self.real), abs(self.imaginary))
 
     def __sub__(self, other: "Point") -> "Point":
@@ -63,7 +63,7 @@ class Point:
         return min(self.bits or other.bits, other.bits or self.bits)
 
     def close(self, other: "Point") -> bool:
-        """Whether they are equal; if they are not exact, in half of the bits, since others are lost."""
+        """Return whether two numbers are equal; inexact ones in half of their bits, since some are lost."""
         bits = self._known(other)
         if not bits:
             return self == other
@@ -71,17 +71,18 @@ class Point:
 
 
 def exact(expression: Expression, at: Mapping[str, Fraction] = {}, bits: int = BITS) -> Fraction:
-    """Compute a rational value.
+    """Compute the value of a rational expression.
 
     Args:
-        expression: of numbers, names in `at`, + - * /, powers, roots, factorials, binomials, |x|, rounding.
-        at: values of its variables.
-        bits: the most that a numerator or denominator may have on the way.
+        expression: The expression, of numbers, names in `at`, + - * /, powers, roots, factorials, binomials,
+            |x| and rounding.
+        at: The values of its variables.
+        bits: The largest number of bits of an intermediate numerator or denominator.
 
     Raises:
-        Irrational: it is not rational, or has functions.
-        Undefined: it has no value.
-        TooLargeError: a number on the way is out of bounds.
+        Irrational: The value is not rational, or the expression contains other functions.
+        Undefined: The expression has no value.
+        TooLargeError: An intermediate number is out of bounds.
     """
     match expression:
         case Number(value):
@@ -141,7 +142,7 @@ def _root(values: Sequence[Fraction], bits: int) -> Fraction:
 
 
 def _whole_root(value: int, degree: int) -> int:
-    """The root of a whole number, if it is whole too."""
+    """Return the root of a whole number if it is whole, too."""
     low, high = 0, 1 << (value.bit_length() // degree + 1)
     while low < high:
         middle = (low + high + 1) // 2
@@ -187,7 +188,7 @@ _EXACT: dict[str, Callable[[Sequence[Fraction], int], Fraction]] = {
 
 
 def infinite(expression: Expression) -> int:
-    """1 or -1 if an expression is infinity or its negative, else 0."""
+    """Return 1 or -1 if an expression is infinity or its negative, else 0."""
     match expression:
         case Name(name) if name == INFINITY:
             return 1
@@ -197,17 +198,17 @@ def infinite(expression: Expression) -> int:
 
 
 def numeric(expression: Expression, at: Mapping[str, Fraction], logarithm: int, bits: int) -> Point:
-    """Compute a real or complex value.
+    """Compute a real or complex value numerically.
 
     Args:
-        expression: any.
-        at: values of its variables.
-        logarithm: the base of "log" where none is written; 0 stands for e.
-        bits: of precision; where terms cancel, some are lost.
+        expression: The expression.
+        at: The values of its variables.
+        logarithm: The base of "log" if none is written; 0 for e.
+        bits: The working precision in bits; cancellation of terms loses some of them.
 
     Raises:
-        Undefined: it has no value.
-        TooLargeError: a number on the way is out of bounds.
+        Undefined: The expression has no value.
+        TooLargeError: An intermediate number is out of bounds.
     """
     import mpmath  # type: ignore[import-untyped,unused-ignore]
 
@@ -222,7 +223,7 @@ def numeric(expression: Expression, at: Mapping[str, Fraction], logarithm: int, 
 def _fraction(value: Any) -> Fraction:
     sign, mantissa, exponent, _ = value._mpf_
     if not mantissa and exponent:
-        raise Undefined  # infinity, or no number
+        raise Undefined  # infinity or NaN
     if abs(exponent) > 2 * LARGEST_LOGARITHM:
         raise TooLargeError
     whole = -int(mantissa) if sign else int(mantissa)

@@ -1,1 +1,1 @@
-"""ScienceWorld: its simulator in a JVM, the listing of its tasks, its expert, and short lists of actions."""
+"""ScienceWorld: the simulator in a JVM, the listing of tasks, the expert, and short lists of actions."""

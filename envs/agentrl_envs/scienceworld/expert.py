@@ -1,4 +1,4 @@
-"""The expert: the simulator's own solution, followed through what others do in between."""
+"""Expert that follows the simulator's own solution, also after other actions in between."""
 
 import re
 
@@ -7,16 +7,16 @@ _MOVED = re.compile(r"You (?:move|teleport) to the (.+)\.$")
 
 
 class GoldExpert:
-    """Plays a solution action by action, those that change nothing as well: they are time that things need.
+    """Expert that plays a solution action by action, including waiting, since processes need time.
 
-    A question is answered by the number that the solution answers it with, 0 where it had none. After
-    somebody else's action it goes on where it was, and where it may teleport, from the room that the next
-    action belongs to.
+    A question is answered by the number in the solution, or by 0 if it has none. After an action of someone
+    else the expert continues where it was; if it may teleport, it first returns to the room of the next
+    action.
 
     Args:
-        solution: the simulator's gold path.
-        room: where the agent begins.
-        teleports: whether it may go to any room at once.
+        solution: The simulator's gold path.
+        room: The room in which the agent starts.
+        teleports: Whether the agent may teleport to any room.
     """
 
     def __init__(self, solution: list[str], room: str, teleports: bool) -> None:
@@ -28,16 +28,22 @@ class GoldExpert:
         self._asking = self._asked = False
 
     def next(self) -> str:
-        """The next action, in the solution's own words; "wait1" where the solution has ended."""
+        """Return the next action in the solution's words, "wait1" after the end of the solution."""
         if self._asking:
             return self._answer()
-        while self._pending().isdigit():  # the question that this answers was not asked
+        while self._pending().isdigit():  # an answer to a question that was not asked
             self._next += 1
-        return TELEPORT + self._rooms[self._next] if self._astray() else self._pending()
+        return TELEPORT + self._rooms[self._next] if self._in_wrong_room() else self._pending()
 
     def observe(self, followed: bool, observation: str, asking: bool) -> None:
-        """Take note of a step: was it what `next` had said, what did it show, was that a question."""
-        if followed and (self._answer() == self._pending() if self._asking else not self._astray()):
+        """Record a step.
+
+        Args:
+            followed: Whether the action was the one that `next` returned.
+            observation: The observation after the action.
+            asking: Whether the observation is a question.
+        """
+        if followed and (self._answer() == self._pending() if self._asking else not self._in_wrong_room()):
             self._next += 1
         self._asking, self._asked = asking, followed
         moved = _MOVED.match(observation)
@@ -47,7 +53,7 @@ class GoldExpert:
     def _answer(self) -> str:
         return self._pending() if self._asked and self._pending().isdigit() else "0"
 
-    def _astray(self) -> bool:
+    def _in_wrong_room(self) -> bool:
         return self._teleports and self._next < len(self.plan) and self._rooms[self._next] != self._room
 
     def _pending(self) -> str:
@@ -55,7 +61,7 @@ class GoldExpert:
 
 
 def _rooms(plan: tuple[str, ...], room: str) -> list[str]:
-    """The room in which each action is meant."""
+    """Return the room to which each action of a plan belongs."""
     rooms = []
     for action in plan:
         rooms.append(room)

@@ -1,9 +1,9 @@
-"""Runs one JVM and ends it with whoever started it: a script of its own, which imports nothing of ours.
+"""Supervisor script that runs one JVM and ends it together with its owner; it imports no module of ours.
 
-`python guard.py OWNER COMMAND...` prints the JVM's process id; then its output is the JVM's. The JVM is
-killed when the owner closes or writes to the guard's input, when the owner is gone, however it went, and when
-the guard is told to end. A JVM that hangs cannot refuse; should the guard be killed, the JVM's input ends.
-The folder that it runs in is theirs, and is removed at the end.
+`python guard.py OWNER COMMAND...` prints the JVM's process id, followed by the JVM's output. The JVM is
+killed (SIGKILL, so a hanging one ends, too) when the owner closes or writes to the guard's input, when the
+owner no longer exists for any reason, and when the guard receives a signal to end. If the guard itself is
+killed, the JVM's input ends. The working folder belongs to guard and JVM and is removed at the end.
 """
 
 import os
@@ -18,8 +18,8 @@ ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
 def main(owner: int, command: list[str]) -> None:
-    """Run the command until one of the reasons to end it."""
-    # Signals only wake the loop: a handler that raised could do so in the middle of ending the JVM.
+    """Run the command until it ends or has to be killed."""
+    # Handlers only wake the loop; one that raised could interrupt the killing of the JVM.
     waking, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)
@@ -28,7 +28,7 @@ def main(owner: int, command: list[str]) -> None:
     java = subprocess.Popen(command, stdin=subprocess.PIPE)
     sys.stdout.write(f"{java.pid}\n")
     sys.stdout.flush()
-    # The owner is looked for as well: a forked child of it may hold the other end of the pipe.
+    # The pipe alone is not enough: a forked child of the owner may hold its other end.
     while java.poll() is None and os.getppid() == owner:
         ready, _, _ = select.select([sys.stdin, waking], [], [], CHECK_SECONDS)
         if sys.stdin in ready or (waking in ready and ENDING.intersection(os.read(waking, 4096))):

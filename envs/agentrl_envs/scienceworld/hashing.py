@@ -1,8 +1,8 @@
-"""Gives the simulator's objects the hash code that their `equals` asks for.
+"""Patch the simulator's objects with a hash code that is consistent with their `equals`.
 
-`EnvObject` compares ids but is hashed by identity, so the sets of objects that the simulator walks through
-come in an order of chance: it changes what a room lists first, where things stand, what a thermometer reads.
-Hashed by id, which counts anew in every game, they come in the same order every time, at no cost.
+`EnvObject` compares ids but is hashed by identity, so sets of objects are iterated in random order. The order
+affects what a room lists first, where objects are, and what a thermometer reads. With a hash by id, which is
+numbered from the start in every game, the order is always the same, at no cost.
 """
 
 import struct
@@ -19,7 +19,7 @@ _PUBLIC = 1
 
 
 def write_patch(jar: Path, folder: Path) -> None:
-    """Write the better class alone to a folder, which is then to stand before the jar on the class path."""
+    """Write the patched class to a folder, which must precede the jar on the class path."""
     with ZipFile(jar) as archive:
         data = archive.read(CLASS)
     file = folder / CLASS
@@ -28,7 +28,7 @@ def write_patch(jar: Path, folder: Path) -> None:
 
 
 def with_hash_code(data: bytes) -> bytes:
-    """A class file with `public int hashCode() { return (int) uuid(); }`, unless it has one already."""
+    """Add `public int hashCode() { return (int) uuid(); }` to a class file, unless it has a `hashCode`."""
     count, end, texts = _constants(data)
     if b"hashCode" in texts:
         return data
@@ -55,7 +55,7 @@ def with_hash_code(data: bytes) -> bytes:
 
 
 def _constants(data: bytes) -> tuple[int, int, set[bytes]]:
-    """How many slots the constants take, where they end, and the texts among them."""
+    """Return the number of constant slots, the offset of their end, and the texts among them."""
     count, at, slot, texts = _short(data, 8), 10, 1, set()
     while slot < count:
         tag = data[at]
@@ -69,7 +69,7 @@ def _constants(data: bytes) -> tuple[int, int, set[bytes]]:
 
 
 def _after_members(data: bytes, at: int) -> int:
-    """Where a table of fields or methods ends."""
+    """Return the offset of the end of a table of fields or methods."""
     members, at = _short(data, at), at + 2
     for _ in range(members):
         attributes, at = _short(data, at + 6), at + 8

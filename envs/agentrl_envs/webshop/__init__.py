@@ -1,1 +1,1 @@
-"""The shop of `agentrl/WebShop-v0`: its products, customers, pages and search."""
+"""The shop of `agentrl/WebShop-v0`: products, goals, pages, search and rewards."""

@@ -1,4 +1,4 @@
-"""Text to search terms, exactly as Lucene 8's StandardTokenizer and Anserini's English analyzer make them."""
+"""Text analysis identical to Lucene 8's StandardTokenizer with Anserini's English analyzer."""
 
 import re
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import regex
 
-LONGEST = 255  # UTF-16 units; what is left of a longer word is a new word
+LONGEST = 255  # UTF-16 units; the rest of a longer word is a new word
 _STOP_WORDS = (
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these "
     "they this to was will with"
@@ -15,11 +15,11 @@ STOP_WORDS = frozenset(_STOP_WORDS.split())
 
 
 def _set(ranges: str) -> str:
-    """Spell "A9 203C 2194-2199" as the inside of a character class."""
+    """Convert code points such as "A9 203C 2194-2199" to the inside of a character class."""
     return "".join("-".join(f"\\U{int(end, 16):08X}" for end in part.split("-")) for part in ranges.split())
 
 
-# Lucene 8 has the letters of Unicode 9 and the emoji of Unicode 11, whatever `regex` has today.
+# Lucene 8 knows the letters of Unicode 9 and the emoji of Unicode 11; `regex` knows later versions.
 _NOT_YET = _set(
     "B8 2C2-2C5 2D2-2D6 2DE-2DF 2E5-2EB 2ED 2EF-2FF 558 55A-560 588 58A-58C 5C8-5C9 5EF 7FD 860-89F 8B5 "
     "8BE-8D3 9FC-9FE AFA-AFF B53-B55 C04 C3C C5C-C5D CDC-CDD CF3-D00 D04 D3B-D3C D81 E86 E89 E8C E8E-E93 "
@@ -50,7 +50,7 @@ _TINTED = _set(
 _TINT = _set("1F3FB-1F3FF")
 _FORMAT = _set("600-605 6DD 70F 8E2 1CF2-1CF3 110BD")
 
-# Written so that taking the first alternative gives the longest match, which is what Lucene takes.
+# Ordered so that the first matching alternative is the longest, which is the match that Lucene takes.
 _PARTS = {
     "x": rf"[[\p{{WB=Extend}}\p{{WB=Format}}\p{{WB=ZWJ}}{_FORMAT}]--[{_TINT}]]*",
     "y": rf"[[\p{{WB=Extend}}\p{{WB=Format}}\p{{WB=ZWJ}}{_FORMAT}]--[{_TINT}\uFE0E\uFE0F]]*",
@@ -98,9 +98,9 @@ _ASCII = re.compile(
 
 
 def words(text: str) -> list[str]:
-    """Cut a text into words by Unicode word break (UAX 29), with emoji sequences (UTS 51) as words.
+    """Split a text into words by Unicode word breaks (UAX 29), with emoji sequences (UTS 51) as words.
 
-    Han and Hiragana are single characters, runs of Thai, Lao, Khmer and Burmese stay whole.
+    Han and Hiragana become single characters; runs of Thai, Lao, Khmer and Burmese are not split.
     """
     if text.isascii():
         found = _ASCII.findall(text)
@@ -113,7 +113,7 @@ def words(text: str) -> list[str]:
 
 
 def _longest(text: str) -> list[str]:
-    """Find the words of a text in which some are too long, or may be taken for several kinds."""
+    """Split a text with words that are too long or that match several kinds."""
     found, place = [], 0
     while place < len(text):
         near = _ANY.search(text, place, place + 4 * LONGEST)
@@ -140,12 +140,12 @@ def _stemmer() -> Callable[[str], str]:
     return lambda word: stem(word, to_lowercase=False)
 
 
-KEPT_LENGTH = 32
+MAX_CACHED_LENGTH = 32
 
 
 @lru_cache(maxsize=1 << 18)
 def term(word: str) -> str:
-    """Give the search term of a word: no possessive, lower case, stemmed; "" for a stop word."""
+    """Return the search term of a word: no possessive, lower case, stemmed; "" for a stop word."""
     if word[-2:-1] in ("'", "’", "＇") and word[-1] in "sS":
         word = word[:-2]
     word = word.lower() if word.isascii() else "".join("i" if c == "İ" else c.lower() for c in word)
@@ -158,7 +158,7 @@ def term(word: str) -> str:
 
 
 def terms(text: str) -> list[str]:
-    """List the search terms of a text in order, with repeats."""
-    # Long words are not kept: those of the shop are short, and who searches may write any number of them.
-    found = ((term if len(word) <= KEPT_LENGTH else term.__wrapped__)(word) for word in words(text))
+    """Return the search terms of a text in order, with repeats."""
+    # Long words are not cached: the shop's are short, and a policy may write any number of others.
+    found = ((term if len(word) <= MAX_CACHED_LENGTH else term.__wrapped__)(word) for word in words(text))
     return [each for each in found if each]

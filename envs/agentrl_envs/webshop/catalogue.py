@@ -1,8 +1,8 @@
 """The products of a shop, read from WebShop's three files.
 
-- products (`items_shuffle.json`): a list of what is sold;
+- products (`items_shuffle.json`): the list of products;
 - attributes (`items_ins_v2.json`): {asin: attributes and a synthetic instruction};
-- human (`items_human_ins.json`): {asin: list of instructions by people}.
+- human (`items_human_ins.json`): {asin: list of instructions written by people}.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ NO_ATTRIBUTES = ("DUMMY_ATTR",)
 ASIN_LENGTH = 10
 TEXTS = ("name", "full_description", "category", "query", "product_category")
 _ASKED = ("attributes", "instruction", "instruction_attributes")
-LOOKS = {
+WANTED = {
     "products": "a list of products",
     "attributes": "an object {asin: {attributes, instruction}}",
     "human": "an object {asin: [{instruction, instruction_attributes, instruction_options}]}",
@@ -33,20 +33,20 @@ LOOKS = {
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """What is sold under one asin.
+    """One product.
 
     Attributes:
-        asin: its id.
-        bullets: the list under "Features".
-        pricing: one price, or the two ends of a range.
-        price_tag: the price or prices as shown.
-        query: the kind of product that it was found under.
-        product_category: names from general to special, joined by " › ".
-        options: name -> values to choose from.
-        attributes: what can be said of it.
-        instruction: asks for such a product, without price and options; None where nobody shall buy it.
-        instruction_attributes: those attributes that the instruction asks for.
-        image: address of its picture; "" for none.
+        asin: The id of the product.
+        bullets: The list under "Features".
+        pricing: One price, or the two ends of a range, in dollars.
+        price_tag: The price or prices as shown.
+        query: The search query under which the original's crawler found it.
+        product_category: The categories from general to special, separated by " › ".
+        options: Name -> values to choose from.
+        attributes: The attributes, such as "long lasting".
+        instruction: The synthetic instruction, without price and options; None if no goal is about it.
+        instruction_attributes: The attributes that the instruction asks for.
+        image: The URL of its picture; "" for none.
     """
 
     asin: str
@@ -67,7 +67,7 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """What a person asked for: attributes and values of options that the product has."""
+    """An instruction by a person, with the product's attributes and option values that it asks for."""
 
     text: str
     attributes: tuple[str, ...]
@@ -75,26 +75,26 @@ class Instruction:
 
 
 class SkippedError(Exception):
-    """A product cannot be sold; the message says which field is to blame."""
+    """A product is unusable; the message names the field."""
 
 
 class Catalogue:
     """Products in the order of their file; read-only.
 
     Args:
-        products: as decoded from their file.
-        attributes: asin -> entry of the attributes file.
-        human: asin -> entry of the file of human instructions.
-        names: what the three are called in errors.
+        products: The decoded entries of the products file.
+        attributes: Pairs of an asin and its entry of the attributes file.
+        human: Pairs of an asin and its entry of the file of human instructions.
+        names: The names of the three files in error messages.
 
     Attributes:
-        products: those that can be sold.
-        by_asin: the same by their id.
-        human: instructions by people; empty where that file was not read.
-        skipped: reason -> how many products or instructions were left out for it.
+        products: The usable products.
+        by_asin: The usable products by asin.
+        human: The human instructions by asin; empty if that file was not read.
+        skipped: Reason -> number of products or instructions that were skipped for it.
 
     Raises:
-        ConfigError: nothing can be sold, or an entry is not what its file should hold.
+        ConfigError: No product is usable, or an entry does not have the format of its file.
     """
 
     def __init__(
@@ -105,28 +105,28 @@ class Catalogue:
         names: tuple[str, str, str] = ("products", "attributes", "human"),
     ) -> None:
         skipped: Counter[str] = Counter()
-        same: dict[Any, Any] = {}
+        pool: dict[Any, Any] = {}
         sold: dict[str, dict[str, Any]] = {}
         for entry in products:
             if not isinstance(entry, Mapping):
-                raise ConfigError(f"{names[0]}: holds {_shown(entry)}, wanted products with asin and name")
+                raise ConfigError(f"{names[0]}: contains {_shown(entry)}, wanted products with asin and name")
             try:
-                fields = _fields(entry, sold, same)
+                fields = _fields(entry, sold, pool)
             except SkippedError as reason:
                 skipped[str(reason)] += 1
             else:
                 sold[fields["asin"]] = fields
         if not sold:
             reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common(5))
-            raise ConfigError(f"{names[0]}: no product can be sold: {reasons or 'there is none'}")
+            raise ConfigError(f"{names[0]}: no product is usable: {reasons or 'there is none'}")
         for asin, entry in attributes:
             if asin in sold:
-                sold[asin].update(_attributes(entry, f"{names[1]}: {asin}", same))
+                sold[asin].update(_attributes(entry, f"{names[1]}: {asin}", pool))
         self.products = tuple(Product(**fields) for fields in sold.values())
         self.by_asin = {product.asin: product for product in self.products}
         self.human: dict[str, tuple[Instruction, ...]] = {}
         for asin, entry in human:
-            found = _instructions(entry, f"{names[2]}: {asin}", same)
+            found = _instructions(entry, f"{names[2]}: {asin}", pool)
             if asin in self.by_asin:
                 self.human[asin] = found
             else:
@@ -138,7 +138,7 @@ class Catalogue:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256, as 64 hex digits, of everything that was kept; the files' spelling does not matter."""
+        """Return the SHA-256, as 64 hex digits, of all loaded content; the files' formatting is ignored."""
 
         def asked() -> Iterator[Any]:
             yield self.sold_hash
@@ -150,7 +150,7 @@ class Catalogue:
 
     @cached_property
     def sold_hash(self) -> str:
-        """The same of what the products file holds: nothing else is searched in."""
+        """Return the SHA-256 of the products file's content, which is all that a search index depends on."""
         sold = [name for name in Product.__slots__ if name not in _ASKED]
         return _sha256([getattr(product, name) for name in sold] for product in self.products)
 
@@ -158,30 +158,30 @@ class Catalogue:
 def load_catalogue(
     products: Path, attributes: Path, human: Path | None = None, limit: int | None = None
 ) -> Catalogue:
-    """Read WebShop's files, entry by entry: what is not needed is never held.
+    """Read WebShop's files entry by entry, without holding unused entries in memory.
 
     Args:
-        products: `items_shuffle.json` or alike.
-        attributes: `items_ins_v2.json` or alike.
-        human: `items_human_ins.json` or alike; None where no human instructions are wanted.
-        limit: how many products to read, from the first.
+        products: The products file, such as `items_shuffle.json`.
+        attributes: The attributes file, such as `items_ins_v2.json`.
+        human: The file of human instructions, such as `items_human_ins.json`; None to read none.
+        limit: The number of products to read, from the first; None for all.
 
     Raises:
-        ConfigError: a file is absent, truncated or another than it should be; the message names which one.
+        ConfigError: A file is missing, truncated or of the wrong kind; the message names it.
     """
 
     def opened(path: Path, what: str) -> Iterable[tuple[str, Any]]:
         kind, found = entries(path, f"{what} file")
         wanted = "list" if what == "products" else "object"
         for key, value in found:
-            other = _other(kind, value, what)
+            other = _mistaken_file(kind, value, what)
             if kind != wanted or other is not None:
                 looks = f"; it looks like the {other} file" if other else ""
-                raise ConfigError(f"{what} file {path}: wanted {LOOKS[what]}, found {_shown(value)}{looks}")
+                raise ConfigError(f"{what} file {path}: wanted {WANTED[what]}, found {_shown(value)}{looks}")
             yield key, value
             break
         else:
-            raise ConfigError(f"{what} file {path}: is empty, wanted {LOOKS[what]}")
+            raise ConfigError(f"{what} file {path}: is empty, wanted {WANTED[what]}")
         yield from found
 
     def sold() -> Iterable[Any]:
@@ -198,8 +198,8 @@ def load_catalogue(
     )
 
 
-def _other(kind: str, value: Any, what: str) -> str | None:
-    """Which of the other files this first entry must be from."""
+def _mistaken_file(kind: str, value: Any, what: str) -> str | None:
+    """Return which other file the first entry is from, None if the file is the expected one."""
     if kind == "list":
         found = "products" if isinstance(value, Mapping) and "asin" in value else None
     elif isinstance(value, list) and value and isinstance(value[0], Mapping):
@@ -209,20 +209,20 @@ def _other(kind: str, value: Any, what: str) -> str | None:
     return None if found == what else found
 
 
-def _fields(entry: Mapping[str, Any], seen: Mapping[str, Any], same: dict[Any, Any]) -> dict[str, Any]:
+def _fields(entry: Mapping[str, Any], seen: Mapping[str, Any], pool: dict[Any, Any]) -> dict[str, Any]:
     asin = entry.get("asin")
     if not isinstance(asin, str) or asin == "nan" or not 0 < len(asin) <= ASIN_LENGTH:
-        raise SkippedError("asin: absent, 'nan' or too long")
+        raise SkippedError("asin: missing, 'nan' or too long")
     if asin in seen:
         raise SkippedError("asin: listed before")
     for name in TEXTS:
         if not isinstance(entry.get(name), str):
-            raise SkippedError(f"{name}: absent or no text")
+            raise SkippedError(f"{name}: missing or not a string")
     bullets: Any = entry.get("small_description")
     if isinstance(bullets, str):
         bullets = [bullets]
     if not _texts(bullets):
-        raise SkippedError("small_description: absent, or neither a text nor a list of texts")
+        raise SkippedError("small_description: missing, or neither a string nor a list of strings")
     pricing, price_tag = _pricing(entry.get("pricing"))
     images: Any = entry.get("images")
     return {
@@ -232,10 +232,10 @@ def _fields(entry: Mapping[str, Any], seen: Mapping[str, Any], same: dict[Any, A
         "bullets": tuple(bullets or ()),
         "pricing": pricing,
         "price_tag": price_tag,
-        "category": _once(entry["category"], same),
-        "query": _once(entry["query"].lower().strip(), same),
-        "product_category": _once(entry["product_category"], same),
-        "options": _options(entry.get("customization_options"), same),
+        "category": _intern(entry["category"], pool),
+        "query": _intern(entry["query"].lower().strip(), pool),
+        "product_category": _intern(entry["product_category"], pool),
+        "options": _options(entry.get("customization_options"), pool),
         "image": images[0] if _texts(images) and images else "",
     }
 
@@ -252,14 +252,14 @@ def _pricing(text: Any) -> tuple[tuple[float, ...], str]:
     return prices[:2], " to ".join(f"${price}" for price in prices[:2])
 
 
-def _options(options: Any, same: dict[Any, Any]) -> dict[str, tuple[str, ...]]:
+def _options(options: Any, pool: dict[Any, Any]) -> dict[str, tuple[str, ...]]:
     if not options:
         return {}
     try:
         return {
-            _once(name.lower(), same): _once(
-                tuple(_once(value["value"].strip().replace("/", " | ").lower(), same) for value in values),
-                same,
+            _intern(name.lower(), pool): _intern(
+                tuple(_intern(value["value"].strip().replace("/", " | ").lower(), pool) for value in values),
+                pool,
             )
             for name, values in options.items()
             if values is not None
@@ -268,7 +268,7 @@ def _options(options: Any, same: dict[Any, Any]) -> dict[str, tuple[str, ...]]:
         raise SkippedError("customization_options: wanted {name: [{value}]}") from error
 
 
-def _attributes(entry: Any, where: str, same: dict[Any, Any]) -> dict[str, Any]:
+def _attributes(entry: Any, where: str, pool: dict[Any, Any]) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{where}: {_shown(entry)}, wanted an object with attributes")
     attributes = entry.get("attributes", list(NO_ATTRIBUTES))
@@ -281,39 +281,39 @@ def _attributes(entry: Any, where: str, same: dict[Any, Any]) -> dict[str, Any]:
         if not right:
             raise ConfigError(f"{where}: {field} is {_shown(value)}, wanted {_wanted(field)}")
     return {
-        "attributes": _once(tuple(_once(one, same) for one in attributes), same),
+        "attributes": _intern(tuple(_intern(one, pool) for one in attributes), pool),
         "instruction": instruction,
-        "instruction_attributes": _once(tuple(_once(one, same) for one in wanted or ()), same),
+        "instruction_attributes": _intern(tuple(_intern(one, pool) for one in wanted or ()), pool),
     }
 
 
-def _instructions(entry: Any, where: str, same: dict[Any, Any]) -> tuple[Instruction, ...]:
+def _instructions(entry: Any, where: str, pool: dict[Any, Any]) -> tuple[Instruction, ...]:
     if not isinstance(entry, list):
         raise ConfigError(f"{where}: {_shown(entry)}, wanted a list of instructions")
     found = []
     for one in entry:
         if not isinstance(one, Mapping):
-            raise ConfigError(f"{where}: holds {_shown(one)}, wanted instructions")
+            raise ConfigError(f"{where}: contains {_shown(one)}, wanted instructions")
         for field in ("instruction", "instruction_attributes", "instruction_options"):
             value = one.get(field)
             if not (isinstance(value, str) if field == "instruction" else _texts(value)):
                 raise ConfigError(f"{where}: {field} is {_shown(value)}, wanted {_wanted(field)}")
-        attributes = tuple(_once(text, same) for text in one["instruction_attributes"])
+        attributes = tuple(_intern(text, pool) for text in one["instruction_attributes"])
         found.append(Instruction(one["instruction"], attributes, tuple(one["instruction_options"])))
     return tuple(found)
 
 
 def _wanted(field: str) -> str:
-    return "a text" if field == "instruction" else "a list of texts"
+    return "a string" if field == "instruction" else "a list of strings"
 
 
 def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
-def _once(value: Any, same: dict[Any, Any]) -> Any:
-    """The first value that was equal to this: hundreds of thousands of products share theirs."""
-    return same.setdefault(value, value)
+def _intern(value: Any, pool: dict[Any, Any]) -> Any:
+    """Return the pooled equal of a value, which saves memory: products share most of their values."""
+    return pool.setdefault(value, value)
 
 
 def _sha256(values: Iterable[Any]) -> str:

@@ -1,8 +1,8 @@
-"""Make a catalogue of our own, of any size, in the format of WebShop's three files.
+"""Generate a catalogue of any size in the format of WebShop's three files.
 
-Product `i` depends on the seed and on `i` alone, so a small catalogue is the beginning of every larger one.
-Products come in families that differ in an attribute, a colour or what can be chosen: who does not read what
-was asked for buys the neighbour.
+Product `i` depends on the seed and `i` alone, so a small catalogue is a prefix of every larger one. Products
+come in families that differ in an attribute, a colour or the options, so an agent has to read the instruction
+to buy the right one.
 """
 
 import json
@@ -17,14 +17,14 @@ from typing import Any
 
 from agentrl.env.numbers import whole_number
 
-BLOCK = 500  # products that are made and shuffled together
+BLOCK = 500  # products generated and shuffled together
 NAMES = ("items_shuffle.json", "items_ins_v2.json", "items_human_ins.json")
 
-# How many products are of a category, in parts of a thousand; so it is in the original's small data.
+# Products of each category per thousand, as in the original's small data set.
 _SHARES = {"beauty": 238, "electronics": 229, "garden": 216, "fashion": 200, "grocery": 117}
 _OPTION_COUNTS = {0: 577, 1: 245, 2: 165, 3: 13}
 
-# pool: [is | with | for] name = how a customer says it
+# pool: [is | with | for] name = wording in instructions
 _ATTRIBUTES = """
 skin: is cruelty free = cruelty free; is paraben free = free of parabens; is fragrance free = without
   fragrance; is dermatologist tested = tested by dermatologists; is travel size = small enough to travel
@@ -220,7 +220,7 @@ grocery | Grocery & Gourmet Food › Beverages › Juices › Sparkling | sparkl
   juice | drink | flavor_drink pack | 10-45
 """
 
-# kind: name as listed | how a customer says it | values
+# kind: name as listed | wording in instructions | values
 _OPTIONS = """
 color: Color | in {} | Black, White, Navy, Gray, Dark Gray, Red, Wine Red, Pink, Dusty Rose, Light Blue,
   Royal Blue, Teal, Green, Olive Green, Sage, Yellow, Mustard, Orange, Rust, Purple, Lavender, Brown,
@@ -284,14 +284,14 @@ _PRAISE = (
     *("A thoughtful present.", "Simple, sturdy and honest.", "Questions are answered within a day."),
     *("Designed in small batches.", "Tested before it leaves us.", "Looks good next to anything."),
 )
-# What cannot stand before the noun: "a gluten free bar", but "a rug that is easy to clean".
+# Attributes that cannot precede the noun: "a gluten free bar", but "a rug that is easy to clean".
 _CLAUSE = re.compile(r"\b(that|to|of|in|by|with|without|for|from)\b")
 _ENDINGS = (".99", ".99", ".95", ".49", ".0", ".5", ".89")
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The three trees: a list of products, and for an asin its attributes, and its human instructions."""
+    """Content of the three files: the list of products, and per asin attributes and human instructions."""
 
     products: list[dict[str, Any]]
     attributes: dict[str, dict[str, Any]]
@@ -333,10 +333,10 @@ class _Family:
 
 
 def generate(products: int = 1000, seed: int = 0) -> Files:
-    """Make a catalogue in memory, with about two human goals and three synthetic ones per product.
+    """Generate a catalogue in memory, with about two human goals and three synthetic ones per product.
 
     Raises:
-        ConfigError: `products` is not a whole number above 0, or `seed` not a whole number.
+        ConfigError: `products` is not a whole number above 0, or `seed` is not a whole number.
     """
     files = Files([], {}, {})
     for product, attributes, human in _entries(products, seed):
@@ -349,10 +349,10 @@ def generate(products: int = 1000, seed: int = 0) -> Files:
 
 
 def write(folder: Path, products: int = 1000, seed: int = 0) -> tuple[Path, Path, Path]:
-    """Write the files of `generate` product by product, under the original's names; return their paths.
+    """Write a generated catalogue to files with the original's names; return their paths.
 
     Raises:
-        ConfigError: as `generate`.
+        ConfigError: `products` is not a whole number above 0, or `seed` is not a whole number.
     """
     entries = _entries(products, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -395,7 +395,7 @@ def _stream(
 
 
 def _asin(number: int, seed: int) -> str:
-    """Eight base-36 digits that differ for all numbers of a seed."""
+    """Return an asin with eight base-36 digits that are unique among the products of a seed."""
     code, digits = (number * 1_270_530_823_699 + seed * 7_919 + 36**7) % 36**8, ""
     for _ in range(8):
         code, digit = divmod(code, 36)
@@ -450,13 +450,13 @@ def _product(
         wanted = rng.sample(attributes, min(len(attributes), rng.choice((2, 2, 3, 3, 4))))
         known["instruction"] = _find_me(kind, wanted)
         known["instruction_attributes"] = [attribute.name for attribute in wanted]
-    times = rng.choice((3, 3, 4, 4, 5) if offered else (0, 0, 1))  # who can choose has more to say
+    times = rng.choice((3, 3, 4, 4, 5) if offered else (0, 0, 1))  # options give more to ask for
     asked = [_asked(rng, family, asin, attributes, offered, fixed) for _ in range(times)]
     return product, known, asked
 
 
 def _texts(rng: Random, family: _Family, attributes: list[_Attribute], fixed: list[str]) -> dict[str, Any]:
-    """Say each attribute in the title, the description or a bullet at least."""
+    """Write title, description and bullets, which together mention every attribute."""
     kind, noun = family.kind, family.kind.one.partition("*")[2].strip()
     shown = rng.sample(attributes, rng.choice((1, 2, 2, 3)))
     title = [family.brand, *(one.name.title() for one in shown if one.role == "is"), noun.title()]
@@ -509,7 +509,7 @@ def _asked(
     offered: dict[_Option, list[str]],
     fixed: list[tuple[_Option, str]],
 ) -> dict[str, Any]:
-    """Ask as people do, for what the product has."""
+    """Write a human instruction for a product's attributes and options."""
     wanted = rng.sample(attributes, min(len(attributes), rng.choice((1, 2, 2, 3, 3))))
     chosen = [(option, rng.choice(values)) for option, values in offered.items() if rng.random() < 0.9]
     told = chosen + [pair for pair in fixed if rng.random() < 0.5]
@@ -521,7 +521,7 @@ def _asked(
         text = f"{_phrase(one, wanted)}. i want it {', '.join(choice)}"
     else:
         text = _phrase(one, wanted, choice)
-    # The original keeps "/" apart and everything in lower case when it reads the options.
+    # The original puts spaces around "/" and lower-cases option values when it reads them.
     values = [(option.name.lower(), value.replace("/", " | ").lower()) for option, value in chosen]
     return {
         "asin": asin,
@@ -536,7 +536,7 @@ def _asked(
 
 
 def _phrase(one: str, attributes: Sequence[_Attribute], choice: Sequence[str] = ()) -> str:
-    """Put words for attributes around "pair of * shoes", and a or an before it."""
+    """Write a noun phrase: attributes around a pattern such as "pair of * shoes", with an article."""
     front = [each.said for each in attributes if each.role == "is" and not _CLAUSE.search(each.said)]
     clauses = [each.said for each in attributes if each.role == "is" and _CLAUSE.search(each.said)]
     named = " ".join(one.replace("*", ", ".join(front)).split())
@@ -582,7 +582,7 @@ def _types() -> dict[str, list[_Type]]:
 
 
 def _lines(table: str) -> list[str]:
-    """Give the rows of a table; what is indented continues the row above."""
+    """Split a table into rows; an indented line continues the row above."""
     return table.strip().replace("\n  ", " ").splitlines()
 
 

@@ -1,7 +1,7 @@
-"""What the customers of a shop want: prices, price limits, goals, their order and their splits.
+"""Goals of a shop: prices, price limits, instructions, their order and their splits.
 
-All is drawn from `Random(price_seed)` and `Random(233)` in the order in which the original draws it from the
-global generator: prices of the products with a range, limits of the goals, the goals' order.
+`Random(price_seed)` and `Random(233)` are used in the order in which the original uses the global generator:
+prices of the products with a range, price limits of the goals, order of the goals.
 """
 
 import hashlib
@@ -23,21 +23,21 @@ NO_LIMIT = 1_000_000.0
 ORDER_SEED = 233
 SPLITS = ("train", "dev", "test")
 TEST, DEV = 500, 1500  # goals 0 to 499, 500 to 1499, and all others
-HELD_OUT = 10  # one in so many products is for test, one for dev
+HELD_OUT = 10  # one product in this many is for test, and one for dev
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """One product to buy, as a customer says it.
+    """An instruction to buy a product.
 
     Attributes:
-        number: its place in the order of goals.
-        product: what would be bought by someone who knows.
-        instruction: what the customer says.
-        attributes: what it asks for.
-        options: (name, value) of the options that it asks for; a person does not say the name, it is None.
-        limit: the highest price; `NO_LIMIT` where there is none.
-        weight: how often it should be drawn, compared with the others.
+        number: The position in the order of goals.
+        product: The product that the goal is about.
+        instruction: The text of the instruction.
+        attributes: The attributes that it asks for.
+        options: The (name, value) of the options that it asks for; the name is None in human instructions.
+        limit: The highest price in dollars; `NO_LIMIT` if there is none.
+        weight: The relative frequency with which it should be drawn.
     """
 
     number: int
@@ -51,7 +51,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """The goals about one product that share a limit: one per combination of its options."""
+    """The goals about one product with the same price limit: one per combination of its options."""
 
     product: Product
     limit: float
@@ -60,16 +60,16 @@ class _Row:
 
 
 class Goals(Sequence[Goal]):
-    """The goals in their order, made when asked for: there may be millions.
+    """Lazy sequence of the goals in their order; there may be millions.
 
     Args:
-        catalogue: the shop.
+        catalogue: The products.
         kind: "synthetic" or "human".
-        price_seed: what prices and limits are drawn from.
+        price_seed: The seed of prices and price limits.
 
     Attributes:
-        prices: asin -> price.
-        skipped: reason -> how many instructions gave no goal for it.
+        prices: asin -> price in dollars.
+        skipped: Reason -> number of instructions without a goal for it.
     """
 
     def __init__(self, catalogue: Catalogue, kind: str, price_seed: int) -> None:
@@ -136,33 +136,34 @@ class Goals(Sequence[Goal]):
         return Goal(number, row.product, text, attributes, options, row.limit, self._weights[at])
 
     def weight(self, number: int) -> float:
-        """The weight of a goal."""
+        """Return the weight of a goal."""
         return self._weights[self._row(number)]
 
     def asin(self, number: int) -> str:
-        """The product that a goal is about."""
+        """Return the asin of the product that a goal is about."""
         return self._rows[self._row(number)].product.asin
 
     def _row(self, number: int) -> int:
         return bisect_right(self._firsts, self._order[number]) - 1
 
     def split(self, rule: str) -> dict[str, Sequence[int]]:
-        """Divide the goals among train, dev and test.
+        """Split the goals into train, dev and test.
 
         Args:
-            rule: "index", the original's: goals 0 to 499 are for test, 500 to 1499 for dev. A product can be
-                in all three. "product": one product in ten is for test and one for dev, with all its goals.
+            rule: "index", the original's: goals 0 to 499 are for test, 500 to 1499 for dev, and a product can
+                be in all three. "product": one product in ten is for test and one for dev, with all its
+                goals.
 
         Returns:
-            split -> numbers of its goals, in their order.
+            Split -> numbers of its goals, ascending.
 
         Raises:
-            ConfigError: there are not enough goals or products for that.
+            ConfigError: There are too few goals or products.
         """
         if rule == "index":
             if len(self) <= DEV:
                 raise ConfigError(
-                    f"split_rule: 'index' leaves no goals to train on: there are {len(self)}, dev ends with "
+                    f"split_rule: 'index' leaves no training goals: there are {len(self)}, and dev ends at "
                     f"number {DEV - 1}; use 'product'"
                 )
             return {"train": range(DEV, len(self)), "dev": range(TEST, DEV), "test": range(TEST)}
@@ -180,13 +181,13 @@ class Goals(Sequence[Goal]):
 
 
 class Draw:
-    """Draws goals by their weights.
+    """Weighted random choice of goals.
 
     Args:
-        goals: all of them.
-        numbers: those to draw from.
-        faithful: draw as the original does, which is one off: never the first goal, each other with the
-            weight of the one before it, the last with its own as well.
+        goals: All goals.
+        numbers: The numbers of the goals to draw from.
+        faithful: Whether to reproduce the original's off-by-one error: it never draws the first goal, draws
+            each other goal with the weight of the one before it, and the last with its own weight, too.
     """
 
     def __init__(self, goals: Goals, numbers: Sequence[int], faithful: bool = False) -> None:
@@ -195,7 +196,7 @@ class Draw:
         self._offset = int(faithful)
 
     def __call__(self, uniform: float) -> int:
-        """Number of a goal, from a number of [0, 1)."""
+        """Return the number of a goal for a uniform random number in [0, 1)."""
         at = bisect_right(self._sums, uniform * self._sums[-1]) + self._offset
         return self._numbers[min(at, len(self._numbers) - 1)]
 
@@ -208,7 +209,7 @@ def draw_limit(price: float, rng: Random) -> float:
 
 
 def _combination(options: Any, number: int) -> tuple[tuple[str | None, str], ...]:
-    """The choice with a number, of all choices in order: names sorted, the last one's values turn fastest."""
+    """Return a combination of option values by its number; names are sorted, and the last varies fastest."""
     chosen = []
     for name in sorted(options, reverse=True):
         number, at = divmod(number, len(options[name]))

@@ -1,4 +1,4 @@
-"""Large JSON files, one entry of the outermost list or object at a time."""
+"""Streaming reader of large JSON files: one entry of the outermost list or object at a time."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any, TextIO
 from agentrl.errors import ConfigError
 
 CHUNK = 1 << 22  # characters read at a time
-LONGEST = 1 << 26  # characters of one entry; what is longer is a file that never closes a bracket
+LONGEST = 1 << 26  # characters of one entry; a longer one has an unclosed bracket
 SPACE = " \t\r\n"
 FOLLOWING = (*SPACE, ",", ":", "]", "}")
 
@@ -16,17 +16,17 @@ _DECODER = json.JSONDecoder()
 
 
 def entries(path: Path, what: str) -> tuple[str, Iterator[tuple[str, Any]]]:
-    """Open a file, and say whether it holds a "list" or an "object".
+    """Open a JSON file and iterate over the entries of its list or object.
 
     Args:
-        path: of the file.
-        what: the file's part, named in errors.
+        path: The path of the file.
+        what: The name of the file in error messages.
 
     Returns:
-        The kind, and an iterator of (key, value); the keys of a list are "0", "1", …
+        The kind, "list" or "object", and an iterator of (key, value); the keys of a list are "0", "1", …
 
     Raises:
-        ConfigError: the file is absent, unreadable, truncated or no such JSON; the last two while iterating.
+        ConfigError: The file is missing or unreadable or, while iterating, truncated or malformed.
     """
     try:
         file = path.open(encoding="utf-8")
@@ -36,7 +36,7 @@ def entries(path: Path, what: str) -> tuple[str, Iterator[tuple[str, Any]]]:
     opening = reader.peek()
     if opening not in ("[", "{"):
         file.close()
-        found = "is empty" if not opening else f"begins with {opening!r}"
+        found = "is empty" if not opening else f"starts with {opening!r}"
         raise ConfigError(f"{what} {path}: {found}, wanted a JSON list or object")
     return ("list" if opening == "[" else "object"), _entries(reader, file)
 
@@ -52,7 +52,7 @@ def _entries(reader: "_Reader", file: TextIO) -> Iterator[tuple[str, Any]]:
             if closing == "}":
                 key = reader.value()
                 if not isinstance(key, str) or reader.peek() != ":":
-                    raise reader.broken("a key was wanted")
+                    raise reader.broken("wanted a key")
                 reader.take()
             yield key, reader.value()
             count += 1
@@ -60,7 +60,7 @@ def _entries(reader: "_Reader", file: TextIO) -> Iterator[tuple[str, Any]]:
             if mark == closing:
                 return
             if mark != ",":
-                raise reader.broken(f"',' or {closing!r} was wanted after entry {count}")
+                raise reader.broken(f"wanted ',' or {closing!r} after entry {count}")
             reader.take()
 
 
@@ -70,13 +70,14 @@ class _Reader:
         self._text, self._at, self._before, self._ended = "", 0, 0, False
 
     def broken(self, why: str) -> ConfigError:
+        """Return the error for the current position."""
         place = self._before + self._at
         if self._ended and self._at >= len(self._text):
-            return ConfigError(f"{self._name}: truncated: it ends after {place:,} characters, where {why}")
-        return ConfigError(f"{self._name}: no JSON at character {place:,}: {why}")
+            return ConfigError(f"{self._name}: truncated: it ends after {place:,} characters, {why}")
+        return ConfigError(f"{self._name}: invalid JSON at character {place:,}: {why}")
 
     def peek(self) -> str:
-        """The next character that is no space; "" at the end of the file."""
+        """Return the next character that is not white space, "" at the end of the file."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in SPACE:
                 self._at += 1
@@ -86,13 +87,14 @@ class _Reader:
                 return ""
 
     def take(self) -> str:
+        """Consume and return the next character."""
         self._at += 1
         return self._text[self._at - 1]
 
     def value(self) -> Any:
-        """Decode the value that begins here."""
+        """Decode the next value."""
         if not self.peek():
-            raise self.broken("a value was wanted")
+            raise self.broken("wanted a value")
         size = CHUNK
         while True:
             try:
@@ -103,14 +105,14 @@ class _Reader:
                 fault = None
                 if (
                     self._text[end : end + 1] in FOLLOWING
-                ):  # else it is a number, cut short by the chunk's end
+                ):  # otherwise a number may continue in the next chunk
                     self._at = end
                     return value
             if len(self._text) - self._at > LONGEST:
-                raise self.broken("an entry does not end")
+                raise self.broken("an entry is not closed")
             if not self._more(size):
                 raise ConfigError(
-                    f"{self._name}: truncated or no JSON: the entry that begins at character "
+                    f"{self._name}: truncated or invalid JSON: the entry that starts at character "
                     f"{self._before + self._at:,} cannot be read ({fault or 'nothing follows it'})"
                 )
             size *= 2
@@ -119,7 +121,7 @@ class _Reader:
         try:
             read = self._file.read(size)
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{self._name}: no UTF-8 text: {error.reason} at byte {error.start}") from error
+            raise ConfigError(f"{self._name}: not UTF-8: {error.reason} at byte {error.start}") from error
         if not read:
             self._ended = True
             return False

@@ -1,7 +1,7 @@
 """Nouns of a title, for the part of the reward that compares kinds of products.
 
-The original asks spaCy. Its models cannot be installed as other packages are, so the default is a heuristic
-of our own; a score names what it was made with.
+The original uses spaCy. Its models are not on PyPI, so the default is a heuristic; the label of a score names
+the tagger.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from agentrl.errors import ConfigError, MissingDependencyError
 
-REMEMBERED = 1 << 16  # titles
+CACHED_TITLES = 1 << 16  # titles
 _NO_NOUNS_TEXT = """
     a about above across after again against all almost along also although always am among an and
     another any are around as at away be because been before behind being below between both but by can
@@ -39,25 +39,26 @@ _WORDS = re.compile(r"[^\W\d_]{2,}")
 
 
 class NounTagger(Protocol):
-    """Finds nouns.
+    """Interface of a noun tagger.
 
     Attributes:
-        name: written into every score.
+        name: The name that appears in the label of every score.
     """
 
     name: str
 
     def __call__(self, title: str) -> Sequence[str]:
-        """Nouns of a text in lower case and in their order, repeated where they are."""
+        """Return the nouns of a text in lower case, in order and with repeats."""
         ...
 
 
 class Heuristic:
-    """Every word of at least two letters that is no function word, common adjective, colour or adverb."""
+    """Tagger that takes every word of two letters or more except common words, adjectives and adverbs."""
 
     name = "heuristic"
 
     def __call__(self, title: str) -> list[str]:
+        """Return the nouns of a text."""
         return [
             word
             for word in _WORDS.findall(title.lower())
@@ -66,10 +67,10 @@ class Heuristic:
 
 
 class SpacyNouns:
-    """What a spaCy model tags as a noun or proper noun: exactly the original's, with the model that it had.
+    """Tagger that uses a spaCy model; with the original's model, it gives exactly the original's nouns.
 
     Args:
-        model: such as "en_core_web_sm".
+        model: The name of the model, such as "en_core_web_sm".
 
     Raises:
         MissingDependencyError: spaCy or the model is not installed.
@@ -91,29 +92,31 @@ class SpacyNouns:
         self.name = model
 
     def __call__(self, title: str) -> list[str]:
+        """Return the nouns of a text."""
         return [token.text.lower() for token in self._model(title) if token.pos_ in ("NOUN", "PROPN")]
 
 
-class Remembering:
-    """A tagger that looks at each title once."""
+class CachedTagger:
+    """Tagger with a cache of titles."""
 
     def __init__(self, tagger: NounTagger) -> None:
         self.name = tagger.name
-        self._find = lru_cache(maxsize=REMEMBERED)(lambda title: tuple(tagger(title)))
+        self._find = lru_cache(maxsize=CACHED_TITLES)(lambda title: tuple(tagger(title)))
 
     def __call__(self, title: str) -> Sequence[str]:
+        """Return the nouns of a text, from the cache if it is there."""
         return self._find(title)
 
 
 def noun_tagger(tagger: str | NounTagger) -> NounTagger:
-    """The tagger of a name, "heuristic" or a spaCy model's, or the given one."""
+    """Return a tagger by its name, "heuristic" or that of a spaCy model, or wrap the given one."""
     if isinstance(tagger, str):
         return _named(tagger)
     if not callable(tagger) or not isinstance(getattr(tagger, "name", None), str):
         raise ConfigError(f"tagger: {tagger!r}, wanted 'heuristic', a spaCy model, or a NounTagger")
-    return Remembering(tagger)
+    return CachedTagger(tagger)
 
 
 @lru_cache(maxsize=2)
 def _named(name: str) -> NounTagger:
-    return Remembering(Heuristic() if name == Heuristic.name else SpacyNouns(name))
+    return CachedTagger(Heuristic() if name == Heuristic.name else SpacyNouns(name))

@@ -1,4 +1,4 @@
-"""Searches that an instruction suggests, and a customer who knows what shall be bought."""
+"""Searches built from an instruction, and an oracle that knows the product to buy."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +20,8 @@ _FILLERS_TEXT = """
 _FILLERS = frozenset(_FILLERS_TEXT.split())
 
 
-def queries(instruction: str, count: int) -> list[str]:
-    """At most so many searches made of an instruction's own words: all of it, its head, its clauses."""
+def suggested_queries(instruction: str, count: int) -> list[str]:
+    """Return at most `count` searches made of an instruction's words: all of it, its head, its clauses."""
     text = _PRICE.sub("", instruction.lower())
     head = text.partition(" with ")[0]
     found: dict[str, None] = {}
@@ -36,12 +36,12 @@ def _content(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without what an action cannot hold, and without marks between words."""
+    """Remove brackets, which an action cannot contain, and punctuation at the end of words."""
     return " ".join(re.sub(r"[\[\],:;?!]+(?=\s|$)|[\[\]]", " ", text).split())
 
 
-def playable(clicks: Mapping[str, Node]) -> Iterator[str]:
-    """What of a page can be said in an action: "search" never clicks, brackets and line breaks end a name."""
+def click_names(clicks: Mapping[str, Node]) -> Iterator[str]:
+    """Yield the names that a click action can express: not "search", and no "[" or line break."""
     for name in clicks:
         if name and name != SEARCH and "[" not in name and "\n" not in name:
             yield name
@@ -49,12 +49,12 @@ def playable(clicks: Mapping[str, Node]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the oracle buys.
+    """The oracle's way to buy a product.
 
     Attributes:
-        query: finds the product; "" where no search does.
-        number: of the page of results that it is on.
-        options: (name, value) to click.
+        query: The search that finds the product; "" if no search does.
+        number: The page of results that the product is on, from 1.
+        options: The (name, value) of the options to click.
     """
 
     query: str
@@ -63,7 +63,7 @@ class Plan:
 
 
 def plan(shop: Shop, goal: Goal, offered: Sequence[str]) -> Plan:
-    """Find out how to buy what a goal wants: with the offered searches, or else with the product's words."""
+    """Plan how to buy a goal's product: with one of the offered searches, else with the product's words."""
     asin, best = goal.product.asin, ("", 0)
     ranks = [(list(hits).index(asin), query) for query in offered if asin in (hits := shop.search(query))]
     if not ranks:
@@ -77,15 +77,15 @@ def plan(shop: Shop, goal: Goal, offered: Sequence[str]) -> Plan:
     if ranks:
         rank, query = min(ranks, key=lambda each: each[0] // PER_PAGE)
         best = query, rank // PER_PAGE + 1
-    return Plan(*best, choice(shop, goal))
+    return Plan(*best, choose_options(shop, goal))
 
 
-def choice(shop: Shop, goal: Goal) -> tuple[tuple[str, str], ...]:
-    """Values to click so that all wanted options count; where that cannot be, as many as easily found."""
+def choose_options(shop: Shop, goal: Goal) -> tuple[tuple[str, str], ...]:
+    """Return option values that fulfil all wanted options or, if that is impossible, a greedy choice."""
     clicks = clickable(shop.page(goal, State("item", asin=goal.product.asin)))
     values = [
         (clicks[name].target, name)
-        for name in playable(clicks)
+        for name in click_names(clicks)
         if clicks[name].kind == "option" and name not in (BUY, BACK, PREVIOUS, *SUB_PAGES)
     ]
     wanted = wanted_options(goal, shop.reward)
@@ -115,8 +115,8 @@ def _assign(
     return None
 
 
-def advise(shop: Shop, goal: Goal, plan: Plan, state: State, clicks: Mapping[str, Node]) -> str | None:
-    """The next action of the plan from wherever a customer is; None after the purchase."""
+def next_action(shop: Shop, goal: Goal, plan: Plan, state: State, clicks: Mapping[str, Node]) -> str | None:
+    """Return the plan's next action in a state; None after the purchase or without a plan."""
     asin = goal.product.asin
     if state.page == "done" or not plan.query:
         return None

@@ -1,4 +1,4 @@
-"""What a page shows: a row of nodes, which text modes and a browser render in their own ways."""
+"""Content of a page as a sequence of nodes, rendered by the text modes and by the browser version."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -14,14 +14,14 @@ _BLANKS = " \n\t\f\r"
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a page is made of, beside where the customer is.
+    """Content of a page besides the state of the session.
 
     Attributes:
-        instruction: what the customer wants.
-        products: of this page of results, or the one item that is open.
-        found: how many products the search found.
-        show_attributes: whether items have a page of their attributes.
-        reward: of the purchase.
+        instruction: The instruction of the goal.
+        products: The products on the page of results, or the open item.
+        found: The number of search results.
+        show_attributes: Whether items have a page with their attributes.
+        reward: The reward of the purchase.
     """
 
     instruction: str
@@ -32,17 +32,17 @@ class Content:
 
 
 def on_page(found: Sequence[str], number: int) -> Sequence[str]:
-    """Those search results that a page shows; page 0 exists, for who knows how to get there."""
+    """Return the search results on a page; page 0 exists, and is empty."""
     return found[(number - 1) * PER_PAGE : number * PER_PAGE]
 
 
 def page(state: State, content: Content, session: str = "") -> tuple[Node, ...]:
-    """The nodes of the open page, in their order; some may be empty.
+    """Return the nodes of the open page in order; some may be empty.
 
     Args:
-        state: what is open.
-        content: what it shows.
-        session: name of the session, which is part of the page's address.
+        state: The state of the session.
+        content: The content of the page.
+        session: The name of the session, which is part of the page's URL.
     """
     if state.page == "index":
         return (
@@ -122,7 +122,7 @@ def _done(state: State, reward: float) -> Iterator[Node]:
 
 
 def clickable(nodes: Sequence[Node]) -> dict[str, Node]:
-    """What can be clicked: buttons, then links, then values of options; of equal names the last counts."""
+    """Return the clickable nodes by name: buttons, links, option values; for equal names the last wins."""
     buttons: dict[str, Node] = {}
     links: dict[str, Node] = {}
     options: dict[str, Node] = {}
@@ -137,14 +137,14 @@ def clickable(nodes: Sequence[Node]) -> dict[str, Node]:
 
 
 def shown(text: str) -> str | None:
-    """A text as a document keeps it: blanks alone become one blank, or nothing with a line break."""
+    """Return a text as an HTML parser keeps it: only blanks become one blank, or None with a line break."""
     if text.strip(_BLANKS):
         return text
     return None if not text or "\n" in text else " "
 
 
 def as_text(nodes: Sequence[Node]) -> str:
-    """The mode "text": the texts alone, between separators."""
+    """Render a page for the mode "text": the texts, joined by separators."""
     texts = []
     for node in nodes:
         text = node.text.strip()
@@ -154,7 +154,7 @@ def as_text(nodes: Sequence[Node]) -> str:
 
 
 def as_rich_text(nodes: Sequence[Node]) -> str:
-    """The mode "text_rich": a line per node, which tells what can be clicked and what was."""
+    """Render a page for the mode "text_rich": one line per node, marked if it is clickable or was clicked."""
     lines, clicked = [], []
     for node in nodes:
         text = shown(node.text)

@@ -1,4 +1,4 @@
-"""What a purchase is worth: how well product, options and price fit the goal."""
+"""Reward of a purchase: how well product, options and price match the goal."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -9,8 +9,8 @@ from agentrl_envs.webshop.goals import Goal
 from agentrl_envs.webshop.nouns import NounTagger
 
 MODES = ("original", "fixed")
-MATCH = 85  # two texts are the same when they are more alike than this, of 100
-# In this order: of several colours in a text, the first of this list counts. Part of the reward's definition.
+MATCH = 85  # texts match if their similarity, of at most 100, is above this
+# The order is part of the reward's definition: of several colours in a text, the first of this list counts.
 _COLOURS_TEXT = """
     alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy
     camel camo caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral
@@ -26,19 +26,19 @@ Wanted: TypeAlias = str | tuple[str, str]
 
 
 class Reward(NamedTuple):
-    """A reward and what it consists of.
+    """A reward and its parts.
 
     Attributes:
-        total: type x (attributes + options + price) / (wanted attributes + wanted options + 1).
-        r_type: 1, 0.5, 0.1 or 0, by how alike the kinds of products are.
-        query_match: whether both are found under the same query.
-        category_match: whether they share two categories.
-        title_score: share of the nouns of the wanted title that the bought one has.
-        attributes: how many of the wanted attributes the bought product has.
-        wanted_attributes: how many are wanted.
-        options: how many of the wanted options were chosen.
-        wanted_options: how many are wanted.
-        price: whether it is within the limit.
+        total: r_type * (attributes + options + price) / (wanted_attributes + wanted_options + 1).
+        r_type: 1, 0.5, 0.1 or 0, by the similarity of the kinds of products.
+        query_match: Whether both products have the same query.
+        category_match: Whether they share at least two categories.
+        title_score: The fraction of the nouns in the goal's title that are in the bought product's title.
+        attributes: The number of wanted attributes that the bought product has.
+        wanted_attributes: The number of wanted attributes.
+        options: The number of wanted options that were chosen.
+        wanted_options: The number of wanted options.
+        price: Whether the price is within the limit.
     """
 
     total: float
@@ -53,7 +53,7 @@ class Reward(NamedTuple):
     price: bool
 
     def parts(self) -> dict[str, float | bool]:
-        """The parts under the names that the original gives them: shares r_ and weights w_."""
+        """Return the parts under the original's names: fractions r_ and weights w_."""
         parts: dict[str, float | bool] = {
             "r_type": self.r_type,
             "r_att": self.attributes / self.wanted_attributes,
@@ -77,15 +77,15 @@ class Reward(NamedTuple):
 def reward(
     product: Product, options: Mapping[str, str], price: float, goal: Goal, mode: str, tagger: NounTagger
 ) -> Reward:
-    """Judge a purchase.
+    """Compute the reward of a purchase.
 
     Args:
-        product: what was bought.
-        options: name -> value that was chosen.
-        price: of the product.
-        goal: what was wanted.
+        product: The bought product.
+        options: Name -> chosen value.
+        price: The price of the product in dollars.
+        goal: The goal.
         mode: "original" or "fixed"; they differ in `wanted_options`.
-        tagger: finds the nouns of the titles.
+        tagger: The noun tagger for titles.
     """
     query_match = product.query == goal.product.query
     category_match = (
@@ -95,7 +95,7 @@ def reward(
     r_type = 1.0
     if not (query_match or category_match or title_score > 0.2):
         r_type = 0.5
-    if title_score < 0.1:  # whatever else matches
+    if title_score < 0.1:  # even if query or category match
         r_type = 0.1
     if title_score == 0.0:
         r_type = 0.0
@@ -119,11 +119,11 @@ def reward(
 
 
 def wanted_options(goal: Goal, mode: str) -> tuple[Wanted, ...]:
-    """What values of options are compared with.
+    """Return the options that chosen values are compared with.
 
-    The original compares those of a synthetic goal with the *pair* of name and value, by which 'black' fits
-    ('color', 'black'), but nothing fits ('color', '2005black'): a few goals in a hundred cannot be reached.
-    "fixed" compares with the value alone, as the original itself does with goals that people wrote.
+    For synthetic goals the original compares a value with the *pair* of name and value. The value 'black'
+    matches ('color', 'black'), but nothing matches ('color', '2005black'), so a few percent of the goals
+    cannot be reached. "fixed" compares with the value alone, as the original does for human goals.
     """
     if mode == "original":
         return tuple(value if name is None else (name, value) for name, value in goal.options)
@@ -131,7 +131,7 @@ def wanted_options(goal: Goal, mode: str) -> tuple[Wanted, ...]:
 
 
 def has_attribute(product: Product, wanted: str) -> bool:
-    """Whether one of a product's attributes is like the wanted one, or its texts contain it."""
+    """Return whether a product has an attribute similar to the wanted one, or its texts contain it."""
     return (
         any(alike(attribute, wanted) for attribute in product.attributes)
         or wanted in product.title.lower()
@@ -141,19 +141,19 @@ def has_attribute(product: Product, wanted: str) -> bool:
 
 
 def fits(value: str, wanted: Wanted) -> bool:
-    """Whether a chosen value of an option counts for a wanted one."""
+    """Return whether a chosen option value counts as a wanted one."""
     return alike(colour(value), colour(wanted))
 
 
 @lru_cache(maxsize=1 << 16)
 def colour(value: Wanted) -> Wanted:
-    """The first colour within a text, or equal to a part of a pair; without one, the value as it is."""
+    """Return the first of `COLOURS` in a value (a substring, or a part of a pair), else the value itself."""
     return next((name for name in COLOURS if name in value), value)
 
 
 @lru_cache(maxsize=1 << 18)
 def alike(one: Wanted, other: Wanted) -> bool:
-    """Whether the sets of words of two texts are alike; a pair is compared as Python writes it."""
+    """Return whether the word sets of two values are similar; a pair is compared by its `str`."""
     from rapidfuzz.fuzz import token_set_ratio
     from rapidfuzz.utils import default_process
 

@@ -1,4 +1,4 @@
-"""Rank products for a query as the original shop's Lucene index does: same documents, same order."""
+"""Product search with the ranking of the original shop's Lucene index: same documents, same order."""
 
 import json
 import logging
@@ -18,10 +18,10 @@ from agentrl_envs.webshop.analysis import terms
 
 K1, B = np.float32(0.9), np.float32(0.4)
 FORMAT = 1  # of the files and of the analysis; raised when either changes
-RUN = 4_000_000  # postings that are sorted in memory at a time while an index is built
-KEPT_QUERIES = 4096
-KEPT_TERMS = 1 << 16
-KEPT_LENGTH = 256  # characters of a query whose result is kept: who searches may write any number of them
+RUN = 4_000_000  # postings sorted in memory at a time while an index is built
+CACHED_QUERIES = 4096
+CACHED_TERMS = 1 << 16
+MAX_CACHED_LENGTH = 256  # longer queries, in characters, are not cached
 
 Arrays = dict[str, NDArray[Any]]
 _ARRAYS = ("ids", "rank", "length", "words", "word_ends", "starts", "documents", "counts", "totals")
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 def document(title: str, description: str, first_bullet: str, options: Mapping[str, Sequence[str]]) -> str:
-    """Give the text of a product that is searched in; `options` are names with their values."""
+    """Return the searchable text of a product; `options` maps names to their values."""
     offered = ", and ".join(f"{name}: {', '.join(values)}" for name, values in options.items())
     return f"{title} {description} {first_bullet} {offered}".lower()
 
@@ -40,8 +40,8 @@ def document(title: str, description: str, first_bullet: str, options: Mapping[s
 class SearchIndex:
     """BM25 (k1 0.9, b 0.4) over documents, with Lucene's arithmetic in float32 and lengths in eight bits.
 
-    Made by `build` or `open`. Nothing in it changes, so threads may share one; the arrays of one that was
-    opened are memory-mapped, so processes share them as well.
+    Create one with `build` or `open`. An index is immutable and thread-safe; an opened one is memory-mapped,
+    so processes share its memory.
     """
 
     def __init__(self, arrays: Arrays) -> None:
@@ -51,24 +51,24 @@ class SearchIndex:
         self._words, self._word_ends = arrays["words"], arrays["word_ends"]
         self._filled, tokens = map(int, arrays["totals"])
         self._length_factor = _length_factors(self._filled, tokens)
-        self._number = lru_cache(maxsize=KEPT_TERMS)(self._find)
-        self._ranked = lru_cache(maxsize=KEPT_QUERIES)(self._rank_documents)
+        self._number = lru_cache(maxsize=CACHED_TERMS)(self._find)
+        self._ranked = lru_cache(maxsize=CACHED_QUERIES)(self._rank_documents)
 
     def __len__(self) -> int:
         return len(self._ids)
 
     @classmethod
     def build(cls, ids: Sequence[str], texts: Iterable[str]) -> "SearchIndex":
-        """Index `texts` in memory; each belongs to the id at its place."""
+        """Build an index of `texts` in memory; `ids` are in the same order."""
         return cls(_build(ids, texts, None))
 
     @classmethod
     def open(cls, folder: Path, data_hash: str) -> "SearchIndex":
-        """Open what `save` wrote; arrays are memory-mapped.
+        """Open a saved index; its arrays are memory-mapped.
 
         Raises:
-            ValueError: it is not whole, of another format, or not of the data with that hash.
-            OSError: it is absent or cannot be read.
+            ValueError: The index is incomplete, or its format or data differ from the expected ones.
+            OSError: The index is missing or cannot be read.
         """
         meta = json.loads((folder / _META).read_text())
         found = (meta.get("format"), meta.get("data_hash")) if isinstance(meta, dict) else None
@@ -81,19 +81,19 @@ class SearchIndex:
         return cls({name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in _ARRAYS})
 
     def save(self, folder: Path, data_hash: str) -> None:
-        """Write the index to a folder; `data_hash` says what it was made of."""
+        """Write the index to a folder; `data_hash` identifies its data."""
         _write(folder, self._arrays, data_hash)
 
     def search(self, query: str, k: int = 50) -> tuple[str, ...]:
-        """List the ids of the best `k` documents, best first, equals by id; none where no word is known."""
+        """Return the ids of the best `k` documents, best first and ties by id; none if no word is known."""
         return self._best(query, k)[0]
 
     def scores(self, query: str, k: int = 50) -> tuple[float, ...]:
-        """List the scores that belong to `search(query, k)`."""
+        """Return the scores of `search(query, k)`."""
         return self._best(query, k)[1]
 
     def _best(self, query: str, k: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        return (self._ranked if len(query) <= KEPT_LENGTH else self._rank_documents)(query, k)
+        return (self._ranked if len(query) <= MAX_CACHED_LENGTH else self._rank_documents)(query, k)
 
     def _rank_documents(self, query: str, k: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
         wanted = {self._number(word): repeats for word, repeats in Counter(terms(query)).items()}
@@ -108,7 +108,7 @@ class SearchIndex:
         counts = np.concatenate([self._counts[span] for span in spans]).astype(np.float32)
         weight = np.repeat(weights, sizes)
         parts = weight - weight / (np.float32(1) + counts * self._length_factor[self._length[documents]])
-        # Sums in double are exact here, so their order does not matter; then Lucene rounds to float32.
+        # Sums in double are exact here, so their order does not matter; Lucene rounds them to float32.
         scores = np.bincount(documents, parts, len(self._ids)).astype(np.float32)
         found = np.flatnonzero(scores)
         if len(found) > k:
@@ -118,7 +118,7 @@ class SearchIndex:
         return tuple(self._ids[best].tolist()), tuple(scores[best].tolist())
 
     def _find(self, word: str) -> int:
-        """Give the number of a term, _NONE if no document has it."""
+        """Return the number of a term, _NONE if no document contains it."""
         wanted = word.encode("utf-8", "surrogatepass")
         low, high = 0, len(self._word_ends)
         while low < high:
@@ -135,20 +135,20 @@ class SearchIndex:
 
 
 def open_index(ids: Sequence[str], texts: Iterable[str], data_hash: str, cache: Path | None) -> SearchIndex:
-    """Give the index of some data, from the cache where it is there.
+    """Return the index of some data, from the cache if it is there.
 
-    Of processes that ask at once one builds, the others wait for it. What is in the cache but not whole, of
-    another format or of other data is built anew.
+    If several processes need the same index, one builds it and the others wait. A cached index that is
+    incomplete, or whose format or data differ, is rebuilt.
 
     Args:
-        ids: of the documents.
-        texts: in the same order; not looked at if the index is there.
-        data_hash: of the data that the documents are made of.
-        cache: a folder that may hold indexes of several data sets. None builds in memory.
+        ids: The ids of the documents.
+        texts: The texts of the documents, in the same order; not consumed if the index is cached.
+        data_hash: The hash of the data that the documents are made from.
+        cache: The folder for indexes of any data. None builds the index in memory.
 
     Raises:
-        ValueError: there are not as many texts as ids.
-        OSError: the cache cannot be written.
+        ValueError: The numbers of texts and ids differ.
+        OSError: The cache cannot be written.
     """
     if cache is None:
         return SearchIndex.build(ids, texts)
@@ -190,7 +190,7 @@ def _write(folder: Path, arrays: Arrays, data_hash: str) -> None:
 
 
 def _build(ids: Sequence[str], texts: Iterable[str], folder: Path | None) -> Arrays:
-    """Invert the documents; with a folder, postings lie in files there and not in memory."""
+    """Build the arrays of an index; with a folder, postings are stored in files there instead of memory."""
     postings = _Postings(folder)
     for text in texts:
         postings.add(Counter(terms(text)))
@@ -214,7 +214,7 @@ def _build(ids: Sequence[str], texts: Iterable[str], folder: Path | None) -> Arr
 
 
 class _Postings:
-    """Who has which term how often: collected by document, given out by term."""
+    """Term counts of documents: added by document, returned by term."""
 
     def __init__(self, folder: Path | None) -> None:
         self.lengths = array("q")
@@ -224,6 +224,7 @@ class _Postings:
         self._runs: list[NDArray[np.int32]] = []  # rows are terms in ascending order, documents and counts
 
     def add(self, bag: Mapping[str, int]) -> None:
+        """Add the term counts of the next document."""
         numbers = self._numbers
         self.lengths.append(sum(bag.values()))
         self._found.extend([numbers.setdefault(word, len(numbers)) for word in bag])
@@ -248,7 +249,7 @@ class _Postings:
             del collected[:]
 
     def inverted(self) -> tuple[NDArray[Any], ...]:
-        """Give the spelled terms and their ends, where the postings of each start, documents and counts."""
+        """Return the spelled terms, their ends, the starts of their postings, documents and counts."""
         self._close_run()
         spelled = sorted((word.encode(), number) for word, number in self._numbers.items())
         place = np.empty(len(spelled), np.int64)
@@ -284,7 +285,7 @@ class _Postings:
 
 
 def _length_codes(lengths: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Quantise document lengths as Lucene does: exact below 40, then four significant bits."""
+    """Quantize document lengths as Lucene does: exact below 40, then four significant bits."""
     rest = lengths - 24
     shift = np.maximum(np.frexp(np.maximum(rest, 1))[1].astype(np.int64) - 4, 0)
     coded = np.where(rest >= 8, ((rest >> shift) & 7) | (shift + 1) << 3, rest)
@@ -292,7 +293,7 @@ def _length_codes(lengths: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 
 def _length_factors(filled: int, tokens: int) -> NDArray[np.float32]:
-    """1 / (k1 (1 - b + b length / average)) of every length code."""
+    """Return 1 / (k1 (1 - b + b length / average)) for every length code."""
     codes = np.arange(256) - 24
     shift = np.maximum((codes >> 3) - 1, 0)
     decoded = np.where(codes < 8, codes, ((codes & 7) | 8) << shift) + 24

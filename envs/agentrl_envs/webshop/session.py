@@ -1,4 +1,4 @@
-"""A customer's way through the shop: the page that is open, and how an action leads to another."""
+"""State of a session in the shop, and its transitions: which page is open, and where an action leads."""
 
 import json
 import re
@@ -16,15 +16,15 @@ _PAGES = ("search_results", "item_page", "item_sub_page", "done")
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is open; a value, so that to keep it is to have a snapshot.
+    """The open page and the choices so far; immutable, so it serves as a snapshot.
 
     Attributes:
-        page: "index", "results", "item", "done", or the name of a sub-page of an item in lower case.
-        keywords: of the search.
-        number: of the page of results, from 1.
-        asin: of the item.
-        options: (name, value) in the order in which the names were first clicked.
-        visited: items that were opened since the last search from the index.
+        page: "index", "results", "item", "done", or the lower-case name of a sub-page of an item.
+        keywords: The words of the search.
+        number: The number of the page of results, from 1.
+        asin: The asin of the open item.
+        options: The chosen (name, value), in the order in which the names were first clicked.
+        visited: The items opened since the last search from the index.
     """
 
     page: str = "index"
@@ -36,17 +36,18 @@ class State:
 
     @property
     def query(self) -> str:
+        """Return the search as one string."""
         return " ".join(self.keywords)
 
 
 class Node(NamedTuple):
-    """A piece of a page.
+    """An element of a page.
 
     Attributes:
         kind: "plain", "button", "option" (a value to choose) or "link" (to an item).
-        text: what is shown.
-        clicked: the value is chosen, or the item was visited, as far as the original can tell.
-        target: name of the option; asin of the item; "" for others.
+        text: The text shown.
+        clicked: Whether the value is chosen or the item was visited, as the original detects it.
+        target: The name of the option or the asin of the item; "" for other kinds.
     """
 
     kind: str
@@ -59,21 +60,21 @@ START: Final = State()
 
 
 def parse(action: str) -> tuple[str, str] | None:
-    """Name and argument of an action such as "click[buy now]"; text behind the last bracket is ignored."""
+    """Parse an action such as "click[buy now]" into name and argument; text after the last "]" is ignored."""
     found = _ACTION.match(action)
     return None if found is None else (found[1], found[2].lower())
 
 
 def act(state: State, action: str, clickable: Mapping[str, Node]) -> State | None:
-    """Carry out an action.
+    """Return the state after an action.
 
     Args:
-        state: where the customer is.
-        action: what was said.
-        clickable: what the page offers.
+        state: The current state.
+        action: The text of the action.
+        clickable: The clickable elements of the open page by name.
 
     Returns:
-        Where that leads; None where nothing happens, because it was not understood or is not on offer.
+        The next state; None if the action is not understood or not available.
     """
     parsed = parse(action)
     if parsed is None:
@@ -87,12 +88,12 @@ def act(state: State, action: str, clickable: Mapping[str, Node]) -> State | Non
 
 
 def results(state: State, keywords: tuple[str, ...], number: int) -> State:
-    """Open a page of results."""
+    """Return the state with a page of results open."""
     return State("results", keywords, number, visited=state.visited)
 
 
 def _click(state: State, name: str, click: Node) -> State:
-    """What the name says goes before what was clicked: a value called "reviews" opens the reviews."""
+    """Return the state after a click; button names win, so an option value "reviews" opens the reviews."""
     if name == BUY:
         return replace(state, page="done")
     if name == BACK:
@@ -115,7 +116,7 @@ def _click(state: State, name: str, click: Node) -> State:
 
 
 def address(state: State, session: str) -> str:
-    """The address that a browser would show; the original reads from it what is open and what was clicked."""
+    """Return the URL that a browser would show; the original derives page and clicked options from it."""
     keywords = "+".join(state.keywords)
     if state.page == "index":
         return f"{ADDRESS}/{session}"
@@ -131,5 +132,5 @@ def address(state: State, session: str) -> str:
 
 
 def _page_name(url: str) -> str:
-    """As the original guesses it; who searches for "search_results" leads it astray."""
+    """Return the page name that the original finds in a URL; a search for "search_results" misleads it."""
     return next((name for name in _PAGES if name in url), "")

@@ -1,4 +1,4 @@
-"""A shop with its customers: what all environments with the same settings share within a process."""
+"""A shop: products, goals and search, shared by all environments of a process with the same settings."""
 
 import os
 import threading
@@ -17,30 +17,32 @@ from agentrl_envs.webshop.pages import Content, on_page, page
 from agentrl_envs.webshop.reward import Reward, reward
 from agentrl_envs.webshop.session import Node, State
 
-GENERATED = 1000  # products, and the seed that they are made from
+GENERATED = 1000  # number of generated products
 GENERATOR_SEED = 0
 FILES = {"products": "items_shuffle", "attributes": "items_ins_v2"}
 HUMAN = "items_human_ins.json"
-SHORT = "_1000"  # ends the names of the small set of official files
+SHORT = "_1000"  # suffix of the file names of the official small set
 ROLES = ("products", "attributes", "human")
 
 _lock = threading.RLock()
 
 
 class Search(Protocol):
-    """Ids of the best products for a query, best first."""
+    """Search function over the products."""
 
-    def __call__(self, query: str, /) -> Sequence[str]: ...
+    def __call__(self, query: str, /) -> Sequence[str]:
+        """Return the asins of the best products for a query, best first."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where products come from: three files, or the generator.
+    """Source of the products: three files, or the generator.
 
     Attributes:
-        products: file of products; None for the generator.
-        limit: how many products; None for all, or as many as the generator makes unless told.
-        stamps: what tells a file from one that is put in its place.
+        products: The products file; None for the generator.
+        limit: The number of products; None for all, or for the generator's default.
+        stamps: The modification time and size of each file, by which a changed file is detected.
     """
 
     products: Path | None = None
@@ -51,20 +53,21 @@ class Source:
 
     @property
     def name(self) -> str:
+        """Return the name of the source for labels."""
         return "generated" if self.products is None else self.products.name.removesuffix(".json")
 
 
-def source(data: str | Path | Mapping[str, str | Path] | None, limit: int | None, human: bool) -> Source:
-    """Find the files.
+def find_source(data: str | Path | Mapping[str, str | Path] | None, limit: int | None, human: bool) -> Source:
+    """Locate the files of the products.
 
     Args:
-        data: folder with files of the official names, or the paths as {"products", "attributes", "human"};
-            None for generated products. Of a folder with the small set as well as the whole, the whole.
-        limit: how many products.
-        human: whether goals by people are wanted.
+        data: The folder with files of the official names, or their paths under the keys "products",
+            "attributes" and "human"; None for generated products. A folder's full set precedes its small set.
+        limit: The number of products; None for the default.
+        human: Whether the file of human instructions is needed.
 
     Raises:
-        ConfigError: a file that is needed is not there; the message names it.
+        ConfigError: A file that is needed is missing; the message names it.
     """
     if data is None:
         return Source(limit=limit)
@@ -77,13 +80,13 @@ def source(data: str | Path | Mapping[str, str | Path] | None, limit: int | None
         paths = _official(Path(data))
     else:
         raise ConfigError(
-            f"data: {str(data)!r} is no folder; single files are named one by one: "
+            f"data: {str(data)!r}, wanted a folder, or the paths of the files as "
             f"{{{', '.join(f'{role}: path' for role in ROLES)}}}"
         )
     needed = ROLES if human else ROLES[:2]
     for role in needed:
         if role not in paths:
-            raise ConfigError(f"data: the {role} file is not named")
+            raise ConfigError(f"data: has no path for the {role} file")
         if not paths[role].is_file():
             raise ConfigError(f"data: there is no {role} file {paths[role]}")
     found = {role: paths[role].resolve() for role in needed}
@@ -100,13 +103,16 @@ def _official(folder: Path) -> dict[str, Path]:
 
 @dataclass(frozen=True, slots=True)
 class Shop:
-    """Read-only, and shared by threads.
+    """A shop; read-only and thread-safe.
 
     Attributes:
-        search: finds products.
-        tagger: finds the nouns of titles.
+        catalogue: The products.
+        goals: The goals.
+        splits: Split -> numbers of its goals.
+        search: The search function.
+        tagger: The noun tagger for titles.
         reward: "original" or "fixed".
-        show_attributes: whether items have a page of their attributes.
+        show_attributes: Whether items have a page with their attributes.
     """
 
     catalogue: Catalogue
@@ -118,7 +124,7 @@ class Shop:
     show_attributes: bool
 
     def page(self, goal: Goal, state: State, score: float = 0.0) -> tuple[Node, ...]:
-        """What is shown."""
+        """Return the elements of the open page."""
         products: list[str] = []
         found = 0
         if state.page == "results":
@@ -131,7 +137,7 @@ class Shop:
         return page(state, content, str(goal.number))
 
     def judge(self, goal: Goal, state: State) -> Reward:
-        """The reward for buying what is open."""
+        """Return the reward for buying the open item."""
         product, price = self.catalogue.by_asin[state.asin], self.goals.prices[state.asin]
         return reward(product, dict(state.options), price, goal, self.reward, self.tagger)
 
@@ -146,7 +152,7 @@ def open_shop(
     show_attributes: bool,
     cache: Path | None,
 ) -> Shop:
-    """Make a shop of what this process holds already, and load the rest."""
+    """Build a shop, reusing the parts that this process has loaded."""
     with _lock:
         catalogue = _catalogue(where)
         wanted, splits = _goals(catalogue, goals, price_seed, split_rule)
@@ -171,14 +177,14 @@ def _goals(
     if not goals:
         raise ConfigError(
             f"goals: none of the {len(catalogue)} products has a {kind} instruction with attributes; "
-            "are the files of one set?"
+            "check that the files belong to one set"
         )
     return goals, goals.split(split_rule)
 
 
 @lru_cache(maxsize=8)
 def _searcher(catalogue: Catalogue, cache: Path | None) -> Search:
-    """Opens the index at the first search: listing tasks needs none."""
+    """Return a search function that opens the index when it is first called; listing tasks needs none."""
     opened: list[Search] = []
 
     def search(query: str, /) -> Sequence[str]:
@@ -203,12 +209,12 @@ def _index(catalogue: Catalogue, cache: Path | None) -> Search:
 
 
 def cache_folder() -> Path:
-    """Where indexes of the user's own files are kept."""
+    """Return the default folder for the search indexes of files."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "agentrl", "webshop")
 
 
 def require() -> None:
-    """Raise `MissingDependencyError` unless the extra is installed."""
+    """Raise `MissingDependencyError` if the extra `webshop` is not installed."""
     missing = [name for name in ("filelock", "nltk", "rapidfuzz", "regex") if find_spec(name) is None]
     if missing:
         raise missing_extra(f"WebShop needs {', '.join(missing)}", "webshop")

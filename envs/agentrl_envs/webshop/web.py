@@ -1,8 +1,8 @@
-"""The shop for people: the pages that an agent reads, in a browser on this machine.
+"""Web server that shows people the pages of the shop in a browser on this machine.
 
     python -m agentrl_envs.webshop.web
 
-Every button sends an action, such as "click[buy now]", which does what it does for an agent.
+Every button sends an action such as "click[buy now]", with the same effect as for an agent.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from urllib.parse import parse_qsl
 
 from agentrl.errors import AgentRLError, ConfigError, missing_extra
 from agentrl_envs.webshop.goals import SPLITS, Draw, Goal
-from agentrl_envs.webshop.oracle import playable
+from agentrl_envs.webshop.oracle import click_names
 from agentrl_envs.webshop.pages import as_text, clickable
 from agentrl_envs.webshop.reward import MODES, Reward
 from agentrl_envs.webshop.session import START, SUB_PAGES, Node, State, act
@@ -37,20 +37,20 @@ if TYPE_CHECKING:
     from uvicorn import Server
 
 FOLDER = Path(__file__).parent
-VISITS = 1000  # kept at a time
+VISITS = 1000  # visits kept in memory; the oldest is dropped first
 LONGEST = 16_384  # bytes of a form
-PATIENCE = 20.0  # seconds in which a request has to have come and its answer to have been taken
-CONNECTIONS = 256  # at a time
-HERE = ("127.0.0.1", "localhost")
+TIMEOUT = 20.0  # seconds for receiving a request and sending its response
+CONNECTIONS = 256  # concurrent connections
+LOCAL_HOSTS = ("127.0.0.1", "localhost")
 _NUMBER = re.compile(r"\d{1,15}", re.ASCII)
 
 
-class TroubleError(Exception):
+class RequestError(Exception):
     """A request that cannot be answered with a page of the shop.
 
     Args:
-        status: of the answer.
-        text: for the person.
+        status: The HTTP status of the response.
+        text: The message for the user.
     """
 
     def __init__(self, status: int, text: str) -> None:
@@ -60,13 +60,14 @@ class TroubleError(Exception):
 
 @dataclass(slots=True)
 class Visit:
-    """One customer in the shop.
+    """One customer's visit to the shop.
 
     Attributes:
-        state: what is open.
-        reward: of the purchase.
-        steps: how many actions were said, whether they did something or not.
-        note: why the last one did nothing.
+        goal: The goal of the customer.
+        state: The state of the session.
+        reward: The reward of the purchase; None before it.
+        steps: The number of actions, including those without effect.
+        note: The reason why the last action had no effect.
     """
 
     goal: Goal
@@ -78,14 +79,14 @@ class Visit:
 
 @dataclass(slots=True)
 class Website:
-    """The shop with its visitors, as HTML. Not for several threads.
+    """The shop and its visits as HTML pages; not thread-safe.
 
     Args:
-        shop: what is sold, and to whom.
-        draw: gives the number of the next customer's goal.
-        about: one line on the shop's data and rules, for the first page.
-        pictures: show products' pictures, which the browser then fetches from whoever keeps them.
-        wanted: number of the goal that the first page proposes; None for one that is drawn.
+        shop: The shop.
+        draw: A function that returns the number of the next goal.
+        about: One line about the shop's data and settings, for the first page.
+        pictures: Whether to show products' pictures, which the browser loads from their original hosts.
+        wanted: The number of the goal that the first page proposes; None for a drawn one.
     """
 
     shop: Shop
@@ -109,25 +110,25 @@ class Website:
         )
 
     def first_page(self) -> bytes:
-        """Where visits begin."""
+        """Render the page on which visits start."""
         return self._render(
             "start", about=self.about, goals=len(self.shop.goals), wanted=self.wanted, token=self.token
         )
 
-    def trouble(self, text: str) -> bytes:
-        """Says why there is no page."""
-        return self._render("trouble", text=text)
+    def error_page(self, text: str) -> bytes:
+        """Render an error page."""
+        return self._render("error", text=text)
 
     def begin(self, form: Mapping[str, str]) -> str:
-        """Let a customer in; return the name of the visit, which nobody can guess.
+        """Start a visit; return its name, which cannot be guessed.
 
         Args:
-            form: "token", and as "goal" a number, or nothing for one that is drawn.
+            form: The fields "token" and "goal", a number, or empty for a drawn one.
         """
         self._check(form)
         number, last = form.get("goal", "").strip(), len(self.shop.goals) - 1
         if number and not (_NUMBER.fullmatch(number) and int(number) <= last):
-            raise TroubleError(400, f"There is no goal {number[:40]!r}: they have numbers from 0 to {last}.")
+            raise RequestError(400, f"There is no goal {number[:40]!r}: goals are numbered from 0 to {last}.")
         visit = Visit(self.shop.goals[int(number) if number else self.draw()])
         while len(self.visits) >= VISITS:
             self.visits.popitem(last=False)
@@ -136,7 +137,7 @@ class Website:
         return name
 
     def page(self, name: str) -> bytes:
-        """The page that is open in a visit."""
+        """Render the open page of a visit."""
         visit = self._visit(name)
         nodes = self._nodes(visit)
         return self._render(
@@ -145,7 +146,7 @@ class Website:
             visit=visit,
             page=_Layout(visit.state.page, nodes),
             text=as_text(nodes),
-            actions=[f"click[{click}]" for click in playable(clickable(nodes))],
+            actions=[f"click[{click}]" for click in click_names(clickable(nodes))],
             product=self.shop.catalogue.by_asin.get(visit.state.asin),
             picture=self._picture,
             price=self.shop.goals.prices.get(visit.state.asin),
@@ -153,17 +154,17 @@ class Website:
         )
 
     def act(self, name: str, form: Mapping[str, str]) -> None:
-        """Carry out what a form of the open page says.
+        """Run the action of a form on the open page.
 
         Args:
-            name: of the visit.
-            form: "token"; "step", the number of actions when the page was made; "action", or the words to
-                search for as "query".
+            name: The name of the visit.
+            form: The fields "token", "step" (the number of actions when the page was rendered), and "action"
+                or "query" (the words to search for).
         """
         self._check(form)
         visit = self._visit(name)
-        if form.get("step") != str(visit.steps):  # sent twice, or from a page that the browser kept
-            visit.note = "That was an earlier page. This is the one that is open."
+        if form.get("step") != str(visit.steps):  # sent twice, or from a page in the browser's history
+            visit.note = "The action was sent from an earlier page. This is the page that is open now."
             return
         if visit.reward is not None:
             visit.note = "The visit ended with the purchase."
@@ -181,12 +182,12 @@ class Website:
 
     def _check(self, form: Mapping[str, str]) -> None:
         if not compare_digest(form.get("token", "").encode(), self.token.encode()):
-            raise TroubleError(403, "That form was not made by this shop, or before it was started again.")
+            raise RequestError(403, "The form is not from this shop, or the shop has been restarted since.")
 
     def _visit(self, name: str) -> Visit:
         visit = self.visits.get(name)
         if visit is None:
-            raise TroubleError(404, f"There is no such visit. The shop keeps the latest {VISITS}.")
+            raise RequestError(404, f"There is no such visit. The shop keeps the latest {VISITS}.")
         return visit
 
     def _nodes(self, visit: Visit) -> tuple[Node, ...]:
@@ -204,34 +205,35 @@ class Website:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """What stands where on a page."""
+    """Nodes of a page grouped by their place in the HTML layout."""
 
     name: str
     nodes: Sequence[Node]
 
     @property
     def title(self) -> str:
+        """Return the title of the page."""
         names = {"index": "Search", "results": "Results", "item": "Item", "done": "Thank you"}
         return (names | SUB_PAGES)[self.name]
 
     @property
     def head(self) -> list[Node]:
-        """Ways back."""
+        """Return the buttons that lead back."""
         return [node for node in self.nodes if node.kind == "button" and node.text in _HEAD]
 
     @property
     def ways(self) -> list[Node]:
-        """The other buttons."""
+        """Return the other buttons."""
         return [node for node in self.nodes if node.kind == "button" and node.text not in _HEAD]
 
     @property
     def texts(self) -> list[str]:
-        """All that is plain, below the instruction."""
+        """Return the plain texts below the instruction."""
         return [node.text for node in self.nodes[2:] if node.kind == "plain"]
 
     @property
     def products(self) -> list[tuple[Node, str, str]]:
-        """Link, title and price."""
+        """Return link, title and price of each product."""
         return [
             (node, self.nodes[at + 1].text, self.nodes[at + 2].text)
             for at, node in enumerate(self.nodes)
@@ -240,7 +242,7 @@ class _Layout:
 
     @property
     def options(self) -> list[tuple[str, list[Node]]]:
-        """Names with their values."""
+        """Return the names of the options with their values."""
         values = [node for node in self.nodes if node.kind == "option"]
         return [(name, [node for node in values if node.target == name]) for name in self.texts[:-3]]
 
@@ -248,19 +250,18 @@ class _Layout:
 _HEAD = ("Back to Search", "< Prev", "Next >")
 
 
-def web_app(site: Website, hosts: Sequence[str] = HERE) -> "Starlette":
-    """Put a website behind HTTP.
+def web_app(site: Website, hosts: Sequence[str] = LOCAL_HOSTS) -> "Starlette":
+    """Return the HTTP application of a website.
 
-    Nothing is changed by GET. Forms carry a token, so other sites cannot send them; there are no cookies
-    and no scripts. Requests that name another host are refused, as a page of another site makes them
-    that had its name point here.
+    GET requests change nothing. Forms carry a token, so other sites cannot submit them; there are no cookies
+    and no scripts. Requests with an unknown host name are refused, which prevents DNS rebinding.
 
     Args:
-        site: what to show.
-        hosts: the names by which browsers may call this machine.
+        site: The website.
+        hosts: The host names by which browsers may address this machine.
 
     Raises:
-        MissingDependencyError: the extra is not installed.
+        MissingDependencyError: The extra `webshop` is not installed.
     """
     require_web()
     from starlette.applications import Starlette
@@ -298,10 +299,10 @@ def web_app(site: Website, hosts: Sequence[str] = HERE) -> "Starlette":
     async def style(request: "Request") -> "Response":
         return FileResponse(FOLDER / "web.css")
 
-    async def trouble(request: "Request", error: Exception) -> "Response":
+    async def on_error(request: "Request", error: Exception) -> "Response":
         if isinstance(error, HTTPException):
-            return HTMLResponse(site.trouble(error.detail), error.status_code, error.headers)
-        return HTMLResponse(site.trouble(str(error)), getattr(error, "status", 500))
+            return HTMLResponse(site.error_page(error.detail), error.status_code, error.headers)
+        return HTMLResponse(site.error_page(str(error)), getattr(error, "status", 500))
 
     async def with_headers(request: "Request", call_next: RequestResponseEndpoint) -> "Response":
         response = await call_next(request)
@@ -321,22 +322,22 @@ def web_app(site: Website, hosts: Sequence[str] = HERE) -> "Starlette":
             Middleware(BaseHTTPMiddleware, dispatch=with_headers),
             Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
         ],
-        exception_handlers={TroubleError: trouble, HTTPException: trouble},
+        exception_handlers={RequestError: on_error, HTTPException: on_error},
     )
 
 
-def web_server(app: "Starlette", patience: float = PATIENCE) -> "Server":
-    """Put an app behind a server on which no connection is held by who sends or reads too slowly.
+def web_server(app: "Starlette", timeout: float = TIMEOUT) -> "Server":
+    """Return a server that closes the connections of clients that send or read too slowly.
 
     Args:
-        app: to serve.
-        patience: seconds from the beginning of a connection, or the end of an answer on it, to the end of
-            the next answer.
+        app: The application to serve.
+        timeout: The seconds from the start of a connection, or from the end of a response on it, to the end
+            of the next response.
     """
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    class Impatient(H11Protocol):
+    class TimeoutProtocol(H11Protocol):
         deadline: "TimerHandle | None" = None
 
         def connection_made(self, transport: "Transport") -> None:  # type: ignore[override]
@@ -355,13 +356,13 @@ def web_server(app: "Starlette", patience: float = PATIENCE) -> "Server":
         def begin(self) -> None:
             if self.deadline is not None:
                 self.deadline.cancel()
-            self.deadline = self.loop.call_later(patience, self.transport.abort)
+            self.deadline = self.loop.call_later(timeout, self.transport.abort)
 
     config = uvicorn.Config(
         app,
         log_level="warning",
         server_header=False,
-        http=Impatient,
+        http=TimeoutProtocol,
         ws="none",
         limit_concurrency=CONNECTIONS,
     )
@@ -373,30 +374,30 @@ async def _form(request: "Request") -> dict[str, str]:
     async for part in request.stream():
         body += part
         if len(body) > LONGEST:
-            raise TroubleError(413, f"Forms of this shop are no longer than {LONGEST} bytes.")
+            raise RequestError(413, f"The form is longer than {LONGEST} bytes.")
     try:
         pairs = parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=10)
     except ValueError as error:
-        raise TroubleError(400, "That is no form of this shop.") from error
+        raise RequestError(400, "The request is not a valid form of this shop.") from error
     return dict(pairs)
 
 
 def require_web() -> None:
-    """Raise `MissingDependencyError` unless the extra is installed."""
+    """Raise `MissingDependencyError` if the extra `webshop` is not installed."""
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
     if missing:
         raise missing_extra(f"WebShop in a browser needs {', '.join(missing)}", "webshop")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take a port, before anything is loaded.
+    """Bind a port, before the shop is loaded.
 
     Args:
-        host: address of this machine.
-        port: 0 for one that is free.
+        host: The address to listen on.
+        port: The port; 0 for a free one.
 
     Raises:
-        ConfigError: the port is in use, or cannot be had.
+        ConfigError: The port is in use or not available.
     """
     taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -407,14 +408,14 @@ def listen(host: str, port: int) -> socket.socket:
         taken.close()
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(
-                f"port {port} of {host} is in use: choose another, or --port 0 for one that is free"
+                f"port {port} of {host} is in use: choose another, or --port 0 for a free one"
             ) from error
         raise ConfigError(f"port {port} of {host}: {error.strerror or error}") from error
     return taken
 
 
 def website(options: argparse.Namespace) -> Website:
-    """Make the website that a command line asks for."""
+    """Build the website for the command-line options."""
     from agentrl_envs.webshop_env import WebShopEnv
 
     env = WebShopEnv(
@@ -432,12 +433,12 @@ def website(options: argparse.Namespace) -> Website:
     if options.goal is not None and not 0 <= options.goal < len(shop.goals):
         raise ConfigError(f"--goal: {options.goal}, wanted a number from 0 to {len(shop.goals) - 1}")
     draw = Draw(shop.goals, shop.splits[options.split])
-    shop.search("lamp")  # opens the index: nobody shall wait for it on a page
+    shop.search("lamp")  # opens the index, so that no page has to wait for it
     return Website(shop, lambda: draw(rng.random()), env.data, options.pictures, options.goal)
 
 
 def parser() -> argparse.ArgumentParser:
-    """What the command line may say."""
+    """Build the command-line parser."""
     made = argparse.ArgumentParser(
         prog="python -m agentrl_envs.webshop.web",
         description="Shop in a browser as agents do in agentrl/WebShop-v0: the same pages, the same search, "
@@ -446,38 +447,42 @@ def parser() -> argparse.ArgumentParser:
         "computer, forward the port: ssh -L 3000:127.0.0.1:3000 MACHINE",
     )
     serving = made.add_argument_group("where")
-    serving.add_argument("--port", type=int, default=3000, help="0 takes one that is free (default: 3000)")
+    serving.add_argument("--port", type=int, default=3000, help="port, 0 for a free one (default: 3000)")
     serving.add_argument(
         "--host",
-        default=HERE[0],
-        help="address to listen on; beyond 127.0.0.1 anybody who reaches it can shop. "
-        "Browsers may call it by that address, 127.0.0.1 or localhost, and by no other name",
+        default=LOCAL_HOSTS[0],
+        help="address to listen on; anyone who can reach an address other than 127.0.0.1 can use the shop. "
+        "Browsers may use this address, 127.0.0.1 or localhost, but no other host name",
     )
     shop = made.add_argument_group("the shop")
     shop.add_argument(
-        "--data", metavar="FOLDER", help="with WebShop's files, such as items_shuffle_1000.json"
+        "--data", metavar="FOLDER", help="folder with WebShop's files, such as items_shuffle_1000.json"
     )
-    shop.add_argument("--products", type=int, metavar="N", help="only so many of them")
+    shop.add_argument("--products", type=int, metavar="N", help="number of products")
     shop.add_argument("--goals", default="synthetic", help="synthetic (default) or human")
     shop.add_argument("--split-rule", help="index (default with --data) or product")
     shop.add_argument("--reward", default=MODES[0], help="original (default) or fixed")
-    shop.add_argument("--price-seed", type=int, default=0, metavar="N", help="draws prices and their limits")
-    shop.add_argument("--attributes", action="store_true", help="items have a page of their attributes")
-    shop.add_argument("--cache", metavar="FOLDER", help="for search indexes (default: the user's cache)")
     shop.add_argument(
-        "--pictures", action="store_true", help="the browser loads them from where they are kept"
+        "--price-seed", type=int, default=0, metavar="N", help="seed of prices and price limits"
+    )
+    shop.add_argument("--attributes", action="store_true", help="show a page with the attributes of items")
+    shop.add_argument(
+        "--cache", metavar="FOLDER", help="folder for search indexes (default: the user's cache)"
+    )
+    shop.add_argument(
+        "--pictures", action="store_true", help="show pictures, which the browser loads from their hosts"
     )
     visits = made.add_argument_group("customers")
-    visits.add_argument("--goal", type=int, metavar="N", help="propose this goal; without it they are drawn")
+    visits.add_argument("--goal", type=int, metavar="N", help="goal to propose (default: a drawn one)")
     visits.add_argument("--split", default=SPLITS[0], help="goals to draw from: train (default), dev or test")
     visits.add_argument(
-        "--seed", type=int, metavar="N", help="of the draws; without it they differ every time"
+        "--seed", type=int, metavar="N", help="seed for drawing goals (default: different every time)"
     )
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until Ctrl+C; 2 where something is wrong with what was asked for."""
+    """Serve until Ctrl+C; return the exit status, 2 if the options are invalid."""
     options = parser().parse_args(arguments)
     try:
         require_web()
@@ -485,7 +490,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--port: {options.port}, wanted a number from 0 to 65535")
         with listen(options.host, options.port) as taken:
             host = f"[{options.host}]" if ":" in options.host else options.host
-            app = web_app(website(options), (*HERE, host))
+            app = web_app(website(options), (*LOCAL_HOSTS, host))
             print(f"The shop is open at http://{host}:{taken.getsockname()[1]}/", flush=True)  # noqa: T201
             web_server(app).run(sockets=[taken])
     except KeyboardInterrupt:

@@ -1,0 +1,161 @@
+"""The panel and environments that a policy is evaluated on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import gymnasium
+
+from agentrl.env.containment import open_env
+from agentrl.env.contract.answers import MAX_NAME_CHARS
+from agentrl.env.panel import Panel, load_panel, make_panel, verify
+from agentrl.env.registry import Factory, callers_arguments, make
+from agentrl.errors import ConfigError, EnvironmentContractError
+from agentrl.rollout.environments import Environments
+from agentrl.rollout.settings import RolloutConfig
+from agentrl.run.env_backend import open_environments
+from agentrl.run.settings import RunConfig
+from agentrl.values import ValueFaultError, as_text
+
+
+@dataclass(frozen=True)
+class PanelSource:
+    """The environment of an evaluation, with its panel or with what one is made from.
+
+    Args:
+        env: The id of the environment.
+        split: The split of its tasks.
+        kwargs: The arguments of the environment.
+        panel: The panel; None makes one of the first tasks of the split.
+        tasks: How many tasks such a panel has; None takes `most_tasks`, or all where the split has fewer.
+        most_tasks: The configured number of tasks.
+    """
+
+    env: str
+    split: str
+    kwargs: Mapping[str, Any]
+    panel: Panel | None
+    tasks: int | None
+    most_tasks: int
+
+    def open_panel(self, environment: gymnasium.Env[str, str]) -> Panel:
+        """Return the panel, checked against the environment or made from it.
+
+        Raises:
+            PanelError: If the panel's tasks are no longer what they were when it was made.
+        """
+        if self.panel is not None:
+            verify(self.panel, environment)
+            return self.panel
+        known: Any = environment.unwrapped
+        tasks = self.tasks or min(self.most_tasks, len(known.tasks(self.split)))
+        return make_panel(self.env, self.split, tasks, self.kwargs, environment)
+
+
+def given_panel(
+    panel: Panel | str | Path | None,
+    env: str | None,
+    split: str | None,
+    tasks: int | None,
+    env_kwargs: Mapping[str, Any] | None,
+) -> Panel | None:
+    """Return the panel that the caller names, read from its file where it is a path; None without one.
+
+    Raises:
+        ConfigError: If the arguments contradict each other.
+    """
+    if tasks is not None and tasks < 1:
+        raise ConfigError(f"tasks is {tasks}, wanted at least 1")
+    if panel is None:
+        return None
+    if (env, split, tasks, env_kwargs) != (None, None, None, None):
+        raise ConfigError(
+            "a panel names its own env, arguments, split and tasks: give the panel or those, not both"
+        )
+    return panel if isinstance(panel, Panel) else load_panel(Path(panel))
+
+
+def choose_panel(
+    config: RunConfig,
+    given: Panel | None,
+    env: str | None,
+    split: str | None,
+    tasks: int | None,
+    env_kwargs: Mapping[str, Any] | None,
+) -> PanelSource:
+    """Choose what to evaluate on: the given panel, else the named tasks, else what is configured."""
+    if given is None and (env, split, tasks, env_kwargs) == (None, None, None, None):
+        given = _configured_file(config)
+    most_tasks = config.evaluation.tasks
+    if given is not None:
+        return PanelSource(given.env, given.split, dict(given.env_kwargs), given, None, most_tasks)
+    env = env or config.env.id
+    kwargs = {**(config.env.kwargs if env == config.env.id else {}), **(env_kwargs or {})}
+    split = split or _find_split(env, kwargs, config.evaluation.split)
+    return PanelSource(env, split, kwargs, None, tasks, most_tasks)
+
+
+def configured_panel(config: RunConfig, environment: gymnasium.Env[str, str] | None = None) -> Panel:
+    """Return the panel that a configuration describes.
+
+    Args:
+        config: The configuration of a run.
+        environment: An environment made for it; None makes one.
+    """
+    panel = _configured_file(config)
+    if panel is not None:
+        verify(panel)
+        return panel
+    block = config.evaluation
+    return make_panel(config.env.id, block.split, block.tasks, config.env.kwargs, environment)
+
+
+def open_panel_environments(
+    env: str, split: str, kwargs: Mapping[str, Any], rollout: RolloutConfig, *, expert: bool = False
+) -> Environments:
+    """Open the environments of a panel; with `expert`, they report their expert's next action."""
+    extra = {"expert": True} if expert else {}
+    return open_environments(Factory(env, split=split, **{**kwargs, **extra}), rollout)
+
+
+def data_label(environments: Environments) -> str | None:
+    """Return the environments' label of the data behind their tasks, e.g. `generated`; None without one."""
+    with environments.borrow() as environment:
+        return read_data_label(environment)
+
+
+def read_data_label(environment: gymnasium.Env[str, str]) -> str | None:
+    """Return the label of the data in the environment's attribute `data`, or None if it has none.
+
+    Raises:
+        EnvironmentContractError: If the attribute is not a short text.
+    """
+    label = getattr(environment.unwrapped, "data", None)
+    try:
+        return None if label is None else as_text(label, MAX_NAME_CHARS)
+    except ValueFaultError as fault:
+        raise EnvironmentContractError(f"the environment's attribute data {fault}") from fault
+
+
+def _configured_file(config: RunConfig) -> Panel | None:
+    path = config.evaluation.panel
+    if path is None:
+        return None
+    panel = load_panel(Path(path))
+    known = config.env.kwargs if panel.env == config.env.id else {}
+    for name in callers_arguments(panel.env, panel.env_kwargs):
+        if name not in known or known[name] != panel.env_kwargs[name]:
+            raise ConfigError(
+                f"evaluation.panel: {path} sets the argument {name} of {panel.env}, which only its caller "
+                "may set; remove it from the panel, set the same value in env.kwargs, or name the panel on "
+                "the command line (--panel)"
+            )
+    return panel
+
+
+def _find_split(env: str, kwargs: Mapping[str, Any], preferred: str) -> str:
+    """Return the preferred split if the environment has it, else its last one, held out by convention."""
+    with open_env(lambda: make(env, **kwargs)) as environment:
+        splits: tuple[str, ...] = cast(Any, environment.unwrapped).splits
+    return preferred if preferred in splits else splits[-1]

@@ -1,0 +1,183 @@
+"""Scores of a policy, computed from the episodes that it played on a panel."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
+from typing import Any
+
+from agentrl.data.trajectory import Episode
+from agentrl.env.panel import Panel
+from agentrl.evaluation.statistics import Rate, success_rate
+from agentrl.rollout.failures import abort_reasons
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Mean entropies of a policy's sampled tokens in nats; None for a policy that records none.
+
+    Args:
+        token: The mean over all sampled tokens.
+        turn: The mean over turns of each turn's mean.
+        trajectory: The mean over episodes of each episode's mean over turns.
+        by_turn: For each turn index, the mean over the episodes that reached that turn.
+    """
+
+    token: float | None = None
+    turn: float | None = None
+    trajectory: float | None = None
+    by_turn: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Score of a policy on a panel.
+
+    Aborted episodes are left out of every rate and mean; they and their reasons are counted.
+
+    Args:
+        success: The success rate over all task types.
+        by_task_type: The success rate of each task type.
+        aborted: The number of aborted episodes, which say nothing about the policy.
+        aborted_reasons: The number of aborted episodes for each reason.
+        mean_return: The mean return in the environment's reward units; None without a finished episode.
+        mean_turns: The mean number of turns per episode.
+        stop_reasons: The number of episodes for each stop reason, aborted ones included.
+        entropy: The entropies of the policy's sampled tokens.
+        panel_hash: The hash of the panel's tasks and their content.
+        data: The environment's label of the data behind its tasks, e.g. `generated`.
+        repeats: The number of episodes per task.
+        retried: The number of attempts that were aborted and played again.
+        steps_per_second: Environment steps per second over all episodes, the policy's time included; None if
+            it was not measured.
+    """
+
+    success: Rate
+    by_task_type: Mapping[str, Rate]
+    aborted: int
+    aborted_reasons: Mapping[str, int]
+    mean_return: float | None
+    mean_turns: float | None
+    stop_reasons: Mapping[str, int]
+    entropy: Entropy
+    panel_hash: str
+    data: str | None = None
+    repeats: int = 1
+    retried: int = 0
+    steps_per_second: float | None = field(default=None, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, as summary.json holds them for one policy and decoding."""
+        tree = asdict(self)
+        overall: dict[str, Any] = tree.pop("success")
+        return overall | tree
+
+
+@dataclass(frozen=True)
+class InstructionCheck:
+    """Score of a policy that is given another goal for the same initial state: whether it reads instructions.
+
+    Args:
+        new_goal: The rate at which the given goal was reached.
+        old_goal: The rate at which the goal of the panel's task was reached, which the policy was not given.
+        aborted: The number of aborted episodes, which count in neither rate.
+        stop_reasons: The number of episodes for each stop reason, aborted ones included.
+    """
+
+    new_goal: Rate
+    old_goal: Rate
+    aborted: int = 0
+    stop_reasons: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, as summary.json holds them for one decoding."""
+        return asdict(self)
+
+
+def summarise(
+    episodes: Sequence[Episode], panel: Panel, repeats: int = 1, *, data: str | None = None
+) -> Evaluation:
+    """Compute the scores of the episodes that were played on a panel.
+
+    Args:
+        episodes: The episodes, in any order.
+        panel: The panel that they were played on.
+        repeats: The number of episodes per task.
+        data: The environment's label of the data behind its tasks.
+
+    Raises:
+        ValueError: If a task of the panel was not played exactly `repeats` times, or another task was played.
+    """
+    plays = Counter(episode.task for episode in episodes)
+    if plays != dict.fromkeys(panel.tasks, repeats):
+        wrong = {task: plays[task] for task in {*plays, *panel.tasks} if plays[task] != repeats}
+        raise ValueError(
+            f"each of the panel's {len(panel.tasks)} tasks is played {repeats} times, not {wrong}"
+        )
+    finished = [episode for episode in episodes if not episode.stop.aborted]
+    aborted = [episode for episode in episodes if episode.stop.aborted]
+    types = sorted({episode.task_type for episode in finished if episode.task_type is not None})
+    return Evaluation(
+        success=_rate(finished),
+        by_task_type={name: _rate(e for e in finished if e.task_type == name) for name in types},
+        aborted=len(aborted),
+        aborted_reasons=dict(abort_reasons(aborted)),
+        mean_return=_mean(episode.episode_return for episode in finished),
+        mean_turns=_mean(len(episode.turns) for episode in finished),
+        stop_reasons=_stop_reasons(episodes),
+        entropy=mean_entropy(finished),
+        panel_hash=panel.hash,
+        data=data,
+        repeats=repeats,
+    )
+
+
+def summarise_instruction_check(episodes: Sequence[Episode]) -> InstructionCheck:
+    """Compute the scores of episodes that were given another goal than that of the panel's task."""
+    finished = [episode for episode in episodes if not episode.stop.aborted]
+    return InstructionCheck(
+        new_goal=_rate(finished),
+        old_goal=success_rate([[_other_success(episode)] for episode in finished]),
+        aborted=len(episodes) - len(finished),
+        stop_reasons=_stop_reasons(episodes),
+    )
+
+
+def mean_entropy(episodes: Iterable[Episode]) -> Entropy:
+    """Compute the mean entropies of episodes at each level, over sampled tokens only."""
+    tokens: list[float] = []
+    trajectories: list[float] = []
+    by_turn: dict[int, list[float]] = defaultdict(list)
+    for episode in episodes:
+        for index, turn in enumerate(episode.turns):
+            if (value := turn.entropy) is not None:
+                by_turn[index].append(value)
+                tokens += [e for e, decided in zip(turn.entropies, turn.sampled, strict=False) if decided]
+        if (value := episode.entropy) is not None:
+            trajectories.append(value)
+    return Entropy(
+        token=_mean(tokens),
+        turn=_mean(value for values in by_turn.values() for value in values),
+        trajectory=_mean(trajectories),
+        by_turn=tuple(fmean(by_turn[index]) for index in sorted(by_turn)),
+    )
+
+
+def _rate(finished: Iterable[Episode]) -> Rate:
+    plays: dict[str, list[bool]] = defaultdict(list)
+    for episode in finished:
+        plays[episode.task].append(episode.success)
+    return success_rate(list(plays.values()))
+
+
+def _stop_reasons(episodes: Iterable[Episode]) -> dict[str, int]:
+    return dict(Counter(episode.stop.value for episode in episodes).most_common())
+
+
+def _other_success(episode: Episode) -> bool:
+    return any(turn.info.get("other_success") is True for turn in episode.turns)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    listed = list(values)
+    return fmean(listed) if listed else None

@@ -1,0 +1,55 @@
+"""The numbers to log of an update: means over its optimiser steps, and facts about its batch."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.hooks import Context, MiniBatch, require_tensor
+
+
+def diagnose(rollout: MiniBatch, algorithm: Algorithm, context: Context) -> dict[str, float]:
+    """Return the metrics of the algorithm's diagnostics.
+
+    Raises:
+        ValueError: Two diagnostics report the same name.
+    """
+    metrics: dict[str, float] = {}
+    for diagnostic in algorithm.diagnostics:
+        found = diagnostic(rollout, context)
+        if twice := sorted(metrics.keys() & found.keys()):
+            raise ValueError(
+                f"algorithm.diagnostics: two report {', '.join(twice)}, wanted one for each name"
+            )
+        metrics |= found
+    return metrics
+
+
+def batch_metrics(rollout: MiniBatch) -> dict[str, float]:
+    """Return the entropies and sizes of a scored rollout batch."""
+    batch = rollout.batch
+    entropies = functional.entropy_means(
+        require_tensor(batch.old_entropies, "old_entropies"), batch.sampled, batch.turns, batch.trajectory
+    )
+    return {f"entropy/{level}": float(value) for level, value in entropies.items()} | {
+        "trajectories": float(len(batch.episodes)),
+        "tokens": float(batch.lengths.sum()),
+        "action_tokens": float(batch.sampled.sum()),
+    }
+
+
+def step_means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each number over the optimiser steps that reported it as finite."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for numbers in steps:
+        for name, value in numbers.items():
+            if math.isfinite(value):
+                found[name].append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def step_counts(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return how many optimiser steps were applied and how many were skipped as not finite."""
+    skipped = sum("grad_norm" not in numbers for numbers in steps)
+    return {"updates": float(len(steps) - skipped), "skipped_updates": float(skipped)}

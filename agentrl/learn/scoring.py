@@ -1,0 +1,131 @@
+"""Forward passes over a batch: log-probabilities, entropies and values of its action tokens."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agentrl.algorithms.hooks import Outputs, require_tensor
+from agentrl.data.batch import Batch
+from agentrl.data.trajectory import StopReason
+from agentrl.learn.forward import Forward, needed_lengths
+from agentrl.learn.packing import rank_micro_batches
+from agentrl.learn.ranks import Ranks
+from agentrl.learn.sharding import ScoringModule, reshard
+
+# Stop reasons after which an episode could have gone on and returned more.
+_TRUNCATING = (StopReason.TRUNCATED, StopReason.TURN_LIMIT, StopReason.CONTEXT_LIMIT)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scorer of batches in micro-batches, which it splits over the ranks.
+
+    Args:
+        forward: How to read the policy.
+        micro_batch_tokens: The largest number of tokens in a forward pass.
+        ranks: The ranks that share the work. All of them must make the same calls.
+    """
+
+    forward: Forward
+    micro_batch_tokens: int
+    ranks: Ranks
+
+    def micro_batches(self, lengths: Tensor) -> list[tuple[Tensor, float]]:
+        """Return this rank's micro-batches as (row numbers, weight); see `rank_micro_batches`."""
+        return rank_micro_batches(lengths, self.micro_batch_tokens, self.ranks)
+
+    def score_rows(self, module: ScoringModule, rows: Batch) -> Outputs:
+        """Score one micro-batch, with gradients where they are enabled."""
+
+        def read(policy: nn.Module, head: nn.Module | None) -> tuple[Tensor | None, ...]:
+            # FSDP2 finds tensors that need a gradient in a tuple, not in a dataclass.
+            found = self.forward.score(policy, rows, head)
+            return found.logprobs, found.entropies, found.values
+
+        return Outputs(*module(read))
+
+    def score(self, module: ScoringModule, batch: Batch) -> Outputs:
+        """Score a batch without gradients; every rank returns all rows."""
+        outputs = empty_outputs(batch, values=module.value_head is not None)
+        with torch.no_grad():
+            for rows, weight in self.micro_batches(needed_lengths(batch)):
+                found = self.score_rows(module, batch.select(rows))
+                if weight:  # a filler's rows belong to another rank
+                    write_rows(outputs, rows, found)
+        reshard(module)
+        return self.sum_over_ranks(outputs)
+
+    def last_values(self, module: ScoringModule, batch: Batch) -> Tensor:
+        """Return the value after the last reply of each truncated trajectory, 0 for the others; [E]."""
+        values = torch.zeros(len(batch.episodes), dtype=batch.logprobs.dtype, device=batch.logprobs.device)
+        lengths = _last_row_lengths(batch)
+        with torch.no_grad():
+            for rows, weight in self.micro_batches(lengths):
+                part = batch.select(rows)
+                found = module(partial(self._last_values_of, part))
+                if weight:
+                    values[part.trajectory] = found.to(values)
+        reshard(module)
+        return self.ranks.all_reduce(values)
+
+    def _last_values_of(self, part: Batch, policy: nn.Module, head: nn.Module | None) -> Tensor:
+        assert head is not None
+        return self.forward.last_values(policy, part, head)
+
+    def sum_over_ranks(self, outputs: Outputs) -> Outputs:
+        """Merge what the ranks scored, in place: each holds its own rows and 0 elsewhere."""
+        for values in (outputs.logprobs, outputs.entropies, outputs.values):
+            if values is not None:
+                self.ranks.all_reduce(values)
+        return outputs
+
+
+def _last_row_lengths(batch: Batch) -> Tensor:
+    """Return the length of each truncated trajectory's last row, 0 for all other rows; [B]."""
+    latest = batch.turns.amax(dim=1) if batch.turns.numel() else batch.lengths
+    ends: dict[int, int] = {}
+    for row, owner in enumerate(batch.trajectory.tolist()):
+        truncated = batch.episodes[owner].stop in _TRUNCATING
+        if truncated and (owner not in ends or latest[row] > latest[ends[owner]]):
+            ends[owner] = row
+    lengths = torch.zeros_like(batch.lengths)  # rows of length 0 are in no micro-batch
+    lengths[list(ends.values())] = batch.lengths[list(ends.values())]
+    return lengths
+
+
+def empty_outputs(batch: Batch, *, values: bool = False) -> Outputs:
+    """Return outputs of zeros for all rows of a batch."""
+    fields = [torch.zeros_like(batch.logprobs) for _ in range(3 if values else 2)]
+    return Outputs(*fields)
+
+
+def scored_outputs(batch: Batch) -> Outputs:
+    """Return the results of the scoring pass as outputs of the policy, which has not changed since."""
+    return Outputs(
+        require_tensor(batch.old_logprobs, "old_logprobs"),
+        require_tensor(batch.old_entropies, "old_entropies"),
+        batch.values,
+    )
+
+
+def write_rows(target: Outputs, rows: Tensor, outputs: Outputs) -> None:
+    """Write the outputs of some rows into those of the batch, in place and without gradient."""
+    width = outputs.logprobs.shape[1]
+    for name in ("logprobs", "entropies", "values"):
+        kept, found = getattr(target, name), getattr(outputs, name)
+        if kept is not None and found is not None:
+            kept[rows, :width] = found.detach().to(kept)
+
+
+def zero_unsampled(batch: Batch) -> Batch:
+    """Zero the statistics of tokens that were not sampled, so that a NaN among them reaches no sum."""
+    names = ("logprobs", "entropies", "old_logprobs", "old_entropies", "reference_logprobs", "values")
+    cleaned: dict[str, Any] = {
+        name: torch.where(batch.sampled, values, 0.0)
+        for name in names
+        if (values := getattr(batch, name)) is not None
+    }
+    return replace(batch, **cleaned)

@@ -1,0 +1,261 @@
+"""The state of a run that changes as it trains: all that a checkpoint holds."""
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from agentrl.algorithms.hooks import Context
+from agentrl.errors import CheckpointError, NonFiniteError
+from agentrl.evaluation.run_scores import RunScores
+from agentrl.learn.forward import Forward
+from agentrl.learn.learner import Learner
+from agentrl.learn.ranks import ALONE
+from agentrl.policy.model import output_weight
+from agentrl.policy.precision import engine_copy, named_in_short, non_finite
+from agentrl.policy.tokens import fingerprint
+from agentrl.run.checkpoint import (
+    Progress,
+    latest_checkpoint,
+    latest_finite,
+    load_learner,
+    load_progress,
+    save_checkpoint,
+)
+from agentrl.run.logger import RunLogger, read_metrics
+from agentrl.run.metric_keys import current_keys
+from agentrl.run.timers import Timers
+from agentrl.training.setup import Session
+
+
+class TrainingState:
+    """Where a run is, and what it has learned.
+
+    Args:
+        session: What the run works with.
+        logger: Keeps the rows of past steps.
+        timers: Are saved with each checkpoint.
+        warn: Called with a warning for the user.
+
+    Attributes:
+        stage: "warm_start" or "train".
+        step: Steps of the stage that are done.
+        history: The values of every logged number of the training steps, oldest first, by its key.
+        tasks_drawn: Training tasks drawn so far.
+        learner: The learner of the stage.
+    """
+
+    def __init__(
+        self, session: Session, logger: RunLogger, timers: Timers, warn: Callable[[str], None]
+    ) -> None:
+        self._session, self._logger, self._timers, self._warn = session, logger, timers, warn
+        self._folder = session.run.folder / "checkpoints"
+        self.stage = "warm_start" if session.config.warm_start.steps else "train"
+        self.step, self.tasks_drawn = 0, 0
+        self.history: dict[str, list[float]] = {}
+        self._saved_step = -1
+        self._restored = False  # whether the state is that of the folder, or newer
+        self.learner = self.make_learner(session.policy.model)
+
+    def context(self) -> Context:
+        """Return the context of the next step; its history grows as later steps are counted."""
+        session = self._session
+        return Context(
+            self.step,
+            session.config.trainer.steps,
+            self.history,
+            session.config.seed,
+            vocabulary=len(output_weight(session.policy.served)),
+            tokenizer=fingerprint(session.policy.tokenizer),
+        )
+
+    def advance(self, metrics: Mapping[str, float], tasks: int) -> None:
+        """Count a training step, what it logs, and the tasks that it drew."""
+        self.step += 1
+        self.tasks_drawn += tasks
+        for key, value in metrics.items():
+            self.history.setdefault(key, []).append(value)
+
+    def start_training(self) -> None:
+        """Go from the warm start to reinforcement learning; the reference is the warm-started policy."""
+        with self._session.interruption.shield():  # a checkpoint must hold the learner of its stage
+            self.stage, self.step, self._saved_step = "train", 0, -1
+            self._replace_learner()
+
+    def make_learner(self, model: PreTrainedModel) -> Learner:
+        """Return a learner of the stage that starts from the weights of `model`."""
+        config, algorithm = self._session.config, self._session.algorithm
+        cloning = self.stage == "warm_start"
+        block = (config.warm_start.learner if cloning else config.learner).resolve_compute_dtype(
+            config.policy.dtype
+        )
+        sharded = block.backend == "fsdp"
+        # The engine needs weights of its own where the learner's are sharded, wrapped, or changed meanwhile.
+        apart = sharded or block.lora is not None or (config.trainer.mode == "async" and not cloning)
+        required = frozenset[str]() if cloning else algorithm.requires
+        return Learner(
+            copy.deepcopy(model) if apart and model is self._session.policy.served else model,
+            block,
+            reference=copy.deepcopy(model).requires_grad_(False) if "reference" in required else None,
+            critic="values" in required,
+            forward=Forward(temperature=1.0 if cloning else config.rollout.temperature),
+            ranks=self._session.ranks if sharded else ALONE,
+        )
+
+    def export_model(self) -> PreTrainedModel:
+        """Return a plain float32 model with the present weights; all ranks call it together."""
+        model = engine_copy(self._session.policy.served, torch.float32)
+        self.learner.export(model)
+        return model
+
+    def refresh_engine(self) -> None:
+        """Give the engine the present weights, rounded to the precision that it generates in.
+
+        Raises:
+            NonFiniteError: `policy.dtype` cannot hold them.
+        """
+        served = self._session.policy.served
+        self.learner.export(served)
+        if served is not self.learner.policy and (lost := non_finite(served.named_parameters())):
+            dtype = self._session.config.policy.dtype
+            raise NonFiniteError(
+                f"policy.dtype={dtype} cannot hold {named_in_short(lost)}: weights that are finite in "
+                f"float32 are beyond {torch.finfo(getattr(torch, dtype)).max:.3g}; set policy.dtype=float32"
+            )
+        self._session.engine.refresh(self.step)
+
+    def save_when_due(self) -> None:
+        """Save a checkpoint if the step is a multiple of `trainer.checkpoint_every`."""
+        if self.step % self._session.config.trainer.checkpoint_every == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Save a checkpoint, unless the newest one is of this step.
+
+        Raises:
+            NonFiniteError: A weight or a state is nan or inf; nothing is written.
+        """
+        if self._saved_step == self.step:
+            return
+        session, config = self._session, self._session.config
+        training = self.stage == "train"
+        replay = session.algorithm.replay if training else None
+        every = config.trainer.checkpoint_every
+        last = config.trainer.steps if training else config.warm_start.steps
+        recent = self.history.get("train/rollout/success_rate", [])[-every:]
+        with session.interruption.shield():
+            session.ranks.run_on_rank0(session.check_lock)
+            self._logger.sync()
+            save_checkpoint(
+                self._folder,
+                Progress(self.stage, self.step, self.history, self.tasks_drawn),
+                self.learner,
+                None if replay is None else replay.state_dict(),
+                score=sum(recent) / len(recent) if recent else None,
+                ranks=session.ranks,
+                between=self.step != last and (not self.step or self.step % every != 0),
+            )
+            self._saved_step = self.step
+            self._timers.save()
+
+    def save_on_exit(self) -> str:
+        """Save what there is, if it is finite, and return a line that says how to continue."""
+        folder = self._session.run.folder
+        advice = f"continue with: agentrl train --resume {folder}"
+        if not self._restored:
+            return advice
+        try:
+            with self._session.interruption.shield():
+                self.save()
+                self._session.interruption.pop_request()
+        except NonFiniteError:
+            good = self._session.ranks.run_on_rank0(lambda: latest_finite(self._folder))
+            if good is None:
+                return f"{folder} has no checkpoint that is finite; start anew, at a lower learning rate"
+            return f"{advice}, from {good.name}, the newest checkpoint that is finite"
+        return advice
+
+    def restore(self, scores: RunScores) -> bool:
+        """Load the newest checkpoint, if there is one, and drop the rows that were logged after it.
+
+        Args:
+            scores: The evaluations of the run, which must be there for every policy before the checkpoint.
+
+        Returns:
+            Whether there was a checkpoint.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged, or the folder lacks rows or evaluations before it.
+        """
+        session = self._session
+        path = session.ranks.run_on_rank0(lambda: latest_checkpoint(self._folder))
+        if path is None:
+            self._logger.truncate(self.stage, 0)
+            self._restored = True
+            return False
+        progress = load_progress(path, session.ranks)
+        other_stage = progress.stage != self.stage
+        self.stage, self.step, self._saved_step = progress.stage, progress.step, progress.step
+        self.history = {key: list(values) for key, values in current_keys(progress.history, "train").items()}
+        self.tasks_drawn = progress.tasks_drawn
+        if other_stage:
+            self._replace_learner()
+        replayed = load_learner(path, self.learner)
+        if self.stage == "train" and session.algorithm.replay is not None:
+            session.algorithm.replay.load_state_dict(replayed, self.context())
+        session.ranks.run_on_rank0(lambda: self._check_records(scores))
+        self._logger.truncate(self.stage, self.step)
+        self._restored = True
+        return True
+
+    def _replace_learner(self) -> None:
+        model = self.export_model()
+        del self.learner  # its states may be as large as memory allows
+        self.learner = self.make_learner(model)
+
+    def _check_records(self, scores: RunScores) -> None:
+        """Refuse to continue without the rows and evaluations that came before the checkpoint."""
+        self._check_rows()
+        config, training = self._session.config, self.stage == "train"
+        cloned = config.warm_start.steps > 0
+        passed = {
+            "untrained": self.step > 0 or (training and cloned),
+            "cloned": training and self.step > 0 and cloned,
+        }
+        results = scores.results()
+        lost = [
+            name
+            for name in config.evaluation.baselines
+            if passed.get(name) and results.get(name, {}).keys() != {"greedy", "sampled"}
+        ]
+        if lost:
+            raise CheckpointError(
+                f"{self._session.run.folder / 'evaluations.json'}: holds no scores of {' and '.join(lost)}, "
+                "whose weights are gone, so that they cannot be measured again; restore it from a copy, or "
+                "start a new run"
+            )
+        every = config.evaluation.every
+        if training and every:
+            last = min(self.step, config.trainer.steps)
+            names = [f"step-{step:06d}" for step in range(every, last, every)]
+            if gone := [name for name in names if name not in results]:
+                self._warn(f"evaluations.json holds no scores of {', '.join(gone)}, whose weights are gone")
+
+    def _check_rows(self) -> None:
+        path = self._logger.path
+        if not os.path.lexists(path):
+            if self.step:
+                self._warn(f"{path} is missing: the rows up to {self.stage} step {self.step} are lost")
+            return
+        rows, wanted = read_metrics(path), {self.stage: self.step}
+        if self.stage == "train":
+            wanted["warm_start"] = self._session.config.warm_start.steps
+        for stage, last in wanted.items():
+            found = [row.get("step", 0) for row in rows if row.get("stage") == stage]
+            if [step for step in found if step <= last] != list(range(1, last + 1)):
+                raise CheckpointError(
+                    f"{path}: damaged, it has not one row for each step of {stage} up to {last}; "
+                    "restore it from a copy, or delete it to go on without the rows so far"
+                )
