@@ -317,7 +317,7 @@ def evaluate(
 
     from agentrl.config import merge
     from agentrl.evaluation.evaluate import evaluate as measure
-    from agentrl.evaluation.report import results_table
+    from agentrl.evaluation.results_table import results_table
     from agentrl.files import write_atomic
 
     load_imports(imports or ())

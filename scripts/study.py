@@ -10,7 +10,8 @@ from pathlib import Path
 
 from agentrl.errors import AgentRLError
 from agentrl.run.settings import RunFolderConfig
-from agentrl.study.study import load_study, run_study
+from agentrl.study.config import load_study
+from agentrl.study.study import run_study
 
 
 def main() -> int:

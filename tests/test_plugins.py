@@ -320,7 +320,7 @@ def test_who_names_the_import_again_goes_on(strange_run: Path, tmp_path: Path) -
     assert (tmp_path / "executed").exists()
     run = open_run(strange_run)
     assert with_overrides(run, ("trainer.checkpoint_every=5",)).config.trainer.checkpoint_every == 5
-    with pytest.raises(ConfigError, match="a run keeps what it began with; wanted --import"):
+    with pytest.raises(ConfigError, match="cannot change when a run is resumed; use --import"):
         with_overrides(run, ("run.imports=[]",))
 
 
@@ -335,7 +335,7 @@ def test_a_file_that_changed_since_its_run_began_is_told(
     Path(file).write_text(Path(file).read_text() + "# harder\n")
     with_overrides(run, ())
     (message,) = caplog.messages
-    assert message.startswith(f"{file} is not what it was when {run.folder} began")
+    assert message.startswith(f"{file} has changed since {run.folder} began")
 
 
 def test_a_name_that_steers_a_terminal_is_shown_escaped(strange_run: Path) -> None:

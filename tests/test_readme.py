@@ -12,7 +12,7 @@ import pytest
 from shell import ROOT, SMALL, TINY, commands, run_all, smaller, working_tree
 
 import agentrl
-from agentrl.study.study import load_study, plan
+from agentrl.study.config import load_study, plan
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = commands(README)

@@ -21,7 +21,8 @@ from agentrl.cli import app
 from agentrl.data.storage import read_episodes
 from agentrl.env import TextSpace, register
 from agentrl.errors import AgentRLError
-from agentrl.evaluation.report import results_table, write_report
+from agentrl.evaluation.report import write_report
+from agentrl.evaluation.results_table import results_table
 from agentrl.evaluation.watch import watch
 from agentrl.rollout.play import ActionRequest
 from agentrl.rollout.players import HumanPlayer

@@ -1,78 +1,32 @@
-"""The results of a run as a table in the terminal and as a self-contained HTML page."""
+"""The report of a run: one self-contained HTML page."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
 
 from agentrl.data.storage import read_episodes
 from agentrl.data.trajectory import Episode, Outcome
 from agentrl.errors import AgentRLError
+from agentrl.evaluation.results_table import (
+    data_line,
+    final_policies,
+    format_number,
+    panel_line,
+    rate_and_interval,
+    step_of,
+    task_types,
+)
 from agentrl.evaluation.statistics import intervals_separate
 from agentrl.files import write_atomic
 from agentrl.run.logger import read_metrics
 from agentrl.run.records import read_manifest, read_summary
-from agentrl.terminal import plain, printable
+from agentrl.terminal import printable
 
 Tree = Mapping[str, Any]
 
-_MAX_COLUMNS = 6  # task types shown as columns
 _MAX_TEXT_CHARS = 4000  # of one observation or reply
-
-
-def results_table(summary: Tree) -> RenderableType:
-    """Return the success rates of each policy, overall and per task type, in percent with 95 % intervals.
-
-    If there are more task types than fit in a terminal, they become the rows of a second table.
-
-    Args:
-        summary: The content of a run's summary.json, of which only `policies` is needed.
-    """
-    policies = _final_policies(summary)
-    types = _task_types(policies)
-    if len(types) > _MAX_COLUMNS:
-        return Group(_policies_table(summary, policies, []), _types_table(policies, types))
-    return _policies_table(summary, policies, types)
-
-
-def _types_table(policies: Mapping[str, Mapping[str, Tree]], types: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("success %", no_wrap=True)
-    scores = [score for decodings in policies.values() for score in decodings.values()]
-    for name, decodings in policies.items():
-        for decoding in decodings:
-            table.add_column(plain(f"{name}\n{decoding}"), justify="right")
-    for kind in types:
-        cells = [_terminal_cell(score["by_task_type"].get(kind), narrow=False, digits=0) for score in scores]
-        table.add_row(*map(plain, (kind.replace("_", " "), *cells)))
-    return table
-
-
-def _policies_table(summary: Tree, policies: Mapping[str, Mapping[str, Tree]], types: Sequence[str]) -> Table:
-    narrow = len(types) > 3  # put intervals below their rates, so that six task types fit in a terminal
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0 if narrow else 1, 0, 0), pad_edge=False)
-    lines = _instruction_caption(summary)
-    table.title = plain(_panel_line(summary), "table.title")
-    table.caption = plain(lines, "table.caption") if lines else None
-    table.title_justify = table.caption_justify = "left"
-    for name in ("policy", "decoding"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("success %", justify="right", no_wrap=True)
-    for name in (*(kind.replace("_", " ") for kind in types), "turns"):
-        table.add_column(plain(name), justify="right")
-    for name, decodings in policies.items():
-        for index, (decoding, score) in enumerate(decodings.items()):
-            cells = [_terminal_cell(score, narrow, digits=1)]
-            cells += [_terminal_cell(score["by_task_type"].get(kind), narrow, digits=0) for kind in types]
-            cells += [_format_number(score.get("mean_turns"), 1)]
-            last = index == len(decodings) - 1
-            table.add_row(*map(plain, (name if index == 0 else "", decoding, *cells)), end_section=last)
-    return table
 
 
 def write_report(run_folder: str | Path) -> Path:
@@ -101,7 +55,7 @@ def _content(folder: Path) -> dict[str, Any]:
     from agentrl.evaluation import figures  # loads matplotlib (half a second), which a table does not need
 
     summary, manifest = read_summary(folder), read_manifest(folder) or {}
-    policies = _final_policies(summary)
+    policies = final_policies(summary)
     training = read_metrics(folder / "metrics.jsonl", "train")
     by_turn = {
         name: values
@@ -114,13 +68,13 @@ def _content(folder: Path) -> dict[str, Any]:
     config = folder / "config.yaml"
     return {
         "name": folder.resolve().name,
-        "subtitle": " · ".join(str(part) for part in (summary.get("env"), _data_line(summary)) if part),
+        "subtitle": " · ".join(str(part) for part in (summary.get("env"), data_line(summary)) if part),
         "tiles": _tiles(policies),
         "success_figure": figures.draw_success(policies) if policies else "",
         "verdicts": _verdicts(policies),
-        "columns": ["success", *_task_types(policies)],
+        "columns": ["success", *task_types(policies)],
         "rows": list(_score_rows(policies)),
-        "panel": _panel_line(summary),
+        "panel": panel_line(summary),
         "instruction": list(_instruction_rows(summary)),
         "curve_figure": figures.draw_learning_curve(training, _curve_points(summary, training))
         if training
@@ -135,64 +89,21 @@ def _content(folder: Path) -> dict[str, Any]:
     }
 
 
-def _final_policies(summary: Tree) -> dict[str, dict[str, Any]]:
-    """Return the policies to compare, without the points of the learning curve (`step-N`)."""
-    return {
-        name: decodings for name, decodings in summary.get("policies", {}).items() if _step_of(name) is None
-    }
-
-
-def _step_of(name: str) -> int | None:
-    found = re.fullmatch(r"step-(\d+)", name)
-    return int(found[1]) if found else None
-
-
-def _task_types(policies: Mapping[str, Mapping[str, Tree]]) -> list[str]:
-    return sorted(
-        {
-            kind
-            for decodings in policies.values()
-            for score in decodings.values()
-            for kind in score["by_task_type"]
-        }
-    )
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def _format_number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _cell(score: Tree | None) -> tuple[str, str]:
-    """Rate and interval, e.g. ("54.6", "[48.3, 60.8]")."""
-    if score is None or score["success_rate"] is None:
-        return "–", ""
-    low, high = score["interval"]
-    return _percent(score["success_rate"]), f"[{_percent(low)}, {_percent(high)}]"
-
-
-def _terminal_cell(score: Tree | None, narrow: bool, digits: int) -> str:
-    if score is None or score["success_rate"] is None:
-        return "–"
-    rate, low, high = (f"{100 * share:.{digits}f}" for share in (score["success_rate"], *score["interval"]))
-    return f"{rate}\n{low}–{high.removesuffix('.0')}" if narrow else f"{rate} [{low}, {high}]"
-
-
 def _score_rows(policies: Mapping[str, Mapping[str, Tree]]) -> Iterable[dict[str, Any]]:
-    types = _task_types(policies)
+    types = task_types(policies)
     for name, decodings in policies.items():
         for index, (decoding, score) in enumerate(decodings.items()):
-            cells = [_cell(score), *(_cell(score["by_task_type"].get(kind)) for kind in types)]
+            cells = [
+                rate_and_interval(score),
+                *(rate_and_interval(score["by_task_type"].get(kind)) for kind in types),
+            ]
             yield {
                 "policy": name,
                 "decoding": decoding,
                 "first": index == 0,
                 "cells": [{"rate": rate, "interval": interval} for rate, interval in cells],
-                "turns": _format_number(score.get("mean_turns"), 1),
-                "returned": _format_number(score.get("mean_return"), 2),
+                "turns": format_number(score.get("mean_turns"), 1),
+                "returned": format_number(score.get("mean_return"), 2),
                 "aborted": _format_aborted(score),
             }
 
@@ -212,7 +123,7 @@ def _tiles(policies: Mapping[str, Mapping[str, Tree]]) -> list[dict[str, str]]:
         for name in ("cloned", "trained"):
             score = policies.get(name, {}).get(decoding)
             if score is not None:
-                rate, interval = _cell(score)
+                rate, interval = rate_and_interval(score)
                 tiles.append(
                     {"label": f"{name}, {decoding}", "value": f"{rate} %", "note": f"{interval} success"}
                 )
@@ -239,43 +150,15 @@ def _verdicts(policies: Mapping[str, Mapping[str, Tree]]) -> list[str]:
     return sentences
 
 
-def _panel_line(summary: Tree) -> str:
-    scores = [score for decodings in summary.get("policies", {}).values() for score in decodings.values()]
-    if not scores:
-        return ""
-    first = scores[0]
-    plays = first["episodes"] + first.get("aborted", 0)
-    parts = (
-        [f"{plays} episodes", f"panel {first['panel_hash'][:12]}"]
-        if first.get("panel_hash")
-        else [f"{plays} episodes"]
-    )
-    return ", ".join([*parts, *([line] if (line := _data_line(summary)) else [])])
-
-
-def _data_line(summary: Tree) -> str:
-    scores = (score for decodings in summary.get("policies", {}).values() for score in decodings.values())
-    labels = sorted({str(score["data"]) for score in scores if score.get("data")})
-    return f"data: {', '.join(labels)}" if labels else ""
-
-
 def _instruction_rows(summary: Tree) -> Iterable[dict[str, Any]]:
     for decoding, check in (summary.get("instruction_check") or {}).items():
         for key, goal in (
             ("new_goal", "the new goal, which it was given"),
             ("old_goal", "the panel's goal, which it was not given"),
         ):
-            rate, interval = _cell(check[key])
+            rate, interval = rate_and_interval(check[key])
             reached = {"rate": f"{rate} %", "interval": interval, "episodes": check[key]["episodes"]}
             yield reached | {"decoding": decoding, "goal": goal}
-
-
-def _instruction_caption(summary: Tree) -> str | None:
-    lines = ["Given another goal for the same initial state, the trained policy reached"]
-    for decoding, check in (summary.get("instruction_check") or {}).items():
-        new, old = (" ".join(_cell(check[key])) for key in ("new_goal", "old_goal"))
-        lines.append(f"{decoding:8} the new goal in {new} %, the panel's goal in {old} %")
-    return "\n".join(lines) if len(lines) > 1 else None
 
 
 def _curve_points(summary: Tree, training: Sequence[Tree]) -> dict[str, list[tuple[int, float, Any]]]:
@@ -283,7 +166,7 @@ def _curve_points(summary: Tree, training: Sequence[Tree]) -> dict[str, list[tup
     last = training[-1]["step"]
     points: dict[str, list[tuple[int, float, Any]]] = {}
     for name, decodings in summary.get("policies", {}).items():
-        step = {"cloned": 0, "trained": last}.get(name, _step_of(name))
+        step = {"cloned": 0, "trained": last}.get(name, step_of(name))
         for decoding, score in decodings.items():
             if step is not None and score["success_rate"] is not None:
                 points.setdefault(decoding, []).append(
@@ -329,7 +212,7 @@ def _episode_rows(episodes: Sequence[Episode]) -> list[dict[str, Any]]:
                 {
                     "observation": _truncate(turn.observation),
                     "action": _truncate(turn.action),
-                    "entropy": _format_number(turn.entropy, 3),
+                    "entropy": format_number(turn.entropy, 3),
                     "reward": f"{turn.reward:g}",
                     "shade": f"{0.45 * (turn.entropy or 0.0) / most:.3f}",
                 }

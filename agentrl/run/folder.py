@@ -1,4 +1,4 @@
-"""A run's folder: where it is, what stands in it, and with which changes it may be resumed."""
+"""Folder of a run: create and open it, and check with which changes it may be resumed."""
 
 import errno
 import importlib.metadata
@@ -24,12 +24,12 @@ from agentrl.run.config_files import ConfigFile, with_origins
 from agentrl.run.records import SCHEMA, read_manifest, read_summary
 from agentrl.run.settings import RunConfig, apply_changes, config_from_tree, config_tree
 
-if TYPE_CHECKING:  # it loads transformers
+if TYPE_CHECKING:  # loads transformers
     from agentrl.policy.tokens import Wording
 
 _log = logging.getLogger(__name__)
 
-# What may change when a run is resumed: none of it says what is learned (but see `rollout.placement`).
+# Keys that may change when a run is resumed: none affects what is learned (but see `rollout.placement`).
 _RESUMABLE_KEYS = (
     "run.",
     "trainer.checkpoint_every",
@@ -51,31 +51,31 @@ _RESUMABLE_KEYS = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run on disk: what `train` returns and `evaluate` takes."""
+    """Run on disk, as `train` returns it and `evaluate` takes it."""
 
     folder: Path
     config: RunConfig
 
     @property
     def model(self) -> Path:
-        """The trained policy as a Hugging Face folder."""
+        """Return the Hugging Face folder of the trained policy."""
         return self.folder / "model"
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What the run reached; empty until it has finished."""
+        """Return the results of the run; empty until it has finished."""
         return read_summary(self.folder)
 
 
 def create_run(config: RunConfig, **measured: Any) -> Run:
-    """Make the folder and write the resolved configuration and the manifest into it.
+    """Create the run's folder with the resolved configuration and the manifest.
 
     Args:
-        config: of the run.
-        measured: what else the manifest shall hold, JSON values.
+        config: The configuration of the run.
+        measured: Further JSON values for the manifest.
 
     Raises:
-        ConfigError: when `run.name` is taken.
+        ConfigError: If `run.name` is invalid or taken, or the folder cannot be created.
     """
     parent, manifest = Path(config.run.folder), _manifest(config) | measured
     if config.run.name is not None:
@@ -93,7 +93,7 @@ def create_run(config: RunConfig, **measured: Any) -> Run:
 
 
 def _create(folder: Path, config: RunConfig, manifest: Mapping[str, Any]) -> bool:
-    """Make a run's folder with all that it must have to be resumed; False where its name is taken."""
+    """Create a run's folder with everything a resume needs; return False if its name is taken."""
     if os.path.lexists(folder):
         return False
     try:
@@ -112,11 +112,11 @@ def _create(folder: Path, config: RunConfig, manifest: Mapping[str, Any]) -> boo
 def open_run(path: str | Path) -> Run:
     """Open a run by its folder, or by its name below `runs/`.
 
-    Nothing that the folder names is executed: what its `run.imports` register has to be imported before.
+    Nothing that the folder names is executed: import the modules of its `run.imports` first.
 
     Raises:
-        CheckpointError: when there is none.
-        ConfigError: its configuration is damaged, or has a recipe that nobody has imported.
+        CheckpointError: If there is no such run, or a newer version wrote it.
+        ConfigError: If its configuration is damaged, or its recipe was not imported.
     """
     folder = find_run(path)
     return Run(folder, _stored_config(folder))
@@ -126,8 +126,7 @@ def find_run(path: str | Path) -> Path:
     """Return a run's folder, given that or its name below `runs/`.
 
     Raises:
-        CheckpointError: when there is none, or it is of a newer version.
-        ConfigError: when its configuration is damaged.
+        CheckpointError: If there is no such run.
     """
     for folder in (Path(path), Path(RunConfig().run.folder) / path):
         if (folder / "config.yaml").is_file():
@@ -142,8 +141,8 @@ def _stored_config(folder: Path) -> RunConfig:
     schema = manifest.get("schema", 1)
     if schema > SCHEMA:
         raise CheckpointError(
-            f"{folder}: written by a newer agentrl, schema {schema}, this one reads up to {SCHEMA}; "
-            "install the version that it was made with, or a later one"
+            f"{folder}: written by a newer agentrl (schema {schema}; this version reads up to {SCHEMA}); "
+            "install the version that wrote it, or a later one"
         )
     remedy = f"restore {path} from a copy, or start a new run"
     try:
@@ -167,12 +166,12 @@ _BLOCK_NAMES = (
     *("env", "rollout", "engine", "policy", "warm_start", "algorithm"),
     *("learner", "trainer", "evaluation", "seed", "run"),
 )
-# Schema -> dotted keys of its configurations that have another name now, and that name; None drops a key.
+# For each schema, the dotted keys that were renamed since, and their new names; None drops a key.
 RENAMED_KEYS: dict[int, dict[str, str | None]] = {1: {}}
 
 
 def migrate(tree: Mapping[str, Any], schema: int) -> dict[str, Any]:
-    """A stored configuration in the keys of this version."""
+    """Return a stored configuration of an older schema with the keys of this version."""
     result = deepcopy(dict(tree))
     for number in range(schema, SCHEMA):
         for old, new in RENAMED_KEYS.get(number, {}).items():
@@ -191,10 +190,14 @@ def migrate(tree: Mapping[str, Any], schema: int) -> dict[str, Any]:
 
 
 def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
-    """The run with changed keys, as long as they do not change what is learned.
+    """Return the run with changed keys, none of which may change what is learned.
+
+    Args:
+        run: The stored run.
+        overrides: `key=value` overrides.
 
     Raises:
-        ConfigError: listing the keys that do, or its environment is one that nobody has imported.
+        ConfigError: If a key may not change (all of them are listed), or the environment was not imported.
     """
     if run.config.run.imports and run.config.env.id not in env_ids():
         raise ConfigError(f"{run.folder} plays {run.config.env.id}, which is unknown here{withheld_hint()}")
@@ -207,7 +210,7 @@ def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
     after = config_tree(config)
     if config.run.imports != run.config.run.imports:
         raise ConfigError(
-            "run.imports: a run keeps what it began with; wanted --import for what it needs now"
+            "run.imports: cannot change when a run is resumed; use --import for further modules"
         )
     changed = [key for key in _changed_keys(before, after) if not key.startswith(_RESUMABLE_KEYS)]
     if changed:
@@ -226,11 +229,11 @@ def _warn_of_changed_imports(run: Run) -> None:
         return  # a run without imports
     for name, now in import_hashes(run.config.run.imports).items():
         if began.get(name, now) != now:
-            _log.warning("%s is not what it was when %s began: what it learns may differ", name, run.folder)
+            _log.warning("%s has changed since %s began: what the run learns may differ", name, run.folder)
 
 
 def note_wording(run: Run, wording: "Wording") -> None:
-    """Write what stands around the texts of prompts into the manifest, unless it says so already."""
+    """Record the fixed text of prompts in the manifest, unless it is recorded already."""
     manifest = read_manifest(run.folder)
     if manifest is not None and "prompt" not in manifest:
         write_atomic(
@@ -239,9 +242,9 @@ def note_wording(run: Run, wording: "Wording") -> None:
 
 
 def changed_wording(run: Run, wording: "Wording") -> str | None:
-    """Say how prompts differ from those that the run was made with; None where they do not, or nobody knows.
+    """Describe how prompts differ from the recorded ones; None if they do not, or none are recorded.
 
-    A chat template may write the date, and so another prompt on another day.
+    A chat template may write the date, so that prompts differ from day to day.
     """
     manifest = read_manifest(run.folder) or {}
     before, now = manifest.get("prompt"), asdict(wording)
@@ -249,7 +252,7 @@ def changed_wording(run: Run, wording: "Wording") -> str | None:
         return None
     parts = [name for name in ("opening", "before_reply", "between") if before.get(name) != now[name]]
     if not parts:
-        return f"the prompts of {run.folder} read as before, but with other token ids: its tokenizer changed"
+        return f"the prompts of {run.folder} are the same text with other token ids: its tokenizer changed"
     then, today = _differing_lines(str(before.get(parts[0])), str(now[parts[0]]))
     return (
         f"the prompts of {run.folder} have changed since it was made: their {parts[0]} had {then!r} and now "
@@ -260,7 +263,7 @@ def changed_wording(run: Run, wording: "Wording") -> str | None:
 
 
 def _differing_lines(before: str, now: str) -> tuple[str, str]:
-    """The lines of two texts that differ; all of them where only their order does."""
+    """Return the differing lines of two texts; all lines if only their order differs."""
     old, new = before.splitlines(), now.splitlines()
     lost, come = [line for line in old if line not in new], [line for line in new if line not in old]
     return ("\n".join(lost), "\n".join(come)) if lost or come else (before, now)

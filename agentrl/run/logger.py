@@ -247,7 +247,7 @@ def read_metrics(path: str | Path, stage: str | None = None) -> list[dict[str, A
         CheckpointError: If the file cannot be read, or a line other than the last is not a row.
     """
     file, rows = Path(path), list[dict[str, Any]]()
-    remedy = "restore it from a copy, or delete it to go on without the rows so far"
+    remedy = "restore it from a copy, or delete it to continue without the rows so far"
     if not os.path.lexists(file):
         return rows
     try:

@@ -1,4 +1,4 @@
-"""From a name to someone who plays: a script, a run, or a Hugging Face folder."""
+"""Policies and players, opened by the name of a script, a run or a Hugging Face folder."""
 
 import random
 import warnings
@@ -43,14 +43,14 @@ _MAX_TEXT_CHARS = 1 << 26  # limit of the text that a tokenizer is fitted on
 
 @dataclass(frozen=True)
 class Policy:
-    """A model with its way of reading and writing turns.
+    """Model with its tokenizer and its format of turns.
 
     Args:
-        model: what is learned, in float32.
-        served: what generates: the model itself, or a copy of it in another `policy.dtype`, whose weights are
-            rounded from those that are learned whenever these have changed.
-        tokenizer: of both.
-        dialogue: how turns are read and written.
+        model: The trained model, in float32.
+        served: The model that generates: `model` itself, or a copy in another `policy.dtype`, whose weights
+            are rounded from the trained ones after each update.
+        tokenizer: The tokenizer of both.
+        dialogue: The format in which turns are read and written.
     """
 
     model: PreTrainedModel
@@ -59,16 +59,18 @@ class Policy:
     dialogue: Dialogue
 
     def engine(self, config: RunConfig) -> Engine:
+        """Open the configured inference engine on the served model."""
         return open_engine(
             self.served,
             config.engine,
             stop_ids=self.dialogue.stop_ids,
             max_context=config.policy.max_context,
-            max_sequences=2 * config.rollout.max_active,  # those that wait to be branched from as well
+            max_sequences=2 * config.rollout.max_active,  # including sequences kept for branching
             address=config.rollout.ray.address,
         )
 
     def player(self, engine: Engine, config: RunConfig, temperature: float) -> LanguagePlayer:
+        """Make a player that samples its replies from the engine."""
         sampling = SamplingParams(temperature=temperature, max_tokens=config.engine.max_tokens)
         return LanguagePlayer(self.dialogue, engine, sampling, choices=config.rollout.constrained)
 
@@ -80,9 +82,16 @@ def fit_policy(
     player: Player,
     tokenizer_folder: Path,
 ) -> Policy:
-    """The policy a new run starts from: random weights and a tokenizer of the text that `player` plays.
+    """Make the initial policy of a run: random weights, and a tokenizer fitted on text that `player` plays.
 
-    A tokenizer is fitted once per run and kept in `tokenizer_folder`.
+    The tokenizer is fitted once per run and kept in `tokenizer_folder`.
+
+    Args:
+        config: The configuration of the run.
+        tasks: The training tasks.
+        environments: The training environments.
+        player: The player whose episodes the tokenizer is fitted on.
+        tokenizer_folder: The folder of the tokenizer.
     """
     check_without_template(config.policy.reply, config.policy.template_arguments)
     if not tokenizer_folder.is_dir():
@@ -90,16 +99,16 @@ def fit_policy(
         fitted = fit_tokenizer(texts, config.policy.vocab_size)
         with replacing_folder(tokenizer_folder) as partial:
             fitted.save_pretrained(partial)
-    tokenizer = load_tokenizer(tokenizer_folder)  # as a resumed run has it
+    tokenizer = load_tokenizer(tokenizer_folder)  # as a resumed run loads it
     block = replace(config.policy, dtype="float32")
     model = build_model(block, tokenizer, derive_seed(config.seed, "weights"))
     return _make_policy(model, tokenizer, config.policy)
 
 
 def names_actions(tasks: Sequence[str], environments: Environments) -> bool:
-    """Whether the environment offers a list of actions to choose from; else replies are free text."""
+    """Return whether the environment lists its admissible actions; otherwise replies are free text."""
     info: Any = {}
-    with suppress(Exception), environments.borrow() as environment:  # its episodes will record it
+    with suppress(Exception), environments.borrow() as environment:  # a failure is recorded by its episodes
         _, info = environment.reset(seed=0, options={"task": tasks[0]})
     return info.get("actions") is not None
 
@@ -107,7 +116,7 @@ def names_actions(tasks: Sequence[str], environments: Environments) -> bool:
 def environment_text(
     config: RunConfig, tasks: Sequence[str], environments: Environments, player: Player
 ) -> list[str]:
-    """Observations and actions of training tasks as `player` plays them, for a tokenizer to be fitted on."""
+    """Return observations and actions of training tasks that `player` plays, to fit a tokenizer on."""
     texts: list[str] = []
     left, endless = _MAX_TEXT_CHARS, 0
     for spec in drawn_specs(config, "tokenizer", config.policy.tokenizer_episodes, tasks):
@@ -130,17 +139,17 @@ def environment_text(
 
 
 def turn_limit(config: RunConfig) -> int:
-    """Return the most turns of an episode, where an environment may have no end."""
+    """Return the maximum number of turns of an episode, for environments that may never end one."""
     return FALLBACK_MAX_TURNS if config.rollout.max_turns is None else config.rollout.max_turns
 
 
 def is_endless(config: RunConfig, episode: Episode) -> bool:
-    """Tell whether an episode came to the limit that only stands in for a missing one."""
+    """Return whether an episode reached `FALLBACK_MAX_TURNS` for lack of a configured limit."""
     return config.rollout.max_turns is None and len(episode.turns) >= FALLBACK_MAX_TURNS
 
 
 def drawn_specs(config: RunConfig, use: str, count: int, tasks: Sequence[str]) -> Iterator[EpisodeSpec]:
-    """Draw the tasks of `count` episodes; `use` names their purpose, and so their random stream."""
+    """Draw the tasks of `count` episodes; `use` names their purpose and selects the random stream."""
     draw = random.Random(derive_seed(config.seed, use))
     for index in range(count):
         task = tasks[draw.randrange(len(tasks))]
@@ -151,7 +160,7 @@ def load(folder: str | Path, config: PolicyConfig) -> Policy:
     """Load the policy in a Hugging Face folder.
 
     Raises:
-        CheckpointError: if the folder cannot be read, or its numbers overflow in `policy.dtype`.
+        CheckpointError: If the folder cannot be read, or its weights overflow in `policy.dtype`.
     """
     model, tokenizer = load_policy(folder, device=config.device)
     policy = _make_policy(model, tokenizer, config)
@@ -161,7 +170,7 @@ def load(folder: str | Path, config: PolicyConfig) -> Policy:
 
 
 def scripted_player(name: str, seed: int = 0) -> Player:
-    """`random` or `expert`."""
+    """Return the player named `random` or `expert`."""
     if name == "random":
         return RandomPlayer()
     if name == "expert":
@@ -172,19 +181,21 @@ def scripted_player(name: str, seed: int = 0) -> Player:
 def open_player(
     policy: str, *, temperature: float = 1.0, config: RunConfig | None = None
 ) -> tuple[Player, RunConfig]:
-    """Open whoever `policy` names, in this process: whatever a run generated with, `torch` reads its weights.
+    """Open the player that `policy` names, in this process and with the `torch` engine.
+
+    A warning is issued if the prompts differ from those that a run recorded, as with a chat template that
+    writes the date.
 
     Args:
-        policy: `random`, `expert`, a run's folder or name, or a Hugging Face folder. Where prompts are others
-            than the run recorded, as with a chat template that writes the date, it is warned of.
-        temperature: 0 plays greedily.
-        config: how to play where `policy` is no run and so does not say it; None takes the defaults.
+        policy: `random`, `expert`, a run's folder or name, or a Hugging Face folder.
+        temperature: The sampling temperature; 0 is greedy.
+        config: The configuration to play with if `policy` is not a run; None takes the defaults.
 
     Returns:
-        The player, and the configuration it was opened with (a run's own).
+        The player, and the configuration that it was opened with (for a run, the run's own).
 
     Raises:
-        CheckpointError: when nothing of that name can be opened.
+        CheckpointError: If no policy of that name can be opened.
     """
     if policy in ("random", "expert"):
         return scripted_player(policy), config or RunConfig()
@@ -198,7 +209,7 @@ def open_player(
     changed = opened and changed_wording(opened, loaded.dialogue.wording)
     if changed:
         warnings.warn(changed, RuntimeWarning, stacklevel=2)
-    # The default was nobody's wish, so a model that holds less needs no word about it.
+    # Nobody asked for the default, so a model with a shorter context needs no warning.
     limit = context_length(loaded.model, config.policy.max_context if asked else None)
     block = replace(config.policy, path=str(folder), max_context=min(limit, config.policy.max_context))
     config = replace(config, engine=replace(config.engine, name="torch", actors=None), policy=block)
@@ -208,8 +219,8 @@ def open_player(
 def _warn_of_dropped_values(run: Run) -> None:
     if named := ", ".join(caller_only_values(run.config)):
         warnings.warn(
-            f"{run.folder} names {named}: not used, since only who plays it may name programs, servers and "
-            "what shuts code in",
+            f"{run.folder} sets {named}: not used, since only the caller may name programs and servers, or "
+            "choose how code is isolated",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -227,7 +238,7 @@ def _make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, con
 
 
 def _open_run_or_none(policy: str) -> Run | None:
-    """A run of that folder or name; None for a folder that is none, or a model's that holds a config.yaml."""
+    """Open the run of that folder or name; return None for any other folder, such as a model's."""
     try:
         return open_run(policy)
     except AgentRLError:

@@ -83,7 +83,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json"
     if not _exists(path):
         return {}
-    return _read_dict(path, _Summary, f"delete it, and `agentrl train --resume {folder}` writes it anew")
+    return _read_dict(path, _Summary, f"delete it, and `agentrl train --resume {folder}` writes it again")
 
 
 def read_evaluations(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The configuration of a run: every room's own block, composed, validated at once, printed and read back."""
+"""Configuration of a run: the blocks of all packages, read, validated and written as one."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 def cloning_learner() -> LearnerConfig:
-    """Larger steps than reinforcement learning takes, decaying over the step budget."""
+    """Return the default learner of the warm start: higher learning rates, which decay over its steps."""
     return LearnerConfig(
         learning_rate=3e-3,
         matrix_learning_rate=1e-2,
@@ -51,12 +51,12 @@ class WarmStartConfig:
     """Behaviour cloning of the environment's expert before reinforcement learning.
 
     Args:
-        steps: optimiser steps; 0 starts from random weights (or from `policy.path`).
-        batch_size: demonstrations per step.
-        demonstrations: how many are played; they are reused when steps * batch_size is larger.
-        noise: share of random actions, which stay in the context and out of the loss.
-        noise_prefers: the prefix of actions that most of the noise takes when one is admissible.
-        learner: optimiser of this stage.
+        steps: The number of optimizer steps; 0 starts from random weights (or from `policy.path`).
+        batch_size: The number of demonstrations per step.
+        demonstrations: The number of demonstrations to play; they are reused if steps * batch_size is larger.
+        noise: The share of random actions, which stay in the context and out of the loss.
+        noise_prefers: The prefix of actions that most random actions have, if one is admissible.
+        learner: The optimizer settings of this stage.
     """
 
     steps: Steps = 110
@@ -80,20 +80,21 @@ _STALE_CAP = 2.0
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """The loop of reinforcement learning.
+    """Loop of reinforcement learning.
 
     Args:
-        steps: iterations of rollout and update.
-        checkpoint_every: steps between checkpoints, in both training stages.
-        save_episodes_every: steps between stored rollouts; 0 stores none.
-        threads: of torch; None leaves torch's own choice.
-        mode: async plays the next steps in a thread, from weights that are a few updates old, while the
-            learner learns from the last one; only sync repeats a run exactly.
-        max_staleness: of async: updates that may lie between the weights that a step is begun with and those
-            that learn from it. 0 gives what sync gives.
-        importance_cap: decisions that other weights or another engine drew are weighted by the ratio of the
-            learner's probability to that one, at most this (truncated importance sampling); None does so only
-            in async with a staleness above 0, at most 2.
+        steps: The number of iterations of rollout and update.
+        checkpoint_every: The number of steps between checkpoints, in both training stages.
+        save_episodes_every: The number of steps between stored rollouts; 0 stores none.
+        threads: The number of torch threads; None leaves the choice to torch.
+        mode: `async` plays the next steps in a thread, with weights that are a few updates old, while the
+            learner learns from the previous one; only `sync` runs are exactly reproducible.
+        max_staleness: For `async`, the maximum number of updates between the weights that a step starts with
+            and those that learn from it; 0 gives the same results as `sync`.
+        importance_cap: The cap of the importance weights (truncated importance sampling): tokens sampled with
+            other weights or by another engine are weighted by the ratio of the learner's probability to that
+            of the sampler. None applies a cap of 2 in `async` mode with a staleness above 0, and else no
+            weights.
     """
 
     steps: Steps = 240
@@ -109,23 +110,24 @@ class TrainerConfig:
 
     @property
     def correction(self) -> float | None:
-        """The cap of importance weights that holds; None weighs nothing."""
+        """Return the effective cap of the importance weights, or None if they are not applied."""
         stale = self.mode == "async" and self.max_staleness > 0
         return _STALE_CAP if self.importance_cap is None and stale else self.importance_cap
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What every policy of a run is measured on.
+    """Evaluation of the policies of a run.
 
     Args:
-        split: the tasks that are held out.
-        tasks: how many of them, from the first.
-        panel: a panel file instead of `split` and `tasks`.
-        repeats: plays of each task.
-        every: steps between evaluations while training; 0 evaluates before and after only.
-        baselines: policies that are measured beside the trained one.
-        instruction_check: also tell the policy another goal of the same room, where the environment can.
+        split: The split of the held-out tasks.
+        tasks: The number of tasks, from the first.
+        panel: A panel file to use instead of `split` and `tasks`.
+        repeats: The number of episodes per task.
+        every: The number of steps between evaluations during training; 0 evaluates only before and after.
+        baselines: The policies to evaluate in addition to the trained one.
+        instruction_check: Whether to also give the policy another goal for the same initial state, if the
+            environment has one.
     """
 
     split: str = "valid_unseen"
@@ -147,13 +149,13 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class RunFolderConfig:
-    """Where the run is kept, and which code of its user's it imports.
+    """Folder of a run, and the user code that it imports.
 
     Args:
-        name: of the folder; None counts up from the environment and algorithm names.
-        folder: that holds the runs.
-        imports: Python files and modules that register environments and recipes, in every process; a file is
-            relative to the configuration that names it. Who opens the run later names them again.
+        name: The name of the folder; None makes a numbered one from the environment and the algorithm.
+        folder: The parent folder of the runs.
+        imports: Python files and modules that register environments and recipes, in every process. A file is
+            relative to the configuration that names it. They must be named again to open the run later.
     """
 
     name: str | None = None
@@ -166,7 +168,7 @@ DEFAULT_RECIPE = "grpo"
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run; each field is a top-level key of the file."""
+    """Configuration of a run; each field is a top-level key of the file."""
 
     env: EnvConfig = field(default_factory=EnvConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -187,38 +189,38 @@ class RunConfig:
         temperature = self.rollout.temperature
         if not _VLLM_TEMPERATURES[0] <= temperature <= _VLLM_TEMPERATURES[1]:
             raise ConfigError(
-                f"rollout.temperature is {temperature}, wanted within {list(_VLLM_TEMPERATURES)}: "
-                "engine.name=vllm draws at no other"
+                f"rollout.temperature is {temperature}, wanted within {list(_VLLM_TEMPERATURES)}, "
+                "the range of engine.name=vllm"
             )
         inside = self.engine.actors is None and self.engine.vllm.url is None
         if inside and "fsdp" in (self.learner.backend, self.warm_start.learner.backend):
             raise ConfigError(
-                "engine.name=vllm: in this process it would end the process group of learner.backend=fsdp "
-                "with its own; wanted engine.actors, or engine.vllm.url of a server"
+                "engine.name=vllm: in this process, it would destroy the process group of "
+                "learner.backend=fsdp; wanted engine.actors, or the engine.vllm.url of a server"
             )
 
 
 _VLLM_TEMPERATURES = (0.01, 2.0)
 
-# Keys of a block that a new value of its naming key makes meaningless.
+# The key that names the kind of a block: a new value makes the other keys of the block meaningless.
 _NAMING_KEYS = {"algorithm": "name", "env": "id"}
 
 
 def load_config(
     path: str | Path | None = None, *overrides: str, warn: Any = None, imports: Iterable[str] = ()
 ) -> RunConfig:
-    """Read a run's configuration, and import what it names in `run.imports`.
+    """Read the configuration of a run, and import the modules of its `run.imports`.
 
     Args:
-        path: a YAML file, looked for as given and then among the shipped configs; None takes the defaults.
-            `extends: FILE` in it names another, whose values it changes.
-        overrides: `key=value` with dotted keys, e.g. `learner.learning_rate=3e-4`.
-        warn: called with one line for each key that a new `name` dropped, and for each value given in the
-            place of what a recipe's `preset` has.
-        imports: Python files and modules beside those of `run.imports`.
+        path: A YAML file, looked up as given and then among the shipped configs; None takes the defaults.
+            With `extends: FILE`, it changes the values of another file.
+        overrides: `key=value` overrides with dotted keys, e.g. `learner.learning_rate=3e-4`.
+        warn: Called with one line for each key that a new `name` dropped, and for each value that overrides
+            one of a recipe's `preset`. By default, the lines are printed to standard error.
+        imports: Python files and modules to import in addition to `run.imports`.
 
     Raises:
-        ConfigError: listing every mistake with its path, and the file and line or the override that made it.
+        ConfigError: If there are mistakes; each is listed with its key and its file and line, or override.
     """
     files = [] if path is None else read_config_files(path)
     tree = files[0].tree if files else {}
@@ -239,12 +241,12 @@ def load_config(
 
 
 def _with_imports(tree: dict[str, Any], more: Iterable[str]) -> dict[str, Any]:
-    """Import what the tree names and `more`, and have the tree name all of it."""
+    """Import the modules that the tree names and `more`, and add the latter to the tree."""
     block = tree.get("run")
     block = {} if block is None else block
     named = block.get("imports", []) if isinstance(block, dict) else None
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        return tree  # which is told with the other mistakes
+        return tree  # reported together with the other mistakes
     try:
         imported = load_imports(named)
     except ConfigError as error:
@@ -254,7 +256,7 @@ def _with_imports(tree: dict[str, Any], more: Iterable[str]) -> dict[str, Any]:
 
 
 def config_from_tree(tree: Mapping[str, Any]) -> RunConfig:
-    """Build and validate every block, reporting all mistakes at once."""
+    """Build and validate every block, and report all mistakes at once."""
     blocks = dict(tree)
     algorithm = blocks.pop("algorithm", None)
     if isinstance(blocks.get("env"), dict) and blocks["env"].get("id", EnvConfig.id) != EnvConfig.id:
@@ -276,7 +278,7 @@ def config_from_tree(tree: Mapping[str, Any]) -> RunConfig:
 
 
 def rank_mistakes(config: RunConfig, ranks: int) -> Iterator[str]:
-    """What so many processes that learn together could not share."""
+    """Yield the settings that cannot be shared by this number of training processes."""
     if ranks == 1:
         return
     if config.learner.backend == "single":
@@ -294,7 +296,7 @@ def rank_mistakes(config: RunConfig, ranks: int) -> Iterator[str]:
 
 
 def config_tree(config: RunConfig) -> dict[str, Any]:
-    """Plain values, ready for YAML; `config_from_tree` reads them back."""
+    """Return plain values for YAML, which `config_from_tree` reads back."""
     tree = {item.name: to_tree(getattr(config, item.name)) for item in fields(config)}
     tree["algorithm"] = recipe_tree(config.algorithm)
     return tree
@@ -313,11 +315,11 @@ def _recipe(block: Any) -> Recipe:
 def apply_changes(
     tree: Mapping[str, Any], changes: Iterable[tuple[Dotted, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Change values; a new name empties its block first, whatever the order of the changes.
+    """Change values of a configuration; a new name empties its block first, whatever the order.
 
     Args:
-        tree: to be changed; it stays as it is.
-        changes: paths and values, see `parse_overrides`.
+        tree: The values to change; it is not modified.
+        changes: The paths and new values, see `parse_overrides`.
 
     Returns:
         The changed tree, and the dotted keys that were dropped.
@@ -326,7 +328,7 @@ def apply_changes(
     dropped: list[str] = []
     for (*path, key), value in sorted(changes, key=lambda change: len(change[0])):
         block = _block(changed, path)
-        # An environment's arguments may be called anything; the blocks inside an algorithm are recipes.
+        # Blocks inside an algorithm are recipes; an environment's arguments may have any names.
         naming = path == ["env"] or path[:1] == ["algorithm"]
         if not naming or key != _NAMING_KEYS[path[0]] or value == block.get(key):
             continue
@@ -338,7 +340,7 @@ def apply_changes(
 
 
 def _block(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
-    """The block at a path; an empty one of its own where there is none."""
+    """Return the block at a path, or a new empty one if there is none."""
     found: Any = tree
     for part in path:
         found = found.get(part) if isinstance(found, dict) else None

@@ -1,4 +1,4 @@
-"""What the methods of a study reached, side by side, with the intervals that their design allows."""
+"""Comparison of the methods of a study, with confidence intervals over tasks."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -31,25 +31,25 @@ CURVES = (
     "train/rollout/success_rate",
 )
 RESAMPLES = 10_000
-_TRIMMED_SHARE = 0.25  # share of the seeds that is cut at each end
+_TRIMMED_SHARE = 0.25  # share of the seeds that is trimmed at each end
 _MAX_POINTS = 40  # of a curve
 
 
 def compare(folders: Folders, methods: Sequence[str], baseline: str, clone: str) -> dict[str, Any]:
-    """Read finished runs and put their numbers side by side.
+    """Compare the finished runs of a study.
 
     Args:
-        folders: of finished runs, by seed and method.
-        methods: in the order in which they are shown.
-        baseline: the method that the others are compared with.
-        clone: name of the runs that the methods started from.
+        folders: The folders of the finished runs, by seed and method.
+        methods: The methods, in the order in which they are shown.
+        baseline: The method that the others are compared with.
+        clone: The name of the runs that the methods started from.
 
     Returns:
         JSON values: `methods` (each with its `runs` by seed and, per decoding, the interquartile mean over
         seeds and the paired difference to the baseline), `baseline`, `clone`, `panel`, `caption`, `warnings`.
 
     Raises:
-        ConfigError: when two runs were not measured on the same panel.
+        ConfigError: If two runs were evaluated on different panels.
     """
     names = [name for name in (clone, *methods) if any(name in found for found in folders.values())]
     runs = {
@@ -82,33 +82,34 @@ def compare(folders: Folders, methods: Sequence[str], baseline: str, clone: str)
 def interquartile_mean(
     outcomes: NDArray[np.float64], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, Interval] | None:
-    """Interquartile mean over seeds of their means over tasks, with its 95 % percentile interval.
+    """Compute the interquartile mean over seeds of the means over tasks, with its 95 % percentile interval.
 
         trim_mean(x, 0.25),   x[s] = mean over tasks n of outcomes[s, n]
 
-    A resample draws the N tasks with replacement, one draw for all seeds: they play the same panel, and what
-    makes a task hard for one makes it hard for another. Seeds are not drawn: the interval is about tasks.
+    A resample draws the N tasks with replacement, with one draw for all seeds: they play the same panel, and
+    a task that is hard for one seed is hard for the others. Seeds are not resampled, so that the interval
+    covers the choice of tasks only.
 
     Args:
-        outcomes: [S, N], of any unit; NaN is left out of its seed's mean, and a seed of nothing else
-            altogether. For a paired difference, the outcomes of one method less those of the other.
-        seed: of the resampling.
-        resamples: number of redrawn panels.
+        outcomes: [S, N], in any unit. NaN is left out of its seed's mean, and a seed of only NaN altogether.
+            For a paired difference, the outcomes of one method minus those of the other.
+        seed: The seed of the resampling.
+        resamples: The number of resampled panels.
 
     Returns:
-        The mean and its interval, of no width where all tasks are alike; None without any outcome.
+        The mean and its interval, which has no width if all tasks are alike; None without any outcome.
 
-    Source: Agarwal et al. 2021, arXiv:2108.13264, for the mean; there, the runs are drawn and not the tasks.
+    Source: Agarwal et al. 2021, arXiv:2108.13264, for the mean; there, runs are resampled instead of tasks.
     """
     known = ~np.isnan(outcomes)
     outcomes = outcomes[known.any(axis=1)]
     if not outcomes.size:
         return None
     value = float(_interquartile(*outcomes, axis=-1))
-    if outcomes.shape[1] < 2:  # one task drawn again is the same task
+    if outcomes.shape[1] < 2:  # resampling a single task cannot vary
         return value, (value, value)
     with catch_warnings():
-        simplefilter("ignore", RuntimeWarning)  # a draw of aborted tasks alone says nothing, and is left out
+        simplefilter("ignore", RuntimeWarning)  # a resample of only aborted tasks is NaN, and left out
         drawn = bootstrap(
             tuple(outcomes),
             _interquartile,
@@ -128,12 +129,12 @@ def _interquartile(*outcomes: NDArray[np.float64], axis: int) -> NDArray[np.floa
 
 
 def _run_record(folder: Path) -> dict[str, Any]:
-    """What one run did and how it went."""
+    """Return the record of a finished run: its scores, counts and curves."""
     summary = read_summary(folder)
     rows = read_metrics(folder / "metrics.jsonl", "train")
     regular = open_run(folder).config.learner.updates_per_step
     learned = [row for row in rows if "train/learner/updates" in row]
-    # What a batch of rollouts is not worth by itself was taken on replayed episodes.
+    # Updates beyond the configured number per step were made on replayed episodes.
     replayed = sum(
         max(0.0, row["train/learner/updates"] + row["train/learner/skipped_updates"] - regular)
         for row in learned
@@ -159,7 +160,7 @@ def _run_record(folder: Path) -> dict[str, Any]:
 
 
 def downsample(rows: Sequence[Tree], key: str, points: int = _MAX_POINTS) -> dict[str, list[float]]:
-    """A logged number over the steps, as at most `points` means over as many consecutive steps each.
+    """Return a logged metric as at most `points` means, each over the same number of consecutive steps.
 
     >>> downsample([{"step": step, "loss": float(step)} for step in (1, 2, 3, 4)], "loss", points=2)
     {'step': [1.5, 3.5], 'value': [1.5, 3.5]}
@@ -184,13 +185,13 @@ def _success_estimate(plays: Mapping[int, Outcomes]) -> dict[str, Any]:
     table = np.array([[found[task] for task in sorted(found)] for found in plays.values()])
     tasks = table.shape[1]
     score = _estimate(plays, table)
-    if score["value"] in (0.0, 1.0):  # redrawn tasks would all be alike, and say nothing
+    if score["value"] in (0.0, 1.0):  # all outcomes are alike, so that resampling cannot vary
         score["interval"] = list(wilson(round(score["value"] * tasks), tasks))
     return score
 
 
 def _difference(plays: Mapping[int, Outcomes], others: Mapping[int, Outcomes]) -> dict[str, Any] | None:
-    """Over the tasks that both played on the same seed; None without a common seed."""
+    """Estimate the paired difference over tasks and common seeds; None without a common seed."""
     common = [seed for seed in plays if seed in others]
     if not common:
         return None
@@ -208,7 +209,7 @@ def _estimate(seeds: Iterable[int], table: NDArray[np.float64]) -> dict[str, Any
 
 
 def _common_panel(runs: Mapping[str, Mapping[int, Tree]]) -> dict[str, Any] | None:
-    """The panel that all were measured on; None without any run."""
+    """Return the panel that all runs were evaluated on; None without any run."""
     panels = {
         f"seed-{seed}/{name}": run["panel"] for name, found in runs.items() for seed, run in found.items()
     }
@@ -216,7 +217,7 @@ def _common_panel(runs: Mapping[str, Mapping[int, Tree]]) -> dict[str, Any] | No
     other = [name for name, panel in panels.items() if panel != panels[first or name]]
     if other:
         raise ConfigError(
-            f"{first} was measured on panel {panels[first or '']}, but {other[0]} on {panels[other[0]]}: "
+            f"{first} was evaluated on panel {panels[first or '']}, but {other[0]} on {panels[other[0]]}: "
             "their scores cannot be compared"
         )
     return None if first is None else panels[first]
@@ -226,21 +227,20 @@ def _caption(panel: Tree | None, seeds: int) -> list[str]:
     if panel is None:
         return []
     cut = int(_TRIMMED_SHARE * seeds)
-    dropped = f"the {cut} lowest and the {cut} highest" if cut else "none, so that it is their mean"
+    dropped = f"the {cut} lowest and the {cut} highest" if cut else "none, so that it is the mean"
     return [
         "success: interquartile mean over seeds of the success rate, "
         f"scipy.stats.trim_mean(x, {_TRIMMED_SHARE}); of {seeds} values it drops {dropped} "
         f"(int({_TRIMMED_SHARE} * {seeds}) = {cut} at each end).",
         f"[ ]: 95 % percentile bootstrap. Each of {RESAMPLES:,} resamples draws the {panel['tasks']} tasks "
         f"of panel {panel['hash'][:12]} ({panel['split']}) with replacement, one draw for all seeds and "
-        "methods, since all play the same tasks; rates and their interquartile mean follow from it. "
-        "Seeds are not drawn again: an interval says how far other tasks could move these runs, not how far "
-        "other seeds could. It is not widened for the number of methods. Where all plays ended alike, it is "
-        "Wilson's.",
-        "difference: outcome less the baseline's on the same seed and task, where neither was aborted; "
-        "percentage points.",
-        "updates: optimiser steps on a step's own episodes; those on replayed ones stand beside them. CPU: "
-        "seconds of rollout and learning in the run's own process, mean over seeds.",
+        "methods, since all play the same tasks; rates and their interquartile mean are recomputed from it. "
+        "Seeds are not resampled: an interval covers the choice of tasks, not the choice of seeds. It is not "
+        "corrected for the number of methods. If all plays had the same outcome, it is Wilson's interval.",
+        "difference: the outcome minus that of the baseline on the same seed and task, where neither was "
+        "aborted; in percentage points.",
+        "updates: optimizer steps on a step's own episodes; those on replayed episodes are listed as "
+        "replayed. CPU: seconds of rollout and learning in the run's own process, mean over seeds.",
     ]
 
 
@@ -259,7 +259,7 @@ def _warnings(runs: Mapping[str, Mapping[int, Tree]], seeds: int) -> list[str]:
 
 
 def format_range(counts: Collection[int]) -> str:
-    """The lowest and the highest of some counts; one number where they are alike.
+    """Format the lowest and the highest of some counts, or one number if they are equal.
 
     >>> format_range([1200, 1200]), format_range([7, 5, 6])
     ('1,200', '5–7')

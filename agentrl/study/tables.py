@@ -1,4 +1,4 @@
-"""A comparison of methods for a person: tables in the terminal and in Markdown, and a figure."""
+"""Comparison of methods as tables in the terminal and in Markdown, and as a figure."""
 
 import html
 import json
@@ -25,7 +25,7 @@ Curve = Mapping[str, Sequence[float]]  # `step` and `value`
 Curves = Mapping[str, Curve]
 Rows = Sequence[Sequence[str]]  # the first one is the head
 
-# What is drawn for each method, with its label and colour.
+# The metrics drawn for each method, with label and colour.
 _PANELS = (
     ("train/rollout/entropy/trajectory", "entropy, nats", "#9333ea"),
     ("train/rollout/success_rate", "success rate", "#2563eb"),
@@ -43,10 +43,15 @@ _STYLE: Any = {
 
 
 def write_comparison(folder: Path, results: Tree, console: Console) -> None:
-    """Write `results.json`, `table.md` and `study.svg` into a folder, and show the table.
+    """Write `results.json`, `table.md` and `study.svg` into a folder, and print the tables.
+
+    Args:
+        folder: The folder of the study.
+        results: The results, as `compare` returns them.
+        console: The console to print to.
 
     Raises:
-        OSError: when the disk is full; older files stay as they were.
+        OSError: If the disk is full; older files are left as they were.
     """
     write_atomic(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
     tables = [_success_table(results), _runs_table(results)]
@@ -72,11 +77,11 @@ def write_comparison(folder: Path, results: Tree, console: Console) -> None:
 
 
 def draw_methods(methods: Mapping[str, Sequence[Curves]], baseline: str) -> str:
-    """Entropy beside success while training, a pair of panels for each method, all on the same scales.
+    """Draw entropy and success over training, a pair of panels per method, all on the same scales.
 
     Args:
-        methods: method -> for each seed its curves `entropy/trajectory` and `success`.
-        baseline: the method whose mean over seeds is drawn dashed wherever another one is.
+        methods: For each method and seed, the curves `entropy/trajectory` and `success`.
+        baseline: The method whose mean over seeds is drawn as a dashed line in the panels of the others.
 
     Returns:
         An SVG image.
@@ -116,7 +121,7 @@ def draw_methods(methods: Mapping[str, Sequence[Curves]], baseline: str) -> str:
 
 
 def _mean_curve(curves: Sequence[Curve]) -> tuple[list[float], list[float]]:
-    """Mean over the curves at each step that all of them have."""
+    """Return the mean of the curves at each step that all of them have."""
     known = [dict(zip(curve["step"], curve["value"], strict=True)) for curve in curves]
     steps = sorted(set.intersection(*map(set, known))) if known else []
     return steps, [fmean(values[step] for values in known) for step in steps]
@@ -173,7 +178,7 @@ def _markdown(rows: Rows) -> str:
 
 
 def _markdown_text(text: str) -> str:
-    """A line of text in Markdown that is neither HTML, a link nor code."""
+    """Escape a text so that Markdown shows it as one plain line."""
     line = " ".join(printable(text).split("\n"))
     return re.sub(r"[`\\]|(?<=\])(?=[(\[])", r"\\\g<0>", html.escape(line, quote=False))
 

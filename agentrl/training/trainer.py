@@ -13,7 +13,8 @@ from agentrl.algorithms.hooks import Context
 from agentrl.data.batch import Batch
 from agentrl.data.storage import write_episodes
 from agentrl.errors import NonFiniteError, TooManyAbortedError
-from agentrl.evaluation.report import results_table, write_report
+from agentrl.evaluation.report import write_report
+from agentrl.evaluation.results_table import results_table
 from agentrl.evaluation.run_scores import RunScores
 from agentrl.files import write_atomic
 from agentrl.policy.model import save_policy

@@ -13,7 +13,8 @@ from agentrl.data.storage import write_episodes
 from agentrl.data.trajectory import Episode, StopReason, Turn
 from agentrl.errors import CheckpointError
 from agentrl.evaluation.figures import draw_signals, draw_success, moving_mean
-from agentrl.evaluation.report import results_table, write_report
+from agentrl.evaluation.report import write_report
+from agentrl.evaluation.results_table import results_table
 from agentrl.evaluation.statistics import wilson
 
 EVIL = "<script>alert(1)</script> & $mug_1$ \x1b[31m"

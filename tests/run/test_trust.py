@@ -29,7 +29,7 @@ from agentrl.policy.chat import check_arguments
 from agentrl.policy.model import load_policy
 from agentrl.run.settings import RunConfig, config_from_tree, config_tree, load_config
 from agentrl.run.trust import CALLER_ONLY_KEYS, caller_only_values, check_confirmed, drop_caller_only_values
-from agentrl.study.study import StudyRun
+from agentrl.study.config import StudyRun
 
 ENV = "trust-tests/Door-v0"
 
@@ -157,7 +157,7 @@ def test_a_program_is_not_started(trained: Path, tmp_path: Path, program: tuple[
     )
     with pytest.raises(ConfigError, match=r"rollout\.workers\.interpreter.* repeat them"):
         agentrl.resume(run, quiet=True)
-    with pytest.warns(RuntimeWarning, match=r"run names rollout\.workers\.interpreter: not used"):
+    with pytest.warns(RuntimeWarning, match=r"run sets rollout\.workers\.interpreter: not used"):
         agentrl.evaluate(run, tasks=1)
     assert not mark.exists()
 
@@ -184,7 +184,7 @@ def test_no_address_is_contacted(trained: Path, tmp_path: Path, server: tuple[st
     )
     with pytest.raises(ConfigError, match=r"rollout\.ray\.address.* repeat them"):
         agentrl.resume(run, quiet=True)
-    with pytest.warns(RuntimeWarning, match=r"names rollout\.ray\.address, engine\.vllm\.weights_folder"):
+    with pytest.warns(RuntimeWarning, match=r"sets rollout\.ray\.address, engine\.vllm\.weights_folder"):
         agentrl.evaluate(run, tasks=1)
     assert knocks == []
 
@@ -317,7 +317,7 @@ def test_arguments_that_are_the_callers_are_left_out(trained: Path, tmp_path: Pa
     opened_in_every_way(run)
     assert set(Door.locks) == {"shut"}
     assert drop_caller_only_values(agentrl.open_run(run).config).env.kwargs == {"hue": "blue"}
-    with pytest.warns(RuntimeWarning, match=r"names env\.kwargs\.lock: not used"):
+    with pytest.warns(RuntimeWarning, match=r"sets env\.kwargs\.lock: not used"):
         agentrl.evaluate(run, tasks=1, env_kwargs={"lock": "mine"}, split="test")
     assert set(Door.locks) == {"shut", "mine"}
 

@@ -27,9 +27,10 @@ from agentrl.run.checkpoint import latest_checkpoint
 from agentrl.run.logger import read_metrics
 from agentrl.run.settings import RunConfig, config_tree
 from agentrl.run.signals import RunInterrupted
-from agentrl.study import study
+from agentrl.study import processes, study
 from agentrl.study.comparison import compare, downsample, interquartile_mean
-from agentrl.study.study import StudyRun, load_study, plan, run_study
+from agentrl.study.config import StudyRun, load_study, plan
+from agentrl.study.study import run_study
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE: dict[str, Any] = {
@@ -78,7 +79,7 @@ def unbroken(
 ) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("unbroken")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "start", started_here)
+        patch.setattr(processes, "start", started_here)
         return folder, run_study(load_study(written(folder)), folder / "study")
 
 
@@ -90,7 +91,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         commands.append(run.arguments)
         return started_here(run, lock)
 
-    monkeypatch.setattr(study, "start", recording)
+    monkeypatch.setattr(processes, "start", recording)
     return commands
 
 
@@ -186,7 +187,7 @@ def test_a_method_that_fails_is_told_and_the_others_go_on(
     rates = {"learning_rate": 1e15, "matrix_learning_rate": 1e15, "warmup_steps": 0}
     wild = {"learner": rates | {"clip_gradient": None}}
     methods = {"wild": wild, **STUDY["methods"]}
-    monkeypatch.setattr(study, "start", started_here)
+    monkeypatch.setattr(processes, "start", started_here)
     results = run_study(load_study(written(tmp_path, methods=methods, seeds=[0])), tmp_path / "study")
     assert list(results["failed"]) == ["seed-0/wild"]
     assert list(results["methods"]) == ["clone", "grpo", "still"]
@@ -212,10 +213,10 @@ def test_without_its_clone_a_method_does_not_start(
     ("changes", "overrides", "message"),
     [
         ({"methodz": {}}, (), "methodz: unknown key (got {}; did you mean methods?)"),
-        ({"baseline": "grop"}, (), "baseline: is no method (got 'grop'; did you mean grpo?)"),
-        ({"seeds": [1, 1]}, (), "seeds: wanted at least one, and no two alike (got 1, 1)"),
+        ({"baseline": "grop"}, (), "baseline: not a method (got 'grop'; did you mean grpo?)"),
+        ({"seeds": [1, 1]}, (), "seeds: wanted at least one, without duplicates (got 1, 1)"),
         ({"base": "bases.yaml"}, (), "bases.yaml: no such config file"),
-        ({"overrides": ["seed=3"]}, (), "overrides: 'seed=3' is for the study to say"),
+        ({"overrides": ["seed=3"]}, (), "overrides: 'seed=3' is set by the study itself"),
         ({}, ("trainer.stepz=3",), "trainer.stepz: unknown key"),
         ({}, ("methods.clone={}",), "methods.clone: wanted a name"),
         ({}, ("methods.a={algorithm: {name: gpo}}",), "methods.a: algorithm.name: unknown recipe (got 'gpo'"),
@@ -264,7 +265,7 @@ def test_a_run_that_was_made_with_other_values_is_not_taken_for_this_one(
         run_study(changed, folder / "study")
     told = str(error.value).splitlines()
     assert len(told) == 7  # six runs, and what to do
-    assert told[1].endswith("seed-0/grpo was made with other values of learner.learning_rate")
+    assert told[1].endswith("seed-0/grpo was created with other values of learner.learning_rate")
     assert not (folder / "study/seed-0/new.yaml").exists()
 
 
@@ -272,7 +273,7 @@ def test_a_folder_belongs_to_one_study_at_a_time(
     unbroken: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = unbroken
-    with study._exclusive(folder / "study"), pytest.raises(ConfigError, match="is at work in it"):
+    with study._exclusive(folder / "study"), pytest.raises(ConfigError, match="in use by a study"):
         run_study(load_study(folder / "tiny.yaml"), folder / "study")
 
 
@@ -473,7 +474,7 @@ def test_updates_on_replayed_episodes_are_counted_apart(tmp_path: Path) -> None:
 
 def test_runs_of_two_panels_are_not_compared(tmp_path: Path) -> None:
     folders = {0: {"a": made_up(tmp_path / "a", "10"), "b": made_up(tmp_path / "b", "10", panel="q")}}
-    with pytest.raises(ConfigError, match=r"seed-0/a was measured on panel .*'p'.* seed-0/b on .*'q'"):
+    with pytest.raises(ConfigError, match=r"seed-0/a was evaluated on panel .*'p'.* seed-0/b on .*'q'"):
         compare(folders, ["a", "b"], "a", "clone")
 
 

@@ -232,7 +232,7 @@ def test_a_newer_run_is_refused_and_an_older_one_is_read(whole: Path, tmp_path: 
     assert manifest["schema"] == 2
     (run / "manifest.json").write_text(json.dumps(manifest | {"schema": 3}))
     for command in ("resume", "report", "evaluate"):
-        with pytest.raises(CheckpointError, match=r"newer agentrl, schema 3, this one reads up to 2"):
+        with pytest.raises(CheckpointError, match=r"newer agentrl \(schema 3; this version reads up to 2\)"):
             COMMANDS[command](run)
     del manifest["schema"]
     (run / "manifest.json").write_text(json.dumps(manifest))
