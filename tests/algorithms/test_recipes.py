@@ -67,7 +67,7 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_shipped_recipes_are_found_and_described():
     assert {"grpo", "dr_grpo", "behaviour_cloning"} <= set(recipe_names())
     assert describe_recipe("dr_grpo") == (
-        "GRPO done right: no division by the deviation, and no discount for long trajectories."
+        "GRPO done right: no division by the standard deviation, and no discount for long trajectories."
     )
     assert (GRPO.name, DrGRPO.name) == ("grpo", "dr_grpo")
 
