@@ -214,7 +214,7 @@ class Algorithm:
 
     def __post_init__(self) -> None:
         contradictions = [
-            f"{slot} does not go with {other_slot}: {why} ({_name(component)}, {_name(other)})"
+            f"{slot} cannot be combined with {other_slot}: {why} ({_name(component)}, {_name(other)})"
             for slot, component in self.components()
             for name, why in dict(declarations(_hook(component), EXCLUDES)).items()
             for other_slot, other in self.components()

@@ -143,7 +143,7 @@ def anchor_states(batch: Batch, *, similarity: float = 1.0, state: State = "obse
     if state == "state_key" and not bool(has_state_key(batch).any()) and any(e.turns for e in batch.episodes):
         raise RequirementError(
             f"algorithm: states are identified by info['state_key'], but no turn of "
-            f"{batch.episodes[0].env!r} has one; use an environment that sets it, or state=observation"
+            f"{batch.episodes[0].env!r} has one; wanted an environment that sets it, or state=observation"
         )
     known: dict[int, dict[object, int]] = {}
     numbers = 0

@@ -212,5 +212,5 @@ def require_tensor(values: Tensor | None, name: str) -> Tensor:
         RequirementError: If nothing filled the field.
     """
     if values is None:
-        raise RequirementError(f"{name} is empty; a component that reads it is marked @requires({name!r})")
+        raise RequirementError(f"{name} is empty; mark the component that reads it with @requires({name!r})")
     return values

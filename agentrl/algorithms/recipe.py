@@ -2,7 +2,7 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache, wraps
 from importlib.metadata import EntryPoint, entry_points
@@ -31,8 +31,8 @@ class Recipe:
     """Base class of recipes: a frozen dataclass that builds an algorithm.
 
     The type annotation of a number declares its bounds, see `agentrl.config`. A number outside its bounds is
-    refused, whether it comes from Python or from a configuration. `__post_init__` refuses contradictory
-    fields with a `ConfigError` that names them.
+    refused, whether it comes from Python or from a configuration. A subclass lists contradictions between
+    fields in `_contradictions`; they are refused with a `ConfigError` that names them.
 
     PRESETS holds, by preset, the values that differ from the defaults, in addition to those of the base
     classes. An explicit field takes precedence over the preset. An explicit `base` has its own preset. A
@@ -50,10 +50,19 @@ class Recipe:
 
     preset: Preset = field(default="ours", kw_only=True)
 
+    def __post_init__(self) -> None:
+        mistakes = [text for wrong, text in self._contradictions() if wrong]
+        if mistakes:
+            raise ConfigError("; ".join(mistakes))
+
     @abstractmethod
     def build(self) -> "Algorithm":
         """Build the algorithm. This is cheap and deterministic."""
         raise NotImplementedError
+
+    def _contradictions(self) -> Sequence[tuple[bool, str]]:
+        """Return (whether it applies, message) for every contradiction between fields."""
+        return []
 
 
 R = TypeVar("R", bound=type[Recipe])
@@ -143,11 +152,11 @@ def _resolved_fields(cls: type[Recipe], given: Mapping[str, Any]) -> dict[str, A
     if stated.get("parity") != "official":
         return {name: _as_recipe(value) for name, value in preset_values(cls, preset).items()} | stated
     if preset == "paper":
-        raise ConfigError("preset is 'paper', and parity=official is the preset 'released'")
+        raise ConfigError("preset is 'paper', but parity=official implies the preset 'released'")
     released = preset_values(cls, "released")
     defaults = {item.name: item.default for item in fields(cls) if item.default is not MISSING}
     overruled = [
-        f"{name} is {stated[name]!r}, and parity=official sets it to {released[name]!r}"
+        f"{name} is {stated[name]!r}, but parity=official sets it to {released[name]!r}"
         for name in cls.OFFICIAL
         if name in stated and stated[name] not in (released[name], defaults[name])
     ]
@@ -213,7 +222,7 @@ def build_recipe(name: str, settings: Mapping[str, Any] | None = None, where: st
     try:
         made.build()
         if name in _names_inside(made):
-            raise ConfigError(f"{name} stands inside {name}, wanted each recipe once")
+            raise ConfigError(f"{name} is nested in itself, wanted each recipe at most once")
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}" if where else str(error)) from error
     return made
@@ -290,7 +299,7 @@ def _load(point: EntryPoint) -> None:
             raise
         _broken[point.name] = f"{type(error).__name__}: {error}"
         warnings.warn(
-            f"algorithm plug-in {point.name!r} ({point.value}) was left out: {_broken[point.name]}",
+            f"algorithm plug-in {point.name!r} ({point.value}) was skipped: {_broken[point.name]}",
             stacklevel=3,
         )
 

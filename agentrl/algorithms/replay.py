@@ -115,11 +115,11 @@ class ReplayBuffer:
         }
         if coefficient <= 0 or usable <= 1.5 * self._size:
             return None
-        worth = [
+        recomputed = [
             self._recompute_advantage(row.tokens["advantages"], row.episode_return, baseline)
             for row in self._rows
         ]
-        good = [index for index, row in enumerate(self._rows) if self._good(worth[index], row)]
+        good = [index for index, row in enumerate(self._rows) if self._good(recomputed[index], row)]
         chosen = self._draw(good, context)
         self._metrics["rejected_share"] = 1 - len(good) / len(self._rows)
         if not chosen:
@@ -131,7 +131,7 @@ class ReplayBuffer:
             "age_mean": sum(ages) / len(ages),
             "age_max": float(max(ages)),
         }
-        advantages = [torch.where(self._rows[i].tokens["sampled"], worth[i], 0.0) for i in chosen]
+        advantages = [torch.where(self._rows[i].tokens["sampled"], recomputed[i], 0.0) for i in chosen]
         if not self._mixed:
             self._rows = []
         return ReplayBatch(

@@ -452,13 +452,13 @@ class Growing(Recipe):
 
 def test_bases_that_it_makes_no_sense_with_are_refused():
     with pytest.raises(
-        ConfigError, match="surrogate does not go with ratio: it holds the ratio of one token"
+        ConfigError, match="surrogate cannot be combined with ratio: it bounds the ratio of single tokens"
     ):
         AEPO(base=Whole()).build()
     AEPO(base=Whole(), stop_gradient_clip=False).build()
-    with pytest.raises(ConfigError, match="base behaviour_cloning has another loss than the clipped one"):
+    with pytest.raises(ConfigError, match="base behaviour_cloning does not have the clipped loss"):
         AEPO(base=build_recipe("behaviour_cloning")).build()
-    with pytest.raises(ConfigError, match="base growing has its own way to start episodes"):
+    with pytest.raises(ConfigError, match=r"base growing decides .*where episodes start"):
         AEPO(base=Growing()).build()
     AEPO(base=Growing(), branch=False).build()
 
@@ -469,7 +469,7 @@ def test_another_modulation_by_entropy_can_refuse_it():
         return advantages
 
     algorithm = AEPO().build()
-    with pytest.raises(ConfigError, match="transforms does not go with transforms: one raises"):
+    with pytest.raises(ConfigError, match="transforms cannot be combined with transforms: one raises"):
         replace(algorithm, transforms=(*algorithm.transforms, modulate))
 
 
@@ -491,7 +491,10 @@ def test_a_configuration_is_read_and_written_back():
     ("settings", "reason"),
     [
         ({"entropy_advantage": -0.1}, r"entropy_advantage: wrong value \(got -0.1"),
-        ({"advantage_limits": [0.0, 0.5]}, r"advantage_limits is \(0.0, 0.5\), wanted a range that holds 1"),
+        (
+            {"advantage_limits": [0.0, 0.5]},
+            r"advantage_limits is \(0.0, 0.5\), wanted a range that contains 1",
+        ),
         ({"initial_rollouts": 0}, r"initial_rollouts: wrong value \(got 0"),
         ({"initial_rollouts": "some"}, "algorithm.initial_rollouts"),
         ({"allocation_slope": -1.0}, r"allocation_slope: wrong value \(got -1.0"),

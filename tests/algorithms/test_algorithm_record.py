@@ -116,7 +116,7 @@ def test_components_that_contradict_each_other_are_refused_with_the_reason():
     Algorithm(ratio=whole)
     Algorithm(surrogate=surrogate)
     with pytest.raises(
-        ConfigError, match=r"surrogate does not go with ratio: one bounds tokens.*surrogate, .*whole\)"
+        ConfigError, match=r"surrogate cannot be combined with ratio: one bounds tokens.*surrogate, .*whole\)"
     ):
         Algorithm(ratio=whole, surrogate=partial(surrogate, scale=2.0))
 

@@ -699,7 +699,7 @@ def test_explained_variance_by_hand():
 
 @pytest.mark.parametrize("scope", ["trajectory", "turn", "row"])
 def test_entropy_modulation_of_turns_is_refused_over_a_critic(scope):
-    with pytest.raises(ConfigError, match="does not go with advantage"):
+    with pytest.raises(ConfigError, match="cannot be combined with advantage"):
         EMPG(base=PPO(gae_scope=scope)).build()
 
 

@@ -274,7 +274,7 @@ def test_a_base_that_it_contradicts_is_refused(slot, name, why):
         def build(self) -> Algorithm:
             return Algorithm(**{slot: (hook,) if slot == "transforms" else hook})
 
-    with pytest.raises(ConfigError, match=f"transforms does not go with {slot}: .*{why}"):
+    with pytest.raises(ConfigError, match=f"transforms cannot be combined with {slot}: .*{why}"):
         EMPG(Contradicting()).build()
 
 
@@ -299,7 +299,7 @@ def test_missing_entropies_are_refused():
     assert EMPG().build().reads_scores
 
 
-def test_the_entropy_corridor_goes_over_it():
+def test_the_entropy_band_goes_over_it():
     algorithm = EPO(base=EMPG(CENTRED)).build()
     batch = example()
     assert torch.equal(compute_advantages(algorithm, batch, CONTEXT), advantages_of(EMPG(CENTRED), batch))

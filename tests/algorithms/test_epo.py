@@ -111,14 +111,14 @@ def close(actual, expected, tolerance=1e-12):
 
 @pytest.mark.vector("E-R1")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_decisions_outside_the_corridor_of_past_trajectories_are_penalised(layout):
+def test_decisions_outside_the_band_of_past_trajectories_are_penalised(layout):
     batch = scored(EXAMPLE, layout)
     recipe = EPO(reference="scalar", min_history=1)
     loss, numbers, slope, _ = learn(flat(recipe), batch, past(trajectory=[0.9, 1.1]))
     assert numbers["term/epo_entropy"] == pytest.approx(0.55, abs=1e-12)
     assert numbers["term/epo_smoothing"] == pytest.approx(0.125, abs=1e-12)
     assert loss == pytest.approx(0.24970, abs=1e-12)
-    # The corridor is [.5, 1.5]; on its bound, 1.5 is inside.
+    # The band is [.5, 1.5]; on its bound, 1.5 is inside.
     close(by_decision(slope, batch) / WEIGHTS, [-0.003, -0.001, -0.001, -0.001, -0.003, -0.003])
 
 
@@ -202,7 +202,7 @@ def test_a_turn_with_too_little_history_is_not_penalised_and_leaves_the_weights_
     batch = scored(EXPLODED)
     context = past(turn0=[0.6] * 5, turn1=[1.0] * 4)
     _, numbers, slope, _ = learn(flat(EPO()), batch, context)
-    # Turn 0 has corridor [.3, .9]: (.1 + .1) / 12
+    # Turn 0 has band [.3, .9]: (.1 + .1) / 12
     assert numbers["term/epo_smoothing"] == pytest.approx(0.2 / 12, abs=1e-12)
     close(by_decision(slope, batch)[3:5] / WEIGHTS[3:5], [-0.001, -0.001])
     _, numbers, slope, _ = learn(flat(EPO()), batch, START)
@@ -285,7 +285,7 @@ def test_the_schedule_weighs_the_penalty_and_not_the_bonus():
 @pytest.mark.vector("E-O1")
 def test_the_released_loss_counts_the_present_and_every_token_the_same():
     batch = scored(([[0.2, 0.6, 1.0], [1.5, 0.1]],))
-    # With the present .6 and .8 the references are .5 and .8: corridors [.25, .75] and [.4, 1.2].
+    # With the present .6 and .8 the references are .5 and .8: bands [.25, .75] and [.4, 1.2].
     context = past(Context(step=37, total_steps=60), turn0=[0.4], turn1=[0.8])
     constant = flat(EPO(parity="official", schedule="constant"))
     loss, numbers, _, _ = learn(constant, batch, context)
@@ -370,7 +370,7 @@ def test_a_batch_without_a_decision_has_no_penalty_and_no_nan():
 # The log
 
 
-def test_the_corridor_is_logged_with_the_share_of_decisions_outside_it():
+def test_the_band_is_logged_with_the_share_of_decisions_outside_it():
     recipe = EPO(schedule="exponential")
     mini = MiniBatch(scored(EXPLODED, masked=math.nan), torch.zeros(1))
     context = past(Context(step=60, total_steps=100), turn0=[0.6] * 5, turn1=[1.0] * 5)

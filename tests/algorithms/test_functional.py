@@ -344,21 +344,21 @@ def test_all_tokens_are_the_top_ones_when_there_are_no_more():
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0, 2.0])
-def test_the_corridor_pulls_entropy_down_only_when_it_is_stronger_than_the_bonus(strength):
+def test_the_band_pulls_entropy_down_only_when_it_is_stronger_than_the_bonus(strength):
     entropies = tensor([0.2, 1.0, 2.0], dtype=DOUBLE, requires_grad=True)  # below, inside, above
     violation = f.entropy_band_violation(entropies, tensor([1.0] * 3, dtype=DOUBLE), 0.5, 1.5)
     (strength * violation - entropies).sum().backward()
     close(entropies.grad, [-1 - strength, -1.0, strength - 1])
 
 
-def test_the_reference_of_a_corridor_gets_no_gradient():
+def test_the_reference_of_a_band_gets_no_gradient():
     reference = tensor([[1.0]], requires_grad=True)
     violation = f.entropy_band_violation(tensor([[3.0]], requires_grad=True), reference, 0.5, 1.5)
     violation.sum().backward()
     assert reference.grad is None
 
 
-def test_the_edge_of_a_corridor_is_outside_when_strict():
+def test_the_edge_of_a_band_is_outside_when_strict():
     entropies = tensor([[0.25, 0.5, 1.0, 1.5, 1.75]], requires_grad=True)
     strict = f.entropy_band_indicator(entropies, 1.0, 0.5, 1.5)
     assert strict.tolist() == [[1, 1, 0, 1, 1]]

@@ -168,9 +168,9 @@ def test_what_is_no_preset_and_what_contradicts_parity_is_refused():
     for build in (lambda: GRPO(preset="papers"), lambda: build_recipe("grpo", {"preset": "papers"})):
         with pytest.raises(ConfigError, match=r"preset.*'papers', wanted .*paper"):
             build()
-    with pytest.raises(ConfigError, match="parity=official is the preset 'released'"):
+    with pytest.raises(ConfigError, match="parity=official implies the preset 'released'"):
         build_recipe("gigpo", {"preset": "paper", "parity": "official"})
-    with pytest.raises(ConfigError, match=r"dual_clip is 10\.0, and parity=official sets it to 3\.0"):
+    with pytest.raises(ConfigError, match=r"dual_clip is 10\.0, but parity=official sets it to 3\.0"):
         build_recipe("grpo", {"preset": "released", "parity": "official", "dual_clip": 10})
     assert made("grpo", preset="released", dual_clip=10).dual_clip == 10
 
@@ -194,7 +194,7 @@ def test_what_a_run_wrote_down_under_parity_before_there_were_presets_is_read_as
     assert (made("aepo", **aepo).entropy_advantage, made("aepo", **aepo).initial_rollouts) == (0.0, "half")
     fr3e = made("fr3e", score="entropy", sharpen=False, alpha_root="one", parity="official")
     assert (fr3e.score, fr3e.sharpen, fr3e.alpha_root) == ("surprisal", True, "released")
-    with pytest.raises(ConfigError, match=r"entropy_advantage is 0\.5, and parity=official sets it to 0\.0"):
+    with pytest.raises(ConfigError, match=r"entropy_advantage is 0\.5, but parity=official sets it to 0\.0"):
         made("aepo", entropy_advantage=0.5, parity="official")
 
 

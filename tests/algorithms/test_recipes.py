@@ -67,7 +67,7 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_shipped_recipes_are_found_and_described():
     assert {"grpo", "dr_grpo", "behaviour_cloning"} <= set(recipe_names())
     assert describe_recipe("dr_grpo") == (
-        "GRPO done right: no division by the deviation, and no discount for long trajectories."
+        "GRPO done right: no division by the standard deviation, and no discount for long trajectories."
     )
     assert (GRPO.name, DrGRPO.name) == ("grpo", "dr_grpo")
 
@@ -168,7 +168,7 @@ def test_parity_says_what_it_sets():
 
 
 def test_parity_does_not_overrule_in_silence():
-    with pytest.raises(ConfigError, match=r"dual_clip is 10.0, and parity=official sets it to 3.0"):
+    with pytest.raises(ConfigError, match=r"dual_clip is 10.0, but parity=official sets it to 3.0"):
         build_recipe("grpo", {"parity": "official", "dual_clip": 10})
 
 

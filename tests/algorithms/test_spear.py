@@ -444,7 +444,7 @@ def test_without_replay_tool_reward_and_covariance_clipping_it_is_its_base(base)
         plain, _ = trained(base.build(), **settings)
         spear, logs = trained(Spear(base=base, **PLAIN).build(), **settings)
         torch.testing.assert_close(plain, spear, rtol=0, atol=1e-12)
-        assert not any("replay/size" in numbers for numbers in logs)
+        assert not any("algorithm/replay/size" in numbers for numbers in logs)
 
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base.name)
@@ -453,9 +453,9 @@ def test_replay_over_a_base_takes_part_in_learning(base, mode):
     plain, _ = trained(base.build())
     settings = {"tool_reward": 0.0, "covariance_share": 0.0, "buffer_size": 2, "warmup": 0}
     spear, logs = trained(Spear(base=base, mode=mode, **settings).build())
-    assert sum(numbers["replay/recalled"] for numbers in logs) > 4
-    assert [numbers["updates"] for numbers in logs] == [
-        1 + (mode == "burst" and numbers["replay/recalled"] > 0) for numbers in logs
+    assert sum(numbers["algorithm/replay/recalled"] for numbers in logs) > 4
+    assert [numbers["learner/updates"] for numbers in logs] == [
+        1 + (mode == "burst" and numbers["algorithm/replay/recalled"] > 0) for numbers in logs
     ]
     assert (plain - spear).abs().max() > 1e-4
 
@@ -466,8 +466,8 @@ def test_before_the_replay_has_begun_to_rise_it_is_its_base(settings):
     kept = {"tool_reward": 0.0, "covariance_share": 0.0, "buffer_size": 1}
     spear, logs = trained(Spear(**kept).build(), steps=1, **settings)
     torch.testing.assert_close(plain, spear, rtol=0, atol=1e-12)
-    assert logs[0]["replay/coefficient"] == 0
-    assert logs[0]["replay/size"] > 0
+    assert logs[0]["algorithm/replay/coefficient"] == 0
+    assert logs[0]["algorithm/replay/size"] > 0
 
 
 def test_micro_batches_make_no_difference():
@@ -475,7 +475,7 @@ def test_micro_batches_make_no_difference():
     whole, _ = trained(recipe.build(), mini_batches=2)
     parts, logs = trained(recipe.build(), mini_batches=2, micro_batch_tokens=8)
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-12)
-    assert logs[-1]["covariance_clip_share"] > 0
+    assert logs[-1]["algorithm/covariance_clip_share"] > 0
 
 
 def test_an_interrupted_memory_goes_on_as_if_nothing_had_happened():

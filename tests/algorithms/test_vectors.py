@@ -309,7 +309,7 @@ def epo(printed: str, reference: Tensor | float) -> tuple[Tensor, Tensor, Tensor
 
 
 @pytest.mark.vector("E-R1")
-def test_the_entropy_corridor():
+def test_the_entropy_band():
     entropies, rows = table(CALM), (TURNS >= 0, TURNS, TWO)
     weights, count = f.trajectory_weights(*rows)
     check((weights / count)[rows[0]] * 24, "2 2 2 3 3 12")
@@ -319,14 +319,14 @@ def test_the_entropy_corridor():
     check(entropy, "0.55")
     check(violation, "0.125")
     check(loss, "0.24970")
-    # Below the corridor -.003, inside and on its edge (1.5) -.001.
+    # Below the band -.003, inside and on its edge (1.5) -.001.
     check(gradient, "-.003 -.001 -.001 -.001 -.003 -.003")
     by_token = mean(f.token_weights(*rows), f.entropy_band_violation(entropies, 1.0, **ENTROPY_BAND))
     check(by_token, "0.1333333333")
 
 
 @pytest.mark.vector("E-R1")
-def test_the_entropy_corridor_on_means_and_as_an_indicator():
+def test_the_entropy_band_on_means_and_as_an_indicator():
     of_means = f.entropy_band_violation(row("0.7 0.4"), 1.0, **ENTROPY_BAND).mean()
     check(of_means, "0.05")
     check(regularised(0.25, 0.001, 0.55, 2 * of_means), "0.24955")
@@ -337,7 +337,7 @@ def test_the_entropy_corridor_on_means_and_as_an_indicator():
 
 
 @pytest.mark.vector("E-R1b")
-def test_the_entropy_corridor_holds_high_entropy_down():
+def test_the_entropy_band_holds_high_entropy_down():
     entropy, violation, loss, gradient = epo(WILD, 1.0)
     check(entropy, "0.5875")
     check(violation, "0.1625")
@@ -346,7 +346,7 @@ def test_the_entropy_corridor_holds_high_entropy_down():
 
 
 @pytest.mark.vector("E-R1t")
-def test_the_entropy_corridor_around_a_reference_per_turn():
+def test_the_entropy_band_around_a_reference_per_turn():
     reference = f.broadcast_turns_to_tokens(table("0.6 1.0; 0.6 x"), TURNS, TWO, TURNS >= 0)
     check(f.entropy_band_violation(table(WILD), reference, **ENTROPY_BAND)[TURNS >= 0], ".1 0 .1 .3 .4 0")
     _, violation, loss, _ = epo(WILD, reference)
@@ -355,7 +355,7 @@ def test_the_entropy_corridor_around_a_reference_per_turn():
 
 
 @pytest.mark.vector("E-R2")
-def test_the_gradient_of_the_entropy_corridor():
+def test_the_gradient_of_the_entropy_band():
     logits = table("2 1 0 -1; .5 0 0 0").requires_grad_()
     entropies = f.entropy(logits)
     check(entropies, "0.9475369640 1.3592615640")

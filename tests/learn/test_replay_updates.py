@@ -58,7 +58,7 @@ def replay_batch_of(seed: int, **more: Any) -> ReplayBatch:
 NEW = collate(make_groups(0))
 
 
-def test_a_burst_is_the_same_as_a_later_update_on_what_is_rehearsed():
+def test_a_burst_is_the_same_as_a_later_update_on_replayed_rows():
     old = replay_batch_of(5)
     one = learner_of()
     numbers = one.update(NEW, Algorithm(replay=Memory(old)), CONTEXT)
@@ -106,7 +106,7 @@ def test_mixed_rows_are_dealt_out_to_the_optimiser_steps(mini_batches):
     assert sum(seen) == len(old.batch.lengths)
 
 
-def test_without_anything_to_rehearse_nothing_changes_and_everything_is_shown():
+def test_without_anything_to_replay_nothing_changes_and_everything_is_shown():
     memory = Memory(None)
     one, two = learner_of(mini_batches=2), learner_of(mini_batches=2)
     one.update(NEW, Algorithm(replay=memory), CONTEXT)

@@ -186,7 +186,7 @@ def test_a_recipe_names_the_block_that_it_stands_in() -> None:
     assert line.endswith(" [mine.yaml, line 5]")
     write("mine.yaml", "algorithm:\n  name: epo\n  base: {name: epo}\n")
     (line,) = mistakes("mine.yaml")
-    assert line.startswith("algorithm: epo stands inside epo")
+    assert line.startswith("algorithm: epo is nested in itself")
     assert line.endswith(" [mine.yaml, line 1]")
 
 

@@ -97,7 +97,7 @@ ACCEPTED = {
 }
 # Within their bounds, and refused for what stands beside them.
 CONTRADICTIONS = {
-    "aepo.advantage_limits.1": "wanted a range that holds 1",
+    "aepo.advantage_limits.1": "wanted a range that contains 1",
     "spear.covariance_band.1": "wanted the lower bound first",
     "spear.replay_covariance_band.1": "wanted the lower bound first",
 }

@@ -89,7 +89,7 @@ def test_what_is_printed_of_recipes_inside_recipes_is_read_back(nested: Path, tm
             r"algorithm\.base\.base\.gamma: wrong value \(got 2, wanted at least 0 and",
         ),
         ("algorithm.base.base.gamma=x", r"algorithm\.base\.base\.gamma: wrong value \(got 'x'"),
-        ("algorithm.base.base={name: epo}", r"algorithm: epo stands inside epo, wanted each recipe once"),
+        ("algorithm.base.base={name: epo}", r"algorithm: epo is nested in itself, wanted each recipe"),
     ],
 )
 def test_a_mistake_in_a_base_is_named_by_its_whole_path(nested: Path, override: str, reason: str) -> None:

@@ -140,7 +140,7 @@ def test_a_method_learns_by_its_own_signal_and_every_weight_stays_finite(
 def test_a_run_that_stopped_in_the_middle_of_what_a_method_remembers_goes_on_bit_for_bit(
     name: str, step: int, clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SPEAR's buffer is filled in step 1 and recalled later; EPO's band is that of the steps before."""
+    """SPEAR's buffer is filled in step 1 and sampled later; EPO's band is that of the steps before."""
     whole = agentrl.train(config(clone, tmp_path / "whole", name, steps=step + 1), quiet=True)
     write = RunLogger.write
 

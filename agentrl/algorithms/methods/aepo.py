@@ -138,22 +138,15 @@ class AEPO(Recipe):
     prefix_weight: Literal["full", "shared"] = "full"
     parity: Literal["paper", "official"] = "paper"
 
-    def __post_init__(self) -> None:
-        limits = self.advantage_limits
-        if limits is not None and not limits[0] <= 1 <= limits[1]:
-            raise ConfigError(
-                f"advantage_limits is {limits}, wanted a range that holds 1, the factor at mean entropy"
-            )
-
     def build(self) -> Algorithm:
         """Build the base with the changes of AEPO."""
         base = without_replay(self.base)
         if self.stop_gradient_clip and base.surrogate is not clipped_policy_loss:
             raise ConfigError(
-                f"stop_gradient_clip is true, but base {self.base.name} has another loss than the clipped one"
+                f"stop_gradient_clip is true, but base {self.base.name} does not have the clipped loss"
             )
         if self.branch and base.rollout.branch_policy is not None:
-            raise ConfigError(f"branch is true, but base {self.base.name} has its own way to start episodes")
+            raise ConfigError(f"branch is true, but base {self.base.name} decides where episodes start")
         branch_policy = partial(EntropyBranching, self) if self.branch else base.rollout.branch_policy
         return replace(
             base,
@@ -163,6 +156,16 @@ class AEPO(Recipe):
             surrogate=stop_gradient_policy_loss if self.stop_gradient_clip else base.surrogate,
             diagnostics=(*base.diagnostics, *self._diagnostics()),
         )
+
+    def _contradictions(self) -> Sequence[tuple[bool, str]]:
+        limits = self.advantage_limits
+        return [
+            *super()._contradictions(),
+            (
+                limits is not None and not limits[0] <= 1 <= limits[1],
+                f"advantage_limits is {limits}, wanted a range that contains 1, the factor at mean entropy",
+            ),
+        ]
 
     def _transforms(self) -> Sequence[Transform]:
         if not self.entropy_advantage:
@@ -318,7 +321,7 @@ def scale_by_entropy(
     )
 
 
-@excludes(sequence_ratio="it holds the ratio of one token, not that of a sequence")
+@excludes(sequence_ratio="it bounds the ratio of single tokens, not of a sequence")
 def stop_gradient_policy_loss(outputs: Outputs, mini: MiniBatch, bounds: Bounds | None) -> Tensor:
     """Return the value of the clipped surrogate, with a gradient above the upper bound; [B, T]."""
     if bounds is None:

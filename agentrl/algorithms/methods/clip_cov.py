@@ -64,7 +64,7 @@ def covariance_clip(mini: MiniBatch, context: Context, *, share: float, band: Ba
     """
     current, batch = mini.current, mini.batch
     if current is None:
-        raise RequirementError("MiniBatch.current is empty; covariance clipping reads it")
+        raise RequirementError("MiniBatch.current is empty, but covariance clipping reads it")
     counted = mini.counted
     covariance = functional.covariance(mini.advantages, current.logprobs, counted)
     candidates = counted & (band[0] < covariance) & (covariance < band[1]) & ~clipped_tokens(mini, current)

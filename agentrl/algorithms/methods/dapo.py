@@ -69,12 +69,6 @@ class DAPO(Recipe):
     overlong_limit: Tokens | None = None
     overlong_cache: Annotated[int, Interval(ge=0, le=2**30)] = 0
 
-    def __post_init__(self) -> None:
-        if self.overlong_limit is not None and not 0 < self.overlong_cache <= self.overlong_limit:
-            raise ConfigError(
-                f"overlong_cache is {self.overlong_cache}, wanted above 0 and at most overlong_limit"
-            )
-
     def build(self) -> Algorithm:
         """Build the base with the changes of DAPO."""
         base = without_replay(self.base)
@@ -94,6 +88,15 @@ class DAPO(Recipe):
             clip=partial(clip_higher, low=self.clip_low, high=self.clip_high, base=base.clip),
             aggregation=functional.token_weights,
         )
+
+    def _contradictions(self) -> Sequence[tuple[bool, str]]:
+        return [
+            *super()._contradictions(),
+            (
+                self.overlong_limit is not None and not 0 < self.overlong_cache <= self.overlong_limit,
+                f"overlong_cache is {self.overlong_cache}, wanted above 0 and at most overlong_limit",
+            ),
+        ]
 
 
 def drop_equal_then(groups: Sequence[Group], context: Context, *, select: Select) -> Sequence[Group]:

@@ -18,7 +18,6 @@ from agentrl.algorithms.methods.grpo import entropy_bonus
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Count, PositiveWeight, Steps, Weight
 from agentrl.data.batch import Batch
-from agentrl.errors import ConfigError
 
 Schedule = Literal["constant", "exponential", "official_epoch", "ramp"]
 Smoothing = Literal["hinge", "indicator"]
@@ -126,8 +125,7 @@ class EPO(Recipe):
     parity: Literal["paper", "official"] = "paper"
 
     def __post_init__(self) -> None:
-        if mistakes := self._mistakes():
-            raise ConfigError("; ".join(mistakes))
+        super().__post_init__()
         pull = self.penalty * min(self._beta(step, _RELEASED_EPOCHS) for step in (0, _RELEASED_EPOCHS))
         if self.smoothing == "hinge" and pull <= 1:
             warnings.warn(
@@ -226,13 +224,15 @@ class EPO(Recipe):
             case _:
                 return 1.0
 
-    def _mistakes(self) -> Sequence[str]:
-        found = []
-        if self.low >= self.high:
-            found.append(f"low is {self.low}, wanted below high ({self.high})")
-        if 0 < self.window < self.min_history:
-            found.append(f"min_history is {self.min_history}, wanted at most the window ({self.window})")
-        return found
+    def _contradictions(self) -> Sequence[tuple[bool, str]]:
+        return [
+            *super()._contradictions(),
+            (self.low >= self.high, f"low is {self.low}, wanted below high ({self.high})"),
+            (
+                0 < self.window < self.min_history,
+                f"min_history is {self.min_history}, wanted at most the window ({self.window})",
+            ),
+        ]
 
 
 def released_decay(step: int, total: int) -> float:

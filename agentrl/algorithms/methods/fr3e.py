@@ -21,7 +21,6 @@ from agentrl.algorithms.recipe import Presets, Recipe, recipe
 from agentrl.config import Share, Weight
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import BranchPoint, Episode, Group, Turn
-from agentrl.errors import ConfigError
 from agentrl.seeds import derive_seed
 
 Modulate = Callable[[Tensor, Tensor, Tensor], Tensor]  # values, bases, differ [S] -> [S]
@@ -112,9 +111,8 @@ class FR3E(Recipe):
     parity: Literal["paper", "official"] = "paper"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.parity == "official":
-            if self.score == "quantile":
-                raise ConfigError("score is 'quantile', but parity=official chooses anchors by surprisal")
             object.__setattr__(self, "score", "surprisal")
 
     def build(self) -> Algorithm:
@@ -135,6 +133,15 @@ class FR3E(Recipe):
             aggregation=functional.token_weights,
             diagnostics=(mismatch_metrics, partial(exploration_metrics, modulate=modulate, unit=self.anchor)),
         )
+
+    def _contradictions(self) -> Sequence[tuple[bool, str]]:
+        return [
+            *super()._contradictions(),
+            (
+                self.parity == "official" and self.score == "quantile",
+                "score is 'quantile', but parity=official chooses anchors by surprisal",
+            ),
+        ]
 
 
 @requires("rollout:entropy")

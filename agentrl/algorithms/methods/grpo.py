@@ -30,7 +30,6 @@ from agentrl.algorithms.recipe import Presets, Recipe, recipe
 from agentrl.config import Share, SignedWeight, Tokens, Weight
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Episode
-from agentrl.errors import ConfigError
 
 Weighting = Literal["trajectory", "row"]
 Estimate = Callable[[Tensor, Tensor], Tensor]
@@ -83,11 +82,6 @@ class ClippedRecipe(Recipe):
     invalid_penalty: Weight = 0.0
     drop_equal_groups: bool = True
     parity: Literal["paper", "official"] = "paper"
-
-    def __post_init__(self) -> None:
-        mistakes = [text for wrong, text in self._contradictions() if wrong]
-        if mistakes:
-            raise ConfigError("; ".join(mistakes))
 
     def build(self) -> Algorithm:
         """Build the algorithm, without the advantage of the method."""

@@ -136,11 +136,6 @@ class Spear(Recipe):
     replay_covariance_band: Band = (1.0, 40.0)
     parity: Literal["paper", "official"] = "paper"
 
-    def __post_init__(self) -> None:
-        mistakes = [text for wrong, text in self._contradictions() if wrong]
-        if mistakes:
-            raise ConfigError("; ".join(mistakes))
-
     def build(self) -> Algorithm:
         """Build the base with the tool reward, covariance clipping and replay."""
         base = self.base.build()
@@ -192,9 +187,12 @@ class Spear(Recipe):
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
         return [
-            (not low < high, f"{name} is {[low, high]}, wanted the lower bound first")
-            for name in ("covariance_band", "replay_covariance_band")
-            for low, high in (getattr(self, name),)
+            *super()._contradictions(),
+            *(
+                (not low < high, f"{name} is {[low, high]}, wanted the lower bound first")
+                for name in ("covariance_band", "replay_covariance_band")
+                for low, high in (getattr(self, name),)
+            ),
         ]
 
 
