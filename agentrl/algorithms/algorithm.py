@@ -118,7 +118,7 @@ def keep_all(groups: Sequence[Group], context: Context) -> Sequence[Group]:
 def group_advantage(batch: Batch, context: Context) -> Tensor:
     """Centre each trajectory's return within its group; [B, T]. See `group_relative_advantage`."""
     values = functional.group_relative_advantage(batch.returns, batch.groups)
-    return functional.broadcast_to_tokens(values.float(), batch.trajectory, batch.sampled)
+    return functional.broadcast_to_tokens(values.float(), batch.trajectory, batch.action_mask)
 
 
 def symmetric_clip(mini: MiniBatch, context: Context) -> Bounds:
@@ -144,7 +144,7 @@ def token_ratio(outputs: Outputs, mini: MiniBatch) -> Tensor:
 def clipped_tokens(mini: MiniBatch, outputs: Outputs) -> Tensor:
     """Mark the tokens whose ratio the mini-batch's bounds clip, without the dual clip; [B, T] bool."""
     if mini.bounds is None:
-        return torch.zeros_like(mini.batch.sampled)
+        return torch.zeros_like(mini.batch.action_mask)
     ratio = require_tensor(outputs.ratio, "ratio").detach()
     return functional.clipped(ratio, mini.advantages, mini.bounds.lower, mini.bounds.upper)
 
@@ -158,8 +158,8 @@ def mismatch_metrics(rollout: MiniBatch, context: Context) -> Mapping[str, float
         estimate of KL(rollout || old).
     """
     batch = rollout.batch
-    old = require_tensor(batch.old_logprobs, "old_logprobs")[batch.sampled]
-    drawn = batch.logprobs[batch.sampled]
+    old = require_tensor(batch.old_logprobs, "old_logprobs")[batch.action_mask]
+    drawn = batch.logprobs[batch.action_mask]
     if not len(old):
         return {}
     gap = (old - drawn).abs()

@@ -129,8 +129,8 @@ def action_token_values(turn: Turn, values: Sequence[float]) -> dict[int, float]
     """Return the values of a turn's action tokens, by position in the reply."""
     return {
         token: value
-        for token, (value, sampled) in enumerate(zip(values, turn.sampled, strict=False))
-        if sampled
+        for token, (value, action_mask) in enumerate(zip(values, turn.action_mask, strict=False))
+        if action_mask
     }
 
 

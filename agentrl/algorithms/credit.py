@@ -49,7 +49,7 @@ def compute_advantages(algorithm: Algorithm, batch: Batch, context: Context) -> 
         advantages = _checked("advantage", algorithm.advantage(batch, context), batch)
         for transform in algorithm.transforms:
             advantages = _checked("transforms", transform(advantages, batch, context), batch)
-    return torch.where(batch.sampled, advantages, 0.0).to(batch.logprobs.dtype)
+    return torch.where(batch.action_mask, advantages, 0.0).to(batch.logprobs.dtype)
 
 
 def with_targets(algorithm: Algorithm, batch: Batch, context: Context) -> Batch:
@@ -58,7 +58,7 @@ def with_targets(algorithm: Algorithm, batch: Batch, context: Context) -> Batch:
         return batch
     with torch.no_grad():
         targets = _checked("targets", algorithm.targets(batch, context), batch)
-    return replace(batch, targets=torch.where(batch.sampled, targets, 0.0).to(batch.logprobs.dtype))
+    return replace(batch, targets=torch.where(batch.action_mask, targets, 0.0).to(batch.logprobs.dtype))
 
 
 def with_mask(algorithm: Algorithm, mini: MiniBatch, context: Context) -> MiniBatch:
@@ -68,7 +68,7 @@ def with_mask(algorithm: Algorithm, mini: MiniBatch, context: Context) -> MiniBa
         ValueError: If a hook returns another shape; names the hook.
     """
     with torch.no_grad():
-        mask = mini.batch.sampled
+        mask = mini.batch.action_mask
         for hook in algorithm.masks:
             mask = mask & _checked("masks", hook(mini, context), mini.batch)
     return replace(mini, mask=mask)

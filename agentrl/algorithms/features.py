@@ -55,7 +55,7 @@ class ActionTokens:
 
 def decisions(batch: Batch) -> ActionTokens:
     """Order the action tokens of a batch by trajectory, turn and position."""
-    index, valid = functional.unroll(batch.sampled, batch.turns, batch.trajectory, len(batch.episodes))
+    index, valid = functional.unroll(batch.action_mask, batch.turns, batch.trajectory, len(batch.episodes))
     turns = torch.where(valid, batch.turns.flatten()[index], -1)
     return ActionTokens(index, valid, turns, batch.tokens.shape)
 
@@ -108,7 +108,7 @@ def has_decision(batch: Batch) -> Tensor:
     """Return whether a turn of a trajectory has an action token; [E, K] bool."""
     decided = torch.zeros_like(turn_exists(batch))
     owners = batch.trajectory[:, None].expand_as(batch.turns)
-    decided[owners[batch.sampled], batch.turns[batch.sampled]] = True
+    decided[owners[batch.action_mask], batch.turns[batch.action_mask]] = True
     return decided
 
 
@@ -227,7 +227,7 @@ def tokens_after_branching(batch: Batch) -> Tensor:
         len(episode.turns) if episode.parent is None else episode.parent.turn for episode in batch.episodes
     ]
     first = torch.tensor(turns, dtype=torch.int64, device=batch.tokens.device)
-    return batch.sampled & (batch.turns >= first[batch.trajectory][:, None])
+    return batch.action_mask & (batch.turns >= first[batch.trajectory][:, None])
 
 
 def _similar_state(observation: str, states: dict[object, int], similarity: float) -> int | None:

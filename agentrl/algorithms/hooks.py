@@ -100,7 +100,7 @@ class MiniBatch:
     @property
     def counted(self) -> Tensor:
         """Return the mask, or all action tokens if it is not filled in."""
-        return self.batch.sampled if self.mask is None else self.mask
+        return self.batch.action_mask if self.mask is None else self.mask
 
     def select(self, rows: Tensor) -> "MiniBatch":
         """Return the given rows in the given order."""

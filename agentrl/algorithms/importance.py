@@ -37,14 +37,14 @@ def importance_weights(mini: MiniBatch, context: Context, *, cap: float) -> Tens
     batch = mini.batch
     old = require_tensor(batch.old_logprobs, "old_logprobs")
     weights = functional.truncated_importance(old, batch.logprobs, cap)
-    return torch.where(batch.sampled, weights, 1.0)
+    return torch.where(batch.action_mask, weights, 1.0)
 
 
 @requires("old_logprobs")
 def capped_share(rollout: MiniBatch, context: Context, *, cap: float) -> Mapping[str, float]:
     """Measure the share of action tokens whose importance weight the cap limits: mismatch/capped."""
     batch = rollout.batch
-    old = require_tensor(batch.old_logprobs, "old_logprobs")[batch.sampled]
+    old = require_tensor(batch.old_logprobs, "old_logprobs")[batch.action_mask]
     if not len(old):
         return {}
-    return {"mismatch/capped": float(((old - batch.logprobs[batch.sampled]).exp() > cap).float().mean())}
+    return {"mismatch/capped": float(((old - batch.logprobs[batch.action_mask]).exp() > cap).float().mean())}

@@ -22,7 +22,10 @@ RELEASED_TOLERANCE = 10  # steps, the limit of the released code
 
 RecomputeAdvantage = Callable[[Tensor, float, float], Tensor]
 _PER_DECISION = ("logprobs", "entropies", "old_logprobs", "old_entropies")
-_STORED_NAMES = {"episode_return": "earned"}  # fields of a row that have another name in checkpoints
+_STORED_NAMES = {
+    "episode_return": "earned",
+    "action_mask": "sampled",
+}  # fields of a row that have another name in checkpoints
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class _Row:
     @property
     def key(self) -> tuple[str, int, int]:
         """Return a unique key: no two rows of an episode have the same first action token."""
-        return self.episode, self.step, int(self.tokens["turns"][self.tokens["sampled"]][0])
+        return self.episode, self.step, int(self.tokens["turns"][self.tokens["action_mask"]][0])
 
 
 class ReplayBuffer:
@@ -131,7 +134,7 @@ class ReplayBuffer:
             "age_mean": sum(ages) / len(ages),
             "age_max": float(max(ages)),
         }
-        advantages = [torch.where(self._rows[i].tokens["sampled"], recomputed[i], 0.0) for i in chosen]
+        advantages = [torch.where(self._rows[i].tokens["action_mask"], recomputed[i], 0.0) for i in chosen]
         if not self._mixed:
             self._rows = []
         return ReplayBatch(
@@ -211,7 +214,7 @@ class ReplayBuffer:
         self._rows = [row for row in self._rows if step - row.step <= self._tolerance]
 
     def _good(self, advantages: Tensor, row: _Row) -> bool:
-        values = advantages[row.tokens["sampled"]]
+        values = advantages[row.tokens["action_mask"]]
         return bool((values >= 0).all() if self._released else (values > 0).all())
 
     def _draw(self, good: Sequence[int], context: Context) -> Sequence[int]:
@@ -227,13 +230,18 @@ class ReplayBuffer:
 
 def _stored(row: _Row) -> dict[str, Any]:
     """Return the fields of a row under the names that checkpoints use."""
-    return {_STORED_NAMES.get(name, name): value for name, value in vars(row).items()}
+    values = _rename(vars(row), _STORED_NAMES)
+    return values | {"tokens": _rename(values["tokens"], _STORED_NAMES)}
 
 
 def _loaded(values: Mapping[str, Any]) -> _Row:
     """Make a row from the fields that `_stored` returned."""
     names = {stored: name for name, stored in _STORED_NAMES.items()}
-    return _Row(**{names.get(name, name): value for name, value in values.items()})
+    return _Row(**_rename(values, names) | {"tokens": _rename(values["tokens"], names)})
+
+
+def _rename(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in values.items()}
 
 
 def _row(mini: MiniBatch, good: Tensor, step: int) -> _Row:
@@ -252,7 +260,7 @@ def _row(mini: MiniBatch, good: Tensor, step: int) -> _Row:
         task=episode.task,
         step=step,
         episode_return=float(batch.returns[batch.trajectory]),
-        tokens={"tokens": batch.tokens[0], "turns": batch.turns[0], "sampled": good}
+        tokens={"tokens": batch.tokens[0], "turns": batch.turns[0], "action_mask": good}
         | {
             name: torch.where(good, value, 0.0)
             for name, value in (values | {"advantages": mini.advantages[0]}).items()
@@ -266,7 +274,7 @@ def _batch(rows: Sequence[_Row]) -> Batch:
     owners: dict[tuple[str, int], int] = {}
     trajectory = [owners.setdefault((row.episode, row.step), len(owners)) for row in rows]
     of = dict(zip(trajectory, rows, strict=True))
-    fills = {"tokens": 0, "turns": -1, "sampled": False} | dict.fromkeys(_PER_DECISION, 0.0)
+    fills = {"tokens": 0, "turns": -1, "action_mask": False} | dict.fromkeys(_PER_DECISION, 0.0)
     padded: dict[str, Any] = {
         name: pad_sequence([row.tokens[name] for row in rows], batch_first=True, padding_value=fill)
         for name, fill in fills.items()

@@ -36,7 +36,7 @@ class Batch:
 
     tokens: Tensor  # [B, T] int64
     lengths: Tensor  # [B] int64
-    sampled: Tensor  # [B, T] bool, decisions of the policy: the only tokens that contribute to the loss
+    action_mask: Tensor  # [B, T] bool, decisions of the policy: the only tokens that contribute to the loss
     logprobs: Tensor  # [B, T] float32, nats under the sampling distribution, 0 where not sampled
     entropies: Tensor  # [B, T] float32, nats, likewise
     rewards: Tensor  # [B, T] float32, reward of each turn at its last reply token
@@ -64,7 +64,7 @@ class Batch:
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != wanted:
                 raise ValueError(f"Batch.{name} has shape {tuple(value.shape)}, wanted {wanted}")
-        if width and bool(self.sampled[:, 0].any()):
+        if width and bool(self.action_mask[:, 0].any()):
             raise ValueError("Batch.sampled is set at position 0, wanted a prompt before the first decision")
 
     @property
@@ -109,7 +109,7 @@ class Batch:
 
 _PER_TOKEN = (
     "tokens",
-    "sampled",
+    "action_mask",
     "logprobs",
     "entropies",
     "rewards",
@@ -146,7 +146,7 @@ def collate(groups: Sequence[Group], *, layout: Layout = "trajectory") -> Batch:
     return Batch(
         tokens=_pad([row.tokens for row in rows], lengths, torch.int64),
         lengths=lengths,
-        sampled=_pad([row.sampled for row in rows], lengths, torch.bool),
+        action_mask=_pad([row.action_mask for row in rows], lengths, torch.bool),
         logprobs=_pad([row.logprobs for row in rows], lengths, torch.float32),
         entropies=_pad([row.entropies for row in rows], lengths, torch.float32),
         rewards=_pad([row.rewards for row in rows], lengths, torch.float32),
@@ -171,7 +171,7 @@ class _Row:
 
     trajectory: int
     tokens: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)
+    action_mask: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
@@ -182,16 +182,16 @@ class _Row:
         """Append tokens that the policy did not generate."""
         count = len(ids)
         self.tokens.extend(ids)
-        self.sampled.extend([False] * count)
+        self.action_mask.extend([False] * count)
         for values in (self.logprobs, self.entropies, self.rewards):
             values.extend([0.0] * count)
         self.turns.extend([-1] * count)
 
     def add_reply(self, turn: Turn, index: int) -> None:
         """Append the tokens of a reply."""
-        start, count, decided = len(self.tokens), len(turn.action_ids), turn.sampled
+        start, count, decided = len(self.tokens), len(turn.action_ids), turn.action_mask
         self.tokens.extend(turn.action_ids)
-        self.sampled.extend(decided)
+        self.action_mask.extend(decided)
         self.logprobs.extend(_at_decisions(turn.logprobs, decided))
         self.entropies.extend(_at_decisions(turn.entropies, decided))
         self.rewards.extend([0.0] * (count - 1) + [turn.reward])

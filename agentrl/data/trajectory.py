@@ -80,7 +80,7 @@ class Turn:
     info: Mapping[str, Any] = field(default_factory=dict)  # score, task_type, state_key, …; JSON values
 
     @property
-    def sampled(self) -> tuple[bool, ...]:
+    def action_mask(self) -> tuple[bool, ...]:
         """Return for each reply token whether it was a decision; a token with one allowed id was not."""
         if not self.trainable:
             return (False,) * len(self.action_ids)
@@ -91,7 +91,9 @@ class Turn:
     @property
     def entropy(self) -> float | None:
         """Return the mean entropy in nats over the decisions of this turn, or None if it has none."""
-        values = [entropy for entropy, decided in zip(self.entropies, self.sampled, strict=False) if decided]
+        values = [
+            entropy for entropy, decided in zip(self.entropies, self.action_mask, strict=False) if decided
+        ]
         return sum(values) / len(values) if values else None
 
 

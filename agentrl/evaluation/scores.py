@@ -152,7 +152,7 @@ def mean_entropy(episodes: Iterable[Episode]) -> Entropy:
         for index, turn in enumerate(episode.turns):
             if (value := turn.entropy) is not None:
                 by_turn[index].append(value)
-                tokens += [e for e, decided in zip(turn.entropies, turn.sampled, strict=False) if decided]
+                tokens += [e for e, decided in zip(turn.entropies, turn.action_mask, strict=False) if decided]
         if (value := episode.entropy) is not None:
             trajectories.append(value)
     return Entropy(

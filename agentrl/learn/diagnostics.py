@@ -30,12 +30,12 @@ def batch_metrics(rollout: MiniBatch) -> dict[str, float]:
     """Return the entropies and sizes of a scored rollout batch."""
     batch = rollout.batch
     entropies = functional.entropy_means(
-        require_tensor(batch.old_entropies, "old_entropies"), batch.sampled, batch.turns, batch.trajectory
+        require_tensor(batch.old_entropies, "old_entropies"), batch.action_mask, batch.turns, batch.trajectory
     )
     return {f"entropy/{level}": float(value) for level, value in entropies.items()} | {
         "trajectories": float(len(batch.episodes)),
         "tokens": float(batch.lengths.sum()),
-        "action_tokens": float(batch.sampled.sum()),
+        "action_tokens": float(batch.action_mask.sum()),
     }
 
 

@@ -38,7 +38,7 @@ class Forward:
         action token, and nothing is computed after the last action token of a row.
         """
         lengths = needed_lengths(batch)
-        rows, positions = batch.sampled.nonzero(as_tuple=True)
+        rows, positions = batch.action_mask.nonzero(as_tuple=True)
         if not len(rows):
             zeros = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
             return Outputs(zeros, zeros, None if value_head is None else zeros)
@@ -113,7 +113,7 @@ def needed_lengths(batch: Batch) -> Tensor:
     if not batch.tokens.numel():
         return torch.zeros_like(batch.lengths)
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-    return torch.where(batch.sampled, positions, 0).amax(dim=1)
+    return torch.where(batch.action_mask, positions, 0).amax(dim=1)
 
 
 def _choices(batch: Batch, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -61,8 +61,8 @@ class Objective:
         loss = _masked_sum(loss, part.counted, self.factors[rows, :width])
         logged = {"policy_loss": loss.detach()}
         for term, factors in self.terms:
-            sampled = part.batch.sampled
-            value = _masked_sum(term.loss(outputs, part, self.context), sampled, factors[rows, :width])
+            action_mask = part.batch.action_mask
+            value = _masked_sum(term.loss(outputs, part, self.context), action_mask, factors[rows, :width])
             loss = loss + term.scale(self.context) * value
             logged[f"term/{term.name}"] = value.detach()
         if part.bounds is not None:
@@ -103,7 +103,7 @@ def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> 
 
 def _term_factors(term: Term, algorithm: Algorithm, mini: MiniBatch) -> Tensor:
     aggregation = term.aggregation or algorithm.aggregation
-    return _token_weights(aggregation(mini.batch.sampled, mini.batch.turns, mini.batch.trajectory))
+    return _token_weights(aggregation(mini.batch.action_mask, mini.batch.turns, mini.batch.trajectory))
 
 
 def _token_weights(weights: Weights) -> Tensor:

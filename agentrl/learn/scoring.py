@@ -124,7 +124,7 @@ def zero_unsampled(batch: Batch) -> Batch:
     """Zero the statistics of tokens that were not sampled, so that a NaN among them reaches no sum."""
     names = ("logprobs", "entropies", "old_logprobs", "old_entropies", "reference_logprobs", "values")
     cleaned: dict[str, Any] = {
-        name: torch.where(batch.sampled, values, 0.0)
+        name: torch.where(batch.action_mask, values, 0.0)
         for name in names
         if (values := getattr(batch, name)) is not None
     }

@@ -47,7 +47,7 @@ def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
             sum(len(turn.action_ids) for episode in played for turn in episode.turns)
         ),
         "rollout/action_tokens": float(
-            sum(sum(turn.sampled) for episode in played for turn in episode.turns)
+            sum(sum(turn.action_mask) for episode in played for turn in episode.turns)
         ),
     }
     stops = Counter(episode.stop for episode in episodes)
@@ -76,7 +76,7 @@ def _entropies(episodes: Sequence[Episode]) -> dict[str, float | None]:
         "rollout/entropy/token": _mean(
             entropy
             for turn in turns
-            for entropy, decided in zip(turn.entropies, turn.sampled, strict=False)
+            for entropy, decided in zip(turn.entropies, turn.action_mask, strict=False)
             if decided
         ),
         "rollout/entropy/turn": _mean(turn.entropy for turn in turns),

@@ -259,24 +259,24 @@ def two_rows(**settings) -> tuple[Algorithm, MiniBatch]:
     algorithm = AEPO(base=build_recipe("grpo", PLAIN), **settings).build()
     batch = prepare(algorithm, [Group("t", tuple(episodes))], CONTEXT)
     entropies = torch.zeros(batch.tokens.shape, dtype=torch.float64)
-    entropies[batch.sampled] = torch.tensor([*rows[0], *rows[1]], dtype=torch.float64)
+    entropies[batch.action_mask] = torch.tensor([*rows[0], *rows[1]], dtype=torch.float64)
     batch = replace(
         batch,
         logprobs=batch.logprobs.double(),
         old_logprobs=torch.zeros_like(entropies),
-        old_entropies=torch.where(batch.sampled, entropies, math.nan),
+        old_entropies=torch.where(batch.action_mask, entropies, math.nan),
     )
     return algorithm, MiniBatch(batch, compute_advantages(algorithm, batch, CONTEXT))
 
 
 def loss_and_gradient(algorithm: Algorithm, mini: MiniBatch, ratios: list[float]):
     logprobs = torch.zeros(mini.batch.tokens.shape, dtype=torch.float64)
-    logprobs[mini.batch.sampled] = torch.tensor(ratios, dtype=torch.float64).log()
+    logprobs[mini.batch.action_mask] = torch.tensor(ratios, dtype=torch.float64).log()
     said = Outputs(logprobs.requires_grad_(), torch.zeros_like(logprobs))
     objective = build_objective(mini, algorithm, CONTEXT)
     loss, numbers = objective.contribution(torch.arange(len(mini.batch.lengths)), said)
     loss.backward()
-    return loss, logprobs.grad[mini.batch.sampled], numbers
+    return loss, logprobs.grad[mini.batch.action_mask], numbers
 
 
 def as_printed(wanted: list[float]):
@@ -286,7 +286,7 @@ def as_printed(wanted: list[float]):
 @pytest.mark.vector("A-1")
 def test_the_advantage_follows_the_entropy_of_the_token():
     _, mini = two_rows()
-    assert mini.advantages[mini.batch.sampled].tolist() == as_printed(
+    assert mini.advantages[mini.batch.action_mask].tolist() == as_printed(
         [0.81517184, 0.91785415, 1.0975482, -1.30291282, -0.86651299]
     )
 
@@ -318,7 +318,7 @@ def test_limits_of_the_factor_keep_the_sign_of_every_advantage():
         (None, [-0.84828162, 0.1785415, 1.97548198, -4.02912822, 0.33487006], 0, 2),
     ):
         algorithm, mini = two_rows(entropy_advantage=2.0, advantage_limits=limits)
-        assert mini.advantages[mini.batch.sampled].tolist() == pytest.approx(wanted, abs=2e-8)
+        assert mini.advantages[mini.batch.action_mask].tolist() == pytest.approx(wanted, abs=2e-8)
         numbers = algorithm.diagnostics[-1](mini, CONTEXT)
         assert numbers == {
             "entropy_score_min": pytest.approx(-0.92414081),
@@ -360,7 +360,7 @@ def scored(groups: list[Group], layout: str = "trajectory"):
 def by_decision(values: torch.Tensor, batch) -> dict[tuple[str, int, int], float]:
     """Values by episode, turn and place among the turn's decisions."""
     found, seen = {}, {}
-    for row, column in batch.sampled.nonzero().tolist():
+    for row, column in batch.action_mask.nonzero().tolist():
         key = (batch.episodes[batch.trajectory[row]].id, int(batch.turns[row, column]))
         seen[key] = seen.get(key, -1) + 1
         found[*key, seen[key]] = values[row, column].item()
@@ -425,7 +425,7 @@ def test_a_shared_turn_weighs_as_much_as_one_that_is_not():
         algorithm = AEPO(base=build_recipe("grpo", PLAIN), prefix_weight=weight).build()
         mini = MiniBatch(batch, compute_advantages(algorithm, batch, CONTEXT))
         factors = build_objective(mini, algorithm, CONTEXT).factors
-        assert factors[batch.sampled].tolist() == pytest.approx([first, 0.25, first, 0.25])
+        assert factors[batch.action_mask].tolist() == pytest.approx([first, 0.25, first, 0.25])
 
 
 @dataclass(frozen=True)

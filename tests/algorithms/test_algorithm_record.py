@@ -71,7 +71,9 @@ def test_a_shaper_that_forgets_a_turn_is_refused():
 def test_transforms_run_in_order_and_only_decisions_keep_an_advantage():
     add = lambda advantages, batch, context: advantages + 1  # noqa: E731
     square = lambda advantages, batch, context: advantages**2  # noqa: E731
-    algorithm = Algorithm(advantage=lambda batch, context: batch.sampled.float(), transforms=(add, square))
+    algorithm = Algorithm(
+        advantage=lambda batch, context: batch.action_mask.float(), transforms=(add, square)
+    )
     batch = prepare(algorithm, [group(1, 0)], CONTEXT)
     assert compute_advantages(algorithm, batch, CONTEXT).tolist() == [[0, 4], [0, 4]]
 

@@ -72,7 +72,7 @@ def outcomes(*groups: Sequence[float]) -> list[Group]:
 
 def keys(batch: Batch) -> list[tuple[str, int, int]]:
     """Of every decision: its episode, its turn, and its place in the reply; in the order of the mask."""
-    rows, positions = batch.sampled.nonzero(as_tuple=True)
+    rows, positions = batch.action_mask.nonzero(as_tuple=True)
     found = []
     for row, position in zip(rows.tolist(), positions.tolist(), strict=True):
         index = int(batch.turns[row, position])
@@ -90,23 +90,23 @@ def scored(batch: Batch, values: Sequence[float] | None = None) -> Batch:
     numbers = {}
     for name in ("old_logprobs", "old_entropies", "reference_logprobs", "values"):
         filled = torch.full(batch.logprobs.shape, math.nan)
-        filled[batch.sampled] = torch.tensor([said(key, name) for key in keys(batch)])
+        filled[batch.action_mask] = torch.tensor([said(key, name) for key in keys(batch)])
         numbers[name] = filled
     if values is not None:
-        numbers["values"][batch.sampled] = torch.tensor(values)
+        numbers["values"][batch.action_mask] = torch.tensor(values)
     last = torch.tensor([said((item.id, -1, 0), "last") for item in batch.episodes])
     return replace(batch, last_values=last, **numbers)
 
 
 def by_decision(batch: Batch, values: Tensor) -> dict[tuple[str, int, int], float]:
-    return dict(zip(keys(batch), values[batch.sampled].tolist(), strict=True))
+    return dict(zip(keys(batch), values[batch.action_mask].tolist(), strict=True))
 
 
 def estimate(recipe: Recipe, groups: Sequence[Group], values: Sequence[float] | None = None) -> Tensor:
     """Advantages at the decisions, in the order of rows and positions."""
     algorithm = recipe.build()
     batch = scored(collate(groups), values)
-    return algorithm.advantage(batch, CONTEXT)[batch.sampled]
+    return algorithm.advantage(batch, CONTEXT)[batch.action_mask]
 
 
 def close(actual: Tensor, expected: Sequence[float], tolerance: float = 5e-9) -> None:
@@ -180,7 +180,7 @@ def answers(algorithm: Algorithm, batch: Batch) -> list[dict[tuple[str, int, int
     if targets is not None:
         found.append(targets)
     for values in found:
-        assert bool((values[~batch.sampled] == 0).all())
+        assert bool((values[~batch.action_mask] == 0).all())
     return [by_decision(batch, values) for values in found]
 
 
@@ -286,14 +286,14 @@ def test_an_official_row_is_scored_with_its_own_invalid_action_only(recipe, scal
     batch = prepare(algorithm, INVALID, CONTEXT)
     # Scores .9, 1 and 0, of mean 1.9 / 3
     wanted = [scale * value / 3 for value in (0.8, 1.1, -1.9)]
-    close(algorithm.advantage(batch, CONTEXT)[batch.sampled], wanted, 1e-7)
+    close(algorithm.advantage(batch, CONTEXT)[batch.action_mask], wanted, 1e-7)
 
 
 def test_a_trajectory_pays_for_all_its_invalid_actions():
     algorithm = GRPO(divide_by_std=False, invalid_penalty=0.1).build()
     batch = prepare(algorithm, INVALID, CONTEXT)
     # Returns .9 and 0
-    close(algorithm.advantage(batch, CONTEXT)[batch.sampled], [0.45, 0.45, -0.45])
+    close(algorithm.advantage(batch, CONTEXT)[batch.action_mask], [0.45, 0.45, -0.45])
 
 
 def test_leave_one_out_advantages():
@@ -342,12 +342,12 @@ def test_divergence_from_the_reference_costs_reward():
     algorithm = ReinforcePlusPlus(reward_kl_coefficient=0.5).build()
     assert {"reference", "old_logprobs"} <= algorithm.requires
     batch = scored(collate(outcomes([1, 0, 0])))
-    old = torch.where(batch.sampled, -1.0, math.nan)
+    old = torch.where(batch.action_mask, -1.0, math.nan)
     reference = old - torch.tensor([[0.0], [0.0], [1.0]])
     batch = replace(batch, old_logprobs=old, reference_logprobs=reference)
     # Rewards 1, 0 and -.5: mean 1/6, variance 42/72
     wanted = [value / 6 / (42 / 72) ** 0.5 for value in (5, -1, -4)]
-    close(algorithm.advantage(batch, CONTEXT)[batch.sampled], wanted, 1e-7)
+    close(algorithm.advantage(batch, CONTEXT)[batch.action_mask], wanted, 1e-7)
 
 
 # GiGPO
@@ -399,7 +399,7 @@ def test_the_step_penalty_reaches_the_step_returns():
     algorithm = GiGPO(divide_by_std=False, invalid_penalty=0.1).build()
     batch = prepare(algorithm, groups, CONTEXT)
     # Both levels see .9 and 1: twice -.05 and .05
-    close(algorithm.advantage(batch, CONTEXT)[batch.sampled], [-0.1, 0.1])
+    close(algorithm.advantage(batch, CONTEXT)[batch.action_mask], [-0.1, 0.1])
 
 
 LATE = groups_of(
@@ -417,7 +417,7 @@ def test_a_released_penalty_is_taken_off_its_own_row_after_discounting(released)
     settings = {"divide_by_std": False, "gamma": 0.5, "invalid_penalty": 0.1}
     batch = prepare(GiGPO(**settings).build(), LATE, CONTEXT)
     ours, theirs = (
-        GiGPO(**settings, **extra).build().advantage(batch, CONTEXT)[batch.sampled]
+        GiGPO(**settings, **extra).build().advantage(batch, CONTEXT)[batch.action_mask]
         for extra in ({}, released)
     )
     # In s0: returns .5 * .9 = .45 and 0; in s1 one turn alone. Episodes: .9 and 0.
@@ -427,7 +427,7 @@ def test_a_released_penalty_is_taken_off_its_own_row_after_discounting(released)
     # Two penalised turns in one state differ by their own penalties only.
     again = groups_of([episode("a", turn("d", 1.0, valid=False)), episode("b", turn("d", 1.0))])
     batch = prepare(GiGPO(**settings).build(), again, CONTEXT)
-    close(GiGPO(**settings, **released).build().advantage(batch, CONTEXT)[batch.sampled], [-0.1, 0.1])
+    close(GiGPO(**settings, **released).build().advantage(batch, CONTEXT)[batch.action_mask], [-0.1, 0.1])
 
 
 def test_turns_are_grouped_by_what_was_seen_and_by_the_state_key_where_that_is_asked_for():
@@ -472,9 +472,9 @@ CLIPPED = [GRPO, DrGRPO, RLOO, ReinforcePlusPlus, GiGPO, PPO]
 @pytest.mark.parametrize("recipe", CLIPPED, ids=lambda cls: cls.name)
 def test_a_released_divergence_is_held_within_ten(recipe):
     batch = collate(outcomes([1, 0, 0]))
-    batch = replace(batch, reference_logprobs=torch.where(batch.sampled, -1.0, 0.0))
+    batch = replace(batch, reference_logprobs=torch.where(batch.action_mask, -1.0, 0.0))
     said = batch.logprobs.clone()
-    said[batch.sampled] = torch.tensor([-6.0, -1.2, 24.0])
+    said[batch.action_mask] = torch.tensor([-6.0, -1.2, 24.0])
     # Log-ratios -5, -.2 and 25: exp(5) - 5 - 1, exp(.2) - .2 - 1, and exp(-20) + 25 - 1 for exp(-25) + 25 - 1
     whole = [math.exp(5) - 6, math.exp(0.2) - 1.2, 24]
     held = [10, math.exp(0.2) - 1.2, 10]
@@ -487,12 +487,12 @@ def test_a_released_divergence_is_held_within_ten(recipe):
         leaf = said.clone().requires_grad_()
         term = recipe(kl_coefficient=0.1, **extra).build().terms[0]
         loss = term.loss(Outputs(leaf, torch.zeros_like(leaf)), MiniBatch(batch, said), CONTEXT)
-        close(loss[batch.sampled], wanted, 1e-4)
+        close(loss[batch.action_mask], wanted, 1e-4)
         loss.sum().backward()
-        assert (leaf.grad[batch.sampled] != 0).tolist() == [wanted is whole, True, wanted is whole]
+        assert (leaf.grad[batch.action_mask] != 0).tolist() == [wanted is whole, True, wanted is whole]
     k2 = recipe(kl_coefficient=0.1, kl_estimator="k2", preset="released").build().terms[0]
     found = k2.loss(Outputs(said, said), MiniBatch(batch, said), CONTEXT)
-    close(found[batch.sampled], [12.5, 0.02, 312.5], 1e-5)
+    close(found[batch.action_mask], [12.5, 0.02, 312.5], 1e-5)
 
 
 def test_successes_of_different_length_still_differ_by_their_steps():
@@ -505,7 +505,7 @@ def test_successes_of_different_length_still_differ_by_their_steps():
     algorithm = GiGPO(divide_by_std=False).build()
     batch = prepare(algorithm, groups, CONTEXT)
     # In the hall the returns are 1 and .95
-    close(algorithm.advantage(batch, CONTEXT)[batch.sampled], [0.025, -0.025, 0])
+    close(algorithm.advantage(batch, CONTEXT)[batch.action_mask], [0.025, -0.025, 0])
 
 
 def test_episodes_of_one_turn_have_their_advantage_twice():
@@ -555,7 +555,7 @@ def test_an_aborted_branch_between_leaves_what_branches_share_counted_once():
     batch = scored(collate(groups))
     # 1/3, -2/3 and 1/3 over 1.5, 2.5 and 1 turns: mean -.8333 / 5
     wanted = [value + 1 / 6 for value in (1 / 3, 1 / 3, -2 / 3, -2 / 3, -2 / 3, 1 / 3)]
-    close(compute_advantages(flat, batch, CONTEXT)[batch.sampled], wanted, 1e-6)
+    close(compute_advantages(flat, batch, CONTEXT)[batch.action_mask], wanted, 1e-6)
 
 
 def test_a_state_visited_once_before_a_branch_gives_nothing():
@@ -595,7 +595,7 @@ def ppo_estimates(recipe: PPO, groups: Sequence[Group], values: Sequence[float])
     """Advantages before whitening and returns, at the decisions."""
     batch = scored(collate(groups), values)
     advantages, returns = recipe.estimate()(batch)
-    return advantages[batch.sampled], returns[batch.sampled]
+    return advantages[batch.action_mask], returns[batch.action_mask]
 
 
 def test_the_trajectory_scope_discounts_between_turns_only():
@@ -621,7 +621,7 @@ def test_the_official_scope_is_the_return_of_the_episode_less_the_value():
     close(returns, [10, 10, 10])
     penalised = PPO(parity="official", invalid_penalty=0.1)
     batch = prepare(penalised.build(), INVALID, CONTEXT)
-    close(penalised.estimate()(scored(batch, [0.5] * 3))[1][batch.sampled], [0.9, 1, 0])
+    close(penalised.estimate()(scored(batch, [0.5] * 3))[1][batch.action_mask], [0.9, 1, 0])
 
 
 @pytest.mark.parametrize("scope", ["trajectory", "turn"])
@@ -631,7 +631,7 @@ def test_what_a_limit_cut_off_is_worth_its_last_value(scope, stop):
     batch = replace(scored(collate(groups), [0.2, 0.2]), last_values=torch.tensor([0.7, 0.7]))
     for bootstrap, wanted in ((True, [0.43, -0.2]), (False, [-0.2, -0.2])):
         recipe = PPO(gae_scope=scope, gamma_turn=0.9, bootstrap_truncated=bootstrap)
-        close(recipe.estimate()(batch)[0][batch.sampled], wanted, 1e-6)
+        close(recipe.estimate()(batch)[0][batch.action_mask], wanted, 1e-6)
 
 
 def test_advantages_are_whitened_and_returns_are_not():
@@ -639,9 +639,9 @@ def test_advantages_are_whitened_and_returns_are_not():
     algorithm = PPO().build()
     batch = with_targets(algorithm, scored(collate(groups), [0.0, 0.0, 0.0]), CONTEXT)
     # 1, 1 and 0: mean 2/3, variance 1/3
-    close(algorithm.advantage(batch, CONTEXT)[batch.sampled], [1 / 3**0.5, 1 / 3**0.5, -2 / 3**0.5], 1e-7)
+    close(algorithm.advantage(batch, CONTEXT)[batch.action_mask], [1 / 3**0.5, 1 / 3**0.5, -2 / 3**0.5], 1e-7)
     assert batch.targets is not None
-    assert batch.targets[batch.sampled].tolist() == [1, 1, 0]
+    assert batch.targets[batch.action_mask].tolist() == [1, 1, 0]
 
 
 def test_a_value_of_nothing_leaves_undiscounted_token_returns():
@@ -673,7 +673,7 @@ def test_the_value_loss_is_clipped_around_the_scored_values_and_adds_up_over_par
     values = torch.tensor([[0.0, 1.0], [0, 0.2], [0, 0.5], [0, 0.6]], requires_grad=True)
     total = torch.zeros(())
     for rows in (torch.tensor([2, 0]), torch.tensor([1, 3])):
-        old = torch.where(batch.sampled, batch.old_logprobs, 0.0)[rows]
+        old = torch.where(batch.action_mask, batch.old_logprobs, 0.0)[rows]
         loss, _ = objective.contribution(rows, Outputs(old, torch.zeros_like(old), values=values[rows]))
         total = total + loss
     # Squares .04 (held at .7), .09 (held at .3), 0 and .16; halved, averaged, times the coefficient .5
@@ -718,7 +718,7 @@ def test_dapo_with_equal_bounds_is_its_base():
             batch = scored(prepare(algorithm, groups, CONTEXT))
             moved = torch.randn(batch.tokens.shape, generator=torch.Generator().manual_seed(0))
             results.append(
-                loss_of(algorithm, batch, torch.where(batch.sampled, batch.old_logprobs, 0) + moved)
+                loss_of(algorithm, batch, torch.where(batch.action_mask, batch.old_logprobs, 0) + moved)
             )
         (loss, slope), (other_loss, other_slope) = results
         assert loss == pytest.approx(other_loss, abs=1e-12)
@@ -780,12 +780,12 @@ def test_sequence_clipping_of_the_specification(low, high, loss, slopes):
     groups = groups_of([episode("a", turn("dfdd", 1.0)), episode("b", turn("dd", -1.0))])
     batch = collate(groups)
     old, new = torch.zeros(2, *batch.tokens.shape, dtype=DOUBLE)
-    old[batch.sampled] = torch.tensor([-1, -2, -1, -1, -1], dtype=DOUBLE)
-    new[batch.sampled] = torch.tensor([-0.9, -2.3, -0.7, -0.99, -1], dtype=DOUBLE)
+    old[batch.action_mask] = torch.tensor([-1, -2, -1, -1, -1], dtype=DOUBLE)
+    new[batch.action_mask] = torch.tensor([-0.9, -2.3, -0.7, -0.99, -1], dtype=DOUBLE)
     batch = replace(batch, logprobs=old, old_logprobs=old)
     found, gradient = loss_of(algorithm, batch, new)
     assert found == pytest.approx(loss, abs=5e-11)
-    close(gradient[batch.sampled], [slopes[0]] * 3 + [slopes[1]] * 2)
+    close(gradient[batch.action_mask], [slopes[0]] * 3 + [slopes[1]] * 2)
 
 
 @pytest.mark.parametrize("layout", ["trajectory", "turn"])
@@ -795,7 +795,7 @@ def test_every_turn_of_a_dialogue_has_a_ratio_of_its_own(layout):
     old = torch.zeros(batch.tokens.shape)
     outputs = Outputs(torch.where(batch.turns == 0, 0.1, 0.3), old)
     ratio = algorithm.ratio(outputs, MiniBatch(replace(batch, old_logprobs=old), old))
-    close(ratio[batch.sampled], [math.exp(0.1)] * 2 + [math.exp(0.3)], 1e-6)
+    close(ratio[batch.action_mask], [math.exp(0.1)] * 2 + [math.exp(0.3)], 1e-6)
 
 
 def test_turns_of_one_decision_make_it_the_plain_clip():
@@ -803,7 +803,9 @@ def test_turns_of_one_decision_make_it_the_plain_clip():
     plain = GRPO(aggregation="sequence", sequence="turn").build()
     whole = GSPO(clip_low=0.2, clip_high=0.2).build()
     batch = scored(collate(groups))
-    new = torch.where(batch.sampled, batch.old_logprobs, 0.0) + torch.linspace(-1, 1, batch.tokens.shape[1])
+    new = torch.where(batch.action_mask, batch.old_logprobs, 0.0) + torch.linspace(
+        -1, 1, batch.tokens.shape[1]
+    )
     (loss, slope), (other, other_slope) = (loss_of(algorithm, batch, new) for algorithm in (plain, whole))
     assert loss == pytest.approx(other, abs=1e-12)
     torch.testing.assert_close(slope, other_slope, rtol=0, atol=1e-12)

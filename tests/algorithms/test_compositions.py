@@ -44,12 +44,12 @@ def episode(name: str, *turns: Turn) -> Episode:
 def scored(moves: list[list[float]], *episodes: Episode) -> MiniBatch:
     """A row per episode, each with advantage 1; what the policy says has moved since the scoring pass."""
     batch = collate([Group("t", episodes)])
-    old = torch.where(batch.sampled, -0.5, 0.0).double()
+    old = torch.where(batch.action_mask, -0.5, 0.0).double()
     new = old.clone()
     for row, values in enumerate(moves):
-        new[row, batch.sampled[row]] += torch.tensor(values, dtype=torch.float64)
+        new[row, batch.action_mask[row]] += torch.tensor(values, dtype=torch.float64)
     batch = replace(batch, old_logprobs=old, old_entropies=old * 0, reference_logprobs=old)
-    return MiniBatch(batch, batch.sampled.double(), Outputs(new, torch.zeros_like(new)))
+    return MiniBatch(batch, batch.action_mask.double(), Outputs(new, torch.zeros_like(new)))
 
 
 def left_out(block: dict[str, Any], mini: MiniBatch, context: Context) -> list[list[int]]:
@@ -201,4 +201,4 @@ def test_before_a_scoring_pass_the_ratio_of_now_is_one():
     mini = scored([[0.3, -0.3]], episode("a", reply(2)))
     mini = replace(mini, batch=replace(mini.batch, old_logprobs=None))
     filled = build_objective(mini, GRPO().build(), Context()).mini
-    assert filled.current.ratio[filled.batch.sampled].tolist() == [1, 1]
+    assert filled.current.ratio[filled.batch.action_mask].tolist() == [1, 1]

@@ -55,8 +55,10 @@ def scored(episodes, layout="trajectory", masked: float = 0.0) -> Batch:
     entropies = torch.full(batch.tokens.shape, masked, dtype=torch.float64)
     for row, owner in enumerate(batch.trajectory.tolist()):
         for index, turn in enumerate(batch.episodes[owner].turns):
-            own = batch.sampled[row] & (batch.turns[row] == index)
-            values = [value for value, decided in zip(turn.entropies, turn.sampled, strict=True) if decided]
+            own = batch.action_mask[row] & (batch.turns[row] == index)
+            values = [
+                value for value, decided in zip(turn.entropies, turn.action_mask, strict=True) if decided
+            ]
             if own.any():
                 entropies[row, own] = tensor(values, dtype=torch.float64)
     return replace(batch, logprobs=torch.zeros_like(entropies), old_entropies=entropies)
@@ -77,7 +79,7 @@ def advantages_of(recipe: Recipe, batch: Batch) -> torch.Tensor:
 def by_turn(values: torch.Tensor, batch: Batch) -> list[list[float]]:
     """The one value of each turn that made a decision, by trajectory."""
     found = [{} for _ in batch.episodes]
-    for row, position in batch.sampled.nonzero().tolist():
+    for row, position in batch.action_mask.nonzero().tolist():
         turn = int(batch.turns[row, position])
         value = values[row, position].item()
         assert found[batch.trajectory[row]].setdefault(turn, value) == value
@@ -107,7 +109,7 @@ def test_certain_turns_and_those_before_them_get_more_credit(zeta, expected, tra
     batch = example(trajectories, layout)
     advantages = advantages_of(EMPG(CENTRED, zeta=zeta), batch)
     close(by_turn(advantages, batch), expected, 5e-9)
-    assert not advantages[~batch.sampled].any()
+    assert not advantages[~batch.action_mask].any()
 
 
 @pytest.mark.vector("M-2")
@@ -180,7 +182,7 @@ def test_neither_the_order_of_rows_nor_padding_nor_masked_values_matter(layout):
     torch.testing.assert_close(shuffled, plain[order], rtol=0, atol=1e-12)
     poisoned = example(INTERRUPTED, layout, masked=math.nan)
     assert torch.equal(advantages_of(EMPG(CENTRED), poisoned), plain)
-    base = torch.where(batch.sampled, compute_advantages(CENTRED.build(), batch, CONTEXT), math.nan)
+    base = torch.where(batch.action_mask, compute_advantages(CENTRED.build(), batch, CONTEXT), math.nan)
     torch.testing.assert_close(EMPG().modulate(base, poisoned, CONTEXT), plain, rtol=0, atol=1e-12)
     long = scored([*batch.episodes, episode("long", [[FORCED] * 40], 1.0)], layout)
     assert long.tokens.shape[1] > batch.tokens.shape[1]

@@ -52,8 +52,10 @@ def scored(trajectories=EXAMPLE, layout="trajectory", masked: float = 0.0) -> Ba
     entropies = torch.full(batch.tokens.shape, masked, dtype=torch.float64)
     for row, owner in enumerate(batch.trajectory.tolist()):
         for index, turn in enumerate(episodes[owner].turns):
-            own = batch.sampled[row] & (batch.turns[row] == index)
-            values = [value for value, decided in zip(turn.entropies, turn.sampled, strict=True) if decided]
+            own = batch.action_mask[row] & (batch.turns[row] == index)
+            values = [
+                value for value, decided in zip(turn.entropies, turn.action_mask, strict=True) if decided
+            ]
             if own.any():
                 entropies[row, own] = tensor(values, dtype=torch.float64)
     nothing = torch.zeros_like(entropies)
@@ -96,8 +98,8 @@ def learn(algorithm, batch: Batch, context: Context, parts=None, entropies=None)
 
 def by_decision(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Values at decisions, by trajectory and turn."""
-    rows, positions = batch.sampled.nonzero(as_tuple=True)
-    keys = torch.stack([batch.trajectory[rows], batch.turns[batch.sampled], positions, rows], dim=1)
+    rows, positions = batch.action_mask.nonzero(as_tuple=True)
+    keys = torch.stack([batch.trajectory[rows], batch.turns[batch.action_mask], positions, rows], dim=1)
     return torch.stack([values[row, position] for _, _, position, row in sorted(keys.tolist())])
 
 
@@ -353,7 +355,7 @@ def test_neither_the_order_nor_the_partition_of_rows_nor_padding_nor_masked_valu
     close(parts[2], slope)
     poisoned = learn(algorithm, scored(MIXED, "turn", masked=math.nan), HISTORY)
     assert poisoned[0] == loss
-    assert torch.equal(torch.where(batch.sampled, poisoned[2], 0.0), slope)
+    assert torch.equal(torch.where(batch.action_mask, poisoned[2], 0.0), slope)
 
 
 def test_a_batch_without_a_decision_has_no_penalty_and_no_nan():

@@ -62,7 +62,7 @@ def test_decisions_are_in_the_order_in_which_they_were_made_and_go_back_to_their
     assert made.first.tolist() == [[True, False, True], [True, False, False]]
     assert made.last.tolist() == [[False, True, True], [False, True, False]]
     numbered = torch.arange(batch.tokens.numel()).view(batch.tokens.shape)
-    assert made.write(made.read(numbered)).equal(torch.where(batch.sampled, numbered, 0))
+    assert made.write(made.read(numbered)).equal(torch.where(batch.action_mask, numbered, 0))
     assert made.read(torch.full(batch.tokens.shape, torch.nan))[1, 2] == 0
 
 

@@ -251,7 +251,7 @@ def advantages_of(
         batch = batch.select([row % len(batch.lengths) for row in order])
     advantages = compute_advantages(algorithm, batch, CONTEXT)
     found: dict[tuple[str, int], float] = {}
-    for row, column in batch.sampled.nonzero().tolist():
+    for row, column in batch.action_mask.nonzero().tolist():
         key = (batch.episodes[batch.trajectory[row]].id, int(batch.turns[row, column]))
         assert found.setdefault(key, advantages[row, column].item()) == advantages[row, column].item()
     return found

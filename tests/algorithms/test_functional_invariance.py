@@ -186,7 +186,7 @@ LAYOUTS = [collate([GROUP], layout=layout) for layout in ("trajectory", "turn")]
 
 def decisions(batch, values):
     """[B, T] -> [E, L], with 0 where there is no decision."""
-    index, valid = f.unroll(batch.sampled, batch.turns, batch.trajectory, len(batch.episodes))
+    index, valid = f.unroll(batch.action_mask, batch.turns, batch.trajectory, len(batch.episodes))
     return torch.where(valid, values.double().flatten()[index], 0.0), valid
 
 
@@ -219,7 +219,7 @@ def test_unrolled_returns_and_advantages_are_the_same_in_both_layouts():
 @pytest.mark.parametrize("function", ["sequence_ratio", "turn_means"])
 def test_statistics_of_turns_are_the_same_in_both_layouts(function):
     def of(batch):
-        rows = batch.sampled, batch.turns, batch.trajectory
+        rows = batch.action_mask, batch.turns, batch.trajectory
         if function == "sequence_ratio":
             return decisions(batch, f.sequence_ratio(batch.logprobs, batch.entropies, *rows))[0]
         means, present = f.turn_means(batch.logprobs, *rows, len(batch.episodes))
@@ -234,7 +234,7 @@ def test_weights_do_not_change_when_trajectories_are_split_into_rows(kind):
     (wide, _), (narrow, _) = (
         decisions(batch, weights / count)
         for batch in LAYOUTS
-        for weights, count in [kind(batch.sampled, batch.turns, batch.trajectory)]
+        for weights, count in [kind(batch.action_mask, batch.turns, batch.trajectory)]
     )
     assert wide.sum() > 0
     torch.testing.assert_close(wide, narrow, rtol=0, atol=1e-15)
@@ -264,7 +264,7 @@ def test_a_trajectory_counts_once_however_many_rows_it_has():
     assert returns.tolist() == [4.0, 1.0, 1.0, 2.0]
     advantages = f.group_relative_advantage(returns, LAYOUTS[0].groups)
     wide, narrow = (
-        decisions(batch, f.broadcast_to_tokens(advantages, batch.trajectory, batch.sampled))[0]
+        decisions(batch, f.broadcast_to_tokens(advantages, batch.trajectory, batch.action_mask))[0]
         for batch in LAYOUTS
     )
     assert wide.equal(narrow)

@@ -216,7 +216,7 @@ def test_dr_grpo_centres_only_and_divides_by_a_constant():
     batch = prepare(algorithm, [group((1, True), (0, True))], CONTEXT)
     advantages = algorithm.advantage(batch, CONTEXT)
     assert advantages.tolist() == [[0, 0.5, 0.5], [0, -0.5, -0.5]]
-    weights, count = algorithm.aggregation(batch.sampled, batch.turns, batch.trajectory)
+    weights, count = algorithm.aggregation(batch.action_mask, batch.turns, batch.trajectory)
     assert weights.tolist() == [[0, 0.25, 0.25], [0, 0.25, 0.25]]
     assert count == 2
 

@@ -50,10 +50,10 @@ def rollout(
 ) -> MiniBatch:
     """A scored batch in which all decisions of a trajectory have its advantage."""
     batch = collate([Group(f"t{i}", tuple(members)) for i, members in enumerate(groups)], layout=layout)
-    old = torch.where(batch.sampled, batch.logprobs - 0.1, 0.0)
+    old = torch.where(batch.action_mask, batch.logprobs - 0.1, 0.0)
     batch = replace(batch, old_logprobs=old, old_entropies=batch.entropies + 0.1)
     values = torch.tensor(advantages, dtype=torch.float64)[batch.trajectory][:, None]
-    return MiniBatch(batch, torch.where(batch.sampled, values, 0.0))
+    return MiniBatch(batch, torch.where(batch.action_mask, values, 0.0))
 
 
 def earning(good: Sequence[Episode], layout: Layout = "trajectory") -> MiniBatch:
@@ -240,10 +240,10 @@ def test_what_a_mask_leaves_out_or_is_not_admitted_is_not_kept():
     memory = buffer(1, episode_filter=lambda episode: episode.id != "no")
     mini = earning([episode(name, 1.0) for name in ("yes", "no", "sure")])
     first = torch.arange(mini.batch.tokens.shape[1]).expand_as(mini.batch.tokens) == 1
-    memory.add(replace(mini, mask=first & mini.batch.sampled), context(0))
+    memory.add(replace(mini, mask=first & mini.batch.action_mask), context(0))
     assert memory.metrics()["kept_share"] == pytest.approx(2 / 6)
     replayed = memory.sample(context(1))
-    assert replayed.batch.sampled.tolist() == [[False, True, False]]
+    assert replayed.batch.action_mask.tolist() == [[False, True, False]]
     assert replayed.advantages.tolist() == [[0, 1, 0]]
 
 
@@ -252,7 +252,7 @@ def turns_of_two(layout: Layout) -> MiniBatch:
     allowed = ((7, 9), (8,), (7, 8, 9))
     members = [episode(name, 1.0, [(7, 8, 9)] * 3, allowed=allowed) for name in "ab"]
     mini = earning(members, layout)
-    middle = (mini.batch.turns == 1) & mini.batch.sampled
+    middle = (mini.batch.turns == 1) & mini.batch.action_mask
     return replace(mini, advantages=torch.where(middle, -1.0, mini.advantages))
 
 
@@ -262,18 +262,18 @@ def test_a_kept_row_holds_its_good_decisions_and_nothing_about_the_others(layout
     memory.add(turns_of_two(layout), context(0))
     assert memory.metrics()["size"] == (4 if layout == "turn" else 2)
     batch = memory.sample(context(1)).batch
-    assert set(batch.turns[batch.sampled].tolist()) <= {0, 2}
+    assert set(batch.turns[batch.action_mask].tolist()) <= {0, 2}
     if layout == "trajectory":
         assert batch.tokens.tolist() == [[1, 7, 8, 9, 1, 7, 8, 9, 1, 7, 8, 9]]
-        assert batch.sampled.nonzero()[:, 1].tolist() == [1, 3, 9, 11]
+        assert batch.action_mask.nonzero()[:, 1].tolist() == [1, 3, 9, 11]
         assert batch.allowed.positions.tolist() == [1, 3, 9, 11]
         assert batch.allowed.ids.tolist() == [[7, 9, -1], [7, 8, 9], [7, 9, -1], [7, 8, 9]]
-    place = torch.zeros_like(batch.sampled)
+    place = torch.zeros_like(batch.action_mask)
     place[batch.allowed.rows, batch.allowed.positions] = True
-    assert torch.equal(place, batch.sampled)
+    assert torch.equal(place, batch.action_mask)
     stored = {"logprobs": -0.5, "old_logprobs": -0.6, "entropies": 0.5, "old_entropies": 0.6}
     for name, value in stored.items():
-        torch.testing.assert_close(getattr(batch, name), torch.where(batch.sampled, value, 0.0))
+        torch.testing.assert_close(getattr(batch, name), torch.where(batch.action_mask, value, 0.0))
 
 
 def test_rows_of_one_trajectory_stay_together_and_those_of_another_step_apart():
@@ -308,7 +308,7 @@ def random_rollout(draw: random.Random, step: int, layout: Layout) -> MiniBatch:
     ]
     mini = rollout(groups, [0.0] * 12, layout)
     noise = torch.tensor([[draw.choice((-1.0, 0.0, 0.7)) for _ in row] for row in mini.batch.tokens.tolist()])
-    return replace(mini, advantages=torch.where(mini.batch.sampled, noise, 0.0))
+    return replace(mini, advantages=torch.where(mini.batch.action_mask, noise, 0.0))
 
 
 @pytest.mark.parametrize("layout", ["trajectory", "turn"])
@@ -323,16 +323,16 @@ def test_nothing_bad_now_or_then_and_nothing_too_old_is_ever_recalled(layout, mi
         if replayed is not None:
             bursts += 1
             batch, worth = replayed.batch, replayed.advantages
-            assert (worth[batch.sampled] > 0).all()
-            assert (worth[~batch.sampled] == 0).all()
+            assert (worth[batch.action_mask] > 0).all()
+            assert (worth[~batch.action_mask] == 0).all()
             beyond = torch.arange(worth.shape[1]) >= batch.lengths[:, None]
             assert (batch.turns[beyond] == -1).all()
-            assert not batch.sampled[beyond].any()
-            for row, position in batch.sampled.nonzero().tolist():
+            assert not batch.action_mask[beyond].any()
+            for row, position in batch.action_mask.nonzero().tolist():
                 name, kept = batch.episodes[int(batch.trajectory[row])].id.split("@")
                 assert step - int(kept) <= 2
                 assert then[name, int(batch.turns[row, position]), position] > 0
-        for row, position in mini.batch.sampled.nonzero().tolist():
+        for row, position in mini.batch.action_mask.nonzero().tolist():
             name = mini.batch.episodes[int(mini.batch.trajectory[row])].id
             turn = int(mini.batch.turns[row, position])
             then[name, turn, position] = float(mini.advantages[row, position])
@@ -341,7 +341,7 @@ def test_nothing_bad_now_or_then_and_nothing_too_old_is_ever_recalled(layout, mi
 
 
 def same(one: ReplayBatch, other: ReplayBatch) -> bool:
-    fields = ("tokens", "lengths", "sampled", "logprobs", "entropies", "turns", "trajectory", "returns")
+    fields = ("tokens", "lengths", "action_mask", "logprobs", "entropies", "turns", "trajectory", "returns")
     fields += ("old_logprobs", "old_entropies")
     return (
         all(torch.equal(getattr(one.batch, name), getattr(other.batch, name)) for name in fields)

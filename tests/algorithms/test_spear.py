@@ -68,7 +68,7 @@ def hand_made(
     column = torch.tensor(advantages, dtype=torch.float64)[batch.trajectory][:, None]
     outputs = Outputs(said, torch.zeros_like(said))
     batch = replace(batch, logprobs=old, old_logprobs=old, old_entropies=torch.zeros_like(old))
-    return MiniBatch(batch, torch.where(batch.sampled, column, 0.0), outputs), outputs
+    return MiniBatch(batch, torch.where(batch.action_mask, column, 0.0), outputs), outputs
 
 
 @pytest.mark.vector("S-1")
@@ -298,10 +298,10 @@ def test_a_share_of_the_decisions_is_left_out_and_at_least_one():
     assert len(left_out(mini, Context(), share=0.1)) == 4  # of 48
     assert len(left_out(mini, Context(), share=0.001)) == 1
     found = set().union(*(left_out(mini, Context(step)) for step in range(60)))
-    covariances = (mini.advantages - mini.advantages[mini.batch.sampled].mean()) * (
-        mini.current.logprobs - mini.current.logprobs[mini.batch.sampled].mean()
+    covariances = (mini.advantages - mini.advantages[mini.batch.action_mask].mean()) * (
+        mini.current.logprobs - mini.current.logprobs[mini.batch.action_mask].mean()
     )
-    candidates = ((covariances > 0.1) & mini.batch.sampled).nonzero()
+    candidates = ((covariances > 0.1) & mini.batch.action_mask).nonzero()
     assert len(left_out(mini, Context(), share=1.0)) == len(candidates) == len(found)
 
 
@@ -328,7 +328,7 @@ def test_the_draw_depends_on_the_seed_and_step_but_not_on_rows_or_padding():
 
     old = padded(mini.batch.old_logprobs)
     more = replace(wide.select(torch.arange(7)), old_logprobs=torch.cat([old, torch.zeros(1, old.shape[1])]))
-    more = replace(more, sampled=more.sampled & (more.trajectory != 6)[:, None])
+    more = replace(more, action_mask=more.action_mask & (more.trajectory != 6)[:, None])
     advantages = torch.cat([padded(mini.advantages), torch.full((1, old.shape[1]), math.nan)])
     said = torch.cat([padded(mini.current.logprobs), torch.full((1, old.shape[1]), math.nan)])
     current = Outputs(said, said)
@@ -343,7 +343,7 @@ def test_both_layouts_leave_out_the_same_decisions():
     found = []
     for layout in ("trajectory", "turn"):
         batch = collate(groups, layout=layout)
-        rows, places = batch.sampled.nonzero(as_tuple=True)
+        rows, places = batch.action_mask.nonzero(as_tuple=True)
         said, advantages = torch.zeros(batch.tokens.shape), torch.zeros(batch.tokens.shape)
         for row, place in zip(rows.tolist(), places.tolist(), strict=True):
             owner = int(batch.trajectory[row])
@@ -392,7 +392,7 @@ def test_the_log_says_what_clipping_by_covariance_found():
     assert numbers["covariance_mean"] == pytest.approx(-1.35 / 6)
     assert numbers["covariance_max"] == pytest.approx(1.575)
     assert numbers["covariance_clip_share"] == pytest.approx(2 / 6)
-    nothing = replace(mini, batch=replace(mini.batch, sampled=torch.zeros_like(mini.batch.sampled)))
+    nothing = replace(mini, batch=replace(mini.batch, action_mask=torch.zeros_like(mini.batch.action_mask)))
     assert set(covariance_metrics(nothing, Context(), share=0.4, band=(1, 2)).values()) == {0.0}
 
 

@@ -36,7 +36,7 @@ def test_a_trajectory_is_one_row_in_which_only_decisions_are_sampled():
     batch = batch_of(episode(CHOICE, FREE))
     assert batch.tokens.tolist() == [[5, 9, 7, 3, 6, 1, 2]]
     assert batch.lengths.tolist() == [7]
-    assert batch.sampled.tolist() == [[False, False, True, False, False, True, True]]
+    assert batch.action_mask.tolist() == [[False, False, True, False, False, True, True]]
     assert batch.turns.tolist() == [[-1, -1, 0, 0, -1, 1, 1]]
     assert batch.logprobs[0].tolist() == pytest.approx([0, 0, -0.7, 0, 0, -1, -2])
     assert batch.entropies[0].tolist() == pytest.approx([0, 0, 0.69, 0, 0, 0.5, 0.4])
@@ -51,7 +51,7 @@ def test_in_the_turn_layout_each_turn_is_a_row_with_its_history_as_context():
     batch = batch_of(episode(CHOICE, FREE), layout="turn")
     assert batch.tokens.tolist() == [[5, 9, 7, 3, 0, 0, 0], [5, 9, 7, 3, 6, 1, 2]]
     assert batch.lengths.tolist() == [4, 7]
-    assert batch.sampled.tolist()[1] == [False] * 5 + [True, True]
+    assert batch.action_mask.tolist()[1] == [False] * 5 + [True, True]
     assert batch.turns.tolist() == [[-1, -1, 0, 0, -1, -1, -1], [-1, -1, -1, -1, -1, 1, 1]]
     assert batch.trajectory.tolist() == [0, 0]
     assert batch.rewards.sum().item() == 1.25
@@ -84,7 +84,7 @@ def test_an_episode_without_turns_has_no_row_but_a_return():
 
 def test_tokens_that_are_not_to_be_imitated_are_context():
     batch = batch_of(episode(CHOICE, replace(FREE, trainable=False)))
-    assert batch.sampled.tolist() == [[False, False, True, False, False, False, False]]
+    assert batch.action_mask.tolist() == [[False, False, True, False, False, False, False]]
     assert batch.turns.tolist()[0][5:] == [1, 1]
 
 
@@ -92,7 +92,7 @@ def test_rows_are_padded_on_the_right():
     batch = batch_of(episode(CHOICE, FREE), episode(CHOICE))
     assert batch.tokens.tolist()[1] == [5, 9, 7, 3, 0, 0, 0]
     assert batch.turns.tolist()[1] == [-1, -1, 0, 0, -1, -1, -1]
-    assert not batch.sampled[1, 4:].any()
+    assert not batch.action_mask[1, 4:].any()
 
 
 def test_selecting_rows_trims_the_width_and_keeps_the_choices_of_the_right_rows():

@@ -119,7 +119,7 @@ def test_infinite_log_ratios_are_held_or_their_step_is_skipped(name: str, old: f
     algorithm = build_recipe(name).build()
     learner = learner_for(algorithm)
     batch = learner.score(collate(make_groups(2)), algorithm.requires)
-    spoiled = torch.where(batch.sampled, old, 0.0)
+    spoiled = torch.where(batch.action_mask, old, 0.0)
     numbers = learner.update(replace(batch, old_logprobs=spoiled), algorithm, CONTEXT)
     assert finite(learner)
     # Without branches fr3e has nothing to learn from.
@@ -135,7 +135,7 @@ def test_nan_where_nothing_was_sampled_changes_nothing(name: str) -> None:
         batch = learner.score(collate(make_groups(2)), algorithm.requires)
         fields = ("logprobs", "entropies", "old_logprobs", "old_entropies", "values", "reference_logprobs")
         spoiled = {
-            field: torch.where(batch.sampled, value, spoil)
+            field: torch.where(batch.action_mask, value, spoil)
             for field in fields
             if (value := getattr(batch, field)) is not None
         }

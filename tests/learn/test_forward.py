@@ -26,7 +26,7 @@ def expected(logits_of, batch, temperature=1.0):
     entropies = torch.zeros_like(logprobs)
     for row, length in enumerate(batch.lengths.tolist()):
         logits = logits_of(batch.tokens[row, :length]).double() / temperature
-        for t in batch.sampled[row].nonzero().flatten().tolist():
+        for t in batch.action_mask[row].nonzero().flatten().tolist():
             ids = allowed.get((row, t), torch.arange(VOCABULARY))
             log_p = logits[t - 1, ids].log_softmax(-1)
             logprobs[row, t] = log_p[ids == batch.tokens[row, t]]
@@ -37,7 +37,7 @@ def expected(logits_of, batch, temperature=1.0):
 def test_token_t_is_described_by_the_state_at_t_minus_1():
     policy, batch = ToyPolicy(), collate(make_groups())
     assert batch.allowed is not None
-    assert len(batch.allowed.rows) < int(batch.sampled.sum())  # constrained and free decisions are mixed
+    assert len(batch.allowed.rows) < int(batch.action_mask.sum())  # constrained and free decisions are mixed
     for temperature in (1.0, 0.6):
         outputs = toy_forward(temperature).score(policy, batch)
 
@@ -68,7 +68,7 @@ def test_nothing_after_the_last_decision_is_computed():
         return hidden_states(policy, tokens, lengths)
 
     Forward(watched, toy_forward().output_weight).score(policy, batch)
-    last = [int(row.nonzero().max()) if row.any() else 0 for row in batch.sampled]
+    last = [int(row.nonzero().max()) if row.any() else 0 for row in batch.action_mask]
     assert needed_lengths(batch).tolist() == last
     assert seen == [(sum(last), [length for length in last if length])]
 
@@ -76,7 +76,7 @@ def test_nothing_after_the_last_decision_is_computed():
 def test_a_batch_without_decisions_is_described_by_zeros():
     batch = collate(make_groups(groups=1, size=1))
     silent = batch.select([0])
-    silent.sampled.zero_()
+    silent.action_mask.zero_()
     outputs = toy_forward().score(ToyPolicy(), silent)
     assert not outputs.logprobs.any()
     assert toy_forward().score(ToyPolicy(), collate([])).logprobs.shape == (0, 0)

@@ -70,7 +70,7 @@ def scored(batch: Batch, drift: float = 0.1) -> Batch:
     """Old logprobs a little off, so that ratios are not 1 and some are clipped."""
     batch = learner_of().score(batch)
     noise = torch.linspace(-3, 3, batch.tokens.numel()).sin().view_as(batch.logprobs) * drift * 3
-    return replace(batch, old_logprobs=torch.where(batch.sampled, batch.old_logprobs + noise, 0.0))
+    return replace(batch, old_logprobs=torch.where(batch.action_mask, batch.old_logprobs + noise, 0.0))
 
 
 FULL = GRPO(entropy_coefficient=0.01, dual_clip=3.0).build()
@@ -108,7 +108,7 @@ def test_padding_changes_nothing_whatever_is_written_there():
     wide = replace(
         batch,
         tokens=widened(batch.tokens, 3),
-        sampled=widened(batch.sampled, False),
+        action_mask=widened(batch.action_mask, False),
         turns=widened(batch.turns, 0),
         **{name: widened(getattr(batch, name), math.nan) for name in names},
     )
@@ -122,7 +122,7 @@ def test_nan_at_any_position_that_was_not_sampled_changes_nothing():
     batch = replace(batch, reference_logprobs=learner_of(reference).score(batch).old_logprobs)
     names = ("logprobs", "entropies", "old_logprobs", "old_entropies", "reference_logprobs")
     poisoned = replace(
-        batch, **{name: torch.where(batch.sampled, getattr(batch, name), math.nan) for name in names}
+        batch, **{name: torch.where(batch.action_mask, getattr(batch, name), math.nan) for name in names}
     )
     assert_same(gradients(batch, algorithm), gradients(poisoned, algorithm))
 
@@ -137,11 +137,11 @@ def test_hooks_see_zeros_where_nothing_was_sampled():
     batch = scored(collate(make_groups()))
     names = ("logprobs", "entropies", "old_logprobs", "old_entropies")
     poisoned = replace(
-        batch, **{name: torch.where(batch.sampled, getattr(batch, name), math.nan) for name in names}
+        batch, **{name: torch.where(batch.action_mask, getattr(batch, name), math.nan) for name in names}
     )
     learner_of().update(poisoned, Algorithm(transforms=(watched,)), CONTEXT)
     assert len(seen) == 4
-    assert all((values[~batch.sampled] == 0).all() for values in seen)
+    assert all((values[~batch.action_mask] == 0).all() for values in seen)
 
 
 @pytest.mark.parametrize("settings", AGGREGATIONS)
@@ -312,14 +312,14 @@ def test_the_second_mini_batch_sees_other_ratios_and_the_same_advantages():
 
     def counted(batch, context):
         values = functional.broadcast_to_tokens(
-            torch.where(batch.returns > 0, 1.0, -1.0), batch.trajectory, batch.sampled
+            torch.where(batch.returns > 0, 1.0, -1.0), batch.trajectory, batch.action_mask
         )
         computed.append(values)
         return values
 
     def watched(outputs, mini, bounds):
         ratio = functional.probability_ratio(outputs.logprobs.detach(), mini.batch.old_logprobs)
-        ratios.append(ratio[mini.batch.sampled])
+        ratios.append(ratio[mini.batch.action_mask])
         used.append(mini)
         return clipped_policy_loss(outputs, mini, bounds)
 
@@ -354,7 +354,7 @@ def test_every_epoch_goes_through_all_trajectories():
 
     batch = collate(make_groups())
     numbers = learner_of(epochs=2, mini_batches=3).update(batch, Algorithm(surrogate=watched), CONTEXT)
-    with_decisions = batch.trajectory[batch.sampled.any(dim=1)].tolist()
+    with_decisions = batch.trajectory[batch.action_mask.any(dim=1)].tolist()
     assert sorted(seen) == sorted(with_decisions * 2)
     assert numbers["learner/updates"] == 6
 
@@ -384,7 +384,9 @@ def test_a_component_that_requires_current_sees_the_policy_of_this_mini_batch():
 
     @requires("current")
     def weigh(mini, context):
-        seen.append((mini.current.logprobs - mini.batch.old_logprobs)[mini.batch.sampled].abs().max().item())
+        seen.append(
+            (mini.current.logprobs - mini.batch.old_logprobs)[mini.batch.action_mask].abs().max().item()
+        )
         return torch.ones(mini.batch.tokens.shape)
 
     learner = learner_of(mini_batches=2, learning_rate=0.01)

@@ -34,7 +34,7 @@ def outputs(values: float | list[list[float]], entropies: float = 0.0) -> Output
 
 
 def centred(batch, context):
-    return functional.broadcast_to_tokens(torch.tensor([0.5, -0.5]), batch.trajectory, batch.sampled)
+    return functional.broadcast_to_tokens(torch.tensor([0.5, -0.5]), batch.trajectory, batch.action_mask)
 
 
 PLAIN = Algorithm(advantage=centred)
@@ -61,20 +61,20 @@ def test_the_gradient_is_exactly_zero_where_nothing_was_sampled():
     mini = mini_batch(algorithm, old=-0.3)
     loss, _ = build_objective(mini, algorithm, CONTEXT).contribution(ALL, said)
     loss.backward()
-    assert (said.logprobs.grad != 0).equal(mini.batch.sampled)
-    assert (said.entropies.grad != 0).equal(mini.batch.sampled)
+    assert (said.logprobs.grad != 0).equal(mini.batch.action_mask)
+    assert (said.entropies.grad != 0).equal(mini.batch.action_mask)
 
 
 def test_nan_outside_the_decisions_changes_nothing():
     results = []
     for poison in (0.0, math.nan):
         mini = mini_batch(PLAIN)
-        values = torch.where(mini.batch.sampled, -0.3, poison)
+        values = torch.where(mini.batch.action_mask, -0.3, poison)
         said = Outputs(values.requires_grad_(), values.detach().clone())
         mini = replace(mini, batch=replace(mini.batch, logprobs=values.detach()))
         loss, numbers = build_objective(mini, PLAIN, CONTEXT).contribution(ALL, said)
         loss.backward()
-        results.append((loss.item(), numbers, torch.where(mini.batch.sampled, said.logprobs.grad, 0.0)))
+        results.append((loss.item(), numbers, torch.where(mini.batch.action_mask, said.logprobs.grad, 0.0)))
     assert results[0][0] == results[1][0]
     assert results[0][1] == results[1][1]
     assert torch.equal(results[0][2], results[1][2])
@@ -94,10 +94,10 @@ def test_a_mask_changes_the_normaliser_and_a_weight_does_not():
         losses.append(objective.contribution(ALL, outputs(0.0))[0].item())
     # Token losses -.5, -.5 and .5: over 3 tokens; the first of each row over 2; the same two over 3.
     assert losses == pytest.approx([-0.5 / 3, 0.0, 0.0])
-    longer = replace(masked, advantage=lambda batch, context: batch.sampled.float())
+    longer = replace(masked, advantage=lambda batch, context: batch.action_mask.float())
     objective = build_objective(mini_batch(longer), longer, CONTEXT)
     assert objective.contribution(ALL, outputs(0.0))[0].item() == pytest.approx(-1.0)
-    longer = replace(weighted, advantage=lambda batch, context: batch.sampled.float())
+    longer = replace(weighted, advantage=lambda batch, context: batch.action_mask.float())
     objective = build_objective(mini_batch(longer), longer, CONTEXT)
     assert objective.contribution(ALL, outputs(0.0))[0].item() == pytest.approx(-2 / 3)
 

@@ -113,9 +113,9 @@ def test_empg_without_modulation_is_its_base_less_the_mean_over_turns() -> None:
     )
     turns = {
         (int(batch.trajectory[row]), int(batch.turns[row, place])): float(other[row, place])
-        for row, place in batch.sampled.nonzero().tolist()
+        for row, place in batch.action_mask.nonzero().tolist()
     }
     mean = sum(turns.values()) / len(turns)
     assert abs(mean) > 1e-3
-    expected = torch.where(batch.sampled, other - mean, 0.0)
+    expected = torch.where(batch.action_mask, other - mean, 0.0)
     torch.testing.assert_close(one, expected, rtol=0, atol=1e-7)

@@ -149,7 +149,7 @@ def test_steps_that_are_not_finite_are_skipped_and_stop_the_run_when_they_repeat
 
 def test_nothing_left_in_the_loss_is_no_step_and_moves_no_weight_by_momentum():
     def nothing(mini, context):
-        return torch.zeros_like(mini.batch.sampled)
+        return torch.zeros_like(mini.batch.action_mask)
 
     learner = learner_of()
     learner.update(NEW, Algorithm(), CONTEXT)  # gives the optimiser momentum

@@ -49,10 +49,10 @@ def test_values_belong_to_the_state_before_each_decision():
     batch = collate(make_groups(), layout="turn")
     values = learner.score(batch).values
     states = hidden_states(learner.policy, batch.tokens[0, : batch.lengths[0]], batch.lengths[:1])
-    decisions = batch.sampled[0].nonzero().squeeze(1)
+    decisions = batch.action_mask[0].nonzero().squeeze(1)
     expected = (states @ learner.value_head.weight.T).squeeze(1)[decisions - 1]
     torch.testing.assert_close(values[0, decisions].double(), expected, rtol=0, atol=1e-6)
-    assert not values[~batch.sampled].any()
+    assert not values[~batch.action_mask].any()
 
 
 @pytest.mark.parametrize("layout", ["trajectory", "turn"])

@@ -343,7 +343,7 @@ def test_free_tokens_are_decisions_without_a_list_of_choices(model: PreTrainedMo
     free = sum(ids is None for turn in turns for ids in turn.allowed or ())
     chosen = sum(ids is not None and len(ids) > 1 for turn in turns for ids in turn.allowed or ())
     assert free > 20
-    assert int(batch.sampled.sum()) == free + chosen
+    assert int(batch.action_mask.sum()) == free + chosen
     assert batch.allowed is not None
     assert len(batch.allowed.rows) == chosen
 
@@ -357,10 +357,10 @@ def test_the_learner_gives_free_and_chosen_tokens_the_engines_numbers(
     batch = batch.select([3, 1, 5, 0])  # also of a part of it, in another order
     with torch.no_grad():
         found = Forward(temperature=temperature).score(model, batch)
-    assert batch.sampled.any(dim=1).all()
+    assert batch.action_mask.any(dim=1).all()
     torch.testing.assert_close(
-        found.logprobs[batch.sampled], batch.logprobs[batch.sampled], atol=1e-5, rtol=0
+        found.logprobs[batch.action_mask], batch.logprobs[batch.action_mask], atol=1e-5, rtol=0
     )
     torch.testing.assert_close(
-        found.entropies[batch.sampled], batch.entropies[batch.sampled], atol=1e-5, rtol=0
+        found.entropies[batch.action_mask], batch.entropies[batch.action_mask], atol=1e-5, rtol=0
     )

@@ -157,7 +157,7 @@ def tokens(turns: Sequence[Turn]) -> int:
 
 def unread(episode: Episode) -> int:
     """Return the number of final tokens read with the next turn: the last decision and the forced ones."""
-    decided = episode.turns[-1].sampled
+    decided = episode.turns[-1].action_mask
     return len(decided) - max(t for t, choice in enumerate(decided) if choice)
 
 
@@ -219,10 +219,10 @@ def test_the_tokens_that_a_reply_was_begun_with_are_no_decisions(
     for child in children:
         turn = child.turns[1]
         assert turn.action_ids[0] == first
-        assert (turn.logprobs[0], turn.entropies[0], turn.sampled[0]) == (0.0, 0.0, False)
+        assert (turn.logprobs[0], turn.entropies[0], turn.action_mask[0]) == (0.0, 0.0, False)
         assert (turn.allowed or ())[0] == (first,)
         assert len(turn.action_ids) <= SAMPLING.max_tokens or choices
-    assert parent.turns[1].sampled[0]
+    assert parent.turns[1].action_mask[0]
     assert len({child.turns[1].action_ids for child in children}) > 1
     if choices:
         assert {child.turns[1].action for child in children} <= {
@@ -241,10 +241,10 @@ def test_a_batch_holds_the_parents_tokens_before_the_childs(
     assert batch.tokens.shape[0] == 2
     assert torch.equal(batch.tokens[0, : shared + 1], batch.tokens[1, : shared + 1])
     assert torch.equal(batch.logprobs[0, :shared], batch.logprobs[1, :shared])
-    assert [bool(batch.sampled[row, shared]) for row in (0, 1)] == [True, False]
+    assert [bool(batch.action_mask[row, shared]) for row in (0, 1)] == [True, False]
     assert int(batch.lengths[1]) == tokens(child.turns)
     rows = collate([Group("4", episodes)], layout="turn")
-    assert int(rows.sampled.sum()) == int(batch.sampled.sum())
+    assert int(rows.action_mask.sum()) == int(batch.action_mask.sum())
     write_episodes(tmp_path / "episodes.parquet", episodes)
     assert tuple(read_episodes(tmp_path / "episodes.parquet")) == episodes
 
@@ -328,7 +328,7 @@ def test_a_free_reply_goes_on_after_the_tokens_it_was_begun_with() -> None:
     assert turn.allowed == (*(((ord(c),)) for c in "take "), *[None] * 6)
     assert turn.logprobs == (*[0.0] * 5, *[-0.25] * 6)
     assert turn.entropies == (*[0.0] * 5, *[0.25] * 6)
-    assert turn.sampled == (*[False] * 5, *[True] * 6)
+    assert turn.action_mask == (*[False] * 5, *[True] * 6)
 
 
 def test_a_constrained_reply_chooses_among_what_begins_alike() -> None:

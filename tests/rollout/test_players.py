@@ -333,7 +333,7 @@ def test_a_demonstration_records_what_could_have_been_chosen_at_each_token() -> 
     # "go on" against "take mug" and "take pen": only the first letter is a decision.
     (turn,) = episode.turns
     assert turn.allowed == ((ord("g"), ord("t")), (ord("o"),), (ord(" "),), (ord("o"),), (ord("n"),), (0,))
-    assert turn.sampled == (True, False, False, False, False, False)
+    assert turn.action_mask == (True, False, False, False, False, False)
 
 
 def test_noise_disturbs_its_share_of_turns_and_is_not_to_be_imitated() -> None:
@@ -347,7 +347,7 @@ def test_noise_disturbs_its_share_of_turns_and_is_not_to_be_imitated() -> None:
     # 60 % are a "take ", and of the 40 % drawn from all three actions again two thirds: .6 + .4 * 2/3 = .867.
     takes = sum(turn.action.startswith("take ") for turn in disturbed) / len(disturbed)
     assert abs(takes - 0.867) < 4 * 0.017
-    assert not any(any(turn.sampled) for turn in disturbed)
+    assert not any(any(turn.action_mask) for turn in disturbed)
     assert all(len(turn.action_ids) == len(turn.allowed or ()) for turn in disturbed)
 
 

@@ -124,7 +124,7 @@ def test_a_fork_from_anywhere_in_a_reply_goes_on_as_the_reply_would(table: Table
         turn = child.turns[1]
         table.check(turn)
         assert turn.action_ids[:place] == reply.action_ids[:place]
-        assert not any(turn.sampled[:place])
+        assert not any(turn.action_mask[:place])
         if place > free[-1]:  # the thoughts are the parent's
             assert turn.action_ids[: free[-1] + 1] == reply.action_ids[: free[-1] + 1]
             assert None not in (turn.allowed or ())
@@ -184,8 +184,8 @@ def test_what_an_expert_says_ends_in_the_tokens_that_the_policy_would_choose(tab
         assert table.dialogue.parse(turn.action_ids).text == turn.action == "take mug 2"
         choice = table.dialogue.encode_choice("take mug 2")
         assert turn.action_ids[-len(choice) :] == choice
-        assert not any(turn.sampled[: -len(choice)])  # an empty block holds nothing to learn
-        assert any(turn.sampled)
+        assert not any(turn.action_mask[: -len(choice)])  # an empty block holds nothing to learn
+        assert any(turn.action_mask)
 
 
 def test_methods_that_branch_at_tokens_leave_thoughts_and_commands(table: Table) -> None:

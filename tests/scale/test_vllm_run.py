@@ -55,7 +55,7 @@ def test_two_steps_of_the_quickstart_learn_from_what_vllm_drew(tmp_path: Path, c
         decisions = [
             entropy
             for turn in turns
-            for entropy, decided in zip(turn.entropies, turn.sampled, strict=True)
+            for entropy, decided in zip(turn.entropies, turn.action_mask, strict=True)
             if decided
         ]
         assert decisions

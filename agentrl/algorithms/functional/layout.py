@@ -6,7 +6,7 @@ from torch import Tensor
 from agentrl.algorithms.functional.shapes import same_shape
 
 
-def broadcast_to_tokens(values: Tensor, trajectory: Tensor, sampled: Tensor) -> Tensor:
+def broadcast_to_tokens(values: Tensor, trajectory: Tensor, action_mask: Tensor) -> Tensor:
     """Give every sampled token the value of its trajectory.
 
         out[b, t] = values[trajectory[b]] where sampled, else 0
@@ -14,12 +14,12 @@ def broadcast_to_tokens(values: Tensor, trajectory: Tensor, sampled: Tensor) -> 
     Args:
         values: [E] float.
         trajectory: [B] int64.
-        sampled: [B, T] bool.
+        action_mask: [B, T] bool.
 
     Returns:
         [B, T] float.
     """
-    return torch.where(sampled, values[trajectory][:, None], 0.0)
+    return torch.where(action_mask, values[trajectory][:, None], 0.0)
 
 
 def unroll(mask: Tensor, turns: Tensor, trajectory: Tensor, episodes: int) -> tuple[Tensor, Tensor]:

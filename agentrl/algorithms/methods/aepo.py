@@ -317,7 +317,7 @@ def scale_by_entropy(
     """
     entropies = require_tensor(batch.old_entropies, "old_entropies")
     return functional.entropy_scaled_advantage(
-        advantages, entropies, batch.sampled, scale=scale, limits=limits
+        advantages, entropies, batch.action_mask, scale=scale, limits=limits
     )
 
 
@@ -335,7 +335,7 @@ def shared_turn_weight(mini: MiniBatch, context: Context) -> Tensor:
     """Return one over the number of trajectories of the rollout batch that share a turn; [B, T]."""
     batch = mini.batch
     return functional.broadcast_turns_to_tokens(
-        branch_weights(batch), batch.turns, batch.trajectory, batch.sampled
+        branch_weights(batch), batch.turns, batch.trajectory, batch.action_mask
     )
 
 
@@ -346,13 +346,13 @@ def entropy_factors(
     """Measure the range of standardised entropies, and the advantages that changed sign or met a limit."""
     batch = mini.batch
     entropies = require_tensor(batch.old_entropies, "old_entropies")
-    if not bool(batch.sampled.any()):
+    if not bool(batch.action_mask.any()):
         return {}
     ones = torch.ones_like(entropies)
-    factor = functional.entropy_scaled_advantage(ones, entropies, batch.sampled, scale=scale, limits=None)
-    factor = factor[batch.sampled]
+    factor = functional.entropy_scaled_advantage(ones, entropies, batch.action_mask, scale=scale, limits=None)
+    factor = factor[batch.action_mask]
     low, high = limits or (-math.inf, math.inf)
-    flipped = (factor.clamp(low, high) < 0) & (mini.advantages[batch.sampled] != 0)
+    flipped = (factor.clamp(low, high) < 0) & (mini.advantages[batch.action_mask] != 0)
     return {
         "entropy_score_min": float(factor.min() - 1) / scale,
         "entropy_score_max": float(factor.max() - 1) / scale,

@@ -47,7 +47,7 @@ class BehaviourCloning(Recipe):
 
 def equal_advantage(batch: Batch, context: Context) -> Tensor:
     """Return 1 at every action token; [B, T]."""
-    return batch.sampled.float()
+    return batch.action_mask.float()
 
 
 def negative_logprob(outputs: Outputs, mini: MiniBatch, bounds: Bounds | None) -> Tensor:

@@ -154,7 +154,7 @@ def without_faults(mini: MiniBatch, context: Context) -> Tensor:
     for owner, row in found.items():
         table[owner, : len(row)] = torch.tensor([reason is None for reason in row], dtype=table.dtype)
     good = table.to(batch.tokens.device)
-    return functional.broadcast_turns_to_tokens(good, batch.turns, batch.trajectory, batch.sampled) > 0
+    return functional.broadcast_turns_to_tokens(good, batch.turns, batch.trajectory, batch.action_mask) > 0
 
 
 def fault_metrics(rollout: MiniBatch, context: Context) -> Mapping[str, float]:

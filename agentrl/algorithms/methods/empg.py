@@ -80,7 +80,7 @@ class EMPG(Recipe):
             ValueError: If the advantage differs between the action tokens of one turn.
         """
         final = self._final(_steps(advantages, batch), self.zeta)
-        return functional.broadcast_turns_to_tokens(final, batch.turns, batch.trajectory, batch.sampled)
+        return functional.broadcast_turns_to_tokens(final, batch.turns, batch.trajectory, batch.action_mask)
 
     @requires("entropy")
     def modulation(self, mini: MiniBatch, context: Context, *, base: Algorithm) -> Mapping[str, float]:
@@ -131,11 +131,11 @@ class _Steps:
 
 
 def _steps(advantages: Tensor, batch: Batch) -> _Steps:
-    where = (batch.sampled, batch.turns, batch.trajectory, len(batch.episodes))
-    values = torch.where(batch.sampled, advantages, 0.0).double()
+    where = (batch.action_mask, batch.turns, batch.trajectory, len(batch.episodes))
+    values = torch.where(batch.action_mask, advantages, 0.0).double()
     credit, present = functional.turn_means(values, *where)
     if not torch.allclose(
-        functional.broadcast_turns_to_tokens(credit, batch.turns, batch.trajectory, batch.sampled),
+        functional.broadcast_turns_to_tokens(credit, batch.turns, batch.trajectory, batch.action_mask),
         values,
         equal_nan=True,
     ):

@@ -189,10 +189,10 @@ class EPO(Recipe):
         """Measure the band before the update, and the share of action tokens outside it."""
         entropies = require_tensor(mini.batch.old_entropies, "old_entropies")
         reference = self.reference_entropies(mini.batch, context)
-        known = mini.batch.sampled & ~reference.isnan()
+        known = mini.batch.action_mask & ~reference.isnan()
         numbers = {
             "entropy_band/beta": self.beta(context),
-            "entropy_band/active": float(functional.masked_mean(known.double(), mini.batch.sampled)),
+            "entropy_band/active": float(functional.masked_mean(known.double(), mini.batch.action_mask)),
         }
         if not bool(known.any()):
             return numbers
@@ -262,7 +262,7 @@ def entropy_levels(mini: MiniBatch, context: Context) -> Mapping[str, float]:
     batch = mini.batch
     entropies = require_tensor(batch.old_entropies, "old_entropies").double()
     means, present = functional.turn_means(
-        entropies, batch.sampled, batch.turns, batch.trajectory, len(batch.episodes)
+        entropies, batch.action_mask, batch.turns, batch.trajectory, len(batch.episodes)
     )
     return _levels(
         [value if decided else None for value, decided in zip(*row, strict=True)]

@@ -147,7 +147,7 @@ def step_advantage(
         divide_by_std=divide_by_std,
         copies=branch_weights(batch)[exists],
     )
-    return functional.broadcast_turns_to_tokens(compared, batch.turns, batch.trajectory, batch.sampled)
+    return functional.broadcast_turns_to_tokens(compared, batch.turns, batch.trajectory, batch.action_mask)
 
 
 def level_metrics(
@@ -177,4 +177,4 @@ def level_metrics(
 
 
 def _mean_magnitude(advantages: Tensor, batch: Batch) -> float:
-    return float(functional.masked_mean(advantages.abs(), batch.sampled))
+    return float(functional.masked_mean(advantages.abs(), batch.action_mask))

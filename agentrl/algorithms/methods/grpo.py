@@ -229,12 +229,12 @@ def compare_in_groups(
     """
     if weighting == "trajectory":
         return functional.broadcast_to_tokens(
-            estimate(batch.returns, batch.groups), batch.trajectory, batch.sampled
+            estimate(batch.returns, batch.groups), batch.trajectory, batch.action_mask
         )
     scores, exists = row_scores(batch, invalid_penalty), turn_exists(batch)
     compared = torch.zeros_like(scores)
     compared[exists] = estimate(scores[exists], batch.groups[:, None].expand_as(scores)[exists])
-    return functional.broadcast_turns_to_tokens(compared, batch.turns, batch.trajectory, batch.sampled)
+    return functional.broadcast_turns_to_tokens(compared, batch.turns, batch.trajectory, batch.action_mask)
 
 
 def mark_comparing(advantage: Advantage, singleton: functional.Singleton) -> Advantage:

@@ -69,4 +69,4 @@ def turn_ratio(outputs: Outputs, mini: MiniBatch) -> Tensor:
     """Return the new over the old probability of each turn, at all its action tokens; [B, T]."""
     batch = mini.batch
     old = require_tensor(batch.old_logprobs, "old_logprobs")
-    return functional.sequence_ratio(outputs.logprobs, old, batch.sampled, batch.turns, batch.trajectory)
+    return functional.sequence_ratio(outputs.logprobs, old, batch.action_mask, batch.turns, batch.trajectory)

@@ -119,7 +119,7 @@ class PPO(ClippedRecipe):
 @requires("values")
 def gae_advantage(batch: Batch, context: Context, *, estimate: Estimate) -> Tensor:
     """Return the estimated advantages, whitened over all action tokens; [B, T]."""
-    return functional.whiten(estimate(batch)[0], batch.sampled)
+    return functional.whiten(estimate(batch)[0], batch.action_mask)
 
 
 @requires("values")
@@ -167,7 +167,7 @@ def turn_gae(batch: Batch, *, gamma: float, lam: float, bootstrap: bool) -> tupl
         last_values=_truncation_values(batch) if bootstrap else None,
     )
     advantages, returns = (
-        functional.broadcast_turns_to_tokens(table, batch.turns, batch.trajectory, batch.sampled)
+        functional.broadcast_turns_to_tokens(table, batch.turns, batch.trajectory, batch.action_mask)
         for table in estimates
     )
     return advantages, returns
@@ -180,9 +180,9 @@ def row_gae(batch: Batch, *, invalid_penalty: float) -> tuple[Tensor, Tensor]:
     one.
     """
     scores = functional.broadcast_turns_to_tokens(
-        row_scores(batch, invalid_penalty), batch.turns, batch.trajectory, batch.sampled
+        row_scores(batch, invalid_penalty), batch.turns, batch.trajectory, batch.action_mask
     )
-    return torch.where(batch.sampled, scores - require_tensor(batch.values, "values"), 0.0), scores
+    return torch.where(batch.action_mask, scores - require_tensor(batch.values, "values"), 0.0), scores
 
 
 @requires("values", "values:grad")
@@ -201,8 +201,8 @@ def value_error(outputs: Outputs, mini: MiniBatch, context: Context, *, clip: fl
 def value_metrics(mini: MiniBatch, context: Context) -> Mapping[str, float]:
     """Measure the mean value, the mean return, and the share of the returns' variance that values explain."""
     batch = mini.batch
-    targets = require_tensor(batch.targets, "targets")[batch.sampled].double()
-    values = require_tensor(batch.values, "values")[batch.sampled].double()
+    targets = require_tensor(batch.targets, "targets")[batch.action_mask].double()
+    values = require_tensor(batch.values, "values")[batch.action_mask].double()
     if not len(targets):
         return {}
     numbers = {"value_mean": float(values.mean()), "return_mean": float(targets.mean())}

@@ -100,7 +100,7 @@ class ReinforcePlusPlus(ClippedRecipe):
 
 def whitened_comparison(batch: Batch, context: Context, **settings: Any) -> Tensor:
     """Return `compare_in_groups`, whitened over all action tokens; [B, T]."""
-    return functional.whiten(compare_in_groups(batch, context, **settings), batch.sampled)
+    return functional.whiten(compare_in_groups(batch, context, **settings), batch.action_mask)
 
 
 def whitened_returns(
@@ -124,7 +124,7 @@ def whitened_returns(
     returns = functional.discounted_returns(
         made.read(rewards - cost), made.valid, gamma=gamma, restart=restart
     )
-    return functional.whiten(made.write(returns), batch.sampled)
+    return functional.whiten(made.write(returns), batch.action_mask)
 
 
 @trait("advantage within a turn")
