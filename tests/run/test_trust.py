@@ -276,7 +276,7 @@ def test_a_pickle_in_a_run_or_model_folder_is_not_opened(trained: Path, model: P
     load_policy(model)
     for weights in model.glob("*.safetensors"):
         weights.unlink()
-    with pytest.raises(CheckpointError, match="can hold code and are not read"):
+    with pytest.raises(CheckpointError, match="can contain code and are not read"):
         load_policy(model)
     run = altered(trained, tmp_path / "run", trainer__steps=2)
     (run / "summary.json").unlink()
