@@ -242,7 +242,8 @@ def released_decay(step: int, total: int) -> float:
         1 - 0.2 (1 - exp(-2 step / half))                    up to half
         0.8 exp(-3 (step - half) / (total - half))           after it
 
-    >>> [round(released_decay(step, 150), 6) for step in (0, 75, 76, 150)] [1.0, 0.827067, 0.768632, 0.03983]
+    >>> [round(released_decay(step, 150), 6) for step in (0, 75, 76, 150)]
+    [1.0, 0.827067, 0.768632, 0.03983]
     """
     half = total // 2
     if step == 0:
