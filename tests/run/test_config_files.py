@@ -10,7 +10,7 @@ from agentrl.errors import ConfigError
 from agentrl.run.config_files import read_config_files
 from agentrl.run.folder import open_run, with_overrides
 from agentrl.run.settings import RunConfig, config_tree, load_config
-from agentrl.study.study import load_study
+from agentrl.study.config import load_study
 
 
 @pytest.fixture(autouse=True)

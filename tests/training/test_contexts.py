@@ -111,7 +111,7 @@ def test_no_sequence_is_longer_than_the_model_can_hold(ran: tuple[agentrl.Run, l
     run, _, batches = ran
     assert len(batches) == 2 + 2
     assert 0 < max(int(batch.lengths.max()) for batch in batches) <= SHORT
-    assert sum(row.get("train/learner/updates", 0) for row in rows(run)) == 4
+    assert sum(row.get(f"{row['stage']}/learner/updates", 0) for row in rows(run)) == 4
 
 
 def test_demonstrations_that_could_not_be_played_are_counted_and_left_out(

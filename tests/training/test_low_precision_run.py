@@ -94,7 +94,7 @@ def test_an_update_moves_as_many_weights_beside_an_engine_that_rounds_them(
         after = weights(run.model)
         assert {value.dtype for value in after.values()} == {torch.float32}
         shares[dtype] = moved(before, after)
-        assert rows(run.folder)[0]["train/learner/updates"] == 1
+        assert rows(run.folder)[0]["warm_start/learner/updates"] == 1
     assert shares["float32"] > 0.9
     assert shares["bfloat16"] >= 0.95 * shares["float32"]
     assert shares["float16"] >= 0.95 * shares["float32"]
@@ -292,7 +292,7 @@ def spoil_at(
             found = update(self, batch, algorithm, context)
             spoil()
             return found
-        for optimizer in self._optimizers:
+        for optimizer in self._state.optimizers:
             optimizer.register_step_post_hook(spoil)
         return update(self, batch, algorithm, context)
 
@@ -393,7 +393,7 @@ def test_updates_that_are_rounded_away_are_told_once(
     told = " ".join(capsys.readouterr().out.split())
     assert told.count("of the weights that had a gradient") == lines
     assert told.count("raise learner.learning_rate and .matrix_learning_rate") == lines
-    shares = [row["train/learner/weights_moved"] for row in rows(run.folder)]
+    shares = [row[f"{row['stage']}/learner/weights_moved"] for row in rows(run.folder)]
     assert len(shares) == 8
     assert all((share < 0.2) == bool(lines) for share in shares[4:])
     assert min(shares[:4]) > 0.9

@@ -96,7 +96,7 @@ def test_entropy_is_logged_at_every_level_and_stays_below_the_number_of_choices(
     for row in rows(unbroken.folder)[4:]:
         for level in ("token", "turn", "trajectory"):
             # 15 numbers are admissible, and a choice of several tokens is drawn token by token.
-            assert 0 < row[f"entropy/{level}"] < 2.71
+            assert 0 < row[f"train/rollout/entropy/{level}"] < 2.71
 
 
 def test_the_learner_agrees_with_the_rollout_about_what_was_sampled(unbroken: agentrl.Run) -> None:
