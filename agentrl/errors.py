@@ -27,7 +27,7 @@ def missing_extra(lack: str, extra: str) -> MissingDependencyError:
     >>> str(missing_extra("learner.lora needs peft", "lora"))
     "learner.lora needs peft: pip install -e '.[lora]' (in agentrl's checkout)"
     """
-    # `pip install agentrl[...]` would install an unrelated project of that name from the package index.
+    # From the package index, pip would install an unrelated project of our name.
     return MissingDependencyError(f"{lack}: pip install -e '.[{extra}]' (in agentrl's checkout)")
 
 
