@@ -51,6 +51,11 @@ REDUCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"name": "dapo", "clip_low": 0.2, "clip_high": 0.2},
         {"name": "grpo", "aggregation": "token"},
     ),
+    "steer, equal weights": ({"name": "steer", "low": 1.0, "high": 1.0}, GRPO),
+    "steer over gigpo, exponential": (
+        {"name": "steer", "low": 1.0, "exponential": True, "base": {"name": "gigpo"}},
+        {"name": "gigpo"},
+    ),
 }
 
 
@@ -98,6 +103,8 @@ def test_with_its_own_part_switched_off_a_method_is_its_base(name: str) -> None:
         {"name": "spear", "covariance_share": 0.0, "tool_reward": 0.0, "base": GRPO,
          "buffer_size": 1, "warmup": 0},
         {"name": "dapo"},
+        {"name": "steer"},
+        {"name": "steer", "exponential": True},
     ],
 )  # fmt: skip
 def test_switched_on_it_is_not(switch_on: dict[str, Any]) -> None:
