@@ -56,6 +56,7 @@ REDUCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"name": "steer", "low": 1.0, "exponential": True, "base": {"name": "gigpo"}},
         {"name": "gigpo"},
     ),
+    "canon, both comparisons": ({"name": "canon", "mix": 0.5}, {"name": "dr_grpo"}),
 }
 
 
@@ -103,12 +104,14 @@ def test_with_its_own_part_switched_off_a_method_is_its_base(name: str) -> None:
         {"name": "spear", "covariance_share": 0.0, "tool_reward": 0.0, "base": GRPO,
          "buffer_size": 1, "warmup": 0},
         {"name": "dapo"},
+        {"name": "canon"},
         {"name": "steer"},
         {"name": "steer", "exponential": True},
     ],
 )  # fmt: skip
 def test_switched_on_it_is_not(switch_on: dict[str, Any]) -> None:
-    base = {"name": "grpo", "aggregation": "token"} if switch_on["name"] == "dapo" else GRPO
+    bases = {"dapo": {"name": "grpo", "aggregation": "token"}, "canon": {"name": "dr_grpo"}}
+    base = bases.get(switch_on["name"], GRPO)
     assert (trained(built(switch_on))[1] - trained(built(base))[1]).abs().max() > 1e-6
 
 
