@@ -215,10 +215,10 @@ class Algorithm:
     def __post_init__(self) -> None:
         contradictions = [
             f"{slot} cannot be combined with {other_slot}: {why} ({_name(component)}, {_name(other)})"
-            for slot, component in self.components()
-            for name, why in dict(declarations(_hook(component), EXCLUDES)).items()
-            for other_slot, other in self.components()
-            if name in declarations(_hook(other), TRAITS)
+            for slot, component in self._functions()
+            for name, why in dict(declarations(component, EXCLUDES)).items()
+            for other_slot, other in self._functions()
+            if name in declarations(other, TRAITS)
         ]
         if contradictions:
             raise ConfigError("; ".join(contradictions))
@@ -249,20 +249,26 @@ class Algorithm:
     def declared(self) -> Iterable[tuple[str, frozenset[str]]]:
         """Yield the requirements of each component as (slot, names)."""
         for slot, component in self.components():
-            if isinstance(component, Term):
-                yield f"{slot}/{component.name}", requirements(component.loss)
-            elif isinstance(component, RolloutPlan):
-                yield slot, requirements(component.branch_policy)
-            else:
-                yield slot, requirements(component)
+            name = f"{slot}/{component.name}" if isinstance(component, Term) else slot
+            yield name, frozenset().union(*map(requirements, _parts(component)))
+
+    def _functions(self) -> Iterable[tuple[str, object]]:
+        """Yield every function as (slot, function), also those of records."""
+        for slot, component in self.components():
+            for function in _parts(component):
+                yield slot, function
 
 
-def _hook(component: object) -> object:
-    return component.loss if isinstance(component, Term) else component
+def _parts(component: object) -> tuple[object, ...]:
+    """Return the functions of a record in a slot, or the function in the slot itself."""
+    if isinstance(component, Term):
+        return component.loss, component.where, component.aggregation
+    if isinstance(component, RolloutPlan):
+        return (component.branch_policy,)
+    return (component,)
 
 
-def _name(component: object) -> str:
-    function = _hook(component)
+def _name(function: object) -> str:
     while isinstance(function, partial):
         function = function.func
     return str(getattr(function, "__qualname__", type(function).__qualname__))

@@ -19,7 +19,8 @@ class Objective:
         context: The state of training, which the losses read.
         mini: All rows of the mini-batch, with mask and bounds.
         factors: The weight of each token's surrogate loss in the sum, [B, T].
-        terms: Each term with the weights of its tokens [B, T], without its coefficient.
+        terms: Each term with the weights of its tokens [B, T], without its coefficient; 0 where it does not
+            act.
     """
 
     algorithm: Algorithm
@@ -61,8 +62,8 @@ class Objective:
         loss = _masked_sum(loss, part.counted, self.factors[rows, :width])
         logged = {"policy_loss": loss.detach()}
         for term, factors in self.terms:
-            action_mask = part.batch.action_mask
-            value = _masked_sum(term.loss(outputs, part, self.context), action_mask, factors[rows, :width])
+            factors = factors[rows, :width]
+            value = _masked_sum(term.loss(outputs, part, self.context), factors != 0, factors)
             loss = loss + term.scale(self.context) * value
             logged[f"term/{term.name}"] = value.detach()
         if part.bounds is not None:
@@ -97,13 +98,18 @@ def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> 
         # After the aggregation: hooks change a token's weight, not the count that losses are divided by.
         for hook in algorithm.weights:
             factors = factors * _check_shape("weights", hook(mini, context), factors)
-        terms = tuple((term, _term_factors(term, algorithm, mini)) for term in algorithm.terms)
+        terms = tuple((term, _term_factors(term, algorithm, mini, context)) for term in algorithm.terms)
     return Objective(algorithm, context, mini, factors, terms)
 
 
-def _term_factors(term: Term, algorithm: Algorithm, mini: MiniBatch) -> Tensor:
+def _term_factors(term: Term, algorithm: Algorithm, mini: MiniBatch, context: Context) -> Tensor:
     aggregation = term.aggregation or algorithm.aggregation
-    return _token_weights(aggregation(mini.batch.action_mask, mini.batch.turns, mini.batch.trajectory))
+    factors = _token_weights(aggregation(mini.batch.action_mask, mini.batch.turns, mini.batch.trajectory))
+    factors = torch.where(mini.batch.action_mask, factors, 0.0)
+    if term.where is None:
+        return factors
+    selected = _check_shape(f"terms/{term.name}.where", term.where(mini, context), factors)
+    return torch.where(selected, factors, 0.0)
 
 
 def _token_weights(weights: Weights) -> Tensor:
