@@ -172,6 +172,31 @@ def test_contributions_of_parts_add_up_with_bounds_per_token():
         assert sum(part[name].item() for _, part in parts) == pytest.approx(value.item())
 
 
+def test_the_mask_the_weights_and_the_bounds_are_logged():
+    def rising(mini, context):
+        upper = torch.tensor([[math.inf, math.inf, 1.2, math.inf], [math.inf, math.inf, 1.5, math.inf]])
+        return Bounds(0.0, upper)
+
+    def by_row(mini, context):
+        return torch.tensor([[0.5], [0.2]]).expand(mini.batch.tokens.shape)
+
+    plain = build_objective(mini_batch(PLAIN), PLAIN, CONTEXT).metrics()
+    assert plain == {"mask_share": 1, "weight_mean": 1, "bound_lower": 0.8, "bound_upper": 1.2}
+    algorithm = replace(PLAIN, masks=(first_decision,), weights=(by_row, by_row), clip=rising)
+    found = build_objective(mini_batch(algorithm), algorithm, CONTEXT).metrics()
+    # Of 3 action tokens the first of each row: weights .25 and .04, upper bounds 1.2 and 1.5.
+    assert found == pytest.approx(
+        {"mask_share": 2 / 3, "weight_mean": 0.145, "bound_lower": 0.0, "bound_upper": 1.35}
+    )
+    unmasked = build_objective(mini_batch(algorithm), replace(algorithm, masks=()), CONTEXT).metrics()
+    assert unmasked == pytest.approx({"mask_share": 1, "weight_mean": 0.54 / 3, "bound_lower": 0.0})
+    unclipped = build_objective(mini_batch(PLAIN), replace(PLAIN, clip=None), CONTEXT).metrics()
+    assert unclipped == {"mask_share": 1, "weight_mean": 1}
+    nothing = replace(PLAIN, masks=(lambda mini, context: torch.zeros_like(mini.batch.action_mask),))
+    found = build_objective(mini_batch(PLAIN), nothing, CONTEXT).metrics()
+    assert found == {"mask_share": 0, "bound_lower": 0.8, "bound_upper": 1.2}
+
+
 def test_a_hook_of_another_shape_is_refused_with_its_slot():
     two = lambda mini, context: torch.ones(2)  # noqa: E731
     nothing = Term("nothing", lambda said, *_: said.entropies, 1.0, where=two)
