@@ -6,14 +6,14 @@ A method sets the slots in which it differs:
 
 A training step runs the slots in this order: `rollout`, `select` and `shape_reward` (see `prepare`), one
 scoring pass, `targets`, `advantage`, `transforms`; then, per mini-batch, `masks`, `ratio` (under the current
-policy), `clip`, `aggregation`, `weights`; per micro-batch `ratio`, `surrogate` and `terms`; then `replay`;
-and `diagnostics` last. A mini-batch carries the results of the earlier slots (`mask`, `current.ratio`,
-`bounds`). A hook must read them there and must not keep a copy of another slot, because that slot may be
-replaced later.
+policy), `clip`, `aggregation`, `weights` and the `where` of `terms`; per micro-batch `ratio`, `surrogate` and
+`terms`; then `replay`; and `diagnostics` last. A mini-batch carries the results of the earlier slots (`mask`,
+`current.ratio`, `bounds`). A hook must read them there and must not keep a copy of another slot, because that
+slot may be replaced later.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib import import_module
@@ -66,8 +66,10 @@ class ReplayBatch:
         batch: The rows. `old_logprobs` are those of the step that collected them, so ratios are relative to
             the policy that acted.
         advantages: [B, T], final.
-        algorithm: The algorithm that defines the loss: its masks, weights, clip, ratio, surrogate and
-            aggregation. Its other slots are not used.
+        algorithm: (algorithm of the run) -> the algorithm that defines the loss of these rows: its masks,
+            ratio, clip, surrogate, aggregation, weights and terms. Its other slots are not used. Slots of the
+            run's algorithm must be taken from the argument, because they may be replaced after a replay was
+            built.
         coefficient: The factor of the loss, above 0.
         mixed: If true, every optimiser step on the rollout batch also gets a part of these rows. If false,
             they get optimiser steps of their own, after those on the rollout batch.
@@ -75,9 +77,12 @@ class ReplayBatch:
 
     batch: Batch
     advantages: Tensor
-    algorithm: "Algorithm"
+    algorithm: "ReplayLoss"
     coefficient: float = 1.0
     mixed: bool = False
+
+
+ReplayLoss = Callable[["Algorithm"], "Algorithm"]
 
 
 class Replay(Protocol):
