@@ -132,19 +132,23 @@ Diagnostic = Callable[[MiniBatch, Context], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Term:
-    """Loss beside the surrogate: coefficient * mean of `loss` over all sampled tokens.
+    """Loss beside the surrogate: coefficient * mean over all action tokens of [selected] * `loss`.
 
     Args:
         name: The name in the log, as `term/NAME`; the logged value excludes the coefficient.
         loss: (outputs, mini-batch, context) -> [B, T].
         coefficient: A number, or a function of the context.
         aggregation: How tokens are averaged; None takes the algorithm's aggregation.
+        where: Selects the action tokens on which the term acts, once per mini-batch, which then has its mask,
+            its current ratio and its bounds: (mini-batch, context) -> [B, T] bool. The loss of the others is
+            0, and they still count in the normaliser. None selects all.
     """
 
     name: str
     loss: TermLoss
     coefficient: float | Coefficient
     aggregation: Aggregation | None = None
+    where: TokenHook | None = None
 
     def scale(self, context: Context) -> float:
         """Return the coefficient of this step."""

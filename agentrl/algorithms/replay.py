@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from agentrl.algorithms.algorithm import EQUAL_RETURNS, Algorithm, ReplayBatch
+from agentrl.algorithms.algorithm import EQUAL_RETURNS, ReplayBatch, ReplayLoss
 from agentrl.algorithms.hooks import Coefficient, Context, MiniBatch, require_tensor
 from agentrl.data.batch import AllowedIds, Batch
 from agentrl.data.trajectory import Episode, StopReason
@@ -59,7 +59,7 @@ class ReplayBuffer:
     mixed into the steps of the rollout batch, rows leave the buffer only by age.
 
     Args:
-        algorithm: The algorithm that defines the loss of sampled rows, see `ReplayBatch`.
+        algorithm: The function that returns the algorithm of sampled rows, see `ReplayBatch`.
         size: The maximum sample, in rows.
         baselines: The number of latest mean returns in the median.
         tolerance: The maximum age of a sampled row, in steps.
@@ -76,7 +76,7 @@ class ReplayBuffer:
 
     def __init__(
         self,
-        algorithm: Algorithm,
+        algorithm: ReplayLoss,
         *,
         size: int,
         baselines: int,
