@@ -58,12 +58,8 @@ class CANON(ClippedRecipe):
 
     PRESETS: ClassVar[Presets] = {
         "paper": {"clip_high": 0.28, "sequence_length": 8192},
-        "released": {
-            "clip_high": 0.28,
-            "sequence_length": 8192,
-            "aggregation": "constant",
-            "singleton": "raw",
-        },
+        "released": {"clip_high": 0.28, "sequence_length": 8192}
+        | {"aggregation": "constant", "singleton": "raw"},
     }
     OFFICIAL: ClassVar[Collection[str]] = DrGRPO.OFFICIAL
 
@@ -77,40 +73,24 @@ class CANON(ClippedRecipe):
 
     def build(self) -> Algorithm:
         """Build the algorithm."""
-        advantage = partial(
-            conditional_advantage,
-            measure=self.measure,
-            mix=self.mix,
-            alpha=self.alpha,
-            beta=self.beta,
-            singleton=self.singleton,
-        )
-        if self.measure == "entropy":
-            advantage = requires("entropy")(advantage)
+        compare = self.compare
+        advantage = partial(compare) if self.measure == "length" else requires("entropy")(partial(compare))
         return replace(super().build(), advantage=mark_comparing(advantage, self.singleton))
 
-
-def conditional_advantage(
-    batch: Batch,
-    context: Context,
-    *,
-    measure: Measure,
-    mix: float,
-    alpha: float,
-    beta: float,
-    singleton: functional.Singleton,
-) -> Tensor:
-    """Compare the returns of the halves of every group; [B, T] float64, as `CANON` says."""
-    returns, groups = batch.returns, batch.groups
-    _, member, sizes = groups.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
-    high = upper_half(_measured(batch, measure), member, sizes)
-    own, other = _half_means(returns, member, high, len(sizes))
-    whole = high == (measure == "entropy")  # whose own return alpha leaves as it is
-    between = torch.where(whole, returns - alpha * other, alpha * returns - other)
-    values = mix * (between + beta * (2 * high.to(returns) - 1)) + (1 - mix) * (returns - own)
-    alone = returns if singleton == "raw" else torch.zeros_like(returns)
-    values = torch.where(sizes[member] == 1, alone, values)
-    return functional.broadcast_to_tokens(values, batch.trajectory, batch.action_mask)
+    def compare(self, batch: Batch, context: Context) -> Tensor:
+        """Compare returns between the halves of their group and within them; [B, T] float64."""
+        returns, mix, alpha = batch.returns, self.mix, self.alpha
+        _, member, sizes = batch.groups.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
+        high = upper_half(_measured(batch, self.measure), member, sizes)
+        own, other = _half_means(returns, member, high, len(sizes))
+        # In this half alpha multiplies the other mean, elsewhere the own return.
+        favoured = high == (self.measure == "entropy")
+        between = torch.where(favoured, returns - alpha * other, alpha * returns - other)
+        between = between + self.beta * (2 * high.to(returns) - 1)
+        values = mix * between + (1 - mix) * (returns - own)
+        alone = returns if self.singleton == "raw" else torch.zeros_like(returns)
+        values = torch.where(sizes[member] == 1, alone, values)
+        return functional.broadcast_to_tokens(values, batch.trajectory, batch.action_mask)
 
 
 def upper_half(values: Tensor, member: Tensor, sizes: Tensor) -> Tensor:

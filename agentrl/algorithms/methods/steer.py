@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, require_tensor, requires
-from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import PositiveShare, PositiveWeight
 from agentrl.errors import RequirementError
 
@@ -67,7 +67,7 @@ class STEER(Recipe):
 
     def build(self) -> Algorithm:
         """Build the base with weighted tokens."""
-        base = without_replay(self.base)
+        base = self.base.build()
         weigh = partial(exponential_weights, low=self.low)
         if not self.exponential:
             weigh = partial(linear_weights, low=self.low, high=self.high)
