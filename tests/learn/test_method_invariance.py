@@ -22,6 +22,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "steer, exponential": {"name": "steer", "exponential": True, "low": 0.3},
     "canon": {"name": "canon", "alpha": 0.7, "beta": 0.1},
     "canon, by length": {"name": "canon", "measure": "length", "mix": 0.8},
+    "bapo": {"name": "bapo", "target": 0.7},
+    "bapo, released": {"name": "bapo", "contribution": "surrogate", "target": 1.1},
 }
 every_method = pytest.mark.parametrize("block", METHODS.values(), ids=METHODS)
 

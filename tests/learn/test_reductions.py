@@ -56,6 +56,8 @@ REDUCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"name": "steer", "low": 1.0, "exponential": True, "base": {"name": "gigpo"}},
         {"name": "gigpo"},
     ),
+    "bapo, fixed bounds": ({"name": "bapo", "lower": [0.8, 0.8], "upper": [1.2, 1.2]}, GRPO),
+    "bapo, first bounds": ({"name": "bapo", "lower": [0.8, 0.9], "upper": [1.2, 3.0], "target": 0.0}, GRPO),
     "canon, both comparisons": ({"name": "canon", "mix": 0.5}, {"name": "dr_grpo"}),
 }
 
@@ -104,6 +106,7 @@ def test_with_its_own_part_switched_off_a_method_is_its_base(name: str) -> None:
         {"name": "spear", "covariance_share": 0.0, "tool_reward": 0.0, "base": GRPO,
          "buffer_size": 1, "warmup": 0},
         {"name": "dapo"},
+        {"name": "bapo", "lower": [0.8, 0.95], "upper": [1.2, 2.0], "target": 0.7},
         {"name": "canon"},
         {"name": "steer"},
         {"name": "steer", "exponential": True},
