@@ -51,6 +51,13 @@ from agentrl.algorithms.hooks import (
     trait,
     traits,
 )
+from agentrl.algorithms.token_statistics import (
+    STATISTICS,
+    is_statistic,
+    reads_statistics,
+    statistic_fault,
+    statistic_usages,
+)
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Group
 from agentrl.errors import ConfigError, RequirementError
@@ -241,7 +248,10 @@ class Algorithm:
     @property
     def reads_scores(self) -> bool:
         """Return whether a component of the update reads the scoring pass, apart from the ratio."""
-        return any(names & SCORED for slot, names in self.declared() if slot != "diagnostics")
+        # Without that pass, diagnostics see what the step scored on the way, which holds no statistics.
+        return reads_statistics(self.requires) or any(
+            names & SCORED for slot, names in self.declared() if slot != "diagnostics"
+        )
 
     def components(self) -> Iterable[tuple[str, object]]:
         """Yield every filled slot as (slot, function or record)."""
@@ -287,14 +297,23 @@ def check_requirements(algorithm: Algorithm, provided: Iterable[str]) -> None:
     """
     offered = frozenset(provided)
     missing = [
-        f"{slot} requires {', '.join(sorted(names - offered))}"
+        f"{slot} requires {', '.join(map(_explained, lacking))}"
         for slot, names in algorithm.declared()
-        if names - offered
+        if (lacking := sorted(name for name in names - offered if not _is_computed(name, offered)))
     ]
     if missing:
-        raise RequirementError(
-            f"algorithm: {'; '.join(missing)}; this run provides {', '.join(sorted(offered)) or 'nothing'}"
-        )
+        listed = ", ".join(sorted(offered - {STATISTICS})) or "nothing"
+        more = f", and of each token {', '.join(statistic_usages())}" if STATISTICS in offered else ""
+        raise RequirementError(f"algorithm: {'; '.join(missing)}; this run provides {listed}{more}")
+
+
+def _is_computed(requirement: str, offered: frozenset[str]) -> bool:
+    return STATISTICS in offered and is_statistic(requirement) and statistic_fault(requirement) is None
+
+
+def _explained(requirement: str) -> str:
+    fault = statistic_fault(requirement)
+    return requirement if fault is None else f"{requirement} ({fault})"
 
 
 def _differ(returns: Sequence[float]) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from agentrl.algorithms.algorithm import Algorithm, ReplayBatch
 from agentrl.algorithms.credit import compute_advantages, with_mask, with_targets
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
+from agentrl.algorithms.token_statistics import STATISTICS, scored_statistics
 from agentrl.data.batch import Batch
 from agentrl.errors import RequirementError
 from agentrl.learn.diagnostics import batch_metrics, diagnose, step_counts, step_means
@@ -30,7 +31,7 @@ _Numbers = dict[str, float]
 
 def provided(*, reference: bool, critic: bool) -> frozenset[str]:
     """Return what components of an algorithm may require of a learner with these parts."""
-    own = {"old_logprobs", "entropy", "entropy:grad", "current"}
+    own = {"old_logprobs", "entropy", "entropy:grad", "current", STATISTICS}
     if reference:
         own.add("reference")
     if critic:
@@ -115,8 +116,14 @@ class Learner:
             RequirementError: If `reference` is required and there is none.
         """
         batch = batch.to(self._device)
-        own = self._scorer.score(self._state.learned, batch)
-        batch = replace(batch, old_logprobs=own.logprobs, old_entropies=own.entropies, values=own.values)
+        own = self._scorer.score(self._state.learned, batch, scored_statistics(requires))
+        batch = replace(
+            batch,
+            old_logprobs=own.logprobs,
+            old_entropies=own.entropies,
+            values=own.values,
+            extras=own.extras,
+        )
         if "last_values" in requires:
             batch = replace(batch, last_values=self._scorer.last_values(self._state.learned, batch))
         if "reference" not in requires:
