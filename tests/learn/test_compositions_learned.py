@@ -65,9 +65,9 @@ def episode(name: str, reward: float, ids: Sequence[int], finish: Any = "stop") 
 
 
 def moved(batch: Batch) -> Batch:
-    """The batch, scored by a policy that was a little different, so that some ratios are clipped."""
+    """The batch, scored by another policy, so that some ratios are clipped, and differ within a turn."""
     batch = learner_of().score(batch)
-    noise = 0.6 * torch.linspace(-3, 3, batch.tokens.numel()).sin().view_as(batch.logprobs)
+    noise = 0.6 * (2.3 * torch.arange(batch.tokens.numel())).sin().view_as(batch.logprobs)
     return replace(batch, old_logprobs=torch.where(batch.action_mask, batch.old_logprobs + noise, 0.0))
 
 
