@@ -9,6 +9,7 @@ import torch
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
 from agentrl.algorithms.methods.steer import STEER, entropy_changes
 from agentrl.algorithms.recipe import build_recipe
+from agentrl.algorithms.token_statistics import entropy_change
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate
 from agentrl.errors import ConfigError
@@ -74,6 +75,34 @@ def test_the_change_of_the_entropy_by_a_token() -> None:
 )
 def test_the_weights_in_the_loss(settings: dict[str, Any], wanted: list[float], lengths: Any) -> None:
     assert weights(STEER(**settings), example(*lengths)) == pytest.approx(wanted, abs=5e-7)
+
+
+def test_the_exact_change_is_that_of_a_step_along_the_gradient_of_the_token() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0], dtype=DOUBLE, requires_grad=True)
+    logprobs = logits.log_softmax(0)
+    entropy = -(logprobs.exp() * logprobs).sum()
+    (slope,) = torch.autograd.grad(entropy, logits, retain_graph=True)
+    statistic = entropy_change(logits.detach()[None], torch.tensor([0]))
+    for token in range(5):
+        for advantage, old in ((1.5, 0.3), (-0.5, 0.1)):
+            (step,) = torch.autograd.grad(
+                advantage * (logprobs[token].exp() / old), logits, retain_graph=True
+            )
+            said = logprobs[token].detach()[None, None]
+            outputs = Outputs(
+                said,
+                entropy.detach()[None, None],
+                ratio=said.exp() / old,
+                extras={"entropy_change": statistic[None]},
+            )
+            found = entropy_changes(outputs, torch.tensor([[advantage]], dtype=DOUBLE), exact=True)
+            assert found.item() == pytest.approx(abs(float(slope @ step)), abs=1e-12)
+
+
+def test_only_the_exact_change_needs_a_statistic_of_the_distribution() -> None:
+    assert "entropy_change" in STEER(metric="exact").build().requires
+    assert "current" in STEER(metric="exact").build().requires
+    assert "entropy_change" not in STEER().build().requires
 
 
 def test_equal_changes_have_the_weight_between_the_bounds_however_they_are_rounded() -> None:

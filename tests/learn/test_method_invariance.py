@@ -20,6 +20,7 @@ CONTEXT = Context(step=3, total_steps=10, vocabulary=VOCABULARY)
 METHODS: dict[str, dict[str, Any]] = {
     "steer": {"name": "steer"},
     "steer, exponential": {"name": "steer", "exponential": True, "low": 0.3},
+    "steer, exact": {"name": "steer", "metric": "exact"},
     "canon": {"name": "canon", "alpha": 0.7, "beta": 0.1},
     "canon, by length": {"name": "canon", "measure": "length", "mix": 0.8},
     "bapo": {"name": "bapo", "target": 0.7},

@@ -111,6 +111,7 @@ def test_with_its_own_part_switched_off_a_method_is_its_base(name: str) -> None:
         {"name": "kl_cov"},
         {"name": "steer"},
         {"name": "steer", "exponential": True},
+        {"name": "steer", "metric": "exact"},
     ],
 )  # fmt: skip
 def test_switched_on_it_is_not(switch_on: dict[str, Any]) -> None:

@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, require_tensor, requires
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, require_tensor, requires, token_statistic
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import PositiveShare, PositiveWeight
 from agentrl.errors import RequirementError
@@ -24,7 +24,8 @@ EQUAL = 1e-6  # changes whose range is a smaller part of the largest differ by r
 class STEER(Recipe):
     """Stabilising token-level entropy change: a token weighs less, the more its update moves the entropy.
 
-        c = |A ratio (1 - p) (log p + H)|
+        approximate: c = |A ratio (1 - p) (log p + H)|
+        exact:       c = |A ratio (p (log p + H) - sum_v p_v^2 (log p_v + H))|
         w = high - (high - low) (c - min c) / (max c - min c),   or exponentially
         w = max(low, exp(-k c)),   k = -log(low) / max(max c, 0.02)
 
@@ -48,6 +49,8 @@ class STEER(Recipe):
         low: The lowest weight.
         high: The highest weight of linear weights; that of exponential ones is 1.
         exponential: Whether the weight falls exponentially with the change instead of linearly.
+        metric: What c is: that of the released code, or the `exact` change of first order by a step on the
+            logits along the gradient of the token.
 
     Source: Hao et al. 2025, arXiv:2510.10150.
     """
@@ -64,6 +67,7 @@ class STEER(Recipe):
     low: PositiveShare = 0.8
     high: PositiveWeight = 1.2
     exponential: bool = False
+    metric: Literal["approximate", "exact"] = "approximate"
 
     def build(self) -> Algorithm:
         """Build the base with weighted tokens."""
@@ -71,14 +75,17 @@ class STEER(Recipe):
         weigh = partial(exponential_weights, low=self.low)
         if not self.exponential:
             weigh = partial(linear_weights, low=self.low, high=self.high)
-        return replace(base, weights=(*base.weights, partial(steer, weigh=weigh)))
+        weights = partial(steer, weigh=weigh, exact=self.metric == "exact")
+        if self.metric == "exact":
+            weights = requires("entropy_change")(weights)
+        return replace(base, weights=(*base.weights, weights))
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
         return [(self.high < self.low, f"high is {self.high}, wanted at least low, {self.low}")]
 
 
 @requires("current")
-def steer(mini: MiniBatch, context: Context, *, weigh: Callable[[Tensor], Tensor]) -> Tensor:
+def steer(mini: MiniBatch, context: Context, *, weigh: Callable[[Tensor], Tensor], exact: bool) -> Tensor:
     """Return the weight of each token by its change of the entropy; [B, T] float64, 1 if it is not counted.
 
     Raises:
@@ -86,23 +93,25 @@ def steer(mini: MiniBatch, context: Context, *, weigh: Callable[[Tensor], Tensor
     """
     if mini.current is None:
         raise RequirementError("MiniBatch.current is empty, but steer reads it")
-    changes = entropy_changes(mini.current, mini.advantages)[mini.counted]
+    changes = entropy_changes(mini.current, mini.advantages, exact=exact)[mini.counted]
     weights = torch.ones_like(mini.advantages, dtype=torch.float64)
     if len(changes):
         weights[mini.counted] = weigh(changes)
     return weights
 
 
-def entropy_changes(outputs: Outputs, advantages: Tensor) -> Tensor:
-    """Estimate how far the update of each token alone moves the entropy; [B, T] float64, never negative.
+def entropy_changes(outputs: Outputs, advantages: Tensor, *, exact: bool = False) -> Tensor:
+    """Estimate how far the update of each token alone moves the entropy, as `STEER` says; [B, T] float64.
 
-        c = |A ratio (1 - p) (log p + H)|,   p within [1e-8, 1 - 1e-8]
-
-    The unit is nats times that of the advantages. What is not finite is 0.
+    The unit is nats times that of the advantages. p is within [1e-8, 1 - 1e-8]. What is not finite is 0.
     """
     logprobs = outputs.logprobs.double().clamp(math.log(LOWEST), math.log1p(-LOWEST))
-    slope = advantages.double() * require_tensor(outputs.ratio, "ratio")
-    changes = slope * (1 - logprobs.exp()) * (logprobs + outputs.entropies)
+    slope = logprobs + outputs.entropies
+    if exact:
+        slope = logprobs.exp() * slope - token_statistic(outputs, "entropy_change")
+    else:
+        slope = (1 - logprobs.exp()) * slope
+    changes = advantages.double() * require_tensor(outputs.ratio, "ratio") * slope
     return changes.abs().nan_to_num(nan=0.0, posinf=0.0)
 
 
