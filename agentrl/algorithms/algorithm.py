@@ -6,14 +6,14 @@ A method sets the slots in which it differs:
 
 A training step runs the slots in this order: `rollout`, `select` and `shape_reward` (see `prepare`), one
 scoring pass, `targets`, `advantage`, `transforms`; then, per mini-batch, `masks`, `ratio` (under the current
-policy), `clip`, `aggregation`, `weights`; per micro-batch `ratio`, `surrogate` and `terms`; then `replay`;
-and `diagnostics` last. A mini-batch carries the results of the earlier slots (`mask`, `current.ratio`,
-`bounds`). A hook must read them there and must not keep a copy of another slot, because that slot may be
-replaced later.
+policy), `clip`, `aggregation`, `weights` and the `where` of `terms`; per micro-batch `ratio`, `surrogate` and
+`terms`; then `replay`; and `diagnostics` last. A mini-batch carries the results of the earlier slots (`mask`,
+`current.ratio`, `bounds`). A hook must read them there and must not keep a copy of another slot, because that
+slot may be replaced later.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib import import_module
@@ -51,6 +51,13 @@ from agentrl.algorithms.hooks import (
     trait,
     traits,
 )
+from agentrl.algorithms.token_statistics import (
+    STATISTICS,
+    is_statistic,
+    reads_statistics,
+    statistic_fault,
+    statistic_usages,
+)
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Group
 from agentrl.errors import ConfigError, RequirementError
@@ -66,8 +73,10 @@ class ReplayBatch:
         batch: The rows. `old_logprobs` are those of the step that collected them, so ratios are relative to
             the policy that acted.
         advantages: [B, T], final.
-        algorithm: The algorithm that defines the loss: its masks, weights, clip, ratio, surrogate and
-            aggregation. Its other slots are not used.
+        algorithm: (algorithm of the run) -> the algorithm that defines the loss of these rows: its masks,
+            ratio, clip, surrogate, aggregation, weights and terms. Its other slots are not used. Slots of the
+            run's algorithm must be taken from the argument, because they may be replaced after a replay was
+            built.
         coefficient: The factor of the loss, above 0.
         mixed: If true, every optimiser step on the rollout batch also gets a part of these rows. If false,
             they get optimiser steps of their own, after those on the rollout batch.
@@ -75,9 +84,12 @@ class ReplayBatch:
 
     batch: Batch
     advantages: Tensor
-    algorithm: "Algorithm"
+    algorithm: "ReplayLoss"
     coefficient: float = 1.0
     mixed: bool = False
+
+
+ReplayLoss = Callable[["Algorithm"], "Algorithm"]
 
 
 class Replay(Protocol):
@@ -215,10 +227,10 @@ class Algorithm:
     def __post_init__(self) -> None:
         contradictions = [
             f"{slot} cannot be combined with {other_slot}: {why} ({_name(component)}, {_name(other)})"
-            for slot, component in self.components()
-            for name, why in dict(declarations(_hook(component), EXCLUDES)).items()
-            for other_slot, other in self.components()
-            if name in declarations(_hook(other), TRAITS)
+            for slot, component in self._functions()
+            for name, why in dict(declarations(component, EXCLUDES)).items()
+            for other_slot, other in self._functions()
+            if name in declarations(other, TRAITS)
         ]
         if contradictions:
             raise ConfigError("; ".join(contradictions))
@@ -236,7 +248,10 @@ class Algorithm:
     @property
     def reads_scores(self) -> bool:
         """Return whether a component of the update reads the scoring pass, apart from the ratio."""
-        return any(names & SCORED for slot, names in self.declared() if slot != "diagnostics")
+        # Without that pass, diagnostics see what the step scored on the way, which holds no statistics.
+        return reads_statistics(self.requires) or any(
+            names & SCORED for slot, names in self.declared() if slot != "diagnostics"
+        )
 
     def components(self) -> Iterable[tuple[str, object]]:
         """Yield every filled slot as (slot, function or record)."""
@@ -249,20 +264,26 @@ class Algorithm:
     def declared(self) -> Iterable[tuple[str, frozenset[str]]]:
         """Yield the requirements of each component as (slot, names)."""
         for slot, component in self.components():
-            if isinstance(component, Term):
-                yield f"{slot}/{component.name}", requirements(component.loss)
-            elif isinstance(component, RolloutPlan):
-                yield slot, requirements(component.branch_policy)
-            else:
-                yield slot, requirements(component)
+            name = f"{slot}/{component.name}" if isinstance(component, Term) else slot
+            yield name, frozenset().union(*map(requirements, _parts(component)))
+
+    def _functions(self) -> Iterable[tuple[str, object]]:
+        """Yield every function as (slot, function), also those of records."""
+        for slot, component in self.components():
+            for function in _parts(component):
+                yield slot, function
 
 
-def _hook(component: object) -> object:
-    return component.loss if isinstance(component, Term) else component
+def _parts(component: object) -> tuple[object, ...]:
+    """Return the functions of a record in a slot, or the function in the slot itself."""
+    if isinstance(component, Term):
+        return component.loss, component.where, component.aggregation
+    if isinstance(component, RolloutPlan):
+        return (component.branch_policy,)
+    return (component,)
 
 
-def _name(component: object) -> str:
-    function = _hook(component)
+def _name(function: object) -> str:
     while isinstance(function, partial):
         function = function.func
     return str(getattr(function, "__qualname__", type(function).__qualname__))
@@ -276,14 +297,23 @@ def check_requirements(algorithm: Algorithm, provided: Iterable[str]) -> None:
     """
     offered = frozenset(provided)
     missing = [
-        f"{slot} requires {', '.join(sorted(names - offered))}"
+        f"{slot} requires {', '.join(map(_explained, lacking))}"
         for slot, names in algorithm.declared()
-        if names - offered
+        if (lacking := sorted(name for name in names - offered if not _is_computed(name, offered)))
     ]
     if missing:
-        raise RequirementError(
-            f"algorithm: {'; '.join(missing)}; this run provides {', '.join(sorted(offered)) or 'nothing'}"
-        )
+        listed = ", ".join(sorted(offered - {STATISTICS})) or "nothing"
+        more = f", and of each token {', '.join(statistic_usages())}" if STATISTICS in offered else ""
+        raise RequirementError(f"algorithm: {'; '.join(missing)}; this run provides {listed}{more}")
+
+
+def _is_computed(requirement: str, offered: frozenset[str]) -> bool:
+    return STATISTICS in offered and is_statistic(requirement) and statistic_fault(requirement) is None
+
+
+def _explained(requirement: str) -> str:
+    fault = statistic_fault(requirement)
+    return requirement if fault is None else f"{requirement} ({fault})"
 
 
 def _differ(returns: Sequence[float]) -> bool:

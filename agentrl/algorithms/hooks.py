@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from types import MethodType
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -52,11 +53,13 @@ class Outputs:
     entropies: Tensor  # [B, T] float, nats
     values: Tensor | None = None  # [B, T] float, expected return before the token; with a value head
     ratio: Tensor | None = None  # [B, T] float, new over old probability, by `Algorithm.ratio`
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # [B, T] or [B, T, k]; see `token_statistic`
 
     def select(self, rows: Tensor, width: int) -> "Outputs":
         """Return the given rows, cut to a width."""
         values, ratio = (None if kept is None else kept[rows, :width] for kept in (self.values, self.ratio))
-        return Outputs(self.logprobs[rows, :width], self.entropies[rows, :width], values, ratio)
+        extras = {name: kept[rows, :width] for name, kept in self.extras.items()}
+        return Outputs(self.logprobs[rows, :width], self.entropies[rows, :width], values, ratio, extras)
 
 
 @dataclass(frozen=True)
@@ -132,19 +135,23 @@ Diagnostic = Callable[[MiniBatch, Context], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Term:
-    """Loss beside the surrogate: coefficient * mean of `loss` over all sampled tokens.
+    """Loss beside the surrogate: coefficient * mean over all action tokens of [selected] * `loss`.
 
     Args:
         name: The name in the log, as `term/NAME`; the logged value excludes the coefficient.
         loss: (outputs, mini-batch, context) -> [B, T].
         coefficient: A number, or a function of the context.
         aggregation: How tokens are averaged; None takes the algorithm's aggregation.
+        where: Selects the action tokens on which the term acts, once per mini-batch, which then has its mask,
+            its current ratio and its bounds: (mini-batch, context) -> [B, T] bool. The loss of the others is
+            0, and they still count in the normaliser. None selects all.
     """
 
     name: str
     loss: TermLoss
     coefficient: float | Coefficient
     aggregation: Aggregation | None = None
+    where: TokenHook | None = None
 
     def scale(self, context: Context) -> float:
         """Return the coefficient of this step."""
@@ -157,7 +164,11 @@ def requires(*names: str) -> Callable[[F], F]:
     The learner provides `old_logprobs` and `entropy` ([B, T] of the scoring pass, without gradient),
     `entropy:grad` (`Outputs.entropies` with gradient) and `current`; with a reference policy `reference`;
     with a value head `values` ([B, T] of the scoring pass), `last_values` and `values:grad`. An engine that
-    records entropies provides `rollout:entropy`, for a `BranchPolicy` that reads them.
+    records entropies provides `rollout:entropy`, for a `BranchPolicy` that reads them. Names such as
+    `topk:10` and `topk:10:grad` ask for statistics of each token's distribution; see `token_statistic`.
+
+    Where a name depends on a hyper-parameter, mark a `functools.partial` or a bound method of the hook. Names
+    add to those that the component declares itself.
     """
     return _marked(REQUIRES, names)
 
@@ -182,8 +193,11 @@ def excludes(**reasons: str) -> Callable[[F], F]:
 
 def _marked(kind: str, names: Iterable[str]) -> Callable[[F], F]:
     def mark(component: F) -> F:
-        setattr(component, kind, frozenset(names))
-        return component
+        declared = frozenset(names) | frozenset(declarations(component, kind))
+        # A bound method takes no attributes, and those of its function would be those of all instances.
+        marked: Any = partial(component) if isinstance(component, MethodType) else component
+        setattr(marked, kind, declared)
+        return cast(F, marked)
 
     return mark
 
@@ -214,3 +228,31 @@ def require_tensor(values: Tensor | None, name: str) -> Tensor:
     if values is None:
         raise RequirementError(f"{name} is empty; mark the component that reads it with @requires({name!r})")
     return values
+
+
+def token_statistic(source: Batch | Outputs, name: str) -> Tensor:
+    """Return a statistic that a component requires by name, at every token; 0 where not sampled.
+
+    A component that requires `topk:10` reads it from the batch, as the scoring pass saw the policy, and from
+    `MiniBatch.current` if it requires `current` too. One that requires `topk:10:grad` reads it from the
+    outputs that a surrogate, ratio or term is given, with gradient. `agentrl.algorithms.token_statistics`
+    defines the statistics.
+
+    Args:
+        source: The batch or the outputs.
+        name: The name, with its argument and without `:grad`.
+
+    Returns:
+        [B, T], or [B, T, k] for a statistic of k numbers.
+
+    Raises:
+        RequirementError: If no component requires it.
+    """
+    if name not in source.extras:
+        asked = name if isinstance(source, Batch) else f"{name}:grad"
+        raise RequirementError(
+            f"{name} is not among the statistics of {'this batch' if asked == name else 'these outputs'} "
+            f"({', '.join(source.extras) or 'none'}); mark the component that reads it with "
+            f"@requires({asked!r})"
+        )
+    return source.extras[name]

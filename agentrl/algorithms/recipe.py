@@ -246,21 +246,6 @@ def _nested(block: Any, info: ValidationInfo) -> Recipe:
 Base = Annotated[Recipe, PlainValidator(_nested)]
 
 
-def without_replay(base: Recipe) -> "Algorithm":
-    """Build the base of a recipe that changes the loss.
-
-    Raises:
-        ConfigError: If the base replays experience with a loss of its own, which would not change.
-    """
-    built = base.build()
-    if built.replay is not None:
-        raise ConfigError(
-            f"base is {base.name!r}, whose replay would not use the loss that this recipe changes; wanted "
-            f"{base.name} outermost, with this recipe as its base"
-        )
-    return built
-
-
 def recipe_tree(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe and its nested recipes as plain values with names; the inverse of `build_recipe`."""
     values = {item.name: getattr(recipe, item.name) for item in fields(recipe)}

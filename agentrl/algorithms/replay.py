@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from agentrl.algorithms.algorithm import EQUAL_RETURNS, Algorithm, ReplayBatch
+from agentrl.algorithms.algorithm import EQUAL_RETURNS, ReplayBatch, ReplayLoss
 from agentrl.algorithms.hooks import Coefficient, Context, MiniBatch, require_tensor
 from agentrl.data.batch import AllowedIds, Batch
 from agentrl.data.trajectory import Episode, StopReason
@@ -22,6 +22,7 @@ RELEASED_TOLERANCE = 10  # steps, the limit of the released code
 
 RecomputeAdvantage = Callable[[Tensor, float, float], Tensor]
 _PER_DECISION = ("logprobs", "entropies", "old_logprobs", "old_entropies")
+_EXTRA = "extras/"  # before the names of token statistics among a row's tensors
 _STORED_NAMES = {
     "episode_return": "earned",
     "action_mask": "sampled",
@@ -37,7 +38,7 @@ class _Row:
     task: str
     step: int
     episode_return: float  # shaped return of its trajectory in that step
-    tokens: dict[str, Tensor]  # [T] each: advantages, and token fields of a batch by name
+    tokens: dict[str, Tensor]  # [T] each: advantages, token fields of a batch, and extras, [T] or [T, k]
     allowed: tuple[Tensor, Tensor] | None  # positions [M], ids [M, K]
 
     @property
@@ -59,7 +60,7 @@ class ReplayBuffer:
     mixed into the steps of the rollout batch, rows leave the buffer only by age.
 
     Args:
-        algorithm: The algorithm that defines the loss of sampled rows, see `ReplayBatch`.
+        algorithm: The function that returns the algorithm of sampled rows, see `ReplayBatch`.
         size: The maximum sample, in rows.
         baselines: The number of latest mean returns in the median.
         tolerance: The maximum age of a sampled row, in steps.
@@ -76,7 +77,7 @@ class ReplayBuffer:
 
     def __init__(
         self,
-        algorithm: Algorithm,
+        algorithm: ReplayLoss,
         *,
         size: int,
         baselines: int,
@@ -249,6 +250,7 @@ def _row(mini: MiniBatch, good: Tensor, step: int) -> _Row:
     batch = mini.batch
     good = good[0, : batch.tokens.shape[1]].clone()  # a view would keep the whole batch in memory
     values = {name: require_tensor(getattr(batch, name), name)[0] for name in _PER_DECISION}
+    extras = {_EXTRA + name: value[0] for name, value in batch.extras.items()}
     allowed = None
     if batch.allowed is not None:
         kept = good[batch.allowed.positions]
@@ -264,6 +266,10 @@ def _row(mini: MiniBatch, good: Tensor, step: int) -> _Row:
         | {
             name: torch.where(good, value, 0.0)
             for name, value in (values | {"advantages": mini.advantages[0]}).items()
+        }
+        | {
+            name: torch.where(good.view(-1, *[1] * (value.dim() - 1)), value, 0.0)
+            for name, value in extras.items()
         },
         allowed=allowed,
     )
@@ -279,6 +285,13 @@ def _batch(rows: Sequence[_Row]) -> Batch:
         name: pad_sequence([row.tokens[name] for row in rows], batch_first=True, padding_value=fill)
         for name, fill in fills.items()
     }
+    # Rows that a run stored before its algorithm required a statistic lack it.
+    shared = set[str].intersection(*(set(row.tokens) for row in rows))
+    extras = {
+        name.removeprefix(_EXTRA): pad_sequence([row.tokens[name] for row in rows], batch_first=True)
+        for name in sorted(shared)
+        if name.startswith(_EXTRA)
+    }
     return Batch(
         lengths=torch.tensor([len(row.tokens["tokens"]) for row in rows]),
         rewards=torch.zeros_like(padded["logprobs"]),
@@ -287,6 +300,7 @@ def _batch(rows: Sequence[_Row]) -> Batch:
         groups=torch.arange(len(of)),
         episodes=tuple(_episode(of[owner]) for owner in range(len(of))),
         allowed=_allowed(rows),
+        extras=extras,
         **padded,
     )
 

@@ -52,6 +52,8 @@ class Batch:
     values: Tensor | None = None  # [B, T] float32, expected return before a sampled token
     targets: Tensor | None = None  # [B, T] float32, regression targets of `values`
     last_values: Tensor | None = None  # [E] float32, expected return after the last token of a trajectory
+    # [B, T] or [B, T, k] by name, statistics of the scoring pass, 0 where not sampled; see `token_statistic`.
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
     # Branch points of aborted episodes by (group, id), since episodes of this batch may descend from them.
     aborted: Mapping[tuple[int, str], BranchPoint | None] = field(default_factory=dict, repr=False)
 
@@ -64,6 +66,11 @@ class Batch:
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != wanted:
                 raise ValueError(f"Batch.{name} has shape {tuple(value.shape)}, wanted {wanted}")
+        for name, value in self.extras.items():
+            if tuple(value.shape[:2]) != (rows, width):
+                raise ValueError(
+                    f"Batch.extras[{name!r}] has shape {tuple(value.shape)}, wanted [{rows}, {width}, ...]"
+                )
         if width and bool(self.action_mask[:, 0].any()):
             raise ValueError("Batch.sampled is set at position 0, wanted a prompt before the first decision")
 
@@ -89,6 +96,7 @@ class Batch:
             lengths=lengths,
             trajectory=self.trajectory[index],
             allowed=None if self.allowed is None else _select_allowed(self.allowed, index, len(self.tokens)),
+            extras={name: value[index, :width] for name, value in self.extras.items()},
             **per_token,
         )
 
@@ -99,6 +107,7 @@ class Batch:
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)
         }
+        moved["extras"] = {name: value.to(device) for name, value in self.extras.items()}
         if self.allowed is not None:
             choices = self.allowed
             moved["allowed"] = AllowedIds(

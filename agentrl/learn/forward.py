@@ -1,6 +1,6 @@
 """Forward pass of a policy over rows of a batch. The only place where positions are shifted by one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from agentrl.algorithms.hooks import Outputs
+from agentrl.algorithms.token_statistics import NOTHING, Statistics, empty_extras
 from agentrl.data.batch import Batch
-from agentrl.learn.fused import token_statistics
+from agentrl.learn.fused import OfLogits, token_statistics
 from agentrl.policy import model
 
 HiddenStates = Callable[[Any, Tensor, Tensor], Tensor]
@@ -31,35 +32,48 @@ class Forward:
     output_weight: OutputWeight = model.output_weight
     temperature: float = 1.0
 
-    def score(self, policy: nn.Module, batch: Batch, value_head: nn.Module | None = None) -> Outputs:
+    def score(
+        self,
+        policy: nn.Module,
+        batch: Batch,
+        value_head: nn.Module | None = None,
+        statistics: Statistics = NOTHING,
+    ) -> Outputs:
         """Return log-probability, entropy and, with a value head, value of action tokens; 0 elsewhere.
 
         The state at position t - 1 predicts token t. Logits are computed only for states that predict an
-        action token, and nothing is computed after the last action token of a row.
+        action token, and nothing is computed after the last action token of a row. Of `statistics`, those of
+        logits are computed.
         """
         lengths = needed_lengths(batch)
         rows, positions = batch.action_mask.nonzero(as_tuple=True)
         if not len(rows):
             zeros = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
-            return Outputs(zeros, zeros, None if value_head is None else zeros)
+            values = None if value_head is None else zeros
+            return Outputs(zeros, zeros, values, extras=empty_extras(statistics, zeros))
         width = batch.tokens.shape[1]
         kept = torch.arange(width, device=lengths.device) < lengths[:, None]
         hidden = self.hidden_states(policy, batch.tokens[kept], lengths[lengths > 0])
         # Rows are concatenated without padding, so row r begins at starts[r].
         starts = lengths.cumsum(0) - lengths
         states = hidden.index_select(0, starts[rows] + positions - 1)
-        found = [
-            *_statistics(
+        logprobs, entropies, *further = (
+            _scatter(values, rows, positions, batch.tokens.shape)
+            for values in _statistics(
                 states,
                 self.output_weight(policy),
                 batch.tokens[rows, positions],
                 _choices(batch, rows, positions),
                 self.temperature,
+                tuple(statistics.of_logits.values()),
             )
-        ]
-        if value_head is not None:
-            found.append(value_head(states).squeeze(-1).to(found[0].dtype))
-        return Outputs(*(_scatter(values, rows, positions, batch.tokens.shape) for values in found))
+        )
+        extras = dict(zip(statistics.of_logits, further, strict=True))
+        if value_head is None:
+            return Outputs(logprobs, entropies, extras=extras)
+        values = value_head(states).squeeze(-1).to(logprobs.dtype)
+        values = _scatter(values, rows, positions, batch.tokens.shape)
+        return Outputs(logprobs, entropies, values, extras=extras)
 
     def last_values(self, policy: nn.Module, batch: Batch, value_head: nn.Module) -> Tensor:
         """Return the output of the value head after the last token of each row; [B]."""
@@ -90,22 +104,26 @@ def _statistics(
     targets: Tensor,
     choices: tuple[Tensor, Tensor] | None,
     temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """Return log-probability and entropy of each action token, handling constrained tokens separately."""
+    extras: Sequence[OfLogits],
+) -> tuple[Tensor, ...]:
+    """Return the statistics of each action token, handling constrained tokens separately."""
     if choices is None:
-        return token_statistics(hidden, weight, targets, temperature=temperature)
+        return token_statistics(hidden, weight, targets, temperature=temperature, extras=extras)
     constrained, ids = choices
-    parts = [token_statistics(hidden[constrained], weight, targets[constrained], ids, temperature)]
+    parts = [
+        token_statistics(hidden[constrained], weight, targets[constrained], ids, temperature, extras=extras)
+    ]
     order = constrained
     if len(constrained) < len(hidden):
         free = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
         free[constrained] = False
         others = free.nonzero().squeeze(1)
-        parts.append(token_statistics(hidden[others], weight, targets[others], temperature=temperature))
+        parts.append(
+            token_statistics(hidden[others], weight, targets[others], temperature=temperature, extras=extras)
+        )
         order = torch.cat([constrained, others])
     back = order.argsort()  # to the order of the given tokens
-    logprobs, entropies = (torch.cat(values)[back] for values in zip(*parts, strict=True))
-    return logprobs, entropies
+    return tuple(torch.cat(values)[back] for values in zip(*parts, strict=True))
 
 
 def needed_lengths(batch: Batch) -> Tensor:
@@ -126,4 +144,4 @@ def _choices(batch: Batch, rows: Tensor, positions: Tensor) -> tuple[Tensor, Ten
 
 
 def _scatter(values: Tensor, rows: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
-    return values.new_zeros(shape).index_put((rows, positions), values)
+    return values.new_zeros((*shape, *values.shape[1:])).index_put((rows, positions), values)

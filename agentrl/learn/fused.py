@@ -1,6 +1,6 @@
-"""Log-probability and entropy of tokens from hidden states, with logits for one chunk of tokens at a time."""
+"""Log-probability, entropy and more of tokens from hidden states, with logits for one chunk at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,11 @@ CHUNK_NUMBERS = 2**24  # numbers held at once: 64 MB in float32
 # Up to this many vocabulary rows per allowed id, a product with all rows beats fetching the allowed ones.
 _DENSE_RATIO = 32
 
-Statistics = tuple[Tensor, Tensor]
+# Further statistics need about this many times the memory of the logits, so that chunks are smaller.
+_EXTRA_NUMBERS = 8
+
+Statistics = tuple[Tensor, ...]
+OfLogits = Callable[[Tensor, Tensor], Tensor]
 
 
 def token_statistics(
@@ -23,13 +27,14 @@ def token_statistics(
     allowed: Tensor | None = None,
     temperature: float = 1.0,
     chunk: int | None = None,
+    extras: Sequence[OfLogits] = (),
 ) -> Statistics:
     """Return the log-probabilities of N target tokens and the exact entropies of their distributions.
 
         z[n] = weight @ hidden[n] / temperature,   p[n] = softmax z[n], over the vocabulary or the allowed ids
         logprobs[n] = log p[n, targets[n]],        entropies[n] = -sum_v p[n, v] log p[n, v]
 
-    Both have gradients with respect to `hidden` and `weight`. Forward and backward pass need the memory of
+    All have gradients with respect to `hidden` and `weight`. Forward and backward pass need the memory of
     one chunk.
 
     Args:
@@ -39,9 +44,11 @@ def token_statistics(
         allowed: The allowed ids, [N, K] int64 padded with -1, or None for the whole vocabulary.
         temperature: The sampling temperature.
         chunk: The number of tokens per chunk; None chooses it by the size of the vocabulary.
+        extras: Further functions of z, for the tokens of a chunk: (z [N, V], columns of the targets [N]) ->
+            [N] or [N, k]. Of constrained tokens they see the allowed ids only, with -inf where there is none.
 
     Returns:
-        [N] log-probabilities and [N] entropies in nats, at least float32.
+        [N] log-probabilities and [N] entropies in nats, at least float32; then the results of `extras`.
 
     Raises:
         ValueError: If the first dimensions differ.
@@ -52,19 +59,29 @@ def token_statistics(
             + ("" if allowed is None else f" and {len(allowed)} rows of allowed ids")
         )
     if allowed is None:
-        return _vocabulary_statistics(hidden, weight, targets, temperature, chunk)
-    return _chunked_constrained_statistics(hidden, weight, targets, allowed, temperature, chunk)
+        return _vocabulary_statistics(hidden, weight, targets, temperature, chunk, extras)
+    return _chunked_constrained_statistics(hidden, weight, targets, allowed, temperature, chunk, extras)
 
 
 def _vocabulary_statistics(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    chunk: int | None,
+    extras: Sequence[OfLogits],
 ) -> Statistics:
-    size = chunk or max(1, CHUNK_NUMBERS // len(weight))
+    size = chunk or _chunk_size(len(weight), extras)
     parts = [
-        _FullVocabulary.apply(states, weight, wanted, temperature)  # type: ignore[no-untyped-call]
+        _FullVocabulary.apply(states, weight, wanted, temperature, extras)  # type: ignore[no-untyped-call]
         for states, wanted in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
     ]
     return _concatenate(parts)
+
+
+def _chunk_size(numbers: int, extras: Sequence[OfLogits]) -> int:
+    """Return how many tokens a chunk has if each needs so many numbers."""
+    return max(1, CHUNK_NUMBERS // max(1, numbers) // (_EXTRA_NUMBERS if extras else 1))
 
 
 class _FullVocabulary(torch.autograd.Function):
@@ -72,9 +89,15 @@ class _FullVocabulary(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        extras: Sequence[OfLogits],
+    ) -> Statistics:
         logits = _logits(hidden, weight, temperature)
+        found = [function(logits, targets) for function in extras]
         highest = logits.amax(dim=-1)
         logits -= highest[:, None]
         target = logits.gather(1, targets[:, None]).squeeze(1)
@@ -82,31 +105,55 @@ class _FullVocabulary(torch.autograd.Function):
         total = unnormalised.sum(dim=-1)
         entropies = total.log() - unnormalised.mul_(logits).sum(dim=-1) / total
         ctx.save_for_backward(hidden, weight, targets, highest + total.log(), entropies)
-        ctx.temperature = temperature
-        return target - total.log(), entropies
+        ctx.temperature, ctx.extras = temperature, extras
+        return target - total.log(), entropies, *found
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Return the gradients by dz = g_logprob (onehot - p) - g_entropy p (log p + H)."""
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """Return the gradients by dz = g_logprob (onehot - p) - g_entropy p (log p + H), and by autograd."""
         hidden, weight, targets, log_total, entropies = ctx.saved_tensors
-        by_logprob, by_entropy = gradients
-        logprobs = _logits(hidden, weight, ctx.temperature).sub_(log_total[:, None])
+        by_logprob, by_entropy, *by_extras = gradients
+        logits = _logits(hidden, weight, ctx.temperature)
+        further = _gradients(ctx.extras, logits, targets, by_extras)
+        logprobs = logits.sub_(log_total[:, None])
         slope = logprobs.exp()
         slope.mul_(logprobs.add_(entropies[:, None]).mul_(-by_entropy[:, None]).sub_(by_logprob[:, None]))
         slope.scatter_add_(1, targets[:, None], by_logprob[:, None])
+        for values in further:
+            slope += values
         slope = slope.div_(ctx.temperature).to(hidden.dtype)
-        return slope @ weight, slope.T @ hidden, None, None
+        return slope @ weight, slope.T @ hidden, None, None, None
+
+
+def _gradients(
+    extras: Sequence[OfLogits], logits: Tensor, targets: Tensor, gradients: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the gradients of functions of the logits, [N, V] each, with one graph in memory at a time."""
+    found: list[Tensor] = []
+    for function, gradient in zip(extras, gradients, strict=True):
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            values = function(leaf, targets)
+        if values.requires_grad:  # not if it is an indicator
+            found += torch.autograd.grad(values, leaf, gradient)
+    return found
 
 
 def _chunked_constrained_statistics(
-    hidden: Tensor, weight: Tensor, targets: Tensor, allowed: Tensor, temperature: float, chunk: int | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    allowed: Tensor,
+    temperature: float,
+    chunk: int | None,
+    extras: Sequence[OfLogits],
 ) -> Statistics:
     dense = len(weight) <= _DENSE_RATIO * allowed.shape[1]
     logits_of = _dense_logits if dense else _gathered_logits
     numbers = len(weight) if dense else allowed.shape[1] * weight.shape[1]
-    size = chunk or max(1, CHUNK_NUMBERS // max(1, numbers))
+    size = chunk or _chunk_size(numbers, extras)
     if len(hidden) <= size:
-        return _constrained_statistics(logits_of, hidden, weight, targets, allowed, temperature)
+        return _constrained_statistics(logits_of, hidden, weight, targets, allowed, temperature, extras)
     parts = [
         checkpoint(
             _constrained_statistics,
@@ -115,6 +162,7 @@ def _chunked_constrained_statistics(
             weight,
             *pieces[1:],
             temperature,
+            extras,
             use_reentrant=False,
         )
         for pieces in zip(
@@ -131,13 +179,15 @@ def _constrained_statistics(
     targets: Tensor,
     allowed: Tensor,
     temperature: float,
+    extras: Sequence[OfLogits],
 ) -> Statistics:
     absent = allowed < 0
-    logits = logits_of(hidden, weight, allowed.clamp(min=0), temperature)
-    logprobs = logits.masked_fill(absent, -torch.inf).log_softmax(dim=-1)
+    logits = logits_of(hidden, weight, allowed.clamp(min=0), temperature).masked_fill(absent, -torch.inf)
+    logprobs = logits.log_softmax(dim=-1)
     entropies = -(logprobs.exp() * logprobs.masked_fill(absent, 0.0)).sum(dim=-1)
     place = (allowed == targets[:, None]).to(torch.uint8).argmax(dim=-1, keepdim=True)
-    return logprobs.gather(1, place).squeeze(1), entropies
+    found = (function(logits, place.squeeze(1)) for function in extras)
+    return logprobs.gather(1, place).squeeze(1), entropies, *found
 
 
 def _dense_logits(hidden: Tensor, weight: Tensor, allowed: Tensor, temperature: float) -> Tensor:
@@ -162,5 +212,4 @@ def _at_least_float32(values: Tensor) -> Tensor:
 def _concatenate(parts: list[Statistics]) -> Statistics:
     if len(parts) == 1:
         return parts[0]
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+    return tuple(torch.cat(values) for values in zip(*parts, strict=True))

@@ -11,6 +11,7 @@ from torch import nn
 from agentrl.algorithms.algorithm import Algorithm, ReplayBatch
 from agentrl.algorithms.credit import compute_advantages, with_mask, with_targets
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
+from agentrl.algorithms.token_statistics import STATISTICS, scored_statistics
 from agentrl.data.batch import Batch
 from agentrl.errors import RequirementError
 from agentrl.learn.diagnostics import batch_metrics, diagnose, step_counts, step_means
@@ -30,7 +31,7 @@ _Numbers = dict[str, float]
 
 def provided(*, reference: bool, critic: bool) -> frozenset[str]:
     """Return what components of an algorithm may require of a learner with these parts."""
-    own = {"old_logprobs", "entropy", "entropy:grad", "current"}
+    own = {"old_logprobs", "entropy", "entropy:grad", "current", STATISTICS}
     if reference:
         own.add("reference")
     if critic:
@@ -115,8 +116,14 @@ class Learner:
             RequirementError: If `reference` is required and there is none.
         """
         batch = batch.to(self._device)
-        own = self._scorer.score(self._state.learned, batch)
-        batch = replace(batch, old_logprobs=own.logprobs, old_entropies=own.entropies, values=own.values)
+        own = self._scorer.score(self._state.learned, batch, scored_statistics(requires))
+        batch = replace(
+            batch,
+            old_logprobs=own.logprobs,
+            old_entropies=own.entropies,
+            values=own.values,
+            extras=own.extras,
+        )
         if "last_values" in requires:
             batch = replace(batch, last_values=self._scorer.last_values(self._state.learned, batch))
         if "reference" not in requires:
@@ -152,7 +159,7 @@ class Learner:
         replay = None if algorithm.replay is None else algorithm.replay.sample(context)
         mixed, separate = (replay, None) if replay is not None and replay.mixed else (None, replay)
         steps, outputs = self._learn_rollout(rollout, mixed, algorithm, context, scored=scored)
-        replay_steps = self._learn_replay(separate, context)
+        replay_steps = self._learn_replay(separate, algorithm, context)
 
         if batch.old_logprobs is None:  # its only step scored it on the way
             batch = replace(batch, old_logprobs=outputs.logprobs, old_entropies=outputs.entropies)
@@ -192,7 +199,7 @@ class Learner:
         steps: list[_Numbers] = []
         for epoch in range(self.config.epochs):
             splits = list(mini_batches(rollout.batch, self.config.mini_batches, context.step, epoch))
-            replayed = self._split_replay(mixed, len(splits), context, epoch)
+            replayed = self._split_replay(mixed, algorithm, len(splits), context, epoch)
             for index, rows in enumerate(splits):
                 rate = self._set_learning_rate(context, len(steps))
                 mini = rollout.select(rows)
@@ -205,23 +212,26 @@ class Learner:
                     steps.append(numbers | {"learning_rate": rate})
         return steps, outputs
 
-    def _learn_replay(self, replay: ReplayBatch | None, context: Context) -> list[_Numbers]:
+    def _learn_replay(
+        self, replay: ReplayBatch | None, algorithm: Algorithm, context: Context
+    ) -> list[_Numbers]:
         """Take optimiser steps on replayed rows alone, at the learning rate of the step before."""
         # The epoch after the last one: an order of its own for the split.
-        parts = self._split_replay(replay, self.config.mini_batches, context, self.config.epochs)
+        parts = self._split_replay(replay, algorithm, self.config.mini_batches, context, self.config.epochs)
         steps = [optimizer_step([part], context, self._state, self._scorer)[0] for part in parts]
         return [numbers for numbers in steps if numbers]
 
     def _split_replay(
-        self, replay: ReplayBatch | None, count: int, context: Context, epoch: int
+        self, replay: ReplayBatch | None, algorithm: Algorithm, count: int, context: Context, epoch: int
     ) -> list[LossPart]:
         """Split replayed rows over `count` optimiser steps; without any, return no part."""
         if replay is None:
             return []
         batch = replay.batch.to(self._device)
+        loss = replay.algorithm(algorithm)
         rows_of_all = MiniBatch(batch, replay.advantages.to(self._device))
         return [
-            LossPart(rows_of_all.select(rows), replay.algorithm, replay.coefficient)
+            LossPart(rows_of_all.select(rows), loss, replay.coefficient)
             for rows in mini_batches(batch, count, context.step, epoch)
         ]
 

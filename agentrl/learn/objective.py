@@ -1,5 +1,6 @@
 """The loss of one optimiser step: sum(weight * loss), with weights computed from the whole mini-batch."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,13 +20,16 @@ class Objective:
         context: The state of training, which the losses read.
         mini: All rows of the mini-batch, with mask and bounds.
         factors: The weight of each token's surrogate loss in the sum, [B, T].
-        terms: Each term with the weights of its tokens [B, T], without its coefficient.
+        weights: The product of the algorithm's weights, which is a part of `factors`, [B, T].
+        terms: Each term with the weights of its tokens [B, T], without its coefficient; 0 where it does not
+            act.
     """
 
     algorithm: Algorithm
     context: Context
     mini: MiniBatch
     factors: Tensor
+    weights: Tensor
     terms: tuple[tuple[Term, Tensor], ...]
 
     @property
@@ -45,6 +49,21 @@ class Objective:
             term.scale(self.context) and bool(factors.any()) for term, factors in self.terms
         )
 
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers to log that belong to the whole mini-batch; every rank has the same.
+
+        Returns:
+            mask_share, the share of the action tokens that are in the surrogate; over those tokens the means
+            weight_mean, bound_lower and bound_upper. A mean that is not finite is left out.
+        """
+        mask, action_mask = self.mask, self.mini.batch.action_mask
+        numbers = {"mask_share": int(mask.sum()) / max(1, int(action_mask.sum()))}
+        means: dict[str, Tensor | float] = {"weight_mean": self.weights}
+        if self.bounds is not None:
+            means |= {"bound_lower": self.bounds.lower, "bound_upper": self.bounds.upper}
+        numbers |= {name: _mean(values, mask) for name, values in means.items()}
+        return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
     def contribution(self, rows: Tensor, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the part of the loss and of the numbers to log that belongs to `rows`.
 
@@ -61,8 +80,8 @@ class Objective:
         loss = _masked_sum(loss, part.counted, self.factors[rows, :width])
         logged = {"policy_loss": loss.detach()}
         for term, factors in self.terms:
-            action_mask = part.batch.action_mask
-            value = _masked_sum(term.loss(outputs, part, self.context), action_mask, factors[rows, :width])
+            factors = factors[rows, :width]
+            value = _masked_sum(term.loss(outputs, part, self.context), factors != 0, factors)
             loss = loss + term.scale(self.context) * value
             logged[f"term/{term.name}"] = value.detach()
         if part.bounds is not None:
@@ -94,16 +113,23 @@ def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> 
             mini = replace(mini, current=replace(mini.current, ratio=ratio))
         mini = replace(mini, bounds=None if algorithm.clip is None else algorithm.clip(mini, context))
         factors = _token_weights(algorithm.aggregation(mini.counted, mini.batch.turns, mini.batch.trajectory))
+        weights = torch.ones_like(factors)
         # After the aggregation: hooks change a token's weight, not the count that losses are divided by.
         for hook in algorithm.weights:
-            factors = factors * _check_shape("weights", hook(mini, context), factors)
-        terms = tuple((term, _term_factors(term, algorithm, mini)) for term in algorithm.terms)
-    return Objective(algorithm, context, mini, factors, terms)
+            values = _check_shape("weights", hook(mini, context), factors)
+            factors, weights = factors * values, weights * values
+        terms = tuple((term, _term_factors(term, algorithm, mini, context)) for term in algorithm.terms)
+    return Objective(algorithm, context, mini, factors, weights, terms)
 
 
-def _term_factors(term: Term, algorithm: Algorithm, mini: MiniBatch) -> Tensor:
+def _term_factors(term: Term, algorithm: Algorithm, mini: MiniBatch, context: Context) -> Tensor:
     aggregation = term.aggregation or algorithm.aggregation
-    return _token_weights(aggregation(mini.batch.action_mask, mini.batch.turns, mini.batch.trajectory))
+    factors = _token_weights(aggregation(mini.batch.action_mask, mini.batch.turns, mini.batch.trajectory))
+    factors = torch.where(mini.batch.action_mask, factors, 0.0)
+    if term.where is None:
+        return factors
+    selected = _check_shape(f"terms/{term.name}.where", term.where(mini, context), factors)
+    return torch.where(selected, factors, 0.0)
 
 
 def _token_weights(weights: Weights) -> Tensor:
@@ -113,6 +139,11 @@ def _token_weights(weights: Weights) -> Tensor:
 
 def _masked_sum(losses: Tensor, mask: Tensor, factors: Tensor) -> Tensor:
     return torch.where(mask, losses * factors.to(losses.dtype), 0.0).sum()
+
+
+def _mean(values: Tensor | float, mask: Tensor) -> float:
+    """Return the mean over a mask, or a number as it is; nan for an empty mask."""
+    return float(values.double().expand_as(mask)[mask].mean()) if isinstance(values, Tensor) else values
 
 
 def _with_ratio_base(part: MiniBatch, outputs: Outputs) -> MiniBatch:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from agentrl.algorithms.hooks import Outputs, require_tensor
+from agentrl.algorithms.token_statistics import NOTHING, Statistics, empty_extras
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import StopReason
 from agentrl.learn.forward import Forward, needed_lengths
@@ -37,26 +38,30 @@ class Scorer:
         """Return this rank's micro-batches as (row numbers, weight); see `rank_micro_batches`."""
         return rank_micro_batches(lengths, self.micro_batch_tokens, self.ranks)
 
-    def score_rows(self, module: ScoringModule, rows: Batch) -> Outputs:
+    def score_rows(self, module: ScoringModule, rows: Batch, statistics: Statistics = NOTHING) -> Outputs:
         """Score one micro-batch, with gradients where they are enabled."""
 
         def read(policy: nn.Module, head: nn.Module | None) -> tuple[Tensor | None, ...]:
             # FSDP2 finds tensors that need a gradient in a tuple, not in a dataclass.
-            found = self.forward.score(policy, rows, head)
-            return found.logprobs, found.entropies, found.values
+            found = self.forward.score(policy, rows, head, statistics)
+            return found.logprobs, found.entropies, found.values, *found.extras.values()
 
-        return Outputs(*module(read))
+        logprobs, entropies, values, *extras = module(read)
+        named = dict(zip(statistics.of_logits, extras, strict=True))
+        return with_sequence_statistics(Outputs(logprobs, entropies, values, extras=named), rows, statistics)
 
-    def score(self, module: ScoringModule, batch: Batch) -> Outputs:
+    def score(self, module: ScoringModule, batch: Batch, statistics: Statistics = NOTHING) -> Outputs:
         """Score a batch without gradients; every rank returns all rows."""
+        own = replace(statistics, of_logprobs={})  # a sequence may have rows in several micro-batches
         outputs = empty_outputs(batch, values=module.value_head is not None)
+        outputs = replace(outputs, extras=empty_extras(own, outputs.logprobs))
         with torch.no_grad():
             for rows, weight in self.micro_batches(needed_lengths(batch)):
-                found = self.score_rows(module, batch.select(rows))
+                found = self.score_rows(module, batch.select(rows), own)
                 if weight:  # a filler's rows belong to another rank
                     write_rows(outputs, rows, found)
         reshard(module)
-        return self.sum_over_ranks(outputs)
+        return with_sequence_statistics(self.sum_over_ranks(outputs), batch, statistics)
 
     def last_values(self, module: ScoringModule, batch: Batch) -> Tensor:
         """Return the value after the last reply of each truncated trajectory, 0 for the others; [E]."""
@@ -77,7 +82,7 @@ class Scorer:
 
     def sum_over_ranks(self, outputs: Outputs) -> Outputs:
         """Merge what the ranks scored, in place: each holds its own rows and 0 elsewhere."""
-        for values in (outputs.logprobs, outputs.entropies, outputs.values):
+        for values in (outputs.logprobs, outputs.entropies, outputs.values, *outputs.extras.values()):
             if values is not None:
                 self.ranks.all_reduce(values)
         return outputs
@@ -98,8 +103,8 @@ def _last_row_lengths(batch: Batch) -> Tensor:
 
 def empty_outputs(batch: Batch, *, values: bool = False) -> Outputs:
     """Return outputs of zeros for all rows of a batch."""
-    fields = [torch.zeros_like(batch.logprobs) for _ in range(3 if values else 2)]
-    return Outputs(*fields)
+    logprobs, entropies = torch.zeros_like(batch.logprobs), torch.zeros_like(batch.logprobs)
+    return Outputs(logprobs, entropies, torch.zeros_like(batch.logprobs) if values else None)
 
 
 def scored_outputs(batch: Batch) -> Outputs:
@@ -108,7 +113,14 @@ def scored_outputs(batch: Batch) -> Outputs:
         require_tensor(batch.old_logprobs, "old_logprobs"),
         require_tensor(batch.old_entropies, "old_entropies"),
         batch.values,
+        extras=batch.extras,
     )
+
+
+def with_sequence_statistics(outputs: Outputs, batch: Batch, statistics: Statistics) -> Outputs:
+    """Return outputs with those statistics that are functions of their log-probabilities."""
+    found = {name: function(outputs.logprobs, batch) for name, function in statistics.of_logprobs.items()}
+    return replace(outputs, extras={**outputs.extras, **found}) if found else outputs
 
 
 def write_rows(target: Outputs, rows: Tensor, outputs: Outputs) -> None:
@@ -118,6 +130,8 @@ def write_rows(target: Outputs, rows: Tensor, outputs: Outputs) -> None:
         kept, found = getattr(target, name), getattr(outputs, name)
         if kept is not None and found is not None:
             kept[rows, :width] = found.detach().to(kept)
+    for name, kept in target.extras.items():
+        kept[rows, :width] = outputs.extras[name].detach().to(kept)
 
 
 def zero_unsampled(batch: Batch) -> Batch:
@@ -128,4 +142,8 @@ def zero_unsampled(batch: Batch) -> Batch:
         for name in names
         if (values := getattr(batch, name)) is not None
     }
-    return replace(batch, **cleaned)
+    extras = {
+        name: torch.where(batch.action_mask.view(*batch.tokens.shape, *[1] * (values.dim() - 2)), values, 0.0)
+        for name, values in batch.extras.items()
+    }
+    return replace(batch, extras=extras, **cleaned)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, require_tensor
+from agentrl.algorithms.token_statistics import current_statistics, loss_statistics
 from agentrl.errors import NonFiniteError
 from agentrl.learn.forward import needed_lengths
 from agentrl.learn.objective import build_objective
@@ -59,7 +60,8 @@ def _accumulate_gradient(
     mini = part.mini
     # Hooks see the current outputs of the whole mini-batch, so they come before the first micro-batch.
     if "current" in part.algorithm.requires and mini.current is None:
-        mini = replace(mini, current=scorer.score(state.learned, mini.batch))
+        wanted = current_statistics(part.algorithm.requires)
+        mini = replace(mini, current=scorer.score(state.learned, mini.batch, wanted))
     objective = build_objective(mini, part.algorithm, context)
     outputs = empty_outputs(mini.batch)
     if not objective.has_signal:
@@ -67,8 +69,9 @@ def _accumulate_gradient(
         unscored = mini.batch.old_logprobs is None
         return {}, scorer.score(state.learned, mini.batch) if unscored else outputs
     sums = defaultdict[str, float](float, loss=0.0)
+    statistics = loss_statistics(part.algorithm.requires)
     for rows, weight in scorer.micro_batches(needed_lengths(mini.batch)):
-        found = scorer.score_rows(state.learned, mini.batch.select(rows))
+        found = scorer.score_rows(state.learned, mini.batch.select(rows), statistics)
         loss, numbers = objective.contribution(rows, found)
         # A filler has weight 0 but needs a backward pass too: FSDP2 reduces gradients on all ranks at once.
         (loss * (weight * part.coefficient)).backward()  # type: ignore[no-untyped-call]
@@ -76,7 +79,9 @@ def _accumulate_gradient(
             write_rows(outputs, rows, found)
         for name, value in numbers.items():
             sums[name] += weight * float(value)
-    return scorer.ranks.all_reduce_numbers(sums), scorer.sum_over_ranks(outputs)
+    # The objective's own metrics are not summed: every rank has them for the whole mini-batch.
+    logged = scorer.ranks.all_reduce_numbers(sums) | objective.metrics()
+    return logged, scorer.sum_over_ranks(outputs)
 
 
 def _apply_gradient(loss: float, state: LearnerState) -> dict[str, float]:

@@ -123,6 +123,26 @@ def test_components_that_contradict_each_other_are_refused_with_the_reason():
         Algorithm(ratio=whole, surrogate=partial(surrogate, scale=2.0))
 
 
+def test_what_selects_the_tokens_of_a_term_is_a_component_too():
+    @requires("current", "entropy")
+    @excludes(sequence_ratio="it selects single tokens")
+    def likely(mini, context, share=0.5):
+        return mini.batch.action_mask
+
+    @trait("sequence ratio")
+    def whole(outputs, mini):
+        return outputs.logprobs
+
+    term = Term("kl", lambda outputs, mini, context: outputs.logprobs, 0.1, where=partial(likely, share=0.1))
+    algorithm = Algorithm(terms=(term,))
+    assert dict(algorithm.declared())["terms/kl"] == {"current", "entropy"}
+    assert {"current", "entropy"} <= algorithm.requires
+    with pytest.raises(RequirementError, match="terms/kl requires current, entropy; this run"):
+        check_requirements(algorithm, {"old_logprobs"})
+    with pytest.raises(ConfigError, match=r"terms cannot be combined with ratio: it selects.*likely"):
+        Algorithm(terms=(term,), ratio=whole)
+
+
 def test_reading_a_field_that_nothing_filled_is_refused():
     with pytest.raises(RequirementError, match="old_entropies is empty"):
         require_tensor(None, "old_entropies")

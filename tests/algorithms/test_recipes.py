@@ -255,7 +255,12 @@ def test_cloning_keeps_every_demonstration_and_is_cross_entropy():
 
 
 @pytest.mark.parametrize("name", ["gspo", "dapo", "dr_bot", "aepo"])
-def test_what_changes_the_loss_stands_inside_of_what_replays_with_it(name):
-    with pytest.raises(ConfigError, match="wanted spear outermost, with this recipe as its base"):
-        build_recipe(name, {"base": {"name": "spear", "base": {"name": "grpo"}}})
-    assert build_recipe("spear", {"base": {"name": name}}).build().replay is not None
+def test_what_changes_the_loss_changes_that_of_replayed_rows_inside_and_outside(name):
+    spear = build_recipe("spear", {"base": {"name": "grpo"}})
+    over = build_recipe(name, {"base": recipe_tree(spear)}).build()
+    under = build_recipe("spear", {"base": {"name": name}}).build()
+    for algorithm in (over, under):
+        assert algorithm.replay is not None
+        loss = spear.replay_loss(algorithm)
+        assert (loss.ratio, loss.surrogate) == (algorithm.ratio, algorithm.surrogate)
+        assert loss.aggregation == algorithm.aggregation

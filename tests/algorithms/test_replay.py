@@ -24,7 +24,9 @@ def context(step: int, seed: int = 0) -> Context:
 
 def buffer(size: int = 1, *, tolerance: int = 5, coefficient=lambda context: 1.0, **others) -> ReplayBuffer:
     settings = {"baselines": 100, "recompute_advantage": recalibrated} | others
-    return ReplayBuffer(Algorithm(), size=size, tolerance=tolerance, coefficient=coefficient, **settings)
+    return ReplayBuffer(
+        lambda _: Algorithm(), size=size, tolerance=tolerance, coefficient=coefficient, **settings
+    )
 
 
 def episode(name: str, reward: float, replies: Sequence[Sequence[int]] = ((7, 8),), **turn) -> Episode:

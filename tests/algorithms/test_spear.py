@@ -228,7 +228,7 @@ def test_the_loss_on_recalled_rows_by_hand():
         now[row, 1:length] += torch.tensor(moves[length], dtype=torch.float64)
     now.requires_grad_()
     recalled = MiniBatch(rows, replayed.advantages, Outputs(now.detach(), torch.zeros_like(now)))
-    objective = build_objective(recalled, replayed.algorithm, Context(50))
+    objective = build_objective(recalled, replayed.algorithm(algorithm), Context(50))
     loss, _ = objective.contribution(torch.arange(2), Outputs(now, torch.zeros_like(now)))
     assert loss.item() == pytest.approx(-0.4014550242, abs=5e-11)
     assert replayed.coefficient * loss.item() == pytest.approx(-0.0587917271, abs=5e-11)
@@ -498,9 +498,11 @@ def test_recalled_rows_have_no_terms_but_the_entropy_bonus_as_released():
     base = GRPO(entropy_coefficient=0.01, kl_coefficient=0.1)
     found = {}
     for parity in ("paper", "official"):
-        replay = Spear(base=base, parity=parity).build().replay
-        found[parity] = [term.name for term in replay._algorithm.terms], replay._released
-        assert "reference" not in replay._algorithm.requires
+        recipe = Spear(base=base, parity=parity)
+        algorithm = recipe.build()
+        loss = recipe.replay_loss(algorithm)
+        found[parity] = [term.name for term in loss.terms], algorithm.replay._released
+        assert "reference" not in loss.requires
     assert found == {"paper": ([], False), "official": (["entropy"], True)}
 
 
@@ -568,16 +570,27 @@ def test_replies_with_a_fault_are_not_remembered():
 
 
 def test_recalled_rows_are_learned_from_as_the_base_learns():
-    algorithm = Spear(base=GSPO(**WIDE), covariance_share=0.0, replay_covariance_share=0.0).build()
-    for slot in ("ratio", "clip", "surrogate", "aggregation"):
-        assert getattr(algorithm.replay._algorithm, slot) is getattr(algorithm, slot) is not None
+    recipe = Spear(base=GSPO(**WIDE), covariance_share=0.0, replay_covariance_share=0.0)
+    for algorithm in (recipe.build(), Algorithm()):
+        for slot in ("ratio", "clip", "surrogate", "aggregation"):
+            assert getattr(recipe.replay_loss(algorithm), slot) is getattr(algorithm, slot) is not None
 
 
 def test_recalled_rows_are_clipped_by_their_own_share_and_band():
-    replay = Spear(replay_covariance_share=0.5, replay_covariance_band=(2.0, 3.0)).build().replay
-    (hook,) = replay._algorithm.weights
+    recipe = Spear(replay_covariance_share=0.5, replay_covariance_band=(2.0, 3.0))
+    (hook,) = recipe.replay_loss(recipe.build()).weights
     assert (hook.keywords["share"], hook.keywords["band"]) == (0.5, (2.0, 3.0))
-    assert Spear(replay_covariance_share=0.0).build().replay._algorithm.weights == ()
+    plain = Spear(replay_covariance_share=0.0)
+    assert plain.replay_loss(plain.build()).weights == ()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_dual_clip_is_replaced_by_the_covariance_clip_of_its_own_rows(share):
+    mini, _ = hand_made([-1.0], [[-0.1]], [[1.0]])
+    recipe = Spear(base=GRPO(dual_clip=3.0), covariance_share=share, replay_covariance_share=0.5 - share)
+    algorithm = recipe.build()
+    duals = [each.clip(mini, Context()).dual for each in (algorithm, recipe.replay_loss(algorithm))]
+    assert duals == ([None, 3.0] if share else [3.0, None])
 
 
 def test_a_configuration_reads_back_what_it_says():

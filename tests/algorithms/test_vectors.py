@@ -521,7 +521,7 @@ def remembered(returns: Tensor, groups: Tensor, advantages: Tensor) -> ReplayBuf
     batch = collate([Group("t", tuple(found)) for found in members])
     batch = replace(batch, old_logprobs=batch.logprobs, old_entropies=batch.entropies)
     buffer = ReplayBuffer(
-        Algorithm(),
+        lambda _: Algorithm(),
         size=1,
         baselines=10,
         tolerance=5,

@@ -11,7 +11,7 @@ from toy_policy import VOCABULARY, ToyPolicy, make_groups, make_turn, toy_forwar
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss
 from agentrl.algorithms.credit import prepare
-from agentrl.algorithms.hooks import Context, requires
+from agentrl.algorithms.hooks import Bounds, Context, Term, requires
 from agentrl.algorithms.methods.cloning import BehaviourCloning
 from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.data import Episode, Group, StopReason, Turn
@@ -58,6 +58,10 @@ def assert_same(one, other, tolerance=1e-12):
         "learner/entropy/turn",
         "learner/entropy/trajectory",
         "learner/action_tokens",
+        "learner/mask_share",
+        "learner/weight_mean",
+        "learner/bound_lower",
+        "learner/bound_upper",
     ):
         assert numbers[name] == pytest.approx(other_numbers[name], abs=max(tolerance, 1e-9)), name
     assert slopes.keys() == other_slopes.keys()
@@ -150,6 +154,43 @@ def test_both_layouts_give_equal_losses_gradients_and_entropies(settings):
     groups = make_groups()
     results = [gradients(collate(groups, layout=layout), algorithm) for layout in ("trajectory", "turn")]
     assert_same(*results)
+
+
+def above_mean(values, mini):
+    return values > functional.masked_mean(values, mini.batch.action_mask)
+
+
+def selective() -> Algorithm:
+    """Mask, bounds, weights and the tokens of a term, all by statistics of the whole mini-batch."""
+    unlikely = requires("entropy")(lambda mini, context: above_mean(-mini.batch.old_entropies, mini))
+    grown = requires("current")(lambda mini, context: above_mean(mini.current.ratio, mini))
+    weight = requires("current")(lambda mini, context: 1.0 + 2.0 * above_mean(mini.current.logprobs, mini))
+    change = lambda said, mini, context: (said.logprobs - mini.batch.old_logprobs).abs()  # noqa: E731
+    return Algorithm(
+        masks=(unlikely,),
+        clip=lambda mini, context: Bounds(0.9, 1.0 + mini.batch.old_entropies),
+        weights=(weight,),
+        terms=(Term("change", change, 0.5, where=grown),),
+    )
+
+
+@pytest.mark.parametrize("layout", ["trajectory", "turn"])
+@pytest.mark.parametrize(("budget", "shuffled"), [(1, False), (40, True)])
+def test_what_is_chosen_by_the_whole_mini_batch_does_not_depend_on_its_parts(layout, budget, shuffled):
+    algorithm, groups = selective(), make_groups()
+    whole = gradients(collate(groups), algorithm, epochs=2, learning_rate=0.1)
+    batch = collate(groups, layout=layout)
+    order = list(range(len(batch.lengths)))
+    if shuffled:
+        random.Random(0).shuffle(order)
+    rows = {"epochs": 2, "learning_rate": 0.1, "micro_batch_tokens": budget}
+    parts = gradients(batch.select(order), algorithm, **rows)
+    assert_same(whole, parts, tolerance=1e-9)
+    for name in ("learner/term/change", "learner/clip_ratio"):
+        assert whole[0][name] == pytest.approx(parts[0][name], abs=1e-7)
+        assert whole[0][name] > 0
+    assert 0.1 < whole[0]["learner/mask_share"] < 0.9
+    assert 1.1 < whole[0]["learner/weight_mean"] < 2.9
 
 
 def test_a_forced_token_is_worth_as_much_as_a_token_of_the_prompt():

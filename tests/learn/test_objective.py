@@ -7,7 +7,7 @@ import torch
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import compute_advantages
-from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs, Term
+from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs, Term, requires
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate
 from agentrl.learn.objective import build_objective
@@ -117,6 +117,42 @@ def test_a_term_is_over_all_decisions_with_its_own_aggregation_and_schedule():
     assert loss.item() == pytest.approx(0.24)
 
 
+def test_a_term_acts_where_it_is_told_and_counts_all_decisions():
+    seen = []
+
+    @requires("current")
+    def above_one(mini, context):
+        seen.append((mini.mask.sum().item(), mini.bounds.upper, torch.is_grad_enabled()))
+        return mini.current.ratio > 1
+
+    entropy = Term("entropy", lambda said, *_: said.entropies.log(), 2.0, functional.token_weights, above_one)
+    algorithm = replace(PLAIN, masks=(first_decision,), terms=(entropy,))
+    now = torch.tensor([[0.0, 0, 0.1, -0.1], [0, 0, 0.1, 0]])
+    mini = replace(mini_batch(algorithm), current=Outputs(now, now))
+    objective = build_objective(mini, algorithm, CONTEXT)
+    # Where it does not act, its loss is minus infinity, and its gradient is not finite.
+    entropies = torch.tensor([[1.0, 1, math.e, 0], [1, 1, math.e**2, 1]], requires_grad=True)
+    loss, numbers = objective.contribution(ALL, replace(outputs(0.0), entropies=entropies))
+    assert numbers["term/entropy"].item() == pytest.approx((1 + 2) / 3)  # of the 3 decisions
+    assert loss.item() == pytest.approx(2.0)  # the surrogate is -.5 and .5
+    assert seen == [(2, 1.2, False)]
+    parts = [
+        objective.contribution(ALL[[row]], Outputs(torch.zeros(1, width), entropies[[row], :width]))
+        for row, width in ((0, 4), (1, 3))
+    ]
+    assert [part["term/entropy"].item() for _, part in parts] == pytest.approx([1 / 3, 2 / 3])
+    assert len(seen) == 1
+
+
+def test_a_term_that_acts_nowhere_is_no_signal():
+    nowhere = lambda mini, context: torch.zeros_like(mini.batch.action_mask)  # noqa: E731
+    everywhere = lambda mini, context: torch.ones_like(mini.batch.action_mask)  # noqa: E731
+    for where, signal in ((nowhere, False), (everywhere, True)):
+        term = Term("entropy", lambda said, *_: said.entropies, 1.0, where=where)
+        algorithm = replace(PLAIN, masks=(nowhere,), terms=(term,))
+        assert build_objective(mini_batch(algorithm), algorithm, CONTEXT).has_signal is signal
+
+
 def test_contributions_of_parts_add_up_with_bounds_per_token():
     def narrow(mini, context):
         width = torch.linspace(0.01, 0.4, 4).expand(2, 4)
@@ -136,7 +172,37 @@ def test_contributions_of_parts_add_up_with_bounds_per_token():
         assert sum(part[name].item() for _, part in parts) == pytest.approx(value.item())
 
 
+def test_the_mask_the_weights_and_the_bounds_are_logged():
+    def rising(mini, context):
+        upper = torch.tensor([[math.inf, math.inf, 1.2, math.inf], [math.inf, math.inf, 1.5, math.inf]])
+        return Bounds(0.0, upper)
+
+    def by_row(mini, context):
+        return torch.tensor([[0.5], [0.2]]).expand(mini.batch.tokens.shape)
+
+    plain = build_objective(mini_batch(PLAIN), PLAIN, CONTEXT).metrics()
+    assert plain == {"mask_share": 1, "weight_mean": 1, "bound_lower": 0.8, "bound_upper": 1.2}
+    algorithm = replace(PLAIN, masks=(first_decision,), weights=(by_row, by_row), clip=rising)
+    found = build_objective(mini_batch(algorithm), algorithm, CONTEXT).metrics()
+    # Of 3 action tokens the first of each row: weights .25 and .04, upper bounds 1.2 and 1.5.
+    assert found == pytest.approx(
+        {"mask_share": 2 / 3, "weight_mean": 0.145, "bound_lower": 0.0, "bound_upper": 1.35}
+    )
+    unmasked = build_objective(mini_batch(algorithm), replace(algorithm, masks=()), CONTEXT).metrics()
+    assert unmasked == pytest.approx({"mask_share": 1, "weight_mean": 0.54 / 3, "bound_lower": 0.0})
+    unclipped = build_objective(mini_batch(PLAIN), replace(PLAIN, clip=None), CONTEXT).metrics()
+    assert unclipped == {"mask_share": 1, "weight_mean": 1}
+    nothing = replace(PLAIN, masks=(lambda mini, context: torch.zeros_like(mini.batch.action_mask),))
+    found = build_objective(mini_batch(PLAIN), nothing, CONTEXT).metrics()
+    assert found == {"mask_share": 0, "bound_lower": 0.8, "bound_upper": 1.2}
+
+
 def test_a_hook_of_another_shape_is_refused_with_its_slot():
-    algorithm = replace(PLAIN, weights=(lambda mini, context: torch.ones(2),))
-    with pytest.raises(ValueError, match=r"algorithm.weights returned shape \(2,\), wanted \(2, 4\)"):
-        build_objective(mini_batch(algorithm), algorithm, CONTEXT)
+    two = lambda mini, context: torch.ones(2)  # noqa: E731
+    nothing = Term("nothing", lambda said, *_: said.entropies, 1.0, where=two)
+    for slot, algorithm in (
+        ("weights", replace(PLAIN, weights=(two,))),
+        ("terms/nothing.where", replace(PLAIN, terms=(nothing,))),
+    ):
+        with pytest.raises(ValueError, match=rf"algorithm.{slot} returned shape \(2,\), wanted \(2, 4\)"):
+            build_objective(mini_batch(algorithm), algorithm, CONTEXT)

@@ -51,6 +51,14 @@ REDUCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"name": "dapo", "clip_low": 0.2, "clip_high": 0.2},
         {"name": "grpo", "aggregation": "token"},
     ),
+    "steer, equal weights": ({"name": "steer", "low": 1.0, "high": 1.0}, GRPO),
+    "steer over gigpo, exponential": (
+        {"name": "steer", "low": 1.0, "exponential": True, "base": {"name": "gigpo"}},
+        {"name": "gigpo"},
+    ),
+    "bapo, fixed bounds": ({"name": "bapo", "lower": [0.8, 0.8], "upper": [1.2, 1.2]}, GRPO),
+    "bapo, first bounds": ({"name": "bapo", "lower": [0.8, 0.9], "upper": [1.2, 3.0], "target": 0.0}, GRPO),
+    "canon, both comparisons": ({"name": "canon", "mix": 0.5}, {"name": "dr_grpo"}),
 }
 
 
@@ -98,10 +106,17 @@ def test_with_its_own_part_switched_off_a_method_is_its_base(name: str) -> None:
         {"name": "spear", "covariance_share": 0.0, "tool_reward": 0.0, "base": GRPO,
          "buffer_size": 1, "warmup": 0},
         {"name": "dapo"},
+        {"name": "bapo", "lower": [0.8, 0.95], "upper": [1.2, 2.0], "target": 0.7},
+        {"name": "canon"},
+        {"name": "kl_cov"},
+        {"name": "steer"},
+        {"name": "steer", "exponential": True},
+        {"name": "steer", "metric": "exact"},
     ],
 )  # fmt: skip
 def test_switched_on_it_is_not(switch_on: dict[str, Any]) -> None:
-    base = {"name": "grpo", "aggregation": "token"} if switch_on["name"] == "dapo" else GRPO
+    bases = {"dapo": {"name": "grpo", "aggregation": "token"}, "canon": {"name": "dr_grpo"}}
+    base = bases.get(switch_on["name"], GRPO)
     assert (trained(built(switch_on))[1] - trained(built(base))[1]).abs().max() > 1e-6
 
 
@@ -119,3 +134,17 @@ def test_empg_without_modulation_is_its_base_less_the_mean_over_turns() -> None:
     assert abs(mean) > 1e-3
     expected = torch.where(batch.action_mask, other - mean, 0.0)
     torch.testing.assert_close(one, expected, rtol=0, atol=1e-7)
+
+
+def test_kl_cov_without_its_penalty_is_its_base_with_bounds_that_nothing_reaches() -> None:
+    method, base = (
+        built({"name": "kl_cov", "coefficient": 0.0}),
+        built({**GRPO, "clip_low": 1.0, "clip_high": 1e6}),
+    )
+    (numbers, weights), (base_numbers, base_weights) = trained(method), trained(base)
+    torch.testing.assert_close(weights, base_weights, rtol=0, atol=1e-12)
+    for found, wanted in zip(numbers, base_numbers, strict=True):
+        for key in ("learner/loss", "learner/policy_loss", "learner/grad_norm"):
+            assert found[key] == pytest.approx(wanted[key], abs=1e-12), key
+    penalised = trained(built({"name": "kl_cov", "share": 0.2}))[1]
+    assert (penalised - weights).abs().max() > 1e-3

@@ -52,7 +52,7 @@ def weights(learner: Learner) -> torch.Tensor:
 
 def replay_batch_of(seed: int, **more: Any) -> ReplayBatch:
     batch = learner_of().score(collate(make_groups(seed)))
-    return ReplayBatch(batch, compute_advantages(Algorithm(), batch, CONTEXT), Algorithm(), **more)
+    return ReplayBatch(batch, compute_advantages(Algorithm(), batch, CONTEXT), lambda _: Algorithm(), **more)
 
 
 NEW = collate(make_groups(0))
@@ -100,7 +100,7 @@ def test_mixed_rows_are_dealt_out_to_the_optimiser_steps(mini_batches):
         return torch.ones_like(mini.advantages)
 
     old = replay_batch_of(5, mixed=True)
-    old = replace(old, algorithm=Algorithm(weights=(counting,)))
+    old = replace(old, algorithm=lambda _: Algorithm(weights=(counting,)))
     learner_of(mini_batches=mini_batches).update(NEW, Algorithm(replay=Memory(old)), CONTEXT)
     assert len(seen) == mini_batches
     assert sum(seen) == len(old.batch.lengths)
@@ -169,7 +169,7 @@ def test_nothing_mixed_in_is_lost_where_the_rollout_batch_has_few_parts():
         return torch.ones_like(mini.advantages)
 
     old = replay_batch_of(5, mixed=True)
-    old = replace(old, algorithm=Algorithm(weights=(counting,)))
+    old = replace(old, algorithm=lambda _: Algorithm(weights=(counting,)))
     few = collate(make_groups(0, groups=1, size=2))
     learner_of(mini_batches=4).update(few, Algorithm(replay=Memory(old)), CONTEXT)
     assert sum(seen) == len(old.batch.lengths)

@@ -26,7 +26,7 @@ from agentrl.algorithms.hooks import (
     requires,
     trait,
 )
-from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Count, Share, SignedWeight, Weight
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import BranchPoint, Episode, Turn
@@ -140,7 +140,7 @@ class AEPO(Recipe):
 
     def build(self) -> Algorithm:
         """Build the base with the changes of AEPO."""
-        base = without_replay(self.base)
+        base = self.base.build()
         if self.stop_gradient_clip and base.surrogate is not clipped_policy_loss:
             raise ConfigError(
                 f"stop_gradient_clip is true, but base {self.base.name} does not have the clipped loss"

@@ -37,6 +37,11 @@ def with_covariance_clip(algorithm: Algorithm, share: float, band: Band) -> Algo
     )
 
 
+def without_covariance_clip(clip: Clip | None) -> Clip | None:
+    """Return the bounds under those of `with_covariance_clip`; others are returned as they are."""
+    return clip.keywords["clip"] if isinstance(clip, partial) and clip.func is without_dual else clip
+
+
 @requires("current")
 def covariance_clip(mini: MiniBatch, context: Context, *, share: float, band: Band) -> Tensor:
     """Give a few action tokens the weight 0 and all others the weight 1.

@@ -12,7 +12,7 @@ from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, drop_equal_returns
 from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, Select, excludes, traits
 from agentrl.algorithms.methods.dr_bot import SHAPED, by_shaped_returns
-from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Share, Tokens, Weight
 from agentrl.data.trajectory import Episode, Group
 from agentrl.errors import ConfigError
@@ -71,7 +71,7 @@ class DAPO(Recipe):
 
     def build(self) -> Algorithm:
         """Build the base with the changes of DAPO."""
-        base = without_replay(self.base)
+        base = self.base.build()
         if base.clip is None:
             raise ConfigError(f"dapo: base {self.base.name!r} has no clipped ratio, wanted one that has")
         select, shape_reward = base.select, base.shape_reward

@@ -16,7 +16,7 @@ from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import shape_episode
 from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Select, ShapeReward, excludes, trait
 from agentrl.algorithms.methods.grpo import GRPO
-from agentrl.algorithms.recipe import Base, Presets, Recipe, recipe, without_replay
+from agentrl.algorithms.recipe import Base, Presets, Recipe, recipe
 from agentrl.config import PositiveShare, Share, Tokens, Weight
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Group, Turn
@@ -78,7 +78,7 @@ class DrBot(Recipe):
 
     def build(self) -> Algorithm:
         """Build the base with the changes of Dr.BoT."""
-        base = without_replay(self.base)
+        base = self.base.build()
         return replace(
             base,
             select=by_shaped_returns(partial(keep_most_varied, share=self.keep_groups), base.shape_reward),

@@ -10,7 +10,7 @@ from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.hooks import MiniBatch, Outputs, require_tensor, trait
 from agentrl.algorithms.methods.grpo import fixed_clip
-from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Share, Weight
 from agentrl.errors import ConfigError
 
@@ -53,7 +53,7 @@ class GSPO(Recipe):
 
     def build(self) -> Algorithm:
         """Build the base with one ratio per turn."""
-        base = without_replay(self.base)
+        base = self.base.build()
         if base.clip is None:
             raise ConfigError(f"gspo: base {self.base.name!r} has no clipped ratio, wanted one that has")
         return replace(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from agentrl.algorithms.algorithm import EQUAL_RETURNS, Algorithm
 from agentrl.algorithms.hooks import Context
-from agentrl.algorithms.methods.clip_cov import Band, with_covariance_clip
+from agentrl.algorithms.methods.clip_cov import Band, with_covariance_clip, without_covariance_clip
 from agentrl.algorithms.methods.dr_bot import DrBot, by_shaped_returns
 from agentrl.algorithms.recipe import Base, Presets, Recipe, recipe
 from agentrl.algorithms.replay import ReplayBuffer
@@ -34,7 +34,8 @@ class Spear(Recipe):
     A row of a rollout batch is kept if one of its action tokens has a positive advantage under the base.
     Replayed rows keep their original logprobs, get the advantage A above, and count only if A is positive. R
     is the shaped return of the row's trajectory at the time, including the tool reward. The turn-wise part of
-    a base's advantage is not replayed, nor are its terms and weights. Ratios are relative to the policy that
+    a base's advantage is not replayed, nor are its terms and weights. If another recipe is put over this one,
+    replayed rows get its ratio, bounds, surrogate and aggregation too. Ratios are relative to the policy that
     acted, so bounds as narrow as those of `gspo` leave nothing to learn. For when and how many rows are
     replayed, see `ReplayBuffer`.
 
@@ -151,25 +152,31 @@ class Spear(Recipe):
             )
         if not self.coefficient:
             return algorithm
-        return replace(algorithm, replay=self._replay(base))
+        return replace(algorithm, replay=self._replay())
 
     @property
     def _first_step(self) -> int:
         """Return the number of the first training step in the schedules."""
         return 1 if self.preset == "released" else 0
 
-    def _replay(self, base: Algorithm) -> ReplayBuffer:
-        official = self.preset == "released"
+    def replay_loss(self, algorithm: Algorithm) -> Algorithm:
+        """Return the algorithm that defines the loss of replayed rows, from that of the run."""
+        released = self.preset == "released"
         replayed = Algorithm(
-            ratio=base.ratio,
-            clip=base.clip,
-            surrogate=base.surrogate,
-            aggregation=base.aggregation,
-            terms=tuple(term for term in base.terms if official and term.name == "entropy"),
+            ratio=algorithm.ratio,
+            # Replayed rows have a covariance clip of their own, or else the dual clip of the base.
+            clip=without_covariance_clip(algorithm.clip) if self.covariance_share else algorithm.clip,
+            surrogate=algorithm.surrogate,
+            aggregation=algorithm.aggregation,
+            terms=tuple(term for term in algorithm.terms if released and term.name == "entropy"),
             diagnostics=(),
         )
+        return with_covariance_clip(replayed, self.replay_covariance_share, self.replay_covariance_band)
+
+    def _replay(self) -> ReplayBuffer:
+        official = self.preset == "released"
         return ReplayBuffer(
-            with_covariance_clip(replayed, self.replay_covariance_share, self.replay_covariance_band),
+            self.replay_loss,
             size=self.buffer_size,
             baselines=self.baseline_size,
             tolerance=self.tolerate_steps,

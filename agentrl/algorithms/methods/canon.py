@@ -1,0 +1,131 @@
+"""CANON: returns compared between the halves of a group with more and with less entropy."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.features import decisions
+from agentrl.algorithms.hooks import Context, require_tensor, requires
+from agentrl.algorithms.methods.grpo import ClippedRecipe, DrGRPO, mark_comparing
+from agentrl.algorithms.recipe import Presets, recipe
+from agentrl.config import Share, SignedWeight, Tokens, Weight
+from agentrl.data.batch import Batch
+
+Measure = Literal["entropy", "length"]
+
+
+@recipe("canon")
+@dataclass(frozen=True)
+class CANON(ClippedRecipe):
+    """Conditional advantage estimation: a return is compared with the half of its group that differs.
+
+        A[high] = mix (R - alpha mean R[low] + beta) + (1 - mix) (R - mean R[high])
+        A[low]  = mix (alpha R - mean R[high] - beta) + (1 - mix) (R - mean R[low])
+
+    Of the n episodes of a group, the floor(n / 2) with the lowest mean entropy of the action tokens before
+    the update are low, and the others high; ties keep the order of the group. If episodes are compared by
+    their `length` in action tokens, alpha multiplies the other summand: alpha R in the long half, and the
+    mean of the long half in the short one. With mix 0.5, alpha 1, beta 0 and equal halves, it is Dr. GRPO.
+
+        field             | paper    | released | ours
+        dual_clip         | null     | 3.0      | null
+        clip_high         | 0.28     | 0.28     | 0.2
+        aggregation       | constant | constant | constant
+        sequence_length   | 8192     | 8192     | 32
+        drop_equal_groups | false    | false    | true
+        singleton         | zero     | raw      | zero
+
+    The published runs use groups of 16 and divide by the maximum length of a reply, 8192; 32 suits short
+    commands. One of their schedules lets 1 - mix follow a cosine with restarts; here mix is constant.
+
+    Args:
+        measure: What is compared between the episodes of a group.
+        mix: The share of the comparison with the other half; the rest is with the own half.
+        alpha: Below 1, the half with more entropy, or with fewer tokens, is preferred.
+        beta: The bonus of the half with more entropy, or with more tokens, and the malus of the other.
+        singleton: As in `grpo`.
+
+    The remaining fields are those of `ClippedRecipe`.
+
+    Source: Chen et al. 2025, arXiv:2509.23962.
+    """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"clip_high": 0.28, "sequence_length": 8192},
+        "released": {"clip_high": 0.28, "sequence_length": 8192}
+        | {"aggregation": "constant", "singleton": "raw"},
+    }
+    OFFICIAL: ClassVar[Collection[str]] = DrGRPO.OFFICIAL
+
+    aggregation: Literal["token", "sequence", "trajectory", "constant"] = "constant"
+    sequence_length: Tokens | None = 32
+    measure: Measure = "entropy"
+    mix: Share = 1.0
+    alpha: Weight = 1.0
+    beta: SignedWeight = 0.0
+    singleton: functional.Singleton = "zero"
+
+    def build(self) -> Algorithm:
+        """Build the algorithm."""
+        compare = self.compare
+        advantage = partial(compare) if self.measure == "length" else requires("entropy")(partial(compare))
+        return replace(super().build(), advantage=mark_comparing(advantage, self.singleton))
+
+    def compare(self, batch: Batch, context: Context) -> Tensor:
+        """Compare returns between the halves of their group and within them; [B, T] float64."""
+        returns, mix, alpha = batch.returns, self.mix, self.alpha
+        _, member, sizes = batch.groups.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
+        high = upper_half(_measured(batch, self.measure), member, sizes)
+        own, other = _half_means(returns, member, high, len(sizes))
+        # In this half alpha multiplies the other mean, elsewhere the own return.
+        favoured = high == (self.measure == "entropy")
+        between = torch.where(favoured, returns - alpha * other, alpha * returns - other)
+        between = between + self.beta * (2 * high.to(returns) - 1)
+        values = mix * between + (1 - mix) * (returns - own)
+        alone = returns if self.singleton == "raw" else torch.zeros_like(returns)
+        values = torch.where(sizes[member] == 1, alone, values)
+        return functional.broadcast_to_tokens(values, batch.trajectory, batch.action_mask)
+
+
+def upper_half(values: Tensor, member: Tensor, sizes: Tensor) -> Tensor:
+    """Return whether a trajectory is not among the floor(n / 2) lowest of its group; [E] bool.
+
+    Args:
+        values: [E] float; equal ones keep their order.
+        member: [E] int64, the group of each trajectory, from 0 to G - 1.
+        sizes: [G] int64, how many trajectories a group has.
+    """
+    order = values.argsort(stable=True)
+    order = order[member[order].argsort(stable=True)]
+    rank = torch.empty_like(member)
+    rank[order] = torch.arange(len(order), device=rank.device) - (sizes.cumsum(0) - sizes)[member[order]]
+    return rank >= sizes[member] // 2
+
+
+def _measured(batch: Batch, measure: Measure) -> Tensor:
+    """Return what is compared between trajectories; [E] float64."""
+    tokens = decisions(batch)
+    lengths = tokens.valid.sum(dim=1).double()
+    if measure == "length":
+        return lengths
+    entropies = tokens.read(require_tensor(batch.old_entropies, "old_entropies").double()).sum(dim=1)
+    # Rounded, so that ties do not depend on floating-point noise.
+    return (entropies / lengths.clamp(min=1)).round(decimals=9)
+
+
+def _half_means(returns: Tensor, member: Tensor, high: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return the mean return of the own and of the other half of each trajectory's group; [E] each."""
+    lowest = torch.full((groups,), torch.inf, dtype=returns.dtype, device=returns.device)
+    lowest = lowest.scatter_reduce(0, member, returns, "amin")[member]
+    half = 2 * member + high
+    # Subtracting the minimum first keeps equal returns at exactly 0, whatever their binary rounding.
+    total = torch.zeros(2 * groups, dtype=returns.dtype, device=returns.device)
+    total = total.index_add(0, half, returns - lowest)
+    means = total / torch.bincount(half, minlength=2 * groups).clamp(min=1)
+    return lowest + means[half], lowest + means[half ^ 1]

@@ -1,0 +1,91 @@
+"""KL-Cov: a divergence penalty on the tokens that reduce the entropy most."""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from agentrl.algorithms import functional
+from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, require_tensor, requires
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
+from agentrl.config import PositiveShare, Weight
+from agentrl.errors import ConfigError, RequirementError
+
+
+@recipe("kl_cov")
+@dataclass(frozen=True)
+class KLCov(Recipe):
+    """KL-Cov: nothing is clipped, and a few tokens of high covariance are held near the old policy.
+
+        cov  = (A - mean A) (log pi - mean log pi),   means over the action tokens of the mini-batch
+        loss = mean of -A ratio + coefficient [cov among the highest] |log pi - log pi_old|
+
+    The highest are max(1, floor(share * action tokens)) tokens in the surrogate; ties go to the earlier
+    trajectory, turn and token. In the first update on a batch the policy is the old one, and the penalty has
+    no gradient. With coefficient 0 it is its base without a clip.
+
+        field               | paper | released | ours
+        base.name           | grpo  | grpo     | grpo
+        base.preset         | paper | released | ours
+        base.aggregation    | token | token    | sequence
+        base.kl_coefficient | 0.0   | 0.0      | 0.0
+
+    The share is the one published for 7B; 32B has 0.0002. What the paper calls KL is, in its code, the
+    absolute logarithm of the ratio. Statistics are those of a micro-batch there.
+
+    Args:
+        base: The recipe that provides the advantage, selection, rewards and other terms.
+        share: The share of the action tokens that are penalised.
+        coefficient: The coefficient of the penalty, in loss units per nat.
+
+    Source: Cui et al. 2025, arXiv:2505.22617.
+    """
+
+    PRESETS: ClassVar[Presets] = {
+        "paper": {"base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0, "aggregation": "token"}},
+        "released": {"base": {"name": "grpo", "preset": "released"}},
+    }
+
+    base: Base = field(default_factory=lambda: build_recipe("grpo"))
+    share: PositiveShare = 0.002
+    coefficient: Weight = 1.0
+
+    def build(self) -> Algorithm:
+        """Build the base with the penalty in place of its clip."""
+        base = self.base.build()
+        if base.clip is None or base.surrogate is not clipped_policy_loss:
+            raise ConfigError(f"kl_cov: base {self.base.name!r} has no clipped ratio, wanted one that has")
+        where = partial(highest_covariance, share=self.share)
+        term = Term("kl_cov", absolute_log_ratio, self.coefficient, where=where)
+        return replace(base, clip=None, terms=(*base.terms, term))
+
+
+@requires("old_logprobs")
+def absolute_log_ratio(outputs: Outputs, mini: MiniBatch, context: Context) -> Tensor:
+    """Return |log pi - log pi_old| of every token; [B, T] nats, with gradient 0 where they are equal."""
+    return functional.kl_k1(outputs.logprobs, require_tensor(mini.batch.old_logprobs, "old_logprobs")).abs()
+
+
+@requires("current")
+def highest_covariance(mini: MiniBatch, context: Context, *, share: float) -> Tensor:
+    """Mark the tokens in the surrogate with the highest covariance of advantage and logprob; [B, T] bool.
+
+    Raises:
+        RequirementError: If `mini.current` is empty.
+    """
+    batch, counted = mini.batch, mini.counted
+    if mini.current is None:
+        raise RequirementError("MiniBatch.current is empty, but kl_cov reads it")
+    # Rounded, so that ties do not depend on floating-point noise.
+    covariance = functional.covariance(mini.advantages.double(), mini.current.logprobs.double(), counted)
+    values = covariance.round(decimals=9).flatten()
+    index, valid = functional.unroll(counted, batch.turns, batch.trajectory, len(batch.episodes))
+    places = index[valid]  # in an order that does not depend on the layout of the rows
+    # Rounded, so that a share of 0.29 of 100 gives 29 despite floating-point error.
+    count = max(1, int(round(share * len(places), 9)))
+    chosen = torch.zeros_like(counted).flatten()
+    chosen[places[values[places].argsort(stable=True, descending=True)[:count]]] = True
+    return chosen.view_as(counted)

@@ -1,0 +1,353 @@
+"""Statistics of a token's distribution that components ask for by name.
+
+One function, in any file that is imported, adds one:
+
+    @statistic("top_probability")
+    def top_probability(logits: Tensor, tokens: Tensor) -> Tensor:
+        return logits.softmax(dim=-1).amax(dim=-1)
+
+A component asks for it with `@requires("top_probability")` and reads it with
+`token_statistic(batch, "top_probability")`. With the suffix `:grad` it gets a gradient in the loss.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from inspect import Parameter, signature
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import torch
+from annotated_types import Interval
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
+from torch.nn import functional as F
+
+from agentrl.algorithms.functional.aggregation import Unit, sequence_members
+from agentrl.config import PositiveShare
+from agentrl.data.batch import Batch
+from agentrl.errors import ConfigError, RequirementError
+
+STATISTICS = "token statistics"  # what a learner provides that computes them
+GRADIENT = ":grad"
+
+Function = TypeVar("Function", bound=Callable[..., Tensor])
+OfLogits = Callable[[Tensor, Tensor], Tensor]
+OfLogprobs = Callable[[Tensor, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics to compute in a forward pass, by the name that components read them by.
+
+    Args:
+        of_logits: The functions (logits [N, V], tokens [N]) -> [N] or [N, k].
+        of_logprobs: The functions (logprobs [B, T], batch) -> [B, T].
+    """
+
+    of_logits: Mapping[str, OfLogits]
+    of_logprobs: Mapping[str, OfLogprobs]
+
+
+NOTHING = Statistics({}, {})
+
+
+@dataclass(frozen=True)
+class _Definition:
+    """A registered function, with the name and type of its argument if it takes one."""
+
+    function: Callable[..., Tensor]
+    of_logits: bool
+    constant: Mapping[str, str]  # reasons why there is no gradient, by argument
+    parameter: Parameter | None
+    argument: TypeAdapter[Any] | None
+
+    @property
+    def optional(self) -> bool:
+        """Return whether the argument may be left out."""
+        return self.parameter is None or self.parameter.default is not Parameter.empty
+
+
+_definitions: dict[str, _Definition] = {}
+
+
+def statistic(name: str) -> Callable[[Function], Function]:
+    """Register a statistic of each token's distribution.
+
+    The function takes `logits` [N, V], at least float32 and divided by the sampling temperature, and `tokens`
+    [N] int64, the columns of the tokens that were sampled. It returns [N] or [N, k]. Where a token was
+    constrained, the columns are the allowed ids. A logit of -inf has probability 0, and no value or gradient
+    may become nan because of it. A third parameter is the argument after the colon; its type declares the
+    bounds.
+
+    Raises:
+        ConfigError: If another function has the name.
+    """
+    return partial(_register, name, of_logits=True, constant={})
+
+
+def sequence_statistic(
+    name: str, constant: Mapping[str, str] | None = None
+) -> Callable[[Function], Function]:
+    """Register a statistic of the log-probabilities of a sequence.
+
+    The function takes `logprobs` [B, T] and the batch, and returns [B, T]. A third parameter is the argument.
+    With a gradient it sees a micro-batch, so that its value must depend on a row alone.
+
+    Args:
+        name: The name to require it by.
+        constant: The arguments for which it depends on several rows and has no gradient, with the reason.
+
+    Raises:
+        ConfigError: If another function has the name.
+    """
+    return partial(_register, name, of_logits=False, constant=constant or {})
+
+
+def _register(name: str, function: Function, *, of_logits: bool, constant: Mapping[str, str]) -> Function:
+    known = _definitions.get(name)
+    if known is not None and _qualified_name(known.function) != _qualified_name(function):
+        raise ConfigError(
+            f"two statistics are named {name!r}: {_qualified_name(known.function)} and "
+            f"{_qualified_name(function)}"
+        )
+    parameter = next(iter(list(signature(function).parameters.values())[2:]), None)
+    argument = None
+    if parameter is not None:
+        kind = get_type_hints(function, include_extras=True).get(parameter.name, str)
+        argument = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
+    _definitions[name] = _Definition(function, of_logits, constant, parameter, argument)
+    return function
+
+
+def _qualified_name(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+
+
+def statistic_usages() -> list[str]:
+    """Return how each registered statistic is asked for, as in `topk:K`, sorted."""
+    return sorted(map(_usage, _definitions))
+
+
+def is_statistic(requirement: str) -> bool:
+    """Return whether a requirement has the name of a registered statistic."""
+    return requirement.partition(":")[0] in _definitions
+
+
+def statistic_fault(requirement: str) -> str | None:
+    """Return why a requirement is not a statistic that can be computed; None if it is, or resembles none."""
+    if not is_statistic(requirement):
+        close = get_close_matches(requirement.partition(":")[0], _definitions, n=1)
+        return f"did you mean {_usage(close[0])}?" if close else None
+    try:
+        _shape(requirement)
+    except RequirementError as error:
+        return str(error)
+    return None
+
+
+def scored_statistics(requires: Iterable[str]) -> Statistics:
+    """Return what the pass without gradient computes.
+
+    A statistic with gradient describes the current policy: it is among them only if a component requires
+    `current`, which may be taken from this pass.
+    """
+    names = frozenset(requires)
+    return _resolved(names if "current" in names else (name for name in names if not _with_gradient(name)))
+
+
+def current_statistics(requires: Iterable[str]) -> Statistics:
+    """Return what `MiniBatch.current` holds: all that is required, with or without gradient."""
+    return _resolved(requires)
+
+
+def loss_statistics(requires: Iterable[str]) -> Statistics:
+    """Return what the pass with gradient computes."""
+    return _resolved(filter(_with_gradient, requires))
+
+
+def reads_statistics(requires: Iterable[str]) -> bool:
+    """Return whether a component with these requirements reads statistics of the scoring pass."""
+    return any(is_statistic(name) and not _with_gradient(name) for name in requires)
+
+
+def empty_extras(statistics: Statistics, like: Tensor) -> dict[str, Tensor]:
+    """Return zeros for every statistic of logits, [B, T] or [B, T, k], with the dtype of `like` [B, T]."""
+    return {name: like.new_zeros((*like.shape, *_shape(name))) for name in statistics.of_logits}
+
+
+def _resolved(requires: Iterable[str]) -> Statistics:
+    # Sorted, so that all ranks exchange them in the same order.
+    names = sorted({name.removesuffix(GRADIENT) for name in requires if is_statistic(name)})
+    if not names:
+        return NOTHING
+    functions: dict[bool, dict[str, Callable[..., Tensor]]] = {True: {}, False: {}}
+    for name in names:
+        functions[_definitions[name.partition(":")[0]].of_logits][name] = _bound(name)
+    return Statistics(of_logits=functions[True], of_logprobs=functions[False])
+
+
+def _with_gradient(requirement: str) -> bool:
+    return requirement.endswith(GRADIENT)
+
+
+def _usage(name: str) -> str:
+    definition = _definitions[name]
+    if definition.parameter is None:
+        return name
+    argument = f":{definition.parameter.name.upper()}"
+    return f"{name}[{argument}]" if definition.optional else f"{name}{argument}"
+
+
+def _bound(requirement: str) -> Callable[..., Tensor]:
+    """Return a statistic's function with the argument of the requirement.
+
+    Raises:
+        RequirementError: If the argument is missing, superfluous or out of bounds, or has no gradient.
+    """
+    name, _, argument = requirement.removesuffix(GRADIENT).partition(":")
+    definition = _definitions[name]
+    if _with_gradient(requirement) and argument in definition.constant:
+        raise RequirementError(f"it has no gradient: {definition.constant[argument]}")
+    if not argument and definition.optional:
+        return definition.function
+    if not argument:
+        raise RequirementError(f"it needs an argument: {_usage(name)}")
+    if definition.parameter is None or definition.argument is None:
+        raise RequirementError(f"{name} takes no argument")
+    try:
+        value = definition.argument.validate_python(argument)
+    except ValidationError as error:
+        wrong = error.errors()[0]["msg"]
+        raise RequirementError(f"{definition.parameter.name}: {wrong[:1].lower()}{wrong[1:]}") from error
+    return partial(definition.function, **{definition.parameter.name: value})
+
+
+def _shape(requirement: str) -> tuple[int, ...]:
+    """Return the shape of a statistic for one token, () or (k,), by calling it on two tokens.
+
+    Raises:
+        RequirementError: If it returns another shape, or its argument is refused.
+    """
+    function = _bound(requirement)
+    if not _definitions[requirement.partition(":")[0]].of_logits:
+        return ()
+    # One choice only, as at some constrained tokens.
+    found = function(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))
+    if found.dim() not in (1, 2) or len(found) != 2:
+        raise RequirementError(f"it returned shape {tuple(found.shape)} for 2 tokens, wanted [N] or [N, k]")
+    return tuple(found.shape[1:])
+
+
+def _log_probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log p and p; log p is 0 where p is 0 by a logit of -inf, so that p log p is 0 there."""
+    logprobs = logits.log_softmax(dim=-1)
+    return logprobs.masked_fill(logits == -torch.inf, 0.0), logprobs.exp()
+
+
+@statistic("topk")
+def top_probabilities(logits: Tensor, tokens: Tensor, k: Annotated[int, Interval(ge=1, le=1000)]) -> Tensor:
+    """Return the k largest probabilities, largest first; 0 beyond the number of choices; [N, k].
+
+    What they leave out of 1 is the tail, as in the lumped entropy -sum p ln p - tail ln tail (ARES).
+    """
+    probabilities = logits.softmax(dim=-1)
+    found = probabilities.topk(min(k, logits.shape[-1]), dim=-1).values
+    return F.pad(found, (0, k - found.shape[-1]))
+
+
+@statistic("top_p_entropy")
+def top_p_entropy(logits: Tensor, tokens: Tensor, p: Annotated[float, Interval(gt=0, lt=1)]) -> Tensor:
+    """Return the entropy of the most likely tokens whose cumulative probability stays below p; [N] nats.
+
+        S = the longest prefix, by falling probability, with sum_{v in S} p_v < p
+        q = p_v / sum_{u in S} p_u,   H = -sum_{v in S} q_v log q_v,   0 if S is empty
+
+    The token that crosses p is dropped. No gradient flows through the choice of S.
+
+    Source: SIREN, arXiv:2509.25133 (its released code).
+    """
+    return _nucleus_entropy(logits, p, inclusive=False)
+
+
+@statistic("top_p_entropy_inclusive")
+def top_p_entropy_inclusive(logits: Tensor, tokens: Tensor, p: PositiveShare) -> Tensor:
+    """Return the `top_p_entropy` that also counts the token with which the cumulative probability reaches p.
+
+    This is the set from which top-p sampling draws. With p = 1 it is the entropy.
+    """
+    return _nucleus_entropy(logits, p, inclusive=True)
+
+
+def _nucleus_entropy(logits: Tensor, p: float, *, inclusive: bool) -> Tensor:
+    ordered = logits.sort(dim=-1, descending=True, stable=True).values
+    logprobs, probabilities = _log_probabilities(ordered)
+    reached = probabilities.detach().cumsum(dim=-1)
+    kept = (reached - probabilities.detach() if inclusive else reached) < p
+    some = kept.any(dim=-1)
+    total = torch.where(some, torch.where(kept, probabilities, 0.0).sum(dim=-1), 1.0)
+    mean = torch.where(kept, probabilities * logprobs, 0.0).sum(dim=-1) / total
+    return torch.where(some, total.log() - mean, 0.0)
+
+
+@statistic("log_z_minp")
+def log_minp_mass(logits: Tensor, tokens: Tensor, share: PositiveShare) -> Tensor:
+    """Return the log of the probability that min-p filtering keeps; [N], at most 0.
+
+        log Z = log sum_v p_v [p_v >= share * max p]
+
+    A sampled token that is kept (`in_minp`) has log-probability log p - log Z under the filtered policy.
+
+    Source: Lp-Reg, arXiv:2510.03222.
+    """
+    kept = _kept_by_minp(logits, share)
+    return logits.masked_fill(~kept, -torch.inf).logsumexp(dim=-1) - logits.logsumexp(dim=-1)
+
+
+@statistic("in_minp")
+def in_minp(logits: Tensor, tokens: Tensor, share: PositiveShare) -> Tensor:
+    """Return 1 where min-p filtering keeps the sampled token, p >= share * max p, else 0; [N]."""
+    kept = _kept_by_minp(logits, share)
+    return kept.gather(1, tokens[:, None]).squeeze(1).to(logits.dtype)
+
+
+def _kept_by_minp(logits: Tensor, share: float) -> Tensor:
+    return logits >= logits.amax(dim=-1, keepdim=True) + math.log(share)
+
+
+@statistic("entropy_change")
+def entropy_change(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return sum_v p_v^2 (log p_v + H); [N] nats.
+
+    With dH/dz_v = -p_v (log p_v + H), a step e (onehot(t) - p) on the logits changes the entropy by
+    e (sum_v p_v^2 (log p_v + H) - p_t (log p_t + H)) to first order: the exact form of STEER's weight.
+    """
+    logprobs, probabilities = _log_probabilities(logits)
+    entropies = -(probabilities * logprobs).sum(dim=-1, keepdim=True)
+    return (probabilities.square() * (logprobs + entropies)).sum(dim=-1)
+
+
+@statistic("logprob_at")
+def logprob_at(logits: Tensor, tokens: Tensor, factor: Annotated[float, Interval(ge=0.01, le=100)]) -> Tensor:
+    """Return the sampled token's log-probability at `factor` times the sampling temperature; [N] nats.
+
+    Source: DCPO in the released code of arXiv:2510.08141, where the sampling temperature is 1.
+    """
+    return (logits / factor).log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
+
+
+@sequence_statistic(
+    "sequence_logprob",
+    constant={"trajectory": "a trajectory's rows may be in several micro-batches; a turn's are not"},
+)
+def sequence_logprob(logprobs: Tensor, batch: Batch, sequence: Unit = "turn") -> Tensor:
+    """Return the sum of log-probabilities over a sequence's action tokens, at each of them; [B, T] nats.
+
+    A sequence is a turn's reply, or a whole trajectory with all its rows.
+    """
+    mask = batch.action_mask
+    member, count = sequence_members(mask, batch.turns, batch.trajectory, sequence)
+    values = torch.where(mask, logprobs, 0.0).double()  # so that the order of rows does not matter
+    sums = values.new_zeros(count).index_add(0, member.flatten(), values.flatten())
+    return torch.where(mask, sums[member], 0.0).to(logprobs.dtype)

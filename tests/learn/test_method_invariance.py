@@ -1,0 +1,102 @@
+"""One update by a method does not depend on layout, micro-batches, order of rows and padding."""
+
+import random
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
+
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.credit import prepare
+from agentrl.algorithms.hooks import Context
+from agentrl.algorithms.recipe import build_recipe
+from agentrl.data.batch import Batch, Layout
+from agentrl.learn.learner import Learner
+from agentrl.learn.settings import LearnerConfig
+
+CONTEXT = Context(step=3, total_steps=10, vocabulary=VOCABULARY)
+METHODS: dict[str, dict[str, Any]] = {
+    "steer": {"name": "steer"},
+    "steer, exponential": {"name": "steer", "exponential": True, "low": 0.3},
+    "steer, exact": {"name": "steer", "metric": "exact"},
+    "canon": {"name": "canon", "alpha": 0.7, "beta": 0.1},
+    "canon, by length": {"name": "canon", "measure": "length", "mix": 0.8},
+    "bapo": {"name": "bapo", "target": 0.7},
+    "bapo, released": {"name": "bapo", "contribution": "surrogate", "target": 1.1},
+    "kl_cov": {"name": "kl_cov", "share": 0.2},
+}
+every_method = pytest.mark.parametrize("block", METHODS.values(), ids=METHODS)
+
+
+def built(block: dict[str, Any]) -> Algorithm:
+    return build_recipe(block["name"], {key: value for key, value in block.items() if key != "name"}).build()
+
+
+def learner_of(policy: ToyPolicy, micro_batch_tokens: int = 10_000) -> Learner:
+    config = LearnerConfig(warmup_steps=0, micro_batch_tokens=micro_batch_tokens)
+    return Learner(policy, config, forward=toy_forward())
+
+
+def rows_of(block: dict[str, Any], layout: Layout = "trajectory") -> Batch:
+    """Scored rows whose ratios are not 1; the old log-probability of a token is the same in both layouts."""
+    batch = prepare(built(block), make_groups(), CONTEXT, layout=layout)
+    batch = learner_of(ToyPolicy()).score(batch)
+    assert batch.old_logprobs is not None
+    position = torch.arange(batch.tokens.shape[1], dtype=torch.float64)
+    places = 5 * batch.trajectory[:, None] + 3 * batch.turns + position
+    old = torch.where(batch.action_mask, batch.old_logprobs + 0.4 * (7 * places).sin(), 0.0)
+    return replace(batch, old_logprobs=old)
+
+
+def padded(batch: Batch) -> Batch:
+    shape = batch.tokens.shape
+    wider = {
+        item.name: torch.nn.functional.pad(value, (0, 3), value=-1 if item.name == "turns" else 0)
+        for item in fields(batch)
+        if isinstance(value := getattr(batch, item.name), torch.Tensor) and value.shape == shape
+    }
+    return replace(batch, **wider)
+
+
+def slopes(block: dict[str, Any], batch: Batch, **settings: Any) -> tuple[float, torch.Tensor]:
+    """The loss and the gradient of one update of the same policy."""
+    policy, found = ToyPolicy(), {}
+    for name, value in policy.named_parameters():
+        value.register_post_accumulate_grad_hook(
+            lambda value, name=name: found.update({name: value.grad.flatten().clone()})
+        )
+    numbers = learner_of(policy, **settings).update(batch, built(block), CONTEXT)
+    return numbers["learner/loss"], torch.cat([found[name] for name in sorted(found)])
+
+
+def assert_same(one: tuple[float, torch.Tensor], other: tuple[float, torch.Tensor]) -> None:
+    assert one[0] == pytest.approx(other[0], abs=1e-9)
+    assert one[1].abs().max() > 1e-3
+    torch.testing.assert_close(one[1], other[1], rtol=0, atol=1e-9)
+
+
+@every_method
+def test_both_layouts_give_the_same_gradient(block: dict[str, Any]) -> None:
+    assert_same(slopes(block, rows_of(block)), slopes(block, rows_of(block, "turn")))
+
+
+@every_method
+@pytest.mark.parametrize("budget", [1, 17, 60])
+def test_the_micro_batches_change_nothing(block: dict[str, Any], budget: int) -> None:
+    batch = rows_of(block, "turn")
+    assert_same(slopes(block, batch), slopes(block, batch, micro_batch_tokens=budget))
+
+
+@every_method
+def test_the_order_of_rows_changes_nothing(block: dict[str, Any]) -> None:
+    batch = rows_of(block, "turn")
+    order = random.Random(0).sample(range(len(batch.tokens)), len(batch.tokens))
+    assert_same(slopes(block, batch), slopes(block, batch.select(order)))
+
+
+@every_method
+def test_padding_changes_nothing(block: dict[str, Any]) -> None:
+    batch = rows_of(block)
+    assert_same(slopes(block, batch), slopes(block, padded(batch)))
