@@ -1,7 +1,9 @@
 """Recipes over recipes: what a hook goes by is what the loss uses in the end."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,13 +11,14 @@ import torch
 
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import with_mask
-from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, requires
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, requires
 from agentrl.algorithms.methods.dapo import DAPO
 from agentrl.algorithms.methods.dr_bot import DrBot
 from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.algorithms.methods.gspo import GSPO
 from agentrl.algorithms.methods.spear import Spear
 from agentrl.algorithms.recipe import Base, Recipe, build_recipe
+from agentrl.algorithms.replay import ReplayBuffer
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate
 from agentrl.learn.objective import build_objective
@@ -195,6 +198,50 @@ def test_each_hook_sees_what_came_of_the_slots_before():
     part = objective.mini.select(torch.tensor([0]))
     assert torch.equal(part.mask, chosen)
     assert torch.equal(part.current.ratio, ratio)
+
+
+LOSS_SLOTS = ("masks", "ratio", "clip", "surrogate", "aggregation", "weights")
+
+
+def function_of(value: Any) -> int:
+    """The identity of a function, also below `functools.partial`."""
+    while isinstance(value, partial):
+        value = value.func
+    return id(value)
+
+
+def captured(value: Any) -> Iterator[Any]:
+    """What a component was given when it was built, at any depth."""
+    if isinstance(value, partial):
+        found = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, Term | Algorithm | ReplayBuffer):
+        found = list(vars(value).values())
+    else:
+        found = list(value) if isinstance(value, tuple) else []
+    for item in found:
+        yield item
+        yield from captured(item)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [(name,) for name in ("aepo", "dapo", "dr_bot", "empg", "epo", "gspo", "spear")]
+    + [("gspo", "dr_bot", "spear"), ("spear", "gspo", "dapo"), ("epo", "aepo", "spear")],
+    ids="-".join,
+)
+def test_no_component_keeps_a_part_of_the_loss_that_may_be_replaced(order):
+    block = over(*order)
+    inner = build_recipe(
+        block["base"]["name"], {k: v for k, v in block["base"].items() if k != "name"}
+    ).build()
+    algorithm = build_recipe(block["name"], {k: v for k, v in block.items() if k != "name"}).build()
+    for built in (inner, algorithm):
+        parts = {slot: function_of(part) for slot, part in built.components() if slot in LOSS_SLOTS}
+        for slot, component in algorithm.components():
+            # A clip may narrow the one below it; a diagnostic of EMPG knows the advantages of its base.
+            mine = {"clip": {"clip"}, "diagnostics": LOSS_SLOTS}.get(slot, ())
+            kept = {function_of(item) for item in captured(component)} - {function_of(component)}
+            assert {name for name, part in parts.items() if part in kept} <= set(mine), slot
 
 
 def test_before_a_scoring_pass_the_ratio_of_now_is_one():
