@@ -282,9 +282,9 @@ def test_rows_keep_their_token_statistics_through_a_checkpoint():
         extras = {"topk:2": torch.stack([batch.old_logprobs.exp(), batch.turns / 8], dim=-1)}
         return replace(mini, batch=replace(batch, extras=extras | {"entropy_change": batch.entropies / 2}))
 
-    memory = buffer(5, mixed=True)
+    memory = buffer(2, mixed=True)
     memory.add(with_statistics(turns_of_two("turn")), context(0))
-    restored = buffer(5, mixed=True)
+    restored = buffer(2, mixed=True)
     restored.load_state_dict(memory.state_dict(), context(1))
     for each in (memory, restored):
         batch = each.sample(context(1)).batch
