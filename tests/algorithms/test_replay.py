@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from agentrl.algorithms.algorithm import Algorithm, ReplayBatch
-from agentrl.algorithms.hooks import Context, MiniBatch
+from agentrl.algorithms.hooks import Context, MiniBatch, token_statistic
 from agentrl.algorithms.methods.spear import decayed, recalibrated
 from agentrl.algorithms.replay import ReplayBuffer
 from agentrl.data import Episode, Group, StopReason, Turn
@@ -276,6 +276,33 @@ def test_a_kept_row_holds_its_good_decisions_and_nothing_about_the_others(layout
     stored = {"logprobs": -0.5, "old_logprobs": -0.6, "entropies": 0.5, "old_entropies": 0.6}
     for name, value in stored.items():
         torch.testing.assert_close(getattr(batch, name), torch.where(batch.action_mask, value, 0.0))
+
+
+def test_rows_keep_their_token_statistics_through_a_checkpoint():
+    def with_statistics(mini):
+        batch = mini.batch
+        extras = {"topk:2": torch.stack([batch.old_logprobs.exp(), batch.turns / 8], dim=-1)}
+        return replace(mini, batch=replace(batch, extras=extras | {"entropy_change": batch.entropies / 2}))
+
+    memory = buffer(2, mixed=True)
+    memory.add(with_statistics(turns_of_two("turn")), context(0))
+    restored = buffer(2, mixed=True)
+    restored.load_state_dict(memory.state_dict(), context(1))
+    for each in (memory, restored):
+        batch = each.sample(context(1)).batch
+        wanted = torch.where(batch.action_mask, batch.old_logprobs.exp(), 0.0)
+        torch.testing.assert_close(token_statistic(batch, "topk:2")[..., 0], wanted)
+        assert token_statistic(batch, "topk:2").shape == (*batch.tokens.shape, 2)
+        assert not token_statistic(batch, "topk:2")[~batch.action_mask].any()
+        torch.testing.assert_close(token_statistic(batch, "entropy_change"), batch.entropies / 2)
+
+
+def test_rows_that_were_stored_before_a_statistic_was_asked_for_are_sampled_without_it():
+    memory = buffer(5, mixed=True)
+    memory.add(turns_of_two("turn"), context(0))
+    mini = turns_of_two("turn")
+    memory.add(replace(mini, batch=replace(mini.batch, extras={"x": mini.batch.entropies})), context(1))
+    assert memory.sample(context(2)).batch.extras == {}
 
 
 def test_rows_of_one_trajectory_stay_together_and_those_of_another_step_apart():

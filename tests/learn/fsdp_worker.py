@@ -16,7 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import prepare
-from agentrl.algorithms.hooks import Context
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, requires, token_statistic
 from agentrl.algorithms.importance import with_importance_correction
 from agentrl.algorithms.recipe import build_recipe, recipe_names
 from agentrl.data import Group, StopReason
@@ -161,6 +161,42 @@ def compared(
 
 def every_recipe(ranks: Ranks, folder: Path) -> Figures:
     return {name: compared(ToyPolicy, name, ranks) for name in recipe_names()}
+
+
+@requires("current", "topk:3", "entropy_change:grad")
+def _weight_by_statistics(mini: MiniBatch, context: Context) -> Tensor:
+    assert mini.current is not None
+    scored, current = token_statistic(mini.batch, "topk:3")[..., 0], mini.current
+    return scored + token_statistic(current, "entropy_change")
+
+
+@requires("entropy_change:grad", "sequence_logprob:grad")
+def _statistics_loss(outputs: Outputs, mini: MiniBatch, context: Context) -> Tensor:
+    return token_statistic(outputs, "entropy_change") + token_statistic(outputs, "sequence_logprob") / 10
+
+
+def token_statistics(ranks: Ranks, folder: Path) -> Figures:
+    """Compare an algorithm that reads statistics of the scoring pass, of `current` and with gradient."""
+    algorithm = replace(
+        build_recipe("grpo").build(),
+        weights=(_weight_by_statistics,),
+        terms=(Term("statistics", _statistics_loss, 0.1),),
+    )
+    found: Figures = {}
+    ends = []
+    for backend, who in (("single", ALONE), ("fsdp", ranks)):
+        learner = learner_of(ToyPolicy, algorithm, who, backend, micro_batch_tokens=20)
+        asked = algorithm.requires | {"sequence_logprob:trajectory"}
+        scored = learner.score(collate(make_groups()), asked).extras
+        found["names"] = sorted(scored)
+        ends.append(([*scored.values()], *taught(learner, algorithm, range(2)), weights(learner)))
+    (own_extras, own, own_log, own_weights), (extras, shared, log, shared_weights) = ends
+    return found | {
+        "scores": distance(extras, own_extras),
+        "gradient": relative(shared, own),
+        "weights": distance(shared_weights, own_weights),
+        "term": abs(log["train/learner/term/statistics"][-1] - own_log["train/learner/term/statistics"][-1]),
+    }
 
 
 def off_policy(ranks: Ranks, folder: Path) -> Figures:

@@ -25,6 +25,7 @@ def figures(folder: Path) -> Figures:
         folder,
         *optional,
         "every_recipe",
+        "token_statistics",
         "off_policy",
         "a_transformer",
         "muon",
@@ -50,6 +51,15 @@ def assert_equal(found: Figures, gradient: float = 1e-6, weights: float = 1e-5) 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_learns_on_two_ranks_what_it_learns_alone(name: str, figures: Figures) -> None:
     assert_equal(figures["every_recipe"][name], gradient=1e-12, weights=1e-12)
+
+
+def test_two_ranks_compute_the_statistics_that_one_computes(figures: Figures) -> None:
+    found = figures["token_statistics"]
+    assert found["names"] == ["entropy_change", "sequence_logprob", "sequence_logprob:trajectory", "topk:3"]
+    assert found["scores"] < 1e-6  # stored in single precision
+    assert found["gradient"] < 1e-12
+    assert found["weights"] < 1e-12
+    assert found["term"] < 1e-12
 
 
 @pytest.mark.parametrize("name", ["ppo", "gspo", "spear"])
