@@ -398,7 +398,7 @@ def _check_parts(tree: Mapping[str, Any], changes: Iterable[tuple[Dotted, Any]])
     parts = block.get(COMPOSE)
     known = parts if isinstance(parts, dict) else {}
     mistakes = [
-        f"{'.'.join(dotted[:3])}: unknown part, wanted one that the configuration names"
+        f"{'.'.join(dotted)}: the configuration names no part {dotted[2]}"
         for dotted, _ in changes
         if dotted[:2] == ("algorithm", COMPOSE) and len(dotted) > 2 and dotted[2] not in known
     ]
