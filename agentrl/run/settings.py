@@ -356,19 +356,16 @@ def apply_changes(
     whole = [change for change in changes if change[0] in _WHOLE_ALGORITHM]
     dropped = [key for change in whole for key in _emptied(changed, *change)]
     changed = set_values(changed, whole)
-    rest = [
-        (stored_path(changed, dotted), value) for dotted, value in changes if (dotted, value) not in whole
-    ]
-    algorithm = changed.get("algorithm")
-    if isinstance(algorithm, dict):
-        changed["algorithm"] = parts_by_index(algorithm)
-    _check_parts(changed, rest)
-    for change in sorted(rest, key=lambda change: len(change[0])):
+    inside = [(stored_path(changed, path), value) for path, value in changes if path not in _WHOLE_ALGORITHM]
+    listed = isinstance(_block(changed, ["algorithm"]).get(COMPOSE), list)
+    if listed:
+        changed["algorithm"] = parts_by_index(changed["algorithm"])
+    _check_parts(changed, inside)
+    for change in sorted(inside, key=lambda change: len(change[0])):
         dropped += _emptied(changed, *change)
-    changed = set_values(changed, rest)
-    algorithm = changed.get("algorithm")
-    if isinstance(algorithm, dict) and isinstance(algorithm.get(COMPOSE), dict):
-        algorithm[COMPOSE] = list(algorithm[COMPOSE].values())
+    changed = set_values(changed, inside)
+    if listed and isinstance(parts := _block(changed, ["algorithm"]).get(COMPOSE), dict):
+        changed["algorithm"][COMPOSE] = list(parts.values())
     return changed, dropped
 
 

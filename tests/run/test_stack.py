@@ -204,6 +204,7 @@ STACKABLE = re.escape(", ".join(stackable_names()))
         ("[grpo, 5]", r"algorithm\.compose\[1\]: got 5, wanted the name of a recipe, or a block with a name"),
         ("[]", r"algorithm\.compose: got \[\], wanted a list of recipes, as in "),
         ("grpo", r"algorithm\.compose: got 'grpo', wanted a list of recipes"),
+        ("{a: grpo, b: empg}", r"algorithm\.compose: got {'a': 'grpo', 'b': 'empg'}, wanted a list of rec"),
         ("null", r"algorithm\.compose: got None, wanted a list of recipes"),
     ],
 )
