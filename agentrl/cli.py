@@ -439,12 +439,10 @@ def config(arguments: Overrides = None, imports: Imports = None) -> None:
 
     - `agentrl config configs/quickstart.yaml seed=1 > mine.yaml`
     """
-    from agentrl.config import to_yaml
-    from agentrl.run.settings import config_tree, load_config
+    from agentrl.run.settings import config_yaml, load_config
 
     path, overrides = _split_config(arguments)
-    tree = config_tree(load_config(path, *overrides, imports=load_imports(imports or ())))
-    echo(to_yaml(tree), nl=False)
+    echo(config_yaml(load_config(path, *overrides, imports=load_imports(imports or ()))), nl=False)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import files
 from pathlib import Path
@@ -63,36 +63,46 @@ def leaves(tree: Mapping[str, Any], above: Dotted = ()) -> Iterator[tuple[Dotted
             yield (*above, key), value
 
 
-def with_origins(message: str, files: Sequence[ConfigFile], overrides: Iterable[str] = ()) -> str:
+def with_origins(
+    message: str,
+    files: Sequence[ConfigFile],
+    overrides: Iterable[str] = (),
+    stored_path: Callable[[Dotted], Dotted] = tuple,
+) -> str:
     """Append to each mistake the file and line, or the override, that it comes from.
 
     Args:
         message: The mistakes, one per line, each starting with the path of a key.
         files: The files that were read; later ones override earlier ones.
         overrides: `key=value` overrides, which override all files.
+        stored_path: Returns the path of a key in messages, given its path in a file or override.
     """
     origins: dict[Dotted, str] = {}
     for file in files:
         lines = key_lines(file.path)
-        origins |= {key: f"{file.path}, line {line}" for key, line in lines.items() if key[0] != EXTENDS}
+        for key, line in lines.items():
+            if key[0] != EXTENDS:
+                origins |= dict.fromkeys((key, stored_path(key)), f"{file.path}, line {line}")
     for text in overrides:
-        key = tuple(part.strip() for part in text.partition("=")[0].split("."))
-        for below in [known for known in origins if known[: len(key)] == key]:
-            del origins[below]
-        origins[key] = f"override {text}"
+        named = tuple(part.strip() for part in text.partition("=")[0].split("."))
+        for key in (named, stored_path(named)):
+            for below in [known for known in origins if known[: len(key)] == key]:
+                del origins[below]
+            origins[key] = f"override {text}"
     return "\n".join(_with_origin(line, origins) for line in message.splitlines())
 
 
 def _with_origin(line: str, origins: Mapping[Dotted, str]) -> str:
-    """Append the origins of the line's keys, or else those of the enclosing block or of its content."""
-    begins = [key for key in origins if re.match(rf"{re.escape('.'.join(key))}(?![\w-]|\.\w)", line)]
-    dotted = [tuple(name.split(".")) for name in _PATH.findall(line) if "." in name]
+    """Append the origins of the line's keys, or else those of its content or of the enclosing block."""
+    told = re.sub(r"\[(\d+)\]", r".\1", line)  # an item of a list is a key here
+    begins = [key for key in origins if re.match(rf"{re.escape('.'.join(key))}(?![\w-]|\.\w)", told)]
+    dotted = [tuple(name.split(".")) for name in _PATH.findall(told) if "." in name]
     keys = [*sorted(begins, key=len)[-1:], *(key for key in dotted if key in origins)]
-    first = _PATH.match(line)
+    first = _PATH.match(told)
     if not keys and first is not None:
         path = tuple(first[0].split("."))
         above = [path[:length] for length in range(len(path) - 1, 0, -1) if path[:length] in origins]
-        keys = above[:1] or [key for key in origins if key[: len(path)] == path]
+        keys = [key for key in origins if key[: len(path)] == path] or above[:1]
     found = list(dict.fromkeys(origins[key] for key in keys))[:3]
     return f"{line} [{'; '.join(found)}]" if found else line
 

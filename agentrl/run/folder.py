@@ -11,18 +11,25 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentrl.config import parse_overrides, read_yaml, to_yaml
+from agentrl.config import parse_overrides, read_yaml
 from agentrl.env.registry import env_ids
 from agentrl.errors import CheckpointError, ConfigError
 from agentrl.files import replacing_folder, write_atomic
 from agentrl.plugins import import_hashes, withheld_hint, withhold
 from agentrl.run.config_files import ConfigFile, with_origins
 from agentrl.run.records import SCHEMA, read_manifest, read_summary
-from agentrl.run.settings import RunConfig, apply_changes, config_from_tree, config_tree
+from agentrl.run.settings import (
+    RunConfig,
+    apply_changes,
+    config_from_tree,
+    config_tree,
+    config_yaml,
+    stored_path,
+)
 
 if TYPE_CHECKING:  # loads transformers
     from agentrl.policy.tokens import Wording
@@ -100,7 +107,7 @@ def _create(folder: Path, config: RunConfig, manifest: Mapping[str, Any]) -> boo
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(folder, over=False) as partial:
             (partial / "episodes").mkdir()
-            (partial / "config.yaml").write_text(to_yaml(config_tree(config)), encoding="utf-8")
+            (partial / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and os.path.lexists(folder):
@@ -206,7 +213,7 @@ def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
     try:
         config = config_from_tree(apply_changes(before, parse_overrides(overrides))[0])
     except ConfigError as error:
-        raise ConfigError(with_origins(str(error), [], overrides)) from error
+        raise ConfigError(with_origins(str(error), [], overrides, partial(stored_path, before))) from error
     after = config_tree(config)
     if config.run.imports != run.config.run.imports:
         raise ConfigError(

@@ -1,15 +1,18 @@
 """Configuration of a run: the blocks of all packages, read, validated and written as one."""
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
 from agentrl.algorithms.recipe import Recipe, build_recipe, preset_overrides, recipe_tree
+from agentrl.algorithms.stack import COMPOSE, build_stack, part_path, parts_by_index, stack_tree
 from agentrl.config import (
     Count,
     Dotted,
@@ -22,6 +25,7 @@ from agentrl.config import (
     parse_overrides,
     set_values,
     to_tree,
+    to_yaml,
 )
 from agentrl.env.settings import EnvConfig
 from agentrl.errors import ConfigError
@@ -202,7 +206,8 @@ class RunConfig:
 
 _VLLM_TEMPERATURES = (0.01, 2.0)
 
-# The key that names the kind of a block: a new value makes the other keys of the block meaningless.
+# The key that names the kind of a block: a new value makes the other keys of the block meaningless. The list
+# of an algorithm's parts is another such key.
 _NAMING_KEYS = {"algorithm": "name", "env": "id"}
 
 
@@ -234,7 +239,7 @@ def load_config(
             (warn or _print)(f"dropped {key}: it belongs to another {_NAMING_KEYS[key.split('.')[0]]}")
         config = config_from_tree(_with_imports(tree, imports))
     except ConfigError as error:
-        raise ConfigError(with_origins(str(error), files, overrides)) from error
+        raise ConfigError(with_origins(str(error), files, overrides, partial(stored_path, tree))) from error
     for line in preset_overrides(config.algorithm):
         (warn or _print)(line)
     return config
@@ -296,20 +301,37 @@ def rank_mistakes(config: RunConfig, ranks: int) -> Iterator[str]:
 
 
 def config_tree(config: RunConfig) -> dict[str, Any]:
-    """Return plain values for YAML, which `config_from_tree` reads back."""
+    """Return plain values, which `config_from_tree` reads back; recipes are nested blocks."""
     tree = {item.name: to_tree(getattr(config, item.name)) for item in fields(config)}
     tree["algorithm"] = recipe_tree(config.algorithm)
     return tree
+
+
+def config_yaml(config: RunConfig) -> str:
+    """Return the text of a complete configuration file, which `load_config` reads back.
+
+    An algorithm of several recipes is a list, see `agentrl.algorithms.stack`.
+    """
+    return to_yaml(config_tree(config) | {"algorithm": stack_tree(config.algorithm)})
 
 
 def _recipe(block: Any) -> Recipe:
     block = {} if block is None else block
     if not isinstance(block, Mapping):
         raise ConfigError(f"algorithm: got {block!r}, wanted a block with a name")
+    if COMPOSE in block:
+        return build_stack(block)
     name = block.get("name", DEFAULT_RECIPE)
     if not isinstance(name, str):
         raise ConfigError(f"algorithm.name: got {name!r}, wanted the name of a recipe")
     return build_recipe(name, {k: v for k, v in block.items() if k != "name"})
+
+
+def stored_path(tree: Mapping[str, Any], dotted: Dotted) -> Dotted:
+    """Return the path at which a configuration holds the value that a user names, see `part_path`."""
+    if dotted[:1] != ("algorithm",):
+        return dotted
+    return ("algorithm", *part_path(_block(tree, ["algorithm"]), dotted[1:]))
 
 
 def apply_changes(
@@ -317,29 +339,71 @@ def apply_changes(
 ) -> tuple[dict[str, Any], list[str]]:
     """Change values of a configuration; a new name empties its block first, whatever the order.
 
+    So does a new list of an algorithm's parts. A new name of a part empties only that part.
+
     Args:
         tree: The values to change; it is not modified.
-        changes: The paths and new values, see `parse_overrides`.
+        changes: The paths and new values, see `parse_overrides`. Paths into parts of an algorithm may have
+            any form that `part_path` reads.
 
     Returns:
         The changed tree, and the dotted keys that were dropped.
+
+    Raises:
+        ConfigError: A path leads through a value that is not a block, or to a part that is not there.
     """
     changed, changes = deepcopy(dict(tree)), list(changes)
-    dropped: list[str] = []
-    for (*path, key), value in sorted(changes, key=lambda change: len(change[0])):
-        block = _block(changed, path)
-        # Blocks inside an algorithm are recipes; an environment's arguments may have any names.
-        naming = path == ["env"] or path[:1] == ["algorithm"]
-        if not naming or key != _NAMING_KEYS[path[0]] or value == block.get(key):
-            continue
-        kept = {"split"} if path == ["env"] else set()
-        dropped += [f"{'.'.join(path)}.{old}" for old in block if old not in {key, *kept}]
-        for old in set(block) - kept:
-            del block[old]
-    return set_values(changed, changes), dropped
+    whole = [change for change in changes if change[0] in _WHOLE_ALGORITHM]
+    dropped = [key for change in whole for key in _emptied(changed, *change)]
+    changed = set_values(changed, whole)
+    inside = [(stored_path(changed, path), value) for path, value in changes if path not in _WHOLE_ALGORITHM]
+    listed = isinstance(_block(changed, ["algorithm"]).get(COMPOSE), list)
+    if listed:
+        changed["algorithm"] = parts_by_index(changed["algorithm"])
+    _check_parts(changed, inside)
+    for change in sorted(inside, key=lambda change: len(change[0])):
+        dropped += _emptied(changed, *change)
+    changed = set_values(changed, inside)
+    if listed and isinstance(parts := _block(changed, ["algorithm"]).get(COMPOSE), dict):
+        changed["algorithm"][COMPOSE] = list(parts.values())
+    return changed, dropped
 
 
-def _block(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+_WHOLE_ALGORITHM = (("algorithm", "name"), ("algorithm", COMPOSE))
+
+
+def _emptied(tree: dict[str, Any], dotted: Dotted, value: Any) -> list[str]:
+    """Empty the block that a change names anew, and return the dotted keys that were dropped."""
+    *path, key = dotted
+    block = _block(tree, path)
+    # Blocks inside an algorithm are recipes; an environment's arguments may have any names.
+    naming = path == ["env"] or path[:1] == ["algorithm"]
+    if not naming or value == block.get(key):
+        return []
+    if key != _NAMING_KEYS[path[0]] and dotted not in _WHOLE_ALGORITHM:
+        return []
+    kept = {"split"} if path == ["env"] else set()
+    dropped = [(*path, old) for old in block if old not in {key, _NAMING_KEYS[path[0]], *kept}]
+    for old in set(block) - kept:
+        del block[old]
+    return [re.sub(rf"\.{COMPOSE}\.(\d+)", rf".{COMPOSE}[\1]", ".".join(names)) for names in dropped]
+
+
+def _check_parts(tree: Mapping[str, Any], changes: Iterable[tuple[Dotted, Any]]) -> None:
+    """Refuse changes of parts that an algorithm does not have; its parts are blocks by index."""
+    block = _block(tree, ["algorithm"])
+    parts = block.get(COMPOSE)
+    known = parts if isinstance(parts, dict) else {}
+    mistakes = [
+        f"{'.'.join(dotted)}: the configuration names no part {dotted[2]}"
+        for dotted, _ in changes
+        if dotted[:2] == ("algorithm", COMPOSE) and len(dotted) > 2 and dotted[2] not in known
+    ]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def _block(tree: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
     """Return the block at a path, or a new empty one if there is none."""
     found: Any = tree
     for part in path:

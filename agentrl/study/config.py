@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from agentrl.algorithms.stack import COMPOSE
 from agentrl.config import Seed, build, check_own_numbers, merge, read_yaml, suggestion
 from agentrl.errors import ConfigError
 from agentrl.run.config_files import ConfigFile, find_config, with_origins
@@ -191,7 +192,7 @@ def _merge_blocks(tree: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str
     result = dict(tree)
     for key, value in block.items():
         old = result.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and COMPOSE not in value:
             # A preset sets only keys that the block omits, and the base's complete block omits none.
             names = {name: old[name] for name in ("name", "preset") if name in old}
             same_recipe = names == names | {name: value[name] for name in names if name in value}

@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from agentrl.config import read_yaml, to_tree, to_yaml
+from agentrl.config import read_yaml, to_tree
 from agentrl.errors import ConfigError
 from agentrl.files import write_atomic
-from agentrl.run.settings import config_from_tree, config_tree
+from agentrl.run.settings import config_from_tree, config_tree, config_yaml
 from agentrl.run.signals import Interruption
 from agentrl.study.comparison import compare
 from agentrl.study.config import CLONE, StudyConfig, StudyRun, differences, plan
@@ -99,4 +99,4 @@ def _write_configurations(runs: Sequence[StudyRun]) -> None:
     for run in runs:
         if not run.folder.exists():
             run.file.parent.mkdir(exist_ok=True)
-            write_atomic(run.file, to_yaml(config_tree(run.config)))
+            write_atomic(run.file, config_yaml(run.config))

@@ -52,6 +52,7 @@ ACCEPTED = {
         "aepo.advantage_limits.0",
         "aepo.branch_offset",
         "aepo.entropy_weight",
+        "clip_cov.band.0",
         "spear.covariance_band.0",
         "spear.replay_covariance_band.0",
         *(
@@ -73,6 +74,7 @@ ACCEPTED = {
         *(f"aepo.{name}" for name in ("advantage_limits.0", "allocation_slope", "branch_offset")),
         *(f"aepo.{name}" for name in ("branch_penalty", "branch_probability", "entropy_advantage")),
         "aepo.entropy_weight",
+        *("clip_cov.band.0", "clip_cov.share"),
         "dapo.overlong_cache",
         *("empg.k", "empg.k_future", "empg.zeta"),
         *(f"epo.{name}" for name in ("entropy_coefficient", "low", "penalty", "schedule_rate", "window")),
@@ -98,6 +100,7 @@ ACCEPTED = {
 # Within their bounds, and refused for what stands beside them.
 CONTRADICTIONS = {
     "aepo.advantage_limits.1": "wanted a range that contains 1",
+    "clip_cov.band.1": "wanted the lower bound first",
     "spear.covariance_band.1": "wanted the lower bound first",
     "spear.replay_covariance_band.1": "wanted the lower bound first",
 }
