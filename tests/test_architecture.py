@@ -126,6 +126,19 @@ def test_a_room_says_in_one_sentence_what_it_is_for(room: Path) -> None:
     assert 30 < len(first) < 160, first
 
 
+METHODS = sorted((PACKAGE / "algorithms" / "methods").glob("*.py"))
+MOST_LINES = {"aepo": 200, "epo": 160, "fr3e": 200, "spear": 160}  # docstrings included
+
+
+def test_the_lines_of_the_longest_methods_are_counted() -> None:
+    assert set(MOST_LINES) < {path.stem for path in METHODS}
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_a_method_is_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < MOST_LINES.get(path.stem, 300)
+
+
 def test_every_room_has_a_floor() -> None:
     assert {room_of(path) for path in SOURCES} <= set(FLOORS)
 

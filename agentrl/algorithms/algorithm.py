@@ -45,6 +45,7 @@ from agentrl.algorithms.hooks import (
     TokenHook,
     Transform,
     declarations,
+    excludes,
     require_tensor,
     requirements,
     requires,
@@ -62,7 +63,7 @@ from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Group
 from agentrl.errors import ConfigError, RequirementError
 
-EQUAL_RETURNS = 1e-9  # returns that differ by less count as equal
+EQUAL_RETURNS = functional.EQUAL_RETURNS
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,17 @@ class Replay(Protocol):
         ...
 
 
+def returns_differ(returns: Sequence[float]) -> bool:
+    """Return whether two of the returns differ by more than rounding."""
+    return len(returns) > 1 and max(returns) - min(returns) > EQUAL_RETURNS
+
+
 @trait(COMPARES)
 def drop_equal_returns(groups: Sequence[Group], context: Context) -> Sequence[Group]:
     """Keep the groups with at least two finished episodes and different returns."""
-    return [group for group in groups if _differ([episode.episode_return for episode in group.finished])]
+    return [
+        group for group in groups if returns_differ([episode.episode_return for episode in group.finished])
+    ]
 
 
 def keep_all(groups: Sequence[Group], context: Context) -> Sequence[Group]:
@@ -144,6 +152,16 @@ def clipped_policy_loss(outputs: Outputs, mini: MiniBatch, bounds: Bounds | None
     if bounds is None:
         return -mini.advantages * ratio
     return functional.clipped_surrogate(ratio, mini.advantages, bounds.lower, bounds.upper, bounds.dual)
+
+
+@excludes(sequence_ratio="it bounds the ratio of single tokens, not of a sequence")
+def stop_gradient_policy_loss(outputs: Outputs, mini: MiniBatch, bounds: Bounds | None) -> Tensor:
+    """Return the value of the clipped surrogate, with a gradient above the upper bound; [B, T]."""
+    if bounds is None:
+        return clipped_policy_loss(outputs, mini, None)
+    return functional.stop_gradient_clipped_surrogate(
+        require_tensor(outputs.ratio, "ratio"), mini.advantages, bounds.lower, bounds.upper, bounds.dual
+    )
 
 
 def token_ratio(outputs: Outputs, mini: MiniBatch) -> Tensor:
@@ -314,10 +332,6 @@ def _is_computed(requirement: str, offered: frozenset[str]) -> bool:
 def _explained(requirement: str) -> str:
     fault = statistic_fault(requirement)
     return requirement if fault is None else f"{requirement} ({fault})"
-
-
-def _differ(returns: Sequence[float]) -> bool:
-    return len(returns) > 1 and max(returns) - min(returns) > EQUAL_RETURNS
 
 
 _RENAMED = {"Rehearsal": "ReplayBatch", "held_back": "clipped_tokens", "given": "require_tensor"}

@@ -77,7 +77,7 @@ def opening_entropy(turn: Turn, vocabulary: int, *, total: bool = False) -> floa
         vocabulary: The number of tokens; below 2 (unknown), the result is in nats.
         total: Return the sum of the entropies instead of the mean.
     """
-    opening = list(action_token_values(turn, turn.entropies).values())[:OPENING]
+    opening = turn.action_entropies[:OPENING]
     if not opening:
         return None
     scale = math.log(vocabulary) if vocabulary > 1 else 1.0

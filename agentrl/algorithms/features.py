@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
+from agentrl.algorithms.branching import AnchorUnit, point_scores
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import BranchPoint
 from agentrl.errors import RequirementError
@@ -120,6 +121,11 @@ def decision_rewards(batch: Batch) -> Tensor:
     return at_last_decisions(step_rewards(batch), decisions(batch))
 
 
+def turns_to_tokens(table: Tensor, batch: Batch) -> Tensor:
+    """Give every action token the value of its turn, from [E, K]; [B, T], 0 elsewhere."""
+    return functional.broadcast_turns_to_tokens(table, batch.turns, batch.trajectory, batch.action_mask)
+
+
 def at_last_decisions(table: Tensor, made: ActionTokens) -> Tensor:
     """Place the values of turns, [E, K], at the last action token of each turn; [B, T]."""
     return made.write(torch.where(made.last, table.gather(1, made.turns.clamp(min=0)), 0.0))
@@ -203,6 +209,11 @@ class BranchStates:
     bases: Tensor
     member: Tensor
 
+    def of_trajectories(self, values: Tensor) -> Tensor:
+        """Return the value of the state in which each trajectory starts, from [S]; [E], 0 without a state."""
+        # The appended 0 is the value at index -1.
+        return torch.cat([values, values.new_zeros(1)])[self.member]
+
 
 def branch_states(batch: Batch) -> BranchStates:
     """Return the states in which branches start; the order of rows and episodes does not matter."""
@@ -219,6 +230,17 @@ def branch_states(batch: Batch) -> BranchStates:
         torch.tensor([lines[key[:2]] for key in keys], dtype=torch.int64, device=device),
         torch.tensor([-1 if key is None else number[key] for key in found], dtype=torch.int64, device=device),
     )
+
+
+def anchor_entropies(batch: Batch, states: BranchStates, unit: AnchorUnit) -> list[float]:
+    """Return the entropies in nats at the points of `states`, as far as the batch has their bases."""
+    scores = {
+        (group, episode.id): point_scores(episode, unit, "entropy")
+        for group, episode in zip(batch.groups.tolist(), batch.episodes, strict=True)
+        if episode.parent is None
+    }
+    found = [scores.get((group, at.parent), {}).get((at.turn, at.token)) for group, at in states.points]
+    return [entropy for entropy in found if entropy is not None]
 
 
 def tokens_after_branching(batch: Batch) -> Tensor:

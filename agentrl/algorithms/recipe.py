@@ -65,6 +65,15 @@ class Recipe:
         return []
 
 
+def range_contradictions(recipe: Recipe, *names: str) -> Sequence[tuple[bool, str]]:
+    """Return the contradictions of fields (lower bound, upper bound) whose first value is not the lower."""
+    ranges = {name: getattr(recipe, name) for name in names}
+    return [
+        (not low < high, f"{name} is {[low, high]}, wanted the lower bound first")
+        for name, (low, high) in ranges.items()
+    ]
+
+
 R = TypeVar("R", bound=type[Recipe])
 
 

@@ -89,11 +89,15 @@ class Turn:
         return tuple(ids is None or len(ids) > 1 for ids in self.allowed)
 
     @property
+    def action_entropies(self) -> list[float]:
+        """Return the entropies of the decisions of this turn, in nats."""
+        decided = self.action_mask
+        return [entropy for entropy, own in zip(self.entropies, decided, strict=False) if own]
+
+    @property
     def entropy(self) -> float | None:
         """Return the mean entropy in nats over the decisions of this turn, or None if it has none."""
-        values = [
-            entropy for entropy, decided in zip(self.entropies, self.action_mask, strict=False) if decided
-        ]
+        values = self.action_entropies
         return sum(values) / len(values) if values else None
 
 

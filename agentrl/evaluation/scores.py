@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
+from agentrl.data.entropies import entropies_by_level, entropies_by_turn
 from agentrl.data.trajectory import Episode
 from agentrl.env.panel import Panel
 from agentrl.evaluation.statistics import Rate, success_rate
@@ -145,21 +146,13 @@ def summarise_instruction_check(episodes: Sequence[Episode]) -> InstructionCheck
 
 def mean_entropy(episodes: Iterable[Episode]) -> Entropy:
     """Compute the mean entropies of episodes at each level, over sampled tokens only."""
-    tokens: list[float] = []
-    trajectories: list[float] = []
-    by_turn: dict[int, list[float]] = defaultdict(list)
-    for episode in episodes:
-        for index, turn in enumerate(episode.turns):
-            if (value := turn.entropy) is not None:
-                by_turn[index].append(value)
-                tokens += [e for e, decided in zip(turn.entropies, turn.action_mask, strict=False) if decided]
-        if (value := episode.entropy) is not None:
-            trajectories.append(value)
+    episodes = list(episodes)
+    levels = entropies_by_level(episodes)
     return Entropy(
-        token=_mean(tokens),
-        turn=_mean(value for values in by_turn.values() for value in values),
-        trajectory=_mean(trajectories),
-        by_turn=tuple(fmean(by_turn[index]) for index in sorted(by_turn)),
+        token=_mean(levels["token"]),
+        turn=_mean(levels["turn"]),
+        trajectory=_mean(levels["trajectory"]),
+        by_turn=tuple(map(fmean, entropies_by_turn(episodes).values())),
     )
 
 

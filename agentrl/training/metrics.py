@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from agentrl.data.batch import Batch
+from agentrl.data.entropies import entropies_by_level
 from agentrl.data.trajectory import Episode, Outcome, StopReason
 from agentrl.training.rollouts import RolloutResult
 
@@ -71,19 +72,10 @@ def staleness(episodes: Sequence[Episode], version: int) -> dict[str, float]:
 
 
 def _entropies(episodes: Sequence[Episode]) -> dict[str, float | None]:
-    turns = [turn for episode in episodes for turn in episode.turns]
-    return {
-        "rollout/entropy/token": _mean(
-            entropy
-            for turn in turns
-            for entropy, decided in zip(turn.entropies, turn.action_mask, strict=False)
-            if decided
-        ),
-        "rollout/entropy/turn": _mean(turn.entropy for turn in turns),
-        "rollout/entropy/trajectory": _mean(episode.entropy for episode in episodes),
-    }
+    levels = entropies_by_level(episodes)
+    return {f"rollout/entropy/{level}": _mean(values) for level, values in levels.items()}
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [float(value) for value in values if value is not None]
+def _mean(values: Iterable[float]) -> float | None:
+    known = [float(value) for value in values]
     return sum(known) / len(known) if known else None

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from agentrl.algorithms import functional
+from agentrl.algorithms import branch_policies, functional
 from agentrl.algorithms.algorithm import Algorithm, check_requirements
 from agentrl.algorithms.branching import RolloutPlan, opening_entropy
 from agentrl.algorithms.credit import compute_advantages, prepare
+from agentrl.algorithms.functional import branch_score, initial_rollouts
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, excludes, trait
-from agentrl.algorithms.methods import aepo
-from agentrl.algorithms.methods.aepo import AEPO, branch_score, initial_rollouts
+from agentrl.algorithms.methods.aepo import AEPO
 from agentrl.algorithms.recipe import Recipe, build_recipe, recipe_tree
 from agentrl.data import BranchPoint, Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate
@@ -222,9 +222,9 @@ def test_the_stochastic_rule_branches_when_its_draw_says_so(monkeypatch):
     made.begin()
     turns = [a_turn(0.3), a_turn(0.6)]
     for drawn, branches in ((0.45, True), (0.43, False)):  # with .2 * .3 more: .51 and .49
-        monkeypatch.setattr(aepo, "derive_seed", lambda *parts, drawn=drawn: drawn * 2**31)
+        monkeypatch.setattr(branch_policies, "derive_seed", lambda *parts, drawn=drawn: drawn * 2**31)
         assert made.reached(f"e{drawn}", None, turns) == [BranchPoint(f"e{drawn}", 2)] * branches
-    monkeypatch.setattr(aepo, "derive_seed", lambda *parts: 2**30)
+    monkeypatch.setattr(branch_policies, "derive_seed", lambda *parts: 2**30)
     assert made.reached("e", None, turns[:1]) == [BranchPoint("e", 1)]  # a half, which is enough
 
 

@@ -8,14 +8,16 @@ from torch import tensor
 
 from agentrl.algorithms.algorithm import check_requirements
 from agentrl.algorithms.credit import compute_advantages
+from agentrl.algorithms.entropy_band import EntropyBand, entropy_levels
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
-from agentrl.algorithms.methods.epo import EPO, entropy_levels, released_decay
+from agentrl.algorithms.methods.epo import EPO
 from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.algorithms.recipe import build_recipe, recipe_tree
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate
 from agentrl.errors import ConfigError, RequirementError
 from agentrl.learn.objective import build_objective
+from agentrl.schedule import two_piece_decay
 
 FORCED = None
 LAYOUTS = ("trajectory", "turn")
@@ -77,6 +79,11 @@ def flat(recipe: EPO):
     """The recipe over a loss of a quarter, whatever the policy says."""
     constant = lambda outputs, mini, bounds: torch.full_like(outputs.logprobs, 0.25)  # noqa: E731
     return replace(recipe.build(), surrogate=constant, clip=None)
+
+
+def band_of(recipe: EPO) -> EntropyBand:
+    """The band that the recipe's last diagnostic measures."""
+    return recipe.build().diagnostics[-1].__self__
 
 
 def learn(algorithm, batch: Batch, context: Context, parts=None, entropies=None):
@@ -193,11 +200,11 @@ def test_the_reference_is_the_mean_of_the_last_steps_that_logged_the_turn(window
     recipe, batch = EPO(window=window, min_history=1), scored(([[0.5]],))
     stored = [1, 0.8, 0.6, 0.4, 0.2]
     found = [
-        by_decision(recipe.reference_entropies(batch, past(turn0=stored[:count])), batch).item()
+        by_decision(band_of(recipe).reference(batch, past(turn0=stored[:count])), batch).item()
         for count in range(1, 6)
     ]
     assert found == pytest.approx(expected, abs=1e-12)
-    assert recipe.reference_entropies(batch, past(turn0=stored))[0, :2].isnan().all()
+    assert band_of(recipe).reference(batch, past(turn0=stored))[0, :2].isnan().all()
 
 
 def test_a_turn_with_too_little_history_is_not_penalised_and_leaves_the_weights_as_they_are():
@@ -226,7 +233,7 @@ def test_what_a_step_logs_is_the_reference_of_the_next():
             history.setdefault(f"train/algorithm/{name}", []).append(value)
     assert active == [0, 0, 1]
     # Turn 0 of the first two: (.2 + .6) / 2 * 1 and * 3; turn 1: .6 and 1.8.
-    reference = by_decision(recipe.reference_entropies(batch, replace(context, history=history)), batch)
+    reference = by_decision(band_of(recipe).reference(batch, replace(context, history=history)), batch)
     close(reference, [2 / 3 * 0.4 * 2.5, 2 / 3 * 0.6 * 2.5, 2 / 3 * 0.4 * 2.5, 2 / 3 * 0.4 * 2.5])
 
 
@@ -250,10 +257,10 @@ def test_entropy_levels_are_of_the_turns_that_decided():
 
 @pytest.mark.vector("E-O2")
 def test_the_released_schedule_falls_in_two_pieces():
-    found = [released_decay(step, 150) for step in (0, 37, 75, 76, 112, 150, 999)]
+    found = [two_piece_decay(step, 150) for step in (0, 37, 75, 76, 112, 150, 999)]
     expected = [1, 0.8745634693, 0.8270670566, 0.7686315513, 0.1821101507, 0.0398296547, 0.0398296547]
     assert found == pytest.approx(expected, abs=5e-11)
-    assert [released_decay(step, 1) for step in (0, 1)] == pytest.approx([1, 0.8 * math.exp(-3)])
+    assert [two_piece_decay(step, 1) for step in (0, 1)] == pytest.approx([1, 0.8 * math.exp(-3)])
 
 
 @pytest.mark.vector("E-S1")
@@ -302,7 +309,7 @@ def test_the_released_loss_counts_the_present_and_every_token_the_same():
 def test_the_released_reference_is_of_the_whole_rollout_batch_in_every_part_of_it():
     batch = scored(EXPLODED)
     algorithm = flat(EPO(parity="official"))
-    assert EPO(parity="official").reference_entropies(batch.select([1]), START)[0, 2].item() == 0.5
+    assert band_of(EPO(parity="official")).reference(batch.select([1]), START)[0, 2].item() == 0.5
     whole, parts = learn(algorithm, batch, START), learn(algorithm, batch, START, [[1], [0]])
     assert whole[0] == pytest.approx(parts[0], abs=1e-12)
 
@@ -365,7 +372,7 @@ def test_a_batch_without_a_decision_has_no_penalty_and_no_nan():
         loss, _, slope, _ = learn(flat(recipe), batch, HISTORY)
         assert loss == 0
         assert not slope.any()
-        assert recipe.entropy_band(mini, HISTORY)["entropy_band/active"] == 0
+        assert band_of(recipe).metrics(mini, HISTORY)["entropy_band/active"] == 0
     assert entropy_levels(mini, HISTORY) == {}
 
 
@@ -377,7 +384,7 @@ def test_the_band_is_logged_with_the_share_of_decisions_outside_it():
     mini = MiniBatch(scored(EXPLODED, masked=math.nan), torch.zeros(1))
     context = past(Context(step=60, total_steps=100), turn0=[0.6] * 5, turn1=[1.0] * 5)
     # Corridors [.3, .9] for four decisions, of which .2 is below and 1.0 above, and [.5, 1.5] for 1.8 and .1.
-    assert recipe.entropy_band(mini, context) == pytest.approx(
+    assert band_of(recipe).metrics(mini, context) == pytest.approx(
         {
             "entropy_band/beta": 1.3678794412,
             "entropy_band/active": 1,
@@ -388,10 +395,10 @@ def test_the_band_is_logged_with_the_share_of_decisions_outside_it():
         },
         abs=1e-10,
     )
-    partly = recipe.entropy_band(mini, past(turn1=[1.0] * 5))
+    partly = band_of(recipe).metrics(mini, past(turn1=[1.0] * 5))
     assert partly["entropy_band/active"] == pytest.approx(2 / 6)
     assert partly["entropy_band/low"] == 0.5
-    assert recipe.entropy_band(mini, START) == {"entropy_band/beta": 2, "entropy_band/active": 0}
+    assert band_of(recipe).metrics(mini, START) == {"entropy_band/beta": 2, "entropy_band/active": 0}
 
 
 # The configuration

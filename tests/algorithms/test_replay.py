@@ -8,8 +8,8 @@ import torch
 
 from agentrl.algorithms.algorithm import Algorithm, ReplayBatch
 from agentrl.algorithms.hooks import Context, MiniBatch, token_statistic
-from agentrl.algorithms.methods.spear import decayed, recalibrated
 from agentrl.algorithms.replay import ReplayBuffer
+from agentrl.algorithms.self_imitation import decayed, recalibrated
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Layout, collate
 from agentrl.errors import CheckpointError

@@ -17,8 +17,9 @@ from agentrl.algorithms.methods.gigpo import GiGPO
 from agentrl.algorithms.methods.grpo import GRPO, DrGRPO
 from agentrl.algorithms.methods.gspo import GSPO
 from agentrl.algorithms.methods.rloo import RLOO
-from agentrl.algorithms.methods.spear import Spear, cosine_warmup, tool_bonus
+from agentrl.algorithms.methods.spear import Spear
 from agentrl.algorithms.recipe import build_recipe, recipe_tree
+from agentrl.algorithms.tool_reward import tool_bonus
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Layout, collate
 from agentrl.errors import ConfigError, RequirementError
@@ -26,6 +27,7 @@ from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner
 from agentrl.learn.objective import build_objective
 from agentrl.learn.settings import LearnerConfig
+from agentrl.schedule import cosine_warmup
 
 PLAIN = {"tool_reward": 0.0, "covariance_share": 0.0, "coefficient": 0.0}
 
@@ -78,10 +80,10 @@ def hand_made(
 )
 def test_the_replay_rises_while_the_tool_reward_falls(step, wanted):
     context = Context(step)
-    assert cosine_warmup(context, most=1.0, steps=200) == pytest.approx(wanted, abs=5e-11)
+    assert cosine_warmup(context.step, 200) == pytest.approx(wanted, abs=5e-11)
     (bonus,) = tool_bonus(episode("e", (0.0,), info={"tool": "calc"}), context, most=10.0, steps=200)
     assert bonus == pytest.approx(1 - wanted, abs=5e-11)
-    assert cosine_warmup(context, most=0.7, steps=0) == 0.7
+    assert Spear(coefficient=0.7, warmup=0).replay_coefficient(context) == 0.7
 
 
 @pytest.mark.vector("S-1")

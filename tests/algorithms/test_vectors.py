@@ -15,10 +15,10 @@ from torch import Tensor
 
 from agentrl.algorithms import functional as f
 from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.functional import state_modulation
 from agentrl.algorithms.hooks import Context, MiniBatch
-from agentrl.algorithms.methods.fr3e import state_modulation
-from agentrl.algorithms.methods.spear import recalibrated
 from agentrl.algorithms.replay import ReplayBuffer
+from agentrl.algorithms.self_imitation import recalibrated
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate
 from agentrl.learn.fused import token_statistics

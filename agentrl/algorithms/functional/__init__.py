@@ -7,6 +7,7 @@ Entropies and logprobs are in nats.
 
 from agentrl.algorithms.functional.advantage import (
     Singleton,
+    entropy_factor,
     entropy_modulated_advantage,
     entropy_modulation,
     entropy_scaled_advantage,
@@ -22,6 +23,13 @@ from agentrl.algorithms.functional.aggregation import (
     token_weights,
     trajectory_weights,
 )
+from agentrl.algorithms.functional.branching import (
+    FirstState,
+    branch_score,
+    initial_rollouts,
+    state_modulation,
+    state_values,
+)
 from agentrl.algorithms.functional.entropies import (
     entropy,
     entropy_band_indicator,
@@ -35,7 +43,12 @@ from agentrl.algorithms.functional.layout import (
     turn_means,
     unroll,
 )
-from agentrl.algorithms.functional.returns import discounted_returns, gae, overlong_penalty
+from agentrl.algorithms.functional.returns import (
+    EQUAL_RETURNS,
+    discounted_returns,
+    gae,
+    overlong_penalty,
+)
 from agentrl.algorithms.functional.surrogate import (
     clipped,
     clipped_surrogate,
@@ -51,8 +64,11 @@ from agentrl.algorithms.functional.surrogate import (
 )
 
 __all__ = [
+    "EQUAL_RETURNS",
+    "FirstState",
     "Singleton",
     "Unit",
+    "branch_score",
     "broadcast_to_tokens",
     "broadcast_turns_to_tokens",
     "clipped",
@@ -63,12 +79,14 @@ __all__ = [
     "entropy",
     "entropy_band_indicator",
     "entropy_band_violation",
+    "entropy_factor",
     "entropy_means",
     "entropy_modulated_advantage",
     "entropy_modulation",
     "entropy_scaled_advantage",
     "gae",
     "group_relative_advantage",
+    "initial_rollouts",
     "kl_k1",
     "kl_k2",
     "kl_k3",
@@ -78,6 +96,8 @@ __all__ = [
     "probability_ratio",
     "sequence_ratio",
     "sequence_weights",
+    "state_modulation",
+    "state_values",
     "stop_gradient_clipped_surrogate",
     "token_weights",
     "top_k_entropy",

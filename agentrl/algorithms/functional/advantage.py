@@ -215,11 +215,24 @@ def entropy_scaled_advantage(
     Source: Dong et al. 2025, arXiv:2510.14545.
     """
     same_shape("advantages", advantages, "entropies", entropies)
-    centred, variance = _standardised(entropies, mask)
-    factor = 1 + scale * centred / torch.where(variance > 0, variance, 1.0).sqrt()
+    factor = entropy_factor(entropies, mask, scale=scale)
     if limits is not None:
         factor = factor.clamp(*limits)
     return torch.where(mask, advantages.detach(), 0.0) * factor
+
+
+def entropy_factor(entropies: Tensor, mask: Tensor, *, scale: float) -> Tensor:
+    """Return the factor of `entropy_scaled_advantage` before its limits.
+
+        1 + scale * (H - mean H) / std H
+
+    Arguments are those of `entropy_scaled_advantage`.
+
+    Returns:
+        [B, T] float, dimensionless, 1 where masked; no gradient.
+    """
+    centred, variance = _standardised(entropies, mask)
+    return 1 + scale * centred / torch.where(variance > 0, variance, 1.0).sqrt()
 
 
 def _centred(values: Tensor, groups: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

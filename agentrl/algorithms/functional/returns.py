@@ -5,6 +5,8 @@ from torch import Tensor
 
 from agentrl.algorithms.functional.shapes import same_shape
 
+EQUAL_RETURNS = 1e-9  # returns that differ by less count as equal
+
 
 def discounted_returns(
     rewards: Tensor, mask: Tensor, *, gamma: float, restart: Tensor | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, clipped_tokens
 from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, require_tensor, requires
-from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe, without_replay
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Share, SignedWeight
 from agentrl.errors import ConfigError, RequirementError
 from agentrl.seeds import derive_seed
@@ -65,7 +65,7 @@ class ClipCov(Recipe):
 
     def build(self) -> Algorithm:
         """Build the base with covariance clipping."""
-        return with_covariance_clip(without_replay(self.base), self.share, self.band)
+        return with_covariance_clip(self.base.build(), self.share, self.band)
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
         low, high = self.band

@@ -14,6 +14,7 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import shape_episode
+from agentrl.algorithms.features import turns_to_tokens
 from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Select, ShapeReward, excludes, trait
 from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.algorithms.recipe import Base, Presets, Recipe, recipe
@@ -154,7 +155,7 @@ def without_faults(mini: MiniBatch, context: Context) -> Tensor:
     for owner, row in found.items():
         table[owner, : len(row)] = torch.tensor([reason is None for reason in row], dtype=table.dtype)
     good = table.to(batch.tokens.device)
-    return functional.broadcast_turns_to_tokens(good, batch.turns, batch.trajectory, batch.action_mask) > 0
+    return turns_to_tokens(good, batch) > 0
 
 
 def fault_metrics(rollout: MiniBatch, context: Context) -> Mapping[str, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import compute_advantages
-from agentrl.algorithms.features import branch_weights
+from agentrl.algorithms.features import branch_weights, turns_to_tokens
 from agentrl.algorithms.hooks import Context, MiniBatch, excludes, require_tensor, requires
 from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe
 from agentrl.config import Weight
@@ -80,7 +80,7 @@ class EMPG(Recipe):
             ValueError: If the advantage differs between the action tokens of one turn.
         """
         final = self._final(_steps(advantages, batch), self.zeta)
-        return functional.broadcast_turns_to_tokens(final, batch.turns, batch.trajectory, batch.action_mask)
+        return turns_to_tokens(final, batch)
 
     @requires("entropy")
     def modulation(self, mini: MiniBatch, context: Context, *, base: Algorithm) -> Mapping[str, float]:
@@ -135,7 +135,7 @@ def _steps(advantages: Tensor, batch: Batch) -> _Steps:
     values = torch.where(batch.action_mask, advantages, 0.0).double()
     credit, present = functional.turn_means(values, *where)
     if not torch.allclose(
-        functional.broadcast_turns_to_tokens(credit, batch.turns, batch.trajectory, batch.action_mask),
+        turns_to_tokens(credit, batch),
         values,
         equal_nan=True,
     ):

@@ -1,30 +1,21 @@
 """EPO: an entropy bonus, and a penalty on entropy outside a band around its past values."""
 
-import math
 import warnings
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import Any, ClassVar, Literal
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, require_tensor, requires
+from agentrl.algorithms.entropy_band import EntropyBand, ReferenceLevel, entropy_levels
+from agentrl.algorithms.hooks import Context, Term
 from agentrl.algorithms.methods.grpo import entropy_bonus
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Count, PositiveWeight, Steps, Weight
-from agentrl.data.batch import Batch
-
-Schedule = Literal["constant", "exponential", "official_epoch", "ramp"]
-Smoothing = Literal["hinge", "indicator"]
+from agentrl.schedule import PenaltySchedule, penalty_weight
 
 _RELEASED_EPOCHS = 150
-_TURN = "entropy/turn/{:02d}"
-_TRAJECTORY = "entropy/trajectory_mean"
+_PUBLISHED: dict[str, Any] = {"penalty": 0.1, "window": 0, "min_history": 1}  # in paper and released code
 
 
 @recipe("epo")
@@ -64,8 +55,8 @@ class EPO(Recipe):
         min_history         | 1           | 1              | 5
         schedule            | exponential | official_epoch | constant
 
-    The paper's band is that of its reported runs. Its `smoothing` is that of its later version; the earlier
-    one had `indicator`. Its formula for beta is known from a summary only. At its penalty the entropy above
+    The paper's band is that of its reported runs, its `smoothing` that of its later version (`indicator` in
+    the earlier one), and its formula for beta is known from a summary only. At its penalty the entropy above
     the band is not pulled down; the recipe warns about that.
 
     Args:
@@ -90,21 +81,11 @@ class EPO(Recipe):
     """
 
     PRESETS: ClassVar[Presets] = {
-        "paper": {
-            "low": 0.0,
-            "high": 2.0,
-            "penalty": 0.1,
-            "reference": "scalar",
-            "window": 0,
-            "min_history": 1,
-            "schedule": "exponential",
-        },
-        "released": {
+        "paper": _PUBLISHED | {"low": 0.0, "high": 2.0, "reference": "scalar", "schedule": "exponential"},
+        "released": _PUBLISHED
+        | {
             "base": {"name": "grpo", "preset": "released", "kl_coefficient": 0.01},
-            "penalty": 0.1,
             "smoothing": "indicator",
-            "window": 0,
-            "min_history": 1,
             "schedule": "official_epoch",
         },
     }
@@ -115,18 +96,19 @@ class EPO(Recipe):
     low: Weight = 0.5
     high: PositiveWeight = 1.5
     penalty: Weight = 2.0
-    smoothing: Smoothing = "hinge"
-    reference: Literal["turn", "scalar"] = "turn"
+    smoothing: Literal["hinge", "indicator"] = "hinge"
+    reference: ReferenceLevel = "turn"
     window: Steps = 20
     min_history: Count = 5
-    schedule: Schedule = "constant"
+    schedule: PenaltySchedule = "constant"
     schedule_rate: Weight = 1.0
     schedule_midpoint: PositiveWeight = 0.6
     parity: Literal["paper", "official"] = "paper"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        pull = self.penalty * min(self._beta(step, _RELEASED_EPOCHS) for step in (0, _RELEASED_EPOCHS))
+        ends = [Context(step, total_steps=_RELEASED_EPOCHS) for step in (0, _RELEASED_EPOCHS)]
+        pull = self.penalty * min(map(self.beta, ends))
         if self.smoothing == "hinge" and pull <= 1:
             warnings.warn(
                 f"epo: penalty times the schedule's lowest weight is {pull:.3g}, wanted above 1: otherwise "
@@ -136,17 +118,24 @@ class EPO(Recipe):
 
     def build(self) -> Algorithm:
         """Build the base with the entropy bonus and the smoothing penalty."""
-        base = self.base.build()
-        weights = functional.token_weights if self.preset == "released" else functional.trajectory_weights
+        base, released = self.base.build(), self.preset == "released"
+        band = EntropyBand(
+            low=self.low,
+            high=self.high,
+            level=self.reference,
+            window=self.window,
+            min_history=self.min_history,
+            weight=self.beta,
+            released=released,
+        )
+        outside = band.violation if self.smoothing == "hinge" else band.indicator
+        weights = functional.token_weights if released else functional.trajectory_weights
         terms = (
             Term("epo_entropy", entropy_bonus, -self.entropy_coefficient, weights),
-            Term("epo_smoothing", self.smoothing_loss, self.smoothing_coefficient, weights),
+            Term("epo_smoothing", outside, self.smoothing_coefficient, weights),
         )
-        return replace(
-            base,
-            terms=(*base.terms, *terms),
-            diagnostics=(*base.diagnostics, entropy_levels, self.entropy_band),
-        )
+        diagnostics = (*base.diagnostics, entropy_levels, band.metrics)
+        return replace(base, terms=(*base.terms, *terms), diagnostics=diagnostics)
 
     def smoothing_coefficient(self, context: Context) -> float:
         """Return the coefficient of the mean penalty in the loss."""
@@ -154,140 +143,16 @@ class EPO(Recipe):
 
     def beta(self, context: Context) -> float:
         """Return the weight that the schedule gives the penalty in this step."""
-        return self._beta(context.step, context.total_steps)
-
-    @requires("entropy:grad")
-    def smoothing_loss(self, outputs: Outputs, mini: MiniBatch, context: Context) -> Tensor:
-        """Return how far the entropy is outside the band, or 0 without one; [B, T].
-
-        The unit is nats with `hinge`; `indicator` gives 0 or 1.
-        """
-        reference = self.reference_entropies(mini.batch, context)
-        known = ~reference.isnan()
-        reference = torch.where(known, reference, 0.0)
-        if self.smoothing == "hinge":
-            outside = functional.entropy_band_violation(outputs.entropies, reference, self.low, self.high)
-        else:
-            outside = functional.entropy_band_indicator(
-                outputs.entropies, reference, self.low, self.high, strict=self.preset == "released"
-            )
-        return torch.where(known, outside, 0.0)
-
-    def reference_entropies(self, batch: Batch, context: Context) -> Tensor:
-        """Return the reference entropy at every token; [B, T] float64 nats, NaN where it is not known yet."""
-        present = _recorded_levels(batch) if self.preset == "released" else {}
-        if self.reference == "scalar":
-            value = self._past_mean(_TRAJECTORY, present, context)
-            return torch.full_like(batch.turns, value, dtype=torch.float64)
-        count = int(batch.turns.max()) + 1 if batch.turns.numel() else 0
-        table = [self._past_mean(_TURN.format(turn), present, context) for turn in range(count)]
-        # The last entry belongs to turn -1, which means no turn.
-        return torch.tensor([*table, math.nan], dtype=torch.float64, device=batch.turns.device)[batch.turns]
-
-    @requires("entropy")
-    def entropy_band(self, mini: MiniBatch, context: Context) -> Mapping[str, float]:
-        """Measure the band before the update, and the share of action tokens outside it."""
-        entropies = require_tensor(mini.batch.old_entropies, "old_entropies")
-        reference = self.reference_entropies(mini.batch, context)
-        known = mini.batch.action_mask & ~reference.isnan()
-        numbers = {
-            "entropy_band/beta": self.beta(context),
-            "entropy_band/active": float(functional.masked_mean(known.double(), mini.batch.action_mask)),
-        }
-        if not bool(known.any()):
-            return numbers
-        means = {
-            "entropy_band/low": self.low * reference,
-            "entropy_band/high": self.high * reference,
-            "entropy_band/share_below": (entropies < self.low * reference).double(),
-            "entropy_band/share_above": (entropies > self.high * reference).double(),
-        }
-        return numbers | {
-            name: float(functional.masked_mean(values, known)) for name, values in means.items()
-        }
-
-    def _past_mean(self, name: str, present: Mapping[str, float], context: Context) -> float:
-        """Average the logged values of a name in the window; NaN if there are too few."""
-        now = [present[name]] if name in present else []
-        values = [*context.past(name), *now][-self.window :]
-        return fmean(values) if len(values) >= self.min_history else math.nan
-
-    def _beta(self, step: int, total: int) -> float:
-        midpoint = self.schedule_midpoint * total
-        match self.schedule:
-            case "exponential":
-                return 1 + math.exp(-self.schedule_rate * step / midpoint)
-            case "official_epoch":
-                return released_decay(step, _RELEASED_EPOCHS if self.preset == "released" else total)
-            case "ramp":
-                return min(1.0, step / midpoint)
-            case _:
-                return 1.0
+        fixed = self.preset == "released" and self.schedule == "official_epoch"
+        total = _RELEASED_EPOCHS if fixed else context.total_steps
+        return penalty_weight(
+            self.schedule, context.step, total, midpoint=self.schedule_midpoint, rate=self.schedule_rate
+        )
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
+        short = 0 < self.window < self.min_history
         return [
             *super()._contradictions(),
             (self.low >= self.high, f"low is {self.low}, wanted below high ({self.high})"),
-            (
-                0 < self.window < self.min_history,
-                f"min_history is {self.min_history}, wanted at most the window ({self.window})",
-            ),
+            (short, f"min_history is {self.min_history}, wanted at most the window ({self.window})"),
         ]
-
-
-def released_decay(step: int, total: int) -> float:
-    """Return beta as in the released code: slow fall in the first half, fast in the second, then constant.
-
-        half = total // 2
-        1 - 0.2 (1 - exp(-2 step / half))                    up to half
-        0.8 exp(-3 (step - half) / (total - half))           after it
-
-    >>> [round(released_decay(step, 150), 6) for step in (0, 75, 76, 150)]
-    [1.0, 0.827067, 0.768632, 0.03983]
-    """
-    half = total // 2
-    if step == 0:
-        return 1.0
-    if step <= half:
-        return 1 - 0.2 * (1 - math.exp(-2 * step / half))
-    return 0.8 * math.exp(-3 * (min(step, total) - half) / (total - half))
-
-
-@requires("entropy")
-def entropy_levels(mini: MiniBatch, context: Context) -> Mapping[str, float]:
-    """Return the mean entropy of every turn index and of trajectories, in nats.
-
-    A turn index is averaged over the trajectories with action tokens in that turn. Later steps take their
-    reference from these metrics.
-    """
-    batch = mini.batch
-    entropies = require_tensor(batch.old_entropies, "old_entropies").double()
-    means, present = functional.turn_means(
-        entropies, batch.action_mask, batch.turns, batch.trajectory, len(batch.episodes)
-    )
-    return _levels(
-        [value if decided else None for value, decided in zip(*row, strict=True)]
-        for row in zip(means.tolist(), present.tolist(), strict=True)
-    )
-
-
-def _recorded_levels(batch: Batch) -> dict[str, float]:
-    """Return `entropy_levels` from the entropies recorded by the rollout.
-
-    They cover the whole rollout batch, even if `batch` is a part of it.
-    """
-    return _levels([turn.entropy for turn in episode.turns] for episode in batch.episodes)
-
-
-def _levels(trajectories: Iterable[Sequence[float | None]]) -> dict[str, float]:
-    """Average turns (None without action tokens) over trajectories and within them."""
-    by_turn: dict[int, list[float]] = defaultdict(list)
-    whole = []
-    for turns in trajectories:
-        decided = {turn: value for turn, value in enumerate(turns) if value is not None}
-        for turn, value in decided.items():
-            by_turn[turn].append(value)
-        if decided:
-            whole.append(fmean(decided.values()))
-    levels = {_TURN.format(turn): fmean(values) for turn, values in sorted(by_turn.items())}
-    return levels | ({_TRAJECTORY: fmean(whole)} if whole else {})

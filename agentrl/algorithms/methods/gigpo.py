@@ -18,6 +18,7 @@ from agentrl.algorithms.features import (
     turn_exists,
     turn_penalties,
     turn_rewards,
+    turns_to_tokens,
 )
 from agentrl.algorithms.hooks import Advantage, Context, MiniBatch
 from agentrl.algorithms.methods.grpo import GRPO, mark_comparing
@@ -147,7 +148,7 @@ def step_advantage(
         divide_by_std=divide_by_std,
         copies=branch_weights(batch)[exists],
     )
-    return functional.broadcast_turns_to_tokens(compared, batch.turns, batch.trajectory, batch.action_mask)
+    return turns_to_tokens(compared, batch)
 
 
 def level_metrics(

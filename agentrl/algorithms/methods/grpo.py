@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, drop_equal_returns, keep_all
-from agentrl.algorithms.features import row_scores, turn_exists
+from agentrl.algorithms.features import row_scores, turn_exists, turns_to_tokens
 from agentrl.algorithms.hooks import (
     COMPARES,
     Advantage,
@@ -234,7 +234,7 @@ def compare_in_groups(
     scores, exists = row_scores(batch, invalid_penalty), turn_exists(batch)
     compared = torch.zeros_like(scores)
     compared[exists] = estimate(scores[exists], batch.groups[:, None].expand_as(scores)[exists])
-    return functional.broadcast_turns_to_tokens(compared, batch.turns, batch.trajectory, batch.action_mask)
+    return turns_to_tokens(compared, batch)
 
 
 def mark_comparing(advantage: Advantage, singleton: functional.Singleton) -> Advantage:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.features import decision_rewards, decisions, has_decision, row_scores, step_rewards
+from agentrl.algorithms.features import (
+    decision_rewards,
+    decisions,
+    has_decision,
+    row_scores,
+    step_rewards,
+    turns_to_tokens,
+)
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, require_tensor, requires, trait
 from agentrl.algorithms.methods.grpo import ClippedRecipe
 from agentrl.algorithms.recipe import Presets, recipe
@@ -166,10 +173,7 @@ def turn_gae(batch: Batch, *, gamma: float, lam: float, bootstrap: bool) -> tupl
         lam_turn=lam,
         last_values=_truncation_values(batch) if bootstrap else None,
     )
-    advantages, returns = (
-        functional.broadcast_turns_to_tokens(table, batch.turns, batch.trajectory, batch.action_mask)
-        for table in estimates
-    )
+    advantages, returns = (turns_to_tokens(table, batch) for table in estimates)
     return advantages, returns
 
 
@@ -179,9 +183,7 @@ def row_gae(batch: Batch, *, invalid_penalty: float) -> tuple[Tensor, Tensor]:
     This is GAE without discounts over the action tokens of a turn, where the score is the reward of the last
     one.
     """
-    scores = functional.broadcast_turns_to_tokens(
-        row_scores(batch, invalid_penalty), batch.turns, batch.trajectory, batch.action_mask
-    )
+    scores = turns_to_tokens(row_scores(batch, invalid_penalty), batch)
     return torch.where(batch.action_mask, scores - require_tensor(batch.values, "values"), 0.0), scores
 
 

@@ -1,0 +1,117 @@
+"""Branching: where a rollout branches, and what the states in which branches start are worth.
+
+Letters: E trajectories, S states in which branches start.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from agentrl.algorithms.functional.returns import EQUAL_RETURNS
+
+FirstState = Literal["one", "released"]
+
+
+def initial_rollouts(budget: int, root: float, tool: float, *, slope: float, round_up: bool = False) -> int:
+    """Return how many rollouts of a task start at the first observation; the others can branch.
+
+        m = clamp( floor( k * sigmoid(slope * (H_root - H_tool)) + 1/2 ), 1, k )
+
+    Args:
+        budget: k, the number of rollouts of the task.
+        root: H_root, entropy of the first turn, over the logarithm of the vocabulary.
+        tool: H_tool, entropy of the turns that answer the environment, over the logarithm of the vocabulary.
+        slope: The slope of the sigmoid.
+        round_up: Whether to add 1 instead of 1/2, as the released code does.
+
+    Source: Dong et al. 2025, arXiv:2510.14545.
+    """
+    share = 0.5 * (1 + math.tanh(0.5 * slope * (root - tool)))  # the sigmoid, without its overflow
+    return min(max(math.floor(budget * share + (1.0 if round_up else 0.5)), 1), budget)
+
+
+def branch_score(change: float, streak: int, *, offset: float, weight: float, penalty: float) -> float:
+    """Return the score that decides whether to branch.
+
+        P = clamp( (offset + weight * change) * max(0, 1 - penalty * streak), 0, 1 )
+
+    Args:
+        change: The change of entropy since the first turn of the path, over the logarithm of the vocabulary.
+        streak: The number of replies in a row at which the path has branched.
+        offset: A constant (the paper) or a fresh uniform draw (the released code).
+        weight: The weight of the change.
+        penalty: The penalty per reply of the streak.
+
+    Source: Dong et al. 2025, arXiv:2510.14545.
+    """
+    return min(max((offset + weight * change) * max(0.0, 1 - penalty * streak), 0.0), 1.0)
+
+
+def state_values(returns: Tensor, states: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the mean return of every state, and whether its continuations have different returns.
+
+        V[s] = mean of R[e] over the continuations e of s
+
+    Args:
+        returns: [E] float, reward units.
+        states: [E] int64, the state in which each trajectory starts; -1 for none.
+        count: S, the number of states; each has a continuation.
+
+    Returns:
+        V: [S] float, reward units; and [S] bool.
+
+    Source: Zheng et al. 2025, arXiv:2507.07017.
+    """
+    began = states >= 0
+    member, values = states[began], returns[began]
+    totals = values.new_zeros(count).index_add_(0, member, values)
+    lowest, highest = (
+        values.new_zeros(count).scatter_reduce_(0, member, values, reduce, include_self=False)
+        for reduce in ("amin", "amax")
+    )
+    return totals / torch.bincount(member, minlength=count), highest - lowest > EQUAL_RETURNS
+
+
+def state_modulation(
+    values: Tensor,
+    bases: Tensor,
+    differ: Tensor,
+    *,
+    first: FirstState = "one",
+    sharpen: bool = False,
+    skip_equal: bool = False,
+) -> Tensor:
+    """Return the factor of each state's advantages: below 1 after a rise of value, above 1 after a fall.
+
+        alpha[s] = exp(-d[s]),   d[s] = V[s] - V[s - 1]
+
+    Args:
+        values: [S] float, V; the states of a base are adjacent and in order.
+        bases: [S] int64, equal for states of one base.
+        differ: [S] bool, states whose continuations have different returns.
+        first: d of a base's first state: 0 (`one`), or 1 - V (`released`).
+        sharpen: Replace d by sign(d) |d|^1.5 / sum |d|^1.5 over the states of the base.
+        skip_equal: Ignore states whose continuations have equal returns; their alpha is 1.
+
+    Returns:
+        [S] float.
+
+    Source: Zheng et al. 2025, arXiv:2507.07017.
+    """
+    if skip_equal:
+        alpha = torch.ones_like(values)
+        alpha[differ] = state_modulation(
+            values[differ], bases[differ], differ[differ], first=first, sharpen=sharpen
+        )
+        return alpha
+    begins = torch.ones_like(differ)
+    begins[1:] = bases[1:] != bases[:-1]
+    start = 1 - values if first == "released" else torch.zeros_like(values)
+    change = torch.where(begins, start, values - values.roll(1))
+    if sharpen:
+        power = change.abs() ** 1.5
+        total = torch.where(bases == bases[:, None], power, 0.0).sum(1)
+        change = change.sign() * power / torch.where(total > 0, total, 1.0)
+    return torch.exp(-change)
