@@ -4,12 +4,12 @@ A method sets the slots in which it differs:
 
     Algorithm(transforms=(modulate_by_turn_entropy,))
 
-A training step runs the slots in this order: `rollout`, `select` and `shape_reward` (see `prepare`), one
-scoring pass, `targets`, `advantage`, `transforms`; then, per mini-batch, `masks`, `ratio` (under the current
-policy), `clip`, `aggregation`, `weights`; per micro-batch `ratio`, `surrogate` and `terms`; then `replay`;
-and `diagnostics` last. A mini-batch carries the results of the earlier slots (`mask`, `current.ratio`,
-`bounds`). A hook must read them there and must not keep a copy of another slot, because that slot may be
-replaced later.
+A training step runs the slots in this order: `rollout`, `select`, `shape_reward` and `shape_group` (see
+`prepare`), one scoring pass, `targets`, `advantage`, `transforms`; then, per mini-batch, `masks`, `ratio`
+(under the current policy), `clip`, `aggregation`, `weights`; per micro-batch `ratio`, `surrogate` and
+`terms`; then `replay`; and `diagnostics` last. A mini-batch carries the results of the earlier slots (`mask`,
+`current.ratio`, `bounds`). A hook must read them there and must not keep a copy of another slot, because that
+slot may be replaced later.
 """
 
 import warnings
@@ -39,6 +39,7 @@ from agentrl.algorithms.hooks import (
     Outputs,
     Ratio,
     Select,
+    ShapeGroup,
     ShapeReward,
     Surrogate,
     Term,
@@ -179,6 +180,9 @@ class Algorithm:
         rollout: What the algorithm asks of the rollout.
         shape_reward: Reward shapers: (episode, context) -> reward per turn. Each sees the episode as the
             previous one left it.
+        shape_group: Reward shapers that compare the episodes of a group: (group, context) -> rewards per
+            episode and turn. They run after `shape_reward`, each on what the previous one left. They see the
+            finished episodes only, so an aborted one can neither change a reward nor get one.
         advantage: Advantages over the whole rollout batch. (batch, context) -> [B, T]
         targets: Regression targets of the value function, stored in `Batch.targets`. (batch, context) -> [B,
             T]
@@ -199,6 +203,7 @@ class Algorithm:
     select: Select = drop_equal_returns
     rollout: RolloutPlan = field(default_factory=RolloutPlan)
     shape_reward: tuple[ShapeReward, ...] = ()
+    shape_group: tuple[ShapeGroup, ...] = ()
     advantage: Advantage = group_advantage
     targets: Advantage | None = None
     transforms: tuple[Transform, ...] = ()

@@ -119,6 +119,7 @@ Weights = tuple[Tensor, Tensor]  # [B, T], and the count that divides their sum
 Coefficient = Callable[[Context], float]
 Select = Callable[[Sequence[Group], Context], Sequence[Group]]
 ShapeReward = Callable[[Episode, Context], Sequence[float]]
+ShapeGroup = Callable[[Group, Context], Sequence[Sequence[float]]]
 Advantage = Callable[[Batch, Context], Tensor]
 Transform = Callable[[Tensor, Batch, Context], Tensor]
 TokenHook = Callable[[MiniBatch, Context], Tensor]
