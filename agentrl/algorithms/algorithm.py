@@ -7,9 +7,9 @@ A method sets the slots in which it differs:
 A training step runs the slots in this order: `rollout`, `select`, `shape_reward` and `shape_group` (see
 `prepare`), one scoring pass, `targets`, `advantage`, `transforms`; then, per mini-batch, `masks`, `ratio`
 (under the current policy), `clip`, `aggregation`, `weights`; per micro-batch `ratio`, `surrogate` and
-`terms`; then `replay`; and `diagnostics` last. A mini-batch carries the results of the earlier slots (`mask`,
-`current.ratio`, `bounds`). A hook must read them there and must not keep a copy of another slot, because that
-slot may be replaced later.
+`terms`; then `replay`; then every stateful component is updated; and `diagnostics` last. A mini-batch carries
+the results of the earlier slots (`mask`, `current.ratio`, `bounds`). A hook must read them there and must not
+keep a copy of another slot, because that slot may be replaced later.
 """
 
 import warnings
@@ -52,6 +52,7 @@ from agentrl.algorithms.hooks import (
     trait,
     traits,
 )
+from agentrl.algorithms.stateful import Stateful, find_stateful, is_stateful
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Group
 from agentrl.errors import ConfigError, RequirementError
@@ -81,27 +82,15 @@ class ReplayBatch:
     mixed: bool = False
 
 
-class Replay(Protocol):
-    """Memory of earlier experience. Its state is part of a checkpoint."""
+class Replay(Stateful, Protocol):
+    """Memory of earlier experience; `update` adds a step's experience to it."""
 
     def sample(self, context: Context) -> ReplayBatch | None:
         """Return the batch to train on in this step beside the rollout batch, or None."""
         ...
 
-    def add(self, rollout: MiniBatch, context: Context) -> None:
-        """Add a step's scored rollout batch and its advantages, after the step's updates."""
-        ...
-
     def metrics(self) -> Mapping[str, float]:
-        """Return the metrics of the step, after `add`."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state: tensors, numbers and text, in dicts and lists."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any], context: Context) -> None:
-        """Restore a state; raise `CheckpointError` if it does not fit, for example for another tokenizer."""
+        """Return the metrics of the step, after `update`."""
         ...
 
 
@@ -197,6 +186,8 @@ class Algorithm:
         aggregation: (mask, turns, trajectory) -> weights [B, T] and the count that divides their sum.
         terms: Losses beside the surrogate.
         replay: Memory of earlier experience.
+        stateful: Components with a memory or parameters of their own, see `Stateful`. Those that other slots
+            show need not be listed: a hook, the owner of a method, an argument of `functools.partial`.
         diagnostics: Metrics to log, by name. (rollout batch with advantages, context) -> mapping
     """
 
@@ -215,6 +206,7 @@ class Algorithm:
     aggregation: Aggregation = functional.sequence_weights
     terms: tuple[Term, ...] = ()
     replay: Replay | None = None
+    stateful: tuple[Stateful, ...] = ()
     diagnostics: tuple[Diagnostic, ...] = (mismatch_metrics,)
 
     def __post_init__(self) -> None:
@@ -227,6 +219,12 @@ class Algorithm:
         ]
         if contradictions:
             raise ConfigError("; ".join(contradictions))
+        for component in self.stateful:
+            if not is_stateful(component):
+                raise ConfigError(
+                    f"stateful: {_name(component)} lacks one of `update`, `state_dict` and `load_state_dict`"
+                )
+        self.find_stateful()
 
     @property
     def requires(self) -> frozenset[str]:
@@ -241,7 +239,13 @@ class Algorithm:
     @property
     def reads_scores(self) -> bool:
         """Return whether a component of the update reads the scoring pass, apart from the ratio."""
-        return any(names & SCORED for slot, names in self.declared() if slot != "diagnostics")
+        return any(
+            names & SCORED for slot, names in self.declared() if slot not in ("diagnostics", "stateful")
+        )
+
+    def find_stateful(self, *slots: str) -> dict[str, Stateful]:
+        """Return the stateful components of the given slots, or of all of them, by name."""
+        return find_stateful(component for slot, component in self.components() if not slots or slot in slots)
 
     def components(self) -> Iterable[tuple[str, object]]:
         """Yield every filled slot as (slot, function or record)."""
@@ -260,6 +264,8 @@ class Algorithm:
                 yield slot, requirements(component.branch_policy)
             else:
                 yield slot, requirements(component)
+        for stateful in self.find_stateful().values():
+            yield "stateful", requirements(stateful.update)
 
 
 def _hook(component: object) -> object:

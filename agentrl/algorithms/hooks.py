@@ -81,7 +81,7 @@ class MiniBatch:
     """Rows of one optimiser step, or of a part of it.
 
     The objective fills in `mask`, `current.ratio` and `bounds` in this order, each before it calls the next
-    slot. Diagnostics and `Replay.add` see the mask of the whole rollout batch.
+    slot. Diagnostics and `Stateful.update` see the mask of the whole rollout batch.
 
     Args:
         batch: The rows.

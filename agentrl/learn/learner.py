@@ -158,9 +158,10 @@ class Learner:
             batch = replace(batch, old_logprobs=outputs.logprobs, old_entropies=outputs.entropies)
         rollout = with_mask(algorithm, replace(rollout, batch=batch), context)
         own = step_means(steps) | batch_metrics(rollout) | step_counts(steps + replay_steps)
+        for component in algorithm.find_stateful().values():
+            component.update(rollout, context)
         method = diagnose(rollout, algorithm, context)
         if algorithm.replay is not None:
-            algorithm.replay.add(rollout, context)
             replayed = {**step_means(replay_steps), **algorithm.replay.metrics()}
             method |= {f"replay/{name}": value for name, value in replayed.items()}
         return {f"learner/{name}": value for name, value in own.items()} | {

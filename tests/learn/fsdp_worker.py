@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from remembering import ReturnModel, VisitCounts
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
@@ -333,3 +334,28 @@ def an_error(ranks: Ranks, folder: Path) -> Figures:
     except CheckpointError as error:
         told = str(error)
     return {"told": ranks.gather(told), "dealt": ranks.merge(ranks.split(range(5)))}
+
+
+def remembered(ranks: Ranks, folder: Path) -> Figures:
+    """Return how far components that remember are from those of one process, and after a restored state."""
+    ends = []
+    for backend, who in (("single", ALONE), ("fsdp", ranks)):
+        model, counts = ReturnModel(), VisitCounts()
+        algorithm = Algorithm(transforms=(model,), shape_reward=(counts.bonus,))
+        learner = learner_of(ToyPolicy, algorithm, who, backend)
+        before = model.flat()
+        taught(learner, algorithm, range(3))
+        ends.append((model, weights(learner), counts, before))
+    (own, own_weights, _, before), (shared, shared_weights, counts, _) = ends
+    torch.save(shared.state_dict(), folder / f"remembered-{ranks.index}")
+    ranks.raise_on_any_rank(lambda: None)
+    again = ReturnModel(seed=5)
+    again.load_state_dict(torch.load(folder / f"remembered-{1 - ranks.index}"), CONTEXT)
+    states = ranks.gather((shared.flat(), counts.counts))
+    return {
+        "ranks equal": [torch.equal(flat, states[0][0]) and seen == states[0][1] for flat, seen in states],
+        "apart": distance([shared.flat()], [own.flat()]),
+        "weights": distance(shared_weights, own_weights),
+        "moved": distance([own.flat()], [before]),
+        "restored": distance([again.flat()], [shared.flat()]),
+    }
