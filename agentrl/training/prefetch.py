@@ -51,7 +51,7 @@ class SyncRollouts:
     def __init__(self, play: Play, cursor: int) -> None:
         self._play, self._cursor = play, cursor
 
-    def next(self, context: Context) -> StepRollout:
+    def collect(self, context: Context) -> StepRollout:
         """Play the step of the context and return it."""
         began = time.perf_counter()
         played = self._play(self._cursor, context)
@@ -118,7 +118,7 @@ class AsyncRollouts:
         """Return the seconds that the learner waited for a step, and the player to begin one."""
         return self._learner_waited, self._player_waited
 
-    def next(self, context: Context) -> StepRollout:
+    def collect(self, context: Context) -> StepRollout:
         """Wait for the next step and return it.
 
         Raises:
@@ -273,25 +273,17 @@ def open_source(
     """Open what plays the training steps, one after the other or ahead, as `trainer.mode` says."""
     config, ranks = session.config, session.rollout_ranks
 
-    def play(engine: Engine, cursor: int, context: Context) -> RolloutResult:
-        player = session.policy.player(engine, config, rollouts.temperature(context))
-        with timers.running("rollout"):
-            result = rollouts.play(player, cursor, context)
-        timers.add("rollout.environment.wall", result.environment_seconds)
-        timers.add("rollout.generation.wall", result.player_seconds)
-        return result
-
     def agree(own: Context | None) -> Context | None:
         # Histories of the ranks may be a step apart: the first rank's is taken, None once any rank is done.
         answers = ranks.gather((own is None, own if ranks.first else None))
         return None if any(done for done, _ in answers) else answers[0][1]
 
     if config.trainer.mode == "sync":
-        yield SyncRollouts(partial(play, session.engine), state.tasks_drawn)
+        yield SyncRollouts(partial(rollouts.play, session.engine), state.tasks_drawn)
         return
     shared = SharedEngine(session.engine)
     source = AsyncRollouts(
-        partial(play, shared),
+        partial(rollouts.play, shared),
         state.tasks_drawn,
         shared,
         state.context(),

@@ -3,20 +3,20 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import gcd
 
-from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.hooks import Context
 from agentrl.data.trajectory import Episode, Group
-from agentrl.learn.ranks import ALONE, Ranks
+from agentrl.policy.engine import Engine
 from agentrl.rollout.branching import BranchScheduler
 from agentrl.rollout.collector import collect
-from agentrl.rollout.environments import Environments
 from agentrl.rollout.failures import Quarantine
 from agentrl.rollout.play import Collection, EpisodeSpec
 from agentrl.rollout.players import Player
-from agentrl.run.settings import RunConfig
+from agentrl.run.timers import Timers
 from agentrl.seeds import derive_seed
+from agentrl.training.setup import Session
 
 
 class TaskOrder:
@@ -71,28 +71,30 @@ class RolloutResult:
 
 
 class Rollouts:
-    """Player of the episodes that an algorithm asks for.
+    """Player of the episodes that the algorithm asks for.
+
+    Each rank plays a part of the groups of a step, and learns from all of them.
 
     Args:
-        config: The configuration of the run.
-        algorithm: The algorithm, whose `rollout` plan and `select` are used.
-        tasks: The training tasks.
-        environments: The environments to play in.
-        ranks: The ranks, each of which plays a part of the groups and learns from all of them.
+        session: What the run works with.
+        timers: Measure where the time of a rollout goes.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        algorithm: Algorithm,
-        tasks: Sequence[str],
-        environments: Environments,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self._config, self._algorithm, self._environments = config, algorithm, environments
-        self._ranks = ranks
-        self._order = TaskOrder(tasks, derive_seed(config.seed, "train"))
-        self.quarantine = Quarantine(config.rollout.max_attempts)
+    def __init__(self, session: Session, timers: Timers) -> None:
+        self._session, self._timers = session, timers
+        self._config, self._algorithm, self._ranks = session.config, session.algorithm, session.rollout_ranks
+        self._order = TaskOrder(session.tasks, derive_seed(self._config.seed, "train"))
+        block = self._config.rollout
+        self.quarantine = Quarantine(block.max_attempts)
+        self._collect = partial(
+            collect,
+            environments=session.environments,
+            max_active=block.max_active,
+            max_turns=block.max_turns,
+            max_attempts=block.max_attempts,
+            max_aborted_share=block.max_aborted_share,
+            quarantine=self.quarantine,
+        )
 
     @property
     def group_size(self) -> int:
@@ -104,25 +106,30 @@ class Rollouts:
         schedule = self._algorithm.rollout.temperature
         return self._config.rollout.temperature if schedule is None else schedule(context)
 
-    def play(self, player: Player, cursor: int, context: Context) -> RolloutResult:
+    def play(self, engine: Engine, cursor: int, context: Context) -> RolloutResult:
         """Play the groups of a step, in as many rounds as the plan allows and `select` makes necessary.
 
         The random draws of environments depend on (seed, step, group), those of replies also on the episode's
         id.
 
         Args:
-            player: The player that replies.
+            engine: The engine that generates the replies.
             cursor: The number of tasks drawn in the steps before.
             context: The context of the step.
         """
         wanted, most = self._config.rollout.groups_per_step, self._algorithm.rollout.rounds
+        player = self._session.policy.player(engine, self._config, self.temperature(context))
         played = RolloutResult()
-        while not played.rounds or (played.rounds < most and len(played.kept) < wanted):
-            groups = self._round(played, player, cursor, context)
-            played.rounds += 1
-            short = len(played.kept) + len(kept := list(self._algorithm.select(groups, context))) < wanted
-            # With several rounds allowed, the last one fills up with what it has.
-            played.kept += groups if short and most > 1 and played.rounds == most else kept
+        with self._timers.running("rollout"):
+            while not played.rounds or (played.rounds < most and len(played.kept) < wanted):
+                groups = self._round(played, player, cursor, context)
+                played.rounds += 1
+                kept = list(self._algorithm.select(groups, context))
+                short = len(played.kept) + len(kept) < wanted
+                # With several rounds allowed, the last one fills up with what it has.
+                played.kept += groups if short and most > 1 and played.rounds == most else kept
+        self._timers.add("rollout.environment.wall", played.environment_seconds)
+        self._timers.add("rollout.generation.wall", played.player_seconds)
         played.kept = played.kept[:wanted]
         return played
 
@@ -161,21 +168,5 @@ class Rollouts:
             return [Group(item.task, each) for item, each in zip(templates, members, strict=True)], collection
         policies = [branch_policy(size, item.seed, context) for item in templates]
         scheduler = BranchScheduler(templates, policies, size)
-        collection = self._collect((), player, scheduler)
+        collection = self._collect((), player, scheduler=scheduler)
         return scheduler.groups(collection), collection
-
-    def _collect(
-        self, specs: Sequence[EpisodeSpec], player: Player, scheduler: BranchScheduler | None = None
-    ) -> Collection:
-        block = self._config.rollout
-        return collect(
-            specs,
-            player,
-            self._environments,
-            max_active=block.max_active,
-            max_turns=block.max_turns,
-            max_attempts=block.max_attempts,
-            max_aborted_share=block.max_aborted_share,
-            quarantine=self.quarantine,
-            scheduler=scheduler,
-        )

@@ -47,9 +47,7 @@ class Trainer:
         self.timers = Timers(folder / "clocks.json", writes=self.ranks.first)
         self.alarms = Alarms(session, self.logger, quiet=quiet)
         self.state = TrainingState(session, self.logger, self.timers, self.alarms.warn)
-        self.rollouts = Rollouts(
-            self.config, self.algorithm, session.tasks, session.environments, session.rollout_ranks
-        )
+        self.rollouts = Rollouts(session, self.timers)
         self.scores = RunScores(
             folder,
             self.config,
@@ -91,6 +89,13 @@ class Trainer:
             raise RunInterrupted(
                 f"stopped after {state.stage} step {state.step}; {state.save_on_exit()}"
             ) from interrupt
+        except TooManyAbortedError as error:
+            state.save()
+            raise TooManyAbortedError(
+                f"training step {state.step + 1}, "
+                f"rollout.max_aborted_share={self.config.rollout.max_aborted_share}: {error}\n"
+                f"mend the cause and continue with: agentrl train --resume {self.session.run.folder}"
+            ) from error
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"{state.stage} step {state.step + 1}: {error}\n{state.save_on_exit()}"
@@ -119,29 +124,13 @@ class Trainer:
     def step(self, source: SyncRollouts | AsyncRollouts) -> None:
         """Take one step of reinforcement learning."""
         context = self.state.context()
-        rollout = self.collect(source, context)
+        rollout = source.collect(context)
         with self.interruption.shield(), self.timers.running("learning"):
             batch = self.make_batch(rollout, context)
             metrics = self.update(batch, rollout, context)
             with source.new_weights(self.state.context()):
                 self.state.refresh_engine()
             self.log(metrics, rollout)
-
-    def collect(self, source: SyncRollouts | AsyncRollouts, context: Context) -> StepRollout:
-        """Return the groups that the step learns from.
-
-        Raises:
-            TooManyAbortedError: More episodes were aborted than `rollout.max_aborted_share` allows.
-        """
-        try:
-            return source.next(context)
-        except TooManyAbortedError as error:
-            self.state.save()
-            raise TooManyAbortedError(
-                f"training step {self.state.step + 1}, "
-                f"rollout.max_aborted_share={self.config.rollout.max_aborted_share}: {error}\n"
-                f"mend the cause and continue with: agentrl train --resume {self.session.run.folder}"
-            ) from error
 
     def make_batch(self, rollout: StepRollout, context: Context) -> Batch:
         """Return the kept groups as tensors, their rewards shaped by the algorithm."""

@@ -90,7 +90,7 @@ def test_a_step_is_begun_at_most_so_many_updates_before_it_is_learned_from(most:
     try:
         assert begun(play, most + 1)
         for step in range(STEPS):
-            found = steps.next(context(step))
+            found = steps.collect(context(step))
             assert [group.task for group in found.result.groups] == [
                 f"task {6 + 2 * step + k}" for k in (0, 1)
             ]
@@ -108,7 +108,7 @@ def test_taking_turns_draws_the_same_tasks(play: Steps) -> None:
     play.may_end.release(100)
     steps = SyncRollouts(play, 6)
     for step in range(3):
-        steps.next(context(step))
+        steps.collect(context(step))
     assert play.begun == [(0, 6), (1, 8), (2, 10)]
 
 
@@ -121,9 +121,9 @@ def test_what_playing_raises_reaches_who_waits_after_what_was_played(play: Steps
     play.may_end.release(100)
     steps = AsyncRollouts(fails, 0, SharedEngine(Passes()), context(0), 3)
     try:
-        assert steps.next(context(0)).context.step == 0
+        assert steps.collect(context(0)).context.step == 0
         with pytest.raises(RuntimeError, match="no more tasks"):
-            steps.next(context(1))
+            steps.collect(context(1))
     finally:
         steps.close()
 
@@ -137,7 +137,7 @@ def test_a_pause_waits_for_the_step_that_is_played_and_no_further_one_begins(pla
             assert len(play.begun) == 1
             play.may_end.release(100)
             assert begun(play, 1)
-            assert steps.next(context(0)).context.step == 0
+            assert steps.collect(context(0)).context.step == 0
         assert begun(play, 6)
     finally:
         steps.close()
@@ -168,7 +168,7 @@ def test_ranks_pause_after_the_same_step_whoever_is_ahead() -> None:
         AsyncRollouts(partial(plays, rank), 0, SharedEngine(Passes()), late, 0, furthest) for rank in range(2)
     ]
     for rank in ranks:
-        assert rank.next(late).context.step == 0
+        assert rank.collect(late).context.step == 0
     paused: list[int] = []
     with ranks[0].new_weights(context(1)):
         pass  # the first begins step 1 before it pauses
@@ -204,7 +204,7 @@ def test_ranks_begin_a_step_together_or_not_at_all(play: Steps) -> None:
         for rank in range(2)
     ]
     for rank in ranks:
-        assert rank.next(context(0)).context.step == 0
+        assert rank.collect(context(0)).context.step == 0
     with ranks[0].new_weights(context(1)):
         pass
     while len(said[0]) < 2:
