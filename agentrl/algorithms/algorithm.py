@@ -35,6 +35,7 @@ from agentrl.algorithms.hooks import (
     Clip,
     Context,
     Diagnostic,
+    GroupTerm,
     MiniBatch,
     Outputs,
     Ratio,
@@ -185,6 +186,8 @@ class Algorithm:
         surrogate: The policy loss. (outputs, mini-batch, bounds) -> [B, T]
         aggregation: (mask, turns, trajectory) -> weights [B, T] and the count that divides their sum.
         terms: Losses beside the surrogate.
+        group_terms: Losses that couple the trajectories of a group. With them, a mini-batch holds whole
+            groups. They do not act on replayed rows, which have lost their groups.
         replay: Memory of earlier experience.
         stateful: Components with a memory or parameters of their own, see `Stateful`. Those that other slots
             show need not be listed: a hook, the owner of a method, an argument of `functools.partial`.
@@ -205,6 +208,7 @@ class Algorithm:
     surrogate: Surrogate = clipped_policy_loss
     aggregation: Aggregation = functional.sequence_weights
     terms: tuple[Term, ...] = ()
+    group_terms: tuple[GroupTerm, ...] = ()
     replay: Replay | None = None
     stateful: tuple[Stateful, ...] = ()
     diagnostics: tuple[Diagnostic, ...] = (mismatch_metrics,)
@@ -260,6 +264,8 @@ class Algorithm:
         for slot, component in self.components():
             if isinstance(component, Term):
                 yield f"{slot}/{component.name}", requirements(component.loss)
+            elif isinstance(component, GroupTerm):  # its slopes are those at the current policy
+                yield f"{slot}/{component.name}", requirements(component.loss) | {"current"}
             elif isinstance(component, RolloutPlan):
                 yield slot, requirements(component.branch_policy)
             else:
@@ -269,7 +275,7 @@ class Algorithm:
 
 
 def _hook(component: object) -> object:
-    return component.loss if isinstance(component, Term) else component
+    return component.loss if isinstance(component, Term | GroupTerm) else component
 
 
 def _name(component: object) -> str:

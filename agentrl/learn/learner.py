@@ -192,7 +192,15 @@ class Learner:
         outputs = empty_outputs(rollout.batch)
         steps: list[_Numbers] = []
         for epoch in range(self.config.epochs):
-            splits = list(mini_batches(rollout.batch, self.config.mini_batches, context.step, epoch))
+            splits = list(
+                mini_batches(
+                    rollout.batch,
+                    self.config.mini_batches,
+                    context.step,
+                    epoch,
+                    whole_groups=bool(algorithm.group_terms),
+                )
+            )
             replayed = self._split_replay(mixed, len(splits), context, epoch)
             for index, rows in enumerate(splits):
                 rate = self._set_learning_rate(context, len(steps))
@@ -220,9 +228,10 @@ class Learner:
         if replay is None:
             return []
         batch = replay.batch.to(self._device)
+        loss = replace(replay.algorithm, group_terms=())
         rows_of_all = MiniBatch(batch, replay.advantages.to(self._device))
         return [
-            LossPart(rows_of_all.select(rows), replay.algorithm, replay.coefficient)
+            LossPart(rows_of_all.select(rows), loss, replay.coefficient)
             for rows in mini_batches(batch, count, context.step, epoch)
         ]
 

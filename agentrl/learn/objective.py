@@ -8,6 +8,7 @@ from torch import Tensor
 from agentrl.algorithms.algorithm import Algorithm, clipped_tokens
 from agentrl.algorithms.credit import with_mask
 from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs, Term, Weights, require_tensor
+from agentrl.learn.group_losses import GroupSlopes, group_slopes
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Objective:
         mini: All rows of the mini-batch, with mask and bounds.
         factors: The weight of each token's surrogate loss in the sum, [B, T].
         terms: Each term with the weights of its tokens [B, T], without its coefficient.
+        groups: The loss of each group term and its slopes, without its coefficient.
     """
 
     algorithm: Algorithm
@@ -27,6 +29,7 @@ class Objective:
     mini: MiniBatch
     factors: Tensor
     terms: tuple[tuple[Term, Tensor], ...]
+    groups: tuple[GroupSlopes, ...] = ()
 
     @property
     def mask(self) -> Tensor:
@@ -41,8 +44,10 @@ class Objective:
     @property
     def has_signal(self) -> bool:
         """Return whether any token counts in the surrogate or in a term with a coefficient other than 0."""
-        return bool(self.mask.any()) or any(
-            term.scale(self.context) and bool(factors.any()) for term, factors in self.terms
+        return (
+            bool(self.mask.any())
+            or any(term.scale(self.context) and bool(factors.any()) for term, factors in self.terms)
+            or any(group.term.scale(self.context) and bool(group.slopes.any()) for group in self.groups)
         )
 
     def contribution(self, rows: Tensor, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -65,6 +70,10 @@ class Objective:
             value = _masked_sum(term.loss(outputs, part, self.context), action_mask, factors[rows, :width])
             loss = loss + term.scale(self.context) * value
             logged[f"term/{term.name}"] = value.detach()
+        for group in self.groups:
+            value = group.contribution(self.mini, rows, outputs)
+            loss = loss + group.term.scale(self.context) * value
+            logged[f"term/{group.term.name}"] = value.detach()
         if part.bounds is not None:
             logged |= self._ratio_metrics(outputs, part)
         return loss, logged | {"loss": loss.detach()}
@@ -98,7 +107,8 @@ def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> 
         for hook in algorithm.weights:
             factors = factors * _check_shape("weights", hook(mini, context), factors)
         terms = tuple((term, _term_factors(term, algorithm, mini)) for term in algorithm.terms)
-    return Objective(algorithm, context, mini, factors, terms)
+    groups = tuple(group_slopes(term, mini, context) for term in algorithm.group_terms)
+    return Objective(algorithm, context, mini, factors, terms, groups)
 
 
 def _term_factors(term: Term, algorithm: Algorithm, mini: MiniBatch) -> Tensor:

@@ -15,9 +15,9 @@ from torch.multiprocessing.spawn import spawn
 from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.algorithm import Algorithm, keep_all
 from agentrl.algorithms.credit import prepare
-from agentrl.algorithms.hooks import Context
+from agentrl.algorithms.hooks import Context, GroupTerm, GroupValues
 from agentrl.algorithms.importance import with_importance_correction
 from agentrl.algorithms.recipe import build_recipe, recipe_names
 from agentrl.data import Group, StopReason
@@ -132,12 +132,16 @@ def relative(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 def compared(
-    make: Callable[[int], nn.Module], name: str, ranks: Ranks, cap: float | None = None, **settings: Any
+    make: Callable[[int], nn.Module],
+    name: str | Algorithm,
+    ranks: Ranks,
+    cap: float | None = None,
+    **settings: Any,
 ) -> Figures:
     """Return how far a learner on all ranks is from a single-process learner."""
     results = []
     for backend, who in (("single", ALONE), ("fsdp", ranks)):
-        algorithm = build_recipe(name).build()
+        algorithm = build_recipe(name).build() if isinstance(name, str) else name
         algorithm = algorithm if cap is None else with_importance_correction(algorithm, cap)
         learner = learner_of(make, algorithm, who, backend, **settings)
         before = weights(learner)
@@ -359,3 +363,20 @@ def remembered(ranks: Ranks, folder: Path) -> Figures:
         "moved": distance([own.flat()], [before]),
         "restored": distance([again.flat()], [shared.flat()]),
     }
+
+
+def listwise(values: GroupValues, context: Context) -> Tensor:
+    """Return the cross-entropy of the returns and of the mean log-probabilities, each as a distribution."""
+    return -(values.returns.softmax(0) * (values.logprobs / values.tokens).log_softmax(0)).sum()
+
+
+GROUPED = Algorithm(
+    select=keep_all,
+    surrogate=lambda outputs, mini, bounds: torch.zeros_like(outputs.logprobs),
+    clip=None,
+    group_terms=(GroupTerm("listwise", listwise),),
+)
+
+
+def grouped(ranks: Ranks, folder: Path) -> Figures:
+    return compared(ToyPolicy, GROUPED, ranks)
