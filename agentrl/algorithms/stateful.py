@@ -57,7 +57,7 @@ def find_stateful(components: Iterable[object]) -> dict[str, Stateful]:
     """
     found: dict[str, Stateful] = {}
     for component in components:
-        for part in _parts(component):
+        for part in _parts(component, {}):
             if not is_stateful(part):
                 continue
             name = getattr(part, "name", None)
@@ -97,8 +97,11 @@ def states_of(components: Mapping[str, Stateful]) -> dict[str, dict[str, Any]]:
     return states
 
 
-def _parts(component: object) -> Iterator[object]:
-    """Yield a component and what it is made of, as far as that shows."""
+def _parts(component: object, seen: dict[int, object]) -> Iterator[object]:
+    """Yield a component and what it is made of, as far as that shows, and each part once."""
+    if id(component) in seen:
+        return
+    seen[id(component)] = component
     yield component
     if isinstance(component, partial):
         inner: Iterable[object] = (component.func, *component.args, *component.keywords.values())
@@ -109,7 +112,7 @@ def _parts(component: object) -> Iterator[object]:
     else:
         inner = filter(None, (getattr(component, "__self__", None),))
     for part in inner:
-        yield from _parts(part)
+        yield from _parts(part, seen)
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,7 @@
 """What components remember: updated once a step, restored bit for bit, equal on all ranks."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -178,6 +178,18 @@ def test_components_are_found_wherever_a_slot_shows_them() -> None:
     assert sorted(algorithm.find_stateful()) == sorted(names)
     assert list(algorithm.find_stateful("shape_reward")) == ["hook", "argument"]
     assert not Algorithm().find_stateful()
+
+
+def test_components_that_refer_to_each_other_are_found_once() -> None:
+    @dataclass(eq=False)
+    class Hook(VisitCounts):
+        counts: VisitCounts
+        other: object = None
+        name: str = "hook"
+
+    hook = Hook(VisitCounts())
+    hook.other = hook
+    assert list(Algorithm(stateful=(hook,)).find_stateful()) == ["hook", "visits"]
 
 
 def test_what_update_requires_is_required_but_makes_no_scoring_pass_necessary() -> None:
