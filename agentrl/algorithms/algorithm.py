@@ -4,12 +4,12 @@ A method sets the slots in which it differs:
 
     Algorithm(transforms=(modulate_by_turn_entropy,))
 
-A training step runs the slots in this order: `rollout`, `select` and `shape_reward` (see `prepare`), one
-scoring pass, `targets`, `advantage`, `transforms`; then, per mini-batch, `masks`, `ratio` (under the current
-policy), `clip`, `aggregation`, `weights` and the `where` of `terms`; per micro-batch `ratio`, `surrogate` and
-`terms`; then `replay`; and `diagnostics` last. A mini-batch carries the results of the earlier slots (`mask`,
-`current.ratio`, `bounds`). A hook must read them there and must not keep a copy of another slot, because that
-slot may be replaced later.
+A training step runs the slots in this order: `rollout`, `select`, `shape_reward` and `shape_group` (see
+`prepare`), one scoring pass, `targets`, `advantage`, `transforms`; then, per mini-batch, `masks`, `ratio`
+(under the current policy), `clip`, `aggregation`, `weights`, the `where` of `terms` and `group_terms`; per
+micro-batch `ratio`, `surrogate` and `terms`; then `replay`; then every stateful component is updated; and
+`diagnostics` last. A mini-batch carries the results of the earlier slots (`mask`, `current.ratio`, `bounds`).
+A hook must read them there and must not keep a copy of another slot, because that slot may be replaced later.
 """
 
 import warnings
@@ -35,10 +35,12 @@ from agentrl.algorithms.hooks import (
     Clip,
     Context,
     Diagnostic,
+    GroupTerm,
     MiniBatch,
     Outputs,
     Ratio,
     Select,
+    ShapeGroup,
     ShapeReward,
     Surrogate,
     Term,
@@ -52,6 +54,7 @@ from agentrl.algorithms.hooks import (
     trait,
     traits,
 )
+from agentrl.algorithms.stateful import Stateful, find_stateful, is_stateful
 from agentrl.algorithms.token_statistics import (
     STATISTICS,
     is_statistic,
@@ -93,27 +96,15 @@ class ReplayBatch:
 ReplayLoss = Callable[["Algorithm"], "Algorithm"]
 
 
-class Replay(Protocol):
-    """Memory of earlier experience. Its state is part of a checkpoint."""
+class Replay(Stateful, Protocol):
+    """Memory of earlier experience; `update` adds a step's experience to it."""
 
     def sample(self, context: Context) -> ReplayBatch | None:
         """Return the batch to train on in this step beside the rollout batch, or None."""
         ...
 
-    def add(self, rollout: MiniBatch, context: Context) -> None:
-        """Add a step's scored rollout batch and its advantages, after the step's updates."""
-        ...
-
     def metrics(self) -> Mapping[str, float]:
-        """Return the metrics of the step, after `add`."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state: tensors, numbers and text, in dicts and lists."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any], context: Context) -> None:
-        """Restore a state; raise `CheckpointError` if it does not fit, for example for another tokenizer."""
+        """Return the metrics of the step, after `update`."""
         ...
 
 
@@ -209,6 +200,9 @@ class Algorithm:
         rollout: What the algorithm asks of the rollout.
         shape_reward: Reward shapers: (episode, context) -> reward per turn. Each sees the episode as the
             previous one left it.
+        shape_group: Reward shapers that compare the episodes of a group: (group, context) -> rewards per
+            episode and turn. They run after `shape_reward`, each on what the previous one left. They see the
+            finished episodes only, so an aborted one can neither change a reward nor get one.
         advantage: Advantages over the whole rollout batch. (batch, context) -> [B, T]
         targets: Regression targets of the value function, stored in `Batch.targets`. (batch, context) -> [B,
             T]
@@ -222,13 +216,18 @@ class Algorithm:
         surrogate: The policy loss. (outputs, mini-batch, bounds) -> [B, T]
         aggregation: (mask, turns, trajectory) -> weights [B, T] and the count that divides their sum.
         terms: Losses beside the surrogate.
+        group_terms: Losses that couple the trajectories of a group. With them, a mini-batch holds whole
+            groups. They do not act on replayed rows, which have lost their groups.
         replay: Memory of earlier experience.
+        stateful: Components with a memory or parameters of their own, see `Stateful`. Those that other slots
+            show need not be listed: a hook, the owner of a method, an argument of `functools.partial`.
         diagnostics: Metrics to log, by name. (rollout batch with advantages, context) -> mapping
     """
 
     select: Select = drop_equal_returns
     rollout: RolloutPlan = field(default_factory=RolloutPlan)
     shape_reward: tuple[ShapeReward, ...] = ()
+    shape_group: tuple[ShapeGroup, ...] = ()
     advantage: Advantage = group_advantage
     targets: Advantage | None = None
     transforms: tuple[Transform, ...] = ()
@@ -239,7 +238,9 @@ class Algorithm:
     surrogate: Surrogate = clipped_policy_loss
     aggregation: Aggregation = functional.sequence_weights
     terms: tuple[Term, ...] = ()
+    group_terms: tuple[GroupTerm, ...] = ()
     replay: Replay | None = None
+    stateful: tuple[Stateful, ...] = ()
     diagnostics: tuple[Diagnostic, ...] = (mismatch_metrics,)
 
     def __post_init__(self) -> None:
@@ -252,6 +253,12 @@ class Algorithm:
         ]
         if contradictions:
             raise ConfigError("; ".join(contradictions))
+        for component in self.stateful:
+            if not is_stateful(component):
+                raise ConfigError(
+                    f"stateful: {_name(component)} lacks one of `update`, `state_dict` and `load_state_dict`"
+                )
+        self.find_stateful()
 
     @property
     def requires(self) -> frozenset[str]:
@@ -268,8 +275,12 @@ class Algorithm:
         """Return whether a component of the update reads the scoring pass, apart from the ratio."""
         # Without that pass, diagnostics see what the step scored on the way, which holds no statistics.
         return reads_statistics(self.requires) or any(
-            names & SCORED for slot, names in self.declared() if slot != "diagnostics"
+            names & SCORED for slot, names in self.declared() if slot not in ("diagnostics", "stateful")
         )
+
+    def find_stateful(self, *slots: str) -> dict[str, Stateful]:
+        """Return the stateful components of the given slots, or of all of them, by name."""
+        return find_stateful(component for slot, component in self.components() if not slots or slot in slots)
 
     def components(self) -> Iterable[tuple[str, object]]:
         """Yield every filled slot as (slot, function or record)."""
@@ -282,8 +293,12 @@ class Algorithm:
     def declared(self) -> Iterable[tuple[str, frozenset[str]]]:
         """Yield the requirements of each component as (slot, names)."""
         for slot, component in self.components():
-            name = f"{slot}/{component.name}" if isinstance(component, Term) else slot
-            yield name, frozenset().union(*map(requirements, _parts(component)))
+            name = f"{slot}/{component.name}" if isinstance(component, Term | GroupTerm) else slot
+            names = frozenset[str]().union(*map(requirements, _parts(component)))
+            # The slopes of a group term are those at the current policy.
+            yield name, names | {"current"} if isinstance(component, GroupTerm) else names
+        for stateful in self.find_stateful().values():
+            yield "stateful", requirements(stateful.update)
 
     def _functions(self) -> Iterable[tuple[str, object]]:
         """Yield every function as (slot, function), also those of records."""
@@ -296,6 +311,8 @@ def _parts(component: object) -> tuple[object, ...]:
     """Return the functions of a record in a slot, or the function in the slot itself."""
     if isinstance(component, Term):
         return component.loss, component.where, component.aggregation
+    if isinstance(component, GroupTerm):
+        return (component.loss,)
     if isinstance(component, RolloutPlan):
         return (component.branch_policy,)
     return (component,)

@@ -7,11 +7,7 @@ import torch
 from torch import Tensor
 
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.hooks import (
-    Context,
-    MiniBatch,
-    ShapeReward,
-)
+from agentrl.algorithms.hooks import Context, MiniBatch, ShapeGroup, ShapeReward
 from agentrl.data.batch import Batch, Layout, collate
 from agentrl.data.trajectory import Episode, Group
 
@@ -26,16 +22,11 @@ def prepare(
 ) -> Batch:
     """Turn a step's groups into a batch: select (unless `selected`), shape rewards, collate.
 
-    Selection sees the environment's rewards. The batch and its episodes hold the shaped ones.
+    Selection sees the environment's rewards. The batch and its episodes hold the shaped ones: each episode by
+    itself first (`shape_reward`), then in comparison with its group (`shape_group`).
     """
     kept = groups if selected else algorithm.select(groups, context)
-    for shape in algorithm.shape_reward:
-        kept = [
-            replace(
-                group, episodes=tuple(shape_episode(episode, shape, context) for episode in group.episodes)
-            )
-            for group in kept
-        ]
+    kept = shape_rewards(kept, context, algorithm.shape_reward, algorithm.shape_group)
     return collate(kept, layout=layout)
 
 
@@ -82,16 +73,63 @@ def _checked(slot: str, values: Tensor, batch: Batch) -> Tensor:
     return values
 
 
+def shape_rewards(
+    groups: Sequence[Group],
+    context: Context,
+    shape_reward: Sequence[ShapeReward] = (),
+    shape_group: Sequence[ShapeGroup] = (),
+) -> list[Group]:
+    """Return the groups with the rewards of all shapers, those of single episodes first.
+
+    Raises:
+        ValueError: If a shaper does not return one reward per turn.
+    """
+    shaped = list(groups)
+    for shape in shape_reward:
+        shaped = [
+            replace(
+                group, episodes=tuple(shape_episode(episode, shape, context) for episode in group.episodes)
+            )
+            for group in shaped
+        ]
+    for compare in shape_group:
+        shaped = [_shape_group(group, compare, context) for group in shaped]
+    return shaped
+
+
 def shape_episode(episode: Episode, shape: ShapeReward, context: Context) -> Episode:
     """Return the episode with the rewards that `shape` gives its turns.
 
     Raises:
         ValueError: If `shape` does not return one reward per turn.
     """
-    rewards = shape(episode, context)
+    return _with_rewards("shape_reward", episode, shape(episode, context))
+
+
+def _shape_group(group: Group, shape: ShapeGroup, context: Context) -> Group:
+    finished = group.finished
+    if not finished:
+        return group
+    rewards = shape(replace(group, episodes=finished), context)
+    if len(rewards) != len(finished):
+        raise ValueError(
+            f"algorithm.shape_group returned rewards for {len(rewards)} episodes, wanted them for the "
+            f"{len(finished)} finished ones of task {group.task!r}"
+        )
+    shaped = iter(
+        _with_rewards("shape_group", episode, given) for episode, given in zip(finished, rewards, strict=True)
+    )
+    # Aborted episodes keep their place, since others may branch off them.
+    return replace(
+        group,
+        episodes=tuple(episode if episode.stop.aborted else next(shaped) for episode in group.episodes),
+    )
+
+
+def _with_rewards(slot: str, episode: Episode, rewards: Sequence[float]) -> Episode:
     if len(rewards) != len(episode.turns):
         raise ValueError(
-            f"algorithm.shape_reward returned {len(rewards)} rewards for the {len(episode.turns)} turns of "
+            f"algorithm.{slot} returned {len(rewards)} rewards for the {len(episode.turns)} turns of "
             f"episode {episode.id!r}"
         )
     turns = (replace(turn, reward=reward) for turn, reward in zip(episode.turns, rewards, strict=True))

@@ -84,7 +84,7 @@ class MiniBatch:
     """Rows of one optimiser step, or of a part of it.
 
     The objective fills in `mask`, `current.ratio` and `bounds` in this order, each before it calls the next
-    slot. Diagnostics and `Replay.add` see the mask of the whole rollout batch.
+    slot. Diagnostics and `Stateful.update` see the mask of the whole rollout batch.
 
     Args:
         batch: The rows.
@@ -122,6 +122,7 @@ Weights = tuple[Tensor, Tensor]  # [B, T], and the count that divides their sum
 Coefficient = Callable[[Context], float]
 Select = Callable[[Sequence[Group], Context], Sequence[Group]]
 ShapeReward = Callable[[Episode, Context], Sequence[float]]
+ShapeGroup = Callable[[Group, Context], Sequence[Sequence[float]]]
 Advantage = Callable[[Batch, Context], Tensor]
 Transform = Callable[[Tensor, Batch, Context], Tensor]
 TokenHook = Callable[[MiniBatch, Context], Tensor]
@@ -152,6 +153,48 @@ class Term:
     coefficient: float | Coefficient
     aggregation: Aggregation | None = None
     where: TokenHook | None = None
+
+    def scale(self, context: Context) -> float:
+        """Return the coefficient of this step."""
+        return self.coefficient(context) if callable(self.coefficient) else self.coefficient
+
+
+@dataclass(frozen=True)
+class GroupValues:
+    """The N trajectories of a group, as a loss that couples them sees them.
+
+    Aborted episodes and trajectories without an action token are left out.
+
+    Args:
+        logprobs: [N] float64, nats, the sum over the action tokens of a trajectory under the current policy.
+            The loss is differentiated by them.
+        tokens: [N] int64, the number of action tokens, at least 1.
+        returns: [N] float64, the shaped returns.
+        episodes: The N episodes.
+    """
+
+    logprobs: Tensor
+    tokens: Tensor
+    returns: Tensor
+    episodes: tuple[Episode, ...]
+
+
+GroupLoss = Callable[[GroupValues, Context], Tensor]
+
+
+@dataclass(frozen=True)
+class GroupTerm:
+    """Loss beside the surrogate that couples the trajectories of a group: coefficient * mean over groups.
+
+    Args:
+        name: The name in the log, as `term/NAME`; the logged value excludes the coefficient.
+        loss: (values of a group, context) -> a number that can be differentiated by the log-probabilities.
+        coefficient: A number, or a function of the context.
+    """
+
+    name: str
+    loss: GroupLoss
+    coefficient: float | Coefficient = 1.0
 
     def scale(self, context: Context) -> float:
         """Return the coefficient of this step."""

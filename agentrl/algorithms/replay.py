@@ -75,6 +75,8 @@ class ReplayBuffer:
         count_all: Count every row as good enough, whatever its return.
     """
 
+    name = "replay"
+
     def __init__(
         self,
         algorithm: ReplayLoss,
@@ -146,7 +148,7 @@ class ReplayBuffer:
             self._mixed,
         )
 
-    def add(self, rollout: MiniBatch, context: Context) -> None:
+    def update(self, rollout: MiniBatch, context: Context) -> None:
         """Keep the rows with positive advantages and the mean returns of the groups."""
         if self._released and self._rows:
             self._expire(self._rows[-1].step)

@@ -165,9 +165,10 @@ class Learner:
             batch = replace(batch, old_logprobs=outputs.logprobs, old_entropies=outputs.entropies)
         rollout = with_mask(algorithm, replace(rollout, batch=batch), context)
         own = step_means(steps) | batch_metrics(rollout) | step_counts(steps + replay_steps)
+        for component in algorithm.find_stateful().values():
+            component.update(rollout, context)
         method = diagnose(rollout, algorithm, context)
         if algorithm.replay is not None:
-            algorithm.replay.add(rollout, context)
             replayed = {**step_means(replay_steps), **algorithm.replay.metrics()}
             method |= {f"replay/{name}": value for name, value in replayed.items()}
         return {f"learner/{name}": value for name, value in own.items()} | {
@@ -198,7 +199,15 @@ class Learner:
         outputs = empty_outputs(rollout.batch)
         steps: list[_Numbers] = []
         for epoch in range(self.config.epochs):
-            splits = list(mini_batches(rollout.batch, self.config.mini_batches, context.step, epoch))
+            splits = list(
+                mini_batches(
+                    rollout.batch,
+                    self.config.mini_batches,
+                    context.step,
+                    epoch,
+                    whole_groups=bool(algorithm.group_terms),
+                )
+            )
             replayed = self._split_replay(mixed, algorithm, len(splits), context, epoch)
             for index, rows in enumerate(splits):
                 rate = self._set_learning_rate(context, len(steps))
@@ -228,7 +237,7 @@ class Learner:
         if replay is None:
             return []
         batch = replay.batch.to(self._device)
-        loss = replay.algorithm(algorithm)
+        loss = replace(replay.algorithm(algorithm), group_terms=())
         rows_of_all = MiniBatch(batch, replay.advantages.to(self._device))
         return [
             LossPart(rows_of_all.select(rows), loss, replay.coefficient)

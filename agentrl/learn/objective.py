@@ -9,6 +9,7 @@ from torch import Tensor
 from agentrl.algorithms.algorithm import Algorithm, clipped_tokens
 from agentrl.algorithms.credit import with_mask
 from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs, Term, Weights, require_tensor
+from agentrl.learn.group_losses import GroupSlopes, group_slopes
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Objective:
         weights: The product of the algorithm's weights, which is a part of `factors`, [B, T].
         terms: Each term with the weights of its tokens [B, T], without its coefficient; 0 where it does not
             act.
+        groups: The loss of each group term and its slopes, without its coefficient.
     """
 
     algorithm: Algorithm
@@ -31,6 +33,7 @@ class Objective:
     factors: Tensor
     weights: Tensor
     terms: tuple[tuple[Term, Tensor], ...]
+    groups: tuple[GroupSlopes, ...] = ()
 
     @property
     def mask(self) -> Tensor:
@@ -45,8 +48,10 @@ class Objective:
     @property
     def has_signal(self) -> bool:
         """Return whether any token counts in the surrogate or in a term with a coefficient other than 0."""
-        return bool(self.mask.any()) or any(
-            term.scale(self.context) and bool(factors.any()) for term, factors in self.terms
+        return (
+            bool(self.mask.any())
+            or any(term.scale(self.context) and bool(factors.any()) for term, factors in self.terms)
+            or any(group.term.scale(self.context) and bool(group.slopes.any()) for group in self.groups)
         )
 
     def metrics(self) -> dict[str, float]:
@@ -84,6 +89,10 @@ class Objective:
             value = _masked_sum(term.loss(outputs, part, self.context), factors != 0, factors)
             loss = loss + term.scale(self.context) * value
             logged[f"term/{term.name}"] = value.detach()
+        for group in self.groups:
+            value = group.contribution(self.mini, rows, outputs)
+            loss = loss + group.term.scale(self.context) * value
+            logged[f"term/{group.term.name}"] = value.detach()
         if part.bounds is not None:
             logged |= self._ratio_metrics(outputs, part)
         return loss, logged | {"loss": loss.detach()}
@@ -119,7 +128,8 @@ def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> 
             values = _check_shape("weights", hook(mini, context), factors)
             factors, weights = factors * values, weights * values
         terms = tuple((term, _term_factors(term, algorithm, mini, context)) for term in algorithm.terms)
-    return Objective(algorithm, context, mini, factors, weights, terms)
+    groups = tuple(group_slopes(term, mini, context) for term in algorithm.group_terms)
+    return Objective(algorithm, context, mini, factors, weights, terms, groups)
 
 
 def _term_factors(term: Term, algorithm: Algorithm, mini: MiniBatch, context: Context) -> Tensor:

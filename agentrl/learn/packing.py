@@ -59,19 +59,33 @@ def rank_micro_batches(lengths: Tensor, budget: int, ranks: Ranks) -> list[tuple
     return [(part, 1.0) for part in own] + [(torch.tensor(rows[-1:]), 0.0)] * fillers
 
 
-def mini_batches(batch: Batch, count: int, step: int, epoch: int) -> Iterator[Tensor]:
+def mini_batches(
+    batch: Batch, count: int, step: int, epoch: int, *, whole_groups: bool = False
+) -> Iterator[Tensor]:
     """Split trajectories into `count` nearly equal mini-batches; all rows of one trajectory stay together.
 
     The order is a hash of episode id, step and epoch. It differs between epochs, and depends neither on the
     order of rows nor on a generator's state.
 
+    Args:
+        batch: The batch to split.
+        count: The number of mini-batches.
+        step: The training step.
+        epoch: The epoch.
+        whole_groups: Split groups instead, so that all trajectories of one group stay together.
+
     Yields:
         The row numbers of a mini-batch, int64, ascending; empty mini-batches are left out.
     """
-    present = sorted(set(batch.trajectory.tolist()))
-    if count > 1:
-        present.sort(key=lambda index: (derive_seed(batch.episodes[index].id, step, epoch), index))
-    owners = batch.trajectory.cpu()
+    groups, members = batch.groups.tolist(), dict[int, list[int]]()
+    for index in sorted(set(batch.trajectory.tolist())):
+        members.setdefault(groups[index] if whole_groups else index, []).append(index)
+
+    def draw(unit: int) -> tuple[int, int]:
+        return min((derive_seed(batch.episodes[index].id, step, epoch), index) for index in members[unit])
+
+    present = sorted(members, key=draw if count > 1 else None)
+    owners = (batch.group if whole_groups else batch.trajectory).cpu()
     for part in _split_evenly(present, count):
         rows = torch.isin(owners, torch.tensor(part, dtype=torch.int64)).nonzero().squeeze(1)
         if len(rows):

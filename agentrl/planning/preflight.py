@@ -91,7 +91,9 @@ def problems(config: RunConfig, topology: Topology, *, new_folder: bool = True) 
         check_device(config)
     collect(found, _cluster_problems(config, topology))
     with collect_error(found):
-        check_algorithm(config.algorithm.build(), config.engine)
+        algorithm = config.algorithm.build()
+        check_algorithm(algorithm, config.engine)
+        check_ahead(algorithm, config.trainer.mode)
     with collect_error(found):
         model = skeleton(config.policy)
         context_length(model, config.policy.max_context)
@@ -130,6 +132,22 @@ def check_algorithm(algorithm: Algorithm, engine: EngineConfig) -> None:
     wanted = algorithm.requires
     own = provided(reference="reference" in wanted, critic="values" in wanted)
     check_requirements(algorithm, own | engine.provides)
+
+
+def check_ahead(algorithm: Algorithm, mode: str) -> None:
+    """Refuse, in async mode, a stateful component in the slots that are called while steps are played ahead.
+
+    The learner would change its state meanwhile, on every rank at another time.
+
+    Raises:
+        ConfigError: Naming the component.
+    """
+    names = algorithm.find_stateful("select", "rollout") if mode == "async" else {}
+    if names:
+        raise ConfigError(
+            f"trainer.mode is async, and the algorithm's rollout reads the state of {', '.join(names)}, "
+            "which would change while a step is played ahead; wanted trainer.mode=sync"
+        )
 
 
 def check_env_id(config: RunConfig) -> None:

@@ -45,7 +45,7 @@ def save_checkpoint(
     folder: Path,
     progress: Progress,
     learner: Learner,
-    memory: Mapping[str, Any] | None = None,
+    states: Mapping[str, Any] | None = None,
     score: float | None = None,
     ranks: Ranks = ALONE,
     *,
@@ -63,7 +63,7 @@ def save_checkpoint(
         folder: The folder of the run's checkpoints.
         progress: The progress of the run.
         learner: The learner with its policy.
-        memory: The state of the algorithm's replay buffer.
+        states: The states of the algorithm's stateful components by name.
         score: The score of the policy.
         ranks: The ranks that call this function together.
         between: Whether the run would not have written this checkpoint without a stop.
@@ -91,7 +91,10 @@ def save_checkpoint(
         with _saving(target, partial):
             if not sharded:
                 save_model(learner.policy, str(partial / "weights.safetensors"))
-            torch.save(learner.state_dict() | {"replay": memory}, partial / "learner.pt")
+            own = dict(states or {})
+            # The replay's state has a place of its own, as in the checkpoints of older versions.
+            stored = {"replay": own.pop("replay", None), "stateful": own}
+            torch.save(learner.state_dict() | stored, partial / "learner.pt")
             record = asdict(progress) | {"score": score, "between": between}
             (partial / "progress.json").write_text(json.dumps(record), encoding="utf-8")
         return partial
@@ -136,11 +139,11 @@ def load_progress(path: Path, ranks: Ranks = ALONE) -> Progress:
     return Progress(**{item.name: stored[item.name] for item in fields(Progress)})
 
 
-def load_learner(path: Path, learner: Learner) -> Any:
+def load_learner(path: Path, learner: Learner) -> dict[str, Any]:
     """Restore the weights and state of a learner, for any number of ranks.
 
     Returns:
-        The state of the algorithm's replay buffer.
+        The states of the algorithm's stateful components by name.
 
     Raises:
         CheckpointError: If the checkpoint does not fit the learner.
@@ -154,7 +157,8 @@ def load_learner(path: Path, learner: Learner) -> Any:
         except RuntimeError as error:
             raise CheckpointError(f"{path}: its weights do not fit this policy ({error})") from error
         learner.load_state_dict(state)
-    return state["replay"]
+    replay = {} if state["replay"] is None else {"replay": state["replay"]}
+    return {**replay, **state.get("stateful", {})}  # older versions had a replay only
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -223,14 +227,16 @@ def _non_finite(path: Path) -> list[str]:
 
 
 def _checkpoint_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights and optimizer states of a checkpoint by name, without the replay buffer."""
+    """Yield the weights and optimizer states of a checkpoint by name, without stateful components."""
     if (path / "weights.safetensors").exists():
         with safe_open(path / "weights.safetensors", framework="pt") as weights:
             yield from ((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
     if (path / "shards").exists():
         yield from stored_shards(path / "shards")
     state = _read_state(path, mmap=True)
-    yield from _named_tensors({name: value for name, value in state.items() if name != "replay"})
+    yield from _named_tensors(
+        {name: value for name, value in state.items() if name not in ("replay", "stateful")}
+    )
 
 
 def _named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

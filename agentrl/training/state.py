@@ -3,11 +3,14 @@
 import copy
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from agentrl.algorithms.hooks import Context
+from agentrl.algorithms.stateful import states_of
 from agentrl.errors import CheckpointError, NonFiniteError
 from agentrl.evaluation.run_scores import RunScores
 from agentrl.learn.forward import Forward
@@ -141,7 +144,6 @@ class TrainingState:
             return
         session, config = self._session, self._session.config
         training = self.stage == "train"
-        replay = session.algorithm.replay if training else None
         every = config.trainer.checkpoint_every
         last = config.trainer.steps if training else config.warm_start.steps
         recent = self.history.get("train/rollout/success_rate", [])[-every:]
@@ -152,7 +154,7 @@ class TrainingState:
                 self._folder,
                 Progress(self.stage, self.step, self.history, self.tasks_drawn),
                 self.learner,
-                None if replay is None else replay.state_dict(),
+                states_of(session.algorithm.find_stateful()) if training else None,
                 score=sum(recent) / len(recent) if recent else None,
                 ranks=session.ranks,
                 between=self.step != last and (not self.step or self.step % every != 0),
@@ -202,13 +204,27 @@ class TrainingState:
         self.tasks_drawn = progress.tasks_drawn
         if other_stage:
             self._replace_learner()
-        replayed = load_learner(path, self.learner)
-        if self.stage == "train" and session.algorithm.replay is not None:
-            session.algorithm.replay.load_state_dict(replayed, self.context())
+        states = load_learner(path, self.learner)
+        if self.stage == "train":
+            self._restore_components(path, states)
         session.ranks.run_on_rank0(lambda: self._check_records(scores))
         self._logger.truncate(self.stage, self.step)
         self._restored = True
         return True
+
+    def _restore_components(self, path: Path, states: Mapping[str, Any]) -> None:
+        """Give every stateful component of the algorithm its state."""
+        components, context = self._session.algorithm.find_stateful(), self.context()
+        if unknown := sorted(states.keys() - components.keys()):
+            raise CheckpointError(
+                f"{path}: holds the state of {', '.join(unknown)}, which the algorithm does not have; resume "
+                "with the version of the algorithm that the run was started with"
+            )
+        for name, component in components.items():
+            if name in states:
+                component.load_state_dict(states[name], context)
+            else:
+                self._warn(f"{path.name} holds no state of the algorithm's {name}, which starts anew")
 
     def _replace_learner(self) -> None:
         model = self.export_model()

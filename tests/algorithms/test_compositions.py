@@ -155,7 +155,7 @@ class FirstOnly(Recipe):
 def test_what_a_mask_put_over_a_replay_leaves_out_is_not_remembered():
     algorithm = FirstOnly(Spear(base=GRPO(), tool_reward=0.0, covariance_share=0.0)).build()
     mini = scored([[0.0], [0.0]], episode("a", reply(1)), episode("b", reply(1)))
-    algorithm.replay.add(with_mask(algorithm, mini, Context()), Context())
+    algorithm.replay.update(with_mask(algorithm, mini, Context()), Context())
     assert [row["episode"] for row in algorithm.replay.state_dict()["rows"]] == ["a"]
 
 

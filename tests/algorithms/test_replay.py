@@ -65,7 +65,7 @@ def earning(good: Sequence[Episode], layout: Layout = "trajectory") -> MiniBatch
 
 
 def fill(memory: ReplayBuffer, rows: int, step: int = 0) -> None:
-    memory.add(earning([episode(f"{step}.{number}", 1.0) for number in range(rows)]), context(step))
+    memory.update(earning([episode(f"{step}.{number}", 1.0) for number in range(rows)]), context(step))
 
 
 def recalled(replayed: ReplayBatch | None) -> list[str]:
@@ -95,7 +95,7 @@ def test_one_and_a_half_times_the_size_is_not_enough(size, rows):
 
 def test_rows_at_or_below_the_baseline_do_not_count_as_enough():
     memory = buffer(1)
-    memory.add(
+    memory.update(
         rollout([[episode(str(i), r)] for i, r in enumerate((0.0, 0.5, 0.5, 1.0))], [0.5] * 4), context(0)
     )
     assert memory.sample(context(1)) is None
@@ -116,7 +116,7 @@ def five_groups() -> MiniBatch:
 @pytest.mark.vector("S-2")
 def test_a_row_needs_a_positive_advantage_then_and_a_return_above_the_median_of_the_groups_now():
     memory = buffer(1)
-    memory.add(five_groups(), context(0))
+    memory.update(five_groups(), context(0))
     # Kept are returns .4, 1, .6 (advantages .2, .5, .1); the median mean is .5, which leaves .5 and .1.
     found = {}
     for seed in range(20):
@@ -139,14 +139,14 @@ def test_a_row_needs_a_positive_advantage_then_and_a_return_above_the_median_of_
 def test_the_baseline_is_the_median_of_the_newest_group_means(means, newest, wanted):
     memory = buffer(baselines=newest)
     groups = [[episode(f"{i}+", mean + 0.1), episode(f"{i}-", mean - 0.1)] for i, mean in enumerate(means)]
-    memory.add(rollout(groups, [0.0] * 2 * len(means)), context(0))
+    memory.update(rollout(groups, [0.0] * 2 * len(means)), context(0))
     memory.sample(context(1))
     assert memory.metrics()["baseline"] == pytest.approx(wanted, abs=1e-12)
 
 
 def test_a_row_keeps_a_share_of_its_first_advantage_if_asked():
     memory = buffer(1, recompute_advantage=lambda *given: decayed(*given, factor=0.5))
-    memory.add(five_groups(), context(0))
+    memory.update(five_groups(), context(0))
     worth = set()
     for seed in range(20):
         again = buffer(1, recompute_advantage=lambda *given: decayed(*given, factor=0.5))
@@ -184,7 +184,7 @@ def test_a_return_at_the_baseline_is_recalled_as_released_only():
         for seed in range(30):
             memory = buffer(1, released=released)
             groups = [[episode(f"{i}", value)] for i, value in enumerate((*returns, 0.3, 0.3, 0.3, 0.3))]
-            memory.add(rollout(groups, [0.5] * 5 + [0.0] * 4), context(0))
+            memory.update(rollout(groups, [0.5] * 5 + [0.0] * 4), context(0))
             worth |= set(memory.sample(context(1, seed)).advantages[:, -1].tolist())
         found[released] = worth
     # .1 + .2 is above .3 by its rounding: that is no gain.
@@ -196,7 +196,7 @@ def test_baselines_are_forgotten_one_by_one_and_as_released_by_whole_steps(relea
     memory = buffer(baselines=4, released=released)
     for step, means in enumerate([(9.0, 1.0), (2.0, 3.0), (5.0,)]):
         groups = [[episode(f"{step}.{number}", mean)] for number, mean in enumerate(means)]
-        memory.add(rollout(groups, [0.0] * len(means)), context(step))
+        memory.update(rollout(groups, [0.0] * len(means)), context(step))
     assert memory.state_dict()["baselines"] == ([2, 3, 5] if released else [1, 2, 3, 5])
     assert memory.state_dict()["baseline_steps"] == ([2, 1] if released else [1, 2, 1])
     restored = buffer(baselines=4, released=released)
@@ -209,7 +209,9 @@ def test_baselines_are_forgotten_one_by_one_and_as_released_by_whole_steps(relea
 def test_the_newest_step_is_never_forgotten_as_released():
     memory = buffer(baselines=2, released=True)
     for step, means in enumerate([(9.0,), (1.0, 2.0, 3.0)]):
-        memory.add(rollout([[episode(f"{step}.{m}", m)] for m in means], [0.0] * len(means)), context(step))
+        memory.update(
+            rollout([[episode(f"{step}.{m}", m)] for m in means], [0.0] * len(means)), context(step)
+        )
     assert memory.state_dict()["baselines"] == [1, 2, 3]
 
 
@@ -242,7 +244,7 @@ def test_what_a_mask_leaves_out_or_is_not_admitted_is_not_kept():
     memory = buffer(1, episode_filter=lambda episode: episode.id != "no")
     mini = earning([episode(name, 1.0) for name in ("yes", "no", "sure")])
     first = torch.arange(mini.batch.tokens.shape[1]).expand_as(mini.batch.tokens) == 1
-    memory.add(replace(mini, mask=first & mini.batch.action_mask), context(0))
+    memory.update(replace(mini, mask=first & mini.batch.action_mask), context(0))
     assert memory.metrics()["kept_share"] == pytest.approx(2 / 6)
     replayed = memory.sample(context(1))
     assert replayed.batch.action_mask.tolist() == [[False, True, False]]
@@ -261,7 +263,7 @@ def turns_of_two(layout: Layout) -> MiniBatch:
 @pytest.mark.parametrize("layout", ["trajectory", "turn"])
 def test_a_kept_row_holds_its_good_decisions_and_nothing_about_the_others(layout):
     memory = buffer(2 if layout == "turn" else 1)
-    memory.add(turns_of_two(layout), context(0))
+    memory.update(turns_of_two(layout), context(0))
     assert memory.metrics()["size"] == (4 if layout == "turn" else 2)
     batch = memory.sample(context(1)).batch
     assert set(batch.turns[batch.action_mask].tolist()) <= {0, 2}
@@ -308,7 +310,7 @@ def test_rows_that_were_stored_before_a_statistic_was_asked_for_are_sampled_with
 def test_rows_of_one_trajectory_stay_together_and_those_of_another_step_apart():
     memory = buffer(5, mixed=True)
     for step in (0, 1):
-        memory.add(turns_of_two("turn"), context(step))
+        memory.update(turns_of_two("turn"), context(step))
     replayed = memory.sample(context(2))
     batch = replayed.batch
     # Five of the eight rows: two of each of two trajectories of each of two steps.
@@ -365,7 +367,7 @@ def test_nothing_bad_now_or_then_and_nothing_too_old_is_ever_recalled(layout, mi
             name = mini.batch.episodes[int(mini.batch.trajectory[row])].id
             turn = int(mini.batch.turns[row, position])
             then[name, turn, position] = float(mini.advantages[row, position])
-        memory.add(mini, context(step))
+        memory.update(mini, context(step))
     assert bursts > 5
 
 
@@ -382,8 +384,8 @@ def same(one: ReplayBatch, other: ReplayBatch) -> bool:
 def test_a_stored_memory_recalls_the_same_bits():
     memory, draw = buffer(3), random.Random(1)
     for step in range(3):
-        memory.add(random_rollout(draw, step, "turn"), context(step))
-    memory.add(turns_of_two("turn"), context(3))
+        memory.update(random_rollout(draw, step, "turn"), context(step))
+    memory.update(turns_of_two("turn"), context(3))
     stream = io.BytesIO()
     torch.save(memory.state_dict(), stream)
     stream.seek(0)
@@ -398,7 +400,7 @@ def test_a_stored_memory_recalls_the_same_bits():
 def test_a_memory_is_not_larger_than_its_rows():
     memory = buffer(1)
     long = episode("long", 0.0, [list(range(40))])
-    memory.add(rollout([[episode("a", 1.0), long], [long]], [0.5, -0.5, 0]), context(0))
+    memory.update(rollout([[episode("a", 1.0), long], [long]], [0.5, -0.5, 0]), context(0))
     (row,) = memory.state_dict()["rows"]
     held = [values.untyped_storage().nbytes() // values.itemsize for values in row["tokens"].values()]
     assert held == [3] * len(held)
@@ -423,7 +425,7 @@ def test_what_is_recalled_follows_from_seed_and_step_and_not_from_the_order_of_r
     def names(order: Sequence[int], step: int, seed: int) -> set[str]:
         memory = buffer(4)
         good = earning([episode(str(number), 1.0) for number in range(12)])
-        memory.add(good.select(torch.tensor([*order, 12, 13, 14])), context(0))
+        memory.update(good.select(torch.tensor([*order, 12, 13, 14])), context(0))
         return set(recalled(memory.sample(context(step, seed))))
 
     straight, shuffled = list(range(12)), random.Random(0).sample(range(12), 12)

@@ -216,7 +216,7 @@ def test_the_loss_on_recalled_rows_by_hand():
     # Returns 1.5 and 1.2 against a median of 1: worth .5 and .2.
     returns = torch.tensor([1.5, 1.2, 1.5, 1.2, 1.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
     batch = replace(mini.batch, returns=returns, groups=torch.arange(9))
-    algorithm.replay.add(replace(mini, batch=batch), Context(49))
+    algorithm.replay.update(replace(mini, batch=batch), Context(49))
     state = algorithm.replay.state_dict()
     for seed in range(20):
         algorithm.replay.load_state_dict(state, Context())
@@ -531,7 +531,7 @@ def filled(recipe: Spear, ages: Sequence[int]) -> Algorithm:
     for step in ages:
         mini, _ = hand_made([0.4], [[-0.1]], [[1.0]])
         returns = torch.tensor([0.5], dtype=torch.float64)
-        algorithm.replay.add(replace(mini, batch=replace(mini.batch, returns=returns)), Context(step))
+        algorithm.replay.update(replace(mini, batch=replace(mini.batch, returns=returns)), Context(step))
     return algorithm
 
 

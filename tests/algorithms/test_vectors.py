@@ -528,7 +528,7 @@ def remembered(returns: Tensor, groups: Tensor, advantages: Tensor) -> ReplayBuf
         coefficient=lambda context: 1.0,
         recompute_advantage=recalibrated,
     )
-    buffer.add(MiniBatch(batch, torch.where(batch.action_mask, advantages[:, None], 0.0)), Context())
+    buffer.update(MiniBatch(batch, torch.where(batch.action_mask, advantages[:, None], 0.0)), Context())
     return buffer
 
 

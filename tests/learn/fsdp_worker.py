@@ -9,14 +9,24 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from remembering import ReturnModel, VisitCounts
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.algorithm import Algorithm, keep_all
 from agentrl.algorithms.credit import prepare
-from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, requires, token_statistic
+from agentrl.algorithms.hooks import (
+    Context,
+    GroupTerm,
+    GroupValues,
+    MiniBatch,
+    Outputs,
+    Term,
+    requires,
+    token_statistic,
+)
 from agentrl.algorithms.importance import with_importance_correction
 from agentrl.algorithms.recipe import build_recipe, recipe_names
 from agentrl.data import Group, StopReason
@@ -131,12 +141,16 @@ def relative(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 def compared(
-    make: Callable[[int], nn.Module], name: str, ranks: Ranks, cap: float | None = None, **settings: Any
+    make: Callable[[int], nn.Module],
+    name: str | Algorithm,
+    ranks: Ranks,
+    cap: float | None = None,
+    **settings: Any,
 ) -> Figures:
     """Return how far a learner on all ranks is from a single-process learner."""
     results = []
     for backend, who in (("single", ALONE), ("fsdp", ranks)):
-        algorithm = build_recipe(name).build()
+        algorithm = build_recipe(name).build() if isinstance(name, str) else name
         algorithm = algorithm if cap is None else with_importance_correction(algorithm, cap)
         learner = learner_of(make, algorithm, who, backend, **settings)
         before = weights(learner)
@@ -369,3 +383,45 @@ def an_error(ranks: Ranks, folder: Path) -> Figures:
     except CheckpointError as error:
         told = str(error)
     return {"told": ranks.gather(told), "dealt": ranks.merge(ranks.split(range(5)))}
+
+
+def remembered(ranks: Ranks, folder: Path) -> Figures:
+    """Return how far components that remember are from those of one process, and after a restored state."""
+    ends = []
+    for backend, who in (("single", ALONE), ("fsdp", ranks)):
+        model, counts = ReturnModel(), VisitCounts()
+        algorithm = Algorithm(transforms=(model,), shape_reward=(counts.bonus,))
+        learner = learner_of(ToyPolicy, algorithm, who, backend)
+        before = model.flat()
+        taught(learner, algorithm, range(3))
+        ends.append((model, weights(learner), counts, before))
+    (own, own_weights, _, before), (shared, shared_weights, counts, _) = ends
+    torch.save(shared.state_dict(), folder / f"remembered-{ranks.index}")
+    ranks.raise_on_any_rank(lambda: None)
+    again = ReturnModel(seed=5)
+    again.load_state_dict(torch.load(folder / f"remembered-{1 - ranks.index}"), CONTEXT)
+    states = ranks.gather((shared.flat(), counts.counts))
+    return {
+        "ranks equal": [torch.equal(flat, states[0][0]) and seen == states[0][1] for flat, seen in states],
+        "apart": distance([shared.flat()], [own.flat()]),
+        "weights": distance(shared_weights, own_weights),
+        "moved": distance([own.flat()], [before]),
+        "restored": distance([again.flat()], [shared.flat()]),
+    }
+
+
+def listwise(values: GroupValues, context: Context) -> Tensor:
+    """Return the cross-entropy of the returns and of the mean log-probabilities, each as a distribution."""
+    return -(values.returns.softmax(0) * (values.logprobs / values.tokens).log_softmax(0)).sum()
+
+
+GROUPED = Algorithm(
+    select=keep_all,
+    surrogate=lambda outputs, mini, bounds: torch.zeros_like(outputs.logprobs),
+    clip=None,
+    group_terms=(GroupTerm("listwise", listwise),),
+)
+
+
+def grouped(ranks: Ranks, folder: Path) -> Figures:
+    return compared(ToyPolicy, GROUPED, ranks)

@@ -22,6 +22,8 @@ CONTEXT = Context(step=0, total_steps=10)
 class Memory:
     """Brings back what it was given, and remembers what it was shown."""
 
+    name = "memory"
+
     def __init__(self, replayed: ReplayBatch | None) -> None:
         self.replayed = replayed
         self.kept: list[MiniBatch] = []
@@ -29,7 +31,7 @@ class Memory:
     def sample(self, context: Context) -> ReplayBatch | None:
         return self.replayed
 
-    def add(self, rollout: MiniBatch, context: Context) -> None:
+    def update(self, rollout: MiniBatch, context: Context) -> None:
         self.kept.append(rollout)
 
     def metrics(self) -> Mapping[str, float]:

@@ -13,9 +13,18 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.credit import shape_episode
+from agentrl.algorithms.credit import shape_rewards
 from agentrl.algorithms.features import turns_to_tokens
-from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Select, ShapeReward, excludes, trait
+from agentrl.algorithms.hooks import (
+    Bounds,
+    Context,
+    MiniBatch,
+    Select,
+    ShapeGroup,
+    ShapeReward,
+    excludes,
+    trait,
+)
 from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.algorithms.recipe import Base, Presets, Recipe, recipe
 from agentrl.config import PositiveShare, Share, Tokens, Weight
@@ -82,7 +91,9 @@ class DrBot(Recipe):
         base = self.base.build()
         return replace(
             base,
-            select=by_shaped_returns(partial(keep_most_varied, share=self.keep_groups), base.shape_reward),
+            select=by_shaped_returns(
+                partial(keep_most_varied, share=self.keep_groups), base.shape_reward, base.shape_group
+            ),
             masks=(*base.masks, without_faults),
             clip=partial(token_clip, low=self.clip_low, high=self.clip_high),
             aggregation=partial(
@@ -98,24 +109,24 @@ def token_clip(mini: MiniBatch, context: Context, *, low: float, high: float) ->
     return Bounds(1 - low, 1 + high)
 
 
-def by_shaped_returns(select: Select, shapers: Sequence[ShapeReward]) -> Select:
+def by_shaped_returns(
+    select: Select, shapers: Sequence[ShapeReward], group_shapers: Sequence[ShapeGroup] = ()
+) -> Select:
     """Return a selection that sees shaped returns. Recipes that add a shaper must add it here, too."""
-    return trait(SHAPED)(partial(select_shaped, select=select, shapers=shapers))
+    return trait(SHAPED)(partial(select_shaped, select=select, shapers=shapers, group_shapers=group_shapers))
 
 
 def select_shaped(
-    groups: Sequence[Group], context: Context, *, select: Select, shapers: Sequence[ShapeReward]
+    groups: Sequence[Group],
+    context: Context,
+    *,
+    select: Select,
+    shapers: Sequence[ShapeReward],
+    group_shapers: Sequence[ShapeGroup] = (),
 ) -> Sequence[Group]:
     """Select groups by their shaped returns; the groups returned are the unshaped ones."""
     played = {(group.task, episode.id): episode for group in groups for episode in group.episodes}
-    seen = groups
-    for shape in shapers:
-        seen = [
-            replace(
-                group, episodes=tuple(shape_episode(episode, shape, context) for episode in group.episodes)
-            )
-            for group in seen
-        ]
+    seen = shape_rewards(groups, context, shapers, group_shapers)
     return [
         replace(group, episodes=tuple(played[group.task, episode.id] for episode in group.episodes))
         for group in select(seen, context)
