@@ -347,7 +347,7 @@ def _is_computed(requirement: str, offered: frozenset[str]) -> bool:
 
 
 def _explained(requirement: str) -> str:
-    fault = statistic_fault(requirement)
+    fault = None if requirement in SCORED else statistic_fault(requirement)
     return requirement if fault is None else f"{requirement} ({fault})"
 
 

@@ -287,7 +287,7 @@ def test_rows_keep_their_token_statistics_through_a_checkpoint():
         return replace(mini, batch=replace(batch, extras=extras | {"entropy_change": batch.entropies / 2}))
 
     memory = buffer(2, mixed=True)
-    memory.add(with_statistics(turns_of_two("turn")), context(0))
+    memory.update(with_statistics(turns_of_two("turn")), context(0))
     restored = buffer(2, mixed=True)
     restored.load_state_dict(memory.state_dict(), context(1))
     for each in (memory, restored):
@@ -301,9 +301,9 @@ def test_rows_keep_their_token_statistics_through_a_checkpoint():
 
 def test_rows_that_were_stored_before_a_statistic_was_asked_for_are_sampled_without_it():
     memory = buffer(5, mixed=True)
-    memory.add(turns_of_two("turn"), context(0))
+    memory.update(turns_of_two("turn"), context(0))
     mini = turns_of_two("turn")
-    memory.add(replace(mini, batch=replace(mini.batch, extras={"x": mini.batch.entropies})), context(1))
+    memory.update(replace(mini, batch=replace(mini.batch, extras={"x": mini.batch.entropies})), context(1))
     assert memory.sample(context(2)).batch.extras == {}
 
 
