@@ -54,9 +54,10 @@ ACCEPTED = {
         "aepo.entropy_weight",
         "spear.covariance_band.0",
         "spear.replay_covariance_band.0",
+        "canon.beta",
         *(
             f"{name}.entropy_coefficient"
-            for name in ("dr_grpo", "gigpo", "grpo", "ppo", "reinforce_pp", "rloo")
+            for name in ("canon", "dr_grpo", "gigpo", "grpo", "ppo", "reinforce_pp", "rloo")
         ),
     },
     0: {
@@ -73,11 +74,14 @@ ACCEPTED = {
         *(f"aepo.{name}" for name in ("advantage_limits.0", "allocation_slope", "branch_offset")),
         *(f"aepo.{name}" for name in ("branch_penalty", "branch_probability", "entropy_advantage")),
         "aepo.entropy_weight",
+        *("bapo.lower.0", "bapo.target"),
+        *("canon.alpha", "canon.beta", "canon.mix"),
         "dapo.overlong_cache",
         *("empg.k", "empg.k_future", "empg.zeta"),
         *(f"epo.{name}" for name in ("entropy_coefficient", "low", "penalty", "schedule_rate", "window")),
         "fr3e.anchors",
         *("gigpo.gamma", "gigpo.step_weight"),
+        "kl_cov.coefficient",
         *("ppo.gamma_turn", "ppo.lam_turn", "ppo.value_coefficient"),
         *("reinforce_pp.gamma", "reinforce_pp.reward_kl_coefficient"),
         *(f"spear.{name}" for name in ("coefficient", "covariance_band.0", "covariance_share")),
@@ -90,7 +94,7 @@ ACCEPTED = {
         ),
         *(
             f"{name}.{field}"
-            for name in ("dr_grpo", "gigpo", "grpo", "ppo", "reinforce_pp", "rloo")
+            for name in ("canon", "dr_grpo", "gigpo", "grpo", "ppo", "reinforce_pp", "rloo")
             for field in ("clip_high", "clip_low", "entropy_coefficient", "invalid_penalty", "kl_coefficient")
         ),
     },
