@@ -55,9 +55,10 @@ ACCEPTED = {
         "clip_cov.band.0",
         "spear.covariance_band.0",
         "spear.replay_covariance_band.0",
+        "canon.beta",
         *(
             f"{name}.entropy_coefficient"
-            for name in ("dr_grpo", "gigpo", "grpo", "ppo", "reinforce_pp", "rloo")
+            for name in ("canon", "dr_grpo", "gigpo", "grpo", "ppo", "reinforce_pp", "rloo")
         ),
     },
     0: {
@@ -75,11 +76,14 @@ ACCEPTED = {
         *(f"aepo.{name}" for name in ("branch_penalty", "branch_probability", "entropy_advantage")),
         "aepo.entropy_weight",
         *("clip_cov.band.0", "clip_cov.share"),
+        *("bapo.lower.0", "bapo.target"),
+        *("canon.alpha", "canon.beta", "canon.mix"),
         "dapo.overlong_cache",
         *("empg.k", "empg.k_future", "empg.zeta"),
         *(f"epo.{name}" for name in ("entropy_coefficient", "low", "penalty", "schedule_rate", "window")),
         "fr3e.anchors",
         *("gigpo.gamma", "gigpo.step_weight"),
+        "kl_cov.coefficient",
         *("ppo.gamma_turn", "ppo.lam_turn", "ppo.value_coefficient"),
         *("reinforce_pp.gamma", "reinforce_pp.reward_kl_coefficient"),
         *(f"spear.{name}" for name in ("coefficient", "covariance_band.0", "covariance_share")),
@@ -92,7 +96,7 @@ ACCEPTED = {
         ),
         *(
             f"{name}.{field}"
-            for name in ("dr_grpo", "gigpo", "grpo", "ppo", "reinforce_pp", "rloo")
+            for name in ("canon", "dr_grpo", "gigpo", "grpo", "ppo", "reinforce_pp", "rloo")
             for field in ("clip_high", "clip_low", "entropy_coefficient", "invalid_penalty", "kl_coefficient")
         ),
     },

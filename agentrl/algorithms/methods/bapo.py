@@ -13,8 +13,8 @@ from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, excludes, require_tensor, requires
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
-from agentrl.config import Share, Weight
-from agentrl.errors import ConfigError, RequirementError
+from agentrl.config import PositiveShare, Share, Weight
+from agentrl.errors import ConfigError
 
 Upper = Annotated[float, Interval(ge=1, le=100)]
 Step = Annotated[float, Interval(ge=0.01, le=100)]
@@ -68,7 +68,7 @@ class BAPO(Recipe):
     }
 
     base: Base = field(default_factory=lambda: build_recipe("grpo"))
-    lower: tuple[Share, Share] = (0.6, 0.9)
+    lower: tuple[Share, PositiveShare] = (0.6, 0.9)
     upper: tuple[Upper, Upper] = (1.2, 3.0)
     lower_step: Step = 0.05
     upper_step: Step = 0.05
@@ -95,14 +95,9 @@ class BAPO(Recipe):
     @requires("current")
     @excludes(sequence_ratio="its bounds are those of single tokens; gspo over bapo keeps the bounds of gspo")
     def balanced_clip(self, mini: MiniBatch, context: Context, *, base: Clip) -> Bounds:
-        """Return the first bounds with the wanted balance, or the last ones; they keep the base's dual clip.
-
-        Raises:
-            RequirementError: If `mini.current` is empty.
-        """
-        if mini.current is None:
-            raise RequirementError("MiniBatch.current is empty, but bapo reads it")
-        ratio = require_tensor(mini.current.ratio, "ratio")[mini.counted].double()
+        """Return the first bounds with the wanted balance, or the last ones, with the base's dual clip."""
+        found = require_tensor(None if mini.current is None else mini.current.ratio, "current")
+        ratio = found[mini.counted].double()
         advantages = mini.advantages[mini.counted].double()
         bounds = base(mini, context)
 

@@ -23,7 +23,7 @@ Measure = Literal["entropy", "length"]
 @recipe("canon")
 @dataclass(frozen=True)
 class CANON(ClippedRecipe):
-    """Conditional advantage estimation: a return is compared with the half of its group that differs.
+    """Conditional advantage estimation: returns are compared with those of the other half of the group.
 
         A[high] = mix (R - alpha mean R[low] + beta) + (1 - mix) (R - mean R[high])
         A[low]  = mix (alpha R - mean R[high] - beta) + (1 - mix) (R - mean R[low])
@@ -94,13 +94,7 @@ class CANON(ClippedRecipe):
 
 
 def upper_half(values: Tensor, member: Tensor, sizes: Tensor) -> Tensor:
-    """Return whether a trajectory is not among the floor(n / 2) lowest of its group; [E] bool.
-
-    Args:
-        values: [E] float; equal ones keep their order.
-        member: [E] int64, the group of each trajectory, from 0 to G - 1.
-        sizes: [G] int64, how many trajectories a group has.
-    """
+    """Return whether one of [E] is not among the floor(n / 2) lowest of its group; ties keep their order."""
     order = values.argsort(stable=True)
     order = order[member[order].argsort(stable=True)]
     rank = torch.empty_like(member)
@@ -109,7 +103,6 @@ def upper_half(values: Tensor, member: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _measured(batch: Batch, measure: Measure) -> Tensor:
-    """Return what is compared between trajectories; [E] float64."""
     tokens = decisions(batch)
     lengths = tokens.valid.sum(dim=1).double()
     if measure == "length":

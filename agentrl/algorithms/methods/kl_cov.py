@@ -12,7 +12,7 @@ from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, require_tensor, requires
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import PositiveShare, Weight
-from agentrl.errors import ConfigError, RequirementError
+from agentrl.errors import ConfigError
 
 
 @recipe("kl_cov")
@@ -71,16 +71,11 @@ def absolute_log_ratio(outputs: Outputs, mini: MiniBatch, context: Context) -> T
 
 @requires("current")
 def highest_covariance(mini: MiniBatch, context: Context, *, share: float) -> Tensor:
-    """Mark the tokens in the surrogate with the highest covariance of advantage and logprob; [B, T] bool.
-
-    Raises:
-        RequirementError: If `mini.current` is empty.
-    """
+    """Mark the tokens in the surrogate with the highest covariance of advantage and logprob; [B, T] bool."""
     batch, counted = mini.batch, mini.counted
-    if mini.current is None:
-        raise RequirementError("MiniBatch.current is empty, but kl_cov reads it")
+    logprobs = require_tensor(None if mini.current is None else mini.current.logprobs, "current")
+    covariance = functional.covariance(mini.advantages.double(), logprobs.double(), counted)
     # Rounded, so that ties do not depend on floating-point noise.
-    covariance = functional.covariance(mini.advantages.double(), mini.current.logprobs.double(), counted)
     values = covariance.round(decimals=9).flatten()
     index, valid = functional.unroll(counted, batch.turns, batch.trajectory, len(batch.episodes))
     places = index[valid]  # in an order that does not depend on the layout of the rows
