@@ -192,7 +192,7 @@ STACKABLE = re.escape(", ".join(stackable_names()))
             r"algorithm\.compose\[2\]: clip cannot be combined with ratio: its bounds are those of single",
         ),
         ("[gigpo, aepo, empg]", r"algorithm\.compose\[2\]: transforms cannot be combined with transforms: "),
-        ("[grpo, spear, clip_cov]", r"algorithm\.compose\[2\]: base is 'spear', whose replay would not"),
+        ("[grpo, spear, clip_cov]", r"algorithm\.compose\[2\]: the base clips by covariance already"),
         ("[behaviour_cloning, gspo]", r"algorithm\.compose\[1\]: gspo: base 'behaviour_cloning' has no"),
         (
             "[grpo, {name: epo, lo: 1}]",
