@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import agentrl
+from agentrl.algorithms import recipe as registry
 from agentrl.algorithms.algorithm import Algorithm, keep_all
 from agentrl.algorithms.hooks import Context, MiniBatch
-from agentrl.algorithms.recipe import Recipe, recipe
+from agentrl.algorithms.recipe import Recipe, recipe, recipe_names
 from agentrl.data.batch import Batch
 from agentrl.errors import CheckpointError, ConfigError
 from agentrl.planning.preflight import check_ahead
@@ -59,7 +60,6 @@ class Critic:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-@recipe("remembering")
 @dataclass(frozen=True)
 class Remembering(Recipe):
     """An advantage by a critic of its own."""
@@ -67,6 +67,16 @@ class Remembering(Recipe):
     def build(self) -> Algorithm:
         critic = Critic()
         return Algorithm(select=keep_all, advantage=critic.advantage, diagnostics=(critic.measure,))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> Iterator[None]:
+    """Register the recipe for these tests only: others walk all recipes."""
+    recipe_names()  # loads the installed ones first
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_recipes", dict(registry._recipes))
+        recipe("remembering")(Remembering)
+        yield
 
 
 def config(folder: Path, *more: str) -> agentrl.RunConfig:
