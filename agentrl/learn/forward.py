@@ -19,7 +19,7 @@ OutputWeight = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class Forward:
-    """How to read the hidden states and the output embedding of a policy.
+    """Forward pass of a policy, from its hidden states and its output embedding.
 
     Args:
         hidden_states: The function (policy, tokens [N], lengths [B]) -> [N, d]. The rows are concatenated,

@@ -48,7 +48,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """How the policy is updated.
+    """Settings of the update of the policy.
 
     Weights, gradients and optimiser states are float32, whatever dtype the engine generates in: at the
     learning rate of a pretrained policy, updates of a bfloat16 weight would be rounded away.

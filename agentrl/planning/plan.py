@@ -76,7 +76,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs.
+    """Estimate of what a run needs, and the problems that keep it from starting.
 
     Args:
         lines: The amounts: work and disk of the whole run, processes and memory of one machine.

@@ -69,7 +69,7 @@ _gather = cast(Callable[[Tensor, Tensor], Tensor], _Gather.apply)
 
 
 class AttentionLayout(Protocol):
-    """How the tokens [N] of a forward pass belong to sequences, and how they attend to each other."""
+    """Layout of the tokens [N] of a forward pass: their sequences, and which tokens they attend to."""
 
     @property
     def longest(self) -> int:

@@ -9,7 +9,7 @@ from agentrl.policy.thinking import Thinking
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How replies are sampled.
+    """Parameters of sampling a reply.
 
     Args:
         temperature: The sampling temperature; 0 takes the most likely token, with the logprobs and entropies

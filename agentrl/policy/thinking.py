@@ -28,7 +28,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """How a reply reasons before its choice: an opening, the reasoning, a lead, then one of the choices.
+    """Form of a reply that reasons first: an opening, the reasoning, a lead, then one of the choices.
 
     Reasoning is any tokens until their text contains the ending, a stop id comes, or no room is left. In the
     last two cases `closing` is written after it. Then follow a lead and the choice.

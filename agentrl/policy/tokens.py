@@ -80,7 +80,7 @@ class Wording:
 
 
 class Dialogue(Protocol):
-    """How an episode is written as tokens.
+    """Way of writing an episode as tokens.
 
     A dialogue whose replies may reason before their choice also has `thinking` and `encode_choice`, like
     `ChatDialogue`.
@@ -236,7 +236,7 @@ class RoleDialogue:
 
 @dataclass(frozen=True, slots=True)
 class ReplyFormat:
-    """How a reply contains its command."""
+    """Format in which a reply contains its command."""
 
     instructions: str
     wrap: str  # the text around a command, with {} in its place

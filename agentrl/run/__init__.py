@@ -1,1 +1,1 @@
-"""What a run consists of on disk and in memory: configuration, folder, checkpoints, logs and policies."""
+"""The parts of a run on disk and in memory: configuration, folder, checkpoints, logs and policies."""

@@ -32,7 +32,7 @@ from agentrl.run.signals import Interruption
 
 @dataclass(frozen=True)
 class Session:
-    """What a run works with from its first step to its last.
+    """Objects that a run opens once and uses to its end.
 
     With several ranks, each has a session of its own: they share the episodes to play and the work of
     learning, and the first one writes the folder, which all can read.

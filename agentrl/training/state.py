@@ -34,7 +34,7 @@ from agentrl.training.setup import Session
 
 
 class TrainingState:
-    """Where a run is, and what it has learned.
+    """Progress of a run, its learner, and its checkpoints.
 
     Args:
         session: What the run works with.

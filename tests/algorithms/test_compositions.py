@@ -211,7 +211,7 @@ def function_of(value: Any) -> int:
 
 
 def captured(value: Any) -> Iterator[Any]:
-    """What a component was given when it was built, at any depth."""
+    """Return the values that a component was given when it was built, at any depth."""
     if isinstance(value, partial):
         found = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, Term | Algorithm | ReplayBuffer):
