@@ -140,6 +140,7 @@ def test_contradictions_are_refused_with_the_reason(settings, reason):
         ("dapo", {"overlong_limit": 10, "overlong_cache": 11}, "overlong_cache is 11"),
         ("dapo", {"base": {"name": "behaviour_cloning"}}, "'behaviour_cloning' has no clipped ratio"),
         ("gspo", {"base": {"name": "behaviour_cloning"}}, "'behaviour_cloning' has no clipped ratio"),
+        ("dr_bot", {"base": {"name": "kl_cov"}}, "'kl_cov' has no clipped ratio"),
         ("gspo", {"clip_low": 1.5}, r"clip_low: wrong value \(got 1.5, wanted at least 0 and at most 1\)"),
         ("gspo", {"base": {"name": "dapo", "base": {"name": "gspo"}}}, "those of single tokens"),
         ("spear", {"base": {"name": "dr_bot", "base": {"name": "gspo"}}}, "gspo over dr_bot keeps"),

@@ -12,9 +12,8 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, excludes, require_tensor, requires
-from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_clipped, build_recipe, recipe
 from agentrl.config import PositiveShare, Share, Weight
-from agentrl.errors import ConfigError
 
 Upper = Annotated[float, Interval(ge=1, le=100)]
 Step = Annotated[float, Interval(ge=0.01, le=100)]
@@ -77,10 +76,8 @@ class BAPO(Recipe):
 
     def build(self) -> Algorithm:
         """Build the base with adaptive bounds."""
-        base = self.base.build()
-        if base.clip is None:
-            raise ConfigError(f"bapo: base {self.base.name!r} has no clipped ratio, wanted one that has")
-        return replace(base, clip=partial(self.balanced_clip, base=base.clip))
+        base, clip = build_clipped(self.base, self.name)
+        return replace(base, clip=partial(self.balanced_clip, base=clip))
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
         return [

@@ -12,10 +12,9 @@ from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, drop_equal_returns
 from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, Select, excludes, traits
 from agentrl.algorithms.methods.dr_bot import SHAPED, by_shaped_returns
-from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_clipped, build_recipe, recipe
 from agentrl.config import Share, Tokens, Weight
 from agentrl.data.trajectory import Episode, Group
-from agentrl.errors import ConfigError
 
 
 @recipe("dapo")
@@ -71,9 +70,7 @@ class DAPO(Recipe):
 
     def build(self) -> Algorithm:
         """Build the base with the changes of DAPO."""
-        base = self.base.build()
-        if base.clip is None:
-            raise ConfigError(f"dapo: base {self.base.name!r} has no clipped ratio, wanted one that has")
+        base, clip = build_clipped(self.base, self.name)
         select, shape_reward = base.select, base.shape_reward
         if self.overlong_limit is not None:
             penalty = partial(penalise_overlong, limit=self.overlong_limit, cache=self.overlong_cache)
@@ -85,7 +82,7 @@ class DAPO(Recipe):
             select=partial(drop_equal_then, select=select),
             rollout=replace(base.rollout, rounds=self.max_rounds),
             shape_reward=shape_reward,
-            clip=partial(clip_higher, low=self.clip_low, high=self.clip_high, base=base.clip),
+            clip=partial(clip_higher, low=self.clip_low, high=self.clip_high, base=clip),
             aggregation=functional.token_weights,
         )
 

@@ -26,7 +26,7 @@ from agentrl.algorithms.hooks import (
     trait,
 )
 from agentrl.algorithms.methods.grpo import GRPO
-from agentrl.algorithms.recipe import Base, Presets, Recipe, recipe
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_clipped, recipe
 from agentrl.config import PositiveShare, Share, Tokens, Weight
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Group, Turn
@@ -88,7 +88,7 @@ class DrBot(Recipe):
 
     def build(self) -> Algorithm:
         """Build the base with the changes of Dr.BoT."""
-        base = self.base.build()
+        base, _ = build_clipped(self.base, self.name)
         return replace(
             base,
             select=by_shaped_returns(

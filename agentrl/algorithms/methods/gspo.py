@@ -10,9 +10,8 @@ from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.hooks import MiniBatch, Outputs, require_tensor, trait
 from agentrl.algorithms.methods.grpo import fixed_clip
-from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_clipped, build_recipe, recipe
 from agentrl.config import Share, Weight
-from agentrl.errors import ConfigError
 
 
 @recipe("gspo")
@@ -53,9 +52,7 @@ class GSPO(Recipe):
 
     def build(self) -> Algorithm:
         """Build the base with one ratio per turn."""
-        base = self.base.build()
-        if base.clip is None:
-            raise ConfigError(f"gspo: base {self.base.name!r} has no clipped ratio, wanted one that has")
+        base, _ = build_clipped(self.base, self.name)
         return replace(
             base,
             ratio=turn_ratio,

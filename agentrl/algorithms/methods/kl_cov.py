@@ -10,7 +10,7 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, require_tensor, requires
-from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_clipped, build_recipe, recipe
 from agentrl.config import PositiveShare, Weight
 from agentrl.errors import ConfigError
 
@@ -55,8 +55,8 @@ class KLCov(Recipe):
 
     def build(self) -> Algorithm:
         """Build the base with the penalty in place of its clip."""
-        base = self.base.build()
-        if base.clip is None or base.surrogate is not clipped_policy_loss:
+        base, _ = build_clipped(self.base, self.name)
+        if base.surrogate is not clipped_policy_loss:
             raise ConfigError(f"kl_cov: base {self.base.name!r} has no clipped ratio, wanted one that has")
         where = partial(highest_covariance, share=self.share)
         term = Term("kl_cov", absolute_log_ratio, self.coefficient, where=where)
