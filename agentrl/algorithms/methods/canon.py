@@ -10,9 +10,10 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.clipped_recipe import ClippedRecipe
 from agentrl.algorithms.features import decisions
 from agentrl.algorithms.hooks import Context, require_tensor, requires
-from agentrl.algorithms.methods.grpo import ClippedRecipe, DrGRPO, mark_comparing
+from agentrl.algorithms.methods.grpo import DrGRPO, mark_comparing
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.config import Share, SignedWeight, Tokens, Weight
 from agentrl.data.batch import Batch

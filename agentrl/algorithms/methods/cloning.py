@@ -6,8 +6,8 @@ from typing import Literal
 from torch import Tensor
 
 from agentrl.algorithms.algorithm import Algorithm, keep_all
+from agentrl.algorithms.clipped_recipe import aggregation
 from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs
-from agentrl.algorithms.methods.grpo import aggregation
 from agentrl.algorithms.recipe import Recipe, build_recipe, recipe
 from agentrl.data.batch import Batch
 

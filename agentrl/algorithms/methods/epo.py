@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.clipped_recipe import entropy_bonus
 from agentrl.algorithms.entropy_band import EntropyBand, ReferenceLevel, entropy_levels
 from agentrl.algorithms.hooks import Context, Term
-from agentrl.algorithms.methods.grpo import entropy_bonus
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Count, PositiveWeight, Steps, Weight
 from agentrl.schedule import PenaltySchedule, penalty_weight

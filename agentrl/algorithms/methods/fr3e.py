@@ -14,9 +14,9 @@ from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, mismatch_metrics, returns_differ
 from agentrl.algorithms.branch_policies import AnchorExploration
 from agentrl.algorithms.branching import AnchorUnit, RolloutPlan, Uncertainty
+from agentrl.algorithms.clipped_recipe import fixed_clip
 from agentrl.algorithms.features import BranchStates, anchor_entropies, branch_states, tokens_after_branching
 from agentrl.algorithms.hooks import Context, MiniBatch
-from agentrl.algorithms.methods.grpo import fixed_clip
 from agentrl.algorithms.recipe import Presets, Recipe, recipe
 from agentrl.config import Share, Weight
 from agentrl.data.batch import Batch

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.clipped_recipe import ClippedRecipe
 from agentrl.algorithms.features import (
     decision_rewards,
     decisions,
@@ -19,7 +20,6 @@ from agentrl.algorithms.features import (
     turns_to_tokens,
 )
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, require_tensor, requires, trait
-from agentrl.algorithms.methods.grpo import ClippedRecipe
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.config import PositiveWeight, Share, Weight
 from agentrl.data.batch import Batch

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.clipped_recipe import ClippedRecipe
 from agentrl.algorithms.features import at_last_decisions, decision_rewards, decisions, row_scores
 from agentrl.algorithms.hooks import Advantage, Context, require_tensor, requires, trait
-from agentrl.algorithms.methods.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups, mark_comparing
+from agentrl.algorithms.methods.grpo import GRPO, Weighting, compare_in_groups, mark_comparing
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.config import Share, Weight
 from agentrl.data.batch import Batch

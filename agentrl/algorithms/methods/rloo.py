@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.methods.grpo import GRPO, ClippedRecipe, Weighting, compare_in_groups, mark_comparing
+from agentrl.algorithms.clipped_recipe import ClippedRecipe
+from agentrl.algorithms.methods.grpo import GRPO, Weighting, compare_in_groups, mark_comparing
 from agentrl.algorithms.recipe import Presets, recipe
 
 
