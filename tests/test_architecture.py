@@ -136,7 +136,7 @@ def test_the_lines_of_the_longest_methods_are_counted() -> None:
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
 def test_a_method_is_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) < MOST_LINES.get(path.stem, 300)
+    assert len(path.read_text().splitlines()) < MOST_LINES.get(path.stem, 225)
 
 
 def test_every_room_has_a_floor() -> None:
