@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import agentrl
 from agentrl.run.logger import RunLogger
+from agentrl.run.metric_keys import find_metric
 
 SMALL = (
     "rollout.placement=inline",
@@ -113,6 +114,7 @@ def test_a_method_learns_by_its_own_signal_and_every_weight_stays_finite(
     run = agentrl.train(config(clone, tmp_path, name), quiet=True)
     logged = rows(run.folder)
     assert [row["step"] for row in logged] == [1, 2]
+    assert all(find_metric(key) for row in logged for key in row.keys() - {"stage", "step"})
     for sign in METHODS[name][1]:
         assert any(sign(row) for row in logged), logged
     assert sum(row.get("train/learner/updates", 0) for row in logged) >= 1

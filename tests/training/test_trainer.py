@@ -22,6 +22,7 @@ from agentrl.evaluation.scores import Evaluation
 from agentrl.rollout.players import LanguagePlayer, RandomPlayer
 from agentrl.run.folder import with_overrides
 from agentrl.run.logger import RunLogger
+from agentrl.run.metric_keys import find_metric
 from agentrl.run.signals import RunInterrupted
 from agentrl.training.rollouts import TaskOrder
 from agentrl.training.state import TrainingState
@@ -97,6 +98,16 @@ def test_entropy_is_logged_at_every_level_and_stays_below_the_number_of_choices(
         for level in ("token", "turn", "trajectory"):
             # 15 numbers are admissible, and a choice of several tokens is drawn token by token.
             assert 0 < row[f"train/rollout/entropy/{level}"] < 2.71
+
+
+def test_every_metric_that_a_run_writes_is_in_the_documented_table(unbroken: agentrl.Run) -> None:
+    written = rows(unbroken.folder)
+    assert {row["stage"] for row in written} == {"warm_start", "train"}
+    for row in written:
+        keys = row.keys() - {"stage", "step"}
+        assert {
+            key for key in keys if not key.startswith(f"{row['stage']}/") or not find_metric(key)
+        } == set()
 
 
 def test_the_learner_agrees_with_the_rollout_about_what_was_sampled(unbroken: agentrl.Run) -> None:
