@@ -314,7 +314,7 @@ def _parts(component: object) -> tuple[object, ...]:
     if isinstance(component, GroupTerm):
         return (component.loss,)
     if isinstance(component, RolloutPlan):
-        return (component.branch_policy,)
+        return component.branch_policy, component.reply_temperature
     return (component,)
 
 
@@ -346,7 +346,15 @@ def _is_computed(requirement: str, offered: frozenset[str]) -> bool:
     return STATISTICS in offered and is_statistic(requirement) and statistic_fault(requirement) is None
 
 
+_REFUSED = {
+    "rollout:token_temperature": "only engine.name=torch without engine.actors samples each token at a "
+    "temperature of its own; the others sample a whole reply at one",
+}
+
+
 def _explained(requirement: str) -> str:
+    if requirement in _REFUSED:
+        return f"{requirement} ({_REFUSED[requirement]})"
     fault = None if requirement in SCORED else statistic_fault(requirement)
     return requirement if fault is None else f"{requirement} ({fault})"
 

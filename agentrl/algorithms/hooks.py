@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor
 
 from agentrl.data.batch import Batch
-from agentrl.data.trajectory import Episode, Group
+from agentrl.data.trajectory import Episode, Group, Turn
 from agentrl.errors import RequirementError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -118,8 +118,43 @@ class MiniBatch:
         )
 
 
+@dataclass(frozen=True)
+class ReplyState:
+    """What is known before a reply is sampled.
+
+    Args:
+        task: The id of the task.
+        episode: The id of the episode.
+        member: The index of the episode in its group, from 0.
+        turn: The index of the turn, from 0.
+        previous: The turn before it, with the entropies of its tokens; None in the first.
+        temperature: The temperature of the step, of the configuration or of `RolloutPlan.temperature`.
+    """
+
+    task: str
+    episode: str
+    member: int
+    turn: int
+    previous: Turn | None
+    temperature: float
+
+
+@dataclass(frozen=True)
+class TokenTemperature:
+    """Temperature that follows, within a reply, from the entropy of the last decision.
+
+    Args:
+        first: The temperature of the reply's first decision.
+        following: (entropy of the decision before, in nats, at its own temperature) -> temperature.
+    """
+
+    first: float
+    following: Callable[[float], float]
+
+
 Weights = tuple[Tensor, Tensor]  # [B, T], and the count that divides their sum
 Coefficient = Callable[[Context], float]
+ReplyTemperature = Callable[[ReplyState, Context], float | TokenTemperature]
 Select = Callable[[Sequence[Group], Context], Sequence[Group]]
 ShapeReward = Callable[[Episode, Context], Sequence[float]]
 ShapeGroup = Callable[[Group, Context], Sequence[Sequence[float]]]
@@ -207,8 +242,10 @@ def requires(*names: str) -> Callable[[F], F]:
     The learner provides `old_logprobs` and `entropy` ([B, T] of the scoring pass, without gradient),
     `entropy:grad` (`Outputs.entropies` with gradient) and `current`; with a reference policy `reference`;
     with a value head `values` ([B, T] of the scoring pass), `last_values` and `values:grad`. An engine that
-    records entropies provides `rollout:entropy`, for a `BranchPolicy` that reads them. Names such as
-    `topk:10` and `topk:10:grad` ask for statistics of each token's distribution; see `token_statistic`.
+    records entropies provides `rollout:entropy`, for a `BranchPolicy` or a `ReplyTemperature` that reads
+    them; the torch engine in this process provides `rollout:token_temperature`, for a `ReplyTemperature` that
+    returns a `TokenTemperature`. Names such as `topk:10` and `topk:10:grad` ask for statistics of each
+    token's distribution; see `token_statistic`.
 
     Where a name depends on a hyper-parameter, mark a `functools.partial` or a bound method of the hook. Names
     add to those that the component declares itself.

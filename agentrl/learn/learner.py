@@ -53,8 +53,7 @@ class Learner:
         reference: A frozen policy of the same vocabulary, for algorithms that require `reference`.
         critic: Whether to add a value head on the policy's states, for algorithms that require `values`. Its
             output is 0 at first, and its gradient reaches the policy's own parameters.
-        forward: How to read hidden states, and the sampling temperature; None reads a Hugging Face causal
-            language model at temperature 1.
+        forward: How to read hidden states; None reads a Hugging Face causal language model.
         ranks: The ranks that learn together; more than one only under `fsdp`.
     """
 
@@ -90,6 +89,7 @@ class Learner:
         # Sharding replaces the parameters, so the optimisers are built after it.
         optimizers = build_optimizers(policy, config, self.value_head)
         self._state = LearnerState(config, learned, frozen, optimizers, ranks)
+        self._scorer = Scorer(self.forward, config.micro_batch_tokens, ranks)
 
     def _new_value_head(self) -> nn.Linear:
         weight = self.forward.output_weight(self.policy)
@@ -255,11 +255,6 @@ class Learner:
     @property
     def _device(self) -> torch.device:
         return next(self.policy.parameters()).device
-
-    @property
-    def _scorer(self) -> Scorer:
-        # Built anew each time, since `forward` is replaced when the temperature changes.
-        return Scorer(self.forward, self.config.micro_batch_tokens, self.ranks)
 
     def export(self, model: nn.Module) -> None:
         """Copy the weights into a model of the policy's shape, one at a time; every rank must call it.

@@ -153,4 +153,5 @@ class EngineConfig:
     @property
     def provides(self) -> frozenset[str]:
         """Return the features of this engine that algorithm components may require."""
-        return frozenset({"rollout:entropy"})
+        own = {"rollout:token_temperature"} if self.name == "torch" and self.actors is None else set()
+        return frozenset({"rollout:entropy"}) | own

@@ -29,6 +29,7 @@ class EpisodeSpec:
         task: The id of the task.
         seed: The seed of the environment.
         parent: The point of another episode from which this one branches; None for the first observation.
+        member: The index of the episode in its group.
     """
 
     id: str
@@ -36,6 +37,7 @@ class EpisodeSpec:
     task: str
     seed: int
     parent: BranchPoint | None = None
+    member: int = 0
 
     def __post_init__(self) -> None:
         try:
@@ -79,6 +81,9 @@ class ActionRequest:
         actions: The admissible actions; None if the environment does not name them.
         info: The complete `info` that came with the observation.
         seed: The seed of the episode's random draws.
+        task: The id of the task.
+        member: The index of the episode in its group.
+        previous: The turn before this one; None in the first.
     """
 
     episode_id: str
@@ -87,6 +92,9 @@ class ActionRequest:
     actions: tuple[str, ...] | None
     info: Mapping[str, Any]
     seed: int
+    task: str = ""
+    member: int = 0
+    previous: Turn | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +129,8 @@ class Reply:
     finish: str = "stop"
     policy_version: int = 0
     policy_versions: tuple[int, ...] = ()
+    temperature: float | None = None
+    temperatures: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +268,17 @@ def play(
         if max_turns is not None and len(path.turns) >= max_turns:
             return _episode(spec, path, StopReason.TURN_LIMIT, before)
         turn, actions = len(path.turns), _actions(before)
-        reply = yield ActionRequest(spec.id, turn, before.observation, actions, before.info, seed)
+        reply = yield ActionRequest(
+            spec.id,
+            turn,
+            before.observation,
+            actions,
+            before.info,
+            seed,
+            task=spec.task,
+            member=spec.member,
+            previous=path.turns[-1] if path.turns else None,
+        )
         if isinstance(reply, Stop):
             return _episode(spec, path, reply.reason, before, reply.error)
         reply = _checked(reply, Reply)
@@ -329,6 +349,8 @@ def _turn(before: Transition, reply: Reply, answer: Answer) -> Turn:
         finish=reply.finish,
         policy_version=reply.policy_version,
         policy_versions=reply.policy_versions,
+        temperature=reply.temperature,
+        temperatures=reply.temperatures,
         info=info,
     )
 

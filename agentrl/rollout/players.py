@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from agentrl.policy.tokens import Dialogue
 
 Answered = tuple[str, Reply | Stop]
+ChooseSampling = Callable[[ActionRequest, SamplingParams], SamplingParams]
 
 
 class Player(Protocol):
@@ -169,6 +170,7 @@ class _Pending:
     request: ActionRequest
     prompt_ids: tuple[int, ...]
     new_sequence: bool
+    sampling: SamplingParams
     menu: Menu | None  # None for a reply of free text
     prefix: tuple[int, ...] = ()  # the first tokens of the reply, which the engine was given
 
@@ -183,15 +185,24 @@ class LanguagePlayer:
         choices: Whether to reply with one of the admissible actions where the environment names them, after
             the thoughts that the dialogue's `thinking` and `sampling.max_tokens` allow; False generates
             freely.
+        choose_sampling: Maps a request and `sampling` to the parameters of the reply, which must have the
+            same `max_tokens`; None takes `sampling`.
     """
 
     def __init__(
-        self, dialogue: "Dialogue", engine: Engine, sampling: SamplingParams, *, choices: bool = True
+        self,
+        dialogue: "Dialogue",
+        engine: Engine,
+        sampling: SamplingParams,
+        *,
+        choices: bool = True,
+        choose_sampling: ChooseSampling | None = None,
     ) -> None:
         self._dialogue = dialogue
         self._engine = engine
         self._sampling = sampling
         self._choices = choices
+        self._choose_sampling = choose_sampling
         self._thinking: Thinking | None = getattr(dialogue, "thinking", None)
         self._conversations: dict[str, _Conversation] = {}
         self._pending: dict[str, _Pending] = {}
@@ -215,7 +226,10 @@ class LanguagePlayer:
             return
         prefix = inherited.begun if menu is None else menu.prefix
         free = menu is None or menu.thinking is not None
-        pending = _Pending(request, tuple(prompt.ids), prompt.new_sequence, menu, prefix)
+        sampling = self._sampling
+        if self._choose_sampling is not None:
+            sampling = self._choose_sampling(request, sampling)
+        pending = _Pending(request, tuple(prompt.ids), prompt.new_sequence, sampling, menu, prefix)
         self._pending[request.episode_id] = pending
         conversation.submitted = True
         self._engine.submit(
@@ -226,7 +240,7 @@ class LanguagePlayer:
                 new_sequence=prompt.new_sequence or bool(inherited.ids),
                 choices=None if menu is None else tuple(menu.texts),
                 seed=derive_seed(request.seed, "turn", request.turn),
-                sampling=self._shortened(len(prefix)) if free else self._sampling,
+                sampling=_shortened(sampling, len(prefix)) if free else sampling,
                 parent=inherited.parent,
                 thinking=None if menu is None else menu.thinking,
                 begun=() if menu is None else menu.thoughts,
@@ -239,11 +253,6 @@ class LanguagePlayer:
             return None
         max_tokens = self._sampling.max_tokens
         return build_menu(self._dialogue, self._thinking, request.actions, begun, max_tokens)
-
-    def _shortened(self, tokens: int) -> SamplingParams:
-        """Return the sampling parameters with `tokens` fewer tokens to generate."""
-        sampling = self._sampling
-        return replace(sampling, max_tokens=sampling.max_tokens - tokens) if tokens else sampling
 
     def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
         """Start an episode with the tokens of its parent, which the engine need not read again."""
@@ -285,9 +294,10 @@ class LanguagePlayer:
         if prefix:
             chosen_from = (None,) * len(generation.token_ids) if allowed is None else allowed
             allowed = (*((token,) for token in prefix), *chosen_from)
-        versions = generation.policy_versions
-        if versions:
-            versions = (*versions[:1] * len(prefix), *versions)
+        versions, temperatures = (
+            (*values[:1] * len(prefix), *values)
+            for values in (generation.policy_versions, generation.temperatures)
+        )
         self._conversations[generation.sequence].extend(
             pending.request.observation, len(pending.prompt_ids), pending.new_sequence, ids
         )
@@ -305,12 +315,19 @@ class LanguagePlayer:
             finish=generation.finish,
             policy_version=generation.policy_version,
             policy_versions=versions,
+            temperature=pending.sampling.temperature,
+            temperatures=temperatures,
         )
 
     def _parse(self, ids: tuple[int, ...]) -> tuple[str, bool]:
         # An unparsable reply goes to the environment unchanged, so that the policy sees its effect.
         parsed = self._dialogue.parse(ids)
         return parsed.text, parsed.valid
+
+
+def _shortened(sampling: SamplingParams, tokens: int) -> SamplingParams:
+    """Return the sampling parameters with `tokens` fewer tokens to generate."""
+    return replace(sampling, max_tokens=sampling.max_tokens - tokens) if tokens else sampling
 
 
 class DemonstrationPlayer(_ImmediatePlayer):

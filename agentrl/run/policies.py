@@ -29,7 +29,7 @@ from agentrl.policy.tokens import Dialogue, check_without_template, fit_tokenize
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import EpisodeSpec
-from agentrl.rollout.players import ExpertPlayer, LanguagePlayer, Player, RandomPlayer
+from agentrl.rollout.players import ChooseSampling, ExpertPlayer, LanguagePlayer, Player, RandomPlayer
 from agentrl.run.folder import Run, changed_wording, open_run
 from agentrl.run.settings import RunConfig
 from agentrl.run.trust import caller_only_values, drop_caller_only_values
@@ -69,10 +69,22 @@ class Policy:
             address=config.rollout.ray.address,
         )
 
-    def player(self, engine: Engine, config: RunConfig, temperature: float) -> LanguagePlayer:
-        """Make a player that samples its replies from the engine."""
+    def player(
+        self,
+        engine: Engine,
+        config: RunConfig,
+        temperature: float,
+        choose_sampling: ChooseSampling | None = None,
+    ) -> LanguagePlayer:
+        """Make a player that samples its replies from the engine; see `LanguagePlayer`."""
         sampling = SamplingParams(temperature=temperature, max_tokens=config.engine.max_tokens)
-        return LanguagePlayer(self.dialogue, engine, sampling, choices=config.rollout.constrained)
+        return LanguagePlayer(
+            self.dialogue,
+            engine,
+            sampling,
+            choices=config.rollout.constrained,
+            choose_sampling=choose_sampling,
+        )
 
 
 def fit_policy(

@@ -190,12 +190,7 @@ class RunConfig:
         check_own_numbers(self)
         if self.engine.name != "vllm":
             return
-        temperature = self.rollout.temperature
-        if not _VLLM_TEMPERATURES[0] <= temperature <= _VLLM_TEMPERATURES[1]:
-            raise ConfigError(
-                f"rollout.temperature is {temperature}, wanted within {list(_VLLM_TEMPERATURES)}, "
-                "the range of engine.name=vllm"
-            )
+        self.check_temperature("rollout.temperature", self.rollout.temperature)
         inside = self.engine.actors is None and self.engine.vllm.url is None
         if inside and "fsdp" in (self.learner.backend, self.warm_start.learner.backend):
             raise ConfigError(
@@ -203,8 +198,24 @@ class RunConfig:
                 "learner.backend=fsdp; wanted engine.actors, or engine.vllm.url of a server"
             )
 
+    def check_temperature(self, name: str, temperature: float) -> None:
+        """Refuse a temperature of training that the engine cannot sample at.
+
+        Raises:
+            ConfigError: With the name and the value.
+        """
+        low, high = _VLLM_TEMPERATURES if self.engine.name == "vllm" else (0.0, _MAX_TEMPERATURE)
+        if not low <= temperature <= high or temperature == 0:
+            wanted = (
+                f"within {[low, high]}, the range of engine.name=vllm"
+                if low
+                else f"above 0, at most {high:g}"
+            )
+            raise ConfigError(f"{name} is {temperature}, wanted {wanted}")
+
 
 _VLLM_TEMPERATURES = (0.01, 2.0)
+_MAX_TEMPERATURE = 1000.0
 
 # The key that names the kind of a block: a new value makes the other keys of the block meaningless. The list
 # of an algorithm's parts is another such key.

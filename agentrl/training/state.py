@@ -13,7 +13,6 @@ from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.stateful import states_of
 from agentrl.errors import CheckpointError, NonFiniteError
 from agentrl.evaluation.run_scores import RunScores
-from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner
 from agentrl.learn.ranks import ALONE
 from agentrl.policy.model import output_weight
@@ -103,7 +102,6 @@ class TrainingState:
             block,
             reference=copy.deepcopy(model).requires_grad_(False) if "reference" in required else None,
             critic="values" in required,
-            forward=Forward(temperature=1.0 if cloning else config.rollout.temperature),
             ranks=self._session.ranks if sharded else ALONE,
         )
 

@@ -1,5 +1,5 @@
 import torch
-from toy_policy import VOCABULARY, ToyPolicy, hidden_states, make_groups, toy_forward
+from toy_policy import VOCABULARY, ToyPolicy, hidden_states, make_groups, sampled_at, toy_forward
 
 from agentrl.data.batch import collate
 from agentrl.learn.forward import Forward, needed_lengths
@@ -35,11 +35,12 @@ def expected(logits_of, batch, temperature=1.0):
 
 
 def test_token_t_is_described_by_the_state_at_t_minus_1():
-    policy, batch = ToyPolicy(), collate(make_groups())
-    assert batch.allowed is not None
-    assert len(batch.allowed.rows) < int(batch.action_mask.sum())  # constrained and free decisions are mixed
+    policy = ToyPolicy()
     for temperature in (1.0, 0.6):
-        outputs = toy_forward(temperature).score(policy, batch)
+        batch = collate(sampled_at(make_groups(), temperature))
+        assert batch.allowed is not None
+        assert len(batch.allowed.rows) < int(batch.action_mask.sum())  # constrained and free are mixed
+        outputs = toy_forward().score(policy, batch)
 
         def logits_of(row):
             return hidden_states(policy, row, torch.tensor([len(row)])) @ policy.embedding.weight.T
