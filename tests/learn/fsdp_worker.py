@@ -12,10 +12,11 @@ import torch.distributed as dist
 from remembering import ReturnModel, VisitCounts
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
-from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
+from toy_policy import VOCABULARY, ToyPolicy, make_groups, sampled_at, toy_forward
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from agentrl.algorithms.algorithm import Algorithm, keep_all
+from agentrl.algorithms.branching import RolloutPlan
 from agentrl.algorithms.credit import prepare
 from agentrl.algorithms.hooks import (
     Context,
@@ -117,6 +118,8 @@ def played(algorithm: Algorithm, seed: int) -> list[Group]:
     groups = make_groups(seed)
     cut = tuple(replace(episode, stop=StopReason.CONTEXT_LIMIT) for episode in groups[0].episodes)
     groups[0] = replace(groups[0], episodes=cut)
+    if algorithm.rollout.reply_temperature is not None:
+        groups = sampled_at(groups, 0.6, 1.0, 1.5, by_token=True)
     if algorithm.rollout.branch_policy is None:
         return groups
     return [
@@ -227,6 +230,13 @@ def a_transformer(ranks: Ranks, folder: Path) -> Figures:
 
 def adapters(ranks: Ranks, folder: Path) -> Figures:
     return compared(double_qwen, "grpo", ranks, lora=LoraConfig(rank=3, targets=("q_proj", "down_proj")))
+
+
+def tempered(ranks: Ranks, folder: Path) -> Figures:
+    """Compare on tokens of different temperatures, with a value head."""
+    plan = RolloutPlan(reply_temperature=lambda state, context: 1.0)
+    algorithm = replace(build_recipe("ppo").build(), rollout=plan)
+    return compared(ToyPolicy, algorithm, ranks, micro_batch_tokens=20)
 
 
 def muon(ranks: Ranks, folder: Path) -> Figures:

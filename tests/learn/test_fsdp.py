@@ -28,6 +28,7 @@ def figures(folder: Path) -> Figures:
         "token_statistics",
         "off_policy",
         "a_transformer",
+        "tempered",
         "muon",
         "in_float32",
         "recomputed",
@@ -79,6 +80,10 @@ def test_so_does_one_whose_layers_are_computed_again_and_whose_rows_come_one_by_
 @pytest.mark.skipif(not find_spec("peft"), reason="needs the extra lora")
 def test_so_do_adapters(figures: Figures) -> None:
     assert_equal(figures["adapters"], gradient=1e-9, weights=1e-9)
+
+
+def test_so_do_tokens_that_were_sampled_at_different_temperatures(figures: Figures) -> None:
+    assert_equal(figures["tempered"], gradient=1e-12, weights=1e-12)
 
 
 def test_so_does_muon(figures: Figures) -> None:

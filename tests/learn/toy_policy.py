@@ -91,7 +91,7 @@ def make_groups(seed: int = 0, groups: int = 3, size: int = 4) -> list[Group]:
 
 
 def sampled_at(groups: Sequence[Group], *temperatures: float, by_token: bool = False) -> list[Group]:
-    """The groups as if these temperatures had been those of the turns, or of the tokens, one after the other."""
+    """The groups as if their turns, or tokens, had been sampled at these temperatures in turn."""
     drawn = cycle(temperatures)
 
     def sampled(turn: Turn) -> Turn:
