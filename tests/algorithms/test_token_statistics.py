@@ -31,7 +31,9 @@ NEVER = -math.inf
 @pytest.fixture
 def registry(monkeypatch):
     """Leave no statistic of a test registered."""
-    monkeypatch.setattr(token_statistics._functions, "_functions", dict(token_statistics._functions._functions))
+    monkeypatch.setattr(
+        token_statistics._functions, "_functions", dict(token_statistics._functions._functions)
+    )
 
 
 def found(name, logits, token=0):

@@ -93,7 +93,7 @@ class BAPO(Recipe):
     @excludes(sequence_ratio="its bounds are those of single tokens; gspo over bapo keeps the bounds of gspo")
     def balanced_clip(self, mini: MiniBatch, context: Context, *, base: Clip) -> Bounds:
         """Return the first bounds with the wanted balance, or the last ones, with the base's dual clip."""
-        found = require_tensor(None if mini.current is None else mini.current.ratio, "current")
+        found = require_tensor(mini.now.ratio, "ratio")
         ratio = found[mini.counted].double()
         advantages = mini.advantages[mini.counted].double()
         bounds = base(mini, context)
