@@ -1,9 +1,10 @@
 """Entropies of turns, episodes and groups before the update, and the covariance that drives them."""
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.features import decisions
+from agentrl.algorithms.features import decisions, turn_exists
 from agentrl.algorithms.hooks import MiniBatch, require_tensor, requires
 from agentrl.algorithms.named_features import feature, feature_of, mini_batch_feature
 from agentrl.config import Share
@@ -23,7 +24,8 @@ def turn_entropy(batch: Batch) -> Tensor:
     means, _ = functional.turn_means(
         _entropies(batch), batch.action_mask, batch.turns, batch.trajectory, len(batch.episodes)
     )
-    return means
+    # Turns at the end that no row holds have no tokens.
+    return F.pad(means, (0, turn_exists(batch).shape[1] - means.shape[1]))
 
 
 @feature("episode_entropy")

@@ -60,19 +60,24 @@ def mini_batch_feature(name: str) -> Callable[[Function], Function]:
 def feature_of(source: Batch | MiniBatch, name: str) -> Tensor:
     """Return a feature that a component requires by name.
 
+    A feature of a batch that nothing requires, as in a hook that you call yourself, is computed for this call
+    alone, if the batch is whole.
+
     Args:
         source: The batch, or the mini-batch, which has the features of its batch as well.
         name: The name, with its argument.
 
     Raises:
-        RequirementError: If no component requires it.
+        RequirementError: If no component requires it, and a part of the rows does not suffice to compute it.
     """
-    known = source.features if isinstance(source, Batch) else {**source.batch.features, **source.features}
+    batch, known = (source, {}) if isinstance(source, Batch) else (source.batch, source.features)
+    if batch.whole and is_feature(name) and not _is_of_mini_batch(name):
+        batch = with_features(batch, [name])
+    known = {**batch.features, **known}
     if name not in known:
         raise RequirementError(
             f"{name} is not among the features of this batch ({', '.join(known) or 'none'}); mark the "
-            f"component that reads it with @requires({name!r}), and use `with_features` where you call the "
-            "component yourself"
+            f"component that reads it with @requires({name!r})"
         )
     return known[name]
 

@@ -56,6 +56,7 @@ class Batch:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     # [E, ...] or a single number by name, features of the rollout batch; see `algorithms.named_features`.
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    whole: bool = True  # False of rows that were selected, from which features cannot be computed
     # Branch points of aborted episodes by (group, id), since episodes of this batch may descend from them.
     aborted: Mapping[tuple[int, str], BranchPoint | None] = field(default_factory=dict, repr=False)
 
@@ -99,6 +100,7 @@ class Batch:
             trajectory=self.trajectory[index],
             allowed=None if self.allowed is None else _select_allowed(self.allowed, index, len(self.tokens)),
             extras={name: value[index, :width] for name, value in self.extras.items()},
+            whole=False,
             **per_token,
         )
 

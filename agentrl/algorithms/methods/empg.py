@@ -138,4 +138,7 @@ def _steps(advantages: Tensor, batch: Batch) -> _Steps:
     )
     if not torch.allclose(turns_to_tokens(credit, batch), values, equal_nan=True):
         raise ValueError("empg: the base's advantage differs within a turn, wanted one number for each turn")
-    return _Steps(credit, feature_of(batch, "turn_entropy"), present, feature_of(batch, "branch_weights"))
+    entropies, weights = (
+        feature_of(batch, name)[:, : present.shape[1]] for name in ("turn_entropy", "branch_weights")
+    )
+    return _Steps(credit, entropies, present, weights)
