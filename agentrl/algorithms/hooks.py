@@ -16,6 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 REQUIRES, TRAITS, EXCLUDES = "requires", "traits", "excludes"
 SCORED = frozenset({"old_logprobs", "entropy", "reference", "values"})  # results of the scoring pass
 COMPARES = "comparison within a group"  # a trait: an episode alone in its group gives no signal
+ADAPTIVE_BOUNDS = "adaptive bounds"  # a trait: a clip that finds its bounds in each mini-batch
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,11 @@ def reads_statistics(requires: Iterable[str]) -> bool:
     return any(is_statistic(name) and not _with_gradient(name) for name in requires)
 
 
+def numbers_per_token(statistics: Statistics) -> int:
+    """Return how many numbers the statistics hold for each token."""
+    return sum(math.prod(_shape(name)) for name in (*statistics.of_logits, *statistics.of_logprobs))
+
+
 def empty_extras(statistics: Statistics, like: Tensor) -> dict[str, Tensor]:
     """Return zeros for every statistic of logits, [B, T] or [B, T, k], with the dtype of `like` [B, T]."""
     return {name: like.new_zeros((*like.shape, *_shape(name))) for name in statistics.of_logits}

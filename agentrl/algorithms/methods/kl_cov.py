@@ -9,9 +9,10 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss
+from agentrl.algorithms.clipped_recipe import build_clipped
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, require_tensor, requires
 from agentrl.algorithms.named_features import feature_of
-from agentrl.algorithms.recipe import Base, Presets, Recipe, build_clipped, build_recipe, recipe
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import PositiveShare, Weight
 from agentrl.errors import ConfigError
 
