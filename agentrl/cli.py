@@ -535,13 +535,33 @@ def new_env(
     from agentrl.env.new_env import write_new_env
 
     made = write_new_env(name, folder)
-    for path, what in made.files.items():
-        echo(f"{path}: {what}")
-    if made.to_add is not None:
-        echo(f"{folder / 'pyproject.toml'} is left unchanged; add to it:\n\n{made.to_add}")
+    _echo_written(made.files, made.to_add, folder)
     given = f"--import {shlex.quote(str(folder / f'{made.names.module}.py'))}"
     echo(f"\nNext:\n  agentrl check-env {made.names.id} {given}")
     echo(f"  agentrl train env.id={made.names.id} evaluation.split=test evaluation.tasks=30 {given}")
+    echo(f"\nOnce installed, it needs no --import:\n  python -m pip install -e {shlex.quote(str(folder))}")
+
+
+@app.command("new-algorithm")
+def new_algorithm(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name in configurations, such as my_method.")],
+    folder: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder to write to; created if missing.")
+    ] = Path(),
+) -> None:
+    """Create a new algorithm: a short working method over another one, its test and its entry point.
+
+    - `agentrl new-algorithm my_method`
+    - `agentrl new-algorithm my_method --folder my_method`
+    """
+    from agentrl.algorithms.new_algorithm import write_new_algorithm
+
+    made = write_new_algorithm(name, folder)
+    _echo_written(made.files, made.to_add, folder)
+    given = f"--import {shlex.quote(str(folder / f'{made.names.module}.py'))}"
+    echo(f"\nNext:\n  python -m pytest {shlex.quote(str(folder / f'test_{made.names.module}.py'))}")
+    echo(f"  agentrl algorithms {name} {given}")
+    echo(f"  agentrl train configs/quickstart.yaml algorithm.name={name} {given}")
     echo(f"\nOnce installed, it needs no --import:\n  python -m pip install -e {shlex.quote(str(folder))}")
 
 
@@ -565,6 +585,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The arguments; None takes them from the shell.
     """
     app(arguments, prog_name="agentrl")
+
+
+def _echo_written(files: dict[Path, str], to_add: str | None, folder: Path) -> None:
+    """Say what each new file is for, and what to add to a pyproject.toml that was left unchanged."""
+    for path, what in files.items():
+        echo(f"{path}: {what}")
+    if to_add is not None:
+        echo(f"{folder / 'pyproject.toml'} is left unchanged; add to it:\n\n{to_add}")
 
 
 def _check_env(env: str, kwargs: dict[str, Any], seed: int, *, tolerant: bool) -> tuple[str, bool]:

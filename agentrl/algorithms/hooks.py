@@ -16,6 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 REQUIRES, TRAITS, EXCLUDES = "requires", "traits", "excludes"
 SCORED = frozenset({"old_logprobs", "entropy", "reference", "values"})  # results of the scoring pass
 COMPARES = "comparison within a group"  # a trait: an episode alone in its group gives no signal
+ADAPTIVE_BOUNDS = "adaptive bounds"  # a trait: a clip that finds its bounds in each mini-batch
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class MiniBatch:
         current: The output of the current policy, without gradient; only if a component requires `current`.
         mask: [B, T] bool, the action tokens that `Algorithm.masks` leave in the surrogate; None before that.
         bounds: The bounds that `Algorithm.clip` returned; None before that, and if nothing is clipped.
+        features: Required features of the mini-batch, filled in after the ratio and before the bounds; see
+            `agentrl.algorithms.named_features`. Those of the rollout batch are in `batch.features`.
     """
 
     batch: Batch
@@ -99,6 +102,20 @@ class MiniBatch:
     current: Outputs | None = None
     mask: Tensor | None = None
     bounds: Bounds | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)  # [B, T, ...] by name
+
+    @property
+    def now(self) -> Outputs:
+        """Return the output of the current policy.
+
+        Raises:
+            RequirementError: If no component requires `current`.
+        """
+        if self.current is None:
+            raise RequirementError(
+                "MiniBatch.current is empty; mark the component that reads it with @requires('current')"
+            )
+        return self.current
 
     @property
     def counted(self) -> Tensor:
@@ -115,6 +132,7 @@ class MiniBatch:
             None if self.current is None else self.current.select(rows, width),
             None if self.mask is None else self.mask[rows, :width],
             None if self.bounds is None else self.bounds.select(rows, width),
+            {name: values[rows, :width] for name, values in self.features.items()},
         )
 
 
@@ -245,7 +263,8 @@ def requires(*names: str) -> Callable[[F], F]:
     records entropies provides `rollout:entropy`, for a `BranchPolicy` or a `ReplyTemperature` that reads
     them; the torch engine in this process provides `rollout:token_temperature`, for a `ReplyTemperature` that
     returns a `TokenTemperature`. Names such as `topk:10` and `topk:10:grad` ask for statistics of each
-    token's distribution; see `token_statistic`.
+    token's distribution; see `token_statistic`. Names such as `states` and `turn_entropy` ask for features
+    of the batch, which every learner can compute; see `agentrl.algorithms.named_features`.
 
     Where a name depends on a hyper-parameter, mark a `functools.partial` or a bound method of the hook. Names
     add to those that the component declares itself.

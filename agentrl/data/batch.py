@@ -56,6 +56,9 @@ class Batch:
     last_values: Tensor | None = None  # [E] float32, expected return after the last token of a trajectory
     # [B, T] or [B, T, k] by name, statistics of the scoring pass, 0 where not sampled; see `token_statistic`.
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    # [E, ...] or a single number by name, features of the rollout batch; see `algorithms.named_features`.
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    whole: bool = True  # False of rows that were selected, from which features cannot be computed
     # Branch points of aborted episodes by (group, id), since episodes of this batch may descend from them.
     aborted: Mapping[tuple[int, str], BranchPoint | None] = field(default_factory=dict, repr=False)
 
@@ -99,6 +102,7 @@ class Batch:
             trajectory=self.trajectory[index],
             allowed=None if self.allowed is None else _select_allowed(self.allowed, index, len(self.tokens)),
             extras={name: value[index, :width] for name, value in self.extras.items()},
+            whole=False,
             **per_token,
         )
 
@@ -109,7 +113,8 @@ class Batch:
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)
         }
-        moved["extras"] = {name: value.to(device) for name, value in self.extras.items()}
+        for item in ("extras", "features"):
+            moved[item] = {name: value.to(device) for name, value in getattr(self, item).items()}
         if self.allowed is not None:
             choices = self.allowed
             moved["allowed"] = AllowedIds(

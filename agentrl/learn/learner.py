@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from agentrl.algorithms.algorithm import Algorithm, ReplayBatch
+from agentrl.algorithms.algorithm import AFTER_UPDATE, LOSS_SLOTS, Algorithm, ReplayBatch
 from agentrl.algorithms.credit import compute_advantages, with_mask, with_targets
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
+from agentrl.algorithms.named_features import with_features, with_mini_batch_features
 from agentrl.algorithms.token_statistics import STATISTICS, scored_statistics
 from agentrl.data.batch import Batch
 from agentrl.errors import RequirementError
@@ -152,7 +153,8 @@ class Learner:
         scored = batch.old_logprobs is None and (self.config.updates_per_step > 1 or algorithm.reads_scores)
         if scored:
             batch = self.score(batch, algorithm.requires)
-        batch = with_targets(algorithm, zero_unsampled(batch.to(self._device)), context)
+        batch = with_features(zero_unsampled(batch.to(self._device)), algorithm.requires)
+        batch = with_targets(algorithm, batch, context)
         rollout = MiniBatch(batch, compute_advantages(algorithm, batch, context))
 
         # Read before this batch is added, so that it holds earlier steps only.
@@ -164,6 +166,7 @@ class Learner:
         if batch.old_logprobs is None:  # its only step scored it on the way
             batch = replace(batch, old_logprobs=outputs.logprobs, old_entropies=outputs.entropies)
         rollout = with_mask(algorithm, replace(rollout, batch=batch), context)
+        rollout = with_mini_batch_features(rollout, algorithm.requires_of(*AFTER_UPDATE))
         own = step_means(steps) | batch_metrics(rollout) | step_counts(steps + replay_steps)
         for component in algorithm.find_stateful().values():
             component.update(rollout, context)
@@ -236,8 +239,8 @@ class Learner:
         """Split replayed rows over `count` optimiser steps; without any, return no part."""
         if replay is None:
             return []
-        batch = replay.batch.to(self._device)
         loss = replace(replay.algorithm(algorithm), group_terms=())
+        batch = with_features(replay.batch.to(self._device), loss.requires_of(*LOSS_SLOTS))
         rows_of_all = MiniBatch(batch, replay.advantages.to(self._device))
         return [
             LossPart(rows_of_all.select(rows), loss, replay.coefficient)

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.token_statistics import current_statistics, numbers_per_token, scored_statistics
 from agentrl.learn.fused import CHUNK_NUMBERS
 from agentrl.learn.lora import add_adapters
 from agentrl.learn.optimizer import build_optimizers
@@ -82,6 +83,9 @@ def learner_bytes(
             f"a pass of {tokens:,} tokens",
         ),
         "logits": (logits_bytes(computed, tokens), "a chunk of tokens, and their gradient"),
+        "token statistics": statistics_bytes(
+            config, algorithm, learner, context_length(model, config.policy.max_context)
+        ),
         "weights that generate": (
             weight_bytes(skeleton(block)) * keeps_learner_copy(config, learner),
             f"those that the engine reads, in {block.dtype}, whole in every process",
@@ -89,6 +93,30 @@ def learner_bytes(
         "weights of two layers": (layer_bytes(computed) * sharded, "whole while they are used"),
     }
     return {what: (size, how) for what, (size, how) in found.items() if size}
+
+
+def episodes_per_step(config: RunConfig, algorithm: Algorithm) -> int:
+    """Return the number of episodes that a training step collects."""
+    return config.rollout.groups_per_step * (algorithm.rollout.episodes or config.rollout.group_size)
+
+
+def statistics_bytes(
+    config: RunConfig, algorithm: Algorithm, learner: LearnerConfig, context: int
+) -> tuple[int, str]:
+    """Return the bytes of the required statistics of each token, such as `topk:10`, and how they were found.
+
+    Every rank holds those of the whole rollout batch, and those of a mini-batch, which are selected from them
+    or computed under the current policy. Episodes are counted as sequences of the full context.
+    """
+    episodes = episodes_per_step(config, algorithm)
+    scored, current = (
+        numbers_per_token(of(algorithm.requires)) for of in (scored_statistics, current_statistics)
+    )
+    size = scored * episodes + max(scored, current) * -(-episodes // learner.mini_batches)
+    told = (
+        f"{max(scored, current)} numbers a token of {episodes} sequences of {context:,}, and of a mini-batch"
+    )
+    return 4 * context * size, told
 
 
 def keeps_learner_copy(config: RunConfig, learner: LearnerConfig) -> bool:

@@ -23,6 +23,7 @@ from agentrl.planning.env_probe import (
 )
 from agentrl.planning.memory import (
     checkpoint_bytes,
+    episodes_per_step,
     generation_bytes,
     learner_bytes,
     learner_skeleton,
@@ -201,7 +202,7 @@ def _process_lines(config: RunConfig, topology: Topology, timing: str) -> list[L
 
 def _work_lines(config: RunConfig, algorithm: Algorithm, profile: EnvProfile | None) -> list[Line]:
     rollout, trainer, warm = config.rollout, config.trainer, config.warm_start
-    per_step, rounds = _episodes_per_step(config, algorithm), algorithm.rollout.rounds
+    per_step, rounds = episodes_per_step(config, algorithm), algorithm.rollout.rounds
     often = f", at most {rounds} times" if rounds > 1 else ""
     each = f"{rollout.groups_per_step} tasks x {per_step // rollout.groups_per_step}{often}"
     steps, updates = trainer.steps, config.learner.updates_per_step
@@ -228,10 +229,6 @@ def _work_lines(config: RunConfig, algorithm: Algorithm, profile: EnvProfile | N
             Line("work", "turns of an episode", profile.mean_turns, "turns", random + cut),
         ]
     return lines
-
-
-def _episodes_per_step(config: RunConfig, algorithm: Algorithm) -> int:
-    return config.rollout.groups_per_step * (algorithm.rollout.episodes or config.rollout.group_size)
 
 
 def _evaluation_episodes(config: RunConfig, profile: EnvProfile) -> tuple[int, int]:
@@ -355,7 +352,7 @@ def _environment_lines(config: RunConfig, topology: Topology, profile: EnvProfil
 def _episode_lines(config: RunConfig, algorithm: Algorithm, profile: EnvProfile) -> list[Line]:
     """Return the tokens of a step and the disk space of stored episodes."""
     context = context_length(skeleton(config.policy), config.policy.max_context)
-    per_step = _episodes_per_step(config, algorithm)
+    per_step = episodes_per_step(config, algorithm)
     played = tokenize_play(config, profile.episodes, context)
     tokens = _mean_tokens(played)
     chosen = config.rollout.constrained and config.policy.reply != "think_action"

@@ -9,7 +9,8 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from remembering import ReturnModel, VisitCounts
+from feature_readers import reading_features, wander
+from remembering import ReturnModel, VisitBonus
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from toy_policy import VOCABULARY, ToyPolicy, make_groups, sampled_at, toy_forward
@@ -90,7 +91,12 @@ def learner_of(
     )
 
 
-def taught(learner: Learner, algorithm: Algorithm, steps: Iterable[int]) -> tuple[list[Tensor], Figures]:
+def taught(
+    learner: Learner,
+    algorithm: Algorithm,
+    steps: Iterable[int],
+    prepare_groups: Callable[[list[Group]], list[Group]] = list,
+) -> tuple[list[Tensor], Figures]:
     """Return the gradients of the first optimiser step that had any, and the logged numbers."""
     gradients: list[Tensor] = []
     clip = nn.utils.clip_grad_norm_
@@ -107,7 +113,8 @@ def taught(learner: Learner, algorithm: Algorithm, steps: Iterable[int]) -> tupl
     with patch.object(nn.utils, "clip_grad_norm_", look):
         for step in steps:
             context = replace(CONTEXT, step=step, history=history)
-            batch = prepare(algorithm, played(algorithm, step), context, selected=True)
+            groups = prepare_groups(played(algorithm, step))
+            batch = prepare(algorithm, groups, context, selected=True)
             for name, value in learner.update(batch, algorithm, context).items():
                 history.setdefault(f"train/{name}", []).append(value)
     return gradients, history
@@ -148,6 +155,7 @@ def compared(
     name: str | Algorithm,
     ranks: Ranks,
     cap: float | None = None,
+    prepare_groups: Callable[[list[Group]], list[Group]] = list,
     **settings: Any,
 ) -> Figures:
     """Return how far a learner on all ranks is from a single-process learner."""
@@ -157,7 +165,7 @@ def compared(
         algorithm = algorithm if cap is None else with_importance_correction(algorithm, cap)
         learner = learner_of(make, algorithm, who, backend, **settings)
         before = weights(learner)
-        results.append((*taught(learner, algorithm, range(5)), weights(learner), before))
+        results.append((*taught(learner, algorithm, range(5), prepare_groups), weights(learner), before))
     (own, own_log, own_weights, before), (shared, shared_log, shared_weights, _) = results
     return {
         "gradient": relative(shared, own),
@@ -214,6 +222,11 @@ def token_statistics(ranks: Ranks, folder: Path) -> Figures:
         "weights": distance(shared_weights, own_weights),
         "term": abs(log["train/learner/term/statistics"][-1] - own_log["train/learner/term/statistics"][-1]),
     }
+
+
+def shared_features(ranks: Ranks, folder: Path) -> Figures:
+    """Compare an algorithm that reads every kind of feature of the batch and of the mini-batch."""
+    return compared(ToyPolicy, reading_features(), ranks, prepare_groups=wander, epochs=2)
 
 
 def off_policy(ranks: Ranks, folder: Path) -> Figures:
@@ -399,7 +412,7 @@ def remembered(ranks: Ranks, folder: Path) -> Figures:
     """Return how far components that remember are from those of one process, and after a restored state."""
     ends = []
     for backend, who in (("single", ALONE), ("fsdp", ranks)):
-        model, counts = ReturnModel(), VisitCounts()
+        model, counts = ReturnModel(), VisitBonus()
         algorithm = Algorithm(transforms=(model,), shape_reward=(counts.bonus,))
         learner = learner_of(ToyPolicy, algorithm, who, backend)
         before = model.flat()
@@ -410,7 +423,7 @@ def remembered(ranks: Ranks, folder: Path) -> Figures:
     ranks.raise_on_any_rank(lambda: None)
     again = ReturnModel(seed=5)
     again.load_state_dict(torch.load(folder / f"remembered-{1 - ranks.index}"), CONTEXT)
-    states = ranks.gather((shared.flat(), counts.counts))
+    states = ranks.gather((shared.flat(), counts.state_dict()))
     return {
         "ranks equal": [torch.equal(flat, states[0][0]) and seen == states[0][1] for flat, seen in states],
         "apart": distance([shared.flat()], [own.flat()]),

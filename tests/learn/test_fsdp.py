@@ -26,6 +26,7 @@ def figures(folder: Path) -> Figures:
         *optional,
         "every_recipe",
         "token_statistics",
+        "shared_features",
         "off_policy",
         "a_transformer",
         "tempered",
@@ -61,6 +62,10 @@ def test_two_ranks_compute_the_statistics_that_one_computes(figures: Figures) ->
     assert found["gradient"] < 1e-12
     assert found["weights"] < 1e-12
     assert found["term"] < 1e-12
+
+
+def test_two_ranks_learn_from_shared_features_what_one_learns(figures: Figures) -> None:
+    assert_equal(figures["shared_features"], gradient=1e-12, weights=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ppo", "gspo", "spear"])

@@ -333,7 +333,7 @@ def test_a_diagnostic_reads_statistics_of_the_policy_before_the_update():
 
 
 def test_nothing_is_computed_that_is_not_asked_for(monkeypatch):
-    monkeypatch.setattr(registry, "_definitions", dict(registry._definitions))
+    monkeypatch.setattr(registry._functions, "_functions", dict(registry._functions._functions))
     calls = []
 
     @statistic("counted")

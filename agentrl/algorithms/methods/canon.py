@@ -11,9 +11,9 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.clipped_recipe import ClippedRecipe
-from agentrl.algorithms.features import decisions
-from agentrl.algorithms.hooks import Context, require_tensor, requires
+from agentrl.algorithms.hooks import Context, requires
 from agentrl.algorithms.methods.grpo import DrGRPO, mark_comparing
+from agentrl.algorithms.named_features import feature_of
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.config import Share, SignedWeight, Tokens, Weight
 from agentrl.data.batch import Batch
@@ -74,15 +74,17 @@ class CANON(ClippedRecipe):
 
     def build(self) -> Algorithm:
         """Build the algorithm."""
-        compare = self.compare
-        advantage = partial(compare) if self.measure == "length" else requires("entropy")(partial(compare))
+        measured = "episode_entropy" if self.measure == "entropy" else "episode_tokens"
+        advantage = requires(measured)(partial(self.compare, measured=measured))
         return replace(super().build(), advantage=mark_comparing(advantage, self.singleton))
 
-    def compare(self, batch: Batch, context: Context) -> Tensor:
+    def compare(self, batch: Batch, context: Context, *, measured: str) -> Tensor:
         """Compare returns between the halves of their group and within them; [B, T] float64."""
         returns, mix, alpha = batch.returns, self.mix, self.alpha
         _, member, sizes = batch.groups.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
-        high = upper_half(_measured(batch, self.measure), member, sizes)
+        # Rounded, so that ties do not depend on floating-point noise.
+        values = feature_of(batch, measured).double().round(decimals=9)
+        high = upper_half(values, member, sizes)
         own, other = _half_means(returns, member, high, len(sizes))
         # In this half alpha multiplies the other mean, elsewhere the own return.
         favoured = high == (self.measure == "entropy")
@@ -101,16 +103,6 @@ def upper_half(values: Tensor, member: Tensor, sizes: Tensor) -> Tensor:
     rank = torch.empty_like(member)
     rank[order] = torch.arange(len(order), device=rank.device) - (sizes.cumsum(0) - sizes)[member[order]]
     return rank >= sizes[member] // 2
-
-
-def _measured(batch: Batch, measure: Measure) -> Tensor:
-    tokens = decisions(batch)
-    lengths = tokens.valid.sum(dim=1).double()
-    if measure == "length":
-        return lengths
-    entropies = tokens.read(require_tensor(batch.old_entropies, "old_entropies").double()).sum(dim=1)
-    # Rounded, so that ties do not depend on floating-point noise.
-    return (entropies / lengths.clamp(min=1)).round(decimals=9)
 
 
 def _half_means(returns: Tensor, member: Tensor, high: Tensor, groups: int) -> tuple[Tensor, Tensor]:
