@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,8 @@ import pytest
 from agentrl.env import load_plugins
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A shell without job control has its background jobs ignore Ctrl-C, and a test that raises SIGINT inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 
