@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +37,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 ran += outcome != "skipped"
                 skipped += outcome == "skipped"
     terminalreporter.write_line(f"reference tests: {ran} ran, {skipped} skipped")
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Reports have no figures: to draw them takes longer than to train a tiny run. Tests of reports draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("success", "learning_curve", "entropy_over_steps", "entropy_by_turn", "signals"):
+            patch.setattr(f"agentrl.evaluation.figures.draw_{name}", lambda *_: "")
+        yield
 
 
 @pytest.fixture(scope="session")

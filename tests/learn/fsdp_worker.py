@@ -1,6 +1,7 @@
 """Measurements of an FSDP2 learner on two ranks, each compared with a single-process learner."""
 
 import json
+import multiprocessing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from remembering import ReturnModel, VisitCounts
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -48,7 +49,9 @@ CONTEXT = Context(total_steps=10, vocabulary=VOCABULARY, tokenizer="toy")
 def measured(folder: Path, *names: str) -> Figures:
     """Run the named functions of this file on two ranks; return the results of rank 0 by name."""
     (folder / "meet").unlink(missing_ok=True)
-    spawn(_rank, (str(folder), names), nprocs=2)
+    # One process loads torch and transformers for the ranks of all tests: that takes longer than most tests.
+    multiprocessing.set_forkserver_preload(["agentrl.learn.learner", "transformers.modeling_utils"])
+    start_processes(_rank, (str(folder), names), nprocs=2, start_method="forkserver")
     return dict(json.loads((folder / "figures.json").read_text()))
 
 

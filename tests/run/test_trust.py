@@ -31,6 +31,8 @@ from agentrl.run.settings import RunConfig, config_from_tree, config_tree, load_
 from agentrl.run.trust import CALLER_ONLY_KEYS, caller_only_values, check_confirmed, drop_caller_only_values
 from agentrl.study.config import StudyRun
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ENV = "trust-tests/Door-v0"
 
 
