@@ -14,7 +14,7 @@ import pytest
 from agentrl.env import load_plugins
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# A shell without job control has its background jobs ignore Ctrl-C, and a test that raises SIGINT inherits that.
+# The background jobs of a script ignore Ctrl-C, and so would the tests that press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
