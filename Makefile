@@ -37,7 +37,7 @@ quickstart-control: install  ## clone for about as many CPU seconds as the last 
 	$(BIN)/python scripts/quickstart_control.py --seed $(SEED)
 
 test: $(VENV)/.installed-dev  ## the default test suite
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 test-slow: $(VENV)/.installed-dev  ## the minutes-long proofs
 	$(BIN)/python -m pytest -m slow

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from agentrl.data.trajectory import StopReason, Turn
 from agentrl.env.spaces import TextSpace
+from agentrl.errors import ConfigError
 from agentrl.policy.engine import Engine, Generation, GenerationRequest, SamplingParams
 from agentrl.policy.thinking import Thinking
 from agentrl.policy.trie import admissible_replies, token_trie
@@ -100,6 +101,15 @@ class ExpertPlayer(_ImmediatePlayer):
         """Return the expert's action."""
         action = _expert_action(request)
         return action if isinstance(action, Stop) else Reply(action)
+
+
+def scripted_player(name: str) -> Player:
+    """Return the player named `random` or `expert`."""
+    if name == "random":
+        return RandomPlayer()
+    if name == "expert":
+        return ExpertPlayer()
+    raise ConfigError(f"policy is {name!r}, wanted random or expert")
 
 
 class HumanPlayer(_ImmediatePlayer):

@@ -29,7 +29,7 @@ from agentrl.policy.tokens import Dialogue, check_without_template, fit_tokenize
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import EpisodeSpec
-from agentrl.rollout.players import ChooseSampling, ExpertPlayer, LanguagePlayer, Player, RandomPlayer
+from agentrl.rollout.players import ChooseSampling, LanguagePlayer, Player, scripted_player
 from agentrl.run.folder import Run, changed_wording, open_run
 from agentrl.run.settings import RunConfig
 from agentrl.run.trust import caller_only_values, drop_caller_only_values
@@ -179,15 +179,6 @@ def load(folder: str | Path, config: PolicyConfig) -> Policy:
     if policy.served is not model:
         check_finite(Path(folder), policy.served)
     return policy
-
-
-def scripted_player(name: str, seed: int = 0) -> Player:
-    """Return the player named `random` or `expert`."""
-    if name == "random":
-        return RandomPlayer()
-    if name == "expert":
-        return ExpertPlayer()
-    raise ConfigError(f"policy is {name!r}, wanted random or expert")
 
 
 def open_player(

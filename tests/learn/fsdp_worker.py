@@ -1,6 +1,7 @@
 """Measurements of an FSDP2 learner on two ranks, each compared with a single-process learner."""
 
 import json
+import multiprocessing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from feature_readers import reading_features, wander
 from remembering import ReturnModel, VisitBonus
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from toy_policy import VOCABULARY, ToyPolicy, make_groups, sampled_at, toy_forward
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -50,7 +51,9 @@ CONTEXT = Context(total_steps=10, vocabulary=VOCABULARY, tokenizer="toy")
 def measured(folder: Path, *names: str) -> Figures:
     """Run the named functions of this file on two ranks; return the results of rank 0 by name."""
     (folder / "meet").unlink(missing_ok=True)
-    spawn(_rank, (str(folder), names), nprocs=2)
+    # One process loads torch and transformers for the ranks of all tests: that takes longer than most tests.
+    multiprocessing.set_forkserver_preload(["agentrl.learn.learner", "transformers.modeling_utils"])
+    start_processes(_rank, (str(folder), names), nprocs=2, start_method="forkserver")
     return dict(json.loads((folder / "figures.json").read_text()))
 
 
@@ -158,14 +161,16 @@ def compared(
     prepare_groups: Callable[[list[Group]], list[Group]] = list,
     **settings: Any,
 ) -> Figures:
-    """Return how far a learner on all ranks is from a single-process learner."""
+    """Return, on the first rank, how far a learner on all ranks is from a single-process learner."""
     results = []
-    for backend, who in (("single", ALONE), ("fsdp", ranks)):
+    for backend, who in (("single", ALONE), ("fsdp", ranks)) if ranks.first else (("fsdp", ranks),):
         algorithm = build_recipe(name).build() if isinstance(name, str) else name
         algorithm = algorithm if cap is None else with_importance_correction(algorithm, cap)
         learner = learner_of(make, algorithm, who, backend, **settings)
         before = weights(learner)
         results.append((*taught(learner, algorithm, range(5), prepare_groups), weights(learner), before))
+    if not ranks.first:
+        return {}
     (own, own_log, own_weights, before), (shared, shared_log, shared_weights, _) = results
     return {
         "gradient": relative(shared, own),

@@ -28,6 +28,8 @@ from agentrl.planning.preflight import check_run
 from agentrl.policy.model import skeleton
 from agentrl.scale import extras
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = (
     "env.id=example/HotCold-v0",
     "evaluation.split=test",

@@ -22,6 +22,8 @@ from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import fit_tokenizer
 from agentrl.run.policies import open_player
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -20,6 +20,8 @@ from agentrl.policy.model import load_policy
 from agentrl.run.logger import RunLogger
 from agentrl.run.policies import open_player
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SHORT = 190
 TINY = (
     "env.id=example/HotCold-v0",

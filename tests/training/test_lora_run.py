@@ -10,6 +10,8 @@ from test_fsdp_run import TINY
 import agentrl
 from agentrl.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ADAPTED = ("learner.lora.rank=2", "learner.lora.targets=[q_proj]")
 
 

@@ -27,6 +27,8 @@ from agentrl.run.checkpoint import latest_finite
 from agentrl.run.signals import RunInterrupted
 from agentrl.training.state import TrainingState
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ALL_TEACH = "algorithm.drop_equal_groups=false"
 QUICK = (*TINY, "evaluation.baselines=[]", "evaluation.tasks=2", "trainer.checkpoint_every=2")
 

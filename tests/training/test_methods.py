@@ -15,6 +15,8 @@ import agentrl
 from agentrl.run.logger import RunLogger
 from agentrl.run.metric_keys import find_metric
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SMALL = (
     "rollout.placement=inline",
     "evaluation.tasks=1",
