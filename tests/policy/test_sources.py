@@ -4,9 +4,12 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import EntryPoint, distribution
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -131,25 +134,115 @@ def test_a_name_that_is_nothing_says_all_that_was_tried(
         skeleton(PolicyConfig(path=name, revision=revision))
 
 
-def test_what_the_hub_refuses_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import errors
+class Hub(BaseHTTPRequestHandler):
+    """A server of one model at one commit, with the addresses and error codes of the hub."""
 
+    folder: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path == "/api/models/org/tiny/revision/main":
+            self.send(json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": []}))
+        elif path == f"/api/models/org/tiny/tree/{COMMIT}":
+            files = sorted(self.folder.iterdir())
+            about = [{"type": "file", "path": it.name, "size": it.stat().st_size, "oid": "0"} for it in files]
+            self.send(json.dumps(about))
+        elif path.startswith(f"/org/tiny/resolve/{COMMIT}/"):
+            name = path.rpartition("/")[2]
+            self.asked += [name] if self.command == "GET" else []
+            self.send((self.folder / name).read_bytes(), ETag=f'"{name}"', X_Repo_Commit=COMMIT)
+        elif "/org/tiny/" in path:
+            self.send(b"", 404, X_Error_Code="RevisionNotFound")
+        elif "/org/gated/" in path:
+            self.send(b"", 403, X_Error_Code="GatedRepo")
+        else:
+            self.send(b"", 404, X_Error_Code="RepoNotFound")
+
+    def send(self, content: str | bytes, status: int = 200, **headers: str) -> None:
+        body = content if isinstance(content, bytes) else content.encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    Hub.folder, Hub.asked = base, []
+    (base / "pytorch_model.bin").write_bytes(b"a pickle")
+    (base / "modeling_own.py").write_text("code")
+    found = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = Thread(target=found.serve_forever)
+    thread.start()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{found.server_port}")
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        f"http://127.0.0.1:{found.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+    )
+    yield Hub
+    found.shutdown()
+    thread.join()
+    found.server_close()
 
-    def refuse(kind: Any) -> str:
-        def download(name: str, **_: object) -> str:
-            raise kind.__new__(kind)
 
-        sources._download.cache_clear()
-        monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-        with pytest.raises(CheckpointError) as caught:
-            resolve("org/tiny", "v9")
-        return str(caught.value)
+def test_a_model_is_downloaded_once_from_the_hub_and_its_weights_only_when_they_are_read(
+    server: type[Hub], model: PreTrainedModel, hub: Path
+) -> None:
+    bare = skeleton(PolicyConfig(path="org/tiny"))
+    assert "config.json" in server.asked
+    assert not [name for name in server.asked if not name.endswith((".json", ".jinja"))]
+    assert bare.config.hidden_size == 64
+    found = resolve("org/tiny")
+    loaded, _ = load_policy(found, device="cpu")
+    assert torch.equal(output_weight(loaded), output_weight(model))
+    assert found == ModelSource(
+        hub / "models--org--tiny" / "snapshots" / COMMIT, None, "org/tiny", "hub", COMMIT
+    )
+    sources._download.cache_clear()
+    assert resolve("org/tiny", COMMIT) == found
+    assert (
+        sorted(server.asked) == sorted(set(server.asked)) == sorted(it.name for it in found.folder.iterdir())
+    )
 
-    assert "it has no policy.revision=v9 of org/tiny; wanted a branch" in refuse(errors.RevisionNotFoundError)
-    assert "org/tiny is gated" in refuse(errors.GatedRepoError)
-    assert "it has no org/tiny, or a private one" in refuse(errors.RepositoryNotFoundError)
-    assert "cannot be downloaded (ConnectionError: " in refuse(ConnectionError)
+
+@pytest.mark.parametrize(
+    ("name", "revision", "words"),
+    [
+        ("org/tiny", "v9", r"it has no policy\.revision=v9 of org/tiny; wanted a branch, tag or commit"),
+        ("org/gated", None, "org/gated is gated; ask for access on its page"),
+        ("org/absent", None, "it has no org/absent, or a private one"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_in_a_line(
+    server: type[Hub], name: str, revision: str | None, words: str
+) -> None:
+    with pytest.raises(CheckpointError, match=f"policy\\.path is '{name}', .*{words}") as caught:
+        resolve(name, revision)
+    assert "\n" not in str(caught.value)
+    assert server.asked == []
+
+
+def test_a_hub_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(
+            "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}"
+        )
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        with pytest.raises(
+            CheckpointError, match=r"in the cache .*, and cannot be downloaded \(ConnectError: "
+        ):
+            resolve("org/tiny")
 
 
 def test_only_tensors_and_descriptions_are_asked_of_the_hub_and_weights_only_when_they_are_read(
