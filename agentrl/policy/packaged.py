@@ -32,9 +32,10 @@ def gemma3_270m() -> Path:
         MissingDependencyError: If one of its packages is not installed.
         CheckpointError: If the parts do not add up to the file.
     """
-    from huggingface_hub import cached_assets_path
+    from huggingface_hub import cached_assets_path, constants
 
-    path = cached_assets_path("agentrl", "models", "gemma3-270m") / "gemma-3-270m-q4_k_m.gguf"
+    folder = cached_assets_path("agentrl", "models", "gemma3-270m", assets_dir=constants.HF_ASSETS_CACHE)
+    path = folder / "gemma-3-270m-q4_k_m.gguf"
     if path.is_file():  # it was checked before it got this name
         return path
     parts = [
