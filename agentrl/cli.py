@@ -269,8 +269,8 @@ def evaluate(
     policy: Annotated[
         str,
         typer.Option(
-            metavar="RUN|FOLDER|random|expert",
-            help="A run, a Hugging Face model folder, or a scripted policy.",
+            metavar="RUN|MODEL|random|expert",
+            help="A run, a model as policy.path names one, or a scripted policy.",
             autocompletion=_policies,
         ),
     ],

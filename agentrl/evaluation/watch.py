@@ -32,7 +32,8 @@ def watch(
     Args:
         console: The console to print to and to read a human player's commands from.
         env: The environment's id.
-        policy: `human`, `random`, `expert`, a run's folder or name, or a Hugging Face folder.
+        policy: `human`, `random`, `expert`, a run's folder or name, or a model as `policy.path`
+            names one.
         kwargs: The arguments of the environment; those of a run that was trained on it are added.
         task: The task's id; None selects one by the seed.
         split: The split to select it from; None takes the run's held-out split, else the environment's first.

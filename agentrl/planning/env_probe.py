@@ -16,6 +16,7 @@ from agentrl.data.trajectory import Episode, StopReason, Turn
 from agentrl.errors import ConfigError
 from agentrl.evaluation.panels import configured_panel
 from agentrl.policy.model import load_tokenizer
+from agentrl.policy.sources import resolve
 from agentrl.policy.tokens import Dialogue, fit_tokenizer, make_dialogue
 from agentrl.rollout.collector import collect
 from agentrl.rollout.failures import abort_reasons
@@ -117,7 +118,8 @@ def tokenize_play(config: RunConfig, episodes: Sequence[Episode], context: int) 
         texts = [text for turn in turns for text in (turn.observation, turn.action)]
         tokenizer: PreTrainedTokenizerBase = fit_tokenizer(texts, block.vocab_size)
     else:
-        tokenizer = load_tokenizer(block.path)
+        source = resolve(block.path, block.revision, weights=False)
+        tokenizer = load_tokenizer(source, block.chat_template)
     dialogue = make_dialogue(
         tokenizer,
         reply=block.reply,

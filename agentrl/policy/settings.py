@@ -36,11 +36,16 @@ _NOT_ARGUMENTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
-    """The policy: a Hugging Face folder, or a small decoder with random weights.
+    """The policy: a language model that exists, or a small decoder with random weights.
 
     Args:
-        path: The folder of a causal language model with its tokenizer, whose `eos_token_id` in config.json
-            and generation_config.json end a reply; None builds a model from the sizes below.
+        path: A causal language model with its tokenizer: a Hugging Face folder or a .gguf file on this
+            machine, else a packaged model (`smollm2` or `gemma3-270m`), else an id of the Hugging Face hub
+            (ORGANISATION/NAME). A LoRA adapter is merged into its base. The `eos_token_id` in config.json and
+            generation_config.json end a reply. None builds a model from the sizes below.
+        revision: The branch, tag or commit of a model from the hub; a run records the commit that it used.
+        chat_template: A Jinja file that replaces the chat template of the model at `path`, for a base model
+            without one; the trained model is saved with it.
         hidden_size: The width d of the residual stream; the MLP is 3 d wide.
         layers: The number of decoder layers.
         heads: The number of attention heads; heads of width 32 (d / 32 of them) learned best at this size.
@@ -64,6 +69,8 @@ class PolicyConfig:
     """
 
     path: str | None = None
+    revision: str | None = None
+    chat_template: str | None = None
     hidden_size: Annotated[int, Interval(ge=2, le=65536)] = 64
     layers: Annotated[int, Interval(ge=1, le=1024)] = 2
     heads: Annotated[int, Interval(ge=1, le=1024)] = 2
@@ -79,6 +86,9 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         check_own_numbers(self, "policy")
+        for name in ("revision", "chat_template"):
+            if self.path is None and getattr(self, name) is not None:
+                raise ConfigError(f"policy.{name} is {getattr(self, name)!r}, but policy.path names no model")
         own = sorted(_NOT_ARGUMENTS & self.template_arguments.keys())
         if own:
             raise ConfigError(

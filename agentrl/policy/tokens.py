@@ -203,7 +203,7 @@ class RoleDialogue:
         if missing:
             raise RequirementError(
                 f"the tokenizer has neither a chat template nor the role tokens {', '.join(missing)}; "
-                "use a chat model's folder, or a policy trained here"
+                "use a chat model or a policy trained here, or name a template: policy.chat_template=FILE"
             )
         _, self._task, self._observation, self._act, self._end = (vocabulary[token] for token in ROLE_TOKENS)
         self.stop_ids = frozenset({self._end, *stop_ids})

@@ -1,4 +1,4 @@
-"""Policies and players, opened by the name of a script, a run or a Hugging Face folder."""
+"""Policies and players, opened by the name of a script, a run or a model."""
 
 import random
 import warnings
@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentrl.data.trajectory import Episode
-from agentrl.errors import AgentRLError, ConfigError
+from agentrl.errors import AgentRLError, CheckpointError, ConfigError
 from agentrl.files import replacing_folder
 from agentrl.policy.engine import Engine, SamplingParams
 from agentrl.policy.model import (
@@ -25,6 +25,7 @@ from agentrl.policy.model import (
 )
 from agentrl.policy.precision import engine_copy
 from agentrl.policy.settings import PolicyConfig
+from agentrl.policy.sources import ModelSource, resolve
 from agentrl.policy.tokens import Dialogue, check_without_template, fit_tokenizer, make_dialogue
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
@@ -51,12 +52,14 @@ class Policy:
             are rounded from the trained ones after each update.
         tokenizer: The tokenizer of both.
         dialogue: The format in which turns are read and written.
+        source: The files that the first weights were read from; None for random weights.
     """
 
     model: PreTrainedModel
     served: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     dialogue: Dialogue
+    source: ModelSource | None = None
 
     def engine(self, config: RunConfig) -> Engine:
         """Open the configured inference engine on the served model."""
@@ -168,17 +171,19 @@ def drawn_specs(config: RunConfig, use: str, count: int, tasks: Sequence[str]) -
         yield EpisodeSpec(f"{use}-{index}", config.env.id, task, derive_seed(config.seed, use, index))
 
 
-def load(folder: str | Path, config: PolicyConfig) -> Policy:
-    """Load the policy in a Hugging Face folder.
+def load(source: ModelSource | str | Path, config: PolicyConfig) -> Policy:
+    """Load the policy of a model; a path is a Hugging Face folder.
 
     Raises:
-        CheckpointError: If the folder cannot be read, or its weights overflow in `policy.dtype`.
+        CheckpointError: If the model cannot be read, or its weights overflow in `policy.dtype`.
     """
-    model, tokenizer = load_policy(folder, device=config.device)
+    if not isinstance(source, ModelSource):
+        source = ModelSource(Path(source), name=str(source))
+    model, tokenizer = load_policy(source, device=config.device, chat_template=config.chat_template)
     policy = _make_policy(model, tokenizer, config)
     if policy.served is not model:
-        check_finite(Path(folder), policy.served)
-    return policy
+        check_finite(source.path, policy.served)
+    return replace(policy, source=source)
 
 
 def open_player(
@@ -190,7 +195,7 @@ def open_player(
     writes the date.
 
     Args:
-        policy: `random`, `expert`, a run's folder or name, or a Hugging Face folder.
+        policy: `random`, `expert`, a run's folder or name, or a model as `policy.path` names one.
         temperature: The sampling temperature; 0 is greedy.
         config: The configuration to play with if `policy` is not a run; None takes the defaults.
 
@@ -202,19 +207,26 @@ def open_player(
     """
     if policy in ("random", "expert"):
         return scripted_player(policy), config or RunConfig()
-    opened, asked = _open_run_or_none(policy), config is not None
-    if opened is not None:
-        config, folder, asked = drop_caller_only_values(opened.config), opened.model, True
+    asked = config is not None
+    opened = _open_run_or_model(policy, None if config is None else config.policy.revision)
+    if isinstance(opened, Run):
+        config, source, asked = drop_caller_only_values(opened.config), ModelSource(opened.model), True
+        config = replace(config, policy=replace(config.policy, revision=None, chat_template=None))
         _warn_of_dropped_values(opened)
     else:
-        config, folder = config or RunConfig(), Path(policy)
-    loaded = load(folder, config.policy)
-    changed = opened and changed_wording(opened, loaded.dialogue.wording)
+        config, source = config or RunConfig(), opened
+    loaded = load(source, config.policy)
+    changed = changed_wording(opened, loaded.dialogue.wording) if isinstance(opened, Run) else None
     if changed:
         warnings.warn(changed, RuntimeWarning, stacklevel=2)
     # Nobody asked for the default, so a model with a shorter context needs no warning.
     limit = context_length(loaded.model, config.policy.max_context if asked else None)
-    block = replace(config.policy, path=str(folder), max_context=min(limit, config.policy.max_context))
+    block = replace(
+        config.policy,
+        path=source.asked.name or str(source.folder),
+        revision=source.asked.revision,
+        max_context=min(limit, config.policy.max_context),
+    )
     config = replace(config, engine=replace(config.engine, name="torch", actors=None), policy=block)
     return loaded.player(loaded.engine(config), config, temperature), config
 
@@ -240,14 +252,19 @@ def _make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, con
     return Policy(model, engine_copy(model, getattr(torch, config.dtype)), tokenizer, dialogue)
 
 
-def _open_run_or_none(policy: str) -> Run | None:
-    """Open the run of that folder or name; return None for any other folder, such as a model's."""
+def _open_run_or_model(policy: str, revision: str | None) -> Run | ModelSource:
+    """Open the run of that folder or name, else find the model of that name."""
     try:
         return open_run(policy)
-    except AgentRLError:
-        folder = Path(policy)
-        if not folder.is_dir() or (
-            (folder / "config.yaml").exists() and not (folder / "config.json").exists()
-        ):
+    except AgentRLError as no_run:
+        path = Path(policy)
+        broken_run = (path / "config.yaml").exists() and not (path / "config.json").exists()
+        # A misspelt run below runs/ has the form of an id of the hub, which is not asked for it.
+        if broken_run or (not path.exists() and path.parent == Path(RunConfig().run.folder)):
             raise
-        return None
+        try:
+            return resolve(policy, revision)
+        except AgentRLError as no_model:
+            if path.exists():
+                raise
+            raise CheckpointError(f"{no_run}; as a model, {no_model}") from no_model

@@ -19,6 +19,7 @@ from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.planning.preflight import check_run
 from agentrl.policy.engine import Engine
 from agentrl.policy.model import context_length, shortened
+from agentrl.policy.sources import resolve
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.placement import resolve_placement
 from agentrl.rollout.players import ExpertPlayer, RandomPlayer
@@ -154,15 +155,25 @@ def open_session(
         environments = open_training_environments(config)
         undo.callback(environments.close)
         found = ranks.raise_on_any_rank(partial(_inspect_env, config, environments, ranks.count))
-        limit_note = None
+        limit_note, made_from = None, {}
         if found.policy is not None:
             block, model = config.policy, found.policy.model
             limit_note = shortened(model, block.max_context)
-            # The folder and every stage get the limit that the model really has.
-            block = replace(block, max_context=context_length(model, block.max_context))
+            source = found.policy.source
+            assert source is not None
+            made_from = {"model": source.record()}
+            # The folder and every stage get the limit that the model really has, and its commit.
+            block = replace(
+                block,
+                max_context=context_length(model, block.max_context),
+                revision=source.asked.revision,
+            )
             config = replace(config, policy=block)
         run = Run(
-            ranks.run_on_rank0(lambda: (active or create_run(config, placement=placement)).folder), config
+            ranks.run_on_rank0(
+                lambda: (active or create_run(config, placement=placement, **made_from)).folder
+            ),
+            config,
         )
         lock = RunLock(run.folder) if ranks.first else None
         if lock is not None:
@@ -218,7 +229,8 @@ def _inspect_env(config: RunConfig, environments: Environments, ranks: int) -> _
             f"evaluation.tasks is {len(panel.tasks)}, fewer than the {ranks} processes that share them"
         )
     has_expert = _offers_expert(config)
-    policy = None if config.policy.path is None else load(config.policy.path, config.policy)
+    block = config.policy
+    policy = None if block.path is None else load(resolve(block.path, block.revision), block)
     return _Found(tasks, panel, has_expert, policy)
 
 
