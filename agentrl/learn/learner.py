@@ -259,7 +259,9 @@ class Learner:
     @property
     def _scorer(self) -> Scorer:
         # Built anew each time, since `forward` is replaced when the temperature changes.
-        return Scorer(self.forward, self.config.micro_batch_tokens, self.ranks)
+        tokens = self.config.micro_batch_tokens
+        assert tokens is not None, "a session chooses the tokens of a pass"
+        return Scorer(self.forward, tokens, self.ranks)
 
     def export(self, model: nn.Module) -> None:
         """Copy the weights into a model of the policy's shape, one at a time; every rank must call it.

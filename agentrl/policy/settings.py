@@ -41,6 +41,10 @@ class PolicyConfig:
     Args:
         path: The folder of a causal language model with its tokenizer, whose `eos_token_id` in config.json
             and generation_config.json end a reply; None builds a model from the sizes below.
+        preset: Defaults for this kind of policy. `pretrained` suits learning rates, precision, lengths and
+            stages to a model that was trained elsewhere, by its size; `scratch` changes nothing. Null takes
+            `pretrained` where `path` is not the model of a run of `scratch`. Values that are given together
+            with `path`, or later, override it.
         hidden_size: The width d of the residual stream; the MLP is 3 d wide.
         layers: The number of decoder layers.
         heads: The number of attention heads; heads of width 32 (d / 32 of them) learned best at this size.
@@ -48,7 +52,8 @@ class PolicyConfig:
             usual 0.02.
         vocab_size: The vocabulary size asked of the tokenizer that is fitted on environment text; a small
             corpus yields fewer ids.
-        max_context: The largest number of tokens in a sequence. A model at `path` with fewer positions, or
+        max_context: The largest number of tokens in a sequence; null takes what the texts of a few measured
+            episodes need, if there is a `path`. A model at `path` with fewer positions, or
             with a window in every layer, uses its own limit, which the run reports and records; a value above
             the length at which `longrope` switches to other angles is refused.
         device: The device; auto takes cuda where there is one, else the cpu.
@@ -58,27 +63,33 @@ class PolicyConfig:
             `think_action` the policy reasons freely before its command, under `rollout.constrained` as well.
         template_arguments: The arguments passed to the chat template whenever it is rendered, for example
             `template_arguments.enable_thinking=false`; an argument that it does not read is refused.
-        max_observation_tokens: The number of tokens after which an observation is cut.
+        max_observation_tokens: The number of tokens after which an observation is cut; null cuts none.
         tokenizer_episodes: The number of random episodes of training tasks on whose text a new tokenizer is
             fitted.
     """
 
     path: str | None = None
+    preset: Literal["scratch", "pretrained"] | None = None
     hidden_size: Annotated[int, Interval(ge=2, le=65536)] = 64
     layers: Annotated[int, Interval(ge=1, le=1024)] = 2
     heads: Annotated[int, Interval(ge=1, le=1024)] = 2
     initial_std: Annotated[float, Interval(gt=0, le=10)] = 0.1
     vocab_size: Annotated[int, Interval(ge=1, le=2**20)] = 1024
-    max_context: ContextTokens = 1024
+    max_context: ContextTokens | None = 1024
     device: Device = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     reply: ReplyFormat = "plain"
     template_arguments: dict[str, Any] = field(default_factory=dict)
-    max_observation_tokens: ContextTokens = 96
+    max_observation_tokens: ContextTokens | None = 96
     tokenizer_episodes: Annotated[int, Interval(ge=1, le=1_000_000)] = 200
 
     def __post_init__(self) -> None:
         check_own_numbers(self, "policy")
+        if self.path is None:
+            for name, value in (("max_context", self.max_context), ("preset", self.preset)):
+                if value == (None if name == "max_context" else "pretrained"):
+                    wanted = "a number" if name == "max_context" else "scratch or null"
+                    raise ConfigError(f"policy.{name} is {value}, wanted {wanted} without a policy.path")
         own = sorted(_NOT_ARGUMENTS & self.template_arguments.keys())
         if own:
             raise ConfigError(

@@ -211,7 +211,9 @@ def open_player(
         warnings.warn(changed, RuntimeWarning, stacklevel=2)
     # Nobody asked for the default, so a model with a shorter context needs no warning.
     limit = context_length(loaded.model, config.policy.max_context if asked else None)
-    block = replace(config.policy, path=str(folder), max_context=min(limit, config.policy.max_context))
+    block = replace(
+        config.policy, path=str(folder), max_context=min(limit, config.policy.max_context or limit)
+    )
     config = replace(config, engine=replace(config.engine, name="torch", actors=None), policy=block)
     return loaded.player(loaded.engine(config), config, temperature), config
 

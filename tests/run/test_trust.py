@@ -406,6 +406,7 @@ HARMLESS = {
     "engine.name": "a choice",
     "policy.path": "tensors and a tokenizer, read without their code",
     "policy.device": "a choice",
+    "policy.preset": "a choice",
     "policy.dtype": "a choice",
     "policy.reply": "a choice",
     "warm_start.noise_prefers": "a text",
