@@ -90,6 +90,7 @@ class Learner:
         # Sharding replaces the parameters, so the optimisers are built after it.
         optimizers = build_optimizers(policy, config, self.value_head)
         self._state = LearnerState(config, learned, frozen, optimizers, ranks)
+        assert config.micro_batch_tokens is not None, "a session chooses the tokens of a pass"
         self._scorer = Scorer(self.forward, config.micro_batch_tokens, ranks)
 
     def _new_value_head(self) -> nn.Linear:

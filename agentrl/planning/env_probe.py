@@ -19,6 +19,7 @@ from agentrl.policy.model import load_tokenizer
 from agentrl.policy.sources import resolve
 from agentrl.policy.tokens import Dialogue, fit_tokenizer, make_dialogue
 from agentrl.rollout.collector import collect
+from agentrl.rollout.environments import Environments
 from agentrl.rollout.failures import abort_reasons
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import RandomPlayer
@@ -79,10 +80,7 @@ def profile_env(config: RunConfig) -> EnvProfile:
             tasks: Sequence[str] = unwrapped.tasks(config.env.split)
             panel = configured_panel(config, environment)
             other_goals = callable(getattr(unwrapped, "other_goal", None))
-        specs = [
-            EpisodeSpec(f"plan-{index}", config.env.id, tasks[index % len(tasks)], index)
-            for index in range(EPISODES)
-        ]
+        specs = _specs(config, tasks)
         played: list[Episode] = []
         weights = []
         for active, part in ((1, specs[:1]), (2, specs[1:])):
@@ -90,11 +88,36 @@ def profile_env(config: RunConfig) -> EnvProfile:
                 part, RandomPlayer(), environments, max_active=active, max_turns=max_turns
             ).episodes
             weights.append(_bytes_of_children() - before)
-    completed = tuple(episode for episode in played if not episode.stop.aborted)
-    if not completed:
-        raise ConfigError(f"env: every episode of {config.env.id} was aborted: {dict(abort_reasons(played))}")
+    completed = tuple(_completed(config, played))
     first, both = weights
     return EnvProfile(first, max(0, both - first), completed, len(tasks), len(panel.tasks), other_goals)
+
+
+def play_random(config: RunConfig, environments: Environments, tasks: Sequence[str]) -> list[Episode]:
+    """Play a few random episodes of training tasks, and return those that were not aborted.
+
+    Raises:
+        ConfigError: All were aborted.
+    """
+    max_turns = min(config.rollout.max_turns or MAX_TURNS, MAX_TURNS)
+    played = collect(
+        _specs(config, tasks), RandomPlayer(), environments, max_active=1, max_turns=max_turns
+    ).episodes
+    return _completed(config, played)
+
+
+def _specs(config: RunConfig, tasks: Sequence[str]) -> list[EpisodeSpec]:
+    return [
+        EpisodeSpec(f"plan-{index}", config.env.id, tasks[index % len(tasks)], index)
+        for index in range(EPISODES)
+    ]
+
+
+def _completed(config: RunConfig, played: Sequence[Episode]) -> list[Episode]:
+    completed = [episode for episode in played if not episode.stop.aborted]
+    if not completed:
+        raise ConfigError(f"env: every episode of {config.env.id} was aborted: {dict(abort_reasons(played))}")
+    return completed
 
 
 def tokenize_play(config: RunConfig, episodes: Sequence[Episode], context: int) -> list[Episode]:
@@ -134,6 +157,17 @@ def tokenize_play(config: RunConfig, episodes: Sequence[Episode], context: int) 
     ]
 
 
+def longest_sequence(episodes: Sequence[Episode]) -> int:
+    """Return the largest number of tokens of a sequence; a turn with a new sequence begins one."""
+    longest = length = 0
+    for episode in episodes:
+        for turn in episode.turns:
+            before = 0 if turn.new_sequence else length
+            length = before + len(turn.prompt_ids) + len(turn.action_ids)
+            longest = max(longest, length)
+    return longest
+
+
 def _tokenize_turns(
     episode: Episode, dialogue: Dialogue, free: int | None, context: int, draw: Random
 ) -> Iterator[Turn]:
@@ -151,7 +185,12 @@ def _tokenize_turns(
         # All tokens of a choice but the first are often forced.
         numbers = tuple(draw.random() if free or not place else 0.0 for place in range(len(reply)))
         yield replace(
-            turn, prompt_ids=prompt.ids, action_ids=reply, logprobs=numbers, entropies=numbers[::-1]
+            turn,
+            prompt_ids=prompt.ids,
+            action_ids=reply,
+            logprobs=numbers,
+            entropies=numbers[::-1],
+            new_sequence=prompt.new_sequence,
         )
 
 

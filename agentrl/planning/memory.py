@@ -40,7 +40,12 @@ def learner_skeleton(config: PolicyConfig) -> PreTrainedModel:
 
 
 def learner_bytes(
-    config: RunConfig, algorithm: Algorithm, learner: LearnerConfig, ranks: int = 1
+    config: RunConfig,
+    algorithm: Algorithm,
+    learner: LearnerConfig,
+    ranks: int = 1,
+    *,
+    batch_tokens: int | None = None,
 ) -> Mapping[str, tuple[int, str]]:
     """Return the bytes that one rank holds on its device to learn in a stage, and how they were found.
 
@@ -49,6 +54,7 @@ def learner_bytes(
         algorithm: The algorithm of the stage.
         learner: The configuration of the learner in the stage.
         ranks: The number of processes that learn together.
+        batch_tokens: The number of tokens that a rank learns from in a step, if that is known.
 
     Returns:
         The bytes and their derivation in words, by what they are for.
@@ -64,7 +70,8 @@ def learner_bytes(
     parameters, trained = (_count(model, trained=only) for only in (False, True))
     weights = weight_bytes(model)
     states, undivided = optimizer_bytes(model, learner, value_head(model, algorithm))
-    tokens = max(learner.micro_batch_tokens, context_length(model, config.policy.max_context))
+    tokens = max(learner.micro_batch_tokens or 0, context_length(model, config.policy.max_context))
+    tokens = tokens if batch_tokens is None else min(tokens, batch_tokens)
     found = {
         "weights": (weights // parts, f"{parameters:,} parameters in float32{dealt}"),
         "gradients": (weight_bytes(model, trained=True) // parts, f"of {trained:,} parameters{dealt}"),
@@ -126,7 +133,7 @@ def keeps_learner_copy(config: RunConfig, learner: LearnerConfig) -> bool:
     return learner.backend == "fsdp" or learner.lora is not None or overlapping or rounded
 
 
-def generation_bytes(config: RunConfig, sequences: int) -> tuple[int, str]:
+def generation_bytes(config: RunConfig, sequences: int, length: int | None = None) -> tuple[int, str]:
     """Return the bytes of the torch engine's cache, and how they were found.
 
     A pass copies the keys and values of one layer. Where episodes branch, those that may still be branched
@@ -135,10 +142,12 @@ def generation_bytes(config: RunConfig, sequences: int) -> tuple[int, str]:
     Args:
         config: The configuration of the run.
         sequences: The number of episodes in flight.
+        length: The number of tokens that their sequences reach; None takes the context.
     """
     model = skeleton(config.policy)
     branching = config.algorithm.build().rollout.branch_policy is not None
     sequences, context = sequences * (2 if branching else 1), context_length(model, config.policy.max_context)
+    context = context if length is None else min(length, context)
     whole = cache_bytes(model, sequences, context)
     depth: int = model.config.get_text_config().num_hidden_layers
     return whole + whole // depth, f"{sequences} sequences of {context:,} tokens, and a layer of them twice"

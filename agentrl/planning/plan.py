@@ -1,5 +1,7 @@
 """The plan of a run: what it needs, and why it cannot start on this machine, if so."""
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -12,15 +14,18 @@ from rich.table import Table
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.methods.cloning import cloning
 from agentrl.data.trajectory import Episode
+from agentrl.errors import AgentRLError
 from agentrl.planning.env_probe import (
     EPISODES,
     MAX_TURNS,
     EnvProfile,
     check_expert,
+    longest_sequence,
     profile_env,
     stored_episode_bytes,
     tokenize_play,
 )
+from agentrl.planning.limits import is_open, resolve_limits, text_misfits
 from agentrl.planning.memory import (
     checkpoint_bytes,
     episodes_per_step,
@@ -43,6 +48,7 @@ from agentrl.policy.model import check_packed_forward, context_length, shortened
 from agentrl.policy.settings import PolicyConfig
 from agentrl.rollout.placement import resolve_placement
 from agentrl.run.env_backend import environment_factory
+from agentrl.run.presets import misfits
 from agentrl.run.settings import RunConfig
 from agentrl.terminal import plain
 
@@ -82,11 +88,13 @@ class Plan:
     Args:
         lines: The amounts: work and disk of the whole run, processes and memory of one machine.
         missing: The reasons why it cannot start here; empty if it can.
+        warnings: The values that do not suit the policy or the texts of the environment.
         nodes: The number of machines.
     """
 
     lines: tuple[Line, ...]
     missing: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     nodes: int = 1
 
     def total(self, section: Section) -> float:
@@ -122,12 +130,18 @@ def plan(config: RunConfig, *, processes: int = 1, nodes: int = 1) -> Plan:
         config, timing = _resolve_placement(config)
         profile = profile_env(config)
         check_expert(config)
-    topology, device = replace(topology, config=config), compute_device(config)
+    device, chosen = compute_device(config), list[str]()
+    if is_open(config) and profile is not None:
+        with collect_error(found):
+            here = topology.trainers
+            config, chosen = resolve_limits(config, algorithm, profile.episodes, device, here)
+    topology = replace(topology, config=config)
     lines = [*_process_lines(config, topology, timing), *_work_lines(config, algorithm, profile)]
     with collect_error(found):
         lines.append(_sequence_line(config.policy))
-        lines += _policy_lines(config, algorithm, device, topology)
-        lines += _engine_lines(config, device, topology)
+        lengths = _lengths(config, algorithm, profile)
+        lines += _policy_lines(config, algorithm, device, topology, lengths)
+        lines += _engine_lines(config, device, topology, lengths)
     if profile is not None:
         lines += _environment_lines(config, topology, profile)
         with collect_error(found):
@@ -139,7 +153,19 @@ def plan(config: RunConfig, *, processes: int = 1, nodes: int = 1) -> Plan:
     amounts = Plan(tuple(lines), nodes=nodes)
     totals = {str(section): int(amounts.total(section)) for section in SIZES}
     collect(found, capacity_problems(config, topology, device, totals))
-    return replace(amounts, missing=tuple(problem.text for problem in found))
+    missing = tuple(problem.text for problem in found)
+    return replace(amounts, missing=missing, warnings=(*chosen, *_warnings(config, profile)))
+
+
+def _warnings(config: RunConfig, profile: EnvProfile | None) -> Iterator[str]:
+    """Yield the values that do not suit the model at `policy.path`, or what the environment says."""
+    if config.policy.path is None:
+        return
+    with suppress(AgentRLError):  # listed among the problems
+        model = skeleton(config.policy)
+        yield from misfits(config, sum(parameter.numel() for parameter in model.parameters()))
+        if profile is not None:
+            yield from text_misfits(config, profile.episodes, context_length(model, None))
 
 
 _ORDER: tuple[Section, ...] = ("processes", "work", *SIZES, "time")
@@ -255,22 +281,59 @@ def _sequence_line(policy: PolicyConfig) -> Line:
     return Line("work", "tokens of a sequence", length, "tokens", how)
 
 
+@dataclass(frozen=True)
+class _Lengths:
+    """Amounts of text in flight, by random play; None where nothing was played.
+
+    Args:
+        episode: The mean number of tokens of an episode.
+        longest: The number of tokens that a sequence reaches, with the engine's reserve.
+        episodes: The number of episodes in flight.
+        step: The number of episodes of a training step.
+    """
+
+    episode: float | None
+    longest: int | None
+    episodes: int
+    step: int
+
+
+def _lengths(config: RunConfig, algorithm: Algorithm, profile: EnvProfile | None) -> _Lengths:
+    """Return what random play says of the sizes of batches and of the engine's cache."""
+    step, active = _episodes_per_step(config, algorithm), config.rollout.max_active
+    if profile is None:
+        return _Lengths(None, None, active, step)
+    context = context_length(skeleton(config.policy), config.policy.max_context)
+    played = tokenize_play(config, profile.episodes, context)
+    longest = min(context, longest_sequence(played) * 5 // 4)
+    return _Lengths(_mean_tokens(played), longest, min(active, max(step, profile.panel)), step)
+
+
 def _policy_lines(
-    config: RunConfig, algorithm: Algorithm, device: torch.device, topology: Topology
+    config: RunConfig, algorithm: Algorithm, device: torch.device, topology: Topology, lengths: _Lengths
 ) -> list[Line]:
     """Return the memory and the disk space of the policy and its learner."""
-    stages = [(algorithm, config.learner)]
+    stages = [(algorithm, config.learner, lengths.step)]
     if config.warm_start.steps:
-        stages.append((cloning(), config.warm_start.learner))
+        stages.append((cloning(), config.warm_start.learner, config.warm_start.batch_size))
     # Only one stage is in memory at a time.
     held = max(
-        (learner_bytes(config, *stage, topology.ranks) for stage in stages),
+        (
+            learner_bytes(
+                config,
+                stage,
+                learner,
+                topology.ranks,
+                batch_tokens=lengths.episode and int(lengths.episode * episodes / topology.ranks),
+            )
+            for stage, learner, episodes in stages
+        ),
         key=lambda found: sum(size for size, _ in found.values()),
     )
     here, copies = _device_section(device, topology)
     program = _program_bytes() * (topology.trainers + topology.drivers)
     policy = weight_bytes(learner_skeleton(config.policy))
-    checkpoint = max(checkpoint_bytes(config, *stage) for stage in stages)
+    checkpoint = max(checkpoint_bytes(config, *stage) for *stage, _ in stages)
     return [
         Line("memory", "program", program, "bytes", "measured: this one, which has loaded the same"),
         *(Line(here, what, size * copies, "bytes", how) for what, (size, how) in held.items()),
@@ -279,7 +342,9 @@ def _policy_lines(
     ]
 
 
-def _engine_lines(config: RunConfig, device: torch.device, topology: Topology) -> list[Line]:
+def _engine_lines(
+    config: RunConfig, device: torch.device, topology: Topology, lengths: _Lengths
+) -> list[Line]:
     """Return the memory of the engine, without the weights that it shares with the learner's process."""
     engine, weights = config.engine, weight_bytes(skeleton(config.policy))
     if engine.name == "vllm" and engine.vllm.url is not None:
@@ -302,8 +367,8 @@ def _engine_lines(config: RunConfig, device: torch.device, topology: Topology) -
             lines.append(Line(here, "weights of actors", weights * copies, "bytes", own))
     if engine.name == "vllm":
         return [*lines, *_vllm_lines(config, here, copies, weights)]
-    active = -(-config.rollout.max_active // (engine.actors or 1))
-    size, how = generation_bytes(config, active)
+    active = -(-lengths.episodes // (engine.actors or 1))
+    size, how = generation_bytes(config, active, lengths.longest)
     return [*lines, Line(here, "keys and values", size * copies, "bytes", how)]
 
 

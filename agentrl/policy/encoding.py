@@ -57,8 +57,15 @@ def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     return encode_as_text
 
 
-def cut_encoder(tokenizer: PreTrainedTokenizerBase, encode: Encode, limit: int, cache: TextCache) -> Encode:
-    """Return an encoder of the first `limit` tokens of a text, which reads and caches little more of it."""
+def cut_encoder(
+    tokenizer: PreTrainedTokenizerBase, encode: Encode, limit: int | None, cache: TextCache
+) -> Encode:
+    """Return an encoder of the first `limit` tokens of a text, which reads and caches little more of it.
+
+    None encodes all of a text.
+    """
+    if limit is None:
+        return cache.memoize(encode)
     # No token stands for more characters than its name has. The factor allows for normalizers that shorten a
     # text, the constant for the influence of a text's end on earlier tokens.
     room = 4 * limit * max(map(len, tokenizer.get_vocab())) + 1024

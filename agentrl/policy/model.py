@@ -240,7 +240,7 @@ def skeleton(config: PolicyConfig) -> PreTrainedModel:
 
 def _on_meta(settings: Any, dtype: str) -> PreTrainedModel:
     model = cast(nn.Module, without_weights(settings))
-    return cast(PreTrainedModel, model.to(getattr(torch, dtype)))
+    return cast(PreTrainedModel, model.to(getattr(torch, dtype)).eval())
 
 
 def check_finite(folder: Path, model: PreTrainedModel) -> None:

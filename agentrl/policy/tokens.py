@@ -140,7 +140,7 @@ def make_dialogue(
     tokenizer: PreTrainedTokenizerBase,
     *,
     reply: str = "plain",
-    max_observation_tokens: int = 96,
+    max_observation_tokens: int | None = 96,
     stop_ids: Collection[int] = (),
     template_arguments: Mapping[str, Any] | None = None,
 ) -> Dialogue:
@@ -149,7 +149,7 @@ def make_dialogue(
     Args:
         tokenizer: The tokenizer of the policy.
         reply: The format of replies; see `ChatDialogue`.
-        max_observation_tokens: The number of tokens after which an observation is cut.
+        max_observation_tokens: The number of tokens after which an observation is cut; None cuts none.
         stop_ids: Further ids that end a reply, such as those of `agentrl.policy.model.end_ids`.
         template_arguments: The arguments passed to the chat template whenever it is rendered.
     """
@@ -187,7 +187,7 @@ class RoleDialogue:
 
     Args:
         tokenizer: A tokenizer from `fit_tokenizer`, or another with the same role tokens.
-        max_observation_tokens: The number of tokens after which an observation is cut.
+        max_observation_tokens: The number of tokens after which an observation is cut; None cuts none.
         stop_ids: Further ids that end a reply.
     """
 
@@ -195,7 +195,7 @@ class RoleDialogue:
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        max_observation_tokens: int = 96,
+        max_observation_tokens: int | None = 96,
         stop_ids: Collection[int] = (),
     ) -> None:
         vocabulary = tokenizer.get_vocab()
@@ -305,7 +305,7 @@ class ChatDialogue:
         reply: The format of replies: plain is the command itself; action_tags and think_action have it in
             tags. What the prompt already writes of a reply is not repeated: a think block that it opens is
             closed, and where it holds a whole one, think_action goes straight to the command.
-        max_observation_tokens: The number of tokens after which an observation is cut.
+        max_observation_tokens: The number of tokens after which an observation is cut; None cuts none.
         instructions: The text before the first observation; None takes that of the reply format.
         stop_ids: Further ids that end a reply.
         template_arguments: The arguments passed to the template whenever it is rendered.
@@ -320,7 +320,7 @@ class ChatDialogue:
         tokenizer: PreTrainedTokenizerBase,
         *,
         reply: str = "plain",
-        max_observation_tokens: int = 96,
+        max_observation_tokens: int | None = 96,
         instructions: str | None = None,
         stop_ids: Collection[int] = (),
         template_arguments: Mapping[str, Any] | None = None,

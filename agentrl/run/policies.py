@@ -225,7 +225,7 @@ def open_player(
         config.policy,
         path=source.asked.name or str(source.folder),
         revision=source.asked.revision,
-        max_context=min(limit, config.policy.max_context),
+        max_context=min(limit, config.policy.max_context or limit),
     )
     config = replace(config, engine=replace(config.engine, name="torch", actors=None), policy=block)
     return loaded.player(loaded.engine(config), config, temperature), config

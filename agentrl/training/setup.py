@@ -16,9 +16,11 @@ from agentrl.errors import ConfigError
 from agentrl.evaluation.panels import configured_panel
 from agentrl.files import remove_leftovers
 from agentrl.learn.ranks import ALONE, Ranks
+from agentrl.planning.env_probe import play_random
+from agentrl.planning.limits import is_open, resolve_limits
 from agentrl.planning.preflight import check_run
 from agentrl.policy.engine import Engine
-from agentrl.policy.model import context_length, shortened
+from agentrl.policy.model import context_length, resolve_device, shortened
 from agentrl.policy.sources import resolve
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.placement import resolve_placement
@@ -27,6 +29,7 @@ from agentrl.run.env_backend import environment_factory, open_environments
 from agentrl.run.folder import Run, changed_wording, create_run, note_wording
 from agentrl.run.lock import RunLock
 from agentrl.run.policies import Policy, fit_policy, load, names_actions
+from agentrl.run.presets import misfits
 from agentrl.run.settings import RunConfig
 from agentrl.run.signals import Interruption
 
@@ -155,20 +158,16 @@ def open_session(
         environments = open_training_environments(config)
         undo.callback(environments.close)
         found = ranks.raise_on_any_rank(partial(_inspect_env, config, environments, ranks.count))
-        limit_note, made_from = None, {}
+        made_from = {}
         if found.policy is not None:
-            block, model = config.policy, found.policy.model
-            limit_note = shortened(model, block.max_context)
             source = found.policy.source
             assert source is not None
             made_from = {"model": source.record()}
-            # The folder and every stage get the limit that the model really has, and its commit.
-            block = replace(
-                block,
-                max_context=context_length(model, block.max_context),
-                revision=source.asked.revision,
-            )
-            config = replace(config, policy=block)
+            # The folder and every stage get the commit of the model, and the limits that it really has.
+            config = replace(config, policy=replace(config.policy, revision=source.asked.revision))
+        config, limit_notes = ranks.run_on_rank0(
+            partial(_with_limits, config, environments, found, ranks.count)
+        )
         run = Run(
             ranks.run_on_rank0(
                 lambda: (active or create_run(config, placement=placement, **made_from)).folder
@@ -199,7 +198,7 @@ def open_session(
         interruption=interruption or Interruption(),
         ranks=ranks,
         rollout_ranks=ranks.new_group(),
-        notes=tuple(note for note in (placement, limit_note) if note is not None),
+        notes=tuple(note for note in (placement, *limit_notes) if note is not None),
         other_prompts=other_prompts,
     )
 
@@ -232,6 +231,26 @@ def _inspect_env(config: RunConfig, environments: Environments, ranks: int) -> _
     block = config.policy
     policy = None if block.path is None else load(resolve(block.path, block.revision), block)
     return _Found(tasks, panel, has_expert, policy)
+
+
+def _with_limits(
+    config: RunConfig, environments: Environments, found: _Found, ranks: int
+) -> tuple[RunConfig, list[str]]:
+    """Return the configuration with the lengths that the model and the texts give, and why, in lines."""
+    notes = []
+    if found.policy is not None and config.policy.max_context is not None:
+        block, model = config.policy, found.policy.model
+        if note := shortened(model, config.policy.max_context):
+            notes.append(note)
+        config = replace(config, policy=replace(block, max_context=context_length(model, block.max_context)))
+    if is_open(config):
+        episodes = play_random(config, environments, found.tasks)
+        device = resolve_device(config.policy.device)
+        config, measured = resolve_limits(config, config.algorithm.build(), episodes, device, ranks)
+        notes += measured
+    if found.policy is not None:
+        notes += misfits(config, sum(parameter.numel() for parameter in found.policy.model.parameters()))
+    return config, notes
 
 
 def _offers_expert(config: RunConfig) -> bool:

@@ -372,6 +372,7 @@ HARMLESS = {
     "policy.revision": "a commit of the same",
     "policy.chat_template": "a template, rendered in its sandbox",
     "policy.device": "a choice",
+    "policy.preset": "a choice",
     "policy.dtype": "a choice",
     "policy.reply": "a choice",
     "warm_start.noise_prefers": "a text",

@@ -71,7 +71,9 @@ LONGROPE: dict[str, Any] = {
 
 
 def config(folder: Path, model: Path, *more: str) -> agentrl.RunConfig:
-    return agentrl.load_config(None, *TINY, f"policy.path={model}", f"run.folder={folder}", *more)
+    return agentrl.load_config(
+        None, *TINY, f"policy.path={model}", "policy.preset=scratch", f"run.folder={folder}", *more
+    )
 
 
 @pytest.fixture(scope="module")

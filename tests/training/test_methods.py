@@ -92,6 +92,7 @@ def config(clone: Path, folder: Path, name: str, *more: str, steps: int = 2) -> 
         "quickstart.yaml",
         *SMALL,
         f"policy.path={clone}",
+        "policy.preset=scratch",
         "warm_start.steps=0",
         f"trainer.steps={steps}",
         f"algorithm.name={name}",
