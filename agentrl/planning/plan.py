@@ -300,7 +300,7 @@ class _Lengths:
 
 def _lengths(config: RunConfig, algorithm: Algorithm, profile: EnvProfile | None) -> _Lengths:
     """Return what random play says of the sizes of batches and of the engine's cache."""
-    step, active = _episodes_per_step(config, algorithm), config.rollout.max_active
+    step, active = episodes_per_step(config, algorithm), config.rollout.max_active
     if profile is None:
         return _Lengths(None, None, active, step)
     context = context_length(skeleton(config.policy), config.policy.max_context)
