@@ -191,10 +191,9 @@ def entropy_factors(
         return {}
     factor = functional.entropy_factor(entropies, mask, scale=scale)[mask]
     low, high = limits or (-math.inf, math.inf)
-    flipped = (factor.clamp(low, high) < 0) & (mini.advantages[mask] != 0)
     return {
         "entropy_score_min": float(factor.min() - 1) / scale,
         "entropy_score_max": float(factor.max() - 1) / scale,
         "advantage_factor_limited": float(((factor < low) | (factor > high)).double().mean()),
-        "advantages_flipped": float(flipped.sum()),
+        "advantages_flipped": float(((factor.clamp(low, high) < 0) & (mini.advantages[mask] != 0)).sum()),
     }

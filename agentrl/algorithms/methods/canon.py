@@ -17,6 +17,7 @@ from agentrl.algorithms.named_features import feature_of
 from agentrl.algorithms.recipe import Presets, recipe
 from agentrl.config import Share, SignedWeight, Tokens, Weight
 from agentrl.data.batch import Batch
+from agentrl.schedule import cosine_restarts
 
 Measure = Literal["entropy", "length"]
 
@@ -43,13 +44,17 @@ class CANON(ClippedRecipe):
         singleton         | zero     | raw      | zero
 
     The published runs use groups of 16 and divide by the maximum length of a reply, 8192; 32 suits short
-    commands. One of their schedules lets 1 - mix follow a cosine with restarts; here mix is constant.
+    commands. With the schedule `restarts`, 1 - mix rises to `peak` over the first fifth of the run and then
+    falls to 0 three times, each along half a cosine; with `reversed`, mix does. The published numbers are 30
+    of 150 steps, 3 cycles and 0.6; the form of the rise is ours.
 
     Args:
         measure: What is compared between the episodes of a group.
         mix: The share of the comparison with the other half; the rest is with the own half.
         alpha: Below 1, the half with more entropy, or with fewer tokens, is preferred.
         beta: The bonus of the half with more entropy, or with more tokens, and the malus of the other.
+        schedule: Whether mix is `constant`, or changes over the run.
+        peak: The highest value of what follows the schedule.
         singleton: As in `grpo`.
 
     The remaining fields are those of `ClippedRecipe`.
@@ -70,6 +75,8 @@ class CANON(ClippedRecipe):
     mix: Share = 1.0
     alpha: Weight = 1.0
     beta: SignedWeight = 0.0
+    schedule: Literal["constant", "restarts", "reversed"] = "constant"
+    peak: Share = 0.6
     singleton: functional.Singleton = "zero"
 
     def build(self) -> Algorithm:
@@ -78,9 +85,15 @@ class CANON(ClippedRecipe):
         advantage = requires(measured)(partial(self.compare, measured=measured))
         return replace(super().build(), advantage=mark_comparing(advantage, self.singleton))
 
+    def mix_at(self, context: Context) -> float:
+        """Return the share of the comparison with the other half in this step."""
+        total = context.total_steps
+        part = self.peak * cosine_restarts(context.step, total, cycles=3, warmup=total // 5)
+        return {"constant": self.mix, "restarts": 1 - part, "reversed": part}[self.schedule]
+
     def compare(self, batch: Batch, context: Context, *, measured: str) -> Tensor:
         """Compare returns between the halves of their group and within them; [B, T] float64."""
-        returns, mix, alpha = batch.returns, self.mix, self.alpha
+        returns, mix, alpha = batch.returns, self.mix_at(context), self.alpha
         _, member, sizes = batch.groups.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
         # Rounded, so that ties do not depend on floating-point noise.
         values = feature_of(batch, measured).double().round(decimals=9)
