@@ -297,6 +297,10 @@ class _Lengths:
     episodes: int
     step: int
 
+    def tokens(self, episodes: int, ranks: int) -> int | None:
+        """Return the number of tokens of some episodes that each of the ranks learns from."""
+        return None if self.episode is None else int(self.episode * episodes / ranks)
+
 
 def _lengths(config: RunConfig, algorithm: Algorithm, profile: EnvProfile | None) -> _Lengths:
     """Return what random play says of the sizes of batches and of the engine's cache."""
@@ -324,7 +328,7 @@ def _policy_lines(
                 stage,
                 learner,
                 topology.ranks,
-                batch_tokens=lengths.episode and int(lengths.episode * episodes / topology.ranks),
+                batch_tokens=lengths.tokens(episodes, topology.ranks),
             )
             for stage, learner, episodes in stages
         ),
@@ -333,7 +337,7 @@ def _policy_lines(
     here, copies = _device_section(device, topology)
     program = _program_bytes() * (topology.trainers + topology.drivers)
     policy = weight_bytes(learner_skeleton(config.policy))
-    checkpoint = max(checkpoint_bytes(config, *stage) for *stage, _ in stages)
+    checkpoint = max(checkpoint_bytes(config, stage, learner) for stage, learner, _ in stages)
     return [
         Line("memory", "program", program, "bytes", "measured: this one, which has loaded the same"),
         *(Line(here, what, size * copies, "bytes", how) for what, (size, how) in held.items()),

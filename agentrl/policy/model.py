@@ -97,6 +97,7 @@ def decoder_settings(
             f"policy.hidden_size is {config.hidden_size}, wanted an even multiple of "
             f"policy.heads={config.heads}"
         )
+    assert config.max_context is not None  # PolicyConfig wants it without a path
     return Qwen2Config(
         vocab_size=vocabulary,
         hidden_size=config.hidden_size,

@@ -67,7 +67,7 @@ class Policy:
             self.served,
             config.engine,
             stop_ids=self.dialogue.stop_ids,
-            max_context=config.policy.max_context,
+            max_context=context_length(self.served, config.policy.max_context),
             max_sequences=2 * config.rollout.max_active,  # including sequences kept for branching
             address=config.rollout.ray.address,
         )

@@ -171,7 +171,9 @@ def with_preset(
         layers = [*layers[: naming[-1]], changes, *layers[naming[-1] :]]
     else:
         tree = set_values(tree, [change for change in changes if not _has(tree, change[0])])
-    changed = reduce(apply, layers, tree)
+    changed: Tree = dict(tree)
+    for layer in layers:
+        changed = apply(changed, layer)
     set_here = [
         f"{'.'.join(key)}={_in_yaml(value)}"
         for key, value in values.items()
