@@ -17,11 +17,9 @@ from agentrl.policy.encoding import special_ids
 from agentrl.policy.model import load_tokenizer
 from agentrl.policy.sources import resolve
 from agentrl.policy.tokens import Dialogue, configured_dialogue, fit_tokenizer
-from agentrl.rollout.players import ExpertPlayer, RandomPlayer
-from agentrl.rollout.workers import ProcessEnvironments
-from agentrl.run.env_backend import environment_factory
+from agentrl.run.env_backend import environment_factory, open_one_environment
 from agentrl.run.examples import find_examples
-from agentrl.run.policies import check_fitted
+from agentrl.run.policies import check_fitted, scripted_player
 from agentrl.run.settings import RunConfig
 from agentrl.terminal import plain
 
@@ -132,22 +130,19 @@ def preview_prompts(config: RunConfig, *, turns: int = 3, task: str | None = Non
 
 def _play(config: RunConfig, task: str | None, turns: int) -> tuple[Episode, str]:
     """Play an episode by the expert, or by chance where the environment has none."""
-    last: ConfigError | None = None
-    for player, arguments in ((ExpertPlayer(), {"expert": True}), (RandomPlayer(), {})):
-        factory = environment_factory(config, **arguments)
+    for name in ("expert", "random"):
+        factory = environment_factory(config, **({"expert": True} if name == "expert" else {}))
         try:
-            with ProcessEnvironments(factory, 1, config.rollout.workers) as environments:
+            with open_one_environment(factory, config.rollout) as environments:
                 with environments.borrow() as environment:
                     known: Any = environment.unwrapped
                     chosen = known.tasks(config.env.split)[0] if task is None else task
                     known.task_hash(chosen)  # refuses an unknown one
-                play = record_play(config, environments, chosen, player, turns)
-                return play, "expert" if arguments else "random"
-        except ConfigError as error:
-            last = last or error
-            if not arguments:
-                raise
-    raise AssertionError from last
+                return record_play(config, environments, chosen, scripted_player(name), turns), name
+        except ConfigError:
+            if name == "random":
+                raise  # whatever is wrong, the expert is not
+    raise AssertionError
 
 
 def _fitted(config: RunConfig, play: Episode) -> PreTrainedTokenizerBase:

@@ -22,7 +22,7 @@ SHIPPED = tuple(sorted(path.stem for path in _FOLDER.glob("*.jinja")))
 VARIABLES = {
     "task": "the text of the task",
     "observation": "the observation of this turn",
-    "actions": "the admissible actions as a list, or none",
+    "actions": "the admissible actions as a list, empty if the environment names none",
     "history": "the last turns, each with .number, .observation, .action and .reply",
     "step": "the number of steps taken",
     "max_steps": "the largest number of steps, or none",
@@ -178,7 +178,7 @@ class PromptTemplate:
         variables = {
             "task": cut(str(first)) if briefing.task is None else briefing.task,
             "observation": cut(str(observation)),
-            "actions": None if seen.actions is None else briefing.list_actions(seen.actions),
+            "actions": briefing.list_actions(seen.actions or ()),
             "history": turns,
             "step": step,
             "max_steps": briefing.max_steps,
@@ -209,7 +209,7 @@ class PromptTemplate:
         """
         example = Example("a task", (("an observation", "an action"),) * 2)
         probed = PromptTemplate(self.name, self.source, self.history, (example,) * bool(self.examples))
-        for turns, actions, known in product((0, 1, 5), (None, (), ("go", "stay")), (False, True)):
+        for turns, actions, known in product((0, 1, 5), ((), ("go", "stay")), (False, True)):
             briefing = Briefing("a task", "Act.", {}, 9) if known else Briefing()
             past = [("an observation", "an action")] * turns
             probed.write(past, Observation("an observation", actions, briefing), reply)

@@ -16,8 +16,7 @@ from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import ExpertPlayer
 from agentrl.rollout.recording import RecordingPlayer
-from agentrl.rollout.workers import ProcessEnvironments
-from agentrl.run.env_backend import environment_factory
+from agentrl.run.env_backend import environment_factory, open_one_environment
 from agentrl.run.folder import Run
 from agentrl.run.settings import RunConfig
 from agentrl.seeds import derive_seed
@@ -79,7 +78,7 @@ def play_examples(config: RunConfig, excluded: Collection[str] = ()) -> tuple[Ex
     examples: list[Example] = []
     try:
         factory = environment_factory(config, expert=True)
-        with ProcessEnvironments(factory, 1, config.rollout.workers) as environments:
+        with open_one_environment(factory, config.rollout) as environments:
             tasks = _drawn_tasks(config, environments, excluded, most)
             for task in tasks:
                 found = _solved(config, environments, task)
