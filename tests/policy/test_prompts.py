@@ -11,7 +11,15 @@ from transformers import PreTrainedTokenizerFast
 
 from agentrl.env.briefing import Briefing
 from agentrl.errors import ConfigError
-from agentrl.policy.prompt import SHIPPED, Example, Observation, PromptTemplate, ReplyWords, load_prompt
+from agentrl.policy.prompt import (
+    SHIPPED,
+    VARIABLES,
+    Example,
+    Observation,
+    PromptTemplate,
+    ReplyWords,
+    load_prompt,
+)
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import (
     REPLY_FORMATS,
@@ -319,3 +327,13 @@ def test_the_hash_of_prompts_covers_template_history_and_examples(chat: Any, tmp
     assert len(set(found)) == len(found)
     again = ChatDialogue(chat(), prompt=load_prompt("literature")).wording
     assert (again.sha256, again.history) == (found[1], 2)
+
+
+def test_the_page_on_prompts_names_every_template_and_variable_and_its_example_works() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "prompts.md").read_text()
+    assert all(f"| `{name}` |" in page for name in VARIABLES)
+    assert all(f"`{name}`" in page for name in SHIPPED)
+    (source,) = re.findall(r"```jinja\n(.*?)```", page, re.DOTALL)
+    prompt = PromptTemplate("page", source, 3)
+    prompt.check(WORDS)
+    assert "Choose: go, stay\nPlease reply with a command." in written(prompt, [], seen("a mug"))
