@@ -479,6 +479,37 @@ def plan(
         raise typer.Exit(ExitCode.MISSING)
 
 
+@app.command()
+def prompt(
+    arguments: Overrides = None,
+    turns: Annotated[int, typer.Option(min=1, help="Number of turns to show.")] = 3,
+    task: Annotated[
+        str | None, typer.Option(metavar="ID", help="Task; default: the first training task.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    imports: Imports = None,
+) -> None:
+    """Print exactly what the policy reads in the first turns of an episode, with token counts.
+
+    The environment's expert plays, or chance where there is none; no weights are loaded.
+
+    - `agentrl prompt configs/quickstart.yaml`
+    - `agentrl prompt env.id=agentrl/ALFWorld-v0 policy.path=FOLDER policy.prompt=literature --turns 4`
+    """
+    import json
+
+    from agentrl.planning.prompt_preview import preview_prompts, preview_text
+    from agentrl.run.settings import load_config
+
+    path, overrides = _split_config(arguments)
+    read = load_config(path, *overrides, imports=load_imports(imports or ()))
+    found = preview_prompts(read, turns=turns, task=task)
+    if as_json:
+        echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+    else:
+        _console().print(preview_text(found), soft_wrap=True)  # line ends are the prompt's own
+
+
 @app.command("check-env")
 def check_env(
     arguments: Annotated[

@@ -68,7 +68,16 @@ class PolicyConfig:
             `think_action` the policy reasons freely before its command, under `rollout.constrained` as well.
         template_arguments: The arguments passed to the chat template whenever it is rendered, for example
             `template_arguments.enable_thinking=false`; an argument that it does not read is refused.
-        max_observation_tokens: The number of tokens after which an observation is cut; null cuts none.
+        prompt: The template of what the policy reads each turn: `plain`, `literature`, `react`, or a Jinja
+            file; `agentrl prompt` shows what it writes.
+        history: The turns that a prompt shows: `full` continues one dialogue; a number k writes every prompt
+            anew, with the last k turns; `none` shows the present alone. Null takes what the template says of
+            itself: full for `plain` and `react`, 2 for `literature`.
+        examples: The number of solved examples that the environment's expert plays for a template that shows
+            some, as `react` does.
+        system_message: The text of a system message; null leaves it to the chat template.
+        max_observation_tokens: The number of tokens after which an observation is cut; the task is not, where
+            the environment names it. Null cuts none.
         tokenizer_episodes: The number of random episodes of training tasks on whose text a new tokenizer is
             fitted.
     """
@@ -87,6 +96,10 @@ class PolicyConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     reply: ReplyFormat = "plain"
     template_arguments: dict[str, Any] = field(default_factory=dict)
+    prompt: str = "plain"
+    history: Annotated[int, Interval(ge=1, le=1000)] | Literal["full", "none"] | None = None
+    examples: Annotated[int, Interval(ge=0, le=16)] = 1
+    system_message: str | None = None
     max_observation_tokens: ContextTokens | None = 96
     tokenizer_episodes: Annotated[int, Interval(ge=1, le=1_000_000)] = 200
 

@@ -4,10 +4,11 @@ The code that drives it (see `collector`) decides where environments and models 
 """
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from agentrl.data.trajectory import BranchPoint, Episode, StopReason, Turn
+from agentrl.env.briefing import Briefing
 from agentrl.errors import EnvironmentContractError
 from agentrl.seeds import derive_seed
 from agentrl.values import ValueFaultError, as_text, storable
@@ -84,6 +85,7 @@ class ActionRequest:
         task: The id of the task.
         member: The index of the episode in its group.
         previous: The turn before this one; None in the first.
+        briefing: What the environment told at the start of the episode.
     """
 
     episode_id: str
@@ -95,6 +97,7 @@ class ActionRequest:
     task: str = ""
     member: int = 0
     previous: Turn | None = None
+    briefing: Briefing = field(default_factory=Briefing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ class Transition:
     """The environment's answer to `Reset` (with reward 0 and no end) or `Step`.
 
     `snapshot` restores this state in the environments that made it; None if it was not requested or is not
-    available.
+    available. `briefing` comes with a reset.
     """
 
     observation: str
@@ -111,6 +114,7 @@ class Transition:
     truncated: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
     snapshot: Any = field(default=None, repr=False, compare=False)
+    briefing: Briefing = field(default_factory=Briefing, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +282,7 @@ def play(
             task=spec.task,
             member=spec.member,
             previous=path.turns[-1] if path.turns else None,
+            briefing=_limited(path.transitions[0].briefing, max_turns),
         )
         if isinstance(reply, Stop):
             return _episode(spec, path, reply.reason, before, reply.error)
@@ -327,6 +332,14 @@ def _visible_part(answer: Transition) -> tuple[object, ...]:
 def _actions(answer: Transition) -> tuple[str, ...] | None:
     actions = answer.info.get("actions")
     return None if actions is None else tuple(actions)
+
+
+def _limited(briefing: Briefing, max_turns: int | None) -> Briefing:
+    """Return a briefing whose step limit is that of the episode, if it is the smaller one."""
+    known = briefing.max_steps
+    if max_turns is None or (known is not None and known <= max_turns):
+        return briefing
+    return replace(briefing, max_steps=max_turns)
 
 
 def _turn(before: Transition, reply: Reply, answer: Answer) -> Turn:

@@ -4,12 +4,14 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Protocol
 
 from agentrl.data.trajectory import StopReason, Turn
 from agentrl.env.spaces import TextSpace
 from agentrl.errors import ConfigError
 from agentrl.policy.engine import Engine, Generation, GenerationRequest, SamplingParams
+from agentrl.policy.prompt import Observation
 from agentrl.policy.thinking import Thinking
 from agentrl.policy.trie import admissible_replies, token_trie
 from agentrl.rollout.menus import Menu, build_menu
@@ -165,11 +167,14 @@ class _Conversation:
         self.length = (0 if new_sequence else self.length) + prompt + len(action_ids)
 
     @classmethod
-    def from_turns(cls, turns: Sequence[Turn]) -> "_Conversation":
-        """Return the conversation after some turns."""
+    def from_turns(cls, turns: Sequence[Turn], parent: "_Conversation | None" = None) -> "_Conversation":
+        """Return the conversation after some turns, which are those of `parent` if that is known."""
         conversation = cls()
-        for turn in turns:
-            conversation.extend(turn.observation, len(turn.prompt_ids), turn.new_sequence, turn.action_ids)
+        seen = [text for text, _ in parent.history] if parent is not None else []
+        for turn, text in zip_longest(turns, seen[: len(turns)]):
+            # What the parent was shown says more than the text that the turn keeps.
+            said = turn.observation if text is None else text
+            conversation.extend(said, len(turn.prompt_ids), turn.new_sequence, turn.action_ids)
         return conversation
 
 
@@ -197,6 +202,9 @@ class LanguagePlayer:
             freely.
         choose_sampling: Maps a request and `sampling` to the parameters of the reply, which must have the
             same `max_tokens`; None takes `sampling`.
+
+    Attributes:
+        cut_observations: The number of observations so far that were too long, and are cut.
     """
 
     def __init__(
@@ -214,6 +222,7 @@ class LanguagePlayer:
         self._choices = choices
         self._choose_sampling = choose_sampling
         self._thinking: Thinking | None = getattr(dialogue, "thinking", None)
+        self.cut_observations = 0
         self._conversations: dict[str, _Conversation] = {}
         self._pending: dict[str, _Pending] = {}
         self._stopped: list[Answered] = []
@@ -222,7 +231,8 @@ class LanguagePlayer:
         """Encode a request and pass it to the engine; one that exceeds the context ends its episode."""
         conversation = self._conversations.setdefault(request.episode_id, _Conversation())
         inherited, conversation.inheritance = conversation.inheritance, _Inheritance()
-        prompt = self._dialogue.prompt(conversation.history, request.observation)
+        prompt = self._dialogue.prompt(conversation.history, _observation(request))
+        self.cut_observations += prompt.cut
         menu = self._menu(request, inherited.begun)
         if menu is not None and not menu.texts:
             error = f"none of info['actions'] begins with the tokens of the parent's reply: {inherited.begun}"
@@ -266,7 +276,8 @@ class LanguagePlayer:
 
     def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
         """Start an episode with the tokens of its parent, which the engine need not read again."""
-        conversation = self._conversations[child_id] = _Conversation.from_turns(turns)
+        parent = self._conversations.get(parent_id)
+        conversation = self._conversations[child_id] = _Conversation.from_turns(turns, parent)
         ids: list[int] = []
         for turn in turns:
             if turn.new_sequence:
@@ -309,7 +320,7 @@ class LanguagePlayer:
             for values in (generation.policy_versions, generation.temperatures)
         )
         self._conversations[generation.sequence].extend(
-            pending.request.observation, len(pending.prompt_ids), pending.new_sequence, ids
+            _observation(pending.request), len(pending.prompt_ids), pending.new_sequence, ids
         )
         chosen = None if pending.menu is None else pending.menu.chosen(generation.token_ids)
         text, valid = (chosen, True) if chosen is not None else self._parse(ids)
@@ -393,9 +404,10 @@ class DemonstrationPlayer(_ImmediatePlayer):
         if request.actions and text not in request.actions:
             return Stop(StopReason.CONTRACT, f"the expert's action {text!r} is not one of info['actions']")
         conversation = self._conversations.setdefault(request.episode_id, _Conversation())
-        prompt = self._dialogue.prompt(conversation.history, request.observation)
+        observation = _observation(request)
+        prompt = self._dialogue.prompt(conversation.history, observation)
         action_ids = self._dialogue.encode_reply(text)
-        conversation.extend(request.observation, len(prompt.ids), prompt.new_sequence, action_ids)
+        conversation.extend(observation, len(prompt.ids), prompt.new_sequence, action_ids)
         needed = conversation.length + max(0, self._room(request) - len(action_ids))
         if self._max_context is not None and needed > self._max_context:
             return _too_long(needed, self._max_context)
@@ -423,7 +435,8 @@ class DemonstrationPlayer(_ImmediatePlayer):
         """Start an episode after turns of its parent."""
         if prefix_ids:
             raise ValueError(f"{child_id!r} begins inside a reply, but an expert gives complete replies")
-        self._conversations[child_id] = _Conversation.from_turns(turns)
+        parent = self._conversations.get(parent_id)
+        self._conversations[child_id] = _Conversation.from_turns(turns, parent)
 
     def close(self, episode_id: str) -> None:
         """Discard all state of an episode."""
@@ -446,6 +459,10 @@ class DemonstrationPlayer(_ImmediatePlayer):
             return None
         replies = admissible_replies(request.actions, self._dialogue.encode_reply)
         return token_trie(tuple(replies)).trace(action_ids)
+
+
+def _observation(request: ActionRequest) -> Observation:
+    return Observation(request.observation, request.actions, request.briefing)
 
 
 def _too_long(length: int, limit: int) -> Stop:

@@ -24,13 +24,15 @@ from agentrl.policy.model import (
     load_tokenizer,
 )
 from agentrl.policy.precision import engine_copy
+from agentrl.policy.prompt import Example
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.sources import ModelSource, resolve
-from agentrl.policy.tokens import Dialogue, check_without_template, fit_tokenizer, make_dialogue
+from agentrl.policy.tokens import Dialogue, check_without_template, configured_dialogue, fit_tokenizer
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import ChooseSampling, LanguagePlayer, Player, scripted_player
+from agentrl.run.examples import find_examples
 from agentrl.run.folder import Run, changed_wording, open_run
 from agentrl.run.settings import RunConfig
 from agentrl.run.trust import caller_only_values, drop_caller_only_values
@@ -108,7 +110,7 @@ def fit_policy(
         player: The player whose episodes the tokenizer is fitted on.
         tokenizer_folder: The folder of the tokenizer.
     """
-    check_without_template(config.policy.reply, config.policy.template_arguments)
+    check_fitted(config.policy)
     if not tokenizer_folder.is_dir():
         texts = environment_text(config, tasks, environments, player)
         fitted = fit_tokenizer(texts, config.policy.vocab_size)
@@ -118,6 +120,21 @@ def fit_policy(
     block = replace(config.policy, dtype="float32")
     model = build_model(block, tokenizer, derive_seed(config.seed, "weights"))
     return _make_policy(model, tokenizer, config.policy)
+
+
+def check_fitted(block: PolicyConfig) -> None:
+    """Refuse settings that a policy with a fitted tokenizer, which has no chat template, cannot follow.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    check_without_template(
+        block.reply,
+        block.template_arguments,
+        prompt=block.prompt,
+        history=block.history,
+        system_message=block.system_message,
+    )
 
 
 def names_actions(tasks: Sequence[str], environments: Environments) -> bool:
@@ -171,8 +188,13 @@ def drawn_specs(config: RunConfig, use: str, count: int, tasks: Sequence[str]) -
         yield EpisodeSpec(f"{use}-{index}", config.env.id, task, derive_seed(config.seed, use, index))
 
 
-def load(source: ModelSource | str | Path, config: PolicyConfig) -> Policy:
-    """Load the policy of a model; a path is a Hugging Face folder.
+def load(source: ModelSource | str | Path, config: PolicyConfig, examples: Sequence[Example] = ()) -> Policy:
+    """Load the policy of a model.
+
+    Args:
+        source: The model; a path is a Hugging Face folder.
+        config: The `policy` block of the configuration.
+        examples: The solved examples that its prompt shows.
 
     Raises:
         CheckpointError: If the model cannot be read, or its weights overflow in `policy.dtype`.
@@ -180,7 +202,7 @@ def load(source: ModelSource | str | Path, config: PolicyConfig) -> Policy:
     if not isinstance(source, ModelSource):
         source = ModelSource(Path(source), name=str(source))
     model, tokenizer = load_policy(source, device=config.device, chat_template=config.chat_template)
-    policy = _make_policy(model, tokenizer, config)
+    policy = _make_policy(model, tokenizer, config, examples)
     if policy.served is not model:
         check_finite(source.path, policy.served)
     return replace(policy, source=source)
@@ -215,8 +237,9 @@ def open_player(
         _warn_of_dropped_values(opened)
     else:
         config, source = config or RunConfig(), opened
-    loaded = load(source, config.policy)
-    changed = changed_wording(opened, loaded.dialogue.wording) if isinstance(opened, Run) else None
+    run = opened if isinstance(opened, Run) else None
+    loaded = load(source, config.policy, find_examples(config, run))
+    changed = None if run is None else changed_wording(run, loaded.dialogue.wording)
     if changed:
         warnings.warn(changed, RuntimeWarning, stacklevel=2)
     # Nobody asked for the default, so a model with a shorter context needs no warning.
@@ -241,14 +264,13 @@ def _warn_of_dropped_values(run: Run) -> None:
         )
 
 
-def _make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PolicyConfig) -> Policy:
-    dialogue = make_dialogue(
-        tokenizer,
-        reply=config.reply,
-        max_observation_tokens=config.max_observation_tokens,
-        stop_ids=end_ids(model),
-        template_arguments=config.template_arguments,
-    )
+def _make_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PolicyConfig,
+    examples: Sequence[Example] = (),
+) -> Policy:
+    dialogue = configured_dialogue(config, tokenizer, stop_ids=end_ids(model), examples=examples)
     return Policy(model, engine_copy(model, getattr(torch, config.dtype)), tokenizer, dialogue)
 
 

@@ -51,6 +51,7 @@ class RolloutResult:
         kept: The groups that are learned from.
         failures: The attempts that were aborted and made again.
         rounds: How often tasks were drawn.
+        cut_observations: How many observations were too long for the policy, and are cut.
         branches: How many episodes began in the middle of another, by the way they got there.
         environment_seconds: The time spent in environments, or waiting for them, on this rank.
         player_seconds: The time spent in the player, or waiting for it, on this rank.
@@ -60,6 +61,7 @@ class RolloutResult:
     kept: list[Group] = field(default_factory=list)
     failures: list[Episode] = field(default_factory=list)
     rounds: int = 0
+    cut_observations: int = 0
     branches: Counter[str] = field(default_factory=Counter)
     environment_seconds: float = 0.0
     player_seconds: float = 0.0
@@ -75,6 +77,7 @@ class RolloutResult:
             "rollout/groups_kept": len(self.kept) / len(self.groups),
             "rollout/retried": float(len(self.failures)),
             "rollout/rounds": float(self.rounds),
+            "rollout/cut_observations": float(self.cut_observations),
         } | {f"rollout/branches/{how}": float(count) for how, count in sorted(self.branches.items())}
 
 
@@ -144,6 +147,7 @@ class Rollouts:
                 short = len(played.kept) + len(kept) < wanted
                 # With several rounds allowed, the last one fills up with what it has.
                 played.kept += groups if short and most > 1 and played.rounds == most else kept
+        played.cut_observations = sum(self._ranks.gather(player.cut_observations))
         self._timers.add("rollout.environment.wall", played.environment_seconds)
         self._timers.add("rollout.generation.wall", played.player_seconds)
         played.kept = played.kept[:wanted]
