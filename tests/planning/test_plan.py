@@ -299,7 +299,7 @@ def test_everything_that_is_missing_is_told_at_once(
         r"engine\.vllm\.weights_folder: .*absent is no folder on this machine",
         r"policy\.device is '(cuda|mps)', which this machine does not have",
         r"rollout\.backend=ray needs Ray: pip install -e '\.\[ray\]'",
-        r"policy\.path is '.*nowhere', wanted the folder of a Hugging Face causal language model",
+        r"policy\.path is '.*nowhere', wanted a folder or \.gguf file \(there is none at .*nowhere\)",
         r"torchrun --master-port: \d+ is not available",
         r"split 'test' of example/HotCold-v0 has \d+ tasks, wanted 10000",
     )
