@@ -46,8 +46,9 @@ $(VENV)/.installed-smollm2: $(VENV)/.installed
 smollm2: $(VENV)/.installed-smollm2  ## train a real instruct model, SmolLM2-135M, from a package: no hub
 	$(BIN)/agentrl train configs/smollm2_alfworld.yaml seed=$(SEED) $(if $(STEPS),trainer.steps=$(STEPS))
 
+# In the order of the tree, in which no long file comes last, and with a thread for each process.
 test: $(VENV)/.installed-dev  ## the default test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-dev  ## the minutes-long proofs
 	$(BIN)/python -m pytest -m slow

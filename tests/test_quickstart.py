@@ -53,7 +53,7 @@ def test_what_is_learned_from_and_measured_on_have_no_scene_in_common(
     monkeypatch.setattr(ALFWorldEnv, "reset", recording)
     small = (
         *("warm_start.steps=2", "warm_start.demonstrations=200", "evaluation.baselines=[]"),
-        *("trainer.steps=2", "rollout.group_size=2", "evaluation.tasks=100"),
+        *("trainer.steps=2", "rollout.group_size=2", "evaluation.tasks=70"),
     )
     config = agentrl.load_config("quickstart.yaml", *small, f"run.folder={tmp_path}")
     agentrl.train(config, quiet=True)

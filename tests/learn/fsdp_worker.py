@@ -161,16 +161,14 @@ def compared(
     prepare_groups: Callable[[list[Group]], list[Group]] = list,
     **settings: Any,
 ) -> Figures:
-    """Return, on the first rank, how far a learner on all ranks is from a single-process learner."""
+    """Return how far a learner on all ranks is from a single-process learner."""
     results = []
-    for backend, who in (("single", ALONE), ("fsdp", ranks)) if ranks.first else (("fsdp", ranks),):
+    for backend, who in (("single", ALONE), ("fsdp", ranks)):
         algorithm = build_recipe(name).build() if isinstance(name, str) else name
         algorithm = algorithm if cap is None else with_importance_correction(algorithm, cap)
         learner = learner_of(make, algorithm, who, backend, **settings)
         before = weights(learner)
         results.append((*taught(learner, algorithm, range(5), prepare_groups), weights(learner), before))
-    if not ranks.first:
-        return {}
     (own, own_log, own_weights, before), (shared, shared_log, shared_weights, _) = results
     return {
         "gradient": relative(shared, own),
