@@ -181,10 +181,10 @@ def with_preset(
     ]
     if not set_here:
         return changed, None
-    size = "of unknown size" if parameters is None else f"of {in_short(parameters)} parameters"
+    size = "unknown size" if parameters is None else f"{in_short(parameters)} parameters"
     return changed, (
-        f"policy.path={path}, a model {size} that no run here began: policy.preset=pretrained sets "
-        f"{' '.join(set_here)}; each of them can be given, and policy.preset=scratch sets none"
+        f"policy.path={path} ({size}): policy.preset=pretrained sets {' '.join(set_here)} "
+        "(give any of them, or policy.preset=scratch)"
     )
 
 
