@@ -8,20 +8,40 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from agentrl.errors import CheckpointError, NonFiniteError
-from agentrl.files import begin_folder, finish_folder, remove_folder
+from agentrl.files import begin_folder, finish_folder, link_or_copy, remove_folder
 from agentrl.learn.learner import Learner
+from agentrl.learn.lora import adapter_weights, load_adapter_weights
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.learn.sharding import stored_shards
 from agentrl.policy.precision import named_in_short, non_finite
-from agentrl.run.records import read_hashes, read_progress
+from agentrl.run.adapter import Base, read_adapter_weights, write_adapter
+from agentrl.run.records import CHECKPOINT_FORMAT, read_hashes, read_progress
+
+_SHARDED_POLICY = "learned.policy."  # prefix of the policy's weights among the shards
+_WEIGHTS, _SHARDS = "weights.safetensors", "shards"  # of what is learned, in one file or by rank
+_REFERENCE, _REFERENCE_SHARDS = "reference.safetensors", "reference"
+ADAPTER = "adapter"  # a peft folder: with LoRA, the only weights in a checkpoint
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that shares files with the next one.
+
+    Args:
+        path: The checkpoint.
+        updates: `Learner.updates` as it was when the checkpoint was written or loaded.
+    """
+
+    path: Path
+    updates: int
 
 
 @dataclass(frozen=True)
@@ -50,14 +70,20 @@ def save_checkpoint(
     ranks: Ranks = ALONE,
     *,
     between: bool = False,
+    keep: int | None = 2,
+    earlier: Saved | None = None,
+    base: Base | None = None,
 ) -> Path:
     """Write the checkpoint `folder/STAGE-STEP` and remove outdated ones.
 
-    The last two checkpoints and the one of the highest `score` are kept. A checkpoint written because of a
+    The last `keep` checkpoints and the one of the highest `score` are kept. A checkpoint written because of a
     stop (`between`) is kept only until the next one, so that a stopped and resumed run leaves the same
     checkpoints as an uninterrupted one. With several ranks on a shared file system, each rank writes its
     shards and the first one everything else. Weights are written in float32, whatever `policy.dtype` is, so
     that a resumed run continues from exactly what was learned.
+
+    Files whose content is that of an earlier checkpoint are hard links to its files: the reference policy,
+    and the weights if no optimiser step was taken since. With LoRA, the frozen weights are not written.
 
     Args:
         folder: The folder of the run's checkpoints.
@@ -67,6 +93,9 @@ def save_checkpoint(
         score: The score of the policy.
         ranks: The ranks that call this function together.
         between: Whether the run would not have written this checkpoint without a stop.
+        keep: The number of newest checkpoints to keep; None keeps all.
+        earlier: The checkpoint of the same stage that the learner was last saved to or loaded from.
+        base: With LoRA, the frozen weights that the adapters are added to.
 
     Returns:
         The path of the checkpoint.
@@ -76,8 +105,11 @@ def save_checkpoint(
         NonFiniteError: If weights or optimizer states are not finite; nothing is written.
     """
     target = folder / f"{progress.stage}-{progress.step:06d}"
-    sharded = learner.config.backend == "fsdp"
+    sharded, adapted = learner.config.backend == "fsdp", learner.config.lora is not None
     lost = learner.non_finite()
+    adapters = adapter_weights(learner.policy) if adapted else {}
+    shared = ranks.run_on_rank0(lambda: _unchanged_files(learner, earlier))
+    has_reference = learner.reference is not None and not adapted  # with adapters, the base is the reference
 
     def begin() -> Path:
         if lost:
@@ -89,30 +121,62 @@ def save_checkpoint(
             folder.mkdir(exist_ok=True)
             partial = begin_folder(target)
         with _saving(target, partial):
-            if not sharded:
-                save_model(learner.policy, str(partial / "weights.safetensors"))
+            for name, source in shared.items():
+                (partial / name).parent.mkdir(exist_ok=True)
+                link_or_copy(source, partial / name)
+            if not sharded and not adapted and _WEIGHTS not in shared:
+                save_model(learner.policy, str(partial / _WEIGHTS))
+            if not sharded and has_reference and _REFERENCE not in shared:
+                save_model(cast(nn.Module, learner.reference), str(partial / _REFERENCE))
+            if learner.config.lora is not None:
+                assert base is not None
+                (partial / ADAPTER).mkdir()
+                write_adapter(
+                    partial / ADAPTER, learner.policy, learner.config.lora, adapters, base, folder.parent
+                )
             own = dict(states or {})
             # The replay's state has a place of its own, as in the checkpoints of older versions.
             stored = {"replay": own.pop("replay", None), "stateful": own}
             torch.save(learner.state_dict() | stored, partial / "learner.pt")
-            record = asdict(progress) | {"score": score, "between": between}
+            record = asdict(progress) | {"score": score, "between": between, "format": CHECKPOINT_FORMAT}
             (partial / "progress.json").write_text(json.dumps(record), encoding="utf-8")
         return partial
 
     def finish() -> None:
         with _saving(target, partial):
             files = sorted(file for file in partial.rglob("*") if file.is_file())
-            hashes = {str(file.relative_to(partial)): _sha256(file) for file in files}
+            known = {} if earlier is None or not shared else read_hashes(earlier.path)
+            names = {str(file.relative_to(partial)): file for file in files}
+            hashes = {
+                name: known[name] if name in shared else _sha256(file) for name, file in names.items()
+            }
             (partial / "hashes.json").write_text(json.dumps(hashes, indent=1), encoding="utf-8")
             finish_folder(partial, target)
-        _rotate(folder)
+        _rotate(folder, keep)
 
     partial = ranks.run_on_rank0(begin)
     if sharded:
         with _saving(target, partial):
-            learner.write_shards(partial / "shards")
+            if not any(name.startswith(f"{_SHARDS}/") for name in shared):
+                learner.write_shards(partial / _SHARDS)
+            if has_reference and not any(name.startswith(f"{_REFERENCE_SHARDS}/") for name in shared):
+                learner.write_reference(partial / _REFERENCE_SHARDS)
     ranks.run_on_rank0(finish)
     return target
+
+
+def _unchanged_files(learner: Learner, earlier: Saved | None) -> dict[str, Path]:
+    """Return the large files of an earlier checkpoint that the next one would only repeat, by name."""
+    if earlier is None or not (earlier.path / "hashes.json").is_file():
+        return {}
+    same_weights = earlier.updates == learner.updates
+    wanted = [_WEIGHTS, _SHARDS] * same_weights + [_REFERENCE, _REFERENCE_SHARDS]
+    # Adapters are small; a checkpoint of an older version holds them in a file of all weights.
+    return {
+        name: earlier.path / name
+        for name in read_hashes(earlier.path)
+        if name.partition("/")[0] in wanted and (earlier.path / name).is_file()
+    }
 
 
 @contextmanager
@@ -149,26 +213,70 @@ def load_learner(path: Path, learner: Learner) -> dict[str, Any]:
         CheckpointError: If the checkpoint does not fit the learner.
     """
     state = _read_state(path)
-    if learner.config.backend == "fsdp":
-        learner.read_shards(path / "shards", state)
-    else:
+    adapted = has_adapter(path)
+    try:
+        if learner.config.backend == "fsdp":
+            # Older versions wrote the frozen weights and the reference with the others.
+            apart = adapted or (path / _REFERENCE_SHARDS).is_dir()
+            learner.read_shards(path / _SHARDS, state, whole=not apart)
+            if (path / _REFERENCE_SHARDS).is_dir():
+                learner.read_reference(path / _REFERENCE_SHARDS)
+        else:
+            if not adapted:
+                load_model(learner.policy, str(path / _WEIGHTS))
+            if (path / _REFERENCE).exists():
+                load_model(cast(nn.Module, learner.reference), str(path / _REFERENCE))
+            learner.load_state_dict(state)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: its weights do not fit this policy ({error})") from error
+    if adapted:
         try:
-            load_model(learner.policy, str(path / "weights.safetensors"))
-        except RuntimeError as error:
-            raise CheckpointError(f"{path}: its weights do not fit this policy ({error})") from error
-        learner.load_state_dict(state)
+            load_adapter_weights(learner.policy, read_adapter_weights(path / ADAPTER))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     replay = {} if state["replay"] is None else {"replay": state["replay"]}
     return {**replay, **state.get("stateful", {})}  # older versions had a replay only
 
 
+def has_adapter(path: Path) -> bool:
+    """Return whether a checkpoint holds adapters and no other weights."""
+    return (path / ADAPTER).is_dir()
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Read the weights of a verified checkpoint without adapters into a model of the policy's shape.
+
+    Raises:
+        CheckpointError: If they do not fit.
+    """
+    try:
+        if (path / _WEIGHTS).exists():
+            load_model(model, str(path / _WEIGHTS))
+            return
+        own = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, values in stored_shards(path / _SHARDS):
+                if name.startswith(_SHARDED_POLICY):
+                    own.pop(name.removeprefix(_SHARDED_POLICY)).copy_(values)
+        if own:
+            raise KeyError(next(iter(own)))
+    except (KeyError, OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: its weights do not fit this policy ({error})") from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in a folder, oldest first."""
+    return sorted(_checkpoints(folder), key=_order)
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint; those of training are newer than those of the warm start."""
-    return max(_checkpoints(folder), key=_order, default=None)
+    return next(reversed(checkpoints(folder)), None)
 
 
 def latest_finite(folder: Path) -> Path | None:
     """Return the newest complete checkpoint without nan or inf, or None."""
-    for path in sorted(_checkpoints(folder), key=_order, reverse=True):
+    for path in reversed(checkpoints(folder)):
         with suppress(CheckpointError):
             _verify_hashes(path)
             if not _non_finite(path):
@@ -192,12 +300,13 @@ def _order(path: Path) -> tuple[bool, int]:
     return stage == "train", int(step)
 
 
-def _rotate(folder: Path) -> None:
-    ordered = sorted(_checkpoints(folder), key=_order)
+def _rotate(folder: Path, keep: int | None) -> None:
+    ordered = checkpoints(folder)
     progress = {path: _stored_progress(path) for path in ordered}
     regular = [path for path in ordered if not progress[path].get("between")]
     scored = [(score, path) for path in regular if (score := progress[path].get("score")) is not None]
-    kept = {*regular[-2:], *ordered[-1:], *([max(scored)[1]] if scored else [])}
+    newest = regular if keep is None else regular[-keep:]
+    kept = {*newest, *ordered[-1:], *([max(scored)[1]] if scored else [])}
     for path in ordered:
         if path not in kept:
             remove_folder(path)
@@ -228,11 +337,13 @@ def _non_finite(path: Path) -> list[str]:
 
 def _checkpoint_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights and optimizer states of a checkpoint by name, without stateful components."""
-    if (path / "weights.safetensors").exists():
-        with safe_open(path / "weights.safetensors", framework="pt") as weights:
-            yield from ((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
-    if (path / "shards").exists():
-        yield from stored_shards(path / "shards")
+    for file in (_WEIGHTS, f"{ADAPTER}/adapter_model.safetensors", _REFERENCE):
+        if (path / file).exists():
+            with safe_open(path / file, framework="pt") as weights:
+                yield from ((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
+    for shards in (_SHARDS, _REFERENCE_SHARDS):
+        if (path / shards).exists():
+            yield from stored_shards(path / shards)
     state = _read_state(path, mmap=True)
     yield from _named_tensors(
         {name: value for name, value in state.items() if name not in ("replay", "stateful")}

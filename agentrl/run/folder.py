@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 _RESUMABLE_KEYS = (
     "run.",
     "trainer.checkpoint_every",
+    "trainer.keep_checkpoints",
     "trainer.save_episodes_every",
     "learner.launcher",
     "learner.processes",
@@ -67,6 +68,16 @@ class Run:
     def model(self) -> Path:
         """Return the Hugging Face folder of the trained policy."""
         return self.folder / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """Return the peft folder of the trained adapters, which a run with LoRA has instead of `model`."""
+        return self.folder / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the folder of the checkpoints."""
+        return self.folder / "checkpoints"
 
     @property
     def summary(self) -> dict[str, Any]:
