@@ -18,6 +18,7 @@ from agentrl.rollout.settings import Placement, RolloutConfig
 from agentrl.run.folder import Run
 from agentrl.run.policies import open_player
 from agentrl.run.settings import RunConfig
+from agentrl.run.weights import find_policy
 
 
 def evaluate(
@@ -38,7 +39,8 @@ def evaluate(
     """Evaluate a policy on a panel and return its scores.
 
     Args:
-        policy: A `Run`, the folder or name of one, a Hugging Face folder, `random` or `expert`.
+        policy: A `Run`, the folder or name of one, a checkpoint RUN/checkpoints/NAME, a Hugging Face folder,
+            `random` or `expert`. Of a run that has not finished, the newest checkpoint is evaluated.
         panel: A panel or its file. None takes the first `tasks` tasks of `split` of `env`, each of which
             defaults to the run's configuration, or to the default one if `policy` is not a run.
         env: The id of an environment.
@@ -65,6 +67,8 @@ def evaluate(
         raise unknown("placement", placement, get_args(Placement))
     given = given_panel(panel, env, split, tasks, env_kwargs)
     name = str(policy.folder) if isinstance(policy, Run) else str(policy)
+    saved = None if name in ("random", "expert") else find_policy(name)
+    checkpoint = None if saved is None or saved.checkpoint is None else saved.checkpoint.name
     player, config = open_player(name, temperature=temperature)
     source = choose_panel(config, given, env, split, tasks, env_kwargs)
     rollout = _rollout_config(config, source.env, placement, interpreter)
@@ -83,7 +87,9 @@ def evaluate(
         found = summarise(played.episodes, fixed, repeats, data=label)
         seconds = time.perf_counter() - began
     turns = sum(len(episode.turns) for episode in (*played.episodes, *played.failures))
-    return replace(found, retried=len(played.failures), steps_per_second=turns / seconds)
+    return replace(
+        found, retried=len(played.failures), checkpoint=checkpoint, steps_per_second=turns / seconds
+    )
 
 
 def _rollout_config(

@@ -138,6 +138,26 @@ def load_adapter_weights(policy: nn.Module, weights: Mapping[str, Tensor]) -> No
             parameter.copy_(values)
 
 
+def merge_adapters(policy: nn.Module, weights: Mapping[str, Tensor], scaling: float) -> None:
+    """Add adapters, as `adapter_weights` returned them, to the weights of a policy without any, in place.
+
+        W + scaling B A,   scaling = alpha / rank
+
+    Raises:
+        CheckpointError: If the policy has no such layer, or an adapter has only one part.
+    """
+    own = dict(policy.named_parameters())
+    for name, down in weights.items():
+        layer, found, _ = name.removeprefix(_PREFIX).partition(".lora_A.")
+        if not found:
+            continue
+        up, weight = weights.get(name.replace(".lora_A.", ".lora_B.")), own.get(f"{layer}.weight")
+        if up is None or weight is None or weight.shape != (len(up), down.shape[1]):
+            raise CheckpointError(f"the adapter of {layer} does not fit this policy")
+        with torch.no_grad():
+            weight.add_(scaling * (up.to(weight) @ down.to(weight)))
+
+
 def adapter_settings(policy: nn.Module, config: LoraConfig) -> dict[str, Any]:
     """Return what peft needs to add the same adapters to the same model: arguments of its `LoraConfig`."""
     adapted = set(_adapted_layers(policy))

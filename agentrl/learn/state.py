@@ -80,7 +80,7 @@ class LearnerState:
                         yield f"{key} of {names[parameter]}", local_tensor(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything but the weights of the policy and of the reference: optimisers, counters, value head.
+        """Return everything but the weights of policy and reference: optimisers, counters, value head.
 
         Under `fsdp` it leaves out the sharded tensors, which `write_shards` writes.
         """

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from agentrl.files import read_json
 from agentrl.learn.lora import adapter_settings
 from agentrl.learn.settings import LoraConfig
 
+_REMEDY = "copy the folder again, or take an earlier checkpoint"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "base.json")
 
 
@@ -59,11 +60,16 @@ class _StoredBase(TypedDict):
     revision: str | None
 
 
+class _StoredSettings(TypedDict):
+    r: Annotated[int, Field(ge=1)]
+    lora_alpha: FiniteFloat | int
+
+
 def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     """Return the SHA-256 of named weights; neither their order nor their device matters."""
     digests = {}
     for name, values in weights:
-        raw = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        raw: Any = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digests[name] = hashlib.sha256(raw).hexdigest()
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
@@ -101,9 +107,18 @@ def read_base(folder: Path) -> Base:
     Raises:
         CheckpointError: If the file is missing or damaged.
     """
-    remedy = "copy the folder again, or take an earlier checkpoint"
-    found: dict[str, Any] = read_json(folder / "base.json", _StoredBase, remedy)
+    found: dict[str, Any] = read_json(folder / "base.json", _StoredBase, _REMEDY)
     return Base(**found)
+
+
+def read_scaling(folder: Path) -> float:
+    """Return the factor of the adapters in a folder, alpha / rank.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged.
+    """
+    found = read_json(folder / "adapter_config.json", _StoredSettings, _REMEDY)
+    return float(found["lora_alpha"] / found["r"])
 
 
 def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
@@ -116,7 +131,5 @@ def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
     try:
         found: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}); copy the folder again, or take an earlier checkpoint"
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
     return found

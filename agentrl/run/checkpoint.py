@@ -147,9 +147,7 @@ def save_checkpoint(
             files = sorted(file for file in partial.rglob("*") if file.is_file())
             known = {} if earlier is None or not shared else read_hashes(earlier.path)
             names = {str(file.relative_to(partial)): file for file in files}
-            hashes = {
-                name: known[name] if name in shared else _sha256(file) for name, file in names.items()
-            }
+            hashes = {name: known[name] if name in shared else _sha256(file) for name, file in names.items()}
             (partial / "hashes.json").write_text(json.dumps(hashes, indent=1), encoding="utf-8")
             finish_folder(partial, target)
         _rotate(folder, keep)

@@ -10,7 +10,7 @@ import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from agentrl.config import parse_overrides, read_yaml
 from agentrl.env.registry import env_ids
 from agentrl.errors import CheckpointError, ConfigError
-from agentrl.files import replacing_folder, write_atomic
+from agentrl.files import remove_folder, replacing_folder, write_atomic
 from agentrl.plugins import import_hashes, withheld_hint, withhold
 from agentrl.run.config_files import ConfigFile, with_origins
-from agentrl.run.records import SCHEMA, read_manifest, read_summary
+from agentrl.run.records import SCHEMA, read_evaluations, read_manifest, read_summary
 from agentrl.run.settings import (
     RunConfig,
     apply_changes,
@@ -55,6 +55,8 @@ _RESUMABLE_KEYS = (
     "rollout.max_attempts",
     "rollout.max_aborted_share",
 )
+
+_STEP_KEYS = ("trainer.steps", "trainer.schedule_steps")  # of more steps, see `_check_raised`
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,9 @@ def migrate(tree: Mapping[str, Any], schema: int) -> dict[str, Any]:
 
 
 def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
-    """Return the run with changed keys, none of which may change what is learned.
+    """Return the run with changed keys, none of which may change what is learned in the steps so far.
+
+    `trainer.steps` may be raised if no schedule changes by it.
 
     Args:
         run: The stored run.
@@ -230,7 +234,9 @@ def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
         raise ConfigError(
             "run.imports: cannot change when a run is resumed; use --import for further modules"
         )
-    changed = [key for key in _changed_keys(before, after) if not key.startswith(_RESUMABLE_KEYS)]
+    raised = _check_raised(run, config)
+    free = (*_RESUMABLE_KEYS, *_STEP_KEYS) if raised else _RESUMABLE_KEYS
+    changed = [key for key in _changed_keys(before, after) if not key.startswith(free)]
     if changed:
         lines = "\n".join(
             f"{key}: {_value_at(before, key)!r} -> {_value_at(after, key)!r}" for key in changed
@@ -239,6 +245,61 @@ def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
             f"{run.folder} cannot be resumed with other values; start a new run instead:\n{lines}"
         )
     return Run(run.folder, config)
+
+
+def _check_raised(run: Run, config: RunConfig) -> bool:
+    """Return whether more steps are asked for; refuse fewer, and those that would change a schedule.
+
+    Raises:
+        ConfigError: Naming the schedule, and how to go on without changing it.
+    """
+    before, after = run.config.trainer, config.trainer
+    if after.steps < before.steps:
+        raise ConfigError(
+            f"trainer.steps: {before.steps} -> {after.steps}: the steps of {run.folder} can be raised, not "
+            f"lowered; stop it with Ctrl-C and use a checkpoint of it instead (runs/NAME/checkpoints/...)"
+        )
+    if after.steps > before.steps and after.scheduled_steps != before.scheduled_steps:
+        readers = ["learner.schedule=cosine"] if config.learner.schedule == "cosine" else []
+        readers += [f"algorithm.name={config.algorithm.name}"] if config.algorithm.build().scheduled else []
+        if readers:
+            raise ConfigError(
+                f"trainer.steps: {before.steps} -> {after.steps} would change the schedule of "
+                f"{' and of '.join(readers)}, which {run.folder} has followed over {before.scheduled_steps} "
+                f"steps. Add trainer.schedule_steps={before.scheduled_steps} to keep it, with its last value "
+                "in the further steps, or start a new run"
+            )
+    return after.steps > before.steps
+
+
+def record_more_steps(run: Run) -> None:
+    """Make the number of steps that a run was resumed with that of its folder.
+
+    What the end of fewer steps left is kept under other names, such as its scores as those of that step. The
+    model or the adapter is removed if the checkpoint of that step holds the same weights.
+    """
+    stored, trainer = open_run(run.folder).config, run.config.trainer
+    if trainer.steps <= stored.trainer.steps:
+        return
+    name = f"step-{stored.trainer.steps:06d}"
+    scores = read_evaluations(run.folder)
+    if "trained" in scores:
+        scores[name] = scores.pop("trained")
+    scores.pop("instruction_check", None)  # of the policy at the end; the summary holds it
+    summary = run.folder / "summary.json"
+    if summary.exists():
+        summary.replace(run.folder / f"summary-{name}.json")
+    if scores:
+        write_atomic(run.folder / "evaluations.json", json.dumps(scores, indent=1))
+    for path in (run.folder / "episodes").glob("trained-*.parquet"):
+        path.replace(path.with_name(path.name.replace("trained", name)))
+    for folder in (run.model, run.adapter):
+        if folder.is_dir() and (run.checkpoints / f"train-{stored.trainer.steps:06d}").is_dir():
+            remove_folder(folder)
+        elif folder.is_dir():
+            folder.rename(run.folder / f"{folder.name}-{name}")
+    raised = replace(stored.trainer, steps=trainer.steps, schedule_steps=trainer.schedule_steps)
+    write_atomic(run.folder / "config.yaml", config_yaml(replace(stored, trainer=raised)))
 
 
 def _warn_of_changed_imports(run: Run) -> None:

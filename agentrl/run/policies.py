@@ -1,5 +1,6 @@
 """Policies and players, opened by the name of a script, a run or a Hugging Face folder."""
 
+import logging
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,16 +13,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentrl.data.trajectory import Episode
-from agentrl.errors import AgentRLError, ConfigError
+from agentrl.errors import ConfigError
 from agentrl.files import replacing_folder
 from agentrl.policy.engine import Engine, SamplingParams
 from agentrl.policy.model import (
-    build_model,
     check_finite,
     context_length,
     end_ids,
     load_policy,
-    load_tokenizer,
 )
 from agentrl.policy.precision import engine_copy
 from agentrl.policy.settings import PolicyConfig
@@ -30,11 +29,14 @@ from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import ExpertPlayer, LanguagePlayer, Player, RandomPlayer
-from agentrl.run.folder import Run, changed_wording, open_run
+from agentrl.run.folder import Run, changed_wording
 from agentrl.run.settings import RunConfig
 from agentrl.run.trust import caller_only_values, drop_caller_only_values
+from agentrl.run.weights import find_policy, initial_weights, load_saved
 from agentrl.scale.engines import open_engine
 from agentrl.seeds import derive_seed
+
+_log = logging.getLogger(__name__)
 
 FALLBACK_MAX_TURNS = 1_000  # limit where rollout.max_turns is None: an environment may never end an episode
 MAX_ENDLESS_EPISODES = 10  # number of episodes at that limit after which no other outcome is expected
@@ -99,10 +101,7 @@ def fit_policy(
         fitted = fit_tokenizer(texts, config.policy.vocab_size)
         with replacing_folder(tokenizer_folder) as partial:
             fitted.save_pretrained(partial)
-    tokenizer = load_tokenizer(tokenizer_folder)  # as a resumed run loads it
-    block = replace(config.policy, dtype="float32")
-    model = build_model(block, tokenizer, derive_seed(config.seed, "weights"))
-    return _make_policy(model, tokenizer, config.policy)
+    return _make_policy(*initial_weights(config, tokenizer_folder), config.policy)
 
 
 def names_actions(tasks: Sequence[str], environments: Environments) -> bool:
@@ -162,10 +161,15 @@ def load(folder: str | Path, config: PolicyConfig) -> Policy:
     Raises:
         CheckpointError: If the folder cannot be read, or its weights overflow in `policy.dtype`.
     """
-    model, tokenizer = load_policy(folder, device=config.device)
+    return _checked_policy(Path(folder), *load_policy(folder, device=config.device), config)
+
+
+def _checked_policy(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PolicyConfig
+) -> Policy:
     policy = _make_policy(model, tokenizer, config)
     if policy.served is not model:
-        check_finite(Path(folder), policy.served)
+        check_finite(folder, policy.served)
     return policy
 
 
@@ -187,7 +191,8 @@ def open_player(
     writes the date.
 
     Args:
-        policy: `random`, `expert`, a run's folder or name, or a Hugging Face folder.
+        policy: `random`, `expert`, a run's folder or name, a checkpoint RUN/checkpoints/NAME, or a Hugging
+            Face folder. Of a run that has not finished, the newest checkpoint is taken.
         temperature: The sampling temperature; 0 is greedy.
         config: The configuration to play with if `policy` is not a run; None takes the defaults.
 
@@ -199,14 +204,17 @@ def open_player(
     """
     if policy in ("random", "expert"):
         return scripted_player(policy), config or RunConfig()
-    opened, asked = _open_run_or_none(policy), config is not None
-    if opened is not None:
-        config, folder, asked = drop_caller_only_values(opened.config), opened.model, True
-        _warn_of_dropped_values(opened)
+    saved, asked = find_policy(policy), config is not None
+    if saved is not None:
+        config, folder, asked = drop_caller_only_values(saved.run.config), saved.path, True
+        _warn_of_dropped_values(saved.run)
+        if saved.checkpoint is not None and not saved.asked:
+            _log.warning("%s", saved.describe())
+        loaded = _checked_policy(folder, *load_saved(saved), config.policy)
     else:
         config, folder = config or RunConfig(), Path(policy)
-    loaded = load(folder, config.policy)
-    changed = opened and changed_wording(opened, loaded.dialogue.wording)
+        loaded = load(folder, config.policy)
+    changed = saved and changed_wording(saved.run, loaded.dialogue.wording)
     if changed:
         warnings.warn(changed, RuntimeWarning, stacklevel=2)
     # Nobody asked for the default, so a model with a shorter context needs no warning.
@@ -235,16 +243,3 @@ def _make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, con
         template_arguments=config.template_arguments,
     )
     return Policy(model, engine_copy(model, getattr(torch, config.dtype)), tokenizer, dialogue)
-
-
-def _open_run_or_none(policy: str) -> Run | None:
-    """Open the run of that folder or name; return None for any other folder, such as a model's."""
-    try:
-        return open_run(policy)
-    except AgentRLError:
-        folder = Path(policy)
-        if not folder.is_dir() or (
-            (folder / "config.yaml").exists() and not (folder / "config.json").exists()
-        ):
-            raise
-        return None

@@ -14,8 +14,8 @@ from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.stateful import states_of
 from agentrl.errors import CheckpointError, NonFiniteError
 from agentrl.evaluation.run_scores import RunScores
-from agentrl.learn.forward import Forward
 from agentrl.files import replacing_folder
+from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner
 from agentrl.learn.lora import adapter_weights, base_weights
 from agentrl.learn.ranks import ALONE
@@ -293,8 +293,8 @@ class TrainingState:
         folder = self._session.run.folder / base.path
         if not folder.is_dir():
             raise CheckpointError(
-                f"{path}: its adapters were learned over weights that {folder} held, and that folder is gone; "
-                "restore it from a copy, or start a new run"
+                f"{path}: its adapters were learned over the weights in {folder}, which is gone; restore it "
+                "from a copy, or start a new run"
             )
         return load_policy(folder, device=self._session.config.policy.device)[0]
 

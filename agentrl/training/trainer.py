@@ -16,7 +16,7 @@ from agentrl.evaluation.report import write_report
 from agentrl.evaluation.results_table import results_table
 from agentrl.evaluation.run_scores import RunScores
 from agentrl.files import write_atomic
-from agentrl.run.folder import Run
+from agentrl.run.folder import Run, record_more_steps
 from agentrl.run.logger import RunLogger, SilentRunLogger
 from agentrl.run.signals import RunInterrupted
 from agentrl.run.timers import Timers
@@ -68,6 +68,7 @@ class Trainer:
                     self.logger.say(
                         f"continuing {self.session.run.folder} after {state.stage} step {state.step}"
                     )
+                self.ranks.run_on_rank0(partial(record_more_steps, self.session.run))
                 for line in (self.session.describe(self.rollouts.group_size), *self.session.notes):
                     self.logger.say(line)
                 self.alarms.check_start()

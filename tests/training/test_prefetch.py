@@ -165,7 +165,8 @@ def test_ranks_pause_after_the_same_step_whoever_is_ahead() -> None:
 
     late = context(0)
     ranks = [
-        AsyncRollouts(partial(plays, rank), 0, SharedEngine(Passes()), late, STEPS, 0, furthest) for rank in range(2)
+        AsyncRollouts(partial(plays, rank), 0, SharedEngine(Passes()), late, STEPS, 0, furthest)
+        for rank in range(2)
     ]
     for rank in ranks:
         assert rank.collect(late).context.step == 0

@@ -9,7 +9,7 @@ from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.clipped_recipe import entropy_bonus
 from agentrl.algorithms.entropy_band import EntropyBand, ReferenceLevel, entropy_levels
-from agentrl.algorithms.hooks import Context, Term
+from agentrl.algorithms.hooks import SCHEDULED, Coefficient, Context, Term, trait
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Count, PositiveWeight, Steps, Weight
 from agentrl.schedule import PenaltySchedule, penalty_weight
@@ -132,10 +132,19 @@ class EPO(Recipe):
         weights = functional.token_weights if released else functional.trajectory_weights
         terms = (
             Term("epo_entropy", entropy_bonus, -self.entropy_coefficient, weights),
-            Term("epo_smoothing", outside, self.smoothing_coefficient, weights),
+            Term("epo_smoothing", outside, self._coefficient(), weights),
         )
         diagnostics = (*base.diagnostics, entropy_levels, band.metrics)
         return replace(base, terms=(*base.terms, *terms), diagnostics=diagnostics)
+
+    def _coefficient(self) -> Coefficient:
+        """Return the coefficient of the penalty, marked if its schedule depends on the length of the run."""
+        reads = self.schedule != "constant" and not self._fixed_schedule
+        return trait(SCHEDULED)(self.smoothing_coefficient) if reads else self.smoothing_coefficient
+
+    @property
+    def _fixed_schedule(self) -> bool:
+        return self.preset == "released" and self.schedule == "official_epoch"
 
     def smoothing_coefficient(self, context: Context) -> float:
         """Return the coefficient of the mean penalty in the loss."""
@@ -143,8 +152,7 @@ class EPO(Recipe):
 
     def beta(self, context: Context) -> float:
         """Return the weight that the schedule gives the penalty in this step."""
-        fixed = self.preset == "released" and self.schedule == "official_epoch"
-        total = _RELEASED_EPOCHS if fixed else context.total_steps
+        total = _RELEASED_EPOCHS if self._fixed_schedule else context.total_steps
         return penalty_weight(
             self.schedule, context.step, total, midpoint=self.schedule_midpoint, rate=self.schedule_rate
         )
