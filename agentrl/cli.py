@@ -271,8 +271,8 @@ def evaluate(
         str,
         typer.Option(
             metavar="RUN|CHECKPOINT|FOLDER|random|expert",
-            help="A run (its newest checkpoint, if it has not finished), RUN/checkpoints/NAME, a Hugging Face "
-            "model folder, or a scripted policy.",
+            help="A run (if it has not finished, its newest checkpoint), RUN/checkpoints/NAME, a Hugging "
+            "Face model folder, or a scripted policy.",
             autocompletion=_policies,
         ),
     ],

@@ -68,7 +68,7 @@ class Run:
 
     @property
     def model(self) -> Path:
-        """Return the Hugging Face folder of the trained policy."""
+        """Return the Hugging Face folder of the trained policy, unless that is adapters."""
         return self.folder / "model"
 
     @property

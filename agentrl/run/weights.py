@@ -82,10 +82,12 @@ def find_policy(name: str | Path) -> SavedPolicy | None:
     Raises:
         CheckpointError: If there is nothing of that name, or the run has no checkpoint yet.
     """
-    path = Path(name)
+    path, owner = Path(name), None
     if path.parent.name == "checkpoints":
         with suppress(CheckpointError):
-            return named_checkpoint(open_run(find_run(path.parent.parent)), path.name)
+            owner = find_run(path.parent.parent)
+    if owner is not None:
+        return named_checkpoint(open_run(owner), path.name)
     run = _open_run_or_none(str(name))
     if run is None:
         return None

@@ -17,12 +17,12 @@ from agentrl.evaluation.run_scores import RunScores
 from agentrl.files import replacing_folder
 from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner
-from agentrl.learn.lora import adapter_weights, base_weights
+from agentrl.learn.lora import adapter_weights
 from agentrl.learn.ranks import ALONE
-from agentrl.policy.model import load_policy, output_weight, save_policy
+from agentrl.policy.model import output_weight, save_policy
 from agentrl.policy.precision import engine_copy, named_in_short, non_finite
 from agentrl.policy.tokens import fingerprint
-from agentrl.run.adapter import Base, read_base, weights_digest, write_adapter
+from agentrl.run.adapter import Base, read_base, write_adapter
 from agentrl.run.checkpoint import (
     ADAPTER,
     Progress,
@@ -37,6 +37,7 @@ from agentrl.run.checkpoint import (
 from agentrl.run.logger import RunLogger, read_metrics
 from agentrl.run.metric_keys import current_keys
 from agentrl.run.timers import Timers
+from agentrl.training.base import describe_base, load_base, save_base
 from agentrl.training.setup import Session
 
 
@@ -195,28 +196,13 @@ class TrainingState:
         return write
 
     def _keep_base(self) -> Base | None:
-        """Return the record of what adapters are added to, and save that itself if it is nowhere else.
-
-        None if the learner has no adapters. All ranks call it together.
-        """
+        """Return what the adapters are added to, saved if it is nowhere else; None without adapters."""
         if self.learner.config.lora is None:
             return None
-        session, policy = self._session, self._session.config.policy
         if self._base is None:
-            cloned = self.stage == "train" and session.config.warm_start.steps > 0
-            merged = policy.path is not None and (Path(policy.path) / "adapter_config.json").is_file()
-            own = policy.path is None or cloned or merged
-            name = {"warm_start": "warm_start_base", "train": "base"}[self.stage] if own else policy.path
-            digest = weights_digest(base_weights(self.learner.policy))
-            revision = None if own else getattr(policy, "revision", None)
-            self._base = Base(str(name), own, digest, revision)
-        base = self._base
-        folder = session.run.folder / base.path
-        if base.own and not session.ranks.run_on_rank0(folder.is_dir):
-            weights = {name: values.cpu() for name, values in base_weights(self.learner.policy)}
-            save = partial(save_policy, session.policy.served, session.policy.tokenizer, folder)
-            session.ranks.run_on_rank0(lambda: save(weights=weights))
-        return base
+            self._base = describe_base(self._session.config, self.stage, self.learner.policy)
+        save_base(self._session, self._base, self.learner.policy)
+        return self._base
 
     def save_on_exit(self) -> str:
         """Save what there is, if it is finite, and return a line that says how to continue."""
@@ -227,6 +213,8 @@ class TrainingState:
         try:
             with self._session.interruption.shield():
                 self.save()
+                if self._saved is None and (lost := self.learner.non_finite()):
+                    raise NonFiniteError(f"nan or inf is in {named_in_short(lost)}")
                 self._session.interruption.pop_request()
         except NonFiniteError:
             good = self._session.ranks.run_on_rank0(lambda: latest_finite(self._folder))
@@ -260,7 +248,8 @@ class TrainingState:
         self.history = {key: list(values) for key, values in current_keys(progress.history, "train").items()}
         self.tasks_drawn = progress.tasks_drawn
         if other_stage:
-            self._replace_learner(self._load_base(path, stored))
+            own = stored if stored is not None and stored.own else None
+            self._replace_learner(self.export_model() if own is None else load_base(session, own, path))
         if stored is not None and (base := self._keep_base()) is not None:
             session.ranks.run_on_rank0(lambda: stored.check(base.sha256, str(path)))
         states = load_learner(path, self.learner)
@@ -285,18 +274,6 @@ class TrainingState:
                 component.load_state_dict(states[name], context)
             else:
                 self._warn(f"{path.name} holds no state of the algorithm's {name}, which starts anew")
-
-    def _load_base(self, path: Path, base: Base | None) -> PreTrainedModel:
-        """Return the model that the learner of a checkpoint's stage starts from."""
-        if base is None or not base.own:
-            return self.export_model()
-        folder = self._session.run.folder / base.path
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{path}: its adapters were learned over the weights in {folder}, which is gone; restore it "
-                "from a copy, or start a new run"
-            )
-        return load_policy(folder, device=self._session.config.policy.device)[0]
 
     def _replace_learner(self, model: PreTrainedModel) -> None:
         self._saved, self._saved_step, self._base = None, self.step, None

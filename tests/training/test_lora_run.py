@@ -1,23 +1,27 @@
 """A run that learns adapters leaves them for peft, and never the weights below them."""
 
+import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from test_damaged_runs import TINY
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import agentrl
 from agentrl.errors import CheckpointError, ConfigError
+from agentrl.learn.sharding import stored_shards
 from agentrl.policy.model import hidden_states, load_policy, output_weight
 from agentrl.run.checkpoint import checkpoints
-from agentrl.run.weights import export, find_policy, load_saved
+from agentrl.run.weights import SavedPolicy, export, find_policy, load_saved
 
 pytest.importorskip("peft")
 
@@ -54,7 +58,7 @@ def over(base: Path, tmp_path_factory: pytest.TempPathFactory) -> agentrl.Run:
 @pytest.fixture(scope="module")
 def cloned(examples: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> agentrl.Run:
     """Adapters over weights that the same run cloned in full."""
-    return trained(tmp_path_factory.mktemp("cloned"), *LORA)
+    return trained(tmp_path_factory.mktemp("cloned"), *LORA, "trainer.keep_checkpoints=null")
 
 
 TOKENS = torch.arange(3, 11)
@@ -108,10 +112,7 @@ def test_checkpoints_hold_adapters_only_and_a_resumed_run_ends_the_same(
     newest = checkpoints(run / "checkpoints")[-1]
     assert {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()} == {
         *("hashes.json", "learner.pt", "progress.json"),
-        *(
-            f"adapter/{name}"
-            for name in ("README.md", "adapter_config.json", "adapter_model.safetensors", "base.json")
-        ),
+        *(f"adapter/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "base.json")),
     }
     shutil.rmtree(newest)
     shutil.rmtree(run / "adapter")
@@ -134,12 +135,12 @@ def test_a_base_that_changed_or_is_gone_is_refused_by_resume_and_evaluate(
     newest = checkpoints(run / "checkpoints")[-1]
     sign(newest, "adapter/base.json")
     assert agentrl.evaluate(str(run), temperature=0.0) == agentrl.evaluate(over, temperature=0.0)
-    model, tokenizer = load_policy(moved)
+    model, _ = load_policy(moved)
     with torch.no_grad():
         next(iter(model.parameters())).mul_(2)
     model.save_pretrained(moved)
     for work in (agentrl.evaluate, agentrl.resume):
-        with pytest.raises(CheckpointError, match="learned over other weights than .*base holds now"):
+        with pytest.raises(CheckpointError, match=r"learned over other weights than .*base holds now"):
             work(str(run))
     shutil.rmtree(moved)
     for work in (agentrl.evaluate, agentrl.resume):
@@ -148,8 +149,6 @@ def test_a_base_that_changed_or_is_gone_is_refused_by_resume_and_evaluate(
 
 
 def sign(checkpoint: Path, name: str) -> None:
-    import hashlib
-
     hashes = json.loads((checkpoint / "hashes.json").read_text())
     hashes[name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
     (checkpoint / "hashes.json").write_text(json.dumps(hashes))
@@ -157,11 +156,7 @@ def sign(checkpoint: Path, name: str) -> None:
 
 def test_a_base_that_the_run_trained_itself_is_saved_once(cloned: agentrl.Run, tmp_path: Path) -> None:
     own = cloned.folder / "base"
-    warm = (
-        load_file(cloned.folder / "checkpoints/warm_start-000002/weights.safetensors")
-        if (cloned.folder / "checkpoints/warm_start-000002").exists()
-        else None
-    )
+    warm = load_file(cloned.folder / "checkpoints/warm_start-000002/weights.safetensors")
     said = json.loads((cloned.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert said == str(own.resolve())
     found = find_policy(cloned.folder)
@@ -169,9 +164,9 @@ def test_a_base_that_the_run_trained_itself_is_saved_once(cloned: agentrl.Run, t
     torch.testing.assert_close(
         peft_logits(own, cloned.adapter), own_logits(load_saved(found)[0]), rtol=0, atol=1e-5
     )
-    if warm is not None:
-        held = load_file(own / "model.safetensors")
-        assert all(held[name].equal(warm[name]) for name in held.keys() & warm.keys())
+    held = load_file(own / "model.safetensors")
+    assert len(held.keys() & warm.keys()) > 10
+    assert all(held[name].equal(warm[name]) for name in held.keys() & warm.keys())
 
     run = tmp_path / "tiny"
     shutil.copytree(cloned.folder, run)
@@ -224,6 +219,44 @@ def test_cloned_adapters_and_then_others_each_have_their_base(
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_sharded_adapters_and_sharded_weights_are_resumed_evaluated_and_exported(
+    examples: dict[str, ModuleType], base: Path, tmp_path: Path
+) -> None:
+    sharded = (
+        *("learner.backend=fsdp", "learner.optimizer=adamw", f"policy.path={base}", "warm_start.steps=0"),
+        "trainer.keep_checkpoints=null",
+    )
+    try:
+        adapted = trained(tmp_path / "adapted", *LORA, *sharded)
+        whole = trained(tmp_path / "whole", *sharded)
+        for run, what in ((adapted, "adapter/adapter_model"), (whole, "model/model")):
+            newest = checkpoints(run.checkpoints)[-1]
+            frozen = [name for name, _ in stored_shards(newest / "shards") if "embed" in name]
+            assert bool(frozen) is (run is whole)
+            shared = [path.stat().st_ino for path in run.checkpoints.glob("*/reference/*.distcp")]
+            assert len(shared) == (3 if run is whole else 0)
+            assert len(set(shared)) <= 1
+            by_end = agentrl.evaluate(run, temperature=0.0)
+            by_checkpoint = agentrl.evaluate(newest, temperature=0.0)
+            assert by_checkpoint == replace(by_end, checkpoint="train-000003")
+            copied = tmp_path / what.partition("/")[0] / "copied"
+            shutil.copytree(run.folder, copied)
+            shutil.rmtree(copied / "checkpoints" / newest.name)
+            shutil.rmtree(copied / what.partition("/")[0])
+            agentrl.resume(copied, quiet=True)
+            one, other = (folder / f"{what}.safetensors" for folder in (copied, run.folder))
+            assert one.read_bytes() == other.read_bytes()
+        torch.testing.assert_close(
+            peft_logits(base, adapted.adapter),
+            own_logits(load_saved(SavedPolicy(adapted))[0]),
+            rtol=0,
+            atol=1e-5,
+        )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # that of one process, which FSDP2 needed
+
+
 def test_a_checkpoint_of_an_older_version_with_its_frozen_weights_is_resumed(
     cloned: agentrl.Run, tmp_path: Path
 ) -> None:
@@ -245,13 +278,11 @@ def test_a_checkpoint_of_an_older_version_with_its_frozen_weights_is_resumed(
     plain, _ = load_policy(run / "base")
     state = torch.load(newest / "learner.pt", weights_only=True)
     torch.save(state | {"reference": plain.state_dict()}, newest / "learner.pt")
-    from safetensors.torch import save_file
-
     save_file(old, newest / "weights.safetensors", metadata={"lm_head.weight": "model.embed_tokens.weight"})
     shutil.rmtree(newest / "adapter")
     shutil.rmtree(run / "adapter")
     shutil.rmtree(run / "base")
-    hashes = {name: "" for name in ("learner.pt", "weights.safetensors", "progress.json")}
+    hashes = dict.fromkeys(("learner.pt", "weights.safetensors", "progress.json"), "")
     (newest / "hashes.json").write_text(json.dumps(hashes))
     for name in hashes:
         sign(newest, name)

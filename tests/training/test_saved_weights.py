@@ -196,6 +196,8 @@ def test_a_checkpoint_is_exported_as_the_run_that_ends_there_would_be(
     refused = CliRunner().invoke(app, ["export", str(run), "--to", str(to)])
     assert refused.exit_code == 2
     assert "exists; choose a new folder" in refused.output
+    with pytest.raises(CheckpointError, match=r"there is no train-000009; the run has kept warm_start-0"):
+        agentrl.evaluate(run / "checkpoints" / "train-000009")
     refused = CliRunner().invoke(app, ["export", str(run), "--checkpoint", "9", "--to", str(tmp_path / "x")])
     assert "there is no train-000009; the run has kept warm_start-000001" in refused.output
 
