@@ -50,7 +50,7 @@ def load_base(session: Session, base: Base, checkpoint: Path) -> PreTrainedModel
     folder = session.run.folder / base.path
     if not folder.is_dir():
         raise CheckpointError(
-            f"{checkpoint}: its adapters were learned over the weights in {folder}, which is gone; restore it "
-            "from a copy, or start a new run"
+            f"{checkpoint}: its adapters were learned over the weights in {folder}, which is gone; restore "
+            "it from a copy, or start a new run"
         )
     return load_policy(folder, device=session.config.policy.device)[0]

@@ -16,8 +16,9 @@ from agentrl.evaluation.report import write_report
 from agentrl.evaluation.results_table import results_table
 from agentrl.evaluation.run_scores import RunScores
 from agentrl.files import write_atomic
-from agentrl.run.folder import Run, record_more_steps
+from agentrl.run.folder import Run
 from agentrl.run.logger import RunLogger, SilentRunLogger
+from agentrl.run.resumption import record_more_steps
 from agentrl.run.signals import RunInterrupted
 from agentrl.run.timers import Timers
 from agentrl.training.alarms import Alarms

@@ -13,7 +13,8 @@ from test_trainer import rows
 import agentrl
 from agentrl.algorithms.recipe import build_recipe
 from agentrl.errors import ConfigError
-from agentrl.run.folder import open_run, with_overrides
+from agentrl.run.folder import open_run
+from agentrl.run.resumption import with_overrides
 
 SMALL = (*TINY, "evaluation.baselines=[]", "evaluation.instruction_check=false", "trainer.steps=2")
 CONSTANT = ("learner.schedule=constant", "learner.warmup_steps=3")
