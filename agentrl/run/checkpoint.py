@@ -1,6 +1,5 @@
 """Atomic checkpoints: a folder appears complete or not at all, and is verified before it is loaded."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -11,24 +10,30 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
-from torch import Tensor, nn
+from torch import nn
 
 from agentrl.errors import CheckpointError, NonFiniteError
 from agentrl.files import begin_folder, finish_folder, link_or_copy, remove_folder
 from agentrl.learn.learner import Learner
 from agentrl.learn.lora import adapter_weights, load_adapter_weights
 from agentrl.learn.ranks import ALONE, Ranks
-from agentrl.learn.sharding import stored_shards
-from agentrl.policy.precision import named_in_short, non_finite
+from agentrl.policy.precision import named_in_short
 from agentrl.run.adapter import Base, read_adapter_weights, write_adapter
+from agentrl.run.checkpoint_files import (
+    ADAPTER,
+    REFERENCE,
+    REFERENCE_SHARDS,
+    SHARDS,
+    WEIGHTS,
+    has_adapter,
+    non_finite_tensors,
+    read_state,
+    sha256,
+    verify_hashes,
+)
 from agentrl.run.records import CHECKPOINT_FORMAT, read_hashes, read_progress
-
-_SHARDED_POLICY = "learned.policy."  # prefix of the policy's weights among the shards
-_WEIGHTS, _SHARDS = "weights.safetensors", "shards"  # of what is learned, in one file or by rank
-_REFERENCE, _REFERENCE_SHARDS = "reference.safetensors", "reference"
-ADAPTER = "adapter"  # a peft folder: with LoRA, the only weights in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -124,10 +129,10 @@ def save_checkpoint(
             for name, source in shared.items():
                 (partial / name).parent.mkdir(exist_ok=True)
                 link_or_copy(source, partial / name)
-            if not sharded and not adapted and _WEIGHTS not in shared:
-                save_model(learner.policy, str(partial / _WEIGHTS))
-            if not sharded and has_reference and _REFERENCE not in shared:
-                save_model(cast(nn.Module, learner.reference), str(partial / _REFERENCE))
+            if not sharded and not adapted and WEIGHTS not in shared:
+                save_model(learner.policy, str(partial / WEIGHTS))
+            if not sharded and has_reference and REFERENCE not in shared:
+                save_model(cast(nn.Module, learner.reference), str(partial / REFERENCE))
             if learner.config.lora is not None:
                 assert base is not None
                 (partial / ADAPTER).mkdir()
@@ -147,7 +152,7 @@ def save_checkpoint(
             files = sorted(file for file in partial.rglob("*") if file.is_file())
             known = {} if earlier is None or not shared else read_hashes(earlier.path)
             names = {str(file.relative_to(partial)): file for file in files}
-            hashes = {name: known[name] if name in shared else _sha256(file) for name, file in names.items()}
+            hashes = {name: known[name] if name in shared else sha256(file) for name, file in names.items()}
             (partial / "hashes.json").write_text(json.dumps(hashes, indent=1), encoding="utf-8")
             finish_folder(partial, target)
         _rotate(folder, keep)
@@ -155,10 +160,10 @@ def save_checkpoint(
     partial = ranks.run_on_rank0(begin)
     if sharded:
         with _saving(target, partial):
-            if not any(name.startswith(f"{_SHARDS}/") for name in shared):
-                learner.write_shards(partial / _SHARDS)
-            if has_reference and not any(name.startswith(f"{_REFERENCE_SHARDS}/") for name in shared):
-                learner.write_reference(partial / _REFERENCE_SHARDS)
+            if not any(name.startswith(f"{SHARDS}/") for name in shared):
+                learner.write_shards(partial / SHARDS)
+            if has_reference and not any(name.startswith(f"{REFERENCE_SHARDS}/") for name in shared):
+                learner.write_reference(partial / REFERENCE_SHARDS)
     ranks.run_on_rank0(finish)
     return target
 
@@ -168,7 +173,7 @@ def _unchanged_files(learner: Learner, earlier: Saved | None) -> dict[str, Path]
     if earlier is None or not (earlier.path / "hashes.json").is_file():
         return {}
     same_weights = earlier.updates == learner.updates
-    wanted = [_WEIGHTS, _SHARDS] * same_weights + [_REFERENCE, _REFERENCE_SHARDS]
+    wanted = [WEIGHTS, SHARDS] * same_weights + [REFERENCE, REFERENCE_SHARDS]
     # Adapters are small; a checkpoint of an older version holds them in a file of all weights.
     return {
         name: earlier.path / name
@@ -210,20 +215,20 @@ def load_learner(path: Path, learner: Learner) -> dict[str, Any]:
     Raises:
         CheckpointError: If the checkpoint does not fit the learner.
     """
-    state = _read_state(path)
+    state = read_state(path)
     adapted = has_adapter(path)
     try:
         if learner.config.backend == "fsdp":
             # Older versions wrote the frozen weights and the reference with the others.
-            apart = adapted or (path / _REFERENCE_SHARDS).is_dir()
-            learner.read_shards(path / _SHARDS, state, whole=not apart)
-            if (path / _REFERENCE_SHARDS).is_dir():
-                learner.read_reference(path / _REFERENCE_SHARDS)
+            apart = adapted or (path / REFERENCE_SHARDS).is_dir()
+            learner.read_shards(path / SHARDS, state, whole=not apart)
+            if (path / REFERENCE_SHARDS).is_dir():
+                learner.read_reference(path / REFERENCE_SHARDS)
         else:
             if not adapted:
-                load_model(learner.policy, str(path / _WEIGHTS))
-            if (path / _REFERENCE).exists():
-                load_model(cast(nn.Module, learner.reference), str(path / _REFERENCE))
+                load_model(learner.policy, str(path / WEIGHTS))
+            if (path / REFERENCE).exists():
+                load_model(cast(nn.Module, learner.reference), str(path / REFERENCE))
             learner.load_state_dict(state)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: its weights do not fit this policy ({error})") from error
@@ -234,32 +239,6 @@ def load_learner(path: Path, learner: Learner) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {error}") from error
     replay = {} if state["replay"] is None else {"replay": state["replay"]}
     return {**replay, **state.get("stateful", {})}  # older versions had a replay only
-
-
-def has_adapter(path: Path) -> bool:
-    """Return whether a checkpoint holds adapters and no other weights."""
-    return (path / ADAPTER).is_dir()
-
-
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Read the weights of a verified checkpoint without adapters into a model of the policy's shape.
-
-    Raises:
-        CheckpointError: If they do not fit.
-    """
-    try:
-        if (path / _WEIGHTS).exists():
-            load_model(model, str(path / _WEIGHTS))
-            return
-        own = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, values in stored_shards(path / _SHARDS):
-                if name.startswith(_SHARDED_POLICY):
-                    own.pop(name.removeprefix(_SHARDED_POLICY)).copy_(values)
-        if own:
-            raise KeyError(next(iter(own)))
-    except (KeyError, OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: its weights do not fit this policy ({error})") from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -276,8 +255,8 @@ def latest_finite(folder: Path) -> Path | None:
     """Return the newest complete checkpoint without nan or inf, or None."""
     for path in reversed(checkpoints(folder)):
         with suppress(CheckpointError):
-            _verify_hashes(path)
-            if not _non_finite(path):
+            verify_hashes(path)
+            if not non_finite_tensors(path):
                 return path
     return None
 
@@ -320,75 +299,9 @@ def _stored_progress(path: Path) -> Mapping[str, Any]:
 
 def _check_checkpoint(path: Path) -> None:
     """Refuse a damaged or non-finite checkpoint."""
-    _verify_hashes(path)
-    if lost := _non_finite(path):
+    verify_hashes(path)
+    if lost := non_finite_tensors(path):
         raise CheckpointError(
             f"{path}: nan or inf is in {named_in_short(lost)}; {_resume_hint(path.parent)}. "
             "Remove the newer checkpoints to resume from it"
         )
-
-
-def _non_finite(path: Path) -> list[str]:
-    """Return the names of the tensors of a checkpoint that hold nan or inf, reading one at a time."""
-    return [name for tensor in _checkpoint_tensors(path) for name in non_finite([tensor])]
-
-
-def _checkpoint_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights and optimizer states of a checkpoint by name, without stateful components."""
-    for file in (_WEIGHTS, f"{ADAPTER}/adapter_model.safetensors", _REFERENCE):
-        if (path / file).exists():
-            with safe_open(path / file, framework="pt") as weights:
-                yield from ((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
-    for shards in (_SHARDS, _REFERENCE_SHARDS):
-        if (path / shards).exists():
-            yield from stored_shards(path / shards)
-    state = _read_state(path, mmap=True)
-    yield from _named_tensors(
-        {name: value for name, value in state.items() if name not in ("replay", "stateful")}
-    )
-
-
-def _named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in nested containers, each with its dotted path."""
-    if isinstance(tree, Tensor):
-        yield name, tree
-    elif isinstance(tree, Mapping | list | tuple):
-        for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-            yield from _named_tensors(value, f"{name}.{key}".removeprefix("."))
-
-
-def _read_state(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    file, remedy = path / "learner.pt", f"remove {path} to resume from an older checkpoint"
-    try:
-        state = torch.load(file, weights_only=True, mmap=mmap)
-    except Exception as error:  # torch.load raises many types on damaged files
-        raise CheckpointError(f"{file}: cannot be read ({type(error).__name__}); {remedy}") from error
-    if not isinstance(state, dict) or "replay" not in state:
-        raise CheckpointError(f"{file}: not the state of a learner; {remedy}")
-    return state
-
-
-def _verify_hashes(path: Path) -> None:
-    remedy = "remove it to resume from an older one"
-    try:
-        hashes = read_hashes(path)
-        there = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
-        unlisted = [
-            name for name in there if name not in {*hashes, "hashes.json"} and not name.startswith(".")
-        ]
-        wrong = [name for name, digest in hashes.items() if _sha256(path / name) != digest]
-    except (OSError, ValueError, CheckpointError) as error:
-        raise CheckpointError(f"{path}: incomplete checkpoint ({error}); {remedy}") from error
-    if absent := sorted({"learner.pt", "progress.json"} - set(hashes)):
-        raise CheckpointError(
-            f"{path}: incomplete checkpoint (hashes.json lacks {', '.join(absent)}); {remedy}"
-        )
-    if unlisted:
-        raise CheckpointError(f"{path}: hashes.json does not list {', '.join(unlisted)}; {remedy}")
-    if wrong:
-        raise CheckpointError(f"{path}: {', '.join(wrong)} changed after it was written; {remedy}")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

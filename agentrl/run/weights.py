@@ -20,7 +20,8 @@ from agentrl.run.adapter import (
     read_scaling,
     weights_digest,
 )
-from agentrl.run.checkpoint import ADAPTER, checkpoints, has_adapter, load_progress, load_weights
+from agentrl.run.checkpoint import checkpoints, load_progress
+from agentrl.run.checkpoint_files import ADAPTER, has_adapter, load_weights
 from agentrl.run.folder import Run, find_run, open_run
 from agentrl.run.settings import RunConfig
 from agentrl.seeds import derive_seed

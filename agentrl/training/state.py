@@ -24,16 +24,15 @@ from agentrl.policy.precision import engine_copy, named_in_short, non_finite
 from agentrl.policy.tokens import fingerprint
 from agentrl.run.adapter import Base, read_base, write_adapter
 from agentrl.run.checkpoint import (
-    ADAPTER,
     Progress,
     Saved,
-    has_adapter,
     latest_checkpoint,
     latest_finite,
     load_learner,
     load_progress,
     save_checkpoint,
 )
+from agentrl.run.checkpoint_files import ADAPTER, has_adapter
 from agentrl.run.logger import RunLogger, read_metrics
 from agentrl.run.metric_keys import current_keys
 from agentrl.run.timers import Timers

@@ -9,7 +9,7 @@ from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.clipped_recipe import entropy_bonus
 from agentrl.algorithms.entropy_band import EntropyBand, ReferenceLevel, entropy_levels
-from agentrl.algorithms.hooks import SCHEDULED, Coefficient, Context, Term, trait
+from agentrl.algorithms.hooks import SCHEDULED, Context, Term, trait
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Count, PositiveWeight, Steps, Weight
 from agentrl.schedule import PenaltySchedule, penalty_weight
@@ -130,21 +130,12 @@ class EPO(Recipe):
         )
         outside = band.violation if self.smoothing == "hinge" else band.indicator
         weights = functional.token_weights if released else functional.trajectory_weights
-        terms = (
-            Term("epo_entropy", entropy_bonus, -self.entropy_coefficient, weights),
-            Term("epo_smoothing", outside, self._coefficient(), weights),
-        )
+        fixed = self.schedule == "constant" or (released and self.schedule == "official_epoch")
+        coefficient = self.smoothing_coefficient if fixed else trait(SCHEDULED)(self.smoothing_coefficient)
+        bonus = Term("epo_entropy", entropy_bonus, -self.entropy_coefficient, weights)
+        smoothing = Term("epo_smoothing", outside, coefficient, weights)
         diagnostics = (*base.diagnostics, entropy_levels, band.metrics)
-        return replace(base, terms=(*base.terms, *terms), diagnostics=diagnostics)
-
-    def _coefficient(self) -> Coefficient:
-        """Return the coefficient of the penalty, marked if its schedule depends on the length of the run."""
-        reads = self.schedule != "constant" and not self._fixed_schedule
-        return trait(SCHEDULED)(self.smoothing_coefficient) if reads else self.smoothing_coefficient
-
-    @property
-    def _fixed_schedule(self) -> bool:
-        return self.preset == "released" and self.schedule == "official_epoch"
+        return replace(base, terms=(*base.terms, bonus, smoothing), diagnostics=diagnostics)
 
     def smoothing_coefficient(self, context: Context) -> float:
         """Return the coefficient of the mean penalty in the loss."""
@@ -152,7 +143,8 @@ class EPO(Recipe):
 
     def beta(self, context: Context) -> float:
         """Return the weight that the schedule gives the penalty in this step."""
-        total = _RELEASED_EPOCHS if self._fixed_schedule else context.total_steps
+        fixed = self.preset == "released" and self.schedule == "official_epoch"
+        total = _RELEASED_EPOCHS if fixed else context.total_steps
         return penalty_weight(
             self.schedule, context.step, total, midpoint=self.schedule_midpoint, rate=self.schedule_rate
         )
