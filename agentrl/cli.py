@@ -270,9 +270,9 @@ def evaluate(
     policy: Annotated[
         str,
         typer.Option(
-            metavar="RUN|CHECKPOINT|FOLDER|random|expert",
-            help="A run (if it has not finished, its newest checkpoint), RUN/checkpoints/NAME, a Hugging "
-            "Face model folder, or a scripted policy.",
+            metavar="RUN|CHECKPOINT|MODEL|random|expert",
+            help="A run (if it has not finished, its newest checkpoint), RUN/checkpoints/NAME, a model as "
+            "policy.path names one, or a scripted policy.",
             autocompletion=_policies,
         ),
     ],
@@ -478,10 +478,43 @@ def plan(
         echo(json.dumps(found.to_dict(), indent=1))
     else:
         _console().print(plan_table(found))
+        for line in found.warnings:
+            echo(f"note: {line}", style="yellow")
         for line in found.missing or ("nothing is missing",):
             echo(f"missing: {line}" if found.missing else line, style="red" if found.missing else "green")
     if found.missing:
         raise typer.Exit(ExitCode.MISSING)
+
+
+@app.command()
+def prompt(
+    arguments: Overrides = None,
+    turns: Annotated[int, typer.Option(min=1, help="Number of turns to show.")] = 3,
+    task: Annotated[
+        str | None, typer.Option(metavar="ID", help="Task; default: the first training task.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    imports: Imports = None,
+) -> None:
+    """Print exactly what the policy reads in the first turns of an episode, with token counts.
+
+    The environment's expert plays, or chance where there is none; no weights are loaded.
+
+    - `agentrl prompt configs/quickstart.yaml`
+    - `agentrl prompt env.id=agentrl/ALFWorld-v0 policy.path=FOLDER policy.prompt=literature --turns 4`
+    """
+    import json
+
+    from agentrl.planning.prompt_preview import preview_prompts, preview_text
+    from agentrl.run.settings import load_config
+
+    path, overrides = _split_config(arguments)
+    read = load_config(path, *overrides, imports=load_imports(imports or ()))
+    found = preview_prompts(read, turns=turns, task=task)
+    if as_json:
+        echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+    else:
+        _console().print(preview_text(found), soft_wrap=True)  # line ends are the prompt's own
 
 
 @app.command("check-env")
@@ -542,13 +575,33 @@ def new_env(
     from agentrl.env.new_env import write_new_env
 
     made = write_new_env(name, folder)
-    for path, what in made.files.items():
-        echo(f"{path}: {what}")
-    if made.to_add is not None:
-        echo(f"{folder / 'pyproject.toml'} is left unchanged; add to it:\n\n{made.to_add}")
+    _echo_written(made.files, made.to_add, folder)
     given = f"--import {shlex.quote(str(folder / f'{made.names.module}.py'))}"
     echo(f"\nNext:\n  agentrl check-env {made.names.id} {given}")
     echo(f"  agentrl train env.id={made.names.id} evaluation.split=test evaluation.tasks=30 {given}")
+    echo(f"\nOnce installed, it needs no --import:\n  python -m pip install -e {shlex.quote(str(folder))}")
+
+
+@app.command("new-algorithm")
+def new_algorithm(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name in configurations, such as my_method.")],
+    folder: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder to write to; created if missing.")
+    ] = Path(),
+) -> None:
+    """Create a new algorithm: a short working method over another one, its test and its entry point.
+
+    - `agentrl new-algorithm my_method`
+    - `agentrl new-algorithm my_method --folder my_method`
+    """
+    from agentrl.algorithms.new_algorithm import write_new_algorithm
+
+    made = write_new_algorithm(name, folder)
+    _echo_written(made.files, made.to_add, folder)
+    given = f"--import {shlex.quote(str(folder / f'{made.names.module}.py'))}"
+    echo(f"\nNext:\n  python -m pytest {shlex.quote(str(folder / f'test_{made.names.module}.py'))}")
+    echo(f"  agentrl algorithms {name} {given}")
+    echo(f"  agentrl train configs/quickstart.yaml algorithm.name={name} {given}")
     echo(f"\nOnce installed, it needs no --import:\n  python -m pip install -e {shlex.quote(str(folder))}")
 
 
@@ -602,6 +655,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The arguments; None takes them from the shell.
     """
     app(arguments, prog_name="agentrl")
+
+
+def _echo_written(files: dict[Path, str], to_add: str | None, folder: Path) -> None:
+    """Say what each new file is for, and what to add to a pyproject.toml that was left unchanged."""
+    for path, what in files.items():
+        echo(f"{path}: {what}")
+    if to_add is not None:
+        echo(f"{folder / 'pyproject.toml'} is left unchanged; add to it:\n\n{to_add}")
 
 
 def _check_env(env: str, kwargs: dict[str, Any], seed: int, *, tolerant: bool) -> tuple[str, bool]:

@@ -32,7 +32,7 @@ def cosine(step: int, total: int, floor: float = 0.1) -> float:
     >>> [round(cosine(step, 3), 6) for step in (0, 1, 2)]
     [1.0, 0.55, 0.1]
     """
-    return floor + (1 - floor) * (1 + math.cos(math.pi * _progress(step, total))) / 2
+    return floor + (1 - floor) * _half_cosine(_progress(step, total))
 
 
 def cosine_warmup(step: int, steps: int) -> float:
@@ -44,6 +44,23 @@ def cosine_warmup(step: int, steps: int) -> float:
     [0.0, 0.146447, 0.5, 1.0, 1.0]
     """
     return 1 - cosine(step, steps + 1, floor=0.0) if steps else 1.0
+
+
+def cosine_restarts(step: int, total: int, *, cycles: int, warmup: int) -> float:
+    """Increase linearly from 0 to 1 over `warmup` steps, then fall from 1 to 0 `cycles` times.
+
+    Each fall is half a cosine:
+
+    (1 + cos(pi * (cycles * (step - warmup) / (total - warmup) mod 1))) / 2
+
+    >>> [round(cosine_restarts(step, 10, cycles=2, warmup=2), 6) for step in (0, 1, 2, 4, 5, 6, 10)]
+    [0.0, 0.5, 1.0, 0.5, 0.146447, 1.0, 0.0]
+    """
+    if step < warmup:
+        return step / warmup
+    if step >= total:
+        return 0.0
+    return _half_cosine(cycles * (step - warmup) / (total - warmup) % 1.0)
 
 
 def penalty_weight(kind: PenaltySchedule, step: int, total: int, *, midpoint: float, rate: float) -> float:
@@ -84,6 +101,10 @@ def two_piece_decay(step: int, total: int) -> float:
     if step <= half:
         return 1 - 0.2 * (1 - math.exp(-2 * step / half))
     return 0.8 * math.exp(-3 * (min(step, total) - half) / (total - half))
+
+
+def _half_cosine(progress: float) -> float:
+    return (1 + math.cos(math.pi * progress)) / 2
 
 
 def _progress(step: int, total: int) -> float:

@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +14,8 @@ import pytest
 from agentrl.env import load_plugins
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The background jobs of a script ignore Ctrl-C, and so would the tests that press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +37,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 ran += outcome != "skipped"
                 skipped += outcome == "skipped"
     terminalreporter.write_line(f"reference tests: {ran} ran, {skipped} skipped")
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Reports have no figures: to draw them takes longer than to train a tiny run. Tests of reports draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("success", "learning_curve", "entropy_over_steps", "entropy_by_turn", "signals"):
+            patch.setattr(f"agentrl.evaluation.figures.draw_{name}", lambda *_: "")
+        yield
 
 
 @pytest.fixture(scope="session")

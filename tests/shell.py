@@ -1,12 +1,16 @@
 """The commands of a document, as a newcomer types them: in one shell, which finds nothing but a system's."""
 
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from agentrl.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -27,11 +31,16 @@ TINY = (
 )
 
 
-def commands(text: str) -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+def blocks(text: str) -> list[list[str]]:
+    """The commands of each block of a document that is for a shell."""
+    found = re.findall(r"```bash\n(.*?)```", text, re.S)
     return [
-        line.partition(" #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()
+        [line.partition(" #")[0].strip() for line in block.splitlines() if line.strip()] for block in found
     ]
+
+
+def commands(text: str) -> list[str]:
+    return [line for block in blocks(text) for line in block]
 
 
 def working_tree(folder: Path) -> Path:
@@ -89,6 +98,15 @@ def run_all(lines: list[str], folder: Path, *site: Path) -> str:
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def run_here(line: str) -> str:
+    """Run a command `agentrl ...` in this process, which has loaded torch already."""
+    program, *words = shlex.split(line)
+    assert program == "agentrl"
+    done = CliRunner().invoke(app, words, prog_name="agentrl")
+    assert done.exit_code == 0, done.output
+    return done.output
 
 
 def installed(project: Path) -> Path:

@@ -24,6 +24,7 @@ FLOORS = {
     "files": 0,
     "values": 0,
     "terminal": 0,
+    "scaffold": 0,
     "env": 1,
     "data": 1,
     "policy": 2,

@@ -19,6 +19,8 @@ from agentrl.data.batch import collate
 from agentrl.env import check_text_env, make
 from agentrl.env.new_env import write_new_env
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def test_the_example_environment_keeps_the_contract(examples: dict[str, ModuleType]) -> None:
     report = check_text_env(examples["hotcold"].HotCold)

@@ -46,7 +46,11 @@ def test_what_it_writes_keeps_the_contract_and_passes_its_own_test(
     monkeypatch.syspath_prepend(tmp_path / "new")
     report = check_text_env(load(tmp_path / "new" / "guess_number_env.py").GuessNumber)
     assert report.failed == (), str(report)
-    assert (report.proven, report.thread_safe, report.declares) == ("episode", True, ("snapshot", "expert"))
+    assert (report.proven, report.thread_safe, report.declares) == (
+        "episode",
+        True,
+        ("snapshot", "expert", "instructions"),
+    )
     assert {check.name for check in report.checks if check.status == "skipped"} == set()
     test = load(tmp_path / "new" / "test_guess_number_env.py")
     test.test_it_keeps_the_contract()
@@ -56,7 +60,7 @@ def test_what_it_writes_keeps_the_contract_and_passes_its_own_test(
 def test_the_file_is_short(tmp_path: Path) -> None:
     write_new_env("GuessNumber", tmp_path)
     lines = (tmp_path / "guess_number_env.py").read_text().splitlines()
-    assert sum(bool(line.strip()) for line in lines) <= 30
+    assert sum(bool(line.strip()) for line in lines) <= 31
 
 
 def test_the_pyproject_has_the_entry_point_and_depends_on_no_stranger(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_the_make_targets_run_from_a_clean_clone(tmp_path: Path) -> None:
     assert {name.endswith("-control") for name in names} == {True, False}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_learned_from_and_measured_on_have_no_scene_in_common(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,7 +51,10 @@ def test_what_is_learned_from_and_measured_on_have_no_scene_in_common(
         return reset(self, **kwargs)
 
     monkeypatch.setattr(ALFWorldEnv, "reset", recording)
-    small = ("warm_start.steps=2", "trainer.steps=4", "evaluation.tasks=100", "evaluation.baselines=[]")
+    small = (
+        *("warm_start.steps=2", "warm_start.demonstrations=200", "evaluation.baselines=[]"),
+        *("trainer.steps=2", "rollout.group_size=2", "evaluation.tasks=70"),
+    )
     config = agentrl.load_config("quickstart.yaml", *small, f"run.folder={tmp_path}")
     agentrl.train(config, quiet=True)
     block = config.env.kwargs

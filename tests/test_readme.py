@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -9,22 +10,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shell import ROOT, SMALL, TINY, commands, run_all, smaller, working_tree
+from shell import ROOT, SMALL, TINY, blocks, run_all, run_here, smaller, working_tree
 
 import agentrl
 from agentrl.study.config import load_study, plan
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = commands(README)
+SET_UP, TOUR, *MORE = blocks(README)
+LATER = [line for block in MORE for line in block]
+COMMANDS = SET_UP + TOUR + LATER
 
 
 @pytest.mark.timeout(900)
-def test_the_commands_of_the_readme_run_as_they_are_written(tmp_path: Path) -> None:
+def test_the_tour_of_the_readme_runs_as_it_is_written(tmp_path: Path) -> None:
     folder = working_tree(tmp_path / "agentrl")
-    assert COMMANDS[:2] == ["make quickstart", "source .venv/bin/activate"]
-    printed = run_all(list(map(smaller, COMMANDS)), folder)
+    assert SET_UP[:2] == ["make quickstart", "source .venv/bin/activate"]
+    printed = run_all(list(map(smaller, SET_UP + TOUR)), folder)
     assert "my/GuessNumber-v0 keeps the contract" in printed.replace("\n", " ")
-    assert len(list((folder / "runs").glob("*/summary.json"))) == 4
+    assert len(list((folder / "runs").glob("*/summary.json"))) == 1
+
+
+@pytest.mark.parametrize("line", LATER)
+def test_a_later_command_of_the_readme_runs_as_it_is_written(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = working_tree(tmp_path / "agentrl")
+    monkeypatch.chdir(folder)
+    if line.startswith("agentrl "):
+        run_here(smaller(line))
+    else:
+        run_all(["source .venv/bin/activate", smaller(line)], folder)
+    trains = line.startswith("agentrl train ")
+    assert len(list((folder / "runs").glob("*/summary.json"))) == trains
 
 
 def test_without_activation_no_command_is_found(tmp_path: Path) -> None:
@@ -84,11 +101,16 @@ def test_the_study_of_the_readme_is_the_one_that_was_run() -> None:
         assert set(results["methods"][name]["runs"]) == {"0", "1", "2"}
 
 
-def test_the_scripts_are_the_commands(tmp_path: Path) -> None:
+def test_the_scripts_are_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
     for name, arguments in {
         "train": ("configs/quickstart.yaml", *TINY, f"run.folder={tmp_path}", "run.name=tiny"),
         "evaluate": ("--policy", str(tmp_path / "tiny"), "--tasks", "2"),
     }.items():
-        line = [sys.executable, f"scripts/{name}.py", *arguments]
-        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=250)
-        assert done.returncode == 0, done.stderr
+        monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(f"scripts/{name}.py", run_name="__main__")
+        assert ended.value.code == 0
+    assert "2 tasks" in capsys.readouterr().out

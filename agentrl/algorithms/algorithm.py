@@ -8,8 +8,9 @@ A training step runs the slots in this order: `rollout`, `select`, `shape_reward
 `prepare`), one scoring pass, `targets`, `advantage`, `transforms`; then, per mini-batch, `masks`, `ratio`
 (under the current policy), `clip`, `aggregation`, `weights`, the `where` of `terms` and `group_terms`; per
 micro-batch `ratio`, `surrogate` and `terms`; then `replay`; then every stateful component is updated; and
-`diagnostics` last. A mini-batch carries the results of the earlier slots (`mask`, `current.ratio`, `bounds`).
-A hook must read them there and must not keep a copy of another slot, because that slot may be replaced later.
+`diagnostics` last. Required features of the batch are computed after the scoring pass, those of a mini-batch
+before `clip`. A mini-batch carries the results of the earlier slots (`mask`, `current.ratio`, `bounds`). A
+hook must read them there and must not keep a copy of another slot, because that slot may be replaced later.
 """
 
 import warnings
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from agentrl.algorithms import functional
+from agentrl.algorithms import answers, entropy_features, functional, states  # noqa: F401 (features register)
 from agentrl.algorithms.branching import RolloutPlan
 from agentrl.algorithms.hooks import (
     COMPARES,
@@ -55,6 +56,12 @@ from agentrl.algorithms.hooks import (
     trait,
     traits,
 )
+from agentrl.algorithms.named_features import (
+    feature_fault,
+    features_read_scores,
+    is_feature,
+    with_sources,
+)
 from agentrl.algorithms.stateful import Stateful, find_stateful, is_stateful
 from agentrl.algorithms.token_statistics import (
     STATISTICS,
@@ -68,6 +75,9 @@ from agentrl.data.trajectory import Group
 from agentrl.errors import ConfigError, RequirementError
 
 EQUAL_RETURNS = functional.EQUAL_RETURNS
+# The slots that define the loss of a mini-batch's rows, and those that run after the update.
+LOSS_SLOTS = ("masks", "ratio", "clip", "surrogate", "aggregation", "weights", "terms")
+AFTER_UPDATE = ("diagnostics", "stateful")
 
 
 @dataclass(frozen=True)
@@ -266,6 +276,12 @@ class Algorithm:
         """Return the union of the requirements of all components."""
         return frozenset().union(*(names for _, names in self.declared()))
 
+    def requires_of(self, *slots: str) -> frozenset[str]:
+        """Return the union of the requirements of the given slots."""
+        return frozenset().union(
+            *(names for slot, names in self.declared() if slot.partition("/")[0] in slots)
+        )
+
     @property
     def compares(self) -> bool:
         """Return whether the algorithm learns from differences between the episodes of a group."""
@@ -286,8 +302,11 @@ class Algorithm:
     def reads_scores(self) -> bool:
         """Return whether a component of the update reads the scoring pass, apart from the ratio."""
         # Without that pass, diagnostics see what the step scored on the way, which holds no statistics.
-        return reads_statistics(self.requires) or any(
-            names & SCORED for slot, names in self.declared() if slot not in ("diagnostics", "stateful")
+        required = self.requires
+        return (
+            reads_statistics(required)
+            or features_read_scores(required)
+            or any(names & SCORED for slot, names in self.declared() if slot not in AFTER_UPDATE)
         )
 
     def find_stateful(self, *slots: str) -> dict[str, Stateful]:
@@ -303,14 +322,14 @@ class Algorithm:
                     yield item.name, component
 
     def declared(self) -> Iterable[tuple[str, frozenset[str]]]:
-        """Yield the requirements of each component as (slot, names)."""
+        """Yield the requirements of each component as (slot, names), with those of required features."""
         for slot, component in self.components():
             name = f"{slot}/{component.name}" if isinstance(component, Term | GroupTerm) else slot
             names = frozenset[str]().union(*map(requirements, _parts(component)))
             # The slopes of a group term are those at the current policy.
-            yield name, names | {"current"} if isinstance(component, GroupTerm) else names
+            yield name, with_sources(names | {"current"} if isinstance(component, GroupTerm) else names)
         for stateful in self.find_stateful().values():
-            yield "stateful", requirements(stateful.update)
+            yield "stateful", with_sources(requirements(stateful.update))
 
     def _functions(self) -> Iterable[tuple[str, object]]:
         """Yield every function as (slot, function), also those of records."""
@@ -326,7 +345,7 @@ def _parts(component: object) -> tuple[object, ...]:
     if isinstance(component, GroupTerm):
         return (component.loss,)
     if isinstance(component, RolloutPlan):
-        return (component.branch_policy,)
+        return component.branch_policy, component.reply_temperature
     return (component,)
 
 
@@ -355,11 +374,23 @@ def check_requirements(algorithm: Algorithm, provided: Iterable[str]) -> None:
 
 
 def _is_computed(requirement: str, offered: frozenset[str]) -> bool:
+    if is_feature(requirement):
+        return feature_fault(requirement) is None
     return STATISTICS in offered and is_statistic(requirement) and statistic_fault(requirement) is None
 
 
+_REFUSED = {
+    "rollout:token_temperature": "only engine.name=torch without engine.actors samples each token at a "
+    "temperature of its own; the others sample a whole reply at one",
+}
+
+
 def _explained(requirement: str) -> str:
-    fault = None if requirement in SCORED else statistic_fault(requirement)
+    if requirement in _REFUSED:
+        return f"{requirement} ({_REFUSED[requirement]})"
+    fault = None
+    if requirement not in SCORED:
+        fault = (not is_statistic(requirement) and feature_fault(requirement)) or statistic_fault(requirement)
     return requirement if fault is None else f"{requirement} ({fault})"
 
 

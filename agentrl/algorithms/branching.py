@@ -7,7 +7,7 @@ from itertools import islice
 from statistics import fmean, quantiles
 from typing import Literal, Protocol
 
-from agentrl.algorithms.hooks import Coefficient, Context
+from agentrl.algorithms.hooks import Coefficient, Context, ReplyTemperature
 from agentrl.data.trajectory import BranchPoint, Episode, Turn
 
 OPENING = 20  # action tokens of a turn whose entropy stands for the turn
@@ -54,6 +54,8 @@ class RolloutPlan:
 
     Args:
         temperature: The sampling temperature as a function of the context; None takes the configured one.
+        reply_temperature: The temperature of each reply, or of each of its tokens: (state before the reply,
+            context) -> number or `TokenTemperature`. None samples all replies at that of the step.
         rounds: The maximum number of rounds in which a step's tasks are drawn and played until `select` has
             kept as many groups as configured. The groups of the last round fill up what is missing.
         episodes: The number of episodes per task; None takes the configured group size.
@@ -62,6 +64,7 @@ class RolloutPlan:
     """
 
     temperature: Coefficient | None = None
+    reply_temperature: ReplyTemperature | None = None
     rounds: int = 1
     episodes: int | None = None
     branch_policy: BranchPolicyFactory | None = None

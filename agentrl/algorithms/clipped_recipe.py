@@ -11,18 +11,22 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, drop_equal_returns, keep_all
 from agentrl.algorithms.hooks import (
+    ADAPTIVE_BOUNDS,
     Aggregation,
     Bounds,
+    Clip,
     Context,
     MiniBatch,
     Outputs,
     Term,
     require_tensor,
     requires,
+    traits,
 )
 from agentrl.algorithms.recipe import Presets, Recipe
 from agentrl.config import Share, SignedWeight, Tokens, Weight
 from agentrl.data.trajectory import Episode
+from agentrl.errors import ConfigError
 
 K3_LIMIT = 10.0  # nats, as in the released code
 _KL = {"k1": functional.kl_k1, "k2": functional.kl_k2, "k3": functional.kl_k3}
@@ -107,6 +111,29 @@ class ClippedRecipe(Recipe):
                 "aggregation=constant needs sequence_length, the divisor in tokens",
             ),
         ]
+
+
+def build_clipped(base: Recipe, method: str) -> tuple[Algorithm, Clip]:
+    """Build the base of a method that replaces the bounds of the ratio; return it and its clip.
+
+    Raises:
+        ConfigError: If the base clips no ratio, or finds its bounds in each mini-batch: they would be lost.
+    """
+    built = base.build()
+    if built.clip is None:
+        raise ConfigError(f"{method}: base {base.name!r} has no clipped ratio, wanted one that has")
+    if _adapts(built.clip):
+        raise ConfigError(
+            f"{method}: it would replace the bounds that base {base.name!r} finds in each mini-batch, wanted "
+            "a base with fixed bounds"
+        )
+    return built, built.clip
+
+
+def _adapts(clip: object) -> bool:
+    """Return whether bounds are found in each mini-batch, by a clip or by one that it wraps."""
+    wrapped = clip.keywords.values() if isinstance(clip, partial) else ()
+    return ADAPTIVE_BOUNDS in traits(clip) or any(map(_adapts, wrapped))
 
 
 def aggregation(kind: str, sequence: functional.Unit, length: int | None) -> Aggregation:

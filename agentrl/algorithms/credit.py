@@ -8,6 +8,7 @@ from torch import Tensor
 
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.hooks import Context, MiniBatch, ShapeGroup, ShapeReward
+from agentrl.algorithms.named_features import with_features
 from agentrl.data.batch import Batch, Layout, collate
 from agentrl.data.trajectory import Episode, Group
 
@@ -33,9 +34,12 @@ def prepare(
 def compute_advantages(algorithm: Algorithm, batch: Batch, context: Context) -> Tensor:
     """Return the transformed advantages of the whole rollout batch; [B, T], no gradient, 0 where not sampled.
 
+    Features that the advantage and the transforms require are computed, unless the batch holds them.
+
     Raises:
         ValueError: If a hook returns another shape; names the hook.
     """
+    batch = with_features(batch, algorithm.requires_of("advantage", "transforms"))
     with torch.no_grad():
         advantages = _checked("advantage", algorithm.advantage(batch, context), batch)
         for transform in algorithm.transforms:
@@ -47,6 +51,7 @@ def with_targets(algorithm: Algorithm, batch: Batch, context: Context) -> Batch:
     """Return the batch with the value targets that the algorithm defines, if any; without gradient."""
     if algorithm.targets is None:
         return batch
+    batch = with_features(batch, algorithm.requires_of("targets"))
     with torch.no_grad():
         targets = _checked("targets", algorithm.targets(batch, context), batch)
     return replace(batch, targets=torch.where(batch.action_mask, targets, 0.0).to(batch.logprobs.dtype))

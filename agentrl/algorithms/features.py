@@ -1,4 +1,4 @@
-"""Features of a batch by turn: rewards, anchor states, turns that branches share.
+"""Features of a batch by turn: rewards, action tokens, turns that branches share.
 
 Letters: E trajectories, K turns of the longest one, L action tokens of the longest one. Tables hold 0 for
 turns that a trajectory does not have.
@@ -7,19 +7,15 @@ turns that a trajectory does not have.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.branching import AnchorUnit, point_scores
+from agentrl.algorithms.named_features import feature
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import BranchPoint
-from agentrl.errors import RequirementError
-
-State = Literal["observation", "state_key"]
 
 
 @dataclass(frozen=True)
@@ -63,17 +59,17 @@ def decisions(batch: Batch) -> ActionTokens:
 
 def turn_rewards(batch: Batch) -> Tensor:
     """Return the reward of every turn; [E, K] float64, in the environment's units."""
-    return _table(batch, [[turn.reward for turn in episode.turns] for episode in batch.episodes])
+    return turn_table(batch, [[turn.reward for turn in episode.turns] for episode in batch.episodes])
 
 
 def turn_exists(batch: Batch) -> Tensor:
     """Return whether a trajectory has a turn; [E, K] bool."""
-    return _table(batch, [[1.0] * len(episode.turns) for episode in batch.episodes]) > 0
+    return turn_table(batch, [[1.0] * len(episode.turns) for episode in batch.episodes]) > 0
 
 
 def turn_penalties(batch: Batch, penalty: float) -> Tensor:
     """Return `penalty` at every turn with an invalid action, 0 elsewhere; [E, K] float64."""
-    return penalty * _table(
+    return penalty * turn_table(
         batch, [[float(not turn.valid) for turn in episode.turns] for episode in batch.episodes]
     )
 
@@ -131,67 +127,29 @@ def at_last_decisions(table: Tensor, made: ActionTokens) -> Tensor:
     return made.write(torch.where(made.last, table.gather(1, made.turns.clamp(min=0)), 0.0))
 
 
-def anchor_states(batch: Batch, *, similarity: float = 1.0, state: State = "observation") -> Tensor:
-    """Assign a number to the state of each turn; [E, K] int64, -1 where there is no turn.
-
-    Two turns get the same number if their trajectories belong to one group and their states are the same.
-
-    Args:
-        batch: The batch of the turns.
-        similarity: Below 1, an observation matches a state if the `difflib` ratio between it and the
-            observation of the state's first turn is at least this.
-        state: `observation` compares the text of the observation, `state_key` compares `info["state_key"]`.
-            Turns without a key use the text.
-
-    Raises:
-        RequirementError: If keys are asked for and no turn has one.
-    """
-    if state == "state_key" and not bool(has_state_key(batch).any()) and any(e.turns for e in batch.episodes):
-        raise RequirementError(
-            f"algorithm: states are identified by info['state_key'], but no turn of "
-            f"{batch.episodes[0].env!r} has one; wanted an environment that sets it, or state=observation"
-        )
-    known: dict[int, dict[object, int]] = {}
-    numbers = 0
-    rows = []
-    for group, episode in zip(batch.groups.tolist(), batch.episodes, strict=True):
-        states = known.setdefault(group, {})
-        row = []
-        for turn in episode.turns:
-            key = turn.info.get("state_key") if state == "state_key" else None
-            found = turn.observation if key is None else ("key", key)
-            if found not in states:
-                alike = _similar_state(turn.observation, states, similarity) if similarity < 1 else None
-                states[found] = numbers if alike is None else alike
-                numbers += alike is None
-            row.append(float(states[found]))
-        rows.append(row)
-    return _table(batch, rows, fill=-1.0).long()
-
-
-def has_state_key(batch: Batch) -> Tensor:
-    """Return whether the environment gave the state of a turn a key; [E, K] bool."""
-    named = [[turn.info.get("state_key") is not None for turn in item.turns] for item in batch.episodes]
-    return _table(batch, named) > 0
-
-
+@feature("branch_weights")
 def branch_weights(batch: Batch) -> Tensor:
     """Return one over the number of trajectories of the batch that share a turn; [E, K] float64.
 
     A trajectory that branched off another one holds that trajectory's turns up to the branch point, although
     they were played only once.
     """
+    owners = played_turns(batch)
+    counts = Counter(place for row in owners for place in row)
+    return turn_table(batch, [[1 / counts[place] for place in row] for row in owners])
+
+
+def played_turns(batch: Batch) -> list[list[tuple[int, str, int]]]:
+    """Return the group, episode and index under which each turn was played; equal for a shared turn."""
     parents = {
         (group, episode.id): episode.parent
         for group, episode in zip(batch.groups.tolist(), batch.episodes, strict=True)
     }
     parents |= batch.aborted
-    owners = [
+    return [
         [(group, _owner(group, episode.id, turn, parents), turn) for turn in range(len(episode.turns))]
         for group, episode in zip(batch.groups.tolist(), batch.episodes, strict=True)
     ]
-    counts = Counter(place for row in owners for place in row)
-    return _table(batch, [[1 / counts[place] for place in row] for row in owners])
 
 
 @dataclass(frozen=True)
@@ -252,22 +210,6 @@ def tokens_after_branching(batch: Batch) -> Tensor:
     return batch.action_mask & (batch.turns >= first[batch.trajectory][:, None])
 
 
-def _similar_state(observation: str, states: dict[object, int], similarity: float) -> int | None:
-    """Return the number of the first known state whose first observation is similar enough, or None."""
-    matcher = SequenceMatcher(None, "", observation)
-    seen: set[int] = set()
-    for state, number in states.items():
-        if number in seen:
-            continue
-        seen.add(number)
-        matcher.set_seq1(str(state))
-        # The first two are cheap upper bounds of the last.
-        bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
-        if all(bound() >= similarity for bound in bounds):
-            return number
-    return None
-
-
 def _owner(group: int, episode: str, turn: int, parents: Mapping[tuple[int, str], BranchPoint | None]) -> str:
     """Return the id of the episode in which a turn of this episode's path was played."""
     while (parent := parents.get((group, episode))) is not None and turn < parent.turn:
@@ -275,8 +217,9 @@ def _owner(group: int, episode: str, turn: int, parents: Mapping[tuple[int, str]
     return episode
 
 
-def _table(batch: Batch, rows: Sequence[Sequence[float]], fill: float = 0.0) -> Tensor:
-    width = max(map(len, rows), default=0)
+def turn_table(batch: Batch, rows: Sequence[Sequence[float]], fill: float = 0.0, *, extra: int = 0) -> Tensor:
+    """Pad one number per turn and trajectory to [E, K + extra] float64."""
+    width = max((len(episode.turns) for episode in batch.episodes), default=0) + extra
     padded = [[*row, *[fill] * (width - len(row))] for row in rows]
     table = torch.tensor(padded, dtype=torch.float64).reshape(len(rows), width)
     return table.to(batch.tokens.device)

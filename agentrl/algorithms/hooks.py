@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor
 
 from agentrl.data.batch import Batch
-from agentrl.data.trajectory import Episode, Group
+from agentrl.data.trajectory import Episode, Group, Turn
 from agentrl.errors import RequirementError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -17,6 +17,7 @@ REQUIRES, TRAITS, EXCLUDES = "requires", "traits", "excludes"
 SCORED = frozenset({"old_logprobs", "entropy", "reference", "values"})  # results of the scoring pass
 SCHEDULED = "schedule over all steps"  # a trait: it reads `Context.total_steps`
 COMPARES = "comparison within a group"  # a trait: an episode alone in its group gives no signal
+ADAPTIVE_BOUNDS = "adaptive bounds"  # a trait: a clip that finds its bounds in each mini-batch
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class MiniBatch:
         current: The output of the current policy, without gradient; only if a component requires `current`.
         mask: [B, T] bool, the action tokens that `Algorithm.masks` leave in the surrogate; None before that.
         bounds: The bounds that `Algorithm.clip` returned; None before that, and if nothing is clipped.
+        features: Required features of the mini-batch, filled in after the ratio and before the bounds; see
+            `agentrl.algorithms.named_features`. Those of the rollout batch are in `batch.features`.
     """
 
     batch: Batch
@@ -101,6 +104,20 @@ class MiniBatch:
     current: Outputs | None = None
     mask: Tensor | None = None
     bounds: Bounds | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)  # [B, T, ...] by name
+
+    @property
+    def now(self) -> Outputs:
+        """Return the output of the current policy.
+
+        Raises:
+            RequirementError: If no component requires `current`.
+        """
+        if self.current is None:
+            raise RequirementError(
+                "MiniBatch.current is empty; mark the component that reads it with @requires('current')"
+            )
+        return self.current
 
     @property
     def counted(self) -> Tensor:
@@ -117,11 +134,47 @@ class MiniBatch:
             None if self.current is None else self.current.select(rows, width),
             None if self.mask is None else self.mask[rows, :width],
             None if self.bounds is None else self.bounds.select(rows, width),
+            {name: values[rows, :width] for name, values in self.features.items()},
         )
+
+
+@dataclass(frozen=True)
+class ReplyState:
+    """What is known before a reply is sampled.
+
+    Args:
+        task: The id of the task.
+        episode: The id of the episode.
+        member: The index of the episode in its group, from 0.
+        turn: The index of the turn, from 0.
+        previous: The turn before it, with the entropies of its tokens; None in the first.
+        temperature: The temperature of the step, of the configuration or of `RolloutPlan.temperature`.
+    """
+
+    task: str
+    episode: str
+    member: int
+    turn: int
+    previous: Turn | None
+    temperature: float
+
+
+@dataclass(frozen=True)
+class TokenTemperature:
+    """Temperature that follows, within a reply, from the entropy of the last decision.
+
+    Args:
+        first: The temperature of the reply's first decision.
+        following: (entropy of the decision before, in nats, at its own temperature) -> temperature.
+    """
+
+    first: float
+    following: Callable[[float], float]
 
 
 Weights = tuple[Tensor, Tensor]  # [B, T], and the count that divides their sum
 Coefficient = Callable[[Context], float]
+ReplyTemperature = Callable[[ReplyState, Context], float | TokenTemperature]
 Select = Callable[[Sequence[Group], Context], Sequence[Group]]
 ShapeReward = Callable[[Episode, Context], Sequence[float]]
 ShapeGroup = Callable[[Group, Context], Sequence[Sequence[float]]]
@@ -209,8 +262,11 @@ def requires(*names: str) -> Callable[[F], F]:
     The learner provides `old_logprobs` and `entropy` ([B, T] of the scoring pass, without gradient),
     `entropy:grad` (`Outputs.entropies` with gradient) and `current`; with a reference policy `reference`;
     with a value head `values` ([B, T] of the scoring pass), `last_values` and `values:grad`. An engine that
-    records entropies provides `rollout:entropy`, for a `BranchPolicy` that reads them. Names such as
-    `topk:10` and `topk:10:grad` ask for statistics of each token's distribution; see `token_statistic`.
+    records entropies provides `rollout:entropy`, for a `BranchPolicy` or a `ReplyTemperature` that reads
+    them; the torch engine in this process provides `rollout:token_temperature`, for a `ReplyTemperature` that
+    returns a `TokenTemperature`. Names such as `topk:10` and `topk:10:grad` ask for statistics of each
+    token's distribution; see `token_statistic`. Names such as `states` and `turn_entropy` ask for features
+    of the batch, which every learner can compute; see `agentrl.algorithms.named_features`.
 
     Where a name depends on a hyper-parameter, mark a `functools.partial` or a bound method of the hook. Names
     add to those that the component declares itself.

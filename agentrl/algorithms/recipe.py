@@ -16,7 +16,6 @@ from agentrl.plugins import record_registration, withheld_hint
 
 if TYPE_CHECKING:
     from agentrl.algorithms.algorithm import Algorithm
-    from agentrl.algorithms.hooks import Clip
 
 ENTRY_POINTS = "agentrl.algorithms"
 
@@ -254,18 +253,6 @@ def _nested(block: Any, info: ValidationInfo) -> Recipe:
 
 # Type of a field that holds another recipe, `{name: gigpo, ...}` in a configuration.
 Base = Annotated[Recipe, PlainValidator(_nested)]
-
-
-def build_clipped(base: Recipe, method: str) -> "tuple[Algorithm, Clip]":
-    """Build the base of a method that changes how the ratio is clipped; return it and its clip.
-
-    Raises:
-        ConfigError: If the base clips no ratio.
-    """
-    built = base.build()
-    if built.clip is None:
-        raise ConfigError(f"{method}: base {base.name!r} has no clipped ratio, wanted one that has")
-    return built, built.clip
 
 
 def recipe_tree(recipe: Recipe) -> dict[str, Any]:

@@ -253,6 +253,7 @@ def _row(mini: MiniBatch, good: Tensor, step: int) -> _Row:
     good = good[0, : batch.tokens.shape[1]].clone()  # a view would keep the whole batch in memory
     values = {name: require_tensor(getattr(batch, name), name)[0] for name in _PER_DECISION}
     extras = {_EXTRA + name: value[0] for name, value in batch.extras.items()}
+    drawn = torch.ones_like(values["logprobs"]) if batch.temperatures is None else batch.temperatures[0]
     allowed = None
     if batch.allowed is not None:
         kept = good[batch.allowed.positions]
@@ -264,7 +265,12 @@ def _row(mini: MiniBatch, good: Tensor, step: int) -> _Row:
         task=episode.task,
         step=step,
         episode_return=float(batch.returns[batch.trajectory]),
-        tokens={"tokens": batch.tokens[0], "turns": batch.turns[0], "action_mask": good}
+        tokens={
+            "tokens": batch.tokens[0],
+            "turns": batch.turns[0],
+            "action_mask": good,
+            "temperatures": torch.where(good, drawn.double(), 1.0),
+        }
         | {
             name: torch.where(good, value, 0.0)
             for name, value in (values | {"advantages": mini.advantages[0]}).items()
@@ -294,6 +300,9 @@ def _batch(rows: Sequence[_Row]) -> Batch:
         for name in sorted(shared)
         if name.startswith(_EXTRA)
     }
+    # Rows of older versions lack their temperatures.
+    drawn = [row.tokens.get("temperatures", torch.ones(len(row.tokens["tokens"])).double()) for row in rows]
+    temperatures = pad_sequence(drawn, batch_first=True, padding_value=1.0)
     return Batch(
         lengths=torch.tensor([len(row.tokens["tokens"]) for row in rows]),
         rewards=torch.zeros_like(padded["logprobs"]),
@@ -302,6 +311,7 @@ def _batch(rows: Sequence[_Row]) -> Batch:
         groups=torch.arange(len(of)),
         episodes=tuple(_episode(of[owner]) for owner in range(len(of))),
         allowed=_allowed(rows),
+        temperatures=temperatures,
         extras=extras,
         **padded,
     )

@@ -110,7 +110,8 @@ def _parts(component: object, seen: dict[int, object]) -> Iterator[object]:
     elif is_dataclass(component) and not isinstance(component, type):
         inner = (getattr(component, item.name) for item in fields(component))
     else:
-        inner = filter(None, (getattr(component, "__self__", None),))
+        owner = getattr(component, "__self__", None)
+        inner = () if owner is None else (owner,)  # an owner without content, such as empty counts, is false
     for part in inner:
         yield from _parts(part, seen)
 

@@ -13,21 +13,19 @@ A component asks for it with `@requires("top_probability")` and reads it with
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
-from inspect import Parameter, signature
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, TypeVar
 
 import torch
 from annotated_types import Interval
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
 from agentrl.algorithms.functional.aggregation import Unit, sequence_members
+from agentrl.algorithms.named_functions import NamedFunctions
 from agentrl.config import PositiveShare
 from agentrl.data.batch import Batch
-from agentrl.errors import ConfigError, RequirementError
+from agentrl.errors import RequirementError
 
 STATISTICS = "token statistics"  # what a learner provides that computes them
 GRADIENT = ":grad"
@@ -53,23 +51,9 @@ class Statistics:
 NOTHING = Statistics({}, {})
 
 
-@dataclass(frozen=True)
-class _Definition:
-    """A registered function, with the name and type of its argument if it takes one."""
-
-    function: Callable[..., Tensor]
-    of_logits: bool
-    constant: Mapping[str, str]  # reasons why there is no gradient, by argument
-    parameter: Parameter | None
-    argument: TypeAdapter[Any] | None
-
-    @property
-    def optional(self) -> bool:
-        """Return whether the argument may be left out."""
-        return self.parameter is None or self.parameter.default is not Parameter.empty
-
-
-_definitions: dict[str, _Definition] = {}
+_functions = NamedFunctions("statistic", inputs=2)
+# By statistic of log-probabilities, the reasons why it has no gradient, by argument.
+_of_logprobs: dict[str, Mapping[str, str]] = {}
 
 
 def statistic(name: str) -> Callable[[Function], Function]:
@@ -84,7 +68,7 @@ def statistic(name: str) -> Callable[[Function], Function]:
     Raises:
         ConfigError: If another function has the name.
     """
-    return partial(_register, name, of_logits=True, constant={})
+    return partial(_register, name, constant=None)
 
 
 def sequence_statistic(
@@ -102,44 +86,30 @@ def sequence_statistic(
     Raises:
         ConfigError: If another function has the name.
     """
-    return partial(_register, name, of_logits=False, constant=constant or {})
+    return partial(_register, name, constant=constant or {})
 
 
-def _register(name: str, function: Function, *, of_logits: bool, constant: Mapping[str, str]) -> Function:
-    known = _definitions.get(name)
-    if known is not None and _qualified_name(known.function) != _qualified_name(function):
-        raise ConfigError(
-            f"two statistics are named {name!r}: {_qualified_name(known.function)} and "
-            f"{_qualified_name(function)}"
-        )
-    parameter = next(iter(list(signature(function).parameters.values())[2:]), None)
-    argument = None
-    if parameter is not None:
-        kind = get_type_hints(function, include_extras=True).get(parameter.name, str)
-        argument = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
-    _definitions[name] = _Definition(function, of_logits, constant, parameter, argument)
+def _register(name: str, function: Function, *, constant: Mapping[str, str] | None) -> Function:
+    _functions.add(name, function)
+    if constant is not None:
+        _of_logprobs[name] = constant
     return function
-
-
-def _qualified_name(function: Callable[..., Any]) -> str:
-    return f"{function.__module__}.{getattr(function, '__qualname__', function)}"
 
 
 def statistic_usages() -> list[str]:
     """Return how each registered statistic is asked for, as in `topk:K`, sorted."""
-    return sorted(map(_usage, _definitions))
+    return sorted(map(_functions.usage, _functions))
 
 
 def is_statistic(requirement: str) -> bool:
     """Return whether a requirement has the name of a registered statistic."""
-    return requirement.partition(":")[0] in _definitions
+    return requirement.partition(":")[0] in _functions
 
 
 def statistic_fault(requirement: str) -> str | None:
     """Return why a requirement is not a statistic that can be computed; None if it is, or resembles none."""
     if not is_statistic(requirement):
-        close = get_close_matches(requirement.partition(":")[0], _definitions, n=1)
-        return f"did you mean {_usage(close[0])}?" if close else None
+        return _functions.suggestion(requirement.partition(":")[0])
     try:
         _shape(requirement)
     except RequirementError as error:
@@ -172,6 +142,11 @@ def reads_statistics(requires: Iterable[str]) -> bool:
     return any(is_statistic(name) and not _with_gradient(name) for name in requires)
 
 
+def numbers_per_token(statistics: Statistics) -> int:
+    """Return how many numbers the statistics hold for each token."""
+    return sum(math.prod(_shape(name)) for name in (*statistics.of_logits, *statistics.of_logprobs))
+
+
 def empty_extras(statistics: Statistics, like: Tensor) -> dict[str, Tensor]:
     """Return zeros for every statistic of logits, [B, T] or [B, T, k], with the dtype of `like` [B, T]."""
     return {name: like.new_zeros((*like.shape, *_shape(name))) for name in statistics.of_logits}
@@ -182,22 +157,17 @@ def _resolved(requires: Iterable[str]) -> Statistics:
     names = sorted({name.removesuffix(GRADIENT) for name in requires if is_statistic(name)})
     if not names:
         return NOTHING
-    functions: dict[bool, dict[str, Callable[..., Tensor]]] = {True: {}, False: {}}
-    for name in names:
-        functions[_definitions[name.partition(":")[0]].of_logits][name] = _bound(name)
-    return Statistics(of_logits=functions[True], of_logprobs=functions[False])
+    bound = {name: _bound(name) for name in names}
+    own = {name: function for name, function in bound.items() if _is_of_logits(name)}
+    return Statistics(own, {name: function for name, function in bound.items() if name not in own})
+
+
+def _is_of_logits(requirement: str) -> bool:
+    return requirement.partition(":")[0] not in _of_logprobs
 
 
 def _with_gradient(requirement: str) -> bool:
     return requirement.endswith(GRADIENT)
-
-
-def _usage(name: str) -> str:
-    definition = _definitions[name]
-    if definition.parameter is None:
-        return name
-    argument = f":{definition.parameter.name.upper()}"
-    return f"{name}[{argument}]" if definition.optional else f"{name}{argument}"
 
 
 def _bound(requirement: str) -> Callable[..., Tensor]:
@@ -207,21 +177,10 @@ def _bound(requirement: str) -> Callable[..., Tensor]:
         RequirementError: If the argument is missing, superfluous or out of bounds, or has no gradient.
     """
     name, _, argument = requirement.removesuffix(GRADIENT).partition(":")
-    definition = _definitions[name]
-    if _with_gradient(requirement) and argument in definition.constant:
-        raise RequirementError(f"it has no gradient: {definition.constant[argument]}")
-    if not argument and definition.optional:
-        return definition.function
-    if not argument:
-        raise RequirementError(f"it needs an argument: {_usage(name)}")
-    if definition.parameter is None or definition.argument is None:
-        raise RequirementError(f"{name} takes no argument")
-    try:
-        value = definition.argument.validate_python(argument)
-    except ValidationError as error:
-        wrong = error.errors()[0]["msg"]
-        raise RequirementError(f"{definition.parameter.name}: {wrong[:1].lower()}{wrong[1:]}") from error
-    return partial(definition.function, **{definition.parameter.name: value})
+    constant = _of_logprobs.get(name, {})
+    if _with_gradient(requirement) and argument in constant:
+        raise RequirementError(f"it has no gradient: {constant[argument]}")
+    return _functions.bind(requirement.removesuffix(GRADIENT))
 
 
 def _shape(requirement: str) -> tuple[int, ...]:
@@ -231,7 +190,7 @@ def _shape(requirement: str) -> tuple[int, ...]:
         RequirementError: If it returns another shape, or its argument is refused.
     """
     function = _bound(requirement)
-    if not _definitions[requirement.partition(":")[0]].of_logits:
+    if not _is_of_logits(requirement):
         return ()
     # One choice only, as at some constrained tokens.
     found = function(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))

@@ -46,6 +46,8 @@ class Batch:
     groups: Tensor  # [E] int64, equal for trajectories of one task
     episodes: tuple[Episode, ...] = field(repr=False)  # E
     allowed: AllowedIds | None = None
+    # [B, T] float64, the temperature at which a token was sampled, 1 where not sampled; None: 1 everywhere.
+    temperatures: Tensor | None = None
     old_logprobs: Tensor | None = None  # [B, T] float32, by the learner before its first update
     old_entropies: Tensor | None = None  # [B, T] float32
     reference_logprobs: Tensor | None = None  # [B, T] float32, under the reference policy
@@ -54,6 +56,9 @@ class Batch:
     last_values: Tensor | None = None  # [E] float32, expected return after the last token of a trajectory
     # [B, T] or [B, T, k] by name, statistics of the scoring pass, 0 where not sampled; see `token_statistic`.
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    # [E, ...] or a single number by name, features of the rollout batch; see `algorithms.named_features`.
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    whole: bool = True  # False of rows that were selected, from which features cannot be computed
     # Branch points of aborted episodes by (group, id), since episodes of this batch may descend from them.
     aborted: Mapping[tuple[int, str], BranchPoint | None] = field(default_factory=dict, repr=False)
 
@@ -97,6 +102,7 @@ class Batch:
             trajectory=self.trajectory[index],
             allowed=None if self.allowed is None else _select_allowed(self.allowed, index, len(self.tokens)),
             extras={name: value[index, :width] for name, value in self.extras.items()},
+            whole=False,
             **per_token,
         )
 
@@ -107,7 +113,8 @@ class Batch:
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)
         }
-        moved["extras"] = {name: value.to(device) for name, value in self.extras.items()}
+        for item in ("extras", "features"):
+            moved[item] = {name: value.to(device) for name, value in getattr(self, item).items()}
         if self.allowed is not None:
             choices = self.allowed
             moved["allowed"] = AllowedIds(
@@ -123,6 +130,7 @@ _PER_TOKEN = (
     "entropies",
     "rewards",
     "turns",
+    "temperatures",
     "old_logprobs",
     "old_entropies",
     "reference_logprobs",
@@ -165,6 +173,7 @@ def collate(groups: Sequence[Group], *, layout: Layout = "trajectory") -> Batch:
         groups=torch.tensor(group_ids, dtype=torch.int64),
         episodes=tuple(episodes),
         allowed=_gather_allowed(rows),
+        temperatures=_gather_temperatures(rows, lengths),
         aborted={
             (number, episode.id): episode.parent
             for number, group in enumerate(groups)
@@ -185,6 +194,7 @@ class _Row:
     entropies: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
+    temperatures: list[float] = field(default_factory=list)
     allowed: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # (position, ids)
 
     def add_context(self, ids: Sequence[int]) -> None:
@@ -195,6 +205,7 @@ class _Row:
         for values in (self.logprobs, self.entropies, self.rewards):
             values.extend([0.0] * count)
         self.turns.extend([-1] * count)
+        self.temperatures.extend([1.0] * count)
 
     def add_reply(self, turn: Turn, index: int) -> None:
         """Append the tokens of a reply."""
@@ -205,6 +216,7 @@ class _Row:
         self.entropies.extend(_at_decisions(turn.entropies, decided))
         self.rewards.extend([0.0] * (count - 1) + [turn.reward])
         self.turns.extend([index] * count)
+        self.temperatures.extend(_temperatures(turn))
         for position, ids in enumerate(turn.allowed or ()):
             if ids is not None and decided[position]:
                 self.allowed.append((start + position, ids))
@@ -237,7 +249,7 @@ def _check(episode: Episode, index: int, turn: Turn) -> None:
     place = f"episode {episode.id!r}, turn {index}"
     if not turn.action_ids:
         raise ValueError(f"{place}: the reply has no tokens, wanted an episode of a policy with a tokenizer")
-    for name in ("logprobs", "entropies", "allowed"):
+    for name in ("logprobs", "entropies", "allowed", "temperatures"):
         values = getattr(turn, name)
         if values and len(values) != len(turn.action_ids):
             raise ValueError(f"{place}: {len(values)} {name} for {len(turn.action_ids)} reply tokens")
@@ -252,12 +264,27 @@ def _at_decisions(values: Sequence[float], decided: Sequence[bool]) -> list[floa
     return [value if kept else 0.0 for value, kept in zip(values, decided, strict=True)]
 
 
+def _temperatures(turn: Turn) -> list[float]:
+    """Return the temperature that the logprob of each reply token refers to; 1 where not sampled."""
+    used = turn.temperatures or (turn.temperature,) * len(turn.action_ids)
+    return [
+        value if value and decided else 1.0  # a greedy token has the logprob of temperature 1
+        for value, decided in zip(used, turn.action_mask, strict=True)
+    ]
+
+
 def _pad(rows: Sequence[Sequence[Any]], lengths: Tensor, dtype: torch.dtype, fill: int = 0) -> Tensor:
     width = int(lengths.max()) if len(rows) else 0
     padded = torch.full((len(rows), width), fill, dtype=dtype)
     filled = torch.arange(width) < lengths[:, None]
     padded[filled] = torch.tensor([value for row in rows for value in row], dtype=dtype)
     return padded
+
+
+def _gather_temperatures(rows: Sequence[_Row], lengths: Tensor) -> Tensor | None:
+    if all(value == 1.0 for row in rows for value in row.temperatures):
+        return None
+    return _pad([row.temperatures for row in rows], lengths, torch.float64, fill=1)
 
 
 def _gather_allowed(rows: Sequence[_Row]) -> AllowedIds | None:

@@ -14,8 +14,8 @@ from agentrl.errors import CheckpointError
 from agentrl.files import replacing
 from agentrl.values import ValueFaultError, as_json
 
-VERSION = 2
-_READABLE = {b"1", b"2"}  # 1 has no policy_versions
+VERSION = 3
+_READABLE = {b"1", b"2", b"3"}  # 1 has no policy_versions, 1 and 2 have no temperatures
 _VERSION_KEY = b"agentrl.episodes"
 
 _IDS = pa.list_(pa.int32())
@@ -50,6 +50,8 @@ _TURN_COLUMNS = [
     ("finish", pa.string()),
     ("policy_version", pa.int32()),
     ("policy_versions", pa.list_(pa.int32())),
+    ("temperature", pa.float64()),
+    ("temperatures", pa.list_(pa.float64())),
     ("info", pa.string()),  # JSON
 ]
 # Column -> field of `Turn`, where the names differ.
@@ -164,7 +166,7 @@ def _turn(row: Mapping[str, Any]) -> Turn:
     fields: dict[str, Any] = {
         _FIELDS.get(name, name): row.get(name) for name, _ in _TURN_COLUMNS if name != "turn"
     }
-    for name in ("prompt_ids", "action_ids", "logprobs", "entropies", "policy_versions"):
+    for name in ("prompt_ids", "action_ids", "logprobs", "entropies", "policy_versions", "temperatures"):
         fields[name] = tuple(fields[name] or ())
     if fields["allowed"] is not None:
         fields["allowed"] = tuple(None if ids is None else tuple(ids) for ids in fields["allowed"])

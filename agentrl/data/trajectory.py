@@ -61,6 +61,8 @@ class Turn:
 
     `policy_version` is the version of the weights that generated the reply. If the weights changed during
     the reply, it is the version at the first token, and `policy_versions` has one entry per reply token.
+    `temperature` and `temperatures` say in the same way at which temperature the reply was sampled; 0 is
+    greedy, with the `logprobs` and `entropies` of temperature 1.
     """
 
     observation: str
@@ -77,6 +79,8 @@ class Turn:
     finish: str = "stop"  # stop | length
     policy_version: int = 0
     policy_versions: tuple[int, ...] = ()
+    temperature: float | None = None  # None: not recorded, or not sampled
+    temperatures: tuple[float, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)  # score, task_type, state_key, …; JSON values
 
     @property

@@ -2,20 +2,15 @@
 
 import keyword
 import re
-import shutil
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from agentrl.env.registry import GROUP, env_ids
 from agentrl.errors import ConfigError
+from agentrl.scaffold import EntryPoint, write_files
 
 _TEMPLATES = Path(__file__).with_name("template")
 _NAME = re.compile(r"(?:(?P<namespace>[^/]*)/)?(?P<name>.*?)(?:-v(?P<version>\d+))?")
-_HEADER = re.compile(
-    rf"""^[ \t]*\[\s*project\s*\.\s*entry-points\s*\.\s*["']{re.escape(GROUP)}["']\s*\][^\r\n]*""", re.M
-)
 
 
 @dataclass(frozen=True)
@@ -91,74 +86,8 @@ def write_new_env(name: str, folder: str | Path = ".") -> NewEnv:
     if names.id in env_ids():
         raise ConfigError(f"name {name!r}: environment {names.id} is already installed; choose another name")
     files = {
-        folder / f"{names.module}.py": ("the environment: a game to replace with your own", "environment.py"),
-        folder / f"test_{names.module}.py": ("its test, for pytest", "test_environment.py"),
+        f"{names.module}.py": ("the environment: a game to replace with your own", "environment.py"),
+        f"test_{names.module}.py": ("its test, for pytest", "test_environment.py"),
     }
-    project, to_add = folder / "pyproject.toml", None
-    changed = _with_entry(project, names.module) if project.exists() else None
-    if not project.exists():
-        files[project] = ("its package metadata, with the entry point", "pyproject.toml")
-    elif changed is None:
-        to_add = "\n".join(_entry(names.module))
-    for path in files:
-        if path.exists():
-            raise ConfigError(f"{path} already exists and is not overwritten; choose another name or folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, (_, template) in files.items():
-        with path.open("x", encoding="utf-8") as file:
-            file.write(_render(template, names))
-    written = {path: what for path, (what, _) in files.items()}
-    if changed is not None:
-        _replace(project, changed)
-        written[project] = "entry point added"
-    return NewEnv(names, written, to_add)
-
-
-def _render(template: str, names: Names) -> str:
-    """Render a template with the names of the environment."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    return environment.get_template(f"{template}.j2").render(vars(names))
-
-
-def _entry(module: str) -> tuple[str, str]:
-    return f'[project.entry-points."{GROUP}"]', f'{module} = "{module}:plug_in"'
-
-
-def _with_entry(project: Path, module: str) -> str | None:
-    """Return the text of pyproject.toml with the entry point added, or None if more would change."""
-    try:
-        text = project.read_bytes().decode()
-        before = tomllib.loads(text)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{project} cannot be read: {error}") from error
-    project_table = before.get("project", {})
-    if "name" not in project_table or "entry-points" in project_table.get("dynamic", ()):
-        return None
-    entries = project_table.get("entry-points", {}).get(GROUP, {})
-    if module in entries:
-        raise ConfigError(f"{project} already has an entry point {module!r} in {GROUP}; choose another name")
-    newline = "\r\n" if "\r\n" in text else "\n"
-    header, line = _entry(module)
-    found = _HEADER.search(text)
-    if found is not None:
-        changed = text[: found.end()] + newline + line + text[found.end() :]
-    else:
-        changed = newline.join((text.rstrip(), "", header, line, ""))
-    wanted: dict[str, Any] = tomllib.loads(text)
-    wanted["project"].setdefault("entry-points", {})[GROUP] = entries | {module: f"{module}:plug_in"}
-    try:
-        return changed if tomllib.loads(changed) == wanted else None
-    except tomllib.TOMLDecodeError:
-        return None
-
-
-def _replace(path: Path, text: str) -> None:
-    path = path.resolve()  # keeps a symbolic link
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(text.encode())
-    shutil.copymode(path, partial)
-    partial.replace(path)
+    entry = EntryPoint(GROUP, names.module, f"{names.module}:plug_in")
+    return NewEnv(names, *write_files(folder, _TEMPLATES, files, vars(names), entry))

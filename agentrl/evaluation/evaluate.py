@@ -39,8 +39,9 @@ def evaluate(
     """Evaluate a policy on a panel and return its scores.
 
     Args:
-        policy: A `Run`, the folder or name of one, a checkpoint RUN/checkpoints/NAME, a Hugging Face folder,
-            `random` or `expert`. Of a run that has not finished, the newest checkpoint is evaluated.
+        policy: A `Run`, the folder or name of one, a checkpoint RUN/checkpoints/NAME, a model as
+            `policy.path` names one, `random` or `expert`. Of a run that has not finished, the newest
+            checkpoint is evaluated.
         panel: A panel or its file. None takes the first `tasks` tasks of `split` of `env`, each of which
             defaults to the run's configuration, or to the default one if `policy` is not a run.
         env: The id of an environment.

@@ -17,9 +17,8 @@ from agentrl.files import write_atomic
 from agentrl.learn.ranks import Ranks
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import Collection
-from agentrl.rollout.players import Player
+from agentrl.rollout.players import Player, scripted_player
 from agentrl.run.logger import RunLogger
-from agentrl.run.policies import scripted_player
 from agentrl.run.records import read_evaluations
 from agentrl.run.settings import RunConfig
 from agentrl.run.signals import Interruption

@@ -12,7 +12,7 @@ from agentrl.env.registry import make
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.play import ActionRequest, EpisodeSpec, Reply, Stop
-from agentrl.rollout.players import HumanPlayer, Player
+from agentrl.rollout.players import HumanPlayer, Player, scripted_player
 from agentrl.terminal import plain
 
 
@@ -32,7 +32,8 @@ def watch(
     Args:
         console: The console to print to and to read a human player's commands from.
         env: The environment's id.
-        policy: `human`, `random`, `expert`, a run's folder or name, or a Hugging Face folder.
+        policy: `human`, `random`, `expert`, a run's folder or name, or a model as `policy.path`
+            names one.
         kwargs: The arguments of the environment; those of a run that was trained on it are added.
         task: The task's id; None selects one by the seed.
         split: The split to select it from; None takes the run's held-out split, else the environment's first.
@@ -66,12 +67,12 @@ def _open_player(
     """Open the player, and complete the environment's arguments and the split."""
     if policy == "human":
         return HumanPlayer(_CommandPrompt(console)), kwargs, split
-    from agentrl.run.policies import open_player  # loads torch, which a human player does not need
+    if policy in ("random", "expert"):
+        return scripted_player(policy), kwargs | ({"expert": True} if policy == "expert" else {}), split
+    from agentrl.run.policies import open_player  # loads torch, which only a trained policy needs
 
     player, config = open_player(policy, temperature=temperature)
-    if policy == "expert":
-        return player, kwargs | {"expert": True}, split
-    if policy == "random" or config.env.id != env:
+    if config.env.id != env:
         return player, kwargs, split
     return player, {**config.env.kwargs, **kwargs}, split or config.evaluation.split
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from agentrl.algorithms.hooks import Outputs
 from agentrl.algorithms.token_statistics import NOTHING, Statistics, empty_extras
 from agentrl.data.batch import Batch
-from agentrl.learn.fused import OfLogits, token_statistics
+from agentrl.learn.fused import OfLogits, Temperature, token_statistics
 from agentrl.policy import model
 
 HiddenStates = Callable[[Any, Tensor, Tensor], Tensor]
@@ -25,12 +25,10 @@ class Forward:
         hidden_states: The function (policy, tokens [N], lengths [B]) -> [N, d]. The rows are concatenated,
             and none attends to another.
         output_weight: The function policy -> [V, d].
-        temperature: The sampling temperature, so that the policy that is trained is the one that acts.
     """
 
     hidden_states: HiddenStates = model.hidden_states
     output_weight: OutputWeight = model.output_weight
-    temperature: float = 1.0
 
     def score(
         self,
@@ -41,9 +39,10 @@ class Forward:
     ) -> Outputs:
         """Return log-probability, entropy and, with a value head, value of action tokens; 0 elsewhere.
 
-        The state at position t - 1 predicts token t. Logits are computed only for states that predict an
-        action token, and nothing is computed after the last action token of a row. Of `statistics`, those of
-        logits are computed.
+        The state at position t - 1 predicts token t, at the temperature at which the token was sampled, so
+        that the policy that is trained is the one that acted. Logits are computed only for states that
+        predict an action token, and nothing is computed after the last action token of a row. Of
+        `statistics`, those of logits are computed.
         """
         lengths = needed_lengths(batch)
         rows, positions = batch.action_mask.nonzero(as_tuple=True)
@@ -64,7 +63,7 @@ class Forward:
                 self.output_weight(policy),
                 batch.tokens[rows, positions],
                 _choices(batch, rows, positions),
-                self.temperature,
+                _temperature(batch, rows, positions),
                 tuple(statistics.of_logits.values()),
             )
         )
@@ -103,15 +102,21 @@ def _statistics(
     weight: Tensor,
     targets: Tensor,
     choices: tuple[Tensor, Tensor] | None,
-    temperature: float,
+    temperature: Temperature,
     extras: Sequence[OfLogits],
 ) -> tuple[Tensor, ...]:
     """Return the statistics of each action token, handling constrained tokens separately."""
     if choices is None:
         return token_statistics(hidden, weight, targets, temperature=temperature, extras=extras)
     constrained, ids = choices
+
+    def tempered(chosen: Tensor) -> Temperature:
+        return temperature[chosen] if isinstance(temperature, Tensor) else temperature
+
     parts = [
-        token_statistics(hidden[constrained], weight, targets[constrained], ids, temperature, extras=extras)
+        token_statistics(
+            hidden[constrained], weight, targets[constrained], ids, tempered(constrained), extras=extras
+        )
     ]
     order = constrained
     if len(constrained) < len(hidden):
@@ -119,7 +124,9 @@ def _statistics(
         free[constrained] = False
         others = free.nonzero().squeeze(1)
         parts.append(
-            token_statistics(hidden[others], weight, targets[others], temperature=temperature, extras=extras)
+            token_statistics(
+                hidden[others], weight, targets[others], temperature=tempered(others), extras=extras
+            )
         )
         order = torch.cat([constrained, others])
     back = order.argsort()  # to the order of the given tokens
@@ -132,6 +139,14 @@ def needed_lengths(batch: Batch) -> Tensor:
         return torch.zeros_like(batch.lengths)
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     return torch.where(batch.action_mask, positions, 0).amax(dim=1)
+
+
+def _temperature(batch: Batch, rows: Tensor, positions: Tensor) -> Temperature:
+    """Return the temperature of the action tokens in the list: a number if all have the same, else [N]."""
+    if batch.temperatures is None:
+        return 1.0
+    found = batch.temperatures[rows, positions]
+    return float(found[0]) if bool((found == found[0]).all()) else found
 
 
 def _choices(batch: Batch, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:

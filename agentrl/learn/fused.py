@@ -17,6 +17,7 @@ _DENSE_RATIO = 32
 _EXTRA_NUMBERS = 8
 
 Statistics = tuple[Tensor, ...]
+Temperature = float | Tensor  # a number, or one of each token
 OfLogits = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -25,13 +26,14 @@ def token_statistics(
     weight: Tensor,
     targets: Tensor,
     allowed: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     chunk: int | None = None,
     extras: Sequence[OfLogits] = (),
 ) -> Statistics:
     """Return the log-probabilities of N target tokens and the exact entropies of their distributions.
 
-        z[n] = weight @ hidden[n] / temperature,   p[n] = softmax z[n], over the vocabulary or the allowed ids
+        z[n] = weight @ hidden[n] / temperature[n]
+        p[n] = softmax z[n], over the vocabulary or the allowed ids
         logprobs[n] = log p[n, targets[n]],        entropies[n] = -sum_v p[n, v] log p[n, v]
 
     All have gradients with respect to `hidden` and `weight`. Forward and backward pass need the memory of
@@ -42,7 +44,7 @@ def token_statistics(
         weight: The output embedding, [V, d] float.
         targets: The token ids, [N] int64; each is among the allowed ids if those are given.
         allowed: The allowed ids, [N, K] int64 padded with -1, or None for the whole vocabulary.
-        temperature: The sampling temperature.
+        temperature: The sampling temperature, of all tokens or [N] of each.
         chunk: The number of tokens per chunk; None chooses it by the size of the vocabulary.
         extras: Further functions of z, for the tokens of a chunk: (z [N, V], columns of the targets [N]) ->
             [N] or [N, k]. Of constrained tokens they see the allowed ids only, with -inf where there is none.
@@ -67,14 +69,19 @@ def _vocabulary_statistics(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    temperature: float,
+    temperature: Temperature,
     chunk: int | None,
     extras: Sequence[OfLogits],
 ) -> Statistics:
     size = chunk or _chunk_size(len(weight), extras)
     parts = [
-        _FullVocabulary.apply(states, weight, wanted, temperature, extras)  # type: ignore[no-untyped-call]
-        for states, wanted in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+        _FullVocabulary.apply(states, weight, wanted, tempered, extras)  # type: ignore[no-untyped-call]
+        for states, wanted, tempered in zip(
+            torch.split(hidden, size),
+            torch.split(targets, size),
+            _split(temperature, len(hidden), size),
+            strict=True,
+        )
     ]
     return _concatenate(parts)
 
@@ -93,7 +100,7 @@ class _FullVocabulary(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        temperature: float,
+        temperature: Temperature,
         extras: Sequence[OfLogits],
     ) -> Statistics:
         logits = _logits(hidden, weight, temperature)
@@ -121,7 +128,7 @@ class _FullVocabulary(torch.autograd.Function):
         slope.scatter_add_(1, targets[:, None], by_logprob[:, None])
         for values in further:
             slope += values
-        slope = slope.div_(ctx.temperature).to(hidden.dtype)
+        slope = slope.div_(_divisor(ctx.temperature, slope)).to(hidden.dtype)
         return slope @ weight, slope.T @ hidden, None, None, None
 
 
@@ -144,7 +151,7 @@ def _chunked_constrained_statistics(
     weight: Tensor,
     targets: Tensor,
     allowed: Tensor,
-    temperature: float,
+    temperature: Temperature,
     chunk: int | None,
     extras: Sequence[OfLogits],
 ) -> Statistics:
@@ -161,24 +168,27 @@ def _chunked_constrained_statistics(
             *pieces[:1],
             weight,
             *pieces[1:],
-            temperature,
             extras,
             use_reentrant=False,
         )
         for pieces in zip(
-            torch.split(hidden, size), torch.split(targets, size), torch.split(allowed, size), strict=True
+            torch.split(hidden, size),
+            torch.split(targets, size),
+            torch.split(allowed, size),
+            _split(temperature, len(hidden), size),
+            strict=True,
         )
     ]
     return _concatenate(parts)
 
 
 def _constrained_statistics(
-    logits_of: Callable[[Tensor, Tensor, Tensor, float], Tensor],
+    logits_of: Callable[[Tensor, Tensor, Tensor, Temperature], Tensor],
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     allowed: Tensor,
-    temperature: float,
+    temperature: Temperature,
     extras: Sequence[OfLogits],
 ) -> Statistics:
     absent = allowed < 0
@@ -190,18 +200,33 @@ def _constrained_statistics(
     return logprobs.gather(1, place).squeeze(1), entropies, *found
 
 
-def _dense_logits(hidden: Tensor, weight: Tensor, allowed: Tensor, temperature: float) -> Tensor:
+def _dense_logits(hidden: Tensor, weight: Tensor, allowed: Tensor, temperature: Temperature) -> Tensor:
     return _logits(hidden, weight, temperature).gather(1, allowed)
 
 
-def _gathered_logits(hidden: Tensor, weight: Tensor, allowed: Tensor, temperature: float) -> Tensor:
+def _gathered_logits(hidden: Tensor, weight: Tensor, allowed: Tensor, temperature: Temperature) -> Tensor:
     # The scatter-add behind `embedding` is much faster than the one behind indexing.
-    return _at_least_float32(torch.einsum("nd,nkd->nk", hidden, F.embedding(allowed, weight))) / temperature
+    logits = _at_least_float32(torch.einsum("nd,nkd->nk", hidden, F.embedding(allowed, weight)))
+    return logits / _divisor(temperature, logits)
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, temperature: Temperature) -> Tensor:
     logits = _at_least_float32(hidden @ weight.T)
-    return logits if temperature == 1.0 else logits / temperature
+    if not isinstance(temperature, Tensor) and temperature == 1.0:
+        return logits
+    return logits / _divisor(temperature, logits)
+
+
+def _divisor(temperature: Temperature, logits: Tensor) -> Temperature:
+    """Return what divides logits [N, V]: a number, or [N, 1] of their dtype."""
+    return temperature.to(logits.dtype)[:, None] if isinstance(temperature, Tensor) else temperature
+
+
+def _split(temperature: Temperature, count: int, size: int) -> Sequence[Temperature]:
+    """Return the temperatures of each chunk of `count` tokens."""
+    if isinstance(temperature, Tensor):
+        return torch.split(temperature, size)
+    return [temperature] * max(1, -(-count // size))
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

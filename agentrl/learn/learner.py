@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from agentrl.algorithms.algorithm import Algorithm, ReplayBatch
+from agentrl.algorithms.algorithm import AFTER_UPDATE, LOSS_SLOTS, Algorithm, ReplayBatch
 from agentrl.algorithms.credit import compute_advantages, with_mask, with_targets
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
+from agentrl.algorithms.named_features import with_features, with_mini_batch_features
 from agentrl.algorithms.token_statistics import STATISTICS, scored_statistics
 from agentrl.data.batch import Batch
 from agentrl.errors import RequirementError
@@ -53,8 +54,7 @@ class Learner:
         reference: A frozen policy of the same vocabulary, for algorithms that require `reference`.
         critic: Whether to add a value head on the policy's states, for algorithms that require `values`. Its
             output is 0 at first, and its gradient reaches the policy's own parameters.
-        forward: How to read hidden states, and the sampling temperature; None reads a Hugging Face causal
-            language model at temperature 1.
+        forward: How to read hidden states; None reads a Hugging Face causal language model.
         ranks: The ranks that learn together; more than one only under `fsdp`.
     """
 
@@ -90,6 +90,8 @@ class Learner:
         # Sharding replaces the parameters, so the optimisers are built after it.
         optimizers = build_optimizers(policy, config, self.value_head)
         self._state = LearnerState(config, learned, frozen, optimizers, ranks)
+        assert config.micro_batch_tokens is not None, "a session chooses the tokens of a pass"
+        self._scorer = Scorer(self.forward, config.micro_batch_tokens, ranks)
 
     def _new_value_head(self) -> nn.Linear:
         weight = self.forward.output_weight(self.policy)
@@ -157,7 +159,8 @@ class Learner:
         scored = batch.old_logprobs is None and (self.config.updates_per_step > 1 or algorithm.reads_scores)
         if scored:
             batch = self.score(batch, algorithm.requires)
-        batch = with_targets(algorithm, zero_unsampled(batch.to(self._device)), context)
+        batch = with_features(zero_unsampled(batch.to(self._device)), algorithm.requires)
+        batch = with_targets(algorithm, batch, context)
         rollout = MiniBatch(batch, compute_advantages(algorithm, batch, context))
 
         # Read before this batch is added, so that it holds earlier steps only.
@@ -169,6 +172,7 @@ class Learner:
         if batch.old_logprobs is None:  # its only step scored it on the way
             batch = replace(batch, old_logprobs=outputs.logprobs, old_entropies=outputs.entropies)
         rollout = with_mask(algorithm, replace(rollout, batch=batch), context)
+        rollout = with_mini_batch_features(rollout, algorithm.requires_of(*AFTER_UPDATE))
         own = step_means(steps) | batch_metrics(rollout) | step_counts(steps + replay_steps)
         for component in algorithm.find_stateful().values():
             component.update(rollout, context)
@@ -241,8 +245,8 @@ class Learner:
         """Split replayed rows over `count` optimiser steps; without any, return no part."""
         if replay is None:
             return []
-        batch = replay.batch.to(self._device)
         loss = replace(replay.algorithm(algorithm), group_terms=())
+        batch = with_features(replay.batch.to(self._device), loss.requires_of(*LOSS_SLOTS))
         rows_of_all = MiniBatch(batch, replay.advantages.to(self._device))
         return [
             LossPart(rows_of_all.select(rows), loss, replay.coefficient)
@@ -260,11 +264,6 @@ class Learner:
     @property
     def _device(self) -> torch.device:
         return next(self.policy.parameters()).device
-
-    @property
-    def _scorer(self) -> Scorer:
-        # Built anew each time, since `forward` is replaced when the temperature changes.
-        return Scorer(self.forward, self.config.micro_batch_tokens, self.ranks)
 
     def export(self, model: nn.Module) -> None:
         """Copy the weights into a model of the policy's shape, one at a time; every rank must call it.

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from agentrl.algorithms.algorithm import Algorithm, clipped_tokens
+from agentrl.algorithms.algorithm import LOSS_SLOTS, Algorithm, clipped_tokens
 from agentrl.algorithms.credit import with_mask
 from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs, Term, Weights, require_tensor
+from agentrl.algorithms.named_features import with_mini_batch_features
 from agentrl.learn.group_losses import GroupSlopes, group_slopes
 
 
@@ -110,7 +111,7 @@ class Objective:
 
 
 def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> Objective:
-    """Compute mask, current ratio, bounds, denominators and weights of the whole mini-batch, in this order.
+    """Compute mask, current ratio, features, bounds, denominators and weights of a mini-batch, in order.
 
     Raises:
         ValueError: If a hook returns a shape other than [B, T]; the message names its slot.
@@ -120,6 +121,7 @@ def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> 
         if mini.current is not None:
             ratio = algorithm.ratio(mini.current, _with_ratio_base(mini, mini.current))
             mini = replace(mini, current=replace(mini.current, ratio=ratio))
+        mini = with_mini_batch_features(mini, algorithm.requires_of(*LOSS_SLOTS))
         mini = replace(mini, bounds=None if algorithm.clip is None else algorithm.clip(mini, context))
         factors = _token_weights(algorithm.aggregation(mini.counted, mini.batch.turns, mini.batch.trajectory))
         weights = torch.ones_like(factors)

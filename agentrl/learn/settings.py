@@ -82,7 +82,7 @@ class LearnerConfig:
         epochs: The number of passes over each rollout batch.
         mini_batches: The number of optimiser steps per epoch, over which the trajectories are split.
         micro_batch_tokens: The largest number of tokens in a forward pass; it changes memory and speed, not
-            the result.
+            the result. Null takes as many as the free memory holds, if there is a `policy.path`.
         max_skipped_updates: The number of skipped optimiser steps in a row after which the run stops. A step
             is skipped if its loss or gradient is not finite. If a step leaves weights or optimiser states
             that are not finite, the run stops at once, and no checkpoint holds them.
@@ -106,7 +106,7 @@ class LearnerConfig:
     schedule: Literal["constant", "cosine"] = "cosine"
     epochs: Count = 1
     mini_batches: Count = 1
-    micro_batch_tokens: Tokens = 2048
+    micro_batch_tokens: Tokens | None = 2048
     max_skipped_updates: Count = 5
 
     def __post_init__(self) -> None:

@@ -16,13 +16,17 @@ from agentrl.data.trajectory import Episode, StopReason, Turn
 from agentrl.errors import ConfigError
 from agentrl.evaluation.panels import configured_panel
 from agentrl.policy.model import load_tokenizer
-from agentrl.policy.tokens import Dialogue, fit_tokenizer, make_dialogue
+from agentrl.policy.sources import resolve
+from agentrl.policy.tokens import Dialogue, configured_dialogue, fit_tokenizer
 from agentrl.rollout.collector import collect
+from agentrl.rollout.environments import Environments
 from agentrl.rollout.failures import abort_reasons
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import RandomPlayer
+from agentrl.rollout.recording import RecordingPlayer, observations
 from agentrl.rollout.workers import ProcessEnvironments
 from agentrl.run.env_backend import environment_factory
+from agentrl.run.examples import find_examples
 from agentrl.run.settings import RunConfig
 
 EPISODES = 4
@@ -78,22 +82,43 @@ def profile_env(config: RunConfig) -> EnvProfile:
             tasks: Sequence[str] = unwrapped.tasks(config.env.split)
             panel = configured_panel(config, environment)
             other_goals = callable(getattr(unwrapped, "other_goal", None))
-        specs = [
-            EpisodeSpec(f"plan-{index}", config.env.id, tasks[index % len(tasks)], index)
-            for index in range(EPISODES)
-        ]
+        specs = _specs(config, tasks)
         played: list[Episode] = []
         weights = []
+        player = RecordingPlayer(RandomPlayer())
         for active, part in ((1, specs[:1]), (2, specs[1:])):
-            played += collect(
-                part, RandomPlayer(), environments, max_active=active, max_turns=max_turns
-            ).episodes
+            found = collect(part, player, environments, max_active=active, max_turns=max_turns).episodes
+            played += map(player.recorded, found)
             weights.append(_bytes_of_children() - before)
-    completed = tuple(episode for episode in played if not episode.stop.aborted)
-    if not completed:
-        raise ConfigError(f"env: every episode of {config.env.id} was aborted: {dict(abort_reasons(played))}")
+    completed = tuple(_completed(config, played))
     first, both = weights
     return EnvProfile(first, max(0, both - first), completed, len(tasks), len(panel.tasks), other_goals)
+
+
+def play_random(config: RunConfig, environments: Environments, tasks: Sequence[str]) -> list[Episode]:
+    """Play a few random episodes of training tasks, and return those that were not aborted.
+
+    Raises:
+        ConfigError: All were aborted.
+    """
+    max_turns = min(config.rollout.max_turns or MAX_TURNS, MAX_TURNS)
+    player = RecordingPlayer(RandomPlayer())
+    played = collect(_specs(config, tasks), player, environments, max_active=1, max_turns=max_turns).episodes
+    return _completed(config, [player.recorded(episode) for episode in played])
+
+
+def _specs(config: RunConfig, tasks: Sequence[str]) -> list[EpisodeSpec]:
+    return [
+        EpisodeSpec(f"plan-{index}", config.env.id, tasks[index % len(tasks)], index)
+        for index in range(EPISODES)
+    ]
+
+
+def _completed(config: RunConfig, played: Sequence[Episode]) -> list[Episode]:
+    completed = [episode for episode in played if not episode.stop.aborted]
+    if not completed:
+        raise ConfigError(f"env: every episode of {config.env.id} was aborted: {dict(abort_reasons(played))}")
+    return completed
 
 
 def tokenize_play(config: RunConfig, episodes: Sequence[Episode], context: int) -> list[Episode]:
@@ -105,7 +130,7 @@ def tokenize_play(config: RunConfig, episodes: Sequence[Episode], context: int) 
 
     Args:
         config: The configuration of the run. Without a `policy.path`, a tokenizer is fitted to the episodes.
-        episodes: Episodes of random play.
+        episodes: Episodes of random play; of a `RecordedEpisode`, prompts show all that the player was told.
         context: The largest number of tokens in a sequence.
 
     Raises:
@@ -117,13 +142,9 @@ def tokenize_play(config: RunConfig, episodes: Sequence[Episode], context: int) 
         texts = [text for turn in turns for text in (turn.observation, turn.action)]
         tokenizer: PreTrainedTokenizerBase = fit_tokenizer(texts, block.vocab_size)
     else:
-        tokenizer = load_tokenizer(block.path)
-    dialogue = make_dialogue(
-        tokenizer,
-        reply=block.reply,
-        max_observation_tokens=block.max_observation_tokens,
-        template_arguments=block.template_arguments,
-    )
+        source = resolve(block.path, block.revision, weights=False)
+        tokenizer = load_tokenizer(source, block.chat_template)
+    dialogue = configured_dialogue(block, tokenizer, examples=find_examples(config))
     thinks = getattr(dialogue, "thinking", None) is not None
     free = None if config.rollout.constrained and not thinks else config.engine.max_tokens
     return [
@@ -132,24 +153,40 @@ def tokenize_play(config: RunConfig, episodes: Sequence[Episode], context: int) 
     ]
 
 
+def longest_sequence(episodes: Sequence[Episode]) -> int:
+    """Return the largest number of tokens of a sequence; a turn with a new sequence begins one."""
+    longest = length = 0
+    for episode in episodes:
+        for turn in episode.turns:
+            before = 0 if turn.new_sequence else length
+            length = before + len(turn.prompt_ids) + len(turn.action_ids)
+            longest = max(longest, length)
+    return longest
+
+
 def _tokenize_turns(
     episode: Episode, dialogue: Dialogue, free: int | None, context: int, draw: Random
 ) -> Iterator[Turn]:
     history: list[tuple[str, tuple[int, ...]]] = []
     length = 0
-    for turn in episode.turns:
-        prompt = dialogue.prompt(history, turn.observation)
+    for observation, turn in zip(observations(episode), episode.turns, strict=True):
+        prompt = dialogue.prompt(history, observation)
         reply = dialogue.encode_reply(turn.action)
         if free is not None:
             reply = tuple(draw.choices(prompt.ids, k=free))
         length = len(prompt.ids) + len(reply) + (0 if prompt.new_sequence else length)
         if length > context:
             return
-        history.append((turn.observation, reply))
+        history.append((observation, reply))
         # All tokens of a choice but the first are often forced.
         numbers = tuple(draw.random() if free or not place else 0.0 for place in range(len(reply)))
         yield replace(
-            turn, prompt_ids=prompt.ids, action_ids=reply, logprobs=numbers, entropies=numbers[::-1]
+            turn,
+            prompt_ids=prompt.ids,
+            action_ids=reply,
+            logprobs=numbers,
+            entropies=numbers[::-1],
+            new_sequence=prompt.new_sequence,
         )
 
 

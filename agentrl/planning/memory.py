@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.token_statistics import current_statistics, numbers_per_token, scored_statistics
 from agentrl.learn.fused import CHUNK_NUMBERS
 from agentrl.learn.lora import add_adapters
 from agentrl.learn.optimizer import build_optimizers
@@ -39,7 +40,12 @@ def learner_skeleton(config: PolicyConfig) -> PreTrainedModel:
 
 
 def learner_bytes(
-    config: RunConfig, algorithm: Algorithm, learner: LearnerConfig, ranks: int = 1
+    config: RunConfig,
+    algorithm: Algorithm,
+    learner: LearnerConfig,
+    ranks: int = 1,
+    *,
+    batch_tokens: int | None = None,
 ) -> Mapping[str, tuple[int, str]]:
     """Return the bytes that one rank holds on its device to learn in a stage, and how they were found.
 
@@ -48,6 +54,7 @@ def learner_bytes(
         algorithm: The algorithm of the stage.
         learner: The configuration of the learner in the stage.
         ranks: The number of processes that learn together.
+        batch_tokens: The number of tokens that a rank learns from in a step, if that is known.
 
     Returns:
         The bytes and their derivation in words, by what they are for.
@@ -63,7 +70,8 @@ def learner_bytes(
     parameters, trained = (_count(model, trained=only) for only in (False, True))
     weights = weight_bytes(model)
     states, undivided = optimizer_bytes(model, learner, value_head(model, algorithm))
-    tokens = max(learner.micro_batch_tokens, context_length(model, config.policy.max_context))
+    tokens = max(learner.micro_batch_tokens or 0, context_length(model, config.policy.max_context))
+    tokens = tokens if batch_tokens is None else min(tokens, batch_tokens)
     found = {
         "weights": (weights // parts, f"{parameters:,} parameters in float32{dealt}"),
         "gradients": (weight_bytes(model, trained=True) // parts, f"of {trained:,} parameters{dealt}"),
@@ -82,6 +90,9 @@ def learner_bytes(
             f"a pass of {tokens:,} tokens",
         ),
         "logits": (logits_bytes(computed, tokens), "a chunk of tokens, and their gradient"),
+        "token statistics": statistics_bytes(
+            config, algorithm, learner, context_length(model, config.policy.max_context)
+        ),
         "weights that generate": (
             weight_bytes(skeleton(block)) * keeps_learner_copy(config, learner),
             f"those that the engine reads, in {block.dtype}, whole in every process",
@@ -91,6 +102,30 @@ def learner_bytes(
     return {what: (size, how) for what, (size, how) in found.items() if size}
 
 
+def episodes_per_step(config: RunConfig, algorithm: Algorithm) -> int:
+    """Return the number of episodes that a training step collects."""
+    return config.rollout.groups_per_step * (algorithm.rollout.episodes or config.rollout.group_size)
+
+
+def statistics_bytes(
+    config: RunConfig, algorithm: Algorithm, learner: LearnerConfig, context: int
+) -> tuple[int, str]:
+    """Return the bytes of the required statistics of each token, such as `topk:10`, and how they were found.
+
+    Every rank holds those of the whole rollout batch, and those of a mini-batch, which are selected from them
+    or computed under the current policy. Episodes are counted as sequences of the full context.
+    """
+    episodes = episodes_per_step(config, algorithm)
+    scored, current = (
+        numbers_per_token(of(algorithm.requires)) for of in (scored_statistics, current_statistics)
+    )
+    size = scored * episodes + max(scored, current) * -(-episodes // learner.mini_batches)
+    told = (
+        f"{max(scored, current)} numbers a token of {episodes} sequences of {context:,}, and of a mini-batch"
+    )
+    return 4 * context * size, told
+
+
 def keeps_learner_copy(config: RunConfig, learner: LearnerConfig) -> bool:
     """Return whether the learner trains a copy of the weights that the engine reads."""
     overlapping = config.trainer.mode == "async" and learner is config.learner  # cloning collects no episodes
@@ -98,7 +133,7 @@ def keeps_learner_copy(config: RunConfig, learner: LearnerConfig) -> bool:
     return learner.backend == "fsdp" or learner.lora is not None or overlapping or rounded
 
 
-def generation_bytes(config: RunConfig, sequences: int) -> tuple[int, str]:
+def generation_bytes(config: RunConfig, sequences: int, length: int | None = None) -> tuple[int, str]:
     """Return the bytes of the torch engine's cache, and how they were found.
 
     A pass copies the keys and values of one layer. Where episodes branch, those that may still be branched
@@ -107,10 +142,12 @@ def generation_bytes(config: RunConfig, sequences: int) -> tuple[int, str]:
     Args:
         config: The configuration of the run.
         sequences: The number of episodes in flight.
+        length: The number of tokens that their sequences reach; None takes the context.
     """
     model = skeleton(config.policy)
     branching = config.algorithm.build().rollout.branch_policy is not None
     sequences, context = sequences * (2 if branching else 1), context_length(model, config.policy.max_context)
+    context = context if length is None else min(length, context)
     whole = cache_bytes(model, sequences, context)
     depth: int = model.config.get_text_config().num_hidden_layers
     return whole + whole // depth, f"{sequences} sequences of {context:,} tokens, and a layer of them twice"

@@ -1,5 +1,7 @@
 """The plan of a run: what it needs, and why it cannot start on this machine, if so."""
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -12,17 +14,21 @@ from rich.table import Table
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.methods.cloning import cloning
 from agentrl.data.trajectory import Episode
+from agentrl.errors import AgentRLError
 from agentrl.planning.env_probe import (
     EPISODES,
     MAX_TURNS,
     EnvProfile,
     check_expert,
+    longest_sequence,
     profile_env,
     stored_episode_bytes,
     tokenize_play,
 )
+from agentrl.planning.limits import is_open, resolve_limits, text_misfits
 from agentrl.planning.memory import (
     checkpoint_bytes,
+    episodes_per_step,
     generation_bytes,
     learned_bytes,
     learner_bytes,
@@ -43,6 +49,7 @@ from agentrl.policy.model import check_packed_forward, context_length, shortened
 from agentrl.policy.settings import PolicyConfig
 from agentrl.rollout.placement import resolve_placement
 from agentrl.run.env_backend import environment_factory
+from agentrl.run.presets import misfits
 from agentrl.run.settings import RunConfig
 from agentrl.terminal import plain
 
@@ -81,11 +88,13 @@ class Plan:
     Args:
         lines: The amounts: work and disk of the whole run, processes and memory of one machine.
         missing: The reasons why it cannot start here; empty if it can.
+        warnings: The values that do not suit the policy or the texts of the environment.
         nodes: The number of machines.
     """
 
     lines: tuple[Line, ...]
     missing: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     nodes: int = 1
 
     def total(self, section: Section) -> float:
@@ -121,12 +130,18 @@ def plan(config: RunConfig, *, processes: int = 1, nodes: int = 1) -> Plan:
         config, timing = _resolve_placement(config)
         profile = profile_env(config)
         check_expert(config)
-    topology, device = replace(topology, config=config), compute_device(config)
+    device, chosen = compute_device(config), list[str]()
+    if is_open(config) and profile is not None:
+        with collect_error(found):
+            here = topology.trainers
+            config, chosen = resolve_limits(config, algorithm, profile.episodes, device, here)
+    topology = replace(topology, config=config)
     lines = [*_process_lines(config, topology, timing), *_work_lines(config, algorithm, profile)]
     with collect_error(found):
         lines.append(_sequence_line(config.policy))
-        lines += _policy_lines(config, algorithm, device, topology)
-        lines += _engine_lines(config, device, topology)
+        lengths = _lengths(config, algorithm, profile)
+        lines += _policy_lines(config, algorithm, device, topology, lengths)
+        lines += _engine_lines(config, device, topology, lengths)
     if profile is not None:
         lines += _environment_lines(config, topology, profile)
         with collect_error(found):
@@ -138,7 +153,19 @@ def plan(config: RunConfig, *, processes: int = 1, nodes: int = 1) -> Plan:
     amounts = Plan(tuple(lines), nodes=nodes)
     totals = {str(section): int(amounts.total(section)) for section in SIZES}
     collect(found, capacity_problems(config, topology, device, totals))
-    return replace(amounts, missing=tuple(problem.text for problem in found))
+    missing = tuple(problem.text for problem in found)
+    return replace(amounts, missing=missing, warnings=(*chosen, *_warnings(config, profile)))
+
+
+def _warnings(config: RunConfig, profile: EnvProfile | None) -> Iterator[str]:
+    """Yield the values that do not suit the model at `policy.path`, or what the environment says."""
+    if config.policy.path is None:
+        return
+    with suppress(AgentRLError):  # listed among the problems
+        model = skeleton(config.policy)
+        yield from misfits(config, sum(parameter.numel() for parameter in model.parameters()))
+        if profile is not None:
+            yield from text_misfits(config, profile.episodes, context_length(model, None))
 
 
 _ORDER: tuple[Section, ...] = ("processes", "work", *SIZES, "time")
@@ -201,7 +228,7 @@ def _process_lines(config: RunConfig, topology: Topology, timing: str) -> list[L
 
 def _work_lines(config: RunConfig, algorithm: Algorithm, profile: EnvProfile | None) -> list[Line]:
     rollout, trainer, warm = config.rollout, config.trainer, config.warm_start
-    per_step, rounds = _episodes_per_step(config, algorithm), algorithm.rollout.rounds
+    per_step, rounds = episodes_per_step(config, algorithm), algorithm.rollout.rounds
     often = f", at most {rounds} times" if rounds > 1 else ""
     each = f"{rollout.groups_per_step} tasks x {per_step // rollout.groups_per_step}{often}"
     steps, updates = trainer.steps, config.learner.updates_per_step
@@ -230,10 +257,6 @@ def _work_lines(config: RunConfig, algorithm: Algorithm, profile: EnvProfile | N
     return lines
 
 
-def _episodes_per_step(config: RunConfig, algorithm: Algorithm) -> int:
-    return config.rollout.groups_per_step * (algorithm.rollout.episodes or config.rollout.group_size)
-
-
 def _evaluation_episodes(config: RunConfig, profile: EnvProfile) -> tuple[int, int]:
     """Return the number of evaluation episodes and of instruction-check episodes.
 
@@ -258,24 +281,65 @@ def _sequence_line(policy: PolicyConfig) -> Line:
     return Line("work", "tokens of a sequence", length, "tokens", how)
 
 
+@dataclass(frozen=True)
+class _Lengths:
+    """Amounts of text in flight, by random play; None where nothing was played.
+
+    Args:
+        episode: The mean number of tokens of an episode.
+        longest: The number of tokens that a sequence reaches, with the engine's reserve.
+        episodes: The number of episodes in flight.
+        step: The number of episodes of a training step.
+    """
+
+    episode: float | None
+    longest: int | None
+    episodes: int
+    step: int
+
+    def tokens(self, episodes: int, ranks: int) -> int | None:
+        """Return the number of tokens of some episodes that each of the ranks learns from."""
+        return None if self.episode is None else int(self.episode * episodes / ranks)
+
+
+def _lengths(config: RunConfig, algorithm: Algorithm, profile: EnvProfile | None) -> _Lengths:
+    """Return what random play says of the sizes of batches and of the engine's cache."""
+    step, active = episodes_per_step(config, algorithm), config.rollout.max_active
+    if profile is None:
+        return _Lengths(None, None, active, step)
+    context = context_length(skeleton(config.policy), config.policy.max_context)
+    played = tokenize_play(config, profile.episodes, context)
+    longest = min(context, longest_sequence(played) * 5 // 4)
+    return _Lengths(_mean_tokens(played), longest, min(active, max(step, profile.panel)), step)
+
+
 def _policy_lines(
-    config: RunConfig, algorithm: Algorithm, device: torch.device, topology: Topology
+    config: RunConfig, algorithm: Algorithm, device: torch.device, topology: Topology, lengths: _Lengths
 ) -> list[Line]:
     """Return the memory and the disk space of the policy and its learner."""
-    stages = [(algorithm, config.learner)]
+    stages = [(algorithm, config.learner, lengths.step)]
     if config.warm_start.steps:
-        stages.append((cloning(), config.warm_start.learner))
+        stages.append((cloning(), config.warm_start.learner, config.warm_start.batch_size))
     # Only one stage is in memory at a time.
     held = max(
-        (learner_bytes(config, *stage, topology.ranks) for stage in stages),
+        (
+            learner_bytes(
+                config,
+                stage,
+                learner,
+                topology.ranks,
+                batch_tokens=lengths.tokens(episodes, topology.ranks),
+            )
+            for stage, learner, episodes in stages
+        ),
         key=lambda found: sum(size for size, _ in found.values()),
     )
     here, copies = _device_section(device, topology)
     program = _program_bytes() * (topology.trainers + topology.drivers)
-    checkpoint = max(checkpoint_bytes(config, *stage) for stage in stages)
+    checkpoint = max(checkpoint_bytes(config, stage, learner) for stage, learner, _ in stages)
     count, counted = _kept_checkpoints(config)
     adapted = config.learner.lora is not None
-    shared = [shared_bytes(config, *stage) for stage in stages]
+    shared = [shared_bytes(config, stage, learner) for stage, learner, _ in stages]
     return [
         Line("memory", "program", program, "bytes", "measured: this one, which has loaded the same"),
         *(Line(here, what, size * copies, "bytes", how) for what, (size, how) in held.items()),
@@ -300,7 +364,9 @@ def _kept_checkpoints(config: RunConfig) -> tuple[int, str]:
     return written, f"{written}, all of them: trainer.keep_checkpoints is null"
 
 
-def _engine_lines(config: RunConfig, device: torch.device, topology: Topology) -> list[Line]:
+def _engine_lines(
+    config: RunConfig, device: torch.device, topology: Topology, lengths: _Lengths
+) -> list[Line]:
     """Return the memory of the engine, without the weights that it shares with the learner's process."""
     engine, weights = config.engine, weight_bytes(skeleton(config.policy))
     if engine.name == "vllm" and engine.vllm.url is not None:
@@ -323,8 +389,8 @@ def _engine_lines(config: RunConfig, device: torch.device, topology: Topology) -
             lines.append(Line(here, "weights of actors", weights * copies, "bytes", own))
     if engine.name == "vllm":
         return [*lines, *_vllm_lines(config, here, copies, weights)]
-    active = -(-config.rollout.max_active // (engine.actors or 1))
-    size, how = generation_bytes(config, active)
+    active = -(-lengths.episodes // (engine.actors or 1))
+    size, how = generation_bytes(config, active, lengths.longest)
     return [*lines, Line(here, "keys and values", size * copies, "bytes", how)]
 
 
@@ -373,7 +439,7 @@ def _environment_lines(config: RunConfig, topology: Topology, profile: EnvProfil
 def _episode_lines(config: RunConfig, algorithm: Algorithm, profile: EnvProfile) -> list[Line]:
     """Return the tokens of a step and the disk space of stored episodes."""
     context = context_length(skeleton(config.policy), config.policy.max_context)
-    per_step = _episodes_per_step(config, algorithm)
+    per_step = episodes_per_step(config, algorithm)
     played = tokenize_play(config, profile.episodes, context)
     tokens = _mean_tokens(played)
     chosen = config.rollout.constrained and config.policy.reply != "think_action"

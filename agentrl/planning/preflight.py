@@ -24,7 +24,9 @@ from agentrl.learn.lora import check_adapters
 from agentrl.planning.memory import cache_bytes, weight_bytes
 from agentrl.planning.topology import Topology
 from agentrl.policy.model import context_length, resolve_device, skeleton
-from agentrl.policy.settings import EngineConfig
+from agentrl.policy.prompt import load_prompt
+from agentrl.policy.settings import EngineConfig, PolicyConfig
+from agentrl.run.policies import check_fitted
 from agentrl.run.settings import RunConfig, rank_mistakes
 from agentrl.scale.engines import check_actors, check_engine, check_server, check_weights_folder
 from agentrl.scale.extras import check_ray, ray_is_initialized
@@ -95,6 +97,8 @@ def problems(config: RunConfig, topology: Topology, *, new_folder: bool = True) 
         check_algorithm(algorithm, config.engine)
         check_ahead(algorithm, config.trainer.mode)
     with collect_error(found):
+        check_prompt(config.policy)
+    with collect_error(found):
         model = skeleton(config.policy)
         context_length(model, config.policy.max_context)
     for learner in (config.warm_start.learner, config.learner):
@@ -121,6 +125,17 @@ def check_run(config: RunConfig, ranks: int, *, new_folder: bool = True) -> None
         raise found[0].error
     if found:
         raise ConfigError("\n".join(problem.text for problem in found))
+
+
+def check_prompt(block: PolicyConfig) -> None:
+    """Refuse a prompt that cannot be read, or that a policy without a chat template cannot follow.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    load_prompt(block.prompt, block.history)
+    if block.path is None:
+        check_fitted(block)
 
 
 def check_algorithm(algorithm: Algorithm, engine: EngineConfig) -> None:

@@ -25,7 +25,7 @@ _BLOCK = re.compile(
 # The variables that every template is given.
 _GIVEN = frozenset({"messages", "add_generation_prompt", "raise_exception", "strftime_now"})
 _FAILURES = (TemplateError, ValueError, TypeError, KeyError)
-INSTRUCTIONS_SLOT = 10**9  # a number that no text of an episode has
+INSTRUCTIONS_SLOT, SYSTEM_SLOT = 10**9, 10**9 + 1  # numbers that no text of an episode has
 PROBED_TURNS = 4
 # Some templates treat reasoning in earlier replies differently, so one of the probes has some.
 PROBED_REPLIES = (
@@ -122,6 +122,26 @@ def split_reply(pieces: Sequence[str], *, reasoning: bool = True) -> tuple[list[
         shown[-1] += "".join(pieces[last : last + 1])
     shown[0], shown[-1] = shown[0].lstrip(), shown[-1].rstrip()
     return shown, said
+
+
+def check_system_role(render: Render) -> None:
+    """Refuse a system message that a chat template would not write.
+
+    Args:
+        render: Renders a dialogue after a system message whose text is the slot `SYSTEM_SLOT`.
+
+    Raises:
+        ConfigError: If it is refused, left out or repeated.
+    """
+    try:
+        times, reason = render(messages([slot(0)], [], "")).count(slot(SYSTEM_SLOT)), ""
+    except _FAILURES as error:
+        times, reason = 0, f" ({error})"
+    if times != 1:
+        raise ConfigError(
+            "policy.system_message is set, but the tokenizer's chat template has no system role: it writes "
+            f"the message {times} times{reason}; wanted null, and the text in a template of policy.prompt"
+        )
 
 
 def messages(observations: Sequence[str], replies: Sequence[str], instructions: str) -> list[Message]:

@@ -48,10 +48,10 @@ def context_length(model: PreTrainedModel, wanted: int | None) -> int:
     return min(wanted, positions)
 
 
-def shortened(model: PreTrainedModel, wanted: int) -> str | None:
+def shortened(model: PreTrainedModel, wanted: int | None) -> str | None:
     """Return a message that the model holds fewer tokens than asked for; None where it holds them all."""
     used = context_length(model, wanted)
-    if used == wanted:
+    if wanted is None or used == wanted:
         return None
     why = ", its window in every layer" if used == _window(model.config.get_text_config()) else ""
     return (

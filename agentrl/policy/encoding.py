@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
@@ -11,6 +12,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from agentrl.policy.text_cache import TextCache
+
+_log = logging.getLogger(__name__)
 
 Encode = Callable[[str], tuple[int, ...]]
 
@@ -57,17 +60,78 @@ def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     return encode_as_text
 
 
-def cut_encoder(tokenizer: PreTrainedTokenizerBase, encode: Encode, limit: int, cache: TextCache) -> Encode:
-    """Return an encoder of the first `limit` tokens of a text, which reads and caches little more of it."""
-    # No token stands for more characters than its name has. The factor allows for normalizers that shorten a
-    # text, the constant for the influence of a text's end on earlier tokens.
-    room = 4 * limit * max(map(len, tokenizer.get_vocab())) + 1024
+class ObservationEncoder:
+    """Encoder of observations, which are cut after a number of tokens; the task of an episode never is.
 
-    def encode_start(text: str) -> tuple[int, ...]:
-        return encode(text)[:limit]
+    It reads and caches little more of a text than it keeps. The first cut is logged.
 
-    kept = cache.memoize(encode_start)
-    return lambda text: kept(text[:room])
+    Args:
+        tokenizer: The tokenizer.
+        encode: Encodes text from outside.
+        limit: The largest number of tokens; None cuts nothing.
+        cache: Keeps the results.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, encode: Encode, limit: int | None, cache: TextCache
+    ) -> None:
+        self.limit = limit
+        # No token stands for more characters than its name has. The factor allows for normalizers that
+        # shorten a text, the constant for the influence of a text's end on earlier tokens.
+        longest = max(map(len, tokenizer.get_vocab()))
+        self._room = None if limit is None else 4 * limit * longest + 1024
+        self._encode = encode
+        self._start = cache.memoize(self._encode_start)
+        self._shortened = cache.memoize(self._shorten)
+        self._logged = False
+
+    def __call__(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a text, cut."""
+        return self._start(text[: self._room])[0]
+
+    def with_task(self, text: str, task: str | None) -> tuple[int, ...]:
+        """Return the ids of a first observation, cut only outside of the task that it may contain."""
+        if task is None or not self.cuts(text) or task in self.shorten(text):
+            return self(text)
+        before, _, _ = text.partition(task)
+        return (*self(before.rstrip()), *self._encode(f"\n{task}" if before.strip() else task))
+
+    def cuts(self, text: str) -> bool:
+        """Return whether a text is cut."""
+        return self._room is not None and (len(text) > self._room or self._start(text[: self._room])[1])
+
+    def shorten(self, text: str) -> str:
+        """Return a text, cut."""
+        return self._shortened(text[: self._room]) if self.cuts(text) else text
+
+    def note_cut(self, text: str) -> bool:
+        """Return whether a text is cut, and log the first one that is."""
+        cut = self.cuts(text)
+        if cut and not self._logged:
+            self._logged = True
+            _log.warning(
+                "policy.max_observation_tokens=%d cuts an observation of %s characters (%r …); further ones "
+                "are counted, not named",
+                self.limit,
+                f"{len(text):,}",
+                text[:40],
+            )
+        return cut
+
+    def _encode_start(self, text: str) -> tuple[tuple[int, ...], bool]:
+        ids = self._encode(text)
+        return ids[: self.limit], self.limit is not None and len(ids) > self.limit
+
+    def _shorten(self, text: str) -> str:
+        """Find by halving how many characters take `limit` tokens."""
+        kept, lost = 0, len(text)
+        while lost - kept > 1:
+            middle = (kept + lost) // 2
+            if len(self._encode(text[:middle])) <= (self.limit or 0):
+                kept = middle
+            else:
+                lost = middle
+        return text[:kept]
 
 
 _WORDS = re.compile("[\\w\u2581 ]*")  # sentencepiece writes spaces as \u2581

@@ -1,10 +1,12 @@
 """The engine interface: token ids in, sampled token ids with their logprobs and entropies out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from agentrl.policy.thinking import Thinking
+
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,10 +18,14 @@ class SamplingParams:
             of temperature 1.
         max_tokens: The largest number of tokens in a free reply, or in one that reasons before its choice; a
             choice alone is not limited.
+        next_temperature: The temperature of every decision but the first of a reply, as a function of the
+            entropy of the decision before it, in nats; None keeps `temperature`. Only for engines that
+            provide `rollout:token_temperature`.
     """
 
     temperature: float = 1.0
     max_tokens: int = 64
+    next_temperature: Callable[[float], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,7 @@ class GenerationRequest:
 class Generation:
     """The reply to a request, or an `error` and no tokens.
 
-    The fields of tokens and versions are those of `agentrl.data.Turn`.
+    The fields of tokens, versions and temperatures are those of `agentrl.data.Turn`.
     """
 
     sequence: str
@@ -69,24 +75,25 @@ class Generation:
     policy_version: int = 0
     policy_versions: tuple[int, ...] = ()
     error: str | None = None
+    temperatures: tuple[float, ...] = ()
     lost: bool = False  # the error is of the engine, not of the request, which may be submitted again
 
 
-def token_versions(changes: Sequence[tuple[int, int]], length: int) -> tuple[int, tuple[int, ...]]:
-    """Return the `policy_version` and `policy_versions` of a reply.
+def token_values(changes: Sequence[tuple[int, ValueT]], length: int) -> tuple[ValueT, tuple[ValueT, ...]]:
+    """Return the value at a reply's first token and, if others differ, at every token.
 
-    >>> token_versions([(0, 3)], 4), token_versions([(0, 3), (2, 4)], 4), token_versions([(0, 3), (0, 4)], 4)
+    >>> token_values([(0, 3)], 4), token_values([(0, 3), (2, 4)], 4), token_values([(0, 3), (0, 4)], 4)
     ((3, ()), (3, (3, 3, 4, 4)), (4, ()))
 
     Args:
-        changes: Pairs of a token index and the version of the weights from that token on, in order; the
-            first index is 0.
+        changes: Pairs of a token index and the value from that token on, such as the version of the weights,
+            in order; the first index is 0.
         length: The number of tokens in the reply.
     """
-    versions = [changes[0][1]] * length or [changes[-1][1]]
-    for start, version in changes[1:]:
-        versions[start:] = [version] * (len(versions) - start)
-    return versions[0], tuple(versions) if len(set(versions)) > 1 else ()
+    values = [changes[0][1]] * length or [changes[-1][1]]
+    for start, value in changes[1:]:
+        values[start:] = [value] * (len(values) - start)
+    return values[0], tuple(values) if len(set(values)) > 1 else ()
 
 
 class Engine(Protocol):

@@ -1,4 +1,4 @@
-"""Creation, loading and saving of the policy's network: a new small decoder, or a Hugging Face folder."""
+"""Creation, loading and saving of the policy's network: a new small decoder, or a model that exists."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -23,14 +24,17 @@ from transformers import (
 )
 from transformers.utils import logging as progress
 
-from agentrl.errors import CheckpointError, ConfigError, NonFiniteError, RequirementError
+from agentrl.errors import AgentRLError, CheckpointError, ConfigError, NonFiniteError, RequirementError
 from agentrl.files import replacing_folder
+from agentrl.policy.adapter import merge_adapter
 from agentrl.policy.architecture import check_packed_forward, without_weights
 from agentrl.policy.attention import PACKED
 from agentrl.policy.context import context_length, context_limit, shortened
+from agentrl.policy.gguf import check_gguf, forget_quantization, read_gguf_config
 from agentrl.policy.packed import hidden_states, output_weight, packed_forward
 from agentrl.policy.precision import named_in_short, non_finite
 from agentrl.policy.settings import PolicyConfig
+from agentrl.policy.sources import ADAPTER_CONFIG, ModelSource, resolve
 
 __all__ = [
     "PolicyConfig",
@@ -93,6 +97,7 @@ def decoder_settings(
             f"policy.hidden_size is {config.hidden_size}, wanted an even multiple of "
             f"policy.heads={config.heads}"
         )
+    assert config.max_context is not None  # PolicyConfig wants it without a path
     return Qwen2Config(
         vocab_size=vocabulary,
         hidden_size=config.hidden_size,
@@ -143,40 +148,65 @@ def end_ids(model: PreTrainedModel) -> frozenset[int]:
 
 
 def load_policy(
-    path: str | Path, *, device: str = "auto", dtype: str = "float32"
+    source: ModelSource | str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    chat_template: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer from a folder, and check its packed forward.
+    """Load a causal language model and its tokenizer, and check its packed forward.
 
     The architecture is checked before the weights are read, in float32 whatever `dtype` is; see
     `check_packed_forward`. The weights are then checked to be finite in `dtype`.
 
+    Args:
+        source: The model, from `agentrl.policy.sources.resolve`; a path is a Hugging Face folder.
+        device: The device, as `policy.device`.
+        dtype: The dtype of the weights.
+        chat_template: A file whose text replaces the tokenizer's chat template.
+
     Raises:
         CheckpointError: If a file is absent, corrupt or does not fit; the message says what to do.
+        MissingDependencyError: If a package is missing, as for GGUF files and adapters.
         RequirementError: If the architecture cannot run over packed sequences.
     """
-    folder = Path(path)
-    _check_files(folder)
-    tokenizer = load_tokenizer(folder)
-    check_packed_forward(_model_without_weights(folder))
-    model = _load_model(folder, getattr(torch, dtype))
+    source = _as_source(source)
+    _check_files(source)
+    tokenizer = load_tokenizer(source, chat_template)
+    check_packed_forward(_model_without_weights(source))
+    model = _load_model(source, getattr(torch, dtype))
+    if source.adapter is not None:
+        model = merge_adapter(model, source.adapter.folder, source.path)
     if len(tokenizer) > output_weight(model).shape[0]:
         raise CheckpointError(
-            f"{folder}: the tokenizer has {len(tokenizer)} ids, the model {output_weight(model).shape[0]}; "
-            "use the tokenizer that was saved with the model"
+            f"{source.path}: the tokenizer has {len(tokenizer)} ids, the model "
+            f"{output_weight(model).shape[0]}; use the tokenizer that was saved with the model"
         )
     model = _to_device(model, resolve_device(device), getattr(torch, dtype))
-    check_finite(folder, model)
+    check_finite(source.path, model)
     return model, tokenizer
 
 
-def _model_without_weights(folder: Path) -> PreTrainedModel:
+def _as_source(source: ModelSource | str | Path) -> ModelSource:
+    return source if isinstance(source, ModelSource) else ModelSource(Path(source), name=str(source))
+
+
+def _read_config(source: ModelSource) -> PreTrainedConfig:
+    if source.gguf_file is not None:
+        return read_gguf_config(source.path)
+    return cast(
+        PreTrainedConfig,
+        AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False),
+    )
+
+
+def _model_without_weights(source: ModelSource) -> PreTrainedModel:
     try:
-        settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return without_weights(settings)
+        return without_weights(_read_config(source))
     except RequirementError:
         raise
     except Exception as error:  # the library's parsers may raise anything
-        raise _unreadable(folder, error) from error
+        raise _unreadable(source, error) from error
 
 
 def skeleton(config: PolicyConfig) -> PreTrainedModel:
@@ -187,28 +217,31 @@ def skeleton(config: PolicyConfig) -> PreTrainedModel:
 
     Raises:
         CheckpointError: If there is no model at `policy.path`.
+        MissingDependencyError: If a package is missing that reads it.
         RequirementError: If its attention cannot be replaced.
         ConfigError: If the sizes contradict each other.
     """
     if config.path is None:
         return _on_meta(decoder_settings(config, config.vocab_size), config.dtype)
+    source = resolve(config.path, config.revision, weights=False)
     try:
-        if not (Path(config.path) / "config.json").is_file():
+        if source.gguf_file is not None:
+            check_gguf(source.path)
+        elif not (source.folder / "config.json").is_file():
             raise FileNotFoundError("no config.json is there")
-        settings = AutoConfig.from_pretrained(config.path, local_files_only=True, trust_remote_code=False)
-        return _on_meta(settings, config.dtype)
-    except RequirementError:
+        return _on_meta(_read_config(source), config.dtype)
+    except AgentRLError:
         raise
     except Exception as error:  # the library's parsers may raise anything
         raise CheckpointError(
-            f"policy.path is {config.path!r}, wanted the folder of a Hugging Face causal language model on "
-            f"this machine ({' '.join(str(error).split())[:160]})"
+            f"policy.path is {config.path!r}, wanted a Hugging Face causal language model: {source.path} "
+            f"cannot be read as one ({' '.join(str(error).split())[:160]})"
         ) from error
 
 
 def _on_meta(settings: Any, dtype: str) -> PreTrainedModel:
     model = cast(nn.Module, without_weights(settings))
-    return cast(PreTrainedModel, model.to(getattr(torch, dtype)))
+    return cast(PreTrainedModel, model.to(getattr(torch, dtype)).eval())
 
 
 def check_finite(folder: Path, model: PreTrainedModel) -> None:
@@ -274,27 +307,44 @@ def save_policy(
         ) from error
 
 
-def _check_files(folder: Path) -> None:
+def _check_files(source: ModelSource) -> None:
+    if source.gguf_file is not None:
+        check_gguf(source.path)
+        return
+    folder = source.folder
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; wanted a Hugging Face model folder on this machine")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: config.json is missing; wanted a Hugging Face model folder")
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"{folder}: adapter_config.json says that it is an adapter, whose base model is elsewhere and is "
-            "not loaded; merge the two and save the whole model with save_pretrained(folder)"
+            f"{folder}: {ADAPTER_CONFIG} says that it is an adapter, wanted a whole model; an adapter is "
+            "read as a policy.path, and its base must be a whole model"
+        )
+    if not (folder / "config.json").is_file():
+        others = ", ".join(path.name for path in sorted(folder.glob("*.gguf")))
+        raise CheckpointError(
+            f"{folder}: config.json is missing; wanted a Hugging Face model folder"
+            + (f", or one of its files: {others}" if others else "")
         )
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{folder}: no *.safetensors file; other formats can contain code and are not read. "
             "Load the model with the tool that wrote it and save it with save_pretrained(folder)"
         )
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not _has_tokenizer(_tokenizer_source(source).folder):
         raise CheckpointError(
             f"{folder}: no tokenizer (none of {', '.join(TOKENIZER_FILES)}); save it there with "
             "tokenizer.save_pretrained(folder)"
         )
     _check_end_ids(folder)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _tokenizer_source(source: ModelSource) -> ModelSource:
+    """Return the adapter if a tokenizer was saved with it, else the model itself."""
+    return source.adapter if source.adapter and _has_tokenizer(source.adapter.folder) else source
 
 
 def _check_end_ids(folder: Path) -> None:
@@ -318,27 +368,55 @@ def _as_list(ids: Any) -> list[Any]:
     return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in a folder, with the class that it was saved with.
+def load_tokenizer(
+    source: ModelSource | str | Path, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, with the class that it was saved with.
+
+    Args:
+        source: The model; a path is a Hugging Face folder.
+        chat_template: A file whose text replaces the chat template, as `policy.chat_template`.
 
     Raises:
         CheckpointError: If it cannot be read.
     """
-    folder = Path(path)
+    source = _tokenizer_source(_as_source(source))
     try:
         # AutoTokenizer takes the usual class of the model type, even where the folder names another.
         kind = (
-            AutoTokenizer if _tokenizer_class(folder) not in GENERIC_TOKENIZERS else PreTrainedTokenizerFast
+            PreTrainedTokenizerFast
+            if source.gguf_file is None and _tokenizer_class(source.folder) in GENERIC_TOKENIZERS
+            else AutoTokenizer
         )
-        return cast(
-            PreTrainedTokenizerBase,
-            cast(Any, kind).from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+        tokenizer = cast(Any, kind).from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=False, **_file_argument(source)
         )
     except Exception as error:  # the library's parsers may raise anything
+        remedy = (
+            "save it again with tokenizer.save_pretrained(folder)"
+            if source.gguf_file is None
+            else "the file is damaged, or the library cannot read its kind"
+        )
         raise CheckpointError(
-            f"{folder}: the tokenizer cannot be read ({_brief(error)}); save it again with "
-            "tokenizer.save_pretrained(folder)"
+            f"{source.path}: the tokenizer cannot be read ({_brief(error)}); {remedy}"
         ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(Path(chat_template))
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"policy.chat_template is {str(path)!r}, which cannot be read ({error})") from error
+    if not text.strip():
+        raise ConfigError(f"policy.chat_template is {str(path)!r}, which is empty; wanted a Jinja template")
+    return text
+
+
+def _file_argument(source: ModelSource) -> dict[str, str]:
+    return {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
 
 
 def _tokenizer_class(folder: Path) -> str | None:
@@ -362,31 +440,36 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 @_no_progress_bars()
-def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     try:
         model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
-            folder,
+            source.folder,
             dtype=dtype,
             attn_implementation=PACKED,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **_file_argument(source),
+            **({} if source.gguf_file is None else {"config": _read_config(source)}),
         )
     except Exception as error:  # the library's parsers may raise anything
-        raise _unreadable(folder, error) from error
+        raise _unreadable(source, error) from error
     wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if wrong:
         raise CheckpointError(
-            f"{folder}: {len(wrong)} weights are absent or do not fit config.json, first {wrong[0]}; "
-            "copy the folder again, or take an earlier checkpoint"
+            f"{source.path}: {len(wrong)} weights are absent or do not fit its configuration, first "
+            f"{wrong[0]}; copy it again, or take an earlier checkpoint"
         )
+    if source.gguf_file is not None:
+        forget_quantization(model)
     return cast(PreTrainedModel, model)
 
 
-def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+def _unreadable(source: ModelSource, error: Exception) -> CheckpointError:
+    what = "folder is corrupt" if source.gguf_file is None else "file is corrupt, of an unknown architecture"
     return CheckpointError(
-        f"{folder}: the model cannot be read ({_brief(error)}); the folder is corrupt or not of a "
+        f"{source.path}: the model cannot be read ({_brief(error)}); the {what} or not of a "
         "causal language model: copy it again, or take an earlier checkpoint"
     )
 

@@ -41,3 +41,9 @@ def named_in_short(names: Sequence[str]) -> str:
     ('norm.weight', 'norm.weight and 2 more')
     """
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def has_fast_bfloat16() -> bool:
+    """Return whether this machine's CPU multiplies bfloat16 numbers by itself; others emulate it slowly."""
+    able = torch.cpu.get_capabilities()
+    return any(bool(able.get(name)) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))

@@ -36,11 +36,20 @@ _NOT_ARGUMENTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
-    """The policy: a Hugging Face folder, or a small decoder with random weights.
+    """The policy: a language model that exists, or a small decoder with random weights.
 
     Args:
-        path: The folder of a causal language model with its tokenizer, whose `eos_token_id` in config.json
-            and generation_config.json end a reply; None builds a model from the sizes below.
+        path: A causal language model with its tokenizer: a Hugging Face folder or a .gguf file on this
+            machine, else a packaged model (`smollm2` or `gemma3-270m`), else an id of the Hugging Face hub
+            (ORGANISATION/NAME). A LoRA adapter is merged into its base. The `eos_token_id` in config.json and
+            generation_config.json end a reply. None builds a model from the sizes below.
+        revision: The branch, tag or commit of a model from the hub; a run records the commit that it used.
+        chat_template: A Jinja file that replaces the chat template of the model at `path`, for a base model
+            without one; the trained model is saved with it.
+        preset: Defaults for this kind of policy. `pretrained` suits learning rates, precision, lengths and
+            stages to a model that was trained elsewhere, by its size; `scratch` changes nothing. Null takes
+            `pretrained` where `path` is not the model of a run of `scratch`. Values that are given together
+            with `path`, or later, override it.
         hidden_size: The width d of the residual stream; the MLP is 3 d wide.
         layers: The number of decoder layers.
         heads: The number of attention heads; heads of width 32 (d / 32 of them) learned best at this size.
@@ -48,7 +57,8 @@ class PolicyConfig:
             usual 0.02.
         vocab_size: The vocabulary size asked of the tokenizer that is fitted on environment text; a small
             corpus yields fewer ids.
-        max_context: The largest number of tokens in a sequence. A model at `path` with fewer positions, or
+        max_context: The largest number of tokens in a sequence; null takes what the texts of a few measured
+            episodes need, if there is a `path`. A model at `path` with fewer positions, or
             with a window in every layer, uses its own limit, which the run reports and records; a value above
             the length at which `longrope` switches to other angles is refused.
         device: The device; auto takes cuda where there is one, else the cpu.
@@ -58,27 +68,50 @@ class PolicyConfig:
             `think_action` the policy reasons freely before its command, under `rollout.constrained` as well.
         template_arguments: The arguments passed to the chat template whenever it is rendered, for example
             `template_arguments.enable_thinking=false`; an argument that it does not read is refused.
-        max_observation_tokens: The number of tokens after which an observation is cut.
+        prompt: The template of what the policy reads each turn: `plain`, `literature`, `react`, or a Jinja
+            file; `agentrl prompt` shows what it writes.
+        history: The turns that a prompt shows: `full` continues one dialogue; a number k writes every prompt
+            anew, with the last k turns; `none` shows the present alone. Null takes what the template says of
+            itself: full for `plain` and `react`, 2 for `literature`.
+        examples: The number of solved examples that the environment's expert plays for a template that shows
+            some, as `react` does.
+        system_message: The text of a system message; null leaves it to the chat template.
+        max_observation_tokens: The number of tokens after which an observation is cut; the task is not, where
+            the environment names it. Null cuts none.
         tokenizer_episodes: The number of random episodes of training tasks on whose text a new tokenizer is
             fitted.
     """
 
     path: str | None = None
+    revision: str | None = None
+    chat_template: str | None = None
+    preset: Literal["scratch", "pretrained"] | None = None
     hidden_size: Annotated[int, Interval(ge=2, le=65536)] = 64
     layers: Annotated[int, Interval(ge=1, le=1024)] = 2
     heads: Annotated[int, Interval(ge=1, le=1024)] = 2
     initial_std: Annotated[float, Interval(gt=0, le=10)] = 0.1
     vocab_size: Annotated[int, Interval(ge=1, le=2**20)] = 1024
-    max_context: ContextTokens = 1024
+    max_context: ContextTokens | None = 1024
     device: Device = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     reply: ReplyFormat = "plain"
     template_arguments: dict[str, Any] = field(default_factory=dict)
-    max_observation_tokens: ContextTokens = 96
+    prompt: str = "plain"
+    history: Annotated[int, Interval(ge=1, le=1000)] | Literal["full", "none"] | None = None
+    examples: Annotated[int, Interval(ge=0, le=16)] = 1
+    system_message: str | None = None
+    max_observation_tokens: ContextTokens | None = 96
     tokenizer_episodes: Annotated[int, Interval(ge=1, le=1_000_000)] = 200
 
     def __post_init__(self) -> None:
         check_own_numbers(self, "policy")
+        for name in ("revision", "chat_template"):
+            if self.path is None and getattr(self, name) is not None:
+                raise ConfigError(f"policy.{name} is {getattr(self, name)!r}, but policy.path names no model")
+        if self.path is None and self.max_context is None:
+            raise ConfigError("policy.max_context is null, wanted a number without a policy.path")
+        if self.path is None and self.preset == "pretrained":
+            raise ConfigError("policy.preset is pretrained, wanted scratch or null without a policy.path")
         own = sorted(_NOT_ARGUMENTS & self.template_arguments.keys())
         if own:
             raise ConfigError(
@@ -153,4 +186,5 @@ class EngineConfig:
     @property
     def provides(self) -> frozenset[str]:
         """Return the features of this engine that algorithm components may require."""
-        return frozenset({"rollout:entropy"})
+        own = {"rollout:token_temperature"} if self.name == "torch" and self.actors is None else set()
+        return frozenset({"rollout:entropy"}) | own

@@ -19,9 +19,11 @@ from agentrl.policy.chat import (
     END_THINK,
     INSTRUCTIONS_SLOT,
     REASONING_TAGS,
+    SYSTEM_SLOT,
     Message,
     begun_reply,
     check_arguments,
+    check_system_role,
     messages,
     probe_template,
     slot,
@@ -29,7 +31,15 @@ from agentrl.policy.chat import (
     split_slots,
     think_block,
 )
-from agentrl.policy.encoding import cut_encoder, decoder, markup_ids, plain_encoder, special_ids
+from agentrl.policy.encoding import (
+    ObservationEncoder,
+    decoder,
+    markup_ids,
+    plain_encoder,
+    special_ids,
+)
+from agentrl.policy.prompt import Example, Piece, PromptTemplate, ReplyWords, load_prompt, task_of
+from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.text_cache import TextCache
 from agentrl.policy.thinking import Ending, Thinking, pieces_of
 
@@ -46,10 +56,12 @@ class Prompt:
     Args:
         ids: Ids to append to the sequence, or all of its ids when `new_sequence`.
         new_sequence: Whether the ids start a new sequence.
+        cut: Whether the observation to reply to was too long, and is cut.
     """
 
     ids: tuple[int, ...]
     new_sequence: bool
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +80,12 @@ class Wording:
         opening: The text before the first observation, with the date if the chat template writes one.
         before_reply: The text after an observation.
         between: The text after a reply.
-        sha256: The hash of the token ids of the three.
+        sha256: The hash of the token ids of the three, and of the parts below where a template writes the
+            messages.
         template_sha256: The hash of the chat template; None without one.
+        prompt: The text of the prompt template; None for `plain` in a growing dialogue.
+        history: The number of turns that a prompt of such a template shows; None for the whole dialogue.
+        examples: The solved examples that it shows.
     """
 
     opening: str
@@ -77,6 +93,9 @@ class Wording:
     between: str
     sha256: str
     template_sha256: str | None = None
+    prompt: str | None = None
+    history: int | None = None
+    examples: tuple[Example, ...] = ()
 
 
 class Dialogue(Protocol):
@@ -90,7 +109,10 @@ class Dialogue(Protocol):
     wording: Wording
 
     def prompt(self, history: History, observation: str) -> Prompt:
-        """Return the prompt after `history`, the (observation, reply ids) of the turns so far."""
+        """Return the prompt after `history`, the (observation, reply ids) of the turns so far.
+
+        An observation may be an `agentrl.policy.prompt.Observation`, which says more than its text.
+        """
         ...
 
     def encode_reply(self, text: str) -> tuple[int, ...]:
@@ -140,18 +162,22 @@ def make_dialogue(
     tokenizer: PreTrainedTokenizerBase,
     *,
     reply: str = "plain",
-    max_observation_tokens: int = 96,
+    max_observation_tokens: int | None = 96,
     stop_ids: Collection[int] = (),
     template_arguments: Mapping[str, Any] | None = None,
+    prompt: PromptTemplate | None = None,
+    system_message: str | None = None,
 ) -> Dialogue:
     """Create the dialogue of a tokenizer: by its chat template, else by its role tokens.
 
     Args:
         tokenizer: The tokenizer of the policy.
         reply: The format of replies; see `ChatDialogue`.
-        max_observation_tokens: The number of tokens after which an observation is cut.
+        max_observation_tokens: The number of tokens after which an observation is cut; None cuts none.
         stop_ids: Further ids that end a reply, such as those of `agentrl.policy.model.end_ids`.
         template_arguments: The arguments passed to the chat template whenever it is rendered.
+        prompt: The template of the user's messages; None for the text of `plain`.
+        system_message: The text of a system message; None leaves it to the chat template.
     """
     if tokenizer.chat_template:
         return ChatDialogue(
@@ -160,17 +186,66 @@ def make_dialogue(
             max_observation_tokens=max_observation_tokens,
             stop_ids=stop_ids,
             template_arguments=template_arguments,
+            prompt=prompt,
+            system_message=system_message,
         )
-    check_without_template(reply, template_arguments)
+    name = "plain" if prompt is None else prompt.name
+    history = None if prompt is None else prompt.history
+    check_without_template(
+        reply, template_arguments, prompt=name, history=history, system_message=system_message
+    )
     return RoleDialogue(tokenizer, max_observation_tokens=max_observation_tokens, stop_ids=stop_ids)
 
 
-def check_without_template(reply: str, template_arguments: Mapping[str, Any] | None) -> None:
+def configured_dialogue(
+    block: PolicyConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    stop_ids: Collection[int] = (),
+    examples: Sequence[Example] = (),
+) -> Dialogue:
+    """Create the dialogue that the `policy` block of a configuration describes.
+
+    Args:
+        block: The block.
+        tokenizer: The tokenizer of the policy.
+        stop_ids: Further ids that end a reply.
+        examples: The solved examples that its prompt shows.
+    """
+    return make_dialogue(
+        tokenizer,
+        reply=block.reply,
+        max_observation_tokens=block.max_observation_tokens,
+        stop_ids=stop_ids,
+        template_arguments=block.template_arguments,
+        prompt=load_prompt(block.prompt, block.history, examples),
+        system_message=block.system_message,
+    )
+
+
+def check_without_template(
+    reply: str,
+    template_arguments: Mapping[str, Any] | None,
+    *,
+    prompt: str = "plain",
+    history: int | str | None = None,
+    system_message: str | None = None,
+) -> None:
     """Refuse settings that need a chat template.
 
     Raises:
         ConfigError: Naming the key.
     """
+    for key, value, usual in (
+        ("prompt", prompt, ("plain",)),
+        ("history", history, (None, "full")),
+        ("system_message", system_message, (None,)),
+    ):
+        if value not in usual:
+            raise ConfigError(
+                f"policy.{key} is {value!r}, but the tokenizer has no chat template: wanted "
+                f"{'null' if None in usual else usual[0]} or a chat model"
+            )
     if template_arguments:
         raise ConfigError(
             f"policy.template_arguments is {dict(template_arguments)}, but the tokenizer has no chat "
@@ -187,7 +262,7 @@ class RoleDialogue:
 
     Args:
         tokenizer: A tokenizer from `fit_tokenizer`, or another with the same role tokens.
-        max_observation_tokens: The number of tokens after which an observation is cut.
+        max_observation_tokens: The number of tokens after which an observation is cut; None cuts none.
         stop_ids: Further ids that end a reply.
     """
 
@@ -195,7 +270,7 @@ class RoleDialogue:
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        max_observation_tokens: int = 96,
+        max_observation_tokens: int | None = 96,
         stop_ids: Collection[int] = (),
     ) -> None:
         vocabulary = tokenizer.get_vocab()
@@ -203,7 +278,7 @@ class RoleDialogue:
         if missing:
             raise RequirementError(
                 f"the tokenizer has neither a chat template nor the role tokens {', '.join(missing)}; "
-                "use a chat model's folder, or a policy trained here"
+                "use a chat model or a policy trained here, or name a template: policy.chat_template=FILE"
             )
         _, self._task, self._observation, self._act, self._end = (vocabulary[token] for token in ROLE_TOKENS)
         self.stop_ids = frozenset({self._end, *stop_ids})
@@ -212,14 +287,19 @@ class RoleDialogue:
         self._encode = plain_encoder(tokenizer)
         self._decode = decoder(tokenizer, special_ids(tokenizer))
         self.cache = TextCache()
-        self._encode_observation = cut_encoder(tokenizer, self._encode, max_observation_tokens, self.cache)
+        self._encode_observation = ObservationEncoder(
+            tokenizer, self._encode, max_observation_tokens, self.cache
+        )
         self.encode_reply = self.cache.memoize(self._encode_reply)
         self._cached_parse = self.cache.memoize(self._parse)
 
     def prompt(self, history: History, observation: str) -> Prompt:
         """Return the role tokens and the observation that follow `history`."""
         role = self._observation if history else self._task
-        return Prompt((role, *self._encode_observation(observation), self._act), new_sequence=not history)
+        task = None if history else task_of(observation)
+        seen = self._encode_observation.with_task(observation, task)
+        cut = self._encode_observation.note_cut(observation)
+        return Prompt((role, *seen, self._act), new_sequence=not history, cut=cut)
 
     def parse(self, ids: Sequence[int]) -> ParsedReply:
         """Return the command in a reply."""
@@ -238,25 +318,34 @@ class RoleDialogue:
 class ReplyFormat:
     """Format in which a reply contains its command."""
 
-    instructions: str
+    asks: str  # what it asks for, after "Each turn you"
     wrap: str  # the text around a command, with {} in its place
     pattern: re.Pattern[str]  # matches the whole reply, with a group `command`
     tagged: bool
     thinks: bool = False  # whether the reply reasons in a think block before the command
 
+    @property
+    def instructions(self) -> str:
+        """Return the text before the first observation."""
+        return f"{_TASK} {self.asks}"
 
-_TASK = (
-    "You act in a text environment to solve the task it gives you. Each turn you read what happened and reply"
-)
+    @property
+    def words(self) -> ReplyWords:
+        """Return what a prompt template can say of the format."""
+        before, after = self.wrap.split("{}")
+        return ReplyWords(self.asks, before, after)
+
+
+_TASK = "You act in a text environment to solve the task it gives you. Each turn you read what happened and"
 REPLY_FORMATS: dict[str, ReplyFormat] = {
     "plain": ReplyFormat(
-        f"{_TASK} with your next command and nothing else.",
+        "reply with your next command and nothing else.",
         "{}",
         re.compile(r"(?P<command>.*)", re.DOTALL),
         False,
     ),
     "action_tags": ReplyFormat(
-        f"{_TASK} with your next command between <action> and </action>.",
+        "reply with your next command between <action> and </action>.",
         "<action>{}</action>",
         re.compile(
             r"(?:(?!<action>).)*<action>(?P<command>(?:(?!<action>).)*?)</action>(?:(?!<action>).)*",
@@ -265,8 +354,8 @@ REPLY_FORMATS: dict[str, ReplyFormat] = {
         True,
     ),
     "think_action": ReplyFormat(
-        f"{_TASK} with your reasoning between <think> and </think>, then your next command between <action> "
-        "and </action>.",
+        "reply with your reasoning between <think> and </think>, then your next command between <action> and "
+        "</action>.",
         "<action>{}</action>",
         # The opening tag may be part of the template's generation prompt.
         re.compile(
@@ -279,7 +368,7 @@ REPLY_FORMATS: dict[str, ReplyFormat] = {
 }
 # The rest of think_action where the prompt already holds a whole think block.
 _AFTER_THOUGHTS = ReplyFormat(
-    REPLY_FORMATS["action_tags"].instructions,
+    REPLY_FORMATS["action_tags"].asks,
     "<action>{}</action>",
     re.compile(r"<action>(?P<command>(?:(?!</?action>).)*)</action>", re.DOTALL),
     True,
@@ -305,10 +394,13 @@ class ChatDialogue:
         reply: The format of replies: plain is the command itself; action_tags and think_action have it in
             tags. What the prompt already writes of a reply is not repeated: a think block that it opens is
             closed, and where it holds a whole one, think_action goes straight to the command.
-        max_observation_tokens: The number of tokens after which an observation is cut.
+        max_observation_tokens: The number of tokens after which an observation is cut; None cuts none.
         instructions: The text before the first observation; None takes that of the reply format.
         stop_ids: Further ids that end a reply.
         template_arguments: The arguments passed to the template whenever it is rendered.
+        prompt: The template of the user's messages; None writes the instructions, then the observations
+            alone. Of its text, only the tags of the reply format become tokens of their own.
+        system_message: The text of a system message; None leaves it to the chat template.
 
     Attributes:
         appends: Whether prompts extend the sequence.
@@ -320,10 +412,12 @@ class ChatDialogue:
         tokenizer: PreTrainedTokenizerBase,
         *,
         reply: str = "plain",
-        max_observation_tokens: int = 96,
+        max_observation_tokens: int | None = 96,
         instructions: str | None = None,
         stop_ids: Collection[int] = (),
         template_arguments: Mapping[str, Any] | None = None,
+        prompt: PromptTemplate | None = None,
+        system_message: str | None = None,
     ) -> None:
         if reply not in REPLY_FORMATS:
             raise ConfigError(f"policy.reply is {reply!r}, wanted one of {', '.join(REPLY_FORMATS)}")
@@ -332,12 +426,17 @@ class ChatDialogue:
         if self._arguments:
             template = cast(Any, tokenizer).get_chat_template()
             check_arguments(template, self._arguments, tokenizer.SPECIAL_TOKENS_ATTRIBUTES)
+        self._system = None if system_message is None else slot(SYSTEM_SLOT)
+        if self._system is not None:
+            check_system_role(self._render)
         self._format = REPLY_FORMATS[reply]
         if self._format.thinks and END_THINK in begun_reply(self._render):
             self._format = _AFTER_THOUGHTS
         self._encode = plain_encoder(tokenizer)
         self.cache = TextCache()
-        self._encode_observation = cut_encoder(tokenizer, self._encode, max_observation_tokens, self.cache)
+        self._encode_observation = ObservationEncoder(
+            tokenizer, self._encode, max_observation_tokens, self.cache
+        )
         self._markup = self.cache.memoize(self._encode_markup)
         self._added = frozenset(tokenizer.added_tokens_decoder)
         self._tags = {
@@ -346,26 +445,38 @@ class ChatDialogue:
             if token.content in REPLY_TAGS
         }
         markup = markup_ids(tokenizer) - {*self._tags.values()}
-        self._instructions, self._texts = self._prepare_instructions(
-            self._format.instructions if instructions is None else instructions, markup
-        )
+        self._prompt = prompt
+        if prompt is not None:
+            prompt.check(self._format.words)
+            instructions = ""
+        if instructions is None:
+            instructions = self._format.instructions
+        self._instructions, self._texts = self._prepare_instructions(instructions, markup, INSTRUCTIONS_SLOT)
+        if system_message is not None:
+            self._system, texts = self._prepare_instructions(system_message, markup, SYSTEM_SLOT)
+            self._texts |= texts
         self._knows_reasoning = END_THINK in str(tokenizer.chat_template)
         pieces = probe_template(self._render, self._instructions)
-        self.appends, self._opens_thinking, self._reply_prefix = (
+        self._extends, self._opens_thinking, self._reply_prefix = (
             pieces.appends,
             pieces.opens,
             pieces.reply_prefix,
         )
+        self.appends = pieces.appends and (prompt is None or prompt.history is None)
         self._lead = pieces.lead
         self._opening = self._fill_slots(pieces.opening, self._texts)
         self._before_reply, self._between = self._markup(pieces.before_reply), self._markup(pieces.between)
         self._rendered_opening = pieces.opening
+        around_turns = (self._opening, self._before_reply, self._between)
         self.wording = Wording(
-            pieces.opening.replace(slot(INSTRUCTIONS_SLOT), instructions or ""),
+            pieces.opening.replace(slot(INSTRUCTIONS_SLOT), instructions).replace(
+                slot(SYSTEM_SLOT), system_message or ""
+            ),
             pieces.before_reply,
             pieces.between,
-            _sha256((self._opening, self._before_reply, self._between)),
+            _sha256(around_turns) if prompt is None else _prompt_sha256(around_turns, prompt),
             _template_sha256(tokenizer.chat_template),
+            *(() if prompt is None else (prompt.source, prompt.history, prompt.examples)),
         )
         around = markup.intersection((*self._opening, *self._before_reply, *self._between))
         self._control = special_ids(tokenizer) - {*self._tags.values()} | around
@@ -385,16 +496,22 @@ class ChatDialogue:
         self._split_reply = self.cache.memoize(self._split_reply_uncached)
 
     def prompt(self, history: History, observation: str) -> Prompt:
-        """Return the ids to append after `history`, or the whole dialogue where turns are rewritten."""
+        """Return the ids to append after `history`, or a whole prompt where turns are written anew."""
+        cut = self._encode_observation.note_cut(observation)
+        seen = self._encode_message(history, observation)
         if not self.appends:
-            return Prompt(self._encode_whole(history, observation), new_sequence=True)
-        seen = self._encode_observation(observation)
+            earlier = history if self._prompt is None or self._prompt.history is None else ()
+            said = [self._encode_message(history[:turn], text) for turn, (text, _) in enumerate(earlier)]
+            replies = [reply for _, reply in earlier]
+            return Prompt(self._encode_whole([*said, seen], replies), new_sequence=True, cut=cut)
         if not history:
-            return Prompt((*self._opening, *seen, *self._before_reply), new_sequence=True)
+            return Prompt((*self._opening, *seen, *self._before_reply), new_sequence=True, cut=cut)
         # A complete reply has sampled its end of turn; one that was cut off or ended otherwise lacks it.
         ended = history[-1][1][-1:] == (self._end_of_turn,)
         return Prompt(
-            (*(self._after_end if ended else self._between), *seen, *self._before_reply), new_sequence=False
+            (*(self._after_end if ended else self._between), *seen, *self._before_reply),
+            new_sequence=False,
+            cut=cut,
         )
 
     def parse(self, ids: Sequence[int]) -> ParsedReply:
@@ -449,19 +566,30 @@ class ChatDialogue:
             return ParsedReply(text, valid=False)
         return ParsedReply(found["command"].strip(), valid=True)
 
-    def _encode_whole(self, history: History, observation: str) -> tuple[int, ...]:
-        observations = [*(text for text, _ in history), observation]
-        texts = self._texts | dict(enumerate(map(self._encode_observation, observations)))
+    def _encode_message(self, history: History, observation: str) -> tuple[int, ...]:
+        """Return the ids of the user's message of a turn."""
+        if self._prompt is None:
+            task = None if history else task_of(observation)
+            return self._encode_observation.with_task(observation, task)
+        past = [(text, self.parse(reply).text) for text, reply in history]
+        shorten = self._encode_observation.shorten
+        return self._encode_pieces(self._prompt.write(past, observation, self._format.words, shorten))
+
+    def _encode_whole(
+        self, said: Sequence[tuple[int, ...]], given: Sequence[tuple[int, ...]]
+    ) -> tuple[int, ...]:
+        """Return the ids of a dialogue, from those of the user's messages and of the replies."""
+        texts = self._texts | dict(enumerate(said))
         replies = []
-        for _, reply in history:
-            (first, *shown), said = self._split_reply(tuple(reply))
-            numbers = range(len(texts), len(texts) + len(said))
-            texts |= zip(numbers, said, strict=True)
+        for reply in given:
+            (first, *shown), words = self._split_reply(tuple(reply))
+            numbers = range(len(texts), len(texts) + len(words))
+            texts |= zip(numbers, words, strict=True)
             rest = "".join(map("".join, zip(map(slot, numbers), shown, strict=True)))
             replies.append(self._reply_prefix + first + rest)
-        slots = list(map(slot, range(len(observations))))
+        slots = list(map(slot, range(len(said))))
         rendered = self._render(messages(slots, replies, self._instructions))
-        if not history:
+        if not given:
             self._warn_if_opening_changed(rendered)
         return self._fill_slots(rendered, texts)
 
@@ -523,18 +651,22 @@ class ChatDialogue:
         return ids[start:end] if self._decode(ids[start:end]) == wanted else self._encode(wanted)
 
     def _prepare_instructions(
-        self, instructions: str, markup: Collection[int]
+        self, instructions: str, markup: Collection[int], number: int
     ) -> tuple[str, dict[int, tuple[int, ...]]]:
         """Return the instructions to render; those that spell markup become a slot, returned with its ids."""
         spelled = any(id in markup for id in self._markup(instructions))
         if not spelled and len(split_slots(instructions)) == 1:
             return instructions, {}
-        return slot(INSTRUCTIONS_SLOT), {INSTRUCTIONS_SLOT: self._encode_tagged(instructions)}
+        return slot(number), {number: self._encode_tagged(instructions)}
 
     def _encode_tagged(self, before: str, text: str = "", after: str = "") -> tuple[int, ...]:
         """Encode text with the reply format's tags around it; only the format's tags become tag tokens."""
+        return self._encode_pieces(((before, True), (text, False), (after, True)))
+
+    def _encode_pieces(self, pieces: Iterable[Piece]) -> tuple[int, ...]:
+        """Encode pieces of text as one; only in our own pieces, tags become tag tokens."""
         runs: list[str | int] = [""]
-        for part, own in ((before, True), (text, False), (after, True)):
+        for part, own in pieces:
             for piece in _TAG.split(part) if own else [part]:
                 if own and piece in self._tags:
                     runs += [self._tags[piece], ""]
@@ -547,6 +679,8 @@ class ChatDialogue:
 
     def _render(self, dialogue: list[Message], **arguments: Any) -> str:
         given = {"add_generation_prompt": True} | self._arguments | arguments
+        if self._system is not None:
+            dialogue = [{"role": "system", "content": self._system}, *dialogue]
         return cast(str, self._tokenizer.apply_chat_template(dialogue, tokenize=False, **given))
 
     def _encode_markup(self, text: str) -> tuple[int, ...]:
@@ -570,6 +704,13 @@ def _template_sha256(template: Any) -> str:
 
 def _sha256(ids: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(json.dumps([list(part) for part in ids]).encode()).hexdigest()
+
+
+def _prompt_sha256(ids: Sequence[Sequence[int]], prompt: PromptTemplate) -> str:
+    """Return the hash of the text around turns, and of all else that decides what a prompt says."""
+    examples = [[example.task, example.turns] for example in prompt.examples]
+    content = [list(map(list, ids)), prompt.source, prompt.history, examples]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

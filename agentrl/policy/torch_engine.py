@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from random import Random
@@ -11,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from agentrl.policy.attention import KVCache, cached_layout
-from agentrl.policy.engine import Generation, GenerationRequest, token_versions
+from agentrl.policy.engine import Generation, GenerationRequest, token_values
 from agentrl.policy.model import context_length, output_weight, packed_forward
 from agentrl.policy.requests import find_request_error, start_thought
 from agentrl.policy.sampling import Array, Draws, draw
@@ -38,6 +39,7 @@ class _Sequence:
         "request",
         "slot",
         "start",
+        "temperatures",
         "thought",
         "trie",
         "used",
@@ -61,6 +63,7 @@ class _Sequence:
         self.entropies: list[float] = []
         self.allowed: list[tuple[int, ...] | None] = []
         self.versions: list[tuple[int, int]] = []  # (index of the first reply token, version)
+        self.temperatures: list[tuple[int, float]] = []  # likewise
 
 
 class TorchEngine:
@@ -85,7 +88,7 @@ class TorchEngine:
         forwards: The number of forward passes so far.
     """
 
-    provides = frozenset({"rollout:entropy"})
+    provides = frozenset({"rollout:entropy", "rollout:token_temperature"})
 
     def __init__(
         self,
@@ -195,6 +198,7 @@ class TorchEngine:
         sequence.used = self._steps
         sequence.logprobs, sequence.entropies, sequence.allowed = [], [], []
         sequence.versions = [(0, self._version)]
+        sequence.temperatures = [(0, request.sampling.temperature)]
         sequence.trie, sequence.thought, sequence.node = trie, None, None
         room = self.max_context - sequence.start
         if trie is None:
@@ -258,7 +262,8 @@ class TorchEngine:
                 tuple(sequence.entropies),
                 None if request.choices is None else tuple(sequence.allowed),
                 finish,
-                *token_versions(sequence.versions, len(sequence.logprobs)),
+                *token_values(sequence.versions, len(sequence.logprobs)),
+                temperatures=token_values(sequence.temperatures, len(sequence.logprobs))[1],
             )
         )
 
@@ -390,7 +395,7 @@ class TorchEngine:
                 [row.node.ids for row in chosen if row.node is not None] if menu else None,
                 # One generator per row, so that a reply does not depend on the rest of the batch.
                 np.array([row.random.random() for row in chosen]),
-                np.array([row.request.sampling.temperature for row in chosen if row.request is not None]),
+                np.array([row.temperatures[-1][1] for row in chosen]),
             )
             (self._take_edges if menu else self._take_tokens)(chosen, draws)
 
@@ -410,6 +415,7 @@ class TorchEngine:
             row.logprobs.extend(rest)
             row.entropies.append(entropy)
             row.entropies.extend(rest)
+            _set_next_temperature(row, entropy)
             row.node = edge.node
             if row.node is None:
                 self._finish(row)
@@ -424,6 +430,7 @@ class TorchEngine:
             row.ids.append(token)
             row.logprobs.append(logprob)
             row.entropies.append(entropy)
+            _set_next_temperature(row, entropy)
             if row.thought is not None:
                 row.allowed.append(None)
                 written = row.thought.take(token)
@@ -436,6 +443,19 @@ class TorchEngine:
 
 
 NOT_FINITE = "the model's logits are not finite: its weights hold nan or inf, or it overflows policy.dtype"
+
+
+def _set_next_temperature(row: _Sequence, entropy: float) -> None:
+    """Set the temperature of the next decision, where it follows from the entropy of the last one."""
+    follow = None if row.request is None else row.request.sampling.next_temperature
+    if follow is None:
+        return
+    temperature = float(follow(entropy))
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(
+            f"the temperature after an entropy of {entropy:g} is {temperature}, wanted a number above 0"
+        )
+    row.temperatures.append((len(row.logprobs), temperature))
 
 
 def _rounded(count: int, step: int) -> int:

@@ -139,7 +139,8 @@ class _Tree:
                 request = BranchPoint(request.parent, 0)
             else:
                 request = None
-        spec = replace(self.template, id=f"{self.template.id}-{len(self.paths)}", parent=request)
+        member = len(self.paths)
+        spec = replace(self.template, id=f"{self.template.id}-{member}", parent=request, member=member)
         path = self.paths[spec.id] = Path(keep=True)
         return Start(spec, fork, path)
 

@@ -15,6 +15,7 @@ from typing import Any, Self, cast
 import gymnasium
 
 from agentrl.data.trajectory import StopReason
+from agentrl.env.briefing import read_briefing
 from agentrl.env.containment import (
     EscapeError,
     call_contained,
@@ -312,7 +313,7 @@ def _transition(env: TextGym, effect: EnvironmentCall) -> Transition:
         answer = Transition(*step_answer(env.step(effect.action)))
     else:
         observation, info = reset_answer(env.reset(seed=effect.seed, options={"task": effect.task}))
-        answer = Transition(observation, info=info)
+        answer = Transition(observation, info=info, briefing=read_briefing(env, info))
     check_size(answer.observation, answer.info)
     if effect.keep and not (answer.terminated or answer.truncated):
         return replace(answer, snapshot=_snapshot(_unwrapped(env)))

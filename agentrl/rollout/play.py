@@ -4,10 +4,11 @@ The code that drives it (see `collector`) decides where environments and models 
 """
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from agentrl.data.trajectory import BranchPoint, Episode, StopReason, Turn
+from agentrl.env.briefing import Briefing
 from agentrl.errors import EnvironmentContractError
 from agentrl.seeds import derive_seed
 from agentrl.values import ValueFaultError, as_text, storable
@@ -29,6 +30,7 @@ class EpisodeSpec:
         task: The id of the task.
         seed: The seed of the environment.
         parent: The point of another episode from which this one branches; None for the first observation.
+        member: The index of the episode in its group.
     """
 
     id: str
@@ -36,6 +38,7 @@ class EpisodeSpec:
     task: str
     seed: int
     parent: BranchPoint | None = None
+    member: int = 0
 
     def __post_init__(self) -> None:
         try:
@@ -79,6 +82,10 @@ class ActionRequest:
         actions: The admissible actions; None if the environment does not name them.
         info: The complete `info` that came with the observation.
         seed: The seed of the episode's random draws.
+        task: The id of the task.
+        member: The index of the episode in its group.
+        previous: The turn before this one; None in the first.
+        briefing: What the environment told at the start of the episode.
     """
 
     episode_id: str
@@ -87,6 +94,10 @@ class ActionRequest:
     actions: tuple[str, ...] | None
     info: Mapping[str, Any]
     seed: int
+    task: str = ""
+    member: int = 0
+    previous: Turn | None = None
+    briefing: Briefing = field(default_factory=Briefing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +105,7 @@ class Transition:
     """The environment's answer to `Reset` (with reward 0 and no end) or `Step`.
 
     `snapshot` restores this state in the environments that made it; None if it was not requested or is not
-    available.
+    available. `briefing` comes with a reset.
     """
 
     observation: str
@@ -103,6 +114,7 @@ class Transition:
     truncated: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
     snapshot: Any = field(default=None, repr=False, compare=False)
+    briefing: Briefing = field(default_factory=Briefing, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +133,8 @@ class Reply:
     finish: str = "stop"
     policy_version: int = 0
     policy_versions: tuple[int, ...] = ()
+    temperature: float | None = None
+    temperatures: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +272,18 @@ def play(
         if max_turns is not None and len(path.turns) >= max_turns:
             return _episode(spec, path, StopReason.TURN_LIMIT, before)
         turn, actions = len(path.turns), _actions(before)
-        reply = yield ActionRequest(spec.id, turn, before.observation, actions, before.info, seed)
+        reply = yield ActionRequest(
+            spec.id,
+            turn,
+            before.observation,
+            actions,
+            before.info,
+            seed,
+            task=spec.task,
+            member=spec.member,
+            previous=path.turns[-1] if path.turns else None,
+            briefing=_limited(path.transitions[0].briefing, max_turns),
+        )
         if isinstance(reply, Stop):
             return _episode(spec, path, reply.reason, before, reply.error)
         reply = _checked(reply, Reply)
@@ -309,6 +334,14 @@ def _actions(answer: Transition) -> tuple[str, ...] | None:
     return None if actions is None else tuple(actions)
 
 
+def _limited(briefing: Briefing, max_turns: int | None) -> Briefing:
+    """Return a briefing whose step limit is that of the episode, if it is the smaller one."""
+    known = briefing.max_steps
+    if max_turns is None or (known is not None and known <= max_turns):
+        return briefing
+    return replace(briefing, max_steps=max_turns)
+
+
 def _turn(before: Transition, reply: Reply, answer: Answer) -> Turn:
     after = answer if isinstance(answer, Transition) else Transition("")
     info = {key: after.info[key] for key in STORED_INFO if key in after.info}
@@ -329,6 +362,8 @@ def _turn(before: Transition, reply: Reply, answer: Answer) -> Turn:
         finish=reply.finish,
         policy_version=reply.policy_version,
         policy_versions=reply.policy_versions,
+        temperature=reply.temperature,
+        temperatures=reply.temperatures,
         info=info,
     )
 

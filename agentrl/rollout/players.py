@@ -4,11 +4,14 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Protocol
 
 from agentrl.data.trajectory import StopReason, Turn
 from agentrl.env.spaces import TextSpace
+from agentrl.errors import ConfigError
 from agentrl.policy.engine import Engine, Generation, GenerationRequest, SamplingParams
+from agentrl.policy.prompt import Observation
 from agentrl.policy.thinking import Thinking
 from agentrl.policy.trie import admissible_replies, token_trie
 from agentrl.rollout.menus import Menu, build_menu
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from agentrl.policy.tokens import Dialogue
 
 Answered = tuple[str, Reply | Stop]
+ChooseSampling = Callable[[ActionRequest, SamplingParams], SamplingParams]
 
 
 class Player(Protocol):
@@ -101,6 +105,15 @@ class ExpertPlayer(_ImmediatePlayer):
         return action if isinstance(action, Stop) else Reply(action)
 
 
+def scripted_player(name: str) -> Player:
+    """Return the player named `random` or `expert`."""
+    if name == "random":
+        return RandomPlayer()
+    if name == "expert":
+        return ExpertPlayer()
+    raise ConfigError(f"policy is {name!r}, wanted random or expert")
+
+
 class HumanPlayer(_ImmediatePlayer):
     """Player that asks a person.
 
@@ -154,11 +167,14 @@ class _Conversation:
         self.length = (0 if new_sequence else self.length) + prompt + len(action_ids)
 
     @classmethod
-    def from_turns(cls, turns: Sequence[Turn]) -> "_Conversation":
-        """Return the conversation after some turns."""
+    def from_turns(cls, turns: Sequence[Turn], parent: "_Conversation | None" = None) -> "_Conversation":
+        """Return the conversation after some turns, which are those of `parent` if that is known."""
         conversation = cls()
-        for turn in turns:
-            conversation.extend(turn.observation, len(turn.prompt_ids), turn.new_sequence, turn.action_ids)
+        seen = [text for text, _ in parent.history] if parent is not None else []
+        for turn, text in zip_longest(turns, seen[: len(turns)]):
+            # What the parent was shown says more than the text that the turn keeps.
+            said = turn.observation if text is None else text
+            conversation.extend(said, len(turn.prompt_ids), turn.new_sequence, turn.action_ids)
         return conversation
 
 
@@ -169,6 +185,7 @@ class _Pending:
     request: ActionRequest
     prompt_ids: tuple[int, ...]
     new_sequence: bool
+    sampling: SamplingParams
     menu: Menu | None  # None for a reply of free text
     prefix: tuple[int, ...] = ()  # the first tokens of the reply, which the engine was given
 
@@ -183,16 +200,29 @@ class LanguagePlayer:
         choices: Whether to reply with one of the admissible actions where the environment names them, after
             the thoughts that the dialogue's `thinking` and `sampling.max_tokens` allow; False generates
             freely.
+        choose_sampling: Maps a request and `sampling` to the parameters of the reply, which must have the
+            same `max_tokens`; None takes `sampling`.
+
+    Attributes:
+        cut_observations: The number of observations so far that were too long, and are cut.
     """
 
     def __init__(
-        self, dialogue: "Dialogue", engine: Engine, sampling: SamplingParams, *, choices: bool = True
+        self,
+        dialogue: "Dialogue",
+        engine: Engine,
+        sampling: SamplingParams,
+        *,
+        choices: bool = True,
+        choose_sampling: ChooseSampling | None = None,
     ) -> None:
         self._dialogue = dialogue
         self._engine = engine
         self._sampling = sampling
         self._choices = choices
+        self._choose_sampling = choose_sampling
         self._thinking: Thinking | None = getattr(dialogue, "thinking", None)
+        self.cut_observations = 0
         self._conversations: dict[str, _Conversation] = {}
         self._pending: dict[str, _Pending] = {}
         self._stopped: list[Answered] = []
@@ -201,7 +231,8 @@ class LanguagePlayer:
         """Encode a request and pass it to the engine; one that exceeds the context ends its episode."""
         conversation = self._conversations.setdefault(request.episode_id, _Conversation())
         inherited, conversation.inheritance = conversation.inheritance, _Inheritance()
-        prompt = self._dialogue.prompt(conversation.history, request.observation)
+        prompt = self._dialogue.prompt(conversation.history, _observation(request))
+        self.cut_observations += prompt.cut
         menu = self._menu(request, inherited.begun)
         if menu is not None and not menu.texts:
             error = f"none of info['actions'] begins with the tokens of the parent's reply: {inherited.begun}"
@@ -215,7 +246,10 @@ class LanguagePlayer:
             return
         prefix = inherited.begun if menu is None else menu.prefix
         free = menu is None or menu.thinking is not None
-        pending = _Pending(request, tuple(prompt.ids), prompt.new_sequence, menu, prefix)
+        sampling = self._sampling
+        if self._choose_sampling is not None:
+            sampling = self._choose_sampling(request, sampling)
+        pending = _Pending(request, tuple(prompt.ids), prompt.new_sequence, sampling, menu, prefix)
         self._pending[request.episode_id] = pending
         conversation.submitted = True
         self._engine.submit(
@@ -226,7 +260,7 @@ class LanguagePlayer:
                 new_sequence=prompt.new_sequence or bool(inherited.ids),
                 choices=None if menu is None else tuple(menu.texts),
                 seed=derive_seed(request.seed, "turn", request.turn),
-                sampling=self._shortened(len(prefix)) if free else self._sampling,
+                sampling=_shortened(sampling, len(prefix)) if free else sampling,
                 parent=inherited.parent,
                 thinking=None if menu is None else menu.thinking,
                 begun=() if menu is None else menu.thoughts,
@@ -240,14 +274,10 @@ class LanguagePlayer:
         max_tokens = self._sampling.max_tokens
         return build_menu(self._dialogue, self._thinking, request.actions, begun, max_tokens)
 
-    def _shortened(self, tokens: int) -> SamplingParams:
-        """Return the sampling parameters with `tokens` fewer tokens to generate."""
-        sampling = self._sampling
-        return replace(sampling, max_tokens=sampling.max_tokens - tokens) if tokens else sampling
-
     def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
         """Start an episode with the tokens of its parent, which the engine need not read again."""
-        conversation = self._conversations[child_id] = _Conversation.from_turns(turns)
+        parent = self._conversations.get(parent_id)
+        conversation = self._conversations[child_id] = _Conversation.from_turns(turns, parent)
         ids: list[int] = []
         for turn in turns:
             if turn.new_sequence:
@@ -285,11 +315,12 @@ class LanguagePlayer:
         if prefix:
             chosen_from = (None,) * len(generation.token_ids) if allowed is None else allowed
             allowed = (*((token,) for token in prefix), *chosen_from)
-        versions = generation.policy_versions
-        if versions:
-            versions = (*versions[:1] * len(prefix), *versions)
+        versions, temperatures = (
+            (*values[:1] * len(prefix), *values)
+            for values in (generation.policy_versions, generation.temperatures)
+        )
         self._conversations[generation.sequence].extend(
-            pending.request.observation, len(pending.prompt_ids), pending.new_sequence, ids
+            _observation(pending.request), len(pending.prompt_ids), pending.new_sequence, ids
         )
         chosen = None if pending.menu is None else pending.menu.chosen(generation.token_ids)
         text, valid = (chosen, True) if chosen is not None else self._parse(ids)
@@ -305,12 +336,19 @@ class LanguagePlayer:
             finish=generation.finish,
             policy_version=generation.policy_version,
             policy_versions=versions,
+            temperature=pending.sampling.temperature,
+            temperatures=temperatures,
         )
 
     def _parse(self, ids: tuple[int, ...]) -> tuple[str, bool]:
         # An unparsable reply goes to the environment unchanged, so that the policy sees its effect.
         parsed = self._dialogue.parse(ids)
         return parsed.text, parsed.valid
+
+
+def _shortened(sampling: SamplingParams, tokens: int) -> SamplingParams:
+    """Return the sampling parameters with `tokens` fewer tokens to generate."""
+    return replace(sampling, max_tokens=sampling.max_tokens - tokens) if tokens else sampling
 
 
 class DemonstrationPlayer(_ImmediatePlayer):
@@ -366,9 +404,10 @@ class DemonstrationPlayer(_ImmediatePlayer):
         if request.actions and text not in request.actions:
             return Stop(StopReason.CONTRACT, f"the expert's action {text!r} is not one of info['actions']")
         conversation = self._conversations.setdefault(request.episode_id, _Conversation())
-        prompt = self._dialogue.prompt(conversation.history, request.observation)
+        observation = _observation(request)
+        prompt = self._dialogue.prompt(conversation.history, observation)
         action_ids = self._dialogue.encode_reply(text)
-        conversation.extend(request.observation, len(prompt.ids), prompt.new_sequence, action_ids)
+        conversation.extend(observation, len(prompt.ids), prompt.new_sequence, action_ids)
         needed = conversation.length + max(0, self._room(request) - len(action_ids))
         if self._max_context is not None and needed > self._max_context:
             return _too_long(needed, self._max_context)
@@ -396,7 +435,8 @@ class DemonstrationPlayer(_ImmediatePlayer):
         """Start an episode after turns of its parent."""
         if prefix_ids:
             raise ValueError(f"{child_id!r} begins inside a reply, but an expert gives complete replies")
-        self._conversations[child_id] = _Conversation.from_turns(turns)
+        parent = self._conversations.get(parent_id)
+        self._conversations[child_id] = _Conversation.from_turns(turns, parent)
 
     def close(self, episode_id: str) -> None:
         """Discard all state of an episode."""
@@ -419,6 +459,10 @@ class DemonstrationPlayer(_ImmediatePlayer):
             return None
         replies = admissible_replies(request.actions, self._dialogue.encode_reply)
         return token_trie(tuple(replies)).trace(action_ids)
+
+
+def _observation(request: ActionRequest) -> Observation:
+    return Observation(request.observation, request.actions, request.briefing)
 
 
 def _too_long(length: int, limit: int) -> Stop:

@@ -158,6 +158,7 @@ class Server:
             answer.truncated,
             dict(answer.info),
             _pickle_snapshot(answer.snapshot),
+            answer.briefing,
         )
 
     def _discard(self, slot: int, payload: None) -> tuple[str, Any]:

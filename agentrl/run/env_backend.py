@@ -4,8 +4,9 @@ from typing import Any
 
 from agentrl.env.registry import Factory
 from agentrl.rollout import placement
-from agentrl.rollout.environments import Environments, Make
+from agentrl.rollout.environments import EnvironmentPool, Environments, Make
 from agentrl.rollout.settings import RolloutConfig
+from agentrl.rollout.workers import ProcessEnvironments
 from agentrl.run.settings import RunConfig
 from agentrl.scale.extras import check_ray
 
@@ -27,6 +28,18 @@ def open_environments(make: Make, config: RolloutConfig) -> Environments:
     from agentrl.scale.ray_environments import RayEnvironments
 
     return RayEnvironments(make, config.max_active, config.workers, config.ray)
+
+
+def open_one_environment(make: Make, config: RolloutConfig) -> Environments:
+    """Open one environment to look into: in this process if the placement is `inline`, else in a worker.
+
+    Args:
+        make: Makes the environment.
+        config: The rollout settings.
+    """
+    if config.backend == "local" and config.placement == "inline":
+        return EnvironmentPool(make)
+    return ProcessEnvironments(make, 1, config.workers)
 
 
 def environment_factory(config: RunConfig, **arguments: Any) -> Factory:

@@ -198,7 +198,13 @@ def changed_wording(run: Run, wording: "Wording") -> str | None:
     before, now = manifest.get("prompt"), asdict(wording)
     if not isinstance(before, dict) or before.get("sha256") == now["sha256"]:
         return None
-    parts = [name for name in ("opening", "before_reply", "between") if before.get(name) != now[name]]
+    parts = [name for name in _TEXTS if before.get(name) != now[name]]
+    other = [f"policy.{name}" for name in ("prompt", "history", "examples") if _differs(name, before, now)]
+    if other and not parts:
+        return (
+            f"the prompts of {run.folder} have changed since it was made: {', '.join(other)} no longer says "
+            "what the policy was trained on"
+        )
     if not parts:
         return f"the prompts of {run.folder} are the same text with other token ids: its tokenizer changed"
     then, today = _differing_lines(str(before.get(parts[0])), str(now[parts[0]]))
@@ -208,6 +214,15 @@ def changed_wording(run: Run, wording: "Wording") -> str | None:
         "policy.template_arguments (such as policy.template_arguments.date_string), or write it "
         "into the tokenizer's chat_template"
     )
+
+
+_TEXTS = ("opening", "before_reply", "between")
+
+
+def _differs(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether a part of the prompts is not the recorded one; it is compared as JSON."""
+    recorded = before.get(name, [] if name == "examples" else None)
+    return json.dumps(recorded) != json.dumps(now[name])
 
 
 def _differing_lines(before: str, now: str) -> tuple[str, str]:

@@ -49,6 +49,7 @@ METRICS = (
     Metric("rollout/stop/*", "share", "Episodes that ended for this reason.", "stop/*"),
     Metric("rollout/episodes_kept", "share", "Episodes that are learned from.", "episodes_kept"),
     Metric("rollout/groups_kept", "share", "Groups that are learned from.", "groups_kept"),
+    Metric("rollout/cut_observations", "observations", "Observations too long for the policy, and cut."),
     Metric("rollout/rounds", "rounds", "Times that tasks were drawn for the step.", "rounds"),
     Metric("rollout/retried", "episodes", "Aborted attempts that were played again.", "retried"),
     Metric("rollout/quarantined_tasks", "tasks", "Tasks that are no longer played.", "quarantined_tasks"),

@@ -1,4 +1,4 @@
-"""Policies and players, opened by the name of a script, a run or a Hugging Face folder."""
+"""Policies and players, opened by the name of a script, a run or a model."""
 
 import logging
 import random
@@ -23,16 +23,19 @@ from agentrl.policy.model import (
     load_policy,
 )
 from agentrl.policy.precision import engine_copy
+from agentrl.policy.prompt import Example
 from agentrl.policy.settings import PolicyConfig
-from agentrl.policy.tokens import Dialogue, check_without_template, fit_tokenizer, make_dialogue
+from agentrl.policy.sources import ModelSource
+from agentrl.policy.tokens import Dialogue, check_without_template, configured_dialogue, fit_tokenizer
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import EpisodeSpec
-from agentrl.rollout.players import ExpertPlayer, LanguagePlayer, Player, RandomPlayer
+from agentrl.rollout.players import ChooseSampling, LanguagePlayer, Player, scripted_player
+from agentrl.run.examples import find_examples
 from agentrl.run.folder import Run, changed_wording
 from agentrl.run.settings import RunConfig
 from agentrl.run.trust import caller_only_values, drop_caller_only_values
-from agentrl.run.weights import find_policy, initial_weights, load_saved
+from agentrl.run.weights import find_model, find_policy, initial_weights, load_saved
 from agentrl.scale.engines import open_engine
 from agentrl.seeds import derive_seed
 
@@ -53,12 +56,14 @@ class Policy:
             are rounded from the trained ones after each update.
         tokenizer: The tokenizer of both.
         dialogue: The format in which turns are read and written.
+        source: The files that the first weights were read from; None for random weights.
     """
 
     model: PreTrainedModel
     served: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     dialogue: Dialogue
+    source: ModelSource | None = None
 
     def engine(self, config: RunConfig) -> Engine:
         """Open the configured inference engine on the served model."""
@@ -66,15 +71,27 @@ class Policy:
             self.served,
             config.engine,
             stop_ids=self.dialogue.stop_ids,
-            max_context=config.policy.max_context,
+            max_context=context_length(self.served, config.policy.max_context),
             max_sequences=2 * config.rollout.max_active,  # including sequences kept for branching
             address=config.rollout.ray.address,
         )
 
-    def player(self, engine: Engine, config: RunConfig, temperature: float) -> LanguagePlayer:
-        """Make a player that samples its replies from the engine."""
+    def player(
+        self,
+        engine: Engine,
+        config: RunConfig,
+        temperature: float,
+        choose_sampling: ChooseSampling | None = None,
+    ) -> LanguagePlayer:
+        """Make a player that samples its replies from the engine; see `LanguagePlayer`."""
         sampling = SamplingParams(temperature=temperature, max_tokens=config.engine.max_tokens)
-        return LanguagePlayer(self.dialogue, engine, sampling, choices=config.rollout.constrained)
+        return LanguagePlayer(
+            self.dialogue,
+            engine,
+            sampling,
+            choices=config.rollout.constrained,
+            choose_sampling=choose_sampling,
+        )
 
 
 def fit_policy(
@@ -95,13 +112,28 @@ def fit_policy(
         player: The player whose episodes the tokenizer is fitted on.
         tokenizer_folder: The folder of the tokenizer.
     """
-    check_without_template(config.policy.reply, config.policy.template_arguments)
+    check_fitted(config.policy)
     if not tokenizer_folder.is_dir():
         texts = environment_text(config, tasks, environments, player)
         fitted = fit_tokenizer(texts, config.policy.vocab_size)
         with replacing_folder(tokenizer_folder) as partial:
             fitted.save_pretrained(partial)
     return _make_policy(*initial_weights(config, tokenizer_folder), config.policy)
+
+
+def check_fitted(block: PolicyConfig) -> None:
+    """Refuse settings that a policy with a fitted tokenizer, which has no chat template, cannot follow.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    check_without_template(
+        block.reply,
+        block.template_arguments,
+        prompt=block.prompt,
+        history=block.history,
+        system_message=block.system_message,
+    )
 
 
 def names_actions(tasks: Sequence[str], environments: Environments) -> bool:
@@ -155,31 +187,34 @@ def drawn_specs(config: RunConfig, use: str, count: int, tasks: Sequence[str]) -
         yield EpisodeSpec(f"{use}-{index}", config.env.id, task, derive_seed(config.seed, use, index))
 
 
-def load(folder: str | Path, config: PolicyConfig) -> Policy:
-    """Load the policy in a Hugging Face folder.
+def load(source: ModelSource | str | Path, config: PolicyConfig, examples: Sequence[Example] = ()) -> Policy:
+    """Load the policy of a model.
+
+    Args:
+        source: The model; a path is a Hugging Face folder.
+        config: The `policy` block of the configuration.
+        examples: The solved examples that its prompt shows.
 
     Raises:
-        CheckpointError: If the folder cannot be read, or its weights overflow in `policy.dtype`.
+        CheckpointError: If the model cannot be read, or its weights overflow in `policy.dtype`.
     """
-    return _checked_policy(Path(folder), *load_policy(folder, device=config.device), config)
+    if not isinstance(source, ModelSource):
+        source = ModelSource(Path(source), name=str(source))
+    model, tokenizer = load_policy(source, device=config.device, chat_template=config.chat_template)
+    return replace(_checked_policy(source.path, model, tokenizer, config, examples), source=source)
 
 
 def _checked_policy(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PolicyConfig
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PolicyConfig,
+    examples: Sequence[Example],
 ) -> Policy:
-    policy = _make_policy(model, tokenizer, config)
+    policy = _make_policy(model, tokenizer, config, examples)
     if policy.served is not model:
         check_finite(folder, policy.served)
     return policy
-
-
-def scripted_player(name: str, seed: int = 0) -> Player:
-    """Return the player named `random` or `expert`."""
-    if name == "random":
-        return RandomPlayer()
-    if name == "expert":
-        return ExpertPlayer()
-    raise ConfigError(f"policy is {name!r}, wanted random or expert")
 
 
 def open_player(
@@ -191,8 +226,8 @@ def open_player(
     writes the date.
 
     Args:
-        policy: `random`, `expert`, a run's folder or name, a checkpoint RUN/checkpoints/NAME, or a Hugging
-            Face folder. Of a run that has not finished, the newest checkpoint is taken.
+        policy: `random`, `expert`, a run's folder or name, a checkpoint RUN/checkpoints/NAME, or a model as
+            `policy.path` names one. Of a run that has not finished, the newest checkpoint is taken.
         temperature: The sampling temperature; 0 is greedy.
         config: The configuration to play with if `policy` is not a run; None takes the defaults.
 
@@ -206,20 +241,26 @@ def open_player(
         return scripted_player(policy), config or RunConfig()
     saved, asked = find_policy(policy), config is not None
     if saved is not None:
-        config, folder, asked = drop_caller_only_values(saved.run.config), saved.path, True
+        config, asked = drop_caller_only_values(saved.run.config), True
         _warn_of_dropped_values(saved.run)
         if saved.checkpoint is not None and not saved.asked:
             _log.warning("%s", saved.describe())
-        loaded = _checked_policy(folder, *load_saved(saved), config.policy)
+        examples = find_examples(config, saved.run)
+        loaded = _checked_policy(saved.path, *load_saved(saved), config.policy, examples)
+        changed = changed_wording(saved.run, loaded.dialogue.wording)
+        named = replace(config.policy, path=str(saved.path), revision=None, chat_template=None)
     else:
-        config, folder = config or RunConfig(), Path(policy)
-        loaded = load(folder, config.policy)
-    changed = saved and changed_wording(saved.run, loaded.dialogue.wording)
+        config = config or RunConfig()
+        source = find_model(policy, config.policy.revision)
+        loaded, changed = load(source, config.policy, find_examples(config, None)), None
+        named = replace(
+            config.policy, path=source.asked.name or str(source.folder), revision=source.asked.revision
+        )
     if changed:
         warnings.warn(changed, RuntimeWarning, stacklevel=2)
     # Nobody asked for the default, so a model with a shorter context needs no warning.
     limit = context_length(loaded.model, config.policy.max_context if asked else None)
-    block = replace(config.policy, path=str(folder), max_context=min(limit, config.policy.max_context))
+    block = replace(named, max_context=min(limit, config.policy.max_context or limit))
     config = replace(config, engine=replace(config.engine, name="torch", actors=None), policy=block)
     return loaded.player(loaded.engine(config), config, temperature), config
 
@@ -234,12 +275,11 @@ def _warn_of_dropped_values(run: Run) -> None:
         )
 
 
-def _make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PolicyConfig) -> Policy:
-    dialogue = make_dialogue(
-        tokenizer,
-        reply=config.reply,
-        max_observation_tokens=config.max_observation_tokens,
-        stop_ids=end_ids(model),
-        template_arguments=config.template_arguments,
-    )
+def _make_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PolicyConfig,
+    examples: Sequence[Example] = (),
+) -> Policy:
+    dialogue = configured_dialogue(config, tokenizer, stop_ids=end_ids(model), examples=examples)
     return Policy(model, engine_copy(model, getattr(torch, config.dtype)), tokenizer, dialogue)

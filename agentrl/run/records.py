@@ -69,6 +69,7 @@ class _Manifest(TypedDict, total=False):
     prompt: dict[str, Any]
     seed: int
     placement: str | None
+    model: dict[str, Any]
 
 
 class _Progress(TypedDict):

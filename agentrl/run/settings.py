@@ -34,6 +34,7 @@ from agentrl.plugins import load_imports
 from agentrl.policy.settings import EngineConfig, PolicyConfig
 from agentrl.rollout.settings import RolloutConfig
 from agentrl.run.config_files import leaves, read_config_files, with_origins
+from agentrl.run.presets import with_preset
 from agentrl.terminal import echo
 
 _log = logging.getLogger(__name__)
@@ -202,12 +203,7 @@ class RunConfig:
         check_own_numbers(self)
         if self.engine.name != "vllm":
             return
-        temperature = self.rollout.temperature
-        if not _VLLM_TEMPERATURES[0] <= temperature <= _VLLM_TEMPERATURES[1]:
-            raise ConfigError(
-                f"rollout.temperature is {temperature}, wanted within {list(_VLLM_TEMPERATURES)}, "
-                "the range of engine.name=vllm"
-            )
+        self.check_temperature("rollout.temperature", self.rollout.temperature)
         inside = self.engine.actors is None and self.engine.vllm.url is None
         if inside and "fsdp" in (self.learner.backend, self.warm_start.learner.backend):
             raise ConfigError(
@@ -215,8 +211,24 @@ class RunConfig:
                 "learner.backend=fsdp; wanted engine.actors, or engine.vllm.url of a server"
             )
 
+    def check_temperature(self, name: str, temperature: float) -> None:
+        """Refuse a temperature of training that the engine cannot sample at.
+
+        Raises:
+            ConfigError: With the name and the value.
+        """
+        low, high = _VLLM_TEMPERATURES if self.engine.name == "vllm" else (0.0, _MAX_TEMPERATURE)
+        if not low <= temperature <= high or temperature == 0:
+            wanted = (
+                f"within {[low, high]}, the range of engine.name=vllm"
+                if low
+                else f"above 0, at most {high:g}"
+            )
+            raise ConfigError(f"{name} is {temperature}, wanted {wanted}")
+
 
 _VLLM_TEMPERATURES = (0.01, 2.0)
+_MAX_TEMPERATURE = 1000.0
 
 # The key that names the kind of a block: a new value makes the other keys of the block meaningless. The list
 # of an algorithm's parts is another such key.
@@ -232,29 +244,38 @@ def load_config(
         path: A YAML file, looked up as given and then among the shipped configs; None takes the defaults.
             With `extends: FILE`, it changes the values of another file.
         overrides: `key=value` overrides with dotted keys, e.g. `learner.learning_rate=3e-4`.
-        warn: Called with one line for each key that a new `name` dropped, and for each value that overrides
-            one of a recipe's `preset`. By default, the lines are printed to standard error.
+        warn: Called with one line for each key that a new `name` dropped, for the values that
+            `policy.preset` sets, and for each value that overrides one of a recipe's `preset`. By default,
+            the lines are printed to standard error.
         imports: Python files and modules to import in addition to `run.imports`.
 
     Raises:
         ConfigError: If there are mistakes; each is listed with its key and its file and line, or override.
     """
     files = [] if path is None else read_config_files(path)
-    tree = files[0].tree if files else {}
+    tree: dict[str, Any] = files[0].tree if files else {}
     dropped: list[str] = []
     try:
-        for change in (*(list(leaves(file.tree)) for file in files[1:]), parse_overrides(overrides)):
-            tree, lost = apply_changes(tree, change)
-            dropped += lost
+        layers = [list(leaves(file.tree)) for file in files[1:]] + [parse_overrides(overrides)]
+        tree, preset_line = with_preset(tree, layers, partial(_apply, dropped))
         _log.debug("read %s, then %s", [str(file.path) for file in files], list(overrides))
-        for key in dropped:
+        for key in dict.fromkeys(dropped):
             (warn or _print)(f"dropped {key}: it belongs to another {_NAMING_KEYS[key.split('.')[0]]}")
         config = config_from_tree(_with_imports(tree, imports))
     except ConfigError as error:
         raise ConfigError(with_origins(str(error), files, overrides, partial(stored_path, tree))) from error
-    for line in preset_overrides(config.algorithm):
+    for line in (*([preset_line] if preset_line else []), *preset_overrides(config.algorithm)):
         (warn or _print)(line)
     return config
+
+
+def _apply(
+    dropped: list[str], tree: Mapping[str, Any], changes: Iterable[tuple[Dotted, Any]]
+) -> dict[str, Any]:
+    """Apply changes, and append the keys that they drop to `dropped`."""
+    changed, lost = apply_changes(tree, changes)
+    dropped += lost
+    return changed
 
 
 def _with_imports(tree: dict[str, Any], more: Iterable[str]) -> dict[str, Any]:

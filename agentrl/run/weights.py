@@ -12,6 +12,7 @@ from agentrl.errors import AgentRLError, CheckpointError, ConfigError
 from agentrl.files import replacing_folder
 from agentrl.learn.lora import merge_adapters
 from agentrl.policy.model import build_model, load_policy, load_tokenizer, save_policy
+from agentrl.policy.sources import ModelSource, resolve
 from agentrl.run.adapter import (
     ADAPTER_FILES,
     Base,
@@ -78,7 +79,7 @@ def find_policy(name: str | Path) -> SavedPolicy | None:
 
     Returns:
         The trained policy of a finished run, the newest checkpoint of any other, or the named checkpoint;
-        None if it is another folder, such as a model's.
+        None if it is another name, such as a model's.
 
     Raises:
         CheckpointError: If there is nothing of that name, or the run has no checkpoint yet.
@@ -101,6 +102,24 @@ def find_policy(name: str | Path) -> SavedPolicy | None:
             f"continue it with: agentrl train --resume {run.folder}"
         )
     return SavedPolicy(run, found[-1])
+
+
+def find_model(name: str, revision: str | None) -> ModelSource:
+    """Find the model of a name that is no run's.
+
+    Raises:
+        CheckpointError: If there is none; the message says why it is no run either.
+    """
+    try:
+        return resolve(name, revision)
+    except AgentRLError as no_model:
+        if Path(name).exists():
+            raise
+        try:
+            find_run(name)
+        except CheckpointError as no_run:
+            raise CheckpointError(f"{no_run}; as a model, {no_model}") from no_model
+        raise
 
 
 def named_checkpoint(run: Run, name: str) -> SavedPolicy:
@@ -180,36 +199,42 @@ def _merged(run: Run, adapter: Path) -> Loaded:
 
 
 def _load_base(run: Run, base: Base, adapter: Path) -> Loaded:
-    block = run.config.policy
     if not base.own:
-        return load_policy(base.path, device=block.device)
+        return _load_model(run, base.path, base.revision)
     folder = run.folder / base.path
     if not folder.is_dir():
         raise CheckpointError(f"{adapter}: its base is gone, which {folder} held; restore it from a copy")
-    return load_policy(folder, device=block.device)
+    return load_policy(folder, device=run.config.policy.device)
 
 
 def _begun(run: Run) -> Loaded:
     """Return the policy that a run began with."""
     block = run.config.policy
     if block.path is not None:
-        return load_policy(block.path, device=block.device)
+        return _load_model(run, block.path, block.revision)
     return initial_weights(run.config, run.folder / "tokenizer")
 
 
+def _load_model(run: Run, path: str, revision: str | None) -> Loaded:
+    block = run.config.policy
+    return load_policy(resolve(path, revision), device=block.device, chat_template=block.chat_template)
+
+
 def _tokenizer(run: Run) -> PreTrainedTokenizerBase:
-    own = run.folder / "tokenizer"
-    return load_tokenizer(own if own.is_dir() else Path(str(run.config.policy.path)))
+    block = run.config.policy
+    if block.path is None:
+        return load_tokenizer(run.folder / "tokenizer")
+    return load_tokenizer(resolve(block.path, block.revision, weights=False), block.chat_template)
 
 
 def _open_run_or_none(policy: str) -> Run | None:
-    """Open the run of that folder or name; return None for any other folder, such as a model's."""
+    """Open the run of that folder or name; return None for any other name, such as a model's."""
     try:
         return open_run(policy)
     except AgentRLError:
-        folder = Path(policy)
-        if not folder.is_dir() or (
-            (folder / "config.yaml").exists() and not (folder / "config.json").exists()
-        ):
+        path = Path(policy)
+        broken_run = (path / "config.yaml").exists() and not (path / "config.json").exists()
+        # A misspelt run below runs/ has the form of an id of the hub, which is not asked for it.
+        if broken_run or (not path.exists() and path.parent == Path(RunConfig().run.folder)):
             raise
         return None

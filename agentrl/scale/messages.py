@@ -13,7 +13,7 @@ from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
 Rows = tuple[NDArray[Any], NDArray[np.int64]]  # concatenated values, and the length of each row; -1 for None
 Menus = tuple[Rows, NDArray[np.int64]]  # concatenated rows, and the number of rows of each menu; -1 for None
 Requests = tuple[list[Any], Rows, Menus, Rows]
-Generations = tuple[list[Any], Rows, Rows, Rows, Menus, Rows]
+Generations = tuple[list[Any], Rows, Rows, Rows, Menus, Rows, Rows]
 
 
 def replies_to_await(target: int, owed: int) -> int:
@@ -87,17 +87,28 @@ def pack_generations(generations: Sequence[tuple[int, Generation]]) -> Generatio
         _pack_rows([each.entropies for each in found], np.float64),
         _pack_menus([each.allowed for each in found]),
         _pack_rows([each.policy_versions for each in found]),
+        _pack_rows([each.temperatures for each in found], np.float64),
     )
 
 
 def unpack_generations(message: Generations) -> list[tuple[int, Generation]]:
     """Unpack the message of `pack_generations`."""
-    heads, tokens, logprobs, entropies, allowed, versions = message
+    heads, tokens, logprobs, entropies, allowed, versions, temperatures = message
     return [
         (
             number,
             Generation(
-                sequence, ids, of_tokens, spread, menus, finish, version, drawn_with, error=error, lost=lost
+                sequence,
+                ids,
+                of_tokens,
+                spread,
+                menus,
+                finish,
+                version,
+                drawn_with,
+                error=error,
+                temperatures=drawn_at,
+                lost=lost,
             ),
         )
         for (
@@ -107,13 +118,14 @@ def unpack_generations(message: Generations) -> list[tuple[int, Generation]]:
             version,
             error,
             lost,
-        ), ids, of_tokens, spread, menus, drawn_with in zip(
+        ), ids, of_tokens, spread, menus, drawn_with, drawn_at in zip(
             heads,
             _unpack_rows(tokens),
             _unpack_rows(logprobs),
             _unpack_rows(entropies),
             _unpack_menus(allowed),
             _unpack_rows(versions),
+            _unpack_rows(temperatures),
             strict=True,
         )
     ]

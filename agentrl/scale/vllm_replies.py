@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 from uuid import uuid4
 
-from agentrl.policy.engine import Generation, GenerationRequest, token_versions
+from agentrl.policy.engine import Generation, GenerationRequest, token_values
 from agentrl.policy.requests import find_request_error, start_thought
 from agentrl.policy.thinking import Thought
 from agentrl.policy.trie import ChoiceError, Node, TokenTrie, token_trie
@@ -188,6 +188,8 @@ class Sequences:
                 f"temperature is {request.sampling.temperature}, wanted 0 or within [{low}, {high}], as of "
                 "vLLM"
             )
+        if request.sampling.next_temperature is not None:
+            return "next_temperature is set, wanted None: vLLM samples a whole reply at one temperature"
         context = [*(() if held is None or request.new_sequence else held), *request.prompt_ids]
         self._held[request.sequence] = context
         room = self._max_context - len(context)
@@ -208,7 +210,7 @@ class Sequences:
             tuple(reply.entropies),
             None if reply.request.choices is None else tuple(reply.allowed),
             reply.finish,
-            *token_versions(reply.versions, len(reply.ids)),
+            *token_values(reply.versions, len(reply.ids)),
         )
 
     def fail(self, reply: PendingReply, error: str, *, lost: bool = False) -> Generation:

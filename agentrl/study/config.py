@@ -166,7 +166,9 @@ def plan(study: StudyConfig, folder: str | Path) -> list[StudyRun]:
         for name, config in methods.items():
             config = replace(
                 config,
-                policy=replace(config.policy, path=str(clone.folder / "model")),
+                policy=replace(
+                    config.policy, path=str(clone.folder / "model"), revision=None, chat_template=None
+                ),
                 warm_start=replace(config.warm_start, steps=0),
             )
             runs.append(_study_run(config, name, seed, parent, clone))

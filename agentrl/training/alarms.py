@@ -89,8 +89,12 @@ class Alarms:
         most = ", which is all that the model can do" if block.max_context == limit else ""
         self._say(
             f"{full} of {total} episodes ended by context_limit and count as failures: a sequence holds "
-            f"policy.max_context={block.max_context} tokens{most}, and one observation takes up to "
-            f"policy.max_observation_tokens={block.max_observation_tokens}"
+            f"policy.max_context={block.max_context} tokens{most}, and one observation takes "
+            + (
+                "as many as it has"
+                if block.max_observation_tokens is None
+                else f"up to policy.max_observation_tokens={block.max_observation_tokens}"
+            )
         )
 
     def _say(self, text: str) -> None:
@@ -100,6 +104,8 @@ class Alarms:
         """Warn of tasks that the policy cannot read to their end."""
         session = self._session
         limit, cut = session.config.policy.max_observation_tokens, 0
+        if limit is None:
+            return
         tasks = [session.tasks[index] for index in range(min(_TASKS_READ, len(session.tasks)))]
         for task in tasks:
             with suppress(Exception), session.environments.borrow() as environment:  # an episode records it

@@ -9,25 +9,24 @@ from transformers import PreTrainedModel
 from agentrl.errors import CheckpointError
 from agentrl.learn.lora import base_weights
 from agentrl.policy.model import load_policy, save_policy
-from agentrl.run.adapter import ADAPTER_FILES, Base, weights_digest
-from agentrl.run.settings import RunConfig
+from agentrl.run.adapter import Base, weights_digest
 from agentrl.training.setup import Session
 
 _FOLDERS = {"warm_start": "warm_start_base", "train": "base"}  # in a run's folder, by stage
 
 
-def describe_base(config: RunConfig, stage: str, policy: nn.Module) -> Base:
+def describe_base(session: Session, stage: str, policy: nn.Module) -> Base:
     """Return a record of the frozen weights of a policy with adapters; all ranks call it together.
 
     A run has a base of its own if it made it with random weights, trained it in the warm start, or read it
     from an adapter and its base, which peft could not load as one.
     """
-    path, revision = config.policy.path, getattr(config.policy, "revision", None)
+    path, source = session.config.policy.path, session.policy.source
     digest = weights_digest(base_weights(policy))
-    cloned = stage == "train" and config.warm_start.steps > 0
-    if path is None or cloned or (Path(path) / ADAPTER_FILES[0]).is_file():
+    cloned = stage == "train" and session.config.warm_start.steps > 0
+    if path is None or cloned or (source is not None and source.adapter is not None):
         return Base(_FOLDERS[stage], own=True, sha256=digest)
-    return Base(path, own=False, sha256=digest, revision=revision)
+    return Base(path, own=False, sha256=digest, revision=session.config.policy.revision)
 
 
 def save_base(session: Session, base: Base, policy: nn.Module) -> None:

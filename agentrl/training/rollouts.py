@@ -6,14 +6,22 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import gcd
 
-from agentrl.algorithms.hooks import Context
+from agentrl.algorithms.hooks import (
+    Context,
+    ReplyState,
+    ReplyTemperature,
+    TokenTemperature,
+    requirements,
+)
 from agentrl.data.trajectory import Episode, Group
-from agentrl.policy.engine import Engine
+from agentrl.errors import RequirementError
+from agentrl.policy.engine import Engine, SamplingParams
 from agentrl.rollout.branching import BranchScheduler
 from agentrl.rollout.collector import collect
 from agentrl.rollout.failures import Quarantine
-from agentrl.rollout.play import Collection, EpisodeSpec
+from agentrl.rollout.play import ActionRequest, Collection, EpisodeSpec
 from agentrl.rollout.players import Player
+from agentrl.run.settings import RunConfig
 from agentrl.run.timers import Timers
 from agentrl.seeds import derive_seed
 from agentrl.training.setup import Session
@@ -43,6 +51,7 @@ class RolloutResult:
         kept: The groups that are learned from.
         failures: The attempts that were aborted and made again.
         rounds: How often tasks were drawn.
+        cut_observations: How many observations were too long for the policy, and are cut.
         branches: How many episodes began in the middle of another, by the way they got there.
         environment_seconds: The time spent in environments, or waiting for them, on this rank.
         player_seconds: The time spent in the player, or waiting for it, on this rank.
@@ -52,6 +61,7 @@ class RolloutResult:
     kept: list[Group] = field(default_factory=list)
     failures: list[Episode] = field(default_factory=list)
     rounds: int = 0
+    cut_observations: int = 0
     branches: Counter[str] = field(default_factory=Counter)
     environment_seconds: float = 0.0
     player_seconds: float = 0.0
@@ -67,6 +77,7 @@ class RolloutResult:
             "rollout/groups_kept": len(self.kept) / len(self.groups),
             "rollout/retried": float(len(self.failures)),
             "rollout/rounds": float(self.rounds),
+            "rollout/cut_observations": float(self.cut_observations),
         } | {f"rollout/branches/{how}": float(count) for how, count in sorted(self.branches.items())}
 
 
@@ -104,7 +115,9 @@ class Rollouts:
     def temperature(self, context: Context) -> float:
         """Return the sampling temperature of a step."""
         schedule = self._algorithm.rollout.temperature
-        return self._config.rollout.temperature if schedule is None else schedule(context)
+        temperature = self._config.rollout.temperature if schedule is None else schedule(context)
+        self._config.check_temperature("the temperature of the step", temperature)
+        return temperature
 
     def play(self, engine: Engine, cursor: int, context: Context) -> RolloutResult:
         """Play the groups of a step, in as many rounds as the plan allows and `select` makes necessary.
@@ -118,7 +131,13 @@ class Rollouts:
             context: The context of the step.
         """
         wanted, most = self._config.rollout.groups_per_step, self._algorithm.rollout.rounds
-        player = self._session.policy.player(engine, self._config, self.temperature(context))
+        hook = self._algorithm.rollout.reply_temperature
+        player = self._session.policy.player(
+            engine,
+            self._config,
+            self.temperature(context),
+            None if hook is None else partial(reply_sampling, hook, context, self._config),
+        )
         played = RolloutResult()
         with self._timers.running("rollout"):
             while not played.rounds or (played.rounds < most and len(played.kept) < wanted):
@@ -128,6 +147,7 @@ class Rollouts:
                 short = len(played.kept) + len(kept) < wanted
                 # With several rounds allowed, the last one fills up with what it has.
                 played.kept += groups if short and most > 1 and played.rounds == most else kept
+        played.cut_observations = sum(self._ranks.gather(player.cut_observations))
         self._timers.add("rollout.environment.wall", played.environment_seconds)
         self._timers.add("rollout.generation.wall", played.player_seconds)
         played.kept = played.kept[:wanted]
@@ -162,7 +182,11 @@ class Rollouts:
     ) -> tuple[list[Group], Collection]:
         branch_policy, size = self._algorithm.rollout.branch_policy, self.group_size
         if branch_policy is None:
-            specs = [replace(item, id=f"{item.id}-{member}") for item in templates for member in range(size)]
+            specs = [
+                replace(item, id=f"{item.id}-{member}", member=member)
+                for item in templates
+                for member in range(size)
+            ]
             collection = self._collect(specs, player)
             members = [collection.episodes[start : start + size] for start in range(0, len(specs), size)]
             return [Group(item.task, each) for item, each in zip(templates, members, strict=True)], collection
@@ -170,3 +194,36 @@ class Rollouts:
         scheduler = BranchScheduler(templates, policies, size)
         collection = self._collect((), player, scheduler=scheduler)
         return scheduler.groups(collection), collection
+
+
+def reply_sampling(
+    hook: ReplyTemperature,
+    context: Context,
+    config: RunConfig,
+    request: ActionRequest,
+    sampling: SamplingParams,
+) -> SamplingParams:
+    """Return how a reply is sampled: `sampling` at the temperature that the algorithm wants for it.
+
+    Raises:
+        ConfigError: The engine cannot sample at the temperature.
+        RequirementError: The engine cannot change it within a reply.
+    """
+    state = ReplyState(
+        request.task,
+        request.episode_id,
+        request.member,
+        request.turn,
+        request.previous,
+        sampling.temperature,
+    )
+    wanted, following = hook(state, context), None
+    if isinstance(wanted, TokenTemperature):
+        if "rollout:token_temperature" not in requirements(hook):
+            raise RequirementError(
+                "the algorithm's reply_temperature returned a TokenTemperature; mark it with "
+                "@requires('rollout:token_temperature')"
+            )
+        following, wanted = wanted.following, wanted.first
+    config.check_temperature(f"the temperature of {request.episode_id}, turn {request.turn}", wanted)
+    return replace(sampling, temperature=wanted, next_temperature=following)

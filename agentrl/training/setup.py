@@ -16,16 +16,23 @@ from agentrl.errors import ConfigError
 from agentrl.evaluation.panels import configured_panel
 from agentrl.files import remove_leftovers
 from agentrl.learn.ranks import ALONE, Ranks
+from agentrl.planning.env_probe import play_random
+from agentrl.planning.limits import is_open, resolve_limits
 from agentrl.planning.preflight import check_run
+from agentrl.planning.prompt_probe import check_prompts
 from agentrl.policy.engine import Engine
-from agentrl.policy.model import context_length, shortened
+from agentrl.policy.model import context_length, resolve_device, shortened
+from agentrl.policy.prompt import Example
+from agentrl.policy.sources import resolve
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.placement import resolve_placement
 from agentrl.rollout.players import ExpertPlayer, RandomPlayer
 from agentrl.run.env_backend import environment_factory, open_environments
+from agentrl.run.examples import find_examples, note_examples
 from agentrl.run.folder import Run, changed_wording, create_run, note_wording
 from agentrl.run.lock import RunLock
 from agentrl.run.policies import Policy, fit_policy, load, names_actions
+from agentrl.run.presets import misfits
 from agentrl.run.settings import RunConfig
 from agentrl.run.signals import Interruption
 
@@ -154,21 +161,33 @@ def open_session(
         environments = open_training_environments(config)
         undo.callback(environments.close)
         found = ranks.raise_on_any_rank(partial(_inspect_env, config, environments, ranks.count))
-        limit_note = None
-        if found.policy is not None:
-            block, model = config.policy, found.policy.model
-            limit_note = shortened(model, block.max_context)
-            # The folder and every stage get the limit that the model really has.
-            block = replace(block, max_context=context_length(model, block.max_context))
-            config = replace(config, policy=block)
+        examples = ranks.run_on_rank0(lambda: find_examples(config, active, found.panel.tasks))
+        named = ranks.raise_on_any_rank(partial(_named_policy, config, examples))
+        made_from, notes = {}, [placement]
+        if named is not None:
+            assert named.source is not None
+            made_from = {"model": named.source.record()}
+            # The folder and every stage get the commit of the model, and the limits that it really has.
+            config = replace(config, policy=replace(config.policy, revision=named.source.asked.revision))
+        config, limit_notes = ranks.run_on_rank0(
+            partial(_with_limits, config, environments, found.tasks, named, ranks.count)
+        )
+        notes += limit_notes
+        if named is not None:
+            measure = partial(check_prompts, config, environments, found.tasks[0], named, examples)
+            notes.append(ranks.run_on_rank0(measure))
         run = Run(
-            ranks.run_on_rank0(lambda: (active or create_run(config, placement=placement)).folder), config
+            ranks.run_on_rank0(
+                lambda: (active or create_run(config, placement=placement, **made_from)).folder
+            ),
+            config,
         )
         lock = RunLock(run.folder) if ranks.first else None
         if lock is not None:
             undo.callback(lock.release)
         ranks.run_on_rank0(partial(_own_folder, run.folder, lock))
-        policy = found.policy or _own_policy(config, found, environments, run.folder / "tokenizer", ranks)
+        ranks.run_on_rank0(partial(note_examples, run, examples))
+        policy = named or _own_policy(config, found, environments, run.folder / "tokenizer", ranks)
         wording = policy.dialogue.wording
         other_prompts = ranks.run_on_rank0(lambda: changed_wording(run, wording))
         ranks.run_on_rank0(lambda: note_wording(run, wording))
@@ -188,7 +207,7 @@ def open_session(
         interruption=interruption or Interruption(),
         ranks=ranks,
         rollout_ranks=ranks.new_group(),
-        notes=tuple(note for note in (placement, limit_note) if note is not None),
+        notes=tuple(note for note in notes if note is not None),
         other_prompts=other_prompts,
     )
 
@@ -204,11 +223,10 @@ class _Found:
     tasks: Sequence[str]
     panel: Panel
     has_expert: bool
-    policy: Policy | None  # the one that the configuration names
 
 
 def _inspect_env(config: RunConfig, environments: Environments, ranks: int) -> _Found:
-    """Ask an environment for its tasks, its panel and its expert, and load the policy if one is named."""
+    """Ask an environment for its tasks, its panel and its expert."""
     with environments.borrow() as environment:
         known: Any = environment.unwrapped
         tasks: Sequence[str] = known.tasks(config.env.split)
@@ -217,9 +235,33 @@ def _inspect_env(config: RunConfig, environments: Environments, ranks: int) -> _
         raise ConfigError(
             f"evaluation.tasks is {len(panel.tasks)}, fewer than the {ranks} processes that share them"
         )
-    has_expert = _offers_expert(config)
-    policy = None if config.policy.path is None else load(config.policy.path, config.policy)
-    return _Found(tasks, panel, has_expert, policy)
+    return _Found(tasks, panel, _offers_expert(config))
+
+
+def _named_policy(config: RunConfig, examples: Sequence[Example]) -> Policy | None:
+    """Load the policy that the configuration names, if it names one."""
+    block = config.policy
+    return None if block.path is None else load(resolve(block.path, block.revision), block, examples)
+
+
+def _with_limits(
+    config: RunConfig, environments: Environments, tasks: Sequence[str], policy: Policy | None, ranks: int
+) -> tuple[RunConfig, list[str]]:
+    """Return the configuration with the lengths that the model and the texts give, and why, in lines."""
+    notes = []
+    if policy is not None and config.policy.max_context is not None:
+        block, model = config.policy, policy.model
+        if note := shortened(model, config.policy.max_context):
+            notes.append(note)
+        config = replace(config, policy=replace(block, max_context=context_length(model, block.max_context)))
+    if is_open(config):
+        episodes = play_random(config, environments, tasks)
+        device = resolve_device(config.policy.device)
+        config, measured = resolve_limits(config, config.algorithm.build(), episodes, device, ranks)
+        notes += measured
+    if policy is not None:
+        notes += misfits(config, sum(parameter.numel() for parameter in policy.model.parameters()))
+    return config, notes
 
 
 def _offers_expert(config: RunConfig) -> bool:

@@ -15,7 +15,6 @@ from agentrl.algorithms.stateful import states_of
 from agentrl.errors import CheckpointError, NonFiniteError
 from agentrl.evaluation.run_scores import RunScores
 from agentrl.files import replacing_folder
-from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner
 from agentrl.learn.lora import adapter_weights
 from agentrl.learn.ranks import ALONE
@@ -112,7 +111,6 @@ class TrainingState:
             block,
             reference=copy.deepcopy(model).requires_grad_(False) if "reference" in required else None,
             critic="values" in required,
-            forward=Forward(temperature=1.0 if cloning else config.rollout.temperature),
             ranks=self._session.ranks if sharded else ALONE,
         )
 
@@ -199,7 +197,7 @@ class TrainingState:
         if self.learner.config.lora is None:
             return None
         if self._base is None:
-            self._base = describe_base(self._session.config, self.stage, self.learner.policy)
+            self._base = describe_base(self._session, self.stage, self.learner.policy)
         save_base(self._session, self._base, self.learner.policy)
         return self._base
 

@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 
 from agentrl.algorithms.credit import prepare
@@ -147,8 +146,6 @@ class Trainer:
         metrics["rollout/worker_restarts"] = float(sum(self.ranks.gather(self.session.environments.restarts)))
         learned = bool(len(batch.lengths))
         if learned:
-            temperature = self.rollouts.temperature(rollout.context)
-            learner.forward = replace(learner.forward, temperature=temperature)
             metrics |= learner.update(batch, self.algorithm, context)
         metrics = {f"train/{key}": value for key, value in metrics.items()}
         self.state.advance(metrics, tasks=len(result.groups))

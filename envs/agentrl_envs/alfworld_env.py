@@ -6,7 +6,7 @@ Games are generated, unless `data` names a folder of official ones; a score on g
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import gymnasium
 from gymnasium.error import ResetNeeded
@@ -18,7 +18,7 @@ from agentrl_envs.alfworld.engine import GameState
 from agentrl_envs.alfworld.expert import SearchingExpert
 from agentrl_envs.alfworld.games import Games, GeneratedGames, LoadedGame, OfficialGames
 from agentrl_envs.alfworld.generate import SPLITS, TASK_TYPES, Options
-from agentrl_envs.alfworld.wording import compact, compact_opening
+from agentrl_envs.alfworld.wording import compact, compact_opening, compact_task, task_text
 
 OPTIONAL_COMMANDS = ("look", "inventory", "examine", "slice", "help")
 
@@ -76,11 +76,19 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         data: The folder of official games (such as `json_2.1.1`) to use instead of generated ones.
 
     `info` holds success, actions, score (0 or 1), valid, task_type, state_key, other_success (whether the
-    goal of `other_goal(task)` has been reached so far; always False with TextWorld), and expert on request.
+    goal of `other_goal(task)` has been reached so far; always False with TextWorld), task_text at the reset,
+    and expert on request.
     """
 
     splits = tuple(SPLITS)
     determinism = "episode"
+    instructions: ClassVar[str] = (
+        "You are in a house and act on it by short commands. Go to a piece of furniture to see what is "
+        "there, and open it if it is closed. You can carry one object at a time. If the task asks for it, "
+        "clean the object in a sink, heat it in a microwave, cool it in a fridge or look at it under a lamp, "
+        "and put it where it belongs. Commands read like: go to desk 1 | open drawer 2 | take mug 1 from "
+        "shelf 3 | clean mug 1 with sinkbasin 1 | move mug 1 to desk 1 | use desklamp 1."
+    )
 
     def __init__(
         self,
@@ -166,7 +174,9 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self._episode = EpisodeState(
             task, loaded, state, text, 0, False, self._engine.other_reached(loaded, state), ()
         )
-        return text, self._info(self._episode, True)
+        opening = state.observation
+        named = compact_task(opening, loaded.wanted) if self._compact else task_text(opening)
+        return text, self._info(self._episode, True) | {"task_text": named}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Run a command; return observation, reward, terminated, truncated and info."""

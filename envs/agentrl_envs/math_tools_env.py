@@ -80,8 +80,8 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         expert: Whether to add `info["expert"]`, the next turn of a scripted expert that knows the solution.
 
     `info` holds success, score (0 or 1), valid (whether the turn was a tool call or an answer), task_type,
-    tool ("calc", "python", "answer" or None), tool_error (whether the tool reported an error), and expert on
-    request.
+    tool ("calc", "python", "answer" or None), tool_error (whether the tool reported an error), task_text at
+    the reset, and expert on request.
     """
 
     thread_safe: ClassVar[bool] = True
@@ -128,6 +128,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         if self._python is not None:
             vars(self).update(snapshot=None, restore=None)
         self._with_expert = expert
+        self.instructions = f"Solve a mathematical problem. {self._usage()} The first answer counts."
         self._episode: EpisodeState | None = None
         self.observation_space = TextSpace()
         self.action_space = TextSpace()
@@ -159,7 +160,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
             self._python.end_session()
         usage = f"\n{self._usage()}" if self._plain else ""
         self._episode = EpisodeState(task, problem, f"{problem.question}{usage}{self._last_turn_notice(0)}")
-        return self._episode.observation, self._info(self._episode)
+        return self._episode.observation, self._info(self._episode) | {"task_text": problem.question}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Run a turn; return observation, reward, terminated, truncated and info."""

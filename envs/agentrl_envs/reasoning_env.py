@@ -37,6 +37,7 @@ class ReasoningEnv(OneStepEnv):
     """
 
     thread_safe: ClassVar[bool] = True
+    instructions: ClassVar[str] = f"Solve a problem. {INSTRUCTIONS}"
 
     def __init__(
         self,
@@ -66,6 +67,13 @@ class ReasoningEnv(OneStepEnv):
             solve=lambda task: wrap.format(task["problem"]["answer"]),
             expert=expert,
         )
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """Start the task `options["task"]`, or one drawn from the split, and return (prompt, info)."""
+        prompt, info = super().reset(seed=seed, options=options)
+        return prompt, info | {"task_text": prompt.removesuffix(f"\n{INSTRUCTIONS}")}
 
     def _score(self, task: Mapping[str, Any], reply: str) -> float:
         problem = Problem(**task["problem"])

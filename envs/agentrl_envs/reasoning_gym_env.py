@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from agentrl.env import OneStepEnv, unknown
 from agentrl.errors import ConfigError
@@ -39,6 +39,8 @@ class ReasoningGymEnv(OneStepEnv):
         ConfigError: An argument is invalid, one fixed answer solves the dataset, or its items differ between
             processes unless Python is started with PYTHONHASHSEED=0.
     """
+
+    instructions: ClassVar[str] = f"Solve a problem. {INSTRUCTIONS}"
 
     def __init__(
         self,
@@ -87,6 +89,13 @@ class ReasoningGymEnv(OneStepEnv):
             solve=solve if solvable else None,
             expert=expert,
         )
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """Start the task `options["task"]`, or one drawn from the split, and return (prompt, info)."""
+        prompt, info = super().reset(seed=seed, options=options)
+        return prompt, info | {"task_text": prompt.removesuffix(f"\n{INSTRUCTIONS}")}
 
     def _score(self, task: Mapping[str, Any], reply: str) -> float:
         limited_calls.calls.join(self)

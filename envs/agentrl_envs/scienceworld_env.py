@@ -59,14 +59,24 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
         timeout: The seconds that the simulator may take to answer before it is killed and an error is raised.
 
     `info` holds success, score (0 to 1), valid (whether the simulator understood the action without asking
-    back, or had offered it), task_type, raw_score, moves (the simulator's time, not steps), and on request
-    actions and expert. There is no state_key: one observation does not identify the state.
+    back, or had offered it), task_type, raw_score, moves (the simulator's time, not steps), task_text at the
+    reset, and on request actions and expert. There is no state_key: one observation does not identify the
+    state.
     """
 
     splits = SPLITS
     determinism: ClassVar[Literal["episode", "instance"]] = "instance"
     thread_safe: ClassVar[bool] = True
     heavy: ClassVar[bool] = True
+    instructions: ClassVar[str] = (
+        "You are in a building with rooms such as a kitchen, a workshop and a greenhouse, and do an "
+        "experiment in it by short commands. A command is a verb and the names of things you can see: "
+        "look around | look at X | open X | go to ROOM | teleport to ROOM | pick up X | put down X | move "
+        "X to Y | pour X into Y | use X on Y | activate X | deactivate X | connect X to Y | mix X | eat X "
+        "| read X | inventory | wait1. focus on X says that X is what the task asks for; do so only when "
+        "it is, since a wrong one ends the task. Where a name is ambiguous, answer with the number of the "
+        "one you mean."
+    )
 
     def __init__(
         self,
@@ -222,7 +232,9 @@ class ScienceWorldEnv(gymnasium.Env[str, str]):
             self._reach = Reach(simulator, self._electrical)
         if self._with_expert:
             self._expert = self._follow(task)
-        return f"{simulator.describe()}\n\n{self._reply.observation}", self._info(simulator)
+        task_text = simulator.describe()
+        info = self._info(simulator) | {"task_text": task_text}
+        return f"{task_text}\n\n{self._reply.observation}", info
 
     def _follow(self, task: str) -> GoldExpert:
         room = self._reply.observation.partition("This room is called the ")[2].partition(".")[0]

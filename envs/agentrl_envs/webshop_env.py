@@ -87,8 +87,17 @@ class WebShopEnv(gymnasium.Env[str, str]):
         cache: The folder for search indexes of files; None for one in the user's cache folder.
 
     `info` holds success, actions, score (the reward so far), valid, task_type (the product's category),
-    state_key, expert on request, and after a purchase reward_parts under the original's names.
+    state_key, task_text at the reset, expert on request, and after a purchase reward_parts under the
+    original's names.
     """
+
+    instructions: ClassVar[str] = (
+        "You shop in a web shop. Search for a product, look at the results, open a product, choose the "
+        "options that the task asks for and buy it; the purchase ends the task and cannot be undone. An "
+        "action is search[words], with words of your own, or click[name], with the name of something on the "
+        "page."
+    )
+    action_forms: ClassVar[Mapping[str, str]] = {"search[": "search[words of your own]"}
 
     splits = SPLITS
     determinism = "episode"
@@ -199,7 +208,7 @@ class WebShopEnv(gymnasium.Env[str, str]):
         nodes = self.shop.page(goal, START)
         page = self._render(nodes)
         self._episode = EpisodeState(task, goal, START, nodes, clickable(nodes), page, page)
-        return page, self._info(self._episode, True)
+        return page, self._info(self._episode, True) | {"task_text": goal.instruction}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Run an action; return observation, reward, terminated, truncated and info."""

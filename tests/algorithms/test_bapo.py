@@ -10,6 +10,7 @@ import torch
 from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs
 from agentrl.algorithms.methods.bapo import BAPO, gradient_share, surrogate_balance
 from agentrl.algorithms.recipe import build_recipe
+from agentrl.algorithms.stack import build_stack
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import collate
 from agentrl.errors import ConfigError
@@ -115,6 +116,22 @@ def test_tokens_outside_the_surrogate_do_not_count() -> None:
     masked = build_objective(mini, replace(algorithm, masks=(all_but_first,)), Context()).bounds
     assert masked == Bounds(0.6, 1.2)
     assert build_objective(mini, algorithm, Context()).bounds == Bounds(0.9, 3.0)
+
+
+@pytest.mark.parametrize("method", ["gspo", "dr_bot", "dapo", "kl_cov"])
+@pytest.mark.parametrize("between", [[], ["clip_cov"]], ids=["directly", "below another clip"])
+def test_what_would_replace_its_bounds_is_refused(method: str, between: list[str]) -> None:
+    with pytest.raises(
+        ConfigError, match=f"{method}: it would replace the bounds that base '(bapo|clip_cov)'"
+    ):
+        build_stack({"compose": ["grpo", "bapo", *between, method]})
+
+
+@pytest.mark.parametrize("method", ["dr_bot", "dapo"])
+def test_it_finds_the_bounds_over_a_base_with_fixed_ones(method: str) -> None:
+    mini = mini_batch([1.0, 1.0], [-1.0, 1.0])
+    recipe = build_stack({"compose": ["grpo", method, {"name": "bapo", "target": 0.9}]})
+    assert bounds_of(recipe, mini) == (0.9, 3.0)
 
 
 @pytest.mark.parametrize(

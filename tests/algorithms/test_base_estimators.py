@@ -568,7 +568,7 @@ def test_a_state_visited_once_before_a_branch_gives_nothing():
     )
     batch = prepare(GiGPO().build(), groups, CONTEXT)
     for divide_by_std in (True, False):
-        step = step_advantage(batch, CONTEXT, gamma=1.0, divide_by_std=divide_by_std, similarity=1.0)
+        step = step_advantage(batch, CONTEXT, states="states", gamma=1.0, divide_by_std=divide_by_std)
         assert not step.any()
 
 

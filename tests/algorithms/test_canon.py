@@ -60,6 +60,16 @@ def advantages(recipe: CANON | DrGRPO, batch: Batch) -> list[float]:
     return each
 
 
+@pytest.mark.parametrize("step", [0, 15, 30, 50, 70, 109, 110, 149])
+def test_the_mix_follows_a_cosine_with_restarts(step: int) -> None:
+    """Of 150 steps 30 rise to 0.6, and three cycles of 40 fall to 0."""
+    wanted = {0: 0, 15: 0.3, 30: 0.6, 50: 0.3, 70: 0.6, 109: 0.000925, 110: 0.6, 149: 0.000925}[step]
+    context = Context(step=step, total_steps=150)
+    assert 1 - CANON(schedule="restarts").mix_at(context) == pytest.approx(wanted, abs=1e-6)
+    assert CANON(schedule="reversed").mix_at(context) == pytest.approx(wanted, abs=1e-6)
+    assert CANON(mix=0.7).mix_at(context) == 0.7
+
+
 @pytest.mark.vector("zoo:1.6")
 @pytest.mark.parametrize(("mix", "wanted"), [(1.0, BETWEEN), (0.0, WITHIN)])
 @pytest.mark.parametrize("layout", ["trajectory", "turn"])

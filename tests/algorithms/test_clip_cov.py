@@ -65,7 +65,7 @@ def update(batch: Batch, algorithm: Algorithm, seed: int = 0, tokens: int = 1000
     policy, found = Bigram(), []
     policy.table.register_post_accumulate_grad_hook(lambda table: found.append(table.grad.clone()))
     config = LearnerConfig(warmup_steps=0, micro_batch_tokens=tokens)
-    learner = Learner(policy, config, forward=Forward(states, lambda policy: policy.eye, 1.0))
+    learner = Learner(policy, config, forward=Forward(states, lambda policy: policy.eye))
     metrics = learner.update(batch, replace(algorithm, advantage=advantages), Context(seed=seed))
     return metrics["learner/loss"], found[-1].any(1)
 

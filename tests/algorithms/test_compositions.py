@@ -17,6 +17,7 @@ from agentrl.algorithms.methods.dr_bot import DrBot
 from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.algorithms.methods.gspo import GSPO
 from agentrl.algorithms.methods.spear import Spear
+from agentrl.algorithms.named_features import with_mini_batch_features
 from agentrl.algorithms.recipe import Base, Recipe, build_recipe
 from agentrl.algorithms.replay import ReplayBuffer
 from agentrl.data import Episode, Group, StopReason, Turn
@@ -127,8 +128,9 @@ def test_the_log_counts_the_decisions_of_the_loss():
     ):
         algorithm = recipe.build()
         numbers = {}
+        masked = with_mini_batch_features(with_mask(algorithm, mini, Context()), algorithm.requires)
         for diagnostic in algorithm.diagnostics:
-            numbers |= diagnostic(with_mask(algorithm, mini, Context()), Context())
+            numbers |= diagnostic(masked, Context())
         assert numbers["covariance_clip_share"] == 1 / 2
 
 

@@ -5,18 +5,17 @@ import pytest
 import torch
 
 from agentrl.algorithms.features import (
-    anchor_states,
     at_last_decisions,
     branch_weights,
     decision_rewards,
     decisions,
     has_decision,
-    has_state_key,
     row_scores,
     step_rewards,
     turn_exists,
     turn_rewards,
 )
+from agentrl.algorithms.states import has_state_key, states
 from agentrl.data import BranchPoint, Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate
 from agentrl.errors import RequirementError
@@ -98,16 +97,16 @@ def test_a_row_answers_for_its_own_invalid_action_only():
 def test_states_are_numbered_within_their_group():
     one = episode("a", turn("d", seen="hall"), turn("d", seen="shed"), turn("d", seen="hall"))
     two = episode("b", turn("d", seen="shed"))
-    states = anchor_states(batch_of([one, two], [replace(two, id="c")]))
-    assert states.tolist() == [[0, 1, 0], [1, -1, -1], [2, -1, -1]]
+    batch = batch_of([one, two], [replace(two, id="c")])
+    assert states(batch).tolist() == [[0, 1, 0], [1, -1, -1], [2, -1, -1]]
 
 
 def test_states_are_told_apart_by_what_was_seen_or_by_the_environments_key_where_that_is_asked_for():
     one = episode("a", turn("d", seen="hall", state_key=7), turn("d", seen="hall", state_key=8))
     two = episode("b", turn("d", seen="shed", state_key=7), turn("d", seen="hall", state_key=None))
     batch = batch_of([one, two])
-    assert anchor_states(batch).tolist() == [[0, 0], [1, 0]]
-    assert anchor_states(batch, state="state_key").tolist() == [[0, 1], [0, 2]]
+    assert states(batch).tolist() == [[0, 0], [1, 0]]
+    assert states(batch, "state_key").tolist() == [[0, 1], [0, 2]]
     assert has_state_key(batch).tolist() == [[True, True], [True, False]]
 
 
@@ -115,22 +114,22 @@ def test_a_key_is_never_taken_for_an_observation():
     batch = batch_of(
         [episode("a", turn("d", seen="7"), turn("d", seen="x", state_key="7"), turn("d", seen="y"))]
     )
-    assert anchor_states(batch, state="state_key").tolist() == [[0, 1, 2]]
+    assert states(batch, "state_key").tolist() == [[0, 1, 2]]
 
 
 def test_keys_that_no_environment_gives_are_refused():
     with pytest.raises(RequirementError, match=r"no turn of 'env' has one; wanted .* state=observation"):
-        anchor_states(batch_of([episode("a", turn("d"))]), state="state_key")
-    assert anchor_states(batch_of(), state="state_key").shape == (0, 0)
+        states(batch_of([episode("a", turn("d"))]), "state_key")
+    assert states(batch_of(), "state_key").shape == (0, 0)
 
 
 def test_similar_observations_are_the_state_whose_first_observation_they_resemble():
     # Against "abcdefgh" the others have 7 and 6 letters in common: ratios of 14/16 and 12/16.
     texts = ["abcdefgh", "abcdefgX", "abcdefXX", "abcdefgh"]
     chain = episode("a", *(turn("d", seen=text, state_key=number) for number, text in enumerate(texts)))
-    assert anchor_states(batch_of([chain]), similarity=0.8).tolist() == [[0, 0, 1, 0]]
-    assert anchor_states(batch_of([chain]), similarity=0.75).tolist() == [[0, 0, 0, 0]]
-    assert anchor_states(batch_of([chain]), similarity=0.9).tolist() == [[0, 1, 2, 0]]
+    assert states(batch_of([chain]), 0.8).tolist() == [[0, 0, 1, 0]]
+    assert states(batch_of([chain]), 0.75).tolist() == [[0, 0, 0, 0]]
+    assert states(batch_of([chain]), 0.9).tolist() == [[0, 1, 2, 0]]
 
 
 def test_branches_share_the_turns_before_they_parted():
@@ -176,6 +175,6 @@ def test_episodes_of_one_name_in_two_groups_share_nothing():
 
 def test_nothing_is_known_about_no_episodes():
     batch = batch_of()
-    for table in (turn_rewards, turn_exists, has_decision, step_rewards, branch_weights, anchor_states):
+    for table in (turn_rewards, turn_exists, has_decision, step_rewards, branch_weights, states):
         assert table(batch).shape == (0, 0)
     assert decision_rewards(batch).shape == (0, 0)

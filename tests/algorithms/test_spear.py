@@ -18,6 +18,7 @@ from agentrl.algorithms.methods.grpo import GRPO, DrGRPO
 from agentrl.algorithms.methods.gspo import GSPO
 from agentrl.algorithms.methods.rloo import RLOO
 from agentrl.algorithms.methods.spear import Spear
+from agentrl.algorithms.named_features import with_mini_batch_features
 from agentrl.algorithms.recipe import build_recipe, recipe_tree
 from agentrl.algorithms.tool_reward import tool_bonus
 from agentrl.data import Episode, Group, StopReason, Turn
@@ -280,10 +281,14 @@ def noisy(rows: int = 6, length: int = 8, seed: int = 0) -> MiniBatch:
     return hand_made([draw.choice((-1.0, 1.0)) for _ in range(rows)], values, [[1.0] * length] * rows)[0]
 
 
+def with_covariance(mini: MiniBatch) -> MiniBatch:
+    return with_mini_batch_features(mini, ["covariance"])
+
+
 def clip_some(mini: MiniBatch, context: Context, share: float) -> Tensor:
     """With the ratio, mask and bounds of the default loss."""
     filled = build_objective(mini, Algorithm(), context).mini
-    return covariance_clip(filled, context, share=share, band=(0.1, 40.0))
+    return covariance_clip(with_covariance(filled), context, share=share, band=(0.1, 40.0))
 
 
 def left_out(mini: MiniBatch, context: Context, share: float = 0.1) -> set[tuple[str, int, int]]:
@@ -362,9 +367,9 @@ def test_what_the_ratio_clips_already_and_what_is_outside_the_band_is_no_candida
     assert left_out(mini, Context(), share=1.0) == {("0", 0, 1)}
     unscored = replace(mini, batch=replace(mini.batch, old_logprobs=None))
     assert left_out(unscored, Context(), share=1.0) == {("0", 0, 1), ("0", 0, 3), ("1", 0, 2)}
-    narrow = covariance_clip(mini, Context(), share=1.0, band=(1.3, 40.0))
+    narrow = covariance_clip(with_covariance(mini), Context(), share=1.0, band=(1.3, 40.0))
     assert (narrow == 0).nonzero().tolist() == [[1, 2]]
-    low = covariance_clip(mini, Context(), share=1.0, band=(1.0, 1.3))
+    low = covariance_clip(with_covariance(mini), Context(), share=1.0, band=(1.0, 1.3))
     assert (low == 0).nonzero().tolist() == [[0, 1], [0, 3]]
     assert clip_some(replace(mini, advantages=mini.advantages * 0), Context(), share=0.5).min() == 1
     with pytest.raises(RequirementError, match="current is empty"):
@@ -389,13 +394,15 @@ def test_a_reply_with_a_fault_is_no_decision_to_clipping_by_covariance():
 
 def test_the_log_says_what_clipping_by_covariance_found():
     mini, _ = hand_made([2.0, -1.0], LOGPROBS, [[1.0] * 3] * 2)
-    numbers = covariance_metrics(mini, Context(), share=0.4, band=(1.2, 40.0))
+    numbers = covariance_metrics(with_covariance(mini), Context(), share=0.4, band=(1.2, 40.0))
     # 1.275, -3.075, 1.125, -1.275, 1.575, -.975: two candidates, floor(.4 * 6) = 2 of them
     assert numbers["covariance_mean"] == pytest.approx(-1.35 / 6)
     assert numbers["covariance_max"] == pytest.approx(1.575)
     assert numbers["covariance_clip_share"] == pytest.approx(2 / 6)
     nothing = replace(mini, batch=replace(mini.batch, action_mask=torch.zeros_like(mini.batch.action_mask)))
-    assert set(covariance_metrics(nothing, Context(), share=0.4, band=(1, 2)).values()) == {0.0}
+    assert set(covariance_metrics(with_covariance(nothing), Context(), share=0.4, band=(1, 2)).values()) == {
+        0.0
+    }
 
 
 class Bigram(nn.Module):

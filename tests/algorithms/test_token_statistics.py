@@ -31,7 +31,9 @@ NEVER = -math.inf
 @pytest.fixture
 def registry(monkeypatch):
     """Leave no statistic of a test registered."""
-    monkeypatch.setattr(token_statistics, "_definitions", dict(token_statistics._definitions))
+    monkeypatch.setattr(
+        token_statistics._functions, "_functions", dict(token_statistics._functions._functions)
+    )
 
 
 def found(name, logits, token=0):
@@ -216,9 +218,9 @@ def test_what_cannot_be_computed_is_refused_by_slot_and_name_with_the_reason(nam
 def test_the_message_about_an_unknown_name_lists_the_statistics():
     with pytest.raises(
         RequirementError,
-        match=r"siren requires clusters; this run provides .*old_logprobs.*, and of each token .*topk:K$",
+        match=r"siren requires embeddings; this run provides .*old_logprobs.*, and of each token .*topk:K$",
     ):
-        check_algorithm(term("clusters"), EngineConfig())
+        check_algorithm(term("embeddings"), EngineConfig())
 
 
 def test_each_pass_computes_what_its_readers_ask_for():

@@ -36,6 +36,7 @@ EPISODES = [
             ),
             Turn("", "", action_ids=(1,), valid=False, trainable=False, finish="length", policy_version=7),
             Turn("", "", action_ids=(1, 2), policy_version=7, policy_versions=(7, 8)),
+            Turn("", "", action_ids=(1, 2), temperature=0.7, temperatures=(0.7, 1.2)),
         ),
         stop=StopReason.TRUNCATED,
         success=True,
@@ -62,7 +63,7 @@ def test_no_episodes_come_back_as_none(tmp_path: Path):
 def test_the_file_has_one_row_per_turn_for_any_parquet_reader(tmp_path: Path):
     write_episodes(tmp_path / "episodes.parquet", EPISODES)
     table = pq.read_table(tmp_path / "episodes.parquet")
-    assert table.column("turn").to_pylist() == [0, 1, 2, None, None, 0]
+    assert table.column("turn").to_pylist() == [0, 1, 2, 3, None, None, 0]
     assert table.column("action_ids").to_pylist()[0] == [7, 3, 2]
     assert json.loads(table.column("info").to_pylist()[0])["score"] == 0.5
 
@@ -103,6 +104,16 @@ def test_a_file_from_before_tokens_had_versions_is_read(tmp_path: Path):
     table = pq.read_table(path).drop_columns(["policy_versions"])
     pq.write_table(table.replace_schema_metadata({b"agentrl.episodes": b"1"}), path)
     assert read_episodes(path) == EPISODES[1:]
+
+
+def test_a_file_from_before_temperatures_were_recorded_is_read(tmp_path: Path):
+    path = tmp_path / "episodes.parquet"
+    write_episodes(path, EPISODES[1:])
+    table = pq.read_table(path).drop_columns(["temperature", "temperatures"])
+    pq.write_table(table.replace_schema_metadata({b"agentrl.episodes": b"2"}), path)
+    read = read_episodes(path)
+    assert read == EPISODES[1:]
+    assert read[-1].turns[0].temperature is None
 
 
 def test_the_file_is_put_in_place_in_one_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -28,10 +28,13 @@ def jvms() -> list[psutil.Process]:
 
 
 @pytest.mark.timeout(600)
-def test_64_episodes_survive_while_workers_and_jvms_are_killed() -> None:
+@pytest.mark.parametrize(
+    ("count", "most", "least"), [(26, 5, 4), pytest.param(64, 14, 10, marks=pytest.mark.slow)]
+)
+def test_episodes_survive_while_workers_and_jvms_are_killed(count: int, most: int, least: int) -> None:
     with make(ID, **SHORT) as env:
         tasks = env.unwrapped.tasks("train")  # type: ignore[attr-defined]
-    specs = [EpisodeSpec(f"e{i}", ID, tasks[i % 16], i) for i in range(64)]
+    specs = [EpisodeSpec(f"e{i}", ID, tasks[i % 16], i) for i in range(count)]
     environments = ProcessEnvironments(Factory(ID, **SHORT), 4, WorkersConfig(count=2, environments=2))
     hits: Counter[str] = Counter()
     over = threading.Event()
@@ -40,7 +43,7 @@ def test_64_episodes_survive_while_workers_and_jvms_are_killed() -> None:
         draw = random.Random(1)
         while not over.wait(0.5):
             busy = [worker for worker in list(environments._workers) if worker.pending]
-            if not busy or sum(hits.values()) >= 14:
+            if not busy or sum(hits.values()) >= most:
                 continue
             worker = draw.choice(busy)
             try:
@@ -65,12 +68,12 @@ def test_64_episodes_survive_while_workers_and_jvms_are_killed() -> None:
         over.set()
         killer.join()
     print(dict(hits), environments.restarts, Counter(str(episode.error) for episode in found.failures))
-    assert sum(hits.values()) >= 10
-    assert min(hits.values()) >= 4
+    assert sum(hits.values()) >= least
+    assert min(hits.values()) >= least // 2
     assert [episode.id for episode in found.episodes] == [spec.id for spec in specs]
     for episode in found.episodes:
         assert (episode.outcome is Outcome.ABORTED) == (episode.error is not None)
         assert episode.outcome is Outcome.ABORTED or episode.turns
-    assert sum(episode.outcome is not Outcome.ABORTED for episode in found.episodes) > 32
-    assert len(found.failures) >= 10
+    assert sum(episode.outcome is not Outcome.ABORTED for episode in found.episodes) > count // 2
+    assert len(found.failures) >= least
     assert jvms() == []

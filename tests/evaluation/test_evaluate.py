@@ -1,15 +1,14 @@
-import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import pytest
+from prize_doors import ENV, Doors
 
 from agentrl.data.trajectory import Episode, StopReason, Turn
-from agentrl.env import Panel, TextSpace, make_panel, register
+from agentrl.env import Panel, make_panel
 from agentrl.errors import ConfigError, PanelError
 from agentrl.evaluation.evaluate import evaluate
 from agentrl.evaluation.playing import check_instructions, play_panel
@@ -18,65 +17,6 @@ from agentrl.evaluation.statistics import bootstrap_over_tasks, intervals_separa
 from agentrl.rollout.environments import EnvironmentPool
 from agentrl.rollout.players import RandomPlayer
 from agentrl.rollout.settings import RolloutConfig
-
-ENV = "agentrl-tests/Doors-v0"
-
-
-class Doors(gymnasium.Env[str, str]):
-    """Behind the left or the right door is the task's prize; `salt` is part of every task's content."""
-
-    splits = ("train", "held_out")
-    determinism = "episode"
-    data = "made up"
-    salt = ""
-    breaks: tuple[str, ...] = ()
-    asked: list[str]
-
-    def __init__(self, split: str = "train", max_steps: int = 3, expert: bool = False) -> None:
-        self.observation_space = self.action_space = TextSpace()
-        self._split, self._max_steps, self._expert = split, max_steps, expert
-
-    def tasks(self, split: str) -> Sequence[str]:
-        return [f"{split}-{side}-{index}" for index in range(5) for side in ("left", "right")]
-
-    def task_hash(self, task: str) -> str:
-        return hashlib.sha256(f"{self.salt}{task}".encode()).hexdigest()
-
-    def other_goal(self, task: str) -> str | None:
-        if task.endswith("-4"):
-            return None
-        return task.replace("left", "?").replace("right", "left").replace("?", "right")
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[str, dict[str, Any]]:
-        self._task = (options or {}).get("task") or f"{self._split}-left-0"
-        self._steps = 0
-        if self._task in self.breaks:
-            raise RuntimeError("the door is stuck")
-        return f"Your prize is behind the {self._side}.", self._info("")
-
-    @property
-    def _side(self) -> str:
-        return self._task.split("-")[1]
-
-    def _info(self, action: str) -> dict[str, Any]:
-        info: dict[str, Any] = {
-            "success": action == self._side,
-            "other_success": action in {"left", "right"} - {self._side},
-            "actions": ["left", "right", "wait"],
-            "task_type": self._side,
-        }
-        return info | ({"expert": self._side} if self._expert else {})
-
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        self._steps += 1
-        info = self._info(action)
-        opened = action in ("left", "right")
-        return "…", float(info["success"]), opened, not opened and self._steps >= self._max_steps, info
-
-
-register(ENV, Doors)
 
 
 @pytest.fixture

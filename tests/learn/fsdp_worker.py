@@ -1,6 +1,7 @@
 """Measurements of an FSDP2 learner on two ranks, each compared with a single-process learner."""
 
 import json
+import multiprocessing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,15 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from remembering import ReturnModel, VisitCounts
+from feature_readers import reading_features, wander
+from remembering import ReturnModel, VisitBonus
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
-from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
+from torch.multiprocessing.spawn import start_processes
+from toy_policy import VOCABULARY, ToyPolicy, make_groups, sampled_at, toy_forward
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from agentrl.algorithms.algorithm import Algorithm, keep_all
+from agentrl.algorithms.branching import RolloutPlan
 from agentrl.algorithms.credit import prepare
 from agentrl.algorithms.hooks import (
     Context,
@@ -48,7 +51,9 @@ CONTEXT = Context(total_steps=10, vocabulary=VOCABULARY, tokenizer="toy")
 def measured(folder: Path, *names: str) -> Figures:
     """Run the named functions of this file on two ranks; return the results of rank 0 by name."""
     (folder / "meet").unlink(missing_ok=True)
-    spawn(_rank, (str(folder), names), nprocs=2)
+    # One process loads torch and transformers for the ranks of all tests: that takes longer than most tests.
+    multiprocessing.set_forkserver_preload(["agentrl.learn.learner", "transformers.modeling_utils"])
+    start_processes(_rank, (str(folder), names), nprocs=2, start_method="forkserver")
     return dict(json.loads((folder / "figures.json").read_text()))
 
 
@@ -89,7 +94,12 @@ def learner_of(
     )
 
 
-def taught(learner: Learner, algorithm: Algorithm, steps: Iterable[int]) -> tuple[list[Tensor], Figures]:
+def taught(
+    learner: Learner,
+    algorithm: Algorithm,
+    steps: Iterable[int],
+    prepare_groups: Callable[[list[Group]], list[Group]] = list,
+) -> tuple[list[Tensor], Figures]:
     """Return the gradients of the first optimiser step that had any, and the logged numbers."""
     gradients: list[Tensor] = []
     clip = nn.utils.clip_grad_norm_
@@ -106,7 +116,8 @@ def taught(learner: Learner, algorithm: Algorithm, steps: Iterable[int]) -> tupl
     with patch.object(nn.utils, "clip_grad_norm_", look):
         for step in steps:
             context = replace(CONTEXT, step=step, history=history)
-            batch = prepare(algorithm, played(algorithm, step), context, selected=True)
+            groups = prepare_groups(played(algorithm, step))
+            batch = prepare(algorithm, groups, context, selected=True)
             for name, value in learner.update(batch, algorithm, context).items():
                 history.setdefault(f"train/{name}", []).append(value)
     return gradients, history
@@ -117,6 +128,8 @@ def played(algorithm: Algorithm, seed: int) -> list[Group]:
     groups = make_groups(seed)
     cut = tuple(replace(episode, stop=StopReason.CONTEXT_LIMIT) for episode in groups[0].episodes)
     groups[0] = replace(groups[0], episodes=cut)
+    if algorithm.rollout.reply_temperature is not None:
+        groups = sampled_at(groups, 0.6, 1.0, 1.5, by_token=True)
     if algorithm.rollout.branch_policy is None:
         return groups
     return [
@@ -145,6 +158,7 @@ def compared(
     name: str | Algorithm,
     ranks: Ranks,
     cap: float | None = None,
+    prepare_groups: Callable[[list[Group]], list[Group]] = list,
     **settings: Any,
 ) -> Figures:
     """Return how far a learner on all ranks is from a single-process learner."""
@@ -154,7 +168,7 @@ def compared(
         algorithm = algorithm if cap is None else with_importance_correction(algorithm, cap)
         learner = learner_of(make, algorithm, who, backend, **settings)
         before = weights(learner)
-        results.append((*taught(learner, algorithm, range(5)), weights(learner), before))
+        results.append((*taught(learner, algorithm, range(5), prepare_groups), weights(learner), before))
     (own, own_log, own_weights, before), (shared, shared_log, shared_weights, _) = results
     return {
         "gradient": relative(shared, own),
@@ -213,6 +227,11 @@ def token_statistics(ranks: Ranks, folder: Path) -> Figures:
     }
 
 
+def shared_features(ranks: Ranks, folder: Path) -> Figures:
+    """Compare an algorithm that reads every kind of feature of the batch and of the mini-batch."""
+    return compared(ToyPolicy, reading_features(), ranks, prepare_groups=wander, epochs=2)
+
+
 def off_policy(ranks: Ranks, folder: Path) -> Figures:
     return {name: compared(ToyPolicy, name, ranks, cap=1.5, epochs=2) for name in ("ppo", "gspo", "spear")}
 
@@ -227,6 +246,13 @@ def a_transformer(ranks: Ranks, folder: Path) -> Figures:
 
 def adapters(ranks: Ranks, folder: Path) -> Figures:
     return compared(double_qwen, "grpo", ranks, lora=LoraConfig(rank=3, targets=("q_proj", "down_proj")))
+
+
+def tempered(ranks: Ranks, folder: Path) -> Figures:
+    """Compare on tokens of different temperatures, with a value head."""
+    plan = RolloutPlan(reply_temperature=lambda state, context: 1.0)
+    algorithm = replace(build_recipe("ppo").build(), rollout=plan)
+    return compared(ToyPolicy, algorithm, ranks, micro_batch_tokens=20)
 
 
 def muon(ranks: Ranks, folder: Path) -> Figures:
@@ -389,7 +415,7 @@ def remembered(ranks: Ranks, folder: Path) -> Figures:
     """Return how far components that remember are from those of one process, and after a restored state."""
     ends = []
     for backend, who in (("single", ALONE), ("fsdp", ranks)):
-        model, counts = ReturnModel(), VisitCounts()
+        model, counts = ReturnModel(), VisitBonus()
         algorithm = Algorithm(transforms=(model,), shape_reward=(counts.bonus,))
         learner = learner_of(ToyPolicy, algorithm, who, backend)
         before = model.flat()
@@ -400,7 +426,7 @@ def remembered(ranks: Ranks, folder: Path) -> Figures:
     ranks.raise_on_any_rank(lambda: None)
     again = ReturnModel(seed=5)
     again.load_state_dict(torch.load(folder / f"remembered-{1 - ranks.index}"), CONTEXT)
-    states = ranks.gather((shared.flat(), counts.counts))
+    states = ranks.gather((shared.flat(), counts.state_dict()))
     return {
         "ranks equal": [torch.equal(flat, states[0][0]) and seen == states[0][1] for flat, seen in states],
         "apart": distance([shared.flat()], [own.flat()]),

@@ -1,6 +1,5 @@
 """Two small components that remember: counts of the states seen, and a model of returns that is trained."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,32 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from agentrl.algorithms.hooks import Context, MiniBatch, require_tensor, requires
+from agentrl.algorithms.states import VisitCounts
 from agentrl.data import Episode
 from agentrl.data.batch import Batch
 
 
-class VisitCounts:
-    """Adds 1 / sqrt(1 + n) to the reward of a turn whose observation was seen in n turns of earlier steps."""
-
-    name = "visits"
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
+class VisitBonus(VisitCounts):
+    """Adds 1 / sqrt(1 + n) to the reward of a turn whose state was seen in n turns of earlier steps."""
 
     def bonus(self, episode: Episode, context: Context) -> Sequence[float]:
-        return [turn.reward + (1 + self.counts[turn.observation]) ** -0.5 for turn in episode.turns]
+        visits = self.visits(episode)
+        return [turn.reward + (1 + n) ** -0.5 for turn, n in zip(episode.turns, visits, strict=True)]
 
     def metrics(self, rollout: MiniBatch, context: Context) -> Mapping[str, float]:
-        return {"visits/states": float(len(self.counts))}
-
-    def update(self, rollout: MiniBatch, context: Context) -> None:
-        self.counts.update(turn.observation for episode in rollout.batch.episodes for turn in episode.turns)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"counts": dict(self.counts)}
-
-    def load_state_dict(self, state: Mapping[str, Any], context: Context) -> None:
-        self.counts = Counter(state["counts"])
+        return {"visits/states": float(len(self))}
 
 
 @requires("old_logprobs", "entropy")

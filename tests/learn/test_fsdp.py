@@ -26,8 +26,10 @@ def figures(folder: Path) -> Figures:
         *optional,
         "every_recipe",
         "token_statistics",
+        "shared_features",
         "off_policy",
         "a_transformer",
+        "tempered",
         "muon",
         "in_float32",
         "recomputed",
@@ -62,6 +64,10 @@ def test_two_ranks_compute_the_statistics_that_one_computes(figures: Figures) ->
     assert found["term"] < 1e-12
 
 
+def test_two_ranks_learn_from_shared_features_what_one_learns(figures: Figures) -> None:
+    assert_equal(figures["shared_features"], gradient=1e-12, weights=1e-12)
+
+
 @pytest.mark.parametrize("name", ["ppo", "gspo", "spear"])
 def test_so_do_those_that_weigh_what_others_drew(name: str, figures: Figures) -> None:
     assert_equal(figures["off_policy"][name], gradient=1e-12, weights=1e-12)
@@ -79,6 +85,10 @@ def test_so_does_one_whose_layers_are_computed_again_and_whose_rows_come_one_by_
 @pytest.mark.skipif(not find_spec("peft"), reason="needs the extra lora")
 def test_so_do_adapters(figures: Figures) -> None:
     assert_equal(figures["adapters"], gradient=1e-9, weights=1e-9)
+
+
+def test_so_do_tokens_that_were_sampled_at_different_temperatures(figures: Figures) -> None:
+    assert_equal(figures["tempered"], gradient=1e-12, weights=1e-12)
 
 
 def test_so_does_muon(figures: Figures) -> None:

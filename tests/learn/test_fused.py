@@ -23,7 +23,7 @@ def inputs(seed=0, dtype=DOUBLE):
 
 
 def naive(hidden, weight, targets, allowed, temperature):
-    logits = hidden @ weight.T / temperature
+    logits = hidden @ weight.T / torch.as_tensor(temperature).expand(N)[:, None]
     closed = torch.zeros(logits.shape, dtype=torch.bool)
     if allowed is not None:
         closed[:] = True
@@ -42,7 +42,8 @@ def way(request, monkeypatch):
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
-    ("constrained", "chunk", "temperature"), list(product([False, True], [None, 1, 3], [1.0, 0.5]))
+    ("constrained", "chunk", "temperature"),
+    list(product([False, True], [None, 1, 3], [1.0, 0.5, torch.linspace(0.4, 1.6, N, dtype=DOUBLE)])),
 )
 def test_values_and_gradients_are_those_of_the_naive_formula(constrained, chunk, temperature):
     hidden, weight, targets, allowed = inputs()
@@ -67,6 +68,18 @@ def test_gradients_agree_with_finite_differences(constrained):
     assert torch.autograd.gradcheck(
         lambda h, w: token_statistics(h, w, targets, allowed, 0.7, 3), (hidden, weight), atol=1e-7
     )
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("constrained", [False, True])
+def test_one_temperature_for_all_and_the_same_for_each_give_the_same_bits(constrained):
+    hidden, weight, targets, allowed = inputs(dtype=torch.float32)
+    allowed = allowed if constrained else None
+    results = []
+    for temperature in (0.7, torch.full((N,), 0.7, dtype=DOUBLE)):
+        found = token_statistics(hidden, weight, targets, allowed, temperature, 3)
+        results.append((*found, *torch.autograd.grad(sum(map(torch.sum, found)), (hidden, weight))))
+    assert all(map(torch.equal, *results))
 
 
 def test_entropies_of_the_specification():

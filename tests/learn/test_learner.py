@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from toy_policy import VOCABULARY, ToyPolicy, make_groups, make_turn, toy_forward
+from toy_policy import VOCABULARY, ToyPolicy, make_groups, make_turn, sampled_at, toy_forward
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss
@@ -31,9 +31,9 @@ AGGREGATIONS = [
 ]
 
 
-def learner_of(policy=None, *, temperature=1.0, reference=None, **settings) -> Learner:
+def learner_of(policy=None, *, reference=None, **settings) -> Learner:
     config = LearnerConfig(**{"warmup_steps": 0, "micro_batch_tokens": 10_000} | settings)
-    return Learner(policy or ToyPolicy(), config, reference=reference, forward=toy_forward(temperature))
+    return Learner(policy or ToyPolicy(), config, reference=reference, forward=toy_forward())
 
 
 def gradients(
@@ -251,9 +251,9 @@ class Constant(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.tensor(weight, dtype=torch.float64)[:, None])
 
 
-def constant_learner(policy: Constant, temperature: float = 1.0, **settings) -> Learner:
+def constant_learner(policy: Constant, **settings) -> Learner:
     forward = replace(
-        toy_forward(temperature),
+        toy_forward(),
         hidden_states=lambda policy, tokens, lengths: torch.ones(len(tokens), 1, dtype=torch.float64),
         output_weight=lambda policy: policy.weight,
     )
@@ -309,8 +309,8 @@ def test_the_gap_between_rollout_and_learner_is_logged():
 
 
 def test_learning_is_about_the_distribution_at_the_temperature_of_sampling():
-    batch = collate([Group("t", (choose("e", 0),))])
-    learner = constant_learner(Constant([math.log(2), 0.0, 9.0]), temperature=0.5)
+    batch = collate(sampled_at([Group("t", (choose("e", 0),))], 0.5))
+    learner = constant_learner(Constant([math.log(2), 0.0, 9.0]))
     # Logits ln 4 and 0, so p = .8; the slope by the weight is that by the logit, over the temperature.
     numbers, slope = slope_after(learner, batch, BehaviourCloning().build())
     assert numbers["learner/loss"] == pytest.approx(-math.log(0.8))

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from test_learner import CONTEXT, gradients, learner_of
-from toy_policy import ToyPolicy, hidden_states, make_groups, toy_forward
+from toy_policy import ToyPolicy, hidden_states, make_groups, sampled_at, toy_forward
 
 from agentrl.algorithms import token_statistics as registry
 from agentrl.algorithms.algorithm import Algorithm
@@ -49,9 +49,9 @@ def reference(name, p, token):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("layout", ["turn", "trajectory"])
 def test_the_scoring_pass_describes_token_t_by_the_distribution_that_drew_it(name, layout):
-    batch = collate(make_groups(), layout=layout)
+    batch = collate(sampled_at(make_groups(), 0.6), layout=layout)
     policy = ToyPolicy()
-    scored = learner_of(policy, temperature=0.6).score(batch, {name})
+    scored = learner_of(policy).score(batch, {name})
     values = token_statistic(scored, name)
     assert values.dtype == torch.float32
     assert not values[~batch.action_mask].any()
@@ -333,7 +333,7 @@ def test_a_diagnostic_reads_statistics_of_the_policy_before_the_update():
 
 
 def test_nothing_is_computed_that_is_not_asked_for(monkeypatch):
-    monkeypatch.setattr(registry, "_definitions", dict(registry._definitions))
+    monkeypatch.setattr(registry._functions, "_functions", dict(registry._functions._functions))
     calls = []
 
     @statistic("counted")

@@ -1,6 +1,9 @@
 """A policy small enough to reason about, in double precision, and episodes for it."""
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +42,8 @@ def output_weight(policy: ToyPolicy) -> Tensor:
     return policy.embedding.weight
 
 
-def toy_forward(temperature: float = 1.0) -> Forward:
-    return Forward(hidden_states, output_weight, temperature)
+def toy_forward() -> Forward:
+    return Forward(hidden_states, output_weight)
 
 
 def make_turn(
@@ -85,3 +88,24 @@ def make_groups(seed: int = 0, groups: int = 3, size: int = 4) -> list[Group]:
             episodes.append(Episode(id, "toy", f"t{number}", 0, turns, StopReason.TERMINATED, success=True))
         made.append(Group(f"t{number}", tuple(episodes)))
     return made
+
+
+def sampled_at(groups: Sequence[Group], *temperatures: float, by_token: bool = False) -> list[Group]:
+    """The groups as if their turns, or tokens, had been sampled at these temperatures in turn."""
+    drawn = cycle(temperatures)
+
+    def sampled(turn: Turn) -> Turn:
+        if not by_token:
+            return replace(turn, temperature=next(drawn))
+        each = tuple(islice(drawn, len(turn.action_ids)))
+        return replace(turn, temperature=each[0], temperatures=each)
+
+    return [
+        replace(
+            group,
+            episodes=tuple(
+                replace(episode, turns=tuple(map(sampled, episode.turns))) for episode in group.episodes
+            ),
+        )
+        for group in groups
+    ]

@@ -9,6 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 import agentrl
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.hooks import Context, MiniBatch, requires
 from agentrl.algorithms.recipe import build_recipe
 from agentrl.errors import CheckpointError
 from agentrl.learn.forward import in_bfloat16
@@ -23,6 +25,7 @@ from agentrl.planning.memory import (
     learner_bytes,
     logits_bytes,
     optimizer_bytes,
+    statistics_bytes,
     weight_bytes,
 )
 from agentrl.policy.attention import KVCache, cached_layout
@@ -45,6 +48,27 @@ def tokenizer() -> Any:
 @pytest.fixture
 def model(block: PolicyConfig) -> PreTrainedModel:
     return build_model(block, tokenizer(), seed=0)
+
+
+def test_statistics_are_counted_for_every_token_of_a_batch_and_of_a_mini_batch() -> None:
+    """Of 64 episodes of 128 tokens: 10 + 1 numbers each; 2 more if a component reads the current policy."""
+
+    @requires("topk:10", "entropy_change")
+    def weight(mini: MiniBatch, context: Context) -> torch.Tensor:
+        raise NotImplementedError
+
+    @requires("current", "topk:2:grad")
+    def loss(mini: MiniBatch, context: Context) -> torch.Tensor:
+        raise NotImplementedError
+
+    rollout = replace(SETTINGS.rollout, groups_per_step=8, group_size=8)
+    config, learner = replace(SETTINGS, rollout=rollout), LearnerConfig(mini_batches=3)
+    algorithm = Algorithm(weights=(weight,))
+    assert statistics_bytes(config, algorithm, learner, 128)[0] == 4 * 128 * (11 * 64 + 11 * 22)
+    both = replace(algorithm, weights=(weight, loss))
+    assert statistics_bytes(config, both, learner, 128)[0] == 4 * 128 * (13 * 64 + 13 * 22)
+    assert "token statistics" in learner_bytes(config, algorithm, learner)
+    assert "token statistics" not in learner_bytes(config, Algorithm(), learner)
 
 
 def test_a_skeleton_has_the_weights_of_the_model_that_is_built(

@@ -21,12 +21,20 @@ from agentrl.data.storage import read_episodes
 from agentrl.errors import CheckpointError, ConfigError, RequirementError
 from agentrl.planning import plan as planning
 from agentrl.planning import preflight
-from agentrl.planning.env_probe import EnvProfile, profile_env, stored_episode_bytes, tokenize_play
+from agentrl.planning.env_probe import (
+    EnvProfile,
+    longest_sequence,
+    profile_env,
+    stored_episode_bytes,
+    tokenize_play,
+)
 from agentrl.planning.memory import cache_bytes, checkpoint_bytes, weight_bytes
 from agentrl.planning.plan import Plan, plan
 from agentrl.planning.preflight import check_run
 from agentrl.policy.model import skeleton
 from agentrl.scale import extras
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 TINY = (
     "env.id=example/HotCold-v0",
@@ -201,7 +209,7 @@ CLUSTER = (
 
 
 def test_actors_of_all_processes_are_dealt_out_to_the_machines(
-    profiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    profiled: None, profile: EnvProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: object())
     found = plan(config(tmp_path, *CLUSTER, "engine.actors=3"), processes=4, nodes=2)
@@ -214,8 +222,9 @@ def test_actors_of_all_processes_are_dealt_out_to_the_machines(
     memory = amounts(found, "memory")
     assert memory["weights of actors"] == 6 * weights
     assert memory["Ray's objects"] == 2 * 4 * weights
-    # Six episodes, two to an actor.
-    cache = cache_bytes(skeleton(config(tmp_path).policy), 2, 1024)
+    # Six episodes, two to an actor, as long as random play had them and a quarter more.
+    longest = longest_sequence(tokenize_play(config(tmp_path), profile.episodes, 1024)) * 5 // 4
+    cache = cache_bytes(skeleton(config(tmp_path).policy), 2, longest)
     assert memory["keys and values"] == 6 * (cache + cache // 2)
     assert found.missing == ()
     launched = ("learner.launcher=ray", "learner.processes=4")
@@ -290,7 +299,7 @@ def test_everything_that_is_missing_is_told_at_once(
         r"engine\.vllm\.weights_folder: .*absent is no folder on this machine",
         r"policy\.device is '(cuda|mps)', which this machine does not have",
         r"rollout\.backend=ray needs Ray: pip install -e '\.\[ray\]'",
-        r"policy\.path is '.*nowhere', wanted the folder of a Hugging Face causal language model",
+        r"policy\.path is '.*nowhere', wanted a folder or \.gguf file \(there is none at .*nowhere\)",
         r"torchrun --master-port: \d+ is not available",
         r"split 'test' of example/HotCold-v0 has \d+ tasks, wanted 10000",
     )

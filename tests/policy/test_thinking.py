@@ -322,6 +322,7 @@ def played(model: PreTrainedModel, turns: int = 2, temperature: float = 1.0) -> 
                     ((7,), *(generation.allowed or ())),
                     reward=1.0,
                     new_sequence=turn == 0,
+                    temperature=temperature,
                 )
             )
         episodes.append(
@@ -356,7 +357,7 @@ def test_the_learner_gives_free_and_chosen_tokens_the_engines_numbers(
     batch = collate([Group("t", tuple(played(model, temperature=temperature)))], layout=layout)  # type: ignore[arg-type]
     batch = batch.select([3, 1, 5, 0])  # also of a part of it, in another order
     with torch.no_grad():
-        found = Forward(temperature=temperature).score(model, batch)
+        found = Forward().score(model, batch)
     assert batch.action_mask.any(dim=1).all()
     torch.testing.assert_close(
         found.logprobs[batch.action_mask], batch.logprobs[batch.action_mask], atol=1e-5, rtol=0

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -31,10 +31,10 @@ def _request(
     temperature: float = 1.0,
     max_tokens: int = 12,
     parent: str | None = None,
+    next_temperature: Callable[[float], float] | None = None,
 ) -> GenerationRequest:
-    return GenerationRequest(
-        sequence, tuple(prompt), new_sequence, choices, seed, SamplingParams(temperature, max_tokens), parent
-    )
+    sampling = SamplingParams(temperature, max_tokens, next_temperature)
+    return GenerationRequest(sequence, tuple(prompt), new_sequence, choices, seed, sampling, parent)
 
 
 def _finish(engine: TorchEngine, *requests: GenerationRequest) -> dict[str, Generation]:
@@ -64,7 +64,8 @@ def _shifted(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 def _check_against_plain_forward(
     model: PreTrainedModel, before: Sequence[int], generation: Generation, temperature: float = 1.0
 ) -> None:
-    logits = _logits(model, [*before, *generation.token_ids])[len(before) :] / temperature
+    used = torch.tensor(generation.temperatures or [temperature] * len(generation.token_ids))
+    logits = _logits(model, [*before, *generation.token_ids])[len(before) :] / used.double()[:, None]
     for t, token in enumerate(generation.token_ids):
         allowed = generation.allowed[t] if generation.allowed is not None else range(logits.shape[1])
         logprobs = logits[t][list(allowed)].log_softmax(-1)
@@ -85,6 +86,38 @@ def test_free_replies_carry_the_logprobs_and_entropies_of_a_plain_forward(
     for name, ids in prompts.items():
         assert done[name].allowed is None
         _check_against_plain_forward(model, ids, done[name], temperature)
+
+
+@pytest.mark.parametrize("choices", [None, MENU])
+def test_a_temperature_follows_from_the_entropy_of_the_decision_before(
+    model: PreTrainedModel, choices: tuple[tuple[int, ...], ...] | None
+) -> None:
+    prompts = {"a": (1, 9, 10), "b": (1, 11), "c": (1, 12, 13, 14, 15, 16)}
+
+    def follow(entropy: float) -> float:
+        return 0.5 + entropy / 4
+
+    asked = [
+        _request(name, ids, choices=choices, temperature=0.7, seed=3, next_temperature=follow)
+        for name, ids in prompts.items()
+    ]
+    done = _finish(_engine(model), *asked)
+    changed = 0
+    for name, ids in prompts.items():
+        reply = done[name]
+        _check_against_plain_forward(model, ids, reply, 0.7)
+        allowed = reply.allowed or (None,) * len(reply.token_ids)
+        decided = [t for t, menu in enumerate(allowed) if menu is None or len(menu) > 1]
+        used = [(reply.temperatures or (0.7,) * len(reply.token_ids))[t] for t in decided]
+        assert used == [0.7, *(follow(reply.entropies[t]) for t in decided[:-1])]
+        changed += len(set(used)) - 1
+    assert changed > 0
+
+
+def test_a_temperature_that_cannot_be_sampled_at_is_the_error_of_the_reply(model: PreTrainedModel) -> None:
+    (failed,) = _finish(_engine(model), _request("a", (1, 9), next_temperature=lambda entropy: 0.0)).values()
+    assert failed.error is not None
+    assert "is 0.0, wanted a number above 0" in failed.error
 
 
 def test_constrained_replies_are_choices_with_logprobs_over_the_allowed_ids(model: PreTrainedModel) -> None:

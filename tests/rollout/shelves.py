@@ -108,6 +108,7 @@ class CountingPlayer:
 class Prompt:
     ids: tuple[int, ...]
     new_sequence: bool
+    cut: bool = False
 
 
 @dataclass(frozen=True)

@@ -104,13 +104,13 @@ from agentrl.run.folder import create_run
 from agentrl.run.settings import load_config
 config = load_config(None, f"run.folder={sys.argv[1]}")
 sys.stdin.readline()
-for _ in range(20):
+for _ in range(40):
     print(create_run(config).folder.name)
 """
 
 
 def test_eighty_runs_made_at_once_have_eighty_folders(tmp_path: Path) -> None:
-    """Four processes of 20 runs each."""
+    """Two processes of 40 runs each."""
     makers = [
         subprocess.Popen(
             [sys.executable, "-c", MAKE, str(tmp_path)],
@@ -118,7 +118,7 @@ def test_eighty_runs_made_at_once_have_eighty_folders(tmp_path: Path) -> None:
             stdout=subprocess.PIPE,
             text=True,
         )
-        for _ in range(4)
+        for _ in range(2)
     ]
     for maker in makers:
         assert maker.stdin is not None

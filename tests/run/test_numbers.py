@@ -25,6 +25,8 @@ from agentrl.run.logger import RunLogger
 from agentrl.run.settings import RunConfig, config_from_tree
 from agentrl.study.study import StudyConfig
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 HUGE = int("7" * 400)
 VALUES = (-1, 0, 1e308, math.nan, math.inf, "", [3], HUGE)
 TINY = (

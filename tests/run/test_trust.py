@@ -12,16 +12,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import gymnasium
 import pytest
+from locked_door import ENV, Door
 from typer.testing import CliRunner
 
 import agentrl
 from agentrl.cli import app
 from agentrl.config import read_yaml, to_yaml
-from agentrl.env import TextSpace, register
 from agentrl.env.panel import Panel
 from agentrl.errors import AgentRLError, CheckpointError, ConfigError
 from agentrl.evaluation.report import write_report
@@ -31,42 +30,7 @@ from agentrl.run.settings import RunConfig, config_from_tree, config_tree, load_
 from agentrl.run.trust import CALLER_ONLY_KEYS, caller_only_values, check_confirmed, drop_caller_only_values
 from agentrl.study.config import StudyRun
 
-ENV = "trust-tests/Door-v0"
-
-
-class Door(gymnasium.Env[str, str]):
-    """Two steps; `lock` is its caller's to choose."""
-
-    splits = ("train", "test")
-    callers_arguments: ClassVar[tuple[str, ...]] = ("lock",)
-    observation_space = action_space = TextSpace()
-    locks: ClassVar[list[str]] = []
-
-    def __init__(
-        self, split: str = "train", max_steps: int = 2, lock: str = "shut", hue: str = "red"
-    ) -> None:
-        self.max_steps, self.left, self.hue = max_steps, 0, hue
-        self.locks.append(lock)
-
-    def tasks(self, split: str) -> list[str]:
-        return [f"{split}/{number}" for number in range(3)]
-
-    def task_hash(self, task: str) -> str:
-        return f"{self.tasks(task.partition('/')[0]).index(task):064x}"
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        self.left = self.max_steps
-        return f"a {self.hue} door", {"success": False, "actions": ["open", "knock"]}
-
-    def step(self, action: str) -> Any:
-        self.left -= 1
-        done = action == "open"
-        info = {"success": done, "actions": ["open", "knock"]}
-        return "a door", float(done), done, self.left == 0 and not done, info
-
-
-register(ENV, Door)
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture(scope="module")
@@ -404,8 +368,11 @@ HARMLESS = {
     "rollout.backend": "a choice",
     "rollout.placement": "a choice",
     "engine.name": "a choice",
-    "policy.path": "tensors and a tokenizer, read without their code",
+    "policy.path": "tensors and a tokenizer, read without their code, from this machine or the caller's hub",
+    "policy.revision": "a commit of the same",
+    "policy.chat_template": "a template, rendered in its sandbox",
     "policy.device": "a choice",
+    "policy.preset": "a choice",
     "policy.dtype": "a choice",
     "policy.reply": "a choice",
     "warm_start.noise_prefers": "a text",

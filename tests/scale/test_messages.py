@@ -29,6 +29,7 @@ GENERATIONS = [
     Generation("b", error="no room", policy_version=1),
     Generation("c", (5,), (0.0,), (0.0,), None),
     Generation("d", error="gone", lost=True),
+    Generation("e", (7, 8), (-0.1, -0.2), (0.5, 0.25), temperatures=(1.0, 0.7)),
 ]
 
 

@@ -19,6 +19,8 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'
 
 from agentrl.scale.ray_ranks import RankHost, run_on_ray
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = (
     "env.kwargs.max_steps=5",
     "evaluation.tasks=4",

@@ -92,6 +92,7 @@ def test_every_token_has_the_version_of_the_weights_that_drew_it() -> None:
     ("request_", "wanted"),
     [
         (asked(new_sequence=False), "is unknown or released"),
+        (asked(sampling=SamplingParams(1.0, 3, float)), "samples a whole reply at one temperature"),
         (asked(prompt=()), "at least one prompt token"),
         (asked(prompt=(20,)), "outside the model's vocabulary of 20"),
         (asked(choices=()), "choices is empty"),

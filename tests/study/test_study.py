@@ -32,6 +32,8 @@ from agentrl.study.comparison import compare, downsample, interquartile_mean
 from agentrl.study.config import StudyRun, load_study, plan
 from agentrl.study.study import run_study
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = Path(__file__).resolve().parents[2]
 BASE: dict[str, Any] = {
     "env": {"id": "example/HotCold-v0"},

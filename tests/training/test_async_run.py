@@ -18,6 +18,8 @@ from agentrl.errors import TooManyAbortedError
 from agentrl.run.logger import RunLogger
 from agentrl.run.signals import RunInterrupted
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = (
     "env.id=example/HotCold-v0",
     "evaluation.split=test",

@@ -20,7 +20,10 @@ from agentrl.errors import CheckpointError
 from agentrl.policy.model import build_model, save_policy
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.tokens import fit_tokenizer
+from agentrl.run.folder import open_run
 from agentrl.run.policies import open_player
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -50,6 +53,7 @@ def test_a_chat_model_trains(
         None,
         "env.id=example/HotCold-v0",
         f"policy.path={chat_folder(tmp_path / 'chat', template)}",
+        "policy.preset=scratch",
         f"policy.reply={reply}",
         "engine.max_tokens=24",
         f"rollout.constrained={str(constrained).lower()}",
@@ -88,6 +92,7 @@ def thinking_run(folder: Path, *more: str) -> agentrl.Run:
         None,
         "env.id=example/HotCold-v0",
         f"policy.path={chat_folder(folder / 'chat', THINKING)}",
+        "policy.preset=scratch",
         "policy.reply=think_action",
         "engine.max_tokens=56",
         "rollout.groups_per_step=2",
@@ -178,6 +183,7 @@ def dated(examples: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFact
         None,
         "env.id=example/HotCold-v0",
         f"policy.path={chat_folder(folder / 'chat', DATED)}",
+        "policy.preset=scratch",
         "rollout.groups_per_step=2",
         "rollout.group_size=2",
         "rollout.placement=inline",
@@ -245,3 +251,45 @@ def test_a_run_that_recorded_no_prompt_records_it_when_it_is_resumed(
         agentrl.resume(folder, quiet=True)
     path.unlink()
     agentrl.resume(folder, quiet=True)
+
+
+def test_a_run_records_the_commit_of_its_model_and_keeps_the_template_it_was_given(
+    examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = "a" * 40, "b" * 40
+    model = tmp_path / "hub" / "models--org--tiny"
+    for commit in (first, second):
+        (model / "snapshots" / commit).parent.mkdir(parents=True, exist_ok=True)
+        chat_folder(model / "snapshots" / commit, "{{ raise_exception('another template') }}")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(first)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    template = tmp_path / "chat.jinja"
+    template.write_text(CHATML)
+    config = agentrl.load_config(
+        None,
+        "env.id=example/HotCold-v0",
+        "policy.path=org/tiny",
+        f"policy.chat_template={template}",
+        "rollout.groups_per_step=2",
+        "rollout.group_size=2",
+        "warm_start.steps=0",
+        "trainer.steps=1",
+        "evaluation.split=test",
+        "evaluation.tasks=2",
+        "evaluation.baselines=[]",
+        f"run.folder={tmp_path}",
+        "run.name=hub-run",
+    )
+    run = agentrl.train(config, quiet=True)
+    made_from = json.loads((run.folder / "manifest.json").read_text())["model"]
+    assert (made_from["name"], made_from["origin"], made_from["revision"]) == ("org/tiny", "hub", first)
+    assert made_from["folder"] == str(model / "snapshots" / first)
+    (model / "refs" / "main").write_text(second)  # a new commit does not change the run
+    stored = open_run(run.folder).config.policy
+    assert (stored.path, stored.revision) == ("org/tiny", first)
+    template.unlink()  # it was saved with the trained model
+    player, opened = open_player(str(run.folder))
+    assert (opened.policy.path, opened.policy.revision) == (str(run.model), None)
+    assert player._dialogue.wording.before_reply.endswith("<|im_start|>assistant\n")

@@ -20,6 +20,8 @@ from agentrl.policy.model import load_policy
 from agentrl.run.logger import RunLogger
 from agentrl.run.policies import open_player
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SHORT = 190
 TINY = (
     "env.id=example/HotCold-v0",
@@ -69,7 +71,9 @@ LONGROPE: dict[str, Any] = {
 
 
 def config(folder: Path, model: Path, *more: str) -> agentrl.RunConfig:
-    return agentrl.load_config(None, *TINY, f"policy.path={model}", f"run.folder={folder}", *more)
+    return agentrl.load_config(
+        None, *TINY, f"policy.path={model}", "policy.preset=scratch", f"run.folder={folder}", *more
+    )
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,11 @@ import pytest
 
 import agentrl
 from agentrl.errors import AgentRLError, CheckpointError
-from agentrl.evaluation import figures
 from agentrl.evaluation.report import write_report
 from agentrl.run.folder import open_run
 from agentrl.run.settings import load_config
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 TINY = (
     "env.id=example/HotCold-v0",
@@ -156,12 +157,6 @@ def whole(examples: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFact
     ).folder
 
 
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("success", "learning_curve", "entropy_over_steps", "entropy_by_turn", "signals"):
-        monkeypatch.setattr(figures, f"draw_{name}", lambda *_: "")
-
-
 def cases(run: Path) -> Iterator[tuple[str, str, str, bytes | None]]:
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
@@ -208,7 +203,6 @@ def outcome(command: str, run: Path, name: str, damage: str, content: bytes | No
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("stride", [19, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_a_damaged_file_is_refused_by_name_or_does_no_harm(whole: Path, tmp_path: Path, stride: int) -> None:
     """Files x damages x commands; every 19th of them in the daily suite."""

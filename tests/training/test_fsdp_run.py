@@ -18,6 +18,8 @@ from agentrl.errors import ConfigError
 from agentrl.learn.ranks import Ranks
 from agentrl.training.setup import open_session
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TINY = (

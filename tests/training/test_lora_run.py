@@ -24,6 +24,7 @@ from agentrl.run.checkpoint import checkpoints
 from agentrl.run.weights import SavedPolicy, export, find_policy, load_saved
 
 pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 SMALL = (
     *TINY,

@@ -28,6 +28,8 @@ from agentrl.run.signals import RunInterrupted
 from agentrl.run.weights import export
 from agentrl.training.state import TrainingState
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ALL_TEACH = "algorithm.drop_equal_groups=false"
 QUICK = (*TINY, "evaluation.baselines=[]", "evaluation.tasks=2", "trainer.checkpoint_every=2")
 

@@ -15,6 +15,8 @@ import agentrl
 from agentrl.run.logger import RunLogger
 from agentrl.run.metric_keys import find_metric
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SMALL = (
     "rollout.placement=inline",
     "evaluation.tasks=1",
@@ -90,6 +92,7 @@ def config(clone: Path, folder: Path, name: str, *more: str, steps: int = 2) -> 
         "quickstart.yaml",
         *SMALL,
         f"policy.path={clone}",
+        "policy.preset=scratch",
         "warm_start.steps=0",
         f"trainer.steps={steps}",
         f"algorithm.name={name}",

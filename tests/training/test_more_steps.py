@@ -16,6 +16,8 @@ from agentrl.errors import ConfigError
 from agentrl.run.folder import open_run
 from agentrl.run.resumption import with_overrides
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SMALL = (*TINY, "evaluation.baselines=[]", "evaluation.instruction_check=false", "trainer.steps=2")
 CONSTANT = ("learner.schedule=constant", "learner.warmup_steps=3")
 

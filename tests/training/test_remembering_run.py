@@ -24,6 +24,8 @@ from agentrl.errors import CheckpointError, ConfigError
 from agentrl.planning.preflight import check_ahead
 from agentrl.run.logger import RunLogger
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 class Critic:
     """Compares the length of a row with a linear model of it, which Adam trains on each rollout batch."""

@@ -20,6 +20,8 @@ from agentrl.run.checkpoint import checkpoints
 from agentrl.run.signals import RunInterrupted
 from agentrl.training.state import TrainingState
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SMALL = (*TINY, "evaluation.baselines=[]", "trainer.checkpoint_every=1")
 KL = ("algorithm.kl_coefficient=0.1", "algorithm.drop_equal_groups=false")
 

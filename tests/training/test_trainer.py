@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import agentrl
 import agentrl.env
+from agentrl.cli import app
 from agentrl.errors import AgentRLError, CheckpointError, ConfigError, TooManyAbortedError
 from agentrl.evaluation.scores import Evaluation
 from agentrl.rollout.players import LanguagePlayer, RandomPlayer
@@ -26,6 +29,8 @@ from agentrl.run.resumption import with_overrides
 from agentrl.run.signals import RunInterrupted
 from agentrl.training.rollouts import TaskOrder
 from agentrl.training.state import TrainingState
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 TINY = (
     "env.id=example/HotCold-v0",
@@ -160,16 +165,6 @@ def interrupt_learner(stage: str, step: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(TrainingState, "make_learner", interrupting)
 
 
-RESUME = """
-import sys
-sys.path.insert(0, {folder!r})
-import agentrl, agentrl.env, hotcold
-agentrl.env.load_plugins()
-hotcold.plug_in()
-agentrl.resume({run!r}, quiet=True)
-"""
-
-
 @pytest.mark.parametrize(
     ("interrupt", "stage", "step"),
     [
@@ -197,9 +192,19 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     if stage != "start":
         assert isinstance(stopped.value, RunInterrupted)
         assert f"agentrl train --resume {tmp_path / 'tiny'}" in str(stopped.value)
-    folder = str(Path(str(examples["hotcold"].__file__)).parent)
-    code = RESUME.format(folder=folder, run=str(tmp_path / "tiny"))
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    monkeypatch.undo()
+    agentrl.resume(tmp_path / "tiny", quiet=True)
+    same_results(unbroken.folder, tmp_path / "tiny")
+
+
+def test_a_run_is_resumed_by_a_process_that_has_seen_nothing_of_it(
+    unbroken: agentrl.Run, examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_rollout("train", 3, monkeypatch)
+    with pytest.raises(RunInterrupted):
+        agentrl.train(config(tmp_path), quiet=True)
+    command = [sys.executable, "-m", "agentrl", "train", "--resume", str(tmp_path / "tiny")]
+    subprocess.run([*command, "--import", str(examples["hotcold"].__file__)], check=True, timeout=120)
     same_results(unbroken.folder, tmp_path / "tiny")
 
 
@@ -376,33 +381,19 @@ def test_every_task_comes_once_per_epoch_in_an_order_of_the_seed() -> None:
     assert TaskOrder(["only"], 0)[5] == "only"
 
 
-FULL_DISK = """
-import resource, sys
-sys.path.insert(0, {folder!r})
-import agentrl.env, hotcold
-agentrl.env.load_plugins()
-hotcold.plug_in()
-from agentrl.cli import main
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-sys.argv = ["agentrl", "train", *{arguments!r}]
-main()
-"""
-
-
-def test_a_full_disk_ends_with_one_message_and_harms_nothing(
-    unbroken: agentrl.Run, examples: dict[str, ModuleType], tmp_path: Path
-) -> None:
+def test_a_full_disk_ends_with_one_message_and_harms_nothing(unbroken: agentrl.Run, tmp_path: Path) -> None:
     """A file may grow to 100 kB: everything fits but the weights."""
-    folder = str(Path(str(examples["hotcold"].__file__)).parent)
-    arguments = [*TINY, f"run.folder={tmp_path}", "run.name=tiny"]
-    code = FULL_DISK.format(folder=folder, limit=100_000, arguments=arguments)
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert answer.returncode == 2
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        answer = CliRunner().invoke(app, ["train", *TINY, f"run.folder={tmp_path}", "run.name=tiny"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert answer.exit_code == 2
     assert "warm_start-000003: the checkpoint could not be saved" in answer.stderr
     assert "Traceback" not in answer.stderr
     assert list((tmp_path / "tiny" / "checkpoints").iterdir()) == []
-    resumed = RESUME.format(folder=folder, run=str(tmp_path / "tiny"))
-    subprocess.run([sys.executable, "-c", resumed], check=True, timeout=120)
+    agentrl.resume(tmp_path / "tiny", quiet=True)
     same_results(unbroken.folder, tmp_path / "tiny")
 
 

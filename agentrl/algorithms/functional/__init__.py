@@ -30,6 +30,7 @@ from agentrl.algorithms.functional.branching import (
     state_modulation,
     state_values,
 )
+from agentrl.algorithms.functional.clusters import cluster_entropy, cluster_shares
 from agentrl.algorithms.functional.entropies import (
     entropy,
     entropy_band_indicator,
@@ -73,6 +74,8 @@ __all__ = [
     "broadcast_turns_to_tokens",
     "clipped",
     "clipped_surrogate",
+    "cluster_entropy",
+    "cluster_shares",
     "constant_weights",
     "covariance",
     "discounted_returns",

@@ -12,8 +12,9 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss, stop_gradient_policy_loss
 from agentrl.algorithms.branch_policies import BranchRule, EntropyBranching
-from agentrl.algorithms.features import branch_weights, turns_to_tokens
+from agentrl.algorithms.features import turns_to_tokens
 from agentrl.algorithms.hooks import Context, MiniBatch, require_tensor, requires, trait
+from agentrl.algorithms.named_features import feature_of
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Count, Share, SignedWeight, Weight
 from agentrl.data.batch import Batch
@@ -173,9 +174,10 @@ def scale_by_entropy(
     )
 
 
+@requires("branch_weights")
 def shared_turn_weight(mini: MiniBatch, context: Context) -> Tensor:
     """Return one over the number of trajectories of the rollout batch that share a turn; [B, T]."""
-    return turns_to_tokens(branch_weights(mini.batch), mini.batch)
+    return turns_to_tokens(feature_of(mini, "branch_weights"), mini.batch)
 
 
 @requires("entropy")
@@ -189,10 +191,9 @@ def entropy_factors(
         return {}
     factor = functional.entropy_factor(entropies, mask, scale=scale)[mask]
     low, high = limits or (-math.inf, math.inf)
-    flipped = (factor.clamp(low, high) < 0) & (mini.advantages[mask] != 0)
     return {
         "entropy_score_min": float(factor.min() - 1) / scale,
         "entropy_score_max": float(factor.max() - 1) / scale,
         "advantage_factor_limited": float(((factor < low) | (factor > high)).double().mean()),
-        "advantages_flipped": float(flipped.sum()),
+        "advantages_flipped": float(((factor.clamp(low, high) < 0) & (mini.advantages[mask] != 0)).sum()),
     }

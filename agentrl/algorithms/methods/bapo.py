@@ -11,8 +11,19 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, excludes, require_tensor, requires
-from agentrl.algorithms.recipe import Base, Presets, Recipe, build_clipped, build_recipe, recipe
+from agentrl.algorithms.clipped_recipe import build_clipped
+from agentrl.algorithms.hooks import (
+    ADAPTIVE_BOUNDS,
+    Bounds,
+    Clip,
+    Context,
+    MiniBatch,
+    excludes,
+    require_tensor,
+    requires,
+    trait,
+)
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import PositiveShare, Share, Weight
 
 Upper = Annotated[float, Interval(ge=1, le=100)]
@@ -89,11 +100,12 @@ class BAPO(Recipe):
             ),
         ]
 
+    @trait(ADAPTIVE_BOUNDS)
     @requires("current")
-    @excludes(sequence_ratio="its bounds are those of single tokens; gspo over bapo keeps the bounds of gspo")
+    @excludes(sequence_ratio="its bounds are those of single tokens")
     def balanced_clip(self, mini: MiniBatch, context: Context, *, base: Clip) -> Bounds:
         """Return the first bounds with the wanted balance, or the last ones, with the base's dual clip."""
-        found = require_tensor(None if mini.current is None else mini.current.ratio, "current")
+        found = require_tensor(mini.now.ratio, "ratio")
         ratio = found[mini.counted].double()
         advantages = mini.advantages[mini.counted].double()
         bounds = base(mini, context)

@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, clipped_tokens
-from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, require_tensor, requires
+from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, requires
+from agentrl.algorithms.named_features import feature_of
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Share, SignedWeight
-from agentrl.errors import ConfigError, RequirementError
+from agentrl.errors import ConfigError
 from agentrl.seeds import derive_seed
 
 Band = tuple[SignedWeight, SignedWeight]
@@ -104,7 +104,7 @@ def without_covariance_clip(clip: Clip | None) -> Clip | None:
     return clip.keywords["clip"] if isinstance(clip, partial) and clip.func is without_dual else clip
 
 
-@requires("current")
+@requires("current", "covariance")
 def covariance_clip(mini: MiniBatch, context: Context, *, share: float, band: Band) -> Tensor:
     """Give a few action tokens the weight 0 and all others the weight 1.
 
@@ -115,7 +115,7 @@ def covariance_clip(mini: MiniBatch, context: Context, *, share: float, band: Ba
     fewer. The draw depends on the seed, the step, and the token's episode, turn and position in its sequence.
 
     Args:
-        mini: The mini-batch with the output of the current policy, its ratio, the mask and the bounds.
+        mini: The mini-batch with the covariance, the ratio of the current policy, the mask and the bounds.
         context: Provides the seed and the step.
         share: The share of the action tokens, within (0, 1].
         band: The range of covariances, in nats times the unit of the advantages. That is the unit of rewards,
@@ -124,17 +124,10 @@ def covariance_clip(mini: MiniBatch, context: Context, *, share: float, band: Ba
     Returns:
         [B, T] float. The normaliser of the loss does not change.
 
-    Raises:
-        RequirementError: If `mini.current` is empty.
-
     Source: Cui et al. 2025, arXiv:2505.22617.
     """
-    current, batch = mini.current, mini.batch
-    if current is None:
-        raise RequirementError("MiniBatch.current is empty, but covariance clipping reads it")
-    counted = mini.counted
-    covariance = functional.covariance(mini.advantages, current.logprobs, counted)
-    candidates = counted & (band[0] < covariance) & (covariance < band[1]) & ~clipped_tokens(mini, current)
+    batch, counted, covariance = mini.batch, mini.counted, feature_of(mini, "covariance")
+    candidates = counted & (band[0] < covariance) & (covariance < band[1]) & ~clipped_tokens(mini, mini.now)
     rows, positions = candidates.nonzero(as_tuple=True)
     turns = batch.turns[rows, positions].tolist()
     names = [batch.episodes[owner].id for owner in batch.trajectory[rows].tolist()]
@@ -150,7 +143,7 @@ def covariance_clip(mini: MiniBatch, context: Context, *, share: float, band: Ba
     return weights
 
 
-@requires("old_logprobs")
+@requires("covariance")
 def covariance_metrics(
     rollout: MiniBatch, context: Context, *, share: float, band: Band
 ) -> Mapping[str, float]:
@@ -159,8 +152,7 @@ def covariance_metrics(
     The share is that of one optimiser step on the whole rollout batch.
     """
     counted = rollout.counted
-    logprobs = require_tensor(rollout.batch.old_logprobs, "old_logprobs")
-    values = functional.covariance(rollout.advantages, logprobs, counted)[counted]
+    values = feature_of(rollout, "covariance")[counted]
     if not len(values):
         return {"covariance_mean": 0.0, "covariance_max": 0.0, "covariance_clip_share": 0.0}
     candidates = int(((band[0] < values) & (values < band[1])).sum())

@@ -10,9 +10,10 @@ from annotated_types import Interval
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, drop_equal_returns
+from agentrl.algorithms.clipped_recipe import build_clipped
 from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, Select, excludes, traits
 from agentrl.algorithms.methods.dr_bot import SHAPED, by_shaped_returns
-from agentrl.algorithms.recipe import Base, Presets, Recipe, build_clipped, build_recipe, recipe
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Share, Tokens, Weight
 from agentrl.data.trajectory import Episode, Group
 

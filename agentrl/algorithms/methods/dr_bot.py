@@ -13,6 +13,7 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.clipped_recipe import build_clipped
 from agentrl.algorithms.credit import shape_rewards
 from agentrl.algorithms.features import turns_to_tokens
 from agentrl.algorithms.hooks import (
@@ -26,7 +27,7 @@ from agentrl.algorithms.hooks import (
     trait,
 )
 from agentrl.algorithms.methods.grpo import GRPO
-from agentrl.algorithms.recipe import Base, Presets, Recipe, build_clipped, recipe
+from agentrl.algorithms.recipe import Base, Presets, Recipe, recipe
 from agentrl.config import PositiveShare, Share, Tokens, Weight
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import Group, Turn

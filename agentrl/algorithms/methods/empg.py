@@ -10,8 +10,9 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import compute_advantages
-from agentrl.algorithms.features import branch_weights, turns_to_tokens
-from agentrl.algorithms.hooks import Context, MiniBatch, excludes, require_tensor, requires
+from agentrl.algorithms.features import turns_to_tokens
+from agentrl.algorithms.hooks import Context, MiniBatch, excludes, requires
+from agentrl.algorithms.named_features import feature_of
 from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe
 from agentrl.config import Weight
 from agentrl.data.batch import Batch
@@ -68,7 +69,7 @@ class EMPG(Recipe):
             diagnostics=(*base.diagnostics, partial(self.modulation, base=base)),
         )
 
-    @requires("entropy")
+    @requires("turn_entropy", "branch_weights")
     @excludes(
         advantage_within_a_turn="EMPG scales whole turns, so the advantage of a turn must be one number",
         token_entropy_advantage="one gives more credit to certain turns, the other to uncertain tokens",
@@ -82,7 +83,7 @@ class EMPG(Recipe):
         final = self._final(_steps(advantages, batch), self.zeta)
         return turns_to_tokens(final, batch)
 
-    @requires("entropy")
+    @requires("turn_entropy", "branch_weights")
     def modulation(self, mini: MiniBatch, context: Context, *, base: Algorithm) -> Mapping[str, float]:
         """Measure how the base's advantages changed, by turn.
 
@@ -131,16 +132,13 @@ class _Steps:
 
 
 def _steps(advantages: Tensor, batch: Batch) -> _Steps:
-    where = (batch.action_mask, batch.turns, batch.trajectory, len(batch.episodes))
     values = torch.where(batch.action_mask, advantages, 0.0).double()
-    credit, present = functional.turn_means(values, *where)
-    if not torch.allclose(
-        turns_to_tokens(credit, batch),
-        values,
-        equal_nan=True,
-    ):
-        raise ValueError("empg: the base's advantage differs within a turn, wanted one number for each turn")
-    entropies, _ = functional.turn_means(
-        require_tensor(batch.old_entropies, "old_entropies").double(), *where
+    credit, present = functional.turn_means(
+        values, batch.action_mask, batch.turns, batch.trajectory, len(batch.episodes)
     )
-    return _Steps(credit, entropies, present, branch_weights(batch)[:, : present.shape[1]])
+    if not torch.allclose(turns_to_tokens(credit, batch), values, equal_nan=True):
+        raise ValueError("empg: the base's advantage differs within a turn, wanted one number for each turn")
+    entropies, weights = (
+        feature_of(batch, name)[:, : present.shape[1]] for name in ("turn_entropy", "branch_weights")
+    )
+    return _Steps(credit, entropies, present, weights)

@@ -10,19 +10,12 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.features import (
-    State,
-    anchor_states,
-    branch_weights,
-    has_state_key,
-    turn_exists,
-    turn_penalties,
-    turn_rewards,
-    turns_to_tokens,
-)
-from agentrl.algorithms.hooks import Advantage, Context, MiniBatch
+from agentrl.algorithms.features import turn_exists, turn_penalties, turn_rewards, turns_to_tokens
+from agentrl.algorithms.hooks import Advantage, Context, MiniBatch, requires
 from agentrl.algorithms.methods.grpo import GRPO, mark_comparing
+from agentrl.algorithms.named_features import feature_of
 from agentrl.algorithms.recipe import Presets, recipe
+from agentrl.algorithms.states import State, has_state_key
 from agentrl.config import PositiveShare, Share, Weight
 from agentrl.data.batch import Batch
 
@@ -82,24 +75,19 @@ class GiGPO(GRPO):
     def build(self) -> Algorithm:
         """Build the algorithm."""
         plain = super().build()
+        states = f"states:{self.state if self.similarity == 1 else self.similarity}"
         step = partial(
             step_advantage,
+            states=states,
             gamma=self.gamma,
             divide_by_std=self.divide_by_std,
-            similarity=self.similarity,
-            state=self.state,
             late_penalty=self.invalid_penalty if self.preset == "released" else 0.0,
         )
-        advantage = partial(
-            two_level_advantage, episode=plain.advantage, step=step, step_weight=self.step_weight
+        declared = requires(states, "branch_weights")
+        advantage = declared(
+            partial(two_level_advantage, episode=plain.advantage, step=step, step_weight=self.step_weight)
         )
-        numbers = partial(
-            level_metrics,
-            episode=plain.advantage,
-            step=step,
-            similarity=self.similarity,
-            state=self.state,
-        )
+        numbers = declared(partial(level_metrics, episode=plain.advantage, step=step, states=states))
         compared = mark_comparing(advantage, self.singleton)
         return replace(plain, advantage=compared, diagnostics=(*plain.diagnostics, numbers))
 
@@ -124,14 +112,14 @@ def step_advantage(
     batch: Batch,
     context: Context,
     *,
+    states: str,
     gamma: float,
     divide_by_std: bool,
-    similarity: float,
-    state: State = "observation",
     late_penalty: float = 0.0,
 ) -> Tensor:
     """Compare the discounted return from each turn on with those of the turns in the same state; [B, T].
 
+    `states` is the feature that numbers the states.
     Every visit to a state counts, including repeated visits of a trajectory and turns without action tokens.
     A turn shared by several branches was played once: each branch's return counts with the branch's weight. A
     state that was visited once gives 0. Rewards contain the penalties of invalid actions, so that they reach
@@ -144,36 +132,30 @@ def step_advantage(
     compared = torch.zeros_like(returns)
     compared[exists] = functional.group_relative_advantage(
         returns[exists],
-        anchor_states(batch, similarity=similarity, state=state)[exists],
+        feature_of(batch, states)[exists],
         divide_by_std=divide_by_std,
-        copies=branch_weights(batch)[exists],
+        copies=feature_of(batch, "branch_weights")[exists],
     )
     return turns_to_tokens(compared, batch)
 
 
 def level_metrics(
-    mini: MiniBatch,
-    context: Context,
-    *,
-    episode: Advantage,
-    step: Advantage,
-    similarity: float,
-    state: State = "observation",
+    mini: MiniBatch, context: Context, *, episode: Advantage, step: Advantage, states: str
 ) -> Mapping[str, float]:
     """Measure the size of each level, and the share of turns whose state was also visited by other turns.
 
     With state keys, `states_named` is the share of turns that have one.
     """
     batch = mini.batch
-    states = anchor_states(batch, similarity=similarity, state=state)
-    _, visits = states[states >= 0].unique(return_counts=True)  # type: ignore[no-untyped-call]
+    numbers = feature_of(batch, states)
+    _, visits = numbers[numbers >= 0].unique(return_counts=True)  # type: ignore[no-untyped-call]
     visited = int(visits.sum())
     named = has_state_key(batch).sum() / max(1, visited)
     return {
         "advantage_episode": _mean_magnitude(episode(batch, context), batch),
         "advantage_step": _mean_magnitude(step(batch, context), batch),
         "states_shared": int(visits[visits > 1].sum()) / visited if visited else 0.0,
-        **({"states_named": float(named)} if state == "state_key" else {}),
+        **({"states_named": float(named)} if states == "states:state_key" else {}),
     }
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.clipped_recipe import fixed_clip
+from agentrl.algorithms.clipped_recipe import build_clipped, fixed_clip
 from agentrl.algorithms.hooks import MiniBatch, Outputs, require_tensor, trait
-from agentrl.algorithms.recipe import Base, Presets, Recipe, build_clipped, build_recipe, recipe
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Share, Weight
 
 

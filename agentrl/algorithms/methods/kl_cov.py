@@ -9,8 +9,10 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss
+from agentrl.algorithms.clipped_recipe import build_clipped
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, require_tensor, requires
-from agentrl.algorithms.recipe import Base, Presets, Recipe, build_clipped, build_recipe, recipe
+from agentrl.algorithms.named_features import feature_of
+from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import PositiveShare, Weight
 from agentrl.errors import ConfigError
 
@@ -69,14 +71,12 @@ def absolute_log_ratio(outputs: Outputs, mini: MiniBatch, context: Context) -> T
     return functional.kl_k1(outputs.logprobs, require_tensor(mini.batch.old_logprobs, "old_logprobs")).abs()
 
 
-@requires("current")
+@requires("covariance")
 def highest_covariance(mini: MiniBatch, context: Context, *, share: float) -> Tensor:
     """Mark the tokens in the surrogate with the highest covariance of advantage and logprob; [B, T] bool."""
     batch, counted = mini.batch, mini.counted
-    logprobs = require_tensor(None if mini.current is None else mini.current.logprobs, "current")
-    covariance = functional.covariance(mini.advantages.double(), logprobs.double(), counted)
     # Rounded, so that ties do not depend on floating-point noise.
-    values = covariance.round(decimals=9).flatten()
+    values = feature_of(mini, "covariance").round(decimals=9).flatten()
     index, valid = functional.unroll(counted, batch.turns, batch.trajectory, len(batch.episodes))
     places = index[valid]  # in an order that does not depend on the layout of the rows
     # Rounded, so that a share of 0.29 of 100 gives 29 despite floating-point error.

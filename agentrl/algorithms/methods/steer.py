@@ -13,7 +13,6 @@ from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, require_tensor, requires, token_statistic
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import PositiveShare, PositiveWeight
-from agentrl.errors import RequirementError
 
 LOWEST, SMALLEST = 1e-8, 0.02  # of probabilities, and of the largest change in exponential weights
 EQUAL = 1e-6  # changes whose range is a smaller part of the largest differ by rounding only
@@ -86,14 +85,8 @@ class STEER(Recipe):
 
 @requires("current")
 def steer(mini: MiniBatch, context: Context, *, weigh: Callable[[Tensor], Tensor], exact: bool) -> Tensor:
-    """Return the weight of each token by its change of the entropy; [B, T] float64, 1 if it is not counted.
-
-    Raises:
-        RequirementError: If `mini.current` is empty.
-    """
-    if mini.current is None:
-        raise RequirementError("MiniBatch.current is empty, but steer reads it")
-    changes = entropy_changes(mini.current, mini.advantages, exact=exact)[mini.counted]
+    """Return the weight of each token by its change of the entropy; [B, T] float64, 1 if not counted."""
+    changes = entropy_changes(mini.now, mini.advantages, exact=exact)[mini.counted]
     weights = torch.ones_like(mini.advantages, dtype=torch.float64)
     if len(changes):
         weights[mini.counted] = weigh(changes)

@@ -37,6 +37,7 @@ RULES: Mapping[str, _Rule] = {
     "success": as_flag,
     "actions": _or_none(as_text_list),
     "score": _or_none(as_number),
+    "task_text": _or_none(as_text),
     "task_type": _or_none(lambda value: as_text(value, MAX_NAME_CHARS)),
     "expert": _or_none(as_text),
     "state_key": _or_none(as_key),

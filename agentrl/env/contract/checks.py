@@ -12,6 +12,7 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
+from agentrl.env.briefing import briefing_fault
 from agentrl.env.contract import trials
 from agentrl.env.contract.answers import (
     RESET_PARTS,
@@ -41,7 +42,7 @@ LISTED_TASKS = 10_000
 
 
 def interface(probe: Probe) -> str:
-    """Check that the environment has tasks, task hashes, splits, and spaces that contain any text."""
+    """Check tasks, task hashes, splits, the texts for prompts, and spaces that contain any text."""
     env = probe.twins()[0]
     known: Any = env.unwrapped
     missing = [name for name in ("tasks", "task_hash", "splits") if not hasattr(known, name)]
@@ -54,6 +55,9 @@ def interface(probe: Probe) -> str:
         raise FaultError(probe.blocked)
     if determinism(env) not in ("episode", "instance"):
         raise FaultError(f"determinism is {describe_value(determinism(env))}, wanted 'episode' or 'instance'")
+    fault = briefing_fault(known)
+    if fault is not None:
+        raise FaultError(fault)
     if not isinstance(getattr(known, "thread_safe", False), bool):
         raise FaultError(f"thread_safe is {describe_value(known.thread_safe)}, wanted a bool")
     for name in ("observation_space", "action_space"):

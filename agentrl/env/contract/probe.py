@@ -26,7 +26,7 @@ Choose = Callable[[int, Any], str | None]  # (turn, last info) -> action, or Non
 
 IDLE_ACTIONS = ("agentrl idles", "look", "wait", "help")
 MAX_EPISODE_STEPS = 500
-COMPARED_INFO = ("success", "score", "valid", "task_type", "expert", "state_key", "actions")
+COMPARED_INFO = ("success", "score", "valid", "task_text", "task_type", "expert", "state_key", "actions")
 _UNLIKELY_SEED = 3_141_592_653
 _PYTHON_PROCESSES = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 

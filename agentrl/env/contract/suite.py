@@ -36,6 +36,8 @@ class TextEnv(Protocol):
     - `actions`: the list of actions that are admissible now; if the tokenizer of a policy encodes several of
       them alike, as some that differ only in case or surrounding white space, it can choose only the first,
     - `valid`: whether the last action was understood,
+    - `task_text`: at the reset, the text of the task, which prompts never cut; without it, the first
+      observation is taken for the task,
     - `score`: the progress as a number, `task_type`: a name that scores are grouped by,
     - `expert`: the next action of the expert, if constructed with `expert=True`,
     - `state_key`: a str or int that is equal for equal states,
@@ -60,7 +62,9 @@ class TextEnv(Protocol):
     Optional methods and attributes, declared by being present: `snapshot()` and `restore(snapshot)`, which
     returns to that state any number of times, in this or another environment with the same arguments;
     `expert() -> str | None`, the next action of an expert in the current state; `data: str`, a label shown
-    with every score.
+    with every score; `instructions: str`, what to do here and how an action is written, in a few sentences
+    for a reader who knows nothing of the environment; `action_forms: Mapping[str, str]`, forms that stand for
+    many actions where a prompt lists them, by prefix, as in {"search[": "search[your words]"}.
 
     Attributes:
         splits: The names of the task sets.
@@ -114,7 +118,7 @@ class ContractReport:
         determinism: The declared determinism.
         proven: The observed determinism; None if it is weaker than any that may be declared.
         thread_safe: Whether the environment declares to be thread-safe.
-        declares: The optional capabilities: snapshot, expert, data.
+        declares: The optional capabilities: snapshot, expert, data, instructions.
         splits: The number of tasks of each split.
         measured: Timing and sizes, in words.
         checks: The results in the order of the checks.
@@ -260,3 +264,5 @@ def _declared(known: Any) -> Iterator[str]:
         yield "expert"
     if getattr(known, "data", None):
         yield f"data: {known.data}"
+    if getattr(known, "instructions", ""):
+        yield "instructions"

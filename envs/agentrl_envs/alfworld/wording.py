@@ -62,14 +62,22 @@ def room_of(opening: str) -> list[str]:
     return listed(found[1]) if found else []
 
 
+def task_text(opening: str) -> str | None:
+    """Return the task that the first observation of a game states, in its words; None if it states none."""
+    found = _TASK.search(opening)
+    return found[1] if found else None
+
+
+def compact_task(opening: str, wanted: Wanted | None) -> str:
+    """Reword the task in one short sentence."""
+    if wanted is not None and wanted.task_type in _SENTENCES:
+        return _SENTENCES[wanted.task_type].format(object=wanted.object.lower(), place=wanted.place.lower())
+    return _ARTICLES.sub("", task_text(opening) or opening)
+
+
 def compact_opening(opening: str, wanted: Wanted | None) -> str:
     """Reword the first observation: the task in one short sentence, then the room's receptacles."""
-    if wanted is not None and wanted.task_type in _SENTENCES:
-        task = _SENTENCES[wanted.task_type].format(object=wanted.object.lower(), place=wanted.place.lower())
-    else:
-        found = _TASK.search(opening)
-        task = _ARTICLES.sub("", found[1] if found else opening)
-    return f"{task}: {' '.join(room_of(opening))}"
+    return f"{compact_task(opening, wanted)}: {' '.join(room_of(opening))}"
 
 
 def compact(text: str) -> str:

@@ -1,0 +1,229 @@
+"""Defaults by the kind of policy: `policy.preset` and the values that suit a pretrained model's size."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from agentrl.config import Dotted, Tree, read_yaml, set_values
+from agentrl.errors import AgentRLError
+
+Changes = Sequence[tuple[Dotted, Any]]
+
+PRETRAINED, SCRATCH = "pretrained", "scratch"
+
+# Up to this number of parameters: the learning rates of AdamW for reinforcement learning and for cloning.
+# SmolLM2 (0.13B) was measured here, the largest are those of the papers on 1.5B and 7B.
+_LEARNING_RATES = (
+    (2e8, 3e-5, 1e-4),
+    (6e8, 1e-5, 5e-5),
+    (1.2e9, 3e-6, 2e-5),
+    (float("inf"), 1e-6, 1e-5),
+)
+_LORA_FACTOR = 10.0  # low-rank adapters start at zero and take higher rates
+_TOO_HIGH = 5.0  # the multiple of the preset's learning rate from which on a warning is due
+_THINKING_TOKENS = 512
+
+
+def pretrained_values(
+    parameters: int | None,
+    *,
+    dtype: str = "bfloat16",
+    lora: bool = False,
+    cloning_lora: bool = False,
+    thinks: bool = False,
+) -> dict[Dotted, Any]:
+    """Return the values of the preset `pretrained`, by path.
+
+    Args:
+        parameters: The number of parameters of the model; None, where it is unknown, takes the rates of the
+            largest models, which harm no other.
+        dtype: The dtype in which this machine generates fast.
+        lora: Whether reinforcement learning trains adapters.
+        cloning_lora: Whether cloning trains adapters.
+        thinks: Whether a reply reasons before its action.
+    """
+    rates = _learning_rates(parameters)
+    values: dict[Dotted, Any] = {
+        ("policy", "dtype"): dtype,
+        ("policy", "max_context"): None,
+        ("policy", "max_observation_tokens"): None,
+        ("warm_start", "steps"): 0,
+        ("trainer", "threads"): None,
+    }
+    if thinks:
+        values["engine", "max_tokens"] = _THINKING_TOKENS
+    for block, rate, adapters in (
+        (("learner",), rates[0], lora),
+        (("warm_start", "learner"), rates[1], cloning_lora),
+    ):
+        values |= {
+            (*block, "optimizer"): "adamw",
+            (*block, "learning_rate"): rate * (_LORA_FACTOR if adapters else 1.0),
+            (*block, "warmup_steps"): 5,
+            (*block, "micro_batch_tokens"): None,
+        }
+    return values | {("learner", "schedule"): "constant"}
+
+
+def misfits(config: Any, parameters: int | None) -> Iterator[str]:
+    """Yield a warning for each value of a run's configuration that does not suit its pretrained model.
+
+    Args:
+        config: The configuration of the run.
+        parameters: The number of parameters of the model at `policy.path`; None if it is unknown.
+    """
+    if config.policy.preset != PRETRAINED:
+        return
+    size = "this model" if parameters is None else f"a model of {in_short(parameters)} parameters"
+    stages = [("learner", config.learner)]
+    if config.warm_start.steps:
+        stages.append(("warm_start.learner", config.warm_start.learner))
+    for (name, learner), usual in zip(stages, _learning_rates(parameters), strict=False):
+        usual = usual * (_LORA_FACTOR if learner.lora else 1.0)
+        if learner.optimizer == "muon":
+            yield (
+                f"{name}.optimizer is muon, which turns all directions of a pretrained matrix alike and "
+                "forgets what they hold; wanted adamw"
+            )
+        if learner.learning_rate > _TOO_HIGH * usual:
+            yield f"{name}.learning_rate is {learner.learning_rate:g}, wanted about {usual:g} for {size}"
+        if learner.compute_dtype == "bfloat16" and config.policy.dtype == "float32":
+            yield (
+                f"{name}.compute_dtype is bfloat16 and policy.dtype float32: the learner's probabilities "
+                "will differ from the engine's; wanted the same dtype"
+            )
+    if config.policy.reply == "think_action" and config.engine.max_tokens < _THINKING_TOKENS // 4:
+        yield (
+            f"engine.max_tokens is {config.engine.max_tokens}, which ends most thoughts; wanted about "
+            f"{_THINKING_TOKENS} for policy.reply=think_action"
+        )
+    if config.policy.dtype == "float16":
+        yield "policy.dtype is float16, whose largest number is 65504; wanted bfloat16 or float32"
+
+
+def in_short(parameters: int) -> str:
+    """Return a number of parameters in words.
+
+    >>> in_short(134_515_008), in_short(1_543_714_304), in_short(172_736)
+    ('135M', '1.5B', '0.2M')
+    """
+    if parameters >= 1e9:
+        return f"{parameters / 1e9:.1f}B"
+    return f"{parameters / 1e6:.{0 if parameters >= 1e7 else 1}f}M"
+
+
+def preset_of(path: str) -> str:
+    """Return the preset of a policy: that of the run it came from, else `pretrained`."""
+    folder = Path(path)
+    for place in (folder, *folder.parents[:2]):  # RUN, RUN/model and RUN/checkpoints/NAME
+        if (place / "config.yaml").is_file():
+            try:
+                policy = read_yaml(place / "config.yaml").get("policy") or {}
+            except AgentRLError:
+                continue
+            older = SCRATCH if policy.get("path") is None else PRETRAINED
+            return str(policy.get("preset") or older)
+    return PRETRAINED
+
+
+def _learning_rates(parameters: int | None) -> tuple[float, float]:
+    size = float("inf") if parameters is None else parameters
+    return next(rates for most, *rates in _LEARNING_RATES if size <= most)  # type: ignore[return-value]
+
+
+def with_preset(
+    tree: Mapping[str, Any], layers: Sequence[Changes], apply: Callable[[Mapping[str, Any], Changes], Tree]
+) -> tuple[Tree, str | None]:
+    """Apply layers of changes to a configuration, with the preset below the layer that names the policy.
+
+    So a preset overrides what was written for another policy, and whatever is given together with
+    `policy.path`, or later, overrides the preset.
+
+    Args:
+        tree: The values of the first file.
+        layers: The changes of further files and of the command line, in order.
+        apply: Applies changes to a tree.
+
+    Returns:
+        The values, and a line that names those that the preset has set, if any.
+    """
+    final = reduce(apply, layers, tree)
+    policy = _block(final, "policy")
+    path, preset = policy.get("path"), policy.get("preset")
+    if not isinstance(path, str) or preset == SCRATCH:
+        return dict(final), None
+    if preset is None and preset_of(path) != PRETRAINED:
+        return set_values(final, [(("policy", "preset"), SCRATCH)]), None
+    parameters = count_parameters(path, policy.get("revision"))
+    values = pretrained_values(
+        parameters,
+        dtype=fast_dtype(str(policy.get("device", "auto"))),
+        lora=_block(final, "learner").get("lora") is not None,
+        cloning_lora=_block(_block(final, "warm_start"), "learner").get("lora") is not None,
+        thinks=policy.get("reply") == "think_action",
+    )
+    changes = [(("policy", "preset"), PRETRAINED), *values.items()]
+    naming = [
+        place for place, layer in enumerate(layers) if any(key == ("policy", "path") for key, _ in layer)
+    ]
+    if naming:
+        layers = [*layers[: naming[-1]], changes, *layers[naming[-1] :]]
+    else:
+        tree = set_values(tree, [change for change in changes if not _has(tree, change[0])])
+    changed: Tree = dict(tree)
+    for layer in layers:
+        changed = apply(changed, layer)
+    set_here = [
+        f"{'.'.join(key)}={_in_yaml(value)}"
+        for key, value in values.items()
+        if _value(changed, key) == value and (_value(final, key) != value or not _has(final, key))
+    ]
+    if not set_here:
+        return changed, None
+    size = "of unknown size" if parameters is None else f"of {in_short(parameters)} parameters"
+    return changed, (
+        f"policy.path={path}, a model {size} that no run here began: policy.preset=pretrained sets "
+        f"{' '.join(set_here)}; each of them can be given, and policy.preset=scratch sets none"
+    )
+
+
+def count_parameters(path: str, revision: str | None = None) -> int | None:
+    """Return the number of parameters of the model at `policy.path`; None if it is not on this machine."""
+    from agentrl.policy.model import skeleton
+    from agentrl.policy.settings import PolicyConfig
+
+    try:
+        model = skeleton(PolicyConfig(path=path, revision=revision))
+    except AgentRLError:
+        return None
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def fast_dtype(device: str) -> str:
+    """Return the dtype to generate in: bfloat16, or float32 on a CPU that has no bfloat16 arithmetic."""
+    import torch
+
+    from agentrl.policy.precision import has_fast_bfloat16
+
+    on_gpu = device not in ("auto", "cpu") or (device == "auto" and torch.cuda.is_available())
+    return "bfloat16" if on_gpu or has_fast_bfloat16() else "float32"
+
+
+def _block(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    block = tree.get(key)
+    return block if isinstance(block, Mapping) else {}
+
+
+def _has(tree: Mapping[str, Any], dotted: Dotted) -> bool:
+    *path, key = dotted
+    return key in reduce(_block, path, tree)
+
+
+def _value(tree: Mapping[str, Any], dotted: Dotted) -> Any:
+    *path, key = dotted
+    return reduce(_block, path, tree).get(key)
+
+
+def _in_yaml(value: Any) -> str:
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
