@@ -93,11 +93,8 @@ def test_a_target_that_the_policy_lacks_is_refused_before_a_folder_is_made(
 def test_peft_loads_the_adapters_and_says_what_the_trained_policy_says(over: agentrl.Run, base: Path) -> None:
     assert not over.model.exists()
     said = json.loads((over.adapter / "adapter_config.json").read_text())
-    assert (said["base_model_name_or_path"], said["r"], said["target_modules"]) == (
-        str(base),
-        2,
-        ["down_proj", "q_proj"],
-    )
+    assert (said["base_model_name_or_path"], said["r"]) == (str(base), 2)
+    assert sorted(said["target_modules"]) == ["down_proj", "q_proj"]
     found = find_policy(over.folder)
     assert found is not None
     merged = own_logits(load_saved(found)[0])
