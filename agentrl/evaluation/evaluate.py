@@ -15,10 +15,10 @@ from agentrl.evaluation.playing import OnEpisode, play_panel
 from agentrl.evaluation.scores import Evaluation, summarise
 from agentrl.rollout.placement import resolve_placement
 from agentrl.rollout.settings import Placement, RolloutConfig
+from agentrl.run.checkpoint_files import checkpoint_name
 from agentrl.run.folder import Run
 from agentrl.run.policies import open_player
 from agentrl.run.settings import RunConfig
-from agentrl.run.weights import find_policy
 
 
 def evaluate(
@@ -68,8 +68,6 @@ def evaluate(
         raise unknown("placement", placement, get_args(Placement))
     given = given_panel(panel, env, split, tasks, env_kwargs)
     name = str(policy.folder) if isinstance(policy, Run) else str(policy)
-    saved = None if name in ("random", "expert") else find_policy(name)
-    checkpoint = None if saved is None or saved.checkpoint is None else saved.checkpoint.name
     player, config = open_player(name, temperature=temperature)
     source = choose_panel(config, given, env, split, tasks, env_kwargs)
     rollout = _rollout_config(config, source.env, placement, interpreter)
@@ -89,7 +87,10 @@ def evaluate(
         seconds = time.perf_counter() - began
     turns = sum(len(episode.turns) for episode in (*played.episodes, *played.failures))
     return replace(
-        found, retried=len(played.failures), checkpoint=checkpoint, steps_per_second=turns / seconds
+        found,
+        retried=len(played.failures),
+        checkpoint=None if config.policy.path is None else checkpoint_name(Path(config.policy.path)),
+        steps_per_second=turns / seconds,
     )
 
 

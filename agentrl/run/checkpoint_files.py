@@ -21,6 +21,12 @@ REFERENCE, REFERENCE_SHARDS = "reference.safetensors", "reference"
 ADAPTER = "adapter"  # a peft folder: with LoRA, the only weights in a checkpoint
 
 
+def checkpoint_name(path: Path) -> str | None:
+    """Return the name of a checkpoint; None for any other folder, such as a model's."""
+    is_checkpoint = path.parent.name == "checkpoints" and (path / "progress.json").is_file()
+    return path.name if is_checkpoint else None
+
+
 def has_adapter(path: Path) -> bool:
     """Return whether a checkpoint holds adapters and no other weights."""
     return (path / ADAPTER).is_dir()
