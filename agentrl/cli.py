@@ -247,6 +247,7 @@ def train(
     - `agentrl train configs/quickstart.yaml algorithm.name=dr_grpo learner.learning_rate=3e-4 seed=1`
     - `agentrl train env.id=example/HotCold-v0 --import hotcold.py`
     - `agentrl train --resume runs/NAME`
+    - `agentrl train --resume runs/NAME trainer.steps=480 trainer.schedule_steps=240`
     """
     from agentrl.run.settings import load_config
     from agentrl.training.launch import resume as resume_run
@@ -269,8 +270,9 @@ def evaluate(
     policy: Annotated[
         str,
         typer.Option(
-            metavar="RUN|MODEL|random|expert",
-            help="A run, a model as policy.path names one, or a scripted policy.",
+            metavar="RUN|CHECKPOINT|MODEL|random|expert",
+            help="A run (if it has not finished, its newest checkpoint), RUN/checkpoints/NAME, a model as "
+            "policy.path names one, or a scripted policy.",
             autocompletion=_policies,
         ),
     ],
@@ -310,6 +312,7 @@ def evaluate(
     """Measure a policy on a fixed panel of tasks, with 95 % intervals.
 
     - `agentrl evaluate --policy runs/NAME --greedy`
+    - `agentrl evaluate --policy runs/NAME/checkpoints/train-000100`
     - `agentrl evaluate --policy random --env agentrl/ALFWorld-v0 --split valid_seen --tasks 99 --repeats 4`
     - `agentrl evaluate --policy expert --env agentrl/MathTools-v0 level=2`
     """
@@ -346,6 +349,8 @@ def evaluate(
         echo(f"aborted {times} x {reason}")
     if result.retried:
         echo(f"played again after a failure: {result.retried}")
+    if result.checkpoint is not None:
+        echo(f"checkpoint: {result.checkpoint}")
     echo(f"{result.steps_per_second:,.0f} steps/s")
     if output is not None:
         write_atomic(output, json.dumps(result.to_dict() | {"policy": policy, "seed": seed}, indent=1))
@@ -360,7 +365,9 @@ def play(
     ] = None,
     policy: Annotated[
         str,
-        typer.Option(metavar="human|random|expert|RUN", help="Policy that plays.", autocompletion=_policies),
+        typer.Option(
+            metavar="human|random|expert|RUN|CHECKPOINT", help="Policy that plays.", autocompletion=_policies
+        ),
     ] = "human",
     task: Annotated[str | None, typer.Option(metavar="ID", help="Task; default: drawn by the seed.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to take the task from.")] = None,
@@ -609,6 +616,36 @@ def report(
 
     load_imports(imports or ())
     echo(write_report(find_run(run)))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder or name of a run, finished or not.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder to write.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge LoRA adapters into whole weights; else a peft folder.")
+    ] = False,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEP|NAME", help="Checkpoint; default: the trained policy, else the newest checkpoint."
+        ),
+    ] = None,
+    imports: Imports = None,
+) -> None:
+    """Write the policy of a run as a Hugging Face folder, in float32. Executes no code of the run.
+
+    - `agentrl export runs/NAME --to policy`
+    - `agentrl export runs/NAME --merge --checkpoint 100 --to merged`
+    """
+    from agentrl.run.weights import export as write_policy
+
+    load_imports(imports or ())
+    saved = write_policy(run, to, merge=merge, checkpoint=checkpoint)
+    if saved.checkpoint is not None and not saved.asked:
+        echo(saved.describe())
+    whole = saved.adapter is None or merge
+    echo(f"{to}: {'the whole weights' if whole else 'adapters for peft'} of {saved.path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

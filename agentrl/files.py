@@ -100,6 +100,14 @@ def replacing_folder(target: Path, *, over: bool = True) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder; a kill midway never leaves part of it under its name."""
     old = _beside(path, "old")

@@ -18,7 +18,8 @@ from agentrl.errors import ConfigError
 from agentrl.plugins import load_imports, loaded_imports
 from agentrl.rollout.settings import WorkersConfig
 from agentrl.rollout.workers import ProcessEnvironments
-from agentrl.run.folder import create_run, find_run, open_run, with_overrides
+from agentrl.run.folder import create_run, find_run, open_run
+from agentrl.run.resumption import with_overrides
 from agentrl.run.settings import config_tree, load_config
 
 GAME = """

@@ -28,6 +28,7 @@ from agentrl.algorithms.branching import RolloutPlan
 from agentrl.algorithms.hooks import (
     COMPARES,
     EXCLUDES,
+    SCHEDULED,
     SCORED,
     TRAITS,
     Advantage,
@@ -285,6 +286,17 @@ class Algorithm:
     def compares(self) -> bool:
         """Return whether the algorithm learns from differences between the episodes of a group."""
         return COMPARES in traits(self.select) | traits(self.advantage)
+
+    @property
+    def scheduled(self) -> bool:
+        """Return whether a component declared that it depends on the number of steps of the run."""
+        coefficients = (
+            getattr(component, "coefficient", None)
+            for _, component in self.components()
+            if isinstance(component, Term | GroupTerm)
+        )
+        functions = (function for _, function in self._functions())
+        return any(SCHEDULED in traits(each) for each in (*functions, *coefficients))
 
     @property
     def reads_scores(self) -> bool:

@@ -15,6 +15,7 @@ from agentrl.errors import RequirementError
 F = TypeVar("F", bound=Callable[..., Any])
 REQUIRES, TRAITS, EXCLUDES = "requires", "traits", "excludes"
 SCORED = frozenset({"old_logprobs", "entropy", "reference", "values"})  # results of the scoring pass
+SCHEDULED = "schedule over all steps"  # a trait: it reads `Context.total_steps`
 COMPARES = "comparison within a group"  # a trait: an episode alone in its group gives no signal
 ADAPTIVE_BOUNDS = "adaptive bounds"  # a trait: a clip that finds its bounds in each mini-batch
 
@@ -25,7 +26,8 @@ class Context:
 
     Args:
         step: The training step, from 0.
-        total_steps: The number of training steps of the run.
+        total_steps: The number of training steps that schedules are computed over. Mark a hook that reads it
+            with `@trait(SCHEDULED)`, so that no run is resumed with another number.
         history: Past per-step values of every logged metric, oldest first, by its key in the log; see
             `past`. A step that did not log the metric has no entry.
         seed: The seed of the run. A random draw uses `derive_seed(context.seed, ...)` with what the draw is

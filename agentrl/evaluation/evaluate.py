@@ -15,6 +15,7 @@ from agentrl.evaluation.playing import OnEpisode, play_panel
 from agentrl.evaluation.scores import Evaluation, summarise
 from agentrl.rollout.placement import resolve_placement
 from agentrl.rollout.settings import Placement, RolloutConfig
+from agentrl.run.checkpoint_files import checkpoint_name
 from agentrl.run.folder import Run
 from agentrl.run.policies import open_player
 from agentrl.run.settings import RunConfig
@@ -38,8 +39,9 @@ def evaluate(
     """Evaluate a policy on a panel and return its scores.
 
     Args:
-        policy: A `Run`, the folder or name of one, a model as `policy.path` names one, `random`
-            or `expert`.
+        policy: A `Run`, the folder or name of one, a checkpoint RUN/checkpoints/NAME, a model as
+            `policy.path` names one, `random` or `expert`. Of a run that has not finished, the newest
+            checkpoint is evaluated.
         panel: A panel or its file. None takes the first `tasks` tasks of `split` of `env`, each of which
             defaults to the run's configuration, or to the default one if `policy` is not a run.
         env: The id of an environment.
@@ -84,7 +86,12 @@ def evaluate(
         found = summarise(played.episodes, fixed, repeats, data=label)
         seconds = time.perf_counter() - began
     turns = sum(len(episode.turns) for episode in (*played.episodes, *played.failures))
-    return replace(found, retried=len(played.failures), steps_per_second=turns / seconds)
+    return replace(
+        found,
+        retried=len(played.failures),
+        checkpoint=None if config.policy.path is None else checkpoint_name(Path(config.policy.path)),
+        steps_per_second=turns / seconds,
+    )
 
 
 def _rollout_config(

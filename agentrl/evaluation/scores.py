@@ -49,6 +49,7 @@ class Evaluation:
         data: The environment's label of the data behind its tasks, e.g. `generated`.
         repeats: The number of episodes per task.
         retried: The number of attempts that were aborted and played again.
+        checkpoint: The name of the checkpoint that was played; None for any other policy.
         steps_per_second: Environment steps per second over all episodes, the policy's time included; None if
             it was not measured.
     """
@@ -65,12 +66,15 @@ class Evaluation:
     data: str | None = None
     repeats: int = 1
     retried: int = 0
+    checkpoint: str | None = None
     steps_per_second: float | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, as summary.json holds them for one policy and decoding."""
         tree = asdict(self)
         overall: dict[str, Any] = tree.pop("success")
+        if self.checkpoint is None:
+            del tree["checkpoint"]
         return overall | tree
 
 

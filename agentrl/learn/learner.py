@@ -111,6 +111,11 @@ class Learner:
         """Return how many optimiser steps were skipped because a loss or gradient was not finite."""
         return self._state.skipped_updates
 
+    @property
+    def updates(self) -> int:
+        """Return a number that changes whenever the weights may have changed."""
+        return self._state.updates
+
     def score(self, batch: Batch, requires: Collection[str] = ()) -> Batch:
         """Fill in the policy's scores before the update, and what else is required; no gradient.
 
@@ -278,7 +283,7 @@ class Learner:
         return self._state.non_finite()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything but the policy's weights; see `LearnerState.state_dict`."""
+        """Return everything but the weights of policy and reference; see `LearnerState.state_dict`."""
         return self._state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -290,13 +295,25 @@ class Learner:
         self._state.load_state_dict(state)
 
     def write_shards(self, folder: Path) -> None:
-        """Write this rank's part of all that is sharded; every rank must call it."""
+        """Write this rank's part of what is learned; every rank must call it."""
         self._state.write_shards(folder)
 
-    def read_shards(self, folder: Path, state: Mapping[str, Any]) -> None:
+    def read_shards(self, folder: Path, state: Mapping[str, Any], *, whole: bool = False) -> None:
         """Restore what any number of ranks wrote, and the `state_dict` that belongs to it.
 
         Raises:
             CheckpointError: If it does not fit.
         """
-        self._state.read_shards(folder, state)
+        self._state.read_shards(folder, state, whole=whole)
+
+    def write_reference(self, folder: Path) -> None:
+        """Write this rank's part of the sharded reference; every rank must call it."""
+        self._state.write_reference(folder)
+
+    def read_reference(self, folder: Path) -> None:
+        """Restore the sharded reference.
+
+        Raises:
+            CheckpointError: If it does not fit.
+        """
+        self._state.read_reference(folder)

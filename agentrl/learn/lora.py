@@ -1,18 +1,20 @@
 """Low-rank adapters over frozen weights (LoRA: Hu et al. 2021, arXiv:2106.09685), through peft."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from agentrl.errors import ConfigError, missing_extra
+from agentrl.errors import CheckpointError, ConfigError, missing_extra
 from agentrl.learn.settings import LoraConfig
 from agentrl.learn.sharding import full_tensor
 from agentrl.policy.architecture import called_linear_layers
 
 _ADAPTER = "default"  # peft's name for a model's only adapter
+_PREFIX = "base_model.model."  # of the names in peft's files
 
 
 def check_adapters(policy: nn.Module, config: LoraConfig) -> None:
@@ -90,7 +92,7 @@ def add_adapters(policy: nn.Module, config: LoraConfig) -> None:
 
 def merged_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight in full, with its adapter merged, under its name without adapters; one at a time."""
-    adapted = {name: module for name, module in policy.named_modules() if hasattr(module, "lora_A")}
+    adapted = _adapted_layers(policy)
     for name, parameter in policy.named_parameters():
         owner, _, own = name.partition(".base_layer.")
         if owner in adapted:
@@ -98,6 +100,85 @@ def merged_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{owner}.{own}", full_tensor(parameter) + added
         elif ".lora_" not in name:
             yield name, full_tensor(parameter)
+
+
+def base_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every frozen weight in full, under its name without adapters; every rank must call it."""
+    for name, parameter in policy.named_parameters():
+        if ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), full_tensor(parameter.detach())
+
+
+def adapter_weights(policy: nn.Module) -> dict[str, Tensor]:
+    """Return the adapters in full, under their names in peft's files; every rank must call it."""
+    return {
+        _file_name(name): full_tensor(parameter.detach()).cpu()
+        for name, parameter in policy.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def load_adapter_weights(policy: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Replace a policy's adapters by what `adapter_weights` returned.
+
+    Raises:
+        CheckpointError: If names or shapes differ.
+    """
+    own = {_file_name(name): each for name, each in policy.named_parameters() if ".lora_" in name}
+    wrong = [name for name in own if name not in weights or own[name].shape != weights[name].shape]
+    if wrong := sorted({*wrong, *(weights.keys() - own.keys())}):
+        raise CheckpointError(
+            f"{len(wrong)} of the adapters' weights are missing or do not fit this policy, first {wrong[0]}"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            values = weights[name].to(parameter)
+            if isinstance(parameter, DTensor):
+                values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+            parameter.copy_(values)
+
+
+def merge_adapters(policy: nn.Module, weights: Mapping[str, Tensor], scaling: float) -> None:
+    """Add adapters, as `adapter_weights` returned them, to the weights of a policy without any, in place.
+
+        W + scaling B A,   scaling = alpha / rank
+
+    Raises:
+        CheckpointError: If the policy has no such layer, or an adapter has only one part.
+    """
+    own = dict(policy.named_parameters())
+    for name, down in weights.items():
+        layer, found, _ = name.removeprefix(_PREFIX).partition(".lora_A.")
+        if not found:
+            continue
+        up, weight = weights.get(name.replace(".lora_A.", ".lora_B.")), own.get(f"{layer}.weight")
+        if up is None or weight is None or weight.shape != (len(up), down.shape[1]):
+            raise CheckpointError(f"the adapter of {layer} does not fit this policy")
+        with torch.no_grad():
+            weight.add_(scaling * (up.to(weight) @ down.to(weight)))
+
+
+def adapter_settings(policy: nn.Module, config: LoraConfig) -> dict[str, Any]:
+    """Return what peft needs to add the same adapters to the same model: arguments of its `LoraConfig`."""
+    adapted = set(_adapted_layers(policy))
+    short = {_short_name(name) for name in adapted}
+    idle = {name for name in _linear_layers(policy) if ".base_layer" not in name and ".lora_" not in name}
+    exact = not short.isdisjoint(map(_short_name, idle))  # a short name would also mean a layer without one
+    return {
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(adapted if exact else short),
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def _adapted_layers(policy: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in policy.named_modules() if hasattr(module, "lora_A")}
+
+
+def _file_name(name: str) -> str:
+    return f"{_PREFIX}{name.replace(f'.{_ADAPTER}.', '.')}"
 
 
 def _adapter_weight(module: Any) -> Tensor:

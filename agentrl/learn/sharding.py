@@ -88,25 +88,43 @@ def recompute_activations(policy: nn.Module) -> None:
         )
 
 
-def write_shards(folder: Path, modules: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> None:
+def write_shards(
+    folder: Path,
+    modules: Mapping[str, nn.Module],
+    optimizers: Sequence[Optimizer],
+    *,
+    trained: bool = False,
+) -> None:
     """Write this rank's part of some modules, and of the first one's optimisers; every rank must call it.
+
+    Args:
+        folder: The folder to write.
+        modules: The modules by name.
+        optimizers: Optimisers of the first module.
+        trained: Whether to leave out the weights that do not require gradients.
 
     Raises:
         CheckpointError: If a rank cannot write.
     """
     try:
-        save(_tensors(modules, optimizers), checkpoint_id=folder)
+        save(_tensors(modules, optimizers, trained=trained), checkpoint_id=folder)
     except CheckpointException as error:
         raise CheckpointError(f"{folder}: a rank could not write its part ({error})") from error
 
 
-def read_shards(folder: Path, modules: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> None:
-    """Load into modules and optimisers what any number of ranks wrote of the same ones.
+def read_shards(
+    folder: Path,
+    modules: Mapping[str, nn.Module],
+    optimizers: Sequence[Optimizer],
+    *,
+    trained: bool = False,
+) -> None:
+    """Load into modules and optimisers what any number of ranks wrote of the same ones, see `write_shards`.
 
     Raises:
         CheckpointError: If it does not fit.
     """
-    state = _tensors(modules, optimizers)
+    state = _tensors(modules, optimizers, trained=trained)
     try:
         load(state, checkpoint_id=folder)
     except CheckpointException as error:
@@ -126,9 +144,15 @@ def stored_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _tensors(modules: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+def _tensors(
+    modules: Mapping[str, nn.Module], optimizers: Sequence[Optimizer], *, trained: bool
+) -> dict[str, Any]:
     state: dict[str, Any] = {
-        name: {key: parameter.detach() for key, parameter in module.named_parameters()}
+        name: {
+            key: parameter.detach()
+            for key, parameter in module.named_parameters()
+            if parameter.requires_grad or not trained
+        }
         for name, module in modules.items()
     }
     if optimizers:  # this also creates the state of one that has not stepped yet, to load into

@@ -23,6 +23,12 @@ class LearnerState:
         reference: The reference policy, if there is one.
         optimizers: The optimisers of what is learned.
         ranks: The ranks that learn together.
+
+    Attributes:
+        updates: The number of times that this object's weights were changed or may have been.
+        skipped_updates: The number of optimiser steps that were skipped.
+        skipped_in_a_row: The number of those that no step has followed yet.
+        parameters: The weights that are trained.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class LearnerState:
         self.reference = reference
         self.optimizers = optimizers
         self.ranks = ranks
+        self.updates = 0
         self.skipped_updates = 0
         self.skipped_in_a_row = 0
         self.parameters = [value for value in learned.policy.parameters() if value.requires_grad]
@@ -73,20 +80,20 @@ class LearnerState:
                         yield f"{key} of {names[parameter]}", local_tensor(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything but the policy's weights: optimisers, counters, reference and value head.
+        """Return everything but the weights of policy and reference: optimisers, counters, value head.
 
         Under `fsdp` it leaves out the sharded tensors, which `write_shards` writes.
         """
         sharded = self.config.backend == "fsdp"
+        head = self.learned.value_head
         return {
             "optimizer": self.config.optimizer,
             "optimizers": [{} if sharded else optimizer.state_dict() for optimizer in self.optimizers],
             "stepped": [bool(optimizer.state) for optimizer in self.optimizers],
             "skipped_updates": self.skipped_updates,
             "skipped_in_a_row": self.skipped_in_a_row,
-        } | {
-            name: None if part is None else {} if sharded else part.state_dict()
-            for name, part in self._optional_modules().items()
+            "reference": None if self.reference is None else {},  # empty: it does not change
+            "value_head": None if head is None else {} if sharded else head.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -95,7 +102,8 @@ class LearnerState:
         Raises:
             CheckpointError: If it does not fit.
         """
-        parts = self._optional_modules()
+        reference = None if self.reference is None else self.reference.policy
+        parts = {"reference": reference, "value_head": self.learned.value_head}
         found = (state.get("optimizer"), *(state.get(name) is not None for name in parts))
         wanted = (self.config.optimizer, *(part is not None for part in parts.values()))
         if found != wanted:
@@ -109,21 +117,31 @@ class LearnerState:
                     optimizer.load_state_dict(stored)
                 # Under fsdp the tensors are in the shards, see `read_shards`.
                 for name, part in parts.items():
-                    if part is not None:
+                    if part is not None and state[name]:
                         part.load_state_dict(state[name])
+            self.updates += 1
             self.skipped_updates = int(state["skipped_updates"])
             self.skipped_in_a_row = int(state["skipped_in_a_row"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"learner state: does not fit this policy ({error})") from error
 
     def write_shards(self, folder: Path) -> None:
-        """Write this rank's part of all modules and optimiser states; every rank must call it."""
+        """Write this rank's part of what is learned and of its optimisers; every rank must call it.
+
+        With `lora`, frozen weights are left out.
+        """
         # To ask PyTorch for the state of an optimiser that has not stepped would create it.
         stepped = [optimizer for optimizer in self.optimizers if optimizer.state]
-        write_shards(folder, self._sharded_modules(), stepped)
+        trained = self.config.lora is not None
+        write_shards(folder, {"learned": self.learned}, stepped, trained=trained)
 
-    def read_shards(self, folder: Path, state: Mapping[str, Any]) -> None:
+    def read_shards(self, folder: Path, state: Mapping[str, Any], *, whole: bool = False) -> None:
         """Restore what any number of ranks wrote, and the `state_dict` that belongs to it.
+
+        Args:
+            folder: The folder that `write_shards` wrote.
+            state: The `state_dict`.
+            whole: Whether frozen weights and the reference are there too, as older versions wrote them.
 
         Raises:
             CheckpointError: If it does not fit.
@@ -131,12 +149,23 @@ class LearnerState:
         self.load_state_dict(state)
         # An optimiser that had not stepped wrote no state, so there is none to read for it.
         stepped = [optimizer for optimizer, had in zip(self.optimizers, state["stepped"], strict=True) if had]
-        read_shards(folder, self._sharded_modules(), stepped)
-
-    def _optional_modules(self) -> dict[str, nn.Module | None]:
-        reference = None if self.reference is None else self.reference.policy
-        return {"reference": reference, "value_head": self.learned.value_head}
-
-    def _sharded_modules(self) -> dict[str, nn.Module]:
         modules: dict[str, nn.Module] = {"learned": self.learned}
-        return modules if self.reference is None else modules | {"reference": self.reference}
+        if whole and self.reference is not None:
+            modules["reference"] = self.reference
+        read_shards(folder, modules, stepped, trained=self.config.lora is not None and not whole)
+
+    def write_reference(self, folder: Path) -> None:
+        """Write this rank's part of the reference; every rank must call it."""
+        write_shards(folder, self._reference_modules(), [])
+
+    def read_reference(self, folder: Path) -> None:
+        """Restore the reference that any number of ranks wrote.
+
+        Raises:
+            CheckpointError: If it does not fit.
+        """
+        read_shards(folder, self._reference_modules(), [])
+
+    def _reference_modules(self) -> dict[str, nn.Module]:
+        assert self.reference is not None
+        return {"reference": self.reference}

@@ -112,6 +112,7 @@ def _apply_gradient(loss: float, state: LearnerState) -> dict[str, float]:
 def _step_optimizers(state: LearnerState) -> dict[str, float]:
     """Step the optimisers; check every changed tensor for nan and inf, and a sample of weights for moves."""
     samples = [_sample_weights(value) for value in state.parameters if value.grad is not None]
+    state.updates += 1
     for optimizer in state.optimizers:
         optimizer.step()
     counts = [sample.counts() for sample in samples]

@@ -165,11 +165,25 @@ def _count(model: nn.Module, *, trained: bool) -> int:
 
 
 def checkpoint_bytes(config: RunConfig, algorithm: Algorithm, learner: LearnerConfig) -> int:
-    """Return the bytes of a checkpoint in a stage."""
+    """Return the bytes of a checkpoint in a stage, without what it shares with others: the reference."""
     model = _with_adapters(learner_skeleton(config.policy), learner)
-    reference = weight_bytes(learner_skeleton(config.policy)) * ("reference" in algorithm.requires)
     states = sum(optimizer_bytes(model, learner, value_head(model, algorithm)))
-    return weight_bytes(model) + reference + states
+    return learned_bytes(config, learner) + states
+
+
+def learned_bytes(config: RunConfig, learner: LearnerConfig) -> int:
+    """Return the bytes of what a stage saves of the policy: its adapters, or else all of its weights."""
+    model = _with_adapters(learner_skeleton(config.policy), learner)
+    return weight_bytes(model, trained=learner.lora is not None)
+
+
+def shared_bytes(config: RunConfig, algorithm: Algorithm, learner: LearnerConfig) -> tuple[int, str]:
+    """Return the bytes of frozen weights that a run keeps once, and what they are."""
+    weights = weight_bytes(learner_skeleton(config.policy))
+    if learner.lora is None:
+        return weights * ("reference" in algorithm.requires), "the reference, once for all checkpoints"
+    own = config.policy.path is None or (config.warm_start.steps > 0 and learner is config.learner)
+    return weights * own, "what adapters are added to"
 
 
 def value_head(model: PreTrainedModel, algorithm: Algorithm) -> nn.Module | None:

@@ -30,8 +30,9 @@ from agentrl.planning.memory import (
     checkpoint_bytes,
     episodes_per_step,
     generation_bytes,
+    learned_bytes,
     learner_bytes,
-    learner_skeleton,
+    shared_bytes,
     weight_bytes,
 )
 from agentrl.planning.preflight import (
@@ -55,7 +56,6 @@ from agentrl.terminal import plain
 Section = Literal["processes", "work", "memory", "GPU memory", "GPU memory of an engine", "disk", "time"]
 SIZES: tuple[Section, ...] = ("memory", "GPU memory", "GPU memory of an engine", "disk")
 
-_CHECKPOINTS = 4  # the last two, the best, and the one that is being written
 _RAY_BYTES = 400_000_000
 _ACTOR_BYTES = 55_000_000  # an actor that holds environments, without its workers
 
@@ -336,14 +336,32 @@ def _policy_lines(
     )
     here, copies = _device_section(device, topology)
     program = _program_bytes() * (topology.trainers + topology.drivers)
-    policy = weight_bytes(learner_skeleton(config.policy))
     checkpoint = max(checkpoint_bytes(config, stage, learner) for stage, learner, _ in stages)
+    count, counted = _kept_checkpoints(config)
+    adapted = config.learner.lora is not None
+    shared = [shared_bytes(config, stage, learner) for stage, learner, _ in stages]
     return [
         Line("memory", "program", program, "bytes", "measured: this one, which has loaded the same"),
         *(Line(here, what, size * copies, "bytes", how) for what, (size, how) in held.items()),
-        Line("disk", "checkpoints", _CHECKPOINTS * checkpoint, "bytes", f"{_CHECKPOINTS} at a time"),
-        Line("disk", "trained policy", policy, "bytes", "a Hugging Face folder"),
+        Line("disk", "checkpoints", count * checkpoint, "bytes", counted),
+        *(Line("disk", "frozen weights", size, "bytes", how) for size, how in shared if size),
+        Line(
+            "disk",
+            "trained policy",
+            learned_bytes(config, config.learner),
+            "bytes",
+            "a peft folder of adapters" if adapted else "a Hugging Face folder",
+        ),
     ]
+
+
+def _kept_checkpoints(config: RunConfig) -> tuple[int, str]:
+    """Return the largest number of checkpoints at a time, and how it was found."""
+    keep, every = config.trainer.keep_checkpoints, config.trainer.checkpoint_every
+    if keep is not None:
+        return keep + 2, f"{keep + 2} at a time: trainer.keep_checkpoints={keep}, the best, and a new one"
+    written = sum(-(-steps // every) for steps in (config.warm_start.steps, config.trainer.steps))
+    return written, f"{written}, all of them: trainer.keep_checkpoints is null"
 
 
 def _engine_lines(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -267,11 +267,23 @@ def check_finite(folder: Path, model: PreTrainedModel) -> None:
         )
 
 
-def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+def save_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a Hugging Face folder (safetensors) beside `path` and rename it into place: all of it or nothing.
 
     The weights are written in the model's dtype; `from_pretrained(path, dtype=...)` rounds them when it loads
     them.
+
+    Args:
+        model: The model.
+        tokenizer: The tokenizer.
+        path: The folder to write.
+        weights: The weights to write in place of the model's, under the same names.
 
     Raises:
         NonFiniteError: If weights are not finite; a folder that was at `path` is left unchanged.
@@ -279,13 +291,14 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path
             unchanged.
     """
     target = Path(path)
-    if lost := non_finite(cast(nn.Module, model).named_parameters()):
+    written = cast(nn.Module, model).named_parameters() if weights is None else weights.items()
+    if lost := non_finite(written):
         raise NonFiniteError(f"{target}: not saved, since {named_in_short(lost)} holds nan or inf")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(target) as folder:
             with _no_progress_bars():
-                model.save_pretrained(folder)
+                model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
             tokenizer.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

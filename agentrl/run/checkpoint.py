@@ -1,6 +1,5 @@
 """Atomic checkpoints: a folder appears complete or not at all, and is verified before it is loaded."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -8,20 +7,46 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
-from torch import Tensor
+from torch import nn
 
 from agentrl.errors import CheckpointError, NonFiniteError
-from agentrl.files import begin_folder, finish_folder, remove_folder
+from agentrl.files import begin_folder, finish_folder, link_or_copy, remove_folder
 from agentrl.learn.learner import Learner
+from agentrl.learn.lora import adapter_weights, load_adapter_weights
 from agentrl.learn.ranks import ALONE, Ranks
-from agentrl.learn.sharding import stored_shards
-from agentrl.policy.precision import named_in_short, non_finite
-from agentrl.run.records import read_hashes, read_progress
+from agentrl.policy.precision import named_in_short
+from agentrl.run.adapter import Base, read_adapter_weights, write_adapter
+from agentrl.run.checkpoint_files import (
+    ADAPTER,
+    REFERENCE,
+    REFERENCE_SHARDS,
+    SHARDS,
+    WEIGHTS,
+    has_adapter,
+    non_finite_tensors,
+    read_state,
+    sha256,
+    verify_hashes,
+)
+from agentrl.run.records import CHECKPOINT_FORMAT, read_hashes, read_progress
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that shares files with the next one.
+
+    Args:
+        path: The checkpoint.
+        updates: `Learner.updates` as it was when the checkpoint was written or loaded.
+    """
+
+    path: Path
+    updates: int
 
 
 @dataclass(frozen=True)
@@ -50,14 +75,20 @@ def save_checkpoint(
     ranks: Ranks = ALONE,
     *,
     between: bool = False,
+    keep: int | None = 2,
+    earlier: Saved | None = None,
+    base: Base | None = None,
 ) -> Path:
     """Write the checkpoint `folder/STAGE-STEP` and remove outdated ones.
 
-    The last two checkpoints and the one of the highest `score` are kept. A checkpoint written because of a
+    The last `keep` checkpoints and the one of the highest `score` are kept. A checkpoint written because of a
     stop (`between`) is kept only until the next one, so that a stopped and resumed run leaves the same
     checkpoints as an uninterrupted one. With several ranks on a shared file system, each rank writes its
     shards and the first one everything else. Weights are written in float32, whatever `policy.dtype` is, so
     that a resumed run continues from exactly what was learned.
+
+    Files whose content is that of an earlier checkpoint are hard links to its files: the reference policy,
+    and the weights if no optimiser step was taken since. With LoRA, the frozen weights are not written.
 
     Args:
         folder: The folder of the run's checkpoints.
@@ -67,6 +98,9 @@ def save_checkpoint(
         score: The score of the policy.
         ranks: The ranks that call this function together.
         between: Whether the run would not have written this checkpoint without a stop.
+        keep: The number of newest checkpoints to keep; None keeps all.
+        earlier: The checkpoint of the same stage that the learner was last saved to or loaded from.
+        base: With LoRA, the frozen weights that the adapters are added to.
 
     Returns:
         The path of the checkpoint.
@@ -76,8 +110,11 @@ def save_checkpoint(
         NonFiniteError: If weights or optimizer states are not finite; nothing is written.
     """
     target = folder / f"{progress.stage}-{progress.step:06d}"
-    sharded = learner.config.backend == "fsdp"
+    sharded, adapted = learner.config.backend == "fsdp", learner.config.lora is not None
     lost = learner.non_finite()
+    adapters = adapter_weights(learner.policy) if adapted else {}
+    shared = ranks.run_on_rank0(lambda: _unchanged_files(learner, earlier))
+    has_reference = learner.reference is not None and not adapted  # with adapters, the base is the reference
 
     def begin() -> Path:
         if lost:
@@ -89,30 +126,60 @@ def save_checkpoint(
             folder.mkdir(exist_ok=True)
             partial = begin_folder(target)
         with _saving(target, partial):
-            if not sharded:
-                save_model(learner.policy, str(partial / "weights.safetensors"))
+            for name, source in shared.items():
+                (partial / name).parent.mkdir(exist_ok=True)
+                link_or_copy(source, partial / name)
+            if not sharded and not adapted and WEIGHTS not in shared:
+                save_model(learner.policy, str(partial / WEIGHTS))
+            if not sharded and has_reference and REFERENCE not in shared:
+                save_model(cast(nn.Module, learner.reference), str(partial / REFERENCE))
+            if learner.config.lora is not None:
+                assert base is not None
+                (partial / ADAPTER).mkdir()
+                write_adapter(
+                    partial / ADAPTER, learner.policy, learner.config.lora, adapters, base, folder.parent
+                )
             own = dict(states or {})
             # The replay's state has a place of its own, as in the checkpoints of older versions.
             stored = {"replay": own.pop("replay", None), "stateful": own}
             torch.save(learner.state_dict() | stored, partial / "learner.pt")
-            record = asdict(progress) | {"score": score, "between": between}
+            record = asdict(progress) | {"score": score, "between": between, "format": CHECKPOINT_FORMAT}
             (partial / "progress.json").write_text(json.dumps(record), encoding="utf-8")
         return partial
 
     def finish() -> None:
         with _saving(target, partial):
             files = sorted(file for file in partial.rglob("*") if file.is_file())
-            hashes = {str(file.relative_to(partial)): _sha256(file) for file in files}
+            known = {} if earlier is None or not shared else read_hashes(earlier.path)
+            names = {str(file.relative_to(partial)): file for file in files}
+            hashes = {name: known[name] if name in shared else sha256(file) for name, file in names.items()}
             (partial / "hashes.json").write_text(json.dumps(hashes, indent=1), encoding="utf-8")
             finish_folder(partial, target)
-        _rotate(folder)
+        _rotate(folder, keep)
 
     partial = ranks.run_on_rank0(begin)
     if sharded:
         with _saving(target, partial):
-            learner.write_shards(partial / "shards")
+            if not any(name.startswith(f"{SHARDS}/") for name in shared):
+                learner.write_shards(partial / SHARDS)
+            if has_reference and not any(name.startswith(f"{REFERENCE_SHARDS}/") for name in shared):
+                learner.write_reference(partial / REFERENCE_SHARDS)
     ranks.run_on_rank0(finish)
     return target
+
+
+def _unchanged_files(learner: Learner, earlier: Saved | None) -> dict[str, Path]:
+    """Return the large files of an earlier checkpoint that the next one would only repeat, by name."""
+    if earlier is None or not (earlier.path / "hashes.json").is_file():
+        return {}
+    same_weights = earlier.updates == learner.updates
+    wanted = [WEIGHTS, SHARDS] * same_weights + [REFERENCE, REFERENCE_SHARDS]
+    # Adapters are small; a checkpoint of an older version holds them in a file of all weights.
+    return {
+        name: earlier.path / name
+        for name in read_hashes(earlier.path)
+        if name.partition("/")[0] in wanted and (earlier.path / name).is_file()
+    }
 
 
 @contextmanager
@@ -148,30 +215,48 @@ def load_learner(path: Path, learner: Learner) -> dict[str, Any]:
     Raises:
         CheckpointError: If the checkpoint does not fit the learner.
     """
-    state = _read_state(path)
-    if learner.config.backend == "fsdp":
-        learner.read_shards(path / "shards", state)
-    else:
+    state = read_state(path)
+    adapted = has_adapter(path)
+    try:
+        if learner.config.backend == "fsdp":
+            # Older versions wrote the frozen weights and the reference with the others.
+            apart = adapted or (path / REFERENCE_SHARDS).is_dir()
+            learner.read_shards(path / SHARDS, state, whole=not apart)
+            if (path / REFERENCE_SHARDS).is_dir():
+                learner.read_reference(path / REFERENCE_SHARDS)
+        else:
+            if not adapted:
+                load_model(learner.policy, str(path / WEIGHTS))
+            if (path / REFERENCE).exists():
+                load_model(cast(nn.Module, learner.reference), str(path / REFERENCE))
+            learner.load_state_dict(state)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: its weights do not fit this policy ({error})") from error
+    if adapted:
         try:
-            load_model(learner.policy, str(path / "weights.safetensors"))
-        except RuntimeError as error:
-            raise CheckpointError(f"{path}: its weights do not fit this policy ({error})") from error
-        learner.load_state_dict(state)
+            load_adapter_weights(learner.policy, read_adapter_weights(path / ADAPTER))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     replay = {} if state["replay"] is None else {"replay": state["replay"]}
     return {**replay, **state.get("stateful", {})}  # older versions had a replay only
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in a folder, oldest first."""
+    return sorted(_checkpoints(folder), key=_order)
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint; those of training are newer than those of the warm start."""
-    return max(_checkpoints(folder), key=_order, default=None)
+    return next(reversed(checkpoints(folder)), None)
 
 
 def latest_finite(folder: Path) -> Path | None:
     """Return the newest complete checkpoint without nan or inf, or None."""
-    for path in sorted(_checkpoints(folder), key=_order, reverse=True):
+    for path in reversed(checkpoints(folder)):
         with suppress(CheckpointError):
-            _verify_hashes(path)
-            if not _non_finite(path):
+            verify_hashes(path)
+            if not non_finite_tensors(path):
                 return path
     return None
 
@@ -192,12 +277,13 @@ def _order(path: Path) -> tuple[bool, int]:
     return stage == "train", int(step)
 
 
-def _rotate(folder: Path) -> None:
-    ordered = sorted(_checkpoints(folder), key=_order)
+def _rotate(folder: Path, keep: int | None) -> None:
+    ordered = checkpoints(folder)
     progress = {path: _stored_progress(path) for path in ordered}
     regular = [path for path in ordered if not progress[path].get("between")]
     scored = [(score, path) for path in regular if (score := progress[path].get("score")) is not None]
-    kept = {*regular[-2:], *ordered[-1:], *([max(scored)[1]] if scored else [])}
+    newest = regular if keep is None else regular[-keep:]
+    kept = {*newest, *ordered[-1:], *([max(scored)[1]] if scored else [])}
     for path in ordered:
         if path not in kept:
             remove_folder(path)
@@ -213,73 +299,9 @@ def _stored_progress(path: Path) -> Mapping[str, Any]:
 
 def _check_checkpoint(path: Path) -> None:
     """Refuse a damaged or non-finite checkpoint."""
-    _verify_hashes(path)
-    if lost := _non_finite(path):
+    verify_hashes(path)
+    if lost := non_finite_tensors(path):
         raise CheckpointError(
             f"{path}: nan or inf is in {named_in_short(lost)}; {_resume_hint(path.parent)}. "
             "Remove the newer checkpoints to resume from it"
         )
-
-
-def _non_finite(path: Path) -> list[str]:
-    """Return the names of the tensors of a checkpoint that hold nan or inf, reading one at a time."""
-    return [name for tensor in _checkpoint_tensors(path) for name in non_finite([tensor])]
-
-
-def _checkpoint_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights and optimizer states of a checkpoint by name, without stateful components."""
-    if (path / "weights.safetensors").exists():
-        with safe_open(path / "weights.safetensors", framework="pt") as weights:
-            yield from ((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
-    if (path / "shards").exists():
-        yield from stored_shards(path / "shards")
-    state = _read_state(path, mmap=True)
-    yield from _named_tensors(
-        {name: value for name, value in state.items() if name not in ("replay", "stateful")}
-    )
-
-
-def _named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in nested containers, each with its dotted path."""
-    if isinstance(tree, Tensor):
-        yield name, tree
-    elif isinstance(tree, Mapping | list | tuple):
-        for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-            yield from _named_tensors(value, f"{name}.{key}".removeprefix("."))
-
-
-def _read_state(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    file, remedy = path / "learner.pt", f"remove {path} to resume from an older checkpoint"
-    try:
-        state = torch.load(file, weights_only=True, mmap=mmap)
-    except Exception as error:  # torch.load raises many types on damaged files
-        raise CheckpointError(f"{file}: cannot be read ({type(error).__name__}); {remedy}") from error
-    if not isinstance(state, dict) or "replay" not in state:
-        raise CheckpointError(f"{file}: not the state of a learner; {remedy}")
-    return state
-
-
-def _verify_hashes(path: Path) -> None:
-    remedy = "remove it to resume from an older one"
-    try:
-        hashes = read_hashes(path)
-        there = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
-        unlisted = [
-            name for name in there if name not in {*hashes, "hashes.json"} and not name.startswith(".")
-        ]
-        wrong = [name for name, digest in hashes.items() if _sha256(path / name) != digest]
-    except (OSError, ValueError, CheckpointError) as error:
-        raise CheckpointError(f"{path}: incomplete checkpoint ({error}); {remedy}") from error
-    if absent := sorted({"learner.pt", "progress.json"} - set(hashes)):
-        raise CheckpointError(
-            f"{path}: incomplete checkpoint (hashes.json lacks {', '.join(absent)}); {remedy}"
-        )
-    if unlisted:
-        raise CheckpointError(f"{path}: hashes.json does not list {', '.join(unlisted)}; {remedy}")
-    if wrong:
-        raise CheckpointError(f"{path}: {', '.join(wrong)} changed after it was written; {remedy}")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,9 +1,8 @@
-"""Folder of a run: create and open it, and check with which changes it may be resumed."""
+"""Folder of a run: create it, open it, and note how its prompts were written."""
 
 import errno
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import re
@@ -11,49 +10,24 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentrl.config import parse_overrides, read_yaml
-from agentrl.env.registry import env_ids
+from agentrl.config import read_yaml
 from agentrl.errors import CheckpointError, ConfigError
 from agentrl.files import replacing_folder, write_atomic
-from agentrl.plugins import import_hashes, withheld_hint, withhold
+from agentrl.plugins import import_hashes, withhold
 from agentrl.run.config_files import ConfigFile, with_origins
 from agentrl.run.records import SCHEMA, read_manifest, read_summary
 from agentrl.run.settings import (
     RunConfig,
-    apply_changes,
     config_from_tree,
-    config_tree,
     config_yaml,
-    stored_path,
 )
 
 if TYPE_CHECKING:  # loads transformers
     from agentrl.policy.tokens import Wording
-
-_log = logging.getLogger(__name__)
-
-# Keys that may change when a run is resumed: none affects what is learned (but see `rollout.placement`).
-_RESUMABLE_KEYS = (
-    "run.",
-    "trainer.checkpoint_every",
-    "trainer.save_episodes_every",
-    "learner.launcher",
-    "learner.processes",
-    "rollout.placement",
-    "rollout.workers.",
-    "rollout.ray.",
-    "engine.actor_restarts",
-    "engine.vllm.url",
-    "engine.vllm.weights_folder",
-    "engine.vllm.reply_timeout",
-    "engine.vllm.max_restarts",
-    "rollout.max_attempts",
-    "rollout.max_aborted_share",
-)
 
 
 @dataclass(frozen=True)
@@ -65,8 +39,18 @@ class Run:
 
     @property
     def model(self) -> Path:
-        """Return the Hugging Face folder of the trained policy."""
+        """Return the Hugging Face folder of the trained policy, unless that is adapters."""
         return self.folder / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """Return the peft folder of the trained adapters, which a run with LoRA has instead of `model`."""
+        return self.folder / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the folder of the checkpoints."""
+        return self.folder / "checkpoints"
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -183,7 +167,7 @@ def migrate(tree: Mapping[str, Any], schema: int) -> dict[str, Any]:
     for number in range(schema, SCHEMA):
         for old, new in RENAMED_KEYS.get(number, {}).items():
             *path, key = old.split(".")
-            block = _value_at(result, ".".join(path)) if path else result
+            block = value_at(result, ".".join(path)) if path else result
             if not isinstance(block, dict) or key not in block:
                 continue
             value = block.pop(key)
@@ -194,49 +178,6 @@ def migrate(tree: Mapping[str, Any], schema: int) -> dict[str, Any]:
                     block = block.setdefault(part, {})
                 block.setdefault(key, value)
     return result
-
-
-def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
-    """Return the run with changed keys, none of which may change what is learned.
-
-    Args:
-        run: The stored run.
-        overrides: `key=value` overrides.
-
-    Raises:
-        ConfigError: If a key may not change (all of them are listed), or the environment was not imported.
-    """
-    if run.config.run.imports and run.config.env.id not in env_ids():
-        raise ConfigError(f"{run.folder} plays {run.config.env.id}, which is unknown here{withheld_hint()}")
-    _warn_of_changed_imports(run)
-    before = config_tree(run.config)
-    try:
-        config = config_from_tree(apply_changes(before, parse_overrides(overrides))[0])
-    except ConfigError as error:
-        raise ConfigError(with_origins(str(error), [], overrides, partial(stored_path, before))) from error
-    after = config_tree(config)
-    if config.run.imports != run.config.run.imports:
-        raise ConfigError(
-            "run.imports: cannot change when a run is resumed; use --import for further modules"
-        )
-    changed = [key for key in _changed_keys(before, after) if not key.startswith(_RESUMABLE_KEYS)]
-    if changed:
-        lines = "\n".join(
-            f"{key}: {_value_at(before, key)!r} -> {_value_at(after, key)!r}" for key in changed
-        )
-        raise ConfigError(
-            f"{run.folder} cannot be resumed with other values; start a new run instead:\n{lines}"
-        )
-    return Run(run.folder, config)
-
-
-def _warn_of_changed_imports(run: Run) -> None:
-    began = (read_manifest(run.folder) or {}).get("imports")
-    if not isinstance(began, dict):
-        return  # a run without imports
-    for name, now in import_hashes(run.config.run.imports).items():
-        if began.get(name, now) != now:
-            _log.warning("%s has changed since %s began: what the run learns may differ", name, run.folder)
 
 
 def note_wording(run: Run, wording: "Wording") -> None:
@@ -336,18 +277,8 @@ def _git_revision() -> str | None:
     return answer.stdout.strip()
 
 
-def _changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:
-    keys = []
-    for key in {**before, **after}:
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            keys += _changed_keys(old, new, f"{path}{key}.")
-        elif old != new:
-            keys.append(f"{path}{key}")
-    return keys
-
-
-def _value_at(tree: Any, key: str) -> Any:
+def value_at(tree: Any, key: str) -> Any:
+    """Return the value at a dotted key of a configuration's tree, or None."""
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree

@@ -1,5 +1,6 @@
 """Policies and players, opened by the name of a script, a run or a model."""
 
+import logging
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,32 +13,33 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentrl.data.trajectory import Episode
-from agentrl.errors import AgentRLError, CheckpointError, ConfigError
+from agentrl.errors import ConfigError
 from agentrl.files import replacing_folder
 from agentrl.policy.engine import Engine, SamplingParams
 from agentrl.policy.model import (
-    build_model,
     check_finite,
     context_length,
     end_ids,
     load_policy,
-    load_tokenizer,
 )
 from agentrl.policy.precision import engine_copy
 from agentrl.policy.prompt import Example
 from agentrl.policy.settings import PolicyConfig
-from agentrl.policy.sources import ModelSource, resolve
+from agentrl.policy.sources import ModelSource
 from agentrl.policy.tokens import Dialogue, check_without_template, configured_dialogue, fit_tokenizer
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import ChooseSampling, LanguagePlayer, Player, scripted_player
 from agentrl.run.examples import find_examples
-from agentrl.run.folder import Run, changed_wording, open_run
+from agentrl.run.folder import Run, changed_wording
 from agentrl.run.settings import RunConfig
 from agentrl.run.trust import caller_only_values, drop_caller_only_values
+from agentrl.run.weights import find_model, find_policy, initial_weights, load_saved
 from agentrl.scale.engines import open_engine
 from agentrl.seeds import derive_seed
+
+_log = logging.getLogger(__name__)
 
 FALLBACK_MAX_TURNS = 1_000  # limit where rollout.max_turns is None: an environment may never end an episode
 MAX_ENDLESS_EPISODES = 10  # number of episodes at that limit after which no other outcome is expected
@@ -116,10 +118,7 @@ def fit_policy(
         fitted = fit_tokenizer(texts, config.policy.vocab_size)
         with replacing_folder(tokenizer_folder) as partial:
             fitted.save_pretrained(partial)
-    tokenizer = load_tokenizer(tokenizer_folder)  # as a resumed run loads it
-    block = replace(config.policy, dtype="float32")
-    model = build_model(block, tokenizer, derive_seed(config.seed, "weights"))
-    return _make_policy(model, tokenizer, config.policy)
+    return _make_policy(*initial_weights(config, tokenizer_folder), config.policy)
 
 
 def check_fitted(block: PolicyConfig) -> None:
@@ -202,10 +201,20 @@ def load(source: ModelSource | str | Path, config: PolicyConfig, examples: Seque
     if not isinstance(source, ModelSource):
         source = ModelSource(Path(source), name=str(source))
     model, tokenizer = load_policy(source, device=config.device, chat_template=config.chat_template)
+    return replace(_checked_policy(source.path, model, tokenizer, config, examples), source=source)
+
+
+def _checked_policy(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PolicyConfig,
+    examples: Sequence[Example],
+) -> Policy:
     policy = _make_policy(model, tokenizer, config, examples)
     if policy.served is not model:
-        check_finite(source.path, policy.served)
-    return replace(policy, source=source)
+        check_finite(folder, policy.served)
+    return policy
 
 
 def open_player(
@@ -217,7 +226,8 @@ def open_player(
     writes the date.
 
     Args:
-        policy: `random`, `expert`, a run's folder or name, or a model as `policy.path` names one.
+        policy: `random`, `expert`, a run's folder or name, a checkpoint RUN/checkpoints/NAME, or a model as
+            `policy.path` names one. Of a run that has not finished, the newest checkpoint is taken.
         temperature: The sampling temperature; 0 is greedy.
         config: The configuration to play with if `policy` is not a run; None takes the defaults.
 
@@ -229,27 +239,28 @@ def open_player(
     """
     if policy in ("random", "expert"):
         return scripted_player(policy), config or RunConfig()
-    asked = config is not None
-    opened = _open_run_or_model(policy, None if config is None else config.policy.revision)
-    if isinstance(opened, Run):
-        config, source, asked = drop_caller_only_values(opened.config), ModelSource(opened.model), True
-        config = replace(config, policy=replace(config.policy, revision=None, chat_template=None))
-        _warn_of_dropped_values(opened)
+    saved, asked = find_policy(policy), config is not None
+    if saved is not None:
+        config, asked = drop_caller_only_values(saved.run.config), True
+        _warn_of_dropped_values(saved.run)
+        if saved.checkpoint is not None and not saved.asked:
+            _log.warning("%s", saved.describe())
+        examples = find_examples(config, saved.run)
+        loaded = _checked_policy(saved.path, *load_saved(saved), config.policy, examples)
+        changed = changed_wording(saved.run, loaded.dialogue.wording)
+        named = replace(config.policy, path=str(saved.path), revision=None, chat_template=None)
     else:
-        config, source = config or RunConfig(), opened
-    run = opened if isinstance(opened, Run) else None
-    loaded = load(source, config.policy, find_examples(config, run))
-    changed = None if run is None else changed_wording(run, loaded.dialogue.wording)
+        config = config or RunConfig()
+        source = find_model(policy, config.policy.revision)
+        loaded, changed = load(source, config.policy, find_examples(config, None)), None
+        named = replace(
+            config.policy, path=source.asked.name or str(source.folder), revision=source.asked.revision
+        )
     if changed:
         warnings.warn(changed, RuntimeWarning, stacklevel=2)
     # Nobody asked for the default, so a model with a shorter context needs no warning.
     limit = context_length(loaded.model, config.policy.max_context if asked else None)
-    block = replace(
-        config.policy,
-        path=source.asked.name or str(source.folder),
-        revision=source.asked.revision,
-        max_context=min(limit, config.policy.max_context or limit),
-    )
+    block = replace(named, max_context=min(limit, config.policy.max_context or limit))
     config = replace(config, engine=replace(config.engine, name="torch", actors=None), policy=block)
     return loaded.player(loaded.engine(config), config, temperature), config
 
@@ -272,21 +283,3 @@ def _make_policy(
 ) -> Policy:
     dialogue = configured_dialogue(config, tokenizer, stop_ids=end_ids(model), examples=examples)
     return Policy(model, engine_copy(model, getattr(torch, config.dtype)), tokenizer, dialogue)
-
-
-def _open_run_or_model(policy: str, revision: str | None) -> Run | ModelSource:
-    """Open the run of that folder or name, else find the model of that name."""
-    try:
-        return open_run(policy)
-    except AgentRLError as no_run:
-        path = Path(policy)
-        broken_run = (path / "config.yaml").exists() and not (path / "config.json").exists()
-        # A misspelt run below runs/ has the form of an id of the hub, which is not asked for it.
-        if broken_run or (not path.exists() and path.parent == Path(RunConfig().run.folder)):
-            raise
-        try:
-            return resolve(policy, revision)
-        except AgentRLError as no_model:
-            if path.exists():
-                raise
-            raise CheckpointError(f"{no_run}; as a model, {no_model}") from no_model

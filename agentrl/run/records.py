@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal, NotRequired, cast
 from pydantic import Field, FiniteFloat, NonNegativeInt
 from typing_extensions import TypedDict  # pydantic reads no other under Python 3.11
 
+from agentrl.errors import CheckpointError
 from agentrl.files import check_shape, read_json
 
+CHECKPOINT_FORMAT = 2  # version of the checkpoints that are written; those of version 1 do not name it
 SCHEMA = 2  # version of the folders that are written; those of version 1 do not name it
 
 _OLDER_CHECKPOINT = "remove the checkpoint to resume from an older one"
@@ -77,6 +79,7 @@ class _Progress(TypedDict):
     tasks_drawn: NonNegativeInt
     score: NotRequired[FiniteFloat | None]
     between: NotRequired[bool]
+    format: NotRequired[NonNegativeInt]
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -116,7 +119,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
     """Read the progress of a checkpoint."""
-    return _read_dict(checkpoint / "progress.json", _Progress, _OLDER_CHECKPOINT)
+    found = _read_dict(checkpoint / "progress.json", _Progress, _OLDER_CHECKPOINT)
+    if (version := found.get("format", 1)) > CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"{checkpoint}: written by a newer agentrl (format {version}; this version reads up to "
+            f"{CHECKPOINT_FORMAT}); install the version that wrote it, or a later one"
+        )
+    return found
 
 
 def read_hashes(checkpoint: Path) -> dict[str, str]:

@@ -88,8 +88,13 @@ class TrainerConfig:
     """Loop of reinforcement learning.
 
     Args:
-        steps: The number of iterations of rollout and update.
+        steps: The number of iterations of rollout and update. A run may be resumed with more, as long as no
+            schedule changes by it.
+        schedule_steps: The number of steps that schedules are computed over, such as the decay of the
+            learning rate, after which they keep their last value; null takes `steps`.
         checkpoint_every: The number of steps between checkpoints, in both training stages.
+        keep_checkpoints: The number of newest checkpoints to keep, besides the one with the highest success
+            rate in training; null keeps all.
         save_episodes_every: The number of steps between stored rollouts; 0 stores none.
         threads: The number of torch threads; None leaves the choice to torch.
         mode: `async` plays the next steps in a thread, with weights that are a few updates old, while the
@@ -103,7 +108,9 @@ class TrainerConfig:
     """
 
     steps: Steps = 240
+    schedule_steps: Annotated[int, Interval(ge=1, le=1_000_000_000)] | None = None
     checkpoint_every: Annotated[int, Interval(ge=1, le=1_000_000_000)] = 20
+    keep_checkpoints: Annotated[int, Interval(ge=1, le=1_000_000_000)] | None = 2
     save_episodes_every: Steps = 20
     threads: Annotated[int, Interval(ge=1, le=1024)] | None = 1
     mode: Literal["sync", "async"] = "sync"
@@ -112,6 +119,11 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         check_own_numbers(self, "trainer")
+
+    @property
+    def scheduled_steps(self) -> int:
+        """Return the number of steps that schedules are computed over."""
+        return self.steps if self.schedule_steps is None else self.schedule_steps
 
     @property
     def correction(self) -> float | None:

@@ -8,7 +8,8 @@ import torch
 
 from agentrl.learn.ranks import process_group
 from agentrl.policy.model import resolve_device
-from agentrl.run.folder import Run, open_run, with_overrides
+from agentrl.run.folder import Run, open_run
+from agentrl.run.resumption import with_overrides
 from agentrl.run.settings import RunConfig
 from agentrl.run.signals import Interruption
 from agentrl.run.trust import check_confirmed

@@ -80,6 +80,7 @@ class AsyncRollouts:
         cursor: The tasks drawn so far.
         engine: The engine, which others use only within `new_weights` and `paused`.
         context: The context of the next step.
+        steps: The number of steps of the run.
         max_staleness: The largest number of updates between the weights that begin a step and those that
             learn from it; 0 plays and learns in turns.
         furthest: With several ranks: maps the number of steps that this rank has begun to the largest number
@@ -95,12 +96,13 @@ class AsyncRollouts:
         cursor: int,
         engine: "SharedEngine",
         context: Context,
+        steps: int,
         max_staleness: int,
         furthest: Callable[[int], int] = int,
         agree: Agree = lambda own: own,
     ) -> None:
         self._play, self._cursor, self._engine = play, cursor, engine
-        self._max_staleness = max_staleness
+        self._steps, self._max_staleness = steps, max_staleness
         self._furthest, self._agree = furthest, agree
         self._latest = _copied(context)  # the trainer goes on to fill its history
         self._next = context.step  # the next step to be played
@@ -194,7 +196,7 @@ class AsyncRollouts:
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._may_begin())
             self._player_waited += time.perf_counter() - began
-            if self._next >= self._latest.total_steps:
+            if self._next >= self._steps:
                 return None
             self._playing = True
             own = None if self._closed else replace(self._latest, step=self._next)
@@ -203,7 +205,7 @@ class AsyncRollouts:
     def _may_begin(self) -> bool:
         if self._until is not None and self._next >= self._until:
             return False
-        done = self._next >= self._latest.total_steps
+        done = self._next >= self._steps
         return done or self._next <= self._latest.step + self._max_staleness
 
 
@@ -287,6 +289,7 @@ def open_source(
         state.tasks_drawn,
         shared,
         state.context(),
+        config.trainer.steps,
         config.trainer.max_staleness,
         furthest=lambda begun: max(session.ranks.gather(begun)),
         agree=agree,

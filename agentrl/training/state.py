@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,28 @@ from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.stateful import states_of
 from agentrl.errors import CheckpointError, NonFiniteError
 from agentrl.evaluation.run_scores import RunScores
+from agentrl.files import replacing_folder
 from agentrl.learn.learner import Learner
+from agentrl.learn.lora import adapter_weights
 from agentrl.learn.ranks import ALONE
-from agentrl.policy.model import output_weight
+from agentrl.policy.model import output_weight, save_policy
 from agentrl.policy.precision import engine_copy, named_in_short, non_finite
 from agentrl.policy.tokens import fingerprint
+from agentrl.run.adapter import Base, read_base, write_adapter
 from agentrl.run.checkpoint import (
     Progress,
+    Saved,
     latest_checkpoint,
     latest_finite,
     load_learner,
     load_progress,
     save_checkpoint,
 )
+from agentrl.run.checkpoint_files import ADAPTER, has_adapter
 from agentrl.run.logger import RunLogger, read_metrics
 from agentrl.run.metric_keys import current_keys
 from agentrl.run.timers import Timers
+from agentrl.training.base import describe_base, load_base, save_base
 from agentrl.training.setup import Session
 
 
@@ -57,7 +64,9 @@ class TrainingState:
         self.stage = "warm_start" if session.config.warm_start.steps else "train"
         self.step, self.tasks_drawn = 0, 0
         self.history: dict[str, list[float]] = {}
-        self._saved_step = -1
+        self._saved_step = 0  # where a stage begins, there is nothing to save
+        self._saved: Saved | None = None  # the newest checkpoint of the stage
+        self._base: Base | None = None  # with LoRA, what the adapters of the stage are added to
         self._restored = False  # whether the state is that of the folder, or newer
         self.learner = self.make_learner(session.policy.model)
 
@@ -66,7 +75,7 @@ class TrainingState:
         session = self._session
         return Context(
             self.step,
-            session.config.trainer.steps,
+            session.config.trainer.scheduled_steps,
             self.history,
             session.config.seed,
             vocabulary=len(output_weight(session.policy.served)),
@@ -83,8 +92,8 @@ class TrainingState:
     def start_training(self) -> None:
         """Go from the warm start to reinforcement learning; the reference is the warm-started policy."""
         with self._session.interruption.shield():  # a checkpoint must hold the learner of its stage
-            self.stage, self.step, self._saved_step = "train", 0, -1
-            self._replace_learner()
+            self.stage, self.step = "train", 0
+            self._replace_learner(self.export_model())
 
     def make_learner(self, model: PreTrainedModel) -> Learner:
         """Return a learner of the stage that starts from the weights of `model`."""
@@ -133,12 +142,14 @@ class TrainingState:
             self.save()
 
     def save(self) -> None:
-        """Save a checkpoint, unless the newest one is of this step.
+        """Save a checkpoint, unless the newest one is of this step or the stage has only begun.
+
+        A stage that has only begun is begun again from what was there before it.
 
         Raises:
             NonFiniteError: A weight or a state is nan or inf; nothing is written.
         """
-        if self._saved_step == self.step:
+        if self.step == self._saved_step:
             return
         session, config = self._session, self._session.config
         training = self.stage == "train"
@@ -148,17 +159,47 @@ class TrainingState:
         with session.interruption.shield():
             session.ranks.run_on_rank0(session.check_lock)
             self._logger.sync()
-            save_checkpoint(
+            path = save_checkpoint(
                 self._folder,
                 Progress(self.stage, self.step, self.history, self.tasks_drawn),
                 self.learner,
                 states_of(session.algorithm.find_stateful()) if training else None,
                 score=sum(recent) / len(recent) if recent else None,
                 ranks=session.ranks,
-                between=self.step != last and (not self.step or self.step % every != 0),
+                between=self.step != last and self.step % every != 0,
+                keep=config.trainer.keep_checkpoints,
+                earlier=self._saved,
+                base=self._keep_base(),
             )
-            self._saved_step = self.step
+            self._saved, self._saved_step = Saved(path, self.learner.updates), self.step
             self._timers.save()
+
+    def gather_result(self) -> Callable[[], None]:
+        """Return a function by which the first rank saves what was learned; all ranks call this together.
+
+        It writes `RUN/adapter` if the learner trains adapters, and else `RUN/model`.
+        """
+        run, tokenizer, lora = self._session.run, self._session.policy.tokenizer, self.learner.config.lora
+        if lora is None:
+            return partial(save_policy, self.export_model(), tokenizer, run.model)
+        base, weights = self._keep_base(), adapter_weights(self.learner.policy)
+        assert base is not None
+
+        def write() -> None:
+            with replacing_folder(run.adapter) as folder:
+                write_adapter(folder, self.learner.policy, lora, weights, base, run.folder)
+                tokenizer.save_pretrained(folder)
+
+        return write
+
+    def _keep_base(self) -> Base | None:
+        """Return what the adapters are added to, saved if it is nowhere else; None without adapters."""
+        if self.learner.config.lora is None:
+            return None
+        if self._base is None:
+            self._base = describe_base(self._session, self.stage, self.learner.policy)
+        save_base(self._session, self._base, self.learner.policy)
+        return self._base
 
     def save_on_exit(self) -> str:
         """Save what there is, if it is finite, and return a line that says how to continue."""
@@ -169,6 +210,8 @@ class TrainingState:
         try:
             with self._session.interruption.shield():
                 self.save()
+                if self._saved is None and (lost := self.learner.non_finite()):
+                    raise NonFiniteError(f"nan or inf is in {named_in_short(lost)}")
                 self._session.interruption.pop_request()
         except NonFiniteError:
             good = self._session.ranks.run_on_rank0(lambda: latest_finite(self._folder))
@@ -198,11 +241,16 @@ class TrainingState:
         progress = load_progress(path, session.ranks)
         other_stage = progress.stage != self.stage
         self.stage, self.step, self._saved_step = progress.stage, progress.step, progress.step
+        stored = read_base(path / ADAPTER) if has_adapter(path) else None
         self.history = {key: list(values) for key, values in current_keys(progress.history, "train").items()}
         self.tasks_drawn = progress.tasks_drawn
         if other_stage:
-            self._replace_learner()
+            own = stored if stored is not None and stored.own else None
+            self._replace_learner(self.export_model() if own is None else load_base(session, own, path))
+        if stored is not None and (base := self._keep_base()) is not None:
+            session.ranks.run_on_rank0(lambda: stored.check(base.sha256, str(path)))
         states = load_learner(path, self.learner)
+        self._saved = Saved(path, self.learner.updates)
         if self.stage == "train":
             self._restore_components(path, states)
         session.ranks.run_on_rank0(lambda: self._check_records(scores))
@@ -224,8 +272,8 @@ class TrainingState:
             else:
                 self._warn(f"{path.name} holds no state of the algorithm's {name}, which starts anew")
 
-    def _replace_learner(self) -> None:
-        model = self.export_model()
+    def _replace_learner(self, model: PreTrainedModel) -> None:
+        self._saved, self._saved_step, self._base = None, self.step, None
         del self.learner  # its states may be as large as memory allows
         self.learner = self.make_learner(model)
 

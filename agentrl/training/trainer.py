@@ -2,10 +2,9 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-
-from transformers import PreTrainedModel
 
 from agentrl.algorithms.credit import prepare
 from agentrl.algorithms.hooks import Context
@@ -16,9 +15,9 @@ from agentrl.evaluation.report import write_report
 from agentrl.evaluation.results_table import results_table
 from agentrl.evaluation.run_scores import RunScores
 from agentrl.files import write_atomic
-from agentrl.policy.model import save_policy
 from agentrl.run.folder import Run
 from agentrl.run.logger import RunLogger, SilentRunLogger
+from agentrl.run.resumption import record_more_steps
 from agentrl.run.signals import RunInterrupted
 from agentrl.run.timers import Timers
 from agentrl.training.alarms import Alarms
@@ -69,6 +68,7 @@ class Trainer:
                     self.logger.say(
                         f"continuing {self.session.run.folder} after {state.stage} step {state.step}"
                     )
+                self.ranks.run_on_rank0(partial(record_more_steps, self.session.run))
                 for line in (self.session.describe(self.rollouts.group_size), *self.session.notes):
                     self.logger.say(line)
                 self.alarms.check_start()
@@ -83,7 +83,8 @@ class Trainer:
                     self.evaluate("cloned")
                 self.train()
                 self.evaluate("trained")
-                self.ranks.run_on_rank0(partial(self._finish, state.export_model()))
+                save_result = state.gather_result()
+                self.ranks.run_on_rank0(partial(self._finish, save_result))
         except KeyboardInterrupt as interrupt:
             raise RunInterrupted(
                 f"stopped after {state.stage} step {state.step}; {state.save_on_exit()}"
@@ -170,8 +171,8 @@ class Trainer:
             if name not in ("random", "expert"):
                 self.alarms.check_contexts(found.stop_reasons)
 
-    def _finish(self, learned: PreTrainedModel) -> None:
-        save_policy(learned, self.session.policy.tokenizer, self.session.run.model)
+    def _finish(self, save_result: Callable[[], None]) -> None:
+        save_result()
         self.scores.check_instructions()
         self.timers.save()
         summary = self.scores.summary()

@@ -8,7 +8,8 @@ import pytest
 from agentrl.config import key_lines, to_yaml
 from agentrl.errors import ConfigError
 from agentrl.run.config_files import read_config_files
-from agentrl.run.folder import open_run, with_overrides
+from agentrl.run.folder import open_run
+from agentrl.run.resumption import with_overrides
 from agentrl.run.settings import RunConfig, config_tree, load_config
 from agentrl.study.config import load_study
 

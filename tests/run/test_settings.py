@@ -4,7 +4,8 @@ import pytest
 
 from agentrl.config import to_yaml
 from agentrl.errors import ConfigError
-from agentrl.run.folder import Run, with_overrides
+from agentrl.run.folder import Run
+from agentrl.run.resumption import with_overrides
 from agentrl.run.settings import config_tree, load_config
 
 NESTED = """

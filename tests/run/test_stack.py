@@ -15,7 +15,8 @@ from agentrl.algorithms.recipe import build_recipe
 from agentrl.algorithms.stack import build_stack, stack_tree, stackable_names
 from agentrl.config import read_yaml, to_yaml
 from agentrl.errors import ConfigError
-from agentrl.run.folder import Run, create_run, open_run, with_overrides
+from agentrl.run.folder import Run, create_run, open_run
+from agentrl.run.resumption import with_overrides
 from agentrl.run.settings import RunConfig, config_tree, config_yaml, load_config
 from agentrl.study.config import load_study, plan
 

@@ -25,6 +25,7 @@ from agentrl.policy.precision import non_finite
 from agentrl.policy.tokens import fit_tokenizer
 from agentrl.run.checkpoint import latest_finite
 from agentrl.run.signals import RunInterrupted
+from agentrl.run.weights import export
 from agentrl.training.state import TrainingState
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -156,7 +157,9 @@ def test_adapters_learn_beside_an_engine_that_rounds_and_leave_a_model_in_float3
     pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[lora]'")
     adapted = ("policy.dtype=bfloat16", "learner.lora.rank=2", "learner.lora.targets=[q_proj]")
     before = weights(trained(tmp_path / "cloned", "policy.dtype=bfloat16", "trainer.steps=0").model)
-    after = weights(trained(tmp_path / "adapted", *adapted, "algorithm.drop_equal_groups=false").model)
+    run = trained(tmp_path / "adapted", *adapted, "algorithm.drop_equal_groups=false")
+    export(str(run.folder), tmp_path / "merged", merge=True)
+    after = weights(tmp_path / "merged")
     changed = {name for name in before if not before[name].equal(after[name])}
     assert {name.split(".", 4)[-1] for name in changed} == {"q_proj.weight"}
     assert {value.dtype for value in after.values()} == {torch.float32}

@@ -86,7 +86,7 @@ def begun(play: Steps, count: int) -> bool:
 @pytest.mark.parametrize("most", [0, 1, 2])
 def test_a_step_is_begun_at_most_so_many_updates_before_it_is_learned_from(most: int, play: Steps) -> None:
     play.may_end.release(100)
-    steps = AsyncRollouts(play, 6, SharedEngine(Passes()), context(0), most)
+    steps = AsyncRollouts(play, 6, SharedEngine(Passes()), context(0), STEPS, most)
     try:
         assert begun(play, most + 1)
         for step in range(STEPS):
@@ -119,7 +119,7 @@ def test_what_playing_raises_reaches_who_waits_after_what_was_played(play: Steps
         return play(cursor, context)
 
     play.may_end.release(100)
-    steps = AsyncRollouts(fails, 0, SharedEngine(Passes()), context(0), 3)
+    steps = AsyncRollouts(fails, 0, SharedEngine(Passes()), context(0), STEPS, 3)
     try:
         assert steps.collect(context(0)).context.step == 0
         with pytest.raises(RuntimeError, match="no more tasks"):
@@ -129,7 +129,7 @@ def test_what_playing_raises_reaches_who_waits_after_what_was_played(play: Steps
 
 
 def test_a_pause_waits_for_the_step_that_is_played_and_no_further_one_begins(play: Steps) -> None:
-    steps = AsyncRollouts(play, 0, SharedEngine(Passes()), context(0), 5)
+    steps = AsyncRollouts(play, 0, SharedEngine(Passes()), context(0), STEPS, 5)
     try:
         assert begun(play, 1)
         threading.Timer(0.1, play.may_end.release).start()
@@ -165,7 +165,8 @@ def test_ranks_pause_after_the_same_step_whoever_is_ahead() -> None:
 
     late = context(0)
     ranks = [
-        AsyncRollouts(partial(plays, rank), 0, SharedEngine(Passes()), late, 0, furthest) for rank in range(2)
+        AsyncRollouts(partial(plays, rank), 0, SharedEngine(Passes()), late, STEPS, 0, furthest)
+        for rank in range(2)
     ]
     for rank in ranks:
         assert rank.collect(late).context.step == 0
@@ -200,7 +201,7 @@ def test_ranks_begin_a_step_together_or_not_at_all(play: Steps) -> None:
 
     play.may_end.release(100)
     ranks = [
-        AsyncRollouts(play, 0, SharedEngine(Passes()), context(0), 0, agree=partial(agrees, rank))
+        AsyncRollouts(play, 0, SharedEngine(Passes()), context(0), STEPS, 0, agree=partial(agrees, rank))
         for rank in range(2)
     ]
     for rank in ranks:
@@ -254,7 +255,7 @@ def test_closing_ends_the_thread_and_what_it_waits_for() -> None:
     inner = Passes()
     inner.let_go.set()
     shared = SharedEngine(inner)
-    steps = AsyncRollouts(generates, 0, shared, context(0), 1)
+    steps = AsyncRollouts(generates, 0, shared, context(0), STEPS, 1)
     assert inner.entered.wait(10)
     steps.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "rollout"]

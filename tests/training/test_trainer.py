@@ -23,9 +23,9 @@ from agentrl.cli import app
 from agentrl.errors import AgentRLError, CheckpointError, ConfigError, TooManyAbortedError
 from agentrl.evaluation.scores import Evaluation
 from agentrl.rollout.players import LanguagePlayer, RandomPlayer
-from agentrl.run.folder import with_overrides
 from agentrl.run.logger import RunLogger
 from agentrl.run.metric_keys import find_metric
+from agentrl.run.resumption import with_overrides
 from agentrl.run.signals import RunInterrupted
 from agentrl.training.rollouts import TaskOrder
 from agentrl.training.state import TrainingState

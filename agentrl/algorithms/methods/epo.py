@@ -9,7 +9,7 @@ from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.clipped_recipe import entropy_bonus
 from agentrl.algorithms.entropy_band import EntropyBand, ReferenceLevel, entropy_levels
-from agentrl.algorithms.hooks import Context, Term
+from agentrl.algorithms.hooks import SCHEDULED, Context, Term, trait
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Count, PositiveWeight, Steps, Weight
 from agentrl.schedule import PenaltySchedule, penalty_weight
@@ -130,12 +130,12 @@ class EPO(Recipe):
         )
         outside = band.violation if self.smoothing == "hinge" else band.indicator
         weights = functional.token_weights if released else functional.trajectory_weights
-        terms = (
-            Term("epo_entropy", entropy_bonus, -self.entropy_coefficient, weights),
-            Term("epo_smoothing", outside, self.smoothing_coefficient, weights),
-        )
+        fixed = self.schedule == "constant" or (released and self.schedule == "official_epoch")
+        coefficient = self.smoothing_coefficient if fixed else trait(SCHEDULED)(self.smoothing_coefficient)
+        bonus = Term("epo_entropy", entropy_bonus, -self.entropy_coefficient, weights)
+        smoothing = Term("epo_smoothing", outside, coefficient, weights)
         diagnostics = (*base.diagnostics, entropy_levels, band.metrics)
-        return replace(base, terms=(*base.terms, *terms), diagnostics=diagnostics)
+        return replace(base, terms=(*base.terms, bonus, smoothing), diagnostics=diagnostics)
 
     def smoothing_coefficient(self, context: Context) -> float:
         """Return the coefficient of the mean penalty in the loss."""
