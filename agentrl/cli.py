@@ -278,7 +278,15 @@ def evaluate(
     ],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="The environment's own arguments.", show_default=False),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Keys as in training (policy.prompt=literature), and the environment's own arguments.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Configuration for a model: its environment, prompts and panel."),
     ] = None,
     env: Annotated[
         str | None,
@@ -315,6 +323,7 @@ def evaluate(
     - `agentrl evaluate --policy runs/NAME/checkpoints/train-000100`
     - `agentrl evaluate --policy random --env agentrl/ALFWorld-v0 --split valid_seen --tasks 99 --repeats 4`
     - `agentrl evaluate --policy expert --env agentrl/MathTools-v0 level=2`
+    - `agentrl evaluate --policy smollm2 --config smollm2_alfworld.yaml policy.prompt=react`
     """
     import json
 
@@ -326,6 +335,7 @@ def evaluate(
     load_imports(imports or ())
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}")
+    keys, own = _split_keys(arguments or [])
     with _EpisodeCounter("evaluating") as count:
         result = measure(
             policy,
@@ -333,12 +343,14 @@ def evaluate(
             env=env,
             split=split,
             tasks=tasks,
-            env_kwargs=merge({}, arguments) if arguments else None,
+            env_kwargs=merge({}, own) if own else None,
             repeats=repeats,
             seed=seed,
             temperature=0.0 if greedy else 1.0,
             placement=cast("Placement | None", placement),
             interpreter=interpreter,
+            config=config,
+            overrides=keys,
             on_episode=count,
         )
     summary = {"policies": {policy: {"greedy" if greedy else "sampled": result.to_dict()}}}
@@ -706,6 +718,12 @@ def _split_config(arguments: Sequence[str] | None) -> tuple[str | None, list[str
     if given and "=" not in given[0]:
         return given[0], given[1:]
     return None, given
+
+
+def _split_keys(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split `key=value` into keys of a configuration and arguments of an environment."""
+    keys = [text for text in arguments if text.partition(".")[0] in ("policy", "rollout", "engine")]
+    return keys, [text for text in arguments if text not in keys]
 
 
 def _describe_os_error(error: OSError) -> str:

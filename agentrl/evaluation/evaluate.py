@@ -1,7 +1,7 @@
 """Evaluate a policy on a fixed panel of tasks, each played a fixed number of times."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -18,7 +18,8 @@ from agentrl.rollout.settings import Placement, RolloutConfig
 from agentrl.run.checkpoint_files import checkpoint_name
 from agentrl.run.folder import Run
 from agentrl.run.policies import open_player
-from agentrl.run.settings import RunConfig
+from agentrl.run.settings import RunConfig, load_config
+from agentrl.run.weights import find_policy
 
 
 def evaluate(
@@ -34,6 +35,8 @@ def evaluate(
     temperature: float = 1.0,
     placement: Placement | None = None,
     interpreter: str | None = None,
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
     on_episode: OnEpisode | None = None,
 ) -> Evaluation:
     """Evaluate a policy on a panel and return its scores.
@@ -55,6 +58,10 @@ def evaluate(
         placement: Where the environments run on this machine. None takes the run's placement for the run's
             environment, and `auto` for any other.
         interpreter: Another Python interpreter to run the environments in. One that a run names is not used.
+        config: A configuration file with the environment, the panel and the settings for a policy that is not
+            a run.
+        overrides: `key=value` for keys of the configuration to play with instead of the run's or the file's,
+            such as `policy.prompt=literature` or `rollout.constrained=false`.
         on_episode: Called with each episode when it ends.
 
     Raises:
@@ -68,9 +75,10 @@ def evaluate(
         raise unknown("placement", placement, get_args(Placement))
     given = given_panel(panel, env, split, tasks, env_kwargs)
     name = str(policy.folder) if isinstance(policy, Run) else str(policy)
-    player, config = open_player(name, temperature=temperature)
-    source = choose_panel(config, given, env, split, tasks, env_kwargs)
-    rollout = _rollout_config(config, source.env, placement, interpreter)
+    settings = _settings_of_model(name, config, overrides) if config is not None else None
+    player, settings = open_player(name, temperature=temperature, config=settings, overrides=overrides)
+    source = choose_panel(settings, given, env, split, tasks, env_kwargs)
+    rollout = _rollout_config(settings, source.env, placement, interpreter)
     factory = Factory(source.env, split=source.split, **source.kwargs)
     rollout, _ = resolve_placement(factory, rollout, source.split, seed)
     with open_panel_environments(
@@ -89,9 +97,17 @@ def evaluate(
     return replace(
         found,
         retried=len(played.failures),
-        checkpoint=None if config.policy.path is None else checkpoint_name(Path(config.policy.path)),
+        checkpoint=None if settings.policy.path is None else checkpoint_name(Path(settings.policy.path)),
         steps_per_second=turns / seconds,
     )
+
+
+def _settings_of_model(policy: str, file: str | Path, overrides: Sequence[str]) -> RunConfig:
+    """Return the configuration of a file for a policy that is not a run."""
+    if find_policy(policy) is not None:
+        raise ConfigError(f"--config {file}: {policy} is a run, which has a configuration; give keys instead")
+    named = () if policy in ("random", "expert") else (f"policy.path={policy}",)
+    return load_config(file, *named, *overrides)
 
 
 def _rollout_config(

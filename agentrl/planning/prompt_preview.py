@@ -17,9 +17,10 @@ from agentrl.policy.encoding import special_ids
 from agentrl.policy.model import load_tokenizer
 from agentrl.policy.sources import resolve
 from agentrl.policy.tokens import Dialogue, configured_dialogue, fit_tokenizer
+from agentrl.rollout.players import scripted_player
 from agentrl.run.env_backend import environment_factory, open_one_environment
 from agentrl.run.examples import find_examples
-from agentrl.run.policies import check_fitted, scripted_player
+from agentrl.run.policies import check_fitted
 from agentrl.run.settings import RunConfig
 from agentrl.terminal import plain
 

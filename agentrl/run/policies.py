@@ -33,7 +33,7 @@ from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import ChooseSampling, LanguagePlayer, Player, scripted_player
 from agentrl.run.examples import find_examples
 from agentrl.run.folder import Run, changed_wording
-from agentrl.run.settings import RunConfig
+from agentrl.run.settings import RunConfig, load_config, with_changes
 from agentrl.run.trust import caller_only_values, drop_caller_only_values
 from agentrl.run.weights import find_model, find_policy, initial_weights, load_saved
 from agentrl.scale.engines import open_engine
@@ -218,7 +218,11 @@ def _checked_policy(
 
 
 def open_player(
-    policy: str, *, temperature: float = 1.0, config: RunConfig | None = None
+    policy: str,
+    *,
+    temperature: float = 1.0,
+    config: RunConfig | None = None,
+    overrides: Sequence[str] = (),
 ) -> tuple[Player, RunConfig]:
     """Open the player that `policy` names, in this process and with the `torch` engine.
 
@@ -229,7 +233,10 @@ def open_player(
         policy: `random`, `expert`, a run's folder or name, a checkpoint RUN/checkpoints/NAME, or a model as
             `policy.path` names one. Of a run that has not finished, the newest checkpoint is taken.
         temperature: The sampling temperature; 0 is greedy.
-        config: The configuration to play with if `policy` is not a run; None takes the defaults.
+        config: The configuration to play with if `policy` is not a run; None takes the defaults, for a model
+            those of its size (`policy.preset`).
+        overrides: `key=value` for the keys to play with instead, such as `policy.prompt=literature`; with a
+            `config`, they are in it already.
 
     Returns:
         The player, and the configuration that it was opened with (for a run, the run's own).
@@ -241,7 +248,7 @@ def open_player(
         return scripted_player(policy), config or RunConfig()
     saved, asked = find_policy(policy), config is not None
     if saved is not None:
-        config, asked = drop_caller_only_values(saved.run.config), True
+        config, asked = with_changes(drop_caller_only_values(saved.run.config), overrides), True
         _warn_of_dropped_values(saved.run)
         if saved.checkpoint is not None and not saved.asked:
             _log.warning("%s", saved.describe())
@@ -250,7 +257,7 @@ def open_player(
         changed = changed_wording(saved.run, loaded.dialogue.wording)
         named = replace(config.policy, path=str(saved.path), revision=None, chat_template=None)
     else:
-        config = config or RunConfig()
+        config = config or load_config(None, f"policy.path={policy}", *overrides)
         source = find_model(policy, config.policy.revision)
         loaded, changed = load(source, config.policy, find_examples(config, None)), None
         named = replace(

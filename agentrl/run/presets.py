@@ -135,9 +135,9 @@ def _learning_rates(parameters: int | None) -> tuple[float, float]:
 def with_preset(
     tree: Mapping[str, Any], layers: Sequence[Changes], apply: Callable[[Mapping[str, Any], Changes], Tree]
 ) -> tuple[Tree, str | None]:
-    """Apply layers of changes to a configuration, with the preset below the layer that names the policy.
+    """Apply layers of changes to a configuration, with the preset below the first that names a policy.
 
-    So a preset overrides what was written for another policy, and whatever is given together with
+    So a preset overrides what was written for a policy from scratch, and whatever is given together with a
     `policy.path`, or later, overrides the preset.
 
     Args:
@@ -167,8 +167,8 @@ def with_preset(
     naming = [
         place for place, layer in enumerate(layers) if any(key == ("policy", "path") for key, _ in layer)
     ]
-    if naming:
-        layers = [*layers[: naming[-1]], changes, *layers[naming[-1] :]]
+    if _value(tree, ("policy", "path")) is None:
+        layers = [*layers[: naming[0]], changes, *layers[naming[0] :]]
     else:
         tree = set_values(tree, [change for change in changes if not _has(tree, change[0])])
     changed: Tree = dict(tree)

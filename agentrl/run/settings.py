@@ -293,6 +293,17 @@ def _with_imports(tree: dict[str, Any], more: Iterable[str]) -> dict[str, Any]:
     return tree | {"run": block | {"imports": list(imported)}} if imported else tree
 
 
+def with_changes(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Return a configuration with the values of `key=value` overrides.
+
+    Raises:
+        ConfigError: If a key or a value is wrong.
+    """
+    if not overrides:
+        return config
+    return config_from_tree(apply_changes(config_tree(config), parse_overrides(overrides))[0])
+
+
 def config_from_tree(tree: Mapping[str, Any]) -> RunConfig:
     """Build and validate every block, and report all mistakes at once."""
     blocks = dict(tree)

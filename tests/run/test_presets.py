@@ -64,6 +64,16 @@ def test_the_preset_overrides_a_file_that_was_written_for_another_policy(model: 
     assert config.env.kwargs["max_steps"] == 16
 
 
+def test_a_file_for_a_pretrained_model_keeps_its_values_with_another_model(
+    model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("policy: {path: elsewhere}\nwarm_start: {steps: 9}\n")
+    config, _ = read(model, base=str(file))
+    assert (config.policy.path, config.warm_start.steps) == (str(model), 9)
+    assert config.learner.optimizer == "adamw"
+
+
 def test_a_stored_configuration_is_read_back_unchanged_and_without_a_line(
     model: Path, tmp_path: Path
 ) -> None:
