@@ -373,6 +373,8 @@ HARMLESS = {
     "policy.chat_template": "a template, rendered in its sandbox",
     "policy.device": "a choice",
     "policy.preset": "a choice",
+    "policy.prompt": "a template, rendered in its sandbox",
+    "policy.system_message": "a text",
     "policy.dtype": "a choice",
     "policy.reply": "a choice",
     "warm_start.noise_prefers": "a text",
