@@ -44,7 +44,7 @@ $(VENV)/.installed-smollm2: $(VENV)/.installed
 	touch $@
 
 smollm2: $(VENV)/.installed-smollm2  ## train a real instruct model, SmolLM2-135M, from a package: no hub
-	$(BIN)/agentrl train configs/smollm2_alfworld.yaml seed=$(SEED) $(if $(STEPS),trainer.steps=$(STEPS))
+	$(BIN)/agentrl train configs/smollm2_alfworld.yaml seed=$(SEED) $(if $(STEPS),trainer.steps=$(STEPS)) $(ARGS)
 
 # In the order of the tree, in which no long file comes last, and with a thread for each process.
 test: $(VENV)/.installed-dev  ## the default test suite
