@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from rich.console import Group
 from rich.rule import Rule
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from agentrl.data.trajectory import Episode
@@ -176,7 +175,7 @@ def preview_text(preview: Preview) -> Group:
             f"turn {turn.turn}: {turn.prompt_tokens:,} tokens, {kind}{cut}; reply {turn.reply_tokens:,}; "
             f"sequence {turn.sequence_tokens:,}"
         )
-        prompt = Text()
+        prompt = plain("")
         for text, role in _roles(turn.prompt, preview.special):
             prompt.append_text(plain(text, _STYLES.get(role, "")))
         prompt.append_text(plain(turn.reply, "bold"))

@@ -176,6 +176,7 @@ def test_the_first_observation_holds_the_task_and_the_room(env: Any) -> None:
     observation, info = env.reset(options={"task": "train/boil/0"})
     assert observation.startswith("Your task is to boil water.")
     assert "\n\nThis room is called the hallway." in observation
+    assert info.pop("task_text") == observation.split("\n\n")[0]
     assert info == {
         "success": False,
         "score": 0.0,

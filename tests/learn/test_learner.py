@@ -522,11 +522,14 @@ def test_a_resumed_learner_continues_bit_by_bit(optimizer, tmp_path):
         assert torch.equal(resumed.state_dict()[name], value)
 
 
-def test_the_reference_is_part_of_the_state():
+def test_the_reference_is_stored_apart_from_the_state():
     first = learner_of(reference=ToyPolicy(seed=1))
     second = learner_of(reference=ToyPolicy(seed=2))
+    assert first.state_dict()["reference"] == {}
     second.load_state_dict(first.state_dict())
-    assert torch.equal(second.reference.mix, first.reference.mix)
+    assert torch.equal(second.reference.mix, ToyPolicy(seed=2).mix)
+    with pytest.raises(CheckpointError, match="has a reference"):
+        learner_of().load_state_dict(first.state_dict())
 
 
 def test_a_state_that_does_not_fit_is_refused():

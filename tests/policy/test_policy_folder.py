@@ -65,7 +65,7 @@ def test_a_save_that_fails_leaves_what_was_there(
 ) -> None:
     before = (folder / "model.safetensors").read_bytes()
 
-    def full_disk(path: str) -> None:
+    def full_disk(path: str, **given: object) -> None:
         (Path(path) / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

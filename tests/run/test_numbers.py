@@ -68,7 +68,7 @@ ACCEPTED = {
         *(f"engine.{name}" for name in ("actor_cpus", "actor_gpus", "actor_restarts", "vllm.max_restarts")),
         *(f"rollout.{name}" for name in ("max_aborted_share", "ray.cpus", "ray.max_restarts")),
         *(f"trainer.{name}" for name in ("max_staleness", "save_episodes_every", "steps")),
-        *("evaluation.every", "warm_start.noise", "warm_start.steps"),
+        *("evaluation.every", "policy.examples", "warm_start.noise", "warm_start.steps"),
         *(
             f"{block}.{name}"
             for block in ("learner", "warm_start.learner")
@@ -79,7 +79,7 @@ ACCEPTED = {
         "aepo.entropy_weight",
         *("clip_cov.band.0", "clip_cov.share"),
         *("bapo.lower.0", "bapo.target"),
-        *("canon.alpha", "canon.beta", "canon.mix"),
+        *("canon.alpha", "canon.beta", "canon.mix", "canon.peak"),
         "dapo.overlong_cache",
         *("empg.k", "empg.k_future", "empg.zeta"),
         *(f"epo.{name}" for name in ("entropy_coefficient", "low", "penalty", "schedule_rate", "window")),
