@@ -490,7 +490,7 @@ def plan(
         echo(json.dumps(found.to_dict(), indent=1))
     else:
         _console().print(plan_table(found))
-        for line in found.warnings:
+        for line in found.notes:
             echo(f"note: {line}", style="yellow")
         for line in found.missing or ("nothing is missing",):
             echo(f"missing: {line}" if found.missing else line, style="red" if found.missing else "green")

@@ -88,13 +88,14 @@ class Plan:
     Args:
         lines: The amounts: work and disk of the whole run, processes and memory of one machine.
         missing: The reasons why it cannot start here; empty if it can.
-        warnings: The values that do not suit the policy or the texts of the environment.
+        notes: The lengths that were chosen, and the values that do not suit the policy or the texts of the
+            environment.
         nodes: The number of machines.
     """
 
     lines: tuple[Line, ...]
     missing: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     nodes: int = 1
 
     def total(self, section: Section) -> float:
@@ -154,10 +155,10 @@ def plan(config: RunConfig, *, processes: int = 1, nodes: int = 1) -> Plan:
     totals = {str(section): int(amounts.total(section)) for section in SIZES}
     collect(found, capacity_problems(config, topology, device, totals))
     missing = tuple(problem.text for problem in found)
-    return replace(amounts, missing=missing, warnings=(*chosen, *_warnings(config, profile)))
+    return replace(amounts, missing=missing, notes=(*chosen, *_misfits(config, profile)))
 
 
-def _warnings(config: RunConfig, profile: EnvProfile | None) -> Iterator[str]:
+def _misfits(config: RunConfig, profile: EnvProfile | None) -> Iterator[str]:
     """Yield the values that do not suit the model at `policy.path`, or what the environment says."""
     if config.policy.path is None:
         return

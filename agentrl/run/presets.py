@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from agentrl.config import Dotted, Tree, read_yaml, set_values
 from agentrl.errors import AgentRLError
+from agentrl.run.config_files import leaves
 
 Changes = Sequence[tuple[Dotted, Any]]
 
@@ -148,36 +150,37 @@ def with_preset(
     Returns:
         The values, and a line that names those that the preset has set, if any.
     """
-    final = reduce(apply, layers, tree)
-    policy = _block(final, "policy")
-    path, preset = policy.get("path"), policy.get("preset")
+    final = dict(leaves(reduce(apply, layers, tree)))
+    path, preset = final.get(("policy", "path")), final.get(("policy", "preset"))
     if not isinstance(path, str) or preset == SCRATCH:
-        return dict(final), None
+        return reduce(apply, layers, dict(tree)), None
     if preset is None and preset_of(path) != PRETRAINED:
-        return set_values(final, [(("policy", "preset"), SCRATCH)]), None
-    parameters = count_parameters(path, policy.get("revision"))
+        return reduce(apply, [*layers, [(("policy", "preset"), SCRATCH)]], dict(tree)), None
+    parameters = count_parameters(path, final.get(("policy", "revision")))
     values = pretrained_values(
         parameters,
-        dtype=fast_dtype(str(policy.get("device", "auto"))),
-        lora=_block(final, "learner").get("lora") is not None,
-        cloning_lora=_block(_block(final, "warm_start"), "learner").get("lora") is not None,
-        thinks=policy.get("reply") == "think_action",
+        dtype=fast_dtype(str(final.get(("policy", "device"), "auto"))),
+        lora=_has_block(final, "learner", "lora"),
+        cloning_lora=_has_block(final, "warm_start", "learner", "lora"),
+        thinks=final.get(("policy", "reply")) == "think_action",
     )
     changes = [(("policy", "preset"), PRETRAINED), *values.items()]
-    naming = [
-        place for place, layer in enumerate(layers) if any(key == ("policy", "path") for key, _ in layer)
-    ]
-    if _value(tree, ("policy", "path")) is None:
-        layers = [*layers[: naming[0]], changes, *layers[naming[0] :]]
+    given = dict(leaves(tree))
+    if given.get(("policy", "path")) is None:
+        so_far = accumulate(layers, apply, initial=dict(tree))
+        first = next(k for k, values in enumerate(so_far) if dict(leaves(values)).get(("policy", "path")))
+        layers = [*layers[: first - 1], changes, *layers[first - 1 :]]
     else:
-        tree = set_values(tree, [change for change in changes if not _has(tree, change[0])])
-    changed: Tree = dict(tree)
-    for layer in layers:
-        changed = apply(changed, layer)
+        tree = set_values(tree, [change for change in changes if change[0] not in given])
+    changed = reduce(apply, layers, dict(tree))
+    used = dict(leaves(changed))
+    # A layer that gives a whole block, as in policy={path: x}, leaves out the rest of it.
+    changed = set_values(changed, [change for change in changes if change[0] not in used])
+    used = dict(leaves(changed))
     set_here = [
         f"{'.'.join(key)}={_in_yaml(value)}"
         for key, value in values.items()
-        if _value(changed, key) == value and (_value(final, key) != value or not _has(final, key))
+        if used[key] == value and (key not in final or final[key] != value)
     ]
     if not set_here:
         return changed, None
@@ -210,19 +213,9 @@ def fast_dtype(device: str) -> str:
     return "bfloat16" if on_gpu or has_fast_bfloat16() else "float32"
 
 
-def _block(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    block = tree.get(key)
-    return block if isinstance(block, Mapping) else {}
-
-
-def _has(tree: Mapping[str, Any], dotted: Dotted) -> bool:
-    *path, key = dotted
-    return key in reduce(_block, path, tree)
-
-
-def _value(tree: Mapping[str, Any], dotted: Dotted) -> Any:
-    *path, key = dotted
-    return reduce(_block, path, tree).get(key)
+def _has_block(values: Mapping[Dotted, Any], *block: str) -> bool:
+    """Return whether there is a value, other than null, in or at a block."""
+    return any(key[: len(block)] == block and value is not None for key, value in values.items())
 
 
 def _in_yaml(value: Any) -> str:

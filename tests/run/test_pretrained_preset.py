@@ -84,6 +84,11 @@ def test_a_stored_configuration_is_read_back_unchanged_and_without_a_line(
     assert not lines
 
 
+def test_a_path_in_a_block_of_the_command_line_selects_the_preset_as_well(model: Path) -> None:
+    config = agentrl.load_config(None, f"policy={{path: {model}}}", warn=lambda line: None)
+    assert (config.policy.preset, config.learner.optimizer) == ("pretrained", "adamw")
+
+
 def test_scratch_sets_nothing(model: Path) -> None:
     config, lines = read(model, "policy.preset=scratch")
     assert config.learner == agentrl.RunConfig().learner
