@@ -245,7 +245,7 @@ def open_player(
         CheckpointError: If no policy of that name can be opened.
     """
     if policy in ("random", "expert"):
-        return scripted_player(policy), config or RunConfig()
+        return scripted_player(policy), config or with_changes(RunConfig(), overrides)
     saved, asked = find_policy(policy), config is not None
     if saved is not None:
         config, asked = with_changes(drop_caller_only_values(saved.run.config), overrides), True

@@ -8,35 +8,21 @@ from types import ModuleType
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from chat_models import chat_model
 
 import agentrl
 from agentrl.data.trajectory import Episode
 from agentrl.planning.env_probe import longest_sequence, play_random, tokenize_play
 from agentrl.planning.limits import is_open, resolve_limits, text_misfits
-from agentrl.policy.tokens import fit_tokenizer
 from agentrl.training.setup import open_training_environments
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 CPU = torch.device("cpu")
 Memory = namedtuple("Memory", "available")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = fit_tokenizer(["higher", "lower", "guess a number from 1 to 15"] * 4, 400)
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    made = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=4, max_position_embeddings=4096, **sizes)
-    AutoModelForCausalLM.from_config(made).save_pretrained(folder)
-    return folder
+    return chat_model(tmp_path_factory.mktemp("model"), positions=4096)
 
 
 @pytest.fixture(scope="module")

@@ -5,28 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from chat_models import chat_model
 
 import agentrl
 from agentrl.errors import ConfigError
 from agentrl.run import presets
 from agentrl.run.presets import misfits, preset_of, pretrained_values
 
-SIZES = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(folder)
-    return folder
+    return chat_model(tmp_path_factory.mktemp("model"))
 
 
 def read(model: Path, *more: str, base: str | None = None) -> tuple[agentrl.RunConfig, list[str]]:

@@ -1,24 +1,16 @@
 """The configurations for real models are read, planned and run, with a tiny model of their architecture."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from chat_models import chat_model
+from transformers import LlamaConfig, Qwen2Config
 
 import agentrl
 from agentrl.planning.plan import plan
-from agentrl.policy.tokens import fit_tokenizer
 from agentrl.run.config_files import shipped_configs
 from agentrl.run.logger import read_metrics
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 # What differs on a machine without a GPU, the official games and an hour.
 SHORT = (
     *("engine.name=torch", "engine.max_tokens=8", "policy.device=cpu", "policy.dtype=float32"),
@@ -36,17 +28,6 @@ CONFIGS = {
     "qwen_webshop.yaml": (Qwen2Config, ("env.kwargs.products=40",)),
     "qwen_scienceworld.yaml": (Qwen2Config, ()),
 }
-
-
-def chat_model(folder: Path, kind: Any) -> Path:
-    tokenizer = fit_tokenizer(["go to desk 1", "take cd 1 from shelf 2", "search[red shoes]"] * 4, 400)
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    made = kind(vocab_size=len(tokenizer), eos_token_id=4, max_position_embeddings=32768, **SIZES, **HEADS)
-    AutoModelForCausalLM.from_config(made).save_pretrained(folder)
-    return folder
 
 
 def test_every_configuration_of_a_real_model_is_tried_here() -> None:
