@@ -140,7 +140,7 @@ class MiniBatch:
 
 @dataclass(frozen=True)
 class ReplyState:
-    """What is known before a reply is sampled.
+    """State of an episode before its next reply is sampled.
 
     Args:
         task: The id of the task.

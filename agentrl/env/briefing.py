@@ -1,4 +1,4 @@
-"""What an environment tells its players at the start of an episode, for the prompts of a language model."""
+"""Texts of an environment for prompts: the task, the instructions and the forms of actions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What a policy reads: the prompts of an episode, with their tokens counted."""
+"""Preview the prompts of an episode, and count their tokens."""
 
 import re
 from collections.abc import Iterator, Sequence

@@ -78,7 +78,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class ReplyWords:
-    """How a reply format is put into words: what it asks for, and the text around a command."""
+    """Texts of a reply format: the instructions for a reply, and the text around its command."""
 
     asks: str
     before: str = ""

@@ -1,4 +1,4 @@
-"""Where a policy's model comes from: a folder, a GGUF file, an installed package or the Hugging Face hub.
+"""Find the model that `policy.path` names: a folder, a GGUF file, a packaged model or one of the hub.
 
 Nothing that a model brings along is executed: weights are tensors, and a chat template runs in a sandbox.
 """

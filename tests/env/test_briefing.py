@@ -1,4 +1,4 @@
-"""What an environment tells at the start of an episode reaches the player, wherever it runs."""
+"""The task and the instructions of an environment reach the player, wherever the environment runs."""
 
 from dataclasses import replace
 from typing import Any, ClassVar

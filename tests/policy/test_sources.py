@@ -1,4 +1,4 @@
-"""What `policy.path` may name: a folder, a GGUF file, a packaged model, an id of the hub, or an adapter."""
+"""`policy.path` names a folder, a GGUF file, a packaged model, an id of the hub, or an adapter."""
 
 import hashlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""What a run leaves of its weights: checkpoints that share files, and policies to evaluate and to export."""
+"""Checkpoints share files that do not change; any of them can be evaluated and exported."""
 
 import json
 import os
