@@ -15,6 +15,7 @@ from agentrl.algorithms.named_features import with_features, with_mini_batch_fea
 from agentrl.algorithms.token_statistics import STATISTICS, scored_statistics
 from agentrl.data.batch import Batch
 from agentrl.errors import RequirementError
+from agentrl.learn.allocator import return_freed_memory
 from agentrl.learn.diagnostics import batch_metrics, diagnose, step_counts, step_means
 from agentrl.learn.forward import Forward, in_bfloat16
 from agentrl.learn.lora import add_adapters, merged_weights
@@ -180,6 +181,7 @@ class Learner:
         if algorithm.replay is not None:
             replayed = {**step_means(replay_steps), **algorithm.replay.metrics()}
             method |= {f"replay/{name}": value for name, value in replayed.items()}
+        return_freed_memory()
         return {f"learner/{name}": value for name, value in own.items()} | {
             f"algorithm/{name}": value for name, value in method.items()
         }
