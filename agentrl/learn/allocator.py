@@ -9,7 +9,7 @@ def return_freed_memory() -> None:
     """Return the freed memory of this process to the system, where the C library is glibc.
 
     It keeps the memory of freed activations otherwise, in pieces that the tensors of the next rollout do not
-    fit into: with a model of 135M parameters, the process held 10 GB after two updates, and 3 GB of tensors.
+    fit into, so that the process grows from step to step.
     """
     trim = _malloc_trim()
     if trim is not None:

@@ -15,9 +15,10 @@ from agentrl.data.storage import write_episodes
 from agentrl.data.trajectory import Episode, StopReason, Turn
 from agentrl.errors import ConfigError
 from agentrl.evaluation.panels import configured_panel
+from agentrl.policy.dialogue import Dialogue
 from agentrl.policy.model import load_tokenizer
 from agentrl.policy.sources import resolve
-from agentrl.policy.tokens import Dialogue, configured_dialogue, fit_tokenizer
+from agentrl.policy.tokens import configured_dialogue, fit_tokenizer
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.failures import abort_reasons

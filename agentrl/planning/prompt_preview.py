@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from agentrl.data.trajectory import Episode
 from agentrl.errors import ConfigError
 from agentrl.planning.prompt_probe import record_play, write_turns
+from agentrl.policy.dialogue import Dialogue
 from agentrl.policy.encoding import special_ids
 from agentrl.policy.model import load_tokenizer
 from agentrl.policy.sources import resolve
-from agentrl.policy.tokens import Dialogue, configured_dialogue, fit_tokenizer
+from agentrl.policy.tokens import configured_dialogue, fit_tokenizer
 from agentrl.rollout.players import scripted_player
 from agentrl.run.env_backend import environment_factory, open_one_environment
 from agentrl.run.examples import find_examples

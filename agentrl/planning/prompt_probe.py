@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from agentrl.data.trajectory import Episode
 from agentrl.errors import ConfigError
+from agentrl.policy.dialogue import Dialogue
 from agentrl.policy.prompt import Example
-from agentrl.policy.tokens import Dialogue, configured_dialogue
+from agentrl.policy.tokens import configured_dialogue
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import ActionRequest, EpisodeSpec

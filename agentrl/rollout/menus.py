@@ -8,7 +8,8 @@ from agentrl.policy.thinking import Thinking, Thought
 from agentrl.policy.trie import admissible_replies
 
 if TYPE_CHECKING:
-    from agentrl.policy.tokens import ChatDialogue, Dialogue
+    from agentrl.policy.chat_dialogue import ChatDialogue
+    from agentrl.policy.dialogue import Dialogue
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from agentrl.rollout.play import ActionRequest, Reply, Stop
 from agentrl.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from agentrl.policy.tokens import Dialogue
+    from agentrl.policy.dialogue import Dialogue
 
 Answered = tuple[str, Reply | Stop]
 ChooseSampling = Callable[[ActionRequest, SamplingParams], SamplingParams]

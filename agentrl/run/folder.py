@@ -27,7 +27,7 @@ from agentrl.run.settings import (
 )
 
 if TYPE_CHECKING:  # loads transformers
-    from agentrl.policy.tokens import Wording
+    from agentrl.policy.dialogue import Wording
 
 
 @dataclass(frozen=True)

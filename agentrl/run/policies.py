@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from agentrl.data.trajectory import Episode
 from agentrl.errors import ConfigError
 from agentrl.files import replacing_folder
+from agentrl.policy.dialogue import Dialogue
 from agentrl.policy.engine import Engine, SamplingParams
 from agentrl.policy.model import (
     check_finite,
@@ -26,7 +27,7 @@ from agentrl.policy.precision import engine_copy
 from agentrl.policy.prompt import Example
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.sources import ModelSource
-from agentrl.policy.tokens import Dialogue, check_without_template, configured_dialogue, fit_tokenizer
+from agentrl.policy.tokens import check_without_template, configured_dialogue, fit_tokenizer
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import EpisodeSpec

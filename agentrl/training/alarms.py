@@ -7,8 +7,8 @@ from contextlib import suppress
 
 from agentrl.data.trajectory import StopReason
 from agentrl.learn.learner import Learner
+from agentrl.policy.chat_dialogue import ChatDialogue
 from agentrl.policy.model import context_limit
-from agentrl.policy.tokens import ChatDialogue
 from agentrl.run.logger import Row, RunLogger
 from agentrl.training.setup import Session
 

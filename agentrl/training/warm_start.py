@@ -10,7 +10,7 @@ from agentrl.data.batch import Batch, collate
 from agentrl.data.trajectory import Episode, Group, StopReason
 from agentrl.errors import ConfigError
 from agentrl.learn.ranks import ALONE, Ranks
-from agentrl.policy.tokens import Dialogue
+from agentrl.policy.dialogue import Dialogue
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.failures import Quarantine

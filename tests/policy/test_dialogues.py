@@ -9,15 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from agentrl.errors import ConfigError, RequirementError
 from agentrl.policy.chat import slot, split_slots
+from agentrl.policy.chat_dialogue import ChatDialogue
+from agentrl.policy.dialogue import ParsedReply
 from agentrl.policy.encoding import plain_encoder
-from agentrl.policy.tokens import (
-    ROLE_TOKENS,
-    ChatDialogue,
-    ParsedReply,
-    RoleDialogue,
-    fit_tokenizer,
-    make_dialogue,
-)
+from agentrl.policy.tokens import ROLE_TOKENS, RoleDialogue, fit_tokenizer, make_dialogue
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from agentrl.env.briefing import Briefing
 from agentrl.errors import ConfigError
+from agentrl.policy.chat_dialogue import ChatDialogue
 from agentrl.policy.prompt import (
     SHIPPED,
     VARIABLES,
@@ -20,14 +21,9 @@ from agentrl.policy.prompt import (
     ReplyWords,
     load_prompt,
 )
+from agentrl.policy.reply_formats import REPLY_FORMATS
 from agentrl.policy.settings import PolicyConfig
-from agentrl.policy.tokens import (
-    REPLY_FORMATS,
-    ChatDialogue,
-    RoleDialogue,
-    configured_dialogue,
-    make_dialogue,
-)
+from agentrl.policy.tokens import RoleDialogue, configured_dialogue, make_dialogue
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

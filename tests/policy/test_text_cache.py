@@ -8,8 +8,10 @@ import tracemalloc
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from agentrl.policy.chat_dialogue import ChatDialogue
+from agentrl.policy.dialogue import ParsedReply
 from agentrl.policy.text_cache import CACHED_BYTES, ENTRY_BYTES, TextCache, size_of
-from agentrl.policy.tokens import ChatDialogue, ParsedReply, RoleDialogue
+from agentrl.policy.tokens import RoleDialogue
 from agentrl.policy.trie import TRIES, TokenTrie, _trie_bytes, token_trie
 
 REWRITING = (

@@ -9,8 +9,11 @@ from transformers import PreTrainedTokenizerFast
 
 from agentrl.errors import ConfigError
 from agentrl.policy.chat import begun_reply, check_arguments
+from agentrl.policy.chat_dialogue import ChatDialogue
+from agentrl.policy.dialogue import ParsedReply
+from agentrl.policy.reply_formats import REPLY_FORMATS
 from agentrl.policy.settings import PolicyConfig
-from agentrl.policy.tokens import REPLY_FORMATS, ChatDialogue, ParsedReply, make_dialogue
+from agentrl.policy.tokens import make_dialogue
 
 # Earlier reasoning is dropped; what a reply with reasoning looks like is the template's own.
 DROPS = (

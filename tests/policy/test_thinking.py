@@ -14,9 +14,9 @@ from agentrl.data.storage import read_episodes, write_episodes
 from agentrl.data.trajectory import Episode, Group, StopReason, Turn
 from agentrl.learn.forward import Forward
 from agentrl.policy.attention import PACKED
+from agentrl.policy.chat_dialogue import ChatDialogue
 from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
 from agentrl.policy.thinking import Ending, EndingMatcher, Thinking, Thought, pieces_of
-from agentrl.policy.tokens import ChatDialogue
 from agentrl.policy.torch_engine import TorchEngine
 
 STOP = 4

@@ -9,11 +9,12 @@ from test_branching_tokens import ACTIONS, SAMPLING, TREE, play_branches
 from transformers import PreTrainedTokenizerFast
 
 from agentrl.env.briefing import Briefing
+from agentrl.policy.chat_dialogue import ChatDialogue
 from agentrl.policy.engine import GenerationRequest, SamplingParams
 from agentrl.policy.model import build_model
 from agentrl.policy.prompt import Observation, load_prompt
 from agentrl.policy.settings import PolicyConfig
-from agentrl.policy.tokens import ChatDialogue, fit_tokenizer
+from agentrl.policy.tokens import fit_tokenizer
 from agentrl.policy.torch_engine import TorchEngine
 from agentrl.rollout.players import LanguagePlayer
 

@@ -13,10 +13,11 @@ from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.methods.aepo import AEPO
 from agentrl.algorithms.methods.fr3e import FR3E
 from agentrl.data.trajectory import Episode, Outcome, StopReason, Turn
+from agentrl.policy.chat_dialogue import ChatDialogue
 from agentrl.policy.engine import SamplingParams
 from agentrl.policy.model import build_model
 from agentrl.policy.settings import PolicyConfig
-from agentrl.policy.tokens import ChatDialogue, fit_tokenizer
+from agentrl.policy.tokens import fit_tokenizer
 from agentrl.policy.torch_engine import TorchEngine
 from agentrl.rollout.branching import BranchScheduler
 from agentrl.rollout.collector import collect

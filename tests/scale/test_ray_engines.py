@@ -11,11 +11,12 @@ from shelves import Shelves
 
 from agentrl.data.trajectory import StopReason
 from agentrl.errors import AgentRLError, ConfigError, MissingDependencyError
+from agentrl.policy.dialogue import Dialogue
 from agentrl.policy.engine import Engine, Generation, GenerationRequest, SamplingParams
 from agentrl.policy.model import build_model
 from agentrl.policy.settings import EngineConfig, PolicyConfig
 from agentrl.policy.thinking import Ending, Thinking
-from agentrl.policy.tokens import Dialogue, fit_tokenizer, make_dialogue
+from agentrl.policy.tokens import fit_tokenizer, make_dialogue
 from agentrl.policy.torch_engine import TorchEngine
 from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import EnvironmentPool

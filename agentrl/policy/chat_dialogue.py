@@ -1,0 +1,408 @@
+"""Dialogues in the format of any tokenizer's chat template."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from agentrl.errors import ConfigError
+from agentrl.policy.chat import (
+    END_THINK,
+    INSTRUCTIONS_SLOT,
+    REASONING_TAGS,
+    SYSTEM_SLOT,
+    Message,
+    begun_reply,
+    check_arguments,
+    check_system_role,
+    messages,
+    probe_template,
+    slot,
+    split_reply,
+    split_slots,
+    think_block,
+)
+from agentrl.policy.dialogue import History, ParsedReply, Prompt, Wording, sha256_of, without_end
+from agentrl.policy.encoding import (
+    ObservationEncoder,
+    decoder,
+    markup_ids,
+    plain_encoder,
+    special_ids,
+)
+from agentrl.policy.prompt import Piece, PromptTemplate, task_of
+from agentrl.policy.reply_formats import AFTER_THOUGHTS, REPLY_FORMATS, REPLY_TAGS
+from agentrl.policy.text_cache import TextCache
+from agentrl.policy.thinking import Ending, Thinking, pieces_of
+
+_TAG = re.compile(f"({'|'.join(REPLY_TAGS)})")
+_REASONING_TAG = re.compile(f"({'|'.join(REASONING_TAGS)})")
+
+
+class ChatDialogue:
+    """Dialogue in the format of any tokenizer's chat template.
+
+    The template's text around a turn is found once and appended as ids, so sampled ids are never rendered and
+    encoded again. Where a template rewrites earlier turns (drops their reasoning, numbers them), every prompt
+    renders the whole dialogue and starts a new sequence: of a reply, the template sees the white space, the
+    tags of its reasoning, and placeholders that are then replaced by the sampled ids.
+    No text from outside becomes a markup token, see `plain_encoder`. Where the tokenizer has tokens for the
+    tags of the reply format, only the format itself writes them.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        reply: The format of replies: plain is the command itself; action_tags and think_action have it in
+            tags. What the prompt already writes of a reply is not repeated: a think block that it opens is
+            closed, and where it holds a whole one, think_action goes straight to the command.
+        max_observation_tokens: The number of tokens after which an observation is cut; None cuts none.
+        instructions: The text before the first observation; None takes that of the reply format.
+        stop_ids: Further ids that end a reply.
+        template_arguments: The arguments passed to the template whenever it is rendered.
+        prompt: The template of the user's messages; None writes the instructions, then the observations
+            alone. Of its text, only the tags of the reply format become tokens of their own.
+        system_message: The text of a system message; None leaves it to the chat template.
+
+    Attributes:
+        appends: Whether prompts extend the sequence.
+        thinking: How a reply reasons before its choice; None where it does not.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        reply: str = "plain",
+        max_observation_tokens: int | None = 96,
+        instructions: str | None = None,
+        stop_ids: Collection[int] = (),
+        template_arguments: Mapping[str, Any] | None = None,
+        prompt: PromptTemplate | None = None,
+        system_message: str | None = None,
+    ) -> None:
+        if reply not in REPLY_FORMATS:
+            raise ConfigError(f"policy.reply is {reply!r}, wanted one of {', '.join(REPLY_FORMATS)}")
+        self._tokenizer = tokenizer
+        self._arguments = dict(template_arguments or {})
+        if self._arguments:
+            template = cast(Any, tokenizer).get_chat_template()
+            check_arguments(template, self._arguments, tokenizer.SPECIAL_TOKENS_ATTRIBUTES)
+        self._system = None if system_message is None else slot(SYSTEM_SLOT)
+        if self._system is not None:
+            check_system_role(self._render)
+        self._format = REPLY_FORMATS[reply]
+        if self._format.thinks and END_THINK in begun_reply(self._render):
+            self._format = AFTER_THOUGHTS
+        self._encode = plain_encoder(tokenizer)
+        self.cache = TextCache()
+        self._encode_observation = ObservationEncoder(
+            tokenizer, self._encode, max_observation_tokens, self.cache
+        )
+        self._markup = self.cache.memoize(self._encode_markup)
+        self._added = frozenset(tokenizer.added_tokens_decoder)
+        self._tags = {
+            token.content: id
+            for id, token in tokenizer.added_tokens_decoder.items()
+            if token.content in REPLY_TAGS
+        }
+        markup = markup_ids(tokenizer) - {*self._tags.values()}
+        self._prompt = prompt
+        if prompt is not None:
+            prompt.check(self._format.words)
+            instructions = ""
+        if instructions is None:
+            instructions = self._format.instructions
+        self._instructions, self._texts = self._prepare_instructions(instructions, markup, INSTRUCTIONS_SLOT)
+        if system_message is not None:
+            self._system, texts = self._prepare_instructions(system_message, markup, SYSTEM_SLOT)
+            self._texts |= texts
+        self._knows_reasoning = END_THINK in str(tokenizer.chat_template)
+        pieces = probe_template(self._render, self._instructions)
+        self._extends, self._opens_thinking, self._reply_prefix = (
+            pieces.appends,
+            pieces.opens,
+            pieces.reply_prefix,
+        )
+        self.appends = pieces.appends and (prompt is None or prompt.history is None)
+        self._lead = pieces.lead
+        self._opening = self._fill_slots(pieces.opening, self._texts)
+        self._before_reply, self._between = self._markup(pieces.before_reply), self._markup(pieces.between)
+        self._rendered_opening = pieces.opening
+        around_turns = (self._opening, self._before_reply, self._between)
+        self.wording = Wording(
+            pieces.opening.replace(slot(INSTRUCTIONS_SLOT), instructions).replace(
+                slot(SYSTEM_SLOT), system_message or ""
+            ),
+            pieces.before_reply,
+            pieces.between,
+            sha256_of(around_turns) if prompt is None else _prompt_sha256(around_turns, prompt),
+            _template_sha256(tokenizer.chat_template),
+            *(() if prompt is None else (prompt.source, prompt.history, prompt.examples)),
+        )
+        around = markup.intersection((*self._opening, *self._before_reply, *self._between))
+        self._control = special_ids(tokenizer) - {*self._tags.values()} | around
+        self._decode = decoder(tokenizer, self._control)
+        self._end_of_turn, self._after_end = self._find_end_of_turn(markup)
+        ends = [self._end_of_turn, tokenizer.eos_token_id, *sorted(stop_ids)]
+        self.stop_ids: frozenset[int] = frozenset(id for id in ends if id is not None)
+        if not self.stop_ids:
+            raise ConfigError(
+                "the tokenizer has no eos_token and its chat template ends a reply with no token of its own"
+            )
+        self._stop = next(id for id in ends if id is not None)
+        self._before, self.thinking = self._build_thinking(pieces.begun)
+        self.encode_reply = self.cache.memoize(self._encode_reply)
+        self.encode_choice = self.cache.memoize(self._encode_choice)
+        self._cached_parse = self.cache.memoize(self._parse)
+        self._split_reply = self.cache.memoize(self._split_reply_uncached)
+
+    def prompt(self, history: History, observation: str) -> Prompt:
+        """Return the ids to append after `history`, or a whole prompt where turns are written anew."""
+        cut = self._encode_observation.note_cut(observation)
+        seen = self._encode_message(history, observation)
+        if not self.appends:
+            earlier = history if self._prompt is None or self._prompt.history is None else ()
+            said = [self._encode_message(history[:turn], text) for turn, (text, _) in enumerate(earlier)]
+            replies = [reply for _, reply in earlier]
+            return Prompt(self._encode_whole([*said, seen], replies), new_sequence=True, cut=cut)
+        if not history:
+            return Prompt((*self._opening, *seen, *self._before_reply), new_sequence=True, cut=cut)
+        # A complete reply has sampled its end of turn; one that was cut off or ended otherwise lacks it.
+        ended = history[-1][1][-1:] == (self._end_of_turn,)
+        return Prompt(
+            (*(self._after_end if ended else self._between), *seen, *self._before_reply),
+            new_sequence=False,
+            cut=cut,
+        )
+
+    def parse(self, ids: Sequence[int]) -> ParsedReply:
+        """Return the command in a reply."""
+        return self._cached_parse(tuple(ids))
+
+    def _encode_reply(self, text: str) -> tuple[int, ...]:
+        return (*self._before, *self._encode_choice(text))
+
+    def _encode_choice(self, text: str) -> tuple[int, ...]:
+        """Return the part of a reply after its reasoning."""
+        before, after = self._format.wrap.split("{}")
+        if self._format.thinks:
+            return (*self._encode(text), *self._markup(after), self._stop)
+        lead = "" if self._before else self._lead
+        return (*self._encode_tagged(lead + before, text, after), self._stop)
+
+    def _build_thinking(self, begun: str) -> tuple[tuple[int, ...], Thinking | None]:
+        """Return the ids before the choice in a reply without reasoning, and how a reply reasons."""
+        if not (self._opens_thinking or self._format.thinks):
+            return (), None
+        silenced = partial(self._render, enable_thinking=False)
+        block = think_block(partial(self._render, add_generation_prompt=False), silenced)
+        opening, empty = (
+            ("", block.closing + block.gap) if self._opens_thinking else (block.opening, block.empty)
+        )
+        if self._opens_thinking and block.empty.startswith(begun):
+            empty = block.empty.removeprefix(begun)
+        if not self._format.thinks:
+            return self._markup(empty), None
+        tag = self._format.wrap.split("{}")[0]
+        ending = Ending(END_THINK, pieces_of(END_THINK, _texts_of_parts(self._tokenizer, END_THINK)))
+        leads = {"": self._markup(block.gap + tag)}
+        for beyond in ending.overhangs - {""}:
+            said = beyond.lstrip()
+            if tag.startswith(said):
+                leads[beyond] = self._markup(tag.removeprefix(said))
+        thinking = Thinking(self._markup(self._lead + opening), ending, self._markup(block.closing), leads)
+        return self._markup(self._lead + empty + tag), thinking
+
+    def _parse(self, ids: tuple[int, ...]) -> ParsedReply:
+        written = without_end(ids, self.stop_ids)
+        text = self._decode(written).strip()
+        said, thought_over = text, True
+        if self._opens_thinking and not self._format.thinks:
+            thoughts, end, rest = text.partition(END_THINK)
+            said, thought_over = (rest.strip() if end else thoughts), bool(end)
+        found = self._format.pattern.fullmatch(said)
+        # Tags show that a command is complete, but a plain reply that was cut off may hold half of one.
+        complete = self._format.tagged or (thought_over and len(written) < len(ids))
+        if found is None or not complete or not found["command"].strip():
+            return ParsedReply(text, valid=False)
+        return ParsedReply(found["command"].strip(), valid=True)
+
+    def _encode_message(self, history: History, observation: str) -> tuple[int, ...]:
+        """Return the ids of the user's message of a turn."""
+        if self._prompt is None:
+            task = None if history else task_of(observation)
+            return self._encode_observation.with_task(observation, task)
+        past = [(text, self.parse(reply).text) for text, reply in history]
+        shorten = self._encode_observation.shorten
+        return self._encode_pieces(self._prompt.write(past, observation, self._format.words, shorten))
+
+    def _encode_whole(
+        self, said: Sequence[tuple[int, ...]], given: Sequence[tuple[int, ...]]
+    ) -> tuple[int, ...]:
+        """Return the ids of a dialogue, from those of the user's messages and of the replies."""
+        texts = self._texts | dict(enumerate(said))
+        replies = []
+        for reply in given:
+            (first, *shown), words = self._split_reply(tuple(reply))
+            numbers = range(len(texts), len(texts) + len(words))
+            texts |= zip(numbers, words, strict=True)
+            rest = "".join(map("".join, zip(map(slot, numbers), shown, strict=True)))
+            replies.append(self._reply_prefix + first + rest)
+        slots = list(map(slot, range(len(said))))
+        rendered = self._render(messages(slots, replies, self._instructions))
+        if not given:
+            self._warn_if_opening_changed(rendered)
+        return self._fill_slots(rendered, texts)
+
+    def _warn_if_opening_changed(self, rendered: str) -> None:
+        """Warn when the template's opening has changed, as at midnight where it writes the date."""
+        opening = rendered.partition(slot(0))[0]
+        if opening != self._rendered_opening:
+            warnings.warn(
+                "the chat template's opening has changed: "
+                f"{self._rendered_opening!r} before, {opening!r} now",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            self._rendered_opening = opening
+
+    def _fill_slots(self, rendered: str, texts: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
+        """Return the ids of rendered text, with the ids of texts from outside in place of their slots."""
+        ids: list[int] = []
+        for markup, number in split_slots(rendered):
+            ids.extend(self._markup(markup))
+            if number is not None:
+                ids.extend(texts[number])
+        return tuple(ids)
+
+    def _split_reply_uncached(
+        self, reply: tuple[int, ...]
+    ) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+        """Return the parts of a reply that the template sees, and the ids between them."""
+        ids = [id for id in without_end(reply, self.stop_ids) if id not in self._control]
+        pieces: list[tuple[str, tuple[int, ...]]] = []
+        for run, added in _split(ids, self._added):
+            text = self._decode(run)
+            if self._knows_reasoning and REASONING_TAGS[1] in text:  # the tag is spelled in ordinary tokens
+                pieces += [(part, self._encode(part)) for part in _REASONING_TAG.split(text)]
+            else:
+                pieces.append((text, run))
+            pieces.append((self._decode(added), added))
+        shown, said = split_reply([text for text, _ in pieces], reasoning=self._knows_reasoning)
+        return tuple(shown), tuple(self._trim([pieces[place] for place in places]) for places in said)
+
+    def _trim(self, pieces: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
+        """Return the ids of pieces of a reply, without the white space around all of them."""
+        words = [place for place, (text, _) in enumerate(pieces) if text.strip()]
+        kept: list[int] = []
+        for place in range(words[0], words[-1] + 1):
+            text, ids = pieces[place]
+            wanted = text.lstrip() if place == words[0] else text
+            wanted = wanted.rstrip() if place == words[-1] else wanted
+            kept += ids if wanted == text else self._strip_space(ids, wanted)
+        return tuple(kept)
+
+    def _strip_space(self, ids: tuple[int, ...], wanted: str) -> tuple[int, ...]:
+        """Return the ids without surrounding white space; encode `wanted` anew if a token mixes the two."""
+        start, end = 0, len(ids)
+        while start < end and not self._decode(ids[start : start + 1]).strip():
+            start += 1
+        while start < end and not self._decode(ids[end - 1 : end]).strip():
+            end -= 1
+        return ids[start:end] if self._decode(ids[start:end]) == wanted else self._encode(wanted)
+
+    def _prepare_instructions(
+        self, instructions: str, markup: Collection[int], number: int
+    ) -> tuple[str, dict[int, tuple[int, ...]]]:
+        """Return the instructions to render; those that spell markup become a slot, returned with its ids."""
+        spelled = any(id in markup for id in self._markup(instructions))
+        if not spelled and len(split_slots(instructions)) == 1:
+            return instructions, {}
+        return slot(number), {number: self._encode_tagged(instructions)}
+
+    def _encode_tagged(self, before: str, text: str = "", after: str = "") -> tuple[int, ...]:
+        """Encode text with the reply format's tags around it; only the format's tags become tag tokens."""
+        return self._encode_pieces(((before, True), (text, False), (after, True)))
+
+    def _encode_pieces(self, pieces: Iterable[Piece]) -> tuple[int, ...]:
+        """Encode pieces of text as one; only in our own pieces, tags become tag tokens."""
+        runs: list[str | int] = [""]
+        for part, own in pieces:
+            for piece in _TAG.split(part) if own else [part]:
+                if own and piece in self._tags:
+                    runs += [self._tags[piece], ""]
+                else:
+                    runs[-1] = cast(str, runs[-1]) + piece
+        ids: list[int] = []
+        for run in runs:
+            ids += (run,) if isinstance(run, int) else self._encode(run)
+        return tuple(ids)
+
+    def _render(self, dialogue: list[Message], **arguments: Any) -> str:
+        given = {"add_generation_prompt": True} | self._arguments | arguments
+        if self._system is not None:
+            dialogue = [{"role": "system", "content": self._system}, *dialogue]
+        return cast(str, self._tokenizer.apply_chat_template(dialogue, tokenize=False, **given))
+
+    def _encode_markup(self, text: str) -> tuple[int, ...]:
+        call = cast(Callable[..., Any], self._tokenizer)
+        return tuple(call(text, add_special_tokens=False)["input_ids"]) if text else ()
+
+    def _find_end_of_turn(self, markup: Collection[int]) -> tuple[int | None, tuple[int, ...]]:
+        """Return the markup token with which the template ends a reply, if any, and the ids that follow."""
+        for place, token in enumerate(self._between):
+            if token in markup:
+                return token, self._between[place + 1 :]
+            if self._decode((token,)).strip():
+                break
+        return None, self._between
+
+
+def _template_sha256(template: Any) -> str:
+    text = template if isinstance(template, str) else json.dumps(template)  # a dict of named templates
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _prompt_sha256(ids: Sequence[Sequence[int]], prompt: PromptTemplate) -> str:
+    """Return the hash of the text around turns, and of all else that decides what a prompt says."""
+    examples = [[example.task, example.turns] for example in prompt.examples]
+    content = [list(map(list, ids)), prompt.source, prompt.history, examples]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _split(ids: Iterable[int], separators: Collection[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Split ids into (run, separator after it); the last run has none.
+
+    >>> _split((5, 1, 6, 7), {1})
+    [((5,), (1,)), ((6, 7), ())]
+    """
+    parts: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    run: list[int] = []
+    for id in ids:
+        if id in separators:
+            parts.append((tuple(run), (id,)))
+            run = []
+        else:
+            run.append(id)
+    return [*parts, (tuple(run), ())]
+
+
+def _texts_of_parts(tokenizer: PreTrainedTokenizerBase, end: str) -> dict[int, str]:
+    """Return the texts of the tokens that might hold a part of `end`."""
+    # Some decoders drop a leading space, so each token is decoded after another one.
+    call = cast(Callable[..., Any], tokenizer)
+    read = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    before = call("a", add_special_tokens=False)["input_ids"][-1:]
+    known = cast(str, read(before))
+    edges = (end[0], end[-1])
+    return {
+        id: cast(str, read([*before, id])).removeprefix(known)
+        for token, id in tokenizer.get_vocab().items()
+        if token in end or any(edge in token for edge in edges)
+    }
