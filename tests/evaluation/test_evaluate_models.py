@@ -1,5 +1,6 @@
 """A model is evaluated with the keys of training: those of a file, and those of the command line."""
 
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -73,10 +74,10 @@ def test_an_unknown_key_is_refused_with_its_name(model: Path, file: Path) -> Non
         played(model, file, "policy.promt=react")
 
 
-def test_the_command_line_takes_the_same_keys(model: Path, file: Path) -> None:
-    arguments = ["evaluate", "--policy", str(model), "--config", str(file), "--greedy"]
+def test_the_command_line_takes_the_same_keys(model: Path, file: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.json"
+    arguments = ["evaluate", "--policy", str(model), "--config", str(file), "--output", str(scores)]
     shown = CliRunner().invoke(app, [*arguments, "rollout.max_turns=1", "policy.prompt=literature"])
     assert shown.exit_code == 0, shown.output
-    assert "2 episodes, panel" in shown.output
-    assert "turn_limit" in shown.output
-    assert "1.0" in shown.output.split("greedy")[1]  # turns
+    found = json.loads(scores.read_text())
+    assert (found["episodes"], found["mean_turns"]) == (2, 1.0)
