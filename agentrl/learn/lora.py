@@ -78,12 +78,15 @@ def add_adapters(policy: nn.Module, config: LoraConfig) -> None:
     check_adapters(policy, config)
     import peft
 
+    from agentrl.learn.lora_layer import LoraLinear
+
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=cast(int, config.alpha),
         target_modules=sorted(name for name in _called_layers(policy) if _short_name(name) in config.targets),
         lora_dropout=0.0,
     )
+    settings._register_custom_module({nn.Linear: LoraLinear})
     policy.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -103,6 +103,31 @@ def test_a_policy_whose_maps_are_of_another_kind_is_told_that_it_has_none() -> N
         check_adapters(policy, LoraConfig(targets=("c_attn",)))
 
 
+def test_the_layer_computes_what_pefts_own_does() -> None:
+    """Outputs and gradients are peft's, in float32 and under autocast."""
+    peft = pytest.importorskip("peft")
+    policy = double_qwen(0)
+    add_adapters(policy, LORA)
+    name, layer = next((n, m) for n, m in policy.named_modules() if hasattr(m, "lora_A"))
+    torch.nn.init.normal_(layer.lora_B.default.weight)
+    rows = torch.randn(3, 5, layer.in_features, dtype=layer.lora_A.default.weight.dtype)
+    found = []
+    for forward in (type(layer).forward, peft.tuners.lora.Linear.forward):
+        x = rows.clone().requires_grad_()
+        out = forward(layer, x)
+        out.square().sum().backward()
+        found.append((out, x.grad, *(part.default.weight.grad for part in (layer.lora_A, layer.lora_B))))
+        layer.zero_grad()
+    assert type(layer).forward is not peft.tuners.lora.Linear.forward, name
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = layer(rows.float()), peft.tuners.lora.Linear.forward(layer, rows.float())
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert torch.allclose(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2)
+
+
 def test_only_maps_that_are_called_get_an_adapter() -> None:
     """A map of a usable name that no sequence goes through would learn nothing and be saved as it was."""
     pytest.importorskip("peft")
@@ -117,7 +142,7 @@ def test_only_maps_that_are_called_get_an_adapter() -> None:
     tokens = torch.arange(6)
     called: set[str] = set()
     for name in adapted:
-        policy.get_submodule(name).lora_B.default.register_forward_hook(
+        policy.get_submodule(name).lora_A.default.register_forward_hook(
             lambda *_, name=name: called.add(name)
         )
     hidden_states(policy, tokens, torch.tensor([6]))
