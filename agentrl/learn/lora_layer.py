@@ -18,11 +18,11 @@ class LoraLinear(peft.tuners.lora.Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the layer and its adapter; [..., out]."""
-        (adapter,) = self.active_adapters
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        down: Tensor = self.lora_A[adapter](x)
-        up = self.lora_B[adapter].weight.to(result.dtype)
-        result.view(-1, result.shape[-1]).addmm_(
-            down.flatten(0, -2).to(result.dtype), up.t(), alpha=self.scaling[adapter]
-        )
+        layer: Any = self
+        (adapter,) = layer.active_adapters
+        result: Tensor = layer.base_layer(x, *args, **kwargs)
+        down = layer.lora_A[adapter](x).to(result.dtype)
+        up = layer.lora_B[adapter].weight.to(result.dtype)
+        rows = result.view(-1, result.shape[-1])
+        rows.addmm_(down.flatten(0, -2), up.t(), alpha=layer.scaling[adapter])
         return result
