@@ -6,7 +6,7 @@ import peft.tuners.lora
 from torch import Tensor
 
 
-class LoraLinear(peft.tuners.lora.Linear):  # type: ignore[misc]
+class LoraLinear(peft.tuners.lora.Linear):
     """peft's layer for one adapter, whose output is added in place.
 
         x W^T + b + scaling * (x A^T) B^T
