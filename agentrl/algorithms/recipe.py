@@ -21,6 +21,19 @@ ENTRY_POINTS = "agentrl.algorithms"
 
 Preset = Literal["paper", "released", "ours"]
 Presets = Mapping[str, Mapping[str, Any]]
+Kind = Literal[
+    "credit",
+    "clipping",
+    "token selection",
+    "entropy",
+    "rewards",
+    "exploration",
+    "rollouts",
+    "replay",
+    "correction",
+    "imitation",
+]
+Confidence = Literal["official code read", "paper read", "reconstruction"]
 
 _recipes: dict[str, type["Recipe"]] = {}
 _broken: dict[str, str] = {}
@@ -38,12 +51,17 @@ class Recipe:
     classes. An explicit field takes precedence over the preset. An explicit `base` has its own preset. A
     preset cannot set values of other config blocks, such as group size, learning rate and temperature.
 
+    KIND says what the method mainly changes, and CONFIDENCE what its formula was checked against; a
+    `reconstruction` is from an abstract or from what others wrote.
+
     Args:
         preset: `paper`, `released` (the code published with the paper, including behaviour that no field
             describes), or `ours`, the defaults. Where a paper or its code gives no value, ours is used.
     """
 
     name: ClassVar[str]
+    KIND: ClassVar[Kind | None] = None
+    CONFIDENCE: ClassVar[Confidence | None] = None
     PRESETS: ClassVar[Presets] = {}
     OFFICIAL: ClassVar[Collection[str]] = ()  # fields that `parity: official` sets; other values are refused
     OPEN: ClassVar[Collection[str]] = ()  # fields in which null means the preset's value

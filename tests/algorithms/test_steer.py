@@ -1,11 +1,13 @@
 """STEER: the change of the entropy by a token, and its weight in the loss."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
 from agentrl.algorithms.methods.steer import STEER, entropy_changes
 from agentrl.algorithms.recipe import build_recipe
@@ -15,11 +17,13 @@ from agentrl.data.batch import collate
 from agentrl.errors import ConfigError
 from agentrl.learn.objective import build_objective
 
+Build = Callable[..., Algorithm]
 DOUBLE = torch.float64
 PROBABILITIES = torch.tensor([0.9, 0.5, 0.05, 0.2], dtype=DOUBLE)
 OLD = torch.tensor([0.88, 0.5, 0.06, 0.2], dtype=DOUBLE)
 ENTROPIES = torch.tensor([0.3, 0.9, 2.0, 1.5], dtype=DOUBLE)
 ADVANTAGES = torch.tensor([1.0, 1.0, 1.0, -0.5], dtype=DOUBLE)
+TOKEN_MEAN = build_recipe("grpo", {"aggregation": "token"})
 CHANGES = [0.019906, 0.103426, 0.788288, 0.043775]
 
 
@@ -48,9 +52,8 @@ def example(*lengths: int) -> MiniBatch:
     return MiniBatch(batch, at_tokens(ADVANTAGES), current)
 
 
-def weights(recipe: STEER, mini: MiniBatch) -> list[float]:
+def weights(algorithm: Algorithm, mini: MiniBatch) -> list[float]:
     """The weights in the loss, times the number of tokens, of a base that averages over tokens."""
-    algorithm = replace(recipe, base=build_recipe("grpo", {"aggregation": "token"})).build()
     objective = build_objective(mini, algorithm, Context())
     return (4 * objective.factors[mini.batch.action_mask]).tolist()
 
@@ -73,8 +76,11 @@ def test_the_change_of_the_entropy_by_a_token() -> None:
         ({"exponential": True}, [0.994381, 0.971147, 0.8, 0.987685]),
     ],
 )
-def test_the_weights_in_the_loss(settings: dict[str, Any], wanted: list[float], lengths: Any) -> None:
-    assert weights(STEER(**settings), example(*lengths)) == pytest.approx(wanted, abs=5e-7)
+def test_the_weights_in_the_loss(
+    build: Build, settings: dict[str, Any], wanted: list[float], lengths: Any
+) -> None:
+    algorithm = build("steer", base=TOKEN_MEAN, **settings)
+    assert weights(algorithm, example(*lengths)) == pytest.approx(wanted, abs=5e-7)
 
 
 def test_the_exact_change_is_that_of_a_step_along_the_gradient_of_the_token() -> None:
@@ -111,7 +117,9 @@ def test_equal_changes_have_the_weight_between_the_bounds_however_they_are_round
     uneven = 0.5 + 1e-16 * torch.arange(mini.advantages.numel(), dtype=DOUBLE).view_as(mini.advantages)
     mini = replace(mini, advantages=uneven, current=Outputs(uneven.log(), uneven))
     mini = replace(mini, batch=replace(mini.batch, old_logprobs=uneven.log()))
-    assert weights(STEER(low=0.5, high=1.3), mini) == pytest.approx([0.9] * 4, abs=1e-12)
+    assert weights(STEER(base=TOKEN_MEAN, low=0.5, high=1.3).build(), mini) == pytest.approx(
+        [0.9] * 4, abs=1e-12
+    )
 
 
 def test_tokens_outside_the_surrogate_neither_set_the_range_nor_get_a_weight() -> None:
@@ -119,7 +127,7 @@ def test_tokens_outside_the_surrogate_neither_set_the_range_nor_get_a_weight() -
         return torch.arange(mini.batch.tokens.shape[1]).expand_as(mini.batch.tokens) != 3
 
     mini = example(4)
-    algorithm = STEER(base=build_recipe("grpo", {"aggregation": "token"})).build()
+    algorithm = STEER(base=TOKEN_MEAN).build()
     objective = build_objective(mini, replace(algorithm, masks=(all_but_third,)), Context())
     low, high = CHANGES[0], CHANGES[1]
     wanted = [1.2, 0.8, 0.0, 1.2 - 0.4 * (CHANGES[3] - low) / (high - low)]

@@ -86,6 +86,9 @@ class AEPO(Recipe):
             entropy_advantage and, unless given, initial_rollouts. `paper` has no effect.
     """
 
+    KIND = "rollouts"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {
         "paper": {
             "base": {"name": "grpo", "aggregation": "token", "dual_clip": 3.0},

@@ -71,6 +71,9 @@ class BAPO(Recipe):
     Source: Xi et al. 2025, arXiv:2510.18927.
     """
 
+    KIND = "clipping"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {
         "paper": {"base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0}},
         "released": {"base": {"name": "grpo", "preset": "released"}, "contribution": "surrogate"}

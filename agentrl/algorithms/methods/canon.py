@@ -62,6 +62,9 @@ class CANON(ClippedRecipe):
     Source: Chen et al. 2025, arXiv:2509.23962.
     """
 
+    KIND = "credit"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {
         "paper": {"clip_high": 0.28, "sequence_length": 8192},
         "released": {"clip_high": 0.28, "sequence_length": 8192}

@@ -54,6 +54,9 @@ class ClipCov(Recipe):
     Source: Cui et al. 2025, arXiv:2505.22617.
     """
 
+    KIND = "token selection"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {
         "paper": {"base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0, **_PUBLISHED_BASE}},
         "released": {"base": {"name": "grpo", "preset": "released", **_PUBLISHED_BASE}},

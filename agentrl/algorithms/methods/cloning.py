@@ -30,6 +30,8 @@ class BehaviourCloning(Recipe):
         sequence: The unit that `aggregation: sequence` averages over first.
     """
 
+    KIND = "imitation"
+
     aggregation: Literal["token", "sequence", "trajectory"] = "token"
     sequence: Literal["turn", "trajectory"] = "trajectory"
 

@@ -52,6 +52,9 @@ class DAPO(Recipe):
     Source: Yu et al. 2025, arXiv:2503.14476.
     """
 
+    KIND = "clipping"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {
         "paper": {
             "base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0},

@@ -71,6 +71,9 @@ class DrBot(Recipe):
     Source: Qin et al. 2025, arXiv:2509.22601.
     """
 
+    KIND = "token selection"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {
         "paper": {"sequence": "turn", "sequence_length": 512},
         "released": {

@@ -55,6 +55,9 @@ class EMPG(Recipe):
     Source: Wang et al. 2025, arXiv:2509.09265.
     """
 
+    KIND = "credit"
+    CONFIDENCE = "reconstruction"
+
     base: Base = field(default_factory=lambda: build_recipe("grpo"))
     k: Weight = 1.0
     k_future: Weight = 1.0

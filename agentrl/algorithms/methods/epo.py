@@ -80,6 +80,9 @@ class EPO(Recipe):
     Source: Xu et al. 2025, arXiv:2509.22576.
     """
 
+    KIND = "entropy"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {
         "paper": _PUBLISHED | {"low": 0.0, "high": 2.0, "reference": "scalar", "schedule": "exponential"},
         "released": _PUBLISHED

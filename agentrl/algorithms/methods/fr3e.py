@@ -83,6 +83,9 @@ class FR3E(Recipe):
             alpha_root; `paper` has no effect.
     """
 
+    KIND = "rollouts"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {
         "paper": {"clip_low": 0.22},
         "released": {

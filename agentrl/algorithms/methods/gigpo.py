@@ -62,6 +62,9 @@ class GiGPO(GRPO):
     Source: Feng et al. 2025, arXiv:2505.10978.
     """
 
+    KIND = "credit"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {
         "paper": {"sequence": "turn", "kl_coefficient": 0.01, "invalid_penalty": 0.1},
     }

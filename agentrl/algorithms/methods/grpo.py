@@ -60,6 +60,9 @@ class GRPO(ClippedRecipe):
     Source: Shao et al. 2024, arXiv:2402.03300.
     """
 
+    KIND = "credit"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {
         "paper": {"kl_coefficient": 0.04},
         "released": {"weighting": "row", "singleton": "raw"},
@@ -111,6 +114,9 @@ class DrGRPO(GRPO):
 
     Source: Liu et al. 2025, arXiv:2503.20783.
     """
+
+    KIND = "credit"
+    CONFIDENCE = "official code read"
 
     PRESETS: ClassVar[Presets] = {
         "paper": {"kl_coefficient": 0.0, "sequence_length": 3000},

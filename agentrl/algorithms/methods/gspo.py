@@ -41,6 +41,9 @@ class GSPO(Recipe):
     Source: Zheng et al. 2025, arXiv:2507.18071.
     """
 
+    KIND = "clipping"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {
         "paper": {"base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0}},
         "released": {"base": {"name": "grpo", "preset": "released"}},

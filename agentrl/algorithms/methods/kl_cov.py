@@ -46,6 +46,9 @@ class KLCov(Recipe):
     Source: Cui et al. 2025, arXiv:2505.22617.
     """
 
+    KIND = "token selection"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {
         "paper": {"base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0, "aggregation": "token"}},
         "released": {"base": {"name": "grpo", "preset": "released"}},

@@ -60,6 +60,9 @@ class PPO(ClippedRecipe):
     Source: Schulman et al. 2017, arXiv:1707.06347.
     """
 
+    KIND = "credit"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {
         "paper": {"gamma_turn": 0.99, "bootstrap_truncated": True},
         "released": {"gae_scope": "row"},

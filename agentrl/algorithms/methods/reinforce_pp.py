@@ -52,6 +52,9 @@ class ReinforcePlusPlus(ClippedRecipe):
     Source: Hu et al. 2025, arXiv:2501.03262.
     """
 
+    KIND = "credit"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {"released": {"weighting": "row", "singleton": "raw"}}
     OFFICIAL: ClassVar[Collection[str]] = GRPO.OFFICIAL
 

@@ -40,6 +40,9 @@ class RLOO(ClippedRecipe):
     Source: Ahmadian et al. 2024, arXiv:2402.14740.
     """
 
+    KIND = "credit"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {
         "paper": {"aggregation": "constant", "sequence": "turn", "sequence_length": 1},
         "released": {"weighting": "row", "singleton": "raw"},

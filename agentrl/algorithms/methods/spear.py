@@ -82,6 +82,9 @@ class Spear(SelfImitation):
     Source: Qin et al. 2025, arXiv:2509.22601.
     """
 
+    KIND = "replay"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {
         "paper": {
             "base": {"name": "dr_bot", "preset": "paper"},

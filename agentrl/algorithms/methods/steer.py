@@ -54,6 +54,9 @@ class STEER(Recipe):
     Source: Hao et al. 2025, arXiv:2510.10150.
     """
 
+    KIND = "token selection"
+    CONFIDENCE = "official code read"
+
     PRESETS: ClassVar[Presets] = {
         "paper": {
             "base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0}

@@ -1,0 +1,53 @@
+"""With its knob off, a method is its base: the weights after an update of two mini-batches are the same."""
+
+from typing import Any
+
+import pytest
+import torch
+from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
+
+from agentrl.algorithms.credit import prepare
+from agentrl.algorithms.hooks import Context
+from agentrl.algorithms.recipe import build_recipe
+from agentrl.learn.learner import Learner
+from agentrl.learn.settings import LearnerConfig
+
+CONTEXT = Context(step=3, total_steps=10, vocabulary=VOCABULARY)
+# name -> its settings without effect, the recipe that it then equals, and settings that show on these rows
+OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "steer": ({"low": 1.0, "high": 1.0}, {"name": "grpo"}, {}),
+    "canon": ({"mix": 0.5}, {"name": "dr_grpo"}, {}),
+    "bapo": ({"lower": [0.8, 0.8], "upper": [1.2, 1.2]}, {"name": "grpo"}, {"target": 0.7}),
+    "clip_cov": (
+        {"share": 0.0},
+        {"name": "grpo", "clip_low": 1.0, "clip_high": 1.0},
+        {"share": 0.5, "band": [0.0, 9.0]},
+    ),
+    "epo": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
+    "empg": ({"k": 0.0, "zeta": 0.0}, {"name": "grpo"}, {}),
+}
+
+
+def weights_after(block: dict[str, Any]) -> torch.Tensor:
+    """The weights after two updates of the same rows, each of two mini-batches."""
+    settings = {key: value for key, value in block.items() if key != "name"}
+    algorithm = build_recipe(block["name"], settings).build()
+    policy = ToyPolicy()
+    learner = Learner(policy, LearnerConfig(warmup_steps=0, mini_batches=2), forward=toy_forward())
+    for _ in range(2):
+        batch = learner.score(prepare(algorithm, make_groups(), CONTEXT))
+        learner.update(batch, algorithm, CONTEXT)
+    return torch.cat([value.detach().flatten() for value in policy.parameters()])
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_without_effect_it_is_its_base(name: str) -> None:
+    settings, base, _ = OFF[name]
+    off, plain = weights_after({"name": name, **settings}), weights_after(base)
+    torch.testing.assert_close(off, plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_with_an_effect_it_is_another_method(name: str) -> None:
+    _, base, settings = OFF[name]
+    assert not torch.equal(weights_after({"name": name, **settings}), weights_after(base))
