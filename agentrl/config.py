@@ -485,7 +485,11 @@ def _describe(error: ValidationError, cls: type, tree: Mapping[str, Any], where:
                 parts = (limits or expected,) if kind in _OUT_OF_BOUNDS else (expected, limits)
                 expected = ", ".join(filter(None, parts))
             wrong.setdefault(path, (got, []))[1].append(expected)
+    named = [*lines, *wrong]
     for path, (got, wanted) in wrong.items():
+        # A union reports a block with a mistake in it as none of its other kinds, too.
+        if isinstance(got, Mapping) and any(other.startswith(f"{path}.") for other in named):
+            continue
         expected = " or ".join(dict.fromkeys(wanted))
         lines.append(f"{path or 'top level'}: wrong value (got {_describe_value(got)}, wanted {expected})")
     return lines

@@ -108,6 +108,11 @@ def configured_panel(config: RunConfig, environment: gymnasium.Env[str, str] | N
         verify(panel)
         return panel
     block = config.evaluation
+    if block.panels:
+        raise ConfigError(
+            f"evaluation.panels names {len(block.panels)} panels for `agentrl evaluate`, but a run measures "
+            "its policies on one: wanted evaluation.panel, or evaluation.split and evaluation.tasks"
+        )
     return make_panel(config.env.id, block.split, block.tasks, config.env.kwargs, environment)
 
 
@@ -140,14 +145,22 @@ def read_data_label(environment: gymnasium.Env[str, str]) -> str | None:
 
 def _configured_file(config: RunConfig) -> Panel | None:
     path = config.evaluation.panel
-    if path is None:
-        return None
+    return None if path is None else configured_panel_file(config, path, "evaluation.panel")
+
+
+def configured_panel_file(config: RunConfig, path: str, key: str) -> Panel:
+    """Read a panel file that a configuration names under a key.
+
+    Raises:
+        ConfigError: If it sets an argument that only the caller may set.
+        PanelError: If it cannot be read.
+    """
     panel = load_panel(Path(path))
     known = config.env.kwargs if panel.env == config.env.id else {}
     for name in callers_arguments(panel.env, panel.env_kwargs):
         if name not in known or known[name] != panel.env_kwargs[name]:
             raise ConfigError(
-                f"evaluation.panel: {path} sets the argument {name} of {panel.env}, which only its caller "
+                f"{key}: {path} sets the argument {name} of {panel.env}, which only its caller "
                 "may set; remove it from the panel, set the same value in env.kwargs, or name the panel on "
                 "the command line (--panel)"
             )
@@ -155,7 +168,12 @@ def _configured_file(config: RunConfig) -> Panel | None:
 
 
 def _find_split(env: str, kwargs: Mapping[str, Any], preferred: str) -> str:
-    """Return the preferred split if the environment has it, else its last one, held out by convention."""
+    """Return the split of an environment to evaluate on."""
     with open_env(lambda: make(env, **kwargs)) as environment:
-        splits: tuple[str, ...] = cast(Any, environment.unwrapped).splits
+        return held_out_split(environment, preferred)
+
+
+def held_out_split(environment: gymnasium.Env[str, str], preferred: str) -> str:
+    """Return the preferred split if the environment has it, else its last one, held out by convention."""
+    splits: tuple[str, ...] = cast(Any, environment.unwrapped).splits
     return preferred if preferred in splits else splits[-1]

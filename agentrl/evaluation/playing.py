@@ -1,6 +1,7 @@
 """Play the tasks of a panel, each a fixed number of times."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from agentrl.data.trajectory import Episode
 from agentrl.env.panel import Panel
@@ -25,6 +26,7 @@ def play_panel(
     repeats: int = 1,
     seed: int = 0,
     on_episode: OnEpisode | None = None,
+    played: Mapping[str, Episode] | None = None,
 ) -> Collection:
     """Play each task of the panel exactly `repeats` times.
 
@@ -38,11 +40,16 @@ def play_panel(
         repeats: The number of episodes per task.
         seed: The seed of the environments and the player.
         on_episode: Called with each episode when it ends.
+        played: Episodes by id that an interrupted evaluation has left, which are not played again.
 
     Returns:
         The episodes, task by task in the panel's order, and the failed attempts.
     """
-    return _play(_specs(panel.env, panel.tasks, repeats, seed), player, environments, rollout, on_episode)
+    specs, played = _specs(panel.env, panel.tasks, repeats, seed), played or {}
+    missing = [spec for spec in specs if spec.id not in played]
+    found = _play(missing, player, environments, rollout, on_episode)
+    episodes = {**played, **{episode.id: episode for episode in found.episodes}}
+    return replace(found, episodes=tuple(episodes[spec.id] for spec in specs))
 
 
 def check_instructions(

@@ -9,7 +9,15 @@ from typing import Any
 from agentrl.data.entropies import entropies_by_level, entropies_by_turn
 from agentrl.data.trajectory import Episode
 from agentrl.env.panel import Panel
-from agentrl.evaluation.statistics import Rate, success_rate
+from agentrl.evaluation.statistics import (
+    Rate,
+    TaskMean,
+    pass_at_k,
+    pass_hat_k,
+    pass_rate,
+    powers_of_two,
+    success_rate,
+)
 from agentrl.rollout.failures import abort_reasons
 
 
@@ -48,6 +56,9 @@ class Evaluation:
         panel_hash: The hash of the panel's tasks and their content.
         data: The environment's label of the data behind its tasks, e.g. `generated`.
         repeats: The number of episodes per task.
+        pass_at: For k = 1, 2, 4, … up to `repeats`, pass@k: the estimated share of tasks that at least one of
+            k episodes solves. Empty for single plays.
+        pass_hat: For the same k, pass^k: the share that all of k episodes solve.
         retried: The number of attempts that were aborted and played again.
         checkpoint: The name of the checkpoint that was played; None for any other policy.
         steps_per_second: Environment steps per second over all episodes, the policy's time included; None if
@@ -65,6 +76,8 @@ class Evaluation:
     panel_hash: str
     data: str | None = None
     repeats: int = 1
+    pass_at: Mapping[int, TaskMean] = field(default_factory=dict)
+    pass_hat: Mapping[int, TaskMean] = field(default_factory=dict)
     retried: int = 0
     checkpoint: str | None = None
     steps_per_second: float | None = field(default=None, compare=False)
@@ -73,6 +86,9 @@ class Evaluation:
         """Return JSON values, as summary.json holds them for one policy and decoding."""
         tree = asdict(self)
         overall: dict[str, Any] = tree.pop("success")
+        for name in ("pass_at", "pass_hat"):
+            values = tree.pop(name)
+            tree |= {name: {str(k): value for k, value in values.items()}} if values else {}
         if self.checkpoint is None:
             del tree["checkpoint"]
         return overall | tree
@@ -122,6 +138,8 @@ def summarise(
     finished = [episode for episode in episodes if not episode.stop.aborted]
     aborted = [episode for episode in episodes if episode.stop.aborted]
     types = sorted({episode.task_type for episode in finished if episode.task_type is not None})
+    plays_of_task = _plays_of_task(finished)
+    most = powers_of_two(repeats) if repeats > 1 else ()
     return Evaluation(
         success=_rate(finished),
         by_task_type={name: _rate(e for e in finished if e.task_type == name) for name in types},
@@ -134,6 +152,8 @@ def summarise(
         panel_hash=panel.hash,
         data=data,
         repeats=repeats,
+        pass_at={k: pass_rate(plays_of_task, k, pass_at_k) for k in most},
+        pass_hat={k: pass_rate(plays_of_task, k, pass_hat_k) for k in most},
     )
 
 
@@ -161,10 +181,15 @@ def mean_entropy(episodes: Iterable[Episode]) -> Entropy:
 
 
 def _rate(finished: Iterable[Episode]) -> Rate:
+    return success_rate(_plays_of_task(finished))
+
+
+def _plays_of_task(finished: Iterable[Episode]) -> list[list[bool]]:
+    """Return the outcomes of the episodes of each task."""
     plays: dict[str, list[bool]] = defaultdict(list)
     for episode in finished:
         plays[episode.task].append(episode.success)
-    return success_rate(list(plays.values()))
+    return list(plays.values())
 
 
 def _stop_reasons(episodes: Iterable[Episode]) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """Success rates with confidence intervals for single and repeated plays."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import comb
 
 import numpy as np
 from scipy.stats import binomtest
@@ -19,6 +20,15 @@ class Rate:
     success_rate: float | None
     interval: Interval
     episodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskMean:
+    """Mean of a number over tasks with its 95 % interval; without any task they are None and [0, 1]."""
+
+    mean: float | None
+    interval: Interval
+    tasks: int
 
 
 def wilson(successes: int, trials: int) -> Interval:
@@ -47,8 +57,16 @@ def bootstrap_over_tasks(
     Returns:
         The interval, or Wilson's over the number of tasks if all tasks have the same rate.
     """
-    wins = np.array([sum(outcomes) for outcomes in plays if outcomes], dtype=float)
-    counts = np.array([len(outcomes) for outcomes in plays if outcomes], dtype=float)
+    wins = [sum(outcomes) for outcomes in plays if outcomes]
+    counts = [len(outcomes) for outcomes in plays if outcomes]
+    return _bootstrap_ratio(wins, counts, seed, resamples)
+
+
+def _bootstrap_ratio(
+    numerators: Sequence[float], denominators: Sequence[float], seed: int, resamples: int
+) -> Interval:
+    """Compute the 95 % percentile interval of sum(numerators) / sum(denominators) over resampled tasks."""
+    wins, counts = np.array(numerators, dtype=float), np.array(denominators, dtype=float)
     if not len(wins):
         return 0.0, 1.0
     if len(wins) == 1 or np.ptp(wins / counts) == 0:
@@ -58,6 +76,62 @@ def bootstrap_over_tasks(
     held = draws.multinomial(len(wins), np.full(len(wins), 1 / len(wins)), size=resamples)
     low, high = np.quantile((held @ wins) / (held @ counts), [0.025, 0.975])
     return float(low), float(high)
+
+
+def pass_at_k(plays: int, successes: int, k: int) -> float:
+    """Estimate the probability that at least one of k plays of a task succeeds.
+
+        pass@k = 1 - C(n - c, k) / C(n, k),   n plays with c successes
+
+    It is unbiased for k <= n.
+
+    Source: Chen et al. 2021, arXiv:2107.03374.
+
+    >>> pass_at_k(4, 1, 2)
+    0.5
+    """
+    return 1 - comb(plays - successes, k) / comb(plays, k)
+
+
+def pass_hat_k(plays: int, successes: int, k: int) -> float:
+    """Estimate the probability that all of k plays of a task succeed.
+
+        pass^k = C(c, k) / C(n, k),   n plays with c successes
+
+    It is unbiased for k <= n.
+
+    Source: Yao et al. 2024, arXiv:2406.12045.
+
+    >>> pass_hat_k(4, 3, 2)
+    0.5
+    """
+    return comb(successes, k) / comb(plays, k)
+
+
+def pass_rate(
+    plays: Sequence[Sequence[bool]], k: int, estimate: Callable[[int, int, int], float]
+) -> TaskMean:
+    """Average `pass_at_k` or `pass_hat_k` over tasks, with a bootstrap over tasks.
+
+    Args:
+        plays: The outcomes of each task's plays, without aborted plays. Tasks with fewer than k are left out.
+        k: The number of plays.
+        estimate: The estimator of a task.
+    """
+    values = [estimate(len(task), sum(task), k) for task in plays if len(task) >= k]
+    if not values:
+        return TaskMean(None, (0.0, 1.0), 0)
+    interval = _bootstrap_ratio(values, [1] * len(values), seed=0, resamples=10_000)
+    return TaskMean(sum(values) / len(values), interval, len(values))
+
+
+def powers_of_two(most: int) -> list[int]:
+    """Return 1, 2, 4, … up to `most`.
+
+    >>> powers_of_two(6)
+    [1, 2, 4]
+    """
+    return [1 << power for power in range(most.bit_length())]
 
 
 def success_rate(plays: Sequence[Sequence[bool]]) -> Rate:

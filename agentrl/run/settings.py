@@ -133,6 +133,27 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True)
+class PanelConfig:
+    """One of several panels: the first tasks of a split of an environment.
+
+    Args:
+        env: The id of the environment.
+        split: The split of its tasks; null takes `evaluation.split` if the environment has it, else its last
+            split, held out by convention.
+        tasks: The number of tasks; null takes `evaluation.tasks`, or all where the split has fewer.
+        kwargs: The arguments of the environment.
+    """
+
+    env: str
+    split: str | None = None
+    tasks: Count | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_own_numbers(self)
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Evaluation of the policies of a run.
 
@@ -140,6 +161,8 @@ class EvaluationConfig:
         split: The split of the held-out tasks.
         tasks: The number of tasks, from the first.
         panel: A panel file to use instead of `split` and `tasks`.
+        panels: Several panels to use instead, each with results of its own; an entry is a panel file, or a
+            block of `env`, `split`, `tasks` and `kwargs`.
         repeats: The number of episodes per task.
         every: The number of steps between evaluations during training; 0 evaluates only before and after.
         baselines: The policies to evaluate in addition to the trained one.
@@ -150,6 +173,7 @@ class EvaluationConfig:
     split: str = "valid_unseen"
     tasks: Count = 240
     panel: str | None = None
+    panels: tuple[str | PanelConfig, ...] = ()
     repeats: Count = 1
     every: Steps = 0
     baselines: tuple[Literal["random", "expert", "untrained", "cloned"], ...] = (
@@ -162,6 +186,10 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_own_numbers(self, "evaluation")
+        if self.panel is not None and self.panels:
+            raise ConfigError(
+                f"evaluation.panel is {self.panel!r} beside evaluation.panels; list it there or leave one out"
+            )
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,15 @@ def caller_only_values(config: RunConfig) -> dict[str, Any]:
     """Return the values of a configuration that only the caller may set, by dotted key.
 
     These are the values of `CALLER_ONLY_KEYS` that differ from the defaults, and the arguments that the
-    environment declares in `callers_arguments` (see `agentrl.env.TextEnv`).
+    environment declares in `callers_arguments` (see `agentrl.env.TextEnv`). If one of `evaluation.panels` has
+    such an argument, they are all the caller's: without it, the panel would be another one.
     """
     tree, usual = config_tree(config), config_tree(RunConfig())
     named = {key: _value(tree, key) for key in CALLER_ONLY_KEYS if _value(tree, key) != _value(usual, key)}
     kwargs = config.env.kwargs
+    blocks = (panel for panel in config.evaluation.panels if not isinstance(panel, str))
+    if any(callers_arguments(panel.env, panel.kwargs) for panel in blocks):
+        named["evaluation.panels"] = _value(tree, "evaluation.panels")
     return named | {f"env.kwargs.{name}": kwargs[name] for name in callers_arguments(config.env.id, kwargs)}
 
 

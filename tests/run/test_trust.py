@@ -23,6 +23,7 @@ from agentrl.cli import app
 from agentrl.config import read_yaml, to_yaml
 from agentrl.env.panel import Panel
 from agentrl.errors import AgentRLError, CheckpointError, ConfigError
+from agentrl.evaluation.panel_lists import configured_panels
 from agentrl.evaluation.report import write_report
 from agentrl.policy.chat import check_arguments
 from agentrl.policy.model import load_policy
@@ -298,6 +299,25 @@ def test_neither_does_a_runs_panel_say_them(trained: Path, tmp_path: Path) -> No
     assert "open" in Door.locks
 
 
+def test_neither_do_several_panels_of_a_run_say_them(trained: Path, tmp_path: Path) -> None:
+    Panel(ENV, "test", ("test/0",), (f"{0:064x}",), {"lock": "open"}).save(tmp_path / "panel.json")
+    block = {"env": ENV, "kwargs": {"lock": "open"}}
+    run = altered(trained, tmp_path / "run", evaluation__panels=[block])
+    with pytest.raises(ConfigError, match=r"evaluation\.panels.* repeat them"):
+        agentrl.resume(run, quiet=True)
+    assert (
+        caller_only_values(agentrl.open_run(run).config)["evaluation.panels"][0]["kwargs"] == block["kwargs"]
+    )
+    assert drop_caller_only_values(agentrl.open_run(run).config).evaluation.panels == ()
+    harmless = altered(
+        trained, tmp_path / "other", evaluation__panels=[{"env": ENV, "kwargs": {"hue": "blue"}}]
+    )
+    assert caller_only_values(agentrl.open_run(harmless).config) == {}
+    config = load_config(None, f"evaluation.panels=[{tmp_path / 'panel.json'}]")
+    with pytest.raises(ConfigError, match=r"evaluation\.panels: .* the argument lock of trust-tests/Door-v0"):
+        configured_panels(config)
+
+
 @pytest.mark.parametrize("id", ["agentrl/MathTools-v0", "agentrl/WebShop-v0"])
 def test_what_shuts_code_in_is_the_callers(id: str) -> None:
     names = {"isolation": "none", "require_isolation": False, "tagger": "a", "cache": "/b", "max_steps": 3}
@@ -380,6 +400,8 @@ HARMLESS = {
     "warm_start.noise_prefers": "a text",
     "evaluation.split": "a name",
     "evaluation.panel": "JSON that is read",
+    "evaluation.panels": "files like evaluation.panel",
+    "evaluation.panels.": "names; the arguments like env.kwargs",
     "run.imports": "withheld until the caller names it, see agentrl.plugins",
     "run.name": "of a new run",
     "run.folder": "of a new run",
@@ -393,9 +415,14 @@ HARMLESS = {
 def test_every_key_that_holds_text_has_been_thought_about() -> None:
     from typing import get_args, get_type_hints
 
+    def parts(hint: Any) -> Iterator[Any]:
+        yield hint
+        for part in get_args(hint):
+            yield from parts(part)
+
     def texts(kind: Any, path: str) -> Iterator[str]:
         for name, hint in get_type_hints(kind).items():
-            for part in (hint, *get_args(hint)):
+            for part in parts(hint):
                 if hasattr(part, "__dataclass_fields__"):
                     yield from texts(part, f"{path}{name}.")
                 elif part is str:
