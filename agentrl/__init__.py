@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from agentrl.env.panel import Panel, load_panel, make_panel
     from agentrl.env.registry import make
     from agentrl.evaluation.evaluate import evaluate
+    from agentrl.evaluation.suite import evaluate_panels
     from agentrl.plugins import load_imports
     from agentrl.run.folder import Run, open_run
     from agentrl.run.settings import RunConfig, load_config
@@ -33,6 +34,7 @@ _HOME = {
     "Run": "agentrl.run.folder",
     "RunConfig": "agentrl.run.settings",
     "evaluate": "agentrl.evaluation.evaluate",
+    "evaluate_panels": "agentrl.evaluation.suite",
     "load_config": "agentrl.run.settings",
     "load_imports": "agentrl.plugins",
     "load_panel": "agentrl.env.panel",
@@ -48,6 +50,7 @@ __all__ = [
     "Run",
     "RunConfig",
     "evaluate",
+    "evaluate_panels",
     "load_config",
     "load_imports",
     "load_panel",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from agentrl.data.trajectory import Episode
+    from agentrl.evaluation.statistics import TaskMean
     from agentrl.rollout.settings import Placement
 
 
@@ -121,6 +122,12 @@ def _env_ids(incomplete: str) -> list[str]:
     from agentrl.env.registry import env_ids
 
     return [name for name in env_ids() if name.startswith(incomplete)]
+
+
+def _suites(incomplete: str) -> list[str]:
+    from agentrl.evaluation.suites import shipped_suites
+
+    return [name for name in shipped_suites() if name.startswith(incomplete)]
 
 
 def _policies(incomplete: str) -> list[str]:
@@ -268,11 +275,11 @@ def train(
 @app.command()
 def evaluate(
     policy: Annotated[
-        str,
+        list[str],
         typer.Option(
             metavar="RUN|CHECKPOINT|MODEL|random|expert",
             help="A run (if it has not finished, its newest checkpoint), RUN/checkpoints/NAME, a model as "
-            "policy.path names one, or a scripted policy.",
+            "policy.path names one, or a scripted policy. Repeatable.",
             autocompletion=_policies,
         ),
     ],
@@ -289,11 +296,20 @@ def evaluate(
         typer.Option(metavar="FILE", help="Configuration for a model: its environment, prompts and panel."),
     ] = None,
     env: Annotated[
-        str | None,
-        typer.Option(metavar="ID", help="Environment; default: the run's.", autocompletion=_env_ids),
+        list[str] | None,
+        typer.Option(
+            metavar="ID", help="Environment; default: the run's. Repeatable.", autocompletion=_env_ids
+        ),
     ] = None,
     panel: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Panel of tasks, instead of a split.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Panel of tasks, instead of a split. Repeatable."),
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="List of panels: text_games, or a YAML file.", autocompletion=_suites
+        ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split to take tasks from.")] = None,
     tasks: Annotated[int | None, typer.Option(min=1, help="Number of tasks to play.")] = None,
@@ -313,48 +329,113 @@ def evaluate(
         typer.Option(metavar="PYTHON", help="Interpreter for the environments; a run's own is not trusted."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the scores as JSON.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER|FILE.json",
+            help="Also write the scores: as one JSON file, or to a folder with the episodes, where an "
+            "interrupted evaluation goes on.",
+        ),
     ] = None,
     imports: Imports = None,
 ) -> None:
-    """Measure a policy on a fixed panel of tasks, with 95 % intervals.
+    """Measure policies on fixed panels of tasks, with 95 % intervals.
 
     - `agentrl evaluate --policy runs/NAME --greedy`
     - `agentrl evaluate --policy runs/NAME/checkpoints/train-000100`
     - `agentrl evaluate --policy random --env agentrl/ALFWorld-v0 --split valid_seen --tasks 99 --repeats 4`
     - `agentrl evaluate --policy expert --env agentrl/MathTools-v0 level=2`
     - `agentrl evaluate --policy smollm2 --config smollm2_alfworld.yaml policy.prompt=react`
+    - `agentrl evaluate --policy random --policy expert --suite text_games --repeats 4 --output FOLDER`
     """
-    import json
-
     from agentrl.config import merge
-    from agentrl.evaluation.evaluate import evaluate as measure
-    from agentrl.evaluation.results_table import results_table
-    from agentrl.files import write_atomic
+    from agentrl.evaluation.suite import lists_panels
 
     load_imports(imports or ())
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}")
     keys, own = _split_keys(arguments or [])
+    named = {"split": split, "tasks": tasks, "env_kwargs": merge({}, own) if own else None}
+    options: dict[str, Any] = named | {
+        "repeats": repeats,
+        "seed": seed,
+        "temperature": 0.0 if greedy else 1.0,
+        "placement": cast("Placement | None", placement),
+        "interpreter": interpreter,
+        "config": config,
+        "overrides": keys,
+    }
+    envs, panels = env or [], panel or []
+    several = suite is not None or max(len(policy), len(envs), len(panels)) > 1 or _is_folder(output)
+    if not several and not (envs or panels or split or own):
+        several = lists_panels(policy[0], config, keys)
+    if several:
+        _evaluate_several(policy, panels, suite, envs, output, options)
+    else:
+        _evaluate_one(policy[0], panels, envs, output, options)
+
+
+def _is_folder(output: Path | None) -> bool:
+    """Return whether an output is a folder, and not a file of JSON."""
+    return output is not None and not output.is_file() and (output.is_dir() or output.suffix != ".json")
+
+
+def _evaluate_several(
+    policies: Sequence[str],
+    panels: Sequence[Path],
+    suite: str | None,
+    envs: Sequence[str],
+    output: Path | None,
+    options: dict[str, Any],
+) -> None:
+    """Evaluate policies on several panels and print one table; exits with 1 if nothing could be played."""
+    import json
+
+    from agentrl.evaluation.panels_table import panels_table
+    from agentrl.evaluation.suite import evaluate_panels
+    from agentrl.files import write_atomic
+
+    folder = output if _is_folder(output) else None
+    try:
+        with _EpisodeCounter("evaluating") as count:
+            found = evaluate_panels(
+                policies, panels, suite=suite, envs=envs, output=folder, on_episode=count, **options
+            )
+    except KeyboardInterrupt as interrupt:
+        kept = "" if folder is None else f": {folder} keeps the episodes so far, the same command goes on"
+        raise KeyboardInterrupt(f"interrupted{kept}") from interrupt
+    _console().print(panels_table(found.scores, found.title))
+    for line in found.notes:
+        echo(line)
+    if folder is not None:
+        echo(f"results: {folder / 'results.md'}, results.json, episodes")
+    elif output is not None:
+        write_atomic(output, json.dumps(found.to_dict(), indent=1))
+    if not any(score.evaluation for scores in found.scores.values() for score in scores):
+        raise typer.Exit(ExitCode.MISSING)
+
+
+def _evaluate_one(
+    policy: str, panels: Sequence[Path], envs: Sequence[str], output: Path | None, options: dict[str, Any]
+) -> None:
+    """Evaluate a policy on one panel and print its table."""
+    import json
+
+    from agentrl.evaluation.evaluate import evaluate as measure
+    from agentrl.evaluation.results_table import results_table
+    from agentrl.files import write_atomic
+
     with _EpisodeCounter("evaluating") as count:
         result = measure(
-            policy,
-            panel,
-            env=env,
-            split=split,
-            tasks=tasks,
-            env_kwargs=merge({}, own) if own else None,
-            repeats=repeats,
-            seed=seed,
-            temperature=0.0 if greedy else 1.0,
-            placement=cast("Placement | None", placement),
-            interpreter=interpreter,
-            config=config,
-            overrides=keys,
-            on_episode=count,
+            policy, next(iter(panels), None), env=next(iter(envs), None), on_episode=count, **options
         )
-    summary = {"policies": {policy: {"greedy" if greedy else "sampled": result.to_dict()}}}
+    decoding = "sampled" if options["temperature"] else "greedy"
+    summary = {"policies": {policy: {decoding: result.to_dict()}}}
     _console().print(results_table(summary))
+    for k, estimate in result.pass_at.items():
+        if k > 1:
+            echo(
+                f"{_describe_rate(f'pass@{k}', estimate)}, {_describe_rate(f'pass^{k}', result.pass_hat[k])}"
+            )
     ended = ", ".join(f"{times} x {reason}" for reason, times in result.stop_reasons.items())
     echo(f"ended: {ended}")
     for reason, times in result.aborted_reasons.items():
@@ -365,7 +446,15 @@ def evaluate(
         echo(f"checkpoint: {result.checkpoint}")
     echo(f"{result.steps_per_second:,.0f} steps/s")
     if output is not None:
-        write_atomic(output, json.dumps(result.to_dict() | {"policy": policy, "seed": seed}, indent=1))
+        write_atomic(
+            output, json.dumps(result.to_dict() | {"policy": policy, "seed": options["seed"]}, indent=1)
+        )
+
+
+def _describe_rate(name: str, rate: "TaskMean") -> str:
+    low, high = (f"{100 * end:.1f}" for end in rate.interval)
+    value = "–" if rate.mean is None else f"{100 * rate.mean:.1f}"
+    return f"{name} {value} [{low}, {high}]"
 
 
 @app.command()

@@ -10,6 +10,7 @@ from agentrl.env.names import unknown
 from agentrl.env.panel import Panel
 from agentrl.env.registry import Factory
 from agentrl.errors import ConfigError
+from agentrl.evaluation.fingerprint import SCRIPTED, panel_fingerprint, policy_fingerprint
 from agentrl.evaluation.panels import choose_panel, given_panel, open_panel_environments, read_data_label
 from agentrl.evaluation.playing import OnEpisode, play_panel
 from agentrl.evaluation.scores import Evaluation, summarise
@@ -18,7 +19,8 @@ from agentrl.rollout.settings import Placement, RolloutConfig
 from agentrl.run.checkpoint_files import checkpoint_name
 from agentrl.run.folder import Run
 from agentrl.run.policies import open_player
-from agentrl.run.settings import RunConfig, load_config
+from agentrl.run.settings import RunConfig, load_config, with_changes
+from agentrl.run.trust import drop_caller_only_values
 from agentrl.run.weights import find_policy
 
 
@@ -69,16 +71,13 @@ def evaluate(
         PanelError: If the panel's tasks are no longer what they were when it was made.
         CheckpointError: If there is no such policy.
     """
-    if repeats < 1:
-        raise ConfigError(f"repeats is {repeats}, wanted at least 1")
-    if placement not in (None, *get_args(Placement)):
-        raise unknown("placement", placement, get_args(Placement))
+    check_options(repeats, placement)
     given = given_panel(panel, env, split, tasks, env_kwargs)
-    name = str(policy.folder) if isinstance(policy, Run) else str(policy)
+    name = policy_name(policy)
     settings = _settings_of_model(name, config, overrides) if config is not None else None
     player, settings = open_player(name, temperature=temperature, config=settings, overrides=overrides)
     source = choose_panel(settings, given, env, split, tasks, env_kwargs)
-    rollout = _rollout_config(settings, source.env, placement, interpreter)
+    rollout = rollout_config(settings, source.env, placement, interpreter)
     factory = Factory(source.env, split=source.split, **source.kwargs)
     rollout, _ = resolve_placement(factory, rollout, source.split, seed)
     with open_panel_environments(
@@ -99,18 +98,56 @@ def evaluate(
         retried=len(played.failures),
         checkpoint=None if settings.policy.path is None else checkpoint_name(Path(settings.policy.path)),
         steps_per_second=turns / seconds,
+        fingerprint={
+            **policy_fingerprint(name, settings, temperature, seed, player),
+            **panel_fingerprint(fixed, label, repeats, rollout.max_turns),
+        },
     )
+
+
+def check_options(repeats: int, placement: Placement | None) -> None:
+    """Refuse options of an evaluation that make no sense.
+
+    Raises:
+        ConfigError: Naming the option and what was wanted.
+    """
+    if repeats < 1:
+        raise ConfigError(f"repeats is {repeats}, wanted at least 1")
+    if placement not in (None, *get_args(Placement)):
+        raise unknown("placement", placement, get_args(Placement))
+
+
+def policy_name(policy: Run | str | Path) -> str:
+    """Return the name under which a policy is opened."""
+    return str(policy.folder) if isinstance(policy, Run) else str(policy)
+
+
+def player_config(policy: str, config: str | Path | None, overrides: Sequence[str]) -> RunConfig:
+    """Return the configuration that `open_player` opens a policy with, without loading its weights.
+
+    Raises:
+        ConfigError: If a key or a value is wrong, or a file is given for a run.
+        CheckpointError: If there is no such run or checkpoint.
+    """
+    if config is not None:
+        return _settings_of_model(policy, config, overrides)
+    if policy in SCRIPTED:
+        return with_changes(RunConfig(), overrides)
+    saved = find_policy(policy)
+    if saved is not None:
+        return with_changes(drop_caller_only_values(saved.run.config), overrides)
+    return load_config(None, f"policy.path={policy}", *overrides, warn=lambda line: None)
 
 
 def _settings_of_model(policy: str, file: str | Path, overrides: Sequence[str]) -> RunConfig:
     """Return the configuration of a file for a policy that is not a run."""
     if find_policy(policy) is not None:
         raise ConfigError(f"--config {file}: {policy} is a run, which has a configuration; give keys instead")
-    named = () if policy in ("random", "expert") else (f"policy.path={policy}",)
+    named = () if policy in SCRIPTED else (f"policy.path={policy}",)
     return load_config(file, *named, *overrides)
 
 
-def _rollout_config(
+def rollout_config(
     config: RunConfig, env: str, placement: Placement | None, interpreter: str | None
 ) -> RolloutConfig:
     """Return the rollout settings of the run, adapted to the environment and the caller's choices."""

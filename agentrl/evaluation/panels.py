@@ -86,6 +86,11 @@ def choose_panel(
 ) -> PanelSource:
     """Choose what to evaluate on: the given panel, else the named tasks, else what is configured."""
     if given is None and (env, split, tasks, env_kwargs) == (None, None, None, None):
+        if config.evaluation.panels:
+            raise ConfigError(
+                f"evaluation.panels names {len(config.evaluation.panels)} panels: evaluate them with "
+                "`agentrl evaluate` or agentrl.evaluate_panels, or name one panel"
+            )
         given = _configured_file(config)
     most_tasks = config.evaluation.tasks
     if given is not None:

@@ -52,6 +52,11 @@ def play_panel(
     return replace(found, episodes=tuple(episodes[spec.id] for spec in specs))
 
 
+def episode_ids(panel: Panel, repeats: int, seed: int) -> list[str]:
+    """Return the ids of the episodes that `play_panel` plays, in its order."""
+    return [spec.id for spec in _specs(panel.env, panel.tasks, repeats, seed)]
+
+
 def check_instructions(
     panel: Panel,
     player: Player,

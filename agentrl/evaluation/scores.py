@@ -63,6 +63,8 @@ class Evaluation:
         checkpoint: The name of the checkpoint that was played; None for any other policy.
         steps_per_second: Environment steps per second over all episodes, the policy's time included; None if
             it was not measured.
+        fingerprint: What the scores were measured with, see `agentrl.evaluation.fingerprint`; None for the
+            scores of a run, which its manifest describes.
     """
 
     success: Rate
@@ -81,6 +83,7 @@ class Evaluation:
     retried: int = 0
     checkpoint: str | None = None
     steps_per_second: float | None = field(default=None, compare=False)
+    fingerprint: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, as summary.json holds them for one policy and decoding."""
@@ -89,8 +92,9 @@ class Evaluation:
         for name in ("pass_at", "pass_hat"):
             values = tree.pop(name)
             tree |= {name: {str(k): value for k, value in values.items()}} if values else {}
-        if self.checkpoint is None:
-            del tree["checkpoint"]
+        for name in ("checkpoint", "fingerprint"):
+            if tree[name] is None:
+                del tree[name]
         return overall | tree
 
 

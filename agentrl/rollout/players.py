@@ -19,7 +19,7 @@ from agentrl.rollout.play import ActionRequest, Reply, Stop
 from agentrl.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from agentrl.policy.dialogue import Dialogue
+    from agentrl.policy.dialogue import Dialogue, Wording
 
 Answered = tuple[str, Reply | Stop]
 ChooseSampling = Callable[[ActionRequest, SamplingParams], SamplingParams]
@@ -226,6 +226,11 @@ class LanguagePlayer:
         self._conversations: dict[str, _Conversation] = {}
         self._pending: dict[str, _Pending] = {}
         self._stopped: list[Answered] = []
+
+    @property
+    def wording(self) -> "Wording":
+        """Return the fixed text of the dialogue's prompts."""
+        return self._dialogue.wording
 
     def submit(self, request: ActionRequest) -> None:
         """Encode a request and pass it to the engine; one that exceeds the context ends its episode."""
