@@ -1,13 +1,13 @@
 """The folder of an evaluation: what was asked, the episodes as they end, and the results."""
 
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from typing_extensions import TypedDict  # pydantic reads no other under Python 3.11
 
@@ -155,7 +155,5 @@ def _parts(file: Path) -> Path:
 
 def _file_name(name: str) -> str:
     """Return a name for a file or folder; different names stay different."""
-    plain = re.sub(r"[^\w.=-]+", "-", name).strip("-.") or "unnamed"
-    if plain == name and len(plain) <= 80:
-        return plain
-    return f"{plain[-80:]}-{sha256(name.encode()).hexdigest()[:6]}"
+    quoted = quote(name, safe=" =,:")
+    return quoted if len(quoted) <= 120 else f"{quoted[:100]}-{sha256(name.encode()).hexdigest()[:12]}"

@@ -1,7 +1,7 @@
 """Evaluate policies on several panels: one table, a row for each panel; an evaluation can be interrupted."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -174,13 +174,13 @@ def evaluate_panels(
     leading = next((each for each in entrants if each.name not in SCRIPTED), entrants[0])
     entries = _entries(leading, panels, suite, envs, split, tasks, env_kwargs, options)
     check_alike({each.name: {**each.fingerprint, **_max_turns(each)} for each in entrants})
-    opened = open_panels(
-        entries, leading.config, partial(options.rollout, leading.config), tolerant=suite is not None
-    )
-    with ExitStack() as stack:
-        folder = None
-        if output is not None:
-            folder = stack.enter_context(EvaluationFolder(Path(output), _request(entrants, entries, options)))
+    request = _request(entrants, entries, options)
+    folder = None if output is None else EvaluationFolder(Path(output), request)
+    with nullcontext() if folder is None else folder:
+        opened = open_panels(
+            entries, leading.config, partial(options.rollout, leading.config), tolerant=suite is not None
+        )
+        if folder is not None:
             folder.note({f"panel {each.label}": each.panel.hash for each in opened if each.panel is not None})
         scores = {each.name: _play(each, opened, options, folder) for each in entrants}
         results = Results(scores, opened, "sampled" if temperature else "greedy", repeats, seed)

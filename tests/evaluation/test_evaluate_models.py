@@ -1,11 +1,13 @@
 """A model is evaluated with the keys of training: those of a file, and those of the command line."""
 
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from chat_models import chat_model
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import agentrl
@@ -81,3 +83,54 @@ def test_the_command_line_takes_the_same_keys(model: Path, file: Path, tmp_path:
     assert shown.exit_code == 0, shown.output
     found = json.loads(scores.read_text())
     assert (found["episodes"], found["mean_turns"]) == (2, 1.0)
+
+
+def test_a_model_stands_beside_scripted_policies_and_its_result_names_it(
+    model: Path, file: Path, tmp_path: Path
+) -> None:
+    options = {"config": file, "placement": "inline", "output": tmp_path / "scores"}
+    found = agentrl.evaluate_panels(["random", model], **options)
+    scores = {name: panels[0].evaluation for name, panels in found.scores.items()}
+    (random, played) = scores.values()
+    assert random is not None
+    assert played is not None
+    assert random.fingerprint is not None
+    assert random.fingerprint["prompt"] is None
+    fingerprint = played.fingerprint
+    assert fingerprint is not None
+    assert fingerprint["policy"] | {"weights": ""} == {
+        "name": str(model),
+        "model": str(model),
+        "revision": None,
+        "checkpoint": None,
+        "weights": "",
+    }
+    assert fingerprint["decoding"] == {
+        "seed": 0,
+        "temperature": 1.0,
+        "constrained": True,
+        "max_tokens": 4,
+        "reply": "plain",
+    }
+    assert (fingerprint["dtype"], fingerprint["prompt"]["template"]) == ("float32", "plain")
+    assert {len(fingerprint["prompt"][name]) for name in ("sha256", "wording")} == {64}
+    # Played alone, all of it is the same; given again, the model is not even opened.
+    alone = agentrl.evaluate(model, config=file, placement="inline")
+    assert alone == played
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agentrl.evaluation.suite.open_player", None)
+        assert agentrl.evaluate_panels(["random", model], **options) == found
+
+
+def test_other_weights_or_prompts_do_not_go_on_in_a_folder(model: Path, file: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    options = {"config": file, "placement": "inline", "output": tmp_path / "scores"}
+    agentrl.evaluate_panels([copy], **options)
+    with pytest.raises(ConfigError, match=r'prompt\.template was "plain", is "react"'):
+        agentrl.evaluate_panels([copy], **options, overrides=["policy.prompt=react"])
+    (weights,) = copy.glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, weights, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"policy\.weights was \w{12}…, is \w{12}…"):
+        agentrl.evaluate_panels([copy], **options)
