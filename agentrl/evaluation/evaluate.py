@@ -1,7 +1,7 @@
 """Evaluate a policy on a fixed panel of tasks, each played a fixed number of times."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -74,7 +74,7 @@ def evaluate(
     check_options(repeats, placement)
     given = given_panel(panel, env, split, tasks, env_kwargs)
     name = policy_name(policy)
-    settings = _settings_of_model(name, config, overrides) if config is not None else None
+    settings = settings_of_model(name, config, overrides) if config is not None else None
     player, settings = open_player(name, temperature=temperature, config=settings, overrides=overrides)
     source = choose_panel(settings, given, env, split, tasks, env_kwargs)
     rollout = rollout_config(settings, source.env, placement, interpreter)
@@ -123,34 +123,50 @@ def policy_name(policy: Run | str | Path) -> str:
 
 
 def player_config(policy: str, config: str | Path | None, overrides: Sequence[str]) -> RunConfig:
-    """Return the configuration that `open_player` opens a policy with, without loading its weights.
+    """Return the configuration that `open_player` opens a policy with, without a word or its weights.
 
     Raises:
         ConfigError: If a key or a value is wrong, or a file is given for a run.
         CheckpointError: If there is no such run or checkpoint.
     """
     if config is not None:
-        return _settings_of_model(policy, config, overrides)
+        return settings_of_model(policy, config, overrides, warn=_keep_quiet)
     if policy in SCRIPTED:
         return with_changes(RunConfig(), overrides)
     saved = find_policy(policy)
     if saved is not None:
         return with_changes(drop_caller_only_values(saved.run.config), overrides)
-    return load_config(None, f"policy.path={policy}", *overrides, warn=lambda line: None)
+    return load_config(None, f"policy.path={policy}", *overrides, warn=_keep_quiet)
 
 
-def _settings_of_model(policy: str, file: str | Path, overrides: Sequence[str]) -> RunConfig:
-    """Return the configuration of a file for a policy that is not a run."""
+def settings_of_model(
+    policy: str, file: str | Path, overrides: Sequence[str], warn: Callable[[str], None] | None = None
+) -> RunConfig:
+    """Return the configuration of a file for a policy that is not a run.
+
+    Args:
+        policy: The policy.
+        file: The file.
+        overrides: `key=value` overrides.
+        warn: Called with each line about the configuration; None prints it.
+
+    Raises:
+        ConfigError: If the policy is a run, or a key or a value is wrong.
+    """
     if find_policy(policy) is not None:
         raise ConfigError(f"--config {file}: {policy} is a run, which has a configuration; give keys instead")
     named = () if policy in SCRIPTED else (f"policy.path={policy}",)
-    return load_config(file, *named, *overrides)
+    return load_config(file, *named, *overrides, warn=warn)
+
+
+def _keep_quiet(line: str) -> None:
+    """Say nothing: the lines are printed when the policy is opened."""
 
 
 def rollout_config(
     config: RunConfig, env: str, placement: Placement | None, interpreter: str | None
 ) -> RolloutConfig:
-    """Return the rollout settings of the run, adapted to the environment and the caller's choices."""
+    """Return the rollout settings of a configuration, adapted to the environment and the caller's choices."""
     rollout = config.rollout
     if placement is not None or env != config.env.id:  # its placement suited its own environment
         rollout = replace(rollout, backend="local", placement=placement or "auto")

@@ -17,6 +17,7 @@ from agentrl.evaluation.evaluate import (
     player_config,
     policy_name,
     rollout_config,
+    settings_of_model,
 )
 from agentrl.evaluation.fingerprint import (
     SCRIPTED,
@@ -316,7 +317,9 @@ def _play(
 
 def _open(entrant: _Entrant, options: _Options) -> Player:
     """Open the player of a policy."""
-    given = entrant.config if entrant.name in SCRIPTED or options.config is not None else None
+    given = entrant.config if entrant.name in SCRIPTED else None
+    if given is None and options.config is not None:
+        given = settings_of_model(entrant.name, options.config, options.overrides)
     player, _ = open_player(
         entrant.name, temperature=options.temperature, config=given, overrides=options.overrides
     )

@@ -86,10 +86,11 @@ def test_the_command_line_takes_the_same_keys(model: Path, file: Path, tmp_path:
 
 
 def test_a_model_stands_beside_scripted_policies_and_its_result_names_it(
-    model: Path, file: Path, tmp_path: Path
+    model: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {"config": file, "placement": "inline", "output": tmp_path / "scores"}
     found = agentrl.evaluate_panels(["random", model], **options)
+    assert capsys.readouterr().err.count("policy.preset=pretrained sets") == 1
     scores = {name: panels[0].evaluation for name, panels in found.scores.items()}
     (random, played) = scores.values()
     assert random is not None
@@ -112,7 +113,7 @@ def test_a_model_stands_beside_scripted_policies_and_its_result_names_it(
         "max_tokens": 4,
         "reply": "plain",
     }
-    assert (fingerprint["dtype"], fingerprint["prompt"]["template"]) == ("float32", "plain")
+    assert (fingerprint["dtype"], fingerprint["prompt"]["template"]) == ("bfloat16", "plain")
     assert {len(fingerprint["prompt"][name]) for name in ("sha256", "wording")} == {64}
     # Played alone, all of it is the same; given again, the model is not even opened.
     alone = agentrl.evaluate(model, config=file, placement="inline")
