@@ -348,7 +348,7 @@ def evaluate(
     - `agentrl evaluate --policy random --policy expert --suite text_games --repeats 4 --output FOLDER`
     """
     from agentrl.config import merge
-    from agentrl.evaluation.suite import lists_panels
+    from agentrl.evaluation.panel_lists import lists_panels
 
     load_imports(imports or ())
     if output is not None and not output.parent.is_dir():
@@ -403,7 +403,8 @@ def _evaluate_several(
     except KeyboardInterrupt as interrupt:
         kept = "" if folder is None else f": {folder} keeps the episodes so far, the same command goes on"
         raise KeyboardInterrupt(f"interrupted{kept}") from interrupt
-    _console().print(panels_table(found.scores, found.title))
+    echo(found.title)
+    _console().print(panels_table(found.scores))
     for line in found.notes:
         echo(line)
     if folder is not None:

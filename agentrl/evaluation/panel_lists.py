@@ -1,21 +1,27 @@
-"""Several panels to evaluate on: read from a configuration, named, and checked against their environments."""
+"""Several panels to evaluate on: chosen, named, and checked against their environments."""
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import gymnasium
 
-from agentrl.env.panel import Panel, verify
+from agentrl.env.panel import Panel, load_panel, verify
 from agentrl.env.registry import Factory, check_id
 from agentrl.errors import AgentRLError, ConfigError, PanelError
+from agentrl.evaluation.evaluate import player_config
+from agentrl.evaluation.fingerprint import SCRIPTED
 from agentrl.evaluation.panels import PanelSource, configured_panel_file, held_out_split, read_data_label
+from agentrl.evaluation.suites import read_suite
 from agentrl.rollout.settings import RolloutConfig
 from agentrl.run.env_backend import open_one_environment
 from agentrl.run.settings import PanelConfig, RunConfig
+from agentrl.run.trust import caller_only_values
+from agentrl.run.weights import find_policy
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +58,75 @@ def configured_panels(config: RunConfig) -> tuple[PanelEntry, ...]:
         configured_panel_file(config, entry, "evaluation.panels") if isinstance(entry, str) else entry
         for entry in config.evaluation.panels
     )
+
+
+def lists_panels(policy: str, config: str | Path | None, overrides: Sequence[str]) -> bool:
+    """Return whether the configuration of a policy lists several panels to evaluate it on.
+
+    Raises:
+        ConfigError: If it is that of a run and sets arguments that only the caller may set.
+    """
+    saved = None if policy in SCRIPTED else find_policy(policy)
+    if saved is not None and "evaluation.panels" in caller_only_values(saved.run.config):
+        raise ConfigError(
+            f"evaluation.panels of {saved.run.folder} sets arguments that only the caller of an environment "
+            "may set; name the panels yourself, by --env, --panel or --suite"
+        )
+    return bool(player_config(policy, config, overrides).evaluation.panels)
+
+
+def choose_panels(
+    config: RunConfig,
+    panels: Sequence[PanelEntry | str | Path] = (),
+    *,
+    suite: str | Path | None = None,
+    envs: Sequence[str] = (),
+    split: str | None = None,
+    tasks: int | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+) -> list[PanelEntry]:
+    """Return the panels that a caller names, else those that a configuration does; see `evaluate_panels`.
+
+    Raises:
+        ConfigError: If the arguments contradict each other, or a suite or a file is malformed.
+        PanelError: If a panel file cannot be read.
+    """
+    if sum(map(bool, (panels, suite, envs))) > 1:
+        raise ConfigError("panels, a suite and environments were given together: wanted one of them")
+    if split is not None and (panels or suite):
+        raise ConfigError(
+            f"split is {split}, but panels and suites name their own: wanted it with environments"
+        )
+    if env_kwargs is not None and len(envs) != 1:
+        raise ConfigError(
+            f"{', '.join(env_kwargs)}: arguments of an environment need exactly one environment; write a "
+            "suite file to give them to several"
+        )
+    entries: list[PanelEntry]
+    if suite:
+        entries = list(read_suite(suite))
+    elif panels:
+        entries = [load_panel(Path(each)) if isinstance(each, str | Path) else each for each in panels]
+    elif envs or split is not None:
+        own = {config.env.id: config.env.kwargs}  # a run is measured in the environment that it knows
+        named = envs or [config.env.id]
+        entries = [PanelConfig(env, split, None, {**own.get(env, {}), **(env_kwargs or {})}) for env in named]
+    elif config.evaluation.panels:
+        entries = list(configured_panels(config))
+    elif config.evaluation.panel is not None:
+        entries = [configured_panel_file(config, config.evaluation.panel, "evaluation.panel")]
+    else:
+        entries = [PanelConfig(config.env.id, None, None, dict(config.env.kwargs))]
+    return [_shortened(entry, tasks) for entry in entries]
+
+
+def _shortened(entry: PanelEntry, tasks: int | None) -> PanelEntry:
+    """Return a panel of the given number of tasks, or of all that it lists."""
+    if tasks is None:
+        return entry
+    if isinstance(entry, Panel):
+        return entry.first(min(tasks, len(entry.tasks)))
+    return replace(entry, tasks=tasks)
 
 
 def open_panels(

@@ -34,10 +34,9 @@ def table_rows(scores: Scores) -> list[Row]:
     return [row for of_panel in panels for row in _panel_rows(list(scores), of_panel)]
 
 
-def panels_table(scores: Scores, title: str) -> Table:
+def panels_table(scores: Scores) -> Table:
     """Return the table for a terminal."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.title, table.title_justify = plain(title, "table.title"), "left"
     table.add_column("success %", overflow="fold", max_width=44)
     for name in scores:
         table.add_column(plain(name), justify="right", overflow="fold")

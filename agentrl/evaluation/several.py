@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -40,38 +40,7 @@ class PanelScore:
         return asdict(self) | {"evaluation": self.evaluation and self.evaluation.to_dict()}
 
 
-def play_panels(
-    panels: Sequence[OpenedPanel],
-    player: Player,
-    rollout: Callable[[str], RolloutConfig],
-    *,
-    expert: bool = False,
-    repeats: int = 1,
-    seed: int = 0,
-    on_episode: OnEpisode | None = None,
-) -> tuple[PanelScore, ...]:
-    """Play each panel after the other, in environments of its own.
-
-    Args:
-        panels: The panels, see `open_panels`.
-        player: The player that is evaluated.
-        rollout: Returns the rollout settings for the id of an environment.
-        expert: Whether the player is the expert, whose actions the environments report.
-        repeats: The number of episodes per task.
-        seed: The seed of the environments and the player. Every draw depends on it, the task and the repeat
-            alone, and on no other panel.
-        on_episode: Called with each episode when it ends.
-
-    Returns:
-        The score on each panel, in order.
-    """
-    return tuple(
-        play_opened(panel, player, rollout, expert=expert, repeats=repeats, seed=seed, on_episode=on_episode)
-        for panel in panels
-    )
-
-
-def play_opened(
+def play_one_of_several(
     opened: OpenedPanel,
     player: Player,
     rollout: Callable[[str], RolloutConfig],
@@ -82,7 +51,7 @@ def play_opened(
     on_episode: OnEpisode | None = None,
     played: Mapping[str, Episode] | None = None,
 ) -> PanelScore:
-    """Play one of several panels; an error is the reason why it has no score.
+    """Play one of several panels in environments of its own; an error is the reason why it has no score.
 
     Args:
         opened: The panel.

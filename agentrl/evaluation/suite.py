@@ -10,7 +10,6 @@ from typing import Any
 import agentrl
 from agentrl.config import to_tree
 from agentrl.data.trajectory import Episode
-from agentrl.env.panel import Panel, load_panel
 from agentrl.errors import ConfigError
 from agentrl.evaluation.evaluate import (
     check_options,
@@ -27,20 +26,22 @@ from agentrl.evaluation.fingerprint import (
     wording_hash,
 )
 from agentrl.evaluation.output import EvaluationFolder
-from agentrl.evaluation.panel_lists import OpenedPanel, PanelEntry, configured_panels, open_panels
-from agentrl.evaluation.panels import configured_panel_file
+from agentrl.evaluation.panel_lists import (
+    OpenedPanel,
+    PanelEntry,
+    choose_panels,
+    lists_panels,
+    open_panels,
+)
 from agentrl.evaluation.panels_table import panel_notes, results_markdown
 from agentrl.evaluation.playing import OnEpisode, episode_ids
 from agentrl.evaluation.scores import summarise
-from agentrl.evaluation.several import PanelScore, play_opened
-from agentrl.evaluation.suites import read_suite
+from agentrl.evaluation.several import PanelScore, play_one_of_several
 from agentrl.rollout.players import Player
 from agentrl.rollout.settings import Placement, RolloutConfig
 from agentrl.run.folder import Run
 from agentrl.run.policies import open_player
-from agentrl.run.settings import PanelConfig, RunConfig
-from agentrl.run.trust import caller_only_values
-from agentrl.run.weights import find_policy
+from agentrl.run.settings import RunConfig
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,11 @@ def evaluate_panels(
     options = _Options(repeats, seed, temperature, placement, interpreter, config, overrides, on_episode)
     entrants = _entrants(names, options)
     leading = next((each for each in entrants if each.name not in SCRIPTED), entrants[0])
-    entries = _entries(leading, panels, suite, envs, split, tasks, env_kwargs, options)
+    if not (panels or suite or envs or split):
+        lists_panels(leading.name, config, overrides)
+    entries = choose_panels(
+        leading.config, panels, suite=suite, envs=envs, split=split, tasks=tasks, env_kwargs=env_kwargs
+    )
     check_alike({each.name: {**each.fingerprint, **_max_turns(each)} for each in entrants})
     request = _request(entrants, entries, options)
     folder = None if output is None else EvaluationFolder(Path(output), request)
@@ -205,78 +210,6 @@ def _entrants(names: Sequence[str], options: _Options) -> list[_Entrant]:
 
 def _max_turns(entrant: _Entrant) -> dict[str, Any]:
     return {"panel": {"max_turns": entrant.config.rollout.max_turns}}
-
-
-def _entries(
-    leading: _Entrant,
-    panels: Sequence[PanelEntry | str | Path],
-    suite: str | Path | None,
-    envs: Sequence[str],
-    split: str | None,
-    tasks: int | None,
-    env_kwargs: Mapping[str, Any] | None,
-    options: _Options,
-) -> list[PanelEntry]:
-    """Return the panels that the caller names, or those that the leading policy's configuration does."""
-    if sum(map(bool, (panels, suite, envs))) > 1:
-        raise ConfigError("panels, a suite and environments were given together: wanted one of them")
-    if split is not None and (panels or suite):
-        raise ConfigError(
-            f"split is {split}, but panels and suites name their own: wanted it with environments"
-        )
-    if env_kwargs is not None and len(envs) != 1:
-        raise ConfigError(
-            f"{', '.join(env_kwargs)}: arguments of an environment need exactly one environment; write a "
-            "suite file to give them to several"
-        )
-    config = leading.config
-    entries: list[PanelEntry]
-    if suite:
-        entries = list(read_suite(suite))
-    elif panels:
-        entries = [load_panel(Path(each)) if isinstance(each, str | Path) else each for each in panels]
-    elif envs or split is not None:
-        own = {config.env.id: config.env.kwargs}
-        named = envs or [config.env.id]
-        entries = [PanelConfig(env, split, None, {**own.get(env, {}), **(env_kwargs or {})}) for env in named]
-    else:
-        lists_panels(leading.name, options.config, options.overrides)
-        entries = _configured(leading)
-    return [_shortened(entry, tasks) for entry in entries]
-
-
-def _configured(leading: _Entrant) -> list[PanelEntry]:
-    """Return the panels that a configuration names: `evaluation.panels`, or its one panel."""
-    config, block = leading.config, leading.config.evaluation
-    if block.panels:
-        return list(configured_panels(config))
-    if block.panel is not None:
-        return [configured_panel_file(config, block.panel, "evaluation.panel")]
-    return [PanelConfig(config.env.id, None, None, dict(config.env.kwargs))]
-
-
-def lists_panels(policy: str, config: str | Path | None, overrides: Sequence[str]) -> bool:
-    """Return whether the configuration of a policy lists several panels to evaluate it on.
-
-    Raises:
-        ConfigError: If it is that of a run and sets arguments that only the caller may set.
-    """
-    saved = None if policy in SCRIPTED else find_policy(policy)
-    if saved is not None and "evaluation.panels" in caller_only_values(saved.run.config):
-        raise ConfigError(
-            f"evaluation.panels of {saved.run.folder} sets arguments that only the caller of an environment "
-            "may set; name the panels yourself, by --env, --panel or --suite"
-        )
-    return bool(player_config(policy, config, overrides).evaluation.panels)
-
-
-def _shortened(entry: PanelEntry, tasks: int | None) -> PanelEntry:
-    """Return a panel of the given number of tasks, or of all that it lists."""
-    if tasks is None:
-        return entry
-    if isinstance(entry, Panel):
-        return entry.first(min(tasks, len(entry.tasks)))
-    return replace(entry, tasks=tasks)
 
 
 def _request(
@@ -346,7 +279,7 @@ def _play_panel(
             if options.on_episode is not None:
                 options.on_episode(episode)
 
-        score = play_opened(
+        score = play_one_of_several(
             opened,
             player,
             partial(options.rollout, entrant.config),

@@ -25,7 +25,7 @@ from agentrl.evaluation.evaluate import evaluate
 from agentrl.evaluation.fingerprint import check_alike, panel_fingerprint, policy_fingerprint
 from agentrl.evaluation.panel_lists import OpenedPanel, configured_panels, open_panels, panel_labels
 from agentrl.evaluation.panels_table import table_rows
-from agentrl.evaluation.several import PanelScore, play_panels
+from agentrl.evaluation.several import PanelScore, play_one_of_several
 from agentrl.evaluation.statistics import pass_at_k, pass_hat_k, pass_rate, powers_of_two, wilson
 from agentrl.evaluation.suite import Results, evaluate_panels
 from agentrl.evaluation.suites import read_suite, shipped_suites
@@ -46,7 +46,7 @@ def opened(*entries: Any, tolerant: bool = False) -> tuple[OpenedPanel, ...]:
 
 
 def plays(*entries: Any, **options: Any) -> dict[str, PanelScore]:
-    scores = play_panels(opened(*entries), RandomPlayer(), inline, **options)
+    scores = [play_one_of_several(each, RandomPlayer(), inline, **options) for each in opened(*entries)]
     return {score.label: score for score in scores}
 
 
