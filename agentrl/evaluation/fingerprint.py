@@ -10,6 +10,7 @@ import agentrl
 from agentrl.env.panel import Panel
 from agentrl.errors import ConfigError
 from agentrl.policy.prompt import load_prompt
+from agentrl.policy.settings import PolicyConfig
 from agentrl.rollout.players import Player
 from agentrl.run.checkpoint_files import ADAPTER, REFERENCE, checkpoint_name, sha256
 from agentrl.run.settings import RunConfig
@@ -19,20 +20,25 @@ Fingerprint = Mapping[str, Any]
 Difference = tuple[str, Any, Any]  # dotted key, and its two values
 
 SCRIPTED = ("random", "expert")
-# What scores must share to be compared; the policy is what is compared. Scripted policies have none of some.
-COMPARED = (
-    *("agentrl", "data", "dtype", "panel.hash", "panel.repeats", "panel.max_turns", "prompt.sha256"),
-    *(f"decoding.{name}" for name in ("seed", "temperature", "constrained", "max_tokens", "reply")),
-)
-_NULL_COUNTS = {"data", "panel.max_turns"}  # None says something here, and elsewhere that there is nothing
-_KEYS = {
+# What scores must share to be compared, and the key of a configuration that decides it; the policy is what is
+# compared. Scripted policies have no prompt, no dtype, and of the decoding the seed alone.
+COMPARED = {
+    "agentrl": "agentrl",
+    "data": "data",
     "dtype": "policy.dtype",
-    "prompt.sha256": "policy.prompt, policy.history, policy.examples, policy.system_message or "
-    "policy.max_observation_tokens",
+    "panel.hash": "panel",
+    "panel.repeats": "repeats",
+    "panel.max_turns": "rollout.max_turns",
+    "prompt.text": "text of policy.prompt",
+    "prompt.history": "policy.history",
+    "prompt.examples": "policy.examples",
+    "prompt.system_message": "policy.system_message",
+    "prompt.max_observation_tokens": "policy.max_observation_tokens",
+    "decoding.seed": "seed",
+    "decoding.temperature": "temperature",
     "decoding.constrained": "rollout.constrained",
     "decoding.max_tokens": "engine.max_tokens",
     "decoding.reply": "policy.reply",
-    "panel.max_turns": "rollout.max_turns",
 }
 
 
@@ -51,21 +57,21 @@ def policy_fingerprint(
     Raises:
         CheckpointError: If there is no such policy.
     """
-    block, plays = config.policy, name not in SCRIPTED
-    decoding = {
-        "temperature": temperature,
-        "constrained": config.rollout.constrained,
-        "max_tokens": config.engine.max_tokens,
-        "reply": block.reply,
-    }
+    block = config.policy
+    if name in SCRIPTED:
+        return {"agentrl": agentrl.__version__, "policy": {"name": name}, "decoding": {"seed": seed}}
     return {
         "agentrl": agentrl.__version__,
-        "policy": {"name": name, **(_identity(name, block.revision) if plays else {})},
-        "prompt": {"template": block.prompt, "sha256": _prompt_hash(config), **wording_hash(player)}
-        if plays
-        else None,
-        "dtype": block.dtype if plays else None,
-        "decoding": {"seed": seed, **(decoding if plays else {})},
+        "policy": {"name": name, **_identity(name, block.revision)},
+        "prompt": {**_prompt(block), **wording_hash(player)},
+        "dtype": block.dtype,
+        "decoding": {
+            "seed": seed,
+            "temperature": temperature,
+            "constrained": config.rollout.constrained,
+            "max_tokens": config.engine.max_tokens,
+            "reply": block.reply,
+        },
     }
 
 
@@ -99,13 +105,9 @@ def unlike(one: Fingerprint, other: Fingerprint, *, varying: Collection[str] = (
         other: The fingerprint of another score.
         varying: The keys of `COMPARED` that are to differ, such as `decoding.temperature`.
     """
-    return [
-        (key, first, second)
-        for key, first, second in differences(one, other)
-        if key in COMPARED
-        and key not in varying
-        and (key in _NULL_COUNTS or (first is not None and second is not None))
-    ]
+    old, new = dict(_leaves(one)), dict(_leaves(other))
+    shared = [key for key in COMPARED if key in old and key in new and key not in varying]
+    return [(key, old[key], new[key]) for key in shared if old[key] != new[key]]
 
 
 def check_alike(fingerprints: Mapping[str, Fingerprint], *, varying: Collection[str] = ()) -> None:
@@ -120,7 +122,7 @@ def check_alike(fingerprints: Mapping[str, Fingerprint], *, varying: Collection[
     """
     names = list(fingerprints)
     lines = [
-        f"{_KEYS.get(key, key)}: {_short(first)} for {one}, {_short(second)} for {other}"
+        f"{COMPARED[key]}: {_short(first)} for {one}, {_short(second)} for {other}"
         for index, one in enumerate(names)
         for other in names[index + 1 :]
         for key, first, second in unlike(fingerprints[one], fingerprints[other], varying=varying)
@@ -178,12 +180,17 @@ def _weights_hash(*places: Path) -> str:
     return _sha256_of([[file.name, sha256(file)] for file in files])
 
 
-def _prompt_hash(config: RunConfig) -> str:
-    """Return a hash of what prompts say, whatever the chat template and the tokenizer make of it."""
-    block = config.policy
-    template = load_prompt(block.prompt, block.history)
-    text = None if template is None else [template.source, template.history, block.examples]
-    return _sha256_of([text, block.system_message, block.max_observation_tokens])
+def _prompt(block: PolicyConfig) -> dict[str, Any]:
+    """Return what prompts say, whatever the chat template and the tokenizer make of it; texts as hashes."""
+    template, system = load_prompt(block.prompt, block.history), block.system_message
+    shown = {} if template is None else {"history": template.history, "examples": block.examples}
+    return {
+        "template": block.prompt,
+        "text": None if template is None else _sha256_of(template.source),
+        **shown,
+        "system_message": None if system is None else _sha256_of(system),
+        "max_observation_tokens": block.max_observation_tokens,
+    }
 
 
 def _sha256_of(value: Any) -> str:

@@ -308,7 +308,7 @@ def _with_fingerprint(
     known, max_turns = entrant.fingerprint, entrant.config.rollout.max_turns
     full = {
         **known,
-        "prompt": known["prompt"] and {**known["prompt"], **wording},
+        **({"prompt": {**known["prompt"], **wording}} if "prompt" in known else {}),
         **panel_fingerprint(opened.panel, opened.data, options.repeats, max_turns),
     }
     checkpoint = known["policy"].get("checkpoint")

@@ -96,7 +96,7 @@ def test_a_model_stands_beside_scripted_policies_and_its_result_names_it(
     assert random is not None
     assert played is not None
     assert random.fingerprint is not None
-    assert random.fingerprint["prompt"] is None
+    assert "prompt" not in random.fingerprint
     fingerprint = played.fingerprint
     assert fingerprint is not None
     assert fingerprint["policy"] | {"weights": ""} == {
@@ -114,7 +114,7 @@ def test_a_model_stands_beside_scripted_policies_and_its_result_names_it(
         "reply": "plain",
     }
     assert (fingerprint["dtype"], fingerprint["prompt"]["template"]) == ("bfloat16", "plain")
-    assert {len(fingerprint["prompt"][name]) for name in ("sha256", "wording")} == {64}
+    assert len(fingerprint["prompt"]["wording"]) == 64
     # Played alone, all of it is the same; given again, the model is not even opened.
     alone = agentrl.evaluate(model, config=file, placement="inline")
     assert alone == played

@@ -412,13 +412,14 @@ def test_scores_of_other_panels_prompts_or_decodings_are_not_compared() -> None:
             make_panel(ENV, "train", changes.pop("tasks", 2)), "made up", 1, None
         )
 
-    model = of() | {"policy": {"name": "a"}, "dtype": "float32", "prompt": {"sha256": "1"}}
+    model = of() | {"policy": {"name": "a"}, "dtype": "float32", "prompt": {"text": "1", "history": None}}
     check_alike({"a": model, "b": model | {"policy": {"name": "b"}}, "random": of()})
     for other, line in (
-        (of(tasks=3), r"panel\.hash: \w{12}… for a, \w{12}… for b"),
-        (of(seed=1), r"decoding\.seed: 0 for a, 1 for b"),
+        (of(tasks=3), r"panel: \w{12}… for a, \w{12}… for b"),
+        (of(seed=1), r"seed: 0 for a, 1 for b"),
         (model | {"dtype": "bfloat16"}, r'policy\.dtype: "float32" for a, "bfloat16" for b'),
-        (model | {"prompt": {"sha256": "2"}}, r"policy\.prompt, .*: \"1\" for a"),
+        (model | {"prompt": {"text": "2"}}, r'text of policy\.prompt: "1" for a, "2" for b'),
+        (model | {"prompt": {"text": "1", "history": 2}}, r"policy\.history: null for a, 2 for b"),
         (model | {"data": None}, r'data: "made up" for a, null for b'),
         (model | {"agentrl": "9"}, r"agentrl: "),
     ):
