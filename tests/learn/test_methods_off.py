@@ -17,14 +17,13 @@ CONTEXT = Context(step=3, total_steps=10, vocabulary=VOCABULARY)
 OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "steer": ({"low": 1.0, "high": 1.0}, {"name": "grpo"}, {}),
     "canon": ({"mix": 0.5}, {"name": "dr_grpo"}, {}),
-    "bapo": ({"lower": [0.8, 0.8], "upper": [1.2, 1.2]}, {"name": "grpo"}, {"target": 0.7}),
+    "bapo": ({"lower": [0.8, 0.8], "upper": [1.2, 1.2]}, {"name": "grpo"}, {"upper": [1.0, 1.01]}),
     "clip_cov": (
         {"share": 0.0},
         {"name": "grpo", "clip_low": 1.0, "clip_high": 1.0},
         {"share": 0.5, "band": [0.0, 9.0]},
     ),
     "epo": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
-    "empg": ({"k": 0.0, "zeta": 0.0}, {"name": "grpo"}, {}),
 }
 
 

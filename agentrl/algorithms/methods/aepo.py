@@ -31,8 +31,7 @@ class AEPO(Recipe):
         advantage = A * clip(1 + entropy_advantage * (H - mean H) / std H, advantage_limits)
         P         = clip((offset + entropy_weight * dH) * max(0, 1 - branch_penalty * streak), 0, 1)
 
-    This is the AEPO of arXiv 2510.14545. Other methods have the same short name: arbitrary entropy policy
-    optimisation (arXiv 2510.08141) and the adaptive one of ARES.
+    This is arXiv 2510.14545. Arbitrary entropy policy optimisation (2510.08141) is another AEPO.
 
     The first rollout of a task is played alone. The entropies of its first turn and of the later ones decide
     how many more rollouts start at the first observation; the rest of the group size is reserved for
@@ -88,7 +87,6 @@ class AEPO(Recipe):
 
     KIND = "rollouts"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": {
             "base": {"name": "grpo", "aggregation": "token", "dual_clip": 3.0},

@@ -73,7 +73,6 @@ class BAPO(Recipe):
 
     KIND = "clipping"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": {"base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0}},
         "released": {"base": {"name": "grpo", "preset": "released"}, "contribution": "surrogate"}

@@ -64,7 +64,6 @@ class CANON(ClippedRecipe):
 
     KIND = "credit"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": {"clip_high": 0.28, "sequence_length": 8192},
         "released": {"clip_high": 0.28, "sequence_length": 8192}

@@ -56,7 +56,6 @@ class ClipCov(Recipe):
 
     KIND = "token selection"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": {"base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0, **_PUBLISHED_BASE}},
         "released": {"base": {"name": "grpo", "preset": "released", **_PUBLISHED_BASE}},

@@ -54,7 +54,6 @@ class DAPO(Recipe):
 
     KIND = "clipping"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": {
             "base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0},

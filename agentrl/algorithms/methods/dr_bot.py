@@ -73,7 +73,6 @@ class DrBot(Recipe):
 
     KIND = "token selection"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": {"sequence": "turn", "sequence_length": 512},
         "released": {

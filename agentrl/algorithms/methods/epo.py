@@ -82,7 +82,6 @@ class EPO(Recipe):
 
     KIND = "entropy"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": _PUBLISHED | {"low": 0.0, "high": 2.0, "reference": "scalar", "schedule": "exponential"},
         "released": _PUBLISHED

@@ -85,7 +85,6 @@ class FR3E(Recipe):
 
     KIND = "rollouts"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": {"clip_low": 0.22},
         "released": {

@@ -64,7 +64,6 @@ class GiGPO(GRPO):
 
     KIND = "credit"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": {"sequence": "turn", "kl_coefficient": 0.01, "invalid_penalty": 0.1},
     }

@@ -62,7 +62,6 @@ class GRPO(ClippedRecipe):
 
     KIND = "credit"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": {"kl_coefficient": 0.04},
         "released": {"weighting": "row", "singleton": "raw"},
@@ -117,7 +116,6 @@ class DrGRPO(GRPO):
 
     KIND = "credit"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": {"kl_coefficient": 0.0, "sequence_length": 3000},
         "released": {"aggregation": "constant"},

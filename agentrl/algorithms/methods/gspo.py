@@ -43,7 +43,6 @@ class GSPO(Recipe):
 
     KIND = "clipping"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": {"base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0}},
         "released": {"base": {"name": "grpo", "preset": "released"}},

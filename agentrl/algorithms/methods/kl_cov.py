@@ -48,7 +48,6 @@ class KLCov(Recipe):
 
     KIND = "token selection"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": {"base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0, "aggregation": "token"}},
         "released": {"base": {"name": "grpo", "preset": "released"}},

@@ -62,7 +62,6 @@ class PPO(ClippedRecipe):
 
     KIND = "credit"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": {"gamma_turn": 0.99, "bootstrap_truncated": True},
         "released": {"gae_scope": "row"},

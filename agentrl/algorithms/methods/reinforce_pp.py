@@ -54,7 +54,6 @@ class ReinforcePlusPlus(ClippedRecipe):
 
     KIND = "credit"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {"released": {"weighting": "row", "singleton": "raw"}}
     OFFICIAL: ClassVar[Collection[str]] = GRPO.OFFICIAL
 

@@ -42,7 +42,6 @@ class RLOO(ClippedRecipe):
 
     KIND = "credit"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": {"aggregation": "constant", "sequence": "turn", "sequence_length": 1},
         "released": {"weighting": "row", "singleton": "raw"},

@@ -84,7 +84,6 @@ class Spear(SelfImitation):
 
     KIND = "replay"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": {
             "base": {"name": "dr_bot", "preset": "paper"},

@@ -56,7 +56,6 @@ class STEER(Recipe):
 
     KIND = "token selection"
     CONFIDENCE = "official code read"
-
     PRESETS: ClassVar[Presets] = {
         "paper": {
             "base": {"name": "grpo", "preset": "paper", "kl_coefficient": 0.0}
