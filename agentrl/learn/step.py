@@ -12,6 +12,7 @@ from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, require_tensor
 from agentrl.algorithms.token_statistics import current_statistics, loss_statistics
 from agentrl.errors import NonFiniteError
+from agentrl.learn.allocator import LARGE_HEAP, return_freed_memory
 from agentrl.learn.forward import needed_lengths
 from agentrl.learn.objective import build_objective
 from agentrl.learn.scoring import Scorer, empty_outputs, write_rows
@@ -75,6 +76,7 @@ def _accumulate_gradient(
         loss, numbers = objective.contribution(rows, found)
         # A filler has weight 0 but needs a backward pass too: FSDP2 reduces gradients on all ranks at once.
         (loss * (weight * part.coefficient)).backward()  # type: ignore[no-untyped-call]
+        return_freed_memory(above=LARGE_HEAP)
         if weight:
             write_rows(outputs, rows, found)
         for name, value in numbers.items():

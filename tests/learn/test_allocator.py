@@ -28,7 +28,9 @@ def test_freed_tensors_between_living_ones_leave_the_process() -> None:
         kept.append(torch.ones(200_000, dtype=torch.uint8))
     freed.clear()
     before = psutil.Process().memory_info().rss
-    return_freed_memory()
+    return_freed_memory(above=2**40)
+    assert psutil.Process().memory_info().rss > before - 100 * MIB
+    return_freed_memory(above=100 * MIB)
     assert psutil.Process().memory_info().rss < before - 100 * MIB
     assert len(kept) == 200
 
