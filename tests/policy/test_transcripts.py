@@ -31,7 +31,8 @@ TEMPLATES = {
     "forgetful": CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"),
     "thinking": CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
     "without an end": (
-        "{% for m in messages if m.role != 'system' %}{{ '[INST] ' if m.role == 'user' else ' ' }}{{ m.content }}"
+        "{% for m in messages if m.role != 'system' %}"
+        "{{ '[INST] ' if m.role == 'user' else ' ' }}{{ m.content }}"
         "{{ ' [/INST]' if m.role == 'user' else '' }}{% endfor %}"
     ),
 }
@@ -166,9 +167,8 @@ def test_what_a_message_spells_is_text_except_a_replys_tags() -> None:
 def test_replies_that_are_context_are_read_and_not_learned() -> None:
     tokens, block = tokenizer(CHATML), PolicyConfig()
     transcriber = Transcriber(configured_dialogue(block, tokens), tokens, block)
-    text = Conversation(
-        "", (Exchange("a", "OK", learned=False), Exchange("b", "7"), Exchange("c", "8", False))
-    )
+    context = Exchange("a", "OK", learned=False)
+    text = Conversation("", (context, Exchange("b", "7"), context))
     turns = transcriber.turns(text)
     assert [turn.action for turn in turns] == ["OK", "7"]  # after the last, nothing is learned
     found = batch(turns)
