@@ -449,7 +449,7 @@ def test_every_key_that_holds_text_has_been_thought_about() -> None:
                 if hasattr(part, "__dataclass_fields__"):
                     yield from texts(part, f"{path}{name}.")
                 elif part is str:
-                    yield f"{path}{name}"
+                    yield f"{path}{key_of(name)}"
 
     known = set(texts(RunConfig, ""))
     assert known >= set(CALLER_ONLY_KEYS)
