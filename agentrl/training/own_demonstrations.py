@@ -89,11 +89,10 @@ def _written(
 
 def _writer_of(source: OwnData, session: Session) -> Dialogue | None:
     """Return the dialogue to read whole replies of a run with, where they hold more than a command."""
-    if source.run is None:
+    if source.run is None or session.config.policy.reply != "think_action":
         return None
     run = open_run(source.run)
-    thinks = session.config.policy.reply == "think_action" == run.config.policy.reply
-    return dialogue_of(run) if thinks else None
+    return dialogue_of(run) if run.config.policy.reply == "think_action" else None
 
 
 def _as_stored(episode: Episode) -> Episode:
