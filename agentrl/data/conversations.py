@@ -68,15 +68,18 @@ def read_conversations(path: str | Path) -> tuple[str, list[Conversation]]:
     faults: list[str] = []
     found: list[Conversation] = []
     kinds: list[str] = []
-    for line, row in _rows(file):
-        place = f"{file}, line {line}"
-        try:
-            kinds.append(_kind_of(row))
-            found.append(_conversation(row, place))
-        except _FaultError as fault:
-            faults.append(f"{place}: {fault}")
-            if len(faults) > _MAX_FAULTS:
-                break
+    try:
+        for line, row in _rows(file):
+            place = f"{file}, line {line}"
+            try:
+                kinds.append(_kind_of(row))
+                found.append(_conversation(row, place))
+            except _FaultError as fault:
+                faults.append(f"{place}: {fault}")
+                if len(faults) > _MAX_FAULTS:
+                    break
+    except ConfigError as error:  # what follows cannot be read
+        faults.append(str(error))
     if len(faults) > _MAX_FAULTS:
         faults[_MAX_FAULTS:] = [f"{file}: more rows are broken"]
     if faults:
@@ -124,7 +127,8 @@ def _parse(content: bytes, place: str) -> Any:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{place}: not UTF-8 text (byte {error.start} of the line)") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{place}: not JSON ({error}); wanted {_WANTED_ROW} in one line") from error
+        why = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise ConfigError(f"{place}: not JSON ({why}); wanted {_WANTED_ROW} in one line") from error
 
 
 def _items(file: Path) -> Iterator[tuple[int, Any]]:

@@ -147,6 +147,14 @@ def test_several_broken_rows_are_named_at_once_but_not_all(tmp_path: Path) -> No
     assert lines[5:] == [f"{tmp_path}/data.jsonl: more rows are broken"]
 
 
+def test_broken_rows_before_one_that_is_no_json_are_named_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_conversations(written(tmp_path, {"messages": []}, "{bad\n", CHAT))
+    lines = str(caught.value).splitlines()
+    assert [line.split(": ")[0][-6:] for line in lines] == ["line 1", "line 2"]
+    assert "not JSON (Expecting property name enclosed in double quotes, column 2)" in lines[1]
+
+
 def test_a_list_that_does_not_end_is_named_by_its_line(tmp_path: Path) -> None:
     for text, line in (("[\n" + json.dumps(CHAT), 2), ("[\n" + json.dumps(CHAT) + "\n5", 3), ("[\n\n{", 3)):
         with pytest.raises(ConfigError, match=rf"cut\.json, line {line}: "):
