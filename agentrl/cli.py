@@ -723,7 +723,14 @@ def report(
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Folder or name of a run, finished or not.")],
-    to: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder to write.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER|FILE", help="New folder, or file of messages.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            metavar="model|messages",
+            help="The policy, or the stored episodes as chat messages.",
+        ),
+    ] = "model",
     merge: Annotated[
         bool, typer.Option("--merge", help="Merge LoRA adapters into whole weights; else a peft folder.")
     ] = False,
@@ -733,21 +740,50 @@ def export(
             metavar="STEP|NAME", help="Checkpoint; default: the trained policy, else the newest checkpoint."
         ),
     ] = None,
+    successes: Annotated[
+        bool, typer.Option("--successes", help="Of messages: only of episodes that succeeded.")
+    ] = False,
+    episodes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN", help="Of messages: files of RUN/episodes, without suffix; default: train-*."
+        ),
+    ] = None,
     imports: Imports = None,
 ) -> None:
-    """Write the policy of a run as a Hugging Face folder, in float32. Executes no code of the run.
+    """Write the policy of a run as a Hugging Face folder, or its episodes. Executes no code of the run.
+
+    Weights are float32. Messages are what `datasets.load_dataset("json", data_files=FILE)` and
+    `warm_start.data=FILE` read.
 
     - `agentrl export runs/NAME --to policy`
     - `agentrl export runs/NAME --merge --checkpoint 100 --to merged`
+    - `agentrl export runs/NAME --format messages --successes --to solved.jsonl`
     """
+    load_imports(imports or ())
+    if format == "messages":
+        _check_unused("--format model", merge=merge, checkpoint=checkpoint)
+        from agentrl.run.message_export import export_messages
+
+        done = export_messages(run, to, successes=successes, pattern=episodes or "train-*")
+        echo(f"{to}: {done.rows:,} conversations of {done.written:,} episodes, of {done.episodes:,} stored")
+        return
+    if format != "model":
+        raise ConfigError(f"--format is {format!r}, wanted model or messages")
+    _check_unused("--format messages", successes=successes, episodes=episodes)
     from agentrl.run.weights import export as write_policy
 
-    load_imports(imports or ())
     saved = write_policy(run, to, merge=merge, checkpoint=checkpoint)
     if saved.checkpoint is not None and not saved.asked:
         echo(saved.describe())
     whole = saved.adapter is None or merge
     echo(f"{to}: {'the whole weights' if whole else 'adapters for peft'} of {saved.path}")
+
+
+def _check_unused(wanted: str, **options: object) -> None:
+    """Refuse options that only another format reads."""
+    if given := [f"--{name}" for name, value in options.items() if value]:
+        raise ConfigError(f"{', '.join(given)}: wanted with {wanted} only")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -248,13 +248,22 @@ def build(cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     needed = tuple(
         field.name
         for field in dataclasses.fields(known)
-        if field.name in plain or (_required(field) and field.name not in made)
+        if key_of(field.name) in plain or (_required(field) and field.name not in made)
     )
     given = _validated(cls, needed, plain, where)
     try:
         return cls(**given, **made)
     except ValueError as error:
         raise ConfigError(_with_path(where, str(error))) from error
+
+
+def key_of(field: str) -> str:
+    """Return the key of a field: its name, without the underscore that tells it from a word of Python.
+
+    >>> key_of("from_")
+    'from'
+    """
+    return field.removesuffix("_")
 
 
 def check_numbers(cls: type, values: Mapping[str, Any], where: str = "") -> None:
@@ -270,8 +279,8 @@ def check_numbers(cls: type, values: Mapping[str, Any], where: str = "") -> None
     Raises:
         ConfigError: Numbers are invalid; the message has one line for each mistake.
     """
-    numbers = {name: values[name] for name in _number_fields(cls) if name in values}
-    _validated(cls, tuple(numbers), numbers, where)
+    names = tuple(name for name in _number_fields(cls) if name in values)
+    _validated(cls, names, {key_of(name): values[name] for name in names}, where)
 
 
 def check_own_numbers(settings: Any, where: str = "") -> None:
@@ -347,7 +356,8 @@ def _fields_adapter(cls: Any, names: tuple[str, ...]) -> TypeAdapter[Any]:
     """Return the pydantic adapter of a dataclass that has only the fields `names` of `cls`."""
     hints = typing.get_type_hints(cls, include_extras=True)  # keeps validators in Annotated
     chosen: Any = dataclasses.make_dataclass(cls.__name__, [(name, hints[name]) for name in names])
-    chosen.__pydantic_config__ = ConfigDict(allow_inf_nan=False)  # applies to nested dataclasses too
+    # The configuration applies to nested dataclasses too.
+    chosen.__pydantic_config__ = ConfigDict(allow_inf_nan=False, alias_generator=key_of)
     return TypeAdapter(chosen)
 
 
@@ -370,7 +380,9 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 def to_tree(value: Any) -> Any:
     """Convert a dataclass, recursively, to values of YAML and JSON; the inverse of `build`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_tree(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            key_of(field.name): to_tree(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, Mapping):
         return {str(key): to_tree(item) for key, item in value.items()}
     if isinstance(value, Enum):
@@ -514,7 +526,7 @@ def _locate(tree: Any, loc: Sequence[int | str]) -> tuple[list[str], Any]:
 def _fields(cls: Any, keys: Sequence[str]) -> set[str]:
     """Return the names of the fields of the dataclass at the path `keys` below `cls`."""
     found = [outer for kind in _types_at(cls, keys) for outer in _dataclasses_in(kind)]
-    return {field.name for outer in found for field in dataclasses.fields(outer)}
+    return {key_of(field.name) for outer in found for field in dataclasses.fields(outer)}
 
 
 def _types_at(cls: Any, keys: Sequence[str]) -> list[Any]:
@@ -526,7 +538,7 @@ def _types_at(cls: Any, keys: Sequence[str]) -> list[Any]:
         else:
             outer = [inner for kind in found for inner in _dataclasses_in(kind)]
             hints = [typing.get_type_hints(kind, include_extras=True) for kind in outer]
-            found = [hint[key] for hint in hints if key in hint]
+            found = [kind for hint in hints for name, kind in hint.items() if key_of(name) == key]
     return found
 
 

@@ -80,6 +80,19 @@ def write_episodes(path: str | Path, episodes: Sequence[Episode]) -> None:
         raise CheckpointError(f"{target}: an episode cannot be stored: {error}") from error
 
 
+def unpacked_bytes(path: str | Path) -> int:
+    """Return the size of a file's content before compression, as the file declares it.
+
+    Raises:
+        CheckpointError: The file is missing or no Parquet file.
+    """
+    try:
+        metadata = pq.ParquetFile(path).metadata
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{path}: not a readable file of episodes ({error})") from error
+    return sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+
+
 def read_episodes(path: str | Path) -> list[Episode]:
     """Read the episodes written by `write_episodes`, equal in every field.
 

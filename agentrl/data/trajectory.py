@@ -138,6 +138,15 @@ class Episode:
         return sum(turn.reward for turn in self.turns)
 
     @property
+    def longest_sequence(self) -> int:
+        """Return the number of tokens of the longest sequence; a turn with a new sequence begins one."""
+        longest = length = 0
+        for turn in self.turns:
+            length = (0 if turn.new_sequence else length) + len(turn.prompt_ids) + len(turn.action_ids)
+            longest = max(longest, length)
+        return longest
+
+    @property
     def entropy(self) -> float | None:
         """Return the mean over turns of the turn entropy, in nats, or None without any decision."""
         values = [entropy for turn in self.turns if (entropy := turn.entropy) is not None]

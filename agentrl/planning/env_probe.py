@@ -155,14 +155,8 @@ def tokenize_play(config: RunConfig, episodes: Sequence[Episode], context: int) 
 
 
 def longest_sequence(episodes: Sequence[Episode]) -> int:
-    """Return the largest number of tokens of a sequence; a turn with a new sequence begins one."""
-    longest = length = 0
-    for episode in episodes:
-        for turn in episode.turns:
-            before = 0 if turn.new_sequence else length
-            length = before + len(turn.prompt_ids) + len(turn.action_ids)
-            longest = max(longest, length)
-    return longest
+    """Return the largest number of tokens of a sequence."""
+    return max((episode.longest_sequence for episode in episodes), default=0)
 
 
 def _tokenize_turns(
@@ -209,7 +203,7 @@ def check_expert(config: RunConfig) -> None:
     Raises:
         ConfigError: Naming the environment.
     """
-    if not config.warm_start.steps:
+    if not config.warm_start.steps or config.warm_start.own_data:
         return
     factory = environment_factory(config, expert=True)
     try:

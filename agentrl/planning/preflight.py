@@ -26,6 +26,7 @@ from agentrl.planning.topology import Topology
 from agentrl.policy.model import context_length, resolve_device, skeleton
 from agentrl.policy.prompt import load_prompt
 from agentrl.policy.settings import EngineConfig, PolicyConfig
+from agentrl.run.own_data import read_own_data
 from agentrl.run.policies import check_fitted
 from agentrl.run.settings import RunConfig, rank_mistakes
 from agentrl.scale.engines import check_actors, check_engine, check_server, check_weights_folder
@@ -98,6 +99,9 @@ def problems(config: RunConfig, topology: Topology, *, new_folder: bool = True) 
         check_ahead(algorithm, config.trainer.mode)
     with collect_error(found):
         check_prompt(config.policy)
+    if new_folder:  # a run that goes on reads it if it still clones
+        with collect_error(found):
+            read_own_data(config)
     with collect_error(found):
         model = skeleton(config.policy)
         context_length(model, config.policy.max_context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -18,6 +19,7 @@ from agentrl.policy.chat import (
     INSTRUCTIONS_SLOT,
     REASONING_TAGS,
     SYSTEM_SLOT,
+    THINK,
     Message,
     begun_reply,
     check_arguments,
@@ -72,6 +74,8 @@ class ChatDialogue:
     Attributes:
         appends: Whether prompts extend the sequence.
         thinking: How a reply reasons before its choice; None where it does not.
+        instructions: The text before the first observation; empty where a template writes the messages.
+        system_message: The text of the system message.
     """
 
     def __init__(
@@ -118,6 +122,7 @@ class ChatDialogue:
             instructions = ""
         if instructions is None:
             instructions = self._format.instructions
+        self.instructions, self.system_message = instructions, system_message
         self._instructions, self._texts = self._prepare_instructions(instructions, markup, INSTRUCTIONS_SLOT)
         if system_message is not None:
             self._system, texts = self._prepare_instructions(system_message, markup, SYSTEM_SLOT)
@@ -156,6 +161,7 @@ class ChatDialogue:
                 "the tokenizer has no eos_token and its chat template ends a reply with no token of its own"
             )
         self._stop = next(id for id in ends if id is not None)
+        self._begun = pieces.begun if self._opens_thinking else ""
         self._before, self.thinking = self._build_thinking(pieces.begun)
         self.encode_reply = self.cache.memoize(self._encode_reply)
         self.encode_choice = self.cache.memoize(self._encode_choice)
@@ -184,6 +190,91 @@ class ChatDialogue:
     def parse(self, ids: Sequence[int]) -> ParsedReply:
         """Return the command in a reply."""
         return self._cached_parse(tuple(ids))
+
+    @property
+    def starts_anew(self) -> bool:
+        """Return whether every prompt begins a conversation of its own, which shows a few turns."""
+        return self._prompt is not None and self._prompt.history is not None
+
+    @property
+    def shown(self) -> frozenset[str]:
+        """Return the names of what a prompt template shows; empty without one."""
+        return frozenset() if self._prompt is None else self._prompt.used
+
+    def with_system(self, text: str) -> ChatDialogue:
+        """Return this dialogue after another system message; whatever it spells is text.
+
+        Raises:
+            ConfigError: The chat template has no system role.
+        """
+        other = copy.copy(self)
+        other._system, other.system_message = slot(SYSTEM_SLOT), text
+        check_system_role(other._render)
+        other._texts = self._texts | {SYSTEM_SLOT: self._encode(text)}
+        other._rendered_opening = probe_template(other._render, self._instructions).opening
+        other._opening = other._fill_slots(other._rendered_opening, other._texts)
+        return other
+
+    def encode_written(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a reply that is given as it is written, with its stop id.
+
+        A command in nothing but the reply format gets the ids of `encode_reply`. The tags of reply formats
+        become tokens where the tokenizer has them; whatever else the reply spells is text.
+        """
+        said = text.strip()
+        thoughts, end, rest = said.partition(END_THINK)
+        silent = self._opens_thinking and not self._format.thinks
+        found = self._format.pattern.fullmatch((rest if end else thoughts).strip() if silent else said)
+        if found is not None and found["command"].strip():
+            ids = self.encode_reply(found["command"].strip())
+            if self.reply_text(ids) in (said, self._begun + said):
+                return ids
+        if silent and not end:
+            return (*self._before, *self._encode_pieces([(text, True)]), self._stop)
+        for begun in (self._begun, THINK) if self._opens_thinking else ():
+            text = text.removeprefix(begun)
+        return (*self._encode_pieces([(self._lead + text, True)]), self._stop)
+
+    def reply_text(self, ids: Sequence[int]) -> str:
+        """Return a reply as it is written, with the think tag that its prompt has opened."""
+        return self._begun + self._decode(without_end(tuple(ids), self.stop_ids)).strip()
+
+    def user_message(self, prompt: Prompt, observation: str, *, first: bool) -> str:
+        """Return the text of the user's message that a prompt ends with, cuts included.
+
+        Args:
+            prompt: The prompt of a turn.
+            observation: The observation of the turn.
+            first: Whether it is the first turn.
+
+        Raises:
+            ConfigError: The message cannot be found in the prompt, and a template has written it.
+        """
+        ids = self._message_ids(prompt, first=first)
+        if self._prompt is None:
+            cut = ids is None or ids != self._encode(observation)
+            said = self._encode_observation.shorten(observation) if ids is None else self._decode(ids)
+            text = said if cut else observation
+            return f"{self.instructions}\n\n{text}" if first and self.instructions else text
+        if ids is None:
+            raise ConfigError("a prompt is not what this chat template and policy.prompt write")
+        return self._decode(ids)
+
+    def _message_ids(self, prompt: Prompt, *, first: bool) -> tuple[int, ...] | None:
+        """Return the ids of the last message of the user in a prompt; None if they cannot be found."""
+        ids, end = prompt.ids, len(prompt.ids) - len(self._before_reply)
+        if ids[end:] != self._before_reply:
+            return None
+        if first or self.starts_anew:
+            begins = [self._opening]
+        elif not prompt.new_sequence:
+            begins = [self._between, self._after_end]
+        else:  # the whole dialogue is written anew; no text from outside holds the markup between its turns
+            size = len(self._after_end)
+            places = (k for k in range(end - size, 0, -1) if ids[k : k + size] == self._after_end)
+            place = next(places, None) if size else None
+            return None if place is None else ids[place + size : end]
+        return next((ids[len(each) : end] for each in begins if ids[: len(each)] == each), None)
 
     def _encode_reply(self, text: str) -> tuple[int, ...]:
         return (*self._before, *self._encode_choice(text))

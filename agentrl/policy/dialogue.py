@@ -66,7 +66,7 @@ class Dialogue(Protocol):
     """Way of writing an episode as tokens.
 
     A dialogue whose replies may reason before their choice also has `thinking` and `encode_choice`, like
-    `ChatDialogue`.
+    `ChatDialogue`. What is below `parse` is for conversations in text, see `agentrl.policy.transcripts`.
     """
 
     stop_ids: frozenset[int]
@@ -85,6 +85,38 @@ class Dialogue(Protocol):
 
     def parse(self, ids: Sequence[int]) -> ParsedReply:
         """Return the command in a reply."""
+        ...
+
+    @property
+    def instructions(self) -> str:
+        """Return the text before the first observation."""
+        ...
+
+    @property
+    def system_message(self) -> str | None:
+        """Return the text of the system message."""
+        ...
+
+    @property
+    def starts_anew(self) -> bool:
+        """Return whether every prompt begins a conversation of its own, which shows a few turns."""
+        ...
+
+    @property
+    def shown(self) -> frozenset[str]:
+        """Return the names of what a prompt template shows; empty without one."""
+        ...
+
+    def encode_written(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a reply that is given as it is written, with its stop id."""
+        ...
+
+    def reply_text(self, ids: Sequence[int]) -> str:
+        """Return a reply as it is written."""
+        ...
+
+    def user_message(self, prompt: Prompt, observation: str, *, first: bool) -> str:
+        """Return the text of the user's message that a prompt ends with, cuts included."""
         ...
 
 

@@ -168,6 +168,9 @@ class RoleDialogue:
         stop_ids: Further ids that end a reply.
     """
 
+    instructions, system_message = "", None
+    starts_anew, shown = False, frozenset[str]()
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -206,6 +209,19 @@ class RoleDialogue:
     def parse(self, ids: Sequence[int]) -> ParsedReply:
         """Return the command in a reply."""
         return self._cached_parse(tuple(ids))
+
+    def encode_written(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a reply that is given as it is written, which is its command."""
+        return self.encode_reply(text)
+
+    def reply_text(self, ids: Sequence[int]) -> str:
+        """Return a reply as it is written."""
+        return self.parse(ids).text
+
+    def user_message(self, prompt: Prompt, observation: str, *, first: bool) -> str:
+        """Return the text of the observation that a prompt ends with, cuts included."""
+        ids = prompt.ids[1:-1]
+        return observation if ids == self._encode(observation) else self._decode(ids).strip()
 
     def _encode_reply(self, text: str) -> tuple[int, ...]:
         return (*self._encode(text), self._end)

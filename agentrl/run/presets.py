@@ -34,6 +34,7 @@ def pretrained_values(
     lora: bool = False,
     cloning_lora: bool = False,
     thinks: bool = False,
+    clones: bool = False,
 ) -> dict[Dotted, Any]:
     """Return the values of the preset `pretrained`, by path.
 
@@ -44,13 +45,14 @@ def pretrained_values(
         lora: Whether reinforcement learning trains adapters.
         cloning_lora: Whether cloning trains adapters.
         thinks: Whether a reply reasons before its action.
+        clones: Whether data to clone is named, which asks for a warm start.
     """
     rates = _learning_rates(parameters)
     values: dict[Dotted, Any] = {
         ("policy", "dtype"): dtype,
         ("policy", "max_context"): None,
         ("policy", "max_observation_tokens"): None,
-        ("warm_start", "steps"): 0,
+        **({} if clones else {("warm_start", "steps"): 0}),
         ("trainer", "threads"): None,
     }
     if thinks:
@@ -159,6 +161,7 @@ def with_preset(
     parameters = count_parameters(path, final.get(("policy", "revision")))
     values = pretrained_values(
         parameters,
+        clones=_has_block(final, "warm_start", "data") or _has_block(final, "warm_start", "from"),
         dtype=fast_dtype(str(final.get(("policy", "device"), "auto"))),
         lora=_has_block(final, "learner", "lora"),
         cloning_lora=_has_block(final, "warm_start", "learner", "lora"),

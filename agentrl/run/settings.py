@@ -53,7 +53,7 @@ def cloning_learner() -> LearnerConfig:
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """Behaviour cloning of the environment's expert before reinforcement learning.
+    """Behaviour cloning before reinforcement learning, of the environment's expert or of data of your own.
 
     Args:
         steps: The number of optimizer steps; 0 starts from random weights (or from `policy.path`).
@@ -61,6 +61,11 @@ class WarmStartConfig:
         demonstrations: The number of demonstrations to play; they are reused if steps * batch_size is larger.
         noise: The share of random actions, which stay in the context and out of the loss.
         noise_prefers: The prefix of actions that most random actions have, if one is admissible.
+        data: A file, or a list of files, to clone in place of the expert: chat messages, trajectories of
+            AgentGym or ETO, or stored episodes, see docs/own-data.md.
+        from_: The folder or name of a run whose stored training episodes are cloned in place of the expert.
+            The key is `warm_start.from`.
+        only_successes: Whether episodes of `data` and `from` that failed are left out.
         learner: The optimizer settings of this stage.
     """
 
@@ -69,11 +74,31 @@ class WarmStartConfig:
     demonstrations: Annotated[int, Interval(ge=1, le=100_000_000)] = 1320
     noise: Share = 0.15
     noise_prefers: str = "take "
+    data: str | tuple[str, ...] | None = None
+    from_: str | None = None
+    only_successes: bool = True
     learner: LearnerConfig = field(default_factory=cloning_learner)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Return the files of `data`."""
+        return (self.data,) if isinstance(self.data, str) else self.data or ()
+
+    @property
+    def own_data(self) -> str:
+        """Return the keys that name data to clone in place of the expert; empty without any."""
+        named = {"data": self.data is not None, "from": self.from_ is not None}
+        return " and ".join(f"warm_start.{key}" for key, given in named.items() if given)
 
     def __post_init__(self) -> None:
         check_own_numbers(self, "warm_start")
-        if self.steps and self.demonstrations < self.batch_size:
+        if self.data is not None and not (self.files and all(self.files)):
+            raise ConfigError(f"warm_start.data is {self.data!r}, wanted a file, a list of files, or null")
+        if self.own_data and not self.steps:
+            raise ConfigError(
+                f"warm_start.steps is 0, wanted at least 1: {self.own_data} is cloned in these steps"
+            )
+        if self.steps and not self.own_data and self.demonstrations < self.batch_size:
             raise ConfigError(
                 f"warm_start.demonstrations is {self.demonstrations}, wanted at least "
                 f"warm_start.batch_size ({self.batch_size})"

@@ -10,13 +10,15 @@ from agentrl.env.registry import callers_arguments
 from agentrl.errors import ConfigError
 from agentrl.run.settings import RunConfig, config_from_tree, config_tree
 
-# Keys that name programs to start, servers to contact and folders to write. Only the caller's configuration
-# or command line may set them: a run's folder may come from someone else.
+# Keys that name programs to start, servers to contact, folders to write and files to learn from. Only the
+# caller's configuration or command line may set them: a run's folder may come from someone else.
 CALLER_ONLY_KEYS = (
     "rollout.workers.interpreter",
     "rollout.ray.address",
     "engine.vllm.weights_folder",
     "engine.vllm.url",
+    "warm_start.data",
+    "warm_start.from",
 )
 
 
@@ -76,8 +78,8 @@ def check_confirmed(run: str, config: RunConfig, overrides: Sequence[str]) -> No
     if missing:
         words = [*overrides, *as_overrides(missing)]
         raise ConfigError(
-            f"{run} sets values that start, contact or unlock something: {', '.join(missing)}. Values from a "
-            "run's folder are not used without your consent; if you trust them, repeat them:\n"
+            f"{run} sets values that start, contact, read or unlock something: {', '.join(missing)}. Values "
+            "from a run's folder are not used without your consent; if you trust them, repeat them:\n"
             f"agentrl train --resume {shlex.join([run, *words])}"
         )
 

@@ -182,7 +182,7 @@ def export(name: str, to: Path, *, merge: bool = False, checkpoint: str | None =
     with replacing_folder(to, over=False) as partial:
         for file in ADAPTER_FILES:
             shutil.copyfile(saved.adapter / file, partial / file)
-        _tokenizer(saved.run).save_pretrained(partial)
+        tokenizer_of(saved.run).save_pretrained(partial)
     return saved
 
 
@@ -220,7 +220,12 @@ def _load_model(run: Run, path: str, revision: str | None) -> Loaded:
     return load_policy(resolve(path, revision), device=block.device, chat_template=block.chat_template)
 
 
-def _tokenizer(run: Run) -> PreTrainedTokenizerBase:
+def tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a run's policy.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
     block = run.config.policy
     if block.path is None:
         return load_tokenizer(run.folder / "tokenizer")

@@ -90,10 +90,11 @@ class Session:
         served = self.policy.served
         parameters = sum(parameter.numel() for parameter in served.parameters())
         processes = f" of {self.ranks.count} processes" if self.ranks.count > 1 else ""
+        source = f" of {warm.own_data}" if warm.own_data else ""
         return (
             f"{self.run.folder}: {config.env.id} with {config.algorithm.name}, "
             f"{parameters:,} parameters on {served.device}{processes}\n"
-            f"cloning: {warm.steps} steps x {warm.batch_size} demonstrations\n"
+            f"cloning: {warm.steps} steps x {warm.batch_size} demonstrations{source}\n"
             f"training: {steps} steps x ({groups} tasks x {group_size} episodes) = "
             f"{episodes:,} episodes, {updates:,} updates\n"
             f"evaluation: {plays} episodes of {self.panel.split} per policy and decoding, "
@@ -265,7 +266,7 @@ def _with_limits(
 
 
 def _offers_expert(config: RunConfig) -> bool:
-    steps = config.warm_start.steps
+    steps = 0 if config.warm_start.own_data else config.warm_start.steps
     try:
         with open_training_environments(config, expert=True) as environments, environments.borrow():
             return True
@@ -274,7 +275,8 @@ def _offers_expert(config: RunConfig) -> bool:
             return False
         raise ConfigError(
             f"warm_start.steps is {steps}, but {config.env.id} has no expert to clone ({error}); "
-            "set warm_start.steps=0, or let the environment take expert=True"
+            "set warm_start.steps=0, name data to clone by warm_start.data, or let the environment take "
+            "expert=True"
         ) from error
 
 

@@ -10,6 +10,7 @@ from agentrl.algorithms.credit import prepare
 from agentrl.algorithms.hooks import Context
 from agentrl.data.batch import Batch
 from agentrl.data.storage import write_episodes
+from agentrl.data.trajectory import Episode
 from agentrl.errors import NonFiniteError, TooManyAbortedError
 from agentrl.evaluation.report import write_report
 from agentrl.evaluation.results_table import results_table
@@ -22,11 +23,12 @@ from agentrl.run.signals import RunInterrupted
 from agentrl.run.timers import Timers
 from agentrl.training.alarms import Alarms
 from agentrl.training.metrics import staleness, step_metrics
+from agentrl.training.own_demonstrations import own_demonstrations
 from agentrl.training.prefetch import AsyncRollouts, StepRollout, SyncRollouts, open_source
 from agentrl.training.rollouts import Rollouts
 from agentrl.training.setup import Session
 from agentrl.training.state import TrainingState
-from agentrl.training.warm_start import clone_expert
+from agentrl.training.warm_start import clone
 
 
 class Trainer:
@@ -72,12 +74,13 @@ class Trainer:
                 for line in (self.session.describe(self.rollouts.group_size), *self.session.notes):
                     self.logger.say(line)
                 self.alarms.check_start()
+                own = self.own_demonstrations()
                 self.state.refresh_engine()
                 for name in baselines:
                     if name != "cloned" and (name != "expert" or self.session.has_expert):
                         self.evaluate(name)
                 if state.stage == "warm_start":
-                    clone_expert(self.session, state, self.logger, self.timers, self.alarms)
+                    clone(self.session, state, self.logger, self.timers, self.alarms, own)
                     self.state.refresh_engine()
                 if "cloned" in baselines and self.config.warm_start.steps:
                     self.evaluate("cloned")
@@ -101,6 +104,13 @@ class Trainer:
                 f"{state.stage} step {state.step + 1}: {error}\n{state.save_on_exit()}"
             ) from error
         return self.session.run
+
+    def own_demonstrations(self) -> list[Episode] | None:
+        """Return what is to be cloned in place of the expert; None if nothing is named, or left to clone."""
+        block, state = self.config.warm_start, self.state
+        if not block.own_data or state.stage != "warm_start" or state.step >= block.steps:
+            return None
+        return self.ranks.run_on_rank0(lambda: own_demonstrations(self.session, self.logger.say))
 
     def train(self) -> None:
         """Learn by reinforcement, for `trainer.steps` steps."""

@@ -27,26 +27,29 @@ from agentrl.training.state import TrainingState
 OnEpisode = Callable[[Episode], None]
 
 
-def clone_expert(
-    session: Session, state: TrainingState, logger: RunLogger, timers: Timers, alarms: Alarms
+def clone(
+    session: Session,
+    state: TrainingState,
+    logger: RunLogger,
+    timers: Timers,
+    alarms: Alarms,
+    episodes: Sequence[Episode] | None = None,
 ) -> None:
-    """Clone the demonstrations of the environment's expert, for what is left of `warm_start.steps`."""
+    """Clone demonstrations, for what is left of `warm_start.steps`.
+
+    Args:
+        session: What the run works with.
+        state: Its state.
+        logger: Keeps the rows.
+        timers: Count the seconds.
+        alarms: Warn of updates that round away.
+        episodes: The demonstrations; None lets the environment's expert play them.
+    """
     config, steps = session.config, session.config.warm_start.steps
     if state.step >= steps:
         return
-    with (
-        timers.running("demonstrations"),
-        logger.stage("demonstrations"),
-        open_training_environments(config, expert=True) as environments,
-    ):
-        episodes = demonstrations(
-            config,
-            session.tasks,
-            environments,
-            session.policy.dialogue,
-            ranks=session.ranks,
-            say=logger.say,
-        )
+    if episodes is None:
+        episodes = _played(session, logger, timers)
     algorithm = cloning()
     with logger.stage("cloning", total=steps, done=state.step):
         for batch in cloning_batches(config, episodes, first=state.step):
@@ -59,6 +62,23 @@ def clone_expert(
                 alarms.check_rounding(state.stage, state.step, metrics, state.learner)
             state.save_when_due()
     state.save()
+
+
+def _played(session: Session, logger: RunLogger, timers: Timers) -> list[Episode]:
+    """Let the environment's expert play the demonstrations."""
+    with (
+        timers.running("demonstrations"),
+        logger.stage("demonstrations"),
+        open_training_environments(session.config, expert=True) as environments,
+    ):
+        return demonstrations(
+            session.config,
+            session.tasks,
+            environments,
+            session.policy.dialogue,
+            ranks=session.ranks,
+            say=logger.say,
+        )
 
 
 def demonstrations(

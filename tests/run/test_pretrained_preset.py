@@ -35,6 +35,16 @@ def test_a_model_from_elsewhere_gets_the_defaults_of_its_size_and_one_line_says_
     assert "warm_start.steps=0" in lines[0]
 
 
+@pytest.mark.parametrize("key", ["data=own.jsonl", "data=[a.jsonl, b.json]", "from=runs/mine"])
+def test_data_to_clone_asks_for_a_warm_start(key: str, model: Path, tmp_path: Path) -> None:
+    config, lines = read(model, f"warm_start.{key}")
+    assert config.warm_start.steps == 110
+    assert "warm_start.steps" not in lines[0]
+    assert "warm_start.learner.learning_rate=0.0001" in lines[0]
+    with pytest.raises(agentrl.errors.ConfigError, match=r"warm_start\.steps is 0, wanted at least 1"):
+        read(model, f"warm_start.{key}", "warm_start.steps=0")
+
+
 def test_what_is_given_with_the_path_or_later_overrides_the_preset(model: Path, tmp_path: Path) -> None:
     config, lines = read(model, "learner.learning_rate=2e-4", "warm_start.steps=7", "trainer.threads=3")
     assert (config.learner.learning_rate, config.warm_start.steps, config.trainer.threads) == (2e-4, 7, 3)

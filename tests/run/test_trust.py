@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import agentrl
 from agentrl.cli import app
-from agentrl.config import read_yaml, to_yaml
+from agentrl.config import key_of, read_yaml, to_yaml
 from agentrl.env.panel import Panel
 from agentrl.errors import AgentRLError, CheckpointError, ConfigError
 from agentrl.evaluation.panel_lists import configured_panels
@@ -152,6 +152,27 @@ def test_no_address_is_contacted(trained: Path, tmp_path: Path, server: tuple[st
     with pytest.warns(RuntimeWarning, match=r"sets rollout\.ray\.address, engine\.vllm\.weights_folder"):
         agentrl.evaluate(run, tasks=1)
     assert knocks == []
+
+
+@pytest.mark.parametrize("key", ["data", "data.0", "from"])
+def test_data_is_not_read(key: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    for module in ("training.own_demonstrations", "planning.preflight"):
+        monkeypatch.setattr(f"agentrl.{module}.read_own_data", lambda *_: opened.append("read"))
+    monkeypatch.setattr(
+        "agentrl.training.own_demonstrations.check_unchanged", lambda *_: opened.append("hash")
+    )
+    name, _, listed = key.partition(".")
+    value = [str(trained)] if listed else str(trained)
+    run = altered(trained, tmp_path / "run", warm_start__steps=2, **{f"warm_start__{name}": value})
+    shutil.rmtree(run / "checkpoints")
+    for file in ("summary.json", "metrics.jsonl"):
+        (run / file).unlink()
+    opened_in_every_way(run)
+    with pytest.raises(ConfigError, match=rf"sets values that .*read.*: warm_start\.{name}\. .*repeat"):
+        agentrl.resume(run, quiet=True)
+    assert drop_caller_only_values(agentrl.open_run(run).config).warm_start.own_data == ""
+    assert opened == []
 
 
 def test_a_module_is_not_imported_for_an_id(
@@ -334,6 +355,8 @@ NAMED = {
     "rollout.ray.address": "a:1",
     "engine.vllm.weights_folder": "/w",
     "engine.vllm.url": "http://a:1",
+    "warm_start.data": ["/x/own data.jsonl"],
+    "warm_start.from": "/x/run",
 }
 
 
@@ -356,7 +379,7 @@ def test_a_resumed_run_uses_what_is_named_again(tmp_path: Path) -> None:
     assert words[:5] == ["agentrl", "train", "--resume", "runs/my run", "rollout.ray.address=b:2"]
     assert len(words) == 5 + len(NAMED)
     check_confirmed("runs/my run", config, words[4:])
-    whole = ["rollout={workers: {}, ray: {}}", "engine.vllm={}", "env.kwargs={lock: open}"]
+    whole = ["rollout={workers: {}, ray: {}}", "engine.vllm={}", "env.kwargs={lock: open}", "warm_start={}"]
     check_confirmed("runs/my run", config, whole)
     check_confirmed("runs/mine", RunConfig(), [])
     run = StudyRun("grpo", replace(config, run=replace(config.run, folder=str(tmp_path))))
@@ -426,7 +449,7 @@ def test_every_key_that_holds_text_has_been_thought_about() -> None:
                 if hasattr(part, "__dataclass_fields__"):
                     yield from texts(part, f"{path}{name}.")
                 elif part is str:
-                    yield f"{path}{name}"
+                    yield f"{path}{key_of(name)}"
 
     known = set(texts(RunConfig, ""))
     assert known >= set(CALLER_ONLY_KEYS)
