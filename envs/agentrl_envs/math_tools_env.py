@@ -23,6 +23,12 @@ from agentrl_envs.problems import Check, Problem
 
 TAGS = {"calculator": "calc", "python": "python"}
 ANSWER = "answer"
+# By tag: the name and the description of the tool, and those of its argument.
+_TOOLS = {
+    "calc": ("calculator", "Compute an arithmetic expression.", "expression", "Such as (3 + 4) / 2."),
+    "python": ("python", "Run Python code and read what it prints.", "code", "The code."),
+    ANSWER: (ANSWER, "Answer the problem; the first answer counts.", "result", "A number or an expression."),
+}
 TEXTS = ("plain", "short")
 STATES = ("session", "call")
 
@@ -129,6 +135,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
             vars(self).update(snapshot=None, restore=None)
         self._with_expert = expert
         self.instructions = f"Solve a mathematical problem. {self._usage()} The first answer counts."
+        self.action_tools = tuple(_declared(tag) for tag in (*self._tags, ANSWER))
         self._episode: EpisodeState | None = None
         self.observation_space = TextSpace()
         self.action_space = TextSpace()
@@ -284,6 +291,18 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         """Return to a snapshot; return its observation and info."""
         self._episode = snapshot
         return snapshot.observation, self._info(snapshot)
+
+
+def _declared(tag: str) -> dict[str, Any]:
+    """Return the declaration of the tool with this tag."""
+    name, description, argument, meaning = _TOOLS[tag]
+    schema = {"type": "string", "description": meaning}
+    return {
+        "name": name,
+        "description": description,
+        "parameters": {"type": "object", "properties": {argument: schema}},
+        "action": f"<{tag}>{{{argument}}}</{tag}>",
+    }
 
 
 class _Python:
