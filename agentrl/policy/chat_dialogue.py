@@ -183,7 +183,7 @@ class ChatDialogue:
         around = markup.intersection(chain(*around_turns))
         self._control = special_ids(tokenizer) - {*self._tags.values()} | around
         self._decode = decoder(tokenizer, self._control)
-        self._end_of_turn, self._after_end = self._find_end_of_turn(markup)
+        self._end_of_turn = self._find_end_of_turn(markup)
         ends = [self._end_of_turn, tokenizer.eos_token_id, *sorted(stop_ids)]
         self.stop_ids: frozenset[int] = frozenset(id for id in ends if id is not None)
         if not self.stop_ids:
@@ -208,13 +208,19 @@ class ChatDialogue:
             return Prompt(self._encode_whole([*said, seen], replies), new_sequence=True, cut=cut)
         if not history:
             return Prompt((*self._opening, *seen, *self._before_reply), new_sequence=True, cut=cut)
-        # A complete reply has sampled its end of turn; one that was cut off or ended otherwise lacks it.
-        ended = history[-1][1][-1:] == (self._end_of_turn,)
         return Prompt(
-            (*(self._after_end if ended else self._between), *seen, *self._before_later),
-            new_sequence=False,
-            cut=cut,
+            (*self._after_reply(history[-1][1]), *seen, *self._before_later), new_sequence=False, cut=cut
         )
+
+    def _after_reply(self, reply: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the ids between a reply and the next observation."""
+        between = self._between
+        if self._calls is not None:
+            between = self._markup(self._calls.between(self.parse(reply).text))
+        # A complete reply has sampled its end of turn; one that was cut off or ended otherwise lacks it.
+        if self._end_of_turn is None or reply[-1:] != (self._end_of_turn,):
+            return between
+        return between[between.index(self._end_of_turn) + 1 :]
 
     def for_episode(self, briefing: Briefing) -> ChatDialogue:
         """Return the dialogue of an episode, which knows the tools of its environment."""
@@ -424,14 +430,14 @@ class ChatDialogue:
             )
         return calls
 
-    def _find_end_of_turn(self, markup: Collection[int]) -> tuple[int | None, tuple[int, ...]]:
-        """Return the markup token with which the template ends a reply, if any, and the ids that follow."""
-        for place, token in enumerate(self._between):
+    def _find_end_of_turn(self, markup: Collection[int]) -> int | None:
+        """Return the markup token with which the template ends a reply, if any."""
+        for token in self._between:
             if token in markup:
-                return token, self._between[place + 1 :]
+                return token
             if self._decode((token,)).strip():
                 break
-        return None, self._between
+        return None
 
 
 def _template_sha256(template: Any) -> str:

@@ -30,6 +30,7 @@ from agentrl.policy.prompt import ReplyWords
 from agentrl.policy.reply_formats import TASK
 from agentrl.values import MAX_TEXT_CHARS, ValueFaultError, as_json
 
+_EMPTY_BLOCK = re.compile(rf"^\s*{THINK}\s*{END_THINK}\s*")
 INVALID = "invalid tool call: "  # begins the action of a reply without a valid call
 _CALL_ID = "000000000"  # nine digits, as Mistral's templates want
 _PYTHON_TAG = "<|python_tag|>"  # Llama 3 may write it before a call
@@ -109,6 +110,7 @@ class _Probe:
 
     pieces: ChatPieces
     texts: Mapping[str, _CallText]
+    betweens: Mapping[str, str]  # the text between a call and its result, by tool
     shape: _Shape
     escapes: bool
 
@@ -131,7 +133,7 @@ class ToolCallFormat:
     def __init__(self, style: _Style, tools: Sequence[Tool], probe: _Probe, reason: str | None) -> None:
         self.reason, self.arguments = reason, style.arguments
         self._style, self._tools, self._texts = style, tools, probe.texts
-        self._shape, self._escapes = probe.shape, probe.escapes
+        self._betweens, self._shape, self._escapes = probe.betweens, probe.shape, probe.escapes
         first = probe.texts[tools[0].name]
         marker, separator = first.before, ""
         if self._shape.name is None:
@@ -164,6 +166,11 @@ class ToolCallFormat:
     def result(self, text: str) -> str:
         """Return the text of a result as the template writes it."""
         return json.dumps(text, ensure_ascii=False)[1:-1] if self._escapes else text
+
+    def between(self, command: str) -> str:
+        """Return the text between a reply with this action and its result, which may name the tool."""
+        found = call_of(self._tools, command)
+        return self._betweens[self._tools[0].name if found is None else found[0].name]
 
     def around(self, command: str) -> Parts:
         """Return the call of an action in three parts; an action that no call has stays as it is."""
@@ -250,13 +257,20 @@ def tool_call_format(
     system = {"role": "system", "content": slot(SYSTEM_SLOT)}
     try:
         check_system_role(lambda dialogue: render([system, *dialogue]))
+    except ConfigError as error:
+        raise _refusal(reason, "has no system role to declare them in") from error
+    try:
         probe = _probe(render, hermes, tools, "")
-    except (_UnsuitedError, ConfigError) as error:
-        raise ConfigError(
-            f"policy.reply is tool_call, but the chat template {reason}, and cannot have tools in a system "
-            f"message either ({error}); wanted another policy.reply or policy.chat_template"
-        ) from error
+    except (_UnsuitedError, ConfigError, *TEMPLATE_FAILURES) as error:
+        raise _refusal(reason, str(error)) from error
     return ToolCallFormat(hermes, tools, probe, reason)
+
+
+def _refusal(native: str, hermes: str) -> ConfigError:
+    return ConfigError(
+        f"policy.reply is tool_call, but the chat template {native}, and {hermes}; wanted another policy.reply "
+        "or another policy.chat_template"
+    )
 
 
 def _native_call(tool: Tool, arguments: Mapping[str, Any]) -> Message:
@@ -297,7 +311,7 @@ def _probe(render: Render, style: _Style, tools: Sequence[Tool], instructions: s
     header = before_reply.removesuffix(begun)
     reply = {"role": "assistant", "content": "ReplyPlaceholder"}
     end = render([*first, reply], add_generation_prompt=False).rpartition("ReplyPlaceholder")[2]
-    texts, found = {}, set()
+    texts, betweens, found = {}, {}, set()
     for tool in tools:
         arguments = {name: _hole(number) for number, name in enumerate(tool.properties)}
         call = style.call(tool, arguments)
@@ -313,24 +327,33 @@ def _probe(render: Render, style: _Style, tools: Sequence[Tool], instructions: s
             raise _UnsuitedError("ends a call otherwise than a reply")
         pieces = re.split(r'"Argument\d+Placeholder"', body[start:stop])
         order = [int(number) for number in re.findall(r'"Argument(\d+)Placeholder"', body[start:stop])]
-        before, names = body[:start].lstrip(), tuple(arguments)
+        # Where a template writes an empty think block, the prompt has it already, or it can be left out.
+        lead, before = _split_lead(_EMPTY_BLOCK.sub("", body[:start]))
+        names = tuple(arguments)
         if sorted(order) != [*range(len(names))] or (shape.name is None and before.count(tool.name) != 1):
             raise _UnsuitedError("writes calls in a form of its own")
         texts[tool.name] = _CallText(before, tuple(pieces), tuple(names[place] for place in order), after)
-        lead = body[: start - len(before)]
+        betweens[tool.name] = body[stop:].removeprefix(after)
         around = before.replace(tool.name, "") if shape.name is None else before
-        found.add((shape, lead, around, after, body[stop:].removeprefix(after), later))
+        found.add((shape, lead, around, after, later))
     if len(found) > 1:
-        raise _UnsuitedError("writes the calls or the results of different tools differently")
-    ((shape, lead, _, _, between, later),) = found
+        raise _UnsuitedError("writes the calls of different tools differently")
+    ((shape, lead, _, _, later),) = found
     twice = render([*first, call, style.result(tool, slot(1)), call, style.result(tool, slot(2))])
     if twice != whole.removesuffix(begun) + body + slot(2) + later:
         raise _UnsuitedError("writes earlier calls differently when others follow")
+    between = betweens[tools[0].name]
     pieces_around = ChatPieces(opening, before_reply, lead, between, True, begun, before_later=later)
     quoted = render([*first, call, style.result(tool, f'{slot(1)}"Q')]).partition(slot(1))[2]
     if not quoted.startswith(('"Q', '\\"Q')):
         raise _UnsuitedError("changes the text of results")
-    return _Probe(pieces_around, texts, shape, quoted.startswith("\\"))
+    return _Probe(pieces_around, texts, betweens, shape, quoted.startswith("\\"))
+
+
+def _split_lead(text: str) -> tuple[str, str]:
+    """Split a text into the white space at its start and the rest."""
+    rest = text.lstrip()
+    return text[: len(text) - len(rest)], rest
 
 
 def _hole(number: int) -> str:
