@@ -66,7 +66,7 @@ class PolicyConfig:
             case; see `learner.compute_dtype` for the learner's layers.
         reply: The format of a reply; a format with tags needs a tokenizer with a chat template. With
             `think_action` the policy reasons freely before its command, under `rollout.constrained` as well.
-            With `tool_call` it calls the tools that the environment declares, in the chat template's own form.
+            With `tool_call` it calls the tools that the environment declares, in the form of the template.
         template_arguments: The arguments passed to the chat template whenever it is rendered, for example
             `template_arguments.enable_thinking=false`; an argument that it does not read is refused.
         prompt: The template of what the policy reads each turn: `plain`, `literature`, `react`, or a Jinja

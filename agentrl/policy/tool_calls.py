@@ -268,8 +268,8 @@ def tool_call_format(
 
 def _refusal(native: str, hermes: str) -> ConfigError:
     return ConfigError(
-        f"policy.reply is tool_call, but the chat template {native}, and {hermes}; wanted another policy.reply "
-        "or another policy.chat_template"
+        f"policy.reply is tool_call, but the chat template {native}, and {hermes}; wanted another "
+        "policy.reply or another policy.chat_template"
     )
 
 
