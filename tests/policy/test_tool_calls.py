@@ -130,7 +130,7 @@ def test_every_action_of_our_environments_is_a_call_and_comes_back(
             for action in actions:
                 assert dialogue.parse(dialogue.encode_reply(action)).text == action
                 seen += 1
-    assert seen >= 15
+    assert seen >= 10
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"none", "mistral-args"}))

@@ -33,17 +33,17 @@ def test_a_policy_that_calls_tools_is_cloned_trained_and_evaluated(
         "policy.reply=tool_call",
         "policy.max_context=4096",
         "engine.max_tokens=12",
-        "rollout.groups_per_step=2",
+        "rollout.groups_per_step=1",
         "rollout.group_size=2",
         "rollout.placement=inline",
         "algorithm.drop_equal_groups=false",
         "warm_start.steps=2",
-        "warm_start.demonstrations=4",
-        "warm_start.batch_size=2",
+        "warm_start.demonstrations=3",
+        "warm_start.batch_size=1",
         "trainer.steps=2",
         "trainer.save_episodes_every=1",
         "evaluation.split=test" if env is MATH else "evaluation.split=valid_unseen",
-        "evaluation.tasks=2",
+        "evaluation.tasks=1",
         "evaluation.baselines=[]",
         "evaluation.instruction_check=false",
         f"run.folder={tmp_path}",
@@ -52,7 +52,7 @@ def test_a_policy_that_calls_tools_is_cloned_trained_and_evaluated(
     run = agentrl.train(config, quiet=True)
     episodes = read_episodes(run.folder / "episodes" / "train-000002.parquet")
     turns = [turn for episode in episodes for turn in episode.turns]
-    assert len(episodes) == 4
+    assert len(episodes) == 2
     assert all(not episode.stop.aborted for episode in episodes)
     if env is ALFWORLD:  # a choice among calls
         assert all(turn.valid and turn.allowed for turn in turns)
