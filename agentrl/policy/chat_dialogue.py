@@ -199,7 +199,8 @@ class ChatDialogue:
 
     def prompt(self, history: History, observation: str) -> Prompt:
         """Return the ids to append after `history`, or a whole prompt where turns are written anew."""
-        cut = self._encode_observation.note_cut(self._shown(history, observation))
+        shown = self._as_result(history, self._fault(history) + observation)
+        cut = self._encode_observation.note_cut(shown)
         seen = self._encode_message(history, observation)
         if not self.appends:
             earlier = history if self._prompt is None or self._prompt.history is None else ()
@@ -291,16 +292,24 @@ class ChatDialogue:
         """Return the ids of the user's message of a turn."""
         if self._prompt is None:
             if history:
-                return self._encode_observation(self._shown(history, observation))
+                return self._encode_observation(self._as_result(history, self._fault(history) + observation))
             return self._encode_observation.with_task(observation, task_of(observation))
         past = [(text, self.parse(reply).text) for text, reply in history]
         shorten = self._encode_observation.shorten
         pieces = self._prompt.write(past, observation, self._format.words, shorten)
-        return self._encode_pieces((self._shown(history, text), own) for text, own in pieces)
+        pieces = ((self._fault(history), False), *pieces)
+        return self._encode_pieces((self._as_result(history, text), own) for text, own in pieces)
 
-    def _shown(self, history: History, text: str) -> str:
+    def _as_result(self, history: History, text: str) -> str:
         """Return the text of a turn as the template writes it: after the first, as the result of a call."""
         return text if self._calls is None or not history or not self.appends else self._calls.result(text)
+
+    def _fault(self, history: History) -> str:
+        """Return what was wrong with the last call, for its result; "" if it was valid."""
+        if self._calls is None or not history or not self.appends:
+            return ""
+        said = self.parse(history[-1][1])
+        return "" if said.valid else f"{said.text}\n"
 
     def _encode_whole(
         self, said: Sequence[tuple[int, ...]], given: Sequence[tuple[int, ...]]

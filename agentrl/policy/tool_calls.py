@@ -251,8 +251,10 @@ def tool_call_format(
         _check_declares(render, native, tools)
         probe = _probe(partial(render, **native.arguments), native, tools, "")
         return ToolCallFormat(native, tools, probe, None)
-    except (_UnsuitedError, ConfigError, *TEMPLATE_FAILURES) as error:
+    except _UnsuitedError as error:
         reason = str(error)
+    except (ConfigError, *TEMPLATE_FAILURES) as error:
+        reason = f"fails when it is given tools ({error})"
     hermes = _Style(_hermes_call, _hermes_result, {}, _HERMES.format(lines))
     system = {"role": "system", "content": slot(SYSTEM_SLOT)}
     try:
@@ -261,7 +263,7 @@ def tool_call_format(
         raise _refusal(reason, "has no system role to declare them in") from error
     try:
         probe = _probe(render, hermes, tools, "")
-    except (_UnsuitedError, ConfigError, *TEMPLATE_FAILURES) as error:
+    except _UnsuitedError as error:
         raise _refusal(reason, str(error)) from error
     return ToolCallFormat(hermes, tools, probe, reason)
 
@@ -373,7 +375,7 @@ def _find_json(text: str, tool: Tool, arguments: Mapping[str, str]) -> tuple[int
         if sign in "{[":
             try:
                 value, stop = json.JSONDecoder().raw_decode(text, start)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if (shape := _shape_of(value, tool.name, arguments)) is not None:
                 return start, stop, shape

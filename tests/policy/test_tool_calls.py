@@ -357,3 +357,16 @@ def test_a_think_block_that_the_prompt_opens_is_closed_before_a_call() -> None:
     reply = dialogue.encode_reply("look around")
     assert dialogue.parse(reply).text == "look around"
     assert squeezed(chat_tokenizer(template).decode(reply)).startswith("</think><tool_call>")
+
+
+@pytest.mark.parametrize("template", [HERMES, LLAMA, CHATML])
+@pytest.mark.parametrize("prompt", [None, load_prompt("react")])
+def test_the_result_of_an_invalid_call_begins_with_what_was_wrong(template: str, prompt: Any) -> None:
+    dialogue, tokenizer = dialogue_of(template, prompt=prompt), chat_tokenizer(template)
+    history = [("One.", dialogue.encode_reply("fly"))]
+    text = tokenizer.decode(dialogue.prompt(history, "Two.").ids)
+    newline = "\\n" if template == LLAMA else "\n"
+    observed = "Two." if prompt is None else "Observation 2: Two."
+    assert squeezed(f"invalid tool call: the reply has no call{newline}{observed}") in squeezed(text)
+    history = [("One.", dialogue.encode_reply("look around"))]
+    assert "invalid" not in tokenizer.decode(dialogue.prompt(history, "Two.").ids)
