@@ -15,11 +15,13 @@ CHATML = (
 _TEXTS = ["higher", "lower", "guess a number from 1 to 15", "go to desk 1", "take cd 1", "search[red shoes]"]
 
 
-def chat_model(folder: Path, kind: Any = LlamaConfig, *, positions: int = 32768) -> Path:
+def chat_model(
+    folder: Path, kind: Any = LlamaConfig, *, positions: int = 32768, template: str = CHATML
+) -> Path:
     """Write a tiny model with a ChatML tokenizer, and return its folder."""
     tokenizer = fit_tokenizer(_TEXTS * 4, 400)
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = kind(

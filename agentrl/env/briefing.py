@@ -1,4 +1,4 @@
-"""Texts of an environment for prompts: the task, the instructions and the forms of actions."""
+"""Texts of an environment for prompts: the task, the instructions, the forms of actions and the tools."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from typing import Any
 
 import gymnasium
 
+from agentrl.env.tools import Tool, read_tools
 from agentrl.errors import EnvironmentContractError
 from agentrl.values import ValueFaultError, as_text, describe_value
 
@@ -19,12 +20,14 @@ class Briefing:
         instructions: What to do in this environment, and how an action is written.
         action_forms: Forms that stand for all actions with a prefix, by prefix.
         max_steps: The largest number of steps of the episode; None if unknown.
+        tools: The tools that the environment declares; none if it declares none.
     """
 
     task: str | None = None
     instructions: str = ""
     action_forms: Mapping[str, str] = field(default_factory=dict)
     max_steps: int | None = None
+    tools: tuple[Tool, ...] = ()
 
     def list_actions(self, actions: Sequence[str]) -> list[str]:
         """Return the actions as a prompt lists them, each form once.
@@ -53,15 +56,20 @@ def read_briefing(env: gymnasium.Env[str, str], info: Mapping[str, Any]) -> Brie
         instructions=getattr(known, "instructions", ""),
         action_forms=dict(getattr(known, "action_forms", {})),
         max_steps=limit if isinstance(limit, int) else None,
+        tools=read_tools(getattr(known, "action_tools", ())),
     )
 
 
 def briefing_fault(known: Any) -> str | None:
-    """Return what is wrong with `instructions` or `action_forms` of an unwrapped environment, or None."""
+    """Return what is wrong with the declared texts and tools of an unwrapped environment, or None."""
     try:
         as_text(getattr(known, "instructions", ""))
     except ValueFaultError as fault:
         return f"instructions {fault}"
+    try:
+        read_tools(getattr(known, "action_tools", ()))
+    except ValueFaultError as fault:
+        return str(fault)
     forms = getattr(known, "action_forms", {})
     if isinstance(forms, Mapping) and all(isinstance(text, str) for pair in forms.items() for text in pair):
         return None

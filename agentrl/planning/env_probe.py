@@ -165,8 +165,9 @@ def _tokenize_turns(
     history: list[tuple[str, tuple[int, ...]]] = []
     length = 0
     for observation, turn in zip(observations(episode), episode.turns, strict=True):
-        prompt = dialogue.prompt(history, observation)
-        reply = dialogue.encode_reply(turn.action)
+        own = dialogue.for_episode(observation.briefing)
+        prompt = own.prompt(history, observation)
+        reply = own.encode_reply(turn.action)
         if free is not None:
             reply = tuple(draw.choices(prompt.ids, k=free))
         length = len(prompt.ids) + len(reply) + (0 if prompt.new_sequence else length)

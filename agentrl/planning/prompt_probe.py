@@ -57,7 +57,8 @@ def write_turns(dialogue: Dialogue, episode: Episode) -> list[PromptTurn]:
     turns: list[PromptTurn] = []
     length = 0
     for observation, turn in zip(observations(episode), episode.turns, strict=True):
-        prompt, reply = dialogue.prompt(history, observation), dialogue.encode_reply(turn.action)
+        own = dialogue.for_episode(observation.briefing)
+        prompt, reply = own.prompt(history, observation), own.encode_reply(turn.action)
         length = (0 if prompt.new_sequence else length) + len(prompt.ids) + len(reply)
         turns.append(PromptTurn(prompt.ids, reply, turn.action, prompt.new_sequence, prompt.cut, length))
         history.append((observation, reply))
@@ -123,4 +124,5 @@ def _reply_room(config: RunConfig, dialogue: Dialogue, request: ActionRequest) -
     free = not config.rollout.constrained or not request.actions
     if free or getattr(dialogue, "thinking", None) is not None:
         return config.engine.max_tokens
-    return max(len(dialogue.encode_reply(action)) for action in request.actions or ())
+    own = dialogue.for_episode(request.briefing)
+    return max(len(own.encode_reply(action)) for action in request.actions or ())

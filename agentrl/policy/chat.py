@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from agentrl.errors import ConfigError
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Render = Callable[[list[Message]], str]
 
 THINK, END_THINK = "<think>", "</think>"
@@ -24,7 +24,7 @@ _BLOCK = re.compile(
 )  # a block or a single tag
 # The variables that every template is given.
 _GIVEN = frozenset({"messages", "add_generation_prompt", "raise_exception", "strftime_now"})
-_FAILURES = (TemplateError, ValueError, TypeError, KeyError)
+TEMPLATE_FAILURES = (TemplateError, ValueError, TypeError, KeyError)
 INSTRUCTIONS_SLOT, SYSTEM_SLOT = 10**9, 10**9 + 1  # numbers that no text of an episode has
 PROBED_TURNS = 4
 # Some templates treat reasoning in earlier replies differently, so one of the probes has some.
@@ -43,6 +43,7 @@ class ChatPieces:
     Where `appends` is False, earlier turns are written differently once later ones follow, and `between` only
     says how a reply ends. `begun` is the part of a reply that the prompt already writes, from its think
     tag on; `reply_prefix` is the part of it that an earlier reply must start with when it is rendered again.
+    `before_later` stands for `before_reply` after every further observation, if that is another text.
     """
 
     opening: str
@@ -52,6 +53,7 @@ class ChatPieces:
     appends: bool
     begun: str = ""
     reply_prefix: str = ""
+    before_later: str | None = None
 
     @property
     def opens(self) -> bool:
@@ -135,7 +137,7 @@ def check_system_role(render: Render) -> None:
     """
     try:
         times, reason = render(messages([slot(0)], [], "")).count(slot(SYSTEM_SLOT)), ""
-    except _FAILURES as error:
+    except TEMPLATE_FAILURES as error:
         times, reason = 0, f" ({error})"
     if times != 1:
         raise ConfigError(
@@ -169,7 +171,7 @@ def probe_template(render: Render, instructions: str) -> ChatPieces:
         whole = [_probe(render, begun + reply, instructions) for reply in replies]
         if _balanced(whole[-1][-1]):
             probes, reply_prefix = whole, begun
-    opening, before_reply = _around(probes[0][0], slot(0))
+    opening, before_reply = text_around(probes[0][0], slot(0))
     before, _, after = probes[0][1].partition(replies[0].format(0))
     gap = before.removeprefix(probes[0][0])
     lead = gap if gap.isspace() else ""
@@ -185,7 +187,7 @@ def begun_reply(render: Render) -> str:
     Raises:
         ConfigError: If the template fails, or changes an observation.
     """
-    prompt = _around(_rendered(render, messages([slot(0)], [], "")), slot(0))[1]
+    prompt = text_around(rendered(render, messages([slot(0)], [], "")), slot(0))[1]
     found = [block.start() for block in _BLOCK.finditer(prompt)]
     return prompt[found[-1] :] if found else ""
 
@@ -199,7 +201,7 @@ def think_block(finished: Render, silenced: Render) -> ThinkBlock:
     """
     thought, reply = "ThoughtPlaceholder", "ReplyPlaceholder"
     block = ThinkBlock()
-    with suppress(*_FAILURES):
+    with suppress(*TEMPLATE_FAILURES):
         found = _find_block(finished, THINK + thought + END_THINK + reply, thought, reply)
         if found is not None:
             opening, closing, gap = found
@@ -259,25 +261,26 @@ def _probe(render: Render, reply: str, instructions: str) -> list[str]:
     slots = [slot(turn) for turn in range(PROBED_TURNS)]
     replies = [reply.format(turn) for turn in range(PROBED_TURNS)]
     texts = [
-        _rendered(render, messages(slots[: n + 1], replies[:n], instructions)) for n in range(PROBED_TURNS)
+        rendered(render, messages(slots[: n + 1], replies[:n], instructions)) for n in range(PROBED_TURNS)
     ]
     for turn, text in enumerate(texts):
-        _around(text, slot(turn))
+        text_around(text, slot(turn))
     return texts
 
 
-def _rendered(render: Render, dialogue: list[Message]) -> str:
+def rendered(render: Render, dialogue: list[Message]) -> str:
+    """Render a dialogue; raise a `ConfigError` if the template fails."""
     try:
         return render(dialogue)
-    except _FAILURES as error:
+    except TEMPLATE_FAILURES as error:
         raise ConfigError(
             f"the tokenizer's chat template cannot write a dialogue of user and assistant turns ({error}); "
             "use a chat model, or give the tokenizer another chat_template"
         ) from error
 
 
-def _around(text: str, placeholder: str) -> tuple[str, str]:
-    """Return the text before and after a placeholder, which must occur once."""
+def text_around(text: str, placeholder: str) -> tuple[str, str]:
+    """Return the text before and after a placeholder; raise a `ConfigError` unless it occurs once."""
     parts = text.split(placeholder)
     if len(parts) != 2:
         raise ConfigError(

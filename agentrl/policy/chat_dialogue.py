@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
+from itertools import chain
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from agentrl.env.briefing import Briefing
+from agentrl.env.tools import Tool, act_tool, call_of
 from agentrl.errors import ConfigError
 from agentrl.policy.chat import (
     END_THINK,
@@ -25,7 +29,6 @@ from agentrl.policy.chat import (
     check_arguments,
     check_system_role,
     messages,
-    probe_template,
     slot,
     split_reply,
     split_slots,
@@ -40,11 +43,13 @@ from agentrl.policy.encoding import (
     special_ids,
 )
 from agentrl.policy.prompt import Piece, PromptTemplate, task_of
-from agentrl.policy.reply_formats import AFTER_THOUGHTS, REPLY_FORMATS, REPLY_TAGS
+from agentrl.policy.reply_formats import AFTER_THOUGHTS, REPLY_FORMATS, REPLY_TAGS, TOOL_CALL, ReplyFormat
 from agentrl.policy.text_cache import TextCache
 from agentrl.policy.thinking import Ending, Thinking, pieces_of
+from agentrl.policy.tool_calls import ToolCallFormat, tool_call_format
 
-_TAG = re.compile(f"({'|'.join(REPLY_TAGS)})")
+_log = logging.getLogger(__name__)
+_TOOL_SETS = 32  # whose dialogues are kept
 _REASONING_TAG = re.compile(f"({'|'.join(REASONING_TAGS)})")
 
 
@@ -62,7 +67,9 @@ class ChatDialogue:
         tokenizer: A tokenizer with a chat template.
         reply: The format of replies: plain is the command itself; action_tags and think_action have it in
             tags. What the prompt already writes of a reply is not repeated: a think block that it opens is
-            closed, and where it holds a whole one, think_action goes straight to the command.
+            closed, and where it holds a whole one, think_action goes straight to the command. With tool_call,
+            a reply is a call in the template's own form, later observations are the results of calls, and
+            the dialogue grows whatever the template does to earlier reasoning.
         max_observation_tokens: The number of tokens after which an observation is cut; None cuts none.
         instructions: The text before the first observation; None takes that of the reply format.
         stop_ids: Further ids that end a reply.
@@ -70,12 +77,14 @@ class ChatDialogue:
         prompt: The template of the user's messages; None writes the instructions, then the observations
             alone. Of its text, only the tags of the reply format become tokens of their own.
         system_message: The text of a system message; None leaves it to the chat template.
+        tools: The tools of tool_call; None takes a single one, whose argument is the action.
 
     Attributes:
         appends: Whether prompts extend the sequence.
         thinking: How a reply reasons before its choice; None where it does not.
         instructions: The text before the first observation; empty where a template writes the messages.
         system_message: The text of the system message.
+        tools: The tools that replies call; None where replies are no calls.
     """
 
     def __init__(
@@ -89,18 +98,38 @@ class ChatDialogue:
         template_arguments: Mapping[str, Any] | None = None,
         prompt: PromptTemplate | None = None,
         system_message: str | None = None,
+        tools: tuple[Tool, ...] | None = None,
     ) -> None:
-        if reply not in REPLY_FORMATS:
-            raise ConfigError(f"policy.reply is {reply!r}, wanted one of {', '.join(REPLY_FORMATS)}")
+        if reply not in (*REPLY_FORMATS, TOOL_CALL):
+            known = ", ".join((*REPLY_FORMATS, TOOL_CALL))
+            raise ConfigError(f"policy.reply is {reply!r}, wanted one of {known}")
         self._tokenizer = tokenizer
         self._arguments = dict(template_arguments or {})
         if self._arguments:
             template = cast(Any, tokenizer).get_chat_template()
             check_arguments(template, self._arguments, tokenizer.SPECIAL_TOKENS_ATTRIBUTES)
-        self._system = None if system_message is None else slot(SYSTEM_SLOT)
-        if self._system is not None:
+        self._system: str | None = None
+        self.tools: tuple[Tool, ...] | None = None
+        self._calls: ToolCallFormat | None = None
+        if reply == TOOL_CALL:
+            again = partial(
+                ChatDialogue,
+                tokenizer,
+                reply=reply,
+                max_observation_tokens=max_observation_tokens,
+                instructions=instructions,
+                stop_ids=stop_ids,
+                template_arguments=template_arguments,
+                prompt=prompt,
+                system_message=system_message,
+            )
+            self._with_tools = lru_cache(_TOOL_SETS)(again)
+            self._calls = self._choose_calls(tools)
+            system_message = self._calls.system_message(system_message)
+        if system_message is not None:
+            self._system = slot(SYSTEM_SLOT)
             check_system_role(self._render)
-        self._format = REPLY_FORMATS[reply]
+        self._format: ReplyFormat | ToolCallFormat = self._calls or REPLY_FORMATS[reply]
         if self._format.thinks and END_THINK in begun_reply(self._render):
             self._format = AFTER_THOUGHTS
         self._encode = plain_encoder(tokenizer)
@@ -113,8 +142,10 @@ class ChatDialogue:
         self._tags = {
             token.content: id
             for id, token in tokenizer.added_tokens_decoder.items()
-            if token.content in REPLY_TAGS
+            if token.content in REPLY_TAGS or self._writes(token.content)
         }
+        names = sorted({*REPLY_TAGS, *self._tags}, key=len, reverse=True)
+        self._tag = re.compile(f"({'|'.join(map(re.escape, names))})")
         markup = markup_ids(tokenizer) - {*self._tags.values()}
         self._prompt = prompt
         if prompt is not None:
@@ -128,7 +159,7 @@ class ChatDialogue:
             self._system, texts = self._prepare_instructions(system_message, markup, SYSTEM_SLOT)
             self._texts |= texts
         self._knows_reasoning = END_THINK in str(tokenizer.chat_template)
-        pieces = probe_template(self._render, self._instructions)
+        pieces = self._format.probe(self._render, self._instructions)
         self._extends, self._opens_thinking, self._reply_prefix = (
             pieces.appends,
             pieces.opens,
@@ -138,8 +169,12 @@ class ChatDialogue:
         self._lead = pieces.lead
         self._opening = self._fill_slots(pieces.opening, self._texts)
         self._before_reply, self._between = self._markup(pieces.before_reply), self._markup(pieces.between)
+        later = pieces.before_reply if pieces.before_later is None else pieces.before_later
+        self._before_later = self._markup(later)
         self._rendered_opening = pieces.opening
-        around_turns = (self._opening, self._before_reply, self._between)
+        around_turns = [self._opening, self._before_reply, self._between]
+        if self._calls is not None:
+            around_turns.append(self._before_later)
         self.wording = Wording(
             pieces.opening.replace(slot(INSTRUCTIONS_SLOT), instructions).replace(
                 slot(SYSTEM_SLOT), system_message or ""
@@ -150,10 +185,10 @@ class ChatDialogue:
             _template_sha256(tokenizer.chat_template),
             *(() if prompt is None else (prompt.source, prompt.history, prompt.examples)),
         )
-        around = markup.intersection((*self._opening, *self._before_reply, *self._between))
+        around = markup.intersection(chain(*around_turns))
         self._control = special_ids(tokenizer) - {*self._tags.values()} | around
         self._decode = decoder(tokenizer, self._control)
-        self._end_of_turn, self._after_end = self._find_end_of_turn(markup)
+        self._end_of_turn = self._find_end_of_turn(markup)
         ends = [self._end_of_turn, tokenizer.eos_token_id, *sorted(stop_ids)]
         self.stop_ids: frozenset[int] = frozenset(id for id in ends if id is not None)
         if not self.stop_ids:
@@ -170,7 +205,8 @@ class ChatDialogue:
 
     def prompt(self, history: History, observation: str) -> Prompt:
         """Return the ids to append after `history`, or a whole prompt where turns are written anew."""
-        cut = self._encode_observation.note_cut(observation)
+        shown = self._as_result(history, self._fault(history) + observation)
+        cut = self._encode_observation.note_cut(shown)
         seen = self._encode_message(history, observation)
         if not self.appends:
             earlier = history if self._prompt is None or self._prompt.history is None else ()
@@ -179,13 +215,32 @@ class ChatDialogue:
             return Prompt(self._encode_whole([*said, seen], replies), new_sequence=True, cut=cut)
         if not history:
             return Prompt((*self._opening, *seen, *self._before_reply), new_sequence=True, cut=cut)
-        # A complete reply has sampled its end of turn; one that was cut off or ended otherwise lacks it.
-        ended = history[-1][1][-1:] == (self._end_of_turn,)
         return Prompt(
-            (*(self._after_end if ended else self._between), *seen, *self._before_reply),
-            new_sequence=False,
-            cut=cut,
+            (*self._after_reply(history[-1][1]), *seen, *self._before_later), new_sequence=False, cut=cut
         )
+
+    def _after_reply(self, reply: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the ids between a reply and the next observation."""
+        between = self._between
+        if self._calls is not None:
+            between = self._markup(self._calls.between(self.parse(reply).text))
+        # A complete reply has sampled its end of turn; one that was cut off or ended otherwise lacks it.
+        if self._end_of_turn is None or reply[-1:] != (self._end_of_turn,):
+            return between
+        return between[between.index(self._end_of_turn) + 1 :]
+
+    def for_episode(self, briefing: Briefing) -> ChatDialogue:
+        """Return the dialogue of an episode, which knows the tools of its environment."""
+        if self.tools is None:
+            return self
+        tools = briefing.tools or (act_tool(briefing.instructions),)
+        return self if tools == self.tools else self._with_tools(tools=tools)
+
+    def unsaid(self, actions: Iterable[str]) -> str | None:
+        """Return the first of some actions that no tool has a call for; None if there is none."""
+        if self.tools is None:
+            return None
+        return next((action for action in actions if call_of(self.tools, action) is None), None)
 
     def parse(self, ids: Sequence[int]) -> ParsedReply:
         """Return the command in a reply."""
@@ -281,11 +336,15 @@ class ChatDialogue:
 
     def _encode_choice(self, text: str) -> tuple[int, ...]:
         """Return the part of a reply after its reasoning."""
-        before, after = self._format.wrap.split("{}")
+        before, written, after = self._format.around(text)
         if self._format.thinks:
-            return (*self._encode(text), *self._markup(after), self._stop)
+            return (*self._encode(written), *self._markup(after), self._stop)
         lead = "" if self._before else self._lead
-        return (*self._encode_tagged(lead + before, text, after), self._stop)
+        return (*self._encode_tagged(lead + before, written, after), self._stop)
+
+    def _writes(self, name: str) -> bool:
+        """Return whether the format of calls writes this name of a token."""
+        return self._calls is not None and bool(name.strip()) and name in self._calls.written
 
     def _build_thinking(self, begun: str) -> tuple[tuple[int, ...], Thinking | None]:
         """Return the ids before the choice in a reply without reasoning, and how a reply reasons."""
@@ -300,7 +359,7 @@ class ChatDialogue:
             empty = block.empty.removeprefix(begun)
         if not self._format.thinks:
             return self._markup(empty), None
-        tag = self._format.wrap.split("{}")[0]
+        tag = self._format.words.before
         ending = Ending(END_THINK, pieces_of(END_THINK, _texts_of_parts(self._tokenizer, END_THINK)))
         leads = {"": self._markup(block.gap + tag)}
         for beyond in ending.overhangs - {""}:
@@ -317,21 +376,31 @@ class ChatDialogue:
         if self._opens_thinking and not self._format.thinks:
             thoughts, end, rest = text.partition(END_THINK)
             said, thought_over = (rest.strip() if end else thoughts), bool(end)
-        found = self._format.pattern.fullmatch(said)
-        # Tags show that a command is complete, but a plain reply that was cut off may hold half of one.
-        complete = self._format.tagged or (thought_over and len(written) < len(ids))
-        if found is None or not complete or not found["command"].strip():
-            return ParsedReply(text, valid=False)
-        return ParsedReply(found["command"].strip(), valid=True)
+        ended = thought_over and len(written) < len(ids)
+        return self._format.read(said, ended) or ParsedReply(text, valid=False)
 
     def _encode_message(self, history: History, observation: str) -> tuple[int, ...]:
         """Return the ids of the user's message of a turn."""
         if self._prompt is None:
-            task = None if history else task_of(observation)
-            return self._encode_observation.with_task(observation, task)
+            if history:
+                return self._encode_observation(self._as_result(history, self._fault(history) + observation))
+            return self._encode_observation.with_task(observation, task_of(observation))
         past = [(text, self.parse(reply).text) for text, reply in history]
         shorten = self._encode_observation.shorten
-        return self._encode_pieces(self._prompt.write(past, observation, self._format.words, shorten))
+        pieces = self._prompt.write(past, observation, self._format.words, shorten)
+        pieces = ((self._fault(history), False), *pieces)
+        return self._encode_pieces((self._as_result(history, text), own) for text, own in pieces)
+
+    def _as_result(self, history: History, text: str) -> str:
+        """Return the text of a turn as the template writes it: after the first, as the result of a call."""
+        return text if self._calls is None or not history or not self.appends else self._calls.result(text)
+
+    def _fault(self, history: History) -> str:
+        """Return what was wrong with the last call, for its result; "" if it was valid."""
+        if self._calls is None or not history or not self.appends:
+            return ""
+        said = self.parse(history[-1][1])
+        return "" if said.valid else f"{said.text}\n"
 
     def _encode_whole(
         self, said: Sequence[tuple[int, ...]], given: Sequence[tuple[int, ...]]
@@ -425,7 +494,7 @@ class ChatDialogue:
         """Encode pieces of text as one; only in our own pieces, tags become tag tokens."""
         runs: list[str | int] = [""]
         for part, own in pieces:
-            for piece in _TAG.split(part) if own else [part]:
+            for piece in self._tag.split(part) if own else [part]:
                 if own and piece in self._tags:
                     runs += [self._tags[piece], ""]
                 else:
@@ -445,14 +514,30 @@ class ChatDialogue:
         call = cast(Callable[..., Any], self._tokenizer)
         return tuple(call(text, add_special_tokens=False)["input_ids"]) if text else ()
 
-    def _find_end_of_turn(self, markup: Collection[int]) -> tuple[int | None, tuple[int, ...]]:
-        """Return the markup token with which the template ends a reply, if any, and the ids that follow."""
-        for place, token in enumerate(self._between):
+    def _choose_calls(self, tools: tuple[Tool, ...] | None) -> ToolCallFormat:
+        """Return the format of calls, and pass the template its declarations."""
+        self.tools = tools or (act_tool(),)
+        markup = markup_ids(self._tokenizer)
+        calls = tool_call_format(
+            self._render, self.tools, lambda text: not markup.isdisjoint(self._encode_markup(text))
+        )
+        self._arguments |= calls.arguments
+        if calls.reason is not None and tools is None:
+            _log.warning(
+                "policy.reply=tool_call: the chat template %s; they are declared in the system message, and "
+                "calls and results are written, in the form of Hermes",
+                calls.reason,
+            )
+        return calls
+
+    def _find_end_of_turn(self, markup: Collection[int]) -> int | None:
+        """Return the markup token with which the template ends a reply, if any."""
+        for token in self._between:
             if token in markup:
-                return token, self._between[place + 1 :]
+                return token
             if self._decode((token,)).strip():
                 break
-        return None, self._between
+        return None
 
 
 def _template_sha256(template: Any) -> str:

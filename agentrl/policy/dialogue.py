@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
+from agentrl.env.briefing import Briefing
 from agentrl.policy.prompt import Example
 
 History = Sequence[tuple[str, tuple[int, ...]]]
@@ -30,7 +31,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class ParsedReply:
-    """The command in a reply; without one, `text` is the whole reply and `valid` is False."""
+    """The command in a reply.
+
+    Without one, `valid` is False and `text` is the whole reply or, of a tool call, what is wrong with it.
+    """
 
     text: str
     valid: bool
@@ -77,6 +81,14 @@ class Dialogue(Protocol):
 
         An observation may be an `agentrl.policy.prompt.Observation`, which says more than its text.
         """
+        ...
+
+    def for_episode(self, briefing: Briefing) -> Self:
+        """Return the dialogue of an episode, which knows the tools of its environment."""
+        ...
+
+    def unsaid(self, actions: Iterable[str]) -> str | None:
+        """Return the first of some actions that no reply can give; None if there is none."""
         ...
 
     def encode_reply(self, text: str) -> tuple[int, ...]:

@@ -78,11 +78,20 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class ReplyWords:
-    """Texts of a reply format: the instructions for a reply, and the text around its command."""
+    """Texts of a reply format: the instructions for a reply, and the text around its command.
+
+    In a format in which these depend on the command, `write` returns the text before it, the command as it is
+    written, and the text after it.
+    """
 
     asks: str
     before: str = ""
     after: str = ""
+    write: Callable[[str], tuple[str, str, str]] | None = None
+
+    def around(self, command: str) -> tuple[str, str, str]:
+        """Return the text before a command, the command as it is written, and the text after it."""
+        return (self.before, command, self.after) if self.write is None else self.write(command)
 
 
 class _Marked(str):
@@ -217,7 +226,8 @@ class PromptTemplate:
 
 def _turn(number: int, observation: str, action: str, reply: ReplyWords, cut: Cut) -> _Turn:
     said = cut(action)
-    marked = _Marked(f"{reply.before}{_START}{said.translate(_MARKS)}{_END}{reply.after}")
+    before, written, after = reply.around(said)
+    marked = _Marked(f"{before}{_START}{written.translate(_MARKS)}{_END}{after}")
     return _Turn(number, cut(str(observation)), said, marked)
 
 

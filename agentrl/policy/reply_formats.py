@@ -3,10 +3,12 @@
 import re
 from dataclasses import dataclass
 
-from agentrl.policy.chat import REASONING_TAGS
+from agentrl.policy.chat import REASONING_TAGS, ChatPieces, Render, probe_template
+from agentrl.policy.dialogue import ParsedReply
 from agentrl.policy.prompt import ReplyWords
 
 REPLY_TAGS = (*REASONING_TAGS, "<action>", "</action>")  # the tags of the reply formats
+TOOL_CALL = "tool_call"  # the format that the chat template decides on; see `agentrl.policy.tool_calls`
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class ReplyFormat:
     @property
     def instructions(self) -> str:
         """Return the text before the first observation."""
-        return f"{_TASK} {self.asks}"
+        return f"{TASK} {self.asks}"
 
     @property
     def words(self) -> ReplyWords:
@@ -30,8 +32,29 @@ class ReplyFormat:
         before, after = self.wrap.split("{}")
         return ReplyWords(self.asks, before, after)
 
+    def around(self, command: str) -> tuple[str, str, str]:
+        """Return the text before a command, the command as it is written, and the text after it."""
+        return self.words.around(command)
 
-_TASK = "You act in a text environment to solve the task it gives you. Each turn you read what happened and"
+    def read(self, said: str, ended: bool) -> ParsedReply | None:
+        """Return the command in a reply; None if there is none.
+
+        Args:
+            said: The reply.
+            ended: Whether it is complete, rather than cut off.
+        """
+        found = self.pattern.fullmatch(said)
+        # Tags show that a command is complete, but a plain reply that was cut off may hold half of one.
+        if found is None or not (self.tagged or ended) or not found["command"].strip():
+            return None
+        return ParsedReply(found["command"].strip(), valid=True)
+
+    def probe(self, render: Render, instructions: str) -> ChatPieces:
+        """Find the fixed text around a turn; see `agentrl.policy.chat.probe_template`."""
+        return probe_template(render, instructions)
+
+
+TASK = "You act in a text environment to solve the task it gives you. Each turn you read what happened and"
 REPLY_FORMATS: dict[str, ReplyFormat] = {
     "plain": ReplyFormat(
         "reply with your next command and nothing else.",

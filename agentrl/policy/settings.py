@@ -10,7 +10,7 @@ from agentrl.config import ContextTokens, Devices, OptionalCount, Processes, Sec
 from agentrl.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-ReplyFormat = Literal["plain", "action_tags", "think_action"]
+ReplyFormat = Literal["plain", "action_tags", "think_action", "tool_call"]
 
 # Parameters of the rendering call, and names whose values come from the tokenizer.
 _NOT_ARGUMENTS = frozenset(
@@ -66,6 +66,7 @@ class PolicyConfig:
             case; see `learner.compute_dtype` for the learner's layers.
         reply: The format of a reply; a format with tags needs a tokenizer with a chat template. With
             `think_action` the policy reasons freely before its command, under `rollout.constrained` as well.
+            With `tool_call` it calls the tools that the environment declares, in the form of the template.
         template_arguments: The arguments passed to the chat template whenever it is rendered, for example
             `template_arguments.enable_thinking=false`; an argument that it does not read is refused.
         prompt: The template of what the policy reads each turn: `plain`, `literature`, `react`, or a Jinja
@@ -112,7 +113,8 @@ class PolicyConfig:
             raise ConfigError("policy.max_context is null, wanted a number without a policy.path")
         if self.path is None and self.preset == "pretrained":
             raise ConfigError("policy.preset is pretrained, wanted scratch or null without a policy.path")
-        own = sorted(_NOT_ARGUMENTS & self.template_arguments.keys())
+        given = _NOT_ARGUMENTS | ({"tools"} if self.reply == "tool_call" else set())
+        own = sorted(given & self.template_arguments.keys())
         if own:
             raise ConfigError(
                 f"policy.template_arguments.{own[0]} is set by agentrl, not an argument of the template; "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from agentrl.env.briefing import Briefing
 from agentrl.errors import ConfigError, RequirementError
 from agentrl.policy.chat_dialogue import ChatDialogue
 from agentrl.policy.dialogue import Dialogue, History, ParsedReply, Prompt, Wording, sha256_of, without_end
@@ -205,6 +206,14 @@ class RoleDialogue:
         seen = self._encode_observation.with_task(observation, task)
         cut = self._encode_observation.note_cut(observation)
         return Prompt((role, *seen, self._act), new_sequence=not history, cut=cut)
+
+    def for_episode(self, briefing: Briefing) -> Self:
+        """Return this dialogue: it knows no tools."""
+        return self
+
+    def unsaid(self, actions: Iterable[str]) -> str | None:
+        """Return None: a reply can give any action."""
+        return None
 
     def parse(self, ids: Sequence[int]) -> ParsedReply:
         """Return the command in a reply."""

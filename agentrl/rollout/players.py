@@ -236,9 +236,13 @@ class LanguagePlayer:
         """Encode a request and pass it to the engine; one that exceeds the context ends its episode."""
         conversation = self._conversations.setdefault(request.episode_id, _Conversation())
         inherited, conversation.inheritance = conversation.inheritance, _Inheritance()
-        prompt = self._dialogue.prompt(conversation.history, _observation(request))
+        dialogue = self._dialogue.for_episode(request.briefing)
+        prompt = dialogue.prompt(conversation.history, _observation(request))
         self.cut_observations += prompt.cut
-        menu = self._menu(request, inherited.begun)
+        if fault := _unsaid(dialogue, request.actions or () if self._choices else ()):
+            self._stopped.append((request.episode_id, fault))
+            return
+        menu = self._menu(dialogue, request, inherited.begun)
         if menu is not None and not menu.texts:
             error = f"none of info['actions'] begins with the tokens of the parent's reply: {inherited.begun}"
             self._stopped.append((request.episode_id, Stop(StopReason.ENGINE_ERROR, error)))
@@ -272,12 +276,12 @@ class LanguagePlayer:
             )
         )
 
-    def _menu(self, request: ActionRequest, begun: tuple[int, ...]) -> Menu | None:
+    def _menu(self, dialogue: "Dialogue", request: ActionRequest, begun: tuple[int, ...]) -> Menu | None:
         """Return the admissible replies that begin with `begun`; None if any text is admissible."""
         if not self._choices or not request.actions:
             return None
         max_tokens = self._sampling.max_tokens
-        return build_menu(self._dialogue, self._thinking, request.actions, begun, max_tokens)
+        return build_menu(dialogue, self._thinking, request.actions, begun, max_tokens)
 
     def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
         """Start an episode with the tokens of its parent, which the engine need not read again."""
@@ -328,7 +332,7 @@ class LanguagePlayer:
             _observation(pending.request), len(pending.prompt_ids), pending.new_sequence, ids
         )
         chosen = None if pending.menu is None else pending.menu.chosen(generation.token_ids)
-        text, valid = (chosen, True) if chosen is not None else self._parse(ids)
+        text, valid = (chosen, True) if chosen is not None else self._parse(pending.request, ids)
         return Reply(
             text=text,
             prompt_ids=pending.prompt_ids,
@@ -345,9 +349,9 @@ class LanguagePlayer:
             temperatures=temperatures,
         )
 
-    def _parse(self, ids: tuple[int, ...]) -> tuple[str, bool]:
-        # An unparsable reply goes to the environment unchanged, so that the policy sees its effect.
-        parsed = self._dialogue.parse(ids)
+    def _parse(self, request: ActionRequest, ids: tuple[int, ...]) -> tuple[str, bool]:
+        # An unparsable reply goes to the environment as well, so that the policy sees its effect.
+        parsed = self._dialogue.for_episode(request.briefing).parse(ids)
         return parsed.text, parsed.valid
 
 
@@ -408,12 +412,15 @@ class DemonstrationPlayer(_ImmediatePlayer):
         text = action if random_action is None else random_action
         if request.actions and text not in request.actions:
             return Stop(StopReason.CONTRACT, f"the expert's action {text!r} is not one of info['actions']")
+        dialogue = self._dialogue.for_episode(request.briefing)
+        if fault := _unsaid(dialogue, (text, *(request.actions or () if self._choices else ()))):
+            return fault
         conversation = self._conversations.setdefault(request.episode_id, _Conversation())
         observation = _observation(request)
-        prompt = self._dialogue.prompt(conversation.history, observation)
-        action_ids = self._dialogue.encode_reply(text)
+        prompt = dialogue.prompt(conversation.history, observation)
+        action_ids = dialogue.encode_reply(text)
         conversation.extend(observation, len(prompt.ids), prompt.new_sequence, action_ids)
-        needed = conversation.length + max(0, self._room(request) - len(action_ids))
+        needed = conversation.length + max(0, self._room(dialogue, request) - len(action_ids))
         if self._max_context is not None and needed > self._max_context:
             return _too_long(needed, self._max_context)
         zeros = (0.0,) * len(action_ids)
@@ -423,18 +430,18 @@ class DemonstrationPlayer(_ImmediatePlayer):
             action_ids=action_ids,
             logprobs=zeros,
             entropies=zeros,
-            allowed=self._allowed(request, action_ids),
+            allowed=self._allowed(dialogue, request, action_ids),
             new_sequence=prompt.new_sequence,
             trainable=random_action is None,
         )
 
-    def _room(self, request: ActionRequest) -> int:
+    def _room(self, dialogue: "Dialogue", request: ActionRequest) -> int:
         """Return the number of tokens that the policy needs for its own reply."""
         if self._max_tokens is None:
             return 0
         if not self._choices or not request.actions:
             return self._max_tokens
-        return max(len(self._dialogue.encode_reply(action)) for action in request.actions)
+        return max(len(dialogue.encode_reply(action)) for action in request.actions)
 
     def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
         """Start an episode after turns of its parent."""
@@ -458,16 +465,24 @@ class DemonstrationPlayer(_ImmediatePlayer):
         return draw.choice(request.actions)
 
     def _allowed(
-        self, request: ActionRequest, action_ids: tuple[int, ...]
+        self, dialogue: "Dialogue", request: ActionRequest, action_ids: tuple[int, ...]
     ) -> tuple[tuple[int, ...] | None, ...] | None:
         if not self._choices or not request.actions:
             return None
-        replies = admissible_replies(request.actions, self._dialogue.encode_reply)
+        replies = admissible_replies(request.actions, dialogue.encode_reply)
         return token_trie(tuple(replies)).trace(action_ids)
 
 
 def _observation(request: ActionRequest) -> Observation:
     return Observation(request.observation, request.actions, request.briefing)
+
+
+def _unsaid(dialogue: "Dialogue", actions: Sequence[str]) -> Stop | None:
+    """Return why a policy cannot say one of the actions; None if it can say all of them."""
+    action = dialogue.unsaid(actions)
+    if action is None:
+        return None
+    return Stop(StopReason.CONTRACT, f"the action {action!r} is no call of a tool in action_tools")
 
 
 def _too_long(length: int, limit: int) -> Stop:

@@ -23,7 +23,13 @@ from agentrl_envs.problems import Check, Problem
 
 TAGS = {"calculator": "calc", "python": "python"}
 ANSWER = "answer"
-TEXTS = ("plain", "short")
+# By tag: the name and the description of the tool, and those of its argument.
+_TOOLS = {
+    "calc": ("calculator", "Compute an arithmetic expression.", "expression", "Such as (3 + 4) / 2."),
+    "python": ("python", "Run Python code and read what it prints.", "code", "The code."),
+    ANSWER: (ANSWER, "Answer the problem; the first answer counts.", "result", "A number or an expression."),
+}
+TEXTS = ("plain", "short", "tools")
 STATES = ("session", "call")
 
 _FENCE = re.compile(r"\s*```[a-z]*\n(.*?)\n?```\s*", re.DOTALL)
@@ -72,7 +78,8 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         rounded_digits: The number of significant digits, correctly rounded, from which a decimal counts as an
             answer that is a fraction or irrational: 0.333333 is 1/3, 0.333 is not. None accepts only exact
             values. If the correct answer is a decimal, a relative error of 1e-9 is always allowed.
-        text: "plain" appends the available tools to the question, "short" is the bare question.
+        text: "plain" appends the available tools to the question, "short" is the bare question, "tools" is
+            the same but never asks for tags, for policies that call tools (`policy.reply=tool_call`).
         state: Whether Python's variables live for the "session" of an episode or for one "call".
         isolation: The isolation of the sandbox in which Python runs.
         require_isolation: Whether to refuse to run Python without isolation.
@@ -121,7 +128,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         self.split = split
         self.max_steps = max_steps
         self._tags = tuple(tag for tool, tag in TAGS.items() if tool in tools)
-        self._plain = text == "plain"
+        self._text = text
         self._python = _Python(state, isolation, require_isolation, limits) if "python" in tools else None
         # Python's results may depend on the clock, and its variables cannot be copied.
         self.determinism: Literal["episode", "instance"] = "instance" if self._python else "episode"
@@ -129,6 +136,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
             vars(self).update(snapshot=None, restore=None)
         self._with_expert = expert
         self.instructions = f"Solve a mathematical problem. {self._usage()} The first answer counts."
+        self.action_tools = tuple(_declared(tag) for tag in (*self._tags, ANSWER))
         self._episode: EpisodeState | None = None
         self.observation_space = TextSpace()
         self.action_space = TextSpace()
@@ -158,7 +166,7 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         problem = self._find(task)
         if self._python is not None:
             self._python.end_session()
-        usage = f"\n{self._usage()}" if self._plain else ""
+        usage = f"\n{self._usage()}" if self._text == "plain" else ""
         self._episode = EpisodeState(task, problem, f"{problem.question}{usage}{self._last_turn_notice(0)}")
         return self._episode.observation, self._info(self._episode) | {"task_text": problem.question}
 
@@ -223,6 +231,8 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         return problem.solved_by(f"<{ANSWER}>{answer}</{ANSWER}>", self._rounded_digits)
 
     def _usage(self) -> str:
+        if self._text == "tools":
+            return "Call a tool to compute something or to answer."
         shown = {"calc": "<calc>expression</calc>", "python": "<python>code</python>"}
         tools = " or ".join(shown[tag] for tag in self._tags)
         answer = "<answer>result</answer>"
@@ -284,6 +294,18 @@ class MathToolsEnv(gymnasium.Env[str, str]):
         """Return to a snapshot; return its observation and info."""
         self._episode = snapshot
         return snapshot.observation, self._info(snapshot)
+
+
+def _declared(tag: str) -> dict[str, Any]:
+    """Return the declaration of the tool with this tag."""
+    name, description, argument, meaning = _TOOLS[tag]
+    schema = {"type": "string", "description": meaning}
+    return {
+        "name": name,
+        "description": description,
+        "parameters": {"type": "object", "properties": {argument: schema}},
+        "action": f"<{tag}>{{{argument}}}</{tag}>",
+    }
 
 
 class _Python:

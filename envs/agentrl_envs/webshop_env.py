@@ -98,6 +98,26 @@ class WebShopEnv(gymnasium.Env[str, str]):
         "page."
     )
     action_forms: ClassVar[Mapping[str, str]] = {"search[": "search[words of your own]"}
+    action_tools: ClassVar[Sequence[Mapping[str, Any]]] = (
+        {
+            "name": "search",
+            "description": "Search for products. It can be called on any page.",
+            "parameters": {
+                "type": "object",
+                "properties": {"query": {"type": "string", "description": "Words of your own."}},
+            },
+            "action": "search[{query}]",
+        },
+        {
+            "name": "click",
+            "description": "Click something on the page: a product, an option, a button.",
+            "parameters": {
+                "type": "object",
+                "properties": {"element": {"type": "string", "description": "Its name on the page."}},
+            },
+            "action": "click[{element}]",
+        },
+    )
 
     splits = SPLITS
     determinism = "episode"

@@ -131,6 +131,12 @@ class Letters:
         new_sequence = not history or self.window is not None
         return Prompt(tuple(map(ord, observation)), new_sequence)
 
+    def for_episode(self, briefing: Any) -> "Letters":
+        return self
+
+    def unsaid(self, actions: Sequence[str]) -> None:
+        return None
+
     def encode_reply(self, text: str) -> tuple[int, ...]:
         return (*map(ord, text), 0)
 

@@ -42,7 +42,7 @@ LISTED_TASKS = 10_000
 
 
 def interface(probe: Probe) -> str:
-    """Check tasks, task hashes, splits, the texts for prompts, and spaces that contain any text."""
+    """Check tasks, task hashes, splits, the texts and tools for prompts, and spaces that contain any text."""
     env = probe.twins()[0]
     known: Any = env.unwrapped
     missing = [name for name in ("tasks", "task_hash", "splits") if not hasattr(known, name)]

@@ -64,7 +64,13 @@ class TextEnv(Protocol):
     `expert() -> str | None`, the next action of an expert in the current state; `data: str`, a label shown
     with every score; `instructions: str`, what to do here and how an action is written, in a few sentences
     for a reader who knows nothing of the environment; `action_forms: Mapping[str, str]`, forms that stand for
-    many actions where a prompt lists them, by prefix, as in {"search[": "search[your words]"}.
+    many actions where a prompt lists them, by prefix, as in {"search[": "search[your words]"};
+    `action_tools: Sequence[Mapping[str, Any]]`, the actions as functions for policies that call tools
+    (`policy.reply=tool_call`): each has a `name`, a `description`, a JSON schema of its `parameters`, and the
+    `action` that a call stands for, with every parameter once in braces, as in "search[{query}]". Text is
+    inserted as it is, everything else as JSON. Types and `enum` are checked, and the environment judges the
+    rest. Every admissible action, and every one of the expert, must be a call. Without tools, a policy calls
+    `act(command)`.
 
     Attributes:
         splits: The names of the task sets.
@@ -118,7 +124,7 @@ class ContractReport:
         determinism: The declared determinism.
         proven: The observed determinism; None if it is weaker than any that may be declared.
         thread_safe: Whether the environment declares to be thread-safe.
-        declares: The optional capabilities: snapshot, expert, data, instructions.
+        declares: The optional capabilities: snapshot, expert, data, instructions, action_tools.
         splits: The number of tasks of each split.
         measured: Timing and sizes, in words.
         checks: The results in the order of the checks.
@@ -266,3 +272,5 @@ def _declared(known: Any) -> Iterator[str]:
         yield f"data: {known.data}"
     if getattr(known, "instructions", ""):
         yield "instructions"
+    if getattr(known, "action_tools", ()):
+        yield "action_tools"

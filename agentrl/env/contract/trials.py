@@ -1,7 +1,7 @@
 """Checks of the environment contract that push an environment to its limits; see `checks`."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from random import Random
@@ -29,8 +29,9 @@ from agentrl.env.contract.probe import (
     started_since,
     step_limit,
 )
+from agentrl.env.tools import call_of, read_tools
 from agentrl.errors import AgentRLError
-from agentrl.values import describe_value
+from agentrl.values import ValueFaultError, describe_value
 
 ODD_ACTIONS = (
     *("", " ", "\n", "\t\x00\x7f", "ä ß 漢字 🎲 \u202e", "<task><obs><act><end>", "{}%s\\"),
@@ -111,10 +112,12 @@ def odd_actions(probe: Probe) -> str:
 
 
 def admissible_actions(probe: Probe) -> str:
-    """Check that actions listed as admissible are valid."""
+    """Check that actions listed as admissible are valid, and calls of the declared tools."""
     tried, reports_valid = 0, False
     env, draw = probe.twins()[0], Random(probe.seed)
     for walk in probe.walks():
+        for turn, answer in enumerate(walk.answers):
+            raise_fault(_call_fault(env, admissible(answer[-1])), walk, turn)
         first = admissible(walk.answers[0][-1])
         some = draw.sample(first, min(SINGLES, len(first)))
         singles = [probe.walk(env, walk.task, scripted((action,)), 1) for action in some]
@@ -130,6 +133,16 @@ def admissible_actions(probe: Probe) -> str:
     if not tried:
         raise SkipError("info contains no actions")
     return f"{tried} tried, " + ("all valid" if reports_valid else "none raised; there is no info['valid']")
+
+
+def _call_fault(env: Gym, actions: Sequence[str]) -> str | None:
+    """Return which of some actions no declared tool has a call for, or None."""
+    try:
+        tools = read_tools(getattr(env.unwrapped, "action_tools", ()))
+    except ValueFaultError:  # the check of the interface names it
+        return None
+    lacking = next((action for action in actions if tools and call_of(tools, action) is None), None)
+    return None if lacking is None else f"{lacking!r} is no call of a tool in action_tools"
 
 
 def global_randomness(probe: Probe) -> str:
@@ -180,7 +193,7 @@ def snapshots(probe: Probe) -> str:
 
 
 def expert(probe: Probe) -> str:
-    """Check that the expert solves at least half of the tasks with admissible actions."""
+    """Check that the expert solves at least half of the tasks with admissible actions and declared tools."""
     walks = probe.expert_walks()
     if walks is None:
         raise SkipError("not declared")
@@ -189,6 +202,7 @@ def expert(probe: Probe) -> str:
             offered = admissible(walk.answers[turn][-1])
             if offered and action not in offered:
                 raise_fault(f"the expert's {action!r} is not in info['actions']", walk, turn)
+            raise_fault(_call_fault(probe.twins()[0], [action]), walk, turn)
     steps = sorted(len(walk.actions) for walk in walks if walk.solved)
     if 2 * len(steps) < len(walks):
         raise FaultError(f"the expert solved {len(steps)} of {len(walks)} tasks, wanted at least half")
