@@ -189,6 +189,7 @@ class ChatDialogue:
         self._control = special_ids(tokenizer) - {*self._tags.values()} | around
         self._decode = decoder(tokenizer, self._control)
         self._end_of_turn = self._find_end_of_turn(markup)
+        self._after_end = self._without_end_of_turn(self._between)
         ends = [self._end_of_turn, tokenizer.eos_token_id, *sorted(stop_ids)]
         self.stop_ids: frozenset[int] = frozenset(id for id in ends if id is not None)
         if not self.stop_ids:
@@ -225,9 +226,12 @@ class ChatDialogue:
         if self._calls is not None:
             between = self._markup(self._calls.between(self.parse(reply).text))
         # A complete reply has sampled its end of turn; one that was cut off or ended otherwise lacks it.
-        if self._end_of_turn is None or reply[-1:] != (self._end_of_turn,):
-            return between
-        return between[between.index(self._end_of_turn) + 1 :]
+        ended = self._end_of_turn is not None and reply[-1:] == (self._end_of_turn,)
+        return self._without_end_of_turn(between) if ended else between
+
+    def _without_end_of_turn(self, between: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the ids after the end of turn in those between a reply and the next observation."""
+        return between if self._end_of_turn is None else between[between.index(self._end_of_turn) + 1 :]
 
     def for_episode(self, briefing: Briefing) -> ChatDialogue:
         """Return the dialogue of an episode, which knows the tools of its environment."""
@@ -266,7 +270,7 @@ class ChatDialogue:
         other._system, other.system_message = slot(SYSTEM_SLOT), text
         check_system_role(other._render)
         other._texts = self._texts | {SYSTEM_SLOT: self._encode(text)}
-        other._rendered_opening = probe_template(other._render, self._instructions).opening
+        other._rendered_opening = self._format.probe(other._render, self._instructions).opening
         other._opening = other._fill_slots(other._rendered_opening, other._texts)
         return other
 
@@ -279,9 +283,9 @@ class ChatDialogue:
         said = text.strip()
         thoughts, end, rest = said.partition(END_THINK)
         silent = self._opens_thinking and not self._format.thinks
-        found = self._format.pattern.fullmatch((rest if end else thoughts).strip() if silent else said)
-        if found is not None and found["command"].strip():
-            ids = self.encode_reply(found["command"].strip())
+        found = self._format.read((rest if end else thoughts).strip() if silent else said, True)
+        if found is not None and found.valid:
+            ids = self.encode_reply(found.text)
             if self.reply_text(ids) in (said, self._begun + said):
                 return ids
         if silent and not end:
