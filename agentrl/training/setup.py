@@ -191,7 +191,7 @@ def open_session(
         wording = policy.dialogue.wording
         other_prompts = ranks.run_on_rank0(lambda: changed_wording(run, wording))
         ranks.run_on_rank0(lambda: note_wording(run, wording))
-        engine = policy.engine(config)
+        engine = policy.engine(config, config.largest_adapters)
         undo.pop_all()
     return Session(
         config=config,
