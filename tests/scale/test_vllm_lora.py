@@ -1,7 +1,6 @@
 """Adapters in vLLM as vLLM's own, against a plain forward of merged weights: `make test-vllm` runs these."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +134,10 @@ def test_vllm_holds_one_adapter_and_gets_the_whole_weights_once(
     files = sorted(path.relative_to(folder) for path in folder.rglob("*"))
     for version in range(12):
         engine.refresh(version, random_adapter(engine.model, version))
-        finish(
-            engine,
-            *(replace(each, sequence=f"{version}-{each.sequence}") for each in several("h", None, 1.0)),
-        )
+        finish(engine, *several(f"h{version}-", None, 1.0))
         assert _held(engine) == [1]
     assert whole == []
     assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == files
-    monkeypatch.undo()
 
 
 def test_vllm_that_was_started_again_has_the_adapter(engine: Any) -> None:
