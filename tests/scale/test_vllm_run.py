@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from safetensors.torch import load_file
 from vllm_cases import needs_vllm
 
 import agentrl
@@ -43,7 +42,6 @@ TWO_STAGES = (
     "warm_start.demonstrations=36",
     "warm_start.learner.lora={rank: 12, alpha: 12.0, targets: [q_proj, up_proj]}",
     "rollout.groups_per_step=2",
-    "algorithm.name=ppo",
 )
 
 
@@ -79,15 +77,16 @@ def test_adapters_are_sent_alone_but_for_the_base_of_a_new_stage(
     from agentrl.scale.vllm_engine import VllmEngine
 
     sent: list[tuple[int, int | None]] = []  # (version, rank of the adapter)
+    learned: list[bool] = []
     refresh = VllmEngine.refresh
 
     def noted(engine: VllmEngine, version: int, adapter: Adapter | None = None) -> None:
         sent.append((version, None if adapter is None else adapter.rank))
+        learned.append(adapter is not None and all(value.any() for value in adapter.weights.values()))
         refresh(engine, version, adapter)
 
     monkeypatch.setattr(VllmEngine, "refresh", noted)
     overrides = (*TINY, *TWO_STAGES, f"run.folder={tmp_path}", "run.name=tiny")
-    run = agentrl.train(agentrl.load_config("configs/quickstart.yaml", *overrides), quiet=True)
+    agentrl.train(agentrl.load_config("configs/quickstart.yaml", *overrides), quiet=True)
     assert sent == [(0, 12), (3, 12), (0, None), (0, 4), (1, 4), (2, 4)]
-    learned = load_file(run.adapter / "adapter_model.safetensors")
-    assert all(value.any() for value in learned.values())
+    assert learned[:4] == [False, True, False, False]
