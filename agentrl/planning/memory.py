@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Muon
@@ -175,6 +176,20 @@ def learned_bytes(config: RunConfig, learner: LearnerConfig) -> int:
     """Return the bytes of what a stage saves of the policy: its adapters, or else all of its weights."""
     model = _with_adapters(learner_skeleton(config.policy), learner)
     return weight_bytes(model, trained=learner.lora is not None)
+
+
+def sent_bytes(config: RunConfig) -> tuple[int, str]:
+    """Return the bytes that vLLM is sent after each training step, and what they are."""
+    model = skeleton(config.policy)
+    weights, number = weight_bytes(model), output_weight(model).element_size()
+    if config.learner.lora is None:
+        return weights, "all weights"
+    if not config.engine.takes_adapters:
+        why = "engine.vllm.lora=merged" if config.engine.vllm.lora == "merged" else "they go by NCCL"
+        return weights, f"all weights, with adapters merged into them: {why}"
+    adapters = _count(_with_adapters(model, config.learner), trained=True) * number
+    once = f"the frozen weights, {decimal(weights)}, go once"
+    return adapters, f"adapters alone; {once}: engine.vllm.lora=adapter"
 
 
 def shared_bytes(config: RunConfig, algorithm: Algorithm, learner: LearnerConfig) -> tuple[int, str]:

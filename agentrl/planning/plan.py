@@ -32,6 +32,7 @@ from agentrl.planning.memory import (
     generation_bytes,
     learned_bytes,
     learner_bytes,
+    sent_bytes,
     shared_bytes,
     weight_bytes,
 )
@@ -368,17 +369,20 @@ def _kept_checkpoints(config: RunConfig) -> tuple[int, str]:
 def _engine_lines(
     config: RunConfig, device: torch.device, topology: Topology, lengths: _Lengths
 ) -> list[Line]:
-    """Return the memory of the engine, without the weights that it shares with the learner's process."""
+    """Return what vLLM is sent, and the engine's memory without weights that it shares with the learner."""
     engine, weights = config.engine, weight_bytes(skeleton(config.policy))
-    if engine.name == "vllm" and engine.vllm.url is not None:
-        return []  # memory of the server, not of this run
     lines: list[Line] = []
+    if engine.name == "vllm":
+        size, how = sent_bytes(config)
+        lines.append(Line("work", "sent to vLLM in a step", size, "bytes", how))
+    if engine.name == "vllm" and engine.vllm.url is not None:
+        return lines  # memory of the server, not of this run
     here, copies = _device_section(device, topology)
     if engine.actors is not None:
         actors, program = topology.engine_actors, _program_bytes()
         here, copies = ("GPU memory of an engine", 1) if engine.actor_gpus else ("memory", actors)
         sent = "weights on their way, two versions of every process"
-        lines = [
+        lines += [
             Line("memory", "engine actors", program * actors, "bytes", f"{actors} like this program"),
             Line("memory", "Ray's objects", 2 * weights * topology.ranks, "bytes", sent),
         ]

@@ -31,6 +31,7 @@ from agentrl.run.policies import check_fitted
 from agentrl.run.settings import RunConfig, rank_mistakes
 from agentrl.scale.engines import check_actors, check_engine, check_server, check_weights_folder
 from agentrl.scale.extras import check_ray, ray_is_initialized
+from agentrl.scale.vllm_lora import check_rank
 
 _RENDEZVOUS = 29500  # torchrun's default port
 
@@ -86,6 +87,8 @@ def problems(config: RunConfig, topology: Topology, *, new_folder: bool = True) 
     with collect_error(found):
         check_engine(config.engine, ranks=topology.ranks)
         check_server(config.engine)  # needs the packages that `check_engine` looks for
+    with collect_error(found):
+        check_rank(config.engine, config.largest_adapters)
     with collect_error(found):
         check_weights_folder(config.engine)
     with collect_error(found):

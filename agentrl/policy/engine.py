@@ -1,10 +1,13 @@
 """The engine interface: token ids in, sampled token ids with their logprobs and entropies out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from agentrl.policy.thinking import Thinking
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ValueT = TypeVar("ValueT")
 
@@ -79,6 +82,21 @@ class Generation:
     lost: bool = False  # the error is of the engine, not of the request, which may be submitted again
 
 
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Low-rank matrices to add to the weights of linear layers: W + (alpha / rank) B A.
+
+    Args:
+        weights: A and B of each layer, by their names in peft's files.
+        rank: The number of rows of every A.
+        alpha: The scale.
+    """
+
+    weights: "Mapping[str, Tensor]"
+    rank: int
+    alpha: float
+
+
 def token_values(changes: Sequence[tuple[int, ValueT]], length: int) -> tuple[ValueT, tuple[ValueT, ...]]:
     """Return the value at a reply's first token and, if others differ, at every token.
 
@@ -117,8 +135,14 @@ class Engine(Protocol):
         """Forget a sequence and its request in flight; unknown names are fine."""
         ...
 
-    def refresh(self, version: int) -> None:
-        """Switch to the model's current weights, of this version; replies in flight continue with them."""
+    def refresh(self, version: int, adapter: Adapter | None = None) -> None:
+        """Switch to new weights, of this version; replies in flight continue with them.
+
+        Args:
+            version: The version of the new weights.
+            adapter: What to add to the weights that the engine took from its model last, for engines of a
+                configuration that `takes_adapters`. None takes the model's current weights.
+        """
         ...
 
     def close(self) -> None:

@@ -136,6 +136,9 @@ class VllmConfig:
         tensor_parallel_size: The number of GPUs that share the weights of one copy.
         cpu_cache_gib: The size of the cache on a machine without a GPU, in GiB.
         eager: Whether to start fast and generate without compiled graphs; None does so on a CPU only.
+        lora: How vLLM gets what `learner.lora` trains: `adapter` sends the frozen weights once and then only
+            adapters, at a rank of 512 at most; `merged` sends all weights, with adapters merged into them, as
+            a server without a `weights_folder` gets them in any case.
         max_restarts: The number of times that vLLM is restarted after a failure.
     """
 
@@ -146,6 +149,7 @@ class VllmConfig:
     tensor_parallel_size: Annotated[int, Interval(ge=1, le=1024)] = 1
     cpu_cache_gib: Annotated[float, Interval(gt=0, le=65536)] = 1.0
     eager: bool | None = None
+    lora: Literal["adapter", "merged"] = "adapter"
     max_restarts: OptionalCount = 2
 
     def __post_init__(self) -> None:
@@ -184,6 +188,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_own_numbers(self, "engine")
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Return whether adapters are sent to this engine as such; else they are merged into the weights."""
+        by_nccl = self.vllm.url is not None and self.vllm.weights_folder is None
+        return self.name == "vllm" and self.vllm.lora == "adapter" and not by_nccl
 
     @property
     def provides(self) -> frozenset[str]:

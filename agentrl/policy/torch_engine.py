@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from agentrl.policy.attention import KVCache, cached_layout
-from agentrl.policy.engine import Generation, GenerationRequest, token_values
+from agentrl.policy.engine import Adapter, Generation, GenerationRequest, token_values
 from agentrl.policy.model import context_length, output_weight, packed_forward
 from agentrl.policy.requests import find_request_error, start_thought
 from agentrl.policy.sampling import Array, Draws, draw
@@ -177,8 +177,14 @@ class TorchEngine:
             self._waiting.remove(gone)
         self._release_slot(gone)
 
-    def refresh(self, version: int) -> None:
-        """Record that the weights have changed; keys and values are recomputed when they are needed next."""
+    def refresh(self, version: int, adapter: Adapter | None = None) -> None:
+        """Record that the weights have changed; keys and values are recomputed when they are needed next.
+
+        Raises:
+            ValueError: If there is an adapter, which the model's own weights must hold instead.
+        """
+        if adapter is not None:
+            raise ValueError("adapter is given, wanted None: this engine generates with its model's weights")
         self._version = version
         for sequence in self._sequences.values():
             sequence.cached = 0

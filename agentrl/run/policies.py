@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from agentrl.data.trajectory import Episode
 from agentrl.errors import ConfigError
 from agentrl.files import replacing_folder
+from agentrl.learn.settings import LoraConfig
 from agentrl.policy.dialogue import Dialogue
 from agentrl.policy.engine import Engine, SamplingParams
 from agentrl.policy.model import (
@@ -66,8 +67,8 @@ class Policy:
     dialogue: Dialogue
     source: ModelSource | None = None
 
-    def engine(self, config: RunConfig) -> Engine:
-        """Open the configured inference engine on the served model."""
+    def engine(self, config: RunConfig, adapters: LoraConfig | None = None) -> Engine:
+        """Open the configured inference engine on the served model; see `open_engine`."""
         return open_engine(
             self.served,
             config.engine,
@@ -75,6 +76,7 @@ class Policy:
             max_context=context_length(self.served, config.policy.max_context),
             max_sequences=2 * config.rollout.max_active,  # including sequences kept for branching
             address=config.rollout.ray.address,
+            adapters=adapters,
         )
 
     def player(

@@ -29,7 +29,7 @@ from agentrl.config import (
 )
 from agentrl.env.settings import EnvConfig
 from agentrl.errors import ConfigError
-from agentrl.learn.settings import LearnerConfig
+from agentrl.learn.settings import LearnerConfig, LoraConfig
 from agentrl.plugins import load_imports
 from agentrl.policy.settings import EngineConfig, PolicyConfig
 from agentrl.rollout.settings import RolloutConfig
@@ -263,6 +263,16 @@ class RunConfig:
                 "engine.name=vllm: in this process, it would destroy the process group of "
                 "learner.backend=fsdp; wanted engine.actors, or engine.vllm.url of a server"
             )
+
+    @property
+    def largest_adapters(self) -> LoraConfig | None:
+        """Return the largest rank and all targets of the adapters that are trained; None if none are."""
+        stages = [self.learner, *([self.warm_start.learner] if self.warm_start.steps else [])]
+        trained = [stage.lora for stage in stages if stage.lora is not None]
+        if not trained:
+            return None
+        targets = dict.fromkeys(name for lora in trained for name in lora.targets)
+        return LoraConfig(rank=max(lora.rank for lora in trained), targets=tuple(targets))
 
     def check_temperature(self, name: str, temperature: float) -> None:
         """Refuse a temperature of training that the engine cannot sample at.

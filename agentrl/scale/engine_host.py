@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from agentrl.policy.engine import Generation
+from agentrl.learn.settings import LoraConfig
+from agentrl.policy.engine import Adapter, Generation
 from agentrl.policy.settings import EngineConfig
 from agentrl.scale.local_engine import open_local_engine
 from agentrl.scale.messages import Generations, Requests, pack_generations, replies_to_await, unpack_requests
@@ -34,6 +35,7 @@ class EngineSpec:
         max_context: The largest number of tokens in a sequence.
         max_sequences: The largest number of sequences on this actor.
         path: The driver's `sys.path`.
+        adapters: The largest adapters that the engine gets as such.
     """
 
     model: bytes
@@ -42,6 +44,7 @@ class EngineSpec:
     max_context: int
     max_sequences: int
     path: Sequence[str]
+    adapters: LoraConfig | None = None
 
 
 class EngineHost:
@@ -51,9 +54,12 @@ class EngineHost:
         spec: The engine to create.
         weights: The weights of the model.
         version: The version of the weights.
+        adapter: The adapter to add to the weights in the engine.
     """
 
-    def __init__(self, spec: EngineSpec, weights: Weights, version: int) -> None:
+    def __init__(
+        self, spec: EngineSpec, weights: Weights, version: int, adapter: Adapter | None = None
+    ) -> None:
         sys.path.extend(folder for folder in spec.path if folder not in sys.path)
         on_gpu = spec.config.actor_gpus > 0 and spec.config.name == "torch"
         device = torch.device("cuda" if on_gpu else "cpu")  # vLLM places its own copy
@@ -64,8 +70,9 @@ class EngineHost:
             stop_ids=spec.stop_ids,
             max_context=spec.max_context,
             max_sequences=spec.max_sequences,
+            adapters=spec.adapters,
         )
-        self._engine.refresh(version)
+        self._engine.refresh(version, adapter)
         self._numbers: dict[str, int] = {}  # by sequence: the number of its request in flight
 
     def max_context(self) -> int:
@@ -103,10 +110,11 @@ class EngineHost:
                 break
         return pack_generations(done)
 
-    def refresh(self, weights: Weights, version: int) -> None:
-        """Load new weights into the model and the engine."""
-        load_weights(self._tensors, weights)
-        self._engine.refresh(version)
+    def refresh(self, weights: Weights | None, version: int, adapter: Adapter | None = None) -> None:
+        """Load new weights into the model and the engine, or an adapter into the engine."""
+        if weights is not None:
+            load_weights(self._tensors, weights)
+        self._engine.refresh(version, adapter)
 
     def close(self) -> None:
         """Close the engine."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from agentrl.errors import ConfigError
+from agentrl.learn.settings import LoraConfig
 from agentrl.policy.engine import Engine
 from agentrl.policy.settings import EngineConfig
 from agentrl.scale.extras import check_ray
@@ -20,6 +21,7 @@ def open_engine(
     max_context: int,
     max_sequences: int,
     address: str | None = None,
+    adapters: LoraConfig | None = None,
 ) -> Engine:
     """Create an engine for a model; the caller closes it.
 
@@ -30,6 +32,7 @@ def open_engine(
         max_context: The largest number of tokens in a sequence.
         max_sequences: The largest number of sequences that are in flight or wait between two turns.
         address: The address of the cluster that runs `engine.actors`; see `RayConfig`.
+        adapters: The largest adapters that `refresh` gets, if the engine takes any as such.
 
     Raises:
         ConfigError, MissingDependencyError: See `check_engine`; also if the engine does not start.
@@ -46,9 +49,15 @@ def open_engine(
             max_context=max_context,
             max_sequences=max_sequences,
             address=address,
+            adapters=adapters,
         )
     return open_local_engine(
-        model, config, stop_ids=stop_ids, max_context=max_context, max_sequences=max_sequences
+        model,
+        config,
+        stop_ids=stop_ids,
+        max_context=max_context,
+        max_sequences=max_sequences,
+        adapters=adapters,
     )
 
 

@@ -7,9 +7,11 @@ import torch
 from transformers import PreTrainedModel
 
 from agentrl.errors import ConfigError, MissingDependencyError
+from agentrl.learn.settings import LoraConfig
 from agentrl.policy.engine import Engine
 from agentrl.policy.settings import EngineConfig
 from agentrl.policy.torch_engine import TorchEngine
+from agentrl.scale.vllm_lora import check_rank
 
 
 def open_local_engine(
@@ -19,6 +21,7 @@ def open_local_engine(
     stop_ids: Iterable[int],
     max_context: int,
     max_sequences: int,
+    adapters: LoraConfig | None = None,
 ) -> Engine:
     """Create the engine that `config` names, without actors; the caller closes it.
 
@@ -28,11 +31,14 @@ def open_local_engine(
         stop_ids: The ids that end a free reply; every choice ends in one of them.
         max_context: The largest number of tokens in a sequence.
         max_sequences: The largest number of sequences that are in flight or wait between two turns.
+        adapters: The largest adapters that `refresh` gets, if the engine takes any as such.
 
     Raises:
         ConfigError, MissingDependencyError: See `check_local_engine`; also if the engine does not start.
     """
     check_local_engine(config)
+    check_rank(config, adapters)
+    adapters = adapters if config.takes_adapters else None
     if config.name != "vllm":
         return TorchEngine(model, stop_ids=stop_ids, max_context=max_context, max_sequences=max_sequences)
     # Imported here, since only these need the extra `vllm`.
@@ -45,6 +51,7 @@ def open_local_engine(
             stop_ids=stop_ids,
             max_context=max_context,
             max_sequences=max_sequences,
+            adapters=adapters,
         )
     from agentrl.scale.vllm_engine import VllmEngine
 
@@ -54,6 +61,7 @@ def open_local_engine(
         stop_ids=stop_ids,
         max_context=max_context,
         max_sequences=max_sequences,
+        adapters=adapters,
     )
 
 

@@ -17,7 +17,8 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from transformers import PreTrainedModel
 
 from agentrl.errors import AgentRLError, ConfigError
-from agentrl.policy.engine import Generation, GenerationRequest
+from agentrl.learn.settings import LoraConfig
+from agentrl.policy.engine import Adapter, Generation, GenerationRequest
 from agentrl.policy.settings import EngineConfig
 from agentrl.scale.cluster import (
     check_capacity,
@@ -48,6 +49,7 @@ class RayEngines:
         max_context: The largest number of tokens in a sequence.
         max_sequences: The largest number of sequences on all actors together.
         address: The address of the cluster; see `RayConfig`.
+        adapters: The largest adapters that `refresh` gets, if the actors take any as such.
 
     Attributes:
         messages: The number of messages with requests sent to actors.
@@ -66,6 +68,7 @@ class RayEngines:
         max_context: int,
         max_sequences: int,
         address: str | None = None,
+        adapters: LoraConfig | None = None,
     ) -> None:
         count = config.actors or 1
         self.provides, self.messages, self.restarts = config.provides, 0, 0
@@ -80,8 +83,11 @@ class RayEngines:
         try:
             check_capacity("engine.actors", count, cpus=config.actor_cpus, gpus=config.actor_gpus)
             share = -(-max_sequences // count)  # rounded up
-            spec = EngineSpec(strip_weights(model), config, tuple(stop_ids), max_context, share, sys.path)
+            spec = EngineSpec(
+                strip_weights(model), config, tuple(stop_ids), max_context, share, sys.path, adapters
+            )
             self._spec, self._weights = ray.put(spec), ray.put(export_weights(model))
+            self._adapter: Any = None  # a reference to the one that the actors were sent last
             for _ in range(count):
                 self._start()
             self.max_context = min(self._wait_until_started())
@@ -141,12 +147,13 @@ class RayEngines:
             host.outbox.pop(sequence, None)
             host.released.append(sequence)
 
-    def refresh(self, version: int) -> None:
-        """Send the model's current weights to every actor, and wait until all have loaded them."""
-        self._version, self._weights = version, ray.put(export_weights(self._model))
-        calls = {
-            host.actor.refresh.remote(self._weights, version): host for host in self._hosts if host.started
-        }
+    def refresh(self, version: int, adapter: Adapter | None = None) -> None:
+        """Send the model's current weights or an adapter to every actor; wait until all have loaded it."""
+        self._version, self._adapter = version, None if adapter is None else ray.put(adapter)
+        if adapter is None:
+            self._weights = ray.put(export_weights(self._model))
+        sent = (self._weights if adapter is None else None, version, self._adapter)
+        calls = {host.actor.refresh.remote(*sent): host for host in self._hosts if host.started}
         late = ray.wait(list(calls), num_returns=len(calls), timeout=_RESPONSE_TIMEOUT)[1] if calls else []
         for call, host in calls.items():
             if call in late:
@@ -160,7 +167,7 @@ class RayEngines:
         # these before it sees the next requests.
         for host in self._hosts:
             if not host.started:
-                host.actor.refresh.remote(self._weights, version)
+                host.actor.refresh.remote(*sent)
 
     def close(self) -> None:
         """Close the engines, end the actors and leave the cluster."""
@@ -197,7 +204,7 @@ class RayEngines:
 
     def _start(self) -> None:
         actor = _Actor.options(num_cpus=self._config.actor_cpus, num_gpus=self._config.actor_gpus).remote(
-            self._spec, self._weights, self._version
+            self._spec, self._weights, self._version, self._adapter
         )
         self._hosts.append(_Host(actor))
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from agentrl.scale.vllm_decisions import Decisions, Row, row
+from agentrl.scale.vllm_lora import NAME
 from agentrl.scale.vllm_weights import shape_of
 
 
@@ -56,6 +59,10 @@ class PolicyWorker:
 
     model_runner: Any
     model_config: Any
+    lora_config: Any
+    list_loras: Any
+    add_lora: Any
+    adapter_number: int  # by which vLLM knows our adapter
 
     def take_entropies(self, keys: list[str]) -> dict[str, list[tuple[int, float]]]:
         """Return and forget the entropies of some keys; empty on workers that do not sample."""
@@ -74,14 +81,23 @@ class PolicyWorker:
             if hasattr(module, "cpu_linear") and module.weight.numel():
                 module.quant_method.process_weights_after_loading(module)
 
+    def replace_adapter(self, folder: str) -> None:
+        """Load an adapter in place of the only one that vLLM holds, or held until weights were reloaded."""
+        if held := self.list_loras():
+            (self.adapter_number,) = held
+        self.add_lora(LoRARequest(NAME, self.adapter_number, folder, load_inplace=True))
+
     def describe_policy(self) -> dict[str, Any]:
-        """Return the served model's shape, dtype and context limit, and how logprobs are computed."""
+        """Return the served model's shape, dtype and limits, and how logprobs are computed."""
         return {
             "shape": dict(shape_of(self.model_config.hf_text_config)),
             "dtype": str(self.model_config.dtype).removeprefix("torch."),
             "logprobs_mode": self.model_config.logprobs_mode,
             "max_context": self.model_config.max_model_len,
             "masks": bool(self._processors()),
+            "lora_rank": self.lora_config.max_lora_rank if self.lora_config else 0,
+            "lora_slots": self.lora_config.max_cpu_loras if self.lora_config else 0,
+            "lora_updates": envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING,
         }
 
     def _processors(self) -> list[TokenTrieProcessor]:

@@ -18,9 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from agentrl.errors import AgentRLError, ConfigError
-from agentrl.policy.engine import Generation, GenerationRequest
+from agentrl.learn.lora import blank_adapter
+from agentrl.learn.settings import LoraConfig
+from agentrl.policy.engine import Adapter, Generation, GenerationRequest
 from agentrl.policy.model import context_length, output_weight
 from agentrl.policy.settings import VllmConfig
+from agentrl.scale.vllm_lora import NAME, RANKS, room, write_adapter
 from agentrl.scale.vllm_replies import PendingReply, Sequences, sampling_arguments
 from agentrl.scale.vllm_weights import named_weights, write_architecture
 
@@ -36,6 +39,7 @@ for _name, _value in {
 
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
@@ -53,6 +57,9 @@ class VllmEngine:
     weights. The same seed and weights give the same reply again, but not the reply of `TorchEngine`, whose
     random generator differs.
 
+    Where adapters are sent as such, vLLM holds one under one number, which each new one replaces in place: a
+    blank one until `refresh` gets the first.
+
     When vLLM fails, requests in flight come back as lost and vLLM is restarted.
 
     Args:
@@ -61,6 +68,7 @@ class VllmEngine:
         stop_ids: The ids that end a free reply; every choice ends in one of them.
         max_context: The largest number of tokens in a sequence; None takes the model's own limit.
         max_sequences: The largest number of replies in flight; further requests wait.
+        adapters: The largest adapters that `refresh` gets; None for none.
 
     Attributes:
         restarts: The number of times that vLLM was restarted.
@@ -80,6 +88,7 @@ class VllmEngine:
         stop_ids: Iterable[int],
         max_context: int | None = None,
         max_sequences: int = 256,
+        adapters: LoraConfig | None = None,
     ) -> None:
         if dist.is_initialized():
             # vLLM creates its own groups, and destroys every group of the process when it closes.
@@ -101,6 +110,8 @@ class VllmEngine:
         self._version = 0
         self._folder = TemporaryDirectory(prefix="agentrl-vllm-")
         write_architecture(model, Path(self._folder.name))
+        self._adapters = adapters
+        self._adapter = self._blank = None if adapters is None else blank_adapter(model, adapters)
         self._llm: Any = None
         try:
             with _preserve_generators():
@@ -108,8 +119,9 @@ class VllmEngine:
                 self._check_generation()
         except Exception as error:
             self.close()
+            remedy = "" if adapters is None else " (without adapters: engine.vllm.lora=merged)"
             raise ConfigError(
-                f"engine.name=vllm: vLLM does not start with {type(model).__name__} and {config}: "
+                f"engine.name=vllm: vLLM does not start with {type(model).__name__} and {config}{remedy}: "
                 f"{type(error).__name__}: {error}"
             ) from error
 
@@ -145,15 +157,17 @@ class VllmEngine:
             self._llm.abort_request([reply.key])
             self._abandoned_keys.append(reply.key)
 
-    def refresh(self, version: int) -> None:
-        """Copy the model's current weights into vLLM, which then recomputes its cache as needed.
+    def refresh(self, version: int, adapter: Adapter | None = None) -> None:
+        """Copy the model's current weights or an adapter into vLLM, which recomputes its cache as needed.
 
         Raises:
             AgentRLError: If vLLM failed and no restarts are left.
         """
-        self._version = version
+        self._version, self._adapter = version, adapter or self._blank
         try:
-            self._copy_weights()
+            if adapter is None:
+                self._copy_weights()
+            self._load_adapter()
             self._llm.reset_prefix_cache(reset_running_requests=True)
         except Exception as error:
             self._fail(error)
@@ -164,7 +178,7 @@ class VllmEngine:
         self._folder.cleanup()
 
     def _start(self) -> None:
-        cpu, config = current_platform.is_cpu(), self._config
+        cpu, config, adapters = current_platform.is_cpu(), self._config, self._adapters
         self._llm = LLMEngine.from_engine_args(
             EngineArgs(
                 model=self._folder.name,
@@ -187,14 +201,18 @@ class VllmEngine:
                 worker_extension_cls="agentrl.scale.vllm_choices.PolicyWorker",
                 async_scheduling=False,
                 disable_log_stats=True,
+                enable_lora=adapters is not None,
+                max_lora_rank=RANKS[0] if adapters is None else room(adapters),
+                lora_target_modules=None if adapters is None else list(adapters.targets),
             )
         )
         self._copy_weights()
+        self._load_adapter()
 
     def _check_generation(self) -> None:
         """Generate one token, so that a model that vLLM cannot run fails at the start."""
         params = SamplingParams(max_tokens=1, detokenize=False)
-        self._llm.add_request("try-out", {"prompt_token_ids": [0]}, params)
+        self._llm.add_request("try-out", {"prompt_token_ids": [0]}, params, lora_request=self._lora())
         while self._llm.has_unfinished_requests():
             self._llm.step()
 
@@ -207,11 +225,25 @@ class VllmEngine:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self._llm.collective_rpc("renew_head")
 
+    def _load_adapter(self) -> None:
+        if self._adapter is not None:
+            write_adapter(self._adapter, self._adapter_folder)
+            self._llm.add_lora(self._lora(load_inplace=True))
+
+    def _lora(self, **more: Any) -> LoRARequest | None:
+        """Return what a request says of its adapter; loading in place is for one that changed."""
+        return None if self._adapter is None else LoRARequest(NAME, 1, str(self._adapter_folder), **more)
+
+    @property
+    def _adapter_folder(self) -> Path:
+        return Path(self._folder.name) / "adapter"
+
     def _add(self, reply: PendingReply) -> None:
         try:
             params = SamplingParams(**sampling_arguments(reply), output_kind=RequestOutputKind.DELTA)
             params.skip_clone = True  # a menu is large, and these are not shared
-            self._llm.add_request(reply.key, {"prompt_token_ids": reply.prompt}, params)
+            prompt = {"prompt_token_ids": reply.prompt}
+            self._llm.add_request(reply.key, prompt, params, lora_request=self._lora())
         except Exception as error:
             self._end(reply, f"vLLM refused the request: {type(error).__name__}: {error}")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,9 +16,12 @@ import torch
 from transformers import PreTrainedModel
 
 from agentrl.errors import AgentRLError, ConfigError
-from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
+from agentrl.learn.lora import blank_adapter
+from agentrl.learn.settings import LoraConfig
+from agentrl.policy.engine import Adapter, Generation, GenerationRequest, SamplingParams
 from agentrl.policy.model import context_length, hidden_states, output_weight
 from agentrl.policy.settings import VllmConfig
+from agentrl.scale.vllm_lora import NAME, room, write_adapter
 from agentrl.scale.vllm_replies import PendingReply, Sequences, sampling_arguments
 from agentrl.scale.vllm_weights import shape_of, write_weights
 
@@ -28,6 +32,7 @@ SERVE = (
     "--worker-extension-cls agentrl.scale.vllm_choices.PolicyWorker "
     "(on a CPU also --no-enable-chunked-prefill --max-num-batched-tokens N, of at least max_model_len)"
 )
+SERVE_ADAPTERS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora --max-lora-rank"
 _CONNECT_TIMEOUT = 10.0  # seconds
 _WAIT = 0.05  # seconds that a step waits for a reply, so that environments are served in between
 _PROBE_TOKENS = 16
@@ -60,7 +65,9 @@ class VllmServerEngine:
     The user starts the server with the command `SERVE`, in an environment that has agentrl: its workers then
     mask logits with the same token trie and compute exact entropies as those of `VllmEngine` do. `refresh`
     pauses the server, sends the weights and lets replies in flight continue with them; the version of every
-    token is known. A reply that fails comes back as lost; the server is never restarted from here.
+    token is known. Where adapters are sent as such, the server holds one, `NAME`, which each new one replaces
+    in place: a blank one until `refresh` gets the first. A reply that fails comes back as lost; the server is
+    never restarted from here.
 
     Args:
         model: The model whose weights are sent; the server must serve a model of the same shape.
@@ -68,6 +75,7 @@ class VllmServerEngine:
         stop_ids: The ids that end a free reply; every choice ends in one of them.
         max_context: The largest number of tokens in a sequence; None takes the model's own limit.
         max_sequences: The largest number of replies in flight; further requests wait.
+        adapters: The largest adapters that `refresh` gets; None for none.
 
     Raises:
         ConfigError: If nothing answers at the url, or the server lacks the options of `SERVE`, serves another
@@ -84,6 +92,7 @@ class VllmServerEngine:
         stop_ids: Iterable[int],
         max_context: int | None = None,
         max_sequences: int = 256,
+        adapters: LoraConfig | None = None,
     ) -> None:
         if config.url is None:
             raise ValueError("config.url is None, wanted the address of a server")
@@ -104,6 +113,8 @@ class VllmServerEngine:
         self._finished: list[Generation] = []
         self._version = 0
         self._sender: Any = None
+        self._adapters = adapters
+        self._blank = None if adapters is None else blank_adapter(model, adapters)
         try:
             self._check_server()
             self.refresh(0)
@@ -142,20 +153,20 @@ class VllmServerEngine:
                 if not future.cancel():
                     self._threads.submit(self._abort, [running.key])
 
-    def refresh(self, version: int) -> None:
-        """Send the model's current weights to the server, which then recomputes its cache as needed.
+    def refresh(self, version: int, adapter: Adapter | None = None) -> None:
+        """Send the model's current weights or an adapter to the server, which recomputes its cache as needed.
 
         Raises:
-            ConfigError: If the server cannot read the folder of the weights.
+            ConfigError: If the server cannot read the folder of the weights, or takes no adapter.
             AgentRLError: If it no longer answers, or fails.
         """
         self._version = version
         self._call("POST", "/pause", params={"mode": "keep"})
         try:
-            if self._config.weights_folder is None:
-                self._send_weights()
-            else:
-                self._write_weights_to_folder(Path(self._config.weights_folder))
+            if adapter is None:
+                self._replace_weights()
+            if (present := adapter or self._blank) is not None:
+                self._replace_adapter(present)
             self._call("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"})
             self._call("POST", "/update_weight_version", {"new_version": str(version)})
         finally:
@@ -180,6 +191,8 @@ class VllmServerEngine:
             "token_ids": reply.prompt,
             "sampling_params": sampling_arguments(reply),
         }
+        if self._adapters is not None:
+            body["model"] = NAME
         answer: Mapping[str, Any] = self._call("POST", "/inference/v1/generate", body)["choices"][0]
         return answer
 
@@ -231,23 +244,48 @@ class VllmServerEngine:
 
     # Weights
 
-    def _write_weights_to_folder(self, folder: Path) -> None:
-        place = folder.absolute() / f"agentrl-weights-{uuid4().hex[:12]}"
+    def _replace_weights(self) -> None:
+        if self._config.weights_folder is None:
+            self._send_weights()
+            return
+        with self._written("weights", partial(write_weights, self.model)) as place:
+            self._rpc("reload_weights", weights_path=place)
+            self._rpc("renew_head")
+
+    def _replace_adapter(self, adapter: Adapter) -> None:
+        with self._written("adapter", partial(write_adapter, adapter)) as place:
+            # The server knows an adapter by name from its first load. It would load one that is replaced by
+            # the same call again at every step, so the workers replace it by themselves.
+            if not self._knows_adapter():
+                try:
+                    self._call("POST", "/v1/load_lora_adapter", {"lora_name": NAME, "lora_path": place})
+                except AgentRLError:
+                    if not self._knows_adapter():  # else another rank was faster
+                        raise
+            self._rpc("replace_adapter", folder=place)
+
+    def _knows_adapter(self) -> bool:
+        return NAME in {model["id"] for model in self._call("GET", "/v1/models")["data"]}
+
+    @contextmanager
+    def _written(self, what: str, write: Callable[[Path], None]) -> Iterator[str]:
+        """Write files into a folder that exists within the block, in which the server reads them."""
+        folder = Path(self._config.weights_folder or "").absolute()
+        place = folder / f"agentrl-{what}-{uuid4().hex[:12]}"
         try:
             try:
-                write_weights(self.model, place)
+                write(place)
             except OSError as error:
                 raise ConfigError(
                     f"engine.vllm.weights_folder: {place} cannot be written: {error}"
                 ) from error
             try:
-                self._rpc("reload_weights", weights_path=str(place))
+                yield str(place)
             except AgentRLError as error:
                 raise ConfigError(
-                    f"engine.vllm.weights_folder: the server at {self._url} cannot load the weights in "
+                    f"engine.vllm.weights_folder: the server at {self._url} cannot load the {what} in "
                     f"{place}, which it must see under this path: {error}"
                 ) from error
-            self._rpc("renew_head")
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
@@ -308,6 +346,12 @@ class VllmServerEngine:
                 f"engine.vllm.url: the server at {self._url} lacks options that agentrl needs; start it "
                 f"with: {SERVE}"
             )
+        if self._adapters is not None and not _takes(served, self._adapters):
+            raise ConfigError(
+                f"engine.vllm.lora: the server at {self._url} does not take one adapter of rank "
+                f"{self._adapters.rank}; start it with {SERVE_ADAPTERS} {room(self._adapters)} as well, or "
+                "set engine.vllm.lora=merged"
+            )
 
     def _check_logprobs(self) -> None:
         """Sample a few tokens on the server, and compare its logprobs with the model's."""
@@ -361,4 +405,9 @@ class VllmServerEngine:
                 f"the vLLM server at {self._url} answers {path} with {answer.status_code}: "
                 f"{answer.text[:500]}"
             )
-        return answer.json() if answer.content else None
+        is_json = answer.headers.get("content-type", "").startswith("application/json")
+        return answer.json() if is_json and answer.content else None
+
+
+def _takes(served: Mapping[str, Any], adapters: LoraConfig) -> bool:
+    return bool(served["lora_rank"] >= adapters.rank and served["lora_slots"] == 1 and served["lora_updates"])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from agentrl.algorithms.hooks import Context
-from agentrl.policy.engine import Engine, Generation, GenerationRequest
+from agentrl.policy.engine import Adapter, Engine, Generation, GenerationRequest
 from agentrl.run.timers import Timers
 from agentrl.training.rollouts import RolloutResult, Rollouts
 from agentrl.training.setup import Session
@@ -250,9 +250,9 @@ class SharedEngine:
         with self._in_use:
             self._engine.release(sequence)
 
-    def refresh(self, version: int) -> None:
-        """Take the model's present weights; only within `held`."""
-        self._engine.refresh(version)
+    def refresh(self, version: int, adapter: Adapter | None = None) -> None:
+        """Take new weights; only within `held`."""
+        self._engine.refresh(version, adapter)
 
     def close(self) -> None:
         """Close the engine."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.importance import with_importance_correction
@@ -18,6 +19,7 @@ from agentrl.files import remove_leftovers
 from agentrl.learn.ranks import ALONE, Ranks
 from agentrl.planning.env_probe import play_random
 from agentrl.planning.limits import is_open, resolve_limits
+from agentrl.planning.memory import sent_bytes
 from agentrl.planning.preflight import check_run
 from agentrl.planning.prompt_probe import check_prompts
 from agentrl.policy.engine import Engine
@@ -177,6 +179,9 @@ def open_session(
         if named is not None:
             measure = partial(check_prompts, config, environments, found.tasks[0], named, examples)
             notes.append(ranks.run_on_rank0(measure))
+        if config.engine.name == "vllm" and config.learner.lora is not None:
+            size, what = sent_bytes(config)
+            notes.append(f"sent to vLLM in a step: {decimal(size)}, {what}")
         run = Run(
             ranks.run_on_rank0(
                 lambda: (active or create_run(config, placement=placement, **made_from)).folder
@@ -192,7 +197,7 @@ def open_session(
         wording = policy.dialogue.wording
         other_prompts = ranks.run_on_rank0(lambda: changed_wording(run, wording))
         ranks.run_on_rank0(lambda: note_wording(run, wording))
-        engine = policy.engine(config)
+        engine = policy.engine(config, config.largest_adapters)
         undo.pop_all()
     return Session(
         config=config,

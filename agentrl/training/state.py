@@ -2,12 +2,13 @@
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from agentrl.algorithms.hooks import Context
@@ -67,6 +68,7 @@ class TrainingState:
         self._saved_step = 0  # where a stage begins, there is nothing to save
         self._saved: Saved | None = None  # the newest checkpoint of the stage
         self._base: Base | None = None  # with LoRA, what the adapters of the stage are added to
+        self._engine_has_base = True  # whether the engine took the weights that the learner began with
         self._restored = False  # whether the state is that of the folder, or newer
         self.learner = self.make_learner(session.policy.model)
 
@@ -123,18 +125,31 @@ class TrainingState:
     def refresh_engine(self) -> None:
         """Give the engine the present weights, rounded to the precision that it generates in.
 
+        An engine that takes adapters is given the frozen weights once, and then only the adapters.
+
         Raises:
             NonFiniteError: `policy.dtype` cannot hold them.
         """
-        served = self._session.policy.served
-        self.learner.export(served)
-        if served is not self.learner.policy and (lost := non_finite(served.named_parameters())):
+        session, served = self._session, self._session.policy.served
+        adapted = self.learner.config.lora is not None and session.config.engine.takes_adapters
+        if not (adapted and self._engine_has_base):
+            self.learner.export(served, merged=not adapted)
+            if served is not self.learner.policy:
+                self._check_rounded(served.named_parameters())
+            session.engine.refresh(self.step)
+        if adapted:
+            adapter = self.learner.adapter(served.dtype)
+            self._check_rounded(adapter.weights.items())
+            session.engine.refresh(self.step, adapter)
+        self._engine_has_base = adapted
+
+    def _check_rounded(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        if lost := non_finite(weights):
             dtype = self._session.config.policy.dtype
             raise NonFiniteError(
                 f"policy.dtype={dtype} cannot hold {named_in_short(lost)}: weights that are finite in "
                 f"float32 are beyond {torch.finfo(getattr(torch, dtype)).max:.3g}; set policy.dtype=float32"
             )
-        self._session.engine.refresh(self.step)
 
     def save_when_due(self) -> None:
         """Save a checkpoint if the step is a multiple of `trainer.checkpoint_every`."""
@@ -273,7 +288,7 @@ class TrainingState:
                 self._warn(f"{path.name} holds no state of the algorithm's {name}, which starts anew")
 
     def _replace_learner(self, model: PreTrainedModel) -> None:
-        self._saved, self._saved_step, self._base = None, self.step, None
+        self._saved, self._saved_step, self._base, self._engine_has_base = None, self.step, None, False
         del self.learner  # its states may be as large as memory allows
         self.learner = self.make_learner(model)
 

@@ -28,7 +28,7 @@ from agentrl.planning.env_probe import (
     stored_episode_bytes,
     tokenize_play,
 )
-from agentrl.planning.memory import cache_bytes, checkpoint_bytes, weight_bytes
+from agentrl.planning.memory import cache_bytes, checkpoint_bytes, sent_bytes, weight_bytes
 from agentrl.planning.plan import Plan, plan
 from agentrl.planning.preflight import check_run
 from agentrl.policy.model import skeleton
@@ -407,6 +407,31 @@ def test_a_share_of_the_gpu_that_holds_no_sequence_is_named(
     assert amounts(found, "GPU memory")["vLLM"] == 1_500_000
     (line,) = found.missing
     assert re.match(r"engine\.vllm\.gpu_memory_share is 0\.5, wanted room for 1\.7 MB", line)
+
+
+@pytest.mark.parametrize(
+    ("more", "alone", "how"),
+    [
+        ((), False, "all weights"),
+        (("learner.lora.rank=2",), True, r"adapters alone; .* go once: engine\.vllm\.lora=adapter"),
+        (
+            ("learner.lora.rank=2", "engine.vllm.lora=merged"),
+            False,
+            r"merged into them: engine\.vllm\.lora=m",
+        ),
+        (("learner.lora.rank=2", "engine.vllm.url=http://a:1"), False, "merged into them: they go by NCCL"),
+    ],
+)
+def test_a_plan_says_what_vllm_is_sent(tmp_path: Path, more: tuple[str, ...], alone: bool, how: str) -> None:
+    pytest.importorskip("peft")
+    settings = config(tmp_path, "engine.name=vllm", "policy.dtype=bfloat16", *more)
+    size, said = sent_bytes(settings)
+    assert re.search(how, said), said
+    model = skeleton(settings.policy)
+    widths = [
+        module.weight.shape for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)
+    ]
+    assert size == (2 * 2 * sum(map(sum, widths)) if alone else weight_bytes(model))
 
 
 def test_processes_that_do_not_fit_the_machines_are_refused(tmp_path: Path) -> None:

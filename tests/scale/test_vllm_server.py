@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,17 @@ import pytest
 from transformers import PreTrainedModel
 from vllm_cases import (
     CONTEXT,
+    LORA,
     MENU,
     STOP,
     collected,
     finish,
     furthest,
+    merged,
     needs_vllm,
     plain,
     policy,
+    random_adapter,
     request,
     several,
     thoughtful,
@@ -33,6 +36,8 @@ from vllm_cases import (
 )
 
 from agentrl.errors import AgentRLError, ConfigError
+from agentrl.learn.settings import LoraConfig
+from agentrl.policy.engine import GenerationRequest
 from agentrl.policy.model import save_policy
 from agentrl.policy.settings import EngineConfig, VllmConfig
 from agentrl.policy.torch_engine import TorchEngine
@@ -61,6 +66,7 @@ def _command(folder: Path, port: int) -> list[str]:
         *("--logprobs-mode", "processed_logprobs", "--kv-cache-memory-bytes", "268435456"),
         *("--logits-processors", "agentrl.scale.vllm_choices:TokenTrieProcessor"),
         *("--worker-extension-cls", "agentrl.scale.vllm_choices.PolicyWorker"),
+        *("--enable-lora", "--max-lora-rank", "8"),
     ]
 
 
@@ -73,6 +79,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Server]:
         port = free.getsockname()[1]
     settings = {
         "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
@@ -116,10 +123,19 @@ def _wait_for(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     raise AssertionError(f"the server does not come up:\n{log.read_text()[-3000:]}")
 
 
-def _open(server: _Server, model: PreTrainedModel, *, context: int = SERVED, folder: str = "") -> Any:
+def _open(
+    server: _Server,
+    model: PreTrainedModel,
+    *,
+    context: int = SERVED,
+    folder: str = "",
+    adapters: LoraConfig | None = None,
+) -> Any:
     vllm = VllmConfig(server.url, folder or str(server.folder), reply_timeout=120)
     config = EngineConfig("vllm", vllm=vllm)
-    return open_engine(model, config, stop_ids=[STOP], max_context=context, max_sequences=16)
+    return open_engine(
+        model, config, stop_ids=[STOP], max_context=context, max_sequences=16, adapters=adapters
+    )
 
 
 @pytest.fixture(scope="module")
@@ -184,13 +200,26 @@ def test_a_second_turn_and_the_end_of_the_context(engine: Any) -> None:
     assert not over.lost
 
 
+def _submit_and_wait_for_tokens(engine: Any, asked: Sequence[GenerationRequest]) -> None:
+    """Submit requests, and return once the server has drawn tokens for all of them."""
+    before = _count(engine, "vllm:prompt_tokens_total")
+    for each in asked:
+        engine.submit(each)
+    wanted = before + sum(len(each.prompt_ids) for each in asked)
+    while _count(engine, "vllm:prompt_tokens_total") < wanted:
+        pass
+
+
+def _count(engine: Any, name: str) -> float:
+    lines = httpx2.get(f"{engine._url}/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
+
+
 def test_new_weights_reach_the_server_and_every_token_has_its_version(engine: Any) -> None:
     old, new = copy.deepcopy(engine.model), policy(seed=1)
     asked = [request(f"v{seed}", (5, 6, seed), seed=seed, max_tokens=150) for seed in range(8)]
     try:
-        for each in asked:
-            engine.submit(each)
-        time.sleep(0.3)
+        _submit_and_wait_for_tokens(engine, asked)
         engine.model.load_state_dict(new.state_dict())
         engine.refresh(5)
         replies = collected(engine, len(asked))
@@ -213,7 +242,7 @@ def test_new_weights_reach_the_server_and_every_token_has_its_version(engine: An
 
 
 def engine_folders(engine: Any) -> Iterator[Path]:
-    return Path(engine._config.weights_folder).glob("agentrl-weights-*")
+    return Path(engine._config.weights_folder).glob("agentrl-*")
 
 
 def test_a_released_sequence_gets_no_reply_from_the_server(engine: Any) -> None:
@@ -249,6 +278,61 @@ def test_a_folder_that_cannot_be_written_is_one_error(server: _Server, tmp_path:
         ConfigError, match=r"engine.vllm.weights_folder: .*file/agentrl-weights-\w+ cannot be"
     ):
         _open(server, policy(), folder=str(tmp_path / "file"))
+
+
+def test_an_adapter_beyond_the_room_that_the_server_makes_is_one_error(server: _Server) -> None:
+    with pytest.raises(ConfigError, match=r"take one adapter of rank 9; .* --max-lora-rank 16 as well"):
+        _open(server, policy(), adapters=LoraConfig(rank=9))
+
+
+def test_the_server_holds_one_adapter_that_replies_in_flight_go_on_with(server: _Server) -> None:
+    engine = _open(server, policy(), adapters=LORA)
+    try:
+        model = engine.model
+        adapters = {version: random_adapter(model, version) for version in (1, 2)}
+        models = {version: merged(model, adapter) for version, adapter in adapters.items()}
+        asked = _short("blank", MENU)
+        assert furthest(model, asked, finish(engine, *asked))[0] < 1e-3
+        engine.refresh(1, adapters[1])
+        asked = [request(f"c{seed}", (5, 6, seed), seed=seed, max_tokens=150) for seed in range(8)]
+        _submit_and_wait_for_tokens(engine, asked)
+        engine.refresh(2, adapters[2])
+        replies = collected(engine, len(asked))
+        crossed = [each for each in asked if replies[each.sequence].policy_versions]
+        assert crossed
+        for each in crossed:
+            reply = replies[each.sequence]
+            parts = {version: plain(model, each.prompt_ids, reply) for version, model in models.items()}
+            for place, version in enumerate(reply.policy_versions):
+                assert reply.logprobs[place] == pytest.approx(parts[version][0][place], abs=1e-3)
+                assert reply.entropies[place] == pytest.approx(parts[version][1][place], abs=1e-3)
+        for kind, choices in (("free", None), ("constrained", MENU)):
+            asked = _short(kind, choices)
+            assert max(furthest(models[2], asked, finish(engine, *asked))) < 1e-3
+        for version in range(3, 8):
+            adapter = random_adapter(model, version)
+            engine.refresh(version, adapter)
+            asked = _short(f"n{version}-", None)
+            assert furthest(merged(model, adapter), asked, finish(engine, *asked))[0] < 1e-3
+            assert [len(held) for held in engine._rpc("list_loras")] == [1]
+        assert not list(engine_folders(engine))
+        engine.refresh(8)  # whole weights, under a blank adapter
+        asked = _short("whole", None)
+        assert furthest(model, asked, finish(engine, *asked))[0] < 1e-3
+    finally:
+        engine.close()
+
+
+def test_a_second_client_of_the_server_takes_over_its_adapter(server: _Server) -> None:
+    engine = _open(server, policy(), adapters=LORA)
+    try:
+        adapter = random_adapter(engine.model, 9)
+        engine.refresh(1, adapter)
+        asked = _short("second", None)
+        assert furthest(merged(engine.model, adapter), asked, finish(engine, *asked))[0] < 1e-3
+        assert [len(held) for held in engine._rpc("list_loras")] == [1]
+    finally:
+        engine.close()
 
 
 def test_the_server_still_answers_after_all_these_errors(engine: Any) -> None:

@@ -1,21 +1,28 @@
 """Settings that are refused before vLLM starts or a server is contacted."""
 
+import copy
 import importlib.util
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from vllm_cases import policy
+from safetensors.torch import load_file
+from vllm_cases import merged, policy, random_adapter
 
 from agentrl.errors import ConfigError, MissingDependencyError
+from agentrl.learn.lora import adapter_weights, add_adapters, blank_adapter
+from agentrl.learn.settings import LoraConfig
+from agentrl.policy.engine import Adapter
 from agentrl.policy.settings import EngineConfig, VllmConfig
 from agentrl.run.settings import load_config
 from agentrl.scale.engines import check_engine
+from agentrl.scale.vllm_lora import check_rank, room, write_adapter
 from agentrl.scale.vllm_server import VllmServerEngine
 from agentrl.training.launch import train
 
@@ -31,6 +38,7 @@ from agentrl.training.launch import train
         ("reply_timeout=-1", "engine.vllm.reply_timeout"),
         ("tensor_parallel_size=0", r"engine\.vllm\.tensor_parallel_size: wrong value \(got 0"),
         ("max_restarts=-1", "engine.vllm.max_restarts"),
+        ("lora=no", r"engine\.vllm\.lora: "),
     ],
 )
 def test_wrong_settings_are_named(given: str, wanted: str) -> None:
@@ -161,3 +169,69 @@ def test_weights_go_by_nccl_from_one_process_only(monkeypatch: pytest.MonkeyPatc
     check_engine(config)
     with pytest.raises(ConfigError, match="from one process, but 2 share the run"):
         check_engine(config, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ((), False),
+        (("name=vllm",), True),
+        (("name=vllm", "actors=2"), True),
+        (("name=vllm", "vllm.lora=merged"), False),
+        (("name=vllm", "vllm.url=http://a:1"), False),  # weights go by NCCL, adapters through a folder
+        (("name=vllm", "vllm.url=http://a:1", "vllm.weights_folder=/x"), True),
+    ],
+)
+def test_vllm_takes_adapters_unless_it_is_told_not_to_or_has_no_folder(
+    given: tuple[str, ...], taken: bool
+) -> None:
+    config = load_config(None, *(f"engine.{each}" for each in given), "learner.lora.rank=600")
+    assert config.engine.takes_adapters == taken
+    refused = pytest.raises(
+        ConfigError, match=r"rank is 600, wanted at most 512 .* engine\.vllm\.lora=merged"
+    )
+    with refused if taken else nullcontext():
+        check_rank(config.engine, config.largest_adapters)
+
+
+def test_one_slot_holds_the_adapters_of_both_stages() -> None:
+    lora = (
+        "learner.lora={rank: 4, targets: [q_proj]}",
+        "warm_start.learner.lora={rank: 9, targets: [up_proj]}",
+    )
+    both = load_config(None, *lora).largest_adapters
+    assert both is not None
+    assert (both.rank, set(both.targets), room(both)) == (9, {"q_proj", "up_proj"}, 16)
+    alone = load_config(None, *lora, "warm_start.steps=0").largest_adapters
+    assert alone is not None
+    assert (alone.rank, alone.targets, room(alone)) == (4, ("q_proj",), 8)
+    assert load_config(None).largest_adapters is None
+
+
+def test_a_blank_adapter_has_the_names_and_shapes_of_those_that_are_learned() -> None:
+    pytest.importorskip("peft")
+    model, config = policy(), LoraConfig(rank=3, targets=("q_proj", "down_proj"))
+    blank = blank_adapter(model, config)
+    add_adapters(model, config)
+    learned = adapter_weights(model)
+    assert {name: value.shape for name, value in blank.weights.items()} == {
+        name: value.shape for name, value in learned.items()
+    }
+    assert not any(value.any() for value in blank.weights.values())
+
+
+def test_the_folder_that_vllm_reads_holds_for_peft_what_merging_adds(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = policy()
+    adapter = random_adapter(model, 0)
+    write_adapter(adapter, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path)).merge_and_unload()
+    found, wanted = dict(loaded.named_parameters()), dict(merged(model, adapter).named_parameters())
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
+    rounded = Adapter({name: value.bfloat16() for name, value in adapter.weights.items()}, 3, 6.0)
+    write_adapter(rounded, tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.bfloat16}

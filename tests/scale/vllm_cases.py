@@ -1,5 +1,6 @@
 """Models, requests and the plain forward that the tests of vLLM compare with."""
 
+import copy
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from agentrl.policy.engine import Engine, Generation, GenerationRequest, SamplingParams
+from agentrl.learn.lora import blank_adapter, merge_adapters
+from agentrl.learn.settings import LoraConfig
+from agentrl.policy.engine import Adapter, Engine, Generation, GenerationRequest, SamplingParams
 from agentrl.policy.model import build_model, hidden_states, output_weight
 from agentrl.policy.settings import Device, PolicyConfig
 from agentrl.policy.thinking import Ending, Thinking
@@ -27,6 +30,7 @@ MENU = (
 ENDING = Ending("!", {**dict.fromkeys(range(100, 140), "!"), **dict.fromkeys(range(140, 150), "!\n")})
 THINKING = Thinking((), ENDING, (100,), {"": (8, 9), "\n": (9,)})
 CONTEXT = 256
+LORA = LoraConfig(rank=3, alpha=6.0)
 DEVICE: Device = "cpu"
 
 needs_vllm = pytest.mark.skipif(
@@ -192,3 +196,21 @@ def apart(
     for each in asked:
         engine.release(each.sequence)
     return found
+
+
+def random_adapter(model: PreTrainedModel, seed: int, config: LoraConfig = LORA) -> Adapter:
+    """Adapters that move logprobs by tenths of a nat and more."""
+    draw, blank = torch.Generator().manual_seed(seed), blank_adapter(model, config)
+    dtype = next(model.parameters()).dtype
+    weights = {
+        name: (0.15 * torch.randn(value.shape, generator=draw)).to(dtype)
+        for name, value in blank.weights.items()
+    }
+    return replace(blank, weights=weights)
+
+
+def merged(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
+    """A copy of the model with an adapter in its weights, for a plain forward."""
+    copied = copy.deepcopy(model)
+    merge_adapters(copied, adapter.weights, adapter.alpha / adapter.rank)
+    return copied

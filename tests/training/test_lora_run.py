@@ -1,5 +1,6 @@
 """A run that learns adapters leaves them for peft, and never the weights below them."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -18,8 +19,11 @@ from transformers import AutoModelForCausalLM
 
 import agentrl
 from agentrl.errors import CheckpointError, ConfigError
+from agentrl.learn.lora import merge_adapters
 from agentrl.learn.sharding import stored_shards
+from agentrl.policy.engine import Adapter
 from agentrl.policy.model import hidden_states, load_policy, output_weight
+from agentrl.policy.torch_engine import TorchEngine
 from agentrl.run.checkpoint import checkpoints
 from agentrl.run.weights import SavedPolicy, export, find_policy, load_saved
 
@@ -100,6 +104,46 @@ def test_peft_loads_the_adapters_and_says_what_the_trained_policy_says(over: age
     merged = own_logits(load_saved(found)[0])
     torch.testing.assert_close(peft_logits(base, over.adapter), merged, rtol=0, atol=1e-5)
     assert (merged - own_logits(load_policy(base)[0])).abs().max() > 1e-4
+
+
+class AdapterEngine(TorchEngine):
+    """Takes adapters as vLLM does, over the weights that it was given last."""
+
+    def __init__(self, model: Any, **limits: Any) -> None:
+        super().__init__(copy.deepcopy(model), **limits)
+        self.given, self.base = model, copy.deepcopy(model)
+        self.sent: list[tuple[int, bool]] = []
+
+    def refresh(self, version: int, adapter: Adapter | None = None) -> None:
+        self.sent.append((version, adapter is not None))
+        if adapter is None:
+            self.base.load_state_dict(self.given.state_dict())
+        self.model.load_state_dict(self.base.state_dict())
+        if adapter is not None:
+            merge_adapters(self.model, adapter.weights, adapter.alpha / adapter.rank)
+        super().refresh(version)
+
+
+@pytest.mark.parametrize("given", [(), CLONED_LORA], ids=["cloned in full", "cloned adapters"])
+def test_an_engine_that_takes_adapters_gets_their_base_once_and_plays_as_one_with_merged_weights(
+    given: tuple[str, ...], examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = trained(tmp_path / "merged", *LORA, *given)
+    opened: list[AdapterEngine] = []
+
+    def open_engine(model: Any, *_: Any, adapters: Any, address: Any, **limits: Any) -> AdapterEngine:
+        assert (adapters.rank, set(adapters.targets)) == (2, {"q_proj", "down_proj"})
+        opened.append(AdapterEngine(model, **limits))
+        return opened[-1]
+
+    monkeypatch.setattr("agentrl.run.policies.open_engine", open_engine)
+    monkeypatch.setattr("agentrl.planning.preflight.check_engine", lambda *_, **__: None)
+    sent = trained(tmp_path / "sent", *LORA, *given, "engine.name=vllm")
+    one, other = (path.adapter / "adapter_model.safetensors" for path in (merged, sent))
+    assert one.read_bytes() == other.read_bytes()
+    steps = merged.config.trainer.steps
+    cloning = [(step, bool(given)) for step in (0, merged.config.warm_start.steps)]
+    assert opened[0].sent == [*cloning, (0, False), *((step, True) for step in range(steps + 1))]
 
 
 def test_checkpoints_hold_adapters_only_and_a_resumed_run_ends_the_same(

@@ -10,7 +10,7 @@ import pytest
 
 from agentrl.algorithms.hooks import Context
 from agentrl.data import Group
-from agentrl.policy.engine import Generation, GenerationRequest, SamplingParams
+from agentrl.policy.engine import Adapter, Generation, GenerationRequest, SamplingParams
 from agentrl.training.prefetch import AsyncRollouts, SharedEngine, SyncRollouts
 from agentrl.training.rollouts import RolloutResult
 
@@ -39,7 +39,7 @@ class Passes:
     def release(self, sequence: str) -> None:
         self.log.append("release")
 
-    def refresh(self, version: int) -> None:
+    def refresh(self, version: int, adapter: Adapter | None = None) -> None:
         self.log.append(f"refresh {version}")
 
     def close(self) -> None:
