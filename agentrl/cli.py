@@ -7,7 +7,7 @@ import os
 import shlex
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from functools import partial
@@ -277,9 +277,9 @@ def evaluate(
     policy: Annotated[
         list[str],
         typer.Option(
-            metavar="RUN|CHECKPOINT|MODEL|random|expert",
+            metavar="RUN|CHECKPOINT|MODEL|openai:MODEL|random|expert",
             help="A run (if it has not finished, its newest checkpoint), RUN/checkpoints/NAME, a model as "
-            "policy.path names one, or a scripted policy. Repeatable.",
+            "policy.path names one, a model on a chat server, or a scripted policy. Repeatable.",
             autocompletion=_policies,
         ),
     ],
@@ -336,6 +336,14 @@ def evaluate(
             "interrupted evaluation goes on.",
         ),
     ] = None,
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Chat server of openai:MODEL (http://HOST:PORT/v1); default: OPENAI_BASE_URL. The key is "
+            "OPENAI_API_KEY.",
+        ),
+    ] = None,
     imports: Imports = None,
 ) -> None:
     """Measure policies on fixed panels of tasks, with 95 % intervals.
@@ -346,6 +354,7 @@ def evaluate(
     - `agentrl evaluate --policy expert --env agentrl/MathTools-v0 level=2`
     - `agentrl evaluate --policy smollm2 --config smollm2_alfworld.yaml policy.prompt=react`
     - `agentrl evaluate --policy random --policy expert --suite text_games --repeats 4 --output FOLDER`
+    - `agentrl evaluate --policy openai:MODEL --base-url http://127.0.0.1:8000/v1 --tasks 20`
     """
     from agentrl.config import merge
     from agentrl.evaluation.panel_lists import lists_panels
@@ -363,6 +372,7 @@ def evaluate(
         "interpreter": interpreter,
         "config": config,
         "overrides": keys,
+        "base_url": base_url,
     }
     envs, panels = env or [], panel or []
     several = suite is not None or max(len(policy), len(envs), len(panels)) > 1 or _is_folder(output)
@@ -445,6 +455,8 @@ def _evaluate_one(
         echo(f"played again after a failure: {result.retried}")
     if result.checkpoint is not None:
         echo(f"checkpoint: {result.checkpoint}")
+    if result.usage is not None:
+        echo(_describe_usage(result.usage, sum(result.stop_reasons.values())))
     echo(f"{result.steps_per_second:,.0f} steps/s")
     if output is not None:
         write_atomic(
@@ -456,6 +468,17 @@ def _describe_rate(name: str, rate: "TaskMean") -> str:
     low, high = (f"{100 * end:.1f}" for end in rate.interval)
     value = "–" if rate.mean is None else f"{100 * rate.mean:.1f}"
     return f"{name} {value} [{low}, {high}]"
+
+
+def _describe_usage(usage: Mapping[str, int], episodes: int) -> str:
+    """Return what a chat server was asked and has counted."""
+    tokens = usage["prompt_tokens"], usage["completion_tokens"]
+    each = [f"{count / max(1, episodes):,.1f}" for count in (usage["requests"], *tokens)]
+    uncounted = f" ({usage['uncounted']:,} answers without a count)" if usage["uncounted"] else ""
+    return (
+        f"server: {usage['requests']:,} requests ({usage['retries']:,} retries), {tokens[0]:,} prompt and "
+        f"{tokens[1]:,} completion tokens{uncounted}; per episode {each[0]}, {each[1]} and {each[2]}"
+    )
 
 
 @app.command()

@@ -108,6 +108,8 @@ def _play(
         max_active=block.max_active,
         max_turns=block.max_turns,
         max_attempts=block.max_attempts,
+        # Only a player whose server may fail for good sets a limit.
+        max_aborted_share=getattr(player, "max_aborted_share", 1.0),
         quarantine=Quarantine(block.max_attempts),
         on_episode=on_episode,
     )
