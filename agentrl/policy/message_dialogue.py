@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from agentrl.errors import ConfigError
 from agentrl.policy.chat import END_THINK, THINK, Message, messages
 from agentrl.policy.dialogue import ParsedReply, Wording
-from agentrl.policy.prompt import PromptTemplate, task_of
+from agentrl.policy.prompt import Example, PromptTemplate, load_prompt, task_of
 from agentrl.policy.reply_formats import REPLY_FORMATS
+from agentrl.policy.settings import PolicyConfig
 
 CHARS_PER_TOKEN = 4  # a rule of thumb for English: the tokens of a server cannot be counted here
 
@@ -77,7 +78,7 @@ class MessageDialogue:
         text = reply.strip()
         said = text
         # A closing tag alone: the chat template has opened the think block.
-        if not self._format.thinks and END_THINK in text and THINK not in text:
+        if not self._format.tagged and END_THINK in text and THINK not in text:
             said = text.partition(END_THINK)[2].strip()
         found = self._format.pattern.fullmatch(said)
         # Tags show that a command is complete, but a plain reply that was cut off may hold half of one.
@@ -118,3 +119,18 @@ class MessageDialogue:
         content = [self._system, self._instructions, *parts[:2], examples, self._format.asks]
         sha256 = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return Wording(opening, "", "", sha256, None, *parts)
+
+
+def configured_messages(block: PolicyConfig, examples: Sequence[Example] = ()) -> MessageDialogue:
+    """Create the dialogue that the `policy` block of a configuration describes.
+
+    Args:
+        block: The block.
+        examples: The solved examples that its prompt shows.
+    """
+    return MessageDialogue(
+        reply=block.reply,
+        prompt=load_prompt(block.prompt, block.history, examples),
+        system_message=block.system_message,
+        max_observation_tokens=block.max_observation_tokens,
+    )

@@ -287,9 +287,8 @@ def _open_endpoint(
     name: str, config: RunConfig, temperature: float, base_url: str | None
 ) -> tuple[Player, RunConfig]:
     """Open a player for a model on a chat server."""
-    if config.rollout.constrained:
-        _log.info("%s replies in free text: rollout.constrained has no effect on a server", name)
-        config = replace(config, rollout=replace(config.rollout, constrained=False))
+    _log.info("%s replies in free text: no server can be held to the admissible commands", name)
+    config = replace(config, rollout=replace(config.rollout, constrained=False))
     player = open_endpoint(
         name,
         config.policy,

@@ -72,12 +72,16 @@ def pretrained_values(
 
 
 def endpoint_values(*, thinks: bool = False) -> dict[Dotted, Any]:
-    """Return the values of the preset for a model on a chat server, which is not trained.
+    """Return the values of the preset for a model on a chat server, which is neither trained nor constrained.
 
     Args:
         thinks: Whether a reply reasons before its action.
     """
-    values: dict[Dotted, Any] = {("policy", "max_context"): None, ("policy", "max_observation_tokens"): None}
+    values: dict[Dotted, Any] = {
+        ("policy", "max_context"): None,
+        ("policy", "max_observation_tokens"): None,
+        ("rollout", "constrained"): False,
+    }
     return values | ({("engine", "max_tokens"): _THINKING_TOKENS} if thinks else {})
 
 

@@ -16,9 +16,10 @@ from urllib.parse import urlsplit
 
 from agentrl.data.trajectory import StopReason, Turn
 from agentrl.errors import AgentRLError, ConfigError, missing_extra
+from agentrl.policy.dialogue import Wording
 from agentrl.policy.engine import SamplingParams
-from agentrl.policy.message_dialogue import Exchange, MessageDialogue
-from agentrl.policy.prompt import Example, Observation, load_prompt
+from agentrl.policy.message_dialogue import Exchange, MessageDialogue, configured_messages
+from agentrl.policy.prompt import Example, Observation
 from agentrl.policy.settings import ENDPOINT, EngineConfig, PolicyConfig
 from agentrl.rollout.play import ActionRequest, Reply, Stop
 from agentrl.rollout.players import Answered
@@ -73,6 +74,11 @@ class EndpointPlayer:
         threading.Thread(target=_serve, args=(self._loop, client), name="endpoint", daemon=True).start()
         # The thread holds no reference to the player, and ends with it.
         weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
+
+    @property
+    def wording(self) -> Wording:
+        """Return the fixed text of the messages."""
+        return self.dialogue.wording
 
     @property
     def usage(self) -> dict[str, int]:
@@ -212,12 +218,7 @@ def open_endpoint(
     server = _checked_server(url, "--base-url" if base_url else BASE_URL)
     if policy.max_observation_tokens is not None:
         _log.info("%s: tokens cannot be counted here; an observation is cut at 4 characters for each", name)
-    dialogue = MessageDialogue(
-        reply=policy.reply,
-        prompt=load_prompt(policy.prompt, policy.history, examples),
-        system_message=policy.system_message,
-        max_observation_tokens=policy.max_observation_tokens,
-    )
+    dialogue = configured_messages(policy, examples)
     client = ChatClient(
         model,
         base_url=url,
