@@ -62,6 +62,7 @@ def evaluated(
         tasks=tasks,
         overrides=overrides,
         base_url=server.url,
+        placement="inline",
         on_episode=episodes.append,
         **arguments,
     )
