@@ -7,7 +7,7 @@ import os
 import shlex
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from functools import partial
@@ -432,7 +432,7 @@ def _evaluate_one(
     import json
 
     from agentrl.evaluation.evaluate import evaluate as measure
-    from agentrl.evaluation.results_table import results_table
+    from agentrl.evaluation.results_table import describe_usage, results_table
     from agentrl.files import write_atomic
 
     with _EpisodeCounter("evaluating") as count:
@@ -456,7 +456,7 @@ def _evaluate_one(
     if result.checkpoint is not None:
         echo(f"checkpoint: {result.checkpoint}")
     if result.usage is not None:
-        echo(_describe_usage(result.usage, sum(result.stop_reasons.values())))
+        echo(describe_usage(result.usage, sum(result.stop_reasons.values())))
     echo(f"{result.steps_per_second:,.0f} steps/s")
     if output is not None:
         write_atomic(
@@ -468,17 +468,6 @@ def _describe_rate(name: str, rate: "TaskMean") -> str:
     low, high = (f"{100 * end:.1f}" for end in rate.interval)
     value = "–" if rate.mean is None else f"{100 * rate.mean:.1f}"
     return f"{name} {value} [{low}, {high}]"
-
-
-def _describe_usage(usage: Mapping[str, int], episodes: int) -> str:
-    """Return what a chat server was asked and has counted."""
-    tokens = usage["prompt_tokens"], usage["completion_tokens"]
-    each = [f"{count / max(1, episodes):,.1f}" for count in (usage["requests"], *tokens)]
-    uncounted = f" ({usage['uncounted']:,} answers without a count)" if usage["uncounted"] else ""
-    return (
-        f"server: {usage['requests']:,} requests ({usage['retries']:,} retries), {tokens[0]:,} prompt and "
-        f"{tokens[1]:,} completion tokens{uncounted}; per episode {each[0]}, {each[1]} and {each[2]}"
-    )
 
 
 @app.command()

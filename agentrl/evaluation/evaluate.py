@@ -12,7 +12,7 @@ from agentrl.env.registry import Factory
 from agentrl.errors import ConfigError
 from agentrl.evaluation.fingerprint import SCRIPTED, panel_fingerprint, policy_fingerprint
 from agentrl.evaluation.panels import choose_panel, given_panel, open_panel_environments, read_data_label
-from agentrl.evaluation.playing import OnEpisode, play_panel
+from agentrl.evaluation.playing import OnEpisode, play_panel, usage_of
 from agentrl.evaluation.scores import Evaluation, summarise
 from agentrl.rollout.placement import resolve_placement
 from agentrl.rollout.settings import Placement, RolloutConfig
@@ -106,7 +106,7 @@ def evaluate(
             **policy_fingerprint(name, settings, temperature, seed, player),
             **panel_fingerprint(fixed, label, repeats, rollout.max_turns),
         },
-        usage=getattr(player, "usage", None),
+        usage=usage_of(player),
     )
 
 

@@ -316,6 +316,33 @@ def test_without_the_client_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
         agentrl.evaluate("openai:m", **PANEL, base_url="http://127.0.0.1:9/v1")
 
 
+def test_several_policies_and_panels_share_a_server_and_count_apart(tmp_path: Path) -> None:
+    policies, again = ["random", "openai:m"], {"envs": [PANEL["env"]], "split": "test", "tasks": 2}
+    keys = {"overrides": ["rollout.constrained=true"], "placement": "inline", "output": tmp_path / "out"}
+    with chat_server(play_well) as server:
+        found = agentrl.evaluate_panels(policies, **again, **keys, base_url=server.url)
+        asked = len(server.calls)
+        agentrl.evaluate_panels(policies, **again, **keys, base_url=server.url)
+        assert len(server.calls) == asked  # nothing was left to play
+    (played,) = found.scores["openai:m"]
+    assert played.evaluation is not None
+    assert played.evaluation.success.success_rate == 1.0
+    assert played.evaluation.usage is not None
+    assert played.evaluation.usage["requests"] == asked - 1  # but for the first request
+    assert any("openai:m: server: " in note for note in found.notes)
+    fingerprint = played.evaluation.fingerprint
+    assert fingerprint is not None
+    unknown = dict.fromkeys(("revision", "checkpoint", "weights"))
+    assert fingerprint["policy"] == {"name": "openai:m", "model": "m"} | unknown
+    assert (fingerprint["dtype"], fingerprint["decoding"]["constrained"]) == (None, False)
+    assert len(fingerprint["prompt"]["wording"]) == 64
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or (KEY.encode() not in path.read_bytes())
+        assert not path.is_file() or (server.url.encode() not in path.read_bytes())
+    with pytest.raises(ConfigError, match="--base-url is for a policy openai:MODEL, not for random"):
+        agentrl.evaluate_panels(["random"], **again, base_url=server.url)
+
+
 def shown(arguments: list[str], *, code: int = 0) -> str:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == code, result.output
