@@ -17,14 +17,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 from multiprocessing import get_context
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 
@@ -38,17 +37,17 @@ START = 600.0  # seconds until the server is up
 CONTEXT = 2048
 FREE_TEXT = ("rollout.constrained=false", "policy.dtype=float32", f"policy.max_context={CONTEXT}")
 NAME = "policy"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class LocalTurn:
-    """A turn in process: the messages before it, their ids, the reply, and the gap at each of its tokens."""
+    """A turn in process: the messages before it, the ids of the whole prompt, and the reply."""
 
     messages: list[Message]
     prompt_ids: tuple[int, ...]
     reply: str
     reply_ids: tuple[int, ...]
-    gaps: tuple[float, ...]  # nats between the two likeliest tokens
 
 
 def evaluate(
@@ -71,33 +70,41 @@ def evaluate(
 def play_here(
     folder: str, games: int, overrides: Sequence[str]
 ) -> dict[str, tuple[Episode, list[LocalTurn]]]:
-    """Play in this process, and read every reply again for the gaps between its tokens' logits."""
+    """Play in this process."""
+    from agentrl.policy.model import load_tokenizer
+
+    _, episodes = evaluate(folder, games, overrides)
+    tokenizer, dialogue = load_tokenizer(folder), MessageDialogue()
+    played = {}
+    for episode in episodes:
+        turns: list[LocalTurn] = []
+        history: list[Exchange] = []
+        ids: tuple[int, ...] = ()
+        for turn in episode.turns:
+            ids = (*(() if turn.new_sequence else ids), *turn.prompt_ids)
+            reply = tokenizer.decode(turn.action_ids, skip_special_tokens=True)
+            messages = dialogue.messages(history, turn.observation)
+            turns.append(LocalTurn(messages, ids, reply, turn.action_ids))
+            history.append(Exchange(turn.observation, reply, turn.action))
+            ids = (*ids, *turn.action_ids)
+        played[episode.task] = episode, turns
+    return played
+
+
+def gaps(folder: str, prompts: Sequence[tuple[int, ...]]) -> list[float]:
+    """Return for each prompt how far the two likeliest next tokens are apart, in nats."""
     import torch
 
     from agentrl.policy.model import load_policy
 
-    torch.set_num_threads(1)
-    _, episodes = evaluate(folder, games, overrides)
-    model, tokenizer = load_policy(folder, device="cpu")
-    played = {}
-    for episode in episodes:
-        dialogue, turns, ids, history = MessageDialogue(), [], [], []
-        for turn in episode.turns:
-            prompt = (*([] if turn.new_sequence else ids), *turn.prompt_ids)
-            ids = [*prompt, *turn.action_ids]
-            reply = tokenizer.decode(turn.action_ids, skip_special_tokens=True)
-            messages = dialogue.messages(history, turn.observation)
-            turns.append(LocalTurn(messages, prompt, reply, turn.action_ids, ()))
-            history.append(Exchange(turn.observation, reply, turn.action))
-        spans = [range(len(turn.prompt_ids), len(turn.prompt_ids) + len(turn.reply_ids)) for turn in turns]
-        before = torch.tensor([place - 1 for span in spans for place in span])  # they predict the replies
+    model, _ = load_policy(folder, device="cpu")
+    found = []
+    for prompt in prompts:
         with torch.inference_mode():
-            logits = model(torch.tensor([ids]), logits_to_keep=before).logits[0]
-        two = logits.topk(2).values
-        gaps = iter((two[:, 0] - two[:, 1]).tolist())
-        turns = [replace(turn, gaps=tuple(islice(gaps, len(turn.reply_ids)))) for turn in turns]
-        played[episode.task] = episode, turns
-    return played
+            logits = model(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1]
+        first, second = logits.topk(2).values.tolist()
+        found.append(first - second)
+    return found
 
 
 @contextmanager
@@ -142,16 +149,17 @@ def rendered(url: str, messages: Sequence[Message]) -> tuple[int, ...]:
     return tuple(answer.json()["tokens"])
 
 
-def first_difference(turns: Sequence[LocalTurn], there: Episode, tokenizer: Any) -> float | None:
-    """Return the gap in process at the first token in which two episodes differ; None if none does."""
+def before_first_difference(
+    turns: Sequence[LocalTurn], there: Episode, tokenizer: Any
+) -> tuple[int, ...] | None:
+    """Return the ids up to the first token in which two episodes differ; None if none does."""
     for turn, other in zip(turns, there.turns, strict=False):
         if turn.reply.strip() != other.action:
             ids = tokenizer(other.action, add_special_tokens=False)["input_ids"]
             pairs = zip(turn.reply_ids, ids, strict=False)
-            same = next(
-                (k for k, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(turn.reply_ids) - 1)
-            )
-            return turn.gaps[same]
+            # If one reply is the start of the other, they differ in where it ends.
+            same = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(turn.reply_ids)))
+            return (*turn.prompt_ids, *turn.reply_ids[:same])
     return None
 
 
@@ -165,8 +173,14 @@ def main() -> None:
     parser.add_argument("--games", type=int, default=20)
     parser.add_argument("--cache-mib", type=int, default=512)
     options = parser.parse_args()
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
-        here = child.submit(play_here, options.folder, options.games, options.overrides).result()
+    from agentrl.policy.model import load_tokenizer
+
+    def alone(function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function in a process whose memory is free again afterwards."""
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
+            return child.submit(function, *arguments).result()
+
+    here = alone(play_here, options.folder, options.games, options.overrides)
     with served(options.folder, options.cache_mib) as url:
         turns = [turn for _, played in here.values() for turn in played]
         wrong = [turn for turn in turns if rendered(url, turn.messages) != turn.prompt_ids]
@@ -174,17 +188,15 @@ def main() -> None:
     print(f"(a) prompts: {len(turns) - len(wrong)} of {len(turns)} in {len(here)} episodes have the same ids")
     for turn in wrong[:3]:
         print(f"    {turn.messages[-1]}")
-
-    from agentrl.policy.model import load_tokenizer
-
     tokenizer = load_tokenizer(options.folder)
     there = {episode.task: episode for episode in episodes}
-    found = [first_difference(here[task][1], there[task], tokenizer) for task in here]
-    gaps = [gap for gap in found if gap is not None]
-    clear = [gap for gap in gaps if gap > TIED]
+    found = [before_first_difference(here[task][1], there[task], tokenizer) for task in here]
+    differ = [prompt for prompt in found if prompt is not None]
+    apart = sorted(alone(gaps, options.folder, differ)) if differ else []
+    clear = [gap for gap in apart if gap > TIED]
     print(
-        f"(b) episodes: {len(found) - len(gaps)} of {len(found)} are the same word for word; gaps at "
-        f"the first differences in nats: {', '.join(f'{gap:.4f}' for gap in sorted(gaps)) or 'none'}"
+        f"(b) episodes: {len(found) - len(differ)} of {len(found)} are the same word for word; gaps at the "
+        f"first differences in nats: {', '.join(f'{gap:.4f}' for gap in apart) or 'none'}"
     )
     solved = [(here[task][0].success, there[task].success) for task in here]
     differences = [b - a for a, b in solved]
