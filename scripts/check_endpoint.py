@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--games", type=int, default=20)
     parser.add_argument("--cache-mib", type=int, default=512)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     from agentrl.policy.model import load_tokenizer
 
     def alone(function: Callable[..., T], *arguments: Any) -> T:
