@@ -241,4 +241,6 @@ def _has_block(values: Mapping[Dotted, Any], *block: str) -> bool:
 
 
 def _in_yaml(value: Any) -> str:
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
