@@ -6,8 +6,8 @@ The model plays greedily and in free text: first in a process of its own, which 
 float32. Compared are (a) the token ids to which the server renders the messages of whole episodes, (b) where
 replies differ, how far the two likeliest tokens of the model in process were apart, (c) the games solved.
 The prompt is that of `plain`, written by a template: the messages of a template are tokenized as one text, as
-by a server, but `plain` itself tokenizes its instructions and the first observation apart, so that its ids can
-differ where the two meet.
+by a server, while `plain` itself tokenizes its instructions and the first observation apart, so that its ids
+can differ where the two meet.
 
 Exits with 1 if ids differ, a reply differs at a clear choice, an episode is aborted, or the 95 % interval of
 the paired difference of success excludes 0.
