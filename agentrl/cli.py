@@ -277,9 +277,9 @@ def evaluate(
     policy: Annotated[
         list[str],
         typer.Option(
-            metavar="RUN|CHECKPOINT|MODEL|random|expert",
+            metavar="RUN|CHECKPOINT|MODEL|openai:MODEL|random|expert",
             help="A run (if it has not finished, its newest checkpoint), RUN/checkpoints/NAME, a model as "
-            "policy.path names one, or a scripted policy. Repeatable.",
+            "policy.path names one, a model on a chat server, or a scripted policy. Repeatable.",
             autocompletion=_policies,
         ),
     ],
@@ -336,6 +336,14 @@ def evaluate(
             "interrupted evaluation goes on.",
         ),
     ] = None,
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Chat server of openai:MODEL (http://HOST:PORT/v1); default: OPENAI_BASE_URL. The key is "
+            "OPENAI_API_KEY.",
+        ),
+    ] = None,
     imports: Imports = None,
 ) -> None:
     """Measure policies on fixed panels of tasks, with 95 % intervals.
@@ -346,6 +354,7 @@ def evaluate(
     - `agentrl evaluate --policy expert --env agentrl/MathTools-v0 level=2`
     - `agentrl evaluate --policy smollm2 --config smollm2_alfworld.yaml policy.prompt=react`
     - `agentrl evaluate --policy random --policy expert --suite text_games --repeats 4 --output FOLDER`
+    - `agentrl evaluate --policy openai:MODEL --base-url http://127.0.0.1:8000/v1 --tasks 20`
     """
     from agentrl.config import merge
     from agentrl.evaluation.panel_lists import lists_panels
@@ -363,6 +372,7 @@ def evaluate(
         "interpreter": interpreter,
         "config": config,
         "overrides": keys,
+        "base_url": base_url,
     }
     envs, panels = env or [], panel or []
     several = suite is not None or max(len(policy), len(envs), len(panels)) > 1 or _is_folder(output)
@@ -422,7 +432,7 @@ def _evaluate_one(
     import json
 
     from agentrl.evaluation.evaluate import evaluate as measure
-    from agentrl.evaluation.results_table import results_table
+    from agentrl.evaluation.results_table import describe_usage, results_table
     from agentrl.files import write_atomic
 
     with _EpisodeCounter("evaluating") as count:
@@ -445,6 +455,8 @@ def _evaluate_one(
         echo(f"played again after a failure: {result.retried}")
     if result.checkpoint is not None:
         echo(f"checkpoint: {result.checkpoint}")
+    if result.usage is not None:
+        echo(describe_usage(result.usage, sum(result.stop_reasons.values())))
     echo(f"{result.steps_per_second:,.0f} steps/s")
     if output is not None:
         write_atomic(

@@ -12,7 +12,7 @@ from agentrl.env.registry import Factory
 from agentrl.errors import ConfigError
 from agentrl.evaluation.fingerprint import SCRIPTED, panel_fingerprint, policy_fingerprint
 from agentrl.evaluation.panels import choose_panel, given_panel, open_panel_environments, read_data_label
-from agentrl.evaluation.playing import OnEpisode, play_panel
+from agentrl.evaluation.playing import OnEpisode, play_panel, usage_of
 from agentrl.evaluation.scores import Evaluation, summarise
 from agentrl.rollout.placement import resolve_placement
 from agentrl.rollout.settings import Placement, RolloutConfig
@@ -39,14 +39,15 @@ def evaluate(
     interpreter: str | None = None,
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
+    base_url: str | None = None,
     on_episode: OnEpisode | None = None,
 ) -> Evaluation:
     """Evaluate a policy on a panel and return its scores.
 
     Args:
         policy: A `Run`, the folder or name of one, a checkpoint RUN/checkpoints/NAME, a model as
-            `policy.path` names one, `random` or `expert`. Of a run that has not finished, the newest
-            checkpoint is evaluated.
+            `policy.path` names one, `openai:MODEL` for a model on a chat server, `random` or `expert`. Of a
+            run that has not finished, the newest checkpoint is evaluated.
         panel: A panel or its file. None takes the first `tasks` tasks of `split` of `env`, each of which
             defaults to the run's configuration, or to the default one if `policy` is not a run.
         env: The id of an environment.
@@ -64,6 +65,7 @@ def evaluate(
             a run.
         overrides: `key=value` for keys of the configuration to play with instead of the run's or the file's,
             such as `policy.prompt=literature` or `rollout.constrained=false`.
+        base_url: The address of the chat server of `openai:MODEL`; None takes it from OPENAI_BASE_URL.
         on_episode: Called with each episode when it ends.
 
     Raises:
@@ -75,7 +77,9 @@ def evaluate(
     given = given_panel(panel, env, split, tasks, env_kwargs)
     name = policy_name(policy)
     settings = settings_of_model(name, config, overrides) if config is not None else None
-    player, settings = open_player(name, temperature=temperature, config=settings, overrides=overrides)
+    player, settings = open_player(
+        name, temperature=temperature, config=settings, overrides=overrides, base_url=base_url
+    )
     source = choose_panel(settings, given, env, split, tasks, env_kwargs)
     rollout = rollout_config(settings, source.env, placement, interpreter)
     factory = Factory(source.env, split=source.split, **source.kwargs)
@@ -102,6 +106,7 @@ def evaluate(
             **policy_fingerprint(name, settings, temperature, seed, player),
             **panel_fingerprint(fixed, label, repeats, rollout.max_turns),
         },
+        usage=usage_of(player),
     )
 
 

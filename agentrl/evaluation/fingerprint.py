@@ -10,7 +10,7 @@ import agentrl
 from agentrl.env.panel import Panel
 from agentrl.errors import ConfigError
 from agentrl.policy.prompt import load_prompt
-from agentrl.policy.settings import PolicyConfig
+from agentrl.policy.settings import ENDPOINT, PolicyConfig
 from agentrl.rollout.players import Player
 from agentrl.run.checkpoint_files import ADAPTER, REFERENCE, checkpoint_name, sha256
 from agentrl.run.settings import RunConfig
@@ -60,15 +60,16 @@ def policy_fingerprint(
     block = config.policy
     if name in SCRIPTED:
         return {"agentrl": agentrl.__version__, "policy": {"name": name}, "decoding": {"seed": seed}}
+    served = name.startswith(ENDPOINT)
     return {
         "agentrl": agentrl.__version__,
         "policy": {"name": name, **_identity(name, block.revision)},
         "prompt": {**_prompt(block), **wording_hash(player)},
-        "dtype": block.dtype,
+        "dtype": None if served else block.dtype,
         "decoding": {
             "seed": seed,
             "temperature": temperature,
-            "constrained": config.rollout.constrained,
+            "constrained": config.rollout.constrained and not served,
             "max_tokens": config.engine.max_tokens,
             "reply": block.reply,
         },
@@ -152,6 +153,8 @@ def _short(value: Any) -> str:
 
 def _identity(name: str, revision: str | None) -> dict[str, Any]:
     """Return which model a policy is: its id, its revision, and its checkpoint or the hash of its weights."""
+    if name.startswith(ENDPOINT):  # what a server calls a model is all that is known
+        return {"model": name.removeprefix(ENDPOINT), "revision": None, "checkpoint": None, "weights": None}
     saved = find_policy(name)
     if saved is not None:
         block = saved.run.config.policy

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from agentrl.evaluation.panel_lists import OpenedPanel
+from agentrl.evaluation.results_table import describe_usage
 from agentrl.evaluation.scores import Evaluation
 from agentrl.evaluation.several import PanelScore
 from agentrl.evaluation.statistics import Interval, Rate, TaskMean
@@ -72,6 +73,9 @@ def panel_notes(panels: Sequence[OpenedPanel], scores: Scores) -> list[str]:
         for score in found:
             reasons = score.evaluation.aborted_reasons if score.evaluation else {}
             notes += [f"{score.label}, {policy}: aborted {n} x {why}" for why, n in reasons.items()]
+            if score.evaluation and score.evaluation.usage:
+                played = sum(score.evaluation.stop_reasons.values())
+                notes.append(f"{score.label}, {policy}: {describe_usage(score.evaluation.usage, played)}")
     return notes
 
 

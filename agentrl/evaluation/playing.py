@@ -57,6 +57,14 @@ def episode_ids(panel: Panel, repeats: int, seed: int) -> list[str]:
     return [spec.id for spec in _specs(panel.env, panel.tasks, repeats, seed)]
 
 
+def usage_of(player: Player, before: Mapping[str, int] | None = None) -> dict[str, int] | None:
+    """Return the requests and tokens of a player on a server, without those `before`; None for others."""
+    usage: Mapping[str, int] | None = getattr(player, "usage", None)
+    if usage is None:
+        return None
+    return {name: count - (before or {}).get(name, 0) for name, count in usage.items()}
+
+
 def check_instructions(
     panel: Panel,
     player: Player,
@@ -108,6 +116,8 @@ def _play(
         max_active=block.max_active,
         max_turns=block.max_turns,
         max_attempts=block.max_attempts,
+        # Only a player whose server may fail for good sets a limit.
+        max_aborted_share=getattr(player, "max_aborted_share", 1.0),
         quarantine=Quarantine(block.max_attempts),
         on_episode=on_episode,
     )

@@ -142,3 +142,14 @@ def data_line(summary: Tree) -> str:
     scores = (score for decodings in summary.get("policies", {}).values() for score in decodings.values())
     labels = sorted({str(score["data"]) for score in scores if score.get("data")})
     return f"data: {', '.join(labels)}" if labels else ""
+
+
+def describe_usage(usage: Mapping[str, int], episodes: int) -> str:
+    """Return what a chat server was asked and has counted."""
+    tokens = usage["prompt_tokens"], usage["completion_tokens"]
+    each = [f"{count / max(1, episodes):,.1f}" for count in (usage["requests"], *tokens)]
+    uncounted = f" ({usage['uncounted']:,} answers without a count)" if usage["uncounted"] else ""
+    return (
+        f"server: {usage['requests']:,} requests ({usage['retries']:,} retries), {tokens[0]:,} prompt and "
+        f"{tokens[1]:,} completion tokens{uncounted}; per episode {each[0]}, {each[1]} and {each[2]}"
+    )

@@ -65,6 +65,8 @@ class Evaluation:
             it was not measured.
         fingerprint: What the scores were measured with, see `agentrl.evaluation.fingerprint`; None for the
             scores of a run, which its manifest describes.
+        usage: The numbers of requests, retries and tokens of a policy on a chat server, its first request
+            included; None for any other.
     """
 
     success: Rate
@@ -84,6 +86,7 @@ class Evaluation:
     checkpoint: str | None = None
     steps_per_second: float | None = field(default=None, compare=False)
     fingerprint: Mapping[str, Any] | None = None
+    usage: Mapping[str, int] | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, as summary.json holds them for one policy and decoding."""
@@ -92,7 +95,7 @@ class Evaluation:
         for name in ("pass_at", "pass_hat"):
             values = tree.pop(name)
             tree |= {name: {str(k): value for k, value in values.items()}} if values else {}
-        for name in ("checkpoint", "fingerprint"):
+        for name in ("checkpoint", "fingerprint", "usage"):
             if tree[name] is None:
                 del tree[name]
         return overall | tree

@@ -10,7 +10,7 @@ from agentrl.data.trajectory import Episode
 from agentrl.env.registry import Factory
 from agentrl.evaluation.panel_lists import OpenedPanel, describe_failure
 from agentrl.evaluation.panels import open_panel_environments
-from agentrl.evaluation.playing import OnEpisode, play_panel
+from agentrl.evaluation.playing import OnEpisode, play_panel, usage_of
 from agentrl.evaluation.scores import Evaluation, summarise
 from agentrl.rollout.placement import resolve_placement
 from agentrl.rollout.players import Player
@@ -63,7 +63,7 @@ def play_one_of_several(
         on_episode: Called with each episode when it ends.
         played: Episodes by id that are not played again.
     """
-    panel = opened.panel
+    panel, before = opened.panel, usage_of(player)
     if panel is None:
         return PanelScore(opened.label, opened.env, error=opened.error)
     try:
@@ -91,5 +91,10 @@ def play_one_of_several(
     new = [episode for episode in found.episodes if episode.id not in (played or {})]
     turns = sum(len(episode.turns) for episode in (*new, *found.failures))
     scores = summarise(found.episodes, panel, repeats, data=opened.data)
-    scores = replace(scores, retried=len(found.failures), steps_per_second=turns / seconds)
+    scores = replace(
+        scores,
+        retried=len(found.failures),
+        steps_per_second=turns / seconds,
+        usage=usage_of(player, before),
+    )
     return PanelScore(opened.label, opened.env, scores)

@@ -37,6 +37,7 @@ from agentrl.evaluation.panels_table import panel_notes, results_markdown
 from agentrl.evaluation.playing import OnEpisode, episode_ids
 from agentrl.evaluation.scores import summarise
 from agentrl.evaluation.several import PanelScore, play_one_of_several
+from agentrl.policy.settings import ENDPOINT
 from agentrl.rollout.players import Player
 from agentrl.rollout.settings import Placement, RolloutConfig
 from agentrl.run.folder import Run
@@ -108,6 +109,7 @@ class _Options:
     interpreter: str | None
     config: str | Path | None
     overrides: Sequence[str]
+    base_url: str | None
     on_episode: OnEpisode | None
 
     def rollout(self, config: RunConfig, env: str) -> RolloutConfig:
@@ -130,6 +132,7 @@ def evaluate_panels(
     interpreter: str | None = None,
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
+    base_url: str | None = None,
     output: str | Path | None = None,
     on_episode: OnEpisode | None = None,
 ) -> Results:
@@ -155,6 +158,7 @@ def evaluate_panels(
         interpreter: Another Python interpreter to run the environments in.
         config: A configuration file for policies that are no runs.
         overrides: `key=value` for keys of the configuration to play with.
+        base_url: The address of the chat server of policies `openai:MODEL`.
         output: A folder for the episodes as they end and for the results. If it holds an interrupted
             evaluation with the same settings, that goes on; its aborted episodes are played again.
         on_episode: Called with each episode when it ends.
@@ -171,7 +175,11 @@ def evaluate_panels(
     names = [policy_name(policy) for policy in policies]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"policies are {', '.join(names) or 'none'}; wanted at least one, each once")
-    options = _Options(repeats, seed, temperature, placement, interpreter, config, overrides, on_episode)
+    if base_url is not None and not any(name.startswith(ENDPOINT) for name in names):
+        raise ConfigError(f"--base-url is for a policy {ENDPOINT}MODEL, not for {', '.join(names)}")
+    options = _Options(
+        repeats, seed, temperature, placement, interpreter, config, overrides, base_url, on_episode
+    )
     entrants = _entrants(names, options)
     leading = next((each for each in entrants if each.name not in SCRIPTED), entrants[0])
     if not (panels or suite or envs or split):
@@ -254,7 +262,11 @@ def _open(entrant: _Entrant, options: _Options) -> Player:
     if given is None and options.config is not None:
         given = settings_of_model(entrant.name, options.config, options.overrides)
     player, _ = open_player(
-        entrant.name, temperature=options.temperature, config=given, overrides=options.overrides
+        entrant.name,
+        temperature=options.temperature,
+        config=given,
+        overrides=options.overrides,
+        base_url=options.base_url if entrant.name.startswith(ENDPOINT) else None,
     )
     return player
 

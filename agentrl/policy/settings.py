@@ -11,6 +11,7 @@ from agentrl.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 ReplyFormat = Literal["plain", "action_tags", "think_action", "tool_call"]
+ENDPOINT = "openai:"  # begins the name of a policy that plays through a chat server
 
 # Parameters of the rendering call, and names whose values come from the tokenizer.
 _NOT_ARGUMENTS = frozenset(
@@ -161,6 +162,28 @@ class VllmConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class EndpointConfig:
+    """Requests to a chat server, which `agentrl evaluate --policy openai:MODEL` sends.
+
+    The server's address and the key are not part of a configuration.
+
+    Args:
+        timeout: The deadline of a request in seconds, from sending it to the last byte of its answer.
+        retries: The number of times that a request is sent again after a lost connection, a missed deadline,
+            a malformed answer, or a status that says to try later (408, 409, 425, 429 and from 500 on).
+        max_wait: The longest wait before sending it again, in seconds. A server that asks for more
+            (Retry-After) is not asked again.
+    """
+
+    timeout: Seconds = 120.0
+    retries: OptionalCount = 6
+    max_wait: Seconds = 60.0
+
+    def __post_init__(self) -> None:
+        check_own_numbers(self, "engine.endpoint")
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """The `engine` block of a configuration: where and how replies are generated.
 
@@ -176,6 +199,7 @@ class EngineConfig:
         actor_gpus: The number of GPUs that Ray reserves for each actor; 0 computes on the CPU.
         actor_restarts: The total number of lost actors that are replaced; after that, the others go on alone.
         vllm: The settings of the engine `vllm`.
+        endpoint: The requests to a chat server, for evaluation alone; it takes the place of an engine.
     """
 
     name: Literal["torch", "vllm"] = "torch"
@@ -185,6 +209,7 @@ class EngineConfig:
     actor_gpus: Devices = 0.0
     actor_restarts: OptionalCount = 16
     vllm: VllmConfig = field(default_factory=VllmConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
 
     def __post_init__(self) -> None:
         check_own_numbers(self, "engine")

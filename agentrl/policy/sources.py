@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agentrl.errors import AgentRLError, CheckpointError, ConfigError
+from agentrl.policy.settings import ENDPOINT
 
 GROUP = "agentrl.models"  # each entry point loads a function that returns the path of a folder or GGUF file
 ADAPTER_CONFIG = "adapter_config.json"
@@ -76,6 +77,11 @@ def resolve(name: str, revision: str | None = None, *, weights: bool = True) -> 
         CheckpointError: If there is no such model, or it cannot be downloaded; all that was tried is named.
         ConfigError: If a revision is given for a model that has none.
     """
+    if name.startswith(ENDPOINT):
+        raise ConfigError(
+            f"policy.path is {name!r}, a model on a chat server, which can only be evaluated: "
+            f"agentrl evaluate --policy {name}"
+        )
     found = _find(name, revision, weights)
     if found.gguf_file is not None or not (found.folder / ADAPTER_CONFIG).is_file():
         return found

@@ -26,7 +26,7 @@ from agentrl.policy.model import (
 )
 from agentrl.policy.precision import engine_copy
 from agentrl.policy.prompt import Example
-from agentrl.policy.settings import PolicyConfig
+from agentrl.policy.settings import ENDPOINT, PolicyConfig
 from agentrl.policy.sources import ModelSource
 from agentrl.policy.tokens import check_without_template, configured_dialogue, fit_tokenizer
 from agentrl.rollout.collector import collect
@@ -38,6 +38,7 @@ from agentrl.run.folder import Run, changed_wording
 from agentrl.run.settings import RunConfig, load_config, with_changes
 from agentrl.run.trust import caller_only_values, drop_caller_only_values
 from agentrl.run.weights import find_model, find_policy, initial_weights, load_saved
+from agentrl.scale.endpoint import open_endpoint
 from agentrl.scale.engines import open_engine
 from agentrl.seeds import derive_seed
 
@@ -226,6 +227,7 @@ def open_player(
     temperature: float = 1.0,
     config: RunConfig | None = None,
     overrides: Sequence[str] = (),
+    base_url: str | None = None,
 ) -> tuple[Player, RunConfig]:
     """Open the player that `policy` names, in this process and with the `torch` engine.
 
@@ -233,13 +235,15 @@ def open_player(
     writes the date.
 
     Args:
-        policy: `random`, `expert`, a run's folder or name, a checkpoint RUN/checkpoints/NAME, or a model as
-            `policy.path` names one. Of a run that has not finished, the newest checkpoint is taken.
+        policy: `random`, `expert`, a run's folder or name, a checkpoint RUN/checkpoints/NAME, a model as
+            `policy.path` names one, or `openai:MODEL` for a model on a chat server. Of a run that has not
+            finished, the newest checkpoint is taken.
         temperature: The sampling temperature; 0 is greedy.
         config: The configuration to play with if `policy` is not a run; None takes the defaults, for a model
             those of its size (`policy.preset`).
         overrides: `key=value` for the keys to play with instead, such as `policy.prompt=literature`; with a
             `config`, they are in it already.
+        base_url: The address of the chat server of `openai:MODEL`; see `open_endpoint`.
 
     Returns:
         The player, and the configuration that it was opened with (for a run, the run's own).
@@ -247,6 +251,12 @@ def open_player(
     Raises:
         CheckpointError: If no policy of that name can be opened.
     """
+    if policy.startswith(ENDPOINT):
+        return _open_endpoint(
+            policy, config or load_config(None, f"policy.path={policy}", *overrides), temperature, base_url
+        )
+    if base_url is not None:
+        raise ConfigError(f"--base-url is for a policy {ENDPOINT}MODEL, not for {policy}")
     if policy in ("random", "expert"):
         return scripted_player(policy), config or with_changes(RunConfig(), overrides)
     saved, asked = find_policy(policy), config is not None
@@ -273,6 +283,24 @@ def open_player(
     block = replace(named, max_context=min(limit, config.policy.max_context or limit))
     config = replace(config, engine=replace(config.engine, name="torch", actors=None), policy=block)
     return loaded.player(loaded.engine(config), config, temperature), config
+
+
+def _open_endpoint(
+    name: str, config: RunConfig, temperature: float, base_url: str | None
+) -> tuple[Player, RunConfig]:
+    """Open a player for a model on a chat server."""
+    _log.info("%s replies in free text: no server can be held to the admissible commands", name)
+    config = replace(config, rollout=replace(config.rollout, constrained=False))
+    player = open_endpoint(
+        name,
+        config.policy,
+        config.engine,
+        temperature=temperature,
+        base_url=base_url,
+        examples=find_examples(config, None),
+        max_aborted_share=config.rollout.max_aborted_share,
+    )
+    return player, config
 
 
 def _warn_of_dropped_values(run: Run) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from agentrl.config import Dotted, Tree, read_yaml, set_values
 from agentrl.errors import AgentRLError
+from agentrl.policy.settings import ENDPOINT
 from agentrl.run.config_files import leaves
 
 Changes = Sequence[tuple[Dotted, Any]]
@@ -68,6 +69,20 @@ def pretrained_values(
             (*block, "micro_batch_tokens"): None,
         }
     return values | {("learner", "schedule"): "constant"}
+
+
+def endpoint_values(*, thinks: bool = False) -> dict[Dotted, Any]:
+    """Return the values of the preset for a model on a chat server, which is neither trained nor constrained.
+
+    Args:
+        thinks: Whether a reply reasons before its action.
+    """
+    values: dict[Dotted, Any] = {
+        ("policy", "max_context"): None,
+        ("policy", "max_observation_tokens"): None,
+        ("rollout", "constrained"): False,
+    }
+    return values | ({("engine", "max_tokens"): _THINKING_TOKENS} if thinks else {})
 
 
 def misfits(config: Any, parameters: int | None) -> Iterator[str]:
@@ -158,15 +173,19 @@ def with_preset(
         return reduce(apply, layers, dict(tree)), None
     if preset is None and preset_of(path) != PRETRAINED:
         return reduce(apply, [*layers, [(("policy", "preset"), SCRATCH)]], dict(tree)), None
-    parameters = count_parameters(path, final.get(("policy", "revision")))
-    values = pretrained_values(
-        parameters,
-        clones=_has_block(final, "warm_start", "data") or _has_block(final, "warm_start", "from"),
-        dtype=fast_dtype(str(final.get(("policy", "device"), "auto"))),
-        lora=_has_block(final, "learner", "lora"),
-        cloning_lora=_has_block(final, "warm_start", "learner", "lora"),
-        thinks=final.get(("policy", "reply")) == "think_action",
-    )
+    thinks = final.get(("policy", "reply")) == "think_action"
+    if path.startswith(ENDPOINT):
+        parameters, values = None, endpoint_values(thinks=thinks)
+    else:
+        parameters = count_parameters(path, final.get(("policy", "revision")))
+        values = pretrained_values(
+            parameters,
+            clones=_has_block(final, "warm_start", "data") or _has_block(final, "warm_start", "from"),
+            dtype=fast_dtype(str(final.get(("policy", "device"), "auto"))),
+            lora=_has_block(final, "learner", "lora"),
+            cloning_lora=_has_block(final, "warm_start", "learner", "lora"),
+            thinks=thinks,
+        )
     changes = [(("policy", "preset"), PRETRAINED), *values.items()]
     given = dict(leaves(tree))
     if given.get(("policy", "path")) is None:
@@ -222,4 +241,6 @@ def _has_block(values: Mapping[Dotted, Any], *block: str) -> bool:
 
 
 def _in_yaml(value: Any) -> str:
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -66,6 +66,7 @@ ACCEPTED = {
     0: {
         "seed",
         *(f"engine.{name}" for name in ("actor_cpus", "actor_gpus", "actor_restarts", "vllm.max_restarts")),
+        "engine.endpoint.retries",
         *(f"rollout.{name}" for name in ("max_aborted_share", "ray.cpus", "ray.max_restarts")),
         *(f"trainer.{name}" for name in ("max_staleness", "save_episodes_every", "steps")),
         *("evaluation.every", "policy.examples", "warm_start.noise", "warm_start.steps"),

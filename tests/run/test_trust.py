@@ -175,6 +175,17 @@ def test_data_is_not_read(key: str, trained: Path, tmp_path: Path, monkeypatch: 
     assert opened == []
 
 
+def test_a_run_does_not_play_on_the_callers_chat_server(
+    trained: Path, tmp_path: Path, server: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, knocks = server
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://{address}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-caller")
+    run = altered(trained, tmp_path / "run", policy__path="openai:expensive")
+    opened_in_every_way(run)
+    assert knocks == []
+
+
 def test_a_module_is_not_imported_for_an_id(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -411,7 +422,8 @@ HARMLESS = {
     "rollout.backend": "a choice",
     "rollout.placement": "a choice",
     "engine.name": "a choice",
-    "policy.path": "tensors and a tokenizer, read without their code, from this machine or the caller's hub",
+    "policy.path": "tensors and a tokenizer, read without their code, from this machine or the caller's hub; "
+    "a chat server is opened for a policy that the caller names, at the caller's address",
     "policy.revision": "a commit of the same",
     "policy.chat_template": "a template, rendered in its sandbox",
     "policy.device": "a choice",
