@@ -19,12 +19,14 @@ class Briefing:
         instructions: What to do in this environment, and how an action is written.
         action_forms: Forms that stand for all actions with a prefix, by prefix.
         max_steps: The largest number of steps of the episode; None if unknown.
+        env: The id of the environment; None if it was not made by one.
     """
 
     task: str | None = None
     instructions: str = ""
     action_forms: Mapping[str, str] = field(default_factory=dict)
     max_steps: int | None = None
+    env: str | None = field(default=None, compare=False)
 
     def list_actions(self, actions: Sequence[str]) -> list[str]:
         """Return the actions as a prompt lists them, each form once.
@@ -53,6 +55,7 @@ def read_briefing(env: gymnasium.Env[str, str], info: Mapping[str, Any]) -> Brie
         instructions=getattr(known, "instructions", ""),
         action_forms=dict(getattr(known, "action_forms", {})),
         max_steps=limit if isinstance(limit, int) else None,
+        env=getattr(getattr(known, "spec", None), "id", None),
     )
 
 

@@ -1,23 +1,36 @@
 """The metrics of a step's episodes: success, length, and entropy per token, turn, trajectory, task type."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from agentrl.data.batch import Batch
 from agentrl.data.entropies import entropies_by_level
 from agentrl.data.trajectory import Episode, Outcome, StopReason
+from agentrl.env.names import split_task
 from agentrl.training.rollouts import RolloutResult
 
 
-def step_metrics(result: RolloutResult, batch: Batch) -> dict[str, float]:
+def step_metrics(result: RolloutResult, batch: Batch, environments: Collection[str] = ()) -> dict[str, float]:
     """Return the metrics of a step's episodes.
 
     Args:
         result: The episodes that were played.
         batch: The batch of those that are learned from.
+        environments: The names of several environments, each of which has metrics of its own besides.
     """
     kept = {"rollout/episodes_kept": len(batch.episodes) / len(result.episodes)}
-    return rollout_metrics(result.episodes) | kept | result.metrics()
+    own = [metric for name in environments for metric in _of_environment(result, name).items()]
+    return rollout_metrics(result.episodes) | kept | result.metrics() | dict(own)
+
+
+def _of_environment(result: RolloutResult, name: str) -> dict[str, float]:
+    """Return the metrics of the episodes of one of several environments, under its name."""
+    groups = [group for group in result.groups if split_task(group.task)[0] == name]
+    kept = [group for group in result.kept if split_task(group.task)[0] == name]
+    metrics = rollout_metrics([episode for group in groups for episode in group.episodes])
+    if groups:
+        metrics["rollout/groups_kept"] = len(kept) / len(groups)
+    return {key.replace("rollout/", f"rollout/{name}/", 1): value for key, value in metrics.items()}
 
 
 def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
