@@ -206,8 +206,10 @@ def _shown(line: Line) -> str:
 def _resolve_placements(config: RunConfig) -> tuple[RunConfig, str]:
     """Return the configuration with resolved placements, and what was measured for them, in words."""
     config, measured = resolve_placements(config)
-    given = f"not timed: rollout.placement={config.rollout.placement} was given"
-    return config, "; ".join(measured) or given
+    places = {alone.only_env.key: alone.rollout.placement for alone in config.each_alone()}
+    key = {"env": "rollout"}  # a single environment has the placement of the block
+    given = ", ".join(f"{key.get(name, name)}.placement={place}" for name, place in places.items())
+    return config, "; ".join(measured) or f"not timed: {given} was given"
 
 
 def _process_lines(config: RunConfig, topology: Topology, timing: str) -> list[Line]:

@@ -20,7 +20,7 @@ def step_metrics(result: RolloutResult, batch: Batch, environments: Collection[s
     """
     kept = {"rollout/episodes_kept": len(batch.episodes) / len(result.episodes)}
     own = [metric for name in environments for metric in _of_environment(result, name).items()]
-    return rollout_metrics(result.episodes) | kept | result.metrics() | dict(own)
+    return rollout_metrics(result.episodes, task_types=not environments) | kept | result.metrics() | dict(own)
 
 
 def _of_environment(result: RolloutResult, name: str) -> dict[str, float]:
@@ -33,16 +33,20 @@ def _of_environment(result: RolloutResult, name: str) -> dict[str, float]:
     return {key.replace("rollout/", f"rollout/{name}/", 1): value for key, value in metrics.items()}
 
 
-def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+def rollout_metrics(episodes: Sequence[Episode], *, task_types: bool = True) -> dict[str, float]:
     """Return means over the episodes that were not aborted; a mean over nothing is left out.
 
     Entropies are in nats, over action tokens only: `entropy/token` weighs every action token alike,
     `entropy/turn` every turn, and `entropy/trajectory` every episode.
+
+    Args:
+        episodes: The episodes.
+        task_types: Whether to add the metrics of each task type; several environments may share their names.
     """
     played = [episode for episode in episodes if episode.outcome is not Outcome.ABORTED]
     by_type: dict[str, list[Episode]] = defaultdict(list)
     for episode in played:
-        if episode.task_type is not None:
+        if task_types and episode.task_type is not None:
             by_type[episode.task_type].append(episode)
     metrics = {
         "rollout/success_rate": _mean(episode.success for episode in played),
