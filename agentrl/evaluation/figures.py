@@ -150,8 +150,8 @@ def draw_signals(rows: Sequence[Row], environments: Collection[str] = ()) -> str
     """
     kinds: dict[str, dict[str, list[str]]] = {}
     own = tuple(f"train/rollout/{name}/" for name in environments if name)
-    names = (name for row in rows for name in row if _is_signal(name) and not name.startswith(own))
-    for name in dict.fromkeys(names):
+    known = (name for row in rows for name in row if _is_signal(name) and not name.startswith(own))
+    for name in dict.fromkeys(known):
         if len(set(_series(rows, name)[1])) > 1:
             panel = _panel_name(name)
             kinds.setdefault(panel.rpartition("/")[0], {}).setdefault(panel, []).append(name)

@@ -96,6 +96,11 @@ def choose_panel(
     most_tasks = config.evaluation.tasks
     if given is not None:
         return PanelSource(given.env, given.split, dict(given.env_kwargs), given, None, most_tasks)
+    if env is None and config.names:
+        raise ConfigError(
+            f"env lists several environments: name one of them, {', '.join(config.names)}, or evaluate all "
+            "with `agentrl evaluate` or agentrl.evaluate_panels"
+        )
     known = config.only_env if env is None else config.find_environment(env)
     id = (env or "") if known is None else known.id
     kwargs = {**({} if known is None else known.kwargs), **(env_kwargs or {})}

@@ -262,6 +262,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_own_numbers(self)
+        if self.names and self.evaluation.panel is not None:
+            raise ConfigError(
+                f"evaluation.panel is {self.evaluation.panel!r}, but env is a list; "
+                "wanted evaluation.split and evaluation.tasks, of which a panel of each is made"
+            )
         if self.engine.name != "vllm":
             return
         self.check_temperature("rollout.temperature", self.rollout.temperature)
