@@ -70,16 +70,16 @@ def draw_success(policies: Mapping[str, Mapping[str, Row]]) -> str:
 def draw_learning_curve(
     rows: Sequence[Row],
     evaluations: Mapping[str, Sequence[Point]],
-    window: int = 9,
     environment: str = "",
+    window: int = 9,
 ) -> str:
     """Draw the smoothed success rate of training, and the evaluations on the panel.
 
     Args:
         rows: The rows of the training stage in metrics.jsonl.
         evaluations: The points of each decoding.
-        window: The window of the centred moving mean, in steps.
         environment: The name of one of several environments.
+        window: The window of the centred moving mean, in steps.
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(7.6, 3.1), layout="constrained")

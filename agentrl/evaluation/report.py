@@ -100,7 +100,7 @@ def _results(name: str, summary: Tree, training: Sequence[Tree]) -> dict[str, An
         "rows": list(_score_rows(policies)),
         "panel": panel_line(summary),
         "instruction": list(_instruction_rows(summary)),
-        "curve_figure": figures.draw_learning_curve(training, points, environment=name) if training else "",
+        "curve_figure": figures.draw_learning_curve(training, points, name) if training else "",
     }
 
 
