@@ -152,7 +152,7 @@ def plan(study: StudyConfig, folder: str | Path) -> list[StudyRun]:
     base = load_config(study.base, *study.overrides)
     if base.names:
         raise ConfigError(
-            f"env is a list ({', '.join(base.names)}), but a study compares methods on one environment; wanted "
+            f"env is a list ({', '.join(base.names)}), but a study compares methods on one; wanted "
             "base with a single env, or overrides with env={id: ...}"
         )
     methods, mistakes = {}, []
