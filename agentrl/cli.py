@@ -604,6 +604,9 @@ def plan(
 def prompt(
     arguments: Overrides = None,
     turns: Annotated[int, typer.Option(min=1, help="Number of turns to show.")] = 3,
+    env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One of several environments; default: each of them.")
+    ] = None,
     task: Annotated[
         str | None, typer.Option(metavar="ID", help="Task; default: the first training task.")
     ] = None,
@@ -624,11 +627,16 @@ def prompt(
 
     path, overrides = _split_config(arguments)
     read = load_config(path, *overrides, imports=load_imports(imports or ()))
-    found = preview_prompts(read, turns=turns, task=task)
+    views = list(read.each_alone()) if env is None else [read.alone(env)]
+    if task is not None and len(views) > 1:
+        raise ConfigError(f"--task {task}: wanted its environment as well, --env {'|'.join(read.names)}")
+    found = [preview_prompts(alone, turns=turns, task=task) for alone in views]
     if as_json:
-        echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
-    else:
-        _console().print(preview_text(found), soft_wrap=True)  # line ends are the prompt's own
+        trees = [preview.to_dict() for preview in found]
+        echo(json.dumps(trees if read.names and env is None else trees[0], indent=1, ensure_ascii=False))
+        return
+    for preview in found:
+        _console().print(preview_text(preview), soft_wrap=True)  # line ends are the prompt's own
 
 
 @app.command("check-env")

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,7 +27,7 @@ from agentrl.rollout.play import EpisodeSpec
 from agentrl.rollout.players import Player, RandomPlayer
 from agentrl.rollout.settings import RayConfig, RolloutConfig, WorkersConfig
 from agentrl.rollout.workers import ProcessEnvironments
-from agentrl.run.policies import fit_policy
+from agentrl.run.policies import environment_text, fit_policy
 from agentrl.run.settings import load_config
 from agentrl.scale.cluster import connected
 from agentrl.scale.ray_environments import RayEnvironments
@@ -103,7 +104,8 @@ def fresh_policy(env: str, split: str, environments: Environments, folder: Path)
     config = load_config(None, f"env.id={env}", f"env.split={split}", "policy.tokenizer_episodes=4")
     with environments.borrow() as environment:
         tasks = environment.unwrapped.tasks(split)
-    policy = fit_policy(config, tasks, environments, RandomPlayer(), folder / "tokenizer")
+    texts = partial(environment_text, config, tasks, environments, RandomPlayer())
+    policy = fit_policy(config, texts, folder / "tokenizer")
     return policy.player(policy.engine(config), config, 1.0)
 
 

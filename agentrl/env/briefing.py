@@ -21,6 +21,7 @@ class Briefing:
         action_forms: Forms that stand for all actions with a prefix, by prefix.
         max_steps: The largest number of steps of the episode; None if unknown.
         tools: The tools that the environment declares; none if it declares none.
+        env: The id of the environment; None if it was not made by one.
     """
 
     task: str | None = None
@@ -28,6 +29,7 @@ class Briefing:
     action_forms: Mapping[str, str] = field(default_factory=dict)
     max_steps: int | None = None
     tools: tuple[Tool, ...] = ()
+    env: str | None = field(default=None, compare=False)
 
     def list_actions(self, actions: Sequence[str]) -> list[str]:
         """Return the actions as a prompt lists them, each form once.
@@ -57,6 +59,7 @@ def read_briefing(env: gymnasium.Env[str, str], info: Mapping[str, Any]) -> Brie
         action_forms=dict(getattr(known, "action_forms", {})),
         max_steps=limit if isinstance(limit, int) else None,
         tools=read_tools(getattr(known, "action_tools", ())),
+        env=getattr(getattr(known, "spec", None), "id", None),
     )
 
 

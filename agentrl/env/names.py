@@ -30,3 +30,18 @@ def unknown(what: str, name: object, known: Iterable[str]) -> ConfigError:
 def _short(name: object) -> str:
     text = repr(name)
     return text if len(text) <= 200 else text[:200] + "…"
+
+
+def named_task(environment: str, task: str) -> str:
+    """Return the id of a task among those of several environments.
+
+    >>> named_task("ALFWorld", "train-3")
+    'ALFWorld/train-3'
+    """
+    return f"{environment}/{task}"
+
+
+def split_task(task: str) -> tuple[str, str]:
+    """Return the name of the environment and its own id of a task, see `named_task`."""
+    environment, _, own = task.partition("/")
+    return environment, own

@@ -29,3 +29,13 @@ class EnvConfig:
     id: str = "agentrl/ALFWorld-v0"
     split: str = "train"
     kwargs: dict[str, Any] = field(default_factory=quickstart_kwargs)
+
+    @property
+    def label(self) -> str:
+        """Return how messages call the environment."""
+        return self.id
+
+    @property
+    def key(self) -> str:
+        """Return the key of the environment in a configuration."""
+        return "env"

@@ -172,8 +172,9 @@ def rollout_config(
     config: RunConfig, env: str, placement: Placement | None, interpreter: str | None
 ) -> RolloutConfig:
     """Return the rollout settings of a configuration, adapted to the environment and the caller's choices."""
-    rollout = config.rollout
-    if placement is not None or env != config.env.id:  # its placement suited its own environment
+    known = config.find_environment(env) is not None
+    rollout = config.alone(env).rollout if known else config.rollout
+    if placement is not None or not known:  # its placement suited its own environment
         rollout = replace(rollout, backend="local", placement=placement or "auto")
     if interpreter is not None:
         workers = replace(rollout.workers, interpreter=interpreter)

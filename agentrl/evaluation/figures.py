@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -68,19 +68,24 @@ def draw_success(policies: Mapping[str, Mapping[str, Row]]) -> str:
 
 
 def draw_learning_curve(
-    rows: Sequence[Row], evaluations: Mapping[str, Sequence[Point]], window: int = 9
+    rows: Sequence[Row],
+    evaluations: Mapping[str, Sequence[Point]],
+    environment: str = "",
+    window: int = 9,
 ) -> str:
     """Draw the smoothed success rate of training, and the evaluations on the panel.
 
     Args:
         rows: The rows of the training stage in metrics.jsonl.
         evaluations: The points of each decoding.
+        environment: The name of one of several environments.
         window: The window of the centred moving mean, in steps.
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(7.6, 3.1), layout="constrained")
         axes = figure.subplots()
-        steps, values = _series(rows, "train/rollout/success_rate")
+        room = f"rollout/{environment}" if environment else "rollout"
+        steps, values = _series(rows, f"train/{room}/success_rate")
         axes.plot(steps, values, color=_GREY, alpha=0.45, linewidth=0.8)
         axes.plot(
             steps,
@@ -130,20 +135,23 @@ def draw_entropy_over_steps(rows: Sequence[Row]) -> str:
         return _to_data_uri(figure)
 
 
-def draw_signals(rows: Sequence[Row]) -> str | None:
+def draw_signals(rows: Sequence[Row], environments: Collection[str] = ()) -> str | None:
     """Draw the metrics that no other figure shows in a grid of small panels.
 
     Metrics with a common prefix are placed next to each other; numbered turns and task types share a panel.
-    Metrics that never change are left out.
+    Metrics that never change are left out, and those of one of several environments.
 
     Args:
         rows: The rows of the training stage in metrics.jsonl.
+        environments: The names of several environments.
 
     Returns:
         The image as a `data:` URI; None if there is nothing to show.
     """
     kinds: dict[str, dict[str, list[str]]] = {}
-    for name in dict.fromkeys(name for row in rows for name in row if _is_signal(name)):
+    own = tuple(f"train/rollout/{name}/" for name in environments if name)
+    known = (name for row in rows for name in row if _is_signal(name) and not name.startswith(own))
+    for name in dict.fromkeys(known):
         if len(set(_series(rows, name)[1])) > 1:
             panel = _panel_name(name)
             kinds.setdefault(panel.rpartition("/")[0], {}).setdefault(panel, []).append(name)

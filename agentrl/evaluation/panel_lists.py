@@ -61,7 +61,7 @@ def configured_panels(config: RunConfig) -> tuple[PanelEntry, ...]:
 
 
 def lists_panels(policy: str, config: str | Path | None, overrides: Sequence[str]) -> bool:
-    """Return whether the configuration of a policy lists several panels to evaluate it on.
+    """Return whether the configuration of a policy lists several panels, or environments, to evaluate it on.
 
     Raises:
         ConfigError: If it is that of a run and sets arguments that only the caller may set.
@@ -72,7 +72,8 @@ def lists_panels(policy: str, config: str | Path | None, overrides: Sequence[str
             f"evaluation.panels of {saved.run.folder} sets arguments that only the caller of an environment "
             "may set; name the panels yourself, by --env, --panel or --suite"
         )
-    return bool(player_config(policy, config, overrides).evaluation.panels)
+    settings = player_config(policy, config, overrides)
+    return bool(settings.evaluation.panels or settings.names)
 
 
 def choose_panels(
@@ -108,16 +109,22 @@ def choose_panels(
     elif panels:
         entries = [load_panel(Path(each)) if isinstance(each, str | Path) else each for each in panels]
     elif envs or split is not None:
-        own = {config.env.id: config.env.kwargs}  # a run is measured in the environment that it knows
-        named = envs or [config.env.id]
-        entries = [PanelConfig(env, split, None, {**own.get(env, {}), **(env_kwargs or {})}) for env in named]
+        named = envs or [env.label for env in config.environments]
+        entries = [_panel_of(config, name, split, env_kwargs or {}) for name in named]
     elif config.evaluation.panels:
         entries = list(configured_panels(config))
     elif config.evaluation.panel is not None:
         entries = [configured_panel_file(config, config.evaluation.panel, "evaluation.panel")]
     else:
-        entries = [PanelConfig(config.env.id, None, None, dict(config.env.kwargs))]
+        entries = [_panel_of(config, env.label, None, {}) for env in config.environments]
     return [_shortened(entry, tasks) for entry in entries]
+
+
+def _panel_of(config: RunConfig, name: str, split: str | None, kwargs: Mapping[str, Any]) -> PanelConfig:
+    """Return the panel of an environment by its id, or by its name among those of a configuration."""
+    known = config.find_environment(name)
+    own = {} if known is None else known.kwargs  # a run is measured in the environments that it knows
+    return PanelConfig(name if known is None else known.id, split, None, {**own, **kwargs})
 
 
 def _shortened(entry: PanelEntry, tasks: int | None) -> PanelEntry:

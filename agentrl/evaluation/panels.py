@@ -15,6 +15,7 @@ from agentrl.errors import ConfigError, EnvironmentContractError
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.settings import RolloutConfig
 from agentrl.run.env_backend import open_environments
+from agentrl.run.mixture import MixedEnvConfig
 from agentrl.run.settings import RunConfig
 from agentrl.values import ValueFaultError, as_text
 
@@ -95,30 +96,45 @@ def choose_panel(
     most_tasks = config.evaluation.tasks
     if given is not None:
         return PanelSource(given.env, given.split, dict(given.env_kwargs), given, None, most_tasks)
-    env = env or config.env.id
-    kwargs = {**(config.env.kwargs if env == config.env.id else {}), **(env_kwargs or {})}
-    split = split or _find_split(env, kwargs, config.evaluation.split)
-    return PanelSource(env, split, kwargs, None, tasks, most_tasks)
+    if env is None and config.names:
+        raise ConfigError(
+            f"env lists several environments: name one of them, {', '.join(config.names)}, or evaluate all "
+            "with `agentrl evaluate` or agentrl.evaluate_panels"
+        )
+    known = config.only_env if env is None else config.find_environment(env)
+    id = (env or "") if known is None else known.id
+    kwargs = {**({} if known is None else known.kwargs), **(env_kwargs or {})}
+    split = split or find_split(id, kwargs, config.evaluation.split)
+    return PanelSource(id, split, kwargs, None, tasks, most_tasks)
 
 
 def configured_panel(config: RunConfig, environment: gymnasium.Env[str, str] | None = None) -> Panel:
     """Return the panel that a configuration describes.
 
+    That of one of several environments is of its last split if it has none of the configured name, and of all
+    tasks if it has fewer than are configured.
+
     Args:
-        config: The configuration of a run.
+        config: The configuration of a run, with one environment.
         environment: An environment made for it; None makes one.
     """
+    env, block = config.only_env, config.evaluation
     panel = _configured_file(config)
     if panel is not None:
         verify(panel)
         return panel
-    block = config.evaluation
     if block.panels:
         raise ConfigError(
             f"evaluation.panels names {len(block.panels)} panels for `agentrl evaluate`, but a run measures "
             "its policies on one: wanted evaluation.panel, or evaluation.split and evaluation.tasks"
         )
-    return make_panel(config.env.id, block.split, block.tasks, config.env.kwargs, environment)
+    if not isinstance(env, MixedEnvConfig):
+        return make_panel(env.id, block.split, block.tasks, env.kwargs, environment)
+    if environment is None:
+        with open_env(lambda: make(env.id, **env.kwargs)) as environment:
+            return configured_panel(config, environment)
+    split = held_out_split(environment, block.split)
+    return PanelSource(env.id, split, env.kwargs, None, None, block.tasks).open_panel(environment)
 
 
 def open_panel_environments(
@@ -161,7 +177,8 @@ def configured_panel_file(config: RunConfig, path: str, key: str) -> Panel:
         PanelError: If it cannot be read.
     """
     panel = load_panel(Path(path))
-    known = config.env.kwargs if panel.env == config.env.id else {}
+    env = config.find_environment(panel.env)
+    known = {} if env is None else env.kwargs
     for name in callers_arguments(panel.env, panel.env_kwargs):
         if name not in known or known[name] != panel.env_kwargs[name]:
             raise ConfigError(
@@ -172,7 +189,7 @@ def configured_panel_file(config: RunConfig, path: str, key: str) -> Panel:
     return panel
 
 
-def _find_split(env: str, kwargs: Mapping[str, Any], preferred: str) -> str:
+def find_split(env: str, kwargs: Mapping[str, Any], preferred: str) -> str:
     """Return the split of an environment to evaluate on."""
     with open_env(lambda: make(env, **kwargs)) as environment:
         return held_out_split(environment, preferred)

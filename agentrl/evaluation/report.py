@@ -15,6 +15,7 @@ from agentrl.evaluation.results_table import (
     format_number,
     panel_line,
     rate_and_interval,
+    results_by_environment,
     step_of,
     task_types,
 )
@@ -26,6 +27,7 @@ from agentrl.terminal import printable
 
 Tree = Mapping[str, Any]
 
+_COMPARED = ("random", "cloned", "trained")  # in the overview of several environments
 _MAX_TEXT_CHARS = 4000  # of one observation or reply
 
 
@@ -55,20 +57,42 @@ def _content(folder: Path) -> dict[str, Any]:
     from agentrl.evaluation import figures  # loads matplotlib (half a second), which a table does not need
 
     summary, manifest = read_summary(folder), read_manifest(folder) or {}
-    policies = final_policies(summary)
     training = read_metrics(folder / "metrics.jsonl", "train")
-    by_turn = {
-        name: values
-        for name, decodings in policies.items()
-        if (values := decodings.get("sampled", {}).get("entropy", {}).get("by_turn"))
-    }
+    results = results_by_environment(summary)
     entropy_figures = [figures.draw_entropy_over_steps(training)] if training else []
-    entropy_figures += [figures.draw_entropy_by_turn(by_turn)] if by_turn else []
+    for own in results.values():
+        by_turn = {
+            name: values
+            for name, decodings in final_policies(own).items()
+            if (values := decodings.get("sampled", {}).get("entropy", {}).get("by_turn"))
+        }
+        entropy_figures += [figures.draw_entropy_by_turn(by_turn)] if by_turn else []
+    labels = [data_line(own) for own in results.values()]
     source, episodes = _select_episodes(folder / "episodes")
     config = folder / "config.yaml"
     return {
         "name": folder.resolve().name,
-        "subtitle": " · ".join(str(part) for part in (summary.get("env"), data_line(summary)) if part),
+        "subtitle": " · ".join(str(part) for part in (summary.get("env"), *labels) if part),
+        "results": [_results(name, own, training) for name, own in results.items()],
+        "overview": list(_overview_rows(results)) if len(results) > 1 else [],
+        "entropy_figures": entropy_figures,
+        "signals_figure": figures.draw_signals(training, results) if training else None,
+        "waiting": _waiting_line(summary.get("times", {})),
+        "episodes_source": source,
+        "episodes": _episode_rows(episodes),
+        "compared": _COMPARED,
+        "facts": list(_fact_rows(summary, manifest)),
+        "config": config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+    }
+
+
+def _results(name: str, summary: Tree, training: Sequence[Tree]) -> dict[str, Any]:
+    """Return the results in an environment; those of a single one have no name."""
+    from agentrl.evaluation import figures
+
+    policies, points = final_policies(summary), _curve_points(summary, training)
+    return {
+        "name": name,
         "tiles": _tiles(policies),
         "success_figure": figures.draw_success(policies) if policies else "",
         "verdicts": _verdicts(policies),
@@ -76,17 +100,17 @@ def _content(folder: Path) -> dict[str, Any]:
         "rows": list(_score_rows(policies)),
         "panel": panel_line(summary),
         "instruction": list(_instruction_rows(summary)),
-        "curve_figure": figures.draw_learning_curve(training, _curve_points(summary, training))
-        if training
-        else "",
-        "entropy_figures": entropy_figures,
-        "signals_figure": figures.draw_signals(training) if training else None,
-        "waiting": _waiting_line(summary.get("times", {})),
-        "episodes_source": source,
-        "episodes": _episode_rows(episodes),
-        "facts": list(_fact_rows(summary, manifest)),
-        "config": config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        "curve_figure": figures.draw_learning_curve(training, points, name) if training else "",
     }
+
+
+def _overview_rows(results: Mapping[str, Tree]) -> Iterable[dict[str, Any]]:
+    """Yield a row for each of several environments: what policies reached, sampled."""
+    for name, summary in results.items():
+        policies = final_policies(summary)
+        scores = [policies.get(policy, {}).get("sampled") for policy in _COMPARED]
+        cells = [dict(zip(("rate", "interval"), rate_and_interval(score), strict=True)) for score in scores]
+        yield {"name": name, "cells": cells, "panel": panel_line(summary)}
 
 
 def _score_rows(policies: Mapping[str, Mapping[str, Tree]]) -> Iterable[dict[str, Any]]:
@@ -163,7 +187,7 @@ def _instruction_rows(summary: Tree) -> Iterable[dict[str, Any]]:
 
 def _curve_points(summary: Tree, training: Sequence[Tree]) -> dict[str, list[tuple[int, float, Any]]]:
     """Return the points of the learning curve of each decoding: before, during and after training."""
-    last = training[-1]["step"]
+    last = training[-1]["step"] if training else 0
     points: dict[str, list[tuple[int, float, Any]]] = {}
     for name, decodings in summary.get("policies", {}).items():
         step = {"cloned": 0, "trained": last}.get(name, step_of(name))
@@ -231,7 +255,7 @@ def _fact_rows(summary: Tree, manifest: Tree) -> Iterable[tuple[str, str]]:
     """Yield everything else that the two files hold, one row each."""
     for tree in (summary, manifest):
         for key, value in tree.items():
-            if key not in ("policies", "instruction_check"):
+            if key not in ("policies", "instruction_check", "environments"):
                 yield "seconds" if key == "times" else key.replace("_", " "), _format_value(value)
 
 

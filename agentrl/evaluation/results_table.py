@@ -18,11 +18,15 @@ _MAX_COLUMNS = 6  # task types shown as columns
 def results_table(summary: Tree) -> RenderableType:
     """Return the success rates of each policy, overall and per task type, in percent with 95 % intervals.
 
-    If there are more task types than fit in a terminal, they become the rows of a second table.
+    If there are more task types than fit in a terminal, they become the rows of a second table. Several
+    environments have a table each.
 
     Args:
-        summary: The content of a run's summary.json, of which only `policies` is needed.
+        summary: The content of a run's summary.json, of which only `policies` or `environments` is needed.
     """
+    if "environments" in summary:
+        parts = results_by_environment(summary).items()
+        return Group(*(part for name, own in parts for part in (plain(name, "bold"), results_table(own))))
     policies = final_policies(summary)
     types = task_types(policies)
     if len(types) > _MAX_COLUMNS:
@@ -78,6 +82,11 @@ def _instruction_caption(summary: Tree) -> str | None:
         new, old = (" ".join(rate_and_interval(check[key])) for key in ("new_goal", "old_goal"))
         lines.append(f"{decoding:8} the new goal in {new} %, the panel's goal in {old} %")
     return "\n".join(lines) if len(lines) > 1 else None
+
+
+def results_by_environment(summary: Tree) -> dict[str, Tree]:
+    """Return the results in each environment by its name; an empty name stands for the only one."""
+    return dict(summary.get("environments") or {"": summary})
 
 
 def final_policies(summary: Tree) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Scores of the policies of a run: measure them, keep them in its folder and summarise them."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,16 +9,17 @@ from typing import Any
 from agentrl.data.storage import write_episodes
 from agentrl.data.trajectory import Episode
 from agentrl.env.panel import Panel
+from agentrl.env.settings import EnvConfig
 from agentrl.evaluation.panels import data_label, open_panel_environments
 from agentrl.evaluation.playing import check_instructions, play_panel
 from agentrl.evaluation.scores import Evaluation, summarise
-from agentrl.files import write_atomic
 from agentrl.learn.ranks import Ranks
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import Collection
 from agentrl.rollout.players import Player, scripted_player
 from agentrl.run.logger import RunLogger
-from agentrl.run.records import read_evaluations
+from agentrl.run.mixture import MixedEnvConfig
+from agentrl.run.records import read_evaluations, write_evaluations
 from agentrl.run.settings import RunConfig
 from agentrl.run.signals import Interruption
 from agentrl.run.timers import Timers
@@ -28,11 +28,11 @@ _DECODINGS = {"greedy": 0.0, "sampled": 1.0}
 
 
 class RunScores:
-    """Scores of the policies of a run, kept in its folder so that nothing is measured twice.
+    """Scores of a run's policies in an environment, kept in its folder so that nothing is measured twice.
 
     Args:
         folder: The run's folder.
-        config: The run's configuration.
+        config: The run's configuration, with one environment.
         panel: The panel that every policy plays.
         player: Makes a player of the run's policy for a given temperature.
         logger: Shows progress.
@@ -53,6 +53,9 @@ class RunScores:
         interruption: Interruption,
     ) -> None:
         self._folder, self._config, self._panel, self._player = folder, config, panel, player
+        env = config.only_env
+        self.env, self.label = env, env.label
+        self._name = env.name if isinstance(env, MixedEnvConfig) else None
         self._logger, self._timers, self._ranks, self._interruption = logger, timers, ranks, interruption
 
     def missing(self, name: str) -> list[str]:
@@ -76,7 +79,9 @@ class RunScores:
         found = summarise(episodes, self._panel, repeats, data=label)
         found = replace(found, retried=sum(self._ranks.gather(len(played.failures))))
         if self._ranks.first:
-            write_episodes(self._folder / "episodes" / f"{name}-{decoding}.parquet", episodes)
+            of_environment = "" if self._name is None else f"-{self._name}"
+            file = f"{name}-{decoding}{of_environment}.parquet"
+            write_episodes(self._folder / "episodes" / file, episodes)
             results = self.results()
             results.setdefault(name, {})[decoding] = found.to_dict()
             self._save(results)
@@ -89,7 +94,7 @@ class RunScores:
             return
         with (
             self._timers.running("evaluation"),
-            self._logger.stage("instruction check"),
+            self._logger.stage(f"instruction check{self._where}"),
             self._environments() as environments,
         ):
             for decoding, temperature in _DECODINGS.items():
@@ -106,16 +111,15 @@ class RunScores:
 
     def results(self) -> dict[str, Any]:
         """Return the scores so far, by policy and decoding."""
-        return read_evaluations(self._folder)
+        return read_evaluations(self._folder, self._name)
 
     def summary(self) -> dict[str, Any]:
-        """Return the content of summary.json."""
-        config, panel, results = self._config, self._panel, self.results()
+        """Return what summary.json says of the environment."""
+        panel, results = self._panel, self.results()
         policies = {name: found for name, found in results.items() if name != "instruction_check"}
-        repeats = config.evaluation.repeats
+        repeats = self._config.evaluation.repeats
         return {
-            "env": config.env.id,
-            "algorithm": config.algorithm.name,
+            "env": self.env.id,
             "data": next((each["data"] for found in policies.values() for each in found.values()), None),
             "policies": policies,
             "instruction_check": results.get("instruction_check"),
@@ -126,10 +130,11 @@ class RunScores:
                 "tasks": len(panel.tasks),
                 "repeats": repeats,
             },
-            "seeds": {"run": config.seed},
-            "steps": {"warm_start": config.warm_start.steps, "train": config.trainer.steps},
-            "times": self._timers.read(),
         }
+
+    @property
+    def _where(self) -> str:
+        return "" if self._name is None else f" in {self._name}"
 
     def _play(self, name: str, decoding: str) -> tuple[Collection, str | None]:
         """Play this rank's tasks of the panel; return the episodes and the environment's data label."""
@@ -137,7 +142,7 @@ class RunScores:
         tasks, hashes = (tuple(self._ranks.split(each)) for each in (panel.tasks, panel.hashes))
         own = replace(panel, tasks=tasks, hashes=hashes)
         with (
-            self._logger.stage(f"evaluating {name}, {decoding}", total=len(own.tasks)),
+            self._logger.stage(f"evaluating {name}, {decoding}{self._where}", total=len(own.tasks)),
             self._environments(expert=name == "expert") as environments,
         ):
             scripted = name in ("random", "expert")
@@ -167,5 +172,28 @@ class RunScores:
 
     def _save(self, results: dict[str, Any]) -> None:
         with self._interruption.shield():
-            write_atomic(self._folder / "evaluations.json", json.dumps(results, indent=1))
+            write_evaluations(self._folder, results, self._name)
             self._timers.save()
+
+
+def run_summary(scores: Sequence[RunScores], config: RunConfig, times: Mapping[str, float]) -> dict[str, Any]:
+    """Return the content of summary.json; several environments have results of their own in `environments`.
+
+    Args:
+        scores: The scores in each environment.
+        config: The configuration of the run.
+        times: The seconds of each activity.
+    """
+    found = [each.summary() for each in scores]
+    results = {"environments": {each.label: own for each, own in zip(scores, found, strict=True)}}
+    first = (
+        found[0] if isinstance(config.env, EnvConfig) else {"env": config.describe_environments(), **results}
+    )
+    return {
+        "env": first.pop("env"),
+        "algorithm": config.algorithm.name,
+        **first,
+        "seeds": {"run": config.seed},
+        "steps": {"warm_start": config.warm_start.steps, "train": config.trainer.steps},
+        "times": dict(times),
+    }

@@ -69,12 +69,15 @@ def _open_player(
         return HumanPlayer(_CommandPrompt(console)), kwargs, split
     if policy in ("random", "expert"):
         return scripted_player(policy), kwargs | ({"expert": True} if policy == "expert" else {}), split
+    from agentrl.evaluation.panels import find_split
     from agentrl.run.policies import open_player  # loads torch, which only a trained policy needs
 
     player, config = open_player(policy, temperature=temperature)
-    if config.env.id != env:
+    trained_on = config.find_environment(env)
+    if trained_on is None:
         return player, kwargs, split
-    return player, {**config.env.kwargs, **kwargs}, split or config.evaluation.split
+    kwargs = {**trained_on.kwargs, **kwargs}
+    return player, kwargs, split or find_split(env, kwargs, config.evaluation.split)
 
 
 class _CommandPrompt:

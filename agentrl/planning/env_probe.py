@@ -28,7 +28,9 @@ from agentrl.rollout.recording import RecordingPlayer, observations
 from agentrl.rollout.workers import ProcessEnvironments
 from agentrl.run.env_backend import environment_factory
 from agentrl.run.examples import find_examples
+from agentrl.run.mixture import MixedEnvConfig
 from agentrl.run.settings import RunConfig
+from agentrl.run.tasks import tasks_by_environment
 
 EPISODES = 4
 MAX_TURNS = 50
@@ -45,6 +47,8 @@ class EnvProfile:
         tasks: The number of training tasks.
         panel: The number of evaluation tasks.
         has_other_goals: Whether the environment supports the instruction check.
+        label: The label of the environment.
+        share: Its share of the tasks that are drawn.
     """
 
     worker_bytes: int
@@ -53,6 +57,8 @@ class EnvProfile:
     tasks: int
     panel: int
     has_other_goals: bool
+    label: str
+    share: float = 1.0
 
     @property
     def mean_turns(self) -> float:
@@ -71,6 +77,9 @@ class EnvProfile:
 def profile_env(config: RunConfig) -> EnvProfile:
     """Play a few random episodes in one worker, in one environment and then in two, and measure its memory.
 
+    Args:
+        config: The configuration, with one environment.
+
     Raises:
         AgentRLError: If the environment, its tasks or its panel cannot be used.
     """
@@ -80,7 +89,7 @@ def profile_env(config: RunConfig) -> EnvProfile:
     with ProcessEnvironments(environment_factory(config), 2, workers) as environments:
         with environments.borrow() as environment:
             unwrapped: Any = environment.unwrapped
-            tasks: Sequence[str] = unwrapped.tasks(config.env.split)
+            tasks: Sequence[str] = unwrapped.tasks(config.only_env.split)
             panel = configured_panel(config, environment)
             other_goals = callable(getattr(unwrapped, "other_goal", None))
         specs = _specs(config, tasks)
@@ -93,7 +102,25 @@ def profile_env(config: RunConfig) -> EnvProfile:
             weights.append(_bytes_of_children() - before)
     completed = tuple(_completed(config, played))
     first, both = weights
-    return EnvProfile(first, max(0, both - first), completed, len(tasks), len(panel.tasks), other_goals)
+    return EnvProfile(
+        first,
+        max(0, both - first),
+        completed,
+        len(tasks),
+        len(panel.tasks),
+        other_goals,
+        config.only_env.label,
+    )
+
+
+def profile_environments(config: RunConfig) -> list[EnvProfile]:
+    """Measure each environment of a configuration, see `profile_env`."""
+    profiles = [profile_env(alone) for alone in config.each_alone()]
+    weights = [env.weight if isinstance(env, MixedEnvConfig) else 1.0 for env in config.environments]
+    return [
+        replace(profile, share=weight / sum(weights))
+        for profile, weight in zip(profiles, weights, strict=True)
+    ]
 
 
 def play_random(config: RunConfig, environments: Environments, tasks: Sequence[str]) -> list[Episode]:
@@ -109,16 +136,18 @@ def play_random(config: RunConfig, environments: Environments, tasks: Sequence[s
 
 
 def _specs(config: RunConfig, tasks: Sequence[str]) -> list[EpisodeSpec]:
+    drawn = [own[index % len(own)] for own in tasks_by_environment(tasks) for index in range(EPISODES)]
     return [
-        EpisodeSpec(f"plan-{index}", config.env.id, tasks[index % len(tasks)], index)
-        for index in range(EPISODES)
+        EpisodeSpec(f"plan-{index}", config.environment_of(task).id, task, index % EPISODES)
+        for index, task in enumerate(drawn)
     ]
 
 
 def _completed(config: RunConfig, played: Sequence[Episode]) -> list[Episode]:
     completed = [episode for episode in played if not episode.stop.aborted]
     if not completed:
-        raise ConfigError(f"env: every episode of {config.env.id} was aborted: {dict(abort_reasons(played))}")
+        names = " and ".join(env.label for env in config.environments)
+        raise ConfigError(f"env: every episode of {names} was aborted: {dict(abort_reasons(played))}")
     return completed
 
 
@@ -198,23 +227,34 @@ def stored_episode_bytes(episodes: Sequence[Episode]) -> int:
     return (full - empty) // len(episodes)
 
 
-def check_expert(config: RunConfig) -> None:
-    """Refuse a warm start in an environment that has no expert to clone.
+def check_expert(config: RunConfig) -> list[str]:
+    """Refuse a warm start in environments none of which has an expert to clone.
+
+    Returns:
+        The labels of the environments that have none.
 
     Raises:
-        ConfigError: Naming the environment.
+        ConfigError: Naming the environments.
     """
     if not config.warm_start.steps or config.warm_start.own_data:
-        return
+        return []
+    missing = {alone.only_env.label: error for alone in config.each_alone() if (error := _no_expert(alone))}
+    if len(missing) == len(config.environments):
+        names, reasons = " and ".join(missing), "; ".join(dict.fromkeys(map(str, missing.values())))
+        raise ConfigError(
+            f"warm_start.steps is {config.warm_start.steps}, but {names} has no expert to clone ({reasons})"
+        ) from next(iter(missing.values()))
+    return list(missing)
+
+
+def _no_expert(config: RunConfig) -> ConfigError | None:
+    """Return why an environment has no expert; None if it has one."""
     factory = environment_factory(config, expert=True)
     try:
         with ProcessEnvironments(factory, 1, config.rollout.workers) as environments, environments.borrow():
-            pass
+            return None
     except ConfigError as error:
-        raise ConfigError(
-            f"warm_start.steps is {config.warm_start.steps}, but {config.env.id} has no expert to clone "
-            f"({error})"
-        ) from error
+        return error
 
 
 def _bytes_of_children() -> int:

@@ -1,6 +1,6 @@
 """The plan of a run: what it needs, and why it cannot start on this machine, if so."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from agentrl.planning.env_probe import (
     EnvProfile,
     check_expert,
     longest_sequence,
-    profile_env,
+    profile_environments,
     stored_episode_bytes,
     tokenize_play,
 )
@@ -48,8 +48,7 @@ from agentrl.planning.preflight import (
 from agentrl.planning.topology import Topology
 from agentrl.policy.model import check_packed_forward, context_length, shortened, skeleton
 from agentrl.policy.settings import PolicyConfig
-from agentrl.rollout.placement import resolve_placement
-from agentrl.run.env_backend import environment_factory
+from agentrl.run.env_backend import resolve_placements
 from agentrl.run.presets import misfits
 from agentrl.run.settings import RunConfig
 from agentrl.terminal import plain
@@ -126,28 +125,31 @@ def plan(config: RunConfig, *, processes: int = 1, nodes: int = 1) -> Plan:
     topology = Topology.of(config, processes, nodes)
     found = problems(config, topology)
     collect(found, port_problems(config, topology))
-    algorithm, timing, profile = config.algorithm.build(), "not timed", None
+    algorithm, timing, profiles = config.algorithm.build(), "not timed", list[EnvProfile]()
+    chosen = list[str]()
     with collect_error(found):
         check_env_id(config)  # a worker would report an unknown id in other words
-        config, timing = _resolve_placement(config)
-        profile = profile_env(config)
-        check_expert(config)
-    device, chosen = compute_device(config), list[str]()
-    if is_open(config) and profile is not None:
+        config, timing = _resolve_placements(config)
+        profiles = profile_environments(config)
+        chosen += [
+            f"warm start: {name} has no expert to clone, and is left out" for name in check_expert(config)
+        ]
+    device, played = compute_device(config), _episodes(profiles)
+    if is_open(config) and profiles:
         with collect_error(found):
-            here = topology.trainers
-            config, chosen = resolve_limits(config, algorithm, profile.episodes, device, here)
+            config, limits = resolve_limits(config, algorithm, played, device, topology.trainers)
+            chosen += limits
     topology = replace(topology, config=config)
-    lines = [*_process_lines(config, topology, timing), *_work_lines(config, algorithm, profile)]
+    lines = [*_process_lines(config, topology, timing), *_work_lines(config, algorithm, profiles)]
     with collect_error(found):
         lines.append(_sequence_line(config.policy))
-        lengths = _lengths(config, algorithm, profile)
+        lengths = _lengths(config, algorithm, profiles)
         lines += _policy_lines(config, algorithm, device, topology, lengths)
         lines += _engine_lines(config, device, topology, lengths)
-    if profile is not None:
-        lines += _environment_lines(config, topology, profile)
+    if profiles:
+        lines += _environment_lines(config, topology, profiles)
         with collect_error(found):
-            lines += _episode_lines(config, algorithm, profile)
+            lines += _episode_lines(config, algorithm, profiles)
     if topology.ray:
         lines.append(Line("memory", "Ray's own", _RAY_BYTES, "bytes", "as Ray 2.60 took when it was weighed"))
     lines.append(Line("time", "a step", None, "s", "unknown: replies and updates are timed as they happen"))
@@ -156,18 +158,23 @@ def plan(config: RunConfig, *, processes: int = 1, nodes: int = 1) -> Plan:
     totals = {str(section): int(amounts.total(section)) for section in SIZES}
     collect(found, capacity_problems(config, topology, device, totals))
     missing = tuple(problem.text for problem in found)
-    return replace(amounts, missing=missing, notes=(*chosen, *_misfits(config, profile)))
+    return replace(amounts, missing=missing, notes=(*chosen, *_misfits(config, played)))
 
 
-def _misfits(config: RunConfig, profile: EnvProfile | None) -> Iterator[str]:
+def _episodes(profiles: Sequence[EnvProfile]) -> list[Episode]:
+    """Return the episodes that were played in all environments."""
+    return [episode for profile in profiles for episode in profile.episodes]
+
+
+def _misfits(config: RunConfig, played: Sequence[Episode]) -> Iterator[str]:
     """Yield the values that do not suit the model at `policy.path`, or what the environment says."""
     if config.policy.path is None:
         return
     with suppress(AgentRLError):  # listed among the problems
         model = skeleton(config.policy)
         yield from misfits(config, sum(parameter.numel() for parameter in model.parameters()))
-        if profile is not None:
-            yield from text_misfits(config, profile.episodes, context_length(model, None))
+        if played:
+            yield from text_misfits(config, played, context_length(model, None))
 
 
 _ORDER: tuple[Section, ...] = ("processes", "work", *SIZES, "time")
@@ -197,13 +204,13 @@ def _shown(line: Line) -> str:
     return decimal(int(line.amount)) if line.unit == "bytes" else f"{line.amount:,.10g}"
 
 
-def _resolve_placement(config: RunConfig) -> tuple[RunConfig, str]:
-    """Return the configuration with a resolved placement, and what was measured for it, in words."""
-    rollout, measured = resolve_placement(
-        environment_factory(config), config.rollout, config.env.split, config.seed
-    )
-    given = f"not timed: rollout.placement={rollout.placement} was given"
-    return replace(config, rollout=rollout), measured or given
+def _resolve_placements(config: RunConfig) -> tuple[RunConfig, str]:
+    """Return the configuration with resolved placements, and what was measured for them, in words."""
+    config, measured = resolve_placements(config)
+    places = {alone.only_env.key: alone.rollout.placement for alone in config.each_alone()}
+    key = {"env": "rollout"}  # a single environment has the placement of the block
+    given = ", ".join(f"{key.get(name, name)}.placement={place}" for name, place in places.items())
+    return config, "; ".join(measured) or f"not timed: {given} was given"
 
 
 def _process_lines(config: RunConfig, topology: Topology, timing: str) -> list[Line]:
@@ -228,7 +235,7 @@ def _process_lines(config: RunConfig, topology: Topology, timing: str) -> list[L
     return shown
 
 
-def _work_lines(config: RunConfig, algorithm: Algorithm, profile: EnvProfile | None) -> list[Line]:
+def _work_lines(config: RunConfig, algorithm: Algorithm, profiles: Sequence[EnvProfile]) -> list[Line]:
     rollout, trainer, warm = config.rollout, config.trainer, config.warm_start
     per_step, rounds = episodes_per_step(config, algorithm), algorithm.rollout.rounds
     often = f", at most {rounds} times" if rounds > 1 else ""
@@ -246,15 +253,23 @@ def _work_lines(config: RunConfig, algorithm: Algorithm, profile: EnvProfile | N
         lines.append(
             Line("work", "cloning steps", warm.steps, "steps", f"{warm.batch_size} demonstrations in each")
         )
-    if profile is not None:
+    for profile, env in zip(profiles, config.environments, strict=bool(profiles)):
         plays, checks = _evaluation_episodes(config, profile)
         panel = f"{profile.panel} tasks x {config.evaluation.repeats} for each policy and decoding"
         random = f"measured: {EPISODES} random episodes"
         cut = f", of which some would go on after {MAX_TURNS}" if profile.truncated else ""
+        one = f", {profile.label}" if config.names else ""
+        share = f", for {profile.share:.0%} of the tasks of a step" if config.names else ""
         lines += [
-            Line("work", "episodes of evaluation", plays + checks, "episodes", panel),
-            Line("work", "tasks to train on", profile.tasks, "tasks", f"env.split={config.env.split}"),
-            Line("work", "turns of an episode", profile.mean_turns, "turns", random + cut),
+            Line("work", f"episodes of evaluation{one}", plays + checks, "episodes", panel),
+            Line(
+                "work",
+                f"tasks to train on{one}",
+                profile.tasks,
+                "tasks",
+                f"{env.key}.split={env.split}{share}",
+            ),
+            Line("work", f"turns of an episode{one}", profile.mean_turns, "turns", random + cut),
         ]
     return lines
 
@@ -304,15 +319,16 @@ class _Lengths:
         return None if self.episode is None else int(self.episode * episodes / ranks)
 
 
-def _lengths(config: RunConfig, algorithm: Algorithm, profile: EnvProfile | None) -> _Lengths:
+def _lengths(config: RunConfig, algorithm: Algorithm, profiles: Sequence[EnvProfile]) -> _Lengths:
     """Return what random play says of the sizes of batches and of the engine's cache."""
     step, active = episodes_per_step(config, algorithm), config.rollout.max_active
-    if profile is None:
+    if not profiles:
         return _Lengths(None, None, active, step)
     context = context_length(skeleton(config.policy), config.policy.max_context)
-    played = tokenize_play(config, profile.episodes, context)
+    played = tokenize_play(config, _episodes(profiles), context)
     longest = min(context, longest_sequence(played) * 5 // 4)
-    return _Lengths(_mean_tokens(played), longest, min(active, max(step, profile.panel)), step)
+    largest = max(step, *(profile.panel for profile in profiles))
+    return _Lengths(_mean_tokens(played, profiles), longest, min(active, largest), step)
 
 
 def _policy_lines(
@@ -425,8 +441,22 @@ def _device_section(device: torch.device, topology: Topology) -> tuple[Section, 
     return ("GPU memory", 1) if device.type == "cuda" else ("memory", topology.trainers)
 
 
-def _environment_lines(config: RunConfig, topology: Topology, profile: EnvProfile) -> list[Line]:
+def _environment_lines(config: RunConfig, topology: Topology, profiles: Sequence[EnvProfile]) -> list[Line]:
     """Return the memory of the environments."""
+    lines = [
+        _environment_line(
+            replace(topology, config=alone), profile, f", {profile.label}" if config.names else ""
+        )
+        for alone, profile in zip(config.each_alone(), profiles, strict=True)
+    ]
+    if count := topology.environment_actors:
+        how = f"{count} of {decimal(_ACTOR_BYTES)}, as they took when they were weighed"
+        lines.append(Line("memory", "environment actors", count * _ACTOR_BYTES, "bytes", how))
+    return lines
+
+
+def _environment_line(topology: Topology, profile: EnvProfile, one: str) -> Line:
+    """Return the memory of an environment in training and on its panel."""
     worker, environment = profile.worker_bytes, profile.environment_bytes
     owners = topology.workers or topology.trainers
     size = owners * worker + (topology.environments - owners) * environment
@@ -434,24 +464,20 @@ def _environment_lines(config: RunConfig, topology: Topology, profile: EnvProfil
         f"measured: a worker with one {decimal(worker)}, one more {decimal(environment)}; "
         f"{topology.environments} of training and of the panel"
     )
-    lines = [Line("memory", "environments", size, "bytes", weighed)]
-    if count := topology.environment_actors:
-        how = f"{count} of {decimal(_ACTOR_BYTES)}, as they took when they were weighed"
-        lines.append(Line("memory", "environment actors", count * _ACTOR_BYTES, "bytes", how))
-    return lines
+    return Line("memory", f"environments{one}", size, "bytes", weighed)
 
 
-def _episode_lines(config: RunConfig, algorithm: Algorithm, profile: EnvProfile) -> list[Line]:
+def _episode_lines(config: RunConfig, algorithm: Algorithm, profiles: Sequence[EnvProfile]) -> list[Line]:
     """Return the tokens of a step and the disk space of stored episodes."""
     context = context_length(skeleton(config.policy), config.policy.max_context)
     per_step = episodes_per_step(config, algorithm)
-    played = tokenize_play(config, profile.episodes, context)
-    tokens = _mean_tokens(played)
+    played = tokenize_play(config, _episodes(profiles), context)
+    tokens = _mean_tokens(played, profiles)
     chosen = config.rollout.constrained and config.policy.reply != "think_action"
     replies = "" if chosen else f", replies of engine.max_tokens={config.engine.max_tokens}"
     every = config.trainer.save_episodes_every
     stored = (config.trainer.steps // every if every else 0) * per_step
-    stored += _evaluation_episodes(config, profile)[0]
+    stored += sum(_evaluation_episodes(config, profile)[0] for profile in profiles)
     size = stored_episode_bytes(played)
     seen = f"{tokens:,.0f} of an episode as random play has it{replies}; at most {per_step * context:,}"
     written = f"{stored:,} of {decimal(size)}, measured: random play with made-up numbers of its tokens"
@@ -461,7 +487,16 @@ def _episode_lines(config: RunConfig, algorithm: Algorithm, profile: EnvProfile)
     ]
 
 
-def _mean_tokens(episodes: list[Episode]) -> float:
-    """Return the mean number of tokens of an episode."""
-    lengths = [len(turn.prompt_ids) + len(turn.action_ids) for episode in episodes for turn in episode.turns]
-    return sum(lengths) / len(episodes)
+def _mean_tokens(played: Sequence[Episode], profiles: Sequence[EnvProfile]) -> float:
+    """Return the mean number of tokens of an episode, of each environment by its share.
+
+    Args:
+        played: The episodes of all profiles in order, with their tokens.
+        profiles: The profiles.
+    """
+    mean, rest = 0.0, list(played)
+    for profile in profiles:
+        own, rest = rest[: len(profile.episodes)], rest[len(profile.episodes) :]
+        lengths = [len(turn.prompt_ids) + len(turn.action_ids) for episode in own for turn in episode.turns]
+        mean += profile.share * sum(lengths) / len(own)
+    return mean

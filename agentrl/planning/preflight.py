@@ -179,7 +179,8 @@ def check_env_id(config: RunConfig) -> None:
         ConfigError: Suggesting similar ids.
     """
     if config.rollout.workers.interpreter is None:
-        check_id(config.env.id)
+        for env in config.environments:
+            check_id(env.id)
 
 
 def check_device(config: RunConfig) -> None:

@@ -57,6 +57,7 @@ class Preview:
     """The prompts of the first turns of an episode.
 
     Args:
+        env: The environment, by its id or its name among several.
         prompt: The value of `policy.prompt`.
         history: The number of turns that a prompt shows; None for one growing dialogue.
         sha256: The hash of the fixed text of prompts, as a run records it.
@@ -66,6 +67,7 @@ class Preview:
         turns: The turns.
     """
 
+    env: str
     prompt: str
     history: int | None
     sha256: str
@@ -85,7 +87,7 @@ def preview_prompts(config: RunConfig, *, turns: int = 3, task: str | None = Non
     The environment's expert plays, or chance where there is none. No weights are loaded.
 
     Args:
-        config: The configuration.
+        config: The configuration, with one environment.
         turns: The largest number of turns.
         task: The id of the task; None takes the first training task.
 
@@ -119,6 +121,7 @@ def preview_prompts(config: RunConfig, *, turns: int = 3, task: str | None = Non
         for number, turn in enumerate(write_turns(dialogue, play), start=1)
     ]
     return Preview(
+        config.only_env.label,
         block.prompt,
         dialogue.wording.history,
         dialogue.wording.sha256,
@@ -137,7 +140,7 @@ def _play(config: RunConfig, task: str | None, turns: int) -> tuple[Episode, str
             with open_one_environment(factory, config.rollout) as environments:
                 with environments.borrow() as environment:
                     known: Any = environment.unwrapped
-                    chosen = known.tasks(config.env.split)[0] if task is None else task
+                    chosen = known.tasks(config.only_env.split)[0] if task is None else task
                     known.task_hash(chosen)  # refuses an unknown one
                 return record_play(config, environments, chosen, scripted_player(name), turns), name
         except ConfigError:
@@ -165,7 +168,8 @@ def preview_text(preview: Preview) -> Group:
     """Return a preview for the terminal: markup dim, and each role in its colour."""
     how = "one growing dialogue" if preview.history is None else f"written anew, history {preview.history}"
     head = (
-        f"policy.prompt={preview.prompt} ({how}), sha256 {preview.sha256[:12]}; task {preview.task}, "
+        f"policy.prompt={preview.prompt} ({how}), sha256 {preview.sha256[:12]}; {preview.env}, task "
+        f"{preview.task}, "
         f"played by {'its expert' if preview.player == 'expert' else 'chance'}"
     )
     shown: list[Any] = [plain(head, "bold")]

@@ -45,7 +45,7 @@ def record_play(
 ) -> RecordedEpisode:
     """Play the first turns of an episode, and keep its requests."""
     recorder = RecordingPlayer(player, turns)
-    spec = EpisodeSpec(f"prompts-{task}", config.env.id, task, config.seed)
+    spec = EpisodeSpec(f"prompts-{task}", config.environment_of(task).id, task, config.seed)
     limit = config.rollout.max_turns
     (episode,) = collect([spec], recorder, environments, max_active=1, max_turns=limit).episodes
     return recorder.recorded(episode)
@@ -68,30 +68,41 @@ def write_turns(dialogue: Dialogue, episode: Episode) -> list[PromptTurn]:
 def check_prompts(
     config: RunConfig,
     environments: Environments,
-    task: str,
+    tasks: Sequence[str],
     policy: Policy,
     examples: Sequence[Example] = (),
-) -> str | None:
-    """Check that the first prompt of a task leaves room for a reply, and say what prompts written anew cost.
+) -> list[str]:
+    """Check that the first prompts leave room for a reply, and say what prompts written anew cost.
 
-    Random play of the task is measured, where the configuration has a prompt of its own.
+    Random play of a task of each environment is measured, where the configuration has a prompt of its own.
 
     Args:
         config: The configuration, with the context that the model has.
         environments: The environments of the run.
-        task: The task.
+        tasks: A task of each environment.
         policy: The policy.
         examples: The solved examples that its prompt shows.
 
     Returns:
-        A line for the log; None if the dialogue grows, as usual.
+        Lines for the log; none if the dialogue grows, as usual.
 
     Raises:
-        ConfigError: If the first prompt is too long.
+        ConfigError: If a first prompt is too long.
     """
+    if policy.dialogue.wording.prompt is None:
+        return []
+    found = {task: _check_prompt(config, environments, task, policy, examples) for task in tasks}
+    return [
+        note if len(tasks) == 1 else f"{config.environment_of(task).label}: {note}"
+        for task, note in found.items()
+        if note is not None
+    ]
+
+
+def _check_prompt(
+    config: RunConfig, environments: Environments, task: str, policy: Policy, examples: Sequence[Example]
+) -> str | None:
     dialogue, block = policy.dialogue, config.policy
-    if dialogue.wording.prompt is None:
-        return None
     play = record_play(config, environments, task, RandomPlayer(), _MAX_TURNS)
     if play.stop.aborted or not play.requests:
         return None  # the run's own episodes record why

@@ -1,9 +1,11 @@
 """The distribution of a run's processes and actors over machines."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from agentrl.errors import ConfigError
+from agentrl.rollout.settings import RolloutConfig
 from agentrl.run.settings import RunConfig
 
 
@@ -65,24 +67,32 @@ class Topology:
 
     @property
     def environment_actors(self) -> int:
-        """Return the number of environment actors per machine, for training and for the panel."""
+        """Return the number of environment actors per machine, for training and for a panel."""
         if self.config.rollout.backend == "local":
             return 0
-        return 2 * self.trainers * self._actors_per_rank
+        return (len(self.config.environments) + 1) * self.trainers * self._actors_per_rank
 
     @property
     def workers(self) -> int:
         """Return the number of environment workers per machine; 0 where the ranks hold the environments."""
-        if self.config.rollout.placement != "process":
-            return 0
-        return self._worker_owners * self._workers_per_owner
+        return _with_panel(
+            0 if block.placement != "process" else self._worker_owners * self._workers_per_owner
+            for block in self._rollouts
+        )
 
     @property
     def environments(self) -> int:
         """Return the largest number of environments at a time, per machine."""
-        block = self.config.rollout
+        return _with_panel(map(self._environments, self._rollouts))
+
+    @property
+    def _rollouts(self) -> list[RolloutConfig]:
+        """Return the rollout settings of each environment."""
+        return [alone.rollout for alone in self.config.each_alone()]
+
+    def _environments(self, block: RolloutConfig) -> int:
         if block.placement != "process":
-            return 2 * self.trainers * block.max_active
+            return self.trainers * block.max_active
         workers = self._workers_per_owner
         held = block.workers.environments or -(-self._episodes_per_owner // workers)
         return self._worker_owners * min(self._episodes_per_owner, workers * held)
@@ -93,8 +103,9 @@ class Topology:
 
     @property
     def _worker_owners(self) -> int:
-        """Return the number of owners of workers: actors or ranks, for training and for the panel."""
-        return self.environment_actors or 2 * self.trainers
+        """Return the number of owners of an environment's workers: actors or ranks."""
+        actors = 0 if self.config.rollout.backend == "local" else self._actors_per_rank
+        return self.trainers * max(1, actors)
 
     @property
     def _episodes_per_owner(self) -> int:
@@ -105,3 +116,9 @@ class Topology:
     def _workers_per_owner(self) -> int:
         count = self.config.rollout.workers.count or os.cpu_count() or 1
         return min(count, self._episodes_per_owner)
+
+
+def _with_panel(of_each: Iterable[int]) -> int:
+    """Return what training needs of all environments, and a panel of one of them at a time."""
+    counts = list(of_each)
+    return sum(counts) + max(counts)

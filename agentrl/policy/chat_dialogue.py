@@ -551,7 +551,7 @@ def _template_sha256(template: Any) -> str:
 
 def _prompt_sha256(ids: Sequence[Sequence[int]], prompt: PromptTemplate) -> str:
     """Return the hash of the text around turns, and of all else that decides what a prompt says."""
-    examples = [[example.task, example.turns] for example in prompt.examples]
+    examples = [[each.task, each.turns, *([each.env] if each.env else [])] for each in prompt.examples]
     content = [list(map(list, ids)), prompt.source, prompt.history, examples]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -70,10 +70,14 @@ def task_of(observation: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A solved task: the text of the task, and the (observation, action) of its turns."""
+    """A solved task: the text of the task, and the (observation, action) of its turns.
+
+    An example with the id of an environment is shown in that environment only.
+    """
 
     task: str
     turns: tuple[tuple[str, str], ...]
+    env: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +206,7 @@ class PromptTemplate:
                     ],
                 }
                 for example in self.examples
+                if example.env in (None, briefing.env)
             ],
             "begins": self.history is not None or not past,
         }

@@ -3,6 +3,7 @@
 `workers` has environments in processes of their own; `placement` chooses among them.
 """
 
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -54,8 +55,12 @@ class Environments(ABC):
         """Accept a call of an episode: first a `Reset` or `Restore`, then one call at a time."""
 
     @abstractmethod
-    def poll(self, *, wait: bool) -> Sequence[Answered]:
-        """Return the answers that have come, by episode; with `wait`, at least one if any is pending.
+    def poll(self, *, wait: bool, max_wait: float = math.inf) -> Sequence[Answered]:
+        """Return the answers that have come, by episode.
+
+        Args:
+            wait: Whether to wait until there is one, if any is pending.
+            max_wait: The maximum time to wait, in seconds.
 
         Raises:
             AgentRLError: An environment cannot be made, for a reason that its user can fix.
@@ -68,6 +73,10 @@ class Environments(ABC):
     @abstractmethod
     def borrow(self) -> Any:
         """Lend an environment for the length of a `with` block, to read its tasks or to play in it."""
+
+    def find(self, task: str) -> "tuple[Environments, str]":
+        """Return the environments of a task, and its id there; only several in one have more than one."""
+        return self, task
 
     @abstractmethod
     def close(self) -> None:
@@ -103,7 +112,7 @@ class EnvironmentPool(Environments):
         """Queue a call; it is made in `poll`."""
         self._calls.append((episode, effect))
 
-    def poll(self, *, wait: bool) -> Sequence[Answered]:
+    def poll(self, *, wait: bool, max_wait: float = math.inf) -> Sequence[Answered]:
         """Make all queued calls and return their answers."""
         calls, self._calls = self._calls, []
         with signals:
@@ -203,10 +212,11 @@ class ThreadedEnvironments(Environments):
         thread.deadline = time.monotonic() + thread.limit
         thread.calls.put(effect)
 
-    def poll(self, *, wait: bool) -> Sequence[Answered]:
+    def poll(self, *, wait: bool, max_wait: float = math.inf) -> Sequence[Answered]:
         """Return the answers that have come, and a `Stop` for each call past its deadline."""
+        until = time.monotonic() + max_wait
         while True:
-            answers = self._ready(wait)
+            answers = self._ready(wait, until)
             now = time.monotonic()
             for episode, thread in list(self._thread_of.items()):
                 if thread.deadline is not None and now >= thread.deadline:
@@ -216,13 +226,14 @@ class ThreadedEnvironments(Environments):
                     # The late thread keeps its environment; its answer is dropped when it comes.
                     self._thread_of[episode] = self._start_thread()
                     self.restarts += 1
-            if answers or not wait or all(thread.deadline is None for thread in self._thread_of.values()):
+            idle = all(thread.deadline is None for thread in self._thread_of.values())
+            if answers or not wait or idle or now >= until:
                 return answers
 
-    def _ready(self, wait: bool) -> list[Answered]:
+    def _ready(self, wait: bool, until: float) -> list[Answered]:
         answers: list[Answered] = []
         deadlines = [thread.deadline for thread in self._thread_of.values() if thread.deadline is not None]
-        timeout = max(0.0, min(deadlines) - time.monotonic()) if wait and deadlines else 0.0
+        timeout = max(0.0, min(*deadlines, until) - time.monotonic()) if wait and deadlines else 0.0
         with suppress(Empty):
             while True:
                 thread, answer = self._answers.get(timeout=0 if answers else timeout)

@@ -1,7 +1,7 @@
 """The solved examples that a prompt shows: the expert plays them, and the run's folder keeps them."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -18,6 +18,7 @@ from agentrl.rollout.players import ExpertPlayer
 from agentrl.rollout.recording import RecordingPlayer
 from agentrl.run.env_backend import environment_factory, open_one_environment
 from agentrl.run.folder import Run
+from agentrl.run.mixture import MixedEnvConfig
 from agentrl.run.settings import RunConfig
 from agentrl.seeds import derive_seed
 
@@ -33,24 +34,28 @@ def shows_examples(block: PolicyConfig) -> bool:
 
 
 def find_examples(
-    config: RunConfig, run: Run | None = None, excluded: Collection[str] = ()
+    config: RunConfig, run: Run | None = None, excluded: Mapping[str, Collection[str]] | None = None
 ) -> tuple[Example, ...]:
     """Return the solved examples of a run's prompt: those that it recorded, else played now.
 
     Args:
         config: The configuration.
         run: The run, if there is one.
-        excluded: Tasks that are evaluated on, and are not shown.
+        excluded: Tasks that are evaluated on, and are not shown, by the label of their environment.
 
     Raises:
         CheckpointError: If the record is damaged.
-        ConfigError: If the environment has no expert, or it solves too few tasks.
+        ConfigError: If an environment has no expert, or it solves too few tasks.
     """
     if not shows_examples(config.policy):
         return ()
     path = None if run is None else run.folder / _FILE
     if path is None or not path.exists():
-        return play_examples(config, excluded)
+        played = [
+            play_examples(alone, (excluded or {}).get(alone.only_env.label, ()))
+            for alone in config.each_alone()
+        ]
+        return tuple(example for examples in played for example in examples)
     try:
         return TypeAdapter(tuple[Example, ...]).validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
@@ -61,17 +66,24 @@ def note_examples(run: Run, examples: Sequence[Example]) -> None:
     """Record the examples in the run's folder, unless it has them."""
     path = run.folder / _FILE
     if examples and not path.exists():
-        listed = [{"task": example.task, "turns": example.turns} for example in examples]
+        listed = [
+            {"task": example.task, "turns": example.turns} | ({"env": example.env} if example.env else {})
+            for example in examples
+        ]
         write_atomic(path, json.dumps(listed, indent=1, ensure_ascii=False))
 
 
 def play_examples(config: RunConfig, excluded: Collection[str] = ()) -> tuple[Example, ...]:
     """Let the expert solve training tasks, in the same order in every run, until there are enough examples.
 
+    Args:
+        config: The configuration, with one environment.
+        excluded: Tasks that are not played.
+
     Raises:
         ConfigError: If the environment has no expert, or it solves too few of them.
     """
-    block, env = config.policy, config.env.id
+    block, env = config.policy, config.only_env.id
     shown = f"policy.prompt={block.prompt} shows policy.examples={block.examples} solved tasks, but"
     hint = "wanted policy.examples=0, or a prompt without examples"
     most = _ATTEMPTS * block.examples
@@ -99,7 +111,7 @@ def _drawn_tasks(
     """Draw at most `most` training tasks that are not excluded."""
     with environments.borrow() as environment:
         known: Any = environment.unwrapped
-        tasks: Sequence[str] = known.tasks(config.env.split)
+        tasks: Sequence[str] = known.tasks(config.only_env.split)
     left_out = frozenset(excluded)
     drawn = Random(derive_seed("examples")).sample(range(len(tasks)), min(len(tasks), most + len(left_out)))
     return [task for task in map(tasks.__getitem__, drawn) if task not in left_out][:most]
@@ -108,11 +120,13 @@ def _drawn_tasks(
 def _solved(config: RunConfig, environments: Environments, task: str) -> Example | None:
     """Return the expert's solution of a task; None if it does not solve it."""
     player = RecordingPlayer(ExpertPlayer())
-    spec = EpisodeSpec(f"example-{task}", config.env.id, task, derive_seed("example"))
+    env = config.only_env
+    spec = EpisodeSpec(f"example-{task}", env.id, task, derive_seed("example"))
     limit = min(config.rollout.max_turns or _MAX_TURNS, _MAX_TURNS)
     (episode,) = collect([spec], player, environments, max_active=1, max_turns=limit).episodes
     if not episode.success:
         return None
     told = player.requests[spec.id][0].briefing.task
     turns = tuple((turn.observation, turn.action) for turn in episode.turns)
-    return Example(turns[0][0] if told is None else told, turns)
+    text = turns[0][0] if told is None else told
+    return Example(text, turns, env.id if isinstance(env, MixedEnvConfig) else None)

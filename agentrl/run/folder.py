@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentrl.config import read_yaml
+from agentrl.env.settings import EnvConfig
 from agentrl.errors import CheckpointError, ConfigError
 from agentrl.files import replacing_folder, write_atomic
 from agentrl.plugins import import_hashes, withhold
@@ -233,7 +234,8 @@ def _differing_lines(before: str, now: str) -> tuple[str, str]:
 
 
 def _unused_names(parent: Path, config: RunConfig) -> Iterator[str]:
-    stem = f"{config.env.id.rpartition('/')[2]}-{config.algorithm.name}-seed{config.seed}"
+    env = config.env.id.rpartition("/")[2] if isinstance(config.env, EnvConfig) else "mixture"
+    stem = f"{env}-{config.algorithm.name}-seed{config.seed}"
     taken = {path.name for path in parent.glob(f"{stem}*")}
     return (name for count in range(1, 10**6) if (name := f"{stem}-{count}") not in taken)
 

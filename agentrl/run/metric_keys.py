@@ -58,6 +58,7 @@ METRICS = (
     Metric(
         "rollout/staleness/*", "updates", "Updates between generation and learning (async).", "staleness/*"
     ),
+    Metric("rollout/*/*", "", "A metric of one of several environments, `rollout/NAME/success_rate`."),
     Metric("learner/loss", "", "Loss: the policy loss and all terms.", "learner/loss"),
     Metric("learner/policy_loss", "", "Surrogate loss of the policy.", "learner/loss_policy"),
     Metric("learner/term/*", "", "One term of the loss, without its coefficient.", "learner/term/*"),
@@ -149,6 +150,9 @@ Each row of a run's `metrics.jsonl` has a `stage` (`warm_start` or `train`), a `
 are `stage/room/name`, such as `train/rollout/success_rate` and `warm_start/learner/loss`. A `*` stands for a
 task type, a stop reason, or a name that the method gives. Older runs have other keys; they are read under
 these.
+
+Where `env` is a list, the metrics of episodes are those of all environments together, without task types, and
+again those of each: `train/rollout/ALFWorld/success_rate`, `train/rollout/ALFWorld/success_rate/TASK_TYPE`.
 """
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from agentrl.data.conversations import MAX_BYTES, Conversation, Exchange, read_conversations
 from agentrl.data.storage import read_episodes, unpacked_bytes
 from agentrl.data.trajectory import Episode
+from agentrl.env.names import split_task
 from agentrl.errors import AgentRLError, CheckpointError, ConfigError
 from agentrl.files import write_atomic
 from agentrl.policy.dialogue import Dialogue
@@ -44,12 +45,12 @@ class OwnData:
     run: Path | None = None
 
 
-def read_own_data(config: RunConfig, evaluated: Collection[str] = ()) -> list[OwnData]:
+def read_own_data(config: RunConfig, evaluated: Collection[tuple[str, str]] = ()) -> list[OwnData]:
     """Read what a configuration names to clone in place of the environment's expert.
 
     Args:
         config: The configuration.
-        evaluated: The tasks of the configured environment that are evaluated on, which are left out.
+        evaluated: The environments' ids and tasks that are evaluated on, which are left out.
 
     Raises:
         ConfigError: A file or a run cannot be read; broken rows are named by file and line.
@@ -181,20 +182,20 @@ def _sifted(
     kind: str,
     rows: Sequence[Conversation | Episode],
     config: RunConfig,
-    evaluated: Collection[str],
+    evaluated: Collection[tuple[str, str]],
     run: Path | None = None,
 ) -> OwnData:
     """Leave out the rows that are not to be learned from; of a run's, equal ones too."""
     kept: list[Conversation | Episode] = []
     left_out: Counter[str] = Counter()
     seen: set[tuple[object, ...]] = set()
-    panel = frozenset(evaluated)
+    panels = frozenset(evaluated) | {(None, task) for _, task in evaluated}
     for row in rows:
         if isinstance(row, Episode) and (row.stop.aborted or not row.turns):
             left_out["aborted"] += 1
         elif config.warm_start.only_successes and row.success is False:
             left_out["not successful"] += 1
-        elif row.task in panel and row.env in (None, config.env.id):
+        elif row.task is not None and {(row.env, row.task), (row.env, split_task(row.task)[1])} & panels:
             left_out["of tasks that are evaluated on"] += 1
         elif isinstance(row, Episode) and run is not None and (same := _content(row)) in seen:
             left_out["equal to another"] += 1

@@ -1,9 +1,8 @@
 """Policies and players, opened by the name of a script, a run or a model."""
 
 import logging
-import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from agentrl.rollout.players import ChooseSampling, LanguagePlayer, Player, scri
 from agentrl.run.examples import find_examples
 from agentrl.run.folder import Run, changed_wording
 from agentrl.run.settings import RunConfig, load_config, with_changes
+from agentrl.run.tasks import random_tasks
 from agentrl.run.trust import caller_only_values, drop_caller_only_values
 from agentrl.run.weights import find_model, find_policy, initial_weights, load_saved
 from agentrl.scale.endpoint import open_endpoint
@@ -98,28 +98,19 @@ class Policy:
         )
 
 
-def fit_policy(
-    config: RunConfig,
-    tasks: Sequence[str],
-    environments: Environments,
-    player: Player,
-    tokenizer_folder: Path,
-) -> Policy:
-    """Make the initial policy of a run: random weights, and a tokenizer fitted on text that `player` plays.
+def fit_policy(config: RunConfig, texts: Callable[[], Sequence[str]], tokenizer_folder: Path) -> Policy:
+    """Make the initial policy of a run: random weights, and a tokenizer fitted on text of its environments.
 
     The tokenizer is fitted once per run and kept in `tokenizer_folder`.
 
     Args:
         config: The configuration of the run.
-        tasks: The training tasks.
-        environments: The training environments.
-        player: The player whose episodes the tokenizer is fitted on.
+        texts: Returns the text, see `environment_text`; called if the folder does not hold the tokenizer.
         tokenizer_folder: The folder of the tokenizer.
     """
     check_fitted(config.policy)
     if not tokenizer_folder.is_dir():
-        texts = environment_text(config, tasks, environments, player)
-        fitted = fit_tokenizer(texts, config.policy.vocab_size)
+        fitted = fit_tokenizer(texts(), config.policy.vocab_size)
         with replacing_folder(tokenizer_folder) as partial:
             fitted.save_pretrained(partial)
     return _make_policy(*initial_weights(config, tokenizer_folder), config.policy)
@@ -149,12 +140,20 @@ def names_actions(tasks: Sequence[str], environments: Environments) -> bool:
 
 
 def environment_text(
-    config: RunConfig, tasks: Sequence[str], environments: Environments, player: Player
+    config: RunConfig, tasks: Sequence[str], environments: Environments, player: Player, among: int = 1
 ) -> list[str]:
-    """Return observations and actions of training tasks that `player` plays, to fit a tokenizer on."""
+    """Return observations and actions of training tasks that `player` plays, to fit a tokenizer on.
+
+    Args:
+        config: The configuration of the run, with one environment.
+        tasks: The training tasks.
+        environments: The training environments.
+        player: The player.
+        among: The number of environments whose text the tokenizer is fitted on, each with an equal part.
+    """
     texts: list[str] = []
-    left, endless = _MAX_TEXT_CHARS, 0
-    for spec in drawn_specs(config, "tokenizer", config.policy.tokenizer_episodes, tasks):
+    left, endless = _MAX_TEXT_CHARS // among, 0
+    for spec in drawn_specs(config, "tokenizer", -(-config.policy.tokenizer_episodes // among), tasks):
         if left <= 0 or endless >= MAX_ENDLESS_EPISODES:
             break
         (episode,) = collect(
@@ -169,7 +168,8 @@ def environment_text(
                 texts.append(text[:left])
                 left -= len(text)
     if not texts:
-        raise ConfigError(f"env: no text to fit a tokenizer on: every episode of {config.env.id} was aborted")
+        label = config.only_env.label
+        raise ConfigError(f"env: no text to fit a tokenizer on: every episode of {label} was aborted")
     return texts
 
 
@@ -185,10 +185,9 @@ def is_endless(config: RunConfig, episode: Episode) -> bool:
 
 def drawn_specs(config: RunConfig, use: str, count: int, tasks: Sequence[str]) -> Iterator[EpisodeSpec]:
     """Draw the tasks of `count` episodes; `use` names their purpose and selects the random stream."""
-    draw = random.Random(derive_seed(config.seed, use))
-    for index in range(count):
-        task = tasks[draw.randrange(len(tasks))]
-        yield EpisodeSpec(f"{use}-{index}", config.env.id, task, derive_seed(config.seed, use, index))
+    for index, task in zip(range(count), random_tasks(tasks, config.seed, use), strict=False):
+        env = config.environment_of(task).id
+        yield EpisodeSpec(f"{use}-{index}", env, task, derive_seed(config.seed, use, index))
 
 
 def load(source: ModelSource | str | Path, config: PolicyConfig, examples: Sequence[Example] = ()) -> Policy:

@@ -1,5 +1,6 @@
 """Schemas of the JSON files in a run's folder, and functions that read and validate them."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, cast
 
@@ -7,7 +8,7 @@ from pydantic import Field, FiniteFloat, NonNegativeInt
 from typing_extensions import TypedDict  # pydantic reads no other under Python 3.11
 
 from agentrl.errors import CheckpointError
-from agentrl.files import check_shape, read_json
+from agentrl.files import check_shape, read_json, write_atomic
 
 CHECKPOINT_FORMAT = 2  # version of the checkpoints that are written; those of version 1 do not name it
 SCHEMA = 2  # version of the folders that are written; those of version 1 do not name it
@@ -53,8 +54,17 @@ _Policies = dict[str, dict[str, _Score]]
 _Seconds = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
 
 
-class _Summary(TypedDict):
+class _Results(TypedDict):
     policies: _Policies
+    env: NotRequired[str]
+    data: NotRequired[str | None]
+    instruction_check: NotRequired[dict[str, _Check] | None]
+    panel: NotRequired[dict[str, Any]]
+
+
+class _Summary(TypedDict):
+    policies: NotRequired[_Policies]
+    environments: NotRequired[dict[str, _Results]]
     env: NotRequired[str]
     algorithm: NotRequired[str]
     data: NotRequired[str | None]
@@ -90,16 +100,37 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return _read_dict(path, _Summary, f"delete it, and `agentrl train --resume {folder}` writes it again")
 
 
-def read_evaluations(folder: Path) -> dict[str, Any]:
-    """Read the scores so far, by policy and decoding; empty before the first evaluation."""
+def read_evaluations(folder: Path, environment: str | None = None) -> dict[str, Any]:
+    """Read the scores so far, by policy and decoding; empty before the first evaluation.
+
+    Args:
+        folder: The folder of the run.
+        environment: The name of one of several environments.
+    """
     path, remedy = folder / "evaluations.json", "restore it from a copy, or start a new run"
     if not _exists(path):
         return {}
     tree = _read_dict(path, dict[str, dict[str, Any]], remedy)
+    if environment is not None:
+        tree = tree.get(environment, {})
+        check_shape(path, tree, dict[str, dict[str, Any]], remedy)
     policies = {name: found for name, found in tree.items() if name != "instruction_check"}
     check_shape(path, policies, _Policies, remedy)
     check_shape(path, tree.get("instruction_check", {}), dict[str, _Check], remedy)
     return tree
+
+
+def write_evaluations(folder: Path, scores: dict[str, Any], environment: str | None = None) -> None:
+    """Write the scores by policy and decoding, of a single environment or one of several.
+
+    Raises:
+        CheckpointError: If the file cannot be written.
+    """
+    path = folder / "evaluations.json"
+    if environment is not None:
+        others = _read_dict(path, dict[str, Any], "restore it from a copy") if _exists(path) else {}
+        scores = others | {environment: scores}
+    write_atomic(path, json.dumps(scores, indent=1))
 
 
 def read_timers(path: Path) -> dict[str, float]:

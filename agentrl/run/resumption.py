@@ -1,7 +1,7 @@
 """Changes with which a run may be resumed: none of what was learned, and more steps."""
 
-import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,7 @@ from agentrl.files import remove_folder, write_atomic
 from agentrl.plugins import import_hashes, withheld_hint
 from agentrl.run.config_files import with_origins
 from agentrl.run.folder import Run, open_run, value_at
-from agentrl.run.records import read_evaluations, read_manifest
+from agentrl.run.records import read_evaluations, read_manifest, write_evaluations
 from agentrl.run.settings import (
     RunConfig,
     apply_changes,
@@ -22,6 +22,7 @@ from agentrl.run.settings import (
     config_tree,
     config_yaml,
     stored_path,
+    tree_by_index,
 )
 
 _log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ _RESUMABLE_KEYS = (
     "learner.processes",
     "rollout.placement",
     "rollout.workers.",
+    "env.*.placement",
+    "env.*.environments_per_worker",
     "rollout.ray.",
     "engine.actor_restarts",
     "engine.vllm.url",
@@ -46,6 +49,7 @@ _RESUMABLE_KEYS = (
     "rollout.max_aborted_share",
 )
 
+_ENV_PLACE = re.compile(r"^env\.\d+\.")  # of several environments
 _STEP_KEYS = ("trainer.steps", "trainer.schedule_steps")  # of more steps, see `_check_raised`
 
 
@@ -61,22 +65,24 @@ def with_overrides(run: Run, overrides: tuple[str, ...]) -> Run:
     Raises:
         ConfigError: If a key may not change (all of them are listed), or the environment was not imported.
     """
-    if run.config.run.imports and run.config.env.id not in env_ids():
-        raise ConfigError(f"{run.folder} plays {run.config.env.id}, which is unknown here{withheld_hint()}")
+    unknown = [env.id for env in run.config.environments if env.id not in env_ids()]
+    if run.config.run.imports and unknown:
+        raise ConfigError(f"{run.folder} plays {unknown[0]}, which is unknown here{withheld_hint()}")
     _warn_of_changed_imports(run)
     before = config_tree(run.config)
     try:
         config = config_from_tree(apply_changes(before, parse_overrides(overrides))[0])
     except ConfigError as error:
         raise ConfigError(with_origins(str(error), [], overrides, partial(stored_path, before))) from error
-    after = config_tree(config)
+    before, after = tree_by_index(before), tree_by_index(config_tree(config))
     if config.run.imports != run.config.run.imports:
         raise ConfigError(
             "run.imports: cannot change when a run is resumed; use --import for further modules"
         )
     raised = _check_raised(run, config)
     free = (*_RESUMABLE_KEYS, *_STEP_KEYS) if raised else _RESUMABLE_KEYS
-    changed = [key for key in _changed_keys(before, after) if not key.startswith(free)]
+    keys = _changed_keys(before, after)
+    changed = [key for key in keys if not _ENV_PLACE.sub("env.*.", key).startswith(free)]
     if changed:
         lines = "\n".join(f"{key}: {value_at(before, key)!r} -> {value_at(after, key)!r}" for key in changed)
         raise ConfigError(
@@ -120,15 +126,16 @@ def record_more_steps(run: Run) -> None:
     if trainer.steps <= stored.trainer.steps:
         return
     name = f"step-{stored.trainer.steps:06d}"
-    scores = read_evaluations(run.folder)
-    if "trained" in scores:
-        scores[name] = scores.pop("trained")
-    scores.pop("instruction_check", None)  # of the policy at the end; the summary holds it
+    scores = {each: read_evaluations(run.folder, each) for each in stored.names or (None,)}
     summary = run.folder / "summary.json"
     if summary.exists():
         summary.replace(run.folder / f"summary-{name}.json")
-    if scores:
-        write_atomic(run.folder / "evaluations.json", json.dumps(scores, indent=1))
+    for environment, found in scores.items():
+        if "trained" in found:
+            found[name] = found.pop("trained")
+        found.pop("instruction_check", None)  # of the policy at the end; the summary holds it
+        if found:
+            write_evaluations(run.folder, found, environment)
     for path in (run.folder / "episodes").glob("trained-*.parquet"):
         path.replace(path.with_name(path.name.replace("trained", name)))
     for folder in (run.model, run.adapter):

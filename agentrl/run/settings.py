@@ -27,6 +27,7 @@ from agentrl.config import (
     to_tree,
     to_yaml,
 )
+from agentrl.env.names import split_task, unknown
 from agentrl.env.settings import EnvConfig
 from agentrl.errors import ConfigError
 from agentrl.learn.settings import LearnerConfig, LoraConfig
@@ -34,6 +35,13 @@ from agentrl.plugins import load_imports
 from agentrl.policy.settings import EngineConfig, PolicyConfig
 from agentrl.rollout.settings import RolloutConfig
 from agentrl.run.config_files import leaves, read_config_files, with_origins
+from agentrl.run.mixture import (
+    MixedEnvConfig,
+    build_mixture,
+    environment_path,
+    environments_by_index,
+    unknown_environment,
+)
 from agentrl.run.presets import with_preset
 from agentrl.terminal import echo
 
@@ -240,7 +248,7 @@ DEFAULT_RECIPE = "grpo"
 class RunConfig:
     """Configuration of a run; each field is a top-level key of the file."""
 
-    env: EnvConfig = field(default_factory=EnvConfig)
+    env: EnvConfig | tuple[MixedEnvConfig, ...] = field(default_factory=EnvConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -254,6 +262,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_own_numbers(self)
+        if self.names and self.evaluation.panel is not None:
+            raise ConfigError(
+                f"evaluation.panel is {self.evaluation.panel!r}, but env is a list; "
+                "wanted evaluation.split and evaluation.tasks, of which a panel of each is made"
+            )
         if self.engine.name != "vllm":
             return
         self.check_temperature("rollout.temperature", self.rollout.temperature)
@@ -273,6 +286,67 @@ class RunConfig:
             return None
         targets = dict.fromkeys(name for lora in trained for name in lora.targets)
         return LoraConfig(rank=max(lora.rank for lora in trained), targets=tuple(targets))
+
+    @property
+    def environments(self) -> tuple[EnvConfig, ...]:
+        """Return the environments to train on."""
+        return (self.env,) if isinstance(self.env, EnvConfig) else self.env
+
+    @property
+    def only_env(self) -> EnvConfig:
+        """Return the environment of a configuration that has no list of them; see `each_alone`."""
+        if not isinstance(self.env, EnvConfig):
+            raise TypeError("a configuration of several environments was used as that of one")
+        return self.env
+
+    def describe_environments(self) -> str:
+        """Return the id of the environment, or the names of several with their shares."""
+        if isinstance(self.env, EnvConfig):
+            return self.env.id
+        total = sum(env.weight for env in self.env)
+        return ", ".join(f"{env.name} {env.weight / total:.0%}" for env in self.env)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of several environments; empty for a single one."""
+        return () if isinstance(self.env, EnvConfig) else tuple(env.name for env in self.env)
+
+    def find_environment(self, name: str) -> EnvConfig | None:
+        """Return the environment with that name or id, None if there is none."""
+        matches = [env for env in self.environments if name in (env.label, env.id)]
+        return min(matches, key=lambda env: env.label != name, default=None)
+
+    def each_alone(self) -> "Iterator[RunConfig]":
+        """Yield the configuration with each of its environments alone, and with that one's placement."""
+        if isinstance(self.env, EnvConfig):
+            yield self
+            return
+        block = self.rollout
+        for env in self.env:
+            count = env.environments_per_worker or block.workers.environments
+            workers = replace(block.workers, environments=count)
+            rollout = replace(block, placement=env.placement or block.placement, workers=workers)
+            yield replace(self, env=env, rollout=rollout)
+
+    def alone(self, name: str) -> "RunConfig":
+        """Return the configuration with one of its environments alone, given by its name or id.
+
+        Raises:
+            ConfigError: There is no such environment.
+        """
+        env = self.find_environment(name)
+        if env is None:
+            raise unknown(
+                "environment of the configuration", name, [each.label for each in self.environments]
+            )
+        return next(alone for alone in self.each_alone() if alone.only_env is env)
+
+    def environment_of(self, task: str) -> EnvConfig:
+        """Return the environment of a training task, whose id begins with the name of one of several."""
+        if isinstance(self.env, EnvConfig):
+            return self.env
+        name, _ = split_task(task)
+        return next(env for env in self.env if env.name == name)
 
     def check_temperature(self, name: str, temperature: float) -> None:
         """Refuse a temperature of training that the engine cannot sample at.
@@ -370,13 +444,19 @@ def with_changes(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 def config_from_tree(tree: Mapping[str, Any]) -> RunConfig:
     """Build and validate every block, and report all mistakes at once."""
     blocks = dict(tree)
-    algorithm = blocks.pop("algorithm", None)
-    if isinstance(blocks.get("env"), dict) and blocks["env"].get("id", EnvConfig.id) != EnvConfig.id:
-        blocks["env"] = {"kwargs": {}} | blocks["env"]
+    algorithm, env = blocks.pop("algorithm", None), blocks.get("env")
+    if isinstance(env, dict) and env.get("id", EnvConfig.id) != EnvConfig.id:
+        blocks["env"] = {"kwargs": {}} | env
+    made: dict[str, Any] = {}
     mistakes: list[str] = []
-    recipe: Recipe | None = None
     try:
-        recipe = _recipe(algorithm)
+        made["algorithm"] = _recipe(algorithm)
+    except ConfigError as error:
+        mistakes.append(str(error))
+    try:
+        if isinstance(env, list):
+            del blocks["env"]
+            made["env"] = build_mixture(env)
     except ConfigError as error:
         mistakes.append(str(error))
     config: RunConfig | None = None
@@ -384,9 +464,9 @@ def config_from_tree(tree: Mapping[str, Any]) -> RunConfig:
         config = build(RunConfig, blocks)
     except ConfigError as error:
         mistakes.append(str(error))
-    if config is None or recipe is None:
+    if config is None or mistakes:
         raise ConfigError("\n".join(mistakes))
-    return replace(config, algorithm=recipe)
+    return replace(config, **made)
 
 
 def rank_mistakes(config: RunConfig, ranks: int) -> Iterator[str]:
@@ -414,6 +494,11 @@ def config_tree(config: RunConfig) -> dict[str, Any]:
     return tree
 
 
+def tree_by_index(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a configuration with several environments as blocks by their index."""
+    return {**tree, "env": environments_by_index(tree["env"])}
+
+
 def config_yaml(config: RunConfig) -> str:
     """Return the text of a complete configuration file, which `load_config` reads back.
 
@@ -435,9 +520,12 @@ def _recipe(block: Any) -> Recipe:
 
 
 def stored_path(tree: Mapping[str, Any], dotted: Dotted) -> Dotted:
-    """Return the path at which a configuration holds the value that a user names, see `part_path`."""
+    """Return the path at which a configuration holds the value that a user names.
+
+    See `part_path` for parts of an algorithm, and `environment_path` for one of several environments.
+    """
     if dotted[:1] != ("algorithm",):
-        return dotted
+        return environment_path(tree.get("env"), dotted)
     return ("algorithm", *part_path(_block(tree, ["algorithm"]), dotted[1:]))
 
 
@@ -446,37 +534,48 @@ def apply_changes(
 ) -> tuple[dict[str, Any], list[str]]:
     """Change values of a configuration; a new name empties its block first, whatever the order.
 
-    So does a new list of an algorithm's parts. A new name of a part empties only that part.
+    So does a new list of an algorithm's parts. A new name of a part, or a new id of one of several
+    environments, empties only that one.
 
     Args:
         tree: The values to change; it is not modified.
-        changes: The paths and new values, see `parse_overrides`. Paths into parts of an algorithm may have
-            any form that `part_path` reads.
+        changes: The paths and new values, see `parse_overrides`. Paths into parts of an algorithm and into
+            environments of a list may have any form that `stored_path` reads.
 
     Returns:
         The changed tree, and the dotted keys that were dropped.
 
     Raises:
-        ConfigError: A path leads through a value that is not a block, or to a part that is not there.
+        ConfigError: A path leads through a value that is not a block, or to a part or an environment that is
+            not there.
     """
     changed, changes = deepcopy(dict(tree)), list(changes)
-    whole = [change for change in changes if change[0] in _WHOLE_ALGORITHM]
+    whole = [change for change in changes if change[0] in _WHOLE]
     dropped = [key for change in whole for key in _emptied(changed, *change)]
     changed = set_values(changed, whole)
-    inside = [(stored_path(changed, path), value) for path, value in changes if path not in _WHOLE_ALGORITHM]
-    listed = isinstance(_block(changed, ["algorithm"]).get(COMPOSE), list)
-    if listed:
+    inside = [(stored_path(changed, path), value) for path, value in changes if path not in _WHOLE]
+    composed, mixed = isinstance(_block(changed, ["algorithm"]).get(COMPOSE), list), _is_mixture(changed)
+    if composed:
         changed["algorithm"] = parts_by_index(changed["algorithm"])
-    _check_parts(changed, inside)
+    if mixed:
+        changed = tree_by_index(changed)
+    _check_parts(changed, inside, mixed)
     for change in sorted(inside, key=lambda change: len(change[0])):
         dropped += _emptied(changed, *change)
     changed = set_values(changed, inside)
-    if listed and isinstance(parts := _block(changed, ["algorithm"]).get(COMPOSE), dict):
+    if composed and isinstance(parts := _block(changed, ["algorithm"]).get(COMPOSE), dict):
         changed["algorithm"][COMPOSE] = list(parts.values())
+    if mixed:
+        changed["env"] = list(changed["env"].values())
     return changed, dropped
 
 
 _WHOLE_ALGORITHM = (("algorithm", "name"), ("algorithm", COMPOSE))
+_WHOLE = (*_WHOLE_ALGORITHM, ("env",))
+
+
+def _is_mixture(tree: Mapping[str, Any]) -> bool:
+    return isinstance(tree.get("env"), list)
 
 
 def _emptied(tree: dict[str, Any], dotted: Dotted, value: Any) -> list[str]:
@@ -484,20 +583,27 @@ def _emptied(tree: dict[str, Any], dotted: Dotted, value: Any) -> list[str]:
     *path, key = dotted
     block = _block(tree, path)
     # Blocks inside an algorithm are recipes; an environment's arguments may have any names.
-    naming = path == ["env"] or path[:1] == ["algorithm"]
+    of_env = path == ["env"] or (path[:1] == ["env"] and len(path) == 2 and path[1].isdigit())
+    naming = of_env or path[:1] == ["algorithm"]
     if not naming or value == block.get(key):
         return []
     if key != _NAMING_KEYS[path[0]] and dotted not in _WHOLE_ALGORITHM:
         return []
-    kept = {"split"} if path == ["env"] else set()
+    kept = {"split", "name", "weight"} if of_env else set()
     dropped = [(*path, old) for old in block if old not in {key, _NAMING_KEYS[path[0]], *kept}]
     for old in set(block) - kept:
         del block[old]
     return [re.sub(rf"\.{COMPOSE}\.(\d+)", rf".{COMPOSE}[\1]", ".".join(names)) for names in dropped]
 
 
-def _check_parts(tree: Mapping[str, Any], changes: Iterable[tuple[Dotted, Any]]) -> None:
-    """Refuse changes of parts that an algorithm does not have; its parts are blocks by index."""
+def _check_parts(tree: Mapping[str, Any], changes: Sequence[tuple[Dotted, Any]], mixed: bool) -> None:
+    """Refuse changes of parts or environments that are not there; both are blocks by index.
+
+    Args:
+        tree: The values.
+        changes: The paths and new values.
+        mixed: Whether `env` was a list.
+    """
     block = _block(tree, ["algorithm"])
     parts = block.get(COMPOSE)
     known = parts if isinstance(parts, dict) else {}
@@ -505,6 +611,11 @@ def _check_parts(tree: Mapping[str, Any], changes: Iterable[tuple[Dotted, Any]])
         f"{'.'.join(dotted)}: the configuration names no part {dotted[2]}"
         for dotted, _ in changes
         if dotted[:2] == ("algorithm", COMPOSE) and len(dotted) > 2 and dotted[2] not in known
+    ]
+    mistakes += [
+        unknown_environment(tree["env"], dotted)
+        for dotted, _ in changes
+        if mixed and dotted[0].partition("[")[0] == "env" and (*dotted[1:2], "")[0] not in tree["env"]
     ]
     if mistakes:
         raise ConfigError("\n".join(mistakes))

@@ -5,10 +5,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agentrl.config import parse_overrides
+from agentrl.config import Dotted, parse_overrides
 from agentrl.env.registry import callers_arguments
 from agentrl.errors import ConfigError
-from agentrl.run.settings import RunConfig, config_from_tree, config_tree
+from agentrl.run.settings import RunConfig, config_from_tree, config_tree, stored_path, tree_by_index
 
 # Keys that name programs to start, servers to contact, folders to write and files to learn from. Only the
 # caller's configuration or command line may set them: a run's folder may come from someone else.
@@ -25,17 +25,19 @@ CALLER_ONLY_KEYS = (
 def caller_only_values(config: RunConfig) -> dict[str, Any]:
     """Return the values of a configuration that only the caller may set, by dotted key.
 
-    These are the values of `CALLER_ONLY_KEYS` that differ from the defaults, and the arguments that the
+    These are the values of `CALLER_ONLY_KEYS` that differ from the defaults, and the arguments that an
     environment declares in `callers_arguments` (see `agentrl.env.TextEnv`). If one of `evaluation.panels` has
     such an argument, they are all the caller's: without it, the panel would be another one.
     """
     tree, usual = config_tree(config), config_tree(RunConfig())
     named = {key: _value(tree, key) for key in CALLER_ONLY_KEYS if _value(tree, key) != _value(usual, key)}
-    kwargs = config.env.kwargs
     blocks = (panel for panel in config.evaluation.panels if not isinstance(panel, str))
     if any(callers_arguments(panel.env, panel.kwargs) for panel in blocks):
         named["evaluation.panels"] = _value(tree, "evaluation.panels")
-    return named | {f"env.kwargs.{name}": kwargs[name] for name in callers_arguments(config.env.id, kwargs)}
+    for env in config.environments:
+        own = callers_arguments(env.id, env.kwargs)
+        named |= {f"{env.key}.kwargs.{name}": env.kwargs[name] for name in own}
+    return named
 
 
 def drop_caller_only_values(config: RunConfig) -> RunConfig:
@@ -46,11 +48,12 @@ def drop_caller_only_values(config: RunConfig) -> RunConfig:
     named = caller_only_values(config)
     tree, usual = config_tree(config), config_tree(RunConfig())
     for key in named:
-        block, _, name = key.rpartition(".")
-        if block == "env.kwargs":
-            del _value(tree, block)[name]
+        *path, name = stored_path(tree, tuple(key.split(".")))
+        block = _value(tree_by_index(tree), ".".join(path))
+        if path[0] == "env":
+            del block[name]
         else:
-            _value(tree, block)[name] = _value(usual, key)
+            block[name] = _value(usual, key)
     if "engine.vllm.url" in named:
         tree["engine"] |= {"name": "torch", "actors": None}
     if "rollout.ray.address" in named:
@@ -69,11 +72,12 @@ def check_confirmed(run: str, config: RunConfig, overrides: Sequence[str]) -> No
     Raises:
         ConfigError: If a value is not repeated; the message holds the complete command.
     """
-    given = {".".join(dotted) for dotted, _ in parse_overrides(overrides)}
+    tree = config_tree(config)
+    given = [stored_path(tree, dotted) for dotted, _ in parse_overrides(overrides)]
     missing = {
         key: value
         for key, value in caller_only_values(config).items()
-        if not any(f"{key}.".startswith(f"{said}.") for said in given)
+        if not any(_begins(stored_path(tree, tuple(key.split("."))), said) for said in given)
     }
     if missing:
         words = [*overrides, *as_overrides(missing)]
@@ -87,6 +91,10 @@ def check_confirmed(run: str, config: RunConfig, overrides: Sequence[str]) -> No
 def as_overrides(values: Mapping[str, Any]) -> list[str]:
     """Return `key=value` overrides, with each value written as YAML."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def _begins(key: Dotted, said: Dotted) -> bool:
+    return key[: len(said)] == said
 
 
 def _value(tree: Any, key: str) -> Any:

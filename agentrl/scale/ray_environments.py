@@ -4,6 +4,7 @@ An actor runs the worker processes of `rollout.workers` on its machine, which ha
 environment. This module handles the loss of an actor or a machine, which no episode is blamed for.
 """
 
+import math
 import sys
 import time
 from collections import Counter, deque
@@ -104,17 +105,21 @@ class RayEnvironments(Environments):
         else:
             self._backlog.append((episode, effect))
 
-    def poll(self, *, wait: bool) -> Sequence[Answered]:
+    def poll(self, *, wait: bool, max_wait: float = math.inf) -> Sequence[Answered]:
         """Exchange messages with the actors and return the answers so far.
 
         Args:
             wait: Whether to wait until there is an answer, if any is expected.
+            max_wait: The maximum time to wait, in seconds.
         """
         self._open()
         check_cluster()
+        until = time.monotonic() + max_wait
         self._exchange(0.0, hurry=wait)
         while wait and not self._ready and self._expects_answers():
-            self._exchange(_CHECK_INTERVAL, hurry=True)
+            if (left := until - time.monotonic()) <= 0:
+                break
+            self._exchange(min(left, _CHECK_INTERVAL), hurry=True)
             check_cluster()
         answers = list(self._ready)
         self._ready.clear()

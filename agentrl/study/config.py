@@ -150,6 +150,11 @@ def plan(study: StudyConfig, folder: str | Path) -> list[StudyRun]:
         ConfigError: If there are mistakes; each is listed with its method.
     """
     base = load_config(study.base, *study.overrides)
+    if base.names:
+        raise ConfigError(
+            f"env is a list ({', '.join(base.names)}), but a study compares methods on one; wanted "
+            "base with a single env, or overrides with env={id: ...}"
+        )
     methods, mistakes = {}, []
     for name, block in study.methods.items():
         try:

@@ -4,12 +4,14 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 from agentrl.data.trajectory import StopReason
 from agentrl.learn.learner import Learner
 from agentrl.policy.chat_dialogue import ChatDialogue
 from agentrl.policy.model import context_limit
 from agentrl.run.logger import Row, RunLogger
+from agentrl.run.tasks import tasks_by_environment
 from agentrl.training.setup import Session
 
 _IDLE_STEPS = 10  # steps without an update before the warning
@@ -106,10 +108,15 @@ class Alarms:
         limit, cut = session.config.policy.max_observation_tokens, 0
         if limit is None:
             return
-        tasks = [session.tasks[index] for index in range(min(_TASKS_READ, len(session.tasks)))]
+        tasks = [
+            own[index]
+            for own in tasks_by_environment(session.tasks)
+            for index in range(min(_TASKS_READ, len(own)))
+        ]
         for task in tasks:
-            with suppress(Exception), session.environments.borrow() as environment:  # an episode records it
-                text, _ = environment.reset(seed=0, options={"task": task})
+            environments, known = session.environments.find(task)
+            with suppress(Exception), environments.borrow() as environment:  # an episode records it
+                text, _ = environment.reset(seed=0, options={"task": known})
                 cut += len(session.policy.tokenizer.encode(text, add_special_tokens=False)) > limit
         if cut:
             self._say(
@@ -131,9 +138,12 @@ class Alarms:
             return
         if not config.rollout.constrained:
             return
-        with suppress(Exception), session.environments.borrow() as environment:  # an episode records it
-            _, info = environment.reset(seed=0, options={"task": session.tasks[0]})
-            choices = [dialogue.encode_choice(action) for action in info.get("actions") or ()]
+        for own in tasks_by_environment(session.tasks):
+            environments, known = session.environments.find(own[0])
+            choices: list[Any] = []
+            with suppress(Exception), environments.borrow() as environment:  # an episode records it
+                _, info = environment.reset(seed=0, options={"task": known})
+                choices = [dialogue.encode_choice(action) for action in info.get("actions") or ()]
             room = dialogue.thinking.room(most, choices) if choices else most
             if room < 1:
                 self._say(

@@ -32,10 +32,11 @@ def own_demonstrations(session: Session, say: Callable[[str], None]) -> list[Epi
         ConfigError: A row cannot be read or written, or too few are left.
         CheckpointError: The data has changed since the run began.
     """
-    config, env = session.config, session.config.env
+    config = session.config
     check_unchanged(session.run)
-    apart = config.evaluation.panel is not None or config.evaluation.split != env.split
-    sources = read_own_data(config, session.panel.tasks if apart else ())
+    panels = [(env, session.panels[env.label]) for env in config.environments]
+    apart = [p for env, p in panels if config.evaluation.panel is not None or p.split != env.split]
+    sources = read_own_data(config, {(panel.env, task) for panel in apart for task in panel.tasks})
     policy = session.policy
     transcriber = Transcriber(policy.dialogue, policy.tokenizer, config.policy)
     found, faults = [], []

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import gcd
 
 from agentrl.algorithms.hooks import (
     Context,
@@ -22,24 +21,10 @@ from agentrl.rollout.failures import Quarantine
 from agentrl.rollout.play import ActionRequest, Collection, EpisodeSpec
 from agentrl.rollout.players import Player
 from agentrl.run.settings import RunConfig
+from agentrl.run.tasks import task_order
 from agentrl.run.timers import Timers
 from agentrl.seeds import derive_seed
 from agentrl.training.setup import Session
-
-
-class TaskOrder:
-    """Order in which every task is drawn once per epoch; it depends on the seed, and no list is kept."""
-
-    def __init__(self, tasks: Sequence[str], seed: int) -> None:
-        self._tasks, self._seed = tasks, seed
-
-    def __getitem__(self, cursor: int) -> str:
-        size = len(self._tasks)
-        epoch, place = divmod(cursor, size)
-        stride = derive_seed(self._seed, "stride", epoch) % size
-        while gcd(stride, size) != 1:
-            stride += 1
-        return self._tasks[(derive_seed(self._seed, "offset", epoch) + place * stride) % size]
 
 
 @dataclass
@@ -94,7 +79,7 @@ class Rollouts:
     def __init__(self, session: Session, timers: Timers) -> None:
         self._session, self._timers = session, timers
         self._config, self._algorithm, self._ranks = session.config, session.algorithm, session.rollout_ranks
-        self._order = TaskOrder(session.tasks, derive_seed(self._config.seed, "train"))
+        self._order = task_order(session.tasks, derive_seed(self._config.seed, "train"))
         block = self._config.rollout
         self.quarantine = Quarantine(block.max_attempts)
         self._collect = partial(
@@ -155,14 +140,15 @@ class Rollouts:
 
     def _round(self, played: RolloutResult, player: Player, cursor: int, context: Context) -> list[Group]:
         count, done = self._config.rollout.groups_per_step, len(played.groups)
+        tasks = {index: self._order[cursor + index] for index in range(done, done + count)}
         templates = [
             EpisodeSpec(
                 f"train-{context.step}-{index}",
-                self._config.env.id,
-                self._order[cursor + index],
+                self._config.environment_of(task).id,
+                task,
                 derive_seed(self._config.seed, "rollout", context.step, index),  # one start for a group
             )
-            for index in range(done, done + count)
+            for index, task in tasks.items()
         ]
         own = self._ranks.split(templates)
         dealt, collection = self._ranks.raise_on_any_rank(lambda: self._groups(own, player, context))

@@ -1,6 +1,6 @@
 """Open everything that a run works with, once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.importance import with_importance_correction
 from agentrl.env.panel import Panel
+from agentrl.env.settings import EnvConfig
 from agentrl.errors import ConfigError
 from agentrl.evaluation.panels import configured_panel
 from agentrl.files import remove_leftovers
@@ -27,16 +28,17 @@ from agentrl.policy.model import context_length, resolve_device, shortened
 from agentrl.policy.prompt import Example
 from agentrl.policy.sources import resolve
 from agentrl.rollout.environments import Environments
-from agentrl.rollout.placement import resolve_placement
+from agentrl.rollout.mixture import MixedEnvironments
 from agentrl.rollout.players import ExpertPlayer, RandomPlayer
-from agentrl.run.env_backend import environment_factory, open_environments
+from agentrl.run.env_backend import open_training_environments, resolve_placements
 from agentrl.run.examples import find_examples, note_examples
 from agentrl.run.folder import Run, changed_wording, create_run, note_wording
 from agentrl.run.lock import RunLock
-from agentrl.run.policies import Policy, fit_policy, load, names_actions
+from agentrl.run.policies import Policy, environment_text, fit_policy, load, names_actions
 from agentrl.run.presets import misfits
 from agentrl.run.settings import RunConfig
 from agentrl.run.signals import Interruption
+from agentrl.run.tasks import MixedTasks, tasks_by_environment
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,9 @@ class Session:
         run: The run on disk.
         lock: Holds the folder against other processes; None on all ranks but the first.
         environments: The training environments.
-        tasks: The training tasks.
-        panel: The tasks that every policy is evaluated on.
-        has_expert: Whether the environment offers an expert.
+        tasks: The training tasks, see `MixedTasks` for those of several environments.
+        panels: The tasks that every policy is evaluated on, by the label of their environment.
+        experts: The labels of the environments that offer an expert.
         policy: The policy as the run begins.
         engine: Generates the replies of the policy.
         interruption: Holds signals back where a stop would do harm.
@@ -70,8 +72,8 @@ class Session:
     lock: RunLock | None
     environments: Environments
     tasks: Sequence[str]
-    panel: Panel
-    has_expert: bool
+    panels: Mapping[str, Panel]
+    experts: frozenset[str]
     policy: Policy
     engine: Engine
     interruption: Interruption
@@ -87,20 +89,24 @@ class Session:
             group_size: The episodes of each task.
         """
         config, steps, warm = self.config, self.config.trainer.steps, self.config.warm_start
-        groups, plays = config.rollout.groups_per_step, len(self.panel.tasks) * config.evaluation.repeats
+        groups, repeats = config.rollout.groups_per_step, config.evaluation.repeats
         episodes, updates = steps * groups * group_size, steps * config.learner.updates_per_step
         served = self.policy.served
         parameters = sum(parameter.numel() for parameter in served.parameters())
         processes = f" of {self.ranks.count} processes" if self.ranks.count > 1 else ""
         source = f" of {warm.own_data}" if warm.own_data else ""
         return (
-            f"{self.run.folder}: {config.env.id} with {config.algorithm.name}, "
+            f"{self.run.folder}: {config.describe_environments()} with {config.algorithm.name}, "
             f"{parameters:,} parameters on {served.device}{processes}\n"
             f"cloning: {warm.steps} steps x {warm.batch_size} demonstrations{source}\n"
             f"training: {steps} steps x ({groups} tasks x {group_size} episodes) = "
             f"{episodes:,} episodes, {updates:,} updates\n"
-            f"evaluation: {plays} episodes of {self.panel.split} per policy and decoding, "
-            f"panel {self.panel.hash[:12]}"
+            "evaluation: "
+            + "; ".join(
+                f"{len(panel.tasks) * repeats} episodes of {'' if label == panel.env else f'{label} '}"
+                f"{panel.split} per policy and decoding, panel {panel.hash[:12]}"
+                for label, panel in self.panels.items()
+            )
         )
 
     def check_stop(self) -> None:
@@ -156,29 +162,33 @@ def open_session(
     check_run(config, ranks.count, new_folder=active is None and ranks.count == 1)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
-    rollout, placement = ranks.run_on_rank0(
-        lambda: resolve_placement(environment_factory(config), config.rollout, config.env.split, config.seed)
-    )
-    config = replace(config, rollout=rollout)
+    config, notes = ranks.run_on_rank0(partial(resolve_placements, config))
+    placement = "; ".join(notes) or None
     with ExitStack() as undo:  # closes what is open already if a later part fails
         environments = open_training_environments(config)
         undo.callback(environments.close)
-        found = ranks.raise_on_any_rank(partial(_inspect_env, config, environments, ranks.count))
-        examples = ranks.run_on_rank0(lambda: find_examples(config, active, found.panel.tasks))
+        found = ranks.raise_on_any_rank(partial(_inspect_environments, config, environments, ranks.count))
+        tasks, panels = _training_tasks(config, found), {each.label: each.panel for each in found}
+        experts, expert_notes = _experts(config, found)
+        notes += expert_notes
+        examples = ranks.run_on_rank0(
+            lambda: find_examples(config, active, {label: panel.tasks for label, panel in panels.items()})
+        )
         named = ranks.raise_on_any_rank(partial(_named_policy, config, examples))
-        made_from, notes = {}, [placement]
+        made_from = {}
         if named is not None:
             assert named.source is not None
             made_from = {"model": named.source.record()}
             # The folder and every stage get the commit of the model, and the limits that it really has.
             config = replace(config, policy=replace(config.policy, revision=named.source.asked.revision))
         config, limit_notes = ranks.run_on_rank0(
-            partial(_with_limits, config, environments, found.tasks, named, ranks.count)
+            partial(_with_limits, config, environments, tasks, named, ranks.count)
         )
         notes += limit_notes
         if named is not None:
-            measure = partial(check_prompts, config, environments, found.tasks[0], named, examples)
-            notes.append(ranks.run_on_rank0(measure))
+            first = [own[0] for own in tasks_by_environment(tasks)]
+            measure = partial(check_prompts, config, environments, first, named, examples)
+            notes += ranks.run_on_rank0(measure)
         if config.engine.name == "vllm" and config.learner.lora is not None:
             size, what = sent_bytes(config)
             notes.append(f"sent to vLLM in a step: {decimal(size)}, {what}")
@@ -193,7 +203,7 @@ def open_session(
             undo.callback(lock.release)
         ranks.run_on_rank0(partial(_own_folder, run.folder, lock))
         ranks.run_on_rank0(partial(note_examples, run, examples))
-        policy = named or _own_policy(config, found, environments, run.folder / "tokenizer", ranks)
+        policy = named or _own_policy(config, found, run.folder / "tokenizer", ranks)
         wording = policy.dialogue.wording
         other_prompts = ranks.run_on_rank0(lambda: changed_wording(run, wording))
         ranks.run_on_rank0(lambda: note_wording(run, wording))
@@ -205,43 +215,101 @@ def open_session(
         run=run,
         lock=lock,
         environments=environments,
-        tasks=found.tasks,
-        panel=found.panel,
-        has_expert=found.has_expert,
+        tasks=tasks,
+        panels=panels,
+        experts=experts,
         policy=policy,
         engine=engine,
         interruption=interruption or Interruption(),
         ranks=ranks,
         rollout_ranks=ranks.new_group(),
-        notes=tuple(note for note in notes if note is not None),
+        notes=tuple(notes),
         other_prompts=other_prompts,
     )
 
 
-def open_training_environments(config: RunConfig, *, expert: bool = False) -> Environments:
-    """Open environments of the training split; `expert` asks them for the expert's actions."""
-    asked = {"expert": True} if expert else {}
-    return open_environments(environment_factory(config, **asked), config.rollout)
-
-
 @dataclass(frozen=True)
 class _Found:
+    """What one environment of a run offers.
+
+    Args:
+        config: The configuration of the run with this environment alone.
+        environments: The training environments.
+        tasks: The training tasks, under their own ids.
+        panel: The tasks to evaluate on.
+        no_expert: Why it offers no expert; None if it does.
+    """
+
+    config: RunConfig
+    environments: Environments
     tasks: Sequence[str]
     panel: Panel
-    has_expert: bool
+    no_expert: ConfigError | None
+
+    @property
+    def label(self) -> str:
+        """Return the label of the environment."""
+        return self.config.only_env.label
 
 
-def _inspect_env(config: RunConfig, environments: Environments, ranks: int) -> _Found:
-    """Ask an environment for its tasks, its panel and its expert."""
+def _inspect_environments(config: RunConfig, environments: Environments, ranks: int) -> list[_Found]:
+    """Ask each environment for its tasks, its panel and its expert."""
+    members = environments.members if isinstance(environments, MixedEnvironments) else None
+    return [
+        _inspect(alone, environments if members is None else members[alone.only_env.label], ranks)
+        for alone in config.each_alone()
+    ]
+
+
+def _inspect(config: RunConfig, environments: Environments, ranks: int) -> _Found:
     with environments.borrow() as environment:
         known: Any = environment.unwrapped
-        tasks: Sequence[str] = known.tasks(config.env.split)
+        tasks: Sequence[str] = known.tasks(config.only_env.split)
         panel = configured_panel(config, environment)
     if len(panel.tasks) < ranks:
         raise ConfigError(
             f"evaluation.tasks is {len(panel.tasks)}, fewer than the {ranks} processes that share them"
         )
-    return _Found(tasks, panel, _offers_expert(config))
+    return _Found(config, environments, tasks, panel, _missing_expert(config))
+
+
+def _missing_expert(config: RunConfig) -> ConfigError | None:
+    """Return why an environment offers no expert; None if it does."""
+    try:
+        with open_training_environments(config, expert=True) as environments, environments.borrow():
+            return None
+    except ConfigError as error:
+        return error
+
+
+def _training_tasks(config: RunConfig, found: Sequence[_Found]) -> Sequence[str]:
+    if isinstance(config.env, EnvConfig):
+        return found[0].tasks
+    weights = {env.name: env.weight for env in config.env}
+    return MixedTasks({each.label: each.tasks for each in found}, weights)
+
+
+def _experts(config: RunConfig, found: Sequence[_Found]) -> tuple[frozenset[str], list[str]]:
+    """Return the environments that offer an expert, and lines on those whose expert is missed.
+
+    Raises:
+        ConfigError: There is a warm start, and no expert to clone.
+    """
+    steps = 0 if config.warm_start.own_data else config.warm_start.steps
+    missing = {each.label: each.no_expert for each in found if each.no_expert is not None}
+    experts = frozenset(each.label for each in found) - missing.keys()
+    if steps and not experts:
+        names, reasons = " and ".join(missing), "; ".join(dict.fromkeys(map(str, missing.values())))
+        raise ConfigError(
+            f"warm_start.steps is {steps}, but {names} has no expert to clone ({reasons}); "
+            "set warm_start.steps=0, name data to clone by warm_start.data, or let the environment take "
+            "expert=True"
+        ) from next(iter(missing.values()))
+    return experts, [
+        f"warm start: no demonstrations of {label}, which has no expert ({reason})"
+        for label, reason in missing.items()
+        if steps
+    ]
 
 
 def _named_policy(config: RunConfig, examples: Sequence[Example]) -> Policy | None:
@@ -270,21 +338,6 @@ def _with_limits(
     return config, notes
 
 
-def _offers_expert(config: RunConfig) -> bool:
-    steps = 0 if config.warm_start.own_data else config.warm_start.steps
-    try:
-        with open_training_environments(config, expert=True) as environments, environments.borrow():
-            return True
-    except ConfigError as error:
-        if not steps:
-            return False
-        raise ConfigError(
-            f"warm_start.steps is {steps}, but {config.env.id} has no expert to clone ({error}); "
-            "set warm_start.steps=0, name data to clone by warm_start.data, or let the environment take "
-            "expert=True"
-        ) from error
-
-
 def _own_folder(folder: Path, lock: RunLock | None) -> None:
     """Lock the folder, and clear what a killed process left in it."""
     assert lock is not None
@@ -294,17 +347,21 @@ def _own_folder(folder: Path, lock: RunLock | None) -> None:
     (folder / "episodes").mkdir(exist_ok=True)
 
 
-def _own_policy(
-    config: RunConfig, found: _Found, environments: Environments, tokenizer: Path, ranks: Ranks
-) -> Policy:
+def _own_policy(config: RunConfig, found: Sequence[_Found], tokenizer: Path, ranks: Ranks) -> Policy:
     """Fit a policy; with several ranks, the first fits the tokenizer and the others read it."""
 
-    def fit() -> Policy:
-        # A tokenizer must know the replies as well: where these are free text, only an expert writes them.
-        if tokenizer.is_dir() or not found.has_expert or names_actions(found.tasks, environments):
-            return fit_policy(config, found.tasks, environments, RandomPlayer(), tokenizer)
-        with open_training_environments(config, expert=True) as experts:
-            return fit_policy(config, found.tasks, experts, ExpertPlayer(), tokenizer)
+    def texts() -> list[str]:
+        return [text for each in found for text in _text(each, len(found))]
 
-    fitted = ranks.raise_on_any_rank(lambda: fit() if ranks.first else None)
-    return fitted or fit()
+    fitted = ranks.raise_on_any_rank(lambda: fit_policy(config, texts, tokenizer) if ranks.first else None)
+    return fitted or fit_policy(config, texts, tokenizer)
+
+
+def _text(found: _Found, among: int) -> list[str]:
+    """Return text of an environment to fit a tokenizer on."""
+    config, tasks, environments = found.config, found.tasks, found.environments
+    # A tokenizer must know the replies as well: where these are free text, only an expert writes them.
+    if found.no_expert is not None or names_actions(tasks, environments):
+        return environment_text(config, tasks, environments, RandomPlayer(), among)
+    with open_training_environments(config, expert=True) as experts:
+        return environment_text(config, tasks, experts, ExpertPlayer(), among)

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -235,11 +235,12 @@ class TrainingState:
             return f"{advice}, from {good.name}, the newest checkpoint that is finite"
         return advice
 
-    def restore(self, scores: RunScores) -> bool:
+    def restore(self, scores: Sequence[RunScores]) -> bool:
         """Load the newest checkpoint, if there is one, and drop the rows that were logged after it.
 
         Args:
-            scores: The evaluations of the run, which must be there for every policy before the checkpoint.
+            scores: The evaluations of the run in each environment, which must be there for every policy
+                before the checkpoint.
 
         Returns:
             Whether there was a checkpoint.
@@ -268,7 +269,9 @@ class TrainingState:
         self._saved = Saved(path, self.learner.updates)
         if self.stage == "train":
             self._restore_components(path, states)
-        session.ranks.run_on_rank0(lambda: self._check_records(scores))
+        session.ranks.run_on_rank0(self._check_rows)
+        for each in scores:
+            session.ranks.run_on_rank0(partial(self._check_scores, each))
         self._logger.truncate(self.stage, self.step)
         self._restored = True
         return True
@@ -292,9 +295,8 @@ class TrainingState:
         del self.learner  # its states may be as large as memory allows
         self.learner = self.make_learner(model)
 
-    def _check_records(self, scores: RunScores) -> None:
-        """Refuse to continue without the rows and evaluations that came before the checkpoint."""
-        self._check_rows()
+    def _check_scores(self, scores: RunScores) -> None:
+        """Refuse to continue without the evaluations that came before the checkpoint."""
         config, training = self._session.config, self.stage == "train"
         cloned = config.warm_start.steps > 0
         passed = {
@@ -321,6 +323,7 @@ class TrainingState:
                 self._warn(f"evaluations.json holds no scores of {', '.join(gone)}, whose weights are gone")
 
     def _check_rows(self) -> None:
+        """Refuse to continue without the rows that came before the checkpoint."""
         path = self._logger.path
         if not os.path.lexists(path):
             if self.step:

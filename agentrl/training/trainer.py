@@ -14,7 +14,7 @@ from agentrl.data.trajectory import Episode
 from agentrl.errors import NonFiniteError, TooManyAbortedError
 from agentrl.evaluation.report import write_report
 from agentrl.evaluation.results_table import results_table
-from agentrl.evaluation.run_scores import RunScores
+from agentrl.evaluation.run_scores import RunScores, run_summary
 from agentrl.files import write_atomic
 from agentrl.run.folder import Run
 from agentrl.run.logger import RunLogger, SilentRunLogger
@@ -48,16 +48,19 @@ class Trainer:
         self.alarms = Alarms(session, self.logger, quiet=quiet)
         self.state = TrainingState(session, self.logger, self.timers, self.alarms.warn)
         self.rollouts = Rollouts(session, self.timers)
-        self.scores = RunScores(
-            folder,
-            self.config,
-            session.panel,
-            partial(session.policy.player, session.engine, self.config),
-            self.logger,
-            self.timers,
-            self.ranks,
-            self.interruption,
-        )
+        self.scores = [
+            RunScores(
+                folder,
+                alone,
+                session.panels[alone.only_env.label],
+                partial(session.policy.player, session.engine, self.config),
+                self.logger,
+                self.timers,
+                self.ranks,
+                self.interruption,
+            )
+            for alone in self.config.each_alone()
+        ]
 
     def run(self) -> Run:
         """Run the stages that the folder does not hold yet, and return the run."""
@@ -77,7 +80,7 @@ class Trainer:
                 own = self.own_demonstrations()
                 self.state.refresh_engine()
                 for name in baselines:
-                    if name != "cloned" and (name != "expert" or self.session.has_expert):
+                    if name != "cloned":
                         self.evaluate(name)
                 if state.stage == "warm_start":
                     clone(self.session, state, self.logger, self.timers, self.alarms, own)
@@ -149,7 +152,7 @@ class Trainer:
     def update(self, batch: Batch, rollout: StepRollout, context: Context) -> dict[str, float]:
         """Learn from the batch, count the step, and return what it logs."""
         learner, result = self.state.learner, rollout.result
-        metrics = step_metrics(result, batch)
+        metrics = step_metrics(result, batch, self.config.names)
         if self.config.trainer.mode == "async":
             metrics |= staleness(result.episodes, self.state.step)
         metrics["rollout/quarantined_tasks"] = float(len(self.rollouts.quarantine.tasks))
@@ -174,18 +177,22 @@ class Trainer:
             write_episodes(path, rollout.result.episodes)
 
     def evaluate(self, name: str) -> None:
-        """Score a policy on the panel, unless the folder holds its scores."""
-        for decoding in self.scores.missing(name):
-            self.session.check_stop()
-            found = self.scores.measure(name, decoding)
-            if name not in ("random", "expert"):
-                self.alarms.check_contexts(found.stop_reasons)
+        """Score a policy on the panel of each environment, unless the folder holds its scores."""
+        for scores in self.scores:
+            if name == "expert" and scores.label not in self.session.experts:
+                continue
+            for decoding in scores.missing(name):
+                self.session.check_stop()
+                found = scores.measure(name, decoding)
+                if name not in ("random", "expert"):
+                    self.alarms.check_contexts(found.stop_reasons)
 
     def _finish(self, save_result: Callable[[], None]) -> None:
         save_result()
-        self.scores.check_instructions()
+        for scores in self.scores:
+            scores.check_instructions()
         self.timers.save()
-        summary = self.scores.summary()
+        summary = run_summary(self.scores, self.config, self.timers.read())
         write_atomic(self.session.run.folder / "summary.json", json.dumps(summary, indent=1))
         write_report(self.session.run.folder)
         self.logger.show(results_table(summary))

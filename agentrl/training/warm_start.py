@@ -15,13 +15,15 @@ from agentrl.rollout.collector import collect
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.failures import Quarantine
 from agentrl.rollout.players import DemonstrationPlayer
+from agentrl.run.env_backend import open_training_environments
 from agentrl.run.logger import RunLogger
 from agentrl.run.policies import FALLBACK_MAX_TURNS, MAX_ENDLESS_EPISODES, drawn_specs, is_endless, turn_limit
 from agentrl.run.settings import RunConfig
+from agentrl.run.tasks import tasks_of
 from agentrl.run.timers import Timers
 from agentrl.seeds import derive_seed
 from agentrl.training.alarms import Alarms
-from agentrl.training.setup import Session, open_training_environments
+from agentrl.training.setup import Session
 from agentrl.training.state import TrainingState
 
 OnEpisode = Callable[[Episode], None]
@@ -65,15 +67,15 @@ def clone(
 
 
 def _played(session: Session, logger: RunLogger, timers: Timers) -> list[Episode]:
-    """Let the environment's expert play the demonstrations."""
+    """Let the environments' experts play the demonstrations."""
     with (
         timers.running("demonstrations"),
         logger.stage("demonstrations"),
-        open_training_environments(session.config, expert=True) as environments,
+        open_training_environments(session.config, expert=True, names=session.experts) as environments,
     ):
         return demonstrations(
             session.config,
-            session.tasks,
+            tasks_of(session.tasks, session.experts),
             environments,
             session.policy.dialogue,
             ranks=session.ranks,
@@ -115,7 +117,7 @@ def demonstrations(
         solved_or_endless[1] += is_endless(config, episode)
         if solved_or_endless[0] == 0 and solved_or_endless[1] >= MAX_ENDLESS_EPISODES:
             raise ConfigError(
-                f"warm_start.steps is {block.steps}, but the expert of {config.env.id} solved none of its "
+                f"warm_start.steps is {block.steps}, but the expert of {_names(config)} solved none of its "
                 f"first tasks, and came to no end in {MAX_ENDLESS_EPISODES} of them within "
                 f"{FALLBACK_MAX_TURNS} turns; if they are that long, set rollout.max_turns"
             )
@@ -153,10 +155,14 @@ def _too_few(config: RunConfig, played: Sequence[Episode], solved: int, reasons:
     )
     reasons = [*reasons, *(f"{count} x {error}" for error, count in others.most_common(3))]
     return ConfigError(
-        f"warm_start.steps is {config.warm_start.steps}, but the expert of {config.env.id} solved {solved} "
+        f"warm_start.steps is {config.warm_start.steps}, but the expert of {_names(config)} solved {solved} "
         f"of {len(played)} tasks ({'; '.join(reasons) or 'it did not solve them'}); wanted at least "
         f"{config.warm_start.batch_size}"
     )
+
+
+def _names(config: RunConfig) -> str:
+    return " and of ".join(env.label for env in config.environments)
 
 
 def cloning_batches(config: RunConfig, episodes: Sequence[Episode], first: int = 0) -> Iterator[Batch]:

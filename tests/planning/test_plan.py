@@ -90,9 +90,9 @@ def profile(examples: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFa
 @pytest.fixture
 def profiled(profile: EnvProfile, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker would find is known: no process is started."""
-    monkeypatch.setattr(planning, "profile_env", lambda config: profile)
-    monkeypatch.setattr(planning, "check_expert", lambda config: None)
-    monkeypatch.setattr(planning, "resolve_placement", lambda make, rollout, split, seed: (rollout, None))
+    monkeypatch.setattr(planning, "profile_environments", lambda config: [profile])
+    monkeypatch.setattr(planning, "check_expert", lambda config: [])
+    monkeypatch.setattr(planning, "resolve_placements", lambda config: (config, []))
 
 
 def test_a_run_does_what_was_planned(planned: tuple[Plan, agentrl.Run]) -> None:

@@ -417,6 +417,7 @@ def test_dropping_caller_only_values_keeps_all_the_rest() -> None:
 HARMLESS = {
     "env.id": "among those that are registered",
     "env.split": "a name",
+    "env.name": "a name",
     "env.kwargs": "but for those that the environment declares to be its caller's",
     "policy.template_arguments": "values for a template in its sandbox",
     "rollout.backend": "a choice",

@@ -27,7 +27,7 @@ from agentrl.run.logger import RunLogger
 from agentrl.run.metric_keys import find_metric
 from agentrl.run.resumption import with_overrides
 from agentrl.run.signals import RunInterrupted
-from agentrl.training.rollouts import TaskOrder
+from agentrl.run.tasks import TaskOrder
 from agentrl.training.state import TrainingState
 
 pytestmark = pytest.mark.usefixtures("undrawn")
