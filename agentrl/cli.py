@@ -9,9 +9,11 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import IntEnum
 from functools import partial
 from importlib.metadata import entry_points
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -534,24 +536,57 @@ def algorithms(
     name: Annotated[
         str | None, typer.Argument(help="Algorithm to describe.", autocompletion=_recipe_names)
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     imports: Imports = None,
 ) -> None:
     """List the algorithms (values of `algorithm.name`), or describe one with its keys and defaults.
 
     - `agentrl algorithms epo`
     """
-    from agentrl.algorithms import recipe
-    from agentrl.config import to_yaml
+    import json
+
+    from agentrl.algorithms import catalogue
 
     load_imports(imports or ())
     if name is not None:
-        echo(inspect.getdoc(recipe.recipe_class(name)))
-        defaults = recipe.recipe_tree(recipe.build_recipe(name))
-        echo(f"\nDefaults:\n\n{to_yaml({'algorithm': defaults})}")
+        echo(_describe_algorithm(name, as_json=as_json))
         return
-    names = recipe.recipe_names()
-    for known in names:
-        echo(f"{known:{max(map(len, names))}}  {recipe.describe_recipe(known)}")
+    methods = catalogue.list_methods(imported=bool(imports))
+    if as_json:
+        echo(json.dumps([asdict(method) for method in methods], indent=1))
+        return
+    width = max(len(method.name) for method in methods)
+    for kind, group in groupby(methods, key=lambda method: method.kind):
+        echo(f"\n{kind or 'other'}", style="bold cyan")
+        for method in group:
+            echo(f"  {method.name:{width}}  {method.summary}{_doubt(method.confidence)}")
+
+
+def _doubt(confidence: str | None) -> str:
+    return " (reconstruction)" if confidence == "reconstruction" else ""
+
+
+def _describe_algorithm(name: str, *, as_json: bool) -> str:
+    """Return what is known of a method: its docstring, parts, presets and defaults."""
+    import json
+
+    from agentrl.algorithms import catalogue, recipe
+    from agentrl.config import to_yaml
+
+    cls, parts = recipe.recipe_class(name), catalogue.describe_parts(name)
+    defaults = recipe.recipe_tree(recipe.build_recipe(name))
+    presets = {preset: dict(values) for preset, values in catalogue.preset_table(name).items()}
+    if as_json:
+        known = {"name": name, "kind": cls.KIND, "confidence": cls.CONFIDENCE, "text": inspect.getdoc(cls)}
+        return json.dumps(known | parts | {"presets": presets, "defaults": defaults}, indent=1)
+    known = {"kind": [cls.KIND or "not said"], "confidence": [cls.CONFIDENCE or "not said"]}
+    changed = {
+        f"preset {preset}": to_yaml(values).rstrip().split("\n")
+        for preset, values in presets.items()
+        if values
+    }
+    text = "\n".join(catalogue.as_lines(known | parts | changed))
+    return f"{inspect.getdoc(cls)}\n\n{text}\n\nDefaults:\n\n{to_yaml({'algorithm': defaults})}"
 
 
 @app.command()
