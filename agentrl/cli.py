@@ -577,8 +577,8 @@ def _describe_algorithm(name: str, *, as_json: bool) -> str:
     defaults = recipe.recipe_tree(recipe.build_recipe(name))
     presets = {preset: dict(values) for preset, values in catalogue.preset_table(name).items()}
     if as_json:
-        known = {"name": name, "kind": cls.KIND, "confidence": cls.CONFIDENCE, "text": inspect.getdoc(cls)}
-        return json.dumps(known | parts | {"presets": presets, "defaults": defaults}, indent=1)
+        says = {"name": name, "kind": cls.KIND, "confidence": cls.CONFIDENCE, "text": inspect.getdoc(cls)}
+        return json.dumps({**says, **parts, "presets": presets, "defaults": defaults}, indent=1)
     known = {"kind": [cls.KIND or "not said"], "confidence": [cls.CONFIDENCE or "not said"]}
     changed = {
         f"preset {preset}": to_yaml(values).rstrip().split("\n")
