@@ -579,13 +579,16 @@ def _describe_algorithm(name: str, *, as_json: bool) -> str:
     if as_json:
         says = {"name": name, "kind": cls.KIND, "confidence": cls.CONFIDENCE, "text": inspect.getdoc(cls)}
         return json.dumps({**says, **parts, "presets": presets, "defaults": defaults}, indent=1)
-    known = {"kind": [cls.KIND or "not said"], "confidence": [cls.CONFIDENCE or "not said"]}
+    known: dict[str, list[str]] = {
+        "kind": [cls.KIND or "not said"],
+        "confidence": [cls.CONFIDENCE or "not said"],
+    }
     changed = {
         f"preset {preset}": to_yaml(values).rstrip().split("\n")
         for preset, values in presets.items()
         if values
     }
-    text = "\n".join(catalogue.as_lines(known | parts | changed))
+    text = "\n".join(catalogue.as_lines({**known, **parts, **changed}))
     return f"{inspect.getdoc(cls)}\n\n{text}\n\nDefaults:\n\n{to_yaml({'algorithm': defaults})}"
 
 
