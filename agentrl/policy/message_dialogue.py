@@ -48,7 +48,10 @@ class MessageDialogue:
         max_observation_tokens: int | None = None,
     ) -> None:
         if reply not in REPLY_FORMATS:
-            raise ConfigError(f"policy.reply is {reply!r}, wanted one of {', '.join(REPLY_FORMATS)}")
+            known = ", ".join(REPLY_FORMATS)
+            raise ConfigError(
+                f"policy.reply is {reply!r}, wanted one of {known} for a model on a chat server"
+            )
         self._format = REPLY_FORMATS[reply]
         self._prompt = prompt
         if prompt is not None:
@@ -80,11 +83,7 @@ class MessageDialogue:
         # A closing tag alone: the chat template has opened the think block.
         if not self._format.tagged and END_THINK in text and THINK not in text:
             said = text.partition(END_THINK)[2].strip()
-        found = self._format.pattern.fullmatch(said)
-        # Tags show that a command is complete, but a plain reply that was cut off may hold half of one.
-        if found is None or not (complete or self._format.tagged) or not found["command"].strip():
-            return ParsedReply(text, valid=False)
-        return ParsedReply(found["command"].strip(), valid=True)
+        return self._format.read(said, complete) or ParsedReply(text, valid=False)
 
     def with_reasoning(self, reply: str, reasoning: str) -> str:
         """Return a reply with the reasoning that the server took out of it, if the format asks for it."""

@@ -291,6 +291,15 @@ def test_what_the_server_decides_is_refused(key: str) -> None:
         agentrl.evaluate("openai:m", **PANEL, base_url="http://127.0.0.1:9/v1", overrides=[key])
 
 
+def test_tool_calls_are_refused_before_the_server_is_asked() -> None:
+    with chat_server(play_well) as server:
+        with pytest.raises(
+            ConfigError, match=r"policy\.reply is 'tool_call', wanted one of plain, .* chat server"
+        ):
+            evaluated(server, "policy.reply=tool_call")
+        assert server.calls == []
+
+
 def test_a_base_url_is_for_no_other_policy() -> None:
     with pytest.raises(ConfigError, match="--base-url is for a policy openai:MODEL, not for random"):
         agentrl.evaluate("random", **PANEL, base_url="http://127.0.0.1:9/v1")
