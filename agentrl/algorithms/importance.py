@@ -9,16 +9,37 @@ from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.hooks import Context, MiniBatch, require_tensor, requires
+from agentrl.algorithms.hooks import (
+    Context,
+    MiniBatch,
+    Outputs,
+    excludes,
+    require_tensor,
+    requires,
+    trait,
+    traits,
+)
+
+SAMPLER_RATIO = "sampler ratio"  # a trait: ratios are relative to the policy that sampled
+IMPORTANCE_WEIGHTS = "importance weights"  # a trait: it weighs or drops tokens by their importance
 
 
-def with_importance_correction(algorithm: Algorithm, cap: float | None) -> Algorithm:
+def with_importance_correction(
+    algorithm: Algorithm, cap: float | None, *, default: float | None = None
+) -> Algorithm:
     """Return an algorithm that weights its action tokens by importance.
 
     Args:
         algorithm: Any algorithm.
-        cap: The upper limit of the weights, see `truncated_importance`; None returns the algorithm as it is.
+        cap: The upper limit of the weights, see `truncated_importance`; None takes the default.
+        default: The limit where none is given, unless the algorithm corrects the mismatch itself; None adds
+            no weights.
+
+    Raises:
+        ConfigError: If a limit is given for an algorithm that corrects the mismatch itself.
     """
+    if cap is None and not corrects_mismatch(algorithm):
+        cap = default
     if cap is None:
         return algorithm
     return replace(
@@ -28,7 +49,24 @@ def with_importance_correction(algorithm: Algorithm, cap: float | None) -> Algor
     )
 
 
+def corrects_mismatch(algorithm: Algorithm) -> bool:
+    """Return whether an algorithm corrects the mismatch itself."""
+    return any(
+        traits(component) & {SAMPLER_RATIO, IMPORTANCE_WEIGHTS} for _, component in algorithm.components()
+    )
+
+
+@trait(SAMPLER_RATIO)
+def sampler_ratio(outputs: Outputs, mini: MiniBatch) -> Tensor:
+    """Return the new probability of each token over the one it was sampled with; [B, T]."""
+    return functional.probability_ratio(outputs.logprobs, mini.batch.logprobs)
+
+
 @requires("old_logprobs")
+@excludes(
+    sampler_ratio="the ratio to the sampler is the importance already, wanted trainer.importance_cap=null",
+    importance_weights="the method weighs by importance itself, wanted trainer.importance_cap=null",
+)
 def importance_weights(mini: MiniBatch, context: Context, *, cap: float) -> Tensor:
     """Return the truncated importance of each action token, 1 elsewhere; [B, T].
 

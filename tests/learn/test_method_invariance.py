@@ -25,6 +25,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "canon, by length": {"name": "canon", "measure": "length", "mix": 0.8},
     "bapo": {"name": "bapo", "target": 0.7},
     "bapo, released": {"name": "bapo", "contribution": "surrogate", "target": 1.1},
+    "cispo": {"name": "cispo"},
+    "dppo": {"name": "dppo", "delta": 0.1},
+    "dppo, kl": {"name": "dppo", "divergence": "kl", "delta": 0.05, "log_ratio_coefficient": 0.1},
+    "maxrl": {"name": "maxrl", "invalid_penalty": 0.1},
+    "sapo": {"name": "sapo"},
     "kl_cov": {"name": "kl_cov", "share": 0.2},
 }
 every_method = pytest.mark.parametrize("block", METHODS.values(), ids=METHODS)

@@ -60,7 +60,7 @@ ACCEPTED = {
         "canon.beta",
         *(
             f"{name}.entropy_coefficient"
-            for name in ("canon", "dr_grpo", "gigpo", "grpo", "ppo", "reinforce_pp", "rloo")
+            for name in ("canon", "dr_grpo", "gigpo", "grpo", "maxrl", "ppo", "reinforce_pp", "rloo")
         ),
     },
     0: {
@@ -80,7 +80,9 @@ ACCEPTED = {
         *("clip_cov.band.0", "clip_cov.share"),
         *("bapo.lower.0", "bapo.target"),
         *("canon.alpha", "canon.beta", "canon.mix", "canon.peak"),
+        *("cispo.clip_high", "cispo.clip_low"),
         "dapo.overlong_cache",
+        "dppo.log_ratio_coefficient",
         *("empg.k", "empg.k_future", "empg.zeta"),
         *(f"epo.{name}" for name in ("entropy_coefficient", "low", "penalty", "schedule_rate", "window")),
         "fr3e.anchors",
@@ -98,7 +100,7 @@ ACCEPTED = {
         ),
         *(
             f"{name}.{field}"
-            for name in ("canon", "dr_grpo", "gigpo", "grpo", "ppo", "reinforce_pp", "rloo")
+            for name in ("canon", "dr_grpo", "gigpo", "grpo", "maxrl", "ppo", "reinforce_pp", "rloo")
             for field in ("clip_high", "clip_low", "entropy_coefficient", "invalid_penalty", "kl_coefficient")
         ),
     },
