@@ -20,7 +20,7 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "steer": ({"low": 1.0, "high": 1.0}, {"name": "grpo"}, {}),
     "canon": ({"mix": 0.5}, {"name": "dr_grpo"}, {}),
     "bapo": ({"lower": [0.8, 0.8], "upper": [1.2, 1.2]}, {"name": "grpo"}, {"upper": [1.0, 1.01]}),
-    "cispo": ({"clip_high": 1e6}, UNCLIPPED, {}),
+    "cispo": ({"clip_high": 1e6}, UNCLIPPED, {"clip_high": 0.0}),
     "clip_cov": (
         {"share": 0.0},
         {"name": "grpo", "clip_low": 1.0, "clip_high": 1.0},
