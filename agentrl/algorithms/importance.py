@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.functional.aggregation import sequence_members
 from agentrl.algorithms.hooks import (
     Context,
     MiniBatch,
@@ -19,6 +21,10 @@ from agentrl.algorithms.hooks import (
     trait,
     traits,
 )
+from agentrl.data.batch import Batch
+
+Level = Literal["token", "turn", "trajectory"]  # whose importance it is
+Measure = Literal["ratio", "geometric", "k3", "each"]
 
 SAMPLER_RATIO = "sampler ratio"  # a trait: ratios are relative to the policy that sampled
 IMPORTANCE_WEIGHTS = "importance weights"  # a trait: it weighs or drops tokens by their importance
@@ -86,3 +92,40 @@ def capped_share(rollout: MiniBatch, context: Context, *, cap: float) -> Mapping
     if not len(old):
         return {}
     return {"mismatch/capped": float(((old - batch.logprobs[batch.action_mask]).exp() > cap).float().mean())}
+
+
+def log_importance(batch: Batch) -> Tensor:
+    """Return log pi_old - log pi_sampler of each action token, in +-20, 0 elsewhere; [B, T] float64, nats."""
+    old = require_tensor(batch.old_logprobs, "old_logprobs")
+    return torch.where(batch.action_mask, (old.double() - batch.logprobs.double()).clamp(-20, 20), 0.0)
+
+
+def importance_measure(batch: Batch, *, level: Level, by: Measure) -> Tensor:
+    """Return the `ratio`, `geometric` mean or mean `k3` of the sequence of each action token; [B, T].
+
+    Elsewhere it is 1. The logarithm of a ratio is within [-20, 20].
+    """
+    gap = log_importance(batch)
+    values = gap.exp() - 1 - gap if by == "k3" else gap
+    if level != "token":
+        mask = batch.action_mask
+        member, count = sequence_members(mask, batch.turns, batch.trajectory, level)
+        sums = gap.new_zeros(count).index_add(0, member[mask], values[mask])
+        if by != "ratio":
+            sums = sums / torch.bincount(member[mask], minlength=count).clamp(min=1)
+        values = torch.where(mask, sums[member], 0.0)
+    return values if by == "k3" else values.clamp(-20, 20).exp()
+
+
+def importance_within(batch: Batch, *, level: Level, by: Measure, low: float, high: float) -> Tensor:
+    """Mark the action tokens of sequences whose measure is within the bounds; [B, T] bool."""
+    mask = batch.action_mask
+    if by != "each":
+        found = importance_measure(batch, level=level, by=by)
+        return mask & (found >= low) & (found <= high)
+    single = log_importance(batch).exp()
+    outside = mask & ~((single >= low) & (single <= high))
+    if level == "token":
+        return mask & ~outside
+    member, count = sequence_members(mask, batch.turns, batch.trajectory, level)
+    return mask & (torch.bincount(member[outside], minlength=count) == 0)[member]

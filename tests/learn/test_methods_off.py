@@ -17,6 +17,7 @@ CONTEXT = Context(step=3, total_steps=10, vocabulary=VOCABULARY)
 UNCLIPPED = {"name": "grpo", "clip_low": 1.0, "clip_high": 1e6}
 # name -> its settings without effect, the recipe that it then equals, and settings that show on these rows
 OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "aem": ({"k": 0.0}, {"name": "grpo"}, {}),
     "steer": ({"low": 1.0, "high": 1.0}, {"name": "grpo"}, {}),
     "canon": ({"mix": 0.5}, {"name": "dr_grpo"}, {}),
     "bapo": ({"lower": [0.8, 0.8], "upper": [1.2, 1.2]}, {"name": "grpo"}, {"upper": [1.0, 1.01]}),
@@ -28,6 +29,26 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "dppo": ({"delta": 1.0}, UNCLIPPED, {"delta": 0.01}),
     "epo": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
+    "graphgpo": (
+        {"step_weight": 0.0},
+        {"name": "grpo", "drop_equal_groups": False},
+        {"gamma": 0.5},
+    ),
+    "ragen": (
+        {"share": 1.0, "keep_equal": True},
+        {"name": "grpo", "drop_equal_groups": False},
+        {"share": 0.4},
+    ),
+    "sampo": (
+        {"base": {"name": "gigpo", "step_weight": 0.0}},
+        {
+            "name": "gspo",
+            "clip_low": 3e-3,
+            "clip_high": 4e-3,
+            "base": {"name": "grpo", "drop_equal_groups": False},
+        },
+        {"drift": 1e-6},
+    ),
     "sapo": ({"tau_positive": 1e-6, "tau_negative": 1e-6}, UNCLIPPED, {}),
 }
 
