@@ -66,3 +66,6 @@ def test_groups_without_any_variance_are_all_dropped() -> None:
 def test_two_filters_are_refused() -> None:
     with pytest.raises(ConfigError, match="'dapo' draws tasks until enough groups differ"):
         build_recipe("ragen", {"base": {"name": "dapo"}})
+    for name in ("dapo", "sampo"):
+        with pytest.raises(ConfigError, match=f"{name}: its base filters groups by their variance already"):
+            build_recipe(name, {"base": {"name": "ragen"}})

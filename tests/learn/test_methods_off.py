@@ -61,6 +61,7 @@ def weights_after(block: dict[str, Any]) -> torch.Tensor:
     learner = Learner(policy, LearnerConfig(warmup_steps=0, mini_batches=2), forward=toy_forward())
     for _ in range(2):
         batch = learner.score(prepare(algorithm, make_groups(), CONTEXT))
+        assert batch.old_logprobs is not None
         # The sampler is the learner, as in a run with its own engine.
         learner.update(replace(batch, logprobs=batch.old_logprobs), algorithm, CONTEXT)
     return torch.cat([value.detach().flatten() for value in policy.parameters()])

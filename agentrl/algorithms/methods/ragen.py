@@ -8,13 +8,14 @@ from statistics import stdev, variance
 from typing import ClassVar, Literal
 
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.hooks import COMPARES, Context, Select, trait
+from agentrl.algorithms.hooks import COMPARES, Context, Select, trait, traits
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import PositiveShare
 from agentrl.data.trajectory import Group
 from agentrl.errors import ConfigError
 
 SLACK = 0.01  # by which the sum of the kept scores may stay below the share, as in the released code
+VARIED = "filter by variance"  # a trait of a selection
 Measure = Literal["variance", "std"]
 Mode = Literal["linear", "softmax"]
 
@@ -86,7 +87,7 @@ class RAGEN(Recipe):
             mode=self.mode,
             keep_equal=self.keep_equal,
         )
-        return replace(base, select=keep if self.keep_equal else trait(COMPARES)(keep))
+        return replace(base, select=trait(VARIED, *(() if self.keep_equal else (COMPARES,)))(keep))
 
 
 def keep_varied(
@@ -113,6 +114,16 @@ def keep_varied(
         kept.add(index)
         total += scores[index]
     return [group for index, group in enumerate(played) if index in kept]
+
+
+def refuse_second_filter(select: Select, method: str) -> None:
+    """Refuse a selection by variance below one that draws tasks until enough groups differ.
+
+    Raises:
+        ConfigError: If `select` is one.
+    """
+    if VARIED in traits(select):
+        raise ConfigError(f"{method}: its base filters groups by their variance already, wanted one filter")
 
 
 def dispersion(group: Group, measure: Measure) -> float:

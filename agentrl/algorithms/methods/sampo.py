@@ -16,6 +16,7 @@ from agentrl.algorithms.features import turns_to_tokens
 from agentrl.algorithms.hooks import Context, MiniBatch, Select, require_tensor, requires
 from agentrl.algorithms.methods.dapo import drop_equal_then
 from agentrl.algorithms.methods.gspo import turn_ratio
+from agentrl.algorithms.methods.ragen import refuse_second_filter
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import PositiveWeight, Share, Steps, Weight
 from agentrl.data.trajectory import Group
@@ -76,6 +77,7 @@ class SAMPO(Recipe):
     def build(self) -> Algorithm:
         """Build the base with one ratio per turn and the selection of groups."""
         base, _ = build_clipped(self.base, self.name)
+        refuse_second_filter(base.select, self.name)
         masks = base.masks
         if self.drift is not None:
             masks = (*masks, partial(without_drifted, drift=self.drift))
