@@ -101,7 +101,7 @@ class MIS(Recipe):
 
     The default is IcePop. The bounds of verl's `k1` act on 1 / w, so that its "0.5_5.0" is [0.2, 2] here,
     which is what `released` has. Published rules are, weighted false: `geometric` in [0.99, 1.01], `ratio` in
-    [0.5, 2], both by sequence, `ratio` in [0.5, 2] by token, `k3` at most 0.01, and SkyRL's `each` in
+    [0.5, 2], both by sequence, `ratio` in [0.5, 2] by token, `k3` in [0, 0.01], and SkyRL's `each` in
     [0.0001, 100]. For a rejected token verl changes the mask (`renormalise`), SkyRL the weight. Sampling must
     be from the whole distribution.
 
