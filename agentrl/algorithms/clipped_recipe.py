@@ -9,7 +9,7 @@ from annotated_types import Interval
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Algorithm, drop_equal_returns, keep_all
+from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss, drop_equal_returns, keep_all
 from agentrl.algorithms.hooks import (
     ADAPTIVE_BOUNDS,
     Aggregation,
@@ -128,6 +128,18 @@ def build_clipped(base: Recipe, method: str) -> tuple[Algorithm, Clip]:
             "a base with fixed bounds"
         )
     return built, built.clip
+
+
+def build_plain(base: Recipe, method: str) -> Algorithm:
+    """Build the base of a method that replaces the clipped loss.
+
+    Raises:
+        ConfigError: If the base has another loss, which would be lost.
+    """
+    built, _ = build_clipped(base, method)
+    if built.surrogate is not clipped_policy_loss:
+        raise ConfigError(f"{method}: base {base.name!r} has no clipped ratio, wanted one that has")
+    return built
 
 
 def _adapts(clip: object) -> bool:

@@ -17,6 +17,7 @@ import torch
 from rich.filesize import decimal
 
 from agentrl.algorithms.algorithm import Algorithm, check_requirements
+from agentrl.algorithms.importance import with_importance_correction
 from agentrl.env.registry import check_id
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.learn.learner import provided
@@ -100,6 +101,7 @@ def problems(config: RunConfig, topology: Topology, *, new_folder: bool = True) 
         algorithm = config.algorithm.build()
         check_algorithm(algorithm, config.engine)
         check_ahead(algorithm, config.trainer.mode)
+        with_importance_correction(algorithm, config.trainer.importance_cap)
     with collect_error(found):
         check_prompt(config.policy)
     if new_folder:  # a run that goes on reads it if it still clones

@@ -103,6 +103,7 @@ METRICS = (
     Metric(
         "algorithm/mismatch/capped", "share", "Tokens whose weight the cap limits.", "learner/drift_capped"
     ),
+    Metric("algorithm/mismatch/rejected", "share", "Tokens that `mis` drops."),
     Metric("algorithm/entropy_band/*", "", "EPO's band of allowed entropies.", "learner/corridor/*"),
     Metric("algorithm/replay/*", "", "The replay buffer and what was learned from it.", "learner/replay/*"),
     Metric("algorithm/*", "", "A diagnostic of the method; its docstring says what it is.", "learner/*"),

@@ -136,8 +136,8 @@ class TrainerConfig:
             and those that learn from it; 0 gives the same results as `sync`.
         importance_cap: The cap of the importance weights (truncated importance sampling): tokens sampled with
             other weights or by another engine are weighted by the ratio of the learner's probability to that
-            of the sampler. None applies a cap of 2 in `async` mode with a staleness above 0, and else no
-            weights.
+            of the sampler. None applies a cap of 2 in `async` mode with a staleness above 0, unless the
+            method corrects the mismatch itself, and else no weights.
     """
 
     steps: Steps = 240

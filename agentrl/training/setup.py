@@ -211,7 +211,9 @@ def open_session(
         undo.pop_all()
     return Session(
         config=config,
-        algorithm=with_importance_correction(config.algorithm.build(), config.trainer.correction),
+        algorithm=with_importance_correction(
+            config.algorithm.build(), config.trainer.importance_cap, default=config.trainer.correction
+        ),
         run=run,
         lock=lock,
         environments=environments,

@@ -11,8 +11,10 @@ from agentrl.algorithms.algorithm import mismatch_metrics
 from agentrl.algorithms.hooks import Context, MiniBatch
 from agentrl.algorithms.importance import capped_share, importance_weights, with_importance_correction
 from agentrl.algorithms.methods.grpo import GRPO
+from agentrl.algorithms.recipe import build_recipe
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate
+from agentrl.errors import ConfigError
 
 CONTEXT = Context(0, 1, {})
 DRAWN = (-0.5, -2.0, -1.0)
@@ -61,6 +63,14 @@ def test_without_a_cap_the_algorithm_stays_as_it_is() -> None:
         base.reads_scores,
         True,
     )
+
+
+def test_the_default_cap_is_left_out_where_the_method_corrects_the_mismatch_itself() -> None:
+    grpo, dppo = GRPO().build(), build_recipe("dppo").build()
+    assert len(with_importance_correction(grpo, None, default=2.0).weights) == 1
+    assert with_importance_correction(dppo, None, default=2.0) is dppo
+    with pytest.raises(ConfigError, match=r"wanted trainer\.importance_cap=null"):
+        with_importance_correction(dppo, 2.0)
 
 
 def test_the_truncation_is_that_of_the_ratio() -> None:

@@ -1,5 +1,6 @@
 """With its knob off, a method is its base: the weights after an update of two mini-batches are the same."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,17 +14,42 @@ from agentrl.learn.learner import Learner
 from agentrl.learn.settings import LearnerConfig
 
 CONTEXT = Context(step=3, total_steps=10, vocabulary=VOCABULARY)
+UNCLIPPED = {"name": "grpo", "clip_low": 1.0, "clip_high": 1e6}
 # name -> its settings without effect, the recipe that it then equals, and settings that show on these rows
 OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "aem": ({"k": 0.0}, {"name": "grpo"}, {}),
     "steer": ({"low": 1.0, "high": 1.0}, {"name": "grpo"}, {}),
     "canon": ({"mix": 0.5}, {"name": "dr_grpo"}, {}),
     "bapo": ({"lower": [0.8, 0.8], "upper": [1.2, 1.2]}, {"name": "grpo"}, {"upper": [1.0, 1.01]}),
+    "cispo": ({"clip_high": 1e6}, UNCLIPPED, {"clip_high": 0.0}),
     "clip_cov": (
         {"share": 0.0},
         {"name": "grpo", "clip_low": 1.0, "clip_high": 1.0},
         {"share": 0.5, "band": [0.0, 9.0]},
     ),
+    "dppo": ({"delta": 1.0}, UNCLIPPED, {"delta": 0.01}),
     "epo": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
+    "graphgpo": (
+        {"step_weight": 0.0},
+        {"name": "grpo", "drop_equal_groups": False},
+        {"gamma": 0.5},
+    ),
+    "ragen": (
+        {"share": 1.0, "keep_equal": True},
+        {"name": "grpo", "drop_equal_groups": False},
+        {"share": 0.4},
+    ),
+    "sampo": (
+        {"base": {"name": "gigpo", "step_weight": 0.0}},
+        {
+            "name": "gspo",
+            "clip_low": 3e-3,
+            "clip_high": 4e-3,
+            "base": {"name": "grpo", "drop_equal_groups": False},
+        },
+        {"drift": 1e-6},
+    ),
+    "sapo": ({"tau_positive": 1e-6, "tau_negative": 1e-6}, UNCLIPPED, {}),
 }
 
 
@@ -35,7 +61,9 @@ def weights_after(block: dict[str, Any]) -> torch.Tensor:
     learner = Learner(policy, LearnerConfig(warmup_steps=0, mini_batches=2), forward=toy_forward())
     for _ in range(2):
         batch = learner.score(prepare(algorithm, make_groups(), CONTEXT))
-        learner.update(batch, algorithm, CONTEXT)
+        assert batch.old_logprobs is not None
+        # The sampler is the learner, as in a run with its own engine.
+        learner.update(replace(batch, logprobs=batch.old_logprobs), algorithm, CONTEXT)
     return torch.cat([value.detach().flatten() for value in policy.parameters()])
 
 

@@ -48,6 +48,7 @@ TINY = (
     "rollout.max_turns=4",
 )
 
+CLIPPED = ("canon", "dr_grpo", "gigpo", "graphgpo", "grpo", "hgpo", "maxrl", "ppo", "reinforce_pp", "rloo")
 # What is let through of VALUES, and trains; every recipe with a clipped ratio has those of the last lines.
 ACCEPTED = {
     -1: {
@@ -58,10 +59,7 @@ ACCEPTED = {
         "spear.covariance_band.0",
         "spear.replay_covariance_band.0",
         "canon.beta",
-        *(
-            f"{name}.entropy_coefficient"
-            for name in ("canon", "dr_grpo", "gigpo", "grpo", "ppo", "reinforce_pp", "rloo")
-        ),
+        *(f"{name}.entropy_coefficient" for name in CLIPPED),
     },
     0: {
         "seed",
@@ -81,12 +79,19 @@ ACCEPTED = {
         *("clip_cov.band.0", "clip_cov.share"),
         *("bapo.lower.0", "bapo.target"),
         *("canon.alpha", "canon.beta", "canon.mix", "canon.peak"),
+        "aem.k",
+        *("cispo.clip_high", "cispo.clip_low"),
         "dapo.overlong_cache",
+        "dppo.log_ratio_coefficient",
         *("empg.k", "empg.k_future", "empg.zeta"),
         *(f"epo.{name}" for name in ("entropy_coefficient", "low", "penalty", "schedule_rate", "window")),
         "fr3e.anchors",
         *("gigpo.gamma", "gigpo.step_weight"),
+        *("graphgpo.episode_weight", "graphgpo.step_weight"),
+        *("hgpo.alpha", "hgpo.gamma", "hgpo.history"),
         "kl_cov.coefficient",
+        "mis.low",
+        "sampo.cold_start",
         *("ppo.gamma_turn", "ppo.lam_turn", "ppo.value_coefficient"),
         *("reinforce_pp.gamma", "reinforce_pp.reward_kl_coefficient"),
         *(f"spear.{name}" for name in ("coefficient", "covariance_band.0", "covariance_share")),
@@ -94,12 +99,12 @@ ACCEPTED = {
         *("spear.tool_reward", "spear.warmup"),
         *(
             f"{name}.{bound}"
-            for name in ("dapo", "dr_bot", "fr3e", "gspo")
+            for name in ("dapo", "dr_bot", "fr3e", "gspo", "sampo")
             for bound in ("clip_high", "clip_low")
         ),
         *(
             f"{name}.{field}"
-            for name in ("canon", "dr_grpo", "gigpo", "grpo", "ppo", "reinforce_pp", "rloo")
+            for name in CLIPPED
             for field in ("clip_high", "clip_low", "entropy_coefficient", "invalid_penalty", "kl_coefficient")
         ),
     },

@@ -43,9 +43,23 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
     "rloo": ((), (moved("learner/policy_loss"),)),
     "reinforce_pp": ((), (moved("learner/policy_loss"),)),
     "ppo": ((), (moved("learner/term/value"), moved("algorithm/value_mean"))),
+    "aem": ((), (moved("algorithm/aem/scale_min"),)),
+    "cispo": (("algorithm.clip_high=0.0",), (moved("learner/clip_ratio"),)),
     "dapo": (("algorithm.max_rounds=2",), (lambda row: row["train/rollout/rounds"] == 2,)),
+    "dppo": (("algorithm.delta=0.000001",), (moved("learner/clip_ratio"),)),
     "gigpo": ((), (moved("algorithm/advantage_step"), moved("algorithm/states_shared"))),
+    "graphgpo": ((), (moved("algorithm/advantage_step"), moved("algorithm/states_shared"))),
+    "hgpo": ((), (moved("algorithm/hgpo/shared/0"), moved("algorithm/hgpo/shared/2"))),
+    "mis": (
+        ("algorithm.low=1.0", "algorithm.by=each"),
+        (moved("algorithm/mismatch/rejected"),),
+    ),
+    "ragen": (("algorithm.share=0.5",), (lambda row: row["train/rollout/groups_kept"] < 1,)),
+    "sampo": (("algorithm.cold_start=0", "algorithm.max_rounds=1"), (moved("algorithm/advantage_step"),)),
+    "tis": (("algorithm.cap=0.9",), (moved("algorithm/mismatch/capped"),)),
     "gspo": ((), (moved("learner/clip_ratio"),)),
+    "maxrl": ((), (moved("learner/policy_loss"),)),
+    "sapo": ((), (moved("learner/policy_loss"),)),
     "epo": (
         ("algorithm.min_history=1", "algorithm.low=0.99", "algorithm.high=1.01"),
         (
@@ -68,7 +82,7 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
 
 
 # They differ in the advantage alone, which other tests see: here they are minutes that prove little.
-ESTIMATORS = ("dr_grpo", "rloo", "reinforce_pp", "gigpo", "gspo")
+ESTIMATORS = ("dr_grpo", "rloo", "reinforce_pp", "gigpo", "gspo", "maxrl", "graphgpo", "hgpo")
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,13 @@ def group_relative_advantage(
     copies: Tensor | None = None,
     singleton: Singleton = "zero",
     eps: float = 1e-6,
+    ddof: Literal[0, 1] = 1,
 ) -> Tensor:
     """Centre every trajectory's return within its group.
 
         A[i] = (R[i] - mean R[g]) / (std R[g] + eps)
 
-    with the unbiased std (divisor n - 1). With `copies`, trajectory i counts copies[i] times in mean and std.
+    with the std of divisor n - ddof. With `copies`, trajectory i counts copies[i] times in mean and std.
 
     Args:
         returns: [E] float, reward units of the environment.
@@ -34,6 +35,7 @@ def group_relative_advantage(
         singleton: The advantage in a group with a total count of 1: `zero`, or `raw` for mean 0 and std 1, as
             in verl: R / (1 + eps), or R without the std.
         eps: Added to the std, to keep the quotient finite.
+        ddof: 1 for the unbiased std, 0 for that of the population.
 
     Returns:
         [E] float, dimensionless (reward units if `divide_by_std` is False); no gradient. A group of equal
@@ -54,7 +56,7 @@ def group_relative_advantage(
     alone = values if singleton == "raw" else torch.zeros_like(values)
     if not divide_by_std:
         return torch.where(lone, alone, centred)
-    variance = _sum_by(member, weight * centred.square()) / (count - 1).clamp(min=1)
+    variance = _sum_by(member, weight * centred.square()) / (count - ddof).clamp(min=1)
     return torch.where(lone, alone / (1 + eps), centred / (variance.sqrt()[member] + eps))
 
 

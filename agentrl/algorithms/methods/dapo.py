@@ -13,6 +13,7 @@ from agentrl.algorithms.algorithm import Algorithm, drop_equal_returns
 from agentrl.algorithms.clipped_recipe import build_clipped
 from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, Select, excludes, traits
 from agentrl.algorithms.methods.dr_bot import SHAPED, by_shaped_returns
+from agentrl.algorithms.methods.ragen import refuse_second_filter
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Share, Tokens, Weight
 from agentrl.data.trajectory import Episode, Group
@@ -75,6 +76,7 @@ class DAPO(Recipe):
         """Build the base with the changes of DAPO."""
         base, clip = build_clipped(self.base, self.name)
         select, shape_reward = base.select, base.shape_reward
+        refuse_second_filter(select, self.name)
         if self.overlong_limit is not None:
             penalty = partial(penalise_overlong, limit=self.overlong_limit, cache=self.overlong_cache)
             shape_reward = (*shape_reward, penalty)

@@ -17,6 +17,8 @@ from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe
 from agentrl.config import Weight
 from agentrl.data.batch import Batch
 
+TURN_MODULATION = "turn modulation"  # a trait: a turn's advantage is scaled by its certainty
+
 
 @recipe("empg")
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class EMPG(Recipe):
     @excludes(
         advantage_within_a_turn="EMPG scales whole turns, so the advantage of a turn must be one number",
         token_entropy_advantage="one gives more credit to certain turns, the other to uncertain tokens",
+        turn_modulation="it has the gate of AEM already",
     )
     def modulate(self, advantages: Tensor, batch: Batch, context: Context) -> Tensor:
         """Scale the advantages by g, add the bonus and centre them; [B, T] float64.

@@ -104,10 +104,16 @@ class GiGPO(GRPO):
 
 
 def two_level_advantage(
-    batch: Batch, context: Context, *, episode: Advantage, step: Advantage, step_weight: float
+    batch: Batch,
+    context: Context,
+    *,
+    episode: Advantage,
+    step: Advantage,
+    step_weight: float,
+    episode_weight: float = 1.0,
 ) -> Tensor:
     """Return the weighted sum of the episode's and the step's advantage; [B, T]."""
-    return episode(batch, context) + step_weight * step(batch, context)
+    return episode_weight * episode(batch, context) + step_weight * step(batch, context)
 
 
 def step_advantage(

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
-from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss
-from agentrl.algorithms.clipped_recipe import build_clipped
+from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.clipped_recipe import build_plain
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, require_tensor, requires
 from agentrl.algorithms.named_features import feature_of
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import PositiveShare, Weight
-from agentrl.errors import ConfigError
 
 
 @recipe("kl_cov")
@@ -59,9 +58,7 @@ class KLCov(Recipe):
 
     def build(self) -> Algorithm:
         """Build the base with the penalty in place of its clip."""
-        base, _ = build_clipped(self.base, self.name)
-        if base.surrogate is not clipped_policy_loss:
-            raise ConfigError(f"kl_cov: base {self.base.name!r} has no clipped ratio, wanted one that has")
+        base = build_plain(self.base, self.name)
         where = partial(highest_covariance, share=self.share)
         term = Term("kl_cov", absolute_log_ratio, self.coefficient, where=where)
         return replace(base, clip=None, terms=(*base.terms, term))
