@@ -25,6 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "canon, by length": {"name": "canon", "measure": "length", "mix": 0.8},
     "bapo": {"name": "bapo", "target": 0.7},
     "bapo, released": {"name": "bapo", "contribution": "surrogate", "target": 1.1},
+    "forking": {"name": "forking", "share": 0.4},
     "kl_cov": {"name": "kl_cov", "share": 0.2},
 }
 every_method = pytest.mark.parametrize("block", METHODS.values(), ids=METHODS)

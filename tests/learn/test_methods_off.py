@@ -23,6 +23,7 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"name": "grpo", "clip_low": 1.0, "clip_high": 1.0},
         {"share": 0.5, "band": [0.0, 9.0]},
     ),
+    "forking": ({"share": 1.0}, {"name": "grpo"}, {}),
     "epo": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
     "empg": ({"k": 0.0, "zeta": 0.0}, {"name": "grpo"}, {}),
 }

@@ -60,6 +60,7 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
         ("algorithm.buffer_size=1", "algorithm.warmup=0", "algorithm.tolerate_steps=9"),
         (moved("algorithm/replay/size"), moved("algorithm/replay/loss")),
     ),
+    "forking": ((), (lambda row: 0 < row["train/learner/mask_share"] < 0.6,)),
     "fr3e": (
         ("algorithm.continuations=2",),
         (moved("rollout/branches/restored"), moved("algorithm/states_kept")),
