@@ -57,6 +57,30 @@ def decisions(batch: Batch) -> ActionTokens:
     return ActionTokens(index, valid, turns, batch.tokens.shape)
 
 
+def highest_tokens(values: Tensor, candidates: Tensor, count: int, batch: Batch) -> Tensor:
+    """Mark the candidates with the highest values; [B, T] bool.
+
+    Ties, also up to rounding, go to the earlier trajectory, turn and token, whichever rows they are in.
+
+    Args:
+        values: [B, T] float.
+        candidates: [B, T] bool.
+        count: How many are marked, or all candidates if there are fewer.
+        batch: The rows.
+    """
+    index, valid = functional.unroll(candidates, batch.turns, batch.trajectory, len(batch.episodes))
+    places = index[valid]
+    rounded = values.flatten()[places].double().round(decimals=9)
+    chosen = torch.zeros_like(candidates).flatten()
+    chosen[places[rounded.argsort(stable=True, descending=True)[:count]]] = True
+    return chosen.view_as(candidates)
+
+
+def share_of(count: int, share: float) -> int:
+    """Return max(1, floor(share * count)), where a share of 0.29 of 100 is 29 despite rounding."""
+    return max(1, int(round(share * count, 9)))
+
+
 def turn_rewards(batch: Batch) -> Tensor:
     """Return the reward of every turn; [E, K] float64, in the environment's units."""
     return turn_table(batch, [[turn.reward for turn in episode.turns] for episode in batch.episodes])

@@ -71,7 +71,9 @@ def scored(
     """A batch with what the scoring pass says of each token."""
     batch = collate(groups, layout=layout)
     said = {"old_logprobs": logprobs, "old_entropies": entropies, "reference_logprobs": reference}
-    found = {name: at_tokens(batch, values) for name, values in said.items() if values is not None}
+    found: dict[str, Any] = {
+        name: at_tokens(batch, values) for name, values in said.items() if values is not None
+    }
     return replace(
         batch,
         logprobs=batch.logprobs.double(),
@@ -106,7 +108,8 @@ def mini_batch(
 
 def in_order(batch: Batch, values: Tensor) -> list[Any]:
     """The numbers of the sampled tokens, in the order of `played`."""
-    found = dict(zip(batch.tokens[batch.action_mask].tolist(), values[batch.action_mask].tolist(), strict=True))
+    mask = batch.action_mask
+    found = dict(zip(batch.tokens[mask].tolist(), values[mask].tolist(), strict=True))
     return [found[token] for token in sorted(found)]
 
 
@@ -118,9 +121,8 @@ def loss_of(objective: Objective) -> tuple[dict[str, float], Outputs]:
     def leaf(values: Tensor) -> Tensor:
         return values.detach().clone().requires_grad_()
 
-    outputs = Outputs(
-        leaf(now.logprobs), leaf(now.entropies), extras={name: leaf(each) for name, each in now.extras.items()}
-    )
+    extras = {name: leaf(each) for name, each in now.extras.items()}
+    outputs = Outputs(leaf(now.logprobs), leaf(now.entropies), extras=extras)
     loss, numbers = objective.contribution(torch.arange(len(now.logprobs)), outputs)
-    loss.backward()
+    torch.autograd.backward(loss)
     return {name: float(value) for name, value in numbers.items()}, outputs

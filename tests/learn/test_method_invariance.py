@@ -27,6 +27,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "bapo, released": {"name": "bapo", "contribution": "surrogate", "target": 1.1},
     "forking": {"name": "forking", "share": 0.4},
     "kl_cov": {"name": "kl_cov", "share": 0.2},
+    "lp_reg": {"name": "lp_reg", "share": 0.5},
+    "siren": {"name": "siren", "anchor": 0.2, "coefficient": 1.0, "quantile": 0.5},
 }
 every_method = pytest.mark.parametrize("block", METHODS.values(), ids=METHODS)
 
@@ -42,8 +44,9 @@ def learner_of(policy: ToyPolicy, micro_batch_tokens: int = 10_000) -> Learner:
 
 def rows_of(block: dict[str, Any], layout: Layout = "trajectory") -> Batch:
     """Scored rows whose ratios are not 1; the old log-probability of a token is the same in both layouts."""
-    batch = prepare(built(block), make_groups(), CONTEXT, layout=layout)
-    batch = learner_of(ToyPolicy()).score(batch)
+    algorithm = built(block)
+    batch = prepare(algorithm, make_groups(), CONTEXT, layout=layout)
+    batch = learner_of(ToyPolicy()).score(batch, algorithm.requires)
     assert batch.old_logprobs is not None
     position = torch.arange(batch.tokens.shape[1], dtype=torch.float64)
     places = 5 * batch.trajectory[:, None] + 3 * batch.turns + position
@@ -58,7 +61,11 @@ def padded(batch: Batch) -> Batch:
         for item in fields(batch)
         if isinstance(value := getattr(batch, item.name), torch.Tensor) and value.shape == shape
     }
-    return replace(batch, **wider)
+    extras = {
+        name: torch.nn.functional.pad(value, (*[0, 0] * (value.dim() - 2), 0, 3))
+        for name, value in batch.extras.items()
+    }
+    return replace(batch, extras=extras, **wider)
 
 
 def slopes(block: dict[str, Any], batch: Batch, **settings: Any) -> tuple[float, torch.Tensor]:

@@ -24,6 +24,8 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"share": 0.5, "band": [0.0, 9.0]},
     ),
     "forking": ({"share": 1.0}, {"name": "grpo"}, {}),
+    "lp_reg": ({"share": 0.0}, {"name": "grpo"}, {"share": 0.5}),
+    "siren": ({"coefficient": 0.0}, {"name": "dr_grpo"}, {"anchor": 0.2, "coefficient": 1.0}),
     "epo": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
     "empg": ({"k": 0.0, "zeta": 0.0}, {"name": "grpo"}, {}),
 }
@@ -36,7 +38,7 @@ def weights_after(block: dict[str, Any]) -> torch.Tensor:
     policy = ToyPolicy()
     learner = Learner(policy, LearnerConfig(warmup_steps=0, mini_batches=2), forward=toy_forward())
     for _ in range(2):
-        batch = learner.score(prepare(algorithm, make_groups(), CONTEXT))
+        batch = learner.score(prepare(algorithm, make_groups(), CONTEXT), algorithm.requires)
         learner.update(batch, algorithm, CONTEXT)
     return torch.cat([value.detach().flatten() for value in policy.parameters()])
 

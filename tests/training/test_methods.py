@@ -61,6 +61,11 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
         (moved("algorithm/replay/size"), moved("algorithm/replay/loss")),
     ),
     "forking": ((), (lambda row: 0 < row["train/learner/mask_share"] < 0.6,)),
+    "lp_reg": (("algorithm.share=0.5",), (moved("learner/term/lp_reg"),)),
+    "siren": (
+        ("algorithm.quantile=0.5", "algorithm.top_p=0.99"),
+        (moved("learner/term/siren"), moved("algorithm/siren/peak_entropy")),
+    ),
     "fr3e": (
         ("algorithm.continuations=2",),
         (moved("rollout/branches/restored"), moved("algorithm/states_kept")),
