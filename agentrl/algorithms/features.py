@@ -15,7 +15,7 @@ from agentrl.algorithms import functional
 from agentrl.algorithms.branching import AnchorUnit, point_scores
 from agentrl.algorithms.named_features import feature
 from agentrl.data.batch import Batch
-from agentrl.data.trajectory import BranchPoint
+from agentrl.data.trajectory import BranchPoint, Turn
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,27 @@ def decisions(batch: Batch) -> ActionTokens:
     index, valid = functional.unroll(batch.action_mask, batch.turns, batch.trajectory, len(batch.episodes))
     turns = torch.where(valid, batch.turns.flatten()[index], -1)
     return ActionTokens(index, valid, turns, batch.tokens.shape)
+
+
+def thought_tokens(batch: Batch) -> Tensor:
+    """Mark the action tokens of reasoning before a choice among actions; [B, T] bool.
+
+    A reply that is not such a choice has none, since its text is not split. The batch is whole.
+    """
+    made = decisions(batch)
+    flags = torch.zeros(made.valid.shape, dtype=torch.bool)
+    for owner, episode in enumerate(batch.episodes):
+        found = [thought for turn in episode.turns for thought in thoughts_of(turn)]
+        flags[owner, : len(found)] = torch.tensor(found, dtype=torch.bool)
+    return made.write(flags.to(batch.tokens.device))
+
+
+def thoughts_of(turn: Turn) -> list[bool]:
+    """Return for each action token of a turn whether it is reasoning before a choice."""
+    allowed = turn.allowed or ()
+    return [ids is None for ids, own in zip(allowed, turn.action_mask, strict=False) if own] or (
+        [False] * sum(turn.action_mask)
+    )
 
 
 def highest_tokens(values: Tensor, candidates: Tensor, count: int, batch: Batch) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
+from toy_policy import VOCABULARY, ToyPolicy, answered, make_groups, toy_forward
 
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import prepare
@@ -29,6 +29,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "kl_cov": {"name": "kl_cov", "share": 0.2},
     "lp_reg": {"name": "lp_reg", "share": 0.5},
     "siren": {"name": "siren", "anchor": 0.2, "coefficient": 1.0, "quantile": 0.5},
+    "hapo": {"name": "hapo"},
+    "hicra": {"name": "hicra", "grams": ["a"]},
+    "empo": {"name": "empo"},
+    "one_shot": {"name": "one_shot", "entropy_coefficient": 0.1},
+    "pear": {"name": "pear", "alpha": 0.5},
+    "seed_grpo": {"name": "seed_grpo", "alpha": 1.0},
 }
 every_method = pytest.mark.parametrize("block", METHODS.values(), ids=METHODS)
 
@@ -45,7 +51,7 @@ def learner_of(policy: ToyPolicy, micro_batch_tokens: int = 10_000) -> Learner:
 def rows_of(block: dict[str, Any], layout: Layout = "trajectory") -> Batch:
     """Scored rows whose ratios are not 1; the old log-probability of a token is the same in both layouts."""
     algorithm = built(block)
-    batch = prepare(algorithm, make_groups(), CONTEXT, layout=layout)
+    batch = prepare(algorithm, answered(make_groups()), CONTEXT, layout=layout)
     batch = learner_of(ToyPolicy()).score(batch, algorithm.requires)
     assert batch.old_logprobs is not None
     position = torch.arange(batch.tokens.shape[1], dtype=torch.float64)

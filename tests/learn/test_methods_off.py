@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
+from toy_policy import VOCABULARY, ToyPolicy, answered, make_groups, toy_forward
 
 from agentrl.algorithms.credit import prepare
 from agentrl.algorithms.hooks import Context
@@ -26,6 +26,14 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "forking": ({"share": 1.0}, {"name": "grpo"}, {}),
     "lp_reg": ({"share": 0.0}, {"name": "grpo"}, {"share": 0.5}),
     "siren": ({"coefficient": 0.0}, {"name": "dr_grpo"}, {"anchor": 0.2, "coefficient": 1.0}),
+    "hapo": (
+        {"widening": 0.0, "redistribution": 0.0, "average": "trajectory"},
+        {"name": "grpo"},
+        {},
+    ),
+    "hicra": ({"alpha": 0.0}, {"name": "dr_grpo"}, {"grams": ["a"]}),
+    "one_shot": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
+    "seed_grpo": ({"alpha": 0.0}, {"name": "dr_grpo"}, {"answers": "exact"}),
     "epo": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
     "empg": ({"k": 0.0, "zeta": 0.0}, {"name": "grpo"}, {}),
 }
@@ -38,7 +46,7 @@ def weights_after(block: dict[str, Any]) -> torch.Tensor:
     policy = ToyPolicy()
     learner = Learner(policy, LearnerConfig(warmup_steps=0, mini_batches=2), forward=toy_forward())
     for _ in range(2):
-        batch = learner.score(prepare(algorithm, make_groups(), CONTEXT), algorithm.requires)
+        batch = learner.score(prepare(algorithm, answered(make_groups()), CONTEXT), algorithm.requires)
         learner.update(batch, algorithm, CONTEXT)
     return torch.cat([value.detach().flatten() for value in policy.parameters()])
 

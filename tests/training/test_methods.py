@@ -66,6 +66,15 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
         ("algorithm.quantile=0.5", "algorithm.top_p=0.99"),
         (moved("learner/term/siren"), moved("algorithm/siren/peak_entropy")),
     ),
+    "hapo": (
+        ("algorithm.temperature_change=0.05",),
+        (moved("algorithm/hapo/pivot"), lambda row: row["train/learner/weight_mean"] != 1.0),
+    ),
+    "hicra": (('algorithm.grams=["go", "take"]',), (moved("algorithm/hicra/planning_share"),)),
+    "empo": (("algorithm.answers=state",), (moved("learner/policy_loss"),)),
+    "one_shot": ((), (moved("learner/term/one_shot_entropy"),)),
+    "pear": ((), (moved("learner/policy_loss"),)),
+    "seed_grpo": (("algorithm.answers=state",), (moved("algorithm/seed_grpo/semantic_entropy"),)),
     "fr3e": (
         ("algorithm.continuations=2",),
         (moved("rollout/branches/restored"), moved("algorithm/states_kept")),
