@@ -35,6 +35,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "one_shot": {"name": "one_shot", "entropy_coefficient": 0.1},
     "pear": {"name": "pear", "alpha": 0.5},
     "seed_grpo": {"name": "seed_grpo", "alpha": 1.0},
+    "light_if": {"name": "light_if"},
+    "entropy_sft": {"name": "entropy_sft", "share": 0.4},
+    "t1": {"name": "t1", "entropy_coefficient": 0.1},
+    "drpo": {"name": "drpo"},
+    "drpo, by tokens": {"name": "drpo", "length": "tokens", "trust": 0.0},
+    "copo": {"name": "copo"},
 }
 every_method = pytest.mark.parametrize("block", METHODS.values(), ids=METHODS)
 

@@ -34,6 +34,14 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "hicra": ({"alpha": 0.0}, {"name": "dr_grpo"}, {"grams": ["a"]}),
     "one_shot": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
     "seed_grpo": ({"alpha": 0.0}, {"name": "dr_grpo"}, {"answers": "exact"}),
+    "light_if": ({"coefficient": 0.0}, {"name": "grpo"}, {}),
+    "entropy_sft": ({"share": 1.0}, {"name": "behaviour_cloning"}, {}),
+    "t1": ({"entropy_coefficient": 0.0}, {"name": "rloo"}, {}),
+    "copo": (
+        {"steepness": 1e6, "centre": 0.0},
+        {"name": "grpo", "drop_equal_groups": False},
+        {},
+    ),
     "epo": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
     "empg": ({"k": 0.0, "zeta": 0.0}, {"name": "grpo"}, {}),
 }

@@ -75,6 +75,10 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
     "one_shot": ((), (moved("learner/term/one_shot_entropy"),)),
     "pear": ((), (moved("learner/policy_loss"),)),
     "seed_grpo": (("algorithm.answers=state",), (moved("algorithm/seed_grpo/semantic_entropy"),)),
+    "light_if": ((), (moved("learner/term/tea_entropy"),)),
+    "t1": ((), (moved("learner/term/t1_entropy"),)),
+    "drpo": ((), (moved("learner/term/drpo"),)),
+    "copo": (("algorithm.answers=state",), (moved("algorithm/copo/local_share"),)),
     "fr3e": (
         ("algorithm.continuations=2",),
         (moved("rollout/branches/restored"), moved("algorithm/states_kept")),
