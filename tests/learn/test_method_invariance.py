@@ -16,7 +16,8 @@ from agentrl.data.batch import Batch, Layout
 from agentrl.learn.learner import Learner
 from agentrl.learn.settings import LearnerConfig
 
-CONTEXT = Context(step=3, total_steps=10, vocabulary=VOCABULARY)
+PAST = {"train/algorithm/ares/threshold": [0.5], "train/algorithm/ares/target/easy": [0.0]}
+CONTEXT = Context(step=3, total_steps=10, vocabulary=VOCABULARY, history=PAST)
 METHODS: dict[str, dict[str, Any]] = {
     "steer": {"name": "steer"},
     "steer, exponential": {"name": "steer", "exponential": True, "low": 0.3},
@@ -41,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "drpo": {"name": "drpo"},
     "drpo, by tokens": {"name": "drpo", "length": "tokens", "trust": 0.0},
     "copo": {"name": "copo"},
+    "ares": {"name": "ares", "window": 1},
 }
 every_method = pytest.mark.parametrize("block", METHODS.values(), ids=METHODS)
 

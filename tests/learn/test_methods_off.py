@@ -12,7 +12,8 @@ from agentrl.algorithms.recipe import build_recipe
 from agentrl.learn.learner import Learner
 from agentrl.learn.settings import LearnerConfig
 
-CONTEXT = Context(step=3, total_steps=10, vocabulary=VOCABULARY)
+PAST = {"train/algorithm/ares/threshold": [0.5], "train/algorithm/ares/target/easy": [0.0]}
+CONTEXT = Context(step=3, total_steps=10, vocabulary=VOCABULARY, history=PAST)
 # name -> its settings without effect, the recipe that it then equals, and settings that show on these rows
 OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "steer": ({"low": 1.0, "high": 1.0}, {"name": "grpo"}, {}),
@@ -42,6 +43,7 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"name": "grpo", "drop_equal_groups": False},
         {},
     ),
+    "ares": ({"strength": 0.0}, {"name": "grpo"}, {"window": 1}),
     "epo": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
     "empg": ({"k": 0.0, "zeta": 0.0}, {"name": "grpo"}, {}),
 }

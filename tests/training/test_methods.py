@@ -79,6 +79,7 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
     "t1": ((), (moved("learner/term/t1_entropy"),)),
     "drpo": ((), (moved("learner/term/drpo"),)),
     "copo": (("algorithm.answers=state",), (moved("algorithm/copo/local_share"),)),
+    "ares": (("algorithm.window=1",), (moved("algorithm/ares/threshold"),)),
     "fr3e": (
         ("algorithm.continuations=2",),
         (moved("rollout/branches/restored"), moved("algorithm/states_kept")),
