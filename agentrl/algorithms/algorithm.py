@@ -291,9 +291,10 @@ class Algorithm:
     def scheduled(self) -> bool:
         """Return whether a component declared that it depends on the number of steps of the run."""
         coefficients = (
-            getattr(component, "coefficient", None)
+            getattr(component, name, None)
             for _, component in self.components()
             if isinstance(component, Term | GroupTerm)
+            for name in ("coefficient", "target")
         )
         functions = (function for _, function in self._functions())
         return any(SCHEDULED in traits(each) for each in (*functions, *coefficients))
@@ -326,8 +327,9 @@ class Algorithm:
         for slot, component in self.components():
             name = f"{slot}/{component.name}" if isinstance(component, Term | GroupTerm) else slot
             names = frozenset[str]().union(*map(requirements, _parts(component)))
-            # The slopes of a group term are those at the current policy.
-            yield name, with_sources(names | {"current"} if isinstance(component, GroupTerm) else names)
+            # Slopes of what is not a sum over tokens are those at the current policy.
+            sloped = isinstance(component, GroupTerm) or getattr(component, "target", None) is not None
+            yield name, with_sources(names | {"current"} if sloped else names)
         for stateful in self.find_stateful().values():
             yield "stateful", with_sources(requirements(stateful.update))
 

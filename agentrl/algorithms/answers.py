@@ -1,5 +1,6 @@
 """Answers of episodes: which episodes of a group end with the same one, and how much a group disagrees."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -26,14 +27,19 @@ def answer_clusters(batch: Batch, by: Answer = "normalised") -> Tensor:
             case, a final full stop and differences of white space (`normalised`); or it is the observation
             after the last turn (`state`).
     """
-    numbers: dict[object, int] = {}
-    found = [
-        numbers.setdefault(
-            (group, answer) if (answer := _answer(episode, by)) else ("none", index), len(numbers)
-        )
-        for index, (group, episode) in enumerate(zip(batch.groups.tolist(), batch.episodes, strict=True))
-    ]
+    found = cluster_answers(batch.episodes, batch.groups.tolist(), by)
     return torch.tensor(found, dtype=torch.int64, device=batch.tokens.device)
+
+
+def cluster_answers(episodes: Sequence[Episode], groups: Sequence[int], by: Answer) -> list[int]:
+    """Return the number of each episode's answer, as in `answer_clusters`, from the group of each."""
+    numbers: dict[object, int] = {}
+    return [
+        numbers.setdefault(
+            (group, answer) if (answer := answer_of(episode, by)) else ("none", index), len(numbers)
+        )
+        for index, (group, episode) in enumerate(zip(groups, episodes, strict=True))
+    ]
 
 
 @feature("answer_entropy")
@@ -42,7 +48,8 @@ def answer_entropy(batch: Batch, by: Answer = "normalised") -> Tensor:
     return functional.cluster_entropy(answer_clusters(batch, by), batch.groups)
 
 
-def _answer(episode: Episode, by: Answer) -> str:
+def answer_of(episode: Episode, by: Answer) -> str:
+    """Return the answer of an episode, empty without one."""
     if not episode.turns:
         return ""
     if by == "state":

@@ -15,7 +15,7 @@ from agentrl.algorithms import functional
 from agentrl.algorithms.branching import AnchorUnit, point_scores
 from agentrl.algorithms.named_features import feature
 from agentrl.data.batch import Batch
-from agentrl.data.trajectory import BranchPoint
+from agentrl.data.trajectory import BranchPoint, Turn
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,51 @@ def decisions(batch: Batch) -> ActionTokens:
     index, valid = functional.unroll(batch.action_mask, batch.turns, batch.trajectory, len(batch.episodes))
     turns = torch.where(valid, batch.turns.flatten()[index], -1)
     return ActionTokens(index, valid, turns, batch.tokens.shape)
+
+
+def thought_tokens(batch: Batch) -> Tensor:
+    """Mark the action tokens of reasoning before a choice among actions; [B, T] bool.
+
+    A reply that is not such a choice has none, since its text is not split. The batch is whole.
+    """
+    made = decisions(batch)
+    flags = torch.zeros(made.valid.shape, dtype=torch.bool)
+    for owner, episode in enumerate(batch.episodes):
+        found = [thought for turn in episode.turns for thought in thoughts_of(turn)]
+        flags[owner, : len(found)] = torch.tensor(found, dtype=torch.bool)
+    return made.write(flags.to(batch.tokens.device))
+
+
+def thoughts_of(turn: Turn) -> list[bool]:
+    """Return for each action token of a turn whether it is reasoning before a choice."""
+    allowed = turn.allowed or ()
+    return [ids is None for ids, own in zip(allowed, turn.action_mask, strict=False) if own] or (
+        [False] * sum(turn.action_mask)
+    )
+
+
+def highest_tokens(values: Tensor, candidates: Tensor, count: int, batch: Batch) -> Tensor:
+    """Mark the candidates with the highest values; [B, T] bool.
+
+    Ties, also up to rounding, go to the earlier trajectory, turn and token, whichever rows they are in.
+
+    Args:
+        values: [B, T] float.
+        candidates: [B, T] bool.
+        count: How many are marked, or all candidates if there are fewer.
+        batch: The rows.
+    """
+    index, valid = functional.unroll(candidates, batch.turns, batch.trajectory, len(batch.episodes))
+    places = index[valid]
+    rounded = values.flatten()[places].double().round(decimals=9)
+    chosen = torch.zeros_like(candidates).flatten()
+    chosen[places[rounded.argsort(stable=True, descending=True)[:count]]] = True
+    return chosen.view_as(candidates)
+
+
+def share_of(count: int, share: float) -> int:
+    """Return max(1, floor(share * count)), where a share of 0.29 of 100 is 29 despite rounding."""
+    return max(1, int(round(share * count, 9)))
 
 
 def turn_rewards(batch: Batch) -> Tensor:

@@ -71,15 +71,15 @@ class Bounds:
 
     lower: Tensor | float  # [B, T] or a number
     upper: Tensor | float
-    dual: float | None = None
+    dual: Tensor | float | None = None
 
     def select(self, rows: Tensor, width: int) -> "Bounds":
         """Return the given rows, cut to a width."""
-        lower, upper = (
-            bound[rows, :width] if isinstance(bound, Tensor) and bound.dim() else bound
-            for bound in (self.lower, self.upper)
-        )
-        return Bounds(lower, upper, self.dual)
+
+        def part(bound: Tensor | float) -> Tensor | float:
+            return bound[rows, :width] if isinstance(bound, Tensor) and bound.dim() else bound
+
+        return Bounds(part(self.lower), part(self.upper), None if self.dual is None else part(self.dual))
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,9 @@ class Term:
         aggregation: How tokens are averaged; None takes the algorithm's aggregation.
         where: Selects the action tokens on which the term acts, once per mini-batch, which then has its mask,
             its current ratio and its bounds: (mini-batch, context) -> [B, T] bool. The loss of the others is
-            0, and they still count in the normaliser. None selects all.
+            0, and they still count in the normaliser. Numbers instead of bool weigh the tokens. None selects
+            all.
+        target: If given, the loss is (mean - target)^2 instead of the mean over the tokens of a mini-batch.
     """
 
     name: str
@@ -208,10 +210,15 @@ class Term:
     coefficient: float | Coefficient
     aggregation: Aggregation | None = None
     where: TokenHook | None = None
+    target: float | Coefficient | None = None
 
     def scale(self, context: Context) -> float:
         """Return the coefficient of this step."""
         return self.coefficient(context) if callable(self.coefficient) else self.coefficient
+
+    def distance(self, mean: Tensor, context: Context) -> Tensor:
+        """Return by how much a mean of the term is above its target."""
+        return mean - (self.target(context) if callable(self.target) else self.target or 0.0)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class GroupSlopes:
         assert part.current is not None
         mask = part.batch.action_mask
         moved = torch.where(mask, outputs.logprobs - part.current.logprobs, 0.0)
-        share = mask.sum() / mini.batch.action_mask.sum().clamp(min=1)
+        share = mask.sum().double() / mini.batch.action_mask.sum().clamp(min=1)
         return (self.slopes[rows, None].to(moved) * moved).sum() + self.value * share
 
 

@@ -1,7 +1,8 @@
 """The loss of one optimiser step: sum(weight * loss), with weights computed from the whole mini-batch."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from agentrl.algorithms.credit import with_mask
 from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs, Term, Weights, require_tensor
 from agentrl.algorithms.named_features import with_mini_batch_features
 from agentrl.learn.group_losses import GroupSlopes, group_slopes
+
+TermFactors = tuple[tuple[Term, Tensor], ...]
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Objective:
         terms: Each term with the weights of its tokens [B, T], without its coefficient; 0 where it does not
             act.
         groups: The loss of each group term and its slopes, without its coefficient.
+        distances: By the name of a term with a target, how far its mean is above it at the current policy.
     """
 
     algorithm: Algorithm
@@ -33,8 +37,9 @@ class Objective:
     mini: MiniBatch
     factors: Tensor
     weights: Tensor
-    terms: tuple[tuple[Term, Tensor], ...]
+    terms: TermFactors
     groups: tuple[GroupSlopes, ...] = ()
+    distances: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def mask(self) -> Tensor:
@@ -88,6 +93,8 @@ class Objective:
         for term, factors in self.terms:
             factors = factors[rows, :width]
             value = _masked_sum(term.loss(outputs, part, self.context), factors != 0, factors)
+            if term.name in self.distances:
+                value = self._squared(self.distances[term.name], value, part)
             loss = loss + term.scale(self.context) * value
             logged[f"term/{term.name}"] = value.detach()
         for group in self.groups:
@@ -97,6 +104,11 @@ class Objective:
         if part.bounds is not None:
             logged |= self._ratio_metrics(outputs, part)
         return loss, logged | {"loss": loss.detach()}
+
+    def _squared(self, distance: Tensor, value: Tensor, part: MiniBatch) -> Tensor:
+        """Return the rows' part of distance^2, given their part of the mean."""
+        share = part.batch.action_mask.sum().double() / self.mini.batch.action_mask.sum().clamp(min=1)
+        return distance * (distance * share + 2 * (value - value.detach()))
 
     def _ratio_metrics(self, outputs: Outputs, part: MiniBatch) -> dict[str, Tensor]:
         mask, held = part.counted, clipped_tokens(part, outputs)
@@ -130,8 +142,18 @@ def build_objective(mini: MiniBatch, algorithm: Algorithm, context: Context) -> 
             values = _check_shape("weights", hook(mini, context), factors)
             factors, weights = factors * values, weights * values
         terms = tuple((term, _term_factors(term, algorithm, mini, context)) for term in algorithm.terms)
+        distances = _distances(terms, mini, context)
     groups = tuple(group_slopes(term, mini, context) for term in algorithm.group_terms)
-    return Objective(algorithm, context, mini, factors, weights, terms, groups)
+    return Objective(algorithm, context, mini, factors, weights, terms, groups, distances)
+
+
+def _distances(terms: TermFactors, mini: MiniBatch, context: Context) -> dict[str, Tensor]:
+    found = {}
+    for term, factors in terms:
+        if term.target is not None:
+            mean = _masked_sum(term.loss(mini.now, mini, context).double(), factors != 0, factors)
+            found[term.name] = term.distance(mean, context)
+    return found
 
 
 def _term_factors(term: Term, algorithm: Algorithm, mini: MiniBatch, context: Context) -> Tensor:
@@ -141,7 +163,7 @@ def _term_factors(term: Term, algorithm: Algorithm, mini: MiniBatch, context: Co
     if term.where is None:
         return factors
     selected = _check_shape(f"terms/{term.name}.where", term.where(mini, context), factors)
-    return torch.where(selected, factors, 0.0)
+    return torch.where(selected, factors, 0.0) if selected.dtype == torch.bool else factors * selected
 
 
 def _token_weights(weights: Weights) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
+from toy_policy import VOCABULARY, ToyPolicy, answered, make_groups, toy_forward
 
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import prepare
@@ -16,7 +16,8 @@ from agentrl.data.batch import Batch, Layout
 from agentrl.learn.learner import Learner
 from agentrl.learn.settings import LearnerConfig
 
-CONTEXT = Context(step=3, total_steps=10, vocabulary=VOCABULARY)
+PAST = {"train/algorithm/ares/threshold": [0.5], "train/algorithm/ares/target/easy": [0.0]}
+CONTEXT = Context(step=3, total_steps=10, vocabulary=VOCABULARY, history=PAST)
 METHODS: dict[str, dict[str, Any]] = {
     "steer": {"name": "steer"},
     "steer, exponential": {"name": "steer", "exponential": True, "low": 0.3},
@@ -46,7 +47,23 @@ METHODS: dict[str, dict[str, Any]] = {
     "sampo": {"name": "sampo", "drift": 0.01},
     "tis": {"name": "tis", "level": "trajectory"},
     "sapo": {"name": "sapo"},
+    "forking": {"name": "forking", "share": 0.4},
     "kl_cov": {"name": "kl_cov", "share": 0.2},
+    "lp_reg": {"name": "lp_reg", "share": 0.5},
+    "siren": {"name": "siren", "anchor": 0.2, "coefficient": 1.0, "quantile": 0.5},
+    "hapo": {"name": "hapo"},
+    "hicra": {"name": "hicra", "grams": ["a"]},
+    "empo": {"name": "empo"},
+    "one_shot": {"name": "one_shot", "entropy_coefficient": 0.1},
+    "pear": {"name": "pear", "alpha": 0.5},
+    "seed_grpo": {"name": "seed_grpo", "alpha": 1.0},
+    "light_if": {"name": "light_if"},
+    "entropy_sft": {"name": "entropy_sft", "share": 0.4},
+    "t1": {"name": "t1", "entropy_coefficient": 0.1},
+    "drpo": {"name": "drpo"},
+    "drpo, by tokens": {"name": "drpo", "length": "tokens", "trust": 0.0},
+    "copo": {"name": "copo"},
+    "ares": {"name": "ares", "window": 1},
 }
 every_method = pytest.mark.parametrize("block", METHODS.values(), ids=METHODS)
 
@@ -62,8 +79,9 @@ def learner_of(policy: ToyPolicy, micro_batch_tokens: int = 10_000) -> Learner:
 
 def rows_of(block: dict[str, Any], layout: Layout = "trajectory") -> Batch:
     """Scored rows whose ratios are not 1; the old log-probability of a token is the same in both layouts."""
-    batch = prepare(built(block), make_groups(), CONTEXT, layout=layout)
-    batch = learner_of(ToyPolicy()).score(batch)
+    algorithm = built(block)
+    batch = prepare(algorithm, answered(make_groups()), CONTEXT, layout=layout)
+    batch = learner_of(ToyPolicy()).score(batch, algorithm.requires)
     assert batch.old_logprobs is not None
     position = torch.arange(batch.tokens.shape[1], dtype=torch.float64)
     places = 5 * batch.trajectory[:, None] + 3 * batch.turns + position
@@ -78,7 +96,11 @@ def padded(batch: Batch) -> Batch:
         for item in fields(batch)
         if isinstance(value := getattr(batch, item.name), torch.Tensor) and value.shape == shape
     }
-    return replace(batch, **wider)
+    extras = {
+        name: torch.nn.functional.pad(value, (*[0, 0] * (value.dim() - 2), 0, 3))
+        for name, value in batch.extras.items()
+    }
+    return replace(batch, extras=extras, **wider)
 
 
 def slopes(block: dict[str, Any], batch: Batch, **settings: Any) -> tuple[float, torch.Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
+from toy_policy import VOCABULARY, ToyPolicy, answered, make_groups, toy_forward
 
 from agentrl.algorithms.credit import prepare
 from agentrl.algorithms.hooks import Context
@@ -13,7 +13,8 @@ from agentrl.algorithms.recipe import build_recipe
 from agentrl.learn.learner import Learner
 from agentrl.learn.settings import LearnerConfig
 
-CONTEXT = Context(step=3, total_steps=10, vocabulary=VOCABULARY)
+PAST = {"train/algorithm/ares/threshold": [0.5], "train/algorithm/ares/target/easy": [0.0]}
+CONTEXT = Context(step=3, total_steps=10, vocabulary=VOCABULARY, history=PAST)
 UNCLIPPED = {"name": "grpo", "clip_low": 1.0, "clip_high": 1e6}
 # name -> its settings without effect, the recipe that it then equals, and settings that show on these rows
 OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -28,6 +29,26 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"share": 0.5, "band": [0.0, 9.0]},
     ),
     "dppo": ({"delta": 1.0}, UNCLIPPED, {"delta": 0.01}),
+    "forking": ({"share": 1.0}, {"name": "grpo"}, {}),
+    "lp_reg": ({"share": 0.0}, {"name": "grpo"}, {"share": 0.5}),
+    "siren": ({"coefficient": 0.0}, {"name": "dr_grpo"}, {"anchor": 0.2, "coefficient": 1.0}),
+    "hapo": (
+        {"widening": 0.0, "redistribution": 0.0, "average": "trajectory"},
+        {"name": "grpo"},
+        {},
+    ),
+    "hicra": ({"alpha": 0.0}, {"name": "dr_grpo"}, {"grams": ["a"]}),
+    "one_shot": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
+    "seed_grpo": ({"alpha": 0.0}, {"name": "dr_grpo"}, {"answers": "exact"}),
+    "light_if": ({"coefficient": 0.0}, {"name": "grpo"}, {}),
+    "entropy_sft": ({"share": 1.0}, {"name": "behaviour_cloning"}, {}),
+    "t1": ({"entropy_coefficient": 0.0}, {"name": "rloo"}, {}),
+    "copo": (
+        {"steepness": 1e6, "centre": 0.0},
+        {"name": "grpo", "drop_equal_groups": False},
+        {},
+    ),
+    "ares": ({"strength": 0.0}, {"name": "grpo"}, {"window": 1}),
     "epo": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
     "graphgpo": (
         {"step_weight": 0.0},
@@ -60,7 +81,7 @@ def weights_after(block: dict[str, Any]) -> torch.Tensor:
     policy = ToyPolicy()
     learner = Learner(policy, LearnerConfig(warmup_steps=0, mini_batches=2), forward=toy_forward())
     for _ in range(2):
-        batch = learner.score(prepare(algorithm, make_groups(), CONTEXT))
+        batch = learner.score(prepare(algorithm, answered(make_groups()), CONTEXT), algorithm.requires)
         assert batch.old_logprobs is not None
         # The sampler is the learner, as in a run with its own engine.
         learner.update(replace(batch, logprobs=batch.old_logprobs), algorithm, CONTEXT)

@@ -90,6 +90,19 @@ def make_groups(seed: int = 0, groups: int = 3, size: int = 4) -> list[Group]:
     return made
 
 
+def answered(groups: Sequence[Group]) -> list[Group]:
+    """The groups with answers in their last turns, which some members of a group share."""
+
+    def answer(episode: Episode, member: int) -> Episode:
+        *turns, last = episode.turns
+        return replace(episode, turns=(*turns, replace(last, action=f"answer {member % 3}")))
+
+    return [
+        replace(group, episodes=tuple(answer(each, member) for member, each in enumerate(group.episodes)))
+        for group in groups
+    ]
+
+
 def sampled_at(groups: Sequence[Group], *temperatures: float, by_token: bool = False) -> list[Group]:
     """The groups as if their turns, or tokens, had been sampled at these temperatures in turn."""
     drawn = cycle(temperatures)

@@ -57,7 +57,7 @@ def clipped_surrogate(
     advantages: Tensor,
     lower: Tensor | float,
     upper: Tensor | float,
-    dual: float | None = None,
+    dual: Tensor | float | None = None,
 ) -> Tensor:
     """Return the policy loss that gives no incentive for ratios outside [lower, upper].
 
@@ -72,7 +72,7 @@ def clipped_surrogate(
         advantages: [B, T] float; no gradient flows to them.
         lower: The lower bound of the ratio, a number or [B, T].
         upper: The upper bound of the ratio, a number or [B, T].
-        dual: The bound of the dual clip, above 1, or None for no dual clip.
+        dual: The bound of the dual clip, above 1, a number or [B, T]; None for no dual clip.
 
     Returns:
         [B, T] float.
@@ -93,7 +93,7 @@ def stop_gradient_clipped_surrogate(
     advantages: Tensor,
     lower: Tensor | float,
     upper: Tensor | float,
-    dual: float | None = None,
+    dual: Tensor | float | None = None,
 ) -> Tensor:
     """Return `clipped_surrogate` with a gradient above the upper bound.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from agentrl.algorithms.algorithm import Algorithm, clipped_tokens
+from agentrl.algorithms.features import share_of
 from agentrl.algorithms.hooks import Bounds, Clip, Context, MiniBatch, requires
 from agentrl.algorithms.named_features import feature_of
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
@@ -139,7 +140,7 @@ def covariance_clip(mini: MiniBatch, context: Context, *, share: float, band: Ba
         place = places[index]
         return derive_seed("covariance", context.seed, context.step, *place), place
 
-    chosen = nsmallest(_count(share, counted), range(len(places)), key=draw)
+    chosen = nsmallest(share_of(int(counted.sum()), share), range(len(places)), key=draw)
     weights = torch.ones_like(mini.advantages)
     weights[rows[chosen], positions[chosen]] = 0.0
     return weights
@@ -161,15 +162,10 @@ def covariance_metrics(
     return {
         "covariance_mean": float(values.mean()),
         "covariance_max": float(values.max()),
-        "covariance_clip_share": min(_count(share, counted), candidates) / len(values),
+        "covariance_clip_share": min(share_of(int(counted.sum()), share), candidates) / len(values),
     }
 
 
 def without_dual(mini: MiniBatch, context: Context, *, clip: Clip) -> Bounds:
     """Return the bounds of `clip` without the dual clip."""
     return replace(clip(mini, context), dual=None)
-
-
-def _count(share: float, counted: Tensor) -> int:
-    # Rounded, so that a share of 0.29 of 100 gives 29 despite floating-point error.
-    return max(1, int(round(share * int(counted.sum()), 9)))

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.clipped_recipe import build_plain
+from agentrl.algorithms.features import highest_tokens, share_of
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, require_tensor, requires
 from agentrl.algorithms.named_features import feature_of
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
@@ -73,13 +73,6 @@ def absolute_log_ratio(outputs: Outputs, mini: MiniBatch, context: Context) -> T
 @requires("covariance")
 def highest_covariance(mini: MiniBatch, context: Context, *, share: float) -> Tensor:
     """Mark the tokens in the surrogate with the highest covariance of advantage and logprob; [B, T] bool."""
-    batch, counted = mini.batch, mini.counted
-    # Rounded, so that ties do not depend on floating-point noise.
-    values = feature_of(mini, "covariance").round(decimals=9).flatten()
-    index, valid = functional.unroll(counted, batch.turns, batch.trajectory, len(batch.episodes))
-    places = index[valid]  # in an order that does not depend on the layout of the rows
-    # Rounded, so that a share of 0.29 of 100 gives 29 despite floating-point error.
-    count = max(1, int(round(share * len(places), 9)))
-    chosen = torch.zeros_like(counted).flatten()
-    chosen[places[values[places].argsort(stable=True, descending=True)[:count]]] = True
-    return chosen.view_as(counted)
+    counted = mini.counted
+    count = share_of(int(counted.sum()), share)
+    return highest_tokens(feature_of(mini, "covariance"), counted, count, mini.batch)
