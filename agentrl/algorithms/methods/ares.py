@@ -142,8 +142,8 @@ class ARES(Recipe):
         groups = rollout.batch.groups.tolist()
         for group in set(groups):
             members = [each for each, number in zip(episodes, groups, strict=True) if number == group]
-            found = [self.moments(episode, threshold) for episode in members]
-            counts.setdefault(difficulty_of(members).name, []).extend(found)
+            moments = [self.moments(episode, threshold) for episode in members]
+            counts.setdefault(difficulty_of(members).name, []).extend(moments)
         for name, values in counts.items():
             numbers[f"ares/target/{name}"] = self._moved(context, f"target/{name}", fmean(values))
         return numbers
