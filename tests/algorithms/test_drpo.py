@@ -30,8 +30,7 @@ def example(moved: float = 0.0, layout: str = "trajectory", groups: list[int] | 
 @pytest.mark.parametrize("layout", ["trajectory", "turn"])
 def test_the_margin_and_its_slopes(build: Build, layout: str) -> None:
     mini = example(layout=layout)
-    settings = SETTINGS if build.__name__ == "build_method" else {}
-    objective = build_objective(mini, build("drpo", **settings), Context())
+    objective = build_objective(mini, build("drpo", **SETTINGS), Context())
     numbers, outputs = loss_of(objective)
     assert numbers["loss"] == pytest.approx(-0.151674, abs=5e-7)
     assert outputs.logprobs.grad is not None

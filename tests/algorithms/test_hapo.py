@@ -121,4 +121,5 @@ def test_equal_entropies_change_nothing() -> None:
     mini = mini_batch(with_features(batch, algorithm.requires), 1.0)
     objective = build_objective(mini, algorithm, Context())
     assert in_order(batch, objective.weights) == [1.0] * 3
-    assert bounds_of(objective) == (pytest.approx([0.2] * 3), pytest.approx([0.2] * 3))
+    for widths in bounds_of(objective):
+        assert widths == pytest.approx([0.2] * 3)

@@ -18,7 +18,11 @@ from agentrl.errors import CheckpointError
 from agentrl.learn.objective import build_objective
 
 Build = Callable[..., Algorithm]
-RATES = {"t0": [0, 0.25, 0.5, 0.75, 1], "t1": [1] * 5, "t2": [0.5, 0.5, 0.25, 0.5, 0.5]}
+RATES: dict[str, list[float]] = {
+    "t0": [0, 0.25, 0.5, 0.75, 1],
+    "t1": [1] * 5,
+    "t2": [0.5, 0.5, 0.25, 0.5, 0.5],
+}
 
 
 def step_of(step: int) -> list[Group]:

@@ -79,7 +79,7 @@ ACCEPTED = {
         *(f"aepo.{name}" for name in ("branch_penalty", "branch_probability", "entropy_advantage")),
         "aepo.entropy_weight",
         *("clip_cov.band.0", "clip_cov.share"),
-        *("ares.decay", "ares.strength"),
+        *("ares.decay", "ares.kl_coefficient", "ares.strength"),
         *("bapo.lower.0", "bapo.target"),
         *("canon.alpha", "canon.beta", "canon.mix", "canon.peak"),
         "aem.k",

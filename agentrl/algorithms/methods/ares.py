@@ -1,47 +1,22 @@
 """ARES: a reward for exploring as much as the difficulty of the task asks for."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, median, quantiles
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar
 
 from annotated_types import Interval
 
+from agentrl.algorithms.adaptive_kl import AdaptiveKL
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.hooks import Context, MiniBatch, requires
+from agentrl.algorithms.clipped_recipe import kl_to_reference
+from agentrl.algorithms.difficulty import LEVELS, difficulty_of, levels_of, shaping
+from agentrl.algorithms.hooks import Context, MiniBatch, Term, requires
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Decay, Weight
 from agentrl.data.trajectory import Episode, Group
 
 Window = Annotated[int, Interval(ge=1, le=1000)]
-
-
-class Difficulty(NamedTuple):
-    """How a difficulty shapes the reward.
-
-    Args:
-        name: Its name in the log.
-        least: The lowest rate of success of the group.
-        margin: The part of the target by which a count may miss it.
-        bend: The excess above which the penalty is linear.
-        width: The width of the sigmoid of the bonus.
-        cap: The highest change, in units of `strength`.
-        consolation: The part of the bonus that an episode that failed gets.
-    """
-
-    name: str
-    least: float
-    margin: float
-    bend: float
-    width: float
-    cap: float
-    consolation: float
-
-
-EASY = Difficulty("easy", 2 / 3, 0.15, 2.0, 2.0, 1.0, 0.6)
-MEDIUM = Difficulty("medium", 1 / 3, 0.25, 3.0, 2.5, 1.0, 0.8)
-HARD = Difficulty("hard", 0.0, 0.35, 4.0, 3.0, 1.2, 1.0)
 
 
 @recipe("ares")
@@ -65,19 +40,22 @@ class ARES(Recipe):
         field               | paper | released | ours
         base.name           | grpo  | grpo     | grpo
         base.preset         | paper | released | ours
-        base.kl_coefficient | 0.01  | 0.01     | 0.0
+        base.kl_coefficient | 0.0   | 0.0      | 0.0
+        kl_coefficient      | 0.01  | 0.01     | 0.0
 
     In the released code the target is the rounded mean of the same batch, so that its controller of the
     strength integrates rounding errors only; ours comes from past steps, at a constant strength. Windows
     count there after 174 words such as "reconsider", from entropies of the ten likeliest tokens; methods do
-    not see the text of tokens, so all windows count here. Its factor of the divergence penalty by difficulty
-    and its cold start are not reproduced. The released rollout does not branch.
+    not see the text of tokens, so all windows count here. It moves the factors of the divergence every 100
+    micro-batches, we once a step. Its cold start is not reproduced, and its rollout does not branch.
 
     Args:
         base: The recipe that learns from the reward.
         window: The number of tokens of a window.
         strength: The highest change of the reward of an easy or medium task.
         decay: The decay of the moving averages, per step.
+        kl_coefficient: The coefficient of the divergence from the reference, times a factor by difficulty
+            that leads it to 0.01 nats; see `AdaptiveKL`.
 
     Source: Chen et al. 2025, arXiv:2510.08457.
     """
@@ -86,7 +64,7 @@ class ARES(Recipe):
     CONFIDENCE = "official code read"
 
     PRESETS: ClassVar[Presets] = {
-        preset: {"base": {"name": "grpo", "preset": preset, "kl_coefficient": 0.01}}
+        preset: {"base": {"name": "grpo", "preset": preset, "kl_coefficient": 0.0}, "kl_coefficient": 0.01}
         for preset in ("paper", "released")
     }
 
@@ -94,10 +72,16 @@ class ARES(Recipe):
     window: Window = 4
     strength: Weight = 0.5
     decay: Decay = 0.99
+    kl_coefficient: Weight = 0.0
 
     def build(self) -> Algorithm:
         """Build the base with the reward."""
         base, reads = self.base.build(), requires("rollout:entropy")
+        if self.kl_coefficient:
+            held = AdaptiveKL("ares_kl", [level.name for level in LEVELS], levels_of)
+            term = Term("ares_kl", kl_to_reference, self.kl_coefficient, where=held.weights)
+            metrics = (*base.diagnostics, held.metrics)
+            base = replace(base, terms=(*base.terms, term), diagnostics=metrics)
         return replace(
             base,
             shape_group=(*base.shape_group, reads(self.reward)),
@@ -138,12 +122,9 @@ class ARES(Recipe):
         threshold = latest(context, "threshold")
         if threshold is None:
             return numbers
-        counts: dict[str, list[int]] = {}
-        groups = rollout.batch.groups.tolist()
-        for group in set(groups):
-            members = [each for each, number in zip(episodes, groups, strict=True) if number == group]
-            moments = [self.moments(episode, threshold) for episode in members]
-            counts.setdefault(difficulty_of(members).name, []).extend(moments)
+        counts: dict[str, list[float]] = {}
+        for episode, index in zip(episodes, levels_of(rollout.batch), strict=True):
+            counts.setdefault(LEVELS[index].name, []).append(self.moments(episode, threshold))
         for name, values in counts.items():
             numbers[f"ares/target/{name}"] = self._moved(context, f"target/{name}", fmean(values))
         return numbers
@@ -159,31 +140,6 @@ def latest(context: Context, name: str) -> float | None:
     return past[-1] if past else None
 
 
-def difficulty_of(episodes: Iterable[Episode]) -> Difficulty:
-    """Return the difficulty of a group by its rate of success."""
-    rate = fmean([float(episode.success) for episode in episodes])
-    return next(level for level in (EASY, MEDIUM, HARD) if rate >= level.least)
-
-
 def upper_quantile(values: Sequence[float]) -> float:
     """Return the 95 % quantile, interpolated linearly."""
     return quantiles(values, n=20, method="inclusive")[18] if len(values) > 1 else values[0]
-
-
-def shaping(level: Difficulty, count: int, target: float, strength: float, *, success: bool) -> float:
-    """Return the change of the reward, as `ARES` says."""
-    cap, margin, distance = strength * level.cap, max(1.0, level.margin * target), count - target
-
-    def penalty(excess: float) -> float:
-        over = max(0.0, excess - margin)
-        bent = over * over / (2 * level.bend) if over <= level.bend else over - level.bend / 2
-        return cap * min(1.0, bent / (margin + level.bend))
-
-    def bonus(excess: float) -> float:
-        return cap / (1 + math.exp(-min(excess, 500 * level.width) / level.width))
-
-    if not success:
-        return level.consolation * bonus(max(0.0, distance - margin))
-    if level is HARD:
-        return bonus(distance + margin) if distance >= -margin else -penalty(-distance) / 2
-    return -penalty(distance if level is EASY else abs(distance))
