@@ -28,7 +28,7 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"name": "grpo", "clip_low": 1.0, "clip_high": 1.0},
         {"share": 0.5, "band": [0.0, 9.0]},
     ),
-    "dppo": ({"delta": 1.0}, UNCLIPPED, {"delta": 0.01}),
+    "dppo": ({"delta": 1.0}, UNCLIPPED, {"delta": 1e-6}),
     "forking": ({"share": 1.0}, {"name": "grpo"}, {}),
     "lp_reg": ({"share": 0.0}, {"name": "grpo"}, {"share": 0.5}),
     "siren": ({"coefficient": 0.0}, {"name": "dr_grpo"}, {"anchor": 0.2, "coefficient": 1.0}),
