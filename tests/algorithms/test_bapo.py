@@ -1,12 +1,13 @@
 """BAPO: bounds that widen until positive advantages have their part of the update."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Outputs
 from agentrl.algorithms.methods.bapo import BAPO, gradient_share, surrogate_balance
 from agentrl.algorithms.recipe import build_recipe
@@ -16,6 +17,7 @@ from agentrl.data.batch import collate
 from agentrl.errors import ConfigError
 from agentrl.learn.objective import build_objective
 
+Build = Callable[..., Algorithm]
 DOUBLE = torch.float64
 RATIOS = [0.5, 0.7, 1.0, 1.4, 1.1, 0.8]
 ADVANTAGES = [-1.0, -1.0, 1.0, 1.0, 1.0, -1.0]
@@ -35,8 +37,8 @@ def mini_batch(ratios: Sequence[float], advantages: Sequence[float]) -> MiniBatc
     return MiniBatch(replace(batch, old_logprobs=zeros), credit, Outputs(new, zeros))
 
 
-def bounds_of(recipe: BAPO, mini: MiniBatch) -> tuple[Any, Any]:
-    bounds = build_objective(mini, recipe.build(), Context()).bounds
+def bounds_of(algorithm: Algorithm, mini: MiniBatch) -> tuple[Any, Any]:
+    bounds = build_objective(mini, algorithm, Context()).bounds
     assert bounds is not None
     return bounds.lower, bounds.upper
 
@@ -57,9 +59,9 @@ def test_the_balance_of_the_released_code_falls_with_the_lower_bound() -> None:
 @pytest.mark.vector("zoo:1.17")
 def test_the_released_search_goes_to_both_ends_and_misses_a_target_of_1_6() -> None:
     released = BAPO(preset="released", base=build_recipe("grpo"), target=1.6)
-    assert bounds_of(released, mini_batch(RATIOS, ADVANTAGES)) == (0.8, 2.0)
+    assert bounds_of(released.build(), mini_batch(RATIOS, ADVANTAGES)) == (0.8, 2.0)
     # A target below the first balance, 1.571429, leaves the first bounds.
-    assert bounds_of(replace(released, target=1.57), mini_batch(RATIOS, ADVANTAGES)) == (0.6, 1.2)
+    assert bounds_of(replace(released, target=1.57).build(), mini_batch(RATIOS, ADVANTAGES)) == (0.6, 1.2)
 
 
 @pytest.mark.vector("zoo:1.17")
@@ -79,24 +81,24 @@ def test_the_share_of_what_has_a_gradient_rises_with_both_bounds() -> None:
         (0.9, (0.75, 3.0)),  # never met
     ],
 )
-def test_the_lower_bound_rises_first_and_then_the_upper_one(target: float, wanted: Any) -> None:
-    recipe = BAPO(lower=(0.6, 0.75), target=target)
+def test_the_lower_bound_rises_first_and_then_the_upper_one(build: Build, target: float, wanted: Any) -> None:
+    algorithm = build("bapo", lower=[0.6, 0.75], target=target)
     # A ratio on a bound is not clipped: .7 as printed, with 1e-15 less it is below.
     mini = mini_batch([0.5, 0.7 + 1e-12, *RATIOS[2:]], ADVANTAGES)
-    assert bounds_of(recipe, mini) == wanted
+    assert bounds_of(algorithm, mini) == wanted
 
 
 def test_equal_sides_meet_a_target_of_a_half_however_they_are_rounded() -> None:
     third = 1 / 3
     for noise in (1e-8, -1e-8):
         mini = mini_batch([1.0] * 6, [third + noise] * 3 + [-third] * 3)
-        assert bounds_of(BAPO(), mini) == (0.6, 1.2)
+        assert bounds_of(BAPO().build(), mini) == (0.6, 1.2)
 
 
 def test_without_negative_advantages_the_first_bounds_stay() -> None:
     for contribution in ("gradient", "surrogate"):
         recipe = BAPO(contribution=contribution, target=1.0)
-        assert bounds_of(recipe, mini_batch([0.7, 1.1], [1.0, 0.5])) == (0.6, 1.2)
+        assert bounds_of(recipe.build(), mini_batch([0.7, 1.1], [1.0, 0.5])) == (0.6, 1.2)
 
 
 def test_the_dual_clip_is_that_of_the_base_and_takes_its_tokens_out_of_the_balance() -> None:
@@ -104,7 +106,7 @@ def test_the_dual_clip_is_that_of_the_base_and_takes_its_tokens_out_of_the_balan
     dual = BAPO(base=build_recipe("grpo", {"dual_clip": 3.0}))
     bounds = build_objective(mini, dual.build(), Context()).bounds
     assert bounds == Bounds(0.6, 1.2, 3.0)
-    assert bounds_of(BAPO(), mini) == (0.9, 3.0)
+    assert bounds_of(BAPO().build(), mini) == (0.9, 3.0)
 
 
 def test_tokens_outside_the_surrogate_do_not_count() -> None:
@@ -131,7 +133,7 @@ def test_what_would_replace_its_bounds_is_refused(method: str, between: list[str
 def test_it_finds_the_bounds_over_a_base_with_fixed_ones(method: str) -> None:
     mini = mini_batch([1.0, 1.0], [-1.0, 1.0])
     recipe = build_stack({"compose": ["grpo", method, {"name": "bapo", "target": 0.9}]})
-    assert bounds_of(recipe, mini) == (0.9, 3.0)
+    assert bounds_of(recipe.build(), mini) == (0.9, 3.0)
 
 
 @pytest.mark.parametrize(

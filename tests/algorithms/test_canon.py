@@ -1,11 +1,12 @@
 """CANON: returns compared between the halves of a group."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import compute_advantages
 from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.methods.canon import CANON
@@ -13,6 +14,7 @@ from agentrl.algorithms.methods.grpo import DrGRPO
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate
 
+Build = Callable[..., Algorithm]
 RETURNS = [1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
 ENTROPIES = [0.9, 0.8, 0.7, 0.3, 0.2, 0.1]
 THIRD = 1 / 3
@@ -49,9 +51,9 @@ def batch_of(
     )
 
 
-def advantages(recipe: CANON | DrGRPO, batch: Batch) -> list[float]:
+def advantages(algorithm: Algorithm, batch: Batch) -> list[float]:
     """The advantage of every episode, which is that of all its tokens."""
-    found = compute_advantages(recipe.build(), batch, Context())
+    found = compute_advantages(algorithm, batch, Context())
     each = []
     for owner in range(len(batch.episodes)):
         values = found[batch.trajectory == owner][batch.action_mask[batch.trajectory == owner]]
@@ -70,49 +72,51 @@ def test_the_mix_follows_a_cosine_with_restarts(step: int) -> None:
     assert CANON(mix=0.7).mix_at(context) == 0.7
 
 
-@pytest.mark.vector("zoo:1.6")
+@pytest.mark.vector("zoo:1.6a")
 @pytest.mark.parametrize(("mix", "wanted"), [(1.0, BETWEEN), (0.0, WITHIN)])
 @pytest.mark.parametrize("layout", ["trajectory", "turn"])
-def test_the_halves_are_compared_with_each_other_or_within(mix: float, wanted: Any, layout: Any) -> None:
+def test_the_halves_are_compared_with_each_other_or_within(
+    build: Build, mix: float, wanted: Any, layout: Any
+) -> None:
     # The mean of two turns is the entropy of the example.
     batch = batch_of(RETURNS, [[value - 0.05, value + 0.05] for value in ENTROPIES], layout)
-    assert advantages(CANON(mix=mix), batch) == pytest.approx(wanted, abs=1e-12)
+    assert advantages(build("canon", mix=mix), batch) == pytest.approx(wanted, abs=1e-12)
 
 
-@pytest.mark.vector("zoo:1.6")
+@pytest.mark.vector("zoo:1.6b")
 def test_half_of_each_is_the_mean_of_the_group() -> None:
     batch = batch_of(RETURNS, [[value] for value in ENTROPIES])
-    found = advantages(CANON(mix=0.5), batch)
+    found = advantages(CANON(mix=0.5).build(), batch)
     assert found == pytest.approx([0.5, 0.5, -0.5, 0.5, -0.5, -0.5], abs=1e-12)
-    assert found == pytest.approx(advantages(DrGRPO(), batch), abs=1e-12)
+    assert found == pytest.approx(advantages(DrGRPO().build(), batch), abs=1e-12)
 
 
 def test_alpha_and_beta_prefer_the_half_with_more_entropy() -> None:
     batch = batch_of(RETURNS, [[value] for value in ENTROPIES])
     # high: R - .6/3 + .1, low: .6 R - 2/3 - .1
     wanted = [0.9, 0.9, -0.1, 0.6 - 2 * THIRD - 0.1, -2 * THIRD - 0.1, -2 * THIRD - 0.1]
-    assert advantages(CANON(alpha=0.6, beta=0.1), batch) == pytest.approx(wanted, abs=1e-12)
+    assert advantages(CANON(alpha=0.6, beta=0.1).build(), batch) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_by_length_alpha_prefers_the_short_half() -> None:
     batch = batch_of([1.0, 0.0, 1.0, 0.0, 1.0], [[0.5] * count for count in (5, 4, 1, 2, 3)])
     # Short are the two of length 1 and 2, with mean .5; long the other three, with mean 2/3.
     wanted = [0.6 - 0.5, -0.5, 1 - 0.6 * 2 / 3, -0.6 * 2 / 3, 0.6 - 0.5]
-    assert advantages(CANON(measure="length", alpha=0.6), batch) == pytest.approx(wanted, abs=1e-12)
+    assert advantages(CANON(measure="length", alpha=0.6).build(), batch) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_ties_keep_their_order_however_they_are_rounded() -> None:
     noise = [0.5 - 1e-13 * number for number in range(4)]
     batch = batch_of([1.0, 0.0, 0.0, 0.0], [[value] for value in noise])
-    assert advantages(CANON(), batch) == [1.0, 0.0, -0.5, -0.5]
+    assert advantages(CANON().build(), batch) == [1.0, 0.0, -0.5, -0.5]
 
 
 def test_equal_returns_and_groups_of_one() -> None:
     batch = batch_of([0.1 + 0.2] * 3, [[0.1], [0.2], [0.3]])
-    assert advantages(CANON(), batch) == [0.0] * 3
+    assert advantages(CANON().build(), batch) == [0.0] * 3
     batch = batch_of([0.7], [[0.1]])
-    assert advantages(CANON(alpha=0.5, beta=0.2), batch) == [0.0]
-    assert advantages(CANON(singleton="raw"), batch) == [0.7]
+    assert advantages(CANON(alpha=0.5, beta=0.2).build(), batch) == [0.0]
+    assert advantages(CANON(singleton="raw").build(), batch) == [0.7]
 
 
 def test_only_entropies_need_a_scoring_pass() -> None:
