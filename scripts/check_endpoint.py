@@ -51,12 +51,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LocalTurn:
-    """A turn in process: the messages before it, the ids of the whole prompt, and the reply."""
+    """A turn in process: the messages before it, the ids of the whole prompt, and the reply.
+
+    `own_ids` says whether the sampled ids of all replies so far are those that the tokenizer gives their text. A
+    server has only the text, so its ids of other replies differ.
+    """
 
     messages: list[Message]
     prompt_ids: tuple[int, ...]
     reply: str
     reply_ids: tuple[int, ...]
+    own_ids: bool
 
 
 def evaluate(
@@ -90,13 +95,16 @@ def play_here(
         turns: list[LocalTurn] = []
         history: list[Exchange] = []
         ids: tuple[int, ...] = ()
+        own_ids = True
         for turn in episode.turns:
             ids = (*(() if turn.new_sequence else ids), *turn.prompt_ids)
             reply = tokenizer.decode(turn.action_ids, skip_special_tokens=True)
             messages = dialogue.messages(history, turn.observation)
-            turns.append(LocalTurn(messages, ids, reply, turn.action_ids))
+            turns.append(LocalTurn(messages, ids, reply, turn.action_ids, own_ids))
             history.append(Exchange(turn.observation, reply, turn.action))
             ids = (*ids, *turn.action_ids)
+            written = tokenizer(reply, add_special_tokens=False)["input_ids"]
+            own_ids = own_ids and list(turn.action_ids[: len(written)]) == written
         played[episode.task] = episode, turns
     return played
 
@@ -196,9 +204,14 @@ def main() -> None:
     here = alone(play_here, options.folder, options.games, options.overrides)
     with served(options.folder, options.cache_mib) as url:
         turns = [turn for _, played in here.values() for turn in played]
-        wrong = [turn for turn in turns if rendered(url, turn.messages) != turn.prompt_ids]
+        other = [turn for turn in turns if rendered(url, turn.messages) != turn.prompt_ids]
         result, episodes = evaluate(f"openai:{NAME}", options.games, options.overrides, base_url=url)
-    print(f"(a) prompts: {len(turns) - len(wrong)} of {len(turns)} in {len(here)} episodes have the same ids")
+    wrong = [turn for turn in other if turn.own_ids]
+    print(
+        f"(a) prompts: {len(turns) - len(other)} of {len(turns)} in {len(here)} episodes have the same ids; "
+        f"{len(other) - len(wrong)} follow a reply whose sampled ids are not those of its text, {len(wrong)} "
+        "do not"
+    )
     for turn in wrong[:3]:
         print(f"    {turn.messages[-2:]}")
     tokenizer = load_tokenizer(options.folder)
