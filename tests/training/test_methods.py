@@ -85,7 +85,7 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
         (moved("algorithm/hapo/pivot"), lambda row: row["train/learner/weight_mean"] != 1.0),
     ),
     "hicra": (('algorithm.grams=["go", "take"]',), (moved("algorithm/hicra/planning_share"),)),
-    "empo": (("algorithm.answers=state",), (moved("learner/policy_loss"),)),
+    "empo": (("algorithm.answers=state",), (moved("algorithm/empo/agreement"),)),
     "one_shot": ((), (moved("learner/term/one_shot_entropy"),)),
     "pear": ((), (moved("learner/policy_loss"),)),
     "seed_grpo": (("algorithm.answers=state",), (moved("algorithm/seed_grpo/semantic_entropy"),)),

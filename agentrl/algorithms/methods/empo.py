@@ -1,14 +1,14 @@
 """EMPO: the reward of an answer is how many of its group give it."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
 from agentrl.algorithms.algorithm import Algorithm, keep_all
 from agentrl.algorithms.answers import Answer, answer_of, cluster_answers
-from agentrl.algorithms.hooks import Context
+from agentrl.algorithms.hooks import Context, MiniBatch
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.data.trajectory import Group
 
@@ -57,6 +57,7 @@ class EMPO(Recipe):
             select=keep_all,
             shape_reward=(),
             shape_group=(partial(agreement, by=self.answers),),
+            diagnostics=(*base.diagnostics, agreement_metrics),
         )
 
 
@@ -74,3 +75,9 @@ def agreement(group: Group, context: Context, *, by: Answer) -> Sequence[Sequenc
         [0.0] * (len(episode.turns) - 1) + [share] * bool(episode.turns)
         for episode, share in zip(episodes, shares, strict=True)
     ]
+
+
+def agreement_metrics(rollout: MiniBatch, context: Context) -> Mapping[str, float]:
+    """Return the mean reward of agreement over episodes."""
+    returns = rollout.batch.returns
+    return {"empo/agreement": float(returns.mean())} if len(returns) else {}
