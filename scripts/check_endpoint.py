@@ -53,7 +53,7 @@ T = TypeVar("T")
 class LocalTurn:
     """A turn in process: the messages before it, the ids of the whole prompt, and the reply.
 
-    `own_ids` says whether the sampled ids of all earlier replies are those that the tokenizer gives their text.
+    `own_ids` says whether the sampled ids of earlier replies are those that the tokenizer gives their text.
     A server has only the text, so its ids of other replies differ.
     """
 
