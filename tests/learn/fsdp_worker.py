@@ -14,7 +14,7 @@ from feature_readers import reading_features, wander
 from remembering import ReturnModel, VisitBonus
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
-from toy_policy import VOCABULARY, ToyPolicy, make_groups, sampled_at, toy_forward
+from toy_policy import VOCABULARY, ToyPolicy, answered, make_groups, sampled_at, toy_forward
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from agentrl.algorithms.algorithm import Algorithm, keep_all
@@ -125,7 +125,7 @@ def taught(
 
 def played(algorithm: Algorithm, seed: int) -> list[Group]:
     """Return groups, one truncated by a limit; if the algorithm branches, episodes branch off their first."""
-    groups = make_groups(seed)
+    groups = answered(make_groups(seed))
     cut = tuple(replace(episode, stop=StopReason.CONTEXT_LIMIT) for episode in groups[0].episodes)
     groups[0] = replace(groups[0], episodes=cut)
     if algorithm.rollout.reply_temperature is not None:
