@@ -157,13 +157,13 @@ def test_a_missing_package_is_a_row_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(self: Any, **kwargs: Any) -> None:
-        raise missing_extra("Doors needs wood", "wood")
+        raise missing_extra("Doors needs Ray", "ray")
 
     monkeypatch.setattr(Doors, "__init__", fail)
     (found,) = opened(PanelConfig(ENV))
     assert (found.panel, found.error) == (
         None,
-        "Doors needs wood: pip install -e '.[wood]' (in agentrl's checkout)",
+        "Doors needs Ray: pip install -e '.[ray]' (in agentrl's checkout)",
     )
 
 
