@@ -135,6 +135,8 @@ def describe_parts(name: str) -> dict[str, list[str]]:
         added = [part for part in own if _identity(part) not in {_identity(each) for each in other}]
         if added:
             changes.append(f"{item.name}: {', '.join(map(_part_name, added))}")
+        elif other and not own:
+            changes.append(f"{item.name}: none")
         for part in added:
             refuses += [f"{what}: {why}" for what, why in dict(declarations(part, EXCLUDES)).items()]
     own_needs = sorted(algorithm.requires - (frozenset() if base is None else plain.requires))

@@ -48,6 +48,7 @@ def test_methods_stand_in_the_order_of_their_kinds() -> None:
     [
         ("steer", "weights: steer", "current"),
         ("empg", "transforms: EMPG.modulate", "turn_entropy"),
+        ("kl_cov", "clip: none", "current"),
         ("epo", "terms: epo_entropy, epo_smoothing", "entropy:grad"),
     ],
 )
