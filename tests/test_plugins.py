@@ -288,6 +288,7 @@ def test_a_run_executes_nothing_that_it_names_and_says_what_to_add(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if command[0] == "evaluate":  # its weights are beside the point
+        (strange_run / "model").mkdir()
         opened = (None, open_run(strange_run).config)
         monkeypatch.setattr("agentrl.evaluation.evaluate.open_player", lambda *_, **__: opened)
     message = refused(*command)

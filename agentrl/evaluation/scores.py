@@ -85,7 +85,7 @@ class Evaluation:
     retried: int = 0
     checkpoint: str | None = None
     steps_per_second: float | None = field(default=None, compare=False)
-    fingerprint: Mapping[str, Any] | None = None
+    fingerprint: Mapping[str, Any] | None = field(default=None, compare=False)
     usage: Mapping[str, int] | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:

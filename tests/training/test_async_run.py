@@ -126,7 +126,7 @@ def test_what_stops_the_player_stops_the_run_and_loses_nothing(
         patched.setattr(examples["hotcold"].HotCold, "step", breaking)
         with pytest.raises(
             TooManyAbortedError,
-            match=r"(?s)training step [34], rollout\.max_aborted_share=0\.2.*OSError: the wire was cut",
+            match=r"(?s)training step [345], rollout\.max_aborted_share=0\.2.*OSError: the wire was cut",
         ):
             agentrl.train(config(tmp_path, "trainer.mode=async"), quiet=True)
     run = agentrl.resume(tmp_path / "run", quiet=True)
