@@ -1,7 +1,6 @@
 """The `agentrl` command. Each subcommand imports what it needs, so that help and listings stay fast."""
 
 import errno
-import inspect
 import logging
 import os
 import shlex
@@ -549,7 +548,8 @@ def algorithms(
 
     load_imports(imports or ())
     if name is not None:
-        echo(_describe_algorithm(name, as_json=as_json))
+        known = catalogue.describe(name)
+        echo(json.dumps(known, indent=1) if as_json else catalogue.as_text(known))
         return
     methods = catalogue.list_methods(imported=bool(imports))
     if as_json:
@@ -559,37 +559,8 @@ def algorithms(
     for kind, group in groupby(methods, key=lambda method: method.kind):
         echo(f"\n{kind or 'other'}", style="bold cyan")
         for method in group:
-            echo(f"  {method.name:{width}}  {method.summary}{_doubt(method.confidence)}")
-
-
-def _doubt(confidence: str | None) -> str:
-    return " (reconstruction)" if confidence == "reconstruction" else ""
-
-
-def _describe_algorithm(name: str, *, as_json: bool) -> str:
-    """Return what is known of a method: its docstring, parts, presets and defaults."""
-    import json
-
-    from agentrl.algorithms import catalogue, recipe
-    from agentrl.config import to_yaml
-
-    cls, parts = recipe.recipe_class(name), catalogue.describe_parts(name)
-    defaults = recipe.recipe_tree(recipe.build_recipe(name))
-    presets = {preset: dict(values) for preset, values in catalogue.preset_table(name).items()}
-    if as_json:
-        says = {"name": name, "kind": cls.KIND, "confidence": cls.CONFIDENCE, "text": inspect.getdoc(cls)}
-        return json.dumps({**says, **parts, "presets": presets, "defaults": defaults}, indent=1)
-    known: dict[str, list[str]] = {
-        "kind": [cls.KIND or "not said"],
-        "confidence": [cls.CONFIDENCE or "not said"],
-    }
-    changed = {
-        f"preset {preset}": to_yaml(values).rstrip().split("\n")
-        for preset, values in presets.items()
-        if values
-    }
-    text = "\n".join(catalogue.as_lines({**known, **parts, **changed}))
-    return f"{inspect.getdoc(cls)}\n\n{text}\n\nDefaults:\n\n{to_yaml({'algorithm': defaults})}"
+            doubt = " (reconstruction)" if method.confidence == "reconstruction" else ""
+            echo(f"  {method.name:{width}}  {method.summary}{doubt}")
 
 
 @app.command()

@@ -1,12 +1,12 @@
 """List the methods by reading their source, and describe one by building it; the list imports no torch."""
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
-from inspect import cleandoc
+from inspect import cleandoc, getdoc
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,14 +17,17 @@ from agentrl.algorithms.recipe import (
     Preset,
     Recipe,
     build_recipe,
+    preset_values,
     recipe_class,
     recipe_names,
+    recipe_tree,
 )
+from agentrl.config import to_yaml
 
 
 @dataclass(frozen=True)
 class Method:
-    """What the list of methods says of one.
+    """Line of the list of methods.
 
     Args:
         name: The value of `algorithm.name`.
@@ -143,12 +146,29 @@ def describe_parts(name: str) -> dict[str, list[str]]:
     return {"changes": changes, "requires": own_needs, "refuses": refuses}
 
 
-def preset_table(name: str) -> Mapping[str, Mapping[str, Any]]:
-    """Return the settings that each preset of a method has and `ours` has not, by preset."""
-    from agentrl.algorithms.recipe import preset_values
-
+def describe(name: str) -> dict[str, Any]:
+    """Return what is known of a method, as JSON values: its docstring, parts, presets and defaults."""
     cls = recipe_class(name)
-    return {preset: preset_values(cls, preset) for preset in get_args(Preset)}
+    return {
+        "name": name,
+        "text": getdoc(cls) or "",
+        "kind": cls.KIND,
+        "confidence": cls.CONFIDENCE,
+        **describe_parts(name),
+        "presets": {preset: dict(preset_values(cls, preset)) for preset in get_args(Preset)},
+        "defaults": recipe_tree(build_recipe(name)),
+    }
+
+
+def as_text(known: Mapping[str, Any]) -> str:
+    """Return the result of `describe` as text to read."""
+    parts = {key: [known[key] or "not said"] for key in ("kind", "confidence")}
+    parts |= {key: known[key] for key in ("changes", "requires", "refuses")}
+    for preset, values in known["presets"].items():
+        parts[f"preset {preset}"] = to_yaml(values).rstrip().split("\n") if values else []
+    told = [f"{title}:\n    " + "\n    ".join(lines) for title, lines in parts.items() if lines]
+    defaults = to_yaml({"algorithm": known["defaults"]})
+    return "\n".join([known["text"], "", *told, "", "Defaults:", "", defaults])
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
@@ -165,8 +185,3 @@ def _part_name(part: object) -> str:
         part = part.func
     named = getattr(part, "__qualname__", None) or getattr(part, "name", None)
     return str(named if isinstance(named, str) else type(part).__qualname__)
-
-
-def as_lines(parts: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return the parts of a method as indented lines, without empty ones."""
-    return [f"{title}:\n    " + "\n    ".join(lines) for title, given in parts.items() if (lines := [*given])]

@@ -1,4 +1,4 @@
-"""How hard a task is for the policy, by its group, and the reward for exploring that much (ARES)."""
+"""Difficulty of a task, from the successes of its group, and the reward for exploring accordingly (ARES)."""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from agentrl.data.trajectory import Episode
 
 
 class Difficulty(NamedTuple):
-    """How a difficulty shapes the reward.
+    """Level of difficulty, with the shape of its reward.
 
     Args:
         name: Its name in the log.

@@ -282,11 +282,6 @@ def recipe_tree(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def describe_recipe(name: str) -> str:
-    """Return the first line of a recipe's docstring."""
-    return (recipe_class(name).__doc__ or "").strip().split("\n", 1)[0]
-
-
 def broken_plugins() -> dict[str, str]:
     """Return the plug-ins that failed to load, with the reason."""
     _load_plugins()

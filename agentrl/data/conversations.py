@@ -19,7 +19,7 @@ _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "ass
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What was said, and the reply; a reply that is not learned from is context."""
+    """Turn of a conversation: a message and the reply to it, which is context if it is not learned from."""
 
     said: str
     reply: str
@@ -90,7 +90,7 @@ def read_conversations(path: str | Path) -> tuple[str, list[Conversation]]:
 
 
 class _FaultError(ValueError):
-    """What is wrong with a row."""
+    """Error of a row that is not in the format."""
 
 
 _WANTED_ROW = 'a row {"messages": [{"role": "user", "content": "..."}, ...]} or {"conversations": [...]}'

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PanelScore:
-    """What a policy scored on one of several panels, or why it was not played there.
+    """Scores of a policy on one of several panels, or the reason why it was not played there.
 
     Args:
         label: The name of the panel's row.

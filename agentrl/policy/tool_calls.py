@@ -46,7 +46,7 @@ class ToolCallFormat:
     Args:
         style: How the template is told of the tools.
         tools: The tools.
-        probe: What rendering showed.
+        probe: The text that the template renders around turns and in calls.
 
     Attributes:
         reason: Why the declarations stand in the system message; None where the template writes them.

@@ -1,4 +1,4 @@
-"""How a chat template writes tools, calls and results, found by rendering placeholders."""
+"""Find the way in which a chat template writes tools, calls and results, by rendering placeholders."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class CallText:
 
 @dataclass(frozen=True, slots=True)
 class ToolPieces:
-    """What rendering showed of a template: the text around turns and in calls."""
+    """Text around turns and in calls, as a template renders it."""
 
     pieces: ChatPieces
     texts: Mapping[str, CallText]

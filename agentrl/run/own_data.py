@@ -28,7 +28,7 @@ _RECORD = "warm_start_data"
 
 @dataclass(frozen=True)
 class OwnData:
-    """What a file holds, or the stored episodes of a run.
+    """Demonstrations from a file, or from the stored episodes of a run.
 
     Args:
         name: The key and the file or run, for messages.

@@ -232,7 +232,7 @@ def open_session(
 
 @dataclass(frozen=True)
 class _Found:
-    """What one environment of a run offers.
+    """Properties of one environment of a run.
 
     Args:
         config: The configuration of the run with this environment alone.
