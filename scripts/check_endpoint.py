@@ -5,9 +5,6 @@
 The model plays greedily and in free text: first in a process of its own, which ends, then behind a server in
 float32. Compared are (a) the token ids to which the server renders the messages of whole episodes, (b) where
 replies differ, how far the two likeliest tokens of the model in process were apart, (c) the games solved.
-The prompt is that of `plain`, written by a template: the messages of a template are tokenized as one text, as
-by a server, while `plain` itself tokenizes its instructions and the first observation apart, so that its ids
-can differ where the two meet.
 
 Exits with 1 if ids differ, a reply differs at a clear choice, an episode is aborted, or the 95 % interval of
 the paired difference of success excludes 0.
@@ -20,14 +17,12 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TypeVar
 
@@ -37,15 +32,12 @@ import agentrl
 from agentrl.data.trajectory import Episode
 from agentrl.policy.chat import Message
 from agentrl.policy.message_dialogue import Exchange, MessageDialogue
-from agentrl.policy.prompt import PromptTemplate
-from agentrl.policy.reply_formats import REPLY_FORMATS
 
 TIED = 0.02  # nats between the two likeliest tokens, below which float32 kernels may choose differently
 START = 600.0  # seconds until the server is up
 CONTEXT = 2048
 FREE_TEXT = ("rollout.constrained=false", "policy.dtype=float32", f"policy.max_context={CONTEXT}")
 NAME = "policy"
-PROMPT = f"{{% if begins %}}{REPLY_FORMATS['plain'].instructions}\n\n{{% endif %}}{{{{ observation }}}}"
 T = TypeVar("T")
 
 
@@ -89,7 +81,7 @@ def play_here(
 
     _, episodes = evaluate(folder, games, overrides)
     tokenizer = load_tokenizer(folder)
-    dialogue = MessageDialogue(prompt=PromptTemplate("plain", PROMPT, history=None))
+    dialogue = MessageDialogue()
     played = {}
     for episode in episodes:
         turns: list[LocalTurn] = []
@@ -198,9 +190,6 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
             return child.submit(function, *arguments).result()
 
-    prompt = Path(tempfile.mkdtemp()) / "plain.jinja"
-    prompt.write_text(PROMPT)
-    options.overrides.append(f"policy.prompt={prompt}")
     here = alone(play_here, options.folder, options.games, options.overrides)
     with served(options.folder, options.cache_mib) as url:
         turns = [turn for _, played in here.values() for turn in played]

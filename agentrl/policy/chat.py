@@ -25,7 +25,7 @@ _BLOCK = re.compile(
 # The variables that every template is given.
 _GIVEN = frozenset({"messages", "add_generation_prompt", "raise_exception", "strftime_now"})
 TEMPLATE_FAILURES = (TemplateError, ValueError, TypeError, KeyError)
-INSTRUCTIONS_SLOT, SYSTEM_SLOT = 10**9, 10**9 + 1  # numbers that no text of an episode has
+SYSTEM_SLOT = 10**9  # a number that no text of an episode has
 PROBED_TURNS = 4
 # Some templates treat reasoning in earlier replies differently, so one of the probes has some.
 PROBED_REPLIES = (
@@ -155,7 +155,7 @@ def messages(observations: Sequence[str], replies: Sequence[str], instructions: 
     return written
 
 
-def probe_template(render: Render, instructions: str) -> ChatPieces:
+def probe_template(render: Render) -> ChatPieces:
     """Find the fixed text around a turn, and whether a longer dialogue extends every shorter one.
 
     Raises:
@@ -166,9 +166,9 @@ def probe_template(render: Render, instructions: str) -> ChatPieces:
     # Where the prompt has opened a think block, a reply with reasoning only closes it.
     replies = [reply.removeprefix(THINK) if opens else reply for reply in PROBED_REPLIES]
     reply_prefix = ""
-    probes = [_probe(render, reply, instructions) for reply in replies]
+    probes = [_probe(render, reply) for reply in replies]
     if opens and not _balanced(probes[-1][-1]):
-        whole = [_probe(render, begun + reply, instructions) for reply in replies]
+        whole = [_probe(render, begun + reply) for reply in replies]
         if _balanced(whole[-1][-1]):
             probes, reply_prefix = whole, begun
     opening, before_reply = text_around(probes[0][0], slot(0))
@@ -256,13 +256,11 @@ def _balanced(text: str) -> bool:
     return reply.count(THINK) == reply.count(END_THINK)
 
 
-def _probe(render: Render, reply: str, instructions: str) -> list[str]:
+def _probe(render: Render, reply: str) -> list[str]:
     """Return the dialogue rendered with 1, 2, … observations."""
     slots = [slot(turn) for turn in range(PROBED_TURNS)]
     replies = [reply.format(turn) for turn in range(PROBED_TURNS)]
-    texts = [
-        rendered(render, messages(slots[: n + 1], replies[:n], instructions)) for n in range(PROBED_TURNS)
-    ]
+    texts = [rendered(render, messages(slots[: n + 1], replies[:n], "")) for n in range(PROBED_TURNS)]
     for turn, text in enumerate(texts):
         text_around(text, slot(turn))
     return texts

@@ -20,7 +20,6 @@ from agentrl.env.tools import Tool, act_tool, call_of
 from agentrl.errors import ConfigError
 from agentrl.policy.chat import (
     END_THINK,
-    INSTRUCTIONS_SLOT,
     REASONING_TAGS,
     SYSTEM_SLOT,
     THINK,
@@ -154,12 +153,12 @@ class ChatDialogue:
         if instructions is None:
             instructions = self._format.instructions
         self.instructions, self.system_message = instructions, system_message
-        self._instructions, self._texts = self._prepare_instructions(instructions, markup, INSTRUCTIONS_SLOT)
+        self._before_first = f"{instructions}\n\n" if instructions else ""
+        self._texts: dict[int, tuple[int, ...]] = {}
         if system_message is not None:
-            self._system, texts = self._prepare_instructions(system_message, markup, SYSTEM_SLOT)
-            self._texts |= texts
+            self._system, self._texts = self._prepare_system_message(system_message, markup)
         self._knows_reasoning = END_THINK in str(tokenizer.chat_template)
-        pieces = self._format.probe(self._render, self._instructions)
+        pieces = self._format.probe(self._render)
         self._extends, self._opens_thinking, self._reply_prefix = (
             pieces.appends,
             pieces.opens,
@@ -176,12 +175,10 @@ class ChatDialogue:
         if self._calls is not None:
             around_turns.append(self._before_later)
         self.wording = Wording(
-            pieces.opening.replace(slot(INSTRUCTIONS_SLOT), instructions).replace(
-                slot(SYSTEM_SLOT), system_message or ""
-            ),
+            pieces.opening.replace(slot(SYSTEM_SLOT), system_message or "") + self._before_first,
             pieces.before_reply,
             pieces.between,
-            sha256_of(around_turns) if prompt is None else _prompt_sha256(around_turns, prompt),
+            sha256_of([self._begin_first(), *around_turns[1:]]) if prompt is None else _prompt_sha256(around_turns, prompt),
             _template_sha256(tokenizer.chat_template),
             *(() if prompt is None else (prompt.source, prompt.history, prompt.examples)),
         )
@@ -270,7 +267,7 @@ class ChatDialogue:
         other._system, other.system_message = slot(SYSTEM_SLOT), text
         check_system_role(other._render)
         other._texts = self._texts | {SYSTEM_SLOT: self._encode(text)}
-        other._rendered_opening = self._format.probe(other._render, self._instructions).opening
+        other._rendered_opening = self._format.probe(other._render).opening
         other._opening = other._fill_slots(other._rendered_opening, other._texts)
         return other
 
@@ -311,10 +308,11 @@ class ChatDialogue:
         """
         ids = self._message_ids(prompt, first=first)
         if self._prompt is None:
-            cut = ids is None or ids != self._encode(observation)
-            said = self._encode_observation.shorten(observation) if ids is None else self._decode(ids)
-            text = said if cut else observation
-            return f"{self.instructions}\n\n{text}" if first and self.instructions else text
+            before = self._before_first if first else ""
+            if ids is None:
+                return before + self._encode_observation.shorten(observation)
+            uncut = self._encode_pieces([(before, True), (observation, False)])
+            return before + observation if ids == uncut else self._decode(ids)
         if ids is None:
             raise ConfigError("a prompt is not what this chat template and policy.prompt write")
         return self._decode(ids)
@@ -388,7 +386,8 @@ class ChatDialogue:
         if self._prompt is None:
             if history:
                 return self._encode_observation(self._as_result(history, self._fault(history) + observation))
-            return self._encode_observation.with_task(observation, task_of(observation))
+            said = self._encode_observation.shorten_around(observation, task_of(observation))
+            return self._encode_pieces([(self._before_first, True), (said, False)])
         past = [(text, self.parse(reply).text) for text, reply in history]
         shorten = self._encode_observation.shorten
         pieces = self._prompt.write(past, observation, self._format.words, shorten)
@@ -419,7 +418,7 @@ class ChatDialogue:
             rest = "".join(map("".join, zip(map(slot, numbers), shown, strict=True)))
             replies.append(self._reply_prefix + first + rest)
         slots = list(map(slot, range(len(said))))
-        rendered = self._render(messages(slots, replies, self._instructions))
+        rendered = self._render(messages(slots, replies, ""))
         if not given:
             self._warn_if_opening_changed(rendered)
         return self._fill_slots(rendered, texts)
@@ -481,14 +480,21 @@ class ChatDialogue:
             end -= 1
         return ids[start:end] if self._decode(ids[start:end]) == wanted else self._encode(wanted)
 
-    def _prepare_instructions(
-        self, instructions: str, markup: Collection[int], number: int
+    def _prepare_system_message(
+        self, text: str, markup: Collection[int]
     ) -> tuple[str, dict[int, tuple[int, ...]]]:
-        """Return the instructions to render; those that spell markup become a slot, returned with its ids."""
-        spelled = any(id in markup for id in self._markup(instructions))
-        if not spelled and len(split_slots(instructions)) == 1:
-            return instructions, {}
-        return slot(number), {number: self._encode_tagged(instructions)}
+        """Return the message to render; one that spells markup becomes a slot, returned with its ids."""
+        spelled = any(id in markup for id in self._markup(text))
+        if not spelled and len(split_slots(text)) == 1:
+            return text, {}
+        return slot(SYSTEM_SLOT), {SYSTEM_SLOT: self._encode_tagged(text)}
+
+    def _begin_first(self) -> tuple[int, ...]:
+        """Return the ids before the first observation, which depend on how it begins: here with a word."""
+        if not self._before_first:
+            return self._opening
+        word = self._encode_pieces([("word", True)])
+        return (*self._opening, *self._encode_pieces([(f"{self._before_first}word", True)])[: -len(word)])
 
     def _encode_tagged(self, before: str, text: str = "", after: str = "") -> tuple[int, ...]:
         """Encode text with the reply format's tags around it; only the format's tags become tag tokens."""

@@ -96,6 +96,14 @@ class ObservationEncoder:
         before, _, _ = text.partition(task)
         return (*self(before.rstrip()), *self._encode(f"\n{task}" if before.strip() else task))
 
+    def shorten_around(self, text: str, task: str | None) -> str:
+        """Return a first observation, cut only outside of the task that it may contain."""
+        short = self.shorten(text)
+        if task is None or not self.cuts(text) or task in short:
+            return short
+        before = self.shorten(text.partition(task)[0].rstrip())
+        return f"{before}\n{task}" if before else task
+
     def cuts(self, text: str) -> bool:
         """Return whether a text is cut."""
         return self._room is not None and (len(text) > self._room or self._start(text[: self._room])[1])

@@ -49,9 +49,9 @@ class ReplyFormat:
             return None
         return ParsedReply(found["command"].strip(), valid=True)
 
-    def probe(self, render: Render, instructions: str) -> ChatPieces:
+    def probe(self, render: Render) -> ChatPieces:
         """Find the fixed text around a turn; see `agentrl.policy.chat.probe_template`."""
-        return probe_template(render, instructions)
+        return probe_template(render)
 
 
 TASK = "You act in a text environment to solve the task it gives you. Each turn you read what happened and"

@@ -86,9 +86,9 @@ class ToolCallFormat:
         """Return the system message, with the declarations where they belong there."""
         return "\n\n".join(filter(None, (message, self._style.system))) or message
 
-    def probe(self, render: Render, instructions: str) -> ChatPieces:
+    def probe(self, render: Render) -> ChatPieces:
         """Find the fixed text around a turn; see `agentrl.policy.chat.probe_template`."""
-        return probe_tools(render, self._style, self._tools, instructions).pieces
+        return probe_tools(render, self._style, self._tools).pieces
 
     def result(self, text: str) -> str:
         """Return the text of a result as the template writes it."""
@@ -174,7 +174,7 @@ def tool_call_format(
         if spells_markup(json.dumps(native.arguments["tools"], ensure_ascii=False)):
             raise UnsuitedError("would take names of its tokens in the declarations for tokens")
         check_declares(render, native, tools)
-        probe = probe_tools(partial(render, **native.arguments), native, tools, "")
+        probe = probe_tools(partial(render, **native.arguments), native, tools)
         return ToolCallFormat(native, tools, probe, None)
     except UnsuitedError as error:
         reason = str(error)
@@ -186,7 +186,7 @@ def tool_call_format(
     except ConfigError as error:
         raise _refusal(reason, "has no system role to declare them in") from error
     try:
-        probe = probe_tools(render, hermes, tools, "")
+        probe = probe_tools(render, hermes, tools)
     except UnsuitedError as error:
         raise _refusal(reason, str(error)) from error
     return ToolCallFormat(hermes, tools, probe, reason)

@@ -140,13 +140,13 @@ def check_declares(render: Render, style: ToolStyle, tools: Sequence[Tool]) -> N
         raise UnsuitedError("ignores tools")
 
 
-def probe_tools(render: Render, style: ToolStyle, tools: Sequence[Tool], instructions: str) -> ToolPieces:
+def probe_tools(render: Render, style: ToolStyle, tools: Sequence[Tool]) -> ToolPieces:
     """Render placeholders, and find the text of calls and around turns.
 
     Raises:
         UnsuitedError: The template does not write calls and results, or not as text that stays the same.
     """
-    first = messages([slot(0)], [], instructions)
+    first = messages([slot(0)], [], "")
     opening, before_reply = text_around(rendered(render, first), slot(0))
     begun = begun_reply(render)
     header = before_reply.removesuffix(begun)

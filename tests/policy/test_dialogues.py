@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from agentrl.errors import ConfigError, RequirementError
@@ -449,6 +449,35 @@ def test_templates_treat_earlier_replies_as_they_treat_their_text(
     told = [("user", "room"), ("assistant", reply.strip()), ("user", "hall")]
     messages = [{"role": role, "content": content} for role, content in told]
     assert chat.decode(ids) == chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("words", [None, QWEN_WORDS], ids=["gpt2", "qwen"])
+def test_a_first_prompt_has_the_ids_of_its_text_as_a_server_tokenizes_it(words: str | None) -> None:
+    backend = Tokenizer(models.BPE())
+    split = [] if words is None else [pre_tokenizers.Split(Regex(words), "isolated")]
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, level])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(["Each turn.\n\n", "\n\n", *OBSERVATIONS] * 9, trainer)
+    chat = PreTrainedTokenizerFast(tokenizer_object=backend)
+    chat.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    chat.chat_template = CHATML
+    assert len(chat("\n\n")["input_ids"]) == 1, "two line breaks at the end of a text are one token"
+    for instructions in (None, "", "Be brief."):
+        dialogue = ChatDialogue(chat, instructions=instructions)
+        text = _rendered(chat, dialogue.instructions).partition("assistant\n")[0] + "assistant\n"
+        prompt = dialogue.prompt((), OBSERVATIONS[0])
+        assert list(prompt.ids) == chat(text, add_special_tokens=False)["input_ids"]
+        assert dialogue.user_message(prompt, OBSERVATIONS[0], first=True) in text
 
 
 def test_tags_of_the_reply_format_are_tokens_where_the_format_writes_them(

@@ -94,7 +94,7 @@ def test_an_experts_reply_goes_on_from_what_the_prompt_has_written(
         thinking = dialogue.thinking
         spelled = (*thinking.opening, *thinking.cut, *dialogue.encode_choice("go"))
         assert read(dialogue, (*prompt.ids, *spelled)).count("<think>") == 1 + (
-            "<think>" in dialogue._instructions
+            "<think>" in dialogue.instructions
         )
         assert dialogue.parse(spelled) == ParsedReply("go", valid=True)
 
