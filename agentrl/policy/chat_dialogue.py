@@ -171,14 +171,14 @@ class ChatDialogue:
         later = pieces.before_reply if pieces.before_later is None else pieces.before_later
         self._before_later = self._markup(later)
         self._rendered_opening = pieces.opening
-        around_turns = [self._opening, self._before_reply, self._between]
+        around_turns = [self._begin_first(), self._before_reply, self._between]
         if self._calls is not None:
             around_turns.append(self._before_later)
         self.wording = Wording(
             pieces.opening.replace(slot(SYSTEM_SLOT), system_message or "") + self._before_first,
             pieces.before_reply,
             pieces.between,
-            sha256_of([self._begin_first(), *around_turns[1:]]) if prompt is None else _prompt_sha256(around_turns, prompt),
+            sha256_of(around_turns) if prompt is None else _prompt_sha256(around_turns, prompt),
             _template_sha256(tokenizer.chat_template),
             *(() if prompt is None else (prompt.source, prompt.history, prompt.examples)),
         )
