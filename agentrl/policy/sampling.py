@@ -1,8 +1,8 @@
-"""Sampling of one id per row by inverse CDF in float64, with its logprob and the exact entropy."""
+"""Sampling of one id per row by inverse CDF, with its logprob and the exact entropy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Array = np.ndarray[Any, Any]
 
 SMALL_VOCABULARY = 4096  # up to it, one product with the whole head is faster than gathering its rows
-CHUNK_ELEMENTS = 2**22
+CHUNK_ELEMENTS = 2**22  # logits held at once
+CACHED_ELEMENTS = 2**18  # of them, logits that a processor's cache holds from one pass to the next
+BLOCK = 512  # ids whose weights are summed first, to search the CDF by blocks
+LOWEST = -1e4  # a log weight whose weight is 0; unlike -inf, its product with 0 is 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +54,84 @@ def draw(
         return _draw_rows(_menu_logits(hidden, weight, menus), uniforms, temperatures)
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
     parts = [
-        _draw_rows(
-            _to_numpy(hidden[k : k + rows] @ weight.T), uniforms[k : k + rows], temperatures[k : k + rows]
-        )
+        part
         for k in range(0, len(uniforms), rows)
+        for part in _draw_ids(
+            (hidden[k : k + rows] @ weight.T).float(), uniforms[k : k + rows], temperatures[k : k + rows]
+        )
     ]
     return Draws(
         [token for part in parts for token in part.chosen],
         [value for part in parts for value in part.logprobs],
         [value for part in parts for value in part.entropies],
     )
+
+
+def _draw_ids(logits: Tensor, uniforms: Array, temperatures: Array) -> Iterator[Draws]:
+    """Sample one id per row of logits [R, V], which are overwritten; in parts of a few rows.
+
+    Weights are float32 and their sums float64, so that a draw differs from that in float64 only where the
+    uniform is within rounding of a step of the CDF.
+    """
+    on_cpu = logits.device.type == "cpu"
+    rows = max(1, CACHED_ELEMENTS // logits.shape[1]) if on_cpu else len(logits)
+    for k in range(0, len(logits), rows):
+        part = slice(k, k + rows)
+        found = draw_rows(
+            logits[part],
+            torch.from_numpy(uniforms[part]).to(logits.device),
+            torch.from_numpy(temperatures[part]).to(logits.device),
+        )
+        chosen, logprobs, entropies = found.cpu().tolist()
+        yield Draws([int(token) for token in chosen], logprobs, entropies)
+
+
+def draw_rows(logits: Tensor, uniforms: Tensor, temperatures: Tensor) -> Tensor:
+    """Sample one id per row, on the device of the logits.
+
+    Args:
+        logits: [R, V] float32, overwritten.
+        uniforms: [R] float64 in [0, 1).
+        temperatures: [R]; 0 takes the most likely id, with the logprob and entropy of temperature 1.
+
+    Returns:
+        [3, R] float64: the ids, and logprobs and entropies in nats.
+    """
+    size = logits.shape[1]
+    greedy = temperatures == 0
+    scaled = logits.sub_(logits.amax(dim=1, keepdim=True))
+    if not bool((temperatures == 1).all()):
+        scaled.mul_(torch.where(greedy, 1.0, temperatures).reciprocal().to(logits.dtype)[:, None])
+    scaled.clamp_(min=LOWEST)
+    shares = scaled.softmax(dim=1)
+    log_totals = -shares.amax(dim=1).double().log()  # the likeliest id has weight exp(0)
+    chosen = _search(shares, uniforms)
+    if bool(greedy.any()):
+        chosen = torch.where(greedy, scaled.argmax(dim=1), chosen)
+    logprobs = scaled.gather(1, chosen[:, None]).squeeze(1).double() - log_totals
+    # sum p log p = sum p s - log Z
+    entropies = log_totals - torch.linalg.vecdot(shares, scaled).double()
+    return torch.stack([chosen.double(), logprobs, entropies])
+
+
+def _search(shares: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the first id at which the sum of the shares [R, V] passes the uniform; [R] int64."""
+    rest = -shares.shape[1] % BLOCK
+    blocks = functional.pad(shares, (0, rest)).unflatten(1, (-1, BLOCK))
+    sums = blocks.sum(dim=2).double().cumsum(dim=1)
+    passed = (uniforms * sums[:, -1])[:, None]
+    block = _first_passing(sums, passed)
+    before = functional.pad(sums, (1, 0)).gather(1, block[:, None])
+    within = blocks[torch.arange(len(block), device=block.device), block].double()
+    place = _first_passing(before + within.cumsum(dim=1), passed)
+    return block * BLOCK + place
+
+
+def _first_passing(sums: Tensor, passed: Tensor) -> Tensor:
+    """Return the first place at which sums [R, K] are above a number [R, 1], or the last that adds to them."""
+    # Rounding can leave the end of a CDF just below the draw, which then takes the last id with any weight.
+    highest = torch.nextafter(sums[:, -1:], torch.zeros_like(passed))
+    return (sums <= torch.minimum(passed, highest)).sum(dim=1).clamp(max=sums.shape[1] - 1)
 
 
 def _menu_logits(hidden: Tensor, weight: Tensor, menus: Sequence[tuple[int, ...]]) -> Array:
@@ -79,7 +151,7 @@ def _to_numpy(logits: Tensor) -> Array:
 
 
 def _draw_rows(logits: Array, uniforms: Array, temperatures: Array) -> Draws:
-    """Sample one index per row of logits [R, K]."""
+    """Sample one index per row of logits [R, K], in float64."""
     greedy = temperatures == 0
     scaled = logits / np.where(greedy, 1.0, temperatures)[:, None]
     with np.errstate(invalid="ignore", over="ignore"):
