@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from agentrl.learn.vocabulary_tiles import tiled_statistics
+
 CHUNK_NUMBERS = 2**24  # numbers held at once: 64 MB in float32
 
 # Up to this many vocabulary rows per allowed id, a product with all rows beats fetching the allowed ones.
@@ -45,7 +47,8 @@ def token_statistics(
         targets: The token ids, [N] int64; each is among the allowed ids if those are given.
         allowed: The allowed ids, [N, K] int64 padded with -1, or None for the whole vocabulary.
         temperature: The sampling temperature, of all tokens or [N] of each.
-        chunk: The number of tokens per chunk; None chooses it by the size of the vocabulary.
+        chunk: The number of tokens per chunk, if they are constrained or have `extras`; None chooses it by
+            the size of the vocabulary. Other tokens are computed in tiles, see `tiled_statistics`.
         extras: Further functions of z, for the tokens of a chunk: (z [N, V], columns of the targets [N]) ->
             [N] or [N, k]. Of constrained tokens they see the allowed ids only, with -inf where there is none.
 
@@ -61,6 +64,8 @@ def token_statistics(
             + ("" if allowed is None else f" and {len(allowed)} rows of allowed ids")
         )
     if allowed is None:
+        if not extras:
+            return tiled_statistics(hidden, weight, targets, temperature)
         return _vocabulary_statistics(hidden, weight, targets, temperature, chunk, extras)
     return _chunked_constrained_statistics(hidden, weight, targets, allowed, temperature, chunk, extras)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from agentrl.policy import sampling
-from agentrl.policy.sampling import Draws, draw
+from agentrl.policy.sampling import Draws, draw, draw_rows
 
 # With hidden = 1 the logits are the weights themselves: probabilities 1/8, 3/8, 4/8.
 WEIGHT = torch.tensor([[1.0], [3.0], [4.0]]).log()
@@ -74,3 +74,32 @@ def test_rows_drawn_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     expected = _draw([0.1, 0.3, 0.6, 0.9, 0.2])
     monkeypatch.setattr(sampling, "CHUNK_ELEMENTS", 6)  # two rows of three
     assert _draw([0.1, 0.3, 0.6, 0.9, 0.2]) == expected
+
+
+@pytest.mark.parametrize("vocabulary", [1, 511, 512, 513, 3000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_draws_are_those_of_float64_but_for_rounding(vocabulary: int, temperature: float) -> None:
+    rows = 2000
+    logits = 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    uniforms, temperatures = np.random.default_rng(0).random(rows), np.full(rows, temperature)
+    wanted = sampling._draw_rows(sampling._to_numpy(logits), uniforms, temperatures)
+    found = draw_rows(logits.clone(), torch.from_numpy(uniforms), torch.from_numpy(temperatures))
+    same = found[0].numpy() == wanted.chosen
+    assert same.mean() >= 0.999
+    np.testing.assert_allclose(found[2], wanted.entropies, atol=1e-5)
+    np.testing.assert_allclose(found[1][same], np.array(wanted.logprobs)[same], atol=1e-5)
+    # Where another id is drawn, the uniform lies on the step between the two.
+    scaled = logits.double().numpy() / (temperature or 1.0)
+    shares = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    steps = (shares / shares.sum(axis=1, keepdims=True)).cumsum(axis=1)
+    for row in np.flatnonzero(~same):
+        lower = int(min(found[0][row], wanted.chosen[row]))
+        assert abs(steps[row, lower] - uniforms[row]) < 1e-6
+
+
+def test_the_end_of_the_range_takes_the_last_id_with_weight() -> None:
+    logits = torch.full((2, 1200), -torch.inf)
+    logits[0, [3, 700]], logits[1, 1100] = 0.0, 5.0
+    drawn = draw_rows(logits, torch.tensor([1 - 2**-53] * 2, dtype=torch.float64), torch.ones(2))
+    assert drawn[0].tolist() == [700, 1100]
+    assert drawn[2].tolist() == pytest.approx([math.log(2), 0.0], abs=1e-6)
