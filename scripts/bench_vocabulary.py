@@ -126,7 +126,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.head:
         contender, vocabulary, tokens, dtype = arguments.head
-        return head_pass(contender, int(vocabulary), int(tokens), dtype)
+        head_pass(contender, int(vocabulary), int(tokens), dtype)
+        return
     results = {f"draw of {arguments.vocabulary}": compare_draws(arguments.vocabulary, arguments.pairs)}
     if importlib.util.find_spec("trl") is None:
         print("heads: not measured, the rival is missing: pip install trl==1.16.0")

@@ -56,7 +56,7 @@ class _Tiles(torch.autograd.Function):
             factor = (known - above).exp_()
             logits -= above[:, None]
             weights = logits.exp()
-            # sum w (z - highest) moves with the highest logit; before the first tile there is nothing to move.
+            # sum w (z - highest) moves with the highest logit; the first tile has nothing to move.
             shift = (known - above).mul_(total[tokens]).nan_to_num_(nan=0.0)
             moment[tokens] = (moment[tokens] + shift) * factor + torch.linalg.vecdot(weights, logits)
             total[tokens] = total[tokens] * factor + weights.sum(dim=1)

@@ -97,7 +97,6 @@ def draw_rows(logits: Tensor, uniforms: Tensor, temperatures: Tensor) -> Tensor:
     Returns:
         [3, R] float64: the ids, and logprobs and entropies in nats.
     """
-    size = logits.shape[1]
     greedy = temperatures == 0
     scaled = logits.sub_(logits.amax(dim=1, keepdim=True))
     if not bool((temperatures == 1).all()):
@@ -128,7 +127,7 @@ def _search(shares: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _first_passing(sums: Tensor, passed: Tensor) -> Tensor:
-    """Return the first place at which sums [R, K] are above a number [R, 1], or the last that adds to them."""
+    """Return the first place at which sums [R, K] are above a number [R, 1], or the last that adds."""
     # Rounding can leave the end of a CDF just below the draw, which then takes the last id with any weight.
     highest = torch.nextafter(sums[:, -1:], torch.zeros_like(passed))
     return (sums <= torch.minimum(passed, highest)).sum(dim=1).clamp(max=sums.shape[1] - 1)
