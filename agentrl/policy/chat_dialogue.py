@@ -20,7 +20,6 @@ from agentrl.env.tools import Tool, act_tool, call_of
 from agentrl.errors import ConfigError
 from agentrl.policy.chat import (
     END_THINK,
-    REASONING_TAGS,
     SYSTEM_SLOT,
     THINK,
     Message,
@@ -29,11 +28,11 @@ from agentrl.policy.chat import (
     check_system_role,
     messages,
     slot,
-    split_reply,
     split_slots,
     think_block,
 )
 from agentrl.policy.dialogue import History, ParsedReply, Prompt, Wording, sha256_of, without_end
+from agentrl.policy.earlier_replies import ReplySplitter
 from agentrl.policy.encoding import (
     ObservationEncoder,
     decoder,
@@ -49,7 +48,6 @@ from agentrl.policy.tool_calls import ToolCallFormat, tool_call_format
 
 _log = logging.getLogger(__name__)
 _TOOL_SETS = 32  # whose dialogues are kept
-_REASONING_TAG = re.compile(f"({'|'.join(REASONING_TAGS)})")
 
 
 class ChatDialogue:
@@ -137,7 +135,6 @@ class ChatDialogue:
             tokenizer, self._encode, max_observation_tokens, self.cache
         )
         self._markup = self.cache.memoize(self._encode_markup)
-        self._added = frozenset(tokenizer.added_tokens_decoder)
         self._tags = {
             token.content: id
             for id, token in tokenizer.added_tokens_decoder.items()
@@ -157,7 +154,6 @@ class ChatDialogue:
         self._texts: dict[int, tuple[int, ...]] = {}
         if system_message is not None:
             self._system, self._texts = self._prepare_system_message(system_message, markup)
-        self._knows_reasoning = END_THINK in str(tokenizer.chat_template)
         pieces = self._format.probe(self._render)
         self._extends, self._opens_thinking, self._reply_prefix = (
             pieces.appends,
@@ -199,7 +195,15 @@ class ChatDialogue:
         self.encode_reply = self.cache.memoize(self._encode_reply)
         self.encode_choice = self.cache.memoize(self._encode_choice)
         self._cached_parse = self.cache.memoize(self._parse)
-        self._split_reply = self.cache.memoize(self._split_reply_uncached)
+        splitter = ReplySplitter(
+            encode=self._encode,
+            decode=self._decode,
+            added=tokenizer.added_tokens_decoder,
+            control=self._control,
+            stop_ids=self.stop_ids,
+            reasons=END_THINK in str(tokenizer.chat_template),
+        )
+        self._split_reply = self.cache.memoize(splitter.split)
 
     def prompt(self, history: History, observation: str) -> Prompt:
         """Return the ids to append after `history`, or a whole prompt where turns are written anew."""
@@ -444,42 +448,6 @@ class ChatDialogue:
                 ids.extend(texts[number])
         return tuple(ids)
 
-    def _split_reply_uncached(
-        self, reply: tuple[int, ...]
-    ) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
-        """Return the parts of a reply that the template sees, and the ids between them."""
-        ids = [id for id in without_end(reply, self.stop_ids) if id not in self._control]
-        pieces: list[tuple[str, tuple[int, ...]]] = []
-        for run, added in _split(ids, self._added):
-            text = self._decode(run)
-            if self._knows_reasoning and REASONING_TAGS[1] in text:  # the tag is spelled in ordinary tokens
-                pieces += [(part, self._encode(part)) for part in _REASONING_TAG.split(text)]
-            else:
-                pieces.append((text, run))
-            pieces.append((self._decode(added), added))
-        shown, said = split_reply([text for text, _ in pieces], reasoning=self._knows_reasoning)
-        return tuple(shown), tuple(self._trim([pieces[place] for place in places]) for places in said)
-
-    def _trim(self, pieces: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
-        """Return the ids of pieces of a reply, without the white space around all of them."""
-        words = [place for place, (text, _) in enumerate(pieces) if text.strip()]
-        kept: list[int] = []
-        for place in range(words[0], words[-1] + 1):
-            text, ids = pieces[place]
-            wanted = text.lstrip() if place == words[0] else text
-            wanted = wanted.rstrip() if place == words[-1] else wanted
-            kept += ids if wanted == text else self._strip_space(ids, wanted)
-        return tuple(kept)
-
-    def _strip_space(self, ids: tuple[int, ...], wanted: str) -> tuple[int, ...]:
-        """Return the ids without surrounding white space; encode `wanted` anew if a token mixes the two."""
-        start, end = 0, len(ids)
-        while start < end and not self._decode(ids[start : start + 1]).strip():
-            start += 1
-        while start < end and not self._decode(ids[end - 1 : end]).strip():
-            end -= 1
-        return ids[start:end] if self._decode(ids[start:end]) == wanted else self._encode(wanted)
-
     def _prepare_system_message(
         self, text: str, markup: Collection[int]
     ) -> tuple[str, dict[int, tuple[int, ...]]]:
@@ -560,23 +528,6 @@ def _prompt_sha256(ids: Sequence[Sequence[int]], prompt: PromptTemplate) -> str:
     examples = [[each.task, each.turns, *([each.env] if each.env else [])] for each in prompt.examples]
     content = [list(map(list, ids)), prompt.source, prompt.history, examples]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _split(ids: Iterable[int], separators: Collection[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Split ids into (run, separator after it); the last run has none.
-
-    >>> _split((5, 1, 6, 7), {1})
-    [((5,), (1,)), ((6, 7), ())]
-    """
-    parts: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    run: list[int] = []
-    for id in ids:
-        if id in separators:
-            parts.append((tuple(run), (id,)))
-            run = []
-        else:
-            run.append(id)
-    return [*parts, (tuple(run), ())]
 
 
 def _texts_of_parts(tokenizer: PreTrainedTokenizerBase, end: str) -> dict[int, str]:
