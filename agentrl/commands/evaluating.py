@@ -9,7 +9,7 @@ import typer
 
 from agentrl.commands.arguments import Imports, known_env_ids, policy_names, split_keys, suite_names
 from agentrl.commands.group import ExitCode
-from agentrl.commands.screen import EpisodeCounter, console
+from agentrl.commands.screen import EpisodeCounter, console, show_findings
 from agentrl.errors import ConfigError
 from agentrl.plugins import load_imports
 from agentrl.terminal import echo
@@ -83,6 +83,17 @@ def evaluate(
             "interrupted evaluation goes on.",
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|CHECKPOINT|MODEL",
+            help="The base of the policy: also compare what each of the two solves within --k plays.",
+        ),
+    ] = None,
+    k: Annotated[
+        int | None,
+        typer.Option(min=2, help="Largest k of pass@k with --against; default: --repeats."),
+    ] = None,
     base_url: Annotated[
         str | None,
         typer.Option(
@@ -101,6 +112,7 @@ def evaluate(
     - `agentrl evaluate --policy expert --env agentrl/MathTools-v0 level=2`
     - `agentrl evaluate --policy smollm2 --config smollm2_alfworld.yaml policy.prompt=react`
     - `agentrl evaluate --policy random --policy expert --suite text_games --repeats 4 --output FOLDER`
+    - `agentrl evaluate --policy runs/NAME --against CHECKPOINT --repeats 256 --output runs/NAME/leash`
     - `agentrl evaluate --policy openai:MODEL --base-url http://127.0.0.1:8000/v1 --tasks 20`
     """
     from agentrl.config import merge
@@ -116,6 +128,8 @@ def evaluate(
         suite,
         tuple(env or ()),
         output,
+        against,
+        k,
         {
             "split": split,
             "tasks": tasks,
@@ -146,6 +160,8 @@ class _Request:
         suite: The name or file of a suite.
         envs: The ids of environments.
         output: The file or folder to write to.
+        against: The base that the one policy is compared with.
+        k: The number of plays of each task that are compared.
         playing: The keyword arguments that `evaluate` and `evaluate_panels` have in common.
     """
 
@@ -154,7 +170,15 @@ class _Request:
     suite: str | None
     envs: tuple[str, ...]
     output: Path | None
+    against: str | None
+    k: int | None
     playing: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.against is not None and len(self.policies) > 1:
+            raise ConfigError(f"--against: wanted one --policy, got {', '.join(self.policies)}")
+        if self.k is not None and self.against is None:
+            raise ConfigError("--k: wanted with --against only")
 
     @property
     def folder(self) -> Path | None:
@@ -168,7 +192,7 @@ class _Request:
     def names_several(self) -> bool:
         """Whether there are several policies or panels, or a folder to write to."""
         most = max(map(len, (self.policies, self.envs, self.panels)))
-        return most > 1 or self.suite is not None or self.folder is not None
+        return most > 1 or (self.suite, self.folder, self.against) != (None, None, None)
 
     @property
     def names_tasks(self) -> bool:
@@ -180,22 +204,20 @@ def _evaluate_several(request: _Request) -> None:
     """Evaluate policies on several panels and print one table; exits with 1 if nothing could be played."""
     import json
 
+    from agentrl.evaluation.diagnostics.leash import leash_findings, measure_leash
     from agentrl.evaluation.panels_table import panels_table
     from agentrl.evaluation.suite import evaluate_panels
     from agentrl.files import write_atomic
 
-    folder = request.folder
+    folder, leash = request.folder, None
+    where = {"panels": request.panels, "suite": request.suite, "envs": request.envs, "output": folder}
     try:
         with EpisodeCounter("evaluating") as count:
-            found = evaluate_panels(
-                request.policies,
-                request.panels,
-                suite=request.suite,
-                envs=request.envs,
-                output=folder,
-                on_episode=count,
-                **request.playing,
-            )
+            options = {**where, **request.playing, "on_episode": count}
+            if request.against is None:
+                found = evaluate_panels(request.policies, **options)
+            else:
+                found, leash = measure_leash(request.policies[0], request.against, k=request.k, **options)
     except KeyboardInterrupt as interrupt:
         kept = "" if folder is None else f": {folder} keeps the episodes so far, the same command goes on"
         raise KeyboardInterrupt(f"interrupted{kept}") from interrupt
@@ -203,10 +225,13 @@ def _evaluate_several(request: _Request) -> None:
     console().print(panels_table(found.scores))
     for line in found.notes:
         echo(line)
+    if leash is not None:
+        show_findings(leash_findings(leash))
     if folder is not None:
-        echo(f"results: {folder / 'results.md'}, results.json, episodes")
+        echo(f"results: {folder / 'results.md'}, results.json, episodes{', leash.*' if leash else ''}")
     elif request.output is not None:
-        write_atomic(request.output, json.dumps(found.to_dict(), indent=1))
+        tree = found.to_dict() | ({"leash": leash} if leash else {})
+        write_atomic(request.output, json.dumps(tree, indent=1))
     if not any(score.evaluation for scores in found.scores.values() for score in scores):
         raise typer.Exit(ExitCode.MISSING)
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from agentrl.data.trajectory import Episode
+    from agentrl.evaluation.diagnostics.findings import Findings
 
 
 def console() -> "Console":
@@ -25,6 +26,14 @@ def echo_written(files: dict[Path, str], to_add: str | None, folder: Path) -> No
         echo(f"{path}: {what}")
     if to_add is not None:
         echo(f"{folder / 'pyproject.toml'} is left unchanged; add to it:\n\n{to_add}")
+
+
+def show_findings(findings: "Findings") -> None:
+    """Print the table and the notes of a diagnostic."""
+    echo(f"\n{findings.title}", style="bold cyan")
+    console().print(findings.to_table())
+    for note in findings.notes:
+        echo(note)
 
 
 class EpisodeCounter:

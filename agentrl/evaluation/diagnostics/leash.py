@@ -1,0 +1,208 @@
+"""Compare what a trained policy solves within k plays with what its base does (Invisible Leash)."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from agentrl.data.trajectory import Episode
+from agentrl.errors import ConfigError
+from agentrl.evaluation.diagnostics.findings import Findings, Numbers, number, write_findings
+from agentrl.evaluation.diagnostics.support import (
+    DELTA,
+    answer_entropy,
+    compare_support,
+    visible_probability,
+)
+from agentrl.evaluation.evaluate import policy_name
+from agentrl.evaluation.fingerprint import check_alike
+from agentrl.evaluation.scores import Evaluation, mean_entropy
+from agentrl.evaluation.statistics import pass_at_k, pass_rate, powers_of_two
+from agentrl.evaluation.suite import Results, evaluate_panels
+from agentrl.run.folder import Run
+
+NAME = "leash"
+
+
+@dataclass(frozen=True)
+class _Play:
+    success: bool
+    answer: str  # hash of all actions, since those of long episodes are many
+
+
+def check_leash(k: int | None, repeats: int, temperature: float) -> int:
+    """Return the number of plays to compare, and refuse what cannot be compared.
+
+    Raises:
+        ConfigError: Naming the option and what was wanted.
+    """
+    if temperature == 0:
+        raise ConfigError("--against compares samples of each task, wanted --sampled in place of --greedy")
+    if repeats < 2:
+        raise ConfigError(f"--repeats is {repeats}, wanted at least 2 with --against, such as 256")
+    if k is not None and k > repeats:
+        raise ConfigError(f"--k is {k}, wanted at most --repeats, which is {repeats}")
+    return repeats if k is None else k
+
+
+def measure_leash(
+    policy: Run | str | Path,
+    against: Run | str | Path,
+    *,
+    k: int | None = None,
+    repeats: int = 256,
+    temperature: float = 1.0,
+    output: str | Path | None = None,
+    **options: Any,
+) -> tuple[Results, dict[str, Any]]:
+    """Play the same panels with a policy and its base, and compare what each solves within k plays.
+
+    Args:
+        policy: The trained policy, as `evaluate` takes it.
+        against: Its base, such as an early checkpoint or the model that the run began with.
+        k: The largest k of pass@k, and the number of plays of a task in which a solution is seen or not; None
+            takes `repeats`. The first k plays that were not aborted count.
+        repeats: The number of episodes per task.
+        temperature: The sampling temperature.
+        output: As in `evaluate_panels`; `leash.json`, `leash.md` and `leash.svg` are written there as well.
+        options: Further arguments of `evaluate_panels`.
+
+    Returns:
+        The scores, and the comparison of each panel as JSON values.
+
+    Raises:
+        ConfigError: If k is larger than `repeats`, or the two were not to be measured alike.
+    """
+    most = check_leash(k, repeats, temperature)
+    base, trained = policy_name(against), policy_name(policy)
+    plays: dict[tuple[str, str], dict[str, list[_Play]]] = {}
+    tokens: dict[tuple[str, str], float | None] = {}
+
+    def reduce(name: str, label: str, episodes: Sequence[Episode]) -> None:
+        found: dict[str, list[_Play]] = defaultdict(list)
+        finished = [episode for episode in episodes if not episode.stop.aborted]
+        for episode in finished:
+            found[episode.task].append(_Play(episode.success, _answer(episode)))
+        plays[name, label], tokens[name, label] = found, mean_entropy(finished).token
+
+    results = evaluate_panels(
+        [base, trained],
+        repeats=repeats,
+        temperature=temperature,
+        output=output,
+        on_panel=reduce,
+        **options,
+    )
+    labels = [score.label for score in results.scores[base] if (base, score.label) in plays]
+    labels = [label for label in labels if (trained, label) in plays]
+    for label in labels:
+        check_alike({name: _fingerprint(results, name, label) for name in (base, trained)})
+    panels = {
+        label: compare_plays(
+            {name: plays[name, label] for name in (base, trained)},
+            {name: tokens[name, label] for name in (base, trained)},
+            most,
+        )
+        for label in labels
+    }
+    numbers = {
+        "base": base,
+        "trained": trained,
+        "k": most,
+        "delta": DELTA,
+        "eps": visible_probability(most),
+        "repeats": repeats,
+        "seed": results.seed,
+        "panels": panels,
+    }
+    if output is not None and panels:
+        from agentrl.evaluation.diagnostics.drawing import draw_leash
+
+        write_findings(Path(output), NAME, numbers, leash_findings(numbers), draw_leash)
+    return results, numbers
+
+
+def compare_plays(
+    plays: Mapping[str, Mapping[str, Sequence[_Play]]], tokens: Mapping[str, float | None], k: int
+) -> dict[str, Any]:
+    """Return the comparison on a panel as JSON values.
+
+    Args:
+        plays: By policy, the base first, the finished plays of each task.
+        tokens: The token entropy of each policy in nats.
+        k: The number of plays of each task that are compared; tasks with fewer are left out.
+    """
+    base, trained = plays.values()
+    tasks = [task for task in base if min(len(base[task]), len(trained.get(task, ()))) >= k]
+    ks = sorted({*powers_of_two(k), k})
+    of_task: list[set[Any]] = []
+    solutions: list[set[Any]] = []
+    policies = {}
+    for name, own in plays.items():
+        first = {task: own[task][:k] for task in tasks}
+        of_task.append({task for task in tasks if any(play.success for play in first[task])})
+        solutions.append({(task, play.answer) for task in tasks for play in first[task] if play.success})
+        outcomes = [[play.success for play in own[task]] for task in tasks]
+        entropies = [answer_entropy([play.answer for play in first[task]]) for task in tasks]
+        policies[name] = {
+            "pass_at": {str(each): asdict(pass_rate(outcomes, each, pass_at_k)) for each in ks},
+            "token_entropy": tokens[name],
+            "answer_entropy": fmean(entropies) if entropies else None,
+        }
+    return {
+        "tasks": len(tasks),
+        "left_out": len({*base, *trained}) - len(tasks),
+        "policies": policies,
+        "support": {
+            "tasks": compare_support(*of_task).to_dict(),
+            "solutions": compare_support(*solutions).to_dict(),
+        },
+    }
+
+
+def leash_findings(numbers: Numbers) -> Findings:
+    """Return the table of a comparison."""
+    names = {numbers["base"]: "base", numbers["trained"]: "trained"}
+    rows, notes = [], [f"{kind}: {name}" for name, kind in names.items()]
+    for label, panel in numbers["panels"].items():
+        columns = panel["policies"].values()
+        title = f"{label}: " if len(numbers["panels"]) > 1 else ""
+        for k in next(iter(columns))["pass_at"]:
+            rows.append((f"{title}pass@{k} %", *(_percent(own["pass_at"][k]) for own in columns)))
+        for name in ("token_entropy", "answer_entropy"):
+            rows.append((f"{title}{name.replace('_', ' ')}, nats", *(number(own[name]) for own in columns)))
+        for what, support in panel["support"].items():
+            counts = ", ".join(f"{support[name]} {name}" for name in ("kept", "gained", "lost"))
+            rates = ", ".join(f"{name} {number(support[name])}" for name in ("SRR", "NDR", "SDS", "NSCR"))
+            notes.append(f"{title}support in {what}: {counts}; {rates}")
+        if panel["left_out"]:
+            notes.append(f"{title}{panel['left_out']} tasks are left out: they have fewer plays than k")
+    notes.append(
+        f"within {numbers['k']} plays, a solution of probability {numbers['eps']:.3g} is missed with a "
+        f"chance of {numbers['delta']:g}; one is a task with all actions of an episode that succeeded"
+    )
+    title = f"Support of the trained policy and its base, {numbers['k']} plays of each task"
+    return Findings(title, ("", *names.values()), tuple(rows), tuple(notes))
+
+
+def _answer(episode: Episode) -> str:
+    """Return a hash of an episode's actions, which are its answer as a whole."""
+    actions = "\0".join(turn.action for turn in episode.turns)
+    return sha256(actions.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _fingerprint(results: Results, name: str, label: str) -> Mapping[str, Any]:
+    found: Evaluation | None = next(
+        score.evaluation for score in results.scores[name] if score.label == label
+    )
+    return {} if found is None or found.fingerprint is None else found.fingerprint
+
+
+def _percent(rate: Mapping[str, Any]) -> str:
+    if rate["mean"] is None:
+        return "–"
+    low, high = rate["interval"]
+    return f"{100 * rate['mean']:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
