@@ -204,7 +204,8 @@ def _evaluate_several(request: _Request) -> None:
     """Evaluate policies on several panels and print one table; exits with 1 if nothing could be played."""
     import json
 
-    from agentrl.evaluation.diagnostics.leash import leash_findings, measure_leash
+    from agentrl.evaluation.diagnostics.leash import measure_leash
+    from agentrl.evaluation.diagnostics.tables import leash_findings
     from agentrl.evaluation.panels_table import panels_table
     from agentrl.evaluation.suite import evaluate_panels
     from agentrl.files import write_atomic

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from agentrl.commands.arguments import Imports
+from agentrl.commands.screen import show_findings
 from agentrl.errors import ConfigError
 from agentrl.plugins import load_imports
 from agentrl.terminal import echo
@@ -13,14 +14,57 @@ from agentrl.terminal import echo
 
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Folder or name of a run.")],
+    template_collapse: Annotated[
+        bool,
+        typer.Option(
+            "--template-collapse",
+            help="First measure the mutual information of prompts and replies, for each checkpoint.",
+        ),
+    ] = False,
+    expert_entropy: Annotated[
+        bool,
+        typer.Option(
+            "--expert-entropy",
+            help="First measure the entropy of the expert's last action along the turns of the episodes.",
+        ),
+    ] = False,
+    sample: Annotated[
+        int, typer.Option(min=2, help="Of these two: prompts with their replies, or episodes.")
+    ] = 64,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEP|NAME",
+            help="Of these two: one checkpoint; default: every one, or the trained policy.",
+        ),
+    ] = None,
     imports: Imports = None,
 ) -> None:
-    """Rewrite the report.html of a run, finished or not. Executes no code of the run."""
+    """Rewrite the report.html of a run, finished or not. Executes no code of the run.
+
+    - `agentrl report runs/NAME`
+    - `agentrl report runs/NAME --template-collapse --expert-entropy`
+    """
     from agentrl.evaluation.report import write_report
     from agentrl.run.folder import find_run
 
     load_imports(imports or ())
-    echo(write_report(find_run(run)))
+    folder = find_run(run)
+    if checkpoint is not None and not (template_collapse or expert_entropy):
+        raise ConfigError("--checkpoint: wanted with --template-collapse or --expert-entropy only")
+    if template_collapse:
+        from agentrl.evaluation.diagnostics.tables import template_collapse_findings
+        from agentrl.evaluation.diagnostics.template_collapse import measure_template_collapse
+
+        collapse = measure_template_collapse(folder, pairs=sample, checkpoint=checkpoint)
+        show_findings(template_collapse_findings(collapse))
+    if expert_entropy:
+        from agentrl.evaluation.diagnostics.expert_entropy import measure_expert_entropy
+        from agentrl.evaluation.diagnostics.tables import expert_entropy_findings
+
+        entropy = measure_expert_entropy(folder, episodes=sample, checkpoint=checkpoint)
+        show_findings(expert_entropy_findings(entropy))
+    echo(write_report(folder))
 
 
 def export(

@@ -15,6 +15,8 @@ from agentrl.terminal import plain, printable
 
 Numbers = Mapping[str, Any]
 
+FOLDER = "diagnostics"  # in the folder of a run
+
 
 @dataclass(frozen=True)
 class Findings:

@@ -10,13 +10,14 @@ from typing import Any
 
 from agentrl.data.trajectory import Episode
 from agentrl.errors import ConfigError
-from agentrl.evaluation.diagnostics.findings import Findings, Numbers, number, write_findings
+from agentrl.evaluation.diagnostics.findings import write_findings
 from agentrl.evaluation.diagnostics.support import (
     DELTA,
     answer_entropy,
     compare_support,
     visible_probability,
 )
+from agentrl.evaluation.diagnostics.tables import leash_findings
 from agentrl.evaluation.evaluate import policy_name
 from agentrl.evaluation.fingerprint import check_alike
 from agentrl.evaluation.scores import Evaluation, mean_entropy
@@ -163,31 +164,6 @@ def compare_plays(
     }
 
 
-def leash_findings(numbers: Numbers) -> Findings:
-    """Return the table of a comparison."""
-    names = {numbers["base"]: "base", numbers["trained"]: "trained"}
-    rows, notes = [], [f"{kind}: {name}" for name, kind in names.items()]
-    for label, panel in numbers["panels"].items():
-        columns = panel["policies"].values()
-        title = f"{label}: " if len(numbers["panels"]) > 1 else ""
-        for k in next(iter(columns))["pass_at"]:
-            rows.append((f"{title}pass@{k} %", *(_percent(own["pass_at"][k]) for own in columns)))
-        for name in ("token_entropy", "answer_entropy"):
-            rows.append((f"{title}{name.replace('_', ' ')}, nats", *(number(own[name]) for own in columns)))
-        for what, support in panel["support"].items():
-            counts = ", ".join(f"{support[name]} {name}" for name in ("kept", "gained", "lost"))
-            rates = ", ".join(f"{name} {number(support[name])}" for name in ("SRR", "NDR", "SDS", "NSCR"))
-            notes.append(f"{title}support in {what}: {counts}; {rates}")
-        if panel["left_out"]:
-            notes.append(f"{title}{panel['left_out']} tasks are left out: they have fewer plays than k")
-    notes.append(
-        f"within {numbers['k']} plays, a solution of probability {numbers['eps']:.3g} is missed with a "
-        f"chance of {numbers['delta']:g}; one is a task with all actions of an episode that succeeded"
-    )
-    title = f"Support of the trained policy and its base, {numbers['k']} plays of each task"
-    return Findings(title, ("", *names.values()), tuple(rows), tuple(notes))
-
-
 def _answer(episode: Episode) -> str:
     """Return a hash of an episode's actions, which are its answer as a whole."""
     actions = "\0".join(turn.action for turn in episode.turns)
@@ -199,10 +175,3 @@ def _fingerprint(results: Results, name: str, label: str) -> Mapping[str, Any]:
         score.evaluation for score in results.scores[name] if score.label == label
     )
     return {} if found is None or found.fingerprint is None else found.fingerprint
-
-
-def _percent(rate: Mapping[str, Any]) -> str:
-    if rate["mean"] is None:
-        return "–"
-    low, high = rate["interval"]
-    return f"{100 * rate['mean']:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
