@@ -29,7 +29,9 @@ NAME = "leash"
 
 
 @dataclass(frozen=True)
-class _Play:
+class Play:
+    """One finished play of a task."""
+
     success: bool
     answer: str  # hash of all actions, since those of long episodes are many
 
@@ -79,14 +81,14 @@ def measure_leash(
     """
     most = check_leash(k, repeats, temperature)
     base, trained = policy_name(against), policy_name(policy)
-    plays: dict[tuple[str, str], dict[str, list[_Play]]] = {}
+    plays: dict[tuple[str, str], dict[str, list[Play]]] = {}
     tokens: dict[tuple[str, str], float | None] = {}
 
     def reduce(name: str, label: str, episodes: Sequence[Episode]) -> None:
-        found: dict[str, list[_Play]] = defaultdict(list)
+        found: dict[str, list[Play]] = defaultdict(list)
         finished = [episode for episode in episodes if not episode.stop.aborted]
         for episode in finished:
-            found[episode.task].append(_Play(episode.success, _answer(episode)))
+            found[episode.task].append(Play(episode.success, _answer(episode)))
         plays[name, label], tokens[name, label] = found, mean_entropy(finished).token
 
     results = evaluate_panels(
@@ -127,7 +129,7 @@ def measure_leash(
 
 
 def compare_plays(
-    plays: Mapping[str, Mapping[str, Sequence[_Play]]], tokens: Mapping[str, float | None], k: int
+    plays: Mapping[str, Mapping[str, Sequence[Play]]], tokens: Mapping[str, float | None], k: int
 ) -> dict[str, Any]:
     """Return the comparison on a panel as JSON values.
 
