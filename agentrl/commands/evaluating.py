@@ -88,6 +88,7 @@ def evaluate(
         typer.Option(
             metavar="RUN|CHECKPOINT|MODEL",
             help="The base of the policy: also compare what each of the two solves within --k plays.",
+            autocompletion=policy_names,
         ),
     ] = None,
     k: Annotated[

@@ -25,8 +25,13 @@ from agentrl.evaluation.diagnostics.expert_entropy import measure_expert_entropy
 from agentrl.evaluation.diagnostics.information import align, entropy_reduction, prompt_information
 from agentrl.evaluation.diagnostics.leash import Play, compare_plays, measure_leash
 from agentrl.evaluation.diagnostics.support import Support, answer_entropy, visible_probability
-from agentrl.evaluation.diagnostics.teacher_forcing import prompts_of, score_texts
-from agentrl.evaluation.diagnostics.template_collapse import measure_template_collapse, thoughts_of
+from agentrl.evaluation.diagnostics.teacher_forcing import TextScore, prompts_of, score_texts
+from agentrl.evaluation.diagnostics.template_collapse import (
+    Pair,
+    measure_template_collapse,
+    score_pairs,
+    thoughts_of,
+)
 from agentrl.evaluation.report import write_report
 from agentrl.evaluation.statistics import pass_at_k
 from agentrl.policy.thinking import Ending, Thinking
@@ -401,6 +406,25 @@ def test_scores_are_those_of_the_replies_after_every_prompt(run: Path) -> None:
     assert again == found  # drawn by the seed alone
     assert measure_template_collapse(run, pairs=5, checkpoint="3", seed=1) != found
     assert 0 < numbers["conditional_entropy"] < 100
+
+
+def test_a_row_is_a_reply_and_a_column_a_prompt(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = find_policy(finished)
+    assert saved is not None
+    policy = open_saved(saved, saved.run.config)
+    table = {((1,), (5,)): -4.0, ((2,), (5,)): -10.0, ((1,), (6, 7)): -12.0, ((2,), (6, 7)): -6.0}
+
+    def look_up(model: Any, pairs: Any) -> Any:
+        return (TextScore((table[pair] / 2,) * 2, ()) for pair in pairs)
+
+    monkeypatch.setattr("agentrl.evaluation.diagnostics.template_collapse.score_texts", look_up)
+    first, second = Pair((1,), (5,), False), Pair((2,), (6, 7), True)
+    found = score_pairs(policy, [first, second])
+    assert found["mutual_information"] == pytest.approx(0.690671, abs=1e-6)
+    assert (found["pairs"], found["prompts"], found["with_thoughts"]) == (2, 2, 1)
+    assert found["most"] == pytest.approx(log(2))
+    both = score_pairs(policy, [first, second, first])
+    assert (both["prompts"], both["retrieval_accuracy"]) == (2, 1.0)
 
 
 def test_runs_that_have_nothing_to_measure_are_refused(run: Path) -> None:

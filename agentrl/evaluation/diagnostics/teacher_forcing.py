@@ -78,5 +78,5 @@ def _score(model: PreTrainedModel, pairs: Sequence[tuple[Ids, Ids]]) -> list[Tex
     sizes = [len(text) for _, text in pairs]
     return [
         TextScore(tuple(of_text.tolist()), tuple(own.tolist()))
-        for of_text, own in zip(logprobs.split(sizes), entropies.split(sizes), strict=True)
+        for of_text, own in zip(torch.split(logprobs, sizes), torch.split(entropies, sizes), strict=True)
     ]

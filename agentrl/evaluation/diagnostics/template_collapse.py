@@ -1,5 +1,6 @@
 """Measure whether the replies of a policy depend on their prompts, or collapse to a template (RAGEN-2)."""
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,8 @@ from agentrl.run.folder import Run, open_run
 from agentrl.run.policies import Policy, open_saved
 from agentrl.run.trust import drop_caller_only_values
 from agentrl.seeds import derive_seed
+
+_log = logging.getLogger(__name__)
 
 NAME = "template_collapse"
 
@@ -70,6 +73,7 @@ def measure_template_collapse(
                 f"{opened.folder / 'episodes' / source}: {len(sample)} turns with a reply of the policy, "
                 "wanted at least 2"
             )
+        _log.info("%s scores %d replies after each of their prompts", stored.name, len(sample))
         head = {"checkpoint": stored.name, "step": stored.step, "episodes": source}
         found.append(head | score_pairs(policy, sample))
     numbers = {"run": opened.folder.resolve().name, "seed": seed, "policies": found}
