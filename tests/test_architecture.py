@@ -37,8 +37,9 @@ FLOORS = {
     "planning": 7,
     "training": 8,
     "study": 9,
-    "cli": 10,
-    "__main__": 11,
+    "commands": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 HEAVY = {"torch", "ray", "vllm", "transformers", "matplotlib"}
 

@@ -62,7 +62,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 # Help and listings.
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["envs"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["envs"], ["algorithms"]])
 def test_help_and_listings_load_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom agentrl.cli import main\n"
@@ -130,10 +130,10 @@ def test_the_documented_exit_codes_and_errors_are_those_that_there_are() -> None
 
 
 def test_a_command_ends_with_a_named_code() -> None:
-    tree = ast.parse((ROOT / "agentrl" / "cli.py").read_text())
     exits = [
         ast.unparse(node)
-        for node in ast.walk(tree)
+        for path in (ROOT / "agentrl" / "cli.py", *(ROOT / "agentrl" / "commands").glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("typer.Exit", "sys.exit", "SystemExit")
     ]
     assert len(exits) >= 4

@@ -19,10 +19,10 @@ Row = Mapping[str, Any]
 Point = tuple[int, float, Interval]  # step, success rate, its interval
 
 COLOURS = {"sampled": "#2563eb", "greedy": "#d97706"}
-_GREY, _INK = "#94a3b8", "#1e293b"
-_STYLE: Any = {
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _INK,
+GREY, INK = "#94a3b8", "#1e293b"
+STYLE: Any = {
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 11,
@@ -32,9 +32,9 @@ _STYLE: Any = {
     "grid.color": "#e2e8f0",
     "legend.frameon": False,
     "svg.hashsalt": "agentrl",
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 
 
@@ -48,7 +48,7 @@ def draw_success(policies: Mapping[str, Mapping[str, Row]]) -> str:
     Returns:
         The image as a `data:` URI, as the other functions of this module do.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 0.9 + 0.46 * len(policies)), layout="constrained")
         axes = figure.subplots()
         for place, decodings in enumerate(policies.values()):
@@ -57,14 +57,14 @@ def draw_success(policies: Mapping[str, Mapping[str, Row]]) -> str:
                     continue
                 height = place + (index - (len(decodings) - 1) / 2) * 0.3
                 _draw_interval(axes, score["success_rate"], height, score["interval"], decoding)
-        axes.set_yticks(range(len(policies)), [_label_text(name) for name in policies])
+        axes.set_yticks(range(len(policies)), [label_text(name) for name in policies])
         axes.set_ylim(len(policies) - 0.5, -0.5)
         axes.set_xlim(-0.02, 1.02)
         axes.xaxis.set_major_formatter("{x:.0%}")
         axes.set_xlabel("success rate, with its 95 % interval")
         axes.grid(axis="x")
-        _draw_legend(axes)
-        return _to_data_uri(figure)
+        draw_legend(axes)
+        return to_data_uri(figure)
 
 
 def draw_learning_curve(
@@ -81,16 +81,16 @@ def draw_learning_curve(
         environment: The name of one of several environments.
         window: The window of the centred moving mean, in steps.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 3.1), layout="constrained")
         axes = figure.subplots()
         room = f"rollout/{environment}" if environment else "rollout"
         steps, values = _series(rows, f"train/{room}/success_rate")
-        axes.plot(steps, values, color=_GREY, alpha=0.45, linewidth=0.8)
+        axes.plot(steps, values, color=GREY, alpha=0.45, linewidth=0.8)
         axes.plot(
             steps,
             moving_mean(values, window),
-            color=_INK,
+            color=INK,
             linewidth=1.6,
             label=f"training tasks, mean of {window} steps",
         )
@@ -106,7 +106,7 @@ def draw_learning_curve(
                     fmt="o",
                     markersize=5,
                     capsize=3,
-                    color=COLOURS.get(decoding, _GREY),
+                    color=COLOURS.get(decoding, GREY),
                     label=f"held-out panel, {decoding}" if index == 0 else None,
                 )
         axes.set_ylim(-0.02, 1.02)
@@ -114,13 +114,13 @@ def draw_learning_curve(
         axes.set_xlabel("step of reinforcement learning")
         axes.set_ylabel("success rate")
         axes.grid(axis="y")
-        _draw_legend(axes)
-        return _to_data_uri(figure)
+        draw_legend(axes)
+        return to_data_uri(figure)
 
 
 def draw_entropy_over_steps(rows: Sequence[Row]) -> str:
     """Draw the mean entropy per token, turn and trajectory over the training steps."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.8, 2.9), layout="constrained")
         axes = figure.subplots()
         for level, colour in (("token", "#2563eb"), ("turn", "#059669"), ("trajectory", "#9333ea")):
@@ -131,8 +131,8 @@ def draw_entropy_over_steps(rows: Sequence[Row]) -> str:
         axes.set_xlabel("step of reinforcement learning")
         axes.set_ylabel("entropy of sampled tokens, nats")
         axes.grid(axis="y")
-        _draw_legend(axes)
-        return _to_data_uri(figure)
+        draw_legend(axes)
+        return to_data_uri(figure)
 
 
 def draw_signals(rows: Sequence[Row], environments: Collection[str] = ()) -> str | None:
@@ -158,7 +158,7 @@ def draw_signals(rows: Sequence[Row], environments: Collection[str] = ()) -> str
     panels = [panel for kind in kinds.values() for panel in kind.items()]
     if not panels:
         return None
-    with mpl.rc_context(_STYLE | {"axes.titlesize": 7.5, "font.size": 6.5}):
+    with mpl.rc_context(STYLE | {"axes.titlesize": 7.5, "font.size": 6.5}):
         lines = -(-len(panels) // 4)
         figure = Figure(figsize=(7.6, 1.25 * lines), layout="constrained")
         grid = figure.subplots(lines, 4, squeeze=False)
@@ -166,23 +166,23 @@ def draw_signals(rows: Sequence[Row], environments: Collection[str] = ()) -> str
             axes.remove()
         for axes, (panel, names) in zip(grid.flat, panels, strict=False):
             _draw_panel(axes, panel, {name: _series(rows, name) for name in names})
-        return _to_data_uri(figure)
+        return to_data_uri(figure)
 
 
 def _draw_panel(axes: Axes, title: str, curves: Mapping[str, tuple[list[int], list[float]]]) -> None:
     """Draw one curve with its moving mean, or the moving means of several from light to dark."""
     last = len(curves) - 1
     for index, (name, (steps, values)) in enumerate(sorted(curves.items())):
-        colour, label = _INK, None
+        colour, label = INK, None
         if not last:
-            axes.plot(steps, values, color=_GREY, alpha=0.5, linewidth=0.6)
+            axes.plot(steps, values, color=GREY, alpha=0.5, linewidth=0.6)
         else:
             colour = to_hex(mpl.colormaps["viridis_r"](0.1 + 0.9 * index / last))
-            label = _label_text(name.rpartition("/")[2]) if index in (0, last) or last < 6 else None
+            label = label_text(name.rpartition("/")[2]) if index in (0, last) or last < 6 else None
         axes.plot(steps, moving_mean(values, 9), color=colour, linewidth=1.1, label=label)
     if last:
         axes.legend(fontsize=5, handlelength=0.8, borderpad=0, labelspacing=0.1)
-    axes.set_title(_label_text((title if last else next(iter(curves))).removeprefix("train/")))
+    axes.set_title(label_text((title if last else next(iter(curves))).removeprefix("train/")))
     axes.grid(axis="y")
 
 
@@ -192,22 +192,22 @@ def draw_entropy_by_turn(by_turn: Mapping[str, Sequence[float]]) -> str:
     Args:
         by_turn: The mean entropies of the first, second, … turn of each policy.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.8, 2.9), layout="constrained")
         axes = figure.subplots()
-        colours = dict(zip(by_turn, (_GREY, "#059669", "#2563eb", "#9333ea") * len(by_turn), strict=False))
+        colours = dict(zip(by_turn, (GREY, "#059669", "#2563eb", "#9333ea") * len(by_turn), strict=False))
         for name, values in by_turn.items():
             turns = range(1, len(values) + 1)
             axes.plot(
-                turns, values, "o-", markersize=3, linewidth=1.3, color=colours[name], label=_label_text(name)
+                turns, values, "o-", markersize=3, linewidth=1.3, color=colours[name], label=label_text(name)
             )
         axes.set_ylim(bottom=0)
         axes.set_xlabel("turn of the episode (sampled)")
         axes.set_ylabel("entropy of sampled tokens, nats")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
-        _draw_legend(axes)
-        return _to_data_uri(figure)
+        draw_legend(axes)
+        return to_data_uri(figure)
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
@@ -269,12 +269,12 @@ def _draw_interval(axes: Axes, rate: float, height: float, interval: Interval, d
         fmt="o",
         markersize=5,
         capsize=3,
-        color=COLOURS.get(decoding, _GREY),
+        color=COLOURS.get(decoding, GREY),
         label=decoding,
     )
 
 
-def _draw_legend(axes: Axes) -> None:
+def draw_legend(axes: Axes) -> None:
     """Draw a legend with one entry per label above the axes, if there are labels."""
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
@@ -290,12 +290,13 @@ def _draw_legend(axes: Axes) -> None:
         )
 
 
-def _label_text(text: str) -> str:
+def label_text(text: str) -> str:
     """Escape what matplotlib reads as mathematics (`$`) or as a hidden label (a leading `_`)."""
     return re.sub(r"^_", " _", printable(text).replace("$", r"\$"))
 
 
-def _to_data_uri(figure: Figure) -> str:
+def to_data_uri(figure: Figure) -> str:
+    """Return a figure as the `data:` URI of an SVG image."""
     stream = BytesIO()
     # A transparent background suits both the light and the dark page.
     figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)

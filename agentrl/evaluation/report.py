@@ -55,6 +55,7 @@ def write_report(run_folder: str | Path) -> Path:
 
 def _content(folder: Path) -> dict[str, Any]:
     from agentrl.evaluation import figures  # loads matplotlib (half a second), which a table does not need
+    from agentrl.evaluation.diagnostics.sections import diagnostic_sections
 
     summary, manifest = read_summary(folder), read_manifest(folder) or {}
     training = read_metrics(folder / "metrics.jsonl", "train")
@@ -77,6 +78,7 @@ def _content(folder: Path) -> dict[str, Any]:
         "overview": list(_overview_rows(results)) if len(results) > 1 else [],
         "entropy_figures": entropy_figures,
         "signals_figure": figures.draw_signals(training, results) if training else None,
+        "diagnostics": list(diagnostic_sections(folder)),
         "waiting": _waiting_line(summary.get("times", {})),
         "episodes_source": source,
         "episodes": _episode_rows(episodes),

@@ -1,6 +1,6 @@
 """Evaluate policies on several panels: one table, a row for each panel; an evaluation can be interrupted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,6 +43,8 @@ from agentrl.rollout.settings import Placement, RolloutConfig
 from agentrl.run.folder import Run
 from agentrl.run.policies import open_player
 from agentrl.run.settings import RunConfig
+
+OnPanel = Callable[[str, str, Sequence[Episode]], None]  # policy, label of the panel, all of its episodes
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class _Options:
     overrides: Sequence[str]
     base_url: str | None
     on_episode: OnEpisode | None
+    on_panel: OnPanel | None
 
     def rollout(self, config: RunConfig, env: str) -> RolloutConfig:
         return rollout_config(config, env, self.placement, self.interpreter)
@@ -135,6 +138,7 @@ def evaluate_panels(
     base_url: str | None = None,
     output: str | Path | None = None,
     on_episode: OnEpisode | None = None,
+    on_panel: OnPanel | None = None,
 ) -> Results:
     """Evaluate policies on several panels, each policy on each panel as if it were alone.
 
@@ -162,6 +166,8 @@ def evaluate_panels(
         output: A folder for the episodes as they end and for the results. If it holds an interrupted
             evaluation with the same settings, that goes on; its aborted episodes are played again.
         on_episode: Called with each episode when it ends.
+        on_panel: Called with the policy, the label of the panel and its episodes when a panel is complete,
+            also with those of an interrupted evaluation that are not played again.
 
     Raises:
         ConfigError: If arguments are unknown or contradict each other, or policies were not to be measured
@@ -178,7 +184,16 @@ def evaluate_panels(
     if base_url is not None and not any(name.startswith(ENDPOINT) for name in names):
         raise ConfigError(f"--base-url is for a policy {ENDPOINT}MODEL, not for {', '.join(names)}")
     options = _Options(
-        repeats, seed, temperature, placement, interpreter, config, overrides, base_url, on_episode
+        repeats,
+        seed,
+        temperature,
+        placement,
+        interpreter,
+        config,
+        overrides,
+        base_url,
+        on_episode,
+        on_panel,
     )
     entrants = _entrants(names, options)
     leading = next((each for each in entrants if each.name not in SCRIPTED), entrants[0])
@@ -245,6 +260,8 @@ def _play(
             episodes = [played[name] for name in ids]
             found = summarise(episodes, opened.panel, options.repeats, data=opened.data)
             score = PanelScore(opened.label, opened.env, found)
+            if options.on_panel is not None:
+                options.on_panel(entrant.name, opened.label, episodes)
         else:
             if player is None:
                 player = _open(entrant, options)
@@ -301,9 +318,13 @@ def _play_panel(
             on_episode=keep,
             played=played,
         )
-    if folder is not None and score.evaluation is not None:
+    if score.evaluation is not None:
         ids = episode_ids(opened.panel, options.repeats, options.seed)
-        folder.finish(entrant.name, opened.label, [ended[name] for name in ids])
+        episodes = [ended[name] for name in ids]
+        if folder is not None:
+            folder.finish(entrant.name, opened.label, episodes)
+        if options.on_panel is not None:
+            options.on_panel(entrant.name, opened.label, episodes)
     return score
 
 

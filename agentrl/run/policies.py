@@ -37,7 +37,7 @@ from agentrl.run.folder import Run, changed_wording
 from agentrl.run.settings import RunConfig, load_config, with_changes
 from agentrl.run.tasks import random_tasks
 from agentrl.run.trust import caller_only_values, drop_caller_only_values
-from agentrl.run.weights import find_model, find_policy, initial_weights, load_saved
+from agentrl.run.weights import SavedPolicy, find_model, find_policy, initial_weights, load_saved
 from agentrl.scale.endpoint import open_endpoint
 from agentrl.scale.engines import open_engine
 from agentrl.seeds import derive_seed
@@ -207,6 +207,20 @@ def load(source: ModelSource | str | Path, config: PolicyConfig, examples: Seque
     return replace(_checked_policy(source.path, model, tokenizer, config, examples), source=source)
 
 
+def open_saved(saved: SavedPolicy, config: RunConfig) -> Policy:
+    """Load the policy that a run left.
+
+    Args:
+        saved: The weights.
+        config: The configuration to use it with, usually that of the run.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged, or the weights overflow in `policy.dtype`.
+    """
+    examples = find_examples(config, saved.run)
+    return _checked_policy(saved.path, *load_saved(saved), config.policy, examples)
+
+
 def _checked_policy(
     folder: Path,
     model: PreTrainedModel,
@@ -264,8 +278,7 @@ def open_player(
         _warn_of_dropped_values(saved.run)
         if saved.checkpoint is not None and not saved.asked:
             _log.warning("%s", saved.describe())
-        examples = find_examples(config, saved.run)
-        loaded = _checked_policy(saved.path, *load_saved(saved), config.policy, examples)
+        loaded = open_saved(saved, config)
         changed = changed_wording(saved.run, loaded.dialogue.wording)
         named = replace(config.policy, path=str(saved.path), revision=None, chat_template=None)
     else:
