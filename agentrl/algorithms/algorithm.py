@@ -384,6 +384,8 @@ def _is_computed(requirement: str, offered: frozenset[str]) -> bool:
 _REFUSED = {
     "rollout:token_temperature": "only engine.name=torch without engine.actors samples each token at a "
     "temperature of its own; the others sample a whole reply at one",
+    "rollout:scores": "the learner scores replies during the rollout, wanted trainer.mode=sync and one "
+    "learning process",
 }
 
 

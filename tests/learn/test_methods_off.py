@@ -48,6 +48,11 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"name": "grpo", "drop_equal_groups": False},
         {},
     ),
+    "appo": (  # with fewer first rollouts than episodes it differs in the rollout
+        {"influence": 0.0, "dual_clip": None, "clip_high": 0.2, "divide_by_std": False},
+        {"name": "grpo", "divide_by_std": False},
+        {},
+    ),
     "ares": ({"strength": 0.0}, {"name": "grpo"}, {"window": 1}),
     "epo": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
     "graphgpo": (

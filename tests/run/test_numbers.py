@@ -48,7 +48,19 @@ TINY = (
     "rollout.max_turns=4",
 )
 
-CLIPPED = ("canon", "dr_grpo", "gigpo", "graphgpo", "grpo", "hgpo", "maxrl", "ppo", "reinforce_pp", "rloo")
+CLIPPED = (
+    "appo",
+    "canon",
+    "dr_grpo",
+    "gigpo",
+    "graphgpo",
+    "grpo",
+    "hgpo",
+    "maxrl",
+    "ppo",
+    "reinforce_pp",
+    "rloo",
+)
 # What is let through of VALUES, and trains; every recipe with a clipped ratio has those of the last lines.
 ACCEPTED = {
     -1: {
@@ -79,6 +91,7 @@ ACCEPTED = {
         *(f"aepo.{name}" for name in ("branch_penalty", "branch_probability", "entropy_advantage")),
         "aepo.entropy_weight",
         *("clip_cov.band.0", "clip_cov.share"),
+        "appo.influence",
         *("ares.decay", "ares.kl_coefficient", "ares.strength"),
         *("bapo.lower.0", "bapo.target"),
         *("canon.alpha", "canon.beta", "canon.mix", "canon.peak"),
