@@ -24,6 +24,7 @@ class Draws:
     chosen: list[int]
     logprobs: list[float]
     entropies: list[float]
+    confidences: list[float]
 
 
 def draw(
@@ -32,6 +33,7 @@ def draw(
     menus: Sequence[tuple[int, ...]] | None,
     uniforms: Array,
     temperatures: Array,
+    top: int = 0,
 ) -> Draws:
     """Sample the next id of every row.
 
@@ -41,17 +43,22 @@ def draw(
         menus: The allowed ids of each row; None allows all.
         uniforms: [R] float64 in [0, 1), the random numbers.
         temperatures: [R]; 0 takes the most likely id, with the logprob and entropy of temperature 1.
+        top: The number of ids that a confidence is over; 0 measures none.
 
     Returns:
         Indices or ids, with logprobs and entropies in nats over the allowed ids, after the temperature. A row
-        whose logits are not finite has entropy nan.
+        whose logits are not finite has entropy nan. A confidence is the mean of -log p over the `top` most
+        likely of the allowed ids, in nats; 0 if none is measured.
     """
     if menus is not None:
-        return _draw_rows(_menu_logits(hidden, weight, menus), uniforms, temperatures)
+        return _draw_rows(_menu_logits(hidden, weight, menus), uniforms, temperatures, top)
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
     parts = [
         _draw_rows(
-            _to_numpy(hidden[k : k + rows] @ weight.T), uniforms[k : k + rows], temperatures[k : k + rows]
+            _to_numpy(hidden[k : k + rows] @ weight.T),
+            uniforms[k : k + rows],
+            temperatures[k : k + rows],
+            top,
         )
         for k in range(0, len(uniforms), rows)
     ]
@@ -59,6 +66,7 @@ def draw(
         [token for part in parts for token in part.chosen],
         [value for part in parts for value in part.logprobs],
         [value for part in parts for value in part.entropies],
+        [value for part in parts for value in part.confidences],
     )
 
 
@@ -78,7 +86,7 @@ def _to_numpy(logits: Tensor) -> Array:
     return logits.float().cpu().numpy().astype(np.float64)
 
 
-def _draw_rows(logits: Array, uniforms: Array, temperatures: Array) -> Draws:
+def _draw_rows(logits: Array, uniforms: Array, temperatures: Array, top: int) -> Draws:
     """Sample one index per row of logits [R, K]."""
     greedy = temperatures == 0
     scaled = logits / np.where(greedy, 1.0, temperatures)[:, None]
@@ -94,4 +102,14 @@ def _draw_rows(logits: Array, uniforms: Array, temperatures: Array) -> Draws:
     last = logits.shape[1] - 1 - (weights > 0)[:, ::-1].argmax(axis=1)
     chosen = np.where(greedy, scaled.argmax(axis=1), np.minimum(chosen, last))
     logprobs = scaled[np.arange(len(chosen)), chosen] - np.log(totals)
-    return Draws(chosen.tolist(), logprobs.tolist(), entropies.tolist())
+    confidences = _confidences(scaled, np.log(totals), top) if top else np.zeros(len(chosen))
+    return Draws(chosen.tolist(), logprobs.tolist(), entropies.tolist(), confidences.tolist())
+
+
+def _confidences(scaled: Array, log_totals: Array, top: int) -> Array:
+    """Return the mean of -log p over the `top` most likely ids of each row, or over all that it allows."""
+    count = min(top, scaled.shape[1])
+    likely = np.partition(scaled, -count, axis=1)[:, -count:]
+    allowed = np.isfinite(likely)
+    sums = np.where(allowed, log_totals[:, None] - np.where(allowed, likely, 0.0), 0.0).sum(axis=1)
+    return np.asarray(sums / allowed.sum(axis=1).clip(1))

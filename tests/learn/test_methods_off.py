@@ -53,6 +53,11 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"name": "grpo", "divide_by_std": False},
         {},
     ),
+    "t2po": (  # what it changes is the rollout, so that another base shows on these rows
+        {"flat": 0.0, "change": 0.0},
+        {"name": "gigpo"},
+        {"base": {"name": "gigpo", "step_weight": 0.5}},
+    ),
     "ares": ({"strength": 0.0}, {"name": "grpo"}, {"window": 1}),
     "epo": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
     "graphgpo": (

@@ -102,6 +102,14 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
             lambda row: row["train/learner/weight_mean"] > 1,
         ),
     ),
+    "t2po": (
+        ("algorithm.change=0.2",),
+        (moved("algorithm/t2po/resampled"), moved("algorithm/t2po/discarded_tokens")),
+    ),
+    "hiper": (  # its replies are plain here: each is an action as a whole
+        (),
+        (moved("learner/term/value"), moved("algorithm/hiper/segment_turns")),
+    ),
     "fr3e": (
         ("algorithm.continuations=2",),
         (moved("rollout/branches/restored"), moved("algorithm/states_kept")),
