@@ -13,7 +13,7 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.features import decisions
-from agentrl.algorithms.hooks import Context, MiniBatch, require_tensor, requires
+from agentrl.algorithms.hooks import Context, MiniBatch, TokenHook, require_tensor, requires
 from agentrl.algorithms.influence_branching import InfluenceBranching, branch_credit, first_rollouts
 from agentrl.algorithms.methods.grpo import GRPO, Estimate, mark_comparing
 from agentrl.algorithms.recipe import Presets, recipe
@@ -72,7 +72,7 @@ class APPO(GRPO):
     Source: arXiv:2606.12384.
     """
 
-    KIND = "rollouts"
+    KIND = "credit"
     CONFIDENCE = "official code read"
     PRESETS: ClassVar[Presets] = {
         "paper": {"kl_coefficient": 1e-3},
@@ -95,7 +95,8 @@ class APPO(GRPO):
             singleton=self.singleton,
             ddof=0,
         )
-        masks, weights = (first_tokens,), ()
+        masks: tuple[TokenHook, ...] = (first_tokens,)
+        weights: tuple[TokenHook, ...] = ()
         if self.dual_clip is not None:
             masks = (*masks, partial(without_outliers, limit=self.dual_clip))
         if self.influence:

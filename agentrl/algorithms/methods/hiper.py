@@ -16,6 +16,7 @@ from agentrl.algorithms.functional import Hierarchical
 from agentrl.algorithms.hooks import Context, MiniBatch, Term, requires, trait
 from agentrl.algorithms.methods.ppo import value_error
 from agentrl.algorithms.plans import (
+    Part,
     part_tokens,
     plan_estimates,
     plan_of,
@@ -130,11 +131,12 @@ def hierarchical_advantage(batch: Batch, context: Context, *, estimate: Estimate
     found, _ = estimate(batch)
     present, starts = has_decision(batch), segment_starts(batch)
     total = torch.zeros(batch.tokens.shape, dtype=torch.float64, device=batch.tokens.device)
-    for part, values, turns in (
+    levels: tuple[tuple[Part, Tensor, Tensor], ...] = (
         ("action", found.action, present),
         ("subgoal", found.subgoal, starts),
         ("switch", found.switch, present),
-    ):
+    )
+    for part, values, turns in levels:
         shared = turns_to_tokens(functional.whiten(values, turns), batch)
         total = total + torch.where(part_tokens(batch, part), shared, 0.0)
     return total
