@@ -347,7 +347,12 @@ def _parts(component: object) -> tuple[object, ...]:
     if isinstance(component, GroupTerm):
         return (component.loss,)
     if isinstance(component, RolloutPlan):
-        return component.branch_policy, component.reply_temperature
+        return (
+            component.branch_policy,
+            component.reply_temperature,
+            component.turn_gate,
+            component.end_thoughts,
+        )
     return (component,)
 
 
@@ -384,6 +389,9 @@ def _is_computed(requirement: str, offered: frozenset[str]) -> bool:
 _REFUSED = {
     "rollout:token_temperature": "only engine.name=torch without engine.actors samples each token at a "
     "temperature of its own; the others sample a whole reply at one",
+    "rollout:confidence": "only engine.name=torch without engine.actors measures it while it samples",
+    "rollout:scores": "the learner scores replies during the rollout, wanted trainer.mode=sync and one "
+    "learning process",
 }
 
 

@@ -7,7 +7,7 @@ from itertools import islice
 from statistics import fmean, quantiles
 from typing import Literal, Protocol
 
-from agentrl.algorithms.hooks import Coefficient, Context, ReplyTemperature
+from agentrl.algorithms.hooks import Coefficient, Context, EndThoughts, ReplyTemperature, TurnGate
 from agentrl.data.trajectory import BranchPoint, Episode, Turn
 
 OPENING = 20  # action tokens of a turn whose entropy stands for the turn
@@ -61,6 +61,13 @@ class RolloutPlan:
         episodes: The number of episodes per task; None takes the configured group size.
         branch_policy: (episodes of the task, seed, context) -> the policy that decides where episodes start;
             None starts all of them at the first observation.
+        turn_gate: (state before the reply, reply, context) -> whether the environment gets it. A refused
+            reply leaves no trace but its count and tokens in the turn's info, as `discarded_replies` and
+            `discarded_tokens`, and another one is sampled at the same state.
+        resamples: The maximum number of refused replies of a turn; the next one is accepted in any case.
+        end_thoughts: (entropies, confidences of the reasoning so far, context) -> whether to end it now. The
+            tokens that end it are forced, and the turn's info has `intervened`.
+        confidence: The number of most likely tokens that a confidence is over; 0 measures none.
     """
 
     temperature: Coefficient | None = None
@@ -68,6 +75,10 @@ class RolloutPlan:
     rounds: int = 1
     episodes: int | None = None
     branch_policy: BranchPolicyFactory | None = None
+    turn_gate: TurnGate | None = None
+    resamples: int = 0
+    end_thoughts: EndThoughts | None = None
+    confidence: int = 0
 
 
 def opening_entropy(turn: Turn, vocabulary: int, *, total: bool = False) -> float | None:

@@ -57,6 +57,17 @@ def decisions(batch: Batch) -> ActionTokens:
     return ActionTokens(index, valid, turns, batch.tokens.shape)
 
 
+def reply_positions(batch: Batch) -> Tensor:
+    """Return the index of every reply token in its reply, forced tokens included; [B, T] int64, else -1."""
+    places = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.turns)
+    if not batch.turns.numel():
+        return places
+    begins = torch.ones_like(batch.action_mask)
+    begins[:, 1:] = batch.turns[:, 1:] != batch.turns[:, :-1]
+    start = torch.where(begins, places, 0).cummax(1).values
+    return torch.where(batch.turns >= 0, places - start, -1)
+
+
 def thought_tokens(batch: Batch) -> Tensor:
     """Mark the action tokens of reasoning before a choice among actions; [B, T] bool.
 

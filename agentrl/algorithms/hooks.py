@@ -34,6 +34,8 @@ class Context:
             for.
         vocabulary: The size of the policy's vocabulary, to express entropies in units of its logarithm.
         tokenizer: The fingerprint of the policy's tokenizer. Token ids are valid under this one only.
+        score: Maps an episode to the learner's log-probability in nats of each reply token, by turn, at the
+            temperature of the token; only for a `BranchPolicy` that requires `rollout:scores`.
     """
 
     step: int = 0
@@ -42,6 +44,7 @@ class Context:
     seed: int = 0
     vocabulary: int = 0
     tokenizer: str = ""
+    score: "ScoreEpisode | None" = field(default=None, repr=False, compare=False)
 
     def past(self, name: str) -> Sequence[float]:
         """Return the past values of a diagnostic of the algorithm, by the name that it reports."""
@@ -172,9 +175,40 @@ class TokenTemperature:
     following: Callable[[float], float]
 
 
+ScoreEpisode = Callable[[Episode], Sequence[Sequence[float]]]
+
+
+@dataclass(frozen=True)
+class SampledReply:
+    """A reply before the environment sees it.
+
+    Args:
+        entropies: Those of its decisions, in nats.
+        confidences: The mean -log p of the most likely tokens at each decision, in nats; see `RolloutPlan`.
+    """
+
+    entropies: Sequence[float]
+    confidences: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Decision of a turn gate.
+
+    Args:
+        accept: Whether the reply is given to the environment; otherwise another one is sampled.
+        score: A number that is kept of an accepted reply, in `gate_score` of the turn's info.
+    """
+
+    accept: bool
+    score: float
+
+
 Weights = tuple[Tensor, Tensor]  # [B, T], and the count that divides their sum
 Coefficient = Callable[[Context], float]
 ReplyTemperature = Callable[[ReplyState, Context], float | TokenTemperature]
+TurnGate = Callable[[ReplyState, SampledReply, Context], Verdict]
+EndThoughts = Callable[[Sequence[float], Sequence[float], Context], bool]
 Select = Callable[[Sequence[Group], Context], Sequence[Group]]
 ShapeReward = Callable[[Episode, Context], Sequence[float]]
 ShapeGroup = Callable[[Group, Context], Sequence[Sequence[float]]]
@@ -271,9 +305,11 @@ def requires(*names: str) -> Callable[[F], F]:
     with a value head `values` ([B, T] of the scoring pass), `last_values` and `values:grad`. An engine that
     records entropies provides `rollout:entropy`, for a `BranchPolicy` or a `ReplyTemperature` that reads
     them; the torch engine in this process provides `rollout:token_temperature`, for a `ReplyTemperature` that
-    returns a `TokenTemperature`. Names such as `topk:10` and `topk:10:grad` ask for statistics of each
-    token's distribution; see `token_statistic`. Names such as `states` and `turn_entropy` ask for features
-    of the batch, which every learner can compute; see `agentrl.algorithms.named_features`.
+    returns a `TokenTemperature`, and `rollout:confidence`, for `TurnGate` and `EndThoughts`. A run whose
+    learner waits for its rollouts provides `rollout:scores`, which is `Context.score` of a `BranchPolicy`.
+    Names such as `topk:10` and `topk:10:grad` ask for statistics of each token's distribution; see
+    `token_statistic`. Names such as `states` and `turn_entropy` ask for features of the batch, which every
+    learner can compute; see `agentrl.algorithms.named_features`.
 
     Where a name depends on a hyper-parameter, mark a `functools.partial` or a bound method of the hook. Names
     add to those that the component declares itself.

@@ -32,7 +32,7 @@ def trajectory_gae(batch: Batch, *, gamma: float, lam: float, bootstrap: bool) -
         made.turns,
         gamma_turn=gamma,
         lam_turn=lam,
-        last_values=_truncation_values(batch) if bootstrap else None,
+        last_values=truncation_values(batch) if bootstrap else None,
     )
     return made.write(estimates[0]), made.write(estimates[1])
 
@@ -55,7 +55,7 @@ def turn_gae(batch: Batch, *, gamma: float, lam: float, bootstrap: bool) -> tupl
         torch.arange(rewards.shape[1], device=rewards.device).expand_as(rewards),
         gamma_turn=gamma,
         lam_turn=lam,
-        last_values=_truncation_values(batch) if bootstrap else None,
+        last_values=truncation_values(batch) if bootstrap else None,
     )
     advantages, returns = (turns_to_tokens(table, batch) for table in estimates)
     return advantages, returns
@@ -71,7 +71,7 @@ def row_gae(batch: Batch, *, invalid_penalty: float) -> tuple[Tensor, Tensor]:
     return torch.where(batch.action_mask, scores - require_tensor(batch.values, "values"), 0.0), scores
 
 
-def _truncation_values(batch: Batch) -> Tensor | None:
+def truncation_values(batch: Batch) -> Tensor | None:
     """Return the value after the last token of truncated episodes, 0 for other episodes; [E], or None."""
     cut = torch.tensor([episode.stop in _CUT_OFF for episode in batch.episodes], device=batch.tokens.device)
     if not bool(cut.any()):

@@ -10,10 +10,11 @@ from torch import nn
 
 from agentrl.algorithms.algorithm import AFTER_UPDATE, LOSS_SLOTS, Algorithm, ReplayBatch
 from agentrl.algorithms.credit import compute_advantages, with_mask, with_targets
-from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
+from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, require_tensor
 from agentrl.algorithms.named_features import with_features, with_mini_batch_features
 from agentrl.algorithms.token_statistics import STATISTICS, scored_statistics
-from agentrl.data.batch import Batch
+from agentrl.data.batch import Batch, collate
+from agentrl.data.trajectory import Episode, Group
 from agentrl.errors import RequirementError
 from agentrl.learn.allocator import return_freed_memory
 from agentrl.learn.diagnostics import batch_metrics, diagnose, step_counts, step_means
@@ -140,6 +141,12 @@ class Learner:
         if self._state.reference is None:
             raise RequirementError("algorithm: requires a reference policy, and the learner was given none")
         return replace(batch, reference_logprobs=self._scorer.score(self._state.reference, batch).logprobs)
+
+    def score_replies(self, episode: Episode) -> list[list[float]]:
+        """Return the log-probability of each reply token of an episode, by turn; 0 where not sampled."""
+        scored = self.score(collate([Group(episode.task, (episode,))]))
+        logprobs = require_tensor(scored.old_logprobs, "old_logprobs")
+        return [logprobs[scored.turns == turn].tolist() for turn in range(len(episode.turns))]
 
     def update(self, batch: Batch, algorithm: Algorithm, context: Context) -> _Numbers:
         """Learn from a rollout batch, which is scored first if it is not yet and the scores matter.

@@ -473,13 +473,18 @@ def _episode_lines(config: RunConfig, algorithm: Algorithm, profiles: Sequence[E
     per_step = episodes_per_step(config, algorithm)
     played = tokenize_play(config, _episodes(profiles), context)
     tokens = _mean_tokens(played, profiles)
-    chosen = config.rollout.constrained and config.policy.reply != "think_action"
+    chosen = config.rollout.constrained and config.policy.reply not in ("think_action", "subgoal_action")
     replies = "" if chosen else f", replies of engine.max_tokens={config.engine.max_tokens}"
     every = config.trainer.save_episodes_every
     stored = (config.trainer.steps // every if every else 0) * per_step
     stored += sum(_evaluation_episodes(config, profile)[0] for profile in profiles)
     size = stored_episode_bytes(played)
     seen = f"{tokens:,.0f} of an episode as random play has it{replies}; at most {per_step * context:,}"
+    plan = algorithm.rollout
+    if plan.resamples:
+        seen += f"; up to {plan.resamples} discarded replies of each turn are generated besides"
+    if "rollout:scores" in algorithm.requires:
+        seen += "; the learner reads an episode once more before others branch off it"
     written = f"{stored:,} of {decimal(size)}, measured: random play with made-up numbers of its tokens"
     return [
         Line("work", "tokens of a step", round(tokens * per_step), "tokens", seen),

@@ -99,7 +99,8 @@ def problems(config: RunConfig, topology: Topology, *, new_folder: bool = True) 
     collect(found, _cluster_problems(config, topology))
     with collect_error(found):
         algorithm = config.algorithm.build()
-        check_algorithm(algorithm, config.engine)
+        alone = topology.ranks == 1
+        check_algorithm(algorithm, config.engine, scores=alone and config.trainer.mode == "sync")
         check_ahead(algorithm, config.trainer.mode)
         with_importance_correction(algorithm, config.trainer.importance_cap)
     with collect_error(found):
@@ -147,15 +148,20 @@ def check_prompt(block: PolicyConfig) -> None:
         check_fitted(block)
 
 
-def check_algorithm(algorithm: Algorithm, engine: EngineConfig) -> None:
+def check_algorithm(algorithm: Algorithm, engine: EngineConfig, *, scores: bool = True) -> None:
     """Refuse an algorithm that requires what neither the learner nor the engine provides.
+
+    Args:
+        algorithm: The algorithm.
+        engine: The engine of the run.
+        scores: Whether the learner can score replies during the rollout.
 
     Raises:
         RequirementError: Naming what is missing.
     """
     wanted = algorithm.requires
     own = provided(reference="reference" in wanted, critic="values" in wanted)
-    check_requirements(algorithm, own | engine.provides)
+    check_requirements(algorithm, own | engine.provides | ({"rollout:scores"} if scores else set()))
 
 
 def check_ahead(algorithm: Algorithm, mode: str) -> None:

@@ -41,7 +41,15 @@ from agentrl.policy.encoding import (
     special_ids,
 )
 from agentrl.policy.prompt import Piece, PromptTemplate, task_of
-from agentrl.policy.reply_formats import AFTER_THOUGHTS, REPLY_FORMATS, REPLY_TAGS, TOOL_CALL, ReplyFormat
+from agentrl.policy.reply_formats import (
+    AFTER_THOUGHTS,
+    PLAN_TAGS,
+    REPLY_FORMATS,
+    REPLY_TAGS,
+    TOOL_CALL,
+    ReplyFormat,
+)
+from agentrl.policy.reply_parts import reply_parts
 from agentrl.policy.text_cache import TextCache
 from agentrl.policy.thinking import Ending, Thinking, pieces_of
 from agentrl.policy.tool_calls import ToolCallFormat, tool_call_format
@@ -290,7 +298,7 @@ class ChatDialogue:
             if self.reply_text(ids) in (said, self._begun + said):
                 return ids
         if silent and not end:
-            return (*self._before, *self._encode_pieces([(text, True)]), self._stop)
+            return (*self._silent, *self._encode_pieces([(text, True)]), self._stop)
         for begun in (self._begun, THINK) if self._opens_thinking else ():
             text = text.removeprefix(begun)
         return (*self._encode_pieces([(self._lead + text, True)]), self._stop)
@@ -343,7 +351,7 @@ class ChatDialogue:
     def _encode_choice(self, text: str) -> tuple[int, ...]:
         """Return the part of a reply after its reasoning."""
         before, written, after = self._format.around(text)
-        if self._format.thinks:
+        if self.thinking is not None:
             return (*self._encode(written), *self._markup(after), self._stop)
         lead = "" if self._before else self._lead
         return (*self._encode_tagged(lead + before, written, after), self._stop)
@@ -354,8 +362,9 @@ class ChatDialogue:
 
     def _build_thinking(self, begun: str) -> tuple[tuple[int, ...], Thinking | None]:
         """Return the ids before the choice in a reply without reasoning, and how a reply reasons."""
+        plan = isinstance(self._format, ReplyFormat) and self._format.plan
         if not (self._opens_thinking or self._format.thinks):
-            return (), None
+            return self._build_plan((), self._lead, plan) if plan else ((), None)
         silenced = partial(self._render, enable_thinking=False)
         block = think_block(partial(self._render, add_generation_prompt=False), silenced)
         opening, empty = (
@@ -364,16 +373,38 @@ class ChatDialogue:
         if self._opens_thinking and block.empty.startswith(begun):
             empty = block.empty.removeprefix(begun)
         if not self._format.thinks:
-            return self._markup(empty), None
+            self._silent = self._markup(empty)
+            return self._build_plan(self._silent, "", plan) if plan else (self._silent, None)
         tag = self._format.words.before
-        ending = Ending(END_THINK, pieces_of(END_THINK, _texts_of_parts(self._tokenizer, END_THINK)))
-        leads = {"": self._markup(block.gap + tag)}
+        ending, leads = self._end_of_free_part(END_THINK, block.gap)
+        thinking = Thinking(self._markup(self._lead + opening), ending, self._markup(block.closing), leads)
+        return self._markup(self._lead + empty + tag), thinking
+
+    def _build_plan(
+        self, silent: tuple[int, ...], lead: str, plan: str
+    ) -> tuple[tuple[int, ...], Thinking | None]:
+        """Return the ids before the choice in a reply with the plan of its format, and how a reply plans."""
+        start, *_, end = PLAN_TAGS
+        ending, leads = self._end_of_free_part(end, "")
+        opening = (*silent, *self._encode_tagged(lead + start))
+        before = (*silent, *self._encode_tagged(lead + plan + self._format.words.before))
+        return before, Thinking(opening, ending, self._encode_tagged(end), leads)
+
+    def _end_of_free_part(self, end: str, gap: str) -> tuple[Ending, dict[str, tuple[int, ...]]]:
+        """Return the text that ends the free part of a reply, and the ids from there to the choice."""
+        tag = self._format.words.before
+        ending = Ending(end, pieces_of(end, _texts_of_parts(self._tokenizer, end)))
+        leads = {"": self._markup(gap + tag)}
         for beyond in ending.overhangs - {""}:
             said = beyond.lstrip()
             if tag.startswith(said):
                 leads[beyond] = self._markup(tag.removeprefix(said))
-        thinking = Thinking(self._markup(self._lead + opening), ending, self._markup(block.closing), leads)
-        return self._markup(self._lead + empty + tag), thinking
+        return ending, leads
+
+    def parts(self, ids: tuple[int, ...]) -> Mapping[str, Any]:
+        """Return the parts of a reply that plans, see `reply_parts`; empty in other formats."""
+        plans = isinstance(self._format, ReplyFormat) and self._format.plan
+        return reply_parts(ids, self._decode) if plans else {}
 
     def _parse(self, ids: tuple[int, ...]) -> ParsedReply:
         written = without_end(ids, self.stop_ids)

@@ -24,11 +24,17 @@ class SamplingParams:
         next_temperature: The temperature of every decision but the first of a reply, as a function of the
             entropy of the decision before it, in nats; None keeps `temperature`. Only for engines that
             provide `rollout:token_temperature`.
+        confidence: The number of most likely tokens whose mean -log p is a decision's confidence; 0 measures
+            none. Only for engines that provide `rollout:confidence`, like the next one.
+        end_thoughts: (entropies, confidences of the reasoning so far, in nats) -> whether to end it now, as
+            if there were no room left. Only for reasoning before a choice.
     """
 
     temperature: float = 1.0
     max_tokens: int = 64
     next_temperature: Callable[[float], float] | None = None
+    confidence: int = 0
+    end_thoughts: Callable[[Sequence[float], Sequence[float]], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,8 @@ class Generation:
     policy_versions: tuple[int, ...] = ()
     error: str | None = None
     temperatures: tuple[float, ...] = ()
+    confidences: tuple[float, ...] = ()  # in nats, 0 at forced tokens; empty if not measured
+    intervened: bool = False  # whether `SamplingParams.end_thoughts` ended the reasoning
     lost: bool = False  # the error is of the engine, not of the request, which may be submitted again
 
 

@@ -7,7 +7,8 @@ from agentrl.policy.chat import REASONING_TAGS, ChatPieces, Render, probe_templa
 from agentrl.policy.dialogue import ParsedReply
 from agentrl.policy.prompt import ReplyWords
 
-REPLY_TAGS = (*REASONING_TAGS, "<action>", "</action>")  # the tags of the reply formats
+PLAN_TAGS = ("<switch>", "</switch>", "<subgoal>", "</subgoal>")
+REPLY_TAGS = (*REASONING_TAGS, *PLAN_TAGS, "<action>", "</action>")  # the tags of the reply formats
 TOOL_CALL = "tool_call"  # the format that the chat template decides on; see `agentrl.policy.tool_calls`
 
 
@@ -20,6 +21,7 @@ class ReplyFormat:
     pattern: re.Pattern[str]  # matches the whole reply, with a group `command`
     tagged: bool
     thinks: bool = False  # whether the reply reasons in a think block before the command
+    plan: str = ""  # the plan before the command of a reply that has none of its own; "" if none is asked for
 
     @property
     def instructions(self) -> str:
@@ -55,6 +57,9 @@ class ReplyFormat:
 
 
 TASK = "You act in a text environment to solve the task it gives you. Each turn you read what happened and"
+_IN_ACTION_TAGS = re.compile(
+    r"(?:(?!<action>).)*<action>(?P<command>(?:(?!<action>).)*?)</action>(?:(?!<action>).)*", re.DOTALL
+)
 REPLY_FORMATS: dict[str, ReplyFormat] = {
     "plain": ReplyFormat(
         "reply with your next command and nothing else.",
@@ -65,10 +70,7 @@ REPLY_FORMATS: dict[str, ReplyFormat] = {
     "action_tags": ReplyFormat(
         "reply with your next command between <action> and </action>.",
         "<action>{}</action>",
-        re.compile(
-            r"(?:(?!<action>).)*<action>(?P<command>(?:(?!<action>).)*?)</action>(?:(?!<action>).)*",
-            re.DOTALL,
-        ),
+        _IN_ACTION_TAGS,
         True,
     ),
     "think_action": ReplyFormat(
@@ -82,6 +84,15 @@ REPLY_FORMATS: dict[str, ReplyFormat] = {
         ),
         True,
         thinks=True,
+    ),
+    "subgoal_action": ReplyFormat(
+        "reply with KEEP or SWITCH between <switch> and </switch>, to keep your subgoal or to change it, "
+        "then the subgoal between <subgoal> and </subgoal>, then your next command between <action> and "
+        "</action>.",
+        "<action>{}</action>",
+        _IN_ACTION_TAGS,
+        True,
+        plan="<switch>KEEP</switch><subgoal></subgoal>",
     ),
 }
 # The rest of think_action where the prompt already holds a whole think block.

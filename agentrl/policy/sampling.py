@@ -28,6 +28,7 @@ class Draws:
     chosen: list[int]
     logprobs: list[float]
     entropies: list[float]
+    confidences: list[float]
 
 
 def draw(
@@ -36,6 +37,7 @@ def draw(
     menus: Sequence[tuple[int, ...]] | None,
     uniforms: Array,
     temperatures: Array,
+    top: int = 0,
 ) -> Draws:
     """Sample the next id of every row.
 
@@ -45,29 +47,35 @@ def draw(
         menus: The allowed ids of each row; None allows all.
         uniforms: [R] float64 in [0, 1), the random numbers.
         temperatures: [R]; 0 takes the most likely id, with the logprob and entropy of temperature 1.
+        top: The number of ids that a confidence is over; 0 measures none.
 
     Returns:
         Indices or ids, with logprobs and entropies in nats over the allowed ids, after the temperature. A row
-        whose logits are not finite has entropy nan.
+        whose logits are not finite has entropy nan. A confidence is the mean of -log p over the `top` most
+        likely of the allowed ids, in nats; 0 if none is measured.
     """
     if menus is not None:
-        return _draw_rows(_menu_logits(hidden, weight, menus), uniforms, temperatures)
+        return _draw_rows(_menu_logits(hidden, weight, menus), uniforms, temperatures, top)
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
     parts = [
         part
         for k in range(0, len(uniforms), rows)
         for part in _draw_ids(
-            (hidden[k : k + rows] @ weight.T).float(), uniforms[k : k + rows], temperatures[k : k + rows]
+            (hidden[k : k + rows] @ weight.T).float(),
+            uniforms[k : k + rows],
+            temperatures[k : k + rows],
+            top,
         )
     ]
     return Draws(
         [token for part in parts for token in part.chosen],
         [value for part in parts for value in part.logprobs],
         [value for part in parts for value in part.entropies],
+        [value for part in parts for value in part.confidences],
     )
 
 
-def _draw_ids(logits: Tensor, uniforms: Array, temperatures: Array) -> Iterator[Draws]:
+def _draw_ids(logits: Tensor, uniforms: Array, temperatures: Array, top: int) -> Iterator[Draws]:
     """Sample one id per row of logits [R, V], which are overwritten; in parts of a few rows.
 
     Weights are float32 and their sums float64, so that a draw differs from that in float64 only where the
@@ -81,21 +89,23 @@ def _draw_ids(logits: Tensor, uniforms: Array, temperatures: Array) -> Iterator[
             logits[part],
             torch.from_numpy(uniforms[part]).to(logits.device),
             torch.from_numpy(temperatures[part]).to(logits.device),
+            top,
         )
-        chosen, logprobs, entropies = found.cpu().tolist()
-        yield Draws([int(token) for token in chosen], logprobs, entropies)
+        chosen, *figures = found.cpu().tolist()
+        yield Draws([int(token) for token in chosen], *figures)
 
 
-def draw_rows(logits: Tensor, uniforms: Tensor, temperatures: Tensor) -> Tensor:
+def draw_rows(logits: Tensor, uniforms: Tensor, temperatures: Tensor, top: int = 0) -> Tensor:
     """Sample one id per row, on the device of the logits.
 
     Args:
         logits: [R, V] float32, overwritten.
         uniforms: [R] float64 in [0, 1).
         temperatures: [R]; 0 takes the most likely id, with the logprob and entropy of temperature 1.
+        top: The number of most likely ids whose confidence is measured; 0 measures none.
 
     Returns:
-        [3, R] float64: the ids, and logprobs and entropies in nats.
+        [4, R] float64: the ids, and logprobs, entropies and confidences in nats.
     """
     greedy = temperatures == 0
     scaled = logits.sub_(logits.amax(dim=1, keepdim=True))
@@ -110,7 +120,13 @@ def draw_rows(logits: Tensor, uniforms: Tensor, temperatures: Tensor) -> Tensor:
     logprobs = scaled.gather(1, chosen[:, None]).squeeze(1).double() - log_totals
     # sum p log p = sum p s - log Z
     entropies = log_totals - torch.linalg.vecdot(shares, scaled).double()
-    return torch.stack([chosen.double(), logprobs, entropies])
+    confidences = torch.zeros_like(entropies)
+    if top:
+        likely = scaled.topk(min(top, scaled.shape[1]), dim=1).values.double()
+        counted = likely > LOWEST
+        surprisals = (log_totals[:, None] - likely).masked_fill(~counted, 0.0)
+        confidences = surprisals.sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+    return torch.stack([chosen.double(), logprobs, entropies, confidences])
 
 
 def _search(shares: Tensor, uniforms: Tensor) -> Tensor:
@@ -149,7 +165,7 @@ def _to_numpy(logits: Tensor) -> Array:
     return logits.float().cpu().numpy().astype(np.float64)
 
 
-def _draw_rows(logits: Array, uniforms: Array, temperatures: Array) -> Draws:
+def _draw_rows(logits: Array, uniforms: Array, temperatures: Array, top: int = 0) -> Draws:
     """Sample one index per row of logits [R, K], in float64."""
     greedy = temperatures == 0
     scaled = logits / np.where(greedy, 1.0, temperatures)[:, None]
@@ -165,4 +181,14 @@ def _draw_rows(logits: Array, uniforms: Array, temperatures: Array) -> Draws:
     last = logits.shape[1] - 1 - (weights > 0)[:, ::-1].argmax(axis=1)
     chosen = np.where(greedy, scaled.argmax(axis=1), np.minimum(chosen, last))
     logprobs = scaled[np.arange(len(chosen)), chosen] - np.log(totals)
-    return Draws(chosen.tolist(), logprobs.tolist(), entropies.tolist())
+    confidences = _confidences(scaled, np.log(totals), top) if top else np.zeros(len(chosen))
+    return Draws(chosen.tolist(), logprobs.tolist(), entropies.tolist(), confidences.tolist())
+
+
+def _confidences(scaled: Array, log_totals: Array, top: int) -> Array:
+    """Return the mean of -log p over the `top` most likely ids of each row, or over all that it allows."""
+    count = min(top, scaled.shape[1])
+    likely = np.partition(scaled, -count, axis=1)[:, -count:]
+    allowed = np.isfinite(likely)
+    sums = np.where(allowed, log_totals[:, None] - np.where(allowed, likely, 0.0), 0.0).sum(axis=1)
+    return np.asarray(sums / allowed.sum(axis=1).clip(1))

@@ -10,7 +10,7 @@ from agentrl.config import ContextTokens, Devices, OptionalCount, Processes, Sec
 from agentrl.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-ReplyFormat = Literal["plain", "action_tags", "think_action", "tool_call"]
+ReplyFormat = Literal["plain", "action_tags", "think_action", "subgoal_action", "tool_call"]
 ENDPOINT = "openai:"  # begins the name of a policy that plays through a chat server
 
 # Parameters of the rendering call, and names whose values come from the tokenizer.
@@ -67,6 +67,7 @@ class PolicyConfig:
             case; see `learner.compute_dtype` for the learner's layers.
         reply: The format of a reply; a format with tags needs a tokenizer with a chat template. With
             `think_action` the policy reasons freely before its command, under `rollout.constrained` as well.
+            With `subgoal_action` it says whether it keeps its subgoal, and which one it has, in the same way.
             With `tool_call` it calls the tools that the environment declares, in the form of the template.
         template_arguments: The arguments passed to the chat template whenever it is rendered, for example
             `template_arguments.enable_thinking=false`; an argument that it does not read is refused.
@@ -223,5 +224,6 @@ class EngineConfig:
     @property
     def provides(self) -> frozenset[str]:
         """Return the features of this engine that algorithm components may require."""
-        own = {"rollout:token_temperature"} if self.name == "torch" and self.actors is None else set()
+        here = self.name == "torch" and self.actors is None
+        own = {"rollout:token_temperature", "rollout:confidence"} if here else set()
         return frozenset({"rollout:entropy"}) | own

@@ -118,6 +118,11 @@ class Thought:
         self._thinking, self.left, self._stop_ids = thinking, limit, stop_ids
         self._matcher = EndingMatcher(thinking.ending, begun)
 
+    @property
+    def cut(self) -> tuple[int, ...]:
+        """Return the ids between the reasoning and the choice if it is ended here."""
+        return self._thinking.cut
+
     def take(self, token: int) -> tuple[int, ...] | None:
         """Add a token; return the ids between the reasoning and the choice if it was the last, else None."""
         self.left -= 1

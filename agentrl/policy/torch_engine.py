@@ -29,8 +29,10 @@ class _Sequence:
     __slots__ = (
         "allowed",
         "cached",
+        "confidences",
         "entropies",
         "ids",
+        "intervened",
         "limit",
         "logprobs",
         "name",
@@ -61,6 +63,8 @@ class _Sequence:
         self.random = Random()
         self.logprobs: list[float] = []
         self.entropies: list[float] = []
+        self.confidences: list[float] = []
+        self.intervened = False  # whether the reasoning was ended by the request's `end_thoughts`
         self.allowed: list[tuple[int, ...] | None] = []
         self.versions: list[tuple[int, int]] = []  # (index of the first reply token, version)
         self.temperatures: list[tuple[int, float]] = []  # likewise
@@ -88,7 +92,7 @@ class TorchEngine:
         forwards: The number of forward passes so far.
     """
 
-    provides = frozenset({"rollout:entropy", "rollout:token_temperature"})
+    provides = frozenset({"rollout:entropy", "rollout:token_temperature", "rollout:confidence"})
 
     def __init__(
         self,
@@ -203,6 +207,7 @@ class TorchEngine:
         sequence.request = request
         sequence.used = self._steps
         sequence.logprobs, sequence.entropies, sequence.allowed = [], [], []
+        sequence.confidences, sequence.intervened = [], False
         sequence.versions = [(0, self._version)]
         sequence.temperatures = [(0, request.sampling.temperature)]
         sequence.trie, sequence.thought, sequence.node = trie, None, None
@@ -251,6 +256,7 @@ class TorchEngine:
         sequence.allowed.extend((token,) for token in ids)
         sequence.logprobs.extend([0.0] * len(ids))
         sequence.entropies.extend([0.0] * len(ids))
+        sequence.confidences.extend([0.0] * len(ids))
 
     def _finish(self, sequence: _Sequence, finish: str = "stop", error: str | None = None) -> None:
         request = sequence.request
@@ -270,6 +276,8 @@ class TorchEngine:
                 finish,
                 *token_values(sequence.versions, len(sequence.logprobs)),
                 temperatures=token_values(sequence.temperatures, len(sequence.logprobs))[1],
+                confidences=tuple(sequence.confidences) if request.sampling.confidence else (),
+                intervened=sequence.intervened,
             )
         )
 
@@ -402,12 +410,13 @@ class TorchEngine:
                 # One generator per row, so that a reply does not depend on the rest of the batch.
                 np.array([row.random.random() for row in chosen]),
                 np.array([row.temperatures[-1][1] for row in chosen]),
+                max(row.request.sampling.confidence for row in chosen if row.request is not None),
             )
             (self._take_edges if menu else self._take_tokens)(chosen, draws)
 
     def _take_edges(self, rows: list[_Sequence], draws: Draws) -> None:
-        for row, place, logprob, entropy in zip(
-            rows, draws.chosen, draws.logprobs, draws.entropies, strict=True
+        for row, place, logprob, entropy, confidence in zip(
+            rows, draws.chosen, draws.logprobs, draws.entropies, draws.confidences, strict=True
         ):
             if entropy != entropy:  # nan
                 self._finish(row, error=NOT_FINITE)
@@ -421,14 +430,16 @@ class TorchEngine:
             row.logprobs.extend(rest)
             row.entropies.append(entropy)
             row.entropies.extend(rest)
+            row.confidences.append(confidence)
+            row.confidences.extend(rest)
             _set_next_temperature(row, entropy)
             row.node = edge.node
             if row.node is None:
                 self._finish(row)
 
     def _take_tokens(self, rows: list[_Sequence], draws: Draws) -> None:
-        for row, token, logprob, entropy in zip(
-            rows, draws.chosen, draws.logprobs, draws.entropies, strict=True
+        for row, token, logprob, entropy, confidence in zip(
+            rows, draws.chosen, draws.logprobs, draws.entropies, draws.confidences, strict=True
         ):
             if entropy != entropy:  # nan
                 self._finish(row, error=NOT_FINITE)
@@ -436,10 +447,13 @@ class TorchEngine:
             row.ids.append(token)
             row.logprobs.append(logprob)
             row.entropies.append(entropy)
+            row.confidences.append(confidence)
             _set_next_temperature(row, entropy)
             if row.thought is not None:
                 row.allowed.append(None)
                 written = row.thought.take(token)
+                if written is None and _wants_end(row):
+                    written, row.intervened = row.thought.cut, True
                 if written is not None:
                     self._begin_choice(row, written)
             elif token in self.stop_ids:
@@ -462,6 +476,12 @@ def _set_next_temperature(row: _Sequence, entropy: float) -> None:
             f"the temperature after an entropy of {entropy:g} is {temperature}, wanted a number above 0"
         )
     row.temperatures.append((len(row.logprobs), temperature))
+
+
+def _wants_end(row: _Sequence) -> bool:
+    """Return whether the request ends the reasoning after the tokens so far."""
+    ends = None if row.request is None else row.request.sampling.end_thoughts
+    return ends is not None and ends(row.entropies, row.confidences)
 
 
 def _rounded(count: int, step: int) -> int:

@@ -17,6 +17,7 @@ from agentrl.rollout.play import (
     Collection,
     Effect,
     EpisodeSpec,
+    Gate,
     Restore,
     Stop,
     play,
@@ -38,6 +39,7 @@ def collect(
     quarantine: Quarantine | None = None,
     on_episode: Callable[[Episode], None] | None = None,
     scheduler: BranchScheduler | None = None,
+    gate: Gate | None = None,
 ) -> Collection:
     """Play episodes to their end, at most `max_active` at a time.
 
@@ -61,6 +63,8 @@ def collect(
         scheduler: The scheduler that starts further episodes during the collection, some from the middle of
             others. A failed episode from which others have branched is not played again, since they hold its
             turns.
+        gate: What decides whether a reply is given to its environment. A refused one is forgotten, and the
+            player is asked again.
 
     Returns:
         The episodes in the order of `specs`, each once, and then those of the scheduler.
@@ -87,6 +91,7 @@ def collect(
         max_turns=_MAX_TURNS if max_turns is None else max_turns,
         max_aborted=max_aborted_share * (len(specs) + scheduler.total),
         on_episode=on_episode,
+        gate=gate,
     )
     try:
         with signals:
@@ -140,6 +145,7 @@ class _Collector:
     max_turns: int
     max_aborted: float
     on_episode: Callable[[Episode], None] | None
+    gate: Gate | None
     waiting: deque[tuple[Start, int]] = field(default_factory=deque)  # with the number of the attempt
     active: dict[str, _Running] = field(default_factory=dict)
     finished: dict[str, Episode] = field(default_factory=dict)
@@ -184,7 +190,7 @@ class _Collector:
         # An episode of a task in quarantine is recorded as aborted without any call.
         reason = self.quarantine.tasks.get(start.spec.task)
         fork = start.fork if reason is None else None
-        loop = play(start.spec, self.max_turns, fork=fork, path=start.path)
+        loop = play(start.spec, self.max_turns, fork=fork, path=start.path, gate=self.gate)
         running = self.active[start.spec.id] = _Running(start, attempt, loop)
         effect = next(loop)
         if reason is None:
@@ -231,8 +237,11 @@ class _Collector:
         if not isinstance(effect, ActionRequest):
             self.environments.submit(running.id, effect)
             return
-        # Branches are scheduled before the reply, so that the player can generate all of them in one batch.
-        self._branch(running, effect.turn)
+        if effect.attempt:
+            self._forget_reply(running)
+        else:
+            # Branches are scheduled before the reply, so that the player generates all of them in one batch.
+            self._branch(running, effect.turn)
         with self.player_time.running():
             self.player.submit(effect)
         running.awaits_reply = True
@@ -247,6 +256,18 @@ class _Collector:
         elif fork is not None and path.parent is not None and path.branching != "diverged":
             with self.player_time.running():
                 self.player.fork(running.id, path.parent.parent, fork.turns, fork.prefix_ids)
+
+    def _forget_reply(self, running: _Running) -> None:
+        """Let the player go back to the state before its last reply."""
+        fork, path = running.start.fork, running.start.path
+        given = fork is not None and path.branching != "diverged" and len(path.turns) == path.inherited
+        with self.player_time.running():
+            self.player.fork(
+                running.id,
+                running.id,
+                tuple(path.turns),
+                fork.prefix_ids if fork is not None and given else (),
+            )
 
     def _close_parents(self, child: str) -> None:
         """Close the ended parents that no child needs, now that `child` has its tokens or has ended."""

@@ -3,7 +3,7 @@
 The code that drives it (see `collector`) decides where environments and models live.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -86,6 +86,7 @@ class ActionRequest:
         member: The index of the episode in its group.
         previous: The turn before this one; None in the first.
         briefing: What the environment told at the start of the episode.
+        attempt: The number of replies at this turn that the gate has refused.
     """
 
     episode_id: str
@@ -98,6 +99,7 @@ class ActionRequest:
     member: int = 0
     previous: Turn | None = None
     briefing: Briefing = field(default_factory=Briefing)
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,16 @@ class Reply:
     policy_versions: tuple[int, ...] = ()
     temperature: float | None = None
     temperatures: tuple[float, ...] = ()
+    parts: Mapping[str, Any] = field(default_factory=dict)  # of a reply that plans; kept in `Turn.info`
+    confidences: tuple[float, ...] = ()
+    intervened: bool = False
+
+    @property
+    def decided(self) -> tuple[bool, ...]:
+        """Return for each reply token whether it was a decision, as `Turn.action_mask` does."""
+        if self.allowed is None:
+            return (True,) * len(self.action_ids)
+        return tuple(ids is None or len(ids) > 1 for ids in self.allowed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +166,19 @@ class Stop:
     def __post_init__(self) -> None:
         if self.error is not None:  # messages of environments are stored, so they must be valid text
             object.__setattr__(self, "error", storable(self.error))
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What decides whether the environment gets a reply.
+
+    Args:
+        judge: (request, reply) -> whether it does, and a number to keep of it.
+        resamples: The maximum number of refused replies of a turn.
+    """
+
+    judge: Callable[[ActionRequest, Reply], tuple[bool, float]]
+    resamples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +260,12 @@ AnswerT = TypeVar("AnswerT", Transition, Reply)
 
 
 def play(
-    spec: EpisodeSpec, max_turns: int | None = None, *, fork: Fork | None = None, path: Path | None = None
+    spec: EpisodeSpec,
+    max_turns: int | None = None,
+    *,
+    fork: Fork | None = None,
+    path: Path | None = None,
+    gate: Gate | None = None,
 ) -> Generator[Effect, Answer, Episode]:
     """Play one episode.
 
@@ -246,6 +276,7 @@ def play(
             if there is one, else the parent's actions are replayed; if the environment answers differently,
             the episode starts anew and shares only the first state with its parent.
         path: A record of the progress, written during the episode.
+        gate: What decides whether a reply is given to the environment; None lets all of them pass.
 
     Yields:
         `Reset`, `Step` and `Restore`, answered by a `Transition`, and `ActionRequest`, answered by a `Reply`.
@@ -272,7 +303,7 @@ def play(
         if max_turns is not None and len(path.turns) >= max_turns:
             return _episode(spec, path, StopReason.TURN_LIMIT, before)
         turn, actions = len(path.turns), _actions(before)
-        reply = yield ActionRequest(
+        request = ActionRequest(
             spec.id,
             turn,
             before.observation,
@@ -284,11 +315,31 @@ def play(
             previous=path.turns[-1] if path.turns else None,
             briefing=_limited(path.transitions[0].briefing, max_turns),
         )
+        reply, noted = yield from _reply(request, gate)
         if isinstance(reply, Stop):
             return _episode(spec, path, reply.reason, before, reply.error)
-        reply = _checked(reply, Reply)
         answer = yield Step(reply.text, path.keep)
-        path.turns.append(_turn(before, reply, answer))
+        path.turns.append(_turn(before, reply, answer, noted))
+
+
+def _reply(
+    request: ActionRequest, gate: Gate | None
+) -> Generator[Effect, Answer, tuple[Reply | Stop, dict[str, Any]]]:
+    """Ask for replies until the gate accepts one; return it with what is to be noted of those before."""
+    answer = yield request
+    if isinstance(answer, Stop) or gate is None:
+        return answer if isinstance(answer, Stop) else _checked(answer, Reply), {}
+    refused = tokens = 0
+    while True:
+        reply = _checked(answer, Reply)
+        accepted, score = gate.judge(request, reply)
+        if accepted or refused == gate.resamples:
+            counts = {"discarded_replies": refused, "discarded_tokens": tokens} if refused else {}
+            return reply, {"gate_score": score, **counts}
+        refused, tokens = refused + 1, tokens + len(reply.action_ids)
+        answer = yield replace(request, attempt=refused)
+        if isinstance(answer, Stop):
+            return answer, {}
 
 
 def _open(spec: EpisodeSpec, fork: Fork | None, path: Path) -> Generator[Effect, Answer, Answer]:
@@ -342,11 +393,16 @@ def _limited(briefing: Briefing, max_turns: int | None) -> Briefing:
     return replace(briefing, max_steps=max_turns)
 
 
-def _turn(before: Transition, reply: Reply, answer: Answer) -> Turn:
+def _turn(before: Transition, reply: Reply, answer: Answer, noted: Mapping[str, Any]) -> Turn:
     after = answer if isinstance(answer, Transition) else Transition("")
     info = {key: after.info[key] for key in STORED_INFO if key in after.info}
     if "state_key" in before.info:
         info["state_key"] = before.info["state_key"]
+    if reply.parts:
+        info["parts"] = dict(reply.parts)
+    if reply.intervened:
+        info["intervened"] = True
+    info |= noted
     return Turn(
         observation=before.observation,
         action=reply.text,

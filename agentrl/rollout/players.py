@@ -2,10 +2,10 @@
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from agentrl.data.trajectory import StopReason, Turn
 from agentrl.env.spaces import TextSpace
@@ -38,6 +38,8 @@ class Player(Protocol):
 
     def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
         """Start an episode after `turns` of its parent, before its first request.
+
+        An episode that is its own parent goes back to that state.
 
         Args:
             child_id: The id of the episode.
@@ -238,7 +240,7 @@ class LanguagePlayer:
         inherited, conversation.inheritance = conversation.inheritance, _Inheritance()
         dialogue = self._dialogue.for_episode(request.briefing)
         prompt = dialogue.prompt(conversation.history, _observation(request))
-        self.cut_observations += prompt.cut
+        self.cut_observations += prompt.cut and not request.attempt
         if fault := _unsaid(dialogue, request.actions or () if self._choices else ()):
             self._stopped.append((request.episode_id, fault))
             return
@@ -268,7 +270,7 @@ class LanguagePlayer:
                 # A child is a sequence of its own; the engine copies what it has read of the parent's.
                 new_sequence=prompt.new_sequence or bool(inherited.ids),
                 choices=None if menu is None else tuple(menu.texts),
-                seed=derive_seed(request.seed, "turn", request.turn),
+                seed=derive_seed(request.seed, "turn", request.turn, *filter(None, (request.attempt,))),
                 sampling=_shortened(sampling, len(prefix)) if free else sampling,
                 parent=inherited.parent,
                 thinking=None if menu is None else menu.thinking,
@@ -285,8 +287,9 @@ class LanguagePlayer:
 
     def fork(self, child_id: str, parent_id: str, turns: Sequence[Turn], prefix_ids: tuple[int, ...]) -> None:
         """Start an episode with the tokens of its parent, which the engine need not read again."""
-        parent = self._conversations.get(parent_id)
+        parent, known = self._conversations.get(parent_id), self._conversations.get(child_id)
         conversation = self._conversations[child_id] = _Conversation.from_turns(turns, parent)
+        conversation.submitted = known is not None and known.submitted
         ids: list[int] = []
         for turn in turns:
             if turn.new_sequence:
@@ -347,12 +350,21 @@ class LanguagePlayer:
             policy_versions=versions,
             temperature=pending.sampling.temperature,
             temperatures=temperatures,
+            parts=_parts(self._dialogue, ids),
+            confidences=(*known, *generation.confidences) if generation.confidences else (),
+            intervened=generation.intervened,
         )
 
     def _parse(self, request: ActionRequest, ids: tuple[int, ...]) -> tuple[str, bool]:
         # An unparsable reply goes to the environment as well, so that the policy sees its effect.
         parsed = self._dialogue.for_episode(request.briefing).parse(ids)
         return parsed.text, parsed.valid
+
+
+def _parts(dialogue: "Dialogue", ids: tuple[int, ...]) -> Mapping[str, Any]:
+    """Return the parts of a reply, where the dialogue has a format with parts."""
+    find = getattr(dialogue, "parts", None)
+    return {} if find is None else find(ids)
 
 
 def _shortened(sampling: SamplingParams, tokens: int) -> SamplingParams:

@@ -90,10 +90,11 @@ def _written(
 
 def _writer_of(source: OwnData, session: Session) -> Dialogue | None:
     """Return the dialogue to read whole replies of a run with, where they hold more than a command."""
-    if source.run is None or session.config.policy.reply != "think_action":
+    asked = session.config.policy.reply
+    if source.run is None or asked not in ("think_action", "subgoal_action"):
         return None
     run = open_run(source.run)
-    return dialogue_of(run) if run.config.policy.reply == "think_action" else None
+    return dialogue_of(run) if run.config.policy.reply == asked else None
 
 
 def _as_stored(episode: Episode) -> Episode:

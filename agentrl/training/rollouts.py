@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from agentrl.algorithms.branching import RolloutPlan
 from agentrl.algorithms.hooks import (
     Context,
+    EndThoughts,
     ReplyState,
     ReplyTemperature,
+    SampledReply,
     TokenTemperature,
     requirements,
 )
@@ -18,8 +21,8 @@ from agentrl.policy.engine import Engine, SamplingParams
 from agentrl.rollout.branching import BranchScheduler
 from agentrl.rollout.collector import collect
 from agentrl.rollout.failures import Quarantine
-from agentrl.rollout.play import ActionRequest, Collection, EpisodeSpec
-from agentrl.rollout.players import Player
+from agentrl.rollout.play import ActionRequest, Collection, EpisodeSpec, Gate, Reply
+from agentrl.rollout.players import ChooseSampling, Player
 from agentrl.run.settings import RunConfig
 from agentrl.run.tasks import task_order
 from agentrl.run.timers import Timers
@@ -117,12 +120,10 @@ class Rollouts:
         """
         wanted, most = self._config.rollout.groups_per_step, self._algorithm.rollout.rounds
         hook = self._algorithm.rollout.reply_temperature
-        player = self._session.policy.player(
-            engine,
-            self._config,
-            self.temperature(context),
-            None if hook is None else partial(reply_sampling, hook, context, self._config),
-        )
+        choose = None if hook is None else partial(reply_sampling, hook, context, self._config)
+        if self._algorithm.rollout.confidence:
+            choose = partial(watched_sampling, self._algorithm.rollout, context, choose)
+        player = self._session.policy.player(engine, self._config, self.temperature(context), choose)
         played = RolloutResult()
         with self._timers.running("rollout"):
             while not played.rounds or (played.rounds < most and len(played.kept) < wanted):
@@ -167,18 +168,19 @@ class Rollouts:
         self, templates: Sequence[EpisodeSpec], player: Player, context: Context
     ) -> tuple[list[Group], Collection]:
         branch_policy, size = self._algorithm.rollout.branch_policy, self.group_size
+        gate = gate_of(self._algorithm.rollout, context)
         if branch_policy is None:
             specs = [
                 replace(item, id=f"{item.id}-{member}", member=member)
                 for item in templates
                 for member in range(size)
             ]
-            collection = self._collect(specs, player)
+            collection = self._collect(specs, player, gate=gate)
             members = [collection.episodes[start : start + size] for start in range(0, len(specs), size)]
             return [Group(item.task, each) for item, each in zip(templates, members, strict=True)], collection
         policies = [branch_policy(size, item.seed, context) for item in templates]
         scheduler = BranchScheduler(templates, policies, size)
-        collection = self._collect((), player, scheduler=scheduler)
+        collection = self._collect((), player, scheduler=scheduler, gate=gate)
         return scheduler.groups(collection), collection
 
 
@@ -195,15 +197,7 @@ def reply_sampling(
         ConfigError: The engine cannot sample at the temperature.
         RequirementError: The engine cannot change it within a reply.
     """
-    state = ReplyState(
-        request.task,
-        request.episode_id,
-        request.member,
-        request.turn,
-        request.previous,
-        sampling.temperature,
-    )
-    wanted, following = hook(state, context), None
+    wanted, following = hook(state_of(request, sampling.temperature), context), None
     if isinstance(wanted, TokenTemperature):
         if "rollout:token_temperature" not in requirements(hook):
             raise RequirementError(
@@ -213,3 +207,46 @@ def reply_sampling(
         following, wanted = wanted.following, wanted.first
     config.check_temperature(f"the temperature of {request.episode_id}, turn {request.turn}", wanted)
     return replace(sampling, temperature=wanted, next_temperature=following)
+
+
+def watched_sampling(
+    plan: RolloutPlan,
+    context: Context,
+    choose: ChooseSampling | None,
+    request: ActionRequest,
+    sampling: SamplingParams,
+) -> SamplingParams:
+    """Return how a reply is sampled, with the confidences and the end of reasoning that a plan asks for."""
+    ends = None if plan.end_thoughts is None else partial(_ends, plan.end_thoughts, context)
+    chosen = sampling if choose is None else choose(request, sampling)
+    return replace(chosen, confidence=plan.confidence, end_thoughts=ends)
+
+
+def _ends(
+    hook: EndThoughts, context: Context, entropies: Sequence[float], confidences: Sequence[float]
+) -> bool:
+    return hook(entropies, confidences, context)
+
+
+def gate_of(plan: RolloutPlan, context: Context) -> Gate | None:
+    """Return the gate of a plan's turns; None if it lets all of them pass."""
+    hook = plan.turn_gate
+    if hook is None:
+        return None
+
+    def judge(request: ActionRequest, reply: Reply) -> tuple[bool, float]:
+        read = [place for place, own in enumerate(reply.decided) if own and reply.trainable]
+        sampled = SampledReply(
+            [reply.entropies[place] for place in read], [reply.confidences[place] for place in read]
+        )
+        verdict = hook(state_of(request, reply.temperature or 0.0), sampled, context)
+        return verdict.accept, verdict.score
+
+    return Gate(judge, plan.resamples)
+
+
+def state_of(request: ActionRequest, temperature: float) -> ReplyState:
+    """Return the state of an episode before a reply, as hooks see it."""
+    return ReplyState(
+        request.task, request.episode_id, request.member, request.turn, request.previous, temperature
+    )

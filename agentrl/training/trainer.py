@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 from agentrl.algorithms.credit import prepare
@@ -137,7 +138,10 @@ class Trainer:
     def step(self, source: SyncRollouts | AsyncRollouts) -> None:
         """Take one step of reinforcement learning."""
         context = self.state.context()
-        rollout = source.collect(context)
+        scoring = "rollout:scores" in self.algorithm.requires
+        rollout = source.collect(
+            replace(context, score=self.state.learner.score_replies) if scoring else context
+        )
         with self.interruption.shield(), self.timers.running("learning"):
             batch = self.make_batch(rollout, context)
             metrics = self.update(batch, rollout, context)

@@ -64,6 +64,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "drpo, by tokens": {"name": "drpo", "length": "tokens", "trust": 0.0},
     "copo": {"name": "copo"},
     "ares": {"name": "ares", "window": 1},
+    "t2po": {"name": "t2po"},
+    "appo": {"name": "appo", "kl_coefficient": 0.1},
 }
 every_method = pytest.mark.parametrize("block", METHODS.values(), ids=METHODS)
 

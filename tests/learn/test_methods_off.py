@@ -48,6 +48,16 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"name": "grpo", "drop_equal_groups": False},
         {},
     ),
+    "appo": (  # with fewer first rollouts than episodes it differs in the rollout
+        {"influence": 0.0, "dual_clip": None, "clip_high": 0.2, "divide_by_std": False},
+        {"name": "grpo", "divide_by_std": False},
+        {},
+    ),
+    "t2po": (  # what it changes is the rollout, so that another base shows on these rows
+        {"flat": 0.0, "change": 0.0},
+        {"name": "gigpo"},
+        {"base": {"name": "gigpo", "step_weight": 0.5}},
+    ),
     "ares": ({"strength": 0.0}, {"name": "grpo"}, {"window": 1}),
     "epo": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
     "graphgpo": (

@@ -82,11 +82,12 @@ def test_draws_are_those_of_float64_but_for_rounding(vocabulary: int, temperatur
     rows = 2000
     logits = 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
     uniforms, temperatures = np.random.default_rng(0).random(rows), np.full(rows, temperature)
-    wanted = sampling._draw_rows(sampling._to_numpy(logits), uniforms, temperatures)
-    found = draw_rows(logits.clone(), torch.from_numpy(uniforms), torch.from_numpy(temperatures))
+    wanted = sampling._draw_rows(sampling._to_numpy(logits), uniforms, temperatures, 10)
+    found = draw_rows(logits.clone(), torch.from_numpy(uniforms), torch.from_numpy(temperatures), 10)
     same = found[0].numpy() == wanted.chosen
     assert same.mean() >= 0.999
     np.testing.assert_allclose(found[2], wanted.entropies, atol=1e-5)
+    np.testing.assert_allclose(found[3], wanted.confidences, atol=1e-5)
     np.testing.assert_allclose(found[1][same], np.array(wanted.logprobs)[same], atol=1e-5)
     # Where another id is drawn, the uniform lies on the step between the two.
     scaled = logits.double().numpy() / (temperature or 1.0)

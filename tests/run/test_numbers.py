@@ -48,7 +48,20 @@ TINY = (
     "rollout.max_turns=4",
 )
 
-CLIPPED = ("canon", "dr_grpo", "gigpo", "graphgpo", "grpo", "hgpo", "maxrl", "ppo", "reinforce_pp", "rloo")
+CLIPPED = (
+    "appo",
+    "canon",
+    "dr_grpo",
+    "gigpo",
+    "graphgpo",
+    "grpo",
+    "hgpo",
+    "hiper",
+    "maxrl",
+    "ppo",
+    "reinforce_pp",
+    "rloo",
+)
 # What is let through of VALUES, and trains; every recipe with a clipped ratio has those of the last lines.
 ACCEPTED = {
     -1: {
@@ -79,6 +92,7 @@ ACCEPTED = {
         *(f"aepo.{name}" for name in ("branch_penalty", "branch_probability", "entropy_advantage")),
         "aepo.entropy_weight",
         *("clip_cov.band.0", "clip_cov.share"),
+        "appo.influence",
         *("ares.decay", "ares.kl_coefficient", "ares.strength"),
         *("bapo.lower.0", "bapo.target"),
         *("canon.alpha", "canon.beta", "canon.mix", "canon.peak"),
@@ -96,6 +110,9 @@ ACCEPTED = {
         *("hgpo.alpha", "hgpo.gamma", "hgpo.history"),
         *(f"hapo.{name}" for name in ("clip", "pivot", "redistribution", "temperature_change", "widening")),
         *("hicra.alpha", "light_if.coefficient"),
+        *(f"t2po.{name}" for name in ("change", "entropy_weight", "flat", "least_thoughts", "resamples")),
+        *("hiper.gamma", "hiper.lam", "hiper.lam_segment", "hiper.value_coefficient"),
+        *(f"hiper.{name}_penalty" for name in ("change", "keep", "keep_share")),
         "kl_cov.coefficient",
         *("lp_reg.coefficient", "lp_reg.share"),
         "mis.low",

@@ -44,7 +44,7 @@ def chat_folder(folder: Path, template: str) -> Path:
 
 
 @pytest.mark.parametrize("template", [CHATML, FORGETFUL], ids=["appending", "rewriting"])
-@pytest.mark.parametrize("reply", ["plain", "action_tags", "think_action"])
+@pytest.mark.parametrize("reply", ["plain", "action_tags", "think_action", "subgoal_action"])
 @pytest.mark.parametrize("constrained", [True, False])
 def test_a_chat_model_trains(
     template: str, reply: str, constrained: bool, examples: dict[str, ModuleType], tmp_path: Path
@@ -85,6 +85,53 @@ THINKING = CHATML.replace(
     "assistant\n<think>\n{% if enable_thinking is defined and not enable_thinking %}\n</think>\n\n{% endif %}"
     "{% endif %}",
 )
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, FORGETFUL, THINKING], ids=["appending", "rewriting", "thinking"]
+)
+@pytest.mark.parametrize("constrained", [True, False])
+def test_a_policy_that_plans_is_credited_for_switch_subgoal_and_action(
+    template: str, constrained: bool, examples: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    config = agentrl.load_config(
+        None,
+        "env.id=example/HotCold-v0",
+        f"policy.path={chat_folder(tmp_path / 'chat', template)}",
+        "policy.preset=scratch",
+        "policy.reply=subgoal_action",
+        "engine.max_tokens=96",
+        "algorithm={name: hiper, change_penalty: 0.1}",
+        f"rollout.constrained={str(constrained).lower()}",
+        "rollout.groups_per_step=2",
+        "rollout.group_size=2",
+        "warm_start.steps=30",
+        "warm_start.demonstrations=48",
+        "trainer.steps=2",
+        "trainer.save_episodes_every=1",
+        "evaluation.split=test",
+        "evaluation.tasks=2",
+        "evaluation.baselines=[]",
+        f"run.folder={tmp_path}",
+        "run.name=planning",
+    )
+    run = agentrl.train(config, quiet=True)
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()][-2:]
+    # Without menus this policy never says a number, so that all returns and values are 0.
+    assert all((row["train/learner/term/value"] > 0) is constrained for row in rows)
+    turns = [
+        turn
+        for step in (1, 2)
+        for episode in read_episodes(run.folder / "episodes" / f"train-00000{step}.parquet")
+        for turn in episode.turns
+    ]
+    for turn in turns:
+        parts = turn.info["parts"]
+        assert parts["action"][1] == len(turn.action_ids)
+        assert constrained is False or turn.valid
+    planned = [turn.info["parts"] for turn in turns if "switch" in turn.info["parts"]]
+    share = [row["train/algorithm/hiper/planned"] for row in rows]
+    assert (sum(share) > 0) is any("subgoal" in parts for parts in planned)
 
 
 def thinking_run(folder: Path, *more: str) -> agentrl.Run:

@@ -94,6 +94,22 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
     "drpo": ((), (moved("learner/term/drpo"),)),
     "copo": (("algorithm.answers=state",), (moved("algorithm/copo/local_share"),)),
     "ares": (("algorithm.window=1",), (moved("algorithm/ares/threshold"),)),
+    "appo": (
+        ("learner.epochs=2",),
+        (
+            moved("rollout/branches/restored"),
+            moved("algorithm/appo/credit"),
+            lambda row: row["train/learner/weight_mean"] > 1,
+        ),
+    ),
+    "t2po": (
+        ("algorithm.change=0.2",),
+        (moved("algorithm/t2po/resampled"), moved("algorithm/t2po/discarded_tokens")),
+    ),
+    "hiper": (  # its replies are plain here: each is an action as a whole
+        (),
+        (moved("learner/term/value"), moved("algorithm/hiper/segment_turns")),
+    ),
     "fr3e": (
         ("algorithm.continuations=2",),
         (moved("rollout/branches/restored"), moved("algorithm/states_kept")),

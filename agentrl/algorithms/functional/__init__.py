@@ -26,6 +26,8 @@ from agentrl.algorithms.functional.aggregation import (
 from agentrl.algorithms.functional.branching import (
     FirstState,
     branch_score,
+    future_ratio,
+    influence_scores,
     initial_rollouts,
     state_modulation,
     state_values,
@@ -46,8 +48,10 @@ from agentrl.algorithms.functional.layout import (
 )
 from agentrl.algorithms.functional.returns import (
     EQUAL_RETURNS,
+    Hierarchical,
     discounted_returns,
     gae,
+    hierarchical_gae,
     overlong_penalty,
 )
 from agentrl.algorithms.functional.surrogate import (
@@ -63,10 +67,12 @@ from agentrl.algorithms.functional.surrogate import (
     truncated_importance,
     value_loss,
 )
+from agentrl.algorithms.functional.uncertainty import is_flat, token_uncertainty, turn_uncertainty
 
 __all__ = [
     "EQUAL_RETURNS",
     "FirstState",
+    "Hierarchical",
     "Singleton",
     "Unit",
     "branch_score",
@@ -87,9 +93,13 @@ __all__ = [
     "entropy_modulated_advantage",
     "entropy_modulation",
     "entropy_scaled_advantage",
+    "future_ratio",
     "gae",
     "group_relative_advantage",
+    "hierarchical_gae",
+    "influence_scores",
     "initial_rollouts",
+    "is_flat",
     "kl_k1",
     "kl_k2",
     "kl_k3",
@@ -102,11 +112,13 @@ __all__ = [
     "state_modulation",
     "state_values",
     "stop_gradient_clipped_surrogate",
+    "token_uncertainty",
     "token_weights",
     "top_k_entropy",
     "trajectory_weights",
     "truncated_importance",
     "turn_means",
+    "turn_uncertainty",
     "unroll",
     "value_loss",
     "whiten",

@@ -1,6 +1,6 @@
 """Branching: where a rollout branches, and what the states in which branches start are worth.
 
-Letters: E trajectories, S states in which branches start.
+Letters: E trajectories, L action tokens of the longest one, S states in which branches start.
 """
 
 import math
@@ -9,9 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from agentrl.algorithms.functional.returns import EQUAL_RETURNS
+from agentrl.algorithms.functional.returns import EQUAL_RETURNS, discounted_returns
+from agentrl.algorithms.functional.shapes import same_shape
 
 FirstState = Literal["one", "released"]
+ROUNDING = 1e-3  # a smaller spread of ratios is the rounding of two passes over the same weights
+_EXPONENT_LIMIT = 20.0
 
 
 def initial_rollouts(budget: int, root: float, tool: float, *, slope: float, round_up: bool = False) -> int:
@@ -115,3 +118,62 @@ def state_modulation(
         total = torch.where(bases == bases[:, None], power, 0.0).sum(1)
         change = change.sign() * power / torch.where(total > 0, total, 1.0)
     return torch.exp(-change)
+
+
+def future_ratio(log_ratios: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """Return the ratio of two policies over a token and all that follow, which count less and less.
+
+        out[t] = exp( sum over k >= t of gamma^(k - t) log_ratios[k] )
+
+    The exponent is clamped to [-20, 20].
+
+    Args:
+        log_ratios: [E, L] float, nats, of single tokens.
+        mask: [E, L] bool; other tokens are skipped and do not discount.
+        gamma: The discount per action token.
+
+    Returns:
+        [E, L] float, 1 where masked; no gradient.
+
+    Raises:
+        ValueError: If shapes disagree.
+
+    Source: arXiv:2606.12384.
+    """
+    return discounted_returns(log_ratios, mask, gamma=gamma).clamp(-_EXPONENT_LIMIT, _EXPONENT_LIMIT).exp()
+
+
+def influence_scores(entropies: Tensor, ratios: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Score tokens by how uncertain they were, and by how much likelier all that follows has become (APPO).
+
+        score = z(H) * z(Omega)
+
+    where z = (x - mean) / (std + 1e-6) over the action tokens of the trajectory, with the std of the
+    population. The product of two negative z is positive, so both are returned as well. Spreads of H below
+    1e-9 and of Omega below 1e-3 count as 0, and their z is 0: this is rounding, not a difference.
+
+    Args:
+        entropies: [E, L] float, H, nats.
+        ratios: [E, L] float, Omega, see `future_ratio`.
+        mask: [E, L] bool, the action tokens.
+
+    Returns:
+        score, z(H) and z(Omega), [E, L] float each, 0 where masked.
+
+    Raises:
+        ValueError: If shapes disagree.
+
+    Source: arXiv:2606.12384.
+    """
+    same_shape("ratios", ratios, "entropies", entropies)
+    same_shape("mask", mask, "entropies", entropies)
+    uncertain, influential = _standard_scores(entropies, mask, 1e-9), _standard_scores(ratios, mask, ROUNDING)
+    return uncertain * influential, uncertain, influential
+
+
+def _standard_scores(values: Tensor, mask: Tensor, least: float) -> Tensor:
+    """Return the z of each row over its mask, 0 in a row whose spread is below `least`."""
+    count = mask.sum(1, keepdim=True).clamp(min=1)
+    centred = torch.where(mask, values - torch.where(mask, values, 0.0).sum(1, keepdim=True) / count, 0.0)
+    spread = (centred.square().sum(1, keepdim=True) / count).sqrt()
+    return torch.where(spread >= least, centred / (spread + 1e-6), 0.0)

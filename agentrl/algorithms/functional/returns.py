@@ -1,5 +1,7 @@
 """Credit by token: discounted returns, generalised advantage estimation and the overlong penalty."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -102,6 +104,87 @@ def gae(
         turn_ahead = torch.where(here, turns[:, t], turn_ahead)
         advantages[:, t] = ahead
     return torch.where(mask, advantages, 0.0), torch.where(mask, advantages + values, 0.0)
+
+
+@dataclass(frozen=True)
+class Hierarchical:
+    """Advantages of the three decisions of a turn, [E, K] float each, in reward units."""
+
+    action: Tensor
+    subgoal: Tensor  # 0 where no segment begins
+    switch: Tensor
+
+
+def hierarchical_gae(
+    rewards: Tensor,
+    values: Hierarchical,
+    present: Tensor,
+    boundary: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    lam_segment: float,
+    last_values: Tensor | None = None,
+) -> Hierarchical:
+    """Estimate the advantages of actions in a segment, of segments, and of ending one (HiPER).
+
+        G[t]        = r[t] + gamma G[t + 1],
+                      where the segment's last turn has V_subgoal(next boundary) ahead
+        A_action[t] = r[t] + gamma V_action[t + 1] - V_action[t] + gamma lam A_action[t + 1],
+                      where the segment's last turn has V_subgoal(next boundary) ahead, and advantage 0
+        A_subgoal   = G - V_subgoal + gamma^d lam_segment A_subgoal(next boundary),   at a boundary
+        A_switch    = G - V_switch
+
+    A segment of d turns begins at a boundary. After the last turn, values are `last_values`.
+
+    Args:
+        rewards: [E, K] float.
+        values: The expected returns before the action, before the subgoal and before the switch.
+        present: [E, K] bool, the turns of each trajectory; other turns are skipped.
+        boundary: [E, K] bool, the turns that begin a segment. The first turn does in any case.
+        gamma: The discount from one turn to the next.
+        lam: The GAE lambda from one turn to the next of a segment.
+        lam_segment: The GAE lambda from one segment to the next.
+        last_values: [E] float, expected return after the last turn; None for 0.
+
+    Returns:
+        The advantages, 0 where not present; no gradient. Each plus its value is the return to regress on.
+
+    Raises:
+        ValueError: If shapes disagree.
+
+    Source: arXiv:2602.16165.
+    """
+    for name, tensor in (("present", present), ("boundary", boundary), ("values", values.action)):
+        same_shape(name, tensor, "rewards", rewards)
+    zeros = rewards.new_zeros(len(rewards))
+    next_start = zeros if last_values is None else last_values.detach().to(rewards)
+    value_ahead = action_ahead = return_ahead = subgoal_ahead = zeros
+    discount, ends = torch.ones_like(zeros), torch.ones_like(present[:, :1]).flatten().bool()
+    found = [torch.zeros_like(rewards) for _ in range(3)]
+    before = present.cumsum(1) - present.long()
+    starts = present & (boundary | (before == 0))
+    for t in _backwards(present):
+        here, begins = present[:, t], starts[:, t]
+        low, high, term = (each[:, t].detach() for each in (values.action, values.subgoal, values.switch))
+        action = rewards[:, t] + gamma * torch.where(ends, next_start, value_ahead) - low
+        action = action + gamma * lam * torch.where(ends, 0.0, action_ahead)
+        gained = rewards[:, t] + gamma * torch.where(ends, next_start, return_ahead)
+        span = gamma * torch.where(ends, 1.0, discount)
+        subgoal = gained - high + span * lam_segment * subgoal_ahead
+        for out, value, counted in zip(
+            found, (action, subgoal, gained - term), (here, begins, here), strict=True
+        ):
+            out[:, t] = torch.where(counted, value, 0.0)
+        value_ahead, action_ahead = (
+            torch.where(here, low, value_ahead),
+            torch.where(here, action, action_ahead),
+        )
+        return_ahead, discount = torch.where(here, gained, return_ahead), torch.where(here, span, discount)
+        next_start = torch.where(begins, high, next_start)
+        subgoal_ahead = torch.where(begins, subgoal, subgoal_ahead)
+        ends = torch.where(here, begins, ends)
+    return Hierarchical(*found)
 
 
 def overlong_penalty(lengths: Tensor, limit: int, cache: int) -> Tensor:
