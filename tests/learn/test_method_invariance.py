@@ -63,6 +63,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "drpo": {"name": "drpo"},
     "drpo, by tokens": {"name": "drpo", "length": "tokens", "trust": 0.0},
     "copo": {"name": "copo"},
+    "e3b": {"name": "e3b", "coefficient": 0.1, "divide_by_std": False},
     "ares": {"name": "ares", "window": 1},
 }
 every_method = pytest.mark.parametrize("block", METHODS.values(), ids=METHODS)

@@ -49,6 +49,11 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "ares": ({"strength": 0.0}, {"name": "grpo"}, {"window": 1}),
+    "e3b": (
+        {"coefficient": 0.0},
+        {"name": "grpo", "drop_equal_groups": False},
+        {"coefficient": 0.1, "divide_by_std": False},
+    ),
     "epo": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
     "graphgpo": (
         {"step_weight": 0.0},

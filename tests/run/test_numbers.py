@@ -58,7 +58,7 @@ ACCEPTED = {
         "clip_cov.band.0",
         "spear.covariance_band.0",
         "spear.replay_covariance_band.0",
-        "canon.beta",
+        *("canon.beta", "e3b.reward_range.0"),
         *(f"{name}.entropy_coefficient" for name in CLIPPED),
         *("one_shot.entropy_coefficient", "pear.failure_reward"),
         *("t1.entropy_coefficient", "t1.overflow_reward"),
@@ -87,6 +87,7 @@ ACCEPTED = {
         *("cispo.clip_high", "cispo.clip_low"),
         "dapo.overlong_cache",
         *("drpo.radius", "drpo.trust", "entropy_sft.weight"),
+        *("e3b.coefficient", "e3b.error_share", "e3b.reward_range.0", "e3b.reward_range.1"),
         "dppo.log_ratio_coefficient",
         *("empg.k", "empg.k_future", "empg.zeta"),
         *(f"epo.{name}" for name in ("entropy_coefficient", "low", "penalty", "schedule_rate", "window")),
@@ -125,6 +126,7 @@ ACCEPTED = {
 CONTRADICTIONS = {
     "aepo.advantage_limits.1": "wanted a range that contains 1",
     "clip_cov.band.1": "wanted the lower bound first",
+    "e3b.reward_range.1": "wanted the lower bound first",
     "spear.covariance_band.1": "wanted the lower bound first",
     "spear.replay_covariance_band.1": "wanted the lower bound first",
 }

@@ -93,6 +93,10 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
     "t1": ((), (moved("learner/term/t1_entropy"),)),
     "drpo": ((), (moved("learner/term/drpo"),)),
     "copo": (("algorithm.answers=state",), (moved("algorithm/copo/local_share"),)),
+    "e3b": (
+        ("algorithm.coefficient=0.1",),
+        (moved("algorithm/e3b/bonus"), moved("algorithm/e3b/rnd_error"), moved("algorithm/e3b/states")),
+    ),
     "ares": (("algorithm.window=1",), (moved("algorithm/ares/threshold"),)),
     "fr3e": (
         ("algorithm.continuations=2",),

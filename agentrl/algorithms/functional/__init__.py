@@ -44,6 +44,7 @@ from agentrl.algorithms.functional.layout import (
     turn_means,
     unroll,
 )
+from agentrl.algorithms.functional.novelty import count_bonuses, elliptical_bonuses, error_increases
 from agentrl.algorithms.functional.returns import (
     EQUAL_RETURNS,
     discounted_returns,
@@ -77,8 +78,10 @@ __all__ = [
     "cluster_entropy",
     "cluster_shares",
     "constant_weights",
+    "count_bonuses",
     "covariance",
     "discounted_returns",
+    "elliptical_bonuses",
     "entropy",
     "entropy_band_indicator",
     "entropy_band_violation",
@@ -87,6 +90,7 @@ __all__ = [
     "entropy_modulated_advantage",
     "entropy_modulation",
     "entropy_scaled_advantage",
+    "error_increases",
     "gae",
     "group_relative_advantage",
     "initial_rollouts",
