@@ -31,6 +31,7 @@ from agentrl.algorithms.functional.branching import (
     state_values,
 )
 from agentrl.algorithms.functional.clusters import cluster_entropy, cluster_shares
+from agentrl.algorithms.functional.divergence import bounded_bonus, symmetric_divergence, taken_divergence
 from agentrl.algorithms.functional.entropies import (
     entropy,
     entropy_band_indicator,
@@ -70,6 +71,7 @@ __all__ = [
     "FirstState",
     "Singleton",
     "Unit",
+    "bounded_bonus",
     "branch_score",
     "broadcast_to_tokens",
     "broadcast_turns_to_tokens",
@@ -106,6 +108,8 @@ __all__ = [
     "state_modulation",
     "state_values",
     "stop_gradient_clipped_surrogate",
+    "symmetric_divergence",
+    "taken_divergence",
     "token_weights",
     "top_k_entropy",
     "trajectory_weights",
