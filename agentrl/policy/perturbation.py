@@ -67,16 +67,17 @@ class ObservationPerturbation:
     def __call__(self, episode: Episode, index: int) -> PromptView:
         """Return the prompt of a turn of an episode with its observation changed."""
         turn, task = episode.turns[index], _task_of(episode)
+        stated = _statement(turn.observation, task)
         seed = derive_seed(self._seed, "observation view", episode.id, index)
         if index == 0 and task is None:
             return PromptView(turn.prompt_ids, changed=False)
-        place = self._find(turn, task)
+        place = self._find(turn, [task or "", stated])
         if place is None:
             return PromptView(turn.prompt_ids, changed=False)
         if self._perturbation == "noise":
             return PromptView(turn.prompt_ids, place.free, seed, changed=bool(place.free))
         if self._perturbation == "paraphrase":
-            return self._reworded(turn, task, place)
+            return self._reworded(turn, stated, place)
         draw = random.Random(seed)
         if self._perturbation == "tokens":
             dropped = {token for token in place.free if draw.random() < self._amount}
@@ -90,7 +91,7 @@ class ObservationPerturbation:
         ids = tuple(id for token, id in enumerate(turn.prompt_ids) if token not in dropped)
         return PromptView(ids, changed=bool(dropped))
 
-    def _find(self, turn: Turn, task: str | None) -> _Place | None:
+    def _find(self, turn: Turn, kept: Sequence[str]) -> _Place | None:
         """Return where the observation of a turn is in its prompt; None if that is not certain."""
         said, texts = squeeze(turn.observation), [self._text_of(id) for id in turn.prompt_ids]
         prompt = "".join(texts)
@@ -102,7 +103,7 @@ class ObservationPerturbation:
         for text in texts:
             spans.append((at, at + len(text)))
             at += len(text)
-        guarded = list(_occurrences(prompt, squeeze(task or "")))
+        guarded = [span for text in kept for span in _occurrences(prompt, squeeze(text))]
         tokens = [
             token
             for token, (first, last) in enumerate(spans)
@@ -115,14 +116,13 @@ class ObservationPerturbation:
         )
         return _Place(free, {token: spans[token][0] - start for token in free})
 
-    def _reworded(self, turn: Turn, task: str | None, place: _Place) -> PromptView:
+    def _reworded(self, turn: Turn, stated: str, place: _Place) -> PromptView:
         """Return the prompt with the environment's paraphrase in place of the observation around the task."""
         other = turn.info.get("paraphrase")
-        inside = task is not None and task in turn.observation
-        if not isinstance(other, str) or not place.free or (inside and str(task) not in other):
+        if not isinstance(other, str) or not place.free or stated not in other:
             return PromptView(turn.prompt_ids, changed=False)
-        parts = other.partition(str(task)) if inside else (other, "", "")
-        cut = squeeze(turn.observation).find(squeeze(str(task))) if inside else len(turn.observation)
+        parts = other.partition(stated) if stated else (other, "", "")
+        cut = squeeze(turn.observation).find(squeeze(stated)) if stated else len(turn.observation)
         new, done = list[int](), set[bool]()
         for token, id in enumerate(turn.prompt_ids):
             if token not in place.begins:
@@ -176,6 +176,19 @@ def _occurrences(text: str, part: str) -> Iterator[tuple[int, int]]:
     while at >= 0:
         yield at, at + len(part)
         at = text.find(part, at + 1)
+
+
+def _statement(observation: str, task: str | None) -> str:
+    """Return the task in an observation with what its sentence says before it; empty if it is not there.
+
+    >>> _statement("There is a desk 1. Your task is to: find a mug. Go.", "find a mug")
+    'Your task is to: find a mug'
+    """
+    if task is None or task not in observation:
+        return ""
+    end = observation.find(task)
+    start = max(observation.rfind(sign, 0, end) for sign in "\n.") + 1
+    return observation[start : end + len(task)].lstrip()
 
 
 def _task_of(episode: Episode) -> str | None:

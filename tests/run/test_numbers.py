@@ -107,6 +107,7 @@ ACCEPTED = {
         *("reinforce_pp.gamma", "reinforce_pp.reward_kl_coefficient"),
         *("seed_grpo.alpha", "siren.anchor", "siren.coefficient", "siren.quantile"),
         *(f"t1.{name}" for name in ("entropy_coefficient", "kl_coefficient", "overflow_reward")),
+        *("vogue.input_weight", "vogue.output_weight"),
         *(f"spear.{name}" for name in ("coefficient", "covariance_band.0", "covariance_share")),
         *(f"spear.{name}" for name in ("replay_covariance_band.0", "replay_covariance_share")),
         *("spear.tool_reward", "spear.warmup"),
