@@ -37,7 +37,7 @@ def text_features(observation: str) -> Tensor:
     for part in (*words, *map(" ".join, pairwise(words))):
         number = _hash(part)
         found[number // 2 % FEATURES] += 1 - 2 * (number % 2)
-    return found / found.norm().clamp(min=1e-12)
+    return torch.nn.functional.normalize(found, dim=0)
 
 
 @lru_cache(65536)
@@ -71,7 +71,7 @@ class RandomNetwork:
     def errors(self, features: Tensor) -> Tensor:
         """Return the distance between the outputs of both; [N] float64 without gradient."""
         with torch.no_grad():
-            return (self._predictor(features) - self._target(features)).norm(dim=1)
+            return torch.linalg.vector_norm(self._predictor(features) - self._target(features), dim=1)
 
     def learn(self, features: Tensor) -> None:
         """Take the gradient steps on the mean squared distance."""
@@ -79,7 +79,7 @@ class RandomNetwork:
             for _ in range(self._steps):
                 self._optimizer.zero_grad()
                 distance = (self._predictor(features) - self._target(features)).square().sum(dim=1).mean()
-                distance.backward()  # type: ignore[no-untyped-call]
+                distance.backward()
                 self._optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:

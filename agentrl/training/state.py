@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class TrainingState:
             reference=copy.deepcopy(model).requires_grad_(False) if "reference" in required else None,
             critic="values" in required,
             ranks=self._session.ranks if sharded else ALONE,
-            perturb=partial(ObservationPerturbation, self._session.policy.tokenizer),
+            perturb=lru_cache(1)(partial(ObservationPerturbation, self._session.policy.tokenizer)),
             longest=context_length(self._session.policy.served, config.policy.max_context),
         )
 
