@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -106,12 +105,12 @@ class VOGUE(Recipe):
             fade = self.probability if self.fade_steps else trait(SCHEDULED)(self.probability)
             view = ObservationView(self.perturbation, self.amount, fade, taken=self.divergence == "taken")
             needs.append(OBSERVATION_KL)
-        guide = requires(*needs)(partial(self.guide))
+        guide = requires(*needs)(self.guide)
         return replace(
             base,
             view=view,
             transforms=(*base.transforms, trait("advantage within a turn")(guide)),
-            diagnostics=(*base.diagnostics, requires(*needs)(partial(self.metrics))),
+            diagnostics=(*base.diagnostics, requires(*needs)(self.metrics)),
         )
 
     def probability(self, context: Context) -> float:
@@ -146,7 +145,7 @@ class VOGUE(Recipe):
         )
 
     def metrics(self, rollout: MiniBatch, context: Context) -> Mapping[str, float]:
-        """Return the mean uncertainties of the action tokens, and the share of episodes scored twice."""
+        """Return the mean uncertainties of the action tokens, and the share of them with a divergence."""
         mask = rollout.batch.action_mask
         if not bool(mask.any()):
             return {}
@@ -158,10 +157,6 @@ class VOGUE(Recipe):
         }
 
     def _contradictions(self) -> Sequence[tuple[bool, str]]:
-        dropping = self.perturbation in ("tokens", "items")
-        return [
-            (
-                dropping and self.amount > 1,
-                f"amount is {self.amount}, wanted at most 1 with perturbation={self.perturbation}",
-            )
-        ]
+        wrong = self.perturbation in ("tokens", "items") and self.amount > 1
+        told = f"amount is {self.amount}, wanted at most 1 with perturbation={self.perturbation}"
+        return [(wrong, told)]
