@@ -71,7 +71,10 @@ class RandomNetwork:
     def errors(self, features: Tensor) -> Tensor:
         """Return the distance between the outputs of both; [N] float64 without gradient."""
         with torch.no_grad():
-            return torch.linalg.vector_norm(self._predictor(features) - self._target(features), dim=1)
+            found: Tensor = torch.linalg.vector_norm(
+                self._predictor(features) - self._target(features), dim=1
+            )
+        return found
 
     def learn(self, features: Tensor) -> None:
         """Take the gradient steps on the mean squared distance."""

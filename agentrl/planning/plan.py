@@ -248,9 +248,9 @@ def _work_lines(config: RunConfig, algorithm: Algorithm, profiles: Sequence[EnvP
         Line("work", "optimiser steps", steps * updates, "steps", f"{updates} in each step"),
     ]
     if algorithm.view is not None:
-        share = algorithm.view.probability(Context(total_steps=trainer.scheduled_steps))
-        told = f"the second with changed observations, of {share:.0%} of the episodes in the first step"
-        lines.append(Line("work", "scoring passes of a step", 2, "passes", told))
+        seen = algorithm.view.probability(Context(total_steps=trainer.scheduled_steps))
+        second = f"the second with changed observations, of {seen:.0%} of the episodes in the first step"
+        lines.append(Line("work", "scoring passes of a step", 2, "passes", second))
     if trainer.mode == "async":
         ahead = f"at most, of {trainer.max_staleness} steps: trainer.max_staleness"
         lines.append(Line("work", "episodes ahead", trainer.max_staleness * per_step, "episodes", ahead))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -60,7 +61,7 @@ class ObservationPerturbation:
 
         @lru_cache(2**17)
         def text_of(id: int) -> str:
-            return squeeze(tokenizer.decode([id], clean_up_tokenization_spaces=False))
+            return squeeze(cast(str, tokenizer.decode([id], clean_up_tokenization_spaces=False)))
 
         self._text_of = text_of
 
