@@ -62,6 +62,7 @@ from agentrl.algorithms.named_features import (
     is_feature,
     with_sources,
 )
+from agentrl.algorithms.observation_view import ObservationView
 from agentrl.algorithms.stateful import Stateful, find_stateful, is_stateful
 from agentrl.algorithms.token_statistics import (
     STATISTICS,
@@ -229,6 +230,7 @@ class Algorithm:
         terms: Losses beside the surrogate.
         group_terms: Losses that couple the trajectories of a group. With them, a mini-batch holds whole
             groups. They do not act on replayed rows, which have lost their groups.
+        view: A second view of the observations, scored for components that require `observation_kl`.
         replay: Memory of earlier experience.
         stateful: Components with a memory or parameters of their own, see `Stateful`. Those that other slots
             show need not be listed: a hook, the owner of a method, an argument of `functools.partial`.
@@ -250,6 +252,7 @@ class Algorithm:
     aggregation: Aggregation = functional.sequence_weights
     terms: tuple[Term, ...] = ()
     group_terms: tuple[GroupTerm, ...] = ()
+    view: ObservationView | None = None
     replay: Replay | None = None
     stateful: tuple[Stateful, ...] = ()
     diagnostics: tuple[Diagnostic, ...] = (mismatch_metrics,)
@@ -346,6 +349,8 @@ def _parts(component: object) -> tuple[object, ...]:
         return component.loss, component.where, component.aggregation
     if isinstance(component, GroupTerm):
         return (component.loss,)
+    if isinstance(component, ObservationView):
+        return (component.share,)
     if isinstance(component, RolloutPlan):
         return (
             component.branch_policy,

@@ -14,7 +14,9 @@ from agentrl.errors import RequirementError
 
 F = TypeVar("F", bound=Callable[..., Any])
 REQUIRES, TRAITS, EXCLUDES = "requires", "traits", "excludes"
-SCORED = frozenset({"old_logprobs", "entropy", "reference", "values"})  # results of the scoring pass
+SCORED = frozenset(
+    {"old_logprobs", "entropy", "reference", "values", "observation_kl"}
+)  # results of the scoring pass
 SCHEDULED = "schedule over all steps"  # a trait: it reads `Context.total_steps`
 COMPARES = "comparison within a group"  # a trait: an episode alone in its group gives no signal
 ADAPTIVE_BOUNDS = "adaptive bounds"  # a trait: a clip that finds its bounds in each mini-batch
@@ -302,7 +304,8 @@ def requires(*names: str) -> Callable[[F], F]:
 
     The learner provides `old_logprobs` and `entropy` ([B, T] of the scoring pass, without gradient),
     `entropy:grad` (`Outputs.entropies` with gradient) and `current`; with a reference policy `reference`;
-    with a value head `values` ([B, T] of the scoring pass), `last_values` and `values:grad`. An engine that
+    with a value head `values` ([B, T] of the scoring pass), `last_values` and `values:grad`; with a tokenizer
+    and an `Algorithm.view` `observation_kl`, which `token_statistic` reads from the batch. An engine that
     records entropies provides `rollout:entropy`, for a `BranchPolicy` or a `ReplyTemperature` that reads
     them; the torch engine in this process provides `rollout:token_temperature`, for a `ReplyTemperature` that
     returns a `TokenTemperature`, and `rollout:confidence`, for `TurnGate` and `EndThoughts`. A run whose

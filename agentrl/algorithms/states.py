@@ -148,28 +148,54 @@ class VisitCounts:
     Args:
         name: The key of the counts in a checkpoint.
         by: What identifies a state.
+        final: Whether the state after the last turn counts too.
+        normalised: Whether observations that differ in case and white space alone are the same state.
     """
 
-    def __init__(self, name: str = "visits", by: State = "observation") -> None:
+    def __init__(
+        self,
+        name: str = "visits",
+        by: State = "observation",
+        *,
+        final: bool = False,
+        normalised: bool = False,
+    ) -> None:
         self.name = name
         self.by = by
+        self.final = final
+        self.normalised = normalised
         self._counts: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._counts)
 
     def visits(self, episode: Episode) -> list[int]:
-        """Return for each turn how many turns of earlier steps were played in its state."""
-        return [self._counts[self._hashed(turn)] for turn in episode.turns]
+        """Return for each turn how often its state was counted in earlier steps; then the final state."""
+        return [self._counts[key] for key in self.keys(episode)]
+
+    def keys(self, episode: Episode) -> list[str]:
+        """Return the hash of each turn's state, and of the final one if it counts."""
+        # A hash, so that a checkpoint does not hold the texts.
+        return [
+            blake2b(repr(self._simplified(state)).encode(), digest_size=8).hexdigest()
+            for state, _ in _visited(episode, self.by, final=self.final)
+        ]
 
     def update(self, rollout: MiniBatch, context: Context) -> None:
         """Count the turns of a rollout batch."""
         played = {
-            place: self._hashed(turn)
-            for episode, places in zip(rollout.batch.episodes, played_turns(rollout.batch), strict=True)
-            for turn, place in zip(episode.turns, places, strict=True)
+            place: key
+            for episode, places in zip(rollout.batch.episodes, self._places(rollout.batch), strict=True)
+            for key, place in zip(self.keys(episode), places, strict=True)
         }
         self._counts.update(played.values())
+
+    def _places(self, batch: Batch) -> list[list[tuple[int, str, int]]]:
+        """Return what tells the counted states of a batch apart: equal for a turn that branches share."""
+        ends = zip(batch.groups.tolist(), batch.episodes, played_turns(batch), strict=True)
+        return [
+            [*places, *[(group, episode.id, len(places))] * self.final] for group, episode, places in ends
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts."""
@@ -185,9 +211,17 @@ class VisitCounts:
             raise CheckpointError(f"{self.name} counted states by {state['by']}, wanted by {self.by}")
         self._counts = Counter(state["counts"])
 
-    def _hashed(self, turn: Turn) -> str:
-        # A hash, so that a checkpoint does not hold the texts.
-        return blake2b(repr(_identity(turn, self.by)).encode(), digest_size=8).hexdigest()
+    def _simplified(self, state: object) -> object:
+        return normalise(state) if self.normalised and isinstance(state, str) else state
+
+
+def normalise(observation: str) -> str:
+    """Return an observation in lower case, with single spaces.
+
+    >>> normalise("You see:  a Mug 1. ")
+    'you see: a mug 1.'
+    """
+    return " ".join(observation.casefold().split())
 
 
 def _identity(turn: Turn, by: By) -> object:

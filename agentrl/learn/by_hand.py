@@ -16,6 +16,9 @@ from agentrl.learn.forward import Forward
 from agentrl.learn.learner import Learner
 from agentrl.learn.objective import Objective, build_objective
 from agentrl.learn.settings import LearnerConfig
+from agentrl.learn.views import Perturb
+from agentrl.policy.perturbation import PromptView
+from agentrl.seeds import derive_seed
 
 VOCABULARY, WIDTH = 11, 5
 Rows = Sequence[Sequence[float]]
@@ -70,7 +73,8 @@ def weights_after_an_update(
         config,
         reference=_TinyPolicy(1).requires_grad_(False) if "reference" in algorithm.requires else None,
         critic="values" in algorithm.requires,
-        forward=Forward(_hidden_states, lambda policy: policy.embedding.weight),
+        forward=Forward(_hidden_states, lambda policy: policy.embedding.weight, _embedding),
+        perturb=_perturb,
     )
     learner.update(prepare(algorithm, _groups(), context, layout=layout), algorithm, context)
     return torch.cat([value.detach().flatten() for value in learner.policy.parameters()])
@@ -94,6 +98,21 @@ def _hidden_states(policy: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor
         steps = torch.arange(1, len(row) + 1, dtype=torch.float64)[:, None]
         rows.append(torch.tanh(policy.embedding(row).cumsum(0) / steps @ policy.mix))
     return torch.cat(rows)
+
+
+def _embedding(policy: nn.Module) -> nn.Module:
+    assert isinstance(policy, _TinyPolicy)
+    return policy.embedding
+
+
+def _perturb(perturbation: str, amount: float, seed: int) -> Perturb:
+    """Return a change of observations without text: noise on each prompt, whatever is asked for."""
+
+    def changed(episode: Episode, index: int) -> PromptView:
+        prompt = episode.turns[index].prompt_ids
+        return PromptView(prompt, tuple(range(len(prompt))), derive_seed(seed, episode.id, index))
+
+    return changed
 
 
 def _groups() -> list[Group]:

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from agentrl.algorithms.hooks import Outputs
+from agentrl.algorithms.observation_view import OBSERVATION_KL
 from agentrl.algorithms.token_statistics import NOTHING, Statistics, empty_extras
 from agentrl.data.batch import Batch
+from agentrl.learn.divergence import state_divergence
 from agentrl.learn.fused import OfLogits, Temperature, token_statistics
+from agentrl.learn.views import ViewRows
 from agentrl.policy import model
 
 HiddenStates = Callable[[Any, Tensor, Tensor], Tensor]
 OutputWeight = Callable[[Any], Tensor]
+Embedding = Callable[[Any], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,12 @@ class Forward:
         hidden_states: The function (policy, tokens [N], lengths [B]) -> [N, d]. The rows are concatenated,
             and none attends to another.
         output_weight: The function policy -> [V, d].
+        embedding: The function policy -> the module that embeds tokens, for noise on what it returns.
     """
 
     hidden_states: HiddenStates = model.hidden_states
     output_weight: OutputWeight = model.output_weight
+    embedding: Embedding = model.embedding
 
     def score(
         self,
@@ -36,20 +42,23 @@ class Forward:
         batch: Batch,
         value_head: nn.Module | None = None,
         statistics: Statistics = NOTHING,
+        view: ViewRows | None = None,
     ) -> Outputs:
         """Return log-probability, entropy and, with a value head, value of action tokens; 0 elsewhere.
 
         The state at position t - 1 predicts token t, at the temperature at which the token was sampled, so
         that the policy that is trained is the one that acted. Logits are computed only for states that
         predict an action token, and nothing is computed after the last action token of a row. Of
-        `statistics`, those of logits are computed.
+        `statistics`, those of logits are computed. With a view, the extras hold `observation_kl`, 0 in rows
+        that it leaves out, and have no gradient.
         """
         lengths = needed_lengths(batch)
         rows, positions = batch.action_mask.nonzero(as_tuple=True)
         if not len(rows):
             zeros = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
             values = None if value_head is None else zeros
-            return Outputs(zeros, zeros, values, extras=empty_extras(statistics, zeros))
+            extras = empty_extras(statistics, zeros)
+            return Outputs(zeros, zeros, values, extras=extras | ({OBSERVATION_KL: zeros} if view else {}))
         width = batch.tokens.shape[1]
         kept = torch.arange(width, device=lengths.device) < lengths[:, None]
         hidden = self.hidden_states(policy, batch.tokens[kept], lengths[lengths > 0])
@@ -68,11 +77,46 @@ class Forward:
             )
         )
         extras = dict(zip(statistics.of_logits, further, strict=True))
+        if view is not None:
+            extras[OBSERVATION_KL] = self._divergence(policy, batch, view, states).to(logprobs.dtype)
         if value_head is None:
             return Outputs(logprobs, entropies, extras=extras)
         values = value_head(states).squeeze(-1).to(logprobs.dtype)
         values = _scatter(values, rows, positions, batch.tokens.shape)
         return Outputs(logprobs, entropies, values, extras=extras)
+
+    def _divergence(self, policy: nn.Module, batch: Batch, view: ViewRows, states: Tensor) -> Tensor:
+        """Return the divergence between batch and view at the action tokens; [B, T], no gradient.
+
+        Args:
+            policy: The policy.
+            batch: The rows.
+            view: The same rows with changed observations.
+            states: The states that predict the batch's action tokens, in order.
+        """
+        rows, positions = batch.action_mask.nonzero(as_tuple=True)
+        present = (view.lengths > 0)[rows]
+        found = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
+        if not bool(present.any()):
+            return found
+        with torch.no_grad(), view.noisy(self.embedding(policy)):
+            hidden = self.hidden_states(policy, view.tokens[view.kept()], view.lengths[view.lengths > 0])
+        starts = view.lengths.cumsum(0) - view.lengths
+        view_rows, places = view.action_mask.nonzero(as_tuple=True)
+        others = hidden.index_select(0, starts[view_rows] + places - 1)
+        rows, positions = rows[present], positions[present]
+        with torch.no_grad():
+            values = _divergences(
+                states.detach()[present],
+                others,
+                self.output_weight(policy),
+                batch.tokens[rows, positions],
+                _choices(batch, *batch.action_mask.nonzero(as_tuple=True)),
+                present,
+                _temperature(batch, rows, positions),
+                view.taken,
+            )
+        return found.to(values.dtype).index_put((rows, positions), values)
 
     def last_values(self, policy: nn.Module, batch: Batch, value_head: nn.Module) -> Tensor:
         """Return the output of the value head after the last token of each row; [B]."""
@@ -131,6 +175,39 @@ def _statistics(
         order = torch.cat([constrained, others])
     back = order.argsort()  # to the order of the given tokens
     return tuple(torch.cat(values)[back] for values in zip(*parts, strict=True))
+
+
+def _divergences(
+    hidden: Tensor,
+    others: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    choices: tuple[Tensor, Tensor] | None,
+    present: Tensor,
+    temperature: Temperature,
+    taken: bool,
+) -> Tensor:
+    """Return the divergence of each action token that is present, over its allowed ids if it has any.
+
+    `choices` counts all action tokens, and `present` marks those that the other tensors hold.
+    """
+    constrained = torch.zeros(0, dtype=torch.int64, device=hidden.device)
+    ids = constrained[:, None]
+    if choices is not None:
+        place = present.cumsum(0) - 1
+        kept = present[choices[0]]
+        constrained, ids = place[choices[0][kept]], choices[1][kept]
+    free = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+    free[constrained] = False
+    found = torch.zeros(len(hidden), dtype=weight.dtype, device=hidden.device)
+    for chosen, allowed in ((free.nonzero().squeeze(1), None), (constrained, ids)):
+        if len(chosen):
+            tempered = temperature[chosen] if isinstance(temperature, Tensor) else temperature
+            values = state_divergence(
+                hidden[chosen], others[chosen], weight, targets[chosen], allowed, tempered, taken=taken
+            )
+            found = found.to(values.dtype).index_put((chosen,), values)
+    return found
 
 
 def needed_lengths(batch: Batch) -> Tensor:

@@ -216,7 +216,12 @@ def _gathered_logits(hidden: Tensor, weight: Tensor, allowed: Tensor, temperatur
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: Temperature) -> Tensor:
-    logits = _at_least_float32(hidden @ weight.T)
+    return temper(hidden @ weight.T, temperature)
+
+
+def temper(logits: Tensor, temperature: Temperature) -> Tensor:
+    """Return logits [N, V], at least float32, divided by the temperature."""
+    logits = _at_least_float32(logits)
     if not isinstance(temperature, Tensor) and temperature == 1.0:
         return logits
     return logits / _divisor(temperature, logits)

@@ -12,6 +12,7 @@ from agentrl.algorithms.algorithm import AFTER_UPDATE, LOSS_SLOTS, Algorithm, Re
 from agentrl.algorithms.credit import compute_advantages, with_mask, with_targets
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, require_tensor
 from agentrl.algorithms.named_features import with_features, with_mini_batch_features
+from agentrl.algorithms.observation_view import OBSERVATION_KL, ObservationView
 from agentrl.algorithms.token_statistics import STATISTICS, scored_statistics
 from agentrl.data.batch import Batch, collate
 from agentrl.data.trajectory import Episode, Group
@@ -28,18 +29,21 @@ from agentrl.learn.settings import LearnerConfig
 from agentrl.learn.sharding import ScoringModule, recompute_activations, shard
 from agentrl.learn.state import LearnerState
 from agentrl.learn.step import LossPart, optimizer_step
+from agentrl.learn.views import PerturbFactory, ViewRows, view_rows
 from agentrl.policy.engine import Adapter
 
 _Numbers = dict[str, float]
 
 
-def provided(*, reference: bool, critic: bool) -> frozenset[str]:
+def provided(*, reference: bool, critic: bool, views: bool = False) -> frozenset[str]:
     """Return what components of an algorithm may require of a learner with these parts."""
     own = {"old_logprobs", "entropy", "entropy:grad", "current", STATISTICS}
     if reference:
         own.add("reference")
     if critic:
         own |= {"values", "last_values", "values:grad"}
+    if views:
+        own.add("observation_kl")
     return frozenset(own)
 
 
@@ -59,6 +63,9 @@ class Learner:
             output is 0 at first, and its gradient reaches the policy's own parameters.
         forward: How to read hidden states; None reads a Hugging Face causal language model.
         ranks: The ranks that learn together; more than one only under `fsdp`.
+        perturb: Makes the change of observations that `Algorithm.view` asks for, for algorithms that require
+            `observation_kl`.
+        longest: The largest number of tokens of a row with a changed observation; None for no limit.
     """
 
     def __init__(
@@ -70,6 +77,8 @@ class Learner:
         critic: bool = False,
         forward: Forward | None = None,
         ranks: Ranks = ALONE,
+        perturb: PerturbFactory | None = None,
+        longest: int | None = None,
     ) -> None:
         self.policy = policy
         self.config = config
@@ -79,6 +88,7 @@ class Learner:
         if config.backend == "single" and config.compute_dtype == "bfloat16":
             self.forward = replace(self.forward, hidden_states=in_bfloat16(self.forward.hidden_states))
         self.ranks = ranks
+        self.perturb, self.longest = perturb, longest
         self.value_head = self._new_value_head() if critic else None
         if config.lora is not None:  # before sharding, so that the adapters are sharded too
             add_adapters(policy, config.lora)
@@ -107,7 +117,11 @@ class Learner:
     @property
     def provides(self) -> frozenset[str]:
         """Return what components of an algorithm may require of this learner."""
-        return provided(reference=self.reference is not None, critic=self.value_head is not None)
+        return provided(
+            reference=self.reference is not None,
+            critic=self.value_head is not None,
+            views=self.perturb is not None,
+        )
 
     @property
     def skipped_updates(self) -> int:
@@ -119,14 +133,28 @@ class Learner:
         """Return a number that changes whenever the weights may have changed."""
         return self._state.updates
 
-    def score(self, batch: Batch, requires: Collection[str] = ()) -> Batch:
+    def score(
+        self,
+        batch: Batch,
+        requires: Collection[str] = (),
+        view: ObservationView | None = None,
+        context: Context | None = None,
+    ) -> Batch:
         """Fill in the policy's scores before the update, and what else is required; no gradient.
 
+        Args:
+            batch: The rows.
+            requires: The requirements of the algorithm.
+            view: The algorithm's view, if `observation_kl` is among them.
+            context: The context of the step, which a view reads.
+
         Raises:
-            RequirementError: If `reference` is required and there is none.
+            RequirementError: If `reference` or `observation_kl` is required, and the learner was not given
+                what it needs.
         """
         batch = batch.to(self._device)
-        own = self._scorer.score(self._state.learned, batch, scored_statistics(requires))
+        rows = self._view_rows(batch, view, context or Context()) if OBSERVATION_KL in requires else None
+        own = self._scorer.score(self._state.learned, batch, scored_statistics(requires), rows)
         batch = replace(
             batch,
             old_logprobs=own.logprobs,
@@ -148,6 +176,15 @@ class Learner:
         logprobs = require_tensor(scored.old_logprobs, "old_logprobs")
         return [logprobs[scored.turns == turn].tolist() for turn in range(len(episode.turns))]
 
+    def _view_rows(self, batch: Batch, view: ObservationView | None, context: Context) -> ViewRows:
+        if view is None or self.perturb is None:
+            raise RequirementError(
+                "algorithm: requires observation_kl, and the learner was given no "
+                f"{'Algorithm.view' if view is None else 'change of observations (perturb)'}"
+            )
+        perturb = self.perturb(view.perturbation, view.amount, context.seed)
+        return view_rows(batch, view, perturb, context, self.longest)
+
     def update(self, batch: Batch, algorithm: Algorithm, context: Context) -> _Numbers:
         """Learn from a rollout batch, which is scored first if it is not yet and the scores matter.
 
@@ -167,7 +204,7 @@ class Learner:
         """
         scored = batch.old_logprobs is None and (self.config.updates_per_step > 1 or algorithm.reads_scores)
         if scored:
-            batch = self.score(batch, algorithm.requires)
+            batch = self.score(batch, algorithm.requires, algorithm.view, context)
         batch = with_features(zero_unsampled(batch.to(self._device)), algorithm.requires)
         batch = with_targets(algorithm, batch, context)
         rollout = MiniBatch(batch, compute_advantages(algorithm, batch, context))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from agentrl.algorithms.hooks import Outputs, require_tensor
+from agentrl.algorithms.observation_view import OBSERVATION_KL
 from agentrl.algorithms.token_statistics import NOTHING, Statistics, empty_extras
 from agentrl.data.batch import Batch
 from agentrl.data.trajectory import StopReason
@@ -15,6 +16,7 @@ from agentrl.learn.forward import Forward, needed_lengths
 from agentrl.learn.packing import rank_micro_batches
 from agentrl.learn.ranks import Ranks
 from agentrl.learn.sharding import ScoringModule, reshard
+from agentrl.learn.views import ViewRows
 
 # Stop reasons after which an episode could have gone on and returned more.
 _TRUNCATING = (StopReason.TRUNCATED, StopReason.TURN_LIMIT, StopReason.CONTEXT_LIMIT)
@@ -38,26 +40,47 @@ class Scorer:
         """Return this rank's micro-batches as (row numbers, weight); see `rank_micro_batches`."""
         return rank_micro_batches(lengths, self.micro_batch_tokens, self.ranks)
 
-    def score_rows(self, module: ScoringModule, rows: Batch, statistics: Statistics = NOTHING) -> Outputs:
+    def score_rows(
+        self,
+        module: ScoringModule,
+        rows: Batch,
+        statistics: Statistics = NOTHING,
+        view: ViewRows | None = None,
+    ) -> Outputs:
         """Score one micro-batch, with gradients where they are enabled."""
 
         def read(policy: nn.Module, head: nn.Module | None) -> tuple[Tensor | None, ...]:
             # FSDP2 finds tensors that need a gradient in a tuple, not in a dataclass.
-            found = self.forward.score(policy, rows, head, statistics)
+            found = self.forward.score(policy, rows, head, statistics, view)
             return found.logprobs, found.entropies, found.values, *found.extras.values()
 
         logprobs, entropies, values, *extras = module(read)
-        named = dict(zip(statistics.of_logits, extras, strict=True))
+        names = (*statistics.of_logits, *([] if view is None else [OBSERVATION_KL]))
+        named = dict(zip(names, extras, strict=True))
         return with_sequence_statistics(Outputs(logprobs, entropies, values, extras=named), rows, statistics)
 
-    def score(self, module: ScoringModule, batch: Batch, statistics: Statistics = NOTHING) -> Outputs:
-        """Score a batch without gradients; every rank returns all rows."""
+    def score(
+        self,
+        module: ScoringModule,
+        batch: Batch,
+        statistics: Statistics = NOTHING,
+        view: ViewRows | None = None,
+    ) -> Outputs:
+        """Score a batch without gradients, and its rows as a view shows them; every rank returns all rows."""
         own = replace(statistics, of_logprobs={})  # a sequence may have rows in several micro-batches
         outputs = empty_outputs(batch, values=module.value_head is not None)
         outputs = replace(outputs, extras=empty_extras(own, outputs.logprobs))
+        lengths = needed_lengths(batch)
+        if view is not None:
+            outputs = replace(
+                outputs, extras={**outputs.extras, OBSERVATION_KL: torch.zeros_like(batch.logprobs)}
+            )
+            # The two are read one after the other, so a micro-batch has room for the longer one.
+            lengths = torch.maximum(lengths, view.lengths)
         with torch.no_grad():
-            for rows, weight in self.micro_batches(needed_lengths(batch)):
-                found = self.score_rows(module, batch.select(rows), own)
+            for rows, weight in self.micro_batches(lengths):
+                part = None if view is None else view.select(rows)
+                found = self.score_rows(module, batch.select(rows), own, part)
                 if weight:  # a filler's rows belong to another rank
                     write_rows(outputs, rows, found)
         reshard(module)

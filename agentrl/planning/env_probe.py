@@ -91,6 +91,7 @@ def profile_env(config: RunConfig) -> EnvProfile:
             unwrapped: Any = environment.unwrapped
             tasks: Sequence[str] = unwrapped.tasks(config.only_env.split)
             panel = configured_panel(config, environment)
+            check_paraphrase(config, environment, tasks)
             other_goals = callable(getattr(unwrapped, "other_goal", None))
         specs = _specs(config, tasks)
         played: list[Episode] = []
@@ -111,6 +112,30 @@ def profile_env(config: RunConfig) -> EnvProfile:
         other_goals,
         config.only_env.label,
     )
+
+
+def check_paraphrase(config: RunConfig, environment: Any, tasks: Sequence[str]) -> None:
+    """Refuse an environment that gives no paraphrase to an algorithm that compares observations with one.
+
+    Args:
+        config: The configuration, with one environment.
+        environment: The environment.
+        tasks: Its training tasks.
+
+    Raises:
+        ConfigError: Naming the environment.
+    """
+    view = config.algorithm.build().view
+    if view is None or view.perturbation != "paraphrase" or not tasks:
+        return
+    _, info = environment.reset(seed=0, options={"task": tasks[0]})
+    if not isinstance(info.get("paraphrase"), str):
+        env = config.only_env
+        raise ConfigError(
+            f"algorithm: perturbation=paraphrase, but {env.id} gives no info['paraphrase'] with "
+            f"{env.key}.kwargs={dict(env.kwargs)}; wanted an environment that offers it, such as "
+            "agentrl/ALFWorld-v0 with kwargs.paraphrase=true, or another perturbation"
+        )
 
 
 def profile_environments(config: RunConfig) -> list[EnvProfile]:

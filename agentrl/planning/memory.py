@@ -120,6 +120,7 @@ def statistics_bytes(
     scored, current = (
         numbers_per_token(of(algorithm.requires)) for of in (scored_statistics, current_statistics)
     )
+    scored += algorithm.view is not None  # the divergence under changed observations
     size = scored * episodes + max(scored, current) * -(-episodes // learner.mini_batches)
     told = (
         f"{max(scored, current)} numbers a token of {episodes} sequences of {context:,}, and of a mini-batch"

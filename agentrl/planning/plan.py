@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from agentrl.algorithms.algorithm import Algorithm
+from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.methods.cloning import cloning
 from agentrl.data.trajectory import Episode
 from agentrl.errors import AgentRLError
@@ -246,6 +247,10 @@ def _work_lines(config: RunConfig, algorithm: Algorithm, profiles: Sequence[EnvP
         Line("work", "episodes of training", steps * per_step, "episodes", f"{steps:,} steps{often}"),
         Line("work", "optimiser steps", steps * updates, "steps", f"{updates} in each step"),
     ]
+    if algorithm.view is not None:
+        seen = algorithm.view.probability(Context(total_steps=trainer.scheduled_steps))
+        second = f"the second with changed observations, of {seen:.0%} of the episodes in the first step"
+        lines.append(Line("work", "scoring passes of a step", 2, "passes", second))
     if trainer.mode == "async":
         ahead = f"at most, of {trainer.max_staleness} steps: trainer.max_staleness"
         lines.append(Line("work", "episodes ahead", trainer.max_staleness * per_step, "episodes", ahead))

@@ -160,7 +160,9 @@ def check_algorithm(algorithm: Algorithm, engine: EngineConfig, *, scores: bool 
         RequirementError: Naming what is missing.
     """
     wanted = algorithm.requires
-    own = provided(reference="reference" in wanted, critic="values" in wanted)
+    own = provided(
+        reference="reference" in wanted, critic="values" in wanted, views=algorithm.view is not None
+    )
     check_requirements(algorithm, own | engine.provides | ({"rollout:scores"} if scores else set()))
 
 

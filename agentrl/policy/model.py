@@ -31,7 +31,7 @@ from agentrl.policy.architecture import check_packed_forward, without_weights
 from agentrl.policy.attention import PACKED
 from agentrl.policy.context import context_length, context_limit, shortened
 from agentrl.policy.gguf import check_gguf, forget_quantization, read_gguf_config
-from agentrl.policy.packed import hidden_states, output_weight, packed_forward
+from agentrl.policy.packed import embedding, hidden_states, output_weight, packed_forward
 from agentrl.policy.precision import named_in_short, non_finite
 from agentrl.policy.settings import PolicyConfig
 from agentrl.policy.sources import ADAPTER_CONFIG, ModelSource, resolve
@@ -44,6 +44,7 @@ __all__ = [
     "context_length",
     "context_limit",
     "decoder_settings",
+    "embedding",
     "end_ids",
     "hidden_states",
     "load_policy",

@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agentrl.errors import RequirementError
@@ -55,6 +55,11 @@ def packed_forward(model: PreTrainedModel, tokens: Tensor, layout: AttentionLayo
 def output_weight(model: PreTrainedModel) -> Tensor:
     """Return the output weight [V, d]: logits are hidden @ weight.T, as `check_packed_forward` verifies."""
     return cast(Tensor, output_layer(model).weight)
+
+
+def embedding(model: PreTrainedModel) -> nn.Module:
+    """Return the module that embeds tokens: ids [...] -> [..., d]."""
+    return cast(nn.Module, cast(Any, model).get_input_embeddings())
 
 
 def output_layer(model: PreTrainedModel) -> Any:

@@ -13,8 +13,9 @@ from agentrl.errors import EnvironmentContractError
 from agentrl.seeds import derive_seed
 from agentrl.values import ValueFaultError, as_text, storable
 
-# Keys of `info` that a turn keeps from the answer to its reply; `state_key` comes from the state before.
+# Keys of `info` that a turn keeps from the answer to its reply, and from the state before it.
 STORED_INFO = ("success", "score", "valid", "task_type", "tool", "tool_error", "other_success")
+INFO_BEFORE = ("state_key", "task_text", "paraphrase")
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,8 +397,7 @@ def _limited(briefing: Briefing, max_turns: int | None) -> Briefing:
 def _turn(before: Transition, reply: Reply, answer: Answer, noted: Mapping[str, Any]) -> Turn:
     after = answer if isinstance(answer, Transition) else Transition("")
     info = {key: after.info[key] for key in STORED_INFO if key in after.info}
-    if "state_key" in before.info:
-        info["state_key"] = before.info["state_key"]
+    info |= {key: before.info[key] for key in INFO_BEFORE if key in before.info}
     if reply.parts:
         info["parts"] = dict(reply.parts)
     if reply.intervened:

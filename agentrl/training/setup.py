@@ -18,7 +18,7 @@ from agentrl.errors import ConfigError
 from agentrl.evaluation.panels import configured_panel
 from agentrl.files import remove_leftovers
 from agentrl.learn.ranks import ALONE, Ranks
-from agentrl.planning.env_probe import play_random
+from agentrl.planning.env_probe import check_paraphrase, play_random
 from agentrl.planning.limits import is_open, resolve_limits
 from agentrl.planning.memory import sent_bytes
 from agentrl.planning.preflight import check_run
@@ -268,6 +268,7 @@ def _inspect(config: RunConfig, environments: Environments, ranks: int) -> _Foun
         known: Any = environment.unwrapped
         tasks: Sequence[str] = known.tasks(config.only_env.split)
         panel = configured_panel(config, environment)
+        check_paraphrase(config, environment, tasks)
     if len(panel.tasks) < ranks:
         raise ConfigError(
             f"evaluation.tasks is {len(panel.tasks)}, fewer than the {ranks} processes that share them"

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from agentrl.files import replacing_folder
 from agentrl.learn.learner import Learner
 from agentrl.learn.lora import adapter_weights
 from agentrl.learn.ranks import ALONE
-from agentrl.policy.model import output_weight, save_policy
+from agentrl.policy.model import context_length, output_weight, save_policy
+from agentrl.policy.perturbation import ObservationPerturbation
 from agentrl.policy.precision import engine_copy, named_in_short, non_finite
 from agentrl.policy.tokens import fingerprint
 from agentrl.run.adapter import Base, read_base, write_adapter
@@ -114,6 +115,8 @@ class TrainingState:
             reference=copy.deepcopy(model).requires_grad_(False) if "reference" in required else None,
             critic="values" in required,
             ranks=self._session.ranks if sharded else ALONE,
+            perturb=lru_cache(1)(partial(ObservationPerturbation, self._session.policy.tokenizer)),
+            longest=context_length(self._session.policy.served, config.policy.max_context),
         )
 
     def export_model(self) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from agentrl_envs.alfworld.engine import GameState
 from agentrl_envs.alfworld.expert import SearchingExpert
 from agentrl_envs.alfworld.games import Games, GeneratedGames, LoadedGame, OfficialGames
 from agentrl_envs.alfworld.generate import SPLITS, TASK_TYPES, Options
-from agentrl_envs.alfworld.wording import compact, compact_opening, compact_task, task_text
+from agentrl_envs.alfworld.wording import compact, compact_opening, compact_task, reworded, task_text
 
 OPTIONAL_COMMANDS = ("look", "inventory", "examine", "slice", "help")
 
@@ -73,11 +73,12 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             examine, slice and help, which no task needs.
         engine: "native", or "textworld" (extra `alfworld-reference`; slow, one environment per process).
         expert: Whether to add `info["expert"]`, the next command of an expert that has to search, too.
+        paraphrase: Whether to add `info["paraphrase"]`, the observation in other words or another order.
         data: The folder of official games (such as `json_2.1.1`) to use instead of generated ones.
 
     `info` holds success, actions, score (0 or 1), valid, task_type, state_key, other_success (whether the
     goal of `other_goal(task)` has been reached so far; always False with TextWorld), task_text at the reset,
-    and expert on request.
+    and expert and paraphrase on request.
     """
 
     splits = tuple(SPLITS)
@@ -101,6 +102,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         menu: str = "full",
         engine: str = "native",
         expert: bool = False,
+        paraphrase: bool = False,
         data: str | Path | None = None,
     ) -> None:
         for name, value, choices in (
@@ -127,7 +129,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self.max_steps = max_steps
         self._compact = text == "compact"
         self._short_menu = menu == "task"
-        self._with_expert = expert
+        self._with_expert, self._with_paraphrase = expert, paraphrase
         self._engine = _engine(engine)
         if engine == "textworld":  # TextWorld cannot return to an earlier state
             vars(self).update(snapshot=None, restore=None)
@@ -174,8 +176,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self._episode = EpisodeState(
             task, loaded, state, text, 0, False, self._engine.other_reached(loaded, state), ()
         )
-        opening = state.observation
-        named = compact_task(opening, loaded.wanted) if self._compact else task_text(opening)
+        named = self._named(loaded, state)
         return text, self._info(self._episode, True) | {"task_text": named}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -214,7 +215,17 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         }
         if self._with_expert:
             info["expert"] = self.expert()
+        if self._with_paraphrase:
+            opens = episode.steps == 0
+            info["paraphrase"] = reworded(
+                episode.observation, self._named(episode.loaded, state) if opens else None
+            )
         return info
+
+    def _named(self, loaded: LoadedGame, start: GameState) -> str | None:
+        """Return the text of a task, given the first state of its game."""
+        opening = start.observation
+        return compact_task(opening, loaded.wanted) if self._compact else task_text(opening)
 
     def _menu(self, state: GameState) -> list[str]:
         if not self._short_menu:

@@ -1,5 +1,6 @@
 """`agentrl/ALFWorld-v0` as an environment."""
 
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -30,7 +31,28 @@ def test_it_is_made_by_gymnasium_after_the_plugins_are_loaded() -> None:
     assert env.unwrapped.data == "generated"
 
 
-@pytest.mark.parametrize("settings", [{}, {**TINY, "expert": True}], ids=["default", "tiny"])
+@pytest.mark.parametrize(("text", "share"), [("raw", 0.9), ("compact", 0.3)])
+def test_a_paraphrase_keeps_the_task_and_says_the_rest_otherwise(text: str, share: float) -> None:
+    env = ALFWorldEnv(text=text, expert=True, paraphrase=True)
+    observation, info = env.reset(options={"task": "train/3"})
+    first, snapshot, seen = info["paraphrase"], env.snapshot(), [(observation, info["paraphrase"])]
+    assert info["task_text"] in first
+    while info["expert"] is not None:
+        observation, _, _, _, info = env.step(info["expert"])
+        seen.append((observation, info["paraphrase"]))
+    assert len(seen) > 5
+    assert sum(said != again for said, again in seen) >= share * len(seen)
+    for said, again in seen:
+        assert again
+        # Whatever the paraphrase names was in the observation.
+        assert set(re.findall(r"[a-z]+ \d+", again)) <= set(re.findall(r"[a-z]+ \d+", said))
+    assert env.restore(snapshot)[1]["paraphrase"] == first
+    assert "paraphrase" not in ALFWorldEnv().reset(options={"task": "train/3"})[1]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {**TINY, "expert": True, "paraphrase": True}], ids=["default", "tiny"]
+)
 def test_it_keeps_the_environment_contract(settings: Mapping[str, Any]) -> None:
     report = check_text_env(partial(make, ID, **settings), tasks=1, steps=20)
     report.raise_if_failed()

@@ -15,6 +15,7 @@ from remembering import ReturnModel, VisitBonus
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 from toy_policy import VOCABULARY, ToyPolicy, answered, make_groups, sampled_at, toy_forward
+from toy_views import toy_perturb
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from agentrl.algorithms.algorithm import Algorithm, keep_all
@@ -91,6 +92,7 @@ def learner_of(
         critic="values" in algorithm.requires,
         forward=toy_forward() if make is ToyPolicy else Forward(),
         ranks=ranks,
+        perturb=toy_perturb,
     )
 
 
@@ -241,7 +243,7 @@ def double_qwen(seed: int) -> nn.Module:
 
 
 def a_transformer(ranks: Ranks, folder: Path) -> Figures:
-    return {name: compared(double_qwen, name, ranks) for name in ("grpo", "ppo", "epo")}
+    return {name: compared(double_qwen, name, ranks) for name in ("grpo", "ppo", "epo", "vogue")}
 
 
 def adapters(ranks: Ranks, folder: Path) -> Figures:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from toy_policy import ToyPolicy, make_groups, toy_forward
+from toy_views import toy_perturb
 
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import prepare
@@ -51,7 +52,9 @@ def over(*names: str, **spear: Any) -> Algorithm:
 
 def learner_of(**settings: Any) -> Learner:
     config = {"optimizer": "adamw", "warmup_steps": 0, "learning_rate": 0.01, "micro_batch_tokens": 30}
-    return Learner(ToyPolicy(), LearnerConfig(**config | settings), forward=toy_forward())
+    return Learner(
+        ToyPolicy(), LearnerConfig(**config | settings), forward=toy_forward(), perturb=toy_perturb
+    )
 
 
 def weights(learner: Learner) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from toy_policy import VOCABULARY, ToyPolicy, make_groups, toy_forward
+from toy_views import toy_perturb
 
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import prepare
@@ -83,7 +84,9 @@ def learner_for(algorithm: Algorithm) -> Learner:
     reference = ToyPolicy(1) if "reference" in algorithm.requires else None
     config = LearnerConfig(optimizer="adamw", learning_rate=0.1, warmup_steps=0, mini_batches=2)
     critic = "values" in algorithm.requires
-    return Learner(policy, config, reference=reference, critic=critic, forward=toy_forward())
+    return Learner(
+        policy, config, reference=reference, critic=critic, forward=toy_forward(), perturb=toy_perturb
+    )
 
 
 def finite(learner: Learner) -> bool:
@@ -118,7 +121,7 @@ def test_the_weights_stay_finite(name: str, case: str, selected: bool) -> None:
 def test_infinite_log_ratios_are_held_or_their_step_is_skipped(name: str, old: float) -> None:
     algorithm = build_recipe(name).build()
     learner = learner_for(algorithm)
-    batch = learner.score(collate(make_groups(2)), algorithm.requires)
+    batch = learner.score(collate(make_groups(2)), algorithm.requires, algorithm.view)
     spoiled = torch.where(batch.action_mask, old, 0.0)
     numbers = learner.update(replace(batch, old_logprobs=spoiled), algorithm, CONTEXT)
     assert finite(learner)
@@ -132,7 +135,7 @@ def test_nan_where_nothing_was_sampled_changes_nothing(name: str) -> None:
     weights = []
     for spoil in (0.0, torch.nan):
         learner = learner_for(algorithm)
-        batch = learner.score(collate(make_groups(2)), algorithm.requires)
+        batch = learner.score(collate(make_groups(2)), algorithm.requires, algorithm.view)
         fields = ("logprobs", "entropies", "old_logprobs", "old_entropies", "values", "reference_logprobs")
         spoiled = {
             field: torch.where(batch.action_mask, value, spoil)

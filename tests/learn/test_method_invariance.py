@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from toy_policy import VOCABULARY, ToyPolicy, answered, make_groups, toy_forward
+from toy_views import toy_perturb
 
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import prepare
@@ -63,6 +64,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "drpo": {"name": "drpo"},
     "drpo, by tokens": {"name": "drpo", "length": "tokens", "trust": 0.0},
     "copo": {"name": "copo"},
+    "vogue": {"name": "vogue", "share": 0.7},
+    "vogue, tokens": {"name": "vogue", "perturbation": "tokens", "unit": "trajectory", "divergence": "taken"},
+    "e3b": {"name": "e3b", "coefficient": 0.1, "divide_by_std": False},
     "ares": {"name": "ares", "window": 1},
     "t2po": {"name": "t2po"},
     "appo": {"name": "appo", "kl_coefficient": 0.1},
@@ -76,14 +80,14 @@ def built(block: dict[str, Any]) -> Algorithm:
 
 def learner_of(policy: ToyPolicy, micro_batch_tokens: int = 10_000) -> Learner:
     config = LearnerConfig(warmup_steps=0, micro_batch_tokens=micro_batch_tokens)
-    return Learner(policy, config, forward=toy_forward())
+    return Learner(policy, config, forward=toy_forward(), perturb=toy_perturb)
 
 
 def rows_of(block: dict[str, Any], layout: Layout = "trajectory") -> Batch:
     """Scored rows whose ratios are not 1; the old log-probability of a token is the same in both layouts."""
     algorithm = built(block)
     batch = prepare(algorithm, answered(make_groups()), CONTEXT, layout=layout)
-    batch = learner_of(ToyPolicy()).score(batch, algorithm.requires)
+    batch = learner_of(ToyPolicy()).score(batch, algorithm.requires, algorithm.view, CONTEXT)
     assert batch.old_logprobs is not None
     position = torch.arange(batch.tokens.shape[1], dtype=torch.float64)
     places = 5 * batch.trajectory[:, None] + 3 * batch.turns + position

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from toy_policy import VOCABULARY, ToyPolicy, answered, make_groups, toy_forward
+from toy_views import toy_perturb
 
 from agentrl.algorithms.credit import prepare
 from agentrl.algorithms.hooks import Context
@@ -59,6 +60,12 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"base": {"name": "gigpo", "step_weight": 0.5}},
     ),
     "ares": ({"strength": 0.0}, {"name": "grpo"}, {"window": 1}),
+    "vogue": ({"input_weight": 0.0, "output_weight": 0.0}, {"name": "grpo"}, {"output_weight": 0.0}),
+    "e3b": (
+        {"coefficient": 0.0},
+        {"name": "grpo", "drop_equal_groups": False},
+        {"coefficient": 0.1, "divide_by_std": False},
+    ),
     "epo": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
     "graphgpo": (
         {"step_weight": 0.0},
@@ -89,9 +96,12 @@ def weights_after(block: dict[str, Any]) -> torch.Tensor:
     settings = {key: value for key, value in block.items() if key != "name"}
     algorithm = build_recipe(block["name"], settings).build()
     policy = ToyPolicy()
-    learner = Learner(policy, LearnerConfig(warmup_steps=0, mini_batches=2), forward=toy_forward())
+    learner = Learner(
+        policy, LearnerConfig(warmup_steps=0, mini_batches=2), forward=toy_forward(), perturb=toy_perturb
+    )
     for _ in range(2):
-        batch = learner.score(prepare(algorithm, answered(make_groups()), CONTEXT), algorithm.requires)
+        batch = prepare(algorithm, answered(make_groups()), CONTEXT)
+        batch = learner.score(batch, algorithm.requires, algorithm.view, CONTEXT)
         assert batch.old_logprobs is not None
         # The sampler is the learner, as in a run with its own engine.
         learner.update(replace(batch, logprobs=batch.old_logprobs), algorithm, CONTEXT)

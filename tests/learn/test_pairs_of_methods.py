@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from toy_policy import VOCABULARY, ToyPolicy, answered, make_groups, toy_forward
+from toy_views import toy_perturb
 
 from agentrl.algorithms.credit import prepare
 from agentrl.algorithms.hooks import Context
@@ -27,8 +28,10 @@ def step_of(*names: str) -> str | None:
     reference = ToyPolicy(1) if "reference" in algorithm.requires else None
     config = LearnerConfig(optimizer="adamw", warmup_steps=0, mini_batches=2)
     critic = "values" in algorithm.requires
-    learner = Learner(policy, config, reference=reference, critic=critic, forward=toy_forward())
-    batch = learner.score(prepare(algorithm, answered(make_groups()), CONTEXT), algorithm.requires)
+    given = {"reference": reference, "critic": critic, "perturb": toy_perturb}
+    learner = Learner(policy, config, forward=toy_forward(), **given)
+    batch = prepare(algorithm, answered(make_groups()), CONTEXT)
+    batch = learner.score(batch, algorithm.requires, algorithm.view, CONTEXT)
     learner.update(replace(batch, logprobs=batch.old_logprobs), algorithm, CONTEXT)
     assert all(bool(value.isfinite().all()) for value in policy.parameters())
     assert learner.skipped_updates == 0

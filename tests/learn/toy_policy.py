@@ -43,7 +43,7 @@ def output_weight(policy: ToyPolicy) -> Tensor:
 
 
 def toy_forward() -> Forward:
-    return Forward(hidden_states, output_weight)
+    return Forward(hidden_states, output_weight, lambda policy: policy.embedding)
 
 
 def make_turn(

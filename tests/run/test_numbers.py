@@ -71,7 +71,7 @@ ACCEPTED = {
         "clip_cov.band.0",
         "spear.covariance_band.0",
         "spear.replay_covariance_band.0",
-        "canon.beta",
+        *("canon.beta", "e3b.reward_range.0"),
         *(f"{name}.entropy_coefficient" for name in CLIPPED),
         *("one_shot.entropy_coefficient", "pear.failure_reward"),
         *("t1.entropy_coefficient", "t1.overflow_reward"),
@@ -101,6 +101,7 @@ ACCEPTED = {
         *("cispo.clip_high", "cispo.clip_low"),
         "dapo.overlong_cache",
         *("drpo.radius", "drpo.trust", "entropy_sft.weight"),
+        *("e3b.coefficient", "e3b.error_share", "e3b.reward_range.0", "e3b.reward_range.1"),
         "dppo.log_ratio_coefficient",
         *("empg.k", "empg.k_future", "empg.zeta"),
         *(f"epo.{name}" for name in ("entropy_coefficient", "low", "penalty", "schedule_rate", "window")),
@@ -123,6 +124,7 @@ ACCEPTED = {
         *("reinforce_pp.gamma", "reinforce_pp.reward_kl_coefficient"),
         *("seed_grpo.alpha", "siren.anchor", "siren.coefficient", "siren.quantile"),
         *(f"t1.{name}" for name in ("entropy_coefficient", "kl_coefficient", "overflow_reward")),
+        *("vogue.input_weight", "vogue.output_weight"),
         *(f"spear.{name}" for name in ("coefficient", "covariance_band.0", "covariance_share")),
         *(f"spear.{name}" for name in ("replay_covariance_band.0", "replay_covariance_share")),
         *("spear.tool_reward", "spear.warmup"),
@@ -142,6 +144,7 @@ ACCEPTED = {
 CONTRADICTIONS = {
     "aepo.advantage_limits.1": "wanted a range that contains 1",
     "clip_cov.band.1": "wanted the lower bound first",
+    "e3b.reward_range.1": "wanted the lower bound first",
     "spear.covariance_band.1": "wanted the lower bound first",
     "spear.replay_covariance_band.1": "wanted the lower bound first",
 }

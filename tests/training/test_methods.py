@@ -93,6 +93,17 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
     "t1": ((), (moved("learner/term/t1_entropy"),)),
     "drpo": ((), (moved("learner/term/drpo"),)),
     "copo": (("algorithm.answers=state",), (moved("algorithm/copo/local_share"),)),
+    "e3b": (
+        ("algorithm.coefficient=0.1",),
+        (moved("algorithm/e3b/bonus"), moved("algorithm/e3b/rnd_error"), moved("algorithm/e3b/states")),
+    ),
+    "vogue": (
+        ("algorithm.output_weight=0.0", "algorithm.amount=1.0"),
+        (
+            moved("algorithm/vogue/input_divergence"),
+            lambda row: row.get("train/algorithm/vogue/changed_share", 0) > 0.5,
+        ),
+    ),
     "ares": (("algorithm.window=1",), (moved("algorithm/ares/threshold"),)),
     "appo": (
         ("learner.epochs=2",),

@@ -33,6 +33,7 @@ from agentrl.algorithms.functional.branching import (
     state_values,
 )
 from agentrl.algorithms.functional.clusters import cluster_entropy, cluster_shares
+from agentrl.algorithms.functional.divergence import bounded_bonus, symmetric_divergence, taken_divergence
 from agentrl.algorithms.functional.entropies import (
     entropy,
     entropy_band_indicator,
@@ -46,6 +47,7 @@ from agentrl.algorithms.functional.layout import (
     turn_means,
     unroll,
 )
+from agentrl.algorithms.functional.novelty import count_bonuses, elliptical_bonuses, error_increases
 from agentrl.algorithms.functional.returns import (
     EQUAL_RETURNS,
     Hierarchical,
@@ -75,6 +77,7 @@ __all__ = [
     "Hierarchical",
     "Singleton",
     "Unit",
+    "bounded_bonus",
     "branch_score",
     "broadcast_to_tokens",
     "broadcast_turns_to_tokens",
@@ -83,8 +86,10 @@ __all__ = [
     "cluster_entropy",
     "cluster_shares",
     "constant_weights",
+    "count_bonuses",
     "covariance",
     "discounted_returns",
+    "elliptical_bonuses",
     "entropy",
     "entropy_band_indicator",
     "entropy_band_violation",
@@ -93,6 +98,7 @@ __all__ = [
     "entropy_modulated_advantage",
     "entropy_modulation",
     "entropy_scaled_advantage",
+    "error_increases",
     "future_ratio",
     "gae",
     "group_relative_advantage",
@@ -112,6 +118,8 @@ __all__ = [
     "state_modulation",
     "state_values",
     "stop_gradient_clipped_surrogate",
+    "symmetric_divergence",
+    "taken_divergence",
     "token_uncertainty",
     "token_weights",
     "top_k_entropy",

@@ -40,6 +40,7 @@ RULES: Mapping[str, _Rule] = {
     "task_text": _or_none(as_text),
     "task_type": _or_none(lambda value: as_text(value, MAX_NAME_CHARS)),
     "expert": _or_none(as_text),
+    "paraphrase": _or_none(as_text),
     "state_key": _or_none(as_key),
     "valid": as_flag,
     "other_success": as_flag,

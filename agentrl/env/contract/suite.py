@@ -40,6 +40,8 @@ class TextEnv(Protocol):
       observation is taken for the task,
     - `score`: the progress as a number, `task_type`: a name that scores are grouped by,
     - `expert`: the next action of the expert, if constructed with `expert=True`,
+    - `paraphrase`: the observation in other words, with the text of the task unchanged if it is in it, for
+      methods that compare the two,
     - `state_key`: a str or int that is equal for equal states,
     - `tool` and `tool_error`: the tool that the last action used, and its error; JSON values,
     - `other_success`: whether another task's goal was reached; see `other_goal` in

@@ -44,6 +44,30 @@ _SHORT = [
         (r"Nothing happens\.", "nothing happens"),
     )
 ]
+_OTHER_WORDS = [
+    (re.compile(pattern), result)
+    for pattern, result in (
+        (r"\bYou are in the middle of a room\.", "You stand in the middle of a room."),
+        (r"\bLooking quickly around you, you see (.*?)\.", r"A quick look around shows \1."),
+        (r"\bYou arrive at (.*?)\.", r"You have come to \1."),
+        (r"\bOn the (.*?), you see (.*?)\.", r"There is \2 on the \1."),
+        (r"\bThe ([\w ]*?) is open\. In it, you see (.*?)\.", r"The \1 stands open, with \2 in it."),
+        (r"\bThe ([\w ]*?) is closed\.", r"The \1 is shut."),
+        (r"\bYou (open|close) the ", r"You now \1 the "),
+        (r"\bYou pick up the (.*?) from the (.*?)\.", r"From the \2 you now hold the \1."),
+        (r"\bYou (?:move|put) the (.*?) to the (.*?)\.", r"The \1 is now at the \2."),
+        (r"\bYou (heat|cool|clean) the (.*?) using the (.*?)\.", r"Using the \3, you \1 the \2."),
+        (r"\bYou turn on the ", "You switch on the "),
+        (r"\bYou are carrying: (.*?)\.", r"In your hands: \1."),
+        (r"\bYou are not carrying anything\.", "There is nothing in your hands."),
+        (r"\bNothing happens\.", "That has no effect."),
+        (r"^closed$", "it is closed"),
+        (r"^holding ", "you are holding "),
+        (r"^hands empty$", "holding nothing"),
+        (r"^nothing happens$", "nothing"),
+    )
+]
+_SHORT_LIST = re.compile(r"(?<=: )[a-z]+ \d+(?: [a-z]+ \d+)+$")
 _STATE = {"heat": "hot", "cool": "cool", "clean": "clean"}
 _ARTICLES = re.compile(r"\b(?:a|the) ")
 _ROOM = re.compile(r"Looking quickly around you, you see (.*?)\.(?:\n|$)")
@@ -93,6 +117,24 @@ def compact(text: str) -> str:
                 f"{head}: {' '.join(listed(tail)) or 'nothing'}" if colon and "see" in text else _bare(short)
             )
     return _bare(text)
+
+
+def reworded(text: str, task: str | None) -> str:
+    """Say an observation in other words or in another order, and the task in the same words.
+
+    >>> reworded("You arrive at desk 1. On the desk 1, you see a mug 1.", None)
+    'You have come to desk 1. There is a mug 1 on the desk 1.'
+    >>> reworded("put mug in desk: desk 1 drawer 2", "put mug in desk")
+    'put mug in desk: drawer 2 desk 1'
+    """
+    before, named, after = text.partition(task) if task else ("", "", text)
+    return _in_other_words(before) + named + _in_other_words(after)
+
+
+def _in_other_words(text: str) -> str:
+    for pattern, result in _OTHER_WORDS:
+        text = pattern.sub(result, text)
+    return _SHORT_LIST.sub(lambda found: " ".join(reversed(re.findall(r"[a-z]+ \d+", found[0]))), text)
 
 
 def _bare(text: str) -> str:
