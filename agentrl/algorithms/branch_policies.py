@@ -6,7 +6,7 @@ from typing import Literal
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.branching import AnchorUnit, Uncertainty, anchor_points, opening_entropy
-from agentrl.algorithms.hooks import Context, requires
+from agentrl.algorithms.hooks import BRANCHES, Context, requires, trait
 from agentrl.data.trajectory import BranchPoint, Episode, Turn
 from agentrl.seeds import derive_seed
 
@@ -14,6 +14,7 @@ BranchRule = Literal["stochastic", "threshold"]
 InitialRollouts = int | Literal["measured", "half"]
 
 
+@trait(BRANCHES)
 @requires("rollout:entropy")
 @dataclass
 class AnchorExploration:
@@ -85,6 +86,7 @@ class AnchorExploration:
         return [kind[derive_seed(self.seed, "base", kind[0].success) % len(kind)] for kind in kinds if kind]
 
 
+@trait(BRANCHES)
 @requires("rollout:entropy")
 @dataclass
 class EntropyBranching:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import fmean, quantiles
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from agentrl.algorithms.hooks import Coefficient, Context, ReplyTemperature
 from agentrl.data.trajectory import BranchPoint, Episode, Turn
+from agentrl.errors import ConfigError
 
 OPENING = 20  # action tokens of a turn whose entropy stands for the turn
 MIN_GAP = 3  # points: closer ones count as the same uncertain moment, with `quantile`
@@ -61,6 +62,8 @@ class RolloutPlan:
         episodes: The number of episodes per task; None takes the configured group size.
         branch_policy: (episodes of the task, seed, context) -> the policy that decides where episodes start;
             None starts all of them at the first observation.
+        second: How many of `episodes`, the last ones of each task, are a second rollout. `reply_temperature`
+            samples them at a temperature of their own, and the learner scores them at that of the step.
     """
 
     temperature: Coefficient | None = None
@@ -68,6 +71,25 @@ class RolloutPlan:
     rounds: int = 1
     episodes: int | None = None
     branch_policy: BranchPolicyFactory | None = None
+    second: int = 0
+
+    def __post_init__(self) -> None:
+        if self.second and not 0 < self.second < (self.episodes or 0):
+            raise ConfigError(f"second is {self.second}, wanted less than episodes, {self.episodes}")
+
+
+def own_rollout(plan: RolloutPlan, method: str, **changes: Any) -> RolloutPlan:
+    """Return the plan of a base with the changes of a method that decides which episodes a task gets.
+
+    Raises:
+        ConfigError: If the base decides that, or the temperature of each reply, as well.
+    """
+    if plan.branch_policy is not None or plan.episodes is not None or plan.reply_temperature is not None:
+        raise ConfigError(
+            f"{method}: the base decides where episodes start, how many there are, or how hot their replies "
+            "are; wanted a base that leaves the rollout as it is"
+        )
+    return replace(plan, **changes)
 
 
 def opening_entropy(turn: Turn, vocabulary: int, *, total: bool = False) -> float | None:

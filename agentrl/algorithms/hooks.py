@@ -17,6 +17,8 @@ REQUIRES, TRAITS, EXCLUDES = "requires", "traits", "excludes"
 SCORED = frozenset({"old_logprobs", "entropy", "reference", "values"})  # results of the scoring pass
 SCHEDULED = "schedule over all steps"  # a trait: it reads `Context.total_steps`
 COMPARES = "comparison within a group"  # a trait: an episode alone in its group gives no signal
+BRANCHES = "branches"  # a trait of a branch policy: episodes share the beginning of others
+STEERS_ENTROPY = "entropy control"  # a trait: it moves the entropy towards a target
 ADAPTIVE_BOUNDS = "adaptive bounds"  # a trait: a clip that finds its bounds in each mini-batch
 
 
@@ -34,6 +36,7 @@ class Context:
             for.
         vocabulary: The size of the policy's vocabulary, to express entropies in units of its logarithm.
         tokenizer: The fingerprint of the policy's tokenizer. Token ids are valid under this one only.
+        token_text: The text of a token, empty for a special one; None if there is no tokenizer.
     """
 
     step: int = 0
@@ -42,6 +45,7 @@ class Context:
     seed: int = 0
     vocabulary: int = 0
     tokenizer: str = ""
+    token_text: Callable[[int], str] | None = None
 
     def past(self, name: str) -> Sequence[float]:
         """Return the past values of a diagnostic of the algorithm, by the name that it reports."""
@@ -289,7 +293,8 @@ def trait(*names: str) -> Callable[[F], F]:
 def excludes(**reasons: str) -> Callable[[F], F]:
     """Declare the traits of other components that this one cannot be combined with, and why.
 
-    Names are those of `trait`, with an underscore for a space.
+    Names are those of `trait`, with an underscore for a space. A component may exclude a trait of its own, so
+    that there is only one with it.
     """
 
     def mark(component: F) -> F:
@@ -297,6 +302,12 @@ def excludes(**reasons: str) -> Callable[[F], F]:
         return component
 
     return mark
+
+
+def steers_entropy(component: F) -> F:
+    """Declare that a component moves the entropy towards a target; an algorithm has at most one of them."""
+    marked = trait(STEERS_ENTROPY)(component)
+    return excludes(entropy_control="two targets of the entropy would work against each other")(marked)
 
 
 def _marked(kind: str, names: Iterable[str]) -> Callable[[F], F]:

@@ -246,6 +246,9 @@ def _work_lines(config: RunConfig, algorithm: Algorithm, profiles: Sequence[EnvP
         Line("work", "episodes of training", steps * per_step, "episodes", f"{steps:,} steps{often}"),
         Line("work", "optimiser steps", steps * updates, "steps", f"{updates} in each step"),
     ]
+    if second := rollout.groups_per_step * algorithm.rollout.second:
+        told = f"of them: {rollout.groups_per_step} tasks x {algorithm.rollout.second}{often}"
+        lines.append(Line("work", "at another temperature", second, "episodes", told))
     if trainer.mode == "async":
         ahead = f"at most, of {trainer.max_staleness} steps: trainer.max_staleness"
         lines.append(Line("work", "episodes ahead", trainer.max_staleness * per_step, "episodes", ahead))
