@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.branching import AnchorUnit, Uncertainty, anchor_points, opening_entropy
@@ -35,6 +35,8 @@ class AnchorExploration:
 
     Source: Zheng et al. 2025, arXiv:2507.07017.
     """
+
+    revisits: ClassVar[bool] = True
 
     budget: int
     seed: int

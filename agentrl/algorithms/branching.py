@@ -25,6 +25,9 @@ class BranchPolicy(Protocol):
     one branches off: `BranchPoint(parent, turn, token)` starts in the state before that turn, with the first
     `token` tokens of the parent's reply. The rollout names the episodes and never starts more than the
     budget. When all have ended and the budget is not used up, it starts the rest from the first observation.
+
+    A policy that returns to ended episodes later than in the call of `ended` for them has an attribute
+    `revisits = True`: the engine then keeps what it has read of them until the budget is spent.
     """
 
     def begin(self) -> Sequence[BranchPoint | None]:

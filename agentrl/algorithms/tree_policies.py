@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from typing import ClassVar
 
 from agentrl.algorithms.branching import point_scores
 from agentrl.algorithms.hooks import BRANCHES, Context, requires, trait
@@ -28,6 +29,8 @@ class Trees:
         branches: The number of branches from a point.
         points: (ended trunk, seed, context) -> the points at which it forks.
     """
+
+    revisits: ClassVar[bool] = True
 
     budget: int
     seed: int

@@ -63,6 +63,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "drpo": {"name": "drpo"},
     "drpo, by tokens": {"name": "drpo", "length": "tokens", "trust": 0.0},
     "copo": {"name": "copo"},
+    "arbitrary_entropy": {"name": "arbitrary_entropy", "episodes": 2, "replaced": 2},
+    "dcpo": {"name": "dcpo"},
+    "cure": {"name": "cure"},
+    "ettrl": {"name": "ettrl"},
+    "ettrl, of the majority": {"name": "ettrl", "reward": "majority"},
     "ares": {"name": "ares", "window": 1},
 }
 every_method = pytest.mark.parametrize("block", METHODS.values(), ids=METHODS)
