@@ -100,7 +100,7 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
     ),
     "dcpo": ((), (moved("algorithm/dcpo/strength"), moved("algorithm/dcpo/entropy"))),
     "cure": (
-        ("algorithm.rollouts=2", "algorithm.base.max_rounds=1"),
+        ("algorithm.rollouts=2",),
         (
             moved("rollout/branches/restored"),
             lambda row: 0 < row.get("train/algorithm/trees/own_tokens", 1) < 1,
