@@ -35,7 +35,7 @@ from agentrl.data.batch import Batch
 BETTER = 0.05  # by how many standard deviations an episode is better than its group
 ENTROPY = "arbitrary_entropy/entropy"
 Hotter = Annotated[float, Interval(gt=1, le=10)]
-Colder = Annotated[float, Interval(gt=0, lt=1)]
+Colder = Annotated[float, Interval(ge=0.01, lt=1)]
 
 
 @recipe("arbitrary_entropy")
