@@ -263,7 +263,7 @@ class Algorithm:
             for slot, component in self._functions()
             for name, why in dict(declarations(component, EXCLUDES)).items()
             for other_slot, other in self._functions()
-            if name in declarations(other, TRAITS)
+            if other is not component and name in declarations(other, TRAITS)
         ]
         if contradictions:
             raise ConfigError("; ".join(contradictions))

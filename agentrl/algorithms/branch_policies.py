@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from agentrl.algorithms import functional
 from agentrl.algorithms.branching import AnchorUnit, Uncertainty, anchor_points, opening_entropy
-from agentrl.algorithms.hooks import Context, requires
+from agentrl.algorithms.hooks import BRANCHES, Context, requires, trait
 from agentrl.data.trajectory import BranchPoint, Episode, Turn
 from agentrl.seeds import derive_seed
 
@@ -14,6 +14,7 @@ BranchRule = Literal["stochastic", "threshold"]
 InitialRollouts = int | Literal["measured", "half"]
 
 
+@trait(BRANCHES)
 @requires("rollout:entropy")
 @dataclass
 class AnchorExploration:
@@ -34,6 +35,8 @@ class AnchorExploration:
 
     Source: Zheng et al. 2025, arXiv:2507.07017.
     """
+
+    revisits: ClassVar[bool] = True
 
     budget: int
     seed: int
@@ -85,6 +88,7 @@ class AnchorExploration:
         return [kind[derive_seed(self.seed, "base", kind[0].success) % len(kind)] for kind in kinds if kind]
 
 
+@trait(BRANCHES)
 @requires("rollout:entropy")
 @dataclass
 class EntropyBranching:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import fmean, quantiles
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from agentrl.algorithms.hooks import Coefficient, Context, EndThoughts, ReplyTemperature, TurnGate
 from agentrl.data.trajectory import BranchPoint, Episode, Turn
+from agentrl.errors import ConfigError
 
 OPENING = 20  # action tokens of a turn whose entropy stands for the turn
 MIN_GAP = 3  # points: closer ones count as the same uncertain moment, with `quantile`
@@ -24,6 +25,9 @@ class BranchPolicy(Protocol):
     one branches off: `BranchPoint(parent, turn, token)` starts in the state before that turn, with the first
     `token` tokens of the parent's reply. The rollout names the episodes and never starts more than the
     budget. When all have ended and the budget is not used up, it starts the rest from the first observation.
+
+    A policy that returns to ended episodes later than in the call of `ended` for them has an attribute
+    `revisits = True`: the engine then keeps what it has read of them until the budget is spent.
     """
 
     def begin(self) -> Sequence[BranchPoint | None]:
@@ -68,6 +72,8 @@ class RolloutPlan:
         end_thoughts: (entropies, confidences of the reasoning so far, context) -> whether to end it now. The
             tokens that end it are forced, and the turn's info has `intervened`.
         confidence: The number of most likely tokens that a confidence is over; 0 measures none.
+        second: How many of `episodes`, the last ones of each task, are a second rollout. `reply_temperature`
+            samples them at a temperature of their own, and the learner scores them at that of the step.
     """
 
     temperature: Coefficient | None = None
@@ -79,6 +85,25 @@ class RolloutPlan:
     resamples: int = 0
     end_thoughts: EndThoughts | None = None
     confidence: int = 0
+    second: int = 0
+
+    def __post_init__(self) -> None:
+        if self.second and not 0 < self.second < (self.episodes or 0):
+            raise ConfigError(f"second is {self.second}, wanted less than episodes, {self.episodes}")
+
+
+def own_rollout(plan: RolloutPlan, method: str, **changes: Any) -> RolloutPlan:
+    """Return the plan of a base with the changes of a method that decides which episodes a task gets.
+
+    Raises:
+        ConfigError: If the base decides that, or the temperature of each reply, as well.
+    """
+    if plan.branch_policy is not None or plan.episodes is not None or plan.reply_temperature is not None:
+        raise ConfigError(
+            f"{method}: the base decides where episodes start, how many there are, or how hot their replies "
+            "are; wanted a base that leaves the rollout as it is"
+        )
+    return replace(plan, **changes)
 
 
 def opening_entropy(turn: Turn, vocabulary: int, *, total: bool = False) -> float | None:

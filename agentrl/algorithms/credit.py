@@ -9,7 +9,7 @@ from torch import Tensor
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.hooks import Context, MiniBatch, ShapeGroup, ShapeReward
 from agentrl.algorithms.named_features import with_features
-from agentrl.data.batch import Batch, Layout, collate
+from agentrl.data.batch import Batch, Layout, collate, scored_at
 from agentrl.data.trajectory import Episode, Group
 
 
@@ -20,15 +20,20 @@ def prepare(
     *,
     layout: Layout = "trajectory",
     selected: bool = False,
+    temperature: float = 1.0,
 ) -> Batch:
     """Turn a step's groups into a batch: select (unless `selected`), shape rewards, collate.
 
     Selection sees the environment's rewards. The batch and its episodes hold the shaped ones: each episode by
-    itself first (`shape_reward`), then in comparison with its group (`shape_group`).
+    itself first (`shape_reward`), then in comparison with its group (`shape_group`). The episodes of a second
+    rollout (`RolloutPlan.second`) are to be scored at `temperature`, that of the step.
     """
     kept = groups if selected else algorithm.select(groups, context)
     kept = shape_rewards(kept, context, algorithm.shape_reward, algorithm.shape_group)
-    return collate(kept, layout=layout)
+    batch, plan = collate(kept, layout=layout), algorithm.rollout
+    if not plan.second or plan.episodes is None or batch.members is None:
+        return batch
+    return scored_at(batch, batch.members >= plan.episodes - plan.second, temperature)
 
 
 def compute_advantages(algorithm: Algorithm, batch: Batch, context: Context) -> Tensor:

@@ -259,9 +259,16 @@ def anchor_entropies(batch: Batch, states: BranchStates, unit: AnchorUnit) -> li
 
 def tokens_after_branching(batch: Batch) -> Tensor:
     """Mark the action tokens of branches after their branch point; [B, T] bool, nothing of a base."""
-    turns = [
-        len(episode.turns) if episode.parent is None else episode.parent.turn for episode in batch.episodes
-    ]
+    branch = torch.tensor([episode.parent is not None for episode in batch.episodes], dtype=torch.bool)
+    return own_tokens(batch) & branch.to(batch.tokens.device)[batch.trajectory][:, None]
+
+
+def own_tokens(batch: Batch) -> Tensor:
+    """Mark the action tokens that each trajectory sampled itself, after its branch point; [B, T] bool.
+
+    In the turn in which a branch begins, the tokens that it took over are no action tokens.
+    """
+    turns = [0 if episode.parent is None else episode.parent.turn for episode in batch.episodes]
     first = torch.tensor(turns, dtype=torch.int64, device=batch.tokens.device)
     return batch.action_mask & (batch.turns >= first[batch.trajectory][:, None])
 

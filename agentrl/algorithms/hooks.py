@@ -19,6 +19,8 @@ SCORED = frozenset(
 )  # results of the scoring pass
 SCHEDULED = "schedule over all steps"  # a trait: it reads `Context.total_steps`
 COMPARES = "comparison within a group"  # a trait: an episode alone in its group gives no signal
+BRANCHES = "branches"  # a trait of a branch policy: episodes share the beginning of others
+STEERS_ENTROPY = "entropy control"  # a trait: it moves the entropy towards a target
 ADAPTIVE_BOUNDS = "adaptive bounds"  # a trait: a clip that finds its bounds in each mini-batch
 
 
@@ -38,6 +40,7 @@ class Context:
         tokenizer: The fingerprint of the policy's tokenizer. Token ids are valid under this one only.
         score: Maps an episode to the learner's log-probability in nats of each reply token, by turn, at the
             temperature of the token; only for a `BranchPolicy` that requires `rollout:scores`.
+        token_text: The text of a token, empty for a special one; None if there is no tokenizer.
     """
 
     step: int = 0
@@ -47,6 +50,7 @@ class Context:
     vocabulary: int = 0
     tokenizer: str = ""
     score: "ScoreEpisode | None" = field(default=None, repr=False, compare=False)
+    token_text: Callable[[int], str] | None = None
 
     def past(self, name: str) -> Sequence[float]:
         """Return the past values of a diagnostic of the algorithm, by the name that it reports."""
@@ -328,7 +332,8 @@ def trait(*names: str) -> Callable[[F], F]:
 def excludes(**reasons: str) -> Callable[[F], F]:
     """Declare the traits of other components that this one cannot be combined with, and why.
 
-    Names are those of `trait`, with an underscore for a space.
+    Names are those of `trait`, with an underscore for a space. A component may exclude a trait of its own, so
+    that there is only one with it.
     """
 
     def mark(component: F) -> F:
@@ -336,6 +341,12 @@ def excludes(**reasons: str) -> Callable[[F], F]:
         return component
 
     return mark
+
+
+def steers_entropy(component: F) -> F:
+    """Declare that a component moves the entropy towards a target; an algorithm has at most one of them."""
+    marked = trait(STEERS_ENTROPY)(component)
+    return excludes(entropy_control="two targets of the entropy would work against each other")(marked)
 
 
 def _marked(kind: str, names: Iterable[str]) -> Callable[[F], F]:

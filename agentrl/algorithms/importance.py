@@ -69,6 +69,7 @@ def sampler_ratio(outputs: Outputs, mini: MiniBatch) -> Tensor:
 
 
 @requires("old_logprobs")
+@trait(IMPORTANCE_WEIGHTS)
 @excludes(
     sampler_ratio="the ratio to the sampler is the importance already, wanted trainer.importance_cap=null",
     importance_weights="the method weighs by importance itself, wanted trainer.importance_cap=null",

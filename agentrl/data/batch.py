@@ -46,7 +46,10 @@ class Batch:
     groups: Tensor  # [E] int64, equal for trajectories of one task
     episodes: tuple[Episode, ...] = field(repr=False)  # E
     allowed: AllowedIds | None = None
-    # [B, T] float64, the temperature at which a token was sampled, 1 where not sampled; None: 1 everywhere.
+    # [E] int64, the index of each trajectory in its group, where aborted ones count too; None: not known.
+    members: Tensor | None = None
+    # [B, T] float64, the temperature at which a token is scored, 1 where not sampled; None: 1 everywhere. It
+    # is the one at which the token was sampled, except in a second rollout.
     temperatures: Tensor | None = None
     old_logprobs: Tensor | None = None  # [B, T] float32, by the learner before its first update
     old_entropies: Tensor | None = None  # [B, T] float32
@@ -65,7 +68,7 @@ class Batch:
     def __post_init__(self) -> None:
         rows, width = self.tokens.shape
         by_row = dict.fromkeys(("lengths", "trajectory"), (rows,))
-        by_episode = dict.fromkeys(("returns", "groups", "last_values"), (len(self.episodes),))
+        by_episode = dict.fromkeys(("returns", "groups", "members", "last_values"), (len(self.episodes),))
         by_token = dict.fromkeys(_PER_TOKEN, (rows, width))
         for name, wanted in {**by_row, **by_episode, **by_token}.items():
             value = getattr(self, name)
@@ -153,12 +156,16 @@ def collate(groups: Sequence[Group], *, layout: Layout = "trajectory") -> Batch:
     """
     episodes: list[Episode] = []
     group_ids: list[int] = []
+    members: list[int] = []
     rows: list[_Row] = []
     for number, group in enumerate(groups):
-        for episode in group.finished:
+        for member, episode in enumerate(group.episodes):
+            if episode.stop.aborted:
+                continue
             rows.extend(_rows(episode, len(episodes), layout))
             episodes.append(episode)
             group_ids.append(number)
+            members.append(member)
     lengths = torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64)
     return Batch(
         tokens=_pad([row.tokens for row in rows], lengths, torch.int64),
@@ -171,6 +178,7 @@ def collate(groups: Sequence[Group], *, layout: Layout = "trajectory") -> Batch:
         trajectory=torch.tensor([row.trajectory for row in rows], dtype=torch.int64),
         returns=torch.tensor([episode.episode_return for episode in episodes], dtype=torch.float64),
         groups=torch.tensor(group_ids, dtype=torch.int64),
+        members=torch.tensor(members, dtype=torch.int64),
         episodes=tuple(episodes),
         allowed=_gather_allowed(rows),
         temperatures=_gather_temperatures(rows, lengths),
@@ -181,6 +189,22 @@ def collate(groups: Sequence[Group], *, layout: Layout = "trajectory") -> Batch:
             if episode.stop.aborted
         },
     )
+
+
+def scored_at(batch: Batch, chosen: Tensor, temperature: float) -> Batch:
+    """Return the batch with the action tokens of some trajectories scored at another temperature.
+
+    Args:
+        batch: The batch.
+        chosen: [E] bool, the trajectories.
+        temperature: The temperature, above 0.
+    """
+    known = batch.temperatures
+    if known is None:
+        known = torch.ones(batch.tokens.shape, dtype=torch.float64, device=batch.tokens.device)
+    changed = batch.action_mask & chosen[batch.trajectory][:, None]
+    values = torch.where(changed, temperature, known)
+    return replace(batch, temperatures=None if bool((values == 1.0).all()) else values)
 
 
 @dataclass(slots=True)

@@ -251,6 +251,9 @@ def _work_lines(config: RunConfig, algorithm: Algorithm, profiles: Sequence[EnvP
         seen = algorithm.view.probability(Context(total_steps=trainer.scheduled_steps))
         second = f"the second with changed observations, of {seen:.0%} of the episodes in the first step"
         lines.append(Line("work", "scoring passes of a step", 2, "passes", second))
+    if tempered := rollout.groups_per_step * algorithm.rollout.second:
+        told = f"of them: {rollout.groups_per_step} tasks x {algorithm.rollout.second}{often}"
+        lines.append(Line("work", "at another temperature", tempered, "episodes", told))
     if trainer.mode == "async":
         ahead = f"at most, of {trainer.max_staleness} steps: trainer.max_staleness"
         lines.append(Line("work", "episodes ahead", trainer.max_staleness * per_step, "episodes", ahead))

@@ -102,7 +102,8 @@ def problems(config: RunConfig, topology: Topology, *, new_folder: bool = True) 
         alone = topology.ranks == 1
         check_algorithm(algorithm, config.engine, scores=alone and config.trainer.mode == "sync")
         check_ahead(algorithm, config.trainer.mode)
-        with_importance_correction(algorithm, config.trainer.importance_cap)
+        block = config.trainer
+        with_importance_correction(algorithm, block.importance_cap, default=block.correction)
     with collect_error(found):
         check_prompt(config.policy)
     if new_folder:  # a run that goes on reads it if it still clones

@@ -241,6 +241,11 @@ class RoleDialogue:
         return ParsedReply(text, bool(text) and len(said) < len(ids))
 
 
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Return the text of a token, empty for a special one."""
+    return cast(str, tokenizer.decode([token], skip_special_tokens=True))
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the SHA-256 of the vocabulary, as hex digits; equal ones give token ids the same meaning."""
     listed = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))

@@ -1,6 +1,6 @@
 """Branching: the episodes of a task are decided while they are played, by a `BranchPolicy`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,11 @@ class BranchScheduler:
         """Return whether others have branched from an episode, so that its turns must stay as they are."""
         return any(episode in tree.parents for tree in self._trees)
 
+    def revisits(self, episode: str) -> bool:
+        """Return whether others may still branch from an episode after it has ended."""
+        tree = self._tree_of.get(episode)
+        return tree is not None and tree.revisits
+
     def groups(self, collection: Collection) -> list[Group]:
         """Return the collected episodes of each task as a group."""
         played = {episode.id: episode for episode in collection.episodes}
@@ -100,6 +105,10 @@ class _Tree:
     paths: dict[str, Path] = field(default_factory=dict)
     finished: dict[str, Episode] = field(default_factory=dict)
     parents: set[str] = field(default_factory=set)
+
+    @property
+    def revisits(self) -> bool:
+        return len(self.paths) < self.budget and getattr(self.policy, "revisits", False)
 
     def begin(self) -> list[Start]:
         return self._start_requested(self.policy.begin())
@@ -172,9 +181,15 @@ class RetainedParents:
     pending_children: dict[str, str] = field(default_factory=dict)
     retained_parents: set[str] = field(default_factory=set)
 
-    def release(self, child: str) -> Iterator[str]:
-        """Mark a child as no longer pending, and yield the parents that can be closed, removing each."""
+    def release(self, child: str, revisits: Callable[[str], bool]) -> Iterator[str]:
+        """Mark a child as no longer pending, and yield the parents that can be closed, removing each.
+
+        Args:
+            child: The id of the child.
+            revisits: Says whether others may still branch from an ended episode, which then stays open.
+        """
         self.pending_children.pop(child, None)
         for parent in sorted(self.retained_parents - set(self.pending_children.values())):
-            self.retained_parents.remove(parent)
-            yield parent
+            if not revisits(parent):
+                self.retained_parents.remove(parent)
+                yield parent

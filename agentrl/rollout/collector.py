@@ -271,7 +271,7 @@ class _Collector:
 
     def _close_parents(self, child: str) -> None:
         """Close the ended parents that no child needs, now that `child` has its tokens or has ended."""
-        for parent in self.parents.release(child):
+        for parent in self.parents.release(child, self.scheduler.revisits):
             self.player.close(parent)
 
     def _end(self, running: _Running, episode: Episode) -> None:

@@ -22,7 +22,7 @@ from agentrl.learn.ranks import ALONE
 from agentrl.policy.model import context_length, output_weight, save_policy
 from agentrl.policy.perturbation import ObservationPerturbation
 from agentrl.policy.precision import engine_copy, named_in_short, non_finite
-from agentrl.policy.tokens import fingerprint
+from agentrl.policy.tokens import fingerprint, token_text
 from agentrl.run.adapter import Base, read_base, write_adapter
 from agentrl.run.checkpoint import (
     Progress,
@@ -83,6 +83,7 @@ class TrainingState:
             session.config.seed,
             vocabulary=len(output_weight(session.policy.served)),
             tokenizer=fingerprint(session.policy.tokenizer),
+            token_text=partial(token_text, session.policy.tokenizer),
         )
 
     def advance(self, metrics: Mapping[str, float], tasks: int) -> None:

@@ -151,7 +151,8 @@ class Trainer:
 
     def make_batch(self, rollout: StepRollout, context: Context) -> Batch:
         """Return the kept groups as tensors, their rewards shaped by the algorithm."""
-        return prepare(self.algorithm, rollout.result.kept, context, selected=True)
+        temperature = self.rollouts.temperature(context)
+        return prepare(self.algorithm, rollout.result.kept, context, selected=True, temperature=temperature)
 
     def update(self, batch: Batch, rollout: StepRollout, context: Context) -> dict[str, float]:
         """Learn from the batch, count the step, and return what it logs."""

@@ -149,7 +149,7 @@ def test_reading_a_field_that_nothing_filled_is_refused():
     assert require_tensor(torch.ones(1), "old_entropies").item() == 1
 
 
-@pytest.mark.parametrize("name", ["aepo", "fr3e"])
+@pytest.mark.parametrize("name", ["aepo", "fr3e", "cure", "ettrl"])
 def test_a_growth_that_goes_by_entropies_needs_an_engine_that_records_them(name):
     algorithm = build_recipe(name).build()
     with pytest.raises(RequirementError, match="rollout requires rollout:entropy"):

@@ -59,6 +59,12 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"name": "gigpo"},
         {"base": {"name": "gigpo", "step_weight": 0.5}},
     ),
+    # All of these groups' members are among the 100 plain ones, or the last two are left out of the batch.
+    "arbitrary_entropy": ({"episodes": 100}, {"name": "grpo"}, {"episodes": 2}),
+    "dcpo": ({"reach": 0.0}, {"name": "grpo"}, {}),
+    # Nothing branches on these rows.
+    "cure": ({}, {"name": "dapo"}, {"base": {"name": "dapo", "clip_high": 0.0}}),
+    "ettrl": ({"advantage": "plain"}, {"name": "grpo"}, {}),
     "ares": ({"strength": 0.0}, {"name": "grpo"}, {"window": 1}),
     "vogue": ({"input_weight": 0.0, "output_weight": 0.0}, {"name": "grpo"}, {"output_weight": 0.0}),
     "e3b": (

@@ -245,6 +245,26 @@ def test_an_asynchronous_run_has_weights_of_its_own_to_learn_and_episodes_ahead(
     assert amounts(beside, "work")["episodes ahead"] == 24
 
 
+def test_a_second_rollout_is_among_the_episodes_and_named(profiled: None, tmp_path: Path) -> None:
+    found = plan(config(tmp_path, "algorithm.name=arbitrary_entropy"))
+    lines = {line.what: (line.amount, line.how) for line in found.lines if line.section == "work"}
+    assert lines["episodes of a step"] == (32, "4 tasks x 8")
+    assert lines["episodes of training"][0] == 96
+    assert lines["at another temperature"] == (8, "of them: 4 tasks x 2")
+    plain = amounts(plan(config(tmp_path, "rollout.group_size=8")), "work")
+    assert plain["episodes of a step"] == 32
+    assert "at another temperature" not in plain
+
+
+def test_a_second_rollout_has_no_importance_weights_so_no_policy_that_is_ahead(
+    profiled: None, tmp_path: Path
+) -> None:
+    ahead = ("trainer.mode=async", "trainer.max_staleness=2", "algorithm.name=arbitrary_entropy")
+    (line,) = plan(config(tmp_path, *ahead)).missing
+    assert "the second rollout is learned without importance correction" in line
+    assert not plan(config(tmp_path, "trainer.mode=async", "algorithm.name=ettrl")).missing
+
+
 @pytest.mark.parametrize("actors", [(), ("engine.actors=2",)])
 def test_vllm_on_the_cpu_holds_its_weights_and_its_cache(
     actors: tuple[str, ...], profiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

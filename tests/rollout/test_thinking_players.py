@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.methods.aepo import AEPO
 from agentrl.algorithms.methods.fr3e import FR3E
+from agentrl.algorithms.recipe import build_recipe
 from agentrl.data.trajectory import Episode, Outcome, StopReason, Turn
 from agentrl.policy.chat_dialogue import ChatDialogue
 from agentrl.policy.engine import SamplingParams
@@ -199,13 +200,15 @@ def test_methods_that_branch_at_tokens_leave_thoughts_and_commands(table: Table)
     context = Context(0, 1, {}, 0, 300)
     fr3e = FR3E(anchors=3, continuations=2, anchor="token").build()
     aepo = AEPO().build()
-    for algorithm, k in ((fr3e, 9), (aepo, 6)):
+    cure, ettrl = (build_recipe(name).build() for name in ("cure", "ettrl"))
+    for algorithm, k in ((fr3e, 9), (aepo, 6), (cure, 16), (ettrl, 10)):
         assert algorithm.rollout.branch_policy is not None
         episodes = explored(algorithm.rollout.branch_policy(k, 7, context), k)
         for episode in episodes:
             assert episode.outcome == Outcome.SUCCESS
             for turn in episode.turns:
                 table.check(turn)
-        if algorithm is fr3e:
+        assert len(episodes) == k
+        if algorithm in (fr3e, cure):
             tokens = [episode.parent.token for episode in episodes if episode.parent is not None]
             assert max(tokens) > 0

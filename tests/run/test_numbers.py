@@ -93,6 +93,8 @@ ACCEPTED = {
         "aepo.entropy_weight",
         *("clip_cov.band.0", "clip_cov.share"),
         "appo.influence",
+        *("arbitrary_entropy.replaced", "arbitrary_entropy.target", "arbitrary_entropy.tempered"),
+        *("cure.second_stage", "dcpo.reach", "dcpo.target", "ettrl.points"),
         *("ares.decay", "ares.kl_coefficient", "ares.strength"),
         *("bapo.lower.0", "bapo.target"),
         *("canon.alpha", "canon.beta", "canon.mix", "canon.peak"),

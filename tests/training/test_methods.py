@@ -121,6 +121,25 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
         (),
         (moved("learner/term/value"), moved("algorithm/hiper/segment_turns")),
     ),
+    "arbitrary_entropy": (
+        (),
+        (moved("algorithm/arbitrary_entropy/entropy"), moved("algorithm/arbitrary_entropy/replaced")),
+    ),
+    "dcpo": ((), (moved("algorithm/dcpo/strength"), moved("algorithm/dcpo/entropy"))),
+    "cure": (
+        ("algorithm.rollouts=2",),
+        (
+            moved("rollout/branches/restored"),
+            lambda row: 0 < row.get("train/algorithm/trees/own_tokens", 1) < 1,
+        ),
+    ),
+    "ettrl": (
+        (),
+        (
+            moved("rollout/branches/restored"),
+            lambda row: 0 < row.get("train/algorithm/trees/own_tokens", 1) < 1,
+        ),
+    ),
     "fr3e": (
         ("algorithm.continuations=2",),
         (moved("rollout/branches/restored"), moved("algorithm/states_kept")),
@@ -191,7 +210,7 @@ def test_a_method_learns_by_its_own_signal_and_every_weight_stays_finite(
     for row in logged:
         for level in ("token", "turn", "trajectory"):
             assert row[f"train/rollout/entropy/{level}"] > 0
-    budget = {"fr3e": 1 + 3 * 2}.get(name, 8)
+    budget = {"fr3e": 1 + 3 * 2, "ettrl": 2 * (1 + 2 * 2), "cure": 2 + 2 * 3}.get(name, 8)
     assert all(row["train/rollout/episodes"] == row["train/rollout/rounds"] * 4 * budget for row in logged)
 
 

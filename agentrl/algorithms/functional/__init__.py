@@ -13,6 +13,7 @@ from agentrl.algorithms.functional.advantage import (
     entropy_scaled_advantage,
     group_relative_advantage,
     leave_one_out_advantage,
+    relative_certainty,
     whiten,
 )
 from agentrl.algorithms.functional.aggregation import (
@@ -31,6 +32,8 @@ from agentrl.algorithms.functional.branching import (
     initial_rollouts,
     state_modulation,
     state_values,
+    tree_cost,
+    tree_episodes,
 )
 from agentrl.algorithms.functional.clusters import cluster_entropy, cluster_shares
 from agentrl.algorithms.functional.divergence import bounded_bonus, symmetric_divergence, taken_divergence
@@ -113,6 +116,7 @@ __all__ = [
     "masked_mean",
     "overlong_penalty",
     "probability_ratio",
+    "relative_certainty",
     "sequence_ratio",
     "sequence_weights",
     "state_modulation",
@@ -124,6 +128,8 @@ __all__ = [
     "token_weights",
     "top_k_entropy",
     "trajectory_weights",
+    "tree_cost",
+    "tree_episodes",
     "truncated_importance",
     "turn_means",
     "turn_uncertainty",

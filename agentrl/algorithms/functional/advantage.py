@@ -88,6 +88,24 @@ def leave_one_out_advantage(returns: Tensor, groups: Tensor, *, singleton: Singl
     return torch.where(raw, values, centred * size / (size - 1).clamp(min=1))
 
 
+def relative_certainty(entropies: Tensor, means: Tensor) -> Tensor:
+    """Return how certain each trajectory is, compared with the others of its group.
+
+        Y[i] = max(0, 1 + (mean H[g] - H[i]) / mean H[g]),   1 where the mean is 0
+
+    Args:
+        entropies: [E] float, nats, H, the mean entropy of a trajectory's action tokens.
+        means: [E] float, nats, the mean of H over the group of each trajectory.
+
+    Returns:
+        [E] float, dimensionless, at least 0.
+
+    Source: ETTRL, arXiv:2508.11356; the limit of 0 is ours.
+    """
+    known = means > 0
+    return torch.where(known, 2 - entropies / torch.where(known, means, 1.0), 1.0).clamp(min=0)
+
+
 def whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     """Normalise the tokens of the mask to mean 0 and variance 1.
 

@@ -52,6 +52,36 @@ def branch_score(change: float, streak: int, *, offset: float, weight: float, pe
     return min(max((offset + weight * change) * max(0.0, 1 - penalty * streak), 0.0), 1.0)
 
 
+def tree_episodes(trees: int, points: int, branches: int) -> int:
+    """Return how many episodes trees have that fork once, M (1 + B N), their trunks included.
+
+    Args:
+        trees: M, the number of trees.
+        points: N, the number of points of a trunk at which it forks.
+        branches: B, the number of branches from each of them.
+
+    Source: ETTRL, arXiv:2508.11356.
+    """
+    return trees * (1 + branches * points)
+
+
+def tree_cost(points: int, branches: int) -> float:
+    """Return the share of an episode's tokens that a tree samples per episode, for forks anywhere alike.
+
+        (1 + B N / 2) / (1 + B N)
+
+    A branch samples what follows its fork, which is half of an episode on average.
+
+    Args:
+        points: N, the number of points of a trunk at which it forks.
+        branches: B, the number of branches from each of them.
+
+    Source: ETTRL, arXiv:2508.11356.
+    """
+    grown = points * branches
+    return (1 + 0.5 * grown) / (1 + grown)
+
+
 def state_values(returns: Tensor, states: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the mean return of every state, and whether its continuations have different returns.
 

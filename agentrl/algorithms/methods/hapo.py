@@ -30,6 +30,7 @@ from agentrl.algorithms.named_features import feature_of
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Share
 from agentrl.data.batch import Batch
+from agentrl.errors import ConfigError
 
 LOWEST = 1e-8  # nats, of an entropy before its logarithm
 OUTLIER = 5.0  # a group with such an advantage of a token is compared by trajectories
@@ -106,6 +107,10 @@ class HAPO(Recipe):
             advantage = mark_comparing(token_average, "zero")
         rollout = base.rollout
         if self.temperature_change:
+            if rollout.reply_temperature is not None:
+                raise ConfigError(
+                    f"hapo: base {self.base.name!r} chooses temperatures as well, wanted temperature_change=0"
+                )
             told = requires("rollout:entropy", "rollout:token_temperature")(self.temperature)
             rollout = replace(rollout, reply_temperature=told)
         return replace(

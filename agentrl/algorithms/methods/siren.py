@@ -12,7 +12,16 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.features import decisions
-from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, Term, Weights, requires, token_statistic
+from agentrl.algorithms.hooks import (
+    Context,
+    MiniBatch,
+    Outputs,
+    Term,
+    Weights,
+    requires,
+    steers_entropy,
+    token_statistic,
+)
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
 from agentrl.config import Share, Weight
 from agentrl.data.batch import Batch
@@ -81,7 +90,7 @@ class SIREN(Recipe):
             requires(f"{name}:grad")(partial(nucleus_entropy, name=name)),
             self.strength,
             aggregation=each_token,
-            where=requires("current")(partial(self.peaks, name=name)),
+            where=steers_entropy(requires("current")(partial(self.peaks, name=name))),
             target=self.target,
         )
         metrics = requires(name)(partial(self.metrics, name=name))
