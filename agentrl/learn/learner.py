@@ -12,7 +12,7 @@ from agentrl.algorithms.algorithm import AFTER_UPDATE, LOSS_SLOTS, Algorithm, Re
 from agentrl.algorithms.credit import compute_advantages, with_mask, with_targets
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
 from agentrl.algorithms.named_features import with_features, with_mini_batch_features
-from agentrl.algorithms.token_statistics import STATISTICS, scored_statistics
+from agentrl.algorithms.token_statistics import STATISTICS, TEACHER, reads_teacher, scored_statistics
 from agentrl.data.batch import Batch
 from agentrl.errors import RequirementError
 from agentrl.learn.allocator import return_freed_memory
@@ -27,16 +27,19 @@ from agentrl.learn.settings import LearnerConfig
 from agentrl.learn.sharding import ScoringModule, recompute_activations, shard
 from agentrl.learn.state import LearnerState
 from agentrl.learn.step import LossPart, optimizer_step
+from agentrl.learn.teacher import Teacher
 from agentrl.policy.engine import Adapter
 
 _Numbers = dict[str, float]
 
 
-def provided(*, reference: bool, critic: bool) -> frozenset[str]:
+def provided(*, reference: bool, critic: bool, teacher: bool = False) -> frozenset[str]:
     """Return what components of an algorithm may require of a learner with these parts."""
     own = {"old_logprobs", "entropy", "entropy:grad", "current", STATISTICS}
     if reference:
         own.add("reference")
+    if teacher:
+        own.add(TEACHER)
     if critic:
         own |= {"values", "last_values", "values:grad"}
     return frozenset(own)
@@ -56,6 +59,7 @@ class Learner:
         reference: A frozen policy of the same vocabulary, for algorithms that require `reference`.
         critic: Whether to add a value head on the policy's states, for algorithms that require `values`. Its
             output is 0 at first, and its gradient reaches the policy's own parameters.
+        teacher: A frozen model of the same vocabulary, for algorithms that require `teacher`.
         forward: How to read hidden states; None reads a Hugging Face causal language model.
         ranks: The ranks that learn together; more than one only under `fsdp`.
     """
@@ -66,6 +70,7 @@ class Learner:
         config: LearnerConfig,
         *,
         reference: nn.Module | None = None,
+        teacher: nn.Module | None = None,
         critic: bool = False,
         forward: Forward | None = None,
         ranks: Ranks = ALONE,
@@ -73,7 +78,7 @@ class Learner:
         self.policy = policy
         self.config = config
         self.reference = reference
-        self.forward = forward or Forward()
+        self.forward = plain = forward or Forward()
         # Under fsdp the mixed-precision policy of the shards rounds instead.
         if config.backend == "single" and config.compute_dtype == "bfloat16":
             self.forward = replace(self.forward, hidden_states=in_bfloat16(self.forward.hidden_states))
@@ -82,18 +87,18 @@ class Learner:
         if config.lora is not None:  # before sharding, so that the adapters are sharded too
             add_adapters(policy, config.lora)
         learned = ScoringModule(policy, self.value_head)
-        frozen = None if reference is None else ScoringModule(reference)
+        frozen, taught = (None if each is None else ScoringModule(each) for each in (reference, teacher))
         if config.recompute_activations:
             recompute_activations(policy)
         if config.backend == "fsdp":
-            for module in (learned, frozen):
+            for module in (learned, frozen, taught):
                 if module is not None:
                     shard(module, config)
         # Sharding replaces the parameters, so the optimisers are built after it.
         optimizers = build_optimizers(policy, config, self.value_head)
         self._state = LearnerState(config, learned, frozen, optimizers, ranks)
         assert config.micro_batch_tokens is not None, "a session chooses the tokens of a pass"
-        self._scorer = Scorer(self.forward, config.micro_batch_tokens, ranks)
+        self._scorer = Scorer(self.forward, config.micro_batch_tokens, ranks, self._teacher(taught, plain))
 
     def _new_value_head(self) -> nn.Linear:
         weight = self.forward.output_weight(self.policy)
@@ -103,10 +108,22 @@ class Learner:
         nn.init.zeros_(head.bias)
         return head
 
+    def _teacher(self, module: ScoringModule | None, plain: Forward) -> Teacher | None:
+        if module is None:
+            return None
+        module.requires_grad_(False)
+        narrow = next(module.parameters()).dtype in (torch.bfloat16, torch.float16)
+        # One in half precision computes in its own; any other is rounded just where the policy is.
+        return Teacher(module, plain if narrow else self.forward)
+
     @property
     def provides(self) -> frozenset[str]:
         """Return what components of an algorithm may require of this learner."""
-        return provided(reference=self.reference is not None, critic=self.value_head is not None)
+        return provided(
+            reference=self.reference is not None,
+            critic=self.value_head is not None,
+            teacher=self._scorer.teacher is not None,
+        )
 
     @property
     def skipped_updates(self) -> int:
@@ -122,8 +139,10 @@ class Learner:
         """Fill in the policy's scores before the update, and what else is required; no gradient.
 
         Raises:
-            RequirementError: If `reference` is required and there is none.
+            RequirementError: If `reference` or `teacher` is required and there is none.
         """
+        if reads_teacher(requires) and self._scorer.teacher is None:
+            raise RequirementError("algorithm: requires a teacher, and the learner was given none")
         batch = batch.to(self._device)
         own = self._scorer.score(self._state.learned, batch, scored_statistics(requires))
         batch = replace(
@@ -135,6 +154,8 @@ class Learner:
         )
         if "last_values" in requires:
             batch = replace(batch, last_values=self._scorer.last_values(self._state.learned, batch))
+        if TEACHER in requires:
+            batch = replace(batch, teacher_logprobs=self._scorer.teacher_logprobs(batch))
         if "reference" not in requires:
             return batch
         if self._state.reference is None:

@@ -32,6 +32,7 @@ from agentrl.algorithms.hooks import (
 )
 from agentrl.algorithms.importance import with_importance_correction
 from agentrl.algorithms.recipe import build_recipe, recipe_names
+from agentrl.algorithms.token_statistics import reads_teacher
 from agentrl.data import Group, StopReason
 from agentrl.data.batch import collate
 from agentrl.data.trajectory import BranchPoint
@@ -88,6 +89,7 @@ def learner_of(
         make(0),
         LearnerConfig(**{"backend": backend, **defaults, **settings}),
         reference=make(1).requires_grad_(False) if "reference" in algorithm.requires else None,
+        teacher=make(2) if reads_teacher(algorithm.requires) else None,
         critic="values" in algorithm.requires,
         forward=toy_forward() if make is ToyPolicy else Forward(),
         ranks=ranks,

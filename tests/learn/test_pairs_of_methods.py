@@ -10,6 +10,7 @@ from agentrl.algorithms.credit import prepare
 from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.recipe import recipe_names
 from agentrl.algorithms.stack import build_stack, stackable_names
+from agentrl.algorithms.token_statistics import reads_teacher
 from agentrl.errors import ConfigError
 from agentrl.learn.learner import Learner
 from agentrl.learn.settings import LearnerConfig
@@ -27,7 +28,10 @@ def step_of(*names: str) -> str | None:
     reference = ToyPolicy(1) if "reference" in algorithm.requires else None
     config = LearnerConfig(optimizer="adamw", warmup_steps=0, mini_batches=2)
     critic = "values" in algorithm.requires
-    learner = Learner(policy, config, reference=reference, critic=critic, forward=toy_forward())
+    teacher = ToyPolicy(2) if reads_teacher(algorithm.requires) else None
+    learner = Learner(
+        policy, config, reference=reference, teacher=teacher, critic=critic, forward=toy_forward()
+    )
     batch = learner.score(prepare(algorithm, answered(make_groups()), CONTEXT), algorithm.requires)
     learner.update(replace(batch, logprobs=batch.old_logprobs), algorithm, CONTEXT)
     assert all(bool(value.isfinite().all()) for value in policy.parameters())

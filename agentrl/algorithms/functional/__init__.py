@@ -31,6 +31,7 @@ from agentrl.algorithms.functional.branching import (
     state_values,
 )
 from agentrl.algorithms.functional.clusters import cluster_entropy, cluster_shares
+from agentrl.algorithms.functional.divergence import interpolated_divergence
 from agentrl.algorithms.functional.entropies import (
     entropy,
     entropy_band_indicator,
@@ -90,6 +91,7 @@ __all__ = [
     "gae",
     "group_relative_advantage",
     "initial_rollouts",
+    "interpolated_divergence",
     "kl_k1",
     "kl_k2",
     "kl_k3",
