@@ -90,7 +90,9 @@ def paired_statistics(
     """
     seen, matrix = (values.detach() for values in teacher)
     dense = allowed is None or len(weight) <= _DENSE_RATIO * allowed.shape[1]
-    numbers = len(weight) if allowed is None or dense else allowed.shape[1] * (weight.shape[1] + seen.shape[1])
+    numbers = len(weight)
+    if allowed is not None and not dense:
+        numbers = allowed.shape[1] * (weight.shape[1] + seen.shape[1])
     size = chunk or _chunk_size(numbers, functions)
     count = max(1, -(-len(hidden) // size))
     parts = [

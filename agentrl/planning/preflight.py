@@ -18,6 +18,7 @@ from rich.filesize import decimal
 
 from agentrl.algorithms.algorithm import Algorithm, check_requirements
 from agentrl.algorithms.importance import with_importance_correction
+from agentrl.algorithms.token_statistics import reads_teacher
 from agentrl.env.registry import check_id
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.learn.learner import provided
@@ -30,6 +31,7 @@ from agentrl.policy.settings import EngineConfig, PolicyConfig
 from agentrl.run.own_data import read_own_data
 from agentrl.run.policies import check_fitted
 from agentrl.run.settings import RunConfig, rank_mistakes
+from agentrl.run.teachers import check_teacher
 from agentrl.scale.engines import check_actors, check_engine, check_server, check_weights_folder
 from agentrl.scale.extras import check_ray, ray_is_initialized
 from agentrl.scale.vllm_lora import check_rank
@@ -99,9 +101,13 @@ def problems(config: RunConfig, topology: Topology, *, new_folder: bool = True) 
     collect(found, _cluster_problems(config, topology))
     with collect_error(found):
         algorithm = config.algorithm.build()
-        check_algorithm(algorithm, config.engine)
+        check_algorithm(algorithm, config.engine, teacher=config.learner.teacher is not None)
         check_ahead(algorithm, config.trainer.mode)
         with_importance_correction(algorithm, config.trainer.importance_cap)
+    if config.learner.teacher is not None:
+        with collect_error(found):
+            check_taught(config)
+            check_teacher(config)
     with collect_error(found):
         check_prompt(config.policy)
     if new_folder:  # a run that goes on reads it if it still clones
@@ -147,15 +153,28 @@ def check_prompt(block: PolicyConfig) -> None:
         check_fitted(block)
 
 
-def check_algorithm(algorithm: Algorithm, engine: EngineConfig) -> None:
+def check_algorithm(algorithm: Algorithm, engine: EngineConfig, *, teacher: bool = False) -> None:
     """Refuse an algorithm that requires what neither the learner nor the engine provides.
 
     Raises:
         RequirementError: Naming what is missing.
     """
     wanted = algorithm.requires
-    own = provided(reference="reference" in wanted, critic="values" in wanted)
+    own = provided(reference="reference" in wanted, critic="values" in wanted, teacher=teacher)
     check_requirements(algorithm, own | engine.provides)
+
+
+def check_taught(config: RunConfig) -> None:
+    """Refuse a teacher that the method does not read.
+
+    Raises:
+        ConfigError: Naming both.
+    """
+    if not reads_teacher(config.algorithm.build().requires):
+        raise ConfigError(
+            f"learner.teacher is {config.learner.teacher!r}, but algorithm.name={config.algorithm.name} "
+            "reads no teacher; wanted null, or a method that does, such as distill"
+        )
 
 
 def check_ahead(algorithm: Algorithm, mode: str) -> None:

@@ -85,9 +85,7 @@ def learner_for(algorithm: Algorithm) -> Learner:
     config = LearnerConfig(optimizer="adamw", learning_rate=0.1, warmup_steps=0, mini_batches=2)
     critic = "values" in algorithm.requires
     teacher = ToyPolicy(2) if reads_teacher(algorithm.requires) else None
-    return Learner(
-        policy, config, reference=reference, teacher=teacher, critic=critic, forward=toy_forward()
-    )
+    return Learner(policy, config, reference=reference, teacher=teacher, critic=critic, forward=toy_forward())
 
 
 def finite(learner: Learner) -> bool:

@@ -114,8 +114,8 @@ class Distill(Recipe):
             ),
             (
                 self.mode == "loss" and self.discount != 0,
-                f"discount is {self.discount} with mode=loss, which has no advantage of the teacher; wanted 0, "
-                "or mode=advantage",
+                f"discount is {self.discount} with mode=loss, where the teacher gives no advantage; "
+                "wanted 0, or mode=advantage",
             ),
             (
                 self.mode == "advantage" and self.interpolation != 1,
