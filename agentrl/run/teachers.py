@@ -187,7 +187,8 @@ def _check_tokenizers(name: str, teacher: PreTrainedTokenizerBase, own: PreTrain
         raise ConfigError(
             f"learner.teacher={name} has another tokenizer ({len(teacher)} ids, fingerprint {theirs[:12]}) "
             f"than the policy ({len(own)} ids, {ours[:12]}), so that a token means something else to it; "
-            "wanted the same vocabulary. Fitted tokenizers are the same for the same env, seed and policy.vocab_size"
+            "wanted the same vocabulary. Fitted tokenizers are the same for the same env, seed and "
+            "policy.vocab_size"
         )
     if teacher.chat_template != own.chat_template:
         raise ConfigError(

@@ -257,6 +257,20 @@ def tempered(ranks: Ranks, folder: Path) -> Figures:
     return compared(ToyPolicy, algorithm, ranks, micro_batch_tokens=20)
 
 
+def distilled(ranks: Ranks, folder: Path) -> Figures:
+    """Compare with a sharded teacher, whose output embedding the backward pass reads again."""
+    settings: Figures = {
+        "advantage": {"discount": 0.5},
+        "loss": {"mode": "loss", "interpolation": 0.5, "reward_coefficient": 0.5},
+    }
+    return {
+        name: compared(
+            double_qwen, build_recipe("distill", block).build(), ranks, micro_batch_tokens=20, epochs=2
+        )
+        for name, block in settings.items()
+    }
+
+
 def muon(ranks: Ranks, folder: Path) -> Figures:
     return compared(ToyPolicy, "grpo", ranks, optimizer="muon")
 
