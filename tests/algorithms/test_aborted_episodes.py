@@ -40,7 +40,11 @@ def episode(draw: random.Random, name: str) -> Episode:
 def scored(batch: Batch) -> Batch:
     """As a learner's scoring pass leaves it, that of a policy which has not changed."""
     return replace(
-        batch, old_logprobs=batch.logprobs, old_entropies=batch.entropies, values=batch.logprobs.exp()
+        batch,
+        old_logprobs=batch.logprobs,
+        old_entropies=batch.entropies,
+        teacher_logprobs=2 * batch.logprobs,
+        values=batch.logprobs.exp(),
     )
 
 
