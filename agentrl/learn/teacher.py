@@ -30,12 +30,14 @@ class Teacher:
             return self.forward.show(policy, rows)
 
         with torch.no_grad():
-            return self.module(read)
+            shown: Shown = self.module(read)
+        return shown
 
     def score(self, rows: Batch) -> Outputs:
         """Score the tokens of some rows."""
         with torch.no_grad():
-            return self.module(lambda policy, head: self.forward.score(policy, rows))
+            outputs: Outputs = self.module(lambda policy, head: self.forward.score(policy, rows))
+        return outputs
 
     def release(self) -> None:
         """Free the weights that reading it has gathered."""

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentrl.errors import AgentRLError, CheckpointError, ConfigError
@@ -82,7 +83,8 @@ def load_teacher(config: RunConfig) -> LoadedTeacher | None:
         found = find_policy(name)
         if found is not None:
             model, tokenizer = load_saved(found)
-            model = engine_copy(model, getattr(torch, dtype)).to(resolve_device(block.device))
+            model = engine_copy(model, getattr(torch, dtype))
+            cast(nn.Module, model).to(resolve_device(block.device))
             return LoadedTeacher(name, None, model.requires_grad_(False), tokenizer)
         source = find_model(name, config.learner.teacher_revision)
         model, tokenizer = load_policy(source, device=block.device, dtype=dtype)
@@ -136,7 +138,7 @@ def check_same_teacher(run: Run, found: dict[str, Any]) -> None:
         )
 
 
-def teacher_dtype(config: RunConfig) -> str:
+def teacher_dtype(config: RunConfig) -> Literal["float32", "bfloat16", "float16"]:
     """Return the dtype of the teacher's weights."""
     return config.learner.teacher_dtype or config.policy.dtype
 
