@@ -86,7 +86,6 @@ class Distill(Recipe):
         transforms = base.transforms
         if self.reward_coefficient not in (0, 1):
             transforms = (*transforms, partial(scale_advantage, factor=self.reward_coefficient))
-        # What the base makes of the rewards is dropped as a whole, with all that it requires.
         found = replace(base, transforms=transforms)
         if not self.reward_coefficient:
             found = replace(base, select=keep_all, advantage=no_advantage, transforms=())
