@@ -66,6 +66,8 @@ from agentrl.algorithms.observation_view import ObservationView
 from agentrl.algorithms.stateful import Stateful, find_stateful, is_stateful
 from agentrl.algorithms.token_statistics import (
     STATISTICS,
+    TEACHER,
+    compares_with_teacher,
     is_statistic,
     reads_statistics,
     statistic_fault,
@@ -388,15 +390,19 @@ def check_requirements(algorithm: Algorithm, provided: Iterable[str]) -> None:
 def _is_computed(requirement: str, offered: frozenset[str]) -> bool:
     if is_feature(requirement):
         return feature_fault(requirement) is None
+    if compares_with_teacher(requirement) and TEACHER not in offered:
+        return False
     return STATISTICS in offered and is_statistic(requirement) and statistic_fault(requirement) is None
 
 
+_NO_TEACHER = "learner.teacher is null, wanted the model to learn from"
 _REFUSED = {
     "rollout:token_temperature": "only engine.name=torch without engine.actors samples each token at a "
     "temperature of its own; the others sample a whole reply at one",
     "rollout:confidence": "only engine.name=torch without engine.actors measures it while it samples",
     "rollout:scores": "the learner scores replies during the rollout, wanted trainer.mode=sync and one "
     "learning process",
+    TEACHER: _NO_TEACHER,
 }
 
 
@@ -404,7 +410,9 @@ def _explained(requirement: str) -> str:
     if requirement in _REFUSED:
         return f"{requirement} ({_REFUSED[requirement]})"
     fault = None
-    if requirement not in SCORED:
+    if compares_with_teacher(requirement):
+        fault = statistic_fault(requirement) or _NO_TEACHER
+    elif requirement not in SCORED:
         fault = (not is_statistic(requirement) and feature_fault(requirement)) or statistic_fault(requirement)
     return requirement if fault is None else f"{requirement} ({fault})"
 

@@ -15,7 +15,7 @@ from agentrl.errors import RequirementError
 F = TypeVar("F", bound=Callable[..., Any])
 REQUIRES, TRAITS, EXCLUDES = "requires", "traits", "excludes"
 SCORED = frozenset(
-    {"old_logprobs", "entropy", "reference", "values", "observation_kl"}
+    {"old_logprobs", "entropy", "reference", "teacher", "values", "observation_kl"}
 )  # results of the scoring pass
 SCHEDULED = "schedule over all steps"  # a trait: it reads `Context.total_steps`
 COMPARES = "comparison within a group"  # a trait: an episode alone in its group gives no signal
@@ -308,15 +308,16 @@ def requires(*names: str) -> Callable[[F], F]:
 
     The learner provides `old_logprobs` and `entropy` ([B, T] of the scoring pass, without gradient),
     `entropy:grad` (`Outputs.entropies` with gradient) and `current`; with a reference policy `reference`;
-    with a value head `values` ([B, T] of the scoring pass), `last_values` and `values:grad`; with a tokenizer
-    and an `Algorithm.view` `observation_kl`, which `token_statistic` reads from the batch. An engine that
-    records entropies provides `rollout:entropy`, for a `BranchPolicy` or a `ReplyTemperature` that reads
-    them; the torch engine in this process provides `rollout:token_temperature`, for a `ReplyTemperature` that
-    returns a `TokenTemperature`, and `rollout:confidence`, for `TurnGate` and `EndThoughts`. A run whose
-    learner waits for its rollouts provides `rollout:scores`, which is `Context.score` of a `BranchPolicy`.
-    Names such as `topk:10` and `topk:10:grad` ask for statistics of each token's distribution; see
-    `token_statistic`. Names such as `states` and `turn_entropy` ask for features of the batch, which every
-    learner can compute; see `agentrl.algorithms.named_features`.
+    with a teacher `teacher` (`Batch.teacher_logprobs`) and `teacher_divergence:1.0:grad`; with a value head
+    `values` ([B, T] of the scoring pass), `last_values` and `values:grad`; with a tokenizer and an
+    `Algorithm.view` `observation_kl`, which `token_statistic` reads from the batch. An engine that records
+    entropies provides `rollout:entropy`, for a `BranchPolicy` or a `ReplyTemperature` that reads them; the
+    torch engine in this process provides `rollout:token_temperature`, for a `ReplyTemperature` that returns a
+    `TokenTemperature`, and `rollout:confidence`, for `TurnGate` and `EndThoughts`. A run whose learner waits
+    for its rollouts provides `rollout:scores`, which is `Context.score` of a `BranchPolicy`. Names such as
+    `topk:10` and `topk:10:grad` ask for statistics of each token's distribution; see `token_statistic`. Names
+    such as `states` and `turn_entropy` ask for features of the batch, which every learner can compute; see
+    `agentrl.algorithms.named_features`.
 
     Where a name depends on a hyper-parameter, mark a `functools.partial` or a bound method of the hook. Names
     add to those that the component declares itself.

@@ -4,7 +4,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
@@ -247,12 +247,38 @@ def build_recipe(name: str, settings: Mapping[str, Any] | None = None, where: st
     cls = recipe_class(name, where)
     made = build(cls, _without_open_nulls(cls, settings or {}), where)
     try:
-        made.build()
+        _check_temperatures(made, made.build())
         if name in _names_inside(made):
             raise ConfigError(f"{name} is nested in itself, wanted each recipe at most once")
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}" if where else str(error)) from error
     return made
+
+
+def _check_temperatures(made: Recipe, algorithm: "Algorithm") -> None:
+    """Refuse a recipe that drops the temperatures of replies that its base sets.
+
+    Raises:
+        ConfigError: Naming both.
+    """
+    base = getattr(made, "base", None)
+    inner = base.build().rollout.reply_temperature if isinstance(base, Recipe) else None
+    if inner is not None and not _calls(algorithm.rollout.reply_temperature, inner):
+        raise ConfigError(
+            f"{made.name} drops the temperatures of replies that base {base.name!r} sets "  # type: ignore[union-attr]
+            "(RolloutPlan.reply_temperature); wanted one method that sets them, or one that calls the base's"
+        )
+
+
+def _calls(hook: object, inner: object) -> bool:
+    """Return whether a hook is another one, or gets it by `functools.partial`."""
+    while isinstance(inner, partial):
+        inner = inner.func
+    while isinstance(hook, partial):
+        if any(_calls(value, inner) for value in (*hook.args, *hook.keywords.values())):
+            return True
+        hook = hook.func
+    return hook == inner
 
 
 def _names_inside(recipe: Recipe) -> set[str]:

@@ -8,11 +8,12 @@ One function, in any file that is imported, adds one:
 
 A component asks for it with `@requires("top_probability")` and reads it with
 `token_statistic(batch, "top_probability")`. With the suffix `:grad` it gets a gradient in the loss.
+`@teacher_statistic` adds one that compares the distribution with that of a teacher.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, TypeVar
 
@@ -22,13 +23,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agentrl.algorithms.functional.aggregation import Unit, sequence_members
+from agentrl.algorithms.functional.divergence import interpolated_divergence
 from agentrl.algorithms.named_functions import NamedFunctions
-from agentrl.config import PositiveShare
+from agentrl.config import PositiveShare, Share
 from agentrl.data.batch import Batch
 from agentrl.errors import RequirementError
 
 STATISTICS = "token statistics"  # what a learner provides that computes them
 GRADIENT = ":grad"
+TEACHER = "teacher"  # what a learner provides that has one
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 OfLogits = Callable[[Tensor, Tensor], Tensor]
@@ -42,10 +45,17 @@ class Statistics:
     Args:
         of_logits: The functions (logits [N, V], tokens [N]) -> [N] or [N, k].
         of_logprobs: The functions (logprobs [B, T], batch) -> [B, T].
+        of_teacher: The functions (logits [N, V], the teacher's logits [N, V]) -> [N].
     """
 
     of_logits: Mapping[str, OfLogits]
     of_logprobs: Mapping[str, OfLogprobs]
+    of_teacher: Mapping[str, OfLogits] = field(default_factory=dict)
+
+    @property
+    def of_pass(self) -> tuple[str, ...]:
+        """Return the names of those that a forward pass computes, in its order."""
+        return *self.of_logits, *self.of_teacher
 
 
 NOTHING = Statistics({}, {})
@@ -54,6 +64,7 @@ NOTHING = Statistics({}, {})
 _functions = NamedFunctions("statistic", inputs=2)
 # By statistic of log-probabilities, the reasons why it has no gradient, by argument.
 _of_logprobs: dict[str, Mapping[str, str]] = {}
+_of_teacher: set[str] = set()
 
 
 def statistic(name: str) -> Callable[[Function], Function]:
@@ -87,6 +98,24 @@ def sequence_statistic(
         ConfigError: If another function has the name.
     """
     return partial(_register, name, constant=constant or {})
+
+
+def teacher_statistic(name: str) -> Callable[[Function], Function]:
+    """Register a statistic that compares each token's distribution with that of the teacher.
+
+    The function takes `logits` and `teacher_logits`, both as in `statistic`, and returns [N]. It runs over
+    one chunk of tokens at a time. A third parameter is the argument.
+
+    Raises:
+        ConfigError: If another function has the name.
+    """
+
+    def register(function: Function) -> Function:
+        _functions.add(name, function)
+        _of_teacher.add(name)
+        return function
+
+    return register
 
 
 def _register(name: str, function: Function, *, constant: Mapping[str, str] | None) -> Function:
@@ -142,14 +171,24 @@ def reads_statistics(requires: Iterable[str]) -> bool:
     return any(is_statistic(name) and not _with_gradient(name) for name in requires)
 
 
+def reads_teacher(requires: Iterable[str]) -> bool:
+    """Return whether a component with these requirements reads a teacher."""
+    return any(name == TEACHER or compares_with_teacher(name) for name in requires)
+
+
+def compares_with_teacher(requirement: str) -> bool:
+    """Return whether a requirement is a statistic that compares the policy with a teacher."""
+    return requirement.partition(":")[0] in _of_teacher
+
+
 def numbers_per_token(statistics: Statistics) -> int:
     """Return how many numbers the statistics hold for each token."""
-    return sum(math.prod(_shape(name)) for name in (*statistics.of_logits, *statistics.of_logprobs))
+    return sum(math.prod(_shape(name)) for name in (*statistics.of_pass, *statistics.of_logprobs))
 
 
 def empty_extras(statistics: Statistics, like: Tensor) -> dict[str, Tensor]:
-    """Return zeros for every statistic of logits, [B, T] or [B, T, k], with the dtype of `like` [B, T]."""
-    return {name: like.new_zeros((*like.shape, *_shape(name))) for name in statistics.of_logits}
+    """Return zeros for every statistic of a pass, [B, T] or [B, T, k], with the dtype of `like` [B, T]."""
+    return {name: like.new_zeros((*like.shape, *_shape(name))) for name in statistics.of_pass}
 
 
 def _resolved(requires: Iterable[str]) -> Statistics:
@@ -158,12 +197,17 @@ def _resolved(requires: Iterable[str]) -> Statistics:
     if not names:
         return NOTHING
     bound = {name: _bound(name) for name in names}
-    own = {name: function for name, function in bound.items() if _is_of_logits(name)}
-    return Statistics(own, {name: function for name, function in bound.items() if name not in own})
+    own, taught = (
+        {name: function for name, function in bound.items() if belongs(name)}
+        for belongs in (_is_of_logits, compares_with_teacher)
+    )
+    others = {name: function for name, function in bound.items() if name not in own | taught}
+    return Statistics(own, others, taught)
 
 
 def _is_of_logits(requirement: str) -> bool:
-    return requirement.partition(":")[0] not in _of_logprobs
+    name = requirement.partition(":")[0]
+    return name not in _of_logprobs and name not in _of_teacher
 
 
 def _with_gradient(requirement: str) -> bool:
@@ -310,3 +354,13 @@ def sequence_logprob(logprobs: Tensor, batch: Batch, sequence: Unit = "turn") ->
     values = torch.where(mask, logprobs, 0.0).double()  # so that the order of rows does not matter
     sums = values.new_zeros(count).index_add(0, member.flatten(), values.flatten())
     return torch.where(mask, sums[member], 0.0).to(logprobs.dtype)
+
+
+@teacher_statistic("teacher_divergence")
+def teacher_divergence(logits: Tensor, teacher_logits: Tensor, interpolation: Share) -> Tensor:
+    """Return the divergence from the teacher's distribution; [N] nats. See `interpolated_divergence`.
+
+    The argument is 1 for the reverse KL(policy || teacher), 0 for the forward one, and else the weight of
+    the teacher in Jensen and Shannon's mixture.
+    """
+    return interpolated_divergence(logits, teacher_logits, interpolation)

@@ -54,6 +54,7 @@ class Batch:
     old_logprobs: Tensor | None = None  # [B, T] float32, by the learner before its first update
     old_entropies: Tensor | None = None  # [B, T] float32
     reference_logprobs: Tensor | None = None  # [B, T] float32, under the reference policy
+    teacher_logprobs: Tensor | None = None  # [B, T] float32, under the teacher
     values: Tensor | None = None  # [B, T] float32, expected return before a sampled token
     targets: Tensor | None = None  # [B, T] float32, regression targets of `values`
     last_values: Tensor | None = None  # [E] float32, expected return after the last token of a trajectory
@@ -137,6 +138,7 @@ _PER_TOKEN = (
     "old_logprobs",
     "old_entropies",
     "reference_logprobs",
+    "teacher_logprobs",
     "values",
     "targets",
 )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from agentrl.algorithms.credit import prepare
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs
 from agentrl.algorithms.recipe import Recipe
+from agentrl.algorithms.token_statistics import reads_teacher
 from agentrl.data.batch import Batch, Layout, collate
 from agentrl.data.trajectory import Episode, Group, StopReason, Turn
 from agentrl.learn.forward import Forward
@@ -72,6 +73,7 @@ def weights_after_an_update(
         _TinyPolicy(0),
         config,
         reference=_TinyPolicy(1).requires_grad_(False) if "reference" in algorithm.requires else None,
+        teacher=_TinyPolicy(2) if reads_teacher(algorithm.requires) else None,
         critic="values" in algorithm.requires,
         forward=Forward(_hidden_states, lambda policy: policy.embedding.weight, _embedding),
         perturb=_perturb,

@@ -11,14 +11,17 @@ from agentrl.algorithms.hooks import Outputs
 from agentrl.algorithms.observation_view import OBSERVATION_KL
 from agentrl.algorithms.token_statistics import NOTHING, Statistics, empty_extras
 from agentrl.data.batch import Batch
+from agentrl.errors import RequirementError
 from agentrl.learn.divergence import state_divergence
-from agentrl.learn.fused import OfLogits, Temperature, token_statistics
+from agentrl.learn.fused import OfLogits, Temperature, paired_statistics, token_statistics
 from agentrl.learn.views import ViewRows
 from agentrl.policy import model
 
 HiddenStates = Callable[[Any, Tensor, Tensor], Tensor]
 OutputWeight = Callable[[Any], Tensor]
 Embedding = Callable[[Any], nn.Module]
+Choices = tuple[Tensor, Tensor]  # indices of constrained tokens [M], and their allowed ids [M, K]
+Shown = tuple[Tensor, Tensor]  # states [N, d] and output embedding [V, d]
 
 
 @dataclass(frozen=True)
@@ -43,40 +46,39 @@ class Forward:
         value_head: nn.Module | None = None,
         statistics: Statistics = NOTHING,
         view: ViewRows | None = None,
+        teacher: Shown | None = None,
     ) -> Outputs:
         """Return log-probability, entropy and, with a value head, value of action tokens; 0 elsewhere.
 
         The state at position t - 1 predicts token t, at the temperature at which the token was sampled, so
         that the policy that is trained is the one that acted. Logits are computed only for states that
         predict an action token, and nothing is computed after the last action token of a row. Of
-        `statistics`, those of logits are computed. With a view, the extras hold `observation_kl`, 0 in rows
-        that it leaves out, and have no gradient.
+        `statistics`, those of logits are computed, and with what the `teacher` shows, those that compare.
+        With a view, the extras hold `observation_kl`, 0 in rows that it leaves out, without gradient.
         """
-        lengths = needed_lengths(batch)
         rows, positions = batch.action_mask.nonzero(as_tuple=True)
         if not len(rows):
             zeros = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
             values = None if value_head is None else zeros
             extras = empty_extras(statistics, zeros)
             return Outputs(zeros, zeros, values, extras=extras | ({OBSERVATION_KL: zeros} if view else {}))
-        width = batch.tokens.shape[1]
-        kept = torch.arange(width, device=lengths.device) < lengths[:, None]
-        hidden = self.hidden_states(policy, batch.tokens[kept], lengths[lengths > 0])
-        # Rows are concatenated without padding, so row r begins at starts[r].
-        starts = lengths.cumsum(0) - lengths
-        states = hidden.index_select(0, starts[rows] + positions - 1)
+        states, weight = self._states(policy, batch, rows, positions), self.output_weight(policy)
+        choices, temperature = _choices(batch, rows, positions), _temperature(batch, rows, positions)
         logprobs, entropies, *further = (
             _scatter(values, rows, positions, batch.tokens.shape)
-            for values in _statistics(
-                states,
-                self.output_weight(policy),
-                batch.tokens[rows, positions],
-                _choices(batch, rows, positions),
-                _temperature(batch, rows, positions),
-                tuple(statistics.of_logits.values()),
+            for values in (
+                *_statistics(
+                    states,
+                    weight,
+                    batch.tokens[rows, positions],
+                    choices,
+                    temperature,
+                    tuple(statistics.of_logits.values()),
+                ),
+                *_comparisons(states, weight, teacher, choices, temperature, statistics),
             )
         )
-        extras = dict(zip(statistics.of_logits, further, strict=True))
+        extras = dict(zip(statistics.of_pass, further, strict=True))
         if view is not None:
             extras[OBSERVATION_KL] = self._divergence(policy, batch, view, states).to(logprobs.dtype)
         if value_head is None:
@@ -118,6 +120,22 @@ class Forward:
             )
         return found.to(values.dtype).index_put((rows, positions), values)
 
+    def show(self, policy: nn.Module, batch: Batch) -> Shown:
+        """Return the states [N, d] that predict the action tokens, and the output embedding [V, d]."""
+        rows, positions = batch.action_mask.nonzero(as_tuple=True)
+        weight = self.output_weight(policy)
+        if not len(rows):
+            return weight.new_zeros(0, weight.shape[1]), weight
+        return self._states(policy, batch, rows, positions), weight
+
+    def _states(self, policy: nn.Module, batch: Batch, rows: Tensor, positions: Tensor) -> Tensor:
+        lengths = needed_lengths(batch)
+        kept = torch.arange(batch.tokens.shape[1], device=lengths.device) < lengths[:, None]
+        hidden = self.hidden_states(policy, batch.tokens[kept], lengths[lengths > 0])
+        # Rows are concatenated without padding, so row r begins at starts[r].
+        starts = lengths.cumsum(0) - lengths
+        return hidden.index_select(0, starts[rows] + positions - 1)
+
     def last_values(self, policy: nn.Module, batch: Batch, value_head: nn.Module) -> Tensor:
         """Return the output of the value head after the last token of each row; [B]."""
         kept = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < batch.lengths[:, None]
@@ -145,33 +163,67 @@ def _statistics(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    choices: tuple[Tensor, Tensor] | None,
+    choices: Choices | None,
     temperature: Temperature,
     extras: Sequence[OfLogits],
 ) -> tuple[Tensor, ...]:
     """Return the statistics of each action token, handling constrained tokens separately."""
+
+    def compute(chosen: Tensor | slice, ids: Tensor | None) -> tuple[Tensor, ...]:
+        tempered = _of_tokens(temperature, chosen)
+        return token_statistics(hidden[chosen], weight, targets[chosen], ids, tempered, extras=extras)
+
+    return _by_constraint(len(hidden), choices, compute)
+
+
+def _comparisons(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: Shown | None,
+    choices: Choices | None,
+    temperature: Temperature,
+    statistics: Statistics,
+) -> tuple[Tensor, ...]:
+    """Return the statistics that compare each action token's distribution with the teacher's."""
+    functions = tuple(statistics.of_teacher.values())
+    if not functions:
+        return ()
+    if teacher is None:
+        raise RequirementError(f"{', '.join(statistics.of_teacher)}: the learner was given no teacher")
+    states, matrix = teacher
+
+    def compute(chosen: Tensor | slice, ids: Tensor | None) -> tuple[Tensor, ...]:
+        tempered = _of_tokens(temperature, chosen)
+        return paired_statistics(hidden[chosen], weight, (states[chosen], matrix), functions, ids, tempered)
+
+    return _by_constraint(len(hidden), choices, compute)
+
+
+def _of_tokens(temperature: Temperature, chosen: Tensor | slice) -> Temperature:
+    return temperature[chosen] if isinstance(temperature, Tensor) else temperature
+
+
+def _by_constraint(
+    count: int,
+    choices: Choices | None,
+    compute: Callable[[Tensor | slice, Tensor | None], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
+    """Compute numbers of the constrained tokens and of the others, and return them in the given order.
+
+    Args:
+        count: The number of tokens.
+        choices: The indices of the constrained tokens and their allowed ids; None if there are none.
+        compute: (indices [M] or all, allowed ids [M, K] or None) -> numbers [M, ...].
+    """
     if choices is None:
-        return token_statistics(hidden, weight, targets, temperature=temperature, extras=extras)
+        return compute(slice(None), None)
     constrained, ids = choices
-
-    def tempered(chosen: Tensor) -> Temperature:
-        return temperature[chosen] if isinstance(temperature, Tensor) else temperature
-
-    parts = [
-        token_statistics(
-            hidden[constrained], weight, targets[constrained], ids, tempered(constrained), extras=extras
-        )
-    ]
-    order = constrained
-    if len(constrained) < len(hidden):
-        free = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+    parts, order = [compute(constrained, ids)], constrained
+    if len(constrained) < count:
+        free = torch.ones(count, dtype=torch.bool, device=ids.device)
         free[constrained] = False
         others = free.nonzero().squeeze(1)
-        parts.append(
-            token_statistics(
-                hidden[others], weight, targets[others], temperature=tempered(others), extras=extras
-            )
-        )
+        parts.append(compute(others, None))
         order = torch.cat([constrained, others])
     back = order.argsort()  # to the order of the given tokens
     return tuple(torch.cat(values)[back] for values in zip(*parts, strict=True))
@@ -226,7 +278,7 @@ def _temperature(batch: Batch, rows: Tensor, positions: Tensor) -> Temperature:
     return float(found[0]) if bool((found == found[0]).all()) else found
 
 
-def _choices(batch: Batch, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+def _choices(batch: Batch, rows: Tensor, positions: Tensor) -> Choices | None:
     """Return the indices of constrained action tokens in the list, [M], and their allowed ids, [M, K]."""
     if batch.allowed is None:
         return None

@@ -70,6 +70,71 @@ def token_statistics(
     return _chunked_constrained_statistics(hidden, weight, targets, allowed, temperature, chunk, extras)
 
 
+def paired_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: tuple[Tensor, Tensor],
+    functions: Sequence[OfLogits],
+    allowed: Tensor | None = None,
+    temperature: Temperature = 1.0,
+    chunk: int | None = None,
+) -> Statistics:
+    """Return functions of the logits of a policy and of its teacher, for N tokens.
+
+    Both logits are those of one chunk of tokens, and are computed again in the backward pass. Gradients flow
+    to `hidden` and `weight`; none flows to the teacher.
+
+    Args:
+        hidden: The states of the policy, [N, d] float.
+        weight: The output embedding of the policy, [V, d] float.
+        teacher: The states [N, e] and the output embedding [V, e] of the teacher.
+        functions: The functions (z [N, V], the teacher's z [N, V]) -> [N].
+        allowed: The allowed ids, as in `token_statistics`; the functions then see those only.
+        temperature: The sampling temperature, by which both are divided.
+        chunk: The number of tokens per chunk; None chooses it by the size of the vocabulary.
+    """
+    seen, matrix = (values.detach() for values in teacher)
+    dense = allowed is None or len(weight) <= _DENSE_RATIO * allowed.shape[1]
+    numbers = len(weight)
+    if allowed is not None and not dense:
+        numbers = allowed.shape[1] * (weight.shape[1] + seen.shape[1])
+    size = chunk or _chunk_size(numbers, functions)
+    count = max(1, -(-len(hidden) // size))
+    parts = [
+        checkpoint(_pair, own, weight, shown, matrix, ids, tempered, dense, functions, use_reentrant=False)
+        for own, shown, ids, tempered in zip(
+            torch.split(hidden, size),
+            torch.split(seen, size),
+            [None] * count if allowed is None else torch.split(allowed, size),
+            _split(temperature, len(hidden), size),
+            strict=True,
+        )
+    ]
+    return _concatenate(parts)
+
+
+def _pair(
+    hidden: Tensor,
+    weight: Tensor,
+    seen: Tensor,
+    matrix: Tensor,
+    allowed: Tensor | None,
+    temperature: Temperature,
+    dense: bool,
+    functions: Sequence[OfLogits],
+) -> Statistics:
+    def logits(states: Tensor, embedding: Tensor) -> Tensor:
+        if allowed is None:
+            return _logits(states, embedding, temperature)
+        found = (_dense_logits if dense else _gathered_logits)(
+            states, embedding, allowed.clamp(min=0), temperature
+        )
+        return found.masked_fill(allowed < 0, -torch.inf)
+
+    own, teacher = logits(hidden, weight), logits(seen, matrix)
+    return tuple(function(own, teacher.to(own.dtype)) for function in functions)
+
+
 def _vocabulary_statistics(
     hidden: Tensor,
     weight: Tensor,

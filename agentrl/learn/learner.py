@@ -13,7 +13,7 @@ from agentrl.algorithms.credit import compute_advantages, with_mask, with_target
 from agentrl.algorithms.hooks import Context, MiniBatch, Outputs, require_tensor
 from agentrl.algorithms.named_features import with_features, with_mini_batch_features
 from agentrl.algorithms.observation_view import OBSERVATION_KL, ObservationView
-from agentrl.algorithms.token_statistics import STATISTICS, scored_statistics
+from agentrl.algorithms.token_statistics import STATISTICS, TEACHER, reads_teacher, scored_statistics
 from agentrl.data.batch import Batch, collate
 from agentrl.data.trajectory import Episode, Group
 from agentrl.errors import RequirementError
@@ -29,17 +29,20 @@ from agentrl.learn.settings import LearnerConfig
 from agentrl.learn.sharding import ScoringModule, recompute_activations, shard
 from agentrl.learn.state import LearnerState
 from agentrl.learn.step import LossPart, optimizer_step
+from agentrl.learn.teacher import Teacher
 from agentrl.learn.views import PerturbFactory, ViewRows, view_rows
 from agentrl.policy.engine import Adapter
 
 _Numbers = dict[str, float]
 
 
-def provided(*, reference: bool, critic: bool, views: bool = False) -> frozenset[str]:
+def provided(*, reference: bool, critic: bool, teacher: bool = False, views: bool = False) -> frozenset[str]:
     """Return what components of an algorithm may require of a learner with these parts."""
     own = {"old_logprobs", "entropy", "entropy:grad", "current", STATISTICS}
     if reference:
         own.add("reference")
+    if teacher:
+        own.add(TEACHER)
     if critic:
         own |= {"values", "last_values", "values:grad"}
     if views:
@@ -61,6 +64,7 @@ class Learner:
         reference: A frozen policy of the same vocabulary, for algorithms that require `reference`.
         critic: Whether to add a value head on the policy's states, for algorithms that require `values`. Its
             output is 0 at first, and its gradient reaches the policy's own parameters.
+        teacher: A frozen model of the same vocabulary, for algorithms that require `teacher`.
         forward: How to read hidden states; None reads a Hugging Face causal language model.
         ranks: The ranks that learn together; more than one only under `fsdp`.
         perturb: Makes the change of observations that `Algorithm.view` asks for, for algorithms that require
@@ -74,6 +78,7 @@ class Learner:
         config: LearnerConfig,
         *,
         reference: nn.Module | None = None,
+        teacher: nn.Module | None = None,
         critic: bool = False,
         forward: Forward | None = None,
         ranks: Ranks = ALONE,
@@ -83,7 +88,7 @@ class Learner:
         self.policy = policy
         self.config = config
         self.reference = reference
-        self.forward = forward or Forward()
+        self.forward = plain = forward or Forward()
         # Under fsdp the mixed-precision policy of the shards rounds instead.
         if config.backend == "single" and config.compute_dtype == "bfloat16":
             self.forward = replace(self.forward, hidden_states=in_bfloat16(self.forward.hidden_states))
@@ -93,18 +98,18 @@ class Learner:
         if config.lora is not None:  # before sharding, so that the adapters are sharded too
             add_adapters(policy, config.lora)
         learned = ScoringModule(policy, self.value_head)
-        frozen = None if reference is None else ScoringModule(reference)
+        frozen, taught = (None if each is None else ScoringModule(each) for each in (reference, teacher))
         if config.recompute_activations:
             recompute_activations(policy)
         if config.backend == "fsdp":
-            for module in (learned, frozen):
+            for module in (learned, frozen, taught):
                 if module is not None:
                     shard(module, config)
         # Sharding replaces the parameters, so the optimisers are built after it.
         optimizers = build_optimizers(policy, config, self.value_head)
         self._state = LearnerState(config, learned, frozen, optimizers, ranks)
         assert config.micro_batch_tokens is not None, "a session chooses the tokens of a pass"
-        self._scorer = Scorer(self.forward, config.micro_batch_tokens, ranks)
+        self._scorer = Scorer(self.forward, config.micro_batch_tokens, ranks, self._teacher(taught, plain))
 
     def _new_value_head(self) -> nn.Linear:
         weight = self.forward.output_weight(self.policy)
@@ -114,12 +119,21 @@ class Learner:
         nn.init.zeros_(head.bias)
         return head
 
+    def _teacher(self, module: ScoringModule | None, plain: Forward) -> Teacher | None:
+        if module is None:
+            return None
+        module.requires_grad_(False)
+        narrow = next(module.parameters()).dtype in (torch.bfloat16, torch.float16)
+        # One in half precision computes in its own; any other is rounded just where the policy is.
+        return Teacher(module, plain if narrow else self.forward)
+
     @property
     def provides(self) -> frozenset[str]:
         """Return what components of an algorithm may require of this learner."""
         return provided(
             reference=self.reference is not None,
             critic=self.value_head is not None,
+            teacher=self._scorer.teacher is not None,
             views=self.perturb is not None,
         )
 
@@ -149,9 +163,11 @@ class Learner:
             context: The context of the step, which a view reads.
 
         Raises:
-            RequirementError: If `reference` or `observation_kl` is required, and the learner was not given
-                what it needs.
+            RequirementError: If `reference`, `teacher` or `observation_kl` is required, and the learner was
+                not given what it needs.
         """
+        if reads_teacher(requires) and self._scorer.teacher is None:
+            raise RequirementError("algorithm: requires a teacher, and the learner was given none")
         batch = batch.to(self._device)
         rows = self._view_rows(batch, view, context or Context()) if OBSERVATION_KL in requires else None
         own = self._scorer.score(self._state.learned, batch, scored_statistics(requires), rows)
@@ -164,6 +180,8 @@ class Learner:
         )
         if "last_values" in requires:
             batch = replace(batch, last_values=self._scorer.last_values(self._state.learned, batch))
+        if TEACHER in requires:
+            batch = replace(batch, teacher_logprobs=self._scorer.teacher_logprobs(batch))
         if "reference" not in requires:
             return batch
         if self._state.reference is None:

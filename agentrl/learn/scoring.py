@@ -16,6 +16,7 @@ from agentrl.learn.forward import Forward, needed_lengths
 from agentrl.learn.packing import rank_micro_batches
 from agentrl.learn.ranks import Ranks
 from agentrl.learn.sharding import ScoringModule, reshard
+from agentrl.learn.teacher import Teacher
 from agentrl.learn.views import ViewRows
 
 # Stop reasons after which an episode could have gone on and returned more.
@@ -30,11 +31,13 @@ class Scorer:
         forward: How to read the policy.
         micro_batch_tokens: The largest number of tokens in a forward pass.
         ranks: The ranks that share the work. All of them must make the same calls.
+        teacher: What statistics compare the policy with, if there is a teacher.
     """
 
     forward: Forward
     micro_batch_tokens: int
     ranks: Ranks
+    teacher: Teacher | None = None
 
     def micro_batches(self, lengths: Tensor) -> list[tuple[Tensor, float]]:
         """Return this rank's micro-batches as (row numbers, weight); see `rank_micro_batches`."""
@@ -48,14 +51,15 @@ class Scorer:
         view: ViewRows | None = None,
     ) -> Outputs:
         """Score one micro-batch, with gradients where they are enabled."""
+        shown = self.teacher.show(rows) if statistics.of_teacher and self.teacher is not None else None
 
         def read(policy: nn.Module, head: nn.Module | None) -> tuple[Tensor | None, ...]:
             # FSDP2 finds tensors that need a gradient in a tuple, not in a dataclass.
-            found = self.forward.score(policy, rows, head, statistics, view)
+            found = self.forward.score(policy, rows, head, statistics, view, shown)
             return found.logprobs, found.entropies, found.values, *found.extras.values()
 
         logprobs, entropies, values, *extras = module(read)
-        names = (*statistics.of_logits, *([] if view is None else [OBSERVATION_KL]))
+        names = (*statistics.of_pass, *([] if view is None else [OBSERVATION_KL]))
         named = dict(zip(names, extras, strict=True))
         return with_sequence_statistics(Outputs(logprobs, entropies, values, extras=named), rows, statistics)
 
@@ -84,7 +88,25 @@ class Scorer:
                 if weight:  # a filler's rows belong to another rank
                     write_rows(outputs, rows, found)
         reshard(module)
+        self.release_teacher()
         return with_sequence_statistics(self.sum_over_ranks(outputs), batch, statistics)
+
+    def teacher_logprobs(self, batch: Batch) -> Tensor | None:
+        """Return the teacher's log-probabilities of the action tokens; [B, T], None without a teacher."""
+        if self.teacher is None:
+            return None
+        outputs = empty_outputs(batch)
+        for rows, weight in self.micro_batches(needed_lengths(batch)):
+            found = self.teacher.score(batch.select(rows))
+            if weight:
+                write_rows(outputs, rows, found)
+        self.release_teacher()
+        return self.sum_over_ranks(outputs).logprobs
+
+    def release_teacher(self) -> None:
+        """Free what reading the teacher has gathered, after a backward pass that needs it."""
+        if self.teacher is not None:
+            self.teacher.release()
 
     def last_values(self, module: ScoringModule, batch: Batch) -> Tensor:
         """Return the value after the last reply of each truncated trajectory, 0 for the others; [E]."""
@@ -159,7 +181,10 @@ def write_rows(target: Outputs, rows: Tensor, outputs: Outputs) -> None:
 
 def zero_unsampled(batch: Batch) -> Batch:
     """Zero the statistics of tokens that were not sampled, so that a NaN among them reaches no sum."""
-    names = ("logprobs", "entropies", "old_logprobs", "old_entropies", "reference_logprobs", "values")
+    names = (
+        *("logprobs", "entropies", "old_logprobs", "old_entropies"),
+        *("reference_logprobs", "teacher_logprobs", "values"),
+    )
     cleaned: dict[str, Any] = {
         name: torch.where(batch.action_mask, values, 0.0)
         for name in names

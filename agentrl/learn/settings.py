@@ -66,6 +66,12 @@ class LearnerConfig:
         recompute_activations: Whether to keep only the input of each layer and recompute the layer in the
             backward pass: less memory, a third more work.
         lora: The adapters to train instead of the weights; null trains the weights.
+        teacher: The model that a method such as `distill` learns from: a run of yours, or a model as
+            `policy.path` names one. It needs the tokenizer, chat template and vocabulary of the policy, is
+            sharded under `fsdp`, and is neither trained nor saved.
+        teacher_revision: The branch, tag or commit of a teacher on the hub.
+        teacher_dtype: The dtype of its weights; null takes `policy.dtype`. In float32 it is computed as the
+            policy is, see `compute_dtype`.
         optimizer: `muon` orthogonalises the updates of the hidden matrices and leaves the rest to AdamW; its
             momentum is not sharded under `fsdp`.
         learning_rate: The learning rate of AdamW.
@@ -94,6 +100,9 @@ class LearnerConfig:
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     recompute_activations: bool = False
     lora: LoraConfig | None = None
+    teacher: str | None = None
+    teacher_revision: str | None = None
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     optimizer: Literal["adamw", "muon"] = "muon"
     learning_rate: PositiveRate = 1e-3
     matrix_learning_rate: PositiveRate = 4e-3
@@ -131,4 +140,10 @@ class LearnerConfig:
             wrong.append(("processes", "at least 1 with launcher: ray, and null with torchrun"))
         if self.launcher == "ray" and self.backend != "fsdp":
             wrong.append(("launcher", "torchrun, or backend: fsdp"))
+        if self.teacher is None:
+            wrong += [
+                (name, "null without a teacher")
+                for name in ("teacher_revision", "teacher_dtype")
+                if getattr(self, name) is not None
+            ]
         return wrong

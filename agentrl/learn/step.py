@@ -81,6 +81,7 @@ def _accumulate_gradient(
             write_rows(outputs, rows, found)
         for name, value in numbers.items():
             sums[name] += weight * float(value)
+    scorer.release_teacher()
     # The objective's own metrics are not summed: every rank has them for the whole mini-batch.
     logged = scorer.ranks.all_reduce_numbers(sums) | objective.metrics()
     return logged, scorer.sum_over_ranks(outputs)

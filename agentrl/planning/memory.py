@@ -18,7 +18,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from agentrl.algorithms.algorithm import Algorithm
-from agentrl.algorithms.token_statistics import current_statistics, numbers_per_token, scored_statistics
+from agentrl.algorithms.token_statistics import (
+    current_statistics,
+    numbers_per_token,
+    reads_teacher,
+    scored_statistics,
+)
 from agentrl.learn.fused import CHUNK_NUMBERS
 from agentrl.learn.lora import add_adapters
 from agentrl.learn.optimizer import build_optimizers
@@ -33,6 +38,7 @@ from agentrl.policy.model import (
 )
 from agentrl.policy.settings import PolicyConfig
 from agentrl.run.settings import RunConfig
+from agentrl.run.teachers import teacher_dtype, teacher_skeleton
 
 
 def learner_skeleton(config: PolicyConfig) -> PreTrainedModel:
@@ -81,6 +87,7 @@ def learner_bytes(
             weight_bytes(learner_skeleton(block)) // parts * ("reference" in wanted),
             f"weights that do not change{dealt}",
         ),
+        **teacher_bytes(config, algorithm, learner, parts, tokens),
         "activations": (
             activation_bytes(
                 computed,
@@ -101,6 +108,35 @@ def learner_bytes(
         "weights of two layers": (layer_bytes(computed) * sharded, "whole while they are used"),
     }
     return {what: (size, how) for what, (size, how) in found.items() if size}
+
+
+def teacher_bytes(
+    config: RunConfig, algorithm: Algorithm, learner: LearnerConfig, parts: int, tokens: int
+) -> dict[str, tuple[int, str]]:
+    """Return the bytes of the teacher and of a pass of it, which keeps no activations, and how found.
+
+    Args:
+        config: The configuration of the run.
+        algorithm: The algorithm of the stage.
+        learner: The configuration of the learner in the stage.
+        parts: The number of processes that the weights are dealt out to.
+        tokens: The number of tokens of a pass.
+    """
+    if learner.teacher is None or not reads_teacher(algorithm.requires):
+        return {}
+    model = teacher_skeleton(config)
+    count, dtype = _count(model, trained=False), teacher_dtype(config)
+    dealt = f", dealt out to {parts} processes" if parts > 1 else ""
+    weight, depth = output_weight(model), 4  # the states of a layer, its input, and those of its MLP
+    states = depth * tokens * weight.shape[1] * weight.element_size()
+    gathered = layer_bytes(model) * (parts > 1)
+    return {
+        "teacher": (weight_bytes(model) // parts, f"{count:,} parameters in {dtype}{dealt}"),
+        "a pass of the teacher": (
+            states + min(tokens * len(weight), CHUNK_NUMBERS) * 2 * 4 + gathered,
+            f"{tokens:,} tokens without gradient, and a chunk of logits",
+        ),
+    }
 
 
 def episodes_per_step(config: RunConfig, algorithm: Algorithm) -> int:

@@ -18,6 +18,7 @@ from rich.filesize import decimal
 
 from agentrl.algorithms.algorithm import Algorithm, check_requirements
 from agentrl.algorithms.importance import with_importance_correction
+from agentrl.algorithms.token_statistics import reads_teacher
 from agentrl.env.registry import check_id
 from agentrl.errors import AgentRLError, ConfigError
 from agentrl.learn.learner import provided
@@ -30,6 +31,7 @@ from agentrl.policy.settings import EngineConfig, PolicyConfig
 from agentrl.run.own_data import read_own_data
 from agentrl.run.policies import check_fitted
 from agentrl.run.settings import RunConfig, rank_mistakes
+from agentrl.run.teachers import check_teacher
 from agentrl.scale.engines import check_actors, check_engine, check_server, check_weights_folder
 from agentrl.scale.extras import check_ray, ray_is_initialized
 from agentrl.scale.vllm_lora import check_rank
@@ -100,10 +102,17 @@ def problems(config: RunConfig, topology: Topology, *, new_folder: bool = True) 
     with collect_error(found):
         algorithm = config.algorithm.build()
         alone = topology.ranks == 1
-        check_algorithm(algorithm, config.engine, scores=alone and config.trainer.mode == "sync")
+        taught = config.learner.teacher is not None
+        check_algorithm(
+            algorithm, config.engine, scores=alone and config.trainer.mode == "sync", teacher=taught
+        )
         check_ahead(algorithm, config.trainer.mode)
         block = config.trainer
         with_importance_correction(algorithm, block.importance_cap, default=block.correction)
+    if config.learner.teacher is not None:
+        with collect_error(found):
+            check_taught(config)
+            check_teacher(config)
     with collect_error(found):
         check_prompt(config.policy)
     if new_folder:  # a run that goes on reads it if it still clones
@@ -149,22 +158,41 @@ def check_prompt(block: PolicyConfig) -> None:
         check_fitted(block)
 
 
-def check_algorithm(algorithm: Algorithm, engine: EngineConfig, *, scores: bool = True) -> None:
+def check_algorithm(
+    algorithm: Algorithm, engine: EngineConfig, *, scores: bool = True, teacher: bool = False
+) -> None:
     """Refuse an algorithm that requires what neither the learner nor the engine provides.
 
     Args:
         algorithm: The algorithm.
         engine: The engine of the run.
         scores: Whether the learner can score replies during the rollout.
+        teacher: Whether the learner has a teacher.
 
     Raises:
         RequirementError: Naming what is missing.
     """
     wanted = algorithm.requires
     own = provided(
-        reference="reference" in wanted, critic="values" in wanted, views=algorithm.view is not None
+        reference="reference" in wanted,
+        critic="values" in wanted,
+        teacher=teacher,
+        views=algorithm.view is not None,
     )
     check_requirements(algorithm, own | engine.provides | ({"rollout:scores"} if scores else set()))
+
+
+def check_taught(config: RunConfig) -> None:
+    """Refuse a teacher that the method does not read.
+
+    Raises:
+        ConfigError: Naming both.
+    """
+    if not reads_teacher(config.algorithm.build().requires):
+        raise ConfigError(
+            f"learner.teacher is {config.learner.teacher!r}, but algorithm.name={config.algorithm.name} "
+            "reads no teacher; wanted null, or a method that does, such as distill"
+        )
 
 
 def check_ahead(algorithm: Algorithm, mode: str) -> None:

@@ -80,6 +80,7 @@ class _Manifest(TypedDict, total=False):
     seed: int
     placement: str | None
     model: dict[str, Any]
+    teacher: dict[str, Any]
 
 
 class _Progress(TypedDict):

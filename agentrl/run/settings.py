@@ -100,6 +100,11 @@ class WarmStartConfig:
 
     def __post_init__(self) -> None:
         check_own_numbers(self, "warm_start")
+        if self.learner.teacher is not None:
+            raise ConfigError(
+                f"warm_start.learner.teacher is {self.learner.teacher!r}, wanted null: cloning has no "
+                "teacher; set learner.teacher"
+            )
         if self.data is not None and not (self.files and all(self.files)):
             raise ConfigError(f"warm_start.data is {self.data!r}, wanted a file, a list of files, or null")
         if self.own_data and not self.steps:

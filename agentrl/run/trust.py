@@ -10,8 +10,8 @@ from agentrl.env.registry import callers_arguments
 from agentrl.errors import ConfigError
 from agentrl.run.settings import RunConfig, config_from_tree, config_tree, stored_path, tree_by_index
 
-# Keys that name programs to start, servers to contact, folders to write and files to learn from. Only the
-# caller's configuration or command line may set them: a run's folder may come from someone else.
+# Keys that name programs to start, servers to contact, folders to write, and files or models to learn from.
+# Only the caller's configuration or command line may set them: a run's folder may come from someone else.
 CALLER_ONLY_KEYS = (
     "rollout.workers.interpreter",
     "rollout.ray.address",
@@ -19,6 +19,7 @@ CALLER_ONLY_KEYS = (
     "engine.vllm.url",
     "warm_start.data",
     "warm_start.from",
+    "learner.teacher",
 )
 
 

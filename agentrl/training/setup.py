@@ -39,6 +39,7 @@ from agentrl.run.presets import misfits
 from agentrl.run.settings import RunConfig
 from agentrl.run.signals import Interruption
 from agentrl.run.tasks import MixedTasks, tasks_by_environment
+from agentrl.run.teachers import LoadedTeacher, check_same_teacher, load_teacher
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Session:
         ranks: The processes that learn together.
         rollout_ranks: The same processes, for messages between their rollout threads.
         notes: Lines to log at the start: what was decided while the session was opened.
+        teacher: What the policy is taught by, if anything.
         other_prompts: A warning that prompts differ from those the run was trained on, or None.
     """
 
@@ -80,6 +82,7 @@ class Session:
     ranks: Ranks
     rollout_ranks: Ranks
     notes: tuple[str, ...] = ()
+    teacher: LoadedTeacher | None = None
     other_prompts: str | None = None
 
     def describe(self, group_size: int) -> str:
@@ -175,10 +178,15 @@ def open_session(
             lambda: find_examples(config, active, {label: panel.tasks for label, panel in panels.items()})
         )
         named = ranks.raise_on_any_rank(partial(_named_policy, config, examples))
+        teacher = ranks.raise_on_any_rank(partial(load_teacher, config))
         made_from = {}
+        if teacher is not None:
+            notes += [teacher.describe()]
+            made_from["teacher"] = ranks.run_on_rank0(partial(_recorded_teacher, teacher, active))
+            config = replace(config, learner=replace(config.learner, teacher_revision=teacher.revision))
         if named is not None:
             assert named.source is not None
-            made_from = {"model": named.source.record()}
+            made_from["model"] = named.source.record()
             # The folder and every stage get the commit of the model, and the limits that it really has.
             config = replace(config, policy=replace(config.policy, revision=named.source.asked.revision))
         config, limit_notes = ranks.run_on_rank0(
@@ -204,6 +212,8 @@ def open_session(
         ranks.run_on_rank0(partial(_own_folder, run.folder, lock))
         ranks.run_on_rank0(partial(note_examples, run, examples))
         policy = named or _own_policy(config, found, run.folder / "tokenizer", ranks)
+        if teacher is not None:
+            teacher.check(config, policy.model, policy.tokenizer)
         wording = policy.dialogue.wording
         other_prompts = ranks.run_on_rank0(lambda: changed_wording(run, wording))
         ranks.run_on_rank0(lambda: note_wording(run, wording))
@@ -226,6 +236,7 @@ def open_session(
         ranks=ranks,
         rollout_ranks=ranks.new_group(),
         notes=tuple(notes),
+        teacher=teacher,
         other_prompts=other_prompts,
     )
 
@@ -313,6 +324,14 @@ def _experts(config: RunConfig, found: Sequence[_Found]) -> tuple[frozenset[str]
         for label, reason in missing.items()
         if steps
     ]
+
+
+def _recorded_teacher(teacher: LoadedTeacher, active: Run | None) -> dict[str, Any]:
+    """Return the record of the teacher, which must be that of the run to continue."""
+    found = teacher.record()
+    if active is not None:
+        check_same_teacher(active, found)
+    return found
 
 
 def _named_policy(config: RunConfig, examples: Sequence[Example]) -> Policy | None:

@@ -109,11 +109,13 @@ class TrainingState:
         sharded = block.backend == "fsdp"
         # The engine needs weights of its own where the learner's are sharded, wrapped, or changed meanwhile.
         apart = sharded or block.lora is not None or (config.trainer.mode == "async" and not cloning)
+        teacher = self._session.teacher
         required = frozenset[str]() if cloning else algorithm.requires
         return Learner(
             copy.deepcopy(model) if apart and model is self._session.policy.served else model,
             block,
             reference=copy.deepcopy(model).requires_grad_(False) if "reference" in required else None,
+            teacher=teacher.model if teacher is not None and not cloning else None,
             critic="values" in required,
             ranks=self._session.ranks if sharded else ALONE,
             perturb=lru_cache(1)(partial(ObservationPerturbation, self._session.policy.tokenizer)),

@@ -43,6 +43,7 @@ def scored(batch: Batch) -> Batch:
         batch,
         old_logprobs=batch.logprobs,
         old_entropies=batch.entropies,
+        teacher_logprobs=2 * batch.logprobs,
         values=batch.logprobs.exp(),
         extras={"observation_kl": batch.entropies / 2},
     )

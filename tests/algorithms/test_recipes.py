@@ -1,4 +1,5 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -18,12 +19,14 @@ from agentrl.algorithms.methods.ppo import PPO
 from agentrl.algorithms.methods.reinforce_pp import ReinforcePlusPlus
 from agentrl.algorithms.methods.rloo import RLOO
 from agentrl.algorithms.recipe import (
+    Base,
     Recipe,
     build_recipe,
     recipe,
     recipe_names,
     recipe_tree,
 )
+from agentrl.algorithms.stack import build_stack
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.errors import ConfigError
 
@@ -188,6 +191,38 @@ def test_two_recipes_of_one_name_are_refused_naming_both():
         class Other(Recipe):
             def build(self) -> Algorithm:
                 return Algorithm()
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_a_recipe_that_drops_the_temperatures_of_its_base_is_refused():
+    def warm(state, context, inner=None):
+        return 1.2 if inner is None else 1.2 * inner(state, context)
+
+    @recipe("warming")
+    @dataclass(frozen=True)
+    class Warming(Recipe):
+        base: Base = field(default_factory=lambda: build_recipe("grpo"))
+        calls: bool = False
+
+        def build(self) -> Algorithm:
+            base = self.base.build()
+            hook = partial(warm, inner=base.rollout.reply_temperature) if self.calls else warm
+            return replace(base, rollout=replace(base.rollout, reply_temperature=hook))
+
+    hapo = {"name": "hapo", "temperature_change": 0.1}
+    warming = {"name": "warming"}
+    for outer, inner in ((warming, hapo), (hapo, warming)):
+        settings = {key: value for key, value in outer.items() if key != "name"}
+        with pytest.raises(
+            ConfigError, match=f"{outer['name']} drops the temperatures .* base '{inner['name']}'"
+        ):
+            build_recipe(outer["name"], {**settings, "base": inner})
+        with pytest.raises(ConfigError, match="wanted one method that sets them"):
+            build_stack({"compose": [inner, outer]})
+    build_recipe("warming", {"base": hapo, "calls": True})
+    build_recipe("warming", {"base": {"name": "hapo"}})
+    build_recipe("empg", {"base": hapo})
+    build_recipe("distill", {"base": {"name": "empg", "base": hapo}})
 
 
 @pytest.mark.usefixtures("own_registry")

@@ -65,12 +65,18 @@ def scored(
     logprobs: Numbers | None = None,
     entropies: Numbers | None = None,
     reference: Numbers | None = None,
+    teacher: Numbers | None = None,
     extras: Mapping[str, Numbers] | None = None,
     layout: Any = "trajectory",
 ) -> Batch:
     """A batch with what the scoring pass says of each token."""
     batch = collate(groups, layout=layout)
-    said = {"old_logprobs": logprobs, "old_entropies": entropies, "reference_logprobs": reference}
+    said = {
+        "old_logprobs": logprobs,
+        "old_entropies": entropies,
+        "reference_logprobs": reference,
+        "teacher_logprobs": teacher,
+    }
     found: dict[str, Any] = {
         name: at_tokens(batch, values) for name, values in said.items() if values is not None
     }

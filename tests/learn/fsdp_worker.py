@@ -33,6 +33,7 @@ from agentrl.algorithms.hooks import (
 )
 from agentrl.algorithms.importance import with_importance_correction
 from agentrl.algorithms.recipe import build_recipe, recipe_names
+from agentrl.algorithms.token_statistics import reads_teacher
 from agentrl.data import Group, StopReason
 from agentrl.data.batch import collate
 from agentrl.data.trajectory import BranchPoint
@@ -89,6 +90,7 @@ def learner_of(
         make(0),
         LearnerConfig(**{"backend": backend, **defaults, **settings}),
         reference=make(1).requires_grad_(False) if "reference" in algorithm.requires else None,
+        teacher=make(2) if reads_teacher(algorithm.requires) else None,
         critic="values" in algorithm.requires,
         forward=toy_forward() if make is ToyPolicy else Forward(),
         ranks=ranks,
@@ -255,6 +257,20 @@ def tempered(ranks: Ranks, folder: Path) -> Figures:
     plan = RolloutPlan(reply_temperature=lambda state, context: 1.0)
     algorithm = replace(build_recipe("ppo").build(), rollout=plan)
     return compared(ToyPolicy, algorithm, ranks, micro_batch_tokens=20)
+
+
+def distilled(ranks: Ranks, folder: Path) -> Figures:
+    """Compare with a sharded teacher, whose output embedding the backward pass reads again."""
+    settings: Figures = {
+        "advantage": {"discount": 0.5},
+        "loss": {"mode": "loss", "interpolation": 0.5, "reward_coefficient": 0.5},
+    }
+    return {
+        name: compared(
+            double_qwen, build_recipe("distill", block).build(), ranks, micro_batch_tokens=20, epochs=2
+        )
+        for name, block in settings.items()
+    }
 
 
 def muon(ranks: Ranks, folder: Path) -> Figures:

@@ -12,6 +12,7 @@ from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import prepare
 from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.recipe import build_recipe, recipe_names
+from agentrl.algorithms.token_statistics import reads_teacher
 from agentrl.data import Episode, Group, StopReason
 from agentrl.data.batch import collate
 from agentrl.data.trajectory import BranchPoint
@@ -84,8 +85,15 @@ def learner_for(algorithm: Algorithm) -> Learner:
     reference = ToyPolicy(1) if "reference" in algorithm.requires else None
     config = LearnerConfig(optimizer="adamw", learning_rate=0.1, warmup_steps=0, mini_batches=2)
     critic = "values" in algorithm.requires
+    teacher = ToyPolicy(2) if reads_teacher(algorithm.requires) else None
     return Learner(
-        policy, config, reference=reference, critic=critic, forward=toy_forward(), perturb=toy_perturb
+        policy,
+        config,
+        reference=reference,
+        teacher=teacher,
+        critic=critic,
+        forward=toy_forward(),
+        perturb=toy_perturb,
     )
 
 

@@ -30,6 +30,7 @@ def figures(folder: Path) -> Figures:
         "off_policy",
         "a_transformer",
         "tempered",
+        "distilled",
         "muon",
         "in_float32",
         "recomputed",
@@ -89,6 +90,11 @@ def test_so_do_adapters(figures: Figures) -> None:
 
 def test_so_do_tokens_that_were_sampled_at_different_temperatures(figures: Figures) -> None:
     assert_equal(figures["tempered"], gradient=1e-12, weights=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["advantage", "loss"])
+def test_so_does_one_with_a_teacher(mode: str, figures: Figures) -> None:
+    assert_equal(figures["distilled"][mode], gradient=1e-9, weights=1e-9)
 
 
 def test_so_does_muon(figures: Figures) -> None:

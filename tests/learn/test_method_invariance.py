@@ -61,6 +61,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "light_if": {"name": "light_if"},
     "entropy_sft": {"name": "entropy_sft", "share": 0.4},
     "t1": {"name": "t1", "entropy_coefficient": 0.1},
+    "distill": {"name": "distill", "discount": 0.5},
+    "distill, by loss": {"name": "distill", "mode": "loss", "interpolation": 0.4},
     "drpo": {"name": "drpo"},
     "drpo, by tokens": {"name": "drpo", "length": "tokens", "trust": 0.0},
     "copo": {"name": "copo"},
@@ -85,7 +87,7 @@ def built(block: dict[str, Any]) -> Algorithm:
 
 def learner_of(policy: ToyPolicy, micro_batch_tokens: int = 10_000) -> Learner:
     config = LearnerConfig(warmup_steps=0, micro_batch_tokens=micro_batch_tokens)
-    return Learner(policy, config, forward=toy_forward(), perturb=toy_perturb)
+    return Learner(policy, config, teacher=ToyPolicy(2), forward=toy_forward(), perturb=toy_perturb)
 
 
 def rows_of(block: dict[str, Any], layout: Layout = "trajectory") -> Batch:

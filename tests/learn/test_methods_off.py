@@ -39,6 +39,7 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "hicra": ({"alpha": 0.0}, {"name": "dr_grpo"}, {"grams": ["a"]}),
+    "distill": ({"beta": 0.0}, {"name": "grpo"}, {}),
     "one_shot": ({"entropy_coefficient": 0.0}, {"name": "grpo"}, {}),
     "seed_grpo": ({"alpha": 0.0}, {"name": "dr_grpo"}, {"answers": "exact"}),
     "light_if": ({"coefficient": 0.0}, {"name": "grpo"}, {}),
@@ -102,9 +103,8 @@ def weights_after(block: dict[str, Any]) -> torch.Tensor:
     settings = {key: value for key, value in block.items() if key != "name"}
     algorithm = build_recipe(block["name"], settings).build()
     policy = ToyPolicy()
-    learner = Learner(
-        policy, LearnerConfig(warmup_steps=0, mini_batches=2), forward=toy_forward(), perturb=toy_perturb
-    )
+    config = LearnerConfig(warmup_steps=0, mini_batches=2)
+    learner = Learner(policy, config, teacher=ToyPolicy(2), forward=toy_forward(), perturb=toy_perturb)
     for _ in range(2):
         batch = prepare(algorithm, answered(make_groups()), CONTEXT)
         batch = learner.score(batch, algorithm.requires, algorithm.view, CONTEXT)

@@ -11,6 +11,7 @@ from agentrl.algorithms.credit import prepare
 from agentrl.algorithms.hooks import Context
 from agentrl.algorithms.recipe import recipe_names
 from agentrl.algorithms.stack import build_stack, stackable_names
+from agentrl.algorithms.token_statistics import reads_teacher
 from agentrl.errors import ConfigError
 from agentrl.learn.learner import Learner
 from agentrl.learn.settings import LearnerConfig
@@ -28,7 +29,8 @@ def step_of(*names: str) -> str | None:
     reference = ToyPolicy(1) if "reference" in algorithm.requires else None
     config = LearnerConfig(optimizer="adamw", warmup_steps=0, mini_batches=2)
     critic = "values" in algorithm.requires
-    given = {"reference": reference, "critic": critic, "perturb": toy_perturb}
+    teacher = ToyPolicy(2) if reads_teacher(algorithm.requires) else None
+    given = {"reference": reference, "teacher": teacher, "critic": critic, "perturb": toy_perturb}
     learner = Learner(policy, config, forward=toy_forward(), **given)
     batch = prepare(algorithm, answered(make_groups()), CONTEXT)
     batch = learner.score(batch, algorithm.requires, algorithm.view, CONTEXT)

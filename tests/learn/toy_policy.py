@@ -33,7 +33,7 @@ class ToyPolicy(nn.Module):
 def hidden_states(policy: ToyPolicy, tokens: Tensor, lengths: Tensor) -> Tensor:
     rows = []
     for row in tokens.split(lengths.tolist()):
-        steps = torch.arange(1, len(row) + 1, dtype=torch.float64)[:, None]
+        steps = torch.arange(1, len(row) + 1, dtype=policy.mix.dtype)[:, None]
         rows.append(torch.tanh(policy.embedding(row).cumsum(0) / steps @ policy.mix) * policy.scale)
     return torch.cat(rows)
 

@@ -175,6 +175,27 @@ def test_data_is_not_read(key: str, trained: Path, tmp_path: Path, monkeypatch: 
     assert opened == []
 
 
+def test_a_teacher_is_not_loaded(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    for module, name in (("training.setup", "load_teacher"), ("planning.preflight", "check_teacher")):
+        monkeypatch.setattr(f"agentrl.{module}.{name}", lambda config: opened.append(config.learner.teacher))
+    for place in ("learner", "warm_start__learner"):
+        run = altered(
+            trained,
+            tmp_path / place,
+            algorithm={"name": "distill"},
+            **{f"{place}__teacher": str(trained), "trainer__steps": 2},
+        )
+        opened_in_every_way(run)
+    with pytest.raises(ConfigError, match=r"sets values that .*read.*: learner\.teacher\. .*repeat"):
+        agentrl.resume(tmp_path / "learner", quiet=True)
+    with pytest.raises(ConfigError, match=r"warm_start\.learner\.teacher is .*, wanted null"):
+        agentrl.open_run(tmp_path / "warm_start__learner")
+    assert opened == [None] * len(opened)
+    dropped = drop_caller_only_values(agentrl.open_run(tmp_path / "learner").config)
+    assert dropped.learner.teacher is None
+
+
 def test_a_run_does_not_play_on_the_callers_chat_server(
     trained: Path, tmp_path: Path, server: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

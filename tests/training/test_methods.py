@@ -91,6 +91,7 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
     "seed_grpo": (("algorithm.answers=state",), (moved("algorithm/seed_grpo/semantic_entropy"),)),
     "light_if": ((), (moved("learner/term/tea_entropy"),)),
     "t1": ((), (moved("learner/term/t1_entropy"),)),
+    "distill": (("learner.teacher={clone}",), (moved("algorithm/distill/kl"),)),
     "drpo": ((), (moved("learner/term/drpo"),)),
     "copo": (("algorithm.answers=state",), (moved("algorithm/copo/local_share"),)),
     "e3b": (
@@ -176,7 +177,7 @@ def config(clone: Path, folder: Path, name: str, *more: str, steps: int = 2) -> 
         "warm_start.steps=0",
         f"trainer.steps={steps}",
         f"algorithm.name={name}",
-        *METHODS[name][0],
+        *(setting.format(clone=clone) if "{clone}" in setting else setting for setting in METHODS[name][0]),
         f"run.folder={folder}",
         "run.name=run",
         *more,
@@ -239,7 +240,8 @@ def test_a_run_that_stopped_in_the_middle_of_what_a_method_remembers_goes_on_bit
         with pytest.raises(KeyboardInterrupt):
             agentrl.train(config(clone, tmp_path / "parts", name, steps=step + 1), quiet=True)
     assert len(rows(tmp_path / "parts" / "run")) == step
-    resumed = agentrl.resume(tmp_path / "parts" / "run", quiet=True)
+    named = [f"learner.teacher={clone}"] if name == "distill" else []
+    resumed = agentrl.resume(tmp_path / "parts" / "run", *named, quiet=True)
     assert rows(resumed.folder) == rows(whole.folder)
     one, other = (run.model / "model.safetensors" for run in (whole, resumed))
     assert one.read_bytes() == other.read_bytes()

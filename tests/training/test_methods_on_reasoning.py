@@ -23,7 +23,9 @@ SMALL = (
 )
 BRANCHING = ("fr3e",)  # learns from branches of a turn, and an episode here has one turn
 METHODS = [
-    name for name in recipe_names() if recipe_class(name).KIND != "imitation" and name not in BRANCHING
+    name
+    for name in recipe_names()
+    if (recipe_class(name).KIND != "imitation" or name == "distill") and name not in BRANCHING
 ]
 
 
@@ -45,6 +47,7 @@ def test_a_method_learns_from_single_turns(name: str, clone: Path, tmp_path: Pat
         "warm_start.steps=0",
         "trainer.steps=2",
         f"algorithm={{compose: [{name}]}}",
+        *([f"learner.teacher={clone}"] if name == "distill" else []),
         f"run.folder={tmp_path}",
         "run.name=run",
     )

@@ -36,7 +36,12 @@ from agentrl.algorithms.functional.branching import (
     tree_episodes,
 )
 from agentrl.algorithms.functional.clusters import cluster_entropy, cluster_shares
-from agentrl.algorithms.functional.divergence import bounded_bonus, symmetric_divergence, taken_divergence
+from agentrl.algorithms.functional.divergence import (
+    bounded_bonus,
+    interpolated_divergence,
+    symmetric_divergence,
+    taken_divergence,
+)
 from agentrl.algorithms.functional.entropies import (
     entropy,
     entropy_band_indicator,
@@ -108,6 +113,7 @@ __all__ = [
     "hierarchical_gae",
     "influence_scores",
     "initial_rollouts",
+    "interpolated_divergence",
     "is_flat",
     "kl_k1",
     "kl_k2",

@@ -19,6 +19,7 @@ from agentrl.algorithms.hooks import (
     Term,
     require_tensor,
     requires,
+    trait,
 )
 from agentrl.algorithms.recipe import Presets, Recipe, recipe
 from agentrl.config import PositiveWeight, Tokens, Weight
@@ -107,6 +108,7 @@ def no_advantage(batch: Batch, context: Context) -> Tensor:
     return torch.zeros_like(batch.logprobs)
 
 
+@trait("no advantage")
 def no_policy_loss(outputs: Outputs, mini: MiniBatch, bounds: Bounds | None) -> Tensor:
     """Return 0 everywhere; [B, T]."""
     return torch.zeros_like(outputs.logprobs)
