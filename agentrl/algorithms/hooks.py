@@ -267,13 +267,14 @@ def requires(*names: str) -> Callable[[F], F]:
     """Declare what a component reads. The component runs only if the run provides all of it.
 
     The learner provides `old_logprobs` and `entropy` ([B, T] of the scoring pass, without gradient),
-    `entropy:grad` (`Outputs.entropies` with gradient) and `current`; with a reference policy `reference`;
-    with a value head `values` ([B, T] of the scoring pass), `last_values` and `values:grad`. An engine that
-    records entropies provides `rollout:entropy`, for a `BranchPolicy` or a `ReplyTemperature` that reads
-    them; the torch engine in this process provides `rollout:token_temperature`, for a `ReplyTemperature` that
-    returns a `TokenTemperature`. Names such as `topk:10` and `topk:10:grad` ask for statistics of each
-    token's distribution; see `token_statistic`. Names such as `states` and `turn_entropy` ask for features
-    of the batch, which every learner can compute; see `agentrl.algorithms.named_features`.
+    `entropy:grad` (`Outputs.entropies` with gradient) and `current`; with a reference policy `reference`; for
+    an algorithm with a `RewardModel` `reward_model` (`Batch.reward_logprobs`); with a value head `values`
+    ([B, T] of the scoring pass), `last_values` and `values:grad`. An engine that records entropies provides
+    `rollout:entropy`, for a `BranchPolicy` or a `ReplyTemperature` that reads them; the torch engine in this
+    process provides `rollout:token_temperature`, for a `ReplyTemperature` that returns a `TokenTemperature`.
+    Names such as `topk:10` and `topk:10:grad` ask for statistics of each token's distribution; see
+    `token_statistic`. Names such as `states` and `turn_entropy` ask for features of the batch, which every
+    learner can compute; see `agentrl.algorithms.named_features`.
 
     Where a name depends on a hyper-parameter, mark a `functools.partial` or a bound method of the hook. Names
     add to those that the component declares itself.

@@ -51,6 +51,7 @@ class Batch:
     old_logprobs: Tensor | None = None  # [B, T] float32, by the learner before its first update
     old_entropies: Tensor | None = None  # [B, T] float32
     reference_logprobs: Tensor | None = None  # [B, T] float32, under the reference policy
+    reward_logprobs: Tensor | None = None  # [B, T] float32, under the algorithm's reward model
     values: Tensor | None = None  # [B, T] float32, expected return before a sampled token
     targets: Tensor | None = None  # [B, T] float32, regression targets of `values`
     last_values: Tensor | None = None  # [E] float32, expected return after the last token of a trajectory
@@ -134,6 +135,7 @@ _PER_TOKEN = (
     "old_logprobs",
     "old_entropies",
     "reference_logprobs",
+    "reward_logprobs",
     "values",
     "targets",
 )

@@ -99,7 +99,7 @@ def problems(config: RunConfig, topology: Topology, *, new_folder: bool = True) 
     collect(found, _cluster_problems(config, topology))
     with collect_error(found):
         algorithm = config.algorithm.build()
-        check_algorithm(algorithm, config.engine)
+        check_algorithm(algorithm, config.engine, adapted=config.learner.lora is not None)
         check_ahead(algorithm, config.trainer.mode)
         with_importance_correction(algorithm, config.trainer.importance_cap)
     with collect_error(found):
@@ -147,14 +147,23 @@ def check_prompt(block: PolicyConfig) -> None:
         check_fitted(block)
 
 
-def check_algorithm(algorithm: Algorithm, engine: EngineConfig) -> None:
+def check_algorithm(algorithm: Algorithm, engine: EngineConfig, *, adapted: bool = False) -> None:
     """Refuse an algorithm that requires what neither the learner nor the engine provides.
+
+    Args:
+        algorithm: The algorithm.
+        engine: The configuration of the engine.
+        adapted: Whether the learner trains adapters.
 
     Raises:
         RequirementError: Naming what is missing.
     """
     wanted = algorithm.requires
-    own = provided(reference="reference" in wanted, critic="values" in wanted)
+    own = provided(
+        reference="reference" in wanted,
+        critic="values" in wanted,
+        reward_model=algorithm.reward_model is not None and not adapted,
+    )
     check_requirements(algorithm, own | engine.provides)
 
 

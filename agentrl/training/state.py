@@ -113,6 +113,7 @@ class TrainingState:
             block,
             reference=copy.deepcopy(model).requires_grad_(False) if "reference" in required else None,
             critic="values" in required,
+            reward_model=None if cloning or algorithm.reward_model is None else copy.deepcopy(model),
             ranks=self._session.ranks if sharded else ALONE,
         )
 

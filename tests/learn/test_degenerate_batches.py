@@ -83,7 +83,10 @@ def learner_for(algorithm: Algorithm) -> Learner:
     reference = ToyPolicy(1) if "reference" in algorithm.requires else None
     config = LearnerConfig(optimizer="adamw", learning_rate=0.1, warmup_steps=0, mini_batches=2)
     critic = "values" in algorithm.requires
-    return Learner(policy, config, reference=reference, critic=critic, forward=toy_forward())
+    judge = None if algorithm.reward_model is None else ToyPolicy(1)
+    return Learner(
+        policy, config, reference=reference, critic=critic, reward_model=judge, forward=toy_forward()
+    )
 
 
 def finite(learner: Learner) -> bool:

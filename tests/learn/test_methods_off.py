@@ -55,6 +55,17 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"name": "grpo", "drop_equal_groups": False},
         {"gamma": 0.5},
     ),
+    "prime": (
+        {
+            "process_coefficient": 0.0,
+            "outcome_coefficient": 1.0,
+            "whiten": False,
+            "accuracy": None,
+            "aggregation": "sequence",
+        },
+        {"name": "rloo", "drop_equal_groups": False},
+        {"outcome_coefficient": 1.0, "whiten": False, "accuracy": None, "aggregation": "sequence"},
+    ),
     "ragen": (
         {"share": 1.0, "keep_equal": True},
         {"name": "grpo", "drop_equal_groups": False},
@@ -79,7 +90,13 @@ def weights_after(block: dict[str, Any]) -> torch.Tensor:
     settings = {key: value for key, value in block.items() if key != "name"}
     algorithm = build_recipe(block["name"], settings).build()
     policy = ToyPolicy()
-    learner = Learner(policy, LearnerConfig(warmup_steps=0, mini_batches=2), forward=toy_forward())
+    learner = Learner(
+        policy,
+        LearnerConfig(warmup_steps=0, mini_batches=2),
+        reference=ToyPolicy(1) if "reference" in algorithm.requires else None,
+        reward_model=None if algorithm.reward_model is None else ToyPolicy(1),
+        forward=toy_forward(),
+    )
     for _ in range(2):
         batch = learner.score(prepare(algorithm, answered(make_groups()), CONTEXT), algorithm.requires)
         assert batch.old_logprobs is not None

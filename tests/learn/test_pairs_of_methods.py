@@ -27,7 +27,10 @@ def step_of(*names: str) -> str | None:
     reference = ToyPolicy(1) if "reference" in algorithm.requires else None
     config = LearnerConfig(optimizer="adamw", warmup_steps=0, mini_batches=2)
     critic = "values" in algorithm.requires
-    learner = Learner(policy, config, reference=reference, critic=critic, forward=toy_forward())
+    judge = None if algorithm.reward_model is None else ToyPolicy(1)
+    learner = Learner(
+        policy, config, reference=reference, critic=critic, reward_model=judge, forward=toy_forward()
+    )
     batch = learner.score(prepare(algorithm, answered(make_groups()), CONTEXT), algorithm.requires)
     learner.update(replace(batch, logprobs=batch.old_logprobs), algorithm, CONTEXT)
     assert all(bool(value.isfinite().all()) for value in policy.parameters())

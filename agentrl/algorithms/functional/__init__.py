@@ -38,6 +38,12 @@ from agentrl.algorithms.functional.entropies import (
     entropy_means,
     top_k_entropy,
 )
+from agentrl.algorithms.functional.implicit import (
+    implicit_rewards,
+    leave_one_out_rewards,
+    outcome_cross_entropy,
+    over_largest_return,
+)
 from agentrl.algorithms.functional.layout import (
     broadcast_to_tokens,
     broadcast_turns_to_tokens,
@@ -89,12 +95,16 @@ __all__ = [
     "entropy_scaled_advantage",
     "gae",
     "group_relative_advantage",
+    "implicit_rewards",
     "initial_rollouts",
     "kl_k1",
     "kl_k2",
     "kl_k3",
     "leave_one_out_advantage",
+    "leave_one_out_rewards",
     "masked_mean",
+    "outcome_cross_entropy",
+    "over_largest_return",
     "overlong_penalty",
     "probability_ratio",
     "sequence_ratio",
