@@ -175,7 +175,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
 
 def test_a_learner_without_a_reward_model_is_refused_before_the_first_rollout() -> None:
     provided = {"old_logprobs", "entropy", "entropy:grad", "current", "reference"}
-    with pytest.raises(RequirementError, match="advantage requires reward_model .*not with learner.lora"):
+    with pytest.raises(RequirementError, match=r"advantage requires reward_model .*not with learner.lora"):
         check_requirements(build_recipe("prime").build(), provided)
     own = Algorithm(reward_model=RewardModel(lambda logprobs, batch, context: logprobs.sum(), 1e-3, 1.0))
     with pytest.raises(RequirementError, match="reward_model requires reward_model"):

@@ -243,7 +243,7 @@ def double_qwen(seed: int) -> nn.Module:
 
 
 def a_transformer(ranks: Ranks, folder: Path) -> Figures:
-    return {name: compared(double_qwen, name, ranks) for name in ("grpo", "ppo", "epo")}
+    return {name: compared(double_qwen, name, ranks) for name in ("grpo", "ppo", "epo", "prime")}
 
 
 def adapters(ranks: Ranks, folder: Path) -> Figures:
