@@ -300,6 +300,18 @@ def excludes(**reasons: str) -> Callable[[F], F]:
     return mark
 
 
+def declared_like(other: object) -> Callable[[F], F]:
+    """Declare all that another component declares, for one that calls it."""
+
+    def mark(component: F) -> F:
+        both = dict(declarations(component, EXCLUDES)) | dict(declarations(other, EXCLUDES))
+        marked = trait(*traits(other))(requires(*requirements(other))(component))
+        setattr(marked, EXCLUDES, both)
+        return marked
+
+    return mark
+
+
 def _marked(kind: str, names: Iterable[str]) -> Callable[[F], F]:
     def mark(component: F) -> F:
         declared = frozenset(names) | frozenset(declarations(component, kind))

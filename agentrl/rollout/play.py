@@ -13,7 +13,8 @@ from agentrl.errors import EnvironmentContractError
 from agentrl.seeds import derive_seed
 from agentrl.values import ValueFaultError, as_text, storable
 
-# Keys of `info` that a turn keeps from the answer to its reply; `state_key` comes from the state before.
+# Keys of `info` that a turn keeps from the answer to its reply; `state_key` comes from the state before, and
+# `choices` is the number of actions in it.
 STORED_INFO = ("success", "score", "valid", "task_type", "tool", "tool_error", "other_success")
 
 
@@ -347,6 +348,8 @@ def _turn(before: Transition, reply: Reply, answer: Answer) -> Turn:
     info = {key: after.info[key] for key in STORED_INFO if key in after.info}
     if "state_key" in before.info:
         info["state_key"] = before.info["state_key"]
+    if (offered := _actions(before)) is not None:
+        info["choices"] = len(offered)
     return Turn(
         observation=before.observation,
         action=reply.text,

@@ -43,6 +43,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "renormalise": True,
     },
     "maxrl": {"name": "maxrl", "invalid_penalty": 0.1},
+    "lare": {"name": "lare", "warmup": 0},
+    "lare, unbiased": {"name": "lare", "warmup": 0, "loss": "rrd_unbiased", "sample": 2},
     "prime": {"name": "prime", "accuracy": None},
     "prime, by turn": {"name": "prime", "accuracy": None, "unit": "turn", "normalise": False},
     "ragen": {"name": "ragen", "share": 0.6},

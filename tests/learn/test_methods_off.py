@@ -66,6 +66,7 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"name": "rloo", "drop_equal_groups": False},
         {"outcome_coefficient": 1.0, "whiten": False, "accuracy": None, "aggregation": "sequence"},
     ),
+    "lare": ({"warmup": 4}, {"name": "reinforce_pp"}, {"warmup": 0}),
     "ragen": (
         {"share": 1.0, "keep_equal": True},
         {"name": "grpo", "drop_equal_groups": False},

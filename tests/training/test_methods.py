@@ -84,6 +84,7 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
         ("algorithm.temperature_change=0.05",),
         (moved("algorithm/hapo/pivot"), lambda row: row["train/learner/weight_mean"] != 1.0),
     ),
+    "lare": (("algorithm.warmup=1",), (moved("algorithm/lare/loss"), moved("algorithm/lare/reward_max"))),
     "prime": (
         ("algorithm.max_rounds=2",),
         (moved("learner/reward_model/loss"), moved("algorithm/reward_model/margin")),

@@ -50,6 +50,7 @@ from agentrl.algorithms.functional.layout import (
     turn_means,
     unroll,
 )
+from agentrl.algorithms.functional.redistribution import redistribution_loss
 from agentrl.algorithms.functional.returns import (
     EQUAL_RETURNS,
     discounted_returns,
@@ -107,6 +108,7 @@ __all__ = [
     "over_largest_return",
     "overlong_penalty",
     "probability_ratio",
+    "redistribution_loss",
     "sequence_ratio",
     "sequence_weights",
     "state_modulation",
