@@ -123,7 +123,8 @@ class RewardLearner:
         return list(dict.fromkeys(name for names in found for name in names))
 
     def _local_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        names = {value: f"{_NAME}.{name}" for name, value in self.model.named_parameters()}
+        named = self.model.named_parameters()
+        names: dict[Tensor, str] = {value: f"{_NAME}.{name}" for name, value in named}
         for value, name in names.items():
             yield name, local_tensor(value.detach())
         for parameter, state in self._optimizer.state.items():
