@@ -5,12 +5,13 @@ A method sets the slots in which it differs:
     Algorithm(transforms=(modulate_by_turn_entropy,))
 
 A training step runs the slots in this order: `rollout`, `select`, `shape_reward` and `shape_group` (see
-`prepare`), one scoring pass, `targets`, `advantage`, `transforms`; then, per mini-batch, `masks`, `ratio`
-(under the current policy), `clip`, `aggregation`, `weights`, the `where` of `terms` and `group_terms`; per
-micro-batch `ratio`, `surrogate` and `terms`; then `replay`; then every stateful component is updated; and
-`diagnostics` last. Required features of the batch are computed after the scoring pass, those of a mini-batch
-before `clip`. A mini-batch carries the results of the earlier slots (`mask`, `current.ratio`, `bounds`). A
-hook must read them there and must not keep a copy of another slot, because that slot may be replaced later.
+`prepare`), one scoring pass, `reward_model`, `targets`, `advantage`, `transforms`; then, per mini-batch,
+`masks`, `ratio` (under the current policy), `clip`, `aggregation`, `weights`, the `where` of `terms` and
+`group_terms`; per micro-batch `ratio`, `surrogate` and `terms`; then `replay`; then every stateful component
+is updated; and `diagnostics` last. Required features of the batch are computed after the reward model, those
+of a mini-batch before `clip`. A mini-batch carries the results of the earlier slots (`mask`, `current.ratio`,
+`bounds`). A hook must read them there and must not keep a copy of another slot, because that slot may be
+replaced later.
 """
 
 import warnings
@@ -63,6 +64,7 @@ from agentrl.algorithms.named_features import (
     with_sources,
 )
 from agentrl.algorithms.observation_view import ObservationView
+from agentrl.algorithms.reward_model import RewardModel
 from agentrl.algorithms.stateful import Stateful, find_stateful, is_stateful
 from agentrl.algorithms.token_statistics import (
     STATISTICS,
@@ -217,6 +219,8 @@ class Algorithm:
         shape_group: Reward shapers that compare the episodes of a group: (group, context) -> rewards per
             episode and turn. They run after `shape_reward`, each on what the previous one left. They see the
             finished episodes only, so an aborted one can neither change a reward nor get one.
+        reward_model: A language model that is trained beside the policy, for components that require
+            `reward_model`.
         advantage: Advantages over the whole rollout batch. (batch, context) -> [B, T]
         targets: Regression targets of the value function, stored in `Batch.targets`. (batch, context) -> [B,
             T]
@@ -243,6 +247,7 @@ class Algorithm:
     rollout: RolloutPlan = field(default_factory=RolloutPlan)
     shape_reward: tuple[ShapeReward, ...] = ()
     shape_group: tuple[ShapeGroup, ...] = ()
+    reward_model: RewardModel | None = None
     advantage: Advantage = group_advantage
     targets: Advantage | None = None
     transforms: tuple[Transform, ...] = ()
@@ -334,7 +339,8 @@ class Algorithm:
             names = frozenset[str]().union(*map(requirements, _parts(component)))
             # Slopes of what is not a sum over tokens are those at the current policy.
             sloped = isinstance(component, GroupTerm) or getattr(component, "target", None) is not None
-            yield name, with_sources(names | {"current"} if sloped else names)
+            names |= {"current"} if sloped else {"reward_model"} & {slot}
+            yield name, with_sources(names)
         for stateful in self.find_stateful().values():
             yield "stateful", with_sources(requirements(stateful.update))
 
@@ -349,7 +355,7 @@ def _parts(component: object) -> tuple[object, ...]:
     """Return the functions of a record in a slot, or the function in the slot itself."""
     if isinstance(component, Term):
         return component.loss, component.where, component.aggregation
-    if isinstance(component, GroupTerm):
+    if isinstance(component, GroupTerm | RewardModel):
         return (component.loss,)
     if isinstance(component, ObservationView):
         return (component.share,)
@@ -397,6 +403,7 @@ def _is_computed(requirement: str, offered: frozenset[str]) -> bool:
 
 _NO_TEACHER = "learner.teacher is null, wanted the model to learn from"
 _REFUSED = {
+    "reward_model": "it is what `Algorithm.reward_model` trains, all of it and not with learner.lora",
     "rollout:token_temperature": "only engine.name=torch without engine.actors samples each token at a "
     "temperature of its own; the others sample a whole reply at one",
     "rollout:confidence": "only engine.name=torch without engine.actors measures it while it samples",

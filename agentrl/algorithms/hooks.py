@@ -308,15 +308,16 @@ def requires(*names: str) -> Callable[[F], F]:
 
     The learner provides `old_logprobs` and `entropy` ([B, T] of the scoring pass, without gradient),
     `entropy:grad` (`Outputs.entropies` with gradient) and `current`; with a reference policy `reference`;
-    with a teacher `teacher` (`Batch.teacher_logprobs`) and `teacher_divergence:1.0:grad`; with a value head
-    `values` ([B, T] of the scoring pass), `last_values` and `values:grad`; with a tokenizer and an
-    `Algorithm.view` `observation_kl`, which `token_statistic` reads from the batch. An engine that records
-    entropies provides `rollout:entropy`, for a `BranchPolicy` or a `ReplyTemperature` that reads them; the
-    torch engine in this process provides `rollout:token_temperature`, for a `ReplyTemperature` that returns a
-    `TokenTemperature`, and `rollout:confidence`, for `TurnGate` and `EndThoughts`. A run whose learner waits
-    for its rollouts provides `rollout:scores`, which is `Context.score` of a `BranchPolicy`. Names such as
-    `topk:10` and `topk:10:grad` ask for statistics of each token's distribution; see `token_statistic`. Names
-    such as `states` and `turn_entropy` ask for features of the batch, which every learner can compute; see
+    with a teacher `teacher` (`Batch.teacher_logprobs`) and `teacher_divergence:1.0:grad`; for an algorithm
+    with a `RewardModel` `reward_model` (`Batch.reward_logprobs`); with a value head `values` ([B, T] of the
+    scoring pass), `last_values` and `values:grad`; with a tokenizer and an `Algorithm.view` `observation_kl`,
+    which `token_statistic` reads from the batch. An engine that records entropies provides `rollout:entropy`,
+    for a `BranchPolicy` or a `ReplyTemperature` that reads them; the torch engine in this process provides
+    `rollout:token_temperature`, for a `ReplyTemperature` that returns a `TokenTemperature`, and
+    `rollout:confidence`, for `TurnGate` and `EndThoughts`. A run whose learner waits for its rollouts
+    provides `rollout:scores`, which is `Context.score` of a `BranchPolicy`. Names such as `topk:10` and
+    `topk:10:grad` ask for statistics of each token's distribution; see `token_statistic`. Names such as
+    `states` and `turn_entropy` ask for features of the batch, which every learner can compute; see
     `agentrl.algorithms.named_features`.
 
     Where a name depends on a hyper-parameter, mark a `functools.partial` or a bound method of the hook. Names
@@ -348,6 +349,18 @@ def steers_entropy(component: F) -> F:
     """Declare that a component moves the entropy towards a target; an algorithm has at most one of them."""
     marked = trait(STEERS_ENTROPY)(component)
     return excludes(entropy_control="two targets of the entropy would work against each other")(marked)
+
+
+def declared_like(other: object) -> Callable[[F], F]:
+    """Declare all that another component declares, for one that calls it."""
+
+    def mark(component: F) -> F:
+        both = dict(declarations(component, EXCLUDES)) | dict(declarations(other, EXCLUDES))
+        marked = trait(*traits(other))(requires(*requirements(other))(component))
+        setattr(marked, EXCLUDES, both)
+        return marked
+
+    return mark
 
 
 def _marked(kind: str, names: Iterable[str]) -> Callable[[F], F]:

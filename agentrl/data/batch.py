@@ -55,6 +55,7 @@ class Batch:
     old_entropies: Tensor | None = None  # [B, T] float32
     reference_logprobs: Tensor | None = None  # [B, T] float32, under the reference policy
     teacher_logprobs: Tensor | None = None  # [B, T] float32, under the teacher
+    reward_logprobs: Tensor | None = None  # [B, T] float32, under the algorithm's reward model
     values: Tensor | None = None  # [B, T] float32, expected return before a sampled token
     targets: Tensor | None = None  # [B, T] float32, regression targets of `values`
     last_values: Tensor | None = None  # [E] float32, expected return after the last token of a trajectory
@@ -110,6 +111,33 @@ class Batch:
             **per_token,
         )
 
+    def with_rewards(self, rewards: Tensor) -> "Batch":
+        """Return the batch with other rewards of its turns, also in its episodes and returns.
+
+        Args:
+            rewards: [E, K] float, the reward of each turn; what is beyond the last turn does not count.
+        """
+        following = torch.nn.functional.pad(self.turns[:, 1:], (0, 1), value=-1)
+        ends = (self.turns >= 0) & (self.turns != following)
+        own = rewards.to(self.tokens.device)[self.trajectory].gather(1, self.turns.clamp(min=0))
+        episodes = tuple(
+            replace(
+                episode,
+                turns=tuple(
+                    replace(turn, reward=reward)
+                    for turn, reward in zip(episode.turns, row, strict=False)  # rows are padded
+                ),
+            )
+            for episode, row in zip(self.episodes, rewards.tolist(), strict=True)
+        )
+        returns = [episode.episode_return for episode in episodes]
+        return replace(
+            self,
+            rewards=torch.where(ends, own, 0.0).to(self.rewards.dtype),
+            returns=torch.tensor(returns, dtype=self.returns.dtype, device=self.returns.device),
+            episodes=episodes,
+        )
+
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch with all tensors on `device`."""
         moved: dict[str, Any] = {
@@ -139,6 +167,7 @@ _PER_TOKEN = (
     "old_entropies",
     "reference_logprobs",
     "teacher_logprobs",
+    "reward_logprobs",
     "values",
     "targets",
 )

@@ -2,6 +2,7 @@
 
 from agentrl.env.contract import Check, ContractReport, TextEnv, check_text_env, text_env
 from agentrl.env.contract.answers import reset_answer, step_answer
+from agentrl.env.factors import PlayedTurn, register_factors
 from agentrl.env.multi_turn import MultiTurnEnv
 from agentrl.env.names import unknown
 from agentrl.env.panel import Panel, load_panel, make_panel, verify
@@ -16,6 +17,7 @@ __all__ = [
     "MultiTurnEnv",
     "OneStepEnv",
     "Panel",
+    "PlayedTurn",
     "TextEnv",
     "TextSpace",
     "broken_plugins",
@@ -26,6 +28,7 @@ __all__ = [
     "make",
     "make_panel",
     "register",
+    "register_factors",
     "reset_answer",
     "step_answer",
     "text_env",

@@ -75,6 +75,7 @@ def weights_after_an_update(
         reference=_TinyPolicy(1).requires_grad_(False) if "reference" in algorithm.requires else None,
         teacher=_TinyPolicy(2) if reads_teacher(algorithm.requires) else None,
         critic="values" in algorithm.requires,
+        reward_model=None if algorithm.reward_model is None else _TinyPolicy(1),
         forward=Forward(_hidden_states, lambda policy: policy.embedding.weight, _embedding),
         perturb=_perturb,
     )

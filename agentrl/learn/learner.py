@@ -24,6 +24,7 @@ from agentrl.learn.lora import adapter_weights, add_adapters, base_weights, merg
 from agentrl.learn.optimizer import build_optimizers, rate_factor, set_rates
 from agentrl.learn.packing import mini_batches
 from agentrl.learn.ranks import ALONE, Ranks
+from agentrl.learn.reward_model import RewardLearner, check_presence
 from agentrl.learn.scoring import Scorer, empty_outputs, scored_outputs, write_rows, zero_unsampled
 from agentrl.learn.settings import LearnerConfig
 from agentrl.learn.sharding import ScoringModule, recompute_activations, shard
@@ -36,7 +37,14 @@ from agentrl.policy.engine import Adapter
 _Numbers = dict[str, float]
 
 
-def provided(*, reference: bool, critic: bool, teacher: bool = False, views: bool = False) -> frozenset[str]:
+def provided(
+    *,
+    reference: bool,
+    critic: bool,
+    teacher: bool = False,
+    reward_model: bool = False,
+    views: bool = False,
+) -> frozenset[str]:
     """Return what components of an algorithm may require of a learner with these parts."""
     own = {"old_logprobs", "entropy", "entropy:grad", "current", STATISTICS}
     if reference:
@@ -47,6 +55,8 @@ def provided(*, reference: bool, critic: bool, teacher: bool = False, views: boo
         own |= {"values", "last_values", "values:grad"}
     if views:
         own.add("observation_kl")
+    if reward_model:
+        own.add("reward_model")
     return frozenset(own)
 
 
@@ -65,6 +75,7 @@ class Learner:
         critic: Whether to add a value head on the policy's states, for algorithms that require `values`. Its
             output is 0 at first, and its gradient reaches the policy's own parameters.
         teacher: A frozen model of the same vocabulary, for algorithms that require `teacher`.
+        reward_model: A copy of the policy to train as `Algorithm.reward_model`, for algorithms with one.
         forward: How to read hidden states; None reads a Hugging Face causal language model.
         ranks: The ranks that learn together; more than one only under `fsdp`.
         perturb: Makes the change of observations that `Algorithm.view` asks for, for algorithms that require
@@ -80,6 +91,7 @@ class Learner:
         reference: nn.Module | None = None,
         teacher: nn.Module | None = None,
         critic: bool = False,
+        reward_model: nn.Module | None = None,
         forward: Forward | None = None,
         ranks: Ranks = ALONE,
         perturb: PerturbFactory | None = None,
@@ -109,6 +121,7 @@ class Learner:
         optimizers = build_optimizers(policy, config, self.value_head)
         self._state = LearnerState(config, learned, frozen, optimizers, ranks)
         assert config.micro_batch_tokens is not None, "a session chooses the tokens of a pass"
+        self._reward_learner = None if reward_model is None else RewardLearner(reward_model, config)
         self._scorer = Scorer(self.forward, config.micro_batch_tokens, ranks, self._teacher(taught, plain))
 
     def _new_value_head(self) -> nn.Linear:
@@ -134,8 +147,14 @@ class Learner:
             reference=self.reference is not None,
             critic=self.value_head is not None,
             teacher=self._scorer.teacher is not None,
+            reward_model=self._reward_learner is not None,
             views=self.perturb is not None,
         )
+
+    @property
+    def reward_model(self) -> nn.Module | None:
+        """Return the model that is trained as `Algorithm.reward_model`, if there is one."""
+        return None if self._reward_learner is None else self._reward_learner.model
 
     @property
     def skipped_updates(self) -> int:
@@ -223,7 +242,8 @@ class Learner:
         scored = batch.old_logprobs is None and (self.config.updates_per_step > 1 or algorithm.reads_scores)
         if scored:
             batch = self.score(batch, algorithm.requires, algorithm.view, context)
-        batch = with_features(zero_unsampled(batch.to(self._device)), algorithm.requires)
+        batch, judged = self._train_reward_model(zero_unsampled(batch.to(self._device)), algorithm, context)
+        batch = with_features(batch, algorithm.requires)
         batch = with_targets(algorithm, batch, context)
         rollout = MiniBatch(batch, compute_advantages(algorithm, batch, context))
 
@@ -237,7 +257,7 @@ class Learner:
             batch = replace(batch, old_logprobs=outputs.logprobs, old_entropies=outputs.entropies)
         rollout = with_mask(algorithm, replace(rollout, batch=batch), context)
         rollout = with_mini_batch_features(rollout, algorithm.requires_of(*AFTER_UPDATE))
-        own = step_means(steps) | batch_metrics(rollout) | step_counts(steps + replay_steps)
+        own = step_means(steps) | batch_metrics(rollout) | step_counts(steps + replay_steps) | judged
         for component in algorithm.find_stateful().values():
             component.update(rollout, context)
         method = diagnose(rollout, algorithm, context)
@@ -248,6 +268,16 @@ class Learner:
         return {f"learner/{name}": value for name, value in own.items()} | {
             f"algorithm/{name}": value for name, value in method.items()
         }
+
+    def _train_reward_model(
+        self, batch: Batch, algorithm: Algorithm, context: Context
+    ) -> tuple[Batch, _Numbers]:
+        """Train the algorithm's reward model, if it has one, and score the batch under it."""
+        if algorithm.reward_model is None:
+            return batch, {}
+        if self._reward_learner is None:
+            raise RequirementError("algorithm: has a reward model, and the learner was given none to train")
+        return self._reward_learner.train_and_score(batch, algorithm.reward_model, context, self._scorer)
 
     def _learn_rollout(
         self,
@@ -360,11 +390,13 @@ class Learner:
 
     def non_finite(self) -> list[str]:
         """Return the names of weights and states that hold nan or inf; every rank must call it."""
-        return self._state.non_finite()
+        own = self._reward_learner
+        return self._state.non_finite() + ([] if own is None else own.non_finite(self.ranks))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything but the weights of policy and reference; see `LearnerState.state_dict`."""
-        return self._state.state_dict()
+        """Return everything but the weights of models; see `LearnerState.state_dict`."""
+        own = self._reward_learner
+        return self._state.state_dict() | {"reward_model": None if own is None else own.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state of a learner of the same policy and configuration.
@@ -372,7 +404,10 @@ class Learner:
         Raises:
             CheckpointError: If it does not fit.
         """
+        check_presence(self._reward_learner, state)
         self._state.load_state_dict(state)
+        if self._reward_learner is not None:
+            self._reward_learner.load_state_dict(state["reward_model"])
 
     def write_shards(self, folder: Path) -> None:
         """Write this rank's part of what is learned; every rank must call it."""
@@ -384,7 +419,10 @@ class Learner:
         Raises:
             CheckpointError: If it does not fit.
         """
+        check_presence(self._reward_learner, state)
         self._state.read_shards(folder, state, whole=whole)
+        if self._reward_learner is not None:
+            self._reward_learner.load_state_dict(state["reward_model"])
 
     def write_reference(self, folder: Path) -> None:
         """Write this rank's part of the sharded reference; every rank must call it."""
@@ -397,3 +435,17 @@ class Learner:
             CheckpointError: If it does not fit.
         """
         self._state.read_reference(folder)
+
+    def write_reward_model(self, folder: Path) -> None:
+        """Write this rank's part of the reward model and of its optimiser; every rank must call it."""
+        assert self._reward_learner is not None
+        self._reward_learner.write_shards(folder)
+
+    def read_reward_model(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Restore the sharded reward model and its optimiser, and the `state_dict` that belongs to it.
+
+        Raises:
+            CheckpointError: If it does not fit.
+        """
+        assert self._reward_learner is not None
+        self._reward_learner.read_shards(folder, state["reward_model"])

@@ -88,6 +88,10 @@ def learner_bytes(
             f"weights that do not change{dealt}",
         ),
         **teacher_bytes(config, algorithm, learner, parts, tokens),
+        "reward model": (
+            reward_model_bytes(block, algorithm, gradients=True) // parts,
+            f"weights, gradients and AdamW of a second model of the policy's size{dealt}",
+        ),
         "activations": (
             activation_bytes(
                 computed,
@@ -206,7 +210,7 @@ def checkpoint_bytes(config: RunConfig, algorithm: Algorithm, learner: LearnerCo
     """Return the bytes of a checkpoint in a stage, without what it shares with others: the reference."""
     model = _with_adapters(learner_skeleton(config.policy), learner)
     states = sum(optimizer_bytes(model, learner, value_head(model, algorithm)))
-    return learned_bytes(config, learner) + states
+    return learned_bytes(config, learner) + states + reward_model_bytes(config.policy, algorithm)
 
 
 def learned_bytes(config: RunConfig, learner: LearnerConfig) -> int:
@@ -271,6 +275,21 @@ def optimizer_bytes(
         states = optimizer.state.values()
         divided += _bytes(value for state in states for value in state.values() if isinstance(value, Tensor))
     return divided, full
+
+
+def reward_model_bytes(block: PolicyConfig, algorithm: Algorithm, *, gradients: bool = False) -> int:
+    """Return the bytes of the reward model that the learner trains, with AdamW's two states; 0 without one.
+
+    Its passes come before those of the policy and need what these need, so they add no activations.
+
+    Args:
+        block: The policy, whose size it has.
+        algorithm: The algorithm.
+        gradients: Whether to add those of its gradients.
+    """
+    if algorithm.reward_model is None:
+        return 0
+    return weight_bytes(learner_skeleton(block)) * (4 if gradients else 3)
 
 
 def layer_bytes(model: nn.Module) -> int:

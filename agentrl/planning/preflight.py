@@ -101,10 +101,12 @@ def problems(config: RunConfig, topology: Topology, *, new_folder: bool = True) 
     collect(found, _cluster_problems(config, topology))
     with collect_error(found):
         algorithm = config.algorithm.build()
-        alone = topology.ranks == 1
-        taught = config.learner.teacher is not None
         check_algorithm(
-            algorithm, config.engine, scores=alone and config.trainer.mode == "sync", teacher=taught
+            algorithm,
+            config.engine,
+            scores=topology.ranks == 1 and config.trainer.mode == "sync",
+            teacher=config.learner.teacher is not None,
+            adapted=config.learner.lora is not None,
         )
         check_ahead(algorithm, config.trainer.mode)
         block = config.trainer
@@ -159,15 +161,21 @@ def check_prompt(block: PolicyConfig) -> None:
 
 
 def check_algorithm(
-    algorithm: Algorithm, engine: EngineConfig, *, scores: bool = True, teacher: bool = False
+    algorithm: Algorithm,
+    engine: EngineConfig,
+    *,
+    scores: bool = True,
+    teacher: bool = False,
+    adapted: bool = False,
 ) -> None:
     """Refuse an algorithm that requires what neither the learner nor the engine provides.
 
     Args:
         algorithm: The algorithm.
-        engine: The engine of the run.
+        engine: The configuration of the engine.
         scores: Whether the learner can score replies during the rollout.
         teacher: Whether the learner has a teacher.
+        adapted: Whether the learner trains adapters.
 
     Raises:
         RequirementError: Naming what is missing.
@@ -177,6 +185,7 @@ def check_algorithm(
         reference="reference" in wanted,
         critic="values" in wanted,
         teacher=teacher,
+        reward_model=algorithm.reward_model is not None and not adapted,
         views=algorithm.view is not None,
     )
     check_requirements(algorithm, own | engine.provides | ({"rollout:scores"} if scores else set()))

@@ -398,6 +398,8 @@ def _turn(before: Transition, reply: Reply, answer: Answer, noted: Mapping[str, 
     after = answer if isinstance(answer, Transition) else Transition("")
     info = {key: after.info[key] for key in STORED_INFO if key in after.info}
     info |= {key: before.info[key] for key in INFO_BEFORE if key in before.info}
+    if (offered := _actions(before)) is not None:
+        info["choices"] = len(offered)
     if reply.parts:
         info["parts"] = dict(reply.parts)
     if reply.intervened:

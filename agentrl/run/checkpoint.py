@@ -25,6 +25,8 @@ from agentrl.run.checkpoint_files import (
     ADAPTER,
     REFERENCE,
     REFERENCE_SHARDS,
+    REWARD_MODEL,
+    REWARD_MODEL_SHARDS,
     SHARDS,
     WEIGHTS,
     has_adapter,
@@ -133,6 +135,8 @@ def save_checkpoint(
                 save_model(learner.policy, str(partial / WEIGHTS))
             if not sharded and has_reference and REFERENCE not in shared:
                 save_model(cast(nn.Module, learner.reference), str(partial / REFERENCE))
+            if not sharded and learner.reward_model is not None:
+                save_model(learner.reward_model, str(partial / REWARD_MODEL))
             if learner.config.lora is not None:
                 assert base is not None
                 (partial / ADAPTER).mkdir()
@@ -164,6 +168,8 @@ def save_checkpoint(
                 learner.write_shards(partial / SHARDS)
             if has_reference and not any(name.startswith(f"{REFERENCE_SHARDS}/") for name in shared):
                 learner.write_reference(partial / REFERENCE_SHARDS)
+            if learner.reward_model is not None:
+                learner.write_reward_model(partial / REWARD_MODEL_SHARDS)
     ranks.run_on_rank0(finish)
     return target
 
@@ -224,12 +230,16 @@ def load_learner(path: Path, learner: Learner) -> dict[str, Any]:
             learner.read_shards(path / SHARDS, state, whole=not apart)
             if (path / REFERENCE_SHARDS).is_dir():
                 learner.read_reference(path / REFERENCE_SHARDS)
+            if (path / REWARD_MODEL_SHARDS).is_dir():
+                learner.read_reward_model(path / REWARD_MODEL_SHARDS, state)
         else:
             if not adapted:
                 load_model(learner.policy, str(path / WEIGHTS))
             if (path / REFERENCE).exists():
                 load_model(cast(nn.Module, learner.reference), str(path / REFERENCE))
             learner.load_state_dict(state)
+            if learner.reward_model is not None:
+                load_model(learner.reward_model, str(path / REWARD_MODEL))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: its weights do not fit this policy ({error})") from error
     if adapted:

@@ -18,6 +18,7 @@ from agentrl.run.records import read_hashes
 SHARDED_POLICY = "learned.policy."  # prefix of the policy's weights among the shards
 WEIGHTS, SHARDS = "weights.safetensors", "shards"  # of what is learned, in one file or by rank
 REFERENCE, REFERENCE_SHARDS = "reference.safetensors", "reference"
+REWARD_MODEL, REWARD_MODEL_SHARDS = "reward_model.safetensors", "reward_model"  # trained beside the policy
 ADAPTER = "adapter"  # a peft folder: with LoRA, the only weights in a checkpoint
 
 
@@ -60,11 +61,11 @@ def non_finite_tensors(path: Path) -> list[str]:
 
 def _checkpoint_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights and optimizer states of a checkpoint by name, without stateful components."""
-    for file in (WEIGHTS, f"{ADAPTER}/adapter_model.safetensors", REFERENCE):
+    for file in (WEIGHTS, f"{ADAPTER}/adapter_model.safetensors", REFERENCE, REWARD_MODEL):
         if (path / file).exists():
             with safe_open(path / file, framework="pt") as weights:
                 yield from ((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
-    for shards in (SHARDS, REFERENCE_SHARDS):
+    for shards in (SHARDS, REFERENCE_SHARDS, REWARD_MODEL_SHARDS):
         if (path / shards).exists():
             yield from stored_shards(path / shards)
     state = read_state(path, mmap=True)

@@ -86,6 +86,9 @@ METRICS = (
     Metric("learner/tokens", "tokens", "Tokens of the batch, without padding.", "learner/tokens"),
     Metric("learner/action_tokens", "tokens", "Tokens that are learned from.", "learner/decisions"),
     Metric("learner/updates", "updates", "Optimiser steps that were applied.", "learner/updates"),
+    Metric("learner/reward_model/loss", "", "Loss of the method's reward model, before its step."),
+    Metric("learner/reward_model/grad_norm", "", "Norm of its gradient before clipping."),
+    Metric("learner/reward_model/skipped", "", "1 if its step was not finite, and not applied."),
     Metric(
         "learner/skipped_updates",
         "updates",

@@ -117,6 +117,7 @@ class TrainingState:
             reference=copy.deepcopy(model).requires_grad_(False) if "reference" in required else None,
             teacher=teacher.model if teacher is not None and not cloning else None,
             critic="values" in required,
+            reward_model=None if cloning or algorithm.reward_model is None else copy.deepcopy(model),
             ranks=self._session.ranks if sharded else ALONE,
             perturb=lru_cache(1)(partial(ObservationPerturbation, self._session.policy.tokenizer)),
             longest=context_length(self._session.policy.served, config.policy.max_context),

@@ -92,6 +92,7 @@ def learner_of(
         reference=make(1).requires_grad_(False) if "reference" in algorithm.requires else None,
         teacher=make(2) if reads_teacher(algorithm.requires) else None,
         critic="values" in algorithm.requires,
+        reward_model=None if algorithm.reward_model is None else make(1),
         forward=toy_forward() if make is ToyPolicy else Forward(),
         ranks=ranks,
         perturb=toy_perturb,
@@ -143,8 +144,9 @@ def played(algorithm: Algorithm, seed: int) -> list[Group]:
 
 
 def weights(learner: Learner) -> list[Tensor]:
-    heads = [] if learner.value_head is None else list(learner.value_head.parameters())
-    return [full_tensor(value.detach()).clone() for value in (*learner.policy.parameters(), *heads)]
+    modules = (learner.policy, learner.value_head, learner.reward_model)
+    own = [value for module in modules if module is not None for value in module.parameters()]
+    return [full_tensor(value.detach()).clone() for value in own]
 
 
 def distance(one: list[Tensor], other: list[Tensor]) -> float:
@@ -245,7 +247,8 @@ def double_qwen(seed: int) -> nn.Module:
 
 
 def a_transformer(ranks: Ranks, folder: Path) -> Figures:
-    return {name: compared(double_qwen, name, ranks) for name in ("grpo", "ppo", "epo", "vogue")}
+    names = ("grpo", "ppo", "epo", "vogue", "prime")
+    return {name: compared(double_qwen, name, ranks) for name in names}
 
 
 def adapters(ranks: Ranks, folder: Path) -> Figures:
@@ -313,10 +316,11 @@ def in_bfloat16(ranks: Ranks, folder: Path) -> Figures:
     }
 
 
-# A learner with a value head and one with a reference; both have two optimisers.
+# A learner with a value head, one with a reference, and one with a model of its own; with two optimisers.
 CHECKPOINTED: dict[str, tuple[str, Figures]] = {
     "values": ("ppo", {}),
     "reference": ("grpo", {"kl_coefficient": 0.1}),
+    "reward model": ("prime", {}),
 }
 
 
@@ -341,6 +345,8 @@ def _saved(kind: str, ranks: Ranks, folder: Path) -> list[float]:
 
 def save(learner: Learner, folder: Path, ranks: Ranks) -> None:
     learner.write_shards(folder)
+    if learner.reward_model is not None:
+        learner.write_reward_model(folder / "reward_model")
     if ranks.first:
         torch.save(learner.state_dict(), folder / "state.pt")
 
@@ -348,7 +354,10 @@ def save(learner: Learner, folder: Path, ranks: Ranks) -> None:
 def restore(kind: str, folder: Path, ranks: Ranks) -> tuple[Learner, Algorithm]:
     learner, algorithm = checkpointed_learner(kind, ranks)
     learner.score(collate(make_groups()))  # whatever it has done before
-    learner.read_shards(folder, torch.load(folder / "state.pt"))
+    state = torch.load(folder / "state.pt")
+    learner.read_shards(folder, state)
+    if learner.reward_model is not None:
+        learner.read_reward_model(folder / "reward_model", state)
     return learner, algorithm
 
 

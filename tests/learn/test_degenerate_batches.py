@@ -86,12 +86,14 @@ def learner_for(algorithm: Algorithm) -> Learner:
     config = LearnerConfig(optimizer="adamw", learning_rate=0.1, warmup_steps=0, mini_batches=2)
     critic = "values" in algorithm.requires
     teacher = ToyPolicy(2) if reads_teacher(algorithm.requires) else None
+    judge = None if algorithm.reward_model is None else ToyPolicy(1)
     return Learner(
         policy,
         config,
         reference=reference,
         teacher=teacher,
         critic=critic,
+        reward_model=judge,
         forward=toy_forward(),
         perturb=toy_perturb,
     )

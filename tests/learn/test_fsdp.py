@@ -74,7 +74,7 @@ def test_so_do_those_that_weigh_what_others_drew(name: str, figures: Figures) ->
     assert_equal(figures["off_policy"][name], gradient=1e-12, weights=1e-12)
 
 
-@pytest.mark.parametrize("name", ["grpo", "ppo", "epo", "vogue"])
+@pytest.mark.parametrize("name", ["grpo", "ppo", "epo", "vogue", "prime"])
 def test_so_does_a_transformer(name: str, figures: Figures) -> None:
     assert_equal(figures["a_transformer"][name], gradient=1e-9, weights=1e-9)
 

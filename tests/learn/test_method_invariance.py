@@ -44,6 +44,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "renormalise": True,
     },
     "maxrl": {"name": "maxrl", "invalid_penalty": 0.1},
+    "lare": {"name": "lare", "warmup": 0},
+    "lare, unbiased": {"name": "lare", "warmup": 0, "loss": "rrd_unbiased", "sample": 2},
+    "prime": {"name": "prime", "accuracy": None},
+    "prime, by turn": {"name": "prime", "accuracy": None, "unit": "turn", "normalise": False},
     "ragen": {"name": "ragen", "share": 0.6},
     "sampo": {"name": "sampo", "drift": 0.01},
     "tis": {"name": "tis", "level": "trajectory"},
@@ -85,16 +89,24 @@ def built(block: dict[str, Any]) -> Algorithm:
     return build_recipe(block["name"], {key: value for key, value in block.items() if key != "name"}).build()
 
 
-def learner_of(policy: ToyPolicy, micro_batch_tokens: int = 10_000) -> Learner:
+def learner_of(algorithm: Algorithm, policy: ToyPolicy, micro_batch_tokens: int = 10_000) -> Learner:
     config = LearnerConfig(warmup_steps=0, micro_batch_tokens=micro_batch_tokens)
-    return Learner(policy, config, teacher=ToyPolicy(2), forward=toy_forward(), perturb=toy_perturb)
+    return Learner(
+        policy,
+        config,
+        reference=ToyPolicy(1) if "reference" in algorithm.requires else None,
+        teacher=ToyPolicy(2),
+        reward_model=None if algorithm.reward_model is None else ToyPolicy(1),
+        forward=toy_forward(),
+        perturb=toy_perturb,
+    )
 
 
 def rows_of(block: dict[str, Any], layout: Layout = "trajectory") -> Batch:
     """Scored rows whose ratios are not 1; the old log-probability of a token is the same in both layouts."""
     algorithm = built(block)
     batch = prepare(algorithm, answered(make_groups()), CONTEXT, layout=layout)
-    batch = learner_of(ToyPolicy()).score(batch, algorithm.requires, algorithm.view, CONTEXT)
+    batch = learner_of(algorithm, ToyPolicy()).score(batch, algorithm.requires, algorithm.view, CONTEXT)
     assert batch.old_logprobs is not None
     position = torch.arange(batch.tokens.shape[1], dtype=torch.float64)
     places = 5 * batch.trajectory[:, None] + 3 * batch.turns + position
@@ -123,7 +135,8 @@ def slopes(block: dict[str, Any], batch: Batch, **settings: Any) -> tuple[float,
         value.register_post_accumulate_grad_hook(
             lambda value, name=name: found.update({name: value.grad.flatten().clone()})
         )
-    numbers = learner_of(policy, **settings).update(batch, built(block), CONTEXT)
+    algorithm = built(block)
+    numbers = learner_of(algorithm, policy, **settings).update(batch, algorithm, CONTEXT)
     return numbers["learner/loss"], torch.cat([found[name] for name in sorted(found)])
 
 

@@ -79,6 +79,18 @@ OFF: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"name": "grpo", "drop_equal_groups": False},
         {"gamma": 0.5},
     ),
+    "prime": (
+        {
+            "process_coefficient": 0.0,
+            "outcome_coefficient": 1.0,
+            "whiten": False,
+            "accuracy": None,
+            "aggregation": "sequence",
+        },
+        {"name": "rloo", "drop_equal_groups": False},
+        {"outcome_coefficient": 1.0, "whiten": False, "accuracy": None, "aggregation": "sequence"},
+    ),
+    "lare": ({"warmup": 4}, {"name": "reinforce_pp"}, {"warmup": 0}),
     "ragen": (
         {"share": 1.0, "keep_equal": True},
         {"name": "grpo", "drop_equal_groups": False},
@@ -103,8 +115,15 @@ def weights_after(block: dict[str, Any]) -> torch.Tensor:
     settings = {key: value for key, value in block.items() if key != "name"}
     algorithm = build_recipe(block["name"], settings).build()
     policy = ToyPolicy()
-    config = LearnerConfig(warmup_steps=0, mini_batches=2)
-    learner = Learner(policy, config, teacher=ToyPolicy(2), forward=toy_forward(), perturb=toy_perturb)
+    learner = Learner(
+        policy,
+        LearnerConfig(warmup_steps=0, mini_batches=2),
+        reference=ToyPolicy(1) if "reference" in algorithm.requires else None,
+        teacher=ToyPolicy(2),
+        reward_model=None if algorithm.reward_model is None else ToyPolicy(1),
+        forward=toy_forward(),
+        perturb=toy_perturb,
+    )
     for _ in range(2):
         batch = prepare(algorithm, answered(make_groups()), CONTEXT)
         batch = learner.score(batch, algorithm.requires, algorithm.view, CONTEXT)

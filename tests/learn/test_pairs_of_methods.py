@@ -30,8 +30,9 @@ def step_of(*names: str) -> str | None:
     config = LearnerConfig(optimizer="adamw", warmup_steps=0, mini_batches=2)
     critic = "values" in algorithm.requires
     teacher = ToyPolicy(2) if reads_teacher(algorithm.requires) else None
-    given = {"reference": reference, "teacher": teacher, "critic": critic, "perturb": toy_perturb}
-    learner = Learner(policy, config, forward=toy_forward(), **given)
+    judge = None if algorithm.reward_model is None else ToyPolicy(1)
+    given = {"reference": reference, "teacher": teacher, "critic": critic, "reward_model": judge}
+    learner = Learner(policy, config, forward=toy_forward(), perturb=toy_perturb, **given)
     batch = prepare(algorithm, answered(make_groups()), CONTEXT)
     batch = learner.score(batch, algorithm.requires, algorithm.view, CONTEXT)
     learner.update(replace(batch, logprobs=batch.old_logprobs), algorithm, CONTEXT)

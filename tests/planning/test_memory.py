@@ -213,6 +213,19 @@ def test_a_pass_of_generation_gathers_one_layer_of_the_cache_again() -> None:
     assert generation_bytes(branching, 8)[0] == 2 * (whole + whole // 2)
 
 
+def test_a_reward_model_is_counted_with_its_gradients_and_optimiser(block: PolicyConfig) -> None:
+    config = replace(SETTINGS, policy=block)
+    prime, plain = build_recipe("prime").build(), build_recipe("prime", {"process_coefficient": 0.0}).build()
+    for ranks, backend in ((1, "single"), (2, "fsdp")):
+        learner = LearnerConfig(backend=backend)
+        found = learner_bytes(config, prime, learner, ranks)
+        assert found["reward model"][0] == 4 * found["weights"][0]
+        assert found["reference"][0] == found["weights"][0]
+        assert "reward model" not in learner_bytes(config, plain, learner, ranks)
+    more = checkpoint_bytes(config, prime, learner) - checkpoint_bytes(config, plain, learner)
+    assert more == 3 * weight_bytes(skeleton(block))
+
+
 def test_a_reference_and_a_value_head_are_counted_where_the_algorithm_asks_for_them() -> None:
     learner = LearnerConfig(optimizer="adamw")
     plain, kl, critic = (

@@ -84,6 +84,11 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
         ("algorithm.temperature_change=0.05",),
         (moved("algorithm/hapo/pivot"), lambda row: row["train/learner/weight_mean"] != 1.0),
     ),
+    "lare": (("algorithm.warmup=1",), (moved("algorithm/lare/loss"), moved("algorithm/lare/reward_max"))),
+    "prime": (
+        ("algorithm.max_rounds=2",),
+        (moved("learner/reward_model/loss"), moved("algorithm/reward_model/margin")),
+    ),
     "hicra": (('algorithm.grams=["go", "take"]',), (moved("algorithm/hicra/planning_share"),)),
     "empo": (("algorithm.answers=state",), (moved("algorithm/empo/agreement"),)),
     "one_shot": ((), (moved("learner/term/one_shot_entropy"),)),
@@ -150,6 +155,8 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], bool], ...]]] = 
 
 # They differ in the advantage alone, which other tests see: here they are minutes that prove little.
 ESTIMATORS = ("dr_grpo", "rloo", "reinforce_pp", "gigpo", "gspo", "maxrl", "graphgpo", "hgpo")
+
+QUICK = ("spear", "epo", "prime")  # remember what no other of them does
 
 
 @pytest.fixture(scope="module")
@@ -220,13 +227,14 @@ def test_a_method_learns_by_its_own_signal_and_every_weight_stays_finite(
     [
         ("spear", 2),
         ("epo", 1),
-        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in METHODS if name not in ("spear", "epo")),
+        ("prime", 1),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in METHODS if name not in QUICK),
     ],
 )
 def test_a_run_that_stopped_in_the_middle_of_what_a_method_remembers_goes_on_bit_for_bit(
     name: str, step: int, clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SPEAR's buffer is filled in step 1 and sampled later; EPO's band is that of the steps before."""
+    """SPEAR's buffer is filled in step 1, EPO's band is that of the steps before, PRIME trains a model."""
     whole = agentrl.train(config(clone, tmp_path / "whole", name, steps=step + 1), quiet=True)
     write = RunLogger.write
 

@@ -49,6 +49,12 @@ from agentrl.algorithms.functional.entropies import (
     entropy_means,
     top_k_entropy,
 )
+from agentrl.algorithms.functional.implicit import (
+    implicit_rewards,
+    leave_one_out_rewards,
+    outcome_cross_entropy,
+    over_largest_return,
+)
 from agentrl.algorithms.functional.layout import (
     broadcast_to_tokens,
     broadcast_turns_to_tokens,
@@ -56,6 +62,7 @@ from agentrl.algorithms.functional.layout import (
     unroll,
 )
 from agentrl.algorithms.functional.novelty import count_bonuses, elliptical_bonuses, error_increases
+from agentrl.algorithms.functional.redistribution import redistribution_loss
 from agentrl.algorithms.functional.returns import (
     EQUAL_RETURNS,
     Hierarchical,
@@ -111,6 +118,7 @@ __all__ = [
     "gae",
     "group_relative_advantage",
     "hierarchical_gae",
+    "implicit_rewards",
     "influence_scores",
     "initial_rollouts",
     "interpolated_divergence",
@@ -119,9 +127,13 @@ __all__ = [
     "kl_k2",
     "kl_k3",
     "leave_one_out_advantage",
+    "leave_one_out_rewards",
     "masked_mean",
+    "outcome_cross_entropy",
+    "over_largest_return",
     "overlong_penalty",
     "probability_ratio",
+    "redistribution_loss",
     "relative_certainty",
     "sequence_ratio",
     "sequence_weights",
