@@ -255,7 +255,10 @@ class Learner:
 
         if batch.old_logprobs is None:  # its only step scored it on the way
             batch = replace(batch, old_logprobs=outputs.logprobs, old_entropies=outputs.entropies)
-        rollout = with_mask(algorithm, replace(rollout, batch=batch), context)
+        rollout = replace(rollout, batch=batch)
+        if "current" in algorithm.requires_of("masks"):  # the policy that the step began with
+            rollout = replace(rollout, current=_before_update(batch))
+        rollout = with_mask(algorithm, rollout, context)
         rollout = with_mini_batch_features(rollout, algorithm.requires_of(*AFTER_UPDATE))
         own = step_means(steps) | batch_metrics(rollout) | step_counts(steps + replay_steps) | judged
         for component in algorithm.find_stateful().values():
@@ -449,3 +452,10 @@ class Learner:
         """
         assert self._reward_learner is not None
         self._reward_learner.read_shards(folder, state["reward_model"])
+
+
+def _before_update(batch: Batch) -> Outputs:
+    """Return the scores of a batch as the output of a policy."""
+    logprobs = require_tensor(batch.old_logprobs, "old_logprobs")
+    entropies = require_tensor(batch.old_entropies, "old_entropies")
+    return Outputs(logprobs, entropies, batch.values, extras=batch.extras)
