@@ -132,7 +132,7 @@ def draw_rows(logits: Tensor, uniforms: Tensor, temperatures: Tensor, top: int =
 def _search(shares: Tensor, uniforms: Tensor) -> Tensor:
     """Return the first id at which the sum of the shares [R, V] passes the uniform; [R] int64."""
     rest = -shares.shape[1] % BLOCK
-    blocks = functional.pad(shares, (0, rest)).unflatten(1, (-1, BLOCK))
+    blocks = functional.pad(shares, (0, rest)).view(len(shares), -1, BLOCK)
     sums = blocks.sum(dim=2).double().cumsum(dim=1)
     passed = (uniforms * sums[:, -1])[:, None]
     block = _first_passing(sums, passed)
