@@ -13,7 +13,8 @@ import pytest
 from shell import ROOT, SMALL, TINY, blocks, run_all, run_here, smaller, working_tree
 
 import agentrl
-from agentrl.study.config import load_study, plan
+from agentrl.study.config import load_study
+from agentrl.study.runs import plan
 
 README = (ROOT / "README.md").read_text()
 SET_UP, TOUR, *MORE = blocks(README)

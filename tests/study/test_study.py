@@ -29,7 +29,8 @@ from agentrl.run.settings import RunConfig, config_tree
 from agentrl.run.signals import RunInterrupted
 from agentrl.study import processes, study
 from agentrl.study.comparison import compare, downsample, interquartile_mean
-from agentrl.study.config import StudyRun, load_study, plan
+from agentrl.study.config import load_study
+from agentrl.study.runs import StudyRun, plan
 from agentrl.study.study import run_study
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -193,7 +194,7 @@ def test_a_method_that_fails_is_told_and_the_others_go_on(
     results = run_study(load_study(written(tmp_path, methods=methods, seeds=[0])), tmp_path / "study")
     assert list(results["failed"]) == ["seed-0/wild"]
     assert list(results["methods"]) == ["clone", "grpo", "still"]
-    assert "wild: 0 of 1 seeds finished" in results["warnings"]
+    assert "wild: 0 of 1 seeds finished, not 0" in results["warnings"]
     assert "failed: wild, seed 0: exit code 2: " in capsys.readouterr().out
 
 
@@ -500,12 +501,12 @@ def test_the_script_ends_with_a_message_and_a_code(
 
     given = [str(folder / "tiny.yaml"), "--folder", str(folder / "study")]
     assert code(*given, "seeds=[0]") == 0
-    assert code(*given, "--jobs", "0") == 2
+    assert code(*given, "--jobs", "-1") == 2
     assert code(str(tmp_path / "none.yaml")) == 2
     assert code(*given, "sedes=[0]") == 2
     errors = capsys.readouterr().err
     for text in (
-        "jobs is 0",
+        "jobs is -1",
         "none.yaml: cannot be read",
         "sedes: unknown key (got [0]; did you mean seed?)",
     ):
