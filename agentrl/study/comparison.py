@@ -304,11 +304,13 @@ def _caption(panel: Tree | None, seeds: int) -> list[str]:
 
 
 def _warnings(runs: Mapping[str, Mapping[int, Tree]], seeds: Collection[int]) -> list[str]:
-    found = [
+    none = [name for name, by_seed in runs.items() if not by_seed]
+    found = [f"no run of {', '.join(none)} has finished"] if none else []
+    found += [
         f"{name}: {len(by_seed)} of {len(seeds)} seeds finished, not "
         + ", ".join(str(seed) for seed in seeds if seed not in by_seed)
         for name, by_seed in runs.items()
-        if len(by_seed) < len(seeds)
+        if 0 < len(by_seed) < len(seeds)
     ]
     for key in ("episodes", "updates"):
         counts = {name: {run[key] for run in by_seed.values()} for name, by_seed in runs.items() if by_seed}

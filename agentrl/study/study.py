@@ -147,8 +147,9 @@ def run_study(
             if jobs and runs:
                 failed |= RunProcesses(runs, jobs, lock, interruption, shown).finish(phase)
             if phase == "tuning":
-                for tuning in study.tunings().values():
-                    shown.print(plain(tuning.sentence), highlight=False, soft_wrap=True)
+                for method, tuning in study.tunings().items():
+                    if method in methods:
+                        shown.print(plain(tuning.sentence), highlight=False, soft_wrap=True)
         results = study.results() | {"failed": failed}
         write_comparison(study.folder, results, shown)
     return results

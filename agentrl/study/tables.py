@@ -66,7 +66,9 @@ def write_comparison(folder: Path, results: Tree, console: Console) -> None:
         *_missing_sentences(results),
         *results["warnings"],
     ]
-    tuned = [found["sentence"] for found in results.get("tuning", {}).values()]
+    tuned = [
+        found["sentence"] for found in results.get("tuning", {}).values() if any(found["scores"].values())
+    ]
     blocks = [
         *([" ".join(map(_markdown_text, opening))] if opening else []),
         *(_markdown(rows) for rows in tables),
@@ -164,9 +166,19 @@ def _verdict_sentences(results: Tree) -> list[str]:
 
 def _missing_sentences(results: Tree) -> list[str]:
     """Say which runs of the tuning have not finished; `warnings` says it of the comparison."""
+    missing = results.get("missing", {}).get("tuning", {})
+    tuning = results.get("tuning", {})
+    untouched = [method for method, found in tuning.items() if not any(found["scores"].values())]
+    started = {
+        name for method, found in tuning.items() if method not in untouched for name in found["scores"]
+    }
     return [
-        f"{name}: tuning not finished on {', '.join(map(str, seeds))}"
-        for name, seeds in results.get("missing", {}).get("tuning", {}).items()
+        *([f"not tuned yet: {', '.join(untouched)}"] if untouched else []),
+        *(
+            f"{name}: tuning not finished on {', '.join(map(str, seeds))}"
+            for name, seeds in missing.items()
+            if name in started
+        ),
     ]
 
 

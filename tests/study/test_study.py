@@ -197,7 +197,7 @@ def test_a_method_that_fails_is_told_and_the_others_go_on(
     results = run_study(load_study(written(tmp_path, methods=methods, seeds=[0])), tmp_path / "study")
     assert list(results["failed"]) == ["seed-0/wild"]
     assert list(results["methods"]) == ["clone", "grpo", "still"]
-    assert "wild: 0 of 1 seeds finished, not 0" in results["warnings"]
+    assert "no run of wild has finished" in results["warnings"]
     assert "failed: wild, seed 0: exit code 2: " in capsys.readouterr().out
 
 
@@ -450,7 +450,7 @@ def test_nothing_is_chosen_while_a_run_of_the_tuning_is_missing(
     }
     table = (tmp_path / "study/table.md").read_text()
     assert f"- {slow}: tuning not finished on 8" in table
-    assert "- grpo: 0 of 1 seeds finished, not 0" in table
+    assert "- no run of grpo, still has finished" in table
     assert "grpo: not chosen yet" in table
 
 
@@ -464,6 +464,9 @@ def test_only_the_named_methods_run_and_the_rest_is_said_to_be_missing(
     assert found["methods"]["still"]["sampled"]["difference"] is None
     assert found["missing"]["comparison"] == {"grpo": [0]}
     assert found["missing"]["tuning"]["grpo"] == [7, 8]
+    table = (tmp_path / "study/table.md").read_text()
+    assert "- not tuned yet: grpo" in table
+    assert "tuning not finished" not in table
     with pytest.raises(ConfigError, match=r"only: not a method .*did you mean still"):
         run_study(study_of_two, tmp_path / "study", only=["stil"])
 
