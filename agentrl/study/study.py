@@ -19,7 +19,7 @@ from agentrl.study.processes import RunProcesses
 from agentrl.study.runs import StudyRun, plan_runs
 from agentrl.study.settings import Setting, all_settings, differences, load_base
 from agentrl.study.tables import write_comparison
-from agentrl.study.tuning import Tuning, tune
+from agentrl.study.tuning import RULE, Tuning, tune
 from agentrl.terminal import Terminal, plain
 
 # Keys that hold paths, which may differ after a study's folder was moved.
@@ -91,13 +91,16 @@ class Study:
             if run.finished:
                 finished[run.config.seed][run.name] = run.folder
         results = compare(finished, [one.name for one in settings], self.config.baseline, CLONE)
+        tunings = self.tunings()
+        if any(one.started for one in tunings.values()):
+            results["caption"].append(f"chosen: {RULE}; runs of the comparison do not enter.")
         tuning_runs = self.tuning_runs(self.config.methods)
         return results | {
             "settings": {
                 one.name: {"method": one.method, "label": one.label, "default": one.default}
                 for one in settings
             },
-            "tuning": {method: found.as_tree() for method, found in self.tunings().items()},
+            "tuning": {method: found.as_tree() for method, found in tunings.items()},
             "missing": {"tuning": _missing(tuning_runs), "comparison": _missing(runs)},
             "study": to_tree(self.config),
         }
@@ -118,7 +121,8 @@ def run_study(
     Args:
         config: The configuration of the study.
         folder: The folder of the runs, and of `results.json`, `table.md` and `study.svg`.
-        jobs: The number of runs at a time; 0 runs nothing, and compares what has finished.
+        jobs: The number of runs at a time; 0 runs nothing, and compares what has finished, also while
+            another process runs the study.
         only: The methods to run; None runs all. All that have finished are compared.
         console: The console to print to; standard output by default.
 
@@ -138,21 +142,33 @@ def run_study(
         raise ConfigError(
             f"only: not a method (got {unknown[0]!r}; {suggestion(unknown[0], config.methods)})"
         )
-    with _exclusive(study.folder) as lock, Interruption().listening() as interruption:
-        shown = console or Terminal()
-        failed: dict[str, str] = {}
-        for phase, planned in (("tuning", study.tuning_runs), ("comparison", study.final_runs)):
-            runs = planned(methods)  # the choice is made before the second phase is planned
-            _write_configurations(runs)
-            if jobs and runs:
-                failed |= RunProcesses(runs, jobs, lock, interruption, shown).finish(phase)
-            if phase == "tuning":
-                for method, tuning in study.tunings().items():
-                    if method in methods:
-                        shown.print(plain(tuning.sentence), highlight=False, soft_wrap=True)
-        results = study.results() | {"failed": failed}
-        write_comparison(study.folder, results, shown)
+    shown = console or Terminal()
+    failed: dict[str, str] = {}
+    if jobs:
+        with _exclusive(study.folder) as lock, Interruption().listening() as interruption:
+
+            def finish(phase: str, runs: Sequence[StudyRun]) -> None:
+                _check_configurations(runs)
+                _write_configurations(runs)
+                if runs:
+                    failed.update(RunProcesses(runs, jobs, lock, interruption, shown).finish(phase))
+
+            finish("tuning", study.tuning_runs(methods))
+            _print_choices(study, methods, shown)  # before any run of the second phase is planned
+            finish("comparison", study.final_runs(methods))
+    else:
+        _check_configurations([*study.tuning_runs(methods), *study.final_runs(methods)])
+        _print_choices(study, methods, shown)
+    results = study.results() | {"failed": failed}
+    study.folder.mkdir(parents=True, exist_ok=True)
+    write_comparison(study.folder, results, shown)
     return results
+
+
+def _print_choices(study: Study, methods: Collection[str], console: Console) -> None:
+    found = [one for method, one in study.tunings().items() if method in methods and one.started]
+    for line in (f"rule of choice: {RULE}", *(one.sentence for one in found)) if found else ():
+        console.print(plain(line), highlight=False, soft_wrap=True)
 
 
 def _missing(runs: Sequence[StudyRun]) -> dict[str, list[int]]:
@@ -179,8 +195,8 @@ def _exclusive(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def _write_configurations(runs: Sequence[StudyRun]) -> None:
-    """Write the configuration file of each run that was not started yet.
+def _check_configurations(runs: Sequence[StudyRun]) -> None:
+    """Check that runs that were started have the values of the study.
 
     Raises:
         ConfigError: If a run was started with other values; each such run is listed.
@@ -200,6 +216,10 @@ def _write_configurations(runs: Sequence[StudyRun]) -> None:
     if mistakes:
         mistakes.append("remove the runs to create them again, or choose another --folder")
         raise ConfigError("\n".join(mistakes))
+
+
+def _write_configurations(runs: Sequence[StudyRun]) -> None:
+    """Write the configuration file of each run that was not started yet."""
     for run in runs:
         if not run.folder.exists():
             run.file.parent.mkdir(exist_ok=True)

@@ -27,6 +27,11 @@ class Tuning:
     chosen: Setting | None
 
     @property
+    def started(self) -> bool:
+        """Return whether any run has finished."""
+        return any(self.scores.values())
+
+    @property
     def sentence(self) -> str:
         """Return the choice and its reasons as one line."""
         own = self.settings[0]
@@ -42,7 +47,6 @@ class Tuning:
     def as_tree(self) -> dict[str, Any]:
         """Return the choice as JSON values."""
         return {
-            "rule": RULE,
             "chosen": self.chosen and self.chosen.name,
             "sentence": self.sentence,
             "scores": {

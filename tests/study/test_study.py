@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -19,6 +20,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from agentrl.algorithms.recipe import recipe_class, recipe_names
 from agentrl.cli import app
 from agentrl.config import to_yaml
 from agentrl.data.storage import read_episodes, write_episodes
@@ -33,6 +35,7 @@ from agentrl.study import processes, study
 from agentrl.study.comparison import compare, downsample, interquartile_mean, spread_over_seeds, verdict
 from agentrl.study.config import load_study
 from agentrl.study.runs import StudyRun, plan
+from agentrl.study.settings import differences
 from agentrl.study.study import run_study
 from agentrl.study.tables import write_comparison
 
@@ -311,15 +314,46 @@ def test_a_block_with_a_preset_replaces_the_whole_block_since_nothing_is_open_in
     assert (same.kl_coefficient, same.clip_low, same.clip_high) == (0.0, 0.1, 0.4)
 
 
-def test_the_shipped_studies_can_be_planned(tmp_path: Path) -> None:
-    for path in sorted((ROOT / "configs/studies").glob("*.yaml")):
-        runs = plan(load_study(path), tmp_path)
-        played = {
-            run.config.rollout.groups_per_step
-            * (run.config.algorithm.build().rollout.episodes or run.config.rollout.group_size)
-            for run in runs
-        }
-        assert len(played) == 1, f"{path}: episodes per step differ: {played}"
+def episodes_a_step(config: RunConfig) -> int:
+    rollout = config.rollout
+    return rollout.groups_per_step * (config.algorithm.build().rollout.episodes or rollout.group_size)
+
+
+@pytest.mark.filterwarnings("ignore:epo:UserWarning")
+def test_every_setting_of_the_shipped_study_plays_as_many_episodes(tmp_path: Path) -> None:
+    shipped = study.Study(load_study(ROOT / "configs/studies/quickstart_methods.yaml"), tmp_path)
+    played = {one.name: episodes_a_step(one.config) for found in shipped.settings.values() for one in found}
+    assert set(played.values()) == {64}, played
+    assert all(len(found) == 3 for found in shipped.settings.values())
+
+
+def test_every_method_is_in_the_shipped_study_or_said_to_be_left_out() -> None:
+    file = ROOT / "configs/studies/quickstart_methods.yaml"
+    _, _, rest = file.read_text().partition("Left out are methods that need")
+    left_out = {
+        name
+        for line in rest.partition("methods:")[0].splitlines()[1:]
+        for name in re.findall(r"\w+", line.rpartition(":")[2])
+    }
+    built_in = {name for name in recipe_names() if recipe_class(name).__module__.startswith("agentrl.")}
+    assert built_in == left_out | set(load_study(file).methods)
+
+
+def test_the_study_of_parts_changes_one_thing_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ROOT / "configs/studies/below_grpo"
+    monkeypatch.syspath_prepend(folder)
+    runs = {run.name: run for run in plan(load_study(folder / "study.yaml", "seeds=[10]"), tmp_path)}
+    fewer = {name for name, run in runs.items() if episodes_a_step(run.config) != 64}
+    assert fewer == {"grpo-half_the_episodes"}
+
+    def changed(one: str, other: str) -> list[str]:
+        return differences(*(config_tree(runs[name].config) for name in (one, other)))
+
+    assert changed("fr3e", "fr3e-mean_over_sequences")[:1] == ["algorithm.name"]
+    assert changed("aepo", "aepo-without_branches") == ["algorithm.branch", "run.name"]
+    assert changed("grpo", "grpo-mean_over_tokens") == ["algorithm.aggregation", "run.name"]
 
 
 def test_an_interrupt_stops_every_process_and_keeps_what_they_did(
