@@ -46,9 +46,9 @@ def compare(folders: Folders, methods: Sequence[str], baseline: str, clone: str)
         clone: The name of the runs that the methods started from.
 
     Returns:
-        JSON values: `methods` (each with its `runs` by seed and, per decoding, the interquartile mean over
-        seeds and the paired difference to the baseline), `alike`, `lower` and `higher` (see `verdict`),
-        `baseline`, `clone`, `panel`, `caption`, `warnings`.
+        JSON values: `methods` (each with its `runs` by seed; per decoding, the interquartile mean over seeds
+        and the paired difference to the baseline; and the success while `training`), `alike`, `lower` and
+        `higher` (see `verdict`), `baseline`, `clone`, `panel`, `caption`, `warnings`.
 
     Raises:
         ConfigError: If two runs were evaluated on different panels.
@@ -71,6 +71,10 @@ def compare(folders: Folders, methods: Sequence[str], baseline: str, clone: str)
             compared[name][decoding] = _success_estimate(plays[name])
             if name != baseline:
                 compared[name][decoding]["difference"] = _difference(plays[name], plays.get(baseline, {}))
+    for name in names:
+        compared[name]["training"] = _training_success(
+            runs[name], runs.get(baseline, {}), own=name == baseline
+        )
     others = [name for name in names if name not in (baseline, clone)]
     verdicts = {name: verdict(compared[name]["sampled"]["difference"]) for name in others}
     return {
@@ -189,7 +193,8 @@ def _run_record(folder: Path) -> dict[str, Any]:
         "replay_updates": round(replayed),
         "taught_tokens": _total(learned, "train/learner/taught_tokens"),
         "effective_episodes": _total(learned, "train/learner/effective_episodes"),
-        "success": {decoding: trained[decoding]["success_rate"] for decoding in DECODINGS},
+        "success": {decoding: trained[decoding]["success_rate"] for decoding in DECODINGS}
+        | {"training": _mean([row.get("train/rollout/success_rate") for row in rows])},
         "aborted": {
             "training": round(
                 sum(row["train/rollout/aborted_rate"] * row["train/rollout/episodes"] for row in rows)
@@ -201,6 +206,29 @@ def _run_record(folder: Path) -> dict[str, Any]:
         ),
         "curves": {name: downsample(rows, name) for name in CURVES},
     }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _training_success(runs: Mapping[int, Tree], others: Mapping[int, Tree], *, own: bool) -> dict[str, Any]:
+    """Return the mean success while training, and unless `own` the difference to that of the same seeds."""
+    rates = {seed: run["success"]["training"] for seed, run in runs.items()}
+    theirs = {seed: run["success"]["training"] for seed, run in others.items()}
+    found: dict[str, Any] = {
+        "value": _mean(rates.values()),
+        "by_seed": {str(seed): rate for seed, rate in rates.items()},
+    }
+    if not own:
+        common = [
+            rate - other
+            for seed, rate in rates.items()
+            if rate is not None and (other := theirs.get(seed)) is not None
+        ]
+        found["difference"] = {"value": _mean(common), "over_seeds": spread_over_seeds(common)}
+    return found
 
 
 def _total(rows: Sequence[Tree], key: str) -> int | None:
@@ -293,6 +321,9 @@ def _caption(panel: Tree | None, seeds: int) -> list[str]:
         "difference over seeds: the mean of the seeds' differences with its 95 % t-interval, which covers "
         "the choice of seeds on these games. A method is told from the baseline if both intervals of its "
         "sampled difference lie on the same side of 0.",
+        "while training: the mean over steps of the success of a step's episodes, of as many different tasks "
+        "as groups were played, and its difference over seeds. It is less noisy than the panel, but later "
+        "steps count as much as early ones, and a method that branches starts from states of its choice.",
         "taught tokens: action tokens in the policy loss whose advantage is not 0, each counted once, summed "
         "over the steps. effective episodes: (sum w)^2 / sum w^2 of a step's episodes, where w is an "
         "episode's mean |advantage| over its tokens in the loss, summed over the steps: the number of "

@@ -200,12 +200,20 @@ def _success_table(results: Tree, decoding: str) -> Rows:
 
 
 def _seeds_table(results: Tree) -> Rows:
-    rows = [["method", *(f"{decoding} %\nby seed" for decoding in reversed(DECODINGS))]]
+    shown = ("sampled", "greedy")
+    rows = [
+        ["method", *(f"{kind} %\nby seed" for kind in shown), "while training\n%", "difference\nover seeds"]
+    ]
     for name in _shown_order(results):
+        found = results["methods"][name]
         cells = [_label(results, name)]
-        for decoding in reversed(DECODINGS):
-            rates = results["methods"][name][decoding]["by_seed"].values()
-            cells.append("/".join("–" if rate is None else f"{100 * rate:.1f}" for rate in rates))
+        for kind in shown:
+            rates = found[kind]["by_seed"].values()
+            cells.append("/".join("–" if rate is None else f"{100 * rate:.0f}" for rate in rates))
+        training = found.get("training") or {"value": None}
+        over_seeds = (training.get("difference") or {}).get("over_seeds") or {"mean": None, "interval": None}
+        cells.append("–" if training["value"] is None else f"{100 * training['value']:.1f}")
+        cells.append(_format_estimate(over_seeds["mean"], over_seeds["interval"], "{:+.1f}", "{:+.0f}"))
         rows.append(cells)
     return rows
 
@@ -274,7 +282,8 @@ def _terminal(rows: Rows) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, name in enumerate(rows[0]):
         # Only names may wrap: a number without its end would be another number.
-        table.add_column(plain(name), justify="right" if index else "left", no_wrap=bool(index))
+        justify: Any = "right" if index else "left"
+        table.add_column(plain(name), justify=justify, no_wrap=bool(index), overflow="fold")
     for cells in rows[1:]:
         table.add_row(*map(plain, cells))
     return table
