@@ -158,7 +158,7 @@ def _verdict_sentences(results: Tree) -> list[str]:
     }
     return [
         f"{words[found].format(results['baseline'])}: "
-        f"{', '.join(_label(results, name) for name in results[found])}."
+        f"{'; '.join(_label(results, name) for name in results[found])}."
         for found in VERDICTS
         if results.get(found)
     ]
