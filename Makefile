@@ -11,6 +11,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --quiet --disable-pip-version-check
 SEED ?= 0
 STEPS ?=
 JOBS ?= 2
+ONLY ?=
 
 .PHONY: help install quickstart quickstart-control smollm2 baselines study test test-slow test-vllm check check-envs check-engine clean
 
@@ -76,8 +77,9 @@ check-envs: $(VENV)/.installed-dev  ## prove that every built-in environment kee
 baselines: $(VENV)/.installed-dev  ## random and expert on a panel of every environment: the README's table
 	$(BIN)/python scripts/baselines.py
 
-study: $(VENV)/.installed-dev  ## every method on the quickstart's games, three seeds each: an hour or two, resumable
-	$(BIN)/python scripts/study.py configs/studies/quickstart_methods.yaml --jobs 2
+# Some methods alone, e.g. ONLY=grpo,gigpo; all that have finished are compared.
+study: $(VENV)/.installed-dev  ## tune the methods on the quickstart's games and compare them: 7 CPU hours, resumable
+	$(BIN)/python scripts/study.py configs/studies/quickstart_methods.yaml --jobs 2 $(if $(ONLY),--only $(ONLY))
 
 check-engine: $(VENV)/.installed-dev  ## compare our ALFWorld engine with TextWorld's (compiles it first: minutes)
 	$(PIP) -e '.[alfworld-reference]'

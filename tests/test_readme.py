@@ -13,7 +13,7 @@ import pytest
 from shell import ROOT, SMALL, TINY, blocks, run_all, run_here, smaller, working_tree
 
 import agentrl
-from agentrl.study.config import load_study, plan
+from agentrl.study.config import load_study
 
 README = (ROOT / "README.md").read_text()
 SET_UP, TOUR, *MORE = blocks(README)
@@ -87,18 +87,20 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_study_of_the_readme_is_the_one_that_was_run() -> None:
     folder = ROOT / "configs" / "studies" / "quickstart_methods"
-    table, _, rest = (folder / "table.md").read_text().partition("\n\n")
+    verdicts, table, *_ = (folder / "table.md").read_text().split("\n\n")
+    assert verdicts in README
     assert table in README
-    assert "fr3e" in rest
     results = json.loads((folder / "results.json").read_text())
     study = load_study(folder.with_suffix(".yaml"))
     assert results["failed"] == {}
     assert results["study"]["methods"] == study.methods
     assert results["study"]["overrides"] == list(study.overrides)
-    runs = plan(study, "runs")
-    assert len(runs) == 3 * (1 + 13)
-    for name in study.methods:
-        assert set(results["methods"][name]["runs"]) == {"0", "1", "2"}
+    assert results["study"]["seeds"] == list(study.seeds) == [0, 1, 2, 3, 4]
+    assert results["study"]["tuning_seeds"] == list(study.tuning_seeds)
+    for name in study.methods:  # what has not run is said
+        played = {int(seed) for seed in results["methods"].get(name, {"runs": {}})["runs"]}
+        assert played | set(results["missing"]["comparison"].get(name, [])) == set(study.seeds)
+        assert results["tuning"][name]["chosen"] or results["tuning"][name]["scores"][name] == {}
 
 
 def test_the_scripts_are_the_commands(

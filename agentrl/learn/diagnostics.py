@@ -4,6 +4,8 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.hooks import Context, MiniBatch, require_tensor
@@ -27,7 +29,7 @@ def diagnose(rollout: MiniBatch, algorithm: Algorithm, context: Context) -> dict
 
 
 def batch_metrics(rollout: MiniBatch) -> dict[str, float]:
-    """Return the entropies and sizes of a scored rollout batch."""
+    """Return the entropies and sizes of a scored rollout batch, and how much of it teaches."""
     batch = rollout.batch
     entropies = functional.entropy_means(
         require_tensor(batch.old_entropies, "old_entropies"), batch.action_mask, batch.turns, batch.trajectory
@@ -36,6 +38,33 @@ def batch_metrics(rollout: MiniBatch) -> dict[str, float]:
         "trajectories": float(len(batch.episodes)),
         "tokens": float(batch.lengths.sum()),
         "action_tokens": float(batch.action_mask.sum()),
+        **teaching_metrics(rollout),
+    }
+
+
+def teaching_metrics(rollout: MiniBatch) -> dict[str, float]:
+    """Measure how many tokens and episodes of a batch the surrogate learns from, and how strongly.
+
+        w_e = mean |A| over the episode's tokens in the mask,   effective episodes = (sum w)^2 / sum w^2
+
+    The effective number of episodes is that of equally weighted episodes whose mean would be as noisy, as
+    long as episodes are independent. It is the number of episodes if all |A| are alike, and 0 if all are 0.
+
+    Args:
+        rollout: The batch with its final advantages and mask.
+    """
+    counted, sizes = rollout.counted, rollout.advantages.double().abs()
+    taught = counted & (sizes > 0)
+    tokens, total = (torch.zeros(len(rollout.batch.episodes), dtype=torch.float64) for _ in range(2))
+    owner = rollout.batch.trajectory[:, None].expand_as(counted)[counted].cpu()
+    tokens.index_add_(0, owner, torch.ones(len(owner), dtype=torch.float64))
+    total.index_add_(0, owner, sizes[counted].cpu())
+    weights = total / tokens.clamp(min=1)
+    squares = float((weights**2).sum())
+    return {
+        "taught_tokens": float(taught.sum()),
+        "effective_episodes": float(weights.sum()) ** 2 / squares if squares else 0.0,
+        "advantage_size": float(sizes[taught].mean()) if bool(taught.any()) else 0.0,
     }
 
 

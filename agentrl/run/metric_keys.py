@@ -85,6 +85,13 @@ METRICS = (
     Metric("learner/trajectories", "episodes", "Episodes of the batch.", "learner/trajectories"),
     Metric("learner/tokens", "tokens", "Tokens of the batch, without padding.", "learner/tokens"),
     Metric("learner/action_tokens", "tokens", "Tokens that are learned from.", "learner/decisions"),
+    Metric("learner/taught_tokens", "tokens", "Those in the policy loss whose advantage is not 0."),
+    Metric(
+        "learner/effective_episodes",
+        "episodes",
+        "(sum w)^2 / sum w^2, w being the mean size of an episode's advantages.",
+    ),
+    Metric("learner/advantage_size", "", "Mean size of the advantages of the taught tokens."),
     Metric("learner/updates", "updates", "Optimiser steps that were applied.", "learner/updates"),
     Metric("learner/reward_model/loss", "", "Loss of the method's reward model, before its step."),
     Metric("learner/reward_model/grad_norm", "", "Norm of its gradient before clipping."),

@@ -4,13 +4,13 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import ceil
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap, trim_mean
+from scipy.stats import bootstrap, t, trim_mean
 
 from agentrl.data.storage import read_episodes
 from agentrl.data.trajectory import Outcome
@@ -30,6 +30,7 @@ CURVES = (
     "train/rollout/entropy/trajectory",
     "train/rollout/success_rate",
 )
+VERDICTS = ("alike", "lower", "higher")  # what a difference to the baseline says
 RESAMPLES = 10_000
 _TRIMMED_SHARE = 0.25  # share of the seeds that is trimmed at each end
 _MAX_POINTS = 40  # of a curve
@@ -45,8 +46,9 @@ def compare(folders: Folders, methods: Sequence[str], baseline: str, clone: str)
         clone: The name of the runs that the methods started from.
 
     Returns:
-        JSON values: `methods` (each with its `runs` by seed and, per decoding, the interquartile mean over
-        seeds and the paired difference to the baseline), `baseline`, `clone`, `panel`, `caption`, `warnings`.
+        JSON values: `methods` (each with its `runs` by seed; per decoding, the interquartile mean over seeds
+        and the paired difference to the baseline; and the success while `training`), `alike`, `lower` and
+        `higher` (see `verdict`), `baseline`, `clone`, `panel`, `caption`, `warnings`.
 
     Raises:
         ConfigError: If two runs were evaluated on different panels.
@@ -69,14 +71,58 @@ def compare(folders: Folders, methods: Sequence[str], baseline: str, clone: str)
             compared[name][decoding] = _success_estimate(plays[name])
             if name != baseline:
                 compared[name][decoding]["difference"] = _difference(plays[name], plays.get(baseline, {}))
+    for name in names:
+        compared[name]["training"] = _training_success(
+            runs[name], runs.get(baseline, {}), own=name == baseline
+        )
+    others = [name for name in names if name not in (baseline, clone)]
+    verdicts = {name: verdict(compared[name]["sampled"]["difference"]) for name in others}
     return {
         "baseline": baseline,
         "clone": clone,
         "panel": panel,
         "methods": compared,
+        **{found: [name for name in others if verdicts[name] == found] for found in VERDICTS},
         "caption": _caption(panel, len(folders)),
-        "warnings": _warnings({name: runs.get(name, {}) for name in methods}, len(folders)),
+        "warnings": _warnings({name: runs.get(name, {}) for name in methods}, folders),
     }
+
+
+def verdict(difference: Tree | None) -> str | None:
+    """Say whether a paired difference tells a method from the baseline.
+
+    Args:
+        difference: The difference, as `compare` returns it.
+
+    Returns:
+        `lower` or `higher` if both 95 % intervals, that over games and that over seeds, lie on this side of
+        0; else `alike`. None without both of them.
+    """
+    if not difference or not difference["interval"] or not difference["over_seeds"]:
+        return None
+    ends = (*difference["interval"], *difference["over_seeds"]["interval"])
+    return "lower" if max(ends) < 0 else "higher" if min(ends) > 0 else "alike"
+
+
+def spread_over_seeds(differences: Sequence[float]) -> dict[str, Any] | None:
+    """Compute the mean of paired differences, one for each seed, with its 95 % t-interval.
+
+        mean d +- t(0.975, S - 1) * sd / sqrt(S)
+
+    The interval is for the mean over all seeds, on the same tasks. It takes the differences of the seeds as
+    independent and normally distributed.
+
+    Args:
+        differences: The difference of each seed, in any unit.
+
+    Returns:
+        `mean`, `sd` and `interval`; None for fewer than two seeds.
+    """
+    if len(differences) < 2:
+        return None
+    mean, deviation = fmean(differences), stdev(differences)
+    half = float(t.ppf(0.975, len(differences) - 1)) * deviation / len(differences) ** 0.5
+    return {"mean": mean, "sd": deviation, "interval": [mean - half, mean + half]}
 
 
 def interquartile_mean(
@@ -145,7 +191,10 @@ def _run_record(folder: Path) -> dict[str, Any]:
         "episodes": round(sum(row["train/rollout/episodes"] for row in rows)),
         "updates": round(sum(row["train/learner/updates"] for row in learned) - replayed),
         "replay_updates": round(replayed),
-        "success": {decoding: trained[decoding]["success_rate"] for decoding in DECODINGS},
+        "taught_tokens": _total(learned, "train/learner/taught_tokens"),
+        "effective_episodes": _total(learned, "train/learner/effective_episodes"),
+        "success": {decoding: trained[decoding]["success_rate"] for decoding in DECODINGS}
+        | {"training": _mean([row.get("train/rollout/success_rate") for row in rows])},
         "aborted": {
             "training": round(
                 sum(row["train/rollout/aborted_rate"] * row["train/rollout/episodes"] for row in rows)
@@ -157,6 +206,35 @@ def _run_record(folder: Path) -> dict[str, Any]:
         ),
         "curves": {name: downsample(rows, name) for name in CURVES},
     }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _training_success(runs: Mapping[int, Tree], others: Mapping[int, Tree], *, own: bool) -> dict[str, Any]:
+    """Return the mean success while training, and unless `own` the difference to that of the same seeds."""
+    rates = {seed: run["success"]["training"] for seed, run in runs.items()}
+    theirs = {seed: run["success"]["training"] for seed, run in others.items()}
+    found: dict[str, Any] = {
+        "value": _mean(rates.values()),
+        "by_seed": {str(seed): rate for seed, rate in rates.items()},
+    }
+    if not own:
+        common = [
+            rate - other
+            for seed, rate in rates.items()
+            if rate is not None and (other := theirs.get(seed)) is not None
+        ]
+        found["difference"] = {"value": _mean(common), "over_seeds": spread_over_seeds(common)}
+    return found
+
+
+def _total(rows: Sequence[Tree], key: str) -> int | None:
+    """Return the sum of a metric over the steps that learned; None for a run that did not log it."""
+    known = [row[key] for row in rows if key in row]
+    return round(sum(known)) if known or not rows else None
 
 
 def downsample(rows: Sequence[Tree], key: str, points: int = _MAX_POINTS) -> dict[str, list[float]]:
@@ -198,7 +276,8 @@ def _difference(plays: Mapping[int, Outcomes], others: Mapping[int, Outcomes]) -
     table = np.array(
         [[plays[seed][task] - others[seed][task] for task in sorted(plays[seed])] for seed in common]
     )
-    return _estimate(common, table)
+    found = _estimate(common, table)
+    return found | {"over_seeds": spread_over_seeds([d for d in found["by_seed"].values() if d is not None])}
 
 
 def _estimate(seeds: Iterable[int], table: NDArray[np.float64]) -> dict[str, Any]:
@@ -237,18 +316,32 @@ def _caption(panel: Tree | None, seeds: int) -> list[str]:
         "methods, since all play the same tasks; rates and their interquartile mean are recomputed from it. "
         "Seeds are not resampled: an interval covers the choice of tasks, not the choice of seeds. It is not "
         "corrected for the number of methods. If all plays had the same outcome, it is Wilson's interval.",
-        "difference: the outcome minus that of the baseline on the same seed and task, where neither was "
-        "aborted; in percentage points.",
+        "difference over games: the outcome minus that of the baseline on the same seed and task, where "
+        "neither was aborted; interquartile mean and interval as above, in percentage points.",
+        "difference over seeds: the mean of the seeds' differences with its 95 % t-interval, which covers "
+        "the choice of seeds on these games. A method is told from the baseline if both intervals of its "
+        "sampled difference lie on the same side of 0.",
+        "while training: the mean over steps of the success of a step's episodes, of as many different tasks "
+        "as groups were played, and its difference over seeds. It is less noisy than the panel, but later "
+        "steps count as much as early ones, and a method that branches starts from states of its choice.",
+        "taught tokens: action tokens in the policy loss whose advantage is not 0, each counted once, summed "
+        "over the steps. effective episodes: (sum w)^2 / sum w^2 of a step's episodes, where w is an "
+        "episode's mean |advantage| over its tokens in the loss, summed over the steps: the number of "
+        "equally weighted episodes that would average out as much noise. Neither counts replayed episodes. "
+        "Both are means over seeds.",
         "updates: optimizer steps on a step's own episodes; those on replayed episodes are listed as "
         "replayed. CPU: seconds of rollout and learning in the run's own process, mean over seeds.",
     ]
 
 
-def _warnings(runs: Mapping[str, Mapping[int, Tree]], seeds: int) -> list[str]:
-    found = [
-        f"{name}: {len(by_seed)} of {seeds} seeds finished"
+def _warnings(runs: Mapping[str, Mapping[int, Tree]], seeds: Collection[int]) -> list[str]:
+    none = [name for name, by_seed in runs.items() if not by_seed]
+    found = [f"no run of {', '.join(none)} has finished"] if none else []
+    found += [
+        f"{name}: {len(by_seed)} of {len(seeds)} seeds finished, not "
+        + ", ".join(str(seed) for seed in seeds if seed not in by_seed)
         for name, by_seed in runs.items()
-        if len(by_seed) < seeds
+        if 0 < len(by_seed) < len(seeds)
     ]
     for key in ("episodes", "updates"):
         counts = {name: {run[key] for run in by_seed.values()} for name, by_seed in runs.items() if by_seed}

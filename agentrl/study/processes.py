@@ -11,7 +11,7 @@ from rich.console import Console
 
 from agentrl.run.records import read_summary
 from agentrl.run.signals import Interruption, RunInterrupted
-from agentrl.study.config import StudyRun
+from agentrl.study.runs import StudyRun
 from agentrl.terminal import plain
 
 _POLL_SECONDS = 0.1
@@ -29,11 +29,13 @@ class RunProcesses:
         self._failed: dict[StudyRun, str] = {}
         self._done = 0
 
-    def finish(self) -> dict[str, str]:
+    def finish(self, phase: str) -> dict[str, str]:
         """Finish all runs that can be finished; return the failed ones with the reasons."""
         waiting = [run for run in self._runs if not run.finished]
         self._done = len(self._runs) - len(waiting)
-        self._say(f"{len(self._runs)} runs, {self._done} of them already finished; {self._jobs} at a time")
+        self._say(
+            f"{phase}: {len(self._runs)} runs, {self._done} of them already finished; {self._jobs} at a time"
+        )
         try:
             while waiting or self._running:
                 waiting = [run for run in waiting if not self._start_or_fail(run)]

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from agentrl.evaluation.statistics import Interval
 from agentrl.files import write_atomic
-from agentrl.study.comparison import DECODINGS, format_range
+from agentrl.study.comparison import DECODINGS, VERDICTS, format_range
 from agentrl.terminal import plain, printable
 
 Tree = Mapping[str, Any]
@@ -54,24 +54,39 @@ def write_comparison(folder: Path, results: Tree, console: Console) -> None:
         OSError: If the disk is full; older files are left as they were.
     """
     write_atomic(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
-    tables = [_success_table(results), _runs_table(results)]
-    notes = [
-        *results["warnings"],
-        *(f"failed: {name}: {why}" for name, why in results.get("failed", {}).items()),
+    # Sampled success comes first: it is what is trained, and what settings are chosen by.
+    tables = [
+        *(_success_table(results, decoding) for decoding in reversed(DECODINGS)),
+        _seeds_table(results),
+        _cost_table(results),
     ]
-    blocks = [_markdown(rows) for rows in tables] + [f"- {_markdown_text(note)}" for note in notes]
+    opening = _verdict_sentences(results)
+    notes = [
+        *(f"failed: {name}: {why}" for name, why in results.get("failed", {}).items()),
+        *_missing_sentences(results),
+        *results["warnings"],
+    ]
+    tuned = [
+        found["sentence"] for found in results.get("tuning", {}).values() if any(found["scores"].values())
+    ]
+    blocks = [
+        *([" ".join(map(_markdown_text, opening))] if opening else []),
+        *(_markdown(rows) for rows in tables),
+        *(f"- {_markdown_text(note)}" for note in notes),
+        *(f"- tuned on other seeds, {_markdown_text(line)}" for line in tuned),
+    ]
     blocks += ["![Entropy and success while training](study.svg)", *map(_markdown_text, results["caption"])]
     write_atomic(folder / "table.md", "\n\n".join(blocks) + "\n")
     curves = {
-        name: [run["curves"] for run in found["runs"].values()]
-        for name, found in results["methods"].items()
+        name: [run["curves"] for run in results["methods"][name]["runs"].values()]
+        for name in _shown_order(results)
         if name != results["clone"]
     }
     if curves:
         write_atomic(folder / "study.svg", draw_methods(curves, results["baseline"]))
     for rows in tables:
         console.print(_terminal(rows))
-    for line in (*(f"warning: {note}" for note in results["warnings"]), *results["caption"]):
+    for line in (*opening, *(f"warning: {note}" for note in notes), *results["caption"]):
         console.print(plain(line), highlight=False)
     console.print(plain(f"{folder}: results.json, table.md, study.svg"), highlight=False, soft_wrap=True)
 
@@ -127,42 +142,122 @@ def _mean_curve(curves: Sequence[Curve]) -> tuple[list[float], list[float]]:
     return steps, [fmean(values[step] for values in known) for step in steps]
 
 
-def _success_table(results: Tree) -> Rows:
-    head = ["method", *(f"{decoding}{what}" for decoding in DECODINGS for what in (" %", "\ndifference"))]
-    rows = [head]
-    for name, found in results["methods"].items():
-        cells = [_label(results, name)]
-        for decoding in DECODINGS:
-            score = found[decoding]
-            difference = score.get("difference") or {"value": None}
-            cells += [
+def _shown_order(results: Tree) -> list[str]:
+    """Return the names of the runs: start and baseline, then what cannot be told from the baseline."""
+    first = [name for name in (results["clone"], results["baseline"]) if name in results["methods"]]
+    told = [name for found in VERDICTS for name in results.get(found, ())]
+    rest = [name for name in results["methods"] if name not in {*first, *told}]
+    return [*first, *told, *rest]
+
+
+def _verdict_sentences(results: Tree) -> list[str]:
+    words = {
+        "alike": "Cannot be told from {} in sampled success",
+        "lower": "Lower than {}",
+        "higher": "Higher than {}",
+    }
+    return [
+        f"{words[found].format(results['baseline'])}: "
+        f"{'; '.join(_label(results, name) for name in results[found])}."
+        for found in VERDICTS
+        if results.get(found)
+    ]
+
+
+def _missing_sentences(results: Tree) -> list[str]:
+    """Say which runs of the tuning have not finished; `warnings` says it of the comparison."""
+    missing = results.get("missing", {}).get("tuning", {})
+    tuning = results.get("tuning", {})
+    untouched = [method for method, found in tuning.items() if not any(found["scores"].values())]
+    started = {
+        name for method, found in tuning.items() if method not in untouched for name in found["scores"]
+    }
+    return [
+        *([f"not tuned yet: {', '.join(untouched)}"] if untouched else []),
+        *(
+            f"{name}: tuning not finished on {', '.join(map(str, seeds))}"
+            for name, seeds in missing.items()
+            if name in started
+        ),
+    ]
+
+
+def _success_table(results: Tree, decoding: str) -> Rows:
+    rows = [["method", f"{decoding} %", "difference\nover games", "difference\nover seeds"]]
+    for name in _shown_order(results):
+        score = results["methods"][name][decoding]
+        difference = score.get("difference") or {"value": None}
+        over_seeds = difference.get("over_seeds") or {"mean": None, "interval": None}
+        rows.append(
+            [
+                _label(results, name),
                 _format_estimate(score["value"], score["interval"], "{:.1f}", "{:.0f}"),
                 _format_estimate(difference["value"], difference.get("interval"), "{:+.1f}", "{:+.0f}"),
+                _format_estimate(over_seeds["mean"], over_seeds["interval"], "{:+.1f}", "{:+.0f}"),
             ]
+        )
+    return rows
+
+
+def _seeds_table(results: Tree) -> Rows:
+    shown = ("sampled", "greedy")
+    rows = [
+        ["method", *(f"{kind} %\nby seed" for kind in shown), "while training\n%", "difference\nover seeds"]
+    ]
+    for name in _shown_order(results):
+        found = results["methods"][name]
+        cells = [_label(results, name)]
+        for kind in shown:
+            rates = found[kind]["by_seed"].values()
+            cells.append("/".join("–" if rate is None else f"{100 * rate:.0f}" for rate in rates))
+        training = found.get("training") or {"value": None}
+        over_seeds = (training.get("difference") or {}).get("over_seeds") or {"mean": None, "interval": None}
+        cells.append("–" if training["value"] is None else f"{100 * training['value']:.1f}")
+        cells.append(_format_estimate(over_seeds["mean"], over_seeds["interval"], "{:+.1f}", "{:+.0f}"))
         rows.append(cells)
     return rows
 
 
-def _runs_table(results: Tree) -> Rows:
-    head = ["method", *(f"{decoding} %\nby seed" for decoding in DECODINGS)]
-    rows = [[*head, "episodes", "updates", "replayed", "aborted", "CPU"]]
-    for name, found in results["methods"].items():
-        runs = found["runs"].values()
-        cells = [name]
-        for decoding in DECODINGS:
-            rates = found[decoding]["by_seed"].values()
-            cells.append("/".join("–" if rate is None else f"{100 * rate:.1f}" for rate in rates))
-        cells += [
-            format_range({run[key] for run in runs}) for key in ("episodes", "updates", "replay_updates")
-        ]
-        cells.append(str(sum(sum(run["aborted"].values()) for run in runs)))
-        cells.append(f"{fmean(run['cpu_seconds'] for run in runs):.0f}")
-        rows.append(cells)
+def _cost_table(results: Tree) -> Rows:
+    head = ["method", "episodes", "effective", "taught\ntokens", "updates", "replayed", "aborted", "CPU"]
+    rows = [head]
+    for name in _shown_order(results):
+        runs = list(results["methods"][name]["runs"].values())
+        ranges = {
+            key: format_range({run[key] for run in runs}) for key in ("episodes", "updates", "replay_updates")
+        }
+        means = {
+            key: _mean_count([run.get(key) for run in runs])
+            for key in ("effective_episodes", "taught_tokens")
+        }
+        rows.append(
+            [
+                _label(results, name),
+                ranges["episodes"],
+                means["effective_episodes"],
+                means["taught_tokens"],
+                ranges["updates"],
+                ranges["replay_updates"],
+                str(sum(sum(run["aborted"].values()) for run in runs)),
+                f"{fmean(run['cpu_seconds'] for run in runs):.0f}",
+            ]
+        )
     return rows
+
+
+def _mean_count(counts: Sequence[int | None]) -> str:
+    known = [count for count in counts if count is not None]
+    return f"{fmean(known):,.0f}" if known else "–"
 
 
 def _label(results: Tree, name: str) -> str:
-    return name + {results["baseline"]: " (baseline)", results["clone"]: " (start)"}.get(name, "")
+    kind = {results["baseline"]: " (baseline)", results["clone"]: " (start)"}.get(name, "")
+    setting = results.get("settings", {}).get(name)
+    if setting is None or not setting["label"]:
+        return name + kind
+    chosen = results["tuning"][setting["method"]]["chosen"] == name
+    words = [setting["label"], *(["own"] if setting["default"] else []), *(["chosen"] if chosen else [])]
+    return f"{setting['method']}{kind}, {', '.join(words)}"
 
 
 def _format_estimate(value: float | None, interval: Interval | None, middle: str, end: str) -> str:
@@ -186,7 +281,9 @@ def _markdown_text(text: str) -> str:
 def _terminal(rows: Rows) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, name in enumerate(rows[0]):
-        table.add_column(plain(name), justify="right" if index else "left", no_wrap=True)
+        # Only names may wrap: a number without its end would be another number.
+        justify: Any = "right" if index else "left"
+        table.add_column(plain(name), justify=justify, no_wrap=bool(index), overflow="fold")
     for cells in rows[1:]:
         table.add_row(*map(plain, cells))
     return table

@@ -11,12 +11,13 @@ from toy_policy import VOCABULARY, ToyPolicy, make_groups, make_turn, sampled_at
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm, clipped_policy_loss
 from agentrl.algorithms.credit import prepare
-from agentrl.algorithms.hooks import Bounds, Context, Term, requires
+from agentrl.algorithms.hooks import Bounds, Context, MiniBatch, Term, requires
 from agentrl.algorithms.methods.cloning import BehaviourCloning
 from agentrl.algorithms.methods.grpo import GRPO
 from agentrl.data import Episode, Group, StopReason, Turn
 from agentrl.data.batch import Batch, collate
 from agentrl.errors import CheckpointError, RequirementError
+from agentrl.learn.diagnostics import teaching_metrics
 from agentrl.learn.learner import Learner
 from agentrl.learn.settings import LearnerConfig
 
@@ -296,6 +297,30 @@ def test_the_group_relative_slope_by_hand():
     assert numbers["learner/action_tokens"] == numbers["learner/trajectories"] == 2
     assert numbers["learner/tokens"] == 4
     assert numbers["algorithm/mismatch/max"] == pytest.approx(0.0, abs=1e-7)
+    assert numbers["learner/taught_tokens"] == numbers["learner/effective_episodes"] == 2
+    assert numbers["learner/advantage_size"] == 0.5
+
+
+def test_effective_episodes_are_fewer_where_some_teach_more():
+    batch = collate([Group("t", tuple(choose(str(index), index % 2) for index in range(4)))])
+    advantages = torch.zeros_like(batch.logprobs)
+    sizes = torch.tensor([[3.0], [-1.0], [0.0], [5.0]])
+    advantages[batch.action_mask] = sizes.expand_as(batch.action_mask)[batch.action_mask]
+    mask = batch.action_mask & (torch.arange(4) < 3)[:, None]  # the last episode is masked
+    found = teaching_metrics(MiniBatch(batch, advantages, mask=mask))
+    assert found["effective_episodes"] == pytest.approx((3 + 1) ** 2 / (9 + 1))
+    assert (found["taught_tokens"], found["advantage_size"]) == (2, 2)
+    nothing = teaching_metrics(MiniBatch(batch, advantages, mask=torch.zeros_like(mask)))
+    assert set(nothing.values()) == {0.0}
+
+
+def test_an_episode_counts_by_the_mean_over_its_own_tokens_however_many():
+    batch = collate(make_groups(), layout="turn")
+    advantages = torch.where(batch.action_mask, -2.0, 0.0)
+    taught = set(batch.trajectory[batch.action_mask.any(dim=1)].tolist())
+    found = teaching_metrics(MiniBatch(batch, advantages))
+    assert found["effective_episodes"] == pytest.approx(len(taught))
+    assert found["taught_tokens"] == batch.action_mask.sum()
 
 
 def test_the_gap_between_rollout_and_learner_is_logged():

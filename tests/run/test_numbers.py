@@ -23,7 +23,7 @@ from agentrl.config import bounds_of
 from agentrl.errors import ConfigError
 from agentrl.run.logger import RunLogger
 from agentrl.run.settings import RunConfig, config_from_tree
-from agentrl.study.study import StudyConfig
+from agentrl.study.config import StudyConfig
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

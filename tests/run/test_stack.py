@@ -18,7 +18,8 @@ from agentrl.errors import ConfigError
 from agentrl.run.folder import Run, create_run, open_run
 from agentrl.run.resumption import with_overrides
 from agentrl.run.settings import RunConfig, config_tree, config_yaml, load_config
-from agentrl.study.config import load_study, plan
+from agentrl.study.config import load_study
+from agentrl.study.runs import plan
 
 STACK = "[grpo, empg, clip_cov, {name: epo, entropy_coefficient: 0.002}]"
 RECIPE = EPO(entropy_coefficient=0.002, base=ClipCov(base=EMPG(base=GRPO())))

@@ -29,7 +29,7 @@ from agentrl.policy.chat import check_arguments
 from agentrl.policy.model import load_policy
 from agentrl.run.settings import RunConfig, config_from_tree, config_tree, load_config
 from agentrl.run.trust import CALLER_ONLY_KEYS, caller_only_values, check_confirmed, drop_caller_only_values
-from agentrl.study.config import StudyRun
+from agentrl.study.runs import StudyRun
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,8 +17,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from agentrl.algorithms.recipe import recipe_class, recipe_names
 from agentrl.cli import app
 from agentrl.config import to_yaml
 from agentrl.data.storage import read_episodes, write_episodes
@@ -28,9 +32,12 @@ from agentrl.run.logger import read_metrics
 from agentrl.run.settings import RunConfig, config_tree
 from agentrl.run.signals import RunInterrupted
 from agentrl.study import processes, study
-from agentrl.study.comparison import compare, downsample, interquartile_mean
-from agentrl.study.config import StudyRun, load_study, plan
+from agentrl.study.comparison import compare, downsample, interquartile_mean, spread_over_seeds, verdict
+from agentrl.study.config import load_study
+from agentrl.study.runs import StudyRun, plan
+from agentrl.study.settings import differences
 from agentrl.study.study import run_study
+from agentrl.study.tables import write_comparison
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -193,7 +200,7 @@ def test_a_method_that_fails_is_told_and_the_others_go_on(
     results = run_study(load_study(written(tmp_path, methods=methods, seeds=[0])), tmp_path / "study")
     assert list(results["failed"]) == ["seed-0/wild"]
     assert list(results["methods"]) == ["clone", "grpo", "still"]
-    assert "wild: 0 of 1 seeds finished" in results["warnings"]
+    assert "no run of wild has finished" in results["warnings"]
     assert "failed: wild, seed 0: exit code 2: " in capsys.readouterr().out
 
 
@@ -307,15 +314,46 @@ def test_a_block_with_a_preset_replaces_the_whole_block_since_nothing_is_open_in
     assert (same.kl_coefficient, same.clip_low, same.clip_high) == (0.0, 0.1, 0.4)
 
 
-def test_the_shipped_studies_can_be_planned(tmp_path: Path) -> None:
-    for path in sorted((ROOT / "configs/studies").glob("*.yaml")):
-        runs = plan(load_study(path), tmp_path)
-        played = {
-            run.config.rollout.groups_per_step
-            * (run.config.algorithm.build().rollout.episodes or run.config.rollout.group_size)
-            for run in runs
-        }
-        assert len(played) == 1, f"{path}: episodes per step differ: {played}"
+def episodes_a_step(config: RunConfig) -> int:
+    rollout = config.rollout
+    return rollout.groups_per_step * (config.algorithm.build().rollout.episodes or rollout.group_size)
+
+
+@pytest.mark.filterwarnings("ignore:epo:UserWarning")
+def test_every_setting_of_the_shipped_study_plays_as_many_episodes(tmp_path: Path) -> None:
+    shipped = study.Study(load_study(ROOT / "configs/studies/quickstart_methods.yaml"), tmp_path)
+    played = {one.name: episodes_a_step(one.config) for found in shipped.settings.values() for one in found}
+    assert set(played.values()) == {64}, played
+    assert all(len(found) == 3 for found in shipped.settings.values())
+
+
+def test_every_method_is_in_the_shipped_study_or_said_to_be_left_out() -> None:
+    file = ROOT / "configs/studies/quickstart_methods.yaml"
+    _, _, rest = file.read_text().partition("Left out are methods that need")
+    left_out = {
+        name
+        for line in rest.partition("methods:")[0].splitlines()[1:]
+        for name in re.findall(r"\w+", line.rpartition(":")[2])
+    }
+    built_in = {name for name in recipe_names() if recipe_class(name).__module__.startswith("agentrl.")}
+    assert built_in == left_out | set(load_study(file).methods)
+
+
+def test_the_study_of_parts_changes_one_thing_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ROOT / "configs/studies/below_grpo"
+    monkeypatch.syspath_prepend(folder)
+    runs = {run.name: run for run in plan(load_study(folder / "study.yaml", "seeds=[10]"), tmp_path)}
+    fewer = {name for name, run in runs.items() if episodes_a_step(run.config) != 64}
+    assert fewer == {"grpo-half_the_episodes"}
+
+    def changed(one: str, other: str) -> list[str]:
+        return differences(*(config_tree(runs[name].config) for name in (one, other)))
+
+    assert changed("fr3e", "fr3e-mean_over_sequences")[:1] == ["algorithm.name"]
+    assert changed("aepo", "aepo-without_branches") == ["algorithm.branch", "run.name"]
+    assert changed("grpo", "grpo-mean_over_tokens") == ["algorithm.aggregation", "run.name"]
 
 
 def test_an_interrupt_stops_every_process_and_keeps_what_they_did(
@@ -354,7 +392,220 @@ def test_an_interrupt_stops_every_process_and_keeps_what_they_did(
     assert waiting == [["train", "--resume", str(run)] for run in runs]
 
 
+# Tuning.
+
+KNOB = {"key": "learner.learning_rate", "values": [1e-3, 1e-4]}
+TUNED: dict[str, Any] = STUDY | {
+    "seeds": [0],
+    "tuning_seeds": [7, 8],
+    "methods": {"grpo": {"algorithm": {"name": "grpo"}, "knob": KNOB}, "still": {"trainer": {"steps": 0}}},
+}
+
+
+def scored_here(rates: Mapping[str, float]) -> Callable[[StudyRun, int], Ended]:
+    """Pretend to run a run: `made_up` with a success rate, by `seed/name` or else by name."""
+
+    def start(run: StudyRun, lock: int) -> Ended:
+        rate = rates.get(f"{run.config.seed}/{run.name}", rates.get(run.name, 0.5))
+        won = round(10 * rate)
+        if not run.folder.exists():
+            made_up(run.folder, "1" * won + "0" * (10 - won))
+        return Ended(0)
+
+    return start
+
+
+def names(folder: Path) -> list[str]:
+    """The runs in a study's folder, as `seed/name`."""
+    return sorted(str(path.parent.relative_to(folder)) for path in folder.glob("seed-*/*/summary.json"))
+
+
+def test_the_knob_is_turned_on_the_tuning_seeds_and_the_best_value_is_compared(
+    examples: dict[str, ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    slow = "grpo-learning_rate-0_0001"
+    # On the seed of the comparison the slow rate is the worse one: that must not matter.
+    monkeypatch.setattr(processes, "start", scored_here({"grpo": 0.5, slow: 0.6, f"0/{slow}": 0.1}))
+    found = run_study(load_study(written(tmp_path, **TUNED)), tmp_path / "study")
+    tuned = [f"seed-{seed}/{name}" for seed in (7, 8) for name in ("clone", "grpo", slow)]
+    assert names(tmp_path / "study") == sorted(
+        [*tuned, *(f"seed-0/{n}" for n in ("clone", "grpo", slow, "still"))]
+    )
+    assert found["tuning"]["grpo"]["chosen"] == slow
+    assert found["tuning"]["grpo"]["scores"] == {"grpo": {"7": 0.5, "8": 0.5}, slow: {"7": 0.6, "8": 0.6}}
+    assert found["methods"][slow]["sampled"]["difference"]["value"] == pytest.approx(-0.4)
+    assert found["missing"] == {"tuning": {}, "comparison": {}}
+    sentence = "grpo: chosen: learning_rate 0.0001 (learning_rate 0.001 (own): 50.0/50.0, mean 50.0 %; "
+    assert sentence in capsys.readouterr().out
+    table = (tmp_path / "study/table.md").read_text()
+    assert sentence in table
+    assert "| grpo, learning_rate 0.0001, chosen |" in table
+    assert "| grpo (baseline), learning_rate 0.001, own |" in table
+
+
+def test_a_method_whose_own_value_is_best_or_as_good_runs_once(
+    examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = "grpo-learning_rate-0_0001"
+    monkeypatch.setattr(
+        processes, "start", scored_here({"7/grpo": 0.3, "8/grpo": 0.6, f"7/{slow}": 0.6, f"8/{slow}": 0.3})
+    )
+    found = run_study(load_study(written(tmp_path, **TUNED)), tmp_path / "study")
+    assert found["tuning"]["grpo"]["chosen"] == "grpo"
+    assert not (tmp_path / "study/seed-0" / slow).exists()
+    assert (
+        "| grpo (baseline), learning_rate 0.001, own, chosen |" in (tmp_path / "study/table.md").read_text()
+    )
+
+
+def test_nothing_is_chosen_while_a_run_of_the_tuning_is_missing(
+    examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = "grpo-learning_rate-0_0001"
+    pretend = scored_here({slow: 0.9})
+
+    def failing(run: StudyRun, lock: int) -> Ended:
+        run.log.write_text("error: no")
+        return Ended(2) if run.folder.parts[-2:] == ("seed-8", slow) else pretend(run, lock)
+
+    monkeypatch.setattr(processes, "start", failing)
+    failed = run_study(load_study(written(tmp_path, **TUNED)), tmp_path / "study")["failed"]
+    assert list(failed) == [f"seed-8/{slow}"]
+    assert names(tmp_path / "study")[:3] == ["seed-0/clone", "seed-0/grpo", "seed-0/still"]
+    shutil.rmtree(tmp_path / "study/seed-0")
+    found = run_study(load_study(tmp_path / "tiny.yaml"), tmp_path / "study", jobs=0)
+    assert found["tuning"]["grpo"]["chosen"] is None
+    assert found["missing"] == {
+        "tuning": {slow: [8]},
+        "comparison": {"clone": [0], "grpo": [0], "still": [0]},
+    }
+    table = (tmp_path / "study/table.md").read_text()
+    assert f"- {slow}: tuning not finished on 8" in table
+    assert "- no run of grpo, still has finished" in table
+    assert "grpo: not chosen yet" in table
+
+
+def test_only_the_named_methods_run_and_the_rest_is_said_to_be_missing(
+    examples: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "start", scored_here({}))
+    study_of_two = load_study(written(tmp_path, **TUNED))
+    found = run_study(study_of_two, tmp_path / "study", only=["still"])
+    assert names(tmp_path / "study") == ["seed-0/clone", "seed-0/still"]
+    assert found["methods"]["still"]["sampled"]["difference"] is None
+    assert found["missing"]["comparison"] == {"grpo": [0]}
+    assert found["missing"]["tuning"]["grpo"] == [7, 8]
+    table = (tmp_path / "study/table.md").read_text()
+    assert "- not tuned yet: grpo" in table
+    assert "tuning not finished" not in table
+    with pytest.raises(ConfigError, match=r"only: not a method .*did you mean still"):
+        run_study(study_of_two, tmp_path / "study", only=["stil"])
+
+
+@pytest.mark.parametrize(
+    ("knob", "message"),
+    [
+        ({"key": "algorithm.clip_hihg", "values": [0.2, 0.3]}, "algorithm.clip_hihg: unknown key"),
+        (
+            {"key": "algorithm.clip_high", "values": [0.3, 0.4]},
+            "knob.values: wanted at least two, exactly one",
+        ),
+        ({"key": "algorithm.clip_high", "values": [0.2]}, "knob.values: wanted at least two, exactly one"),
+        (
+            {"key": "algorithm.clip_high", "values": [0.2, 0.2, 0.3]},
+            "exactly one of which is the method's own",
+        ),
+        ({"key": "algorithm.clip_high", "values": [0.2, 0.3, 0.3]}, "two settings are named a-clip_high-0_3"),
+        ({"key": "evaluation.tasks", "values": [6, 7]}, "evaluation.tasks: must be the same for all"),
+        ({"key": "algorithm.clip_high"}, "knob.values: is missing"),
+        (3, "knob: wanted a block with `key` and `values`"),
+    ],
+)
+def test_a_knob_with_a_mistake_is_found_before_anything_starts(
+    knob: Any,
+    message: str,
+    examples: dict[str, ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commands = recorded(monkeypatch)
+    methods = {"a": {"algorithm": {"name": "grpo"}, "knob": knob}, **STUDY["methods"]}
+    path = written(tmp_path, **(TUNED | {"methods": methods}))
+    with pytest.raises(ConfigError) as error:
+        run_study(load_study(path), tmp_path / "study")
+    assert message in str(error.value)
+    assert commands == []
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [
+        ([], "tuning_seeds: wanted at least one, since grpo has a knob"),
+        ([0, 1], "tuning_seeds: wanted none that is in seeds, without duplicates (got 0, 1)"),
+        ([7, 7], "tuning_seeds: wanted none that is in seeds, without duplicates (got 7, 7)"),
+    ],
+)
+def test_the_tuning_seeds_are_others(seeds: list[int], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_study(written(tmp_path, **(TUNED | {"tuning_seeds": seeds})))
+    assert message in str(error.value)
+
+
+def test_a_knob_of_several_keys_is_laid_over_the_block(
+    examples: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    knob = {"key": "algorithm", "values": [{"clip_low": 0.2}, {"clip_low": 0.1, "clip_high": 0.4}]}
+    methods = {"grpo": {"algorithm": {"name": "grpo", "kl_coefficient": 0.5}, "knob": knob}}
+    config = load_study(written(tmp_path, **(TUNED | {"methods": methods})))
+    own, other = study.Study(config, tmp_path).settings["grpo"]
+    assert (own.name, own.label, own.default) == ("grpo", "clip_low 0.2", True)
+    assert (other.name, other.default) == ("grpo-clip_low-0_1-clip_high-0_4", False)
+    changed: Any = other.config.algorithm
+    assert (changed.clip_low, changed.clip_high, changed.kl_coefficient) == (0.1, 0.4, 0.5)
+
+
 # What the numbers mean.
+
+
+def test_a_difference_counts_if_both_intervals_lie_on_one_side() -> None:
+    def said(interval: tuple[float, float], over_seeds: tuple[float, float]) -> str | None:
+        return verdict({"interval": interval, "over_seeds": {"interval": over_seeds}})
+
+    assert said((0.01, 0.2), (0.02, 0.3)) == "higher"
+    assert said((-0.2, -0.01), (-0.3, -0.02)) == "lower"
+    assert said((0.01, 0.2), (-0.02, 0.3)) == said((-0.01, 0.2), (0.02, 0.3)) == "alike"
+    assert said((0.01, 0.2), (-0.3, -0.02)) == "alike"
+    assert verdict(None) is None
+    assert verdict({"interval": (0.1, 0.2), "over_seeds": None}) is None
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    found = spread_over_seeds([0.0, 0.1, 0.2])
+    assert found is not None
+    half = 4.302653 * 0.1 / 3**0.5  # t(0.975, 2) * sd / sqrt(3)
+    assert (found["mean"], found["sd"]) == (pytest.approx(0.1), pytest.approx(0.1))
+    assert found["interval"] == pytest.approx([0.1 - half, 0.1 + half], rel=1e-6)
+    assert spread_over_seeds([0.1]) is None
+
+
+def test_what_cannot_be_told_from_the_baseline_comes_first(tmp_path: Path) -> None:
+    plays = {"base": "1111100000", "better": "1111111100", "worse": "1100000000", "same": "1111000001"}
+    folders = {
+        seed: {name: made_up(tmp_path / f"{seed}{name}", 4 * play) for name, play in plays.items()}
+        for seed in (0, 1)
+    }
+    results = compare(folders, list(plays), "base", "clone") | {"failed": {}}
+    assert (results["alike"], results["lower"], results["higher"]) == (["same"], ["worse"], ["better"])
+    write_comparison(tmp_path, results, Console(file=StringIO()))
+    text = (tmp_path / "table.md").read_text()
+    assert text.startswith(
+        "Cannot be told from base in sampled success: same. Lower than base: worse. Higher"
+    )
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
+    assert rows[2:6] == ["| base (baseline)", "| same", "| worse", "| better"]
 
 
 def test_with_four_seeds_the_lowest_and_the_highest_are_left_out() -> None:
@@ -500,12 +751,12 @@ def test_the_script_ends_with_a_message_and_a_code(
 
     given = [str(folder / "tiny.yaml"), "--folder", str(folder / "study")]
     assert code(*given, "seeds=[0]") == 0
-    assert code(*given, "--jobs", "0") == 2
+    assert code(*given, "--jobs", "-1") == 2
     assert code(str(tmp_path / "none.yaml")) == 2
     assert code(*given, "sedes=[0]") == 2
     errors = capsys.readouterr().err
     for text in (
-        "jobs is 0",
+        "jobs is -1",
         "none.yaml: cannot be read",
         "sedes: unknown key (got [0]; did you mean seed?)",
     ):
