@@ -92,7 +92,7 @@ def draw_differences(rows: Sequence[tuple[str, Mapping[str, Row]]], baseline: st
                     )
         axes.set_yticks(range(len(rows)), [label_text(label) for label, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+.0f}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+.0f}" if value else "0")
         axes.set_xlabel(f"difference to {label_text(baseline)} in percentage points, with its 95 % interval")
         axes.grid(axis="x")
         draw_legend(axes)

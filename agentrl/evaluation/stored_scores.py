@@ -55,7 +55,8 @@ class StoredScore:
     @property
     def hash(self) -> str | None:
         """The hash of the panel; None if it was not played."""
-        return self.fingerprint.get("panel", {}).get("hash")
+        found: str | None = self.fingerprint.get("panel", {}).get("hash")
+        return found
 
     def read(self) -> dict[str, list[Episode]]:
         """Return the episodes of each task, without their turns.
