@@ -22,6 +22,7 @@ if sys.platform == "win32":  # a traceback would hide the one line that helps
 if TYPE_CHECKING:
     from agentrl.env.panel import Panel, load_panel, make_panel
     from agentrl.env.registry import make
+    from agentrl.evaluation.comparison import compare
     from agentrl.evaluation.evaluate import evaluate
     from agentrl.evaluation.suite import evaluate_panels
     from agentrl.plugins import load_imports
@@ -33,6 +34,7 @@ _HOME = {
     "Panel": "agentrl.env.panel",
     "Run": "agentrl.run.folder",
     "RunConfig": "agentrl.run.settings",
+    "compare": "agentrl.evaluation.comparison",
     "evaluate": "agentrl.evaluation.evaluate",
     "evaluate_panels": "agentrl.evaluation.suite",
     "load_config": "agentrl.run.settings",
@@ -49,6 +51,7 @@ __all__ = [
     "Panel",
     "Run",
     "RunConfig",
+    "compare",
     "evaluate",
     "evaluate_panels",
     "load_config",

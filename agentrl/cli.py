@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from agentrl.commands.algorithms import algorithms, new_algorithm
+from agentrl.commands.comparing import compare
 from agentrl.commands.configuration import config, plan, prompt
 from agentrl.commands.environments import check_env, envs, new_env
 from agentrl.commands.evaluating import evaluate
@@ -31,6 +32,7 @@ app.callback(
 _COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "evaluate": evaluate,
+    "compare": compare,
     "play": play,
     "envs": envs,
     "algorithms": algorithms,

@@ -93,21 +93,26 @@ def unpacked_bytes(path: str | Path) -> int:
     return sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
 
 
-def read_episodes(path: str | Path) -> list[Episode]:
+def read_episodes(path: str | Path, *, turns: bool = True) -> list[Episode]:
     """Read the episodes written by `write_episodes`, equal in every field.
+
+    Args:
+        path: The file.
+        turns: Whether to read the turns, which are nearly all of the file; else episodes have none.
 
     Raises:
         CheckpointError: The file is missing, damaged, or of another schema version; the message names it.
     """
     try:
         # Read as a single file: a Parquet dataset would infer columns from the names of parent folders.
-        table = pq.ParquetFile(path).read()
+        file = pq.ParquetFile(path)
+        table = file.read() if turns else file.read(columns=[name for name, _ in _EPISODE_COLUMNS])
         version = (table.schema.metadata or {}).get(_VERSION_KEY)
         if version not in _READABLE:
             found = "none" if version is None else version.decode(errors="replace")
             raise CheckpointError(f"{path}: episode schema version {found}, wanted {VERSION}")
         rows = table.to_pylist()
-        return [_episode(list(turns)) for _, turns in groupby(rows, key=lambda row: row["number"])]
+        return [_episode(list(own)) for _, own in groupby(rows, key=lambda row: row["number"])]
     except (
         *(OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError),
         *(OverflowError, RecursionError),
@@ -162,7 +167,7 @@ def _episode(rows: Sequence[Mapping[str, Any]]) -> Episode:
         env=head["env"],
         task=head["task"],
         seed=head["seed"],
-        turns=tuple(_turn(row) for row in rows if row["turn"] is not None),
+        turns=tuple(_turn(row) for row in rows if row.get("turn") is not None),
         stop=StopReason(head["stop"]),
         success=head["success"],
         error=head["error"],

@@ -20,6 +20,7 @@ Point = tuple[int, float, Interval]  # step, success rate, its interval
 
 COLOURS = {"sampled": "#2563eb", "greedy": "#d97706"}
 GREY, INK = "#94a3b8", "#1e293b"
+SERIES = ("#2563eb", "#d97706", "#059669", "#9333ea")
 STYLE: Any = {
     "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
@@ -56,12 +57,43 @@ def draw_success(policies: Mapping[str, Mapping[str, Row]]) -> str:
                 if score["success_rate"] is None:
                     continue
                 height = place + (index - (len(decodings) - 1) / 2) * 0.3
-                _draw_interval(axes, score["success_rate"], height, score["interval"], decoding)
+                colour = COLOURS.get(decoding, GREY)
+                _draw_interval(axes, score["success_rate"], height, score["interval"], decoding, colour)
         axes.set_yticks(range(len(policies)), [label_text(name) for name in policies])
         axes.set_ylim(len(policies) - 0.5, -0.5)
         axes.set_xlim(-0.02, 1.02)
         axes.xaxis.set_major_formatter("{x:.0%}")
         axes.set_xlabel("success rate, with its 95 % interval")
+        axes.grid(axis="x")
+        draw_legend(axes)
+        return to_data_uri(figure)
+
+
+def draw_differences(rows: Sequence[tuple[str, Mapping[str, Row]]], baseline: str) -> str:
+    """Draw the difference of each policy to a baseline, with its interval.
+
+    Args:
+        rows: From top to bottom, a label and for each policy the difference, with `mean` and `interval`.
+        baseline: The name of the baseline.
+    """
+    policies = list(dict.fromkeys(name for _, differences in rows for name in differences))
+    colours = dict(zip(policies, SERIES * len(policies), strict=False))
+    with mpl.rc_context(STYLE):
+        height = 0.9 + (0.16 + 0.2 * len(policies)) * len(rows)
+        figure = Figure(figsize=(7.6, height), layout="constrained")
+        axes = figure.subplots()
+        axes.axvline(0, color=INK, linewidth=0.9)
+        for place, (_, differences) in enumerate(rows):
+            for name, found in differences.items():
+                if found["mean"] is not None:
+                    aside = (policies.index(name) - (len(policies) - 1) / 2) * 0.5 / len(policies)
+                    _draw_interval(
+                        axes, found["mean"], place + aside, found["interval"], label_text(name), colours[name]
+                    )
+        axes.set_yticks(range(len(rows)), [label_text(label) for label, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+.0f}" if value else "0")
+        axes.set_xlabel(f"difference to {label_text(baseline)} in percentage points, with its 95 % interval")
         axes.grid(axis="x")
         draw_legend(axes)
         return to_data_uri(figure)
@@ -260,17 +292,19 @@ def _series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in known], [value for _, value in known]
 
 
-def _draw_interval(axes: Axes, rate: float, height: float, interval: Interval, decoding: str) -> None:
+def _draw_interval(
+    axes: Axes, value: float, height: float, interval: Interval, label: str, colour: str
+) -> None:
     low, high = interval
     axes.errorbar(
-        rate,
+        value,
         height,
-        xerr=[[max(0.0, rate - low)], [max(0.0, high - rate)]],
+        xerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
         fmt="o",
         markersize=5,
         capsize=3,
-        color=COLOURS.get(decoding, GREY),
-        label=decoding,
+        color=colour,
+        label=label,
     )
 
 

@@ -40,6 +40,8 @@ COMPARED = {
     "decoding.max_tokens": "engine.max_tokens",
     "decoding.reply": "policy.reply",
 }
+# What policies that differ by their training alone share as well.
+MODEL = {"policy.model": "policy.path", "policy.revision": "policy.revision"}
 
 
 def policy_fingerprint(
@@ -60,19 +62,34 @@ def policy_fingerprint(
     block = config.policy
     if name in SCRIPTED:
         return {"agentrl": agentrl.__version__, "policy": {"name": name}, "decoding": {"seed": seed}}
-    served = name.startswith(ENDPOINT)
     return {
         "agentrl": agentrl.__version__,
         "policy": {"name": name, **_identity(name, block.revision)},
         "prompt": {**_prompt(block), **wording_hash(player)},
-        "dtype": None if served else block.dtype,
-        "decoding": {
-            "seed": seed,
-            "temperature": temperature,
-            "constrained": config.rollout.constrained and not served,
-            "max_tokens": config.engine.max_tokens,
-            "reply": block.reply,
-        },
+        **_decoding(config, temperature, seed, served=name.startswith(ENDPOINT)),
+    }
+
+
+def run_fingerprint(
+    name: str, config: RunConfig, manifest: Mapping[str, Any], temperature: float
+) -> dict[str, Any]:
+    """Return the same part of the scores that a run has measured itself, of its trained policy.
+
+    Args:
+        name: The name of the run.
+        config: Its configuration.
+        manifest: Its manifest, which holds the version of agentrl and the text of the prompt of that time.
+        temperature: The sampling temperature.
+    """
+    block, recorded = config.policy, manifest.get("prompt", {})
+    known = "prompt" in recorded
+    prompt = _prompt_of(block, recorded["prompt"], recorded.get("history")) if known else _prompt(block)
+    version = manifest.get("versions", {}).get("agentrl")
+    return {
+        **({} if version is None else {"agentrl": version}),
+        "policy": {"name": name, "model": block.path, "revision": block.revision},
+        "prompt": prompt,
+        **_decoding(config, temperature, config.seed),
     }
 
 
@@ -98,35 +115,44 @@ def differences(before: Fingerprint, now: Fingerprint) -> list[Difference]:
     ]
 
 
-def unlike(one: Fingerprint, other: Fingerprint, *, varying: Collection[str] = ()) -> list[Difference]:
+def unlike(
+    one: Fingerprint, other: Fingerprint, *, varying: Collection[str] = (), models: bool = False
+) -> list[Difference]:
     """Return the differences for which two scores may not be compared.
 
     Args:
         one: The fingerprint of a score.
         other: The fingerprint of another score.
         varying: The keys of `COMPARED` that are to differ, such as `decoding.temperature`.
+        models: Whether the keys of `MODEL` are compared as well.
     """
     old, new = dict(_leaves(one)), dict(_leaves(other))
-    shared = [key for key in COMPARED if key in old and key in new and key not in varying]
+    keys = (*COMPARED, *MODEL) if models else COMPARED
+    shared = [key for key in keys if key in old and key in new and key not in varying]
     return [(key, old[key], new[key]) for key in shared if old[key] != new[key]]
 
 
-def check_alike(fingerprints: Mapping[str, Fingerprint], *, varying: Collection[str] = ()) -> None:
+def check_alike(
+    fingerprints: Mapping[str, Fingerprint], *, varying: Collection[str] = (), models: bool = False
+) -> None:
     """Refuse to compare scores that were not measured alike.
 
     Args:
         fingerprints: The fingerprint of each score, by the name of its policy.
         varying: The keys of `COMPARED` that are to differ.
+        models: Whether the keys of `MODEL` are compared as well.
 
     Raises:
         ConfigError: Naming what differs.
     """
-    names = list(fingerprints)
+    names, described = list(fingerprints), COMPARED | MODEL
     lines = [
-        f"{COMPARED[key]}: {_short(first)} for {one}, {_short(second)} for {other}"
+        f"{described[key]}: {_short(first)} for {one}, {_short(second)} for {other}"
         for index, one in enumerate(names)
         for other in names[index + 1 :]
-        for key, first, second in unlike(fingerprints[one], fingerprints[other], varying=varying)
+        for key, first, second in unlike(
+            fingerprints[one], fingerprints[other], varying=varying, models=models
+        )
     ]
     if lines:
         raise ConfigError("these scores cannot be compared, since they differ in\n" + "\n".join(lines))
@@ -183,13 +209,35 @@ def _weights_hash(*places: Path) -> str:
     return _sha256_of([[file.name, sha256(file)] for file in files])
 
 
+def _decoding(config: RunConfig, temperature: float, seed: int, *, served: bool = False) -> dict[str, Any]:
+    """Return how a policy plays; `served` is one on a chat server."""
+    return {
+        "dtype": None if served else config.policy.dtype,
+        "decoding": {
+            "seed": seed,
+            "temperature": temperature,
+            "constrained": config.rollout.constrained and not served,
+            "max_tokens": config.engine.max_tokens,
+            "reply": config.policy.reply,
+        },
+    }
+
+
 def _prompt(block: PolicyConfig) -> dict[str, Any]:
     """Return what prompts say, whatever the chat template and the tokenizer make of it; texts as hashes."""
-    template, system = load_prompt(block.prompt, block.history), block.system_message
-    shown = {} if template is None else {"history": template.history, "examples": block.examples}
+    template = load_prompt(block.prompt, block.history)
+    if template is None:
+        return _prompt_of(block, None, None)
+    return _prompt_of(block, template.source, template.history)
+
+
+def _prompt_of(block: PolicyConfig, text: str | None, history: int | None) -> dict[str, Any]:
+    """Return what prompts with the text of a template say; None is a growing dialogue without one."""
+    system = block.system_message
+    shown = {} if text is None else {"history": history, "examples": block.examples}
     return {
         "template": block.prompt,
-        "text": None if template is None else _sha256_of(template.source),
+        "text": None if text is None else _sha256_of(text),
         **shown,
         "system_message": None if system is None else _sha256_of(system),
         "max_observation_tokens": block.max_observation_tokens,

@@ -19,6 +19,7 @@ from agentrl.files import read_json, remove_folder, remove_leftovers, write_atom
 from agentrl.run.lock import RunLock
 
 FORMAT = 1
+REQUEST, RESULTS = "evaluation.json", "results.json"  # what was asked, and its results once it is finished
 _SECONDS = 1.0  # between two writes of episodes: what a killed process loses at most
 
 
@@ -47,7 +48,7 @@ class EvaluationFolder:
     """
 
     def __init__(self, path: Path, request: Mapping[str, Any]) -> None:
-        self.path, self._asked = path, path / "evaluation.json"
+        self.path, self._asked = path, path / REQUEST
         self._request, self.found = json.loads(json.dumps(request)), dict[str, Any]()
         known = self._asked.is_file()
         if path.is_dir() and not known and any(not file.name.startswith(".") for file in path.iterdir()):
@@ -105,11 +106,11 @@ class EvaluationFolder:
 
     def write_results(self, tree: Mapping[str, Any], markdown: str) -> None:
         """Write the results as JSON and as Markdown."""
-        write_atomic(self.path / "results.json", json.dumps(tree, indent=1))
+        write_atomic(self.path / RESULTS, json.dumps(tree, indent=1))
         write_atomic(self.path / "results.md", markdown)
 
     def _file(self, policy: str, panel: str) -> Path:
-        return self.path / "episodes" / _file_name(policy) / f"{_file_name(panel)}.parquet"
+        return episodes_file(self.path, policy, panel)
 
     def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         if found := differences(before, now):
@@ -147,6 +148,11 @@ class EpisodeParts:
             write_episodes(self._folder / f"{number:06d}.parquet", self._waiting)
             self._waiting = []
         self._written = time.monotonic()
+
+
+def episodes_file(folder: Path, policy: str, panel: str) -> Path:
+    """Return the file of the episodes that a policy has played on the panel of that label."""
+    return folder / "episodes" / _file_name(policy) / f"{_file_name(panel)}.parquet"
 
 
 def _parts(file: Path) -> Path:

@@ -4,11 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from agentrl.data.storage import read_episodes
 from agentrl.data.trajectory import Episode, Outcome
 from agentrl.errors import AgentRLError
+from agentrl.evaluation.pages import render_page
 from agentrl.evaluation.results_table import (
     data_line,
     final_policies,
@@ -23,7 +22,6 @@ from agentrl.evaluation.statistics import intervals_separate
 from agentrl.files import write_atomic
 from agentrl.run.logger import read_metrics
 from agentrl.run.records import read_manifest, read_summary
-from agentrl.terminal import printable
 
 Tree = Mapping[str, Any]
 
@@ -42,14 +40,8 @@ def write_report(run_folder: str | Path) -> Path:
         OSError: If the disk is full; an older report is left as it was.
     """
     folder = Path(run_folder)
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-        undefined=StrictUndefined,
-    )
     path = folder / "report.html"
-    write_atomic(path, templates.get_template("report.html.j2").render(_content(folder)))
+    write_atomic(path, render_page("report", _content(folder)))
     return path
 
 

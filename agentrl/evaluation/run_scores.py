@@ -17,6 +17,7 @@ from agentrl.learn.ranks import Ranks
 from agentrl.rollout.environments import Environments
 from agentrl.rollout.play import Collection
 from agentrl.rollout.players import Player, scripted_player
+from agentrl.run.folder import evaluated_episodes
 from agentrl.run.logger import RunLogger
 from agentrl.run.mixture import MixedEnvConfig
 from agentrl.run.records import read_evaluations, write_evaluations
@@ -79,9 +80,7 @@ class RunScores:
         found = summarise(episodes, self._panel, repeats, data=label)
         found = replace(found, retried=sum(self._ranks.gather(len(played.failures))))
         if self._ranks.first:
-            of_environment = "" if self._name is None else f"-{self._name}"
-            file = f"{name}-{decoding}{of_environment}.parquet"
-            write_episodes(self._folder / "episodes" / file, episodes)
+            write_episodes(evaluated_episodes(self._folder, name, decoding, self._name), episodes)
             results = self.results()
             results.setdefault(name, {})[decoding] = found.to_dict()
             self._save(results)

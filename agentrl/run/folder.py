@@ -59,6 +59,19 @@ class Run:
         return read_summary(self.folder)
 
 
+def evaluated_episodes(folder: Path, policy: str, decoding: str, environment: str | None = None) -> Path:
+    """Return the file of the episodes that a policy of a run has played on the held-out panel.
+
+    Args:
+        folder: The folder of the run.
+        policy: The name of the policy, such as `trained`.
+        decoding: `greedy` or `sampled`.
+        environment: The name of one of several environments.
+    """
+    of_environment = "" if environment is None else f"-{environment}"
+    return folder / "episodes" / f"{policy}-{decoding}{of_environment}.parquet"
+
+
 def create_run(config: RunConfig, **measured: Any) -> Run:
     """Create the run's folder with the resolved configuration and the manifest.
 

@@ -1,28 +1,32 @@
 """Comparison of the methods of a study, with confidence intervals over tasks."""
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import ceil
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
-from warnings import catch_warnings, simplefilter
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap, t, trim_mean
+from scipy.stats import t
 
 from agentrl.data.storage import read_episodes
-from agentrl.data.trajectory import Outcome
 from agentrl.errors import ConfigError
-from agentrl.evaluation.statistics import Interval, wilson
-from agentrl.run.folder import open_run
+from agentrl.evaluation.paired import (
+    RESAMPLES,
+    TRIMMED_SHARE,
+    Outcomes,
+    interquartile_mean,
+    task_differences,
+    task_means,
+)
+from agentrl.evaluation.statistics import wilson
+from agentrl.run.folder import evaluated_episodes, open_run
 from agentrl.run.logger import read_metrics
 from agentrl.run.records import read_summary
 
 Tree = Mapping[str, Any]
 Folders = Mapping[int, Mapping[str, Path]]  # seed -> method -> its finished run
-Outcomes = Mapping[str, float]  # task -> share of its plays that succeeded; NaN where all were aborted
 
 DECODINGS = ("greedy", "sampled")
 CURVES = (
@@ -31,8 +35,6 @@ CURVES = (
     "train/rollout/success_rate",
 )
 VERDICTS = ("alike", "lower", "higher")  # what a difference to the baseline says
-RESAMPLES = 10_000
-_TRIMMED_SHARE = 0.25  # share of the seeds that is trimmed at each end
 _MAX_POINTS = 40  # of a curve
 
 
@@ -125,55 +127,6 @@ def spread_over_seeds(differences: Sequence[float]) -> dict[str, Any] | None:
     return {"mean": mean, "sd": deviation, "interval": [mean - half, mean + half]}
 
 
-def interquartile_mean(
-    outcomes: NDArray[np.float64], *, seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[float, Interval] | None:
-    """Compute the interquartile mean over seeds of the means over tasks, with its 95 % percentile interval.
-
-        trim_mean(x, 0.25),   x[s] = mean over tasks n of outcomes[s, n]
-
-    A resample draws the N tasks with replacement, with one draw for all seeds: they play the same panel, and
-    a task that is hard for one seed is hard for the others. Seeds are not resampled, so that the interval
-    covers the choice of tasks only.
-
-    Args:
-        outcomes: [S, N], in any unit. NaN is left out of its seed's mean, and a seed of only NaN altogether.
-            For a paired difference, the outcomes of one method minus those of the other.
-        seed: The seed of the resampling.
-        resamples: The number of resampled panels.
-
-    Returns:
-        The mean and its interval, which has no width if all tasks are alike; None without any outcome.
-
-    Source: Agarwal et al. 2021, arXiv:2108.13264, for the mean; there, runs are resampled instead of tasks.
-    """
-    known = ~np.isnan(outcomes)
-    outcomes = outcomes[known.any(axis=1)]
-    if not outcomes.size:
-        return None
-    value = float(_interquartile(*outcomes, axis=-1))
-    if outcomes.shape[1] < 2:  # resampling a single task cannot vary
-        return value, (value, value)
-    with catch_warnings():
-        simplefilter("ignore", RuntimeWarning)  # a resample of only aborted tasks is NaN, and left out
-        drawn = bootstrap(
-            tuple(outcomes),
-            _interquartile,
-            paired=True,
-            n_resamples=resamples,
-            batch=max(1, 10**6 // outcomes.size),
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        )
-    low, high = np.nanquantile(drawn.bootstrap_distribution, [0.025, 0.975])
-    return value, (float(low), float(high))
-
-
-def _interquartile(*outcomes: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    means: NDArray[np.float64] = trim_mean([np.nanmean(each, axis=axis) for each in outcomes], _TRIMMED_SHARE)
-    return means
-
-
 def _run_record(folder: Path) -> dict[str, Any]:
     """Return the record of a finished run: its scores, counts and curves."""
     summary = read_summary(folder)
@@ -253,10 +206,7 @@ def downsample(rows: Sequence[Tree], key: str, points: int = _MAX_POINTS) -> dic
 
 
 def _read_outcomes(folder: Path, decoding: str) -> Outcomes:
-    plays: dict[str, list[bool]] = defaultdict(list)
-    for episode in read_episodes(folder / "episodes" / f"trained-{decoding}.parquet"):
-        plays[episode.task] += [episode.success] if episode.outcome is not Outcome.ABORTED else []
-    return {task: fmean(each) if each else float("nan") for task, each in plays.items()}
+    return task_means(read_episodes(evaluated_episodes(folder, "trained", decoding), turns=False))
 
 
 def _success_estimate(plays: Mapping[int, Outcomes]) -> dict[str, Any]:
@@ -273,9 +223,7 @@ def _difference(plays: Mapping[int, Outcomes], others: Mapping[int, Outcomes]) -
     common = [seed for seed in plays if seed in others]
     if not common:
         return None
-    table = np.array(
-        [[plays[seed][task] - others[seed][task] for task in sorted(plays[seed])] for seed in common]
-    )
+    table = np.array([task_differences(plays[seed], others[seed]) for seed in common])
     found = _estimate(common, table)
     return found | {"over_seeds": spread_over_seeds([d for d in found["by_seed"].values() if d is not None])}
 
@@ -305,12 +253,12 @@ def _common_panel(runs: Mapping[str, Mapping[int, Tree]]) -> dict[str, Any] | No
 def _caption(panel: Tree | None, seeds: int) -> list[str]:
     if panel is None:
         return []
-    cut = int(_TRIMMED_SHARE * seeds)
+    cut = int(TRIMMED_SHARE * seeds)
     dropped = f"the {cut} lowest and the {cut} highest" if cut else "none, so that it is the mean"
     return [
         "success: interquartile mean over seeds of the success rate, "
-        f"scipy.stats.trim_mean(x, {_TRIMMED_SHARE}); of {seeds} values it drops {dropped} "
-        f"(int({_TRIMMED_SHARE} * {seeds}) = {cut} at each end).",
+        f"scipy.stats.trim_mean(x, {TRIMMED_SHARE}); of {seeds} values it drops {dropped} "
+        f"(int({TRIMMED_SHARE} * {seeds}) = {cut} at each end).",
         f"[ ]: 95 % percentile bootstrap. Each of {RESAMPLES:,} resamples draws the {panel['tasks']} tasks "
         f"of panel {panel['hash'][:12]} ({panel['split']}) with replacement, one draw for all seeds and "
         "methods, since all play the same tasks; rates and their interquartile mean are recomputed from it. "

@@ -26,13 +26,14 @@ from agentrl.config import to_yaml
 from agentrl.data.storage import read_episodes, write_episodes
 from agentrl.data.trajectory import Episode, StopReason, Turn
 from agentrl.errors import ConfigError
+from agentrl.evaluation.paired import interquartile_mean
 from agentrl.evaluation.statistics import wilson
 from agentrl.run.checkpoint import latest_checkpoint
 from agentrl.run.logger import read_metrics
 from agentrl.run.settings import RunConfig, config_tree
 from agentrl.run.signals import RunInterrupted
 from agentrl.study import processes, study
-from agentrl.study.comparison import compare, downsample, interquartile_mean, spread_over_seeds, verdict
+from agentrl.study.comparison import compare, downsample, spread_over_seeds, verdict
 from agentrl.study.config import load_study
 from agentrl.study.runs import StudyRun, plan
 from agentrl.study.settings import differences
