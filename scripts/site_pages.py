@@ -68,17 +68,9 @@ def studies() -> list[Path]:
 def study_page(results: Path) -> str:
     """Return the page of a study: its tables, its figure and the command."""
     name = results.parent.name
-    lines = [
-        f"# Study {name}",
-        "",
-        "```bash",
-        f"python scripts/study.py configs/studies/{name}.yaml --jobs 2",
-        "```",
-        "",
-    ]
-    lines.append(
-        results.with_name("table.md").read_text(encoding="utf-8").replace("study.svg", f"{name}.svg").rstrip()
-    )
+    command = f"python scripts/study.py configs/studies/{name}.yaml --jobs 2"
+    table = results.with_name("table.md").read_text(encoding="utf-8").replace("study.svg", f"{name}.svg")
+    lines = [f"# Study {name}", "", _fenced(command, "bash"), "", table.rstrip()]
     return "\n".join(lines) + "\n"
 
 
@@ -102,9 +94,10 @@ def methods_index() -> str:
     lines = [
         "# Methods",
         "",
-        f"{len(methods())} methods, by what they mainly change. Each page is written from the method's source: its "
-        "formula, its defaults, where the paper and the released code differ, what it needs and refuses, and its "
-        "row in a study, where one measured it. Methods combine: see [your method](../tutorials/your-method.md).",
+        f"{len(methods())} methods, by what they mainly change. Each page is written from the source: "
+        "the formula, the defaults, where the paper and the released code differ, what it needs and refuses, "
+        "and the row in a study, where one measured it. Methods combine: see [your "
+        "method](../tutorials/your-method.md).",
         "",
         "*Checked against* says what the formula was compared with.",
     ]
@@ -204,8 +197,8 @@ def papers_page(known: list[dict[str, Any]]) -> str:
     lines = [
         "# Paper index",
         "",
-        "The papers and code that the methods follow, and where to find each here. Any configuration takes any "
-        "method: `algorithm.name=NAME`. The last column names the configurations and studies that use it.",
+        "The papers and code that the methods follow, and where to find each here. Any configuration takes "
+        "any method: `algorithm.name=NAME`. The last column names the configurations and studies with it.",
         "",
         "| source | method | used in |",
         "|---|---|---|",
@@ -239,17 +232,18 @@ def as_markdown(text: str) -> str:
 
 
 def _parts(text: str) -> Iterator[list[str]]:
-    """Yield runs of lines that are all text, all items of a list, or all indented, without blank ones."""
+    """Yield runs of lines that are all text, all items of a list or all indented, without blank lines."""
     part: list[str] = []
     before = ""
     for line in text.splitlines():
-        indented = line.startswith("    ") or (line.startswith("  ") and before == "list")
-        now = "" if not line.strip() else "list" if line.startswith("- ") else before if indented else "text"
-        if line.startswith("    ") and before in ("", "code"):
+        if not line.strip():
+            now = ""
+        elif line.startswith("- "):
+            now = "list"
+        elif line.startswith("    ") and before in ("", "code"):
             now = "code"
-        if not now and before == "code":  # formulas may hold blank lines
-            part.append("")
-            continue
+        else:
+            now = "list" if line.startswith("  ") and before == "list" else "text"
         if now != before and part:
             yield part
             part = []
@@ -260,8 +254,6 @@ def _parts(text: str) -> Iterator[list[str]]:
 
 
 def _block(lines: list[str]) -> str:
-    while lines and not lines[-1].strip():
-        lines = lines[:-1]
     if not lines[0].startswith("    "):
         return "\n".join(map(_text, lines))
     cells = [[cell.strip() for cell in line.split(" | ")] for line in lines]
@@ -319,12 +311,11 @@ def _linked(text: str) -> str:
 def _text(text: str) -> str:
     """Return text in which Markdown reads no HTML and no emphasis, but for what stands in backticks."""
     quoted = re.split(r"(`[^`]*`)", text)
-    return "".join(
-        each
-        if each.startswith("`")
-        else re.sub(r"(?<=\S)\*(?=\S)|(?<!^)\*(?=\S)", r"\\*", each).replace("<", "&lt;")
-        for each in quoted
-    )
+    return "".join(each if each.startswith("`") else _unmarked(each) for each in quoted)
+
+
+def _unmarked(text: str) -> str:
+    return re.sub(r"\*(?=\S)|(?<=\S)\*", r"\\*", text).replace("<", "&lt;")
 
 
 def _cell(text: str) -> str:

@@ -1,9 +1,8 @@
-"""Every command, snippet and link of the documentation works, and its generated pages say what the code says."""
+"""Every command, snippet and link of the documentation works; generated pages say what the code says."""
 
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -200,7 +199,7 @@ class _Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[Path, _Page]]]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Path, _Page]]:
     """The built site, with every page as it is read."""
     pytest.importorskip("material")
     from mkdocs.commands.build import build
@@ -214,7 +213,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
     for path in folder.rglob("*.html"):
         pages[path] = _Page()
         pages[path].feed(path.read_text())
-    yield folder, pages
+    return folder, pages
 
 
 @pytest.mark.timeout(600)
@@ -298,12 +297,16 @@ def test_a_measured_method_shows_its_row_of_the_study(site_pages: ModuleType) ->
 
 
 def test_a_docstring_becomes_markdown(site_pages: ModuleType) -> None:
-    text = "Say so.\n\n    a = b * c\n\n    d | e\n    1 | x*y\n\nMore:\n- one <b>\n  two\n\nArgs:\n    k: What\n        it is.\n\nSource: X 2025, arXiv:2501.00001."
+    text = (
+        "Say so.\n\n    a = b * c\n\n    d | e\n    1 | x*y\n\nMore:\n- one <b>\n  two\n\n"
+        "Args:\n    k: What\n        it is.\n\nSource: X 2025, arXiv:2501.00001."
+    )
     told, arguments, source = site_pages.split_docstring(text)
     assert arguments == {"k": "What it is."}
     assert source == "X 2025, arXiv:2501.00001."
     assert site_pages.as_markdown(told) == (
-        "Say so.\n\n```text\na = b * c\n\nd | e\n1 | x*y\n```\n\nMore:\n\n- one &lt;b>\n  two"
+        "Say so.\n\n```text\na = b * c\n```\n\n| d | e |\n|---|---|\n| 1 | x\\*y |\n\n"
+        "More:\n\n- one &lt;b>\n  two"
     )
 
 
