@@ -17,6 +17,7 @@ from shell import ROOT, SMALL, TINY, commands, run_all, run_here, smaller, worki
 
 import agentrl
 from agentrl.algorithms.catalogue import describe, list_methods
+from agentrl.run.settings import config_tree
 
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
@@ -152,6 +153,25 @@ def test_the_page_on_minimal_grpo_quotes_the_script() -> None:
 def test_the_yaml_of_a_page_is_yaml(page: str) -> None:
     for text in re.findall(r"```yaml\n(.*?)```", (DOCS / page).read_text(), re.S):
         yaml.safe_load(text)
+
+
+def test_every_configuration_key_that_a_page_names_exists() -> None:
+    tree = config_tree(agentrl.load_config(None))
+    rooms = "policy|warm_start|rollout|engine|learner|trainer|evaluation|run"
+    unknown = []
+    for path in [ROOT / "README.md", *(DOCS / page for page in PAGES)]:
+        quoted = " ".join(re.findall(r"`([^`\n]+)`", path.read_text()))
+        for key in re.findall(rf"(?<![\w./])((?:{rooms})\.[a-z_.]+\b)(?!/)", quoted):
+            block: Any = tree
+            for part in key.split("."):
+                if block is not None and part not in ("py", "md", "yaml"):
+                    block = block.get(part, unknown) if isinstance(block, dict) else None
+                if block is unknown:
+                    unknown.append(f"{path.name}: {key}")
+                    break
+                if part == "template_arguments":
+                    break
+    assert not unknown
 
 
 def links(text: str) -> list[str]:
