@@ -81,6 +81,10 @@ def made_small(line: str, model: Path, server: str) -> str:
         "--suite text_games", "--env agentrl/ALFWorld-v0 --env agentrl/Reasoning-v0 --tasks 2"
     )
     line = re.sub(r"--tasks \d+", "--tasks 2", line)
+    if line.startswith("agentrl evaluate ") and "--env" in line and "--tasks" not in line:
+        line += " --tasks 2"
+    if line.startswith("agentrl train configs/"):
+        line += " warm_start.batch_size=12"
     if "configs/smollm2_alfworld.yaml" in line and not line.startswith("agentrl evaluate"):
         line += f" policy.path={model} trainer.threads=1"
     if line.startswith("python scripts/minimal_grpo.py"):
