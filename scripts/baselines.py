@@ -1,4 +1,4 @@
-"""Random and expert play on a fixed panel of every built-in environment, as the README's table.
+"""Random and expert play on a fixed panel of every built-in environment, as a table of docs/results.md.
 
 python scripts/baselines.py                                  # prints Markdown; minutes
 python scripts/baselines.py agentrl/Reasoning-v0 --tasks 20  # some of it

@@ -1,4 +1,4 @@
-"""Every command and snippet of README.md and CONTRIBUTING.md runs, on smaller numbers where it trains."""
+"""Every command and snippet of README.md runs, on smaller numbers where it trains."""
 
 import json
 import re
@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shell import ROOT, SMALL, TINY, blocks, run_all, run_here, smaller, working_tree
+from shell import ROOT, SMALL, TINY, blocks, commands, run_all, smaller, working_tree
 
 import agentrl
 from agentrl.study.config import load_study
 
 README = (ROOT / "README.md").read_text()
-SET_UP, TOUR, *MORE = blocks(README)
-LATER = [line for block in MORE for line in block]
-COMMANDS = SET_UP + TOUR + LATER
+SET_UP, TOUR = blocks(README)
+COMMANDS = SET_UP + TOUR
+CLUSTER = commands((ROOT / "docs" / "tutorials" / "cluster.md").read_text())
 
 
 @pytest.mark.timeout(900)
@@ -28,20 +28,6 @@ def test_the_tour_of_the_readme_runs_as_it_is_written(tmp_path: Path) -> None:
     printed = run_all(list(map(smaller, SET_UP + TOUR)), folder)
     assert "my/GuessNumber-v0 keeps the contract" in printed.replace("\n", " ")
     assert len(list((folder / "runs").glob("*/summary.json"))) == 1
-
-
-@pytest.mark.parametrize("line", LATER)
-def test_a_later_command_of_the_readme_runs_as_it_is_written(
-    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = working_tree(tmp_path / "agentrl")
-    monkeypatch.chdir(folder)
-    if line.startswith("agentrl "):
-        run_here(smaller(line))
-    else:
-        run_all(["source .venv/bin/activate", smaller(line)], folder)
-    trains = line.startswith("agentrl train ")
-    assert len(list((folder / "runs").glob("*/summary.json"))) == trains
 
 
 def test_without_activation_no_command_is_found(tmp_path: Path) -> None:
@@ -56,8 +42,8 @@ def test_the_tour_names_every_command() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("torchrun ")])
-def test_what_torchrun_starts_in_the_readme_trains(line: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", [line for line in CLUSTER if line.startswith("torchrun ")])
+def test_what_torchrun_starts_on_the_page_on_clusters_trains(line: str, tmp_path: Path) -> None:
     words = [*shlex.split(line), *SMALL, f"run.folder={tmp_path}", "run.name=tiny"]
     command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
     subprocess.run(command, check=True, cwd=ROOT, timeout=280)
@@ -66,8 +52,10 @@ def test_what_torchrun_starts_in_the_readme_trains(line: str, tmp_path: Path) ->
 
 def test_the_make_targets_of_the_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
-    mentioned = re.findall(r"`?make ([a-z0-9-]+)", README + (ROOT / "CONTRIBUTING.md").read_text())
-    assert {"quickstart", "test"} <= set(mentioned) <= targets
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    told = "\n".join(path.read_text() for path in pages)
+    mentioned = re.findall(r"(?m)(?:`|^)make ([a-z0-9-]+)", told)
+    assert {"quickstart", "test", "docs", "study"} <= set(mentioned) <= targets
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,11 +73,12 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(scope["panel"].tasks) == 3
 
 
-def test_the_study_of_the_readme_is_the_one_that_was_run() -> None:
+def test_the_study_of_the_page_of_results_is_the_one_that_was_run() -> None:
     folder = ROOT / "configs" / "studies" / "quickstart_methods"
     verdicts, table, *_ = (folder / "table.md").read_text().split("\n\n")
-    assert verdicts in README
-    assert table in README
+    results_page = (ROOT / "docs" / "results.md").read_text()
+    assert verdicts in results_page
+    assert table in results_page
     results = json.loads((folder / "results.json").read_text())
     study = load_study(folder.with_suffix(".yaml"))
     assert results["failed"] == {}
