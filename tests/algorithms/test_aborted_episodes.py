@@ -45,7 +45,13 @@ def scored(batch: Batch) -> Batch:
         old_entropies=batch.entropies,
         teacher_logprobs=2 * batch.logprobs,
         values=batch.logprobs.exp(),
-        extras={"observation_kl": batch.entropies / 2},
+        reward_logprobs=1.5 * batch.logprobs,
+        reference_logprobs=1.2 * batch.logprobs,
+        extras={
+            "observation_kl": batch.entropies / 2,
+            "logprob_at:0.8": 0.9 * batch.logprobs,
+            "logprob_at:1.2": 1.1 * batch.logprobs,
+        },
     )
 
 

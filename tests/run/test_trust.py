@@ -385,6 +385,7 @@ def test_what_shuts_code_in_is_the_callers(id: str) -> None:
 NAMED = {
     "rollout.workers.interpreter": "/x/py thon",
     "rollout.ray.address": "a:1",
+    "learner.teacher": "/x/teacher",
     "engine.vllm.weights_folder": "/w",
     "engine.vllm.url": "http://a:1",
     "warm_start.data": ["/x/own data.jsonl"],
@@ -412,6 +413,7 @@ def test_a_resumed_run_uses_what_is_named_again(tmp_path: Path) -> None:
     assert len(words) == 5 + len(NAMED)
     check_confirmed("runs/my run", config, words[4:])
     whole = ["rollout={workers: {}, ray: {}}", "engine.vllm={}", "env.kwargs={lock: open}", "warm_start={}"]
+    whole.append("learner.teacher=null")
     check_confirmed("runs/my run", config, whole)
     check_confirmed("runs/mine", RunConfig(), [])
     run = StudyRun("grpo", replace(config, run=replace(config.run, folder=str(tmp_path))))

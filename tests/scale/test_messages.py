@@ -47,6 +47,8 @@ def test_generations_come_out_as_they_went_in() -> None:
 @pytest.mark.parametrize(("kind", "sent"), [(GenerationRequest, REQUESTS), (Generation, GENERATIONS)])
 def test_every_field_is_among_what_is_sent(kind: Any, sent: Any) -> None:
     for field in fields(kind):
+        if field.name in ("confidences", "intervened"):  # measured by an engine in the same process only
+            continue
         assert any(getattr(each, field.name) != field.default for each in sent), field.name
 
 

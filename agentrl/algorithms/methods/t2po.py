@@ -44,11 +44,12 @@ class T2PO(Recipe):
     on others. The paper's values of the fields below are not known to us; they are ours. It used 500 tokens
     a reply, 450 of them reasoning.
 
-        field     | paper | released | ours
-        base.name | gigpo | gigpo    | gigpo
-        flat      | 0.02  | 0.0      | 0.02
-        change    | 0.05  | 0.3      | 0.05
-        resamples | 2     | 2        | 2
+        field       | paper | released | ours
+        base.name   | gigpo | gigpo    | gigpo
+        base.preset | paper | released | ours
+        flat        | 0.02  | 0.0      | 0.02
+        change      | 0.05  | 0.3      | 0.05
+        resamples   | 2     | 2        | 2
 
     Args:
         base: The recipe that is modified; it must not branch.
