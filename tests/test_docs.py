@@ -94,6 +94,7 @@ def made_small(line: str, model: Path, server: str) -> str:
     return smaller(line)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("page", SHELL_PAGES)
