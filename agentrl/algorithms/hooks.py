@@ -21,6 +21,7 @@ SCHEDULED = "schedule over all steps"  # a trait: it reads `Context.total_steps`
 COMPARES = "comparison within a group"  # a trait: an episode alone in its group gives no signal
 BRANCHES = "branches"  # a trait of a branch policy: episodes share the beginning of others
 STEERS_ENTROPY = "entropy control"  # a trait: it moves the entropy towards a target
+TOKEN_TRANSFORM = "token transform"  # a trait of a transform: tokens of one turn may differ after it
 ADAPTIVE_BOUNDS = "adaptive bounds"  # a trait: a clip that finds its bounds in each mini-batch
 
 

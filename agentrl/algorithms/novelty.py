@@ -1,4 +1,4 @@
-"""How new the observations of an episode are: within it, and in comparison with all earlier steps."""
+"""Measure the novelty of observations within their episode and among all earlier steps."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""A second view of the observations, under which the scoring pass reads the action tokens once more."""
+"""Changed observations, under which the scoring pass scores the action tokens a second time."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +12,7 @@ OBSERVATION_KL = "observation_kl"  # what the scoring pass leaves in `Batch.extr
 
 @dataclass(frozen=True)
 class ObservationView:
-    """How observations are changed, and for which episodes the change is scored.
+    """Change of observations, and the share of episodes that are scored under it.
 
     The text of the task, the list of admissible actions and everything else around an observation stay as
     they are, and so do the replies.

@@ -153,7 +153,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Request:
-    """What is to be evaluated.
+    """Policies and panels to evaluate, and the options.
 
     Args:
         policies: The policies.
@@ -183,7 +183,7 @@ class _Request:
 
     @property
     def folder(self) -> Path | None:
-        """The output if it is a folder, and not a file of JSON."""
+        """Return the output if it is a folder, and not a file of JSON."""
         output = self.output
         if output is None or output.is_file() or (output.suffix == ".json" and not output.is_dir()):
             return None
@@ -191,13 +191,13 @@ class _Request:
 
     @property
     def names_several(self) -> bool:
-        """Whether there are several policies or panels, or a folder to write to."""
+        """Return whether there are several policies or panels, or a folder to write to."""
         most = max(map(len, (self.policies, self.envs, self.panels)))
         return most > 1 or (self.suite, self.folder, self.against) != (None, None, None)
 
     @property
     def names_tasks(self) -> bool:
-        """Whether the tasks are given here, and not by a configuration."""
+        """Return whether the tasks are given here, and not by a configuration."""
         return bool(self.envs or self.panels or self.playing["split"] or self.playing["env_kwargs"])
 
 

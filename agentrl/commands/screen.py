@@ -1,4 +1,4 @@
-"""What several commands show: a table, a count of episodes, the files that were written."""
+"""Show tables, episode counts and written files in the terminal."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Factors of turns: numbers that plain functions read from the texts of a turn, in a table by environment.
+"""Compute factors of turns: numbers from the texts of a turn, by functions in a table by environment.
 
 A method such as `lare` learns which of them are worth a reward. Every environment has those of `COMMON`; the
 plug-in that registers an environment may add some of its own by `register_factors`.
@@ -16,7 +16,7 @@ from agentrl.errors import ConfigError
 
 @dataclass(frozen=True)
 class PlayedTurn:
-    """What a turn did, as text.
+    """Texts of a turn and of the turns before it.
 
     Args:
         opening: The first observation of the episode.

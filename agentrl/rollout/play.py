@@ -171,7 +171,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What decides whether the environment gets a reply.
+    """Test that a reply passes before the environment gets it.
 
     Args:
         judge: (request, reply) -> whether it does, and a number to keep of it.

@@ -14,7 +14,7 @@ RULE = "the value with the highest mean sampled success over the tuning seeds; o
 
 @dataclass(frozen=True)
 class Tuning:
-    """What the tuning seeds say of a method's settings.
+    """Success of a method's settings on the tuning seeds.
 
     Args:
         settings: The settings; the method's own comes first.

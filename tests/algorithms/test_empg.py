@@ -306,3 +306,10 @@ def test_the_entropy_band_goes_over_it():
     batch = example()
     assert torch.equal(compute_advantages(algorithm, batch, CONTEXT), advantages_of(EMPG(CENTRED), batch))
     assert [term.name for term in algorithm.terms] == ["epo_entropy", "epo_smoothing"]
+
+
+@pytest.mark.parametrize("name", ["dcpo", "distill"])
+def test_it_goes_below_a_method_that_changes_single_tokens(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"its base '{name}' changes the advantages of single tokens"):
+        build_recipe("empg", {"base": {"name": name}})
+    assert build_recipe(name, {"base": {"name": "empg"}}).build().transforms

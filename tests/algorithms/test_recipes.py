@@ -215,7 +215,7 @@ def test_a_recipe_that_drops_the_temperatures_of_its_base_is_refused():
         settings = {key: value for key, value in outer.items() if key != "name"}
         with pytest.raises(
             ConfigError,
-            match=f"(drops the temperatures .*)?base '{inner['name']}'( chooses temperatures)?",
+            match=f"(warming drops the temperatures .*|hapo:) base '{inner['name']}'",
         ):
             build_recipe(outer["name"], {**settings, "base": inner})
         with pytest.raises(ConfigError, match=r"wanted (one method that sets them|temperature_change=0)"):

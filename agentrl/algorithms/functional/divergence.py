@@ -1,4 +1,4 @@
-"""How far two distributions of a token are apart, and the bonuses of an advantage."""
+"""Divergence of two distributions of a token, and bonuses that are bounded by the advantage."""
 
 import math
 

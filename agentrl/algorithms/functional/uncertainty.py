@@ -1,4 +1,4 @@
-"""How uncertain tokens and turns of a reply were, from entropy and confidence together (T2PO)."""
+"""Uncertainty of tokens and turns, from entropy and confidence together (T2PO)."""
 
 import math
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.features import decisions
-from agentrl.algorithms.hooks import Context, MiniBatch, TokenHook, require_tensor, requires
+from agentrl.algorithms.hooks import Context, MiniBatch, TokenHook, require_tensor, requires, trait
 from agentrl.algorithms.influence_branching import InfluenceBranching, branch_credit, first_rollouts
 from agentrl.algorithms.methods.grpo import GRPO, Estimate, mark_comparing
 from agentrl.algorithms.recipe import Presets, recipe
@@ -130,6 +130,7 @@ class APPO(GRPO):
         ]
 
 
+@trait("advantage within a turn")
 def branched_advantage(batch: Batch, context: Context, *, estimate: Estimate) -> Tensor:
     """Return the advantage of first rollouts with the credit of their branches; [B, T], 0 on branches."""
     compared, first = _compared(batch, estimate)

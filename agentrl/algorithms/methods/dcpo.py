@@ -11,12 +11,14 @@ from torch import Tensor
 from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.hooks import (
+    TOKEN_TRANSFORM,
     Context,
     MiniBatch,
     require_tensor,
     requires,
     steers_entropy,
     token_statistic,
+    trait,
 )
 from agentrl.algorithms.methods.arbitrary_entropy import Colder, Hotter
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
@@ -73,6 +75,7 @@ class DCPO(Recipe):
         names = {factor: f"logprob_at:{factor}" for factor in (self.high, self.low)}
         reads = requires("old_logprobs", "entropy", *names.values())
         change = steers_entropy(reads(partial(self.steer, names=names)))
+        change = trait(TOKEN_TRANSFORM)(change)
         return replace(
             base,
             transforms=(*base.transforms, change),

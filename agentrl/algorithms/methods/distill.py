@@ -13,6 +13,7 @@ from agentrl.algorithms.algorithm import Algorithm, keep_all
 from agentrl.algorithms.features import decisions
 from agentrl.algorithms.hooks import (
     COMPARES,
+    TOKEN_TRANSFORM,
     Context,
     MiniBatch,
     Outputs,
@@ -21,6 +22,7 @@ from agentrl.algorithms.hooks import (
     require_tensor,
     requires,
     token_statistic,
+    trait,
     traits,
 )
 from agentrl.algorithms.recipe import Base, Presets, Recipe, build_recipe, recipe
@@ -136,6 +138,7 @@ def scale_advantage(advantages: Tensor, batch: Batch, context: Context, *, facto
 
 @excludes(no_advantage="its loss reads no advantage, to which the teacher's part could be added")
 @requires("old_logprobs", "teacher")
+@trait(TOKEN_TRANSFORM)
 def add_teacher(
     advantages: Tensor, batch: Batch, context: Context, *, beta: float, discount: float
 ) -> Tensor:

@@ -11,11 +11,12 @@ from agentrl.algorithms import functional
 from agentrl.algorithms.algorithm import Algorithm
 from agentrl.algorithms.credit import compute_advantages
 from agentrl.algorithms.features import turns_to_tokens
-from agentrl.algorithms.hooks import Context, MiniBatch, excludes, requires
+from agentrl.algorithms.hooks import TOKEN_TRANSFORM, Context, MiniBatch, excludes, requires, traits
 from agentrl.algorithms.named_features import feature_of
 from agentrl.algorithms.recipe import Base, Recipe, build_recipe, recipe
 from agentrl.config import Weight
 from agentrl.data.batch import Batch
+from agentrl.errors import ConfigError
 
 TURN_MODULATION = "turn modulation"  # a trait: a turn's advantage is scaled by its certainty
 
@@ -68,6 +69,11 @@ class EMPG(Recipe):
     def build(self) -> Algorithm:
         """Build the base with modulated advantages."""
         base = self.base.build()
+        if any(TOKEN_TRANSFORM in traits(transform) for transform in base.transforms):
+            raise ConfigError(
+                f"empg: its base {self.base.name!r} changes the advantages of single tokens, but EMPG scales "
+                f"whole turns, wanted empg as the base of {self.base.name!r}"
+            )
         return replace(
             base,
             transforms=(*base.transforms, self.modulate),

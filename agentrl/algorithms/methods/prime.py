@@ -106,7 +106,9 @@ class PRIME(ClippedRecipe):
         return replace(
             built,
             reward_model=RewardModel(loss, self.reward_learning_rate, self.reward_clip_gradient),
-            advantage=requires("reward_model", "reference")(built.advantage),
+            advantage=trait("advantage within a turn")(
+                requires("reward_model", "reference")(built.advantage)
+            ),
             diagnostics=(*built.diagnostics, partial(outcome_metrics, beta=self.beta)),
         )
 

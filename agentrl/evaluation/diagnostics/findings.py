@@ -20,7 +20,7 @@ FOLDER = "diagnostics"  # in the folder of a run
 
 @dataclass(frozen=True)
 class Findings:
-    """What a diagnostic found.
+    """Result of a diagnostic, as a table.
 
     Args:
         title: What was measured.

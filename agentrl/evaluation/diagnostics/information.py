@@ -16,7 +16,7 @@ _STD_FLOOR = 1e-3  # added to the deviation that the z-score divides by, as in t
 
 @dataclass(frozen=True, slots=True)
 class EntropyReduction:
-    """How the entropy of a fixed text falls along the turns of an episode.
+    """Decrease of the entropy of a fixed text along the turns of an episode.
 
     Args:
         gains: IG_k = h_{k-1} - h_k, in nats.
@@ -73,7 +73,7 @@ def align(entropies: Sequence[float], points: int) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class PromptInformation:
-    """How much the replies of a policy depend on their prompts, in nats.
+    """Dependence of replies on their prompts, in nats.
 
     Args:
         mutual_information: MI(X; Z), at most log N.

@@ -1,4 +1,4 @@
-"""What a trained policy solves that its base does not, and the other way round (Invisible Leash)."""
+"""Compare what a trained policy and its base solve (Invisible Leash)."""
 
 from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
