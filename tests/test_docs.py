@@ -114,7 +114,7 @@ def test_the_commands_of_a_page_run_as_they_are_written(
             if line.startswith("agentrl compare"):  # of runs A and B: tests/evaluation/test_compare.py
                 continue
             tried = made_small(line, model, url).replace("$(ls runs | head -n 1)", trained.name)
-            tried = tried.replace("train-000100", "train-000001")  # what the small run has kept
+            tried = re.sub(r"train-000100\b|(?<=--checkpoint )100\b", "train-000001", tried)  # what is kept
             if tried.startswith("agentrl "):
                 run_here(tried)
             else:
